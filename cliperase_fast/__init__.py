@@ -1,0 +1,46 @@
+"""cliperase_fast: make a CLIP model forget chosen image-text associations (CLIPErase, arXiv 2410.23330), fast.
+
+The public names, and nothing else. Names that need open_clip are imported when first used, so that the losses work
+where only torch is installed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from cliperase_fast import functional
+from cliperase_fast._version import __version__
+from cliperase_fast.config import UnlearnConfig
+from cliperase_fast.errors import InputError, UnlearningError
+from cliperase_fast.losses import CLIPEraseLoss
+from cliperase_fast.ops import backends
+
+if TYPE_CHECKING:
+    from cliperase_fast.evaluation import evaluate
+    from cliperase_fast.unlearning import UnlearnResult, unlearn
+
+_LAZY = {
+    "evaluate": "cliperase_fast.evaluation",
+    "unlearn": "cliperase_fast.unlearning",
+    "UnlearnResult": "cliperase_fast.unlearning",
+}
+
+__all__ = [
+    "CLIPEraseLoss",
+    "InputError",
+    "UnlearnConfig",
+    "UnlearnResult",
+    "UnlearningError",
+    "__version__",
+    "backends",
+    "evaluate",
+    "functional",
+    "unlearn",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,242 @@
+"""The command line: `cliperase-fast unlearn | evaluate | demo | backends`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cliperase_fast._version import __version__
+from cliperase_fast.config import UnlearnConfig, read_settings
+from cliperase_fast.errors import InputError, UnlearningError
+
+_SOURCES = """\
+data sources:
+  demo                     handwritten digits that come with scikit-learn
+  shapes                   rendered coloured shapes
+  cifar10:DIR cifar100:DIR the python pickles
+  folder:DIR               a folder per class (torchvision's ImageFolder); DIR/train and DIR/test when there
+  csv:FILE                 tab-separated, columns filepath and title, as open_clip reads it
+  flickr30k:DIR            results.csv, or Karpathy's dataset_flickr30k.json
+  wds:SHARDS               webdataset shards, for example 'wds:/data/{00000..00099}.tar'
+
+selectors:
+  class:apple              pairs of this class; several with commas
+  caption:apple,apples     pairs with a caption that holds one of these words
+  ids:FILE                 pairs listed in a file, one id a line
+"""
+
+_EXAMPLES = """\
+examples:
+  cliperase-fast demo
+  cliperase-fast unlearn --model ViT-B-32:openai --data cifar100:/data --forget class:apple --output runs/apple
+  cliperase-fast unlearn --model local-dir:my-clip --data 'wds:/data/{000..099}.tar' \\
+      --forget caption:dog,dogs --output runs/dog --precision bf16 --trainable last:4
+  cliperase-fast evaluate --model local-dir:runs/apple/model --data cifar100:/data --forget class:apple
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. Exit code 0: done; 1: the work failed; 2: something given was wrong."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help()
+        return 2
+    try:
+        return arguments.run(arguments)
+    except InputError as error:
+        print(f"cliperase-fast: {error}", file=sys.stderr)
+        return 2
+    except UnlearningError as error:
+        print(f"cliperase-fast: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("cliperase-fast: interrupted; go on with the same command and --resume", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader of our output went away, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cliperase-fast",
+        description="Make a CLIP model forget chosen image-text associations and keep the rest (CLIPErase).",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"cliperase-fast {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    unlearn = _command(commands, "unlearn", "make a model forget", _unlearn)
+    _add_model(unlearn)
+    unlearn.add_argument("--data", required=True, metavar="SOURCE", help="where the pairs come from, see below")
+    unlearn.add_argument("--forget", required=True, metavar="SELECTOR", help="which of them to forget, see below")
+    unlearn.add_argument("--retain", default="rest", metavar="SELECTOR", help="which to keep (default: all others)")
+    unlearn.add_argument("--test-data", metavar="SOURCE", help="where to measure (default: the source's test split)")
+    unlearn.add_argument("--teacher", metavar="MODEL", help="stay consistent with this model (default: --model itself)")
+    unlearn.add_argument("--output", required=True, metavar="DIR", help="the run directory")
+    unlearn.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    unlearn.add_argument("--config", metavar="FILE", help="YAML or JSON with settings; flags win over it")
+    unlearn.add_argument(
+        "--paper", choices=("cifar100", "cc12m", "flickr30k"), help="start from the paper's settings for this data"
+    )
+    _add_settings(unlearn)
+
+    evaluate = _command(commands, "evaluate", "zero-shot accuracy and retrieval of a model", _evaluate)
+    _add_model(evaluate)
+    evaluate.add_argument("--data", required=True, metavar="SOURCE", help="what to measure on, see below")
+    evaluate.add_argument("--forget", metavar="SELECTOR", help="report these pairs and the others apart")
+    evaluate.add_argument("--output", metavar="FILE", help="also write the scores there, as JSON")
+    evaluate.add_argument("--batch-size", type=int, default=256, metavar="N", help="images per batch (default: 256)")
+    evaluate.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
+    evaluate.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="default: fp32")
+
+    demo = _command(commands, "demo", "train a small CLIP and make it forget, from nothing", _demo)
+    demo.add_argument("--data", default="demo", metavar="SOURCE", help="what to train on (default: demo, the digits)")
+    demo.add_argument("--forget", default="class:seven", metavar="SELECTOR", help="default: class:seven")
+    demo.add_argument("--test-data", metavar="SOURCE", help="where to measure (default: the source's test split)")
+    demo.add_argument("--output", default="runs/demo", metavar="DIR", help="the run directory (default: runs/demo)")
+    _add_settings(demo)
+
+    _command(commands, "backends", "what computes the losses here", _backends)
+    return parser
+
+
+def _command(commands: Any, name: str, description: str, run: Any) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=description,
+        description=description[0].upper() + description[1:] + ".",
+        epilog=_SOURCES if name != "backends" else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="ARCH:TAG as open_clip names them (ViT-B-32:openai), ARCH:/path/to/checkpoint, local-dir:DIR, "
+        "or a transformers CLIP folder",
+    )
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    """A flag for every field of UnlearnConfig. Without a value it stays out, so that a config file can speak."""
+    groups: dict[str, Any] = {}
+    for spec in dataclasses.fields(UnlearnConfig):
+        name = spec.metadata["group"]
+        if name not in groups:
+            groups[name] = parser.add_argument_group(f"settings: {name}")
+        flag = "--" + spec.name.replace("_", "-")
+        text = f"{spec.metadata['help']} (default: {spec.default})".replace("%", "%%")
+        if spec.type == "bool":
+            groups[name].add_argument(
+                flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=spec.metadata["help"]
+            )
+        else:
+            groups[name].add_argument(
+                flag,
+                default=argparse.SUPPRESS,
+                choices=spec.metadata["choices"],
+                metavar=None if spec.metadata["choices"] else spec.type.upper() if spec.type != "str" else "TEXT",
+                help=text,
+            )
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Only the settings that the user gave: preset, then config file, then flags."""
+    settings: dict[str, Any] = {}
+    if getattr(arguments, "paper", None):
+        settings.update(UnlearnConfig.paper(arguments.paper).to_dict())
+    if getattr(arguments, "config", None):
+        settings.update(read_settings(arguments.config))
+    for spec in dataclasses.fields(UnlearnConfig):
+        if hasattr(arguments, spec.name):
+            settings[spec.name] = getattr(arguments, spec.name)
+    return settings
+
+
+def _unlearn(arguments: argparse.Namespace) -> int:
+    config = UnlearnConfig.from_dict(_settings(arguments))
+    from cliperase_fast.unlearning import unlearn
+
+    retain = arguments.retain if arguments.retain == "rest" else f"{arguments.data}#{arguments.retain}"
+    result = unlearn(
+        arguments.model,
+        f"{arguments.data}#{arguments.forget}",
+        retain,
+        test=arguments.test_data,
+        teacher=arguments.teacher,
+        config=config,
+        output_dir=arguments.output,
+        resume=arguments.resume,
+    )
+    _print_result(result, Path(arguments.output))
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from cliperase_fast.evaluation import evaluate
+
+    scores = evaluate(
+        arguments.model,
+        arguments.data,
+        forget=arguments.forget,
+        batch_size=arguments.batch_size,
+        device=arguments.device,
+        precision=arguments.precision,
+        progress=sys.stderr.isatty(),
+    )
+    text = json.dumps(scores, indent=2)
+    print(text)
+    if arguments.output:
+        Path(arguments.output).write_text(text + "\n", encoding="utf-8")
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from cliperase_fast.demo import clear_demo_run, run_demo
+
+    began = time.perf_counter()
+    output = Path(arguments.output)
+    clear_demo_run(output)
+    interrupted = output.is_dir() and any(output.iterdir())
+    result = run_demo(
+        f"{arguments.data}#{arguments.forget}",
+        output,
+        test=arguments.test_data,
+        resume=interrupted,
+        **_settings(arguments),
+    )
+    _print_result(result, output)
+    print(f"\n{time.perf_counter() - began:.0f} s in all.")
+    return 0
+
+
+def _backends(arguments: argparse.Namespace) -> int:
+    from cliperase_fast.ops import backends
+
+    print(backends())
+    return 0
+
+
+def _print_result(result: Any, output: Path) -> None:
+    print(result.summary())
+    print(f"\nmodel   {output / 'model'}")
+    if result.config.report:
+        print(f"report  {output / 'report.html'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

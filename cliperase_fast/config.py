@@ -1,0 +1,219 @@
+"""Every choice `unlearn()` makes, in one dataclass that is also the command line's flags and the config file's keys."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cliperase_fast.errors import InputError
+
+CONSISTENCY_MODES = ("logits", "features", "intra")
+FORGET_LOSSES = ("cosine", "hinge", "contrastive")
+
+
+def _option(default: Any, help: str, choices: tuple[str, ...] | None = None, group: str = "training") -> Any:
+    return field(default=default, metadata={"help": help, "choices": choices, "group": group})
+
+
+@dataclass(frozen=True)
+class UnlearnConfig:
+    """Settings of `unlearn()`. Defaults follow CLIPErase (arXiv 2410.23330) where the paper states them.
+
+    Build one with keywords, `UnlearnConfig.paper(name)`, `from_file(path)` or `from_dict(mapping)`; all of them raise
+    `InputError` on a wrong name or value. Frozen: derive a variant with `dataclasses.replace`.
+    """
+
+    # the losses
+    lambda_retain: float = _option(1.0, "weight of the retention (contrastive) loss", group="loss")
+    lambda_forget: float = _option(3.0, "weight of the forgetting loss", group="loss")
+    lambda_consistency: float = _option(3.0, "weight of the consistency (KL) loss", group="loss")
+    forget_loss: str = _option("cosine", "what pushes forget pairs apart", FORGET_LOSSES, group="loss")
+    margin: float = _option(0.0, "hinge only: stop pushing a pair once its cosine is below this", group="loss")
+    consistency: str = _option("logits", "what is kept like the teacher's", CONSISTENCY_MODES, group="loss")
+    false_negatives: str = _option(
+        "auto",
+        "retain pairs that count as the same and leave the contrastive denominators: same class (or same caption where "
+        "there are no classes), same caption, or none",
+        ("auto", "caption", "none"),
+        group="loss",
+    )
+    backend: str = _option("auto", "loss backend, see `cliperase-fast backends`", group="loss")
+
+    # the optimisation
+    epochs: int = _option(20, "number of epochs")
+    epoch_over: str = _option("forget", "an epoch is one pass over this set; the other is cycled", ("forget", "retain"))
+    batch_size: int = _option(16, "pairs in a batch, forget and retain together")
+    forget_fraction: float = _option(0.5, "share of forget pairs in a batch (0.5: one to one)")
+    learning_rate: float = _option(1e-6, "peak learning rate")
+    optimizer: str = _option("adam", "optimizer", ("adam", "adamw"))
+    weight_decay: float = _option(0.0, "weight decay (matrices only)")
+    schedule: str = _option("constant", "learning rate after the warm-up", ("constant", "cosine"))
+    warmup_steps: int = _option(0, "linear warm-up, in optimizer steps")
+    grad_clip: float = _option(0.0, "clip the gradient norm to this; 0 for none")
+    accumulate: int = _option(1, "batches per optimizer step")
+    precision: str = _option("fp32", "arithmetic of the encoders; fp16 needs a GPU", ("fp32", "bf16", "fp16"))
+    trainable: str = _option("all", "what is trained: all, image, text, last:K (the last K blocks of each tower), lora")
+    lora_rank: int = _option(8, "rank of the LoRA update (trainable=lora)")
+    lora_alpha: float = _option(16.0, "scale of the LoRA update (trainable=lora)")
+    seed: int = _option(0, "seed of everything random")
+    device: str = _option("auto", "auto, cpu, cuda, cuda:1 ...")
+
+    # choosing the result
+    val_fraction: float = _option(0.1, "share of the training pairs held out to choose a checkpoint", group="selection")
+    test_fraction: float = _option(0.2, "share held out as test split where the data has none", group="selection")
+    retain_floor: float = _option(
+        0.02, "largest drop of the retain score a chosen checkpoint may show (0.02: two points)", group="selection"
+    )
+    evaluate_every: int = _option(1, "epochs between two looks at the validation split", group="selection")
+    early_stop: int = _option(0, "stop after this many looks without a better checkpoint; 0 for never", group="selection")
+
+    # the data
+    on_error: str = _option("raise", "unreadable images: raise, or skip and count", ("raise", "skip"), group="data")
+    overlap: str = _option(
+        "error", "pairs in both sets: an error, or dropped from retain", ("error", "drop"), group="data"
+    )
+    long_captions: str = _option(
+        "error", "captions longer than the model's context: an error, or cut", ("error", "truncate"), group="data"
+    )
+    num_workers: int = _option(0, "processes that load images", group="data")
+    eval_batch_size: int = _option(256, "images per batch where no gradient is needed", group="data")
+    teacher_cache: str = _option(
+        "auto",
+        "frozen teacher's features: kept in memory or a file when the transform is deterministic (auto), "
+        "forced to memory or disk, or computed in every step (off)",
+        ("auto", "memory", "disk", "off"),
+        group="data",
+    )
+
+    # the run directory
+    checkpoint_every: int = _option(100, "optimizer steps between two checkpoints; one also ends each epoch", group="run")
+    keep_checkpoints: int = _option(2, "checkpoints kept", group="run")
+    report: bool = _option(True, "write plots and report.html", group="run")
+
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):
+            value = _coerce(spec, getattr(self, spec.name))
+            object.__setattr__(self, spec.name, value)
+            choices = spec.metadata["choices"]
+            if choices and value not in choices:
+                raise InputError(f"{spec.name}={value!r} is not one of {', '.join(choices)}")
+        for name in ("epochs", "batch_size", "accumulate", "eval_batch_size", "evaluate_every", "lora_rank",
+                     "checkpoint_every", "keep_checkpoints"):  # fmt: skip
+            self._require(getattr(self, name) >= 1, name, "must be at least 1")
+        for name in ("lambda_retain", "lambda_forget", "lambda_consistency", "weight_decay", "grad_clip", "warmup_steps",
+                     "num_workers", "early_stop", "retain_floor", "seed"):  # fmt: skip
+            self._require(getattr(self, name) >= 0, name, "must not be negative")
+        for name in ("val_fraction", "test_fraction", "forget_fraction"):
+            self._require(0 < getattr(self, name) < 1, name, "must lie between 0 and 1, both excluded")
+        self._require(self.learning_rate > 0, "learning_rate", "must be positive")
+        self._require(-1 <= self.margin <= 1, "margin", "is a cosine: it must lie between -1 and 1")
+        self._require(
+            self.lambda_retain + self.lambda_forget + self.lambda_consistency > 0,
+            "lambda_retain, lambda_forget, lambda_consistency",
+            "are all 0: nothing would be trained",
+        )
+        self._require(self.batch_size >= 2, "batch_size", "must be at least 2: one forget and one retain pair")
+        kind, _, count = self.trainable.partition(":")
+        known = self.trainable in ("all", "image", "text", "lora") or (kind == "last" and count.isdigit() and int(count) > 0)
+        self._require(known, "trainable", f"is {self.trainable!r}: use all, image, text, last:K or lora")
+
+    def _require(self, holds: bool, name: str, complaint: str) -> None:
+        if not holds:
+            value = getattr(self, name, None)
+            raise InputError(f"{name}={value} {complaint}" if hasattr(self, name) else f"{name} {complaint}")
+
+    @property
+    def forget_pairs(self) -> int:
+        """Forget pairs in a batch (M); the rest of `batch_size` are retain pairs (N). Both at least 1."""
+        return min(max(round(self.batch_size * self.forget_fraction), 1), self.batch_size - 1)
+
+    @property
+    def retain_pairs(self) -> int:
+        return self.batch_size - self.forget_pairs
+
+    @classmethod
+    def paper(cls, dataset: str, **overrides: Any) -> UnlearnConfig:
+        """The settings of CLIPErase, section 4 (arXiv 2410.23330): lambda 1, 3, 3; Adam; batch 16; 20 epochs.
+
+        dataset: "cifar100" or "cc12m" (learning rate 1e-6), "flickr30k" (1e-8). The paper does not mask false negatives.
+        """
+        rates = {"cifar100": 1e-6, "cc12m": 1e-6, "flickr30k": 1e-8}
+        if dataset not in rates:
+            raise InputError(f"no paper preset {dataset!r}; there are {', '.join(rates)}")
+        settings: dict[str, Any] = {
+            "lambda_retain": 1.0, "lambda_forget": 3.0, "lambda_consistency": 3.0, "optimizer": "adam", "batch_size": 16,
+            "epochs": 20, "learning_rate": rates[dataset], "false_negatives": "none",
+        }  # fmt: skip
+        return cls.from_dict({**settings, **overrides})
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> UnlearnConfig:
+        """Build from a mapping; an unknown key is an `InputError` that offers the nearest known one."""
+        known = [spec.name for spec in dataclasses.fields(cls)]
+        for name in settings:
+            if name not in known:
+                near = difflib.get_close_matches(str(name), known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+                raise InputError(f"unknown setting {name!r}{hint}")
+        return cls(**settings)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> UnlearnConfig:
+        """Read a YAML or JSON file whose keys are the field names."""
+        return cls.from_dict(read_settings(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML or JSON file (JSON is read as YAML's subset)."""
+    import yaml
+
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot read the config file {path}: {error.strerror or error}") from error
+    try:
+        settings = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (yaml.YAMLError, json.JSONDecodeError) as error:
+        raise InputError(f"the config file {path} is neither valid YAML nor JSON: {error}") from error
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise InputError(f"the config file {path} must hold `name: value` lines, not a {type(settings).__name__}")
+    return settings
+
+
+def _coerce(spec: dataclasses.Field[Any], value: Any) -> Any:
+    """`value` as the field's type, so that `1e-6` from YAML (a string there) and `1` for 1.0 both work."""
+    wanted = spec.type
+    if wanted == "bool":
+        if isinstance(value, bool):
+            return value
+        raise InputError(f"{spec.name}={value!r} must be true or false")
+    if wanted == "str":
+        if isinstance(value, str):
+            return value
+        if value is False and "off" in (spec.metadata["choices"] or ()):  # YAML reads a bare `off` as false
+            return "off"
+        raise InputError(f"{spec.name}={value!r} must be a string")
+    number: type = int if wanted == "int" else float
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise InputError(f"{spec.name}={value!r} must be a number")
+    try:
+        converted = number(value)
+    except ValueError as error:
+        raise InputError(f"{spec.name}={value!r} must be {'a whole number' if number is int else 'a number'}") from error
+    if not math.isfinite(converted):
+        raise InputError(f"{spec.name}={value!r} must be finite")
+    if number is int and isinstance(value, float) and value != converted:
+        raise InputError(f"{spec.name}={value!r} must be a whole number")
+    return converted

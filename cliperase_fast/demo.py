@@ -1,0 +1,177 @@
+"""A small CLIP trained here in seconds, so that unlearning can be tried without downloading anything."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from cliperase_fast import functional
+from cliperase_fast.data import PairDataset, open_source, parse_reference
+from cliperase_fast.models import load_model
+from cliperase_fast.unlearning.api import unlearn
+from cliperase_fast.unlearning.batches import seeded
+from cliperase_fast.unlearning.result import UnlearnResult
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train the small model on a source, and settings of `unlearn()` that suit it."""
+
+    image_size: int
+    patch_size: int
+    width: int
+    layers: int
+    epochs: int
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    flip_and_shift: bool = False  # natural images: mirror and shift by a few pixels
+    unlearning: Mapping[str, Any] = field(default_factory=dict)
+
+
+_MARK = ".cliperase-demo"
+_UNLEARNING = {"epochs": 10, "batch_size": 64, "learning_rate": 1e-4}
+RECIPES = {
+    "demo": Recipe(16, 4, 96, 3, epochs=25, unlearning=_UNLEARNING),
+    "shapes": Recipe(32, 4, 128, 4, epochs=20, unlearning=_UNLEARNING),
+    "images": Recipe(32, 4, 192, 5, epochs=40, flip_and_shift=True, unlearning=_UNLEARNING),
+}
+
+
+def recipe_for(spec: str) -> Recipe:
+    """The recipe of a source: the digits, the shapes, or small photographs."""
+    return RECIPES.get(spec.partition(":")[0].partition("?")[0], RECIPES["images"])
+
+
+def run_demo(
+    forget: str = "demo#class:seven",
+    output_dir: str | Path = "runs/demo",
+    *,
+    test: str | None = None,
+    resume: bool = False,
+    seed: int = 0,
+    progress: bool | None = None,
+    cache_dir: str | Path | None = None,
+    **overrides: Any,
+) -> UnlearnResult:
+    """Train a small CLIP on the source of `forget` (or take it from the cache), then forget what it selects."""
+    show = sys.stderr.isatty() if progress is None else progress
+    spec, _ = parse_reference(forget)
+    recipe = recipe_for(spec)
+    model = cached_small_clip(spec, recipe, seed=seed, progress=show, cache_dir=cache_dir)
+    settings = {**recipe.unlearning, "seed": seed, **overrides}
+    result = unlearn(f"local-dir:{model}", forget, "rest", test=test, output_dir=output_dir, resume=resume, progress=show, **settings)
+    (Path(output_dir) / _MARK).write_text("A run of `cliperase-fast demo`: the next one replaces it.\n", encoding="utf-8")
+    return result
+
+
+def clear_demo_run(output_dir: Path) -> None:
+    """Remove an earlier demo's folder, and only a demo's: any other folder stays and `unlearn` refuses it."""
+    if (output_dir / _MARK).is_file():
+        shutil.rmtree(output_dir)
+
+
+def cached_small_clip(
+    spec: str, recipe: Recipe, *, seed: int = 0, progress: bool = False, cache_dir: str | Path | None = None
+) -> Path:
+    """The folder of a small CLIP trained on a source's training split, trained at the first call.
+
+    Kept under `cache_dir`, else $CLIPERASE_CACHE, else ~/.cache/cliperase_fast.
+    """
+    source = open_source(spec, seed=seed)
+    made_from = {**asdict(replace(recipe, unlearning={})), "data": source.train.fingerprint(), "seed": seed}
+    digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
+    root = Path(cache_dir or os.environ.get("CLIPERASE_CACHE") or Path.home() / ".cache" / "cliperase_fast")
+    path = root / f"small-clip-{digest}"
+    if not path.is_dir():  # saved by one rename, so it is whole when it is there
+        model = train_small_clip(source.train, recipe, seed=seed, progress=progress)
+        load_model(model).save(path)
+    return path
+
+
+def train_small_clip(pairs: PairDataset, recipe: Recipe, *, seed: int = 0, progress: bool = False) -> nn.Module:
+    """Train an open_clip model of a few million parameters on `pairs` with the contrastive loss.
+
+    Pairs of one class are not each other's negatives.
+    """
+    import open_clip
+
+    with seeded(seed):
+        model = open_clip.model.CLIP(
+            embed_dim=64,
+            vision_cfg={
+                "image_size": recipe.image_size,
+                "patch_size": recipe.patch_size,
+                "width": recipe.width,
+                "layers": recipe.layers,
+                "head_width": 32,
+            },
+            text_cfg={"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
+        )
+        model.visual.preprocess_cfg["interpolation"] = "bilinear"
+        adapter = load_model(model)
+        assert adapter.transform is not None
+        pixels = torch.stack([adapter.transform(pairs.image(index)) for index in range(len(pairs))])
+        steps_per_epoch = max(1, len(pairs) // recipe.batch_size)
+        total = recipe.epochs * steps_per_epoch
+        optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.1, fused=True)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, total_steps=total, pct_start=0.1)
+        bar = tqdm(total=total, desc="training a small CLIP", unit="step", disable=not progress)
+        model.train()
+        with bar:
+            for epoch in range(recipe.epochs):
+                order = torch.randperm(len(pairs))
+                for step in range(steps_per_epoch):
+                    chosen = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
+                    loss = _contrastive(adapter, pairs, pixels, chosen, epoch, recipe)
+                    optimizer.zero_grad(set_to_none=True)
+                    loss.backward()
+                    optimizer.step()
+                    schedule.step()
+                    with torch.no_grad():
+                        model.logit_scale.clamp_(max=float(np.log(100.0)))
+                    bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+                    bar.update()
+    return model.eval()
+
+
+def _contrastive(
+    adapter: Any, pairs: PairDataset, pixels: Tensor, chosen: Tensor, epoch: int, recipe: Recipe
+) -> Tensor:
+    captions = [pairs.captions[i][(i + epoch) % len(pairs.captions[i])] for i in chosen.tolist()]
+    unique = sorted(set(captions))
+    row = {caption: number for number, caption in enumerate(unique)}
+    text = adapter.encode_text(adapter.tokenize(unique))[torch.tensor([row[caption] for caption in captions])]
+    images = pixels[chosen]
+    if recipe.flip_and_shift:
+        images = _flip_and_shift(images)
+    assert pairs.labels is not None
+    return functional.clip_loss(
+        adapter.encode_image(images),
+        text,
+        adapter.logit_scale(),
+        group_ids=torch.as_tensor(pairs.labels)[chosen],
+    )
+
+
+def _flip_and_shift(images: Tensor) -> Tensor:
+    """Mirror half of the images [B, 3, H, W] and shift each by up to an eighth of its side."""
+    flipped = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(-1), images)
+    reach = images.shape[-1] // 8
+    padded = nn.functional.pad(flipped, (reach, reach, reach, reach), mode="reflect")
+    top, left = torch.randint(0, 2 * reach + 1, (2, len(images)))
+    rows = top[:, None] + torch.arange(images.shape[-2])  # [B, H]
+    columns = left[:, None] + torch.arange(images.shape[-1])  # [B, W]
+    batch = torch.arange(len(images))[:, None, None]
+    return padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

@@ -1,0 +1,411 @@
+"""`unlearn()`: from a model and two sets of pairs to an unlearned model with its evidence."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cliperase_fast.config import UnlearnConfig
+from cliperase_fast.data import PairDataset
+from cliperase_fast.errors import InputError
+from cliperase_fast.evaluation import EncodedPairs, encode_pairs, pair_similarities, score
+from cliperase_fast.models import ClipAdapter, load_model, merge_lora, set_trainable
+from cliperase_fast.unlearning.batches import BatchLoader, BatchPlan, CaptionTable, seeded
+from cliperase_fast.unlearning.checkpoints import Checkpoint, list_checkpoints, load_newest, write_text_atomically
+from cliperase_fast.unlearning.preparation import PreparedData, Split, prepare_data
+from cliperase_fast.unlearning.result import UnlearnResult
+from cliperase_fast.unlearning.runtime import Runtime
+from cliperase_fast.unlearning.selection import Candidate, Selection
+from cliperase_fast.unlearning.teacher import CachedTeacher, LiveTeacher, Teacher, cache_teacher
+from cliperase_fast.unlearning.trainer import Trainer
+
+# Settings that a resumed run may change: they do not touch the weights that come out.
+_FREE_ON_RESUME = {"num_workers", "report", "keep_checkpoints", "checkpoint_every"}
+
+
+def unlearn(
+    model: Any,
+    forget: Any,
+    retain: Any,
+    *,
+    test: Any = None,
+    teacher: Any = None,
+    tokenizer: Callable[[Sequence[str]], Tensor] | None = None,
+    transform: Callable[[Any], Tensor] | None = None,
+    config: UnlearnConfig | Mapping[str, Any] | str | Path | None = None,
+    output_dir: str | Path | None = None,
+    resume: bool = False,
+    templates: Sequence[str] | None = None,
+    progress: bool | None = None,
+    **overrides: Any,
+) -> UnlearnResult:
+    """Make `model` forget the associations in `forget` while it keeps those in `retain` (CLIPErase, arXiv 2410.23330).
+
+    model: an open_clip model, a transformers CLIPModel, a module with encode_image, encode_text and logit_scale, or a
+        string ("ViT-B-32:openai", "ARCH:/path/to/checkpoint", "local-dir:DIR", a transformers folder). It is left untouched.
+    forget, retain: map-style datasets of (image, caption) pairs, or source strings: forget "SOURCE#SELECTOR" such as
+        "cifar10:/data#class:airplane", retain "rest", "SOURCE" or "SOURCE#SELECTOR". An image is a PIL image or a tensor
+        [3, H, W] that is passed on as it is; a caption is a string, a list of strings, or token ids [L].
+    test: where the result is measured: a dataset or source of both kinds, or (forget_test, retain_test). By default the
+        source's own test split, else a share `test_fraction` of the pairs, which are then not trained on.
+    teacher: the model to stay consistent with; by default `model` as it is now.
+    tokenizer, transform: inferred for open_clip and transformers models.
+    config, overrides: an UnlearnConfig, a mapping or a YAML/JSON file; keywords win over it.
+    output_dir: the run directory (checkpoints, metrics, report, model); without it nothing is kept on disk.
+    resume: go on from the last checkpoint in output_dir. On the CPU the weights come out as those of an uninterrupted
+        run, bit for bit.
+    templates: caption templates ("a photo of a {}") of class sources.
+    progress: progress bars; by default when standard error is a terminal.
+
+    Returns an `UnlearnResult`. Raises `InputError` before any training when something given is wrong, `UnlearningError`
+    when the training fails.
+    """
+    settings = _settings(config, overrides)
+    show = sys.stderr.isatty() if progress is None else progress
+    runtime = Runtime.from_config(settings, show)
+    directory = Path(output_dir) if output_dir is not None else None
+    _check_directory(directory, resume)
+    began = time.perf_counter()
+
+    original = load_model(model, tokenizer=tokenizer)
+    original.check_saveable()
+    original.truncate = settings.long_captions == "truncate"
+    data = prepare_data(forget, retain, test, settings, templates=templates, progress=show)
+    train_transform, random_transform = _transforms(original, transform, data.train.pairs)
+    frozen = original if teacher is None else _load_teacher(teacher, original)
+
+    identity = {
+        "model": original.identity(),
+        "teacher": frozen.identity(),
+        "data": data.fingerprint(),
+        "config": {key: value for key, value in settings.to_dict().items() if key not in _FREE_ON_RESUME},
+    }
+    checkpoint = _checkpoint_to_resume(directory, identity) if resume else None
+
+    with ExitStack() as stack:
+        stack.enter_context(seeded(settings.seed))  # the caller's own random state is put back
+        original = _on_device(original, runtime, owned=isinstance(model, str))
+        frozen = original if teacher is None else _on_device(frozen, runtime, owned=isinstance(teacher, str))
+        student = original.clone()
+        parameters = set_trainable(student, settings.trainable, settings.lora_rank, settings.lora_alpha)
+        captions = CaptionTable(data.train.pairs, original.tokenize)
+
+        examiner = _Examiner(runtime)
+        test_before = examiner.encode(original, data.test, finite=True)
+        scores_before = examiner.score(test_before, data.test)
+        validation_before = examiner.candidate(original, data.validation, 0, 0)
+
+        plan = _plan(settings, data.train)
+        loader = BatchLoader(
+            data.train.pairs,
+            plan,
+            captions,
+            transform=train_transform,
+            random_transform=random_transform,
+            group_ids=_group_ids(settings, data.train),
+            num_workers=settings.num_workers,
+        )
+        if directory is None:
+            work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cliperase-")))
+        else:
+            work = directory
+            work.mkdir(parents=True, exist_ok=True)
+            write_text_atomically(work / "config.json", json.dumps(settings.to_dict(), indent=2) + "\n")
+        trainer = Trainer(
+            student,
+            parameters,
+            _teacher(settings, frozen, frozen is original, data, captions, loader, runtime, work),
+            frozen.logit_scale().detach().float(),
+            loader,
+            settings,
+            runtime,
+            Selection(validation_before.retain, settings.retain_floor),
+            lambda step, epoch: examiner.candidate(student, data.validation, step, epoch),
+            work,
+            identity,
+        )
+        if checkpoint is not None:
+            trainer.restore(checkpoint)
+        done = trainer.run()
+        trainer.load_chosen()
+        if settings.trainable == "lora":
+            merge_lora(student)
+        test_after = examiner.encode(student, data.test)
+        scores_after = examiner.score(test_after, data.test)
+
+    assert done.best is not None
+    record = {
+        "before": {name: scores_before[name] for name in ("forget", "retain")},
+        "after": {name: scores_after[name] for name in ("forget", "retain")},
+        "per_class": _per_class(scores_before["per_class"], scores_after["per_class"]),
+        "selection": {
+            "epoch": done.best.epoch,
+            "step": done.best.step,
+            "reason": trainer.selection.reason(done.best, len(done.looks)),
+            "within_floor": trainer.selection.within(done.best),
+            "validation": {
+                "forget": done.best.forget,
+                "retain": done.best.retain,
+                "forget_before": validation_before.forget,
+                "retain_before": validation_before.retain,
+            },
+            "stopped_early": done.stopped_early,
+        },
+        "model": model if isinstance(model, str) else type(model).__name__,
+        "data": {
+            **data.names,
+            "fingerprint": data.fingerprint(),
+            "forget_pairs": data.train.n_forget,
+            "retain_pairs": len(data.train.pairs) - data.train.n_forget,
+            "skipped": data.skipped,
+        },
+        "config": settings.to_dict(),
+        "seconds": {
+            "total": time.perf_counter() - began,
+            "train": done.seconds,
+            "evaluate": examiner.seconds,
+        },
+        "pairs_per_second": done.step * settings.accumulate * (plan.forget_pairs + plan.retain_pairs) / done.seconds,
+        "versions": _versions(),
+        "seed": settings.seed,
+    }
+    result = UnlearnResult(
+        adapter=student,
+        config=settings,
+        history=done.metrics,
+        record=record,
+        similarities={
+            "before": _by_set(pair_similarities(test_before), data.test),
+            "after": _by_set(pair_similarities(test_after), data.test),
+        },
+        **_embeddings(test_before, test_after, data.test, settings.seed),
+    )
+    if directory is not None:
+        result.save(directory)
+    return result
+
+
+class _Examiner:
+    """Scores models on a split and counts the seconds it takes."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime, self.seconds = runtime, 0.0
+
+    def encode(self, adapter: ClipAdapter, part: Split, finite: bool = False) -> EncodedPairs:
+        began = time.perf_counter()
+        encoded = encode_pairs(adapter, part.pairs, self.runtime)
+        if finite and not (np.isfinite(encoded.image_features).all() and np.isfinite(encoded.caption_features).all()):
+            raise InputError("the model gives features that are not finite (NaN or infinite): its weights are damaged")
+        self.seconds += time.perf_counter() - began
+        return encoded
+
+    def score(self, encoded: EncodedPairs, part: Split) -> dict[str, Any]:
+        began = time.perf_counter()
+        scores = score(encoded, part.pairs, part.forget_mask)
+        self.seconds += time.perf_counter() - began
+        return scores
+
+    def candidate(self, adapter: ClipAdapter, part: Split, step: int, epoch: int) -> Candidate:
+        scores = self.score(self.encode(adapter, part), part)
+        name = "zero_shot_top1" if part.pairs.classes is not None else "image_to_text_r@1"
+        forget, retain = scores["forget"], scores["retain"]
+        return Candidate(step, epoch, forget[name], retain[name], forget["pair_similarity"])
+
+
+def _settings(
+    config: UnlearnConfig | Mapping[str, Any] | str | Path | None, overrides: Mapping[str, Any]
+) -> UnlearnConfig:
+    if config is None:
+        config = UnlearnConfig()
+    elif isinstance(config, (str, Path)):
+        config = UnlearnConfig.from_file(config)
+    elif not isinstance(config, UnlearnConfig):
+        config = UnlearnConfig.from_dict(config)
+    return UnlearnConfig.from_dict({**config.to_dict(), **overrides})
+
+
+def _check_directory(directory: Path | None, resume: bool) -> None:
+    if directory is None:
+        if resume:
+            raise InputError("resume=True needs output_dir, the run directory to go on with")
+        return
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"output_dir={directory} is a file; give a folder")
+    used = directory.is_dir() and any(directory.iterdir())
+    if used and not resume:
+        raise InputError(f"output_dir={directory} is already used: give another folder, or resume=True to go on with it")
+    if used and not (directory / "config.json").is_file():
+        raise InputError(f"output_dir={directory} holds no run (no config.json), so there is nothing to resume")
+
+
+def _checkpoint_to_resume(directory: Path | None, identity: dict[str, Any]) -> Checkpoint | None:
+    """The newest whole checkpoint, or None when the run was stopped before it wrote one."""
+    assert directory is not None
+    checkpoint = load_newest(directory / "checkpoints")
+    if checkpoint is None:
+        found = list_checkpoints(directory / "checkpoints")
+        if found:
+            raise InputError(f"every checkpoint in {directory / 'checkpoints'} is damaged; start again in another folder")
+        return None
+    saved = checkpoint.state["identity"]
+    for name, remedy in (
+        ("model", "it was made with another model"),
+        ("teacher", "it was made with another teacher"),
+        ("data", "it was made with other data"),
+    ):
+        if saved[name] != identity[name]:
+            raise InputError(f"cannot resume from {checkpoint.path}: {remedy}; start again in another output_dir")
+    differing = [
+        f"{key} {saved['config'].get(key)!r} -> {value!r}"
+        for key, value in identity["config"].items()
+        if saved["config"].get(key) != value
+    ]
+    if differing:
+        raise InputError(
+            f"cannot resume from {checkpoint.path}: the settings differ ({'; '.join(differing)}); give the old ones, or "
+            "start again in another output_dir"
+        )
+    return checkpoint
+
+
+def _transforms(
+    adapter: ClipAdapter, transform: Callable[[Any], Tensor] | None, pairs: PairDataset
+) -> tuple[Callable[[Any], Tensor] | None, bool]:
+    """(transform for training, whether it is random). Evaluation uses the model's own when the given one is random."""
+    image = pairs.image(0)
+    if isinstance(image, Tensor):
+        return None, False
+    if transform is None:
+        if adapter.transform is None:
+            raise InputError("the images need a transform and the model brings none: pass transform=")
+        return adapter.transform, False
+    views = [transform(image) for _ in range(8)]
+    if not isinstance(views[0], Tensor) or views[0].ndim != 3:
+        raise InputError("transform must turn an image into a tensor [3, H, W]")
+    is_random = any(not torch.equal(view, views[0]) for view in views[1:])
+    if not is_random or adapter.transform is None:
+        adapter.transform = transform
+    return transform, is_random
+
+
+def _load_teacher(teacher: Any, student: ClipAdapter) -> ClipAdapter:
+    """The teacher reads the same tokens and pixels as the student; its width may differ."""
+    adapter = load_model(teacher, tokenizer=student.tokenize)
+    adapter.transform = student.transform
+    return adapter
+
+
+def _on_device(adapter: ClipAdapter, runtime: Runtime, owned: bool) -> ClipAdapter:
+    """The adapter on the run's device; a model that belongs to the caller is copied rather than moved."""
+    devices = {parameter.device for parameter in adapter.module.parameters()}
+    if devices == {runtime.device}:
+        return adapter
+    moved = adapter if owned else adapter.clone()
+    moved.module.to(runtime.device)
+    return moved
+
+
+def _plan(config: UnlearnConfig, train: Split) -> BatchPlan:
+    n_retain = len(train.pairs) - train.n_forget
+    return BatchPlan(
+        n_forget=train.n_forget,
+        n_retain=n_retain,
+        forget_pairs=min(config.forget_pairs, train.n_forget),
+        retain_pairs=min(config.retain_pairs, n_retain),
+        epoch_over=config.epoch_over,
+        seed=config.seed,
+    )
+
+
+def _group_ids(config: UnlearnConfig, train: Split) -> np.ndarray | None:
+    """Class of each retain pair; empty when captions are to be compared; None when nothing is masked."""
+    if config.false_negatives == "none":
+        return None
+    if config.false_negatives == "auto" and train.pairs.labels is not None:
+        return np.asarray(train.pairs.labels[train.n_forget :])
+    return np.empty(0, dtype=np.int64)
+
+
+def _teacher(
+    config: UnlearnConfig,
+    frozen: ClipAdapter,
+    is_student_before: bool,
+    data: PreparedData,
+    captions: CaptionTable,
+    loader: BatchLoader,
+    runtime: Runtime,
+    work: Path,
+) -> Teacher | None:
+    if config.lambda_consistency == 0:
+        return None
+    random_transform = loader.pixels.seed is not None
+    if random_transform and config.teacher_cache in ("memory", "disk"):
+        raise InputError(
+            f"teacher_cache={config.teacher_cache!r} needs a deterministic transform and the one given is random; "
+            "use 'auto' or 'off'"
+        )
+    if random_transform or config.teacher_cache == "off":
+        return LiveTeacher(frozen, runtime)
+    plan = loader.plan
+    retain = data.train.pairs.subset(np.arange(data.train.n_forget, len(data.train.pairs)))
+    return cache_teacher(
+        frozen,
+        retain,
+        captions,
+        plan.retain_used(config.epochs * plan.batches_per_epoch),
+        runtime,
+        transform=loader.pixels.transform,
+        where=config.teacher_cache,
+        directory=work / "cache",
+    )
+
+
+def _per_class(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: {"set": row["set"], "pairs": row["pairs"], "before": row["accuracy"], "after": after[name]["accuracy"]}
+        for name, row in before.items()
+    }
+
+
+def _by_set(values: np.ndarray, part: Split) -> dict[str, np.ndarray]:
+    return {"forget": values[part.forget_mask], "retain": values[~part.forget_mask]}
+
+
+def _embeddings(before: EncodedPairs, after: EncodedPairs, part: Split, seed: int) -> dict[str, Any]:
+    """Image features of at most 600 test images, a third of them forget pairs where there are as many."""
+    generator = np.random.default_rng(seed)
+    forget = generator.permutation(part.n_forget)[:200]
+    retain = part.n_forget + generator.permutation(len(part.pairs) - part.n_forget)[: 600 - len(forget)]
+    chosen = np.sort(np.concatenate([forget, retain]))
+    labels, classes = part.pairs.labels, part.pairs.classes
+    named = labels is not None and classes is not None
+    return {
+        "embeddings": {
+            "before": np.asarray(before.image_features)[chosen],
+            "after": np.asarray(after.image_features)[chosen],
+        },
+        "embedding_sets": ["forget" if index < part.n_forget else "retain" for index in chosen],
+        "embedding_labels": [classes[labels[index]] if named else part.pairs.ids[index] for index in chosen],
+    }
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in ("cliperase_fast", "torch", "open_clip_torch", "transformers", "numpy"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions

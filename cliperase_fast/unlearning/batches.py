@@ -1,0 +1,215 @@
+"""Which pairs stand in which batch, and loading them: a pure function of (seed, step), so a run can resume anywhere."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from cliperase_fast.data import PairDataset
+
+_FORGET, _RETAIN = 0, 1
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """The order of forget and retain pairs over a whole run.
+
+    Each set is walked in full batches of a fresh permutation per pass (the incomplete last batch of a pass is dropped,
+    another one each time), so every batch holds exactly `forget_pairs` + `retain_pairs` different pairs. An epoch is
+    one pass over the set named by `epoch_over`; the other set is cycled.
+    """
+
+    n_forget: int
+    n_retain: int
+    forget_pairs: int  # M, already at most n_forget
+    retain_pairs: int  # N, already at most n_retain
+    epoch_over: str
+    seed: int
+
+    @property
+    def batches_per_epoch(self) -> int:
+        if self.epoch_over == "forget":
+            return self.n_forget // self.forget_pairs
+        return self.n_retain // self.retain_pairs
+
+    def batch(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Indices into the forget set [M] and into the retain set [N] of the batch with this number, from 0."""
+        return (
+            self._draw(_FORGET, self.n_forget, self.forget_pairs, number),
+            self._draw(_RETAIN, self.n_retain, self.retain_pairs, number),
+        )
+
+    def retain_used(self, batches: int) -> np.ndarray:
+        """The retain indices that the first `batches` batches visit, sorted."""
+        per_pass = self.n_retain // self.retain_pairs
+        if batches >= 8 * per_pass:  # practically everything: not worth walking through
+            return np.arange(self.n_retain)
+        drawn = [self._draw(_RETAIN, self.n_retain, self.retain_pairs, number) for number in range(batches)]
+        return np.unique(np.concatenate(drawn))
+
+    def _draw(self, which: int, size: int, count: int, number: int) -> np.ndarray:
+        per_pass = size // count
+        order = _permutation(size, self.seed, which, number // per_pass)
+        start = (number % per_pass) * count
+        return order[start : start + count]
+
+
+# One pass's permutation serves all its batches; two sets are walked at a time.
+_PERMUTATIONS: dict[tuple[int, int, int, int], np.ndarray] = {}
+
+
+def _permutation(size: int, seed: int, which: int, passed: int) -> np.ndarray:
+    key = (size, seed, which, passed)
+    if key not in _PERMUTATIONS:
+        while len(_PERMUTATIONS) >= 8:
+            _PERMUTATIONS.pop(next(iter(_PERMUTATIONS)))
+        _PERMUTATIONS[key] = np.random.default_rng([seed, which, passed]).permutation(size)
+    return _PERMUTATIONS[key]
+
+
+@dataclass
+class Batch:
+    pixels: Tensor  # [M + N, 3, H, W], forget pairs first
+    tokens: Tensor  # [U, L], the batch's different captions
+    text_of_pair: Tensor  # [M + N], row of `tokens` for each pair
+    caption_of_pair: np.ndarray  # [M + N], index into the caption table
+    retain_indices: np.ndarray  # [N], index into the retain set
+    group_ids: Tensor | None  # [N]
+
+
+class CaptionTable:
+    """Every different caption of some pairs, tokenised once.
+
+    tokens [U, L] are kept in the smallest integer type that holds the vocabulary; `of_pair[i]` lists the rows of pair i.
+    """
+
+    def __init__(self, pairs: PairDataset, tokenize: Callable[[Sequence[str]], Tensor]) -> None:
+        rows: dict[Any, int] = {}
+        unique: list[Any] = []
+        self.of_pair: list[tuple[int, ...]] = []
+        for captions in pairs.captions:
+            mine = []
+            for caption in captions:
+                key = caption if isinstance(caption, str) else tuple(caption.tolist())
+                if key not in rows:
+                    rows[key] = len(unique)
+                    unique.append(caption)
+                mine.append(rows[key])
+            self.of_pair.append(tuple(mine))
+        chunks = []
+        for start in range(0, len(unique), 4096):
+            part = unique[start : start + 4096]
+            tokens = tokenize(part) if isinstance(part[0], str) else torch.stack([torch.as_tensor(c) for c in part])
+            chunks.append(tokens.to(torch.int32))
+        self.tokens = torch.cat(chunks)  # [U, L]
+        if int(self.tokens.max()) < 2**15:
+            self.tokens = self.tokens.to(torch.int16)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def rows(self, indices: Sequence[int] | Tensor | np.ndarray) -> Tensor:
+        return self.tokens[torch.as_tensor(indices)].long()
+
+
+class PixelDataset(Dataset):
+    """Transformed images by (index, draw): `draw` seeds a random transform, so its result depends on nothing else."""
+
+    def __init__(self, pairs: PairDataset, transform: Callable[[Any], Tensor] | None, seed: int | None) -> None:
+        self.pairs, self.transform, self.seed = pairs, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, key: tuple[int, int]) -> Tensor:
+        index, draw = key
+        image = self.pairs.image(index)
+        if isinstance(image, Tensor) or self.transform is None:
+            return image
+        if self.seed is None:
+            return self.transform(image)
+        with seeded(self.seed, index, draw):
+            return self.transform(image)
+
+
+class seeded:  # noqa: N801 - used as a statement
+    """Run a block with the three global generators seeded from some integers, and put their states back."""
+
+    def __init__(self, *entropy: int) -> None:
+        self.seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+
+    def __enter__(self) -> None:
+        self.states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+        torch.manual_seed(self.seed)
+        random.seed(self.seed)
+        np.random.seed(self.seed)
+
+    def __exit__(self, *exc: object) -> None:
+        torch.set_rng_state(self.states[0])
+        random.setstate(self.states[1])
+        np.random.set_state(self.states[2])
+
+
+class BatchLoader:
+    """Batches from `start` on, in the plan's order, loaded by `num_workers` processes."""
+
+    def __init__(
+        self,
+        pairs: PairDataset,
+        plan: BatchPlan,
+        captions: CaptionTable,
+        *,
+        transform: Callable[[Any], Tensor] | None,
+        random_transform: bool,
+        group_ids: np.ndarray | None,
+        num_workers: int = 0,
+    ) -> None:
+        self.plan, self.captions, self.group_ids, self.num_workers = plan, captions, group_ids, num_workers
+        self.pixels = PixelDataset(pairs, transform, plan.seed if random_transform else None)
+
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        loader = DataLoader(
+            self.pixels,
+            batch_sampler=[self._keys(number) for number in range(start, stop)],
+            num_workers=self.num_workers,
+            collate_fn=torch.stack,
+            generator=torch.Generator(),  # its own, so that starting it leaves the global random state alone
+        )
+        for number, pixels in zip(range(start, stop), loader, strict=True):
+            yield self._batch(number, pixels)
+
+    def _pairs_of(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        forget, retain = self.plan.batch(number)
+        return np.concatenate([forget, self.plan.n_forget + retain]), retain
+
+    def _keys(self, number: int) -> list[tuple[int, int]]:
+        return [(int(index), number) for index in self._pairs_of(number)[0]]
+
+    def _batch(self, number: int, pixels: Tensor) -> Batch:
+        pairs, retain = self._pairs_of(number)
+        # An image with several captions shows them in turn, another one in every pass.
+        turn = number // self.plan.batches_per_epoch
+        rows = np.array([self.captions.of_pair[i][(i + turn) % len(self.captions.of_pair[i])] for i in pairs])
+        unique, inverse = np.unique(rows, return_inverse=True)
+        return Batch(
+            pixels=pixels,
+            tokens=self.captions.rows(unique),
+            text_of_pair=torch.as_tensor(inverse),
+            caption_of_pair=rows,
+            retain_indices=retain,
+            group_ids=self._groups(retain, rows[len(rows) - len(retain) :]),
+        )
+
+    def _groups(self, retain: np.ndarray, captions: np.ndarray) -> Tensor | None:
+        if self.group_ids is None:
+            return None
+        if self.group_ids.size == 0:  # no classes: same caption means same group
+            return torch.as_tensor(captions)
+        return torch.as_tensor(self.group_ids[retain])

@@ -1,0 +1,219 @@
+"""From what the caller names (datasets, source strings, selectors) to the checked splits a run works on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cliperase_fast.config import UnlearnConfig
+from cliperase_fast.data import (
+    PairDataset,
+    Source,
+    as_pairs,
+    check_images,
+    concat,
+    open_source,
+    overlap,
+    parse_reference,
+    select,
+    split,
+)
+from cliperase_fast.errors import InputError
+
+
+@dataclass
+class Split:
+    """Forget pairs followed by retain pairs, in one class space."""
+
+    pairs: PairDataset
+    n_forget: int
+
+    @property
+    def forget_mask(self) -> np.ndarray:
+        return np.arange(len(self.pairs)) < self.n_forget
+
+    @classmethod
+    def of(cls, forget: PairDataset, retain: PairDataset) -> Split:
+        return cls(concat([forget, retain]), len(forget))
+
+
+@dataclass
+class PreparedData:
+    train: Split
+    validation: Split
+    test: Split
+    skipped: list[str]  # unreadable images left out
+    names: dict[str, str]  # what the caller called each set
+
+    def fingerprint(self) -> str:
+        parts = [f"{part.pairs.fingerprint()}:{part.n_forget}" for part in (self.train, self.validation, self.test)]
+        return hashlib.sha256("|".join(parts).encode()).hexdigest()
+
+
+def prepare_data(
+    forget: Any, retain: Any, test: Any, config: UnlearnConfig, *, templates: Sequence[str] | None, progress: bool
+) -> PreparedData:
+    """Open, select, check and split.
+
+    forget: a map-style dataset of (image, caption) pairs, or "SOURCE#SELECTOR".
+    retain: a dataset, "SOURCE#SELECTOR", or "rest" for all that `forget` does not select from its source.
+    test: None (the source's own test split, else `test_fraction` of the pairs), a dataset or "SOURCE" holding both kinds,
+    or a pair (forget test, retain test).
+    """
+    opener = _Opener(templates, config.seed)
+    forget_train, selector, source = _forget_set(forget, opener)
+    retain_train = _retain_set(retain, forget, selector, source, opener)
+    for pairs, name in ((forget_train, "forget"), (retain_train, "retain")):
+        if len(pairs) == 0:
+            raise InputError(f"the {name} set is empty: give at least one (image, caption) pair")
+    retain_train = _without_overlap(forget_train, retain_train, config.overlap)
+    test_sets = _test_sets(test, forget_train, retain_train, selector, source, opener)
+
+    skipped: list[str] = []
+    forget_train = _readable(forget_train, "forget", config, skipped, progress)
+    retain_train = _readable(retain_train, "retain", config, skipped, progress)
+    if test_sets is None:
+        forget_train, forget_test = _hold_out(forget_train, config.test_fraction, config.seed + 1)
+        retain_train, retain_test = _hold_out(retain_train, config.test_fraction, config.seed + 1)
+    else:
+        forget_test = _readable(test_sets[0], "forget test", config, skipped, progress)
+        retain_test = _readable(test_sets[1], "retain test", config, skipped, progress)
+    forget_train, forget_val = _hold_out(forget_train, config.val_fraction, config.seed)
+    retain_train, retain_val = _hold_out(retain_train, config.val_fraction, config.seed)
+    return PreparedData(
+        train=Split.of(forget_train, retain_train),
+        validation=Split.of(forget_val, retain_val),
+        test=Split.of(forget_test, retain_test),
+        skipped=skipped,
+        names={
+            "forget": forget if isinstance(forget, str) else forget_train.name,
+            "retain": retain if isinstance(retain, str) else retain_train.name,
+            "test": test if isinstance(test, str) else _test_name(test, test_sets, config),
+        },
+    )
+
+
+class _Opener:
+    """Opens each source once, however often it is named."""
+
+    def __init__(self, templates: Sequence[str] | None, seed: int) -> None:
+        self.templates, self.seed = templates, seed
+        self.opened: dict[str, Source] = {}
+
+    def __call__(self, spec: str) -> Source:
+        if spec not in self.opened:
+            self.opened[spec] = open_source(spec, templates=self.templates, seed=self.seed)
+        return self.opened[spec]
+
+
+def _forget_set(forget: Any, opener: _Opener) -> tuple[PairDataset, str | None, Source | None]:
+    if not isinstance(forget, str):
+        return as_pairs(forget, "forget"), None, None
+    spec, selector = parse_reference(forget)
+    if selector is None:
+        raise InputError(f"forget={forget!r} selects nothing: add what to forget, for example '{forget}#class:apple'")
+    source = opener(spec)
+    return source.train.subset(np.flatnonzero(select(source.train, selector))), selector, source
+
+
+def _retain_set(
+    retain: Any, forget: Any, selector: str | None, source: Source | None, opener: _Opener
+) -> PairDataset:
+    if not isinstance(retain, str):
+        return as_pairs(retain, "retain")
+    if retain == "rest":
+        if source is None or selector is None:
+            raise InputError("retain='rest' needs forget as 'SOURCE#SELECTOR'; give the retain pairs as a dataset")
+        return source.train.subset(np.flatnonzero(~select(source.train, selector)))
+    spec, retain_selector = parse_reference(retain)
+    train = opener(spec).train
+    return train if retain_selector is None else train.subset(np.flatnonzero(select(train, retain_selector)))
+
+
+def _without_overlap(forget: PairDataset, retain: PairDataset, policy: str) -> PairDataset:
+    shared = overlap(forget, retain)
+    if len(shared) == 0:
+        return retain
+    if policy == "error":
+        raise InputError(
+            f"{len(shared)} of the {len(retain)} retain pairs are also forget pairs (for example "
+            f"{retain.ids[int(shared[0])]!r}): pass overlap='drop' to leave them out of retain"
+        )
+    kept = np.setdiff1d(np.arange(len(retain)), shared)
+    if len(kept) == 0:
+        raise InputError("every retain pair is also a forget pair: nothing is left to retain")
+    return retain.subset(kept)
+
+
+def _test_sets(
+    test: Any,
+    forget: PairDataset,
+    retain: PairDataset,
+    selector: str | None,
+    source: Source | None,
+    opener: _Opener,
+) -> tuple[PairDataset, PairDataset] | None:
+    if test is None:
+        if source is None or source.test is None:
+            return None
+        pairs = source.test
+    elif isinstance(test, tuple) and len(test) == 2 and not isinstance(test[0], (tuple, str)):
+        return as_pairs(test[0], "forget test"), as_pairs(test[1], "retain test")
+    elif isinstance(test, str):
+        spec, test_selector = parse_reference(test)
+        opened = opener(spec)
+        pairs = opened.test or opened.train
+        if test_selector is not None:
+            pairs = pairs.subset(np.flatnonzero(select(pairs, test_selector)))
+    else:
+        pairs = as_pairs(test, "test")
+    mask = select(pairs, selector) if selector is not None else _by_captions(pairs, forget, retain)
+    return pairs.subset(np.flatnonzero(mask)), pairs.subset(np.flatnonzero(~mask))
+
+
+def _by_captions(pairs: PairDataset, forget: PairDataset, retain: PairDataset) -> np.ndarray:
+    """Which test pairs are of the forget kind, when only datasets were given: those with a caption only forget pairs have."""
+    wanted = _captions(forget) - _captions(retain)
+    mask = np.array([any(_key(caption) in wanted for caption in captions) for captions in pairs.captions], dtype=bool)
+    if mask.all() or not mask.any():
+        raise InputError(
+            f"{int(mask.sum())} of the {len(pairs)} test pairs share a caption with the forget pairs, so the test set "
+            "cannot be told apart: pass test=(forget_test, retain_test)"
+        )
+    return mask
+
+
+def _captions(pairs: PairDataset) -> set[Any]:
+    return {_key(caption) for captions in pairs.captions for caption in captions}
+
+
+def _key(caption: Any) -> Any:
+    return caption if isinstance(caption, str) else tuple(caption.tolist())
+
+
+def _readable(
+    pairs: PairDataset, name: str, config: UnlearnConfig, skipped: list[str], progress: bool
+) -> PairDataset:
+    good, bad = check_images(pairs, on_error=config.on_error, progress=progress)
+    skipped.extend(bad)
+    if len(good) == 0:
+        raise InputError(f"none of the {len(pairs)} images of the {name} set can be read (first: {bad[0]})")
+    return pairs if len(good) == len(pairs) else pairs.subset(good)
+
+
+def _hold_out(pairs: PairDataset, fraction: float, seed: int) -> tuple[PairDataset, PairDataset]:
+    """(rest, held out). A single pair cannot be split: it then serves both."""
+    if len(pairs) < 2:
+        return pairs, pairs
+    rest, held_out = split(pairs, fraction, seed)
+    return pairs.subset(rest), pairs.subset(held_out)
+
+
+def _test_name(test: Any, sets: tuple[PairDataset, PairDataset] | None, config: UnlearnConfig) -> str:
+    if sets is None:
+        return f"{config.test_fraction:.0%} of the pairs, held out"
+    return sets[1].name if test is None else "given datasets"

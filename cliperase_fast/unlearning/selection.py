@@ -1,0 +1,57 @@
+"""Which checkpoint to keep: the most forgetting whose retain score dropped no more than the floor allows."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One look at the validation split. Scores are fractions: zero-shot accuracy, or recall@1 where there are no classes."""
+
+    step: int
+    epoch: int
+    forget: float
+    retain: float
+    forget_similarity: float  # mean cosine of the forget pairs
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The rule. Within the floor, the lowest forget score wins; ties go to the higher retain score, then to the lower
+    similarity of forget pairs. With nothing within the floor, the smallest retain drop wins, and the reason says so."""
+
+    retain_before: float
+    floor: float
+
+    def within(self, candidate: Candidate) -> bool:
+        return self.retain_before - candidate.retain <= self.floor + 1e-9  # the rounding of a fraction is no drop
+
+    def better(self, new: Candidate, old: Candidate | None) -> bool:
+        return old is None or self._rank(new) < self._rank(old)
+
+    def _rank(self, candidate: Candidate) -> tuple[float, ...]:
+        if self.within(candidate):
+            return (0, candidate.forget, -candidate.retain, candidate.forget_similarity)
+        return (1, -candidate.retain, candidate.forget, candidate.forget_similarity)
+
+    def reason(self, chosen: Candidate, looks: int) -> str:
+        scores = (
+            f"on the validation split forget {chosen.forget:.1%}, retain {chosen.retain:.1%} "
+            f"(before {self.retain_before:.1%})"
+        )
+        seen = f"{looks} checkpoint" + ("s" if looks != 1 else "")
+        if self.within(chosen):
+            return (
+                f"Epoch {chosen.epoch} (step {chosen.step}) forgets the most among {seen} whose retain score fell by at "
+                f"most {100 * self.floor:g} points: {scores}."
+            )
+        return (
+            f"No checkpoint of {seen} kept the retain score within {100 * self.floor:g} points; epoch {chosen.epoch} "
+            f"(step {chosen.step}) lost the least: {scores}. Try a lower learning_rate, a larger lambda_retain or "
+            "lambda_consistency, or allow more with retain_floor."
+        )

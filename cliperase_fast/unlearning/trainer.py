@@ -1,0 +1,312 @@
+"""The training loop: batches in, metrics and checkpoints out, resumable at any step."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from cliperase_fast.config import UnlearnConfig
+from cliperase_fast.errors import UnlearningError
+from cliperase_fast.losses import CLIPEraseLoss
+from cliperase_fast.models import ClipAdapter
+from cliperase_fast.ops import LossTerms
+from cliperase_fast.unlearning import checkpoints
+from cliperase_fast.unlearning.batches import Batch, BatchLoader
+from cliperase_fast.unlearning.runtime import Runtime
+from cliperase_fast.unlearning.selection import Candidate, Selection
+from cliperase_fast.unlearning.teacher import Teacher
+
+
+@dataclass
+class Progress:
+    """What a run has done; goes into every checkpoint."""
+
+    step: int = 0  # optimizer steps done
+    seconds: float = 0.0
+    metrics: list[dict[str, Any]] = field(default_factory=list)  # the lines of metrics.jsonl
+    looks: list[Candidate] = field(default_factory=list)
+    best: Candidate | None = None
+    best_weights: dict[str, str] | None = None
+    looks_without_better: int = 0
+    stopped_early: bool = False
+
+
+class Trainer:
+    """Trains `student` in place.
+
+    parameters: the trained ones by name. teacher: None when lambda_consistency is 0. validate: scores the student on the
+    validation split. directory: where checkpoints and metrics.jsonl go. identity: what a checkpoint must have in common
+    with a run that resumes from it.
+    """
+
+    def __init__(
+        self,
+        student: ClipAdapter,
+        parameters: list[tuple[str, nn.Parameter]],
+        teacher: Teacher | None,
+        teacher_scale: Tensor | None,
+        loader: BatchLoader,
+        config: UnlearnConfig,
+        runtime: Runtime,
+        selection: Selection,
+        validate: Callable[[int, int], Candidate],
+        directory: Path,
+        identity: dict[str, Any],
+    ) -> None:
+        self.student, self.teacher, self.teacher_scale, self.loader = student, teacher, teacher_scale, loader
+        self.config, self.runtime, self.selection, self.validate = config, runtime, selection, validate
+        self.directory, self.identity = directory, identity
+        self.parameters = [parameter for _, parameter in parameters]
+        self.saved = {name: parameter for name, parameter in parameters}
+        self.saved.update(student.module.named_buffers())
+        self.loss = CLIPEraseLoss(
+            config.lambda_retain,
+            config.lambda_forget,
+            config.lambda_consistency,
+            forget=config.forget_loss,
+            margin=config.margin,
+            consistency=config.consistency,
+            backend=config.backend,
+        )
+        self.optimizer = self._make_optimizer()
+        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == torch.float16)
+        self.steps_per_epoch = max(1, loader.plan.batches_per_epoch // config.accumulate)
+        self.total_steps = config.epochs * self.steps_per_epoch
+        self.progress = Progress()
+
+    def run(self) -> Progress:
+        """Train to the end (or to the early stop) and leave the chosen weights in the student."""
+        if self.progress.step == 0:
+            self._checkpoint()
+        self.student.module.train()
+        bar = tqdm(
+            total=self.total_steps,
+            initial=self.progress.step,
+            desc="unlearning",
+            unit="step",
+            disable=not self.runtime.progress,
+        )
+        first = self.progress.step * self.config.accumulate
+        batches = self.loader.batches(first, self.total_steps * self.config.accumulate)
+        with bar, (self.directory / "metrics.jsonl").open("a", encoding="utf-8") as log:
+            while self.progress.step < self.total_steps and not self.progress.stopped_early:
+                line = self._step([next(batches) for _ in range(self.config.accumulate)])
+                self._log(log, line)
+                terms = {name: f"{line[name]:.4f}" for name in ("total", "retain", "forget", "consistency")}
+                bar.set_postfix({**terms, "pairs/s": f"{line['pairs_per_second']:.0f}"}, refresh=False)
+                bar.update()
+                epoch, rest = divmod(self.progress.step, self.steps_per_epoch)
+                last = self.progress.step == self.total_steps
+                if rest == 0 and (epoch % self.config.evaluate_every == 0 or last):
+                    self._look(log, epoch)
+                if rest == 0 or last or self.progress.step % self.config.checkpoint_every == 0:
+                    self._checkpoint()
+        return self.progress
+
+    def load_chosen(self) -> None:
+        """Put the weights of the chosen checkpoint into the student."""
+        assert self.progress.best_weights is not None
+        self._load(checkpoints.load_best(self.directory / "checkpoints", self.progress.best_weights))
+
+    def restore(self, checkpoint: checkpoints.Checkpoint) -> None:
+        """Go on from a checkpoint: weights, optimizer, random states, metrics."""
+        self._load(checkpoint.student)
+        self.optimizer.load_state_dict(checkpoint.trainer["optimizer"])
+        self.scaler.load_state_dict(checkpoint.trainer["scaler"])
+        _set_random_states(checkpoint.trainer["random"])
+        state, best = checkpoint.state, checkpoint.state["best"]
+        self.progress = Progress(
+            step=state["step"],
+            seconds=state["seconds"],
+            metrics=_keep_metrics(self.directory / "metrics.jsonl", state["metrics_bytes"]),
+            looks=[Candidate(**look) for look in state["looks"]],
+            best=Candidate(**best["candidate"]) if best else None,
+            best_weights=best["weights"] if best else None,
+            looks_without_better=state["looks_without_better"],
+            stopped_early=state["stopped_early"],
+        )
+
+    def _step(self, batches: list[Batch]) -> dict[str, Any]:
+        began = time.perf_counter()
+        number = self.progress.step + 1
+        rate = learning_rate(self.config, self.progress.step, self.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        sums = torch.zeros(4, dtype=torch.float64)
+        for batch in batches:
+            terms = self._terms(batch)
+            self.scaler.scale(terms.total / len(batches)).backward()
+            sums += torch.stack([term.detach().double() for term in terms]).cpu()
+        values = [value / len(batches) for value in sums.tolist()]
+        if not math.isfinite(values[0]):
+            raise self._not_finite(number, values)
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip or math.inf)
+        if not self.scaler.is_enabled() and not torch.isfinite(norm):  # fp16 overflows now and then: the scaler skips it
+            raise self._not_finite(number, values, gradient=True)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.progress.step = number
+        seconds = time.perf_counter() - began
+        self.progress.seconds += seconds
+        return {
+            "step": number,
+            "epoch": (number - 1) // self.steps_per_epoch,
+            **dict(zip(LossTerms._fields, values, strict=True)),
+            "learning_rate": rate,
+            "grad_norm": float(norm),
+            "pairs_per_second": sum(len(batch.pixels) for batch in batches) / seconds,
+        }
+
+    def _terms(self, batch: Batch) -> LossTerms:
+        device = self.runtime.device
+        with self.runtime.autocast():
+            image = self.student.encode_image(batch.pixels.to(device, non_blocking=True))
+            text = self.student.encode_text(batch.tokens.to(device, non_blocking=True))
+        text = text.index_select(0, batch.text_of_pair.to(device))
+        forget = len(batch.pixels) - len(batch.retain_indices)
+        teacher_image, teacher_text = self.teacher.features(batch) if self.teacher is not None else (None, None)
+        return self.loss(
+            image[:forget],
+            text[:forget],
+            image[forget:],
+            text[forget:],
+            teacher_image,
+            teacher_text,
+            self.student.logit_scale(),
+            self.teacher_scale,
+            group_ids=None if batch.group_ids is None else batch.group_ids.to(device),
+        )
+
+    def _look(self, log: Any, epoch: int) -> None:
+        progress, candidate = self.progress, self.validate(self.progress.step, epoch)
+        progress.looks.append(candidate)
+        line = {
+            "step": candidate.step,
+            "epoch": epoch - 1,
+            "validation": {"forget": candidate.forget, "retain": candidate.retain},
+        }
+        self._log(log, line)
+        if self.selection.better(candidate, progress.best):
+            progress.best, progress.looks_without_better = candidate, 0
+            progress.best_weights = checkpoints.save_best(self.directory / "checkpoints", candidate.step, self.saved)
+        else:
+            progress.looks_without_better += 1
+            progress.stopped_early = 0 < self.config.early_stop <= progress.looks_without_better
+
+    def _log(self, log: Any, line: dict[str, Any]) -> None:
+        self.progress.metrics.append(line)
+        log.write(json.dumps(line) + "\n")
+        log.flush()
+
+    def _checkpoint(self) -> None:
+        progress = self.progress
+        best = None
+        if progress.best is not None:
+            best = {"candidate": progress.best.to_dict(), "weights": progress.best_weights}
+        checkpoints.save_checkpoint(
+            self.directory / "checkpoints",
+            progress.step,
+            self.saved,
+            {
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "random": _random_states(),
+            },
+            {
+                "identity": self.identity,
+                "seconds": progress.seconds,
+                "metrics_bytes": _flushed_size(self.directory / "metrics.jsonl"),
+                "looks": [look.to_dict() for look in progress.looks],
+                "best": best,
+                "looks_without_better": progress.looks_without_better,
+                "stopped_early": progress.stopped_early,
+            },
+            keep=self.config.keep_checkpoints,
+        )
+
+    def _load(self, weights: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, tensor in self.saved.items():
+                tensor.copy_(weights[name])
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[self.config.optimizer]
+        matrices = [parameter for parameter in self.parameters if parameter.ndim >= 2]
+        others = [parameter for parameter in self.parameters if parameter.ndim < 2]
+        groups = [
+            {"params": matrices, "weight_decay": self.config.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        return kind(groups, lr=self.config.learning_rate, fused=True)
+
+    def _not_finite(self, number: int, values: list[float], gradient: bool = False) -> UnlearningError:
+        what = "gradient" if gradient else "loss"
+        terms = ", ".join(f"{name} {value:g}" for name, value in zip(LossTerms._fields, values, strict=True))
+        saved = checkpoints.list_checkpoints(self.directory / "checkpoints")
+        return UnlearningError(
+            f"the {what} is not finite at step {number} ({terms}); training stopped before that step changed the "
+            f"weights. The last good checkpoint is {saved[-1]}. Try a lower learning_rate (now "
+            f"{self.config.learning_rate:g}), grad_clip=1, or precision='fp32'"
+        )
+
+
+def learning_rate(config: UnlearnConfig, step: int, total: int) -> float:
+    """Rate of the optimizer step after `step` have been done: linear warm-up, then constant or half a cosine to 0."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.learning_rate
+    done = (step - config.warmup_steps) / max(1, total - config.warmup_steps)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+
+def _flushed_size(path: Path) -> int:
+    """Bytes of metrics.jsonl, on disk for good: the checkpoint that names them must find them again."""
+    path.touch()
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+    return path.stat().st_size
+
+
+def _keep_metrics(path: Path, size: int) -> list[dict[str, Any]]:
+    """The first `size` bytes of metrics.jsonl, parsed; the lines of steps that will be done again go."""
+    text = path.read_bytes()[:size].decode("utf-8")
+    checkpoints.write_text_atomically(path, text)
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def _random_states() -> dict[str, Any]:
+    """The global generators' states, in types that a weights_only load accepts."""
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    version, internal, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
+        "python": [version, list(internal), gauss],
+    }
+
+
+def _set_random_states(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    if states["cuda"]:
+        torch.cuda.set_rng_state_all(states["cuda"])
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
