@@ -1,0 +1,1 @@
+"""Measurements anyone can re-run; what they found is kept in results/."""

@@ -1,0 +1,126 @@
+"""How well unlearning works, on data that needs no download: forget something, measure what went and what stayed.
+
+    python -m benchmarks.quality digits      several digits, and each loss left out in turn
+    python -m benchmarks.quality shapes      "red circle": the association goes, red things and circles stay
+    python -m benchmarks.quality cifar10 --shards '/data/train-{00000..00003}.tar' --test-shards /data/test-00000.tar
+
+Each writes benchmarks/results/quality-NAME.json; `python -m benchmarks.write_docs` puts the figures into the docs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.machine import RESULTS, describe
+from cliperase_fast.demo import run_demo
+
+ABLATION = {
+    "all three": {},
+    "forgetting alone": {"lambda_retain": 0.0, "lambda_consistency": 0.0},
+    "without retention": {"lambda_retain": 0.0},
+    "without consistency": {"lambda_consistency": 0.0},
+}
+
+
+def digits() -> list[dict[str, Any]]:
+    runs = [
+        measure(f"digit {digit}", f"demo#class:{digit}", {}) for digit in ("seven", "zero", "three", "five", "eight")
+    ]
+    # The last checkpoint whatever it lost: the floor would hide what a missing loss does.
+    runs += [
+        measure(f"ablation: {name}", "demo#class:seven", {**weights, "retain_floor": 1.0})
+        for name, weights in ABLATION.items()
+    ]
+    return runs
+
+
+def shapes() -> list[dict[str, Any]]:
+    return [
+        measure(name, f"shapes#class:{name}", {}) for name in ("red circle", "blue star", "green square")
+    ] + [
+        measure(
+            "red circle, forgetting alone",
+            "shapes#class:red circle",
+            {"lambda_retain": 0.0, "lambda_consistency": 0.0, "retain_floor": 1.0},
+        )
+    ]
+
+
+def cifar10(shards: str, test_shards: str) -> list[dict[str, Any]]:
+    test = f"wds:{test_shards}"
+    return [measure("airplane", f"wds:{shards}#class:airplane", {}, test=test)]
+
+
+def measure(name: str, forget: str, settings: Mapping[str, Any], test: str | None = None) -> dict[str, Any]:
+    """One run of the demo; its scores, and how classes fared by what they share with the forgotten ones."""
+    print(f"--- {name}", flush=True)
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        result = run_demo(forget, Path(folder) / "run", test=test, report=False, **settings)
+    print(result.summary(), flush=True)
+    return {
+        "name": name,
+        "settings": dict(settings),
+        "before": result.before,
+        "after": result.after,
+        "groups": kinship(result.record["per_class"]),
+        "selection": result.selection,
+        "seconds": round(time.perf_counter() - began, 1),
+        "pairs_per_second": round(result.record["pairs_per_second"], 1),
+    }
+
+
+def kinship(per_class: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Mean accuracy before and after of the classes by the words they share with a forgotten one.
+
+    For "red circle": other classes with "red", other classes with "circle", and those with neither.
+    """
+    forgotten = [name for name, row in per_class.items() if row["set"] == "forget"]
+    words = sorted({word for name in forgotten for word in name.split()})
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for name, row in per_class.items():
+        if row["set"] == "forget":
+            groups.setdefault("forgotten", []).append(row)
+            continue
+        shared = [word for word in words if word in name.split()]
+        for word in shared or ["others"]:
+            groups.setdefault(word, []).append(row)
+    return {
+        group: {
+            "classes": len(rows),
+            "before": float(np.mean([row["before"] for row in rows])),
+            "after": float(np.mean([row["after"] for row in rows])),
+        }
+        for group, rows in groups.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=("digits", "shapes", "cifar10"))
+    parser.add_argument("--shards", help="cifar10: webdataset shards to train on")
+    parser.add_argument("--test-shards", help="cifar10: webdataset shards to measure on")
+    arguments = parser.parse_args()
+    if arguments.name == "cifar10":
+        if not (arguments.shards and arguments.test_shards):
+            parser.error("cifar10 needs --shards and --test-shards")
+        runs = cifar10(arguments.shards, arguments.test_shards)
+    else:
+        runs = {"digits": digits, "shapes": shapes}[arguments.name]()
+    record = {**describe(), "command": f"python -m benchmarks.quality {arguments.name}", "runs": runs}
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"quality-{arguments.name}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()

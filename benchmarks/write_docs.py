@@ -1,0 +1,122 @@
+"""Put the figures of benchmarks/results/ into the docs: between `<!-- figures: NAME -->` and `<!-- end -->` marks.
+
+    python -m benchmarks.write_docs            rewrite README.md and docs/*.md
+    python -m benchmarks.write_docs --check    change nothing; exit 1 when a page does not show the committed results
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import RESULTS, ROOT
+
+_MARK = re.compile(r"(<!-- figures: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def digits_table() -> str:
+    record = load("quality-digits")
+    rows = [(run["name"], run) for run in record["runs"] if not run["name"].startswith("ablation")]
+    return f"{_quality_table(rows)}\n\n{provenance(record)}"
+
+
+def ablation_table() -> str:
+    record = load("quality-digits")
+    prefix = "ablation: "
+    rows = [(run["name"].removeprefix(prefix), run) for run in record["runs"] if run["name"].startswith(prefix)]
+    return f"{_quality_table(rows)}\n\n{provenance(record)}"
+
+
+def shapes_table() -> str:
+    record = load("quality-shapes")
+    rows = []
+    for run in record["runs"]:
+        for group, row in run["groups"].items():
+            label = {"forgotten": "the forgotten one", "others": "all others"}.get(group, f"others with “{group}”")
+            rows.append((run["name"], label, str(row["classes"]), percent(row["before"]), percent(row["after"])))
+    head = ("forgotten", "accuracy of", "classes", "before", "after")
+    return f"{table(head, rows)}\n\n{provenance(record)}"
+
+
+def cifar10_table() -> str:
+    record = load("quality-cifar10")
+    return f"{_quality_table([(run['name'], run) for run in record['runs']])}\n\n{provenance(record)}"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "digits": digits_table,
+    "ablation": ablation_table,
+    "shapes": shapes_table,
+    "cifar10": cifar10_table,
+}
+
+
+def _quality_table(rows: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    head = ("", "forget before", "forget after", "retain before", "retain after", "seconds")
+    return table(
+        head,
+        [
+            (
+                name,
+                *(percent(run[when][part]["zero_shot_top1"]) for part in ("forget", "retain") for when in ("before", "after")),
+                f"{run['seconds']:.0f}",
+            )
+            for name, run in rows
+        ],
+    )
+
+
+def load(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def provenance(record: dict[str, Any]) -> str:
+    machine, versions = record["machine"], record["versions"]
+    where = f"{machine['processor']}, {machine['cores']} cores" + (f", {machine['gpu']}" if machine["gpu"] else "")
+    return (
+        f"`{record['command']}` on {record['date']}, {where}, Python {versions['python']}, torch {versions['torch']}, "
+        f"commit {record['commit']}."
+    )
+
+
+def percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f} %"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def rewritten(text: str) -> str:
+    return _MARK.sub(lambda match: f"{match[1]}{TABLES[match['name']]()}\n{match[3]}", text)
+
+
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    stale = []
+    for path in pages():
+        text = path.read_text(encoding="utf-8")
+        new = rewritten(text)
+        if new != text:
+            stale.append(path)
+            if not check:
+                path.write_text(new, encoding="utf-8")
+    for path in stale:
+        print(f"{path.relative_to(ROOT)} {'does not show the committed results' if check else 'rewritten'}")
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""Class names and the captions that stand for them: made from templates, or read off the captions that occur."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cliperase_fast.errors import InputError
+
+DEFAULT_TEMPLATES = ("a photo of a {}",)
+MAX_DERIVED_CLASSES = 1000
+
+
+@dataclass(frozen=True)
+class ClassSpace:
+    """Class names and, for each, the captions that stand for it in zero-shot classification."""
+
+    names: tuple[str, ...]
+    prompts: tuple[tuple[str, ...], ...]
+    derived: bool = False  # read off the captions, not named by the data
+
+    @classmethod
+    def from_templates(cls, names: Sequence[str], templates: Sequence[str], derived: bool = False) -> ClassSpace:
+        prompts = tuple(tuple(template.replace("{}", name) for template in templates) for name in names)
+        return cls(tuple(names), prompts, derived)
+
+
+def check_templates(templates: Sequence[str] | str | None) -> tuple[str, ...] | None:
+    """Caption templates as a tuple; each must hold one "{}" for the class name. None stays None."""
+    if templates is None:
+        return None
+    checked = (templates,) if isinstance(templates, str) else tuple(templates)
+    if not checked:
+        raise InputError("templates is empty: give at least one, for example 'a photo of a {}'")
+    for template in checked:
+        if not isinstance(template, str) or template.count("{}") != 1:
+            raise InputError(f"the template {template!r} must be text with one '{{}}' for the class name")
+    return checked
+
+
+def readable(name: str) -> str:
+    """A class or folder name as it reads in a caption."""
+    return " ".join(name.replace("_", " ").split())
+
+
+def derive_classes(captions: Sequence[tuple[Any, ...]]) -> tuple[np.ndarray, ClassSpace] | None:
+    """Labels int64 [n] and classes when captions are few and repeated, else None.
+
+    Few and repeated: at most 1000 different ones and at most half of the number of pairs. Every different caption (or
+    tuple of captions) is a class; see `class_names` for what it is called. Token-id captions give no classes.
+    """
+    if any(not isinstance(caption, str) for group in captions for caption in group):
+        return None
+    if 2 * len(set(captions)) > len(captions):
+        return None
+    return label_by_caption(captions)
+
+
+def label_by_caption(captions: Sequence[tuple[str, ...]]) -> tuple[np.ndarray, ClassSpace] | None:
+    """Labels and classes with each different tuple of captions a class; None when that makes no sensible classes."""
+    groups = sorted(set(captions))
+    firsts = [group[0] for group in groups]
+    if not 0 < len(groups) <= MAX_DERIVED_CLASSES or len(set(firsts)) < len(groups):
+        return None
+    number = {group: label for label, group in enumerate(groups)}
+    labels = np.array([number[group] for group in captions], dtype=np.int64)
+    return labels, ClassSpace(class_names(firsts), tuple(groups), derived=True)
+
+
+# A word runs to its last letter or digit, so that "T-shirt" is one and the full stop after it is another.
+_TOKEN = re.compile(r"\w(?:\S*\w)?|[^\w\s]")
+_ARTICLES = frozenset({"a", "an", "the"})
+
+
+def class_names(captions: Sequence[str]) -> tuple[str, ...]:
+    """A short name for each of some different captions: what is left without the words all of them share at both ends.
+
+    "a photo of a dog." and "a photo of an owl." give "dog" and "owl". Captions that would end up with the same name, or
+    none, keep their full text, as does a single caption.
+    """
+    spans = [[(match.group().casefold(), *match.span()) for match in _TOKEN.finditer(caption)] for caption in captions]
+    shortest = min(len(words) for words in spans)
+    if len(captions) < 2 or shortest == 0:
+        return tuple(captions)
+    head = _shared([[word[0] for word in words] for words in spans], shortest - 1)
+    tail = _shared([[word[0] for word in reversed(words)] for words in spans], shortest - 1 - head)
+    names = []
+    for caption, words in zip(captions, spans, strict=True):
+        middle = words[head : len(words) - tail]
+        if len(middle) > 1 and middle[0][0] in _ARTICLES:
+            middle = middle[1:]
+        names.append(caption[middle[0][1] : middle[-1][2]])
+    different = {name.casefold() for name in names}
+    return tuple(names) if len(different) == len(names) else tuple(captions)
+
+
+def _shared(rows: list[list[str]], limit: int) -> int:
+    """How many words all rows begin with, at most `limit`."""
+    count = 0
+    while count < limit and len({row[count] for row in rows}) == 1:
+        count += 1
+    return count
+
+
+def merge_classes(
+    parts: Sequence[tuple[list[tuple[Any, ...]], np.ndarray | None, ClassSpace | None]],
+) -> tuple[np.ndarray | None, ClassSpace | None]:
+    """One class space for (captions, labels, classes) of several data sets: labels int64 of all pairs, and the classes.
+
+    Equal spaces stay. Spaces read off captions are read off anew from all of them, so that one class alone ("a photo of a
+    dog") and the rest get matching names. Otherwise classes of the same name are one. Without a common space: None, None.
+    """
+    spaces = [space for _, _, space in parts]
+    first = spaces[0]
+    if first is not None and all(space == first for space in spaces):
+        return np.concatenate([labels for _, labels, _ in parts if labels is not None]), first
+    captions = [group for part, _, _ in parts for group in part]
+    if all(space is None or space.derived for space in spaces):
+        text = all(isinstance(caption, str) for group in captions for caption in group)
+        known = text and any(space is not None for space in spaces)
+        return (label_by_caption(captions) if known else derive_classes(captions)) or (None, None)
+    names: dict[str, int] = {}
+    prompts: list[tuple[str, ...]] = []
+    labels_of_parts = []
+    for _, labels, space in parts:
+        if space is None or labels is None:
+            return None, None
+        for name, prompt in zip(space.names, space.prompts, strict=True):
+            if name not in names:
+                names[name] = len(prompts)
+                prompts.append(prompt)
+        labels_of_parts.append(np.array([names[name] for name in space.names], dtype=np.int64)[labels])
+    return np.concatenate(labels_of_parts), ClassSpace(tuple(names), tuple(prompts))

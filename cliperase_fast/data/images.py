@@ -1,0 +1,212 @@
+"""Where images are kept: in memory, in files, inside tar shards, or in any dataset of the caller's."""
+
+from __future__ import annotations
+
+import bisect
+import io
+import os
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cliperase_fast.errors import InputError
+
+
+class ImageStore:
+    """Images by position. Stores hold no open files, so they can be pickled for loader processes."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def image(self, position: int) -> Image.Image | Tensor:
+        """The decoded image: PIL in RGB, or the caller's tensor. `InputError` names one that cannot be read."""
+        raise NotImplementedError
+
+    def origin(self, position: int) -> str:
+        """The collection this image belongs to; within one, different identities are different images."""
+        raise NotImplementedError
+
+    def identity(self, position: int) -> Hashable:
+        """Equal for the same image even when it was opened twice."""
+        raise NotImplementedError
+
+    def decoded(self, position: int) -> bool:
+        """Whether the pixels are already in memory, so that reading them cannot fail."""
+        return False
+
+    def thread_safe(self) -> bool:
+        return True
+
+
+class ArrayStore(ImageStore):
+    """uint8 pixels [n, H, W, 3] in memory."""
+
+    def __init__(self, pixels: np.ndarray, origin: str) -> None:
+        self.pixels, self._origin = pixels, origin
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def image(self, position: int) -> Image.Image:
+        return Image.fromarray(np.ascontiguousarray(self.pixels[position]))
+
+    def origin(self, position: int) -> str:
+        return self._origin
+
+    def identity(self, position: int) -> Hashable:
+        return self._origin, position
+
+    def decoded(self, position: int) -> bool:
+        return True
+
+
+class FileStore(ImageStore):
+    """Image files."""
+
+    def __init__(self, paths: Sequence[str], origin: str) -> None:
+        self.paths, self._origin = list(paths), origin
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def image(self, position: int) -> Image.Image:
+        return decode(self.paths[position], self.paths[position])
+
+    def origin(self, position: int) -> str:
+        return self._origin
+
+    def identity(self, position: int) -> Hashable:
+        return "file", os.path.realpath(self.paths[position])
+
+
+class TarStore(ImageStore):
+    """Members of uncompressed tar files, read by their offset."""
+
+    def __init__(
+        self, shards: Sequence[str], shard_of: np.ndarray, offsets: np.ndarray, sizes: np.ndarray, members: Sequence[str]
+    ) -> None:
+        self.shards, self.members = list(shards), list(members)
+        self.shard_of, self.offsets, self.sizes = shard_of, offsets, sizes  # int64 [n] each
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def image(self, position: int) -> Image.Image:
+        shard, name = self.shards[self.shard_of[position]], self.members[position]
+        try:
+            with open(shard, "rb") as file:
+                file.seek(self.offsets[position])
+                data = file.read(self.sizes[position])
+        except OSError as error:
+            raise InputError(f"cannot read {name} from the shard {shard}: {error.strerror or error}") from error
+        return decode(io.BytesIO(data), f"{name} in the shard {shard}")
+
+    def origin(self, position: int) -> str:
+        return os.path.realpath(self.shards[self.shard_of[position]])
+
+    def identity(self, position: int) -> Hashable:
+        return self.origin(position), int(self.offsets[position])
+
+
+class ItemStore(ImageStore):
+    """The first element of each item of a map-style dataset or sequence."""
+
+    def __init__(self, items: Any, name: str) -> None:
+        self.items, self.name = items, name
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def image(self, position: int) -> Image.Image | Tensor:
+        try:
+            image = self.items[position][0]
+            if isinstance(image, Image.Image):
+                return image.convert("RGB")
+        except InputError:
+            raise
+        except Exception as error:  # the caller's code and lazily opened images may raise anything
+            reason = f"{type(error).__name__}: {error}"
+            raise InputError(f"cannot read image {position} of {self.name}: {reason}") from error
+        if isinstance(image, Tensor):
+            return image
+        raise InputError(
+            f"image {position} of {self.name} is a {type(image).__name__}: give a PIL image, or a float tensor [3, H, W] "
+            "that is already transformed"
+        )
+
+    def origin(self, position: int) -> str:
+        return f"object {id(self.items)}"
+
+    def identity(self, position: int) -> Hashable:
+        return self.origin(position), position
+
+    def thread_safe(self) -> bool:
+        return False
+
+
+class JoinedStore(ImageStore):
+    """Several stores one after the other."""
+
+    def __init__(self, stores: Sequence[ImageStore]) -> None:
+        self.stores = list(stores)
+        self.starts = [0]
+        for store in stores:
+            self.starts.append(self.starts[-1] + len(store))
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def _find(self, position: int) -> tuple[ImageStore, int]:
+        which = bisect.bisect_right(self.starts, position) - 1
+        return self.stores[which], position - self.starts[which]
+
+    def image(self, position: int) -> Image.Image | Tensor:
+        store, inner = self._find(position)
+        return store.image(inner)
+
+    def origin(self, position: int) -> str:
+        store, inner = self._find(position)
+        return store.origin(inner)
+
+    def identity(self, position: int) -> Hashable:
+        store, inner = self._find(position)
+        return store.identity(inner)
+
+    def decoded(self, position: int) -> bool:
+        store, inner = self._find(position)
+        return store.decoded(inner)
+
+    def thread_safe(self) -> bool:
+        return all(store.thread_safe() for store in self.stores)
+
+
+def decode(file: str | io.BytesIO, name: str) -> Image.Image:
+    """The whole image in RGB; `InputError` with its name when it is missing, damaged, truncated or no image."""
+    try:
+        with Image.open(file) as image:
+            return image.convert("RGB")
+    except FileNotFoundError as error:
+        raise InputError(f"the image {name} does not exist") from error
+    except Exception as error:  # on damaged files decoders raise anything from OSError to struct.error
+        raise InputError(f"cannot read the image {name}: {error}") from error
+
+
+def tensor_fault(image: Tensor) -> str | None:
+    """What is wrong with the form of an already transformed image, or None. Values are looked at elsewhere."""
+    if not image.dtype.is_floating_point:
+        return f"is a {str(image.dtype).removeprefix('torch.')} tensor; tensor images must be float and already transformed"
+    if image.ndim != 3 or image.shape[0] != 3 or image.numel() == 0:
+        return f"is a tensor {list(image.shape)}; tensor images must be [3, H, W]"
+    return None
+
+
+def pixel_bytes(image: Image.Image | Tensor) -> bytes:
+    """Size, type and values of an image as bytes: equal for equal pixels, however the image was stored."""
+    if isinstance(image, Image.Image):
+        return f"{image.mode} {image.size}".encode() + image.tobytes()
+    flat = image.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return f"{image.dtype} {tuple(image.shape)}".encode() + flat.numpy().tobytes()

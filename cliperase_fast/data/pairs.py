@@ -1,0 +1,213 @@
+"""The one dataset the library works on: images, each with one or more captions, and perhaps a class."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, Subset
+
+from cliperase_fast.data.classes import ClassSpace, derive_classes, merge_classes
+from cliperase_fast.data.images import ImageStore, ItemStore, JoinedStore
+from cliperase_fast.errors import InputError
+
+
+class PairDataset(Dataset):
+    """Images with their captions. Indexing gives (image, first caption); `captions[i]` holds all of image i.
+
+    name: for messages.
+    captions: a tuple for each image, of str or of token ids (int64 [L], all of one length).
+    ids: the stable id of each image, by which `ids:FILE` selects.
+    labels: int64 [n], index into `classes`; None without classes.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        store: ImageStore,
+        captions: Sequence[tuple[Any, ...]],
+        ids: Sequence[str],
+        *,
+        labels: np.ndarray | None = None,
+        space: ClassSpace | None = None,
+        positions: np.ndarray | None = None,
+    ) -> None:
+        self.name, self.store = name, store
+        self.captions, self.ids = list(captions), list(ids)
+        self.positions = np.arange(len(store)) if positions is None else positions  # [n], into the store
+        self.labels, self.space = labels, space
+        lengths = {len(self.captions), len(self.ids), len(self.positions)}
+        if len(lengths) > 1 or (labels is not None and len(labels) != len(self.ids)):
+            raise ValueError("captions, ids, labels and positions must have one entry for each image")
+        if (labels is None) != (space is None):
+            raise ValueError("labels and classes come together")
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        return None if self.space is None else self.space.names
+
+    @property
+    def prompts(self) -> tuple[tuple[str, ...], ...] | None:
+        """For each class the captions that stand for it: from templates, else the captions that occur."""
+        return None if self.space is None else self.space.prompts
+
+    def class_prompts(self, which: str | int) -> list[str]:
+        """The captions that stand for a class, by its name or number."""
+        if self.space is None:
+            raise InputError(f"{self.name} has no classes")
+        return list(self.space.prompts[self.space.names.index(which) if isinstance(which, str) else which])
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def image(self, index: int) -> Image.Image | Tensor:
+        """Image `index`, decoded and not transformed: PIL in RGB, or a tensor where the caller gave tensors."""
+        return self.store.image(int(self.positions[index]))
+
+    def __getitem__(self, index: int) -> tuple[Image.Image | Tensor, Any]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} is outside of {self.name}, which has {len(self)} images")
+        return self.image(index), self.captions[index][0]
+
+    def subset(self, indices: Sequence[int] | np.ndarray | Tensor) -> PairDataset:
+        """The images at these indices (or where a bool mask [n] is true), in this order; shares the image store."""
+        chosen = np.asarray(indices)
+        if chosen.dtype == bool:
+            if len(chosen) != len(self):
+                raise InputError(f"a mask of {len(chosen)} values does not fit {self.name}, which has {len(self)} images")
+            chosen = np.flatnonzero(chosen)
+        chosen = chosen.astype(np.int64)
+        return PairDataset(
+            self.name,
+            self.store,
+            [self.captions[i] for i in chosen],
+            [self.ids[i] for i in chosen],
+            labels=None if self.labels is None else self.labels[chosen],
+            space=self.space,
+            positions=self.positions[chosen],
+        )
+
+    def fingerprint(self) -> str:
+        """Hex digest of ids, captions and labels, in order. Pixels do not enter."""
+        digest = hashlib.sha256()
+        for index, (name, captions) in enumerate(zip(self.ids, self.captions, strict=True)):
+            label = "" if self.labels is None else int(self.labels[index])
+            texts = [caption if isinstance(caption, str) else caption.tolist() for caption in captions]
+            digest.update(repr((name, texts, label)).encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
+
+
+def concat(parts: Sequence[PairDataset]) -> PairDataset:
+    """All pairs of the parts, one after the other, in one class space (see `merge_classes`)."""
+    if not parts:
+        raise InputError("there is nothing to put together: give at least one data set")
+    labels, space = merge_classes([(part.captions, part.labels, part.space) for part in parts])
+    stores = list({id(part.store): part.store for part in parts}.values())
+    if len(stores) == 1:
+        store, starts = stores[0], {id(stores[0]): 0}
+    else:
+        joined = JoinedStore(stores)
+        store, starts = joined, {id(inner): start for inner, start in zip(stores, joined.starts, strict=False)}
+    return PairDataset(
+        " + ".join(dict.fromkeys(part.name for part in parts)),
+        store,
+        [captions for part in parts for captions in part.captions],
+        [name for part in parts for name in part.ids],
+        labels=labels,
+        space=space,
+        positions=np.concatenate([part.positions + starts[id(part.store)] for part in parts]),
+    )
+
+
+def as_pairs(dataset: Any, name: str) -> PairDataset:
+    """Wrap a map-style dataset or sequence of (image, caption).
+
+    image: a PIL image, or a float tensor [3, H, W] that is already transformed.
+    caption: a str, a list of str, or token ids as an integer tensor [L] (or [k, L] for k captions).
+    A `PairDataset` passes through, and a torch `Subset` of one keeps all it knows. Captions are read here once, through
+    `dataset[i]` for every i: a dataset that decodes images decodes them all. Captions that are few and repeated (at most
+    1000 different ones, and at most half as many as pairs) become classes.
+    """
+    base, indices = _unwrap(dataset)
+    if isinstance(base, PairDataset):
+        return base if indices is None else base.subset(indices)
+    if isinstance(base, IterableDataset) or not (hasattr(base, "__len__") and hasattr(base, "__getitem__")):
+        raise InputError(
+            f"{name} is a {type(base).__name__}: give a map-style dataset (with __len__ and __getitem__) of "
+            "(image, caption) pairs"
+        )
+    if isinstance(base, (str, bytes, dict, Tensor, np.ndarray)):
+        raise InputError(f"{name} is a {type(base).__name__}: give a dataset or list of (image, caption) pairs")
+    positions = np.arange(len(base)) if indices is None else indices
+    captions = [_captions(_item(base, int(i), name), base, int(i), name) for i in positions]
+    _check_one_kind(captions, positions, name)
+    labels, space = derive_classes(captions) or (None, None)
+    ids = [str(i) for i in positions]
+    return PairDataset(name, ItemStore(base, name), captions, ids, labels=labels, space=space, positions=positions)
+
+
+def _unwrap(dataset: Any) -> tuple[Any, np.ndarray | None]:
+    """The dataset below any torch Subsets, and the indices into it (None: all)."""
+    indices: np.ndarray | None = None
+    while isinstance(dataset, Subset):
+        inner = np.asarray(dataset.indices, dtype=np.int64).reshape(-1)
+        indices = inner if indices is None else inner[indices]
+        dataset = dataset.dataset
+    return dataset, indices
+
+
+def _item(base: Any, index: int, name: str) -> Any:
+    try:
+        item = base[index]
+    except InputError:
+        raise
+    except Exception as error:  # the caller's code may raise anything
+        raise InputError(f"item {index} of {name} cannot be read: {type(error).__name__}: {error}") from error
+    if not isinstance(item, (tuple, list)) or len(item) != 2:
+        size = f" of {len(item)}" if isinstance(item, (tuple, list)) else ""
+        raise InputError(f"item {index} of {name} is a {type(item).__name__}{size}: each item must be (image, caption)")
+    return item
+
+
+def _captions(item: Any, base: Any, index: int, name: str) -> tuple[Any, ...]:
+    caption = item[1]
+    where = f"the caption of item {index} of {name}"
+    if isinstance(caption, (int, np.integer)) or (isinstance(caption, Tensor) and caption.ndim == 0):
+        known = "dataset.classes[label]" if hasattr(base, "classes") else "class_names[label]"
+        raise InputError(
+            f"{where} is the number {int(caption)}, a class label: give captions, for example "
+            f"[(image, f'a photo of a {{{known}}}') for image, label in dataset]"
+        )
+    if isinstance(caption, (Tensor, np.ndarray)):
+        tokens = torch.as_tensor(caption)
+        if tokens.dtype.is_floating_point or tokens.dtype == torch.bool or tokens.ndim > 2 or tokens.numel() == 0:
+            raise InputError(f"{where} is a {tokens.dtype} tensor {list(tokens.shape)}: token ids are integers [L]")
+        return tuple(tokens.long().reshape(-1, tokens.shape[-1]))
+    texts = caption if isinstance(caption, (list, tuple)) else (caption,)
+    if not texts:
+        raise InputError(f"{where} is an empty list: give at least one caption")
+    for text in texts:
+        if not isinstance(text, str):
+            raise InputError(f"{where} is a {type(text).__name__}: give a str, a list of str, or token ids as a tensor")
+        if not text.strip():
+            raise InputError(f"{where} is empty: give a text, or leave the pair out")
+    return tuple(str(text) for text in texts)
+
+
+def _check_one_kind(captions: list[tuple[Any, ...]], positions: np.ndarray, name: str) -> None:
+    """All captions are texts, or all are token ids of one length."""
+    kinds: dict[str, int] = {}
+    for group, index in zip(captions, positions, strict=True):
+        for caption in group:
+            kinds.setdefault("text" if isinstance(caption, str) else f"{len(caption)} token ids", int(index))
+    if len(kinds) > 1:
+        (kind, index), (other, other_index) = list(kinds.items())[:2]
+        raise InputError(
+            f"captions of {name} differ in kind: item {index} has {kind}, item {other_index} has {other}; give texts "
+            "everywhere, or token ids of one length"
+        )

@@ -1,0 +1,263 @@
+"""The features of a set of pairs: every image once, every different caption once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from cliperase_fast.data import PairDataset
+from cliperase_fast.errors import InputError
+from cliperase_fast.models import ClipAdapter
+
+DEFAULT_TEMPLATE = "a photo of a {}"
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class EncodedPairs:
+    """Features of n images, their U different captions and, where there are classes, C classes.
+
+    All tensors are float32, on the CPU, with rows of unit length.
+    """
+
+    image_features: Tensor  # [n, D]
+    caption_features: Tensor  # [U, D]
+    caption_index: list[np.ndarray]  # for each image the rows of its captions, int64, at least one
+    class_features: Tensor | None  # [C, D], see `class_prompts`
+
+    def __len__(self) -> int:
+        return len(self.image_features)
+
+
+def encode_pairs(
+    adapter: ClipAdapter,
+    pairs: PairDataset,
+    *,
+    batch_size: int,
+    device: torch.device | str,
+    precision: str = "fp32",
+    num_workers: int = 0,
+    progress: bool = False,
+    templates: Sequence[str] | None = None,
+) -> EncodedPairs:
+    """Encode all images and captions, in evaluation mode (each module's own mode comes back afterwards).
+
+    adapter: stands on `device`. PIL images go through its `transform`, tensors [3, H, W] pass as they are.
+    batch_size: images (or captions) in a forward pass.
+    precision: arithmetic of the encoders, fp32 (the parameters' own), bf16 or fp16 (autocast).
+    num_workers: processes that load images. The global random generators are not touched.
+    progress: show a bar on a terminal.
+    templates: class prompts instead of `pairs.prompts`, see `class_prompts`.
+
+    Raises `InputError` for captions the model cannot take and for images of unlike sizes. Features that are NaN or
+    infinite are returned as such, see `require_finite`.
+    """
+    device = torch.device(device)
+    captions, caption_index = _different_captions(pairs)
+    prompts = class_prompts(pairs, templates)
+    # A prompt that is also a caption is encoded once.
+    known = {_key(caption): row for row, caption in enumerate(captions)}
+    extra: list[Any] = []
+    for prompt in (prompt for of_class in prompts or () for prompt in of_class):
+        if _key(prompt) not in known:
+            known[_key(prompt)] = len(captions) + len(extra)
+            extra.append(prompt)
+    token_sets = [
+        _tokens(adapter, part) for part in (captions, extra) if part
+    ]  # before any encoding: the checks
+
+    with _inference(adapter.module, device, precision):
+        text = torch.cat(
+            [_encode_text(adapter, tokens, batch_size, device) for tokens in token_sets]
+        )  # [U + X, D]
+        image = _encode_images(adapter, pairs, batch_size, device, num_workers, progress)  # [n, D]
+    class_features = None
+    if prompts is not None:
+        rows = [torch.as_tensor([known[_key(prompt)] for prompt in of_class]) for of_class in prompts]
+        class_features = F.normalize(
+            torch.stack([text[of_class].mean(0) for of_class in rows]), dim=-1
+        )  # [C, D]
+    return EncodedPairs(image, text[: len(captions)], caption_index, class_features)
+
+
+def pair_similarities(encoded: EncodedPairs) -> np.ndarray:
+    """The cosine of each image with its own captions, their mean where it has several; float32 [n], from -1 to 1."""
+    image_of, caption_of = matching(encoded)
+    sums = np.zeros(len(encoded), dtype=np.float64)
+    step = 1 << 16  # pairs gathered at a time
+    for start in range(0, len(image_of), step):
+        images, captions = image_of[start : start + step], caption_of[start : start + step]
+        cosine = (encoded.image_features[images] * encoded.caption_features[captions]).sum(-1)  # [step]
+        np.add.at(sums, images, cosine.double().numpy())
+    counts = np.bincount(image_of, minlength=len(encoded))
+    return (sums / counts).astype(np.float32)
+
+
+def require_finite(encoded: EncodedPairs, pairs: PairDataset) -> None:
+    """Raise `InputError` when a feature is NaN or infinite, naming the first such image."""
+    if not encoded.caption_features.isfinite().all():
+        raise InputError(
+            "the model's text features are not finite (NaN or infinity): its weights are damaged"
+        )
+    finite = encoded.image_features.isfinite().all(-1)  # [n]
+    if not finite.all():
+        first = int(finite.long().argmin())
+        raise InputError(
+            f"{int((~finite).sum())} of the {len(finite)} image features are not finite (NaN or infinity), the first that "
+            f"of {pairs.ids[first]!r} in {pairs.name}: the model's weights or these images' pixels hold such values"
+        )
+
+
+def matching(encoded: EncodedPairs) -> tuple[np.ndarray, np.ndarray]:
+    """All (image, caption) pairs as two int64 arrays [P]: row of the image, ascending, and row of the caption."""
+    counts = np.array([len(rows) for rows in encoded.caption_index], dtype=np.int64)
+    if len(counts) == 0:
+        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+    return np.repeat(np.arange(len(counts)), counts), np.concatenate(encoded.caption_index)
+
+
+def class_prompts(pairs: PairDataset, templates: Sequence[str] | None = None) -> list[tuple[Any, ...]] | None:
+    """The captions that stand for each class in zero-shot classification (CLIP, arXiv 2103.00020, section 3.1.4).
+
+    `templates` ("a photo of a {}": the braces take the class name) come first, then the prompts the data brings, then
+    the plain template. None for data without classes.
+    """
+    if pairs.classes is None or pairs.labels is None:
+        return None
+    if templates is None and pairs.prompts is not None:
+        return [tuple(of_class) for of_class in pairs.prompts]
+    chosen = [DEFAULT_TEMPLATE] if templates is None else list(templates)
+    return [tuple(template.replace("{}", name) for template in chosen) for name in pairs.classes]
+
+
+@contextmanager
+def _inference(module: nn.Module, device: torch.device, precision: str) -> Iterator[None]:
+    # no_grad and not inference_mode: a module that builds a mask or a table on first use and keeps it could not be
+    # trained afterwards, as inference tensors cannot be saved for a backward pass.
+    training = [part for part in module.modules() if part.training]
+    dtype = PRECISIONS[precision]
+    module.eval()
+    try:
+        with (
+            torch.no_grad(),
+            torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None),
+        ):
+            yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def _key(caption: Any) -> Any:
+    return caption if isinstance(caption, str) else tuple(caption.tolist())
+
+
+def _different_captions(pairs: PairDataset) -> tuple[list[Any], list[np.ndarray]]:
+    rows: dict[Any, int] = {}
+    captions: list[Any] = []
+    index = []
+    for of_image in pairs.captions:
+        mine = []
+        for caption in of_image:
+            row = rows.setdefault(_key(caption), len(captions))
+            if row == len(captions):
+                captions.append(caption)
+            mine.append(row)
+        index.append(np.array(mine, dtype=np.int64))
+    return captions, index
+
+
+def _tokens(adapter: ClipAdapter, captions: Sequence[Any]) -> Tensor:
+    """Token ids [len(captions), L] of captions that are all strings or all token ids [L]."""
+    if isinstance(captions[0], str):
+        return adapter.tokenize(captions)
+    tokens = [torch.as_tensor(caption) for caption in captions]
+    if len({caption.shape for caption in tokens}) > 1:
+        lengths = sorted({len(caption) for caption in tokens})
+        raise InputError(
+            f"token captions have different lengths ({lengths[0]} to {lengths[-1]}): pad them to one length"
+        )
+    return torch.stack(tokens)
+
+
+def _encode_text(adapter: ClipAdapter, tokens: Tensor, batch_size: int, device: torch.device) -> Tensor:
+    return torch.cat(
+        [_unit(adapter.encode_text(part.to(device))) for part in tokens.split(batch_size)]
+    )  # [U, D]
+
+
+def _encode_images(
+    adapter: ClipAdapter,
+    pairs: PairDataset,
+    batch_size: int,
+    device: torch.device,
+    num_workers: int,
+    progress: bool,
+) -> Tensor:
+    loader = DataLoader(
+        _Pixels(pairs, adapter.transform),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        collate_fn=_stack,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # else starting the loader would draw from the global generator
+    )
+    out: Tensor | None = None
+    done = 0
+    # disable=None: quiet when standard error is no terminal
+    with tqdm(
+        total=len(pairs), desc="encoding", unit="image", leave=False, disable=None if progress else True
+    ) as bar:
+        for pixels in loader:
+            features = _unit(adapter.encode_image(pixels.to(device, non_blocking=True)))  # [B, D]
+            if out is None:
+                out = torch.empty(len(pairs), features.shape[1])
+            out[done : done + len(features)] = features
+            done += len(features)
+            bar.update(len(features))
+    if out is None:
+        raise InputError(f"{pairs.name} holds no pairs: there is nothing to encode")
+    return out
+
+
+def _unit(features: Tensor) -> Tensor:
+    """Float32, on the CPU, normalised again: in bfloat16 a row's length is off by up to 0.4 %."""
+    return F.normalize(features.float(), dim=-1).cpu()
+
+
+class _Pixels(Dataset):
+    def __init__(self, pairs: PairDataset, transform: Callable[[Any], Tensor] | None) -> None:
+        self.pairs, self.transform = pairs, transform
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> Tensor:
+        image = self.pairs.image(index)
+        if isinstance(image, Tensor):
+            return image
+        if self.transform is None:
+            raise InputError(
+                f"{self.pairs.name} gives PIL images and the model brings no transform: pass transform= "
+                "(PIL image -> tensor [3, H, W]), or give tensors"
+            )
+        return self.transform(image)
+
+
+def _stack(images: list[Tensor]) -> Tensor:
+    shapes = sorted({tuple(image.shape) for image in images})
+    if len(shapes) > 1:
+        raise InputError(
+            f"images of one batch have different shapes, {shapes[0]} and {shapes[-1]}: give tensors of one size, or PIL "
+            "images and a transform that resizes them"
+        )
+    return torch.stack(images)

@@ -1,0 +1,167 @@
+"""`evaluate()`: from what the caller names (a model, pairs, what should be forgotten) to the scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cliperase_fast.data import (
+    PairDataset,
+    as_pairs,
+    check_images,
+    concat,
+    open_source,
+    overlap,
+    parse_reference,
+    select,
+)
+from cliperase_fast.errors import InputError
+from cliperase_fast.evaluation.encoding import PRECISIONS, encode_pairs, require_finite
+from cliperase_fast.evaluation.scoring import score
+from cliperase_fast.models import load_model
+
+
+def evaluate(
+    model: Any,
+    data: Any,
+    *,
+    forget: Any = None,
+    tokenizer: Callable[[Sequence[str]], Tensor] | None = None,
+    transform: Callable[[Any], Tensor] | None = None,
+    templates: Sequence[str] | None = None,
+    batch_size: int = 256,
+    device: str | torch.device = "auto",
+    precision: str = "fp32",
+    num_workers: int = 0,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Zero-shot accuracy and retrieval recall of a CLIP model, for forget and retain pairs apart.
+
+    model: whatever `unlearn()` takes: an open_clip or transformers model, a module with `encode_image`, `encode_text`
+        and `logit_scale`, or a string such as "ViT-B-32:openai" or "local-dir:runs/apple/model".
+    data: a map-style dataset of (image, caption) pairs, or a source string such as "cifar10:DIR" (its test split when it
+        has one) or "cifar10:DIR#class:cat,dog" (only those pairs).
+    forget: which pairs are the forget pairs: a selector ("class:apple"), a bool mask [n], or a dataset of forget pairs,
+        `data` then being the retain pairs (less those that are also in `forget`). None: all pairs are one set.
+    tokenizer, transform: needed only where the model does not bring them.
+    templates: captions that stand for a class, "a photo of a {}"; the data's own otherwise.
+    batch_size: images in a forward pass.
+    device: "auto" is where a given module stands, and the GPU, if there is one, for a model named by a string.
+    precision: arithmetic of the encoders: fp32, bf16, or fp16 (GPU only).
+    num_workers: processes that load images.
+    progress: show a bar on a terminal.
+
+    Returns {"forget": scores, "retain": scores, "per_class": ...}, or {"all": scores, "per_class": ...} without
+    `forget`: see `cliperase_fast.evaluation.score` for what the scores are.
+
+    Raises `InputError`, before any encoding, for whatever is wrong with the arguments, unreadable images included; and
+    when the model returns NaN or infinity. The model is left as it was.
+    """
+    chosen = _device(device, model)
+    _check_settings(batch_size, num_workers, precision, chosen, templates)
+    pairs, forget_mask = _pairs(data, forget, templates)
+    check_images(pairs, on_error="raise", progress=progress)
+    adapter = load_model(model, tokenizer=tokenizer, transform=transform, device=chosen)
+    encoded = encode_pairs(
+        adapter,
+        pairs,
+        batch_size=batch_size,
+        device=chosen,
+        precision=precision,
+        num_workers=num_workers,
+        progress=progress,
+        templates=templates,
+    )
+    require_finite(encoded, pairs)
+    return score(encoded, pairs, forget_mask, device=chosen)
+
+
+def _device(device: str | torch.device, model: Any) -> torch.device:
+    if str(device) == "auto":
+        module = getattr(model, "module", model)  # an adapter, or the module itself
+        if isinstance(module, nn.Module):
+            first = next(module.parameters(), None)
+            return torch.device("cpu") if first is None else first.device
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"device={device!r} is no device: use auto, cpu, cuda or cuda:N") from error
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"device={str(device)!r} is not here (torch sees {torch.cuda.device_count()} GPUs): use cpu or auto"
+        )
+    return chosen
+
+
+def _check_settings(
+    batch_size: int, num_workers: int, precision: str, device: torch.device, templates: Sequence[str] | None
+) -> None:
+    if batch_size < 1:
+        raise InputError(f"batch_size={batch_size} must be at least 1")
+    if num_workers < 0:
+        raise InputError(f"num_workers={num_workers} must not be negative")
+    if precision not in PRECISIONS:
+        raise InputError(f"precision={precision!r} is not one of {', '.join(PRECISIONS)}")
+    if precision == "fp16" and device.type != "cuda":
+        raise InputError(f"precision='fp16' needs a GPU and the device is {device}: use 'bf16' or 'fp32'")
+    if isinstance(templates, str):
+        raise InputError(f"templates={templates!r} is a single string: give a list of templates")
+    if templates is not None and len(templates) == 0:
+        raise InputError("templates is empty: give at least one, such as 'a photo of a {}', or None")
+    for template in templates or ():
+        if "{}" not in template:
+            raise InputError(
+                f"template {template!r} lacks the braces that take the class name: 'a photo of a {{}}'"
+            )
+
+
+def _pairs(data: Any, forget: Any, templates: Sequence[str] | None) -> tuple[PairDataset, np.ndarray | None]:
+    """The pairs to score and which of them are the forget pairs (bool [n], or None)."""
+    pairs = _open(data, templates)
+    if len(pairs) == 0:
+        raise InputError(f"{pairs.name} is empty: give at least one (image, caption) pair")
+    if forget is None:
+        return pairs, None
+    if isinstance(forget, str):
+        return pairs, select(pairs, forget)
+    if isinstance(forget, (np.ndarray, Tensor)) or (
+        isinstance(forget, (list, tuple)) and all(isinstance(one, (bool, np.bool_)) for one in forget)
+    ):
+        return pairs, _mask(forget, pairs)
+    forget_pairs = as_pairs(forget, "forget")
+    if len(forget_pairs) == 0:
+        raise InputError("the forget set is empty: give at least one (image, caption) pair, or forget=None")
+    retain = np.setdiff1d(np.arange(len(pairs)), overlap(forget_pairs, pairs))
+    if len(retain) == 0:
+        raise InputError(f"every pair of {pairs.name} is also a forget pair: nothing is left to retain")
+    both = concat([forget_pairs, pairs.subset(retain)])
+    return both, np.arange(len(both)) < len(forget_pairs)
+
+
+def _open(data: Any, templates: Sequence[str] | None) -> PairDataset:
+    if not isinstance(data, str):
+        return as_pairs(data, "data")
+    spec, selector = parse_reference(data)
+    source = open_source(spec, templates=templates)
+    pairs = source.train if source.test is None else source.test
+    return pairs if selector is None else pairs.subset(np.flatnonzero(select(pairs, selector)))
+
+
+def _mask(forget: Any, pairs: PairDataset) -> np.ndarray:
+    mask = np.asarray(forget.cpu() if isinstance(forget, Tensor) else forget)
+    if mask.dtype != np.bool_ or mask.shape != (len(pairs),):
+        raise InputError(
+            f"forget is an array of {mask.dtype} with shape {list(mask.shape)}: a mask must be bool with shape "
+            f"[{len(pairs)}], one entry for each pair of {pairs.name}"
+        )
+    if mask.all() or not mask.any():
+        what = "all" if mask.all() else "none"
+        raise InputError(
+            f"the forget mask marks {what} of the {len(pairs)} pairs of {pairs.name}: it must mark some"
+        )
+    return mask

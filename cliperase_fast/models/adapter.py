@@ -1,0 +1,254 @@
+"""One interface over open_clip models, transformers' CLIPModel and any module with two encoders and a scale."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cliperase_fast.errors import InputError
+from cliperase_fast.models.saving import save_weights, write_directory
+from cliperase_fast.models.tokenizing import CaptionTokenizer
+
+Tower = Literal["image", "text", "scale"]
+
+SMALLEST_NORM = 1e-6  # shorter features are scaled as if this long: finite values and gradients for a zero vector
+
+
+class ClipAdapter(ABC):
+    """A CLIP model with its tokenizer and its evaluation transform. Not a module itself: `module` is the model.
+
+    module: the wrapped model; its device, dtype and training mode are the caller's business.
+    transform: PIL image -> float tensor [3, H, W], deterministic; None where unknown (images must then be tensors).
+    tokenizer: captions -> int64 [B, L]; None where unknown (captions must then be token ids).
+    truncate: cut captions longer than the model's context instead of refusing them.
+    """
+
+    kind: ClassVar[Literal["open_clip", "transformers", "generic"]]
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        tokenizer: Any = None,
+        transform: Callable[[Any], Tensor] | None = None,
+        truncate: bool = False,
+    ) -> None:
+        if transform is not None and not callable(transform):
+            raise InputError(f"transform is a {type(transform).__name__}; pass a function from a PIL image to [3, H, W]")
+        self.module = module
+        self.transform = transform
+        self.truncate = truncate
+        self.tokenizer = None if tokenizer is None else CaptionTokenizer(tokenizer, self.context_length)
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens a caption may have, begin and end marks included; None where unknown."""
+        return None
+
+    @property
+    def vocabulary_size(self) -> int | None:
+        return None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    def tokenize(self, captions: Sequence[str], *, truncate: bool | None = None) -> Tensor:
+        """Token ids int64 [B, L] of `captions`, on the CPU.
+
+        truncate: overrides the adapter's own. Raises `InputError` for a caption longer than the context (unless it is
+        to be cut, and where the tokenizer's tokens can be counted), and for tokens the model cannot read.
+        """
+        captions = list(captions)
+        if self.tokenizer is None:
+            raise InputError("the captions need a tokenizer and the model brings none: pass tokenizer=")
+        tokens = self.tokenizer(captions)
+        self._check_tokens(tokens)
+        if not (self.truncate if truncate is None else truncate):
+            too_long = self.tokenizer.overlong(captions, tokens)
+            if too_long:
+                caption, count = too_long[0]
+                raise InputError(
+                    f"caption {_shortened(caption)!r} has {count} tokens (begin and end marks included) and the model's "
+                    f"context holds {self.tokenizer.context_length}; {len(too_long)} of {len(captions)} captions are too long. "
+                    'Shorten them, or pass long_captions="truncate" to cut them'
+                )
+        return tokens
+
+    def encode_image(self, pixels: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, D]
+        """L2-normalised image features, float32 (float64 for a float64 model); differentiable."""
+        if pixels.ndim != 4:
+            raise InputError(f"images must be [B, 3, H, W], not {list(pixels.shape)}")
+        return normalise(self._image_features(pixels))
+
+    def encode_text(self, tokens: Tensor) -> Tensor:  # [B, L] -> [B, D]
+        """L2-normalised text features, float32 (float64 for a float64 model); differentiable."""
+        if tokens.ndim != 2:
+            raise InputError(f"token ids must be [B, L], not {list(tokens.shape)}")
+        return normalise(self._text_features(tokens))
+
+    def logit_scale(self) -> Tensor:
+        """exp of the model's `logit_scale` parameter, a differentiable 0-d tensor."""
+        return self.module.logit_scale.exp().reshape(())  # type: ignore[union-attr, operator]
+
+    def clone(self) -> ClipAdapter:
+        """An independent copy: its own weights, without gradients; tokenizer and transform are shared."""
+        twin = copy.copy(self)
+        twin.module = copy.deepcopy(self.module)
+        for parameter in twin.module.parameters():
+            parameter.grad = None
+        return twin
+
+    def save(self, directory: str | Path) -> None:
+        """Write the model to a folder its own library loads; all of it or nothing. Folds nothing: `merge_lora` first."""
+        if any(".lora_A." in name for name, _ in self.module.named_parameters()):
+            raise InputError("the model holds LoRA layers: fold them in with merge_lora(adapter) before saving it")
+        self.check_saveable()
+        write_directory(directory, self._marker, self._write)
+
+    def check_saveable(self) -> None:  # noqa: B027 - most kinds always are
+        """Raise `InputError` now if `save` could not work later. Call it before long work."""
+
+    def identity(self) -> str:
+        """Hex digest of the class name and of every parameter's and saved buffer's name, shape and values."""
+        digest = hashlib.sha256(type(self.module).__name__.encode())
+        for name, tensor in self.module.state_dict().items():
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
+            raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(raw.numpy().data)
+        return digest.hexdigest()
+
+    def blocks(self) -> tuple[list[nn.Module], list[nn.Module]]:
+        """The repeated blocks of (image tower, text tower), in order; empty where a tower has none that we know."""
+        return self._blocks_of("image"), self._blocks_of("text")
+
+    @abstractmethod
+    def tower(self, name: str) -> Tower | None:
+        """Which part the parameter of that name belongs to; None for parts the two encoders do not use."""
+
+    @abstractmethod
+    def is_tail(self, name: str) -> bool:
+        """Whether the parameter of that name comes after its tower's blocks: final norm, pooling, projection."""
+
+    @abstractmethod
+    def _blocks_of(self, tower: Tower) -> list[nn.Module]: ...
+
+    @abstractmethod
+    def _image_features(self, pixels: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _text_features(self, tokens: Tensor) -> Tensor: ...
+
+    _marker: ClassVar[str]
+
+    @abstractmethod
+    def _write(self, directory: Path) -> None: ...
+
+    def _check_tokens(self, tokens: Tensor) -> None:
+        limit, size = self.context_length, self.vocabulary_size
+        if limit is not None and tokens.shape[1] > limit:
+            raise InputError(
+                f"the tokenizer returned {tokens.shape[1]} tokens a caption and the model's context holds {limit}; "
+                "give it that context length"
+            )
+        if tokens.numel() and (tokens.min() < 0 or (size is not None and tokens.max() >= size)):
+            raise InputError(
+                f"the tokenizer returned ids from {int(tokens.min())} to {int(tokens.max())} and the model's vocabulary "
+                f"has {size} entries; use the tokenizer the model was trained with"
+            )
+
+
+_IMAGE_WORDS = {"visual", "vision", "image", "images", "img", "pixel", "pixels"}
+_TEXT_WORDS = {"text", "texts", "txt", "token", "tokens", "transformer", "language", "caption", "captions"}
+_TAIL_WORDS = {"proj", "projection", "projector", "head", "norm", "ln", "layernorm", "final", "post", "pool", "pooler", "fc"}
+_BODY_WORDS = {"pre", "embed", "embedding", "embeddings", "pos", "position", "positional", "patch", "token", "stem", "conv"}
+
+
+class GenericAdapter(ClipAdapter):
+    """Any module with `encode_image(pixels)`, `encode_text(tokens)` (both -> [B, D]) and `logit_scale`, the log of the
+    scale as a parameter, buffer or tensor. Towers and blocks are guessed from parameter names when they are asked for.
+    """
+
+    kind = "generic"
+    _marker = "model.safetensors"
+
+    def __init__(self, module: nn.Module, **options: Any) -> None:
+        missing = [f"{name}()" for name in ("encode_image", "encode_text") if not callable(getattr(module, name, None))]
+        if not isinstance(getattr(module, "logit_scale", None), Tensor):
+            missing.append("logit_scale (a parameter or tensor that holds the log of the scale)")
+        if missing:
+            raise InputError(
+                f"{type(module).__name__} is neither an open_clip model nor a transformers CLIPModel, and it has no "
+                f"{' and no '.join(missing)}; wrap it in a module that has"
+            )
+        super().__init__(module, **options)
+
+    def tower(self, name: str) -> Tower | None:
+        if name in ("logit_scale", "logit_bias"):
+            return "scale" if name == "logit_scale" else None
+        for word in _words(name):  # the outermost telling word decides: image_encoder.transformer is the image tower
+            if word in _IMAGE_WORDS:
+                return "image"
+            if word in _TEXT_WORDS:
+                return "text"
+        return None
+
+    def is_tail(self, name: str) -> bool:
+        words = set(_words(name))
+        return bool(words & _TAIL_WORDS) and not words & _BODY_WORDS
+
+    def _blocks_of(self, tower: Tower) -> list[nn.Module]:
+        inside = ((name, child) for name, child in self.module.named_modules() if self.tower(name) == tower)
+        return longest_stack(child for _, child in inside)
+
+    def _image_features(self, pixels: Tensor) -> Tensor:
+        return self._checked(self.module.encode_image(pixels), "encode_image")  # type: ignore[operator]
+
+    def _text_features(self, tokens: Tensor) -> Tensor:
+        return self._checked(self.module.encode_text(tokens), "encode_text")  # type: ignore[operator]
+
+    def _checked(self, features: Any, method: str) -> Tensor:
+        if not isinstance(features, Tensor) or features.ndim != 2:
+            what = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise InputError(f"{type(self.module).__name__}.{method} must return features [B, D], not {what}")
+        return features
+
+    def _write(self, directory: Path) -> None:
+        save_weights(self.module, directory / "model.safetensors")
+
+
+def normalise(features: Tensor) -> Tensor:  # [B, D] -> [B, D]
+    """Rows of length 1. Half-precision rows are widened to float32 first; a zero row stays zero."""
+    if features.dtype in (torch.float16, torch.bfloat16):
+        features = features.float()
+    return F.normalize(features, dim=-1, eps=SMALLEST_NORM)
+
+
+def longest_stack(modules: Iterator[nn.Module]) -> list[nn.Module]:
+    """The longest list of same-class children with parameters among `modules`: a tower's repeated blocks."""
+    best: list[nn.Module] = []
+    for module in modules:
+        if not isinstance(module, (nn.ModuleList, nn.Sequential)):
+            continue
+        children = list(module)
+        alike = len({type(child) for child in children}) == 1
+        if alike and len(children) > len(best) and all(any(True for _ in child.parameters()) for child in children):
+            best = children
+    return best
+
+
+def _words(name: str) -> list[str]:
+    return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)]
+
+
+def _shortened(caption: str, length: int = 60) -> str:
+    return caption if len(caption) <= length else caption[: length - 1] + "…"

@@ -1,0 +1,335 @@
+"""The configuration an open_clip model was built from, worked out from the model itself and then proved.
+
+Saving needs it: open_clip loads a folder by building the model its `open_clip_config.json` describes.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cliperase_fast.errors import InputError
+
+Config = dict[str, Any]
+
+TOLERANCE = 1e-5  # largest difference of a normalised feature between the model and one rebuilt from the configuration
+
+
+def prove_config(module: nn.Module) -> Config:
+    """The `model_cfg` that rebuilds `module` exactly: same state dict, same features on random input.
+
+    Raises `InputError` that says what was tried when there is none.
+    """
+    tried = []
+    for label, config in _candidates(module):
+        try:
+            difference = _difference(module, config)
+        except Exception as error:  # open_clip, timm and transformers each fail in their own ways on a wrong guess
+            tried.append(f"{label}: {type(error).__name__}: {_first_line(error)}")
+            continue
+        if difference <= TOLERANCE:
+            return config
+        tried.append(f"{label}: its features differ by {difference:.1e}")
+    raise InputError(
+        f"this {type(module).__name__} could not be saved as an open_clip folder: no configuration rebuilds it "
+        f"({'; '.join(tried) or 'none is known'}). Pass the model as a string such as 'ViT-B-32:openai' or "
+        "'ARCH:/path/to/weights', or save it yourself with an open_clip_config.json and pass 'local-dir:DIR'"
+    )
+
+
+def build(config: Config) -> nn.Module:
+    """A fresh model of that configuration, as open_clip's `create_model` chooses its class; random weights."""
+    import open_clip
+
+    config = copy.deepcopy(config)
+    custom_text = config.pop("custom_text", False) or "hf_model_name" in config["text_cfg"]
+    if "timm_model_name" in config["vision_cfg"]:
+        config["vision_cfg"]["timm_model_pretrained"] = False
+    if "hf_model_name" in config["text_cfg"]:
+        config["text_cfg"]["hf_model_pretrained"] = False
+    if custom_text and "multimodal_cfg" in config:
+        return open_clip.CoCa(**config)
+    return (open_clip.CustomTextCLIP if custom_text else open_clip.CLIP)(**config)
+
+
+@torch.no_grad()
+def _difference(module: nn.Module, config: Config) -> float:
+    """Largest difference between the features of `module` and of a model built from `config` with its weights."""
+    state = module.state_dict()
+    parameter = next(module.parameters())
+    is_native = not {"timm_model_name", "hf_model_name"} & {*config["vision_cfg"], *config["text_cfg"]}
+    with torch.random.fork_rng(devices=[]):  # building draws random weights; the caller's seed stays
+        if is_native:  # no memory and no time for weights that are replaced at once
+            with torch.device("meta"):
+                twin = build(config)
+            twin.load_state_dict(state, strict=True, assign=True)
+            _fill_causal_masks(twin, parameter.device)
+        else:
+            twin = build(config)
+            twin.load_state_dict(state, strict=True)
+            twin.to(device=parameter.device, dtype=parameter.dtype)
+    training = [child for child in module.modules() if child.training]
+    twin.eval()
+    module.eval()
+    try:
+        worst = 0.0
+        for method, inputs in (("encode_image", _random_pixels(module)), ("encode_text", _random_tokens(module))):
+            ours, theirs = (_features(getattr(model, method)(inputs)) for model in (module, twin))
+            worst = max(worst, (ours - theirs).abs().max().item())
+    finally:
+        for child in training:
+            child.training = True
+    return worst
+
+
+def _features(output: Any) -> Tensor:
+    features = output[0] if isinstance(output, tuple) else output
+    return nn.functional.normalize(features.double(), dim=-1)
+
+
+def _fill_causal_masks(twin: nn.Module, device: torch.device) -> None:
+    """Masks are rebuilt, not saved, so the meta device left them empty."""
+    for owner in twin.modules():
+        for name, buffer in owner.named_buffers(recurse=False):
+            if buffer.is_meta:
+                if name != "attn_mask":
+                    raise InputError(f"buffer {name} is neither saved nor known")
+                mask = torch.full(buffer.shape, float("-inf"), device=device).triu_(1)
+                owner.register_buffer(name, mask, persistent=False)
+
+
+def _random_pixels(module: nn.Module) -> Tensor:  # [2, 3, H, W]
+    generator = torch.Generator().manual_seed(0)
+    parameter = next(module.visual.parameters())  # type: ignore[union-attr]
+    pixels = torch.randn(2, 3, *_pair(module.visual.image_size), generator=generator)  # type: ignore[union-attr]
+    return pixels.to(parameter)
+
+
+def _random_tokens(module: nn.Module) -> Tensor:  # [4, L]; a low id everywhere, padding at the ends of two rows
+    generator = torch.Generator().manual_seed(0)
+    text = getattr(module, "text", module)
+    length, vocabulary = int(text.context_length), int(text.vocab_size)
+    length = min(length, 77) if hasattr(text, "config") else length  # Hugging Face towers give their largest
+    tokens = torch.randint(1, max(vocabulary, 2), (4, length), generator=generator)
+    pad = getattr(getattr(text, "config", text), "pad_token_id", None) or getattr(text, "pad_id", 0)
+    tokens[:2, length - length // 3 :] = pad
+    return tokens.to(next(module.parameters()).device)
+
+
+def _candidates(module: nn.Module) -> Iterator[tuple[str, Config]]:
+    import open_clip
+
+    if isinstance(module, open_clip.CoCa):  # its decoder is not worked out; only the known ones are offered
+        for name in open_clip.list_models():
+            config = open_clip.get_model_config(name)
+            if "multimodal_cfg" in config:
+                yield name, config
+        return
+    try:
+        yield from (("worked out from the model", config) for config in _inferred(module))
+    except (AttributeError, IndexError, TypeError) as error:
+        raise InputError(
+            f"this {type(module).__name__} is not built as open_clip builds it ({error}), so it could not be saved. Pass "
+            "the model as a string or 'local-dir:DIR'"
+        ) from error
+
+
+def _inferred(module: nn.Module) -> Iterator[Config]:
+    import open_clip
+
+    is_custom = isinstance(module, open_clip.CustomTextCLIP)
+    text: Any = module.text if is_custom else module
+    text_config = _hf_text(text) if hasattr(text, "config") else _native_text(text)
+    for vision_config in _vision(module.visual):
+        config: Config = {
+            "embed_dim": _embed_dim(module, text),
+            "vision_cfg": vision_config,
+            "text_cfg": text_config,
+        }
+        if _uses_quick_gelu(module):
+            config["quick_gelu"] = True
+        if is_custom:
+            config["custom_text"] = True
+        if getattr(module, "logit_bias", None) is not None:
+            config["init_logit_bias"] = float(module.logit_bias.detach().reshape(()))  # type: ignore[union-attr, operator]
+        if module.logit_scale.ndim:  # type: ignore[union-attr]
+            config["nonscalar_logit_scale"] = True
+        yield config
+
+
+def _embed_dim(module: Any, text: Any) -> int:
+    projection = getattr(text, "text_projection", None)
+    if isinstance(projection, nn.Linear):
+        return projection.out_features
+    if projection is not None:
+        return projection.shape[1]
+    for owner in (text, module.visual):
+        if getattr(owner, "output_dim", None):
+            return int(owner.output_dim)
+    return int(text.ln_final.weight.shape[0])
+
+
+def _uses_quick_gelu(module: nn.Module) -> bool:
+    from open_clip.transformer import QuickGELU
+
+    return any(isinstance(child, QuickGELU) for child in module.modules())
+
+
+def _vision(visual: Any) -> Iterator[Config]:
+    if hasattr(visual, "trunk"):
+        yield from _timm(visual)
+    elif hasattr(visual, "layer4"):
+        width, heads = visual.layer1[0].conv1.out_channels, visual.attnpool.num_heads
+        yield {
+            "image_size": _single(visual.image_size),
+            "layers": [len(getattr(visual, f"layer{index}")) for index in (1, 2, 3, 4)],
+            "width": width,
+            "head_width": width * 32 // heads,
+            "patch_size": None,
+        }
+    else:
+        yield _vision_transformer(visual)
+
+
+def _vision_transformer(visual: Any) -> Config:
+    import open_clip
+
+    width = visual.conv1.out_channels
+    pool = visual.attn_pool
+    config = {
+        "image_size": _single(visual.image_size),
+        "patch_size": _single(visual.conv1.kernel_size),
+        "width": width,
+        "layers": len(visual.transformer.resblocks),
+        "head_width": width // visual.transformer.resblocks[0].attn.num_heads,
+        **_transformer(visual.transformer, width),
+        "patch_dropout": getattr(visual.patch_dropout, "prob", 0.0),
+        "no_ln_pre": isinstance(visual.ln_pre, nn.Identity),
+        "pool_type": visual.pool_type,
+        "final_ln_after_pool": visual.final_ln_after_pool,
+        "output_tokens": visual.output_tokens,
+        "norm_kwargs": _norm_options(visual.ln_post),
+    }
+    if pool is not None:
+        config["attentional_pool"] = visual.attn_pool_type or True
+        config["attn_pooler_queries"] = len(pool.query)
+        config["attn_pooler_heads"] = pool.attn.num_heads
+        if visual.attn_pool_type:
+            del config["pool_type"]
+    return _told(config, open_clip.CLIPVisionCfg())
+
+
+def _native_text(text: Any) -> Config:
+    import open_clip
+
+    width = text.token_embedding.embedding_dim
+    projection = text.text_projection
+    config = {
+        "context_length": text.context_length,
+        "vocab_size": text.vocab_size,
+        "width": width,
+        "heads": text.transformer.resblocks[0].attn.num_heads,
+        "layers": len(text.transformer.resblocks),
+        **_transformer(text.transformer, width),
+        "embed_cls": getattr(text, "cls_emb", None) is not None,
+        "pad_id": getattr(text, "pad_id", 0),
+        "eos_id": getattr(text, "eos_id", getattr(text, "text_eos_id", 2)),
+        "no_causal_mask": text.attn_mask is None,
+        "pool_type": getattr(text, "pool_type", None) or text.text_pool_type,
+        "proj_type": "none" if projection is None else "linear",
+        "proj_bias": isinstance(projection, nn.Linear),
+        "output_tokens": getattr(text, "output_tokens", False),
+        "norm_kwargs": _norm_options(text.ln_final),
+    }
+    return _told(config, open_clip.CLIPTextCfg())
+
+
+def _transformer(transformer: Any, width: int) -> Config:
+    """What the vision and the text configuration say alike about their blocks."""
+    block = transformer.resblocks[0]
+    hidden = block.mlp.c_fc.out_features
+    ratio = hidden / width
+    config: Config = {
+        "mlp_ratio": ratio if int(width * ratio) == hidden else (hidden + 0.5) / width,  # open_clip rounds down
+        "ls_init_value": 1e-5 if hasattr(block.ls_1, "gamma") else None,  # the value itself is in the weights
+        "act_kwargs": {"approximate": "tanh"} if getattr(block.mlp.gelu, "approximate", "none") == "tanh" else None,
+    }
+    if not isinstance(block.attn, nn.MultiheadAttention):
+        config |= {
+            "block_type": "custom",
+            "qk_norm": not isinstance(block.attn.ln_q, nn.Identity),
+            "scaled_cosine_attn": block.attn.scaled_cosine,
+            "scale_heads": block.attn.scale_heads,
+            "scale_attn_inner": not isinstance(block.attn.ln_inner, nn.Identity),
+            "scale_attn": not isinstance(block.ln_attn, nn.Identity),
+            "scale_fc": not isinstance(block.mlp.ln, nn.Identity),
+        }
+    return config
+
+
+def _hf_text(text: Any) -> Config:
+    """A text tower from transformers; rebuilding it reads its configuration by name from the hub or its cache."""
+    projection = {nn.Linear: "linear", nn.Sequential: "mlp"}.get(type(text.proj))
+    name = text.config._name_or_path
+    return {
+        "hf_model_name": name,
+        "hf_tokenizer_name": name,
+        "hf_proj_type": projection,
+        "hf_pooler_type": re.sub(r"(?<!^)(?=[A-Z])", "_", type(text.pooler).__name__).lower(),
+        "output_tokens": text.output_tokens,
+    }
+
+
+def _timm(visual: Any) -> Iterator[Config]:
+    """The pooling of a timm trunk cannot be read off every family, so the usual ones are offered in turn."""
+    head = dict(visual.head.named_children())
+    config: Config = {
+        "timm_model_name": visual.trunk.default_cfg["architecture"],
+        "timm_proj": "mlp" if "mlp" in head else "linear" if "proj" in head else "",
+        "image_size": _single(visual.image_size),
+    }
+    if "proj" in head:
+        config["timm_proj_bias"] = head["proj"].bias is not None
+        config["timm_drop"] = head["drop"].p
+    elif "mlp" in head:
+        config["timm_proj_bias"] = head["mlp"].fc2.bias is not None
+    pools = [getattr(visual.trunk, "global_pool", ""), "", "avg", "token", "map", "abs_attn", "rot_attn"]
+    if "pool" in head:
+        pools.reverse()
+    for pool in dict.fromkeys(pool for pool in pools if isinstance(pool, str)):
+        yield {**config, "timm_pool": pool}
+    if not head:
+        yield {**config, "timm_proj": "none"}
+
+
+def _norm_options(norm: nn.Module) -> Config | None:
+    eps = getattr(norm, "eps", 1e-5)
+    return None if eps == 1e-5 else {"eps": eps}
+
+
+def _told(config: Config, defaults: Any) -> Config:
+    """Sizes always, the rest only where it differs from open_clip's defaults: short, and readable by older versions."""
+    always = {"image_size", "patch_size", "width", "layers", "head_width", "context_length", "vocab_size", "heads"}
+    usual = {field.name: getattr(defaults, field.name) for field in dataclasses.fields(defaults)}
+    return {key: value for key, value in config.items() if key in always or value != usual.get(key)}
+
+
+def _single(size: Any) -> Any:
+    """16 for (16, 16); a pair stays a list."""
+    pair = _pair(size)
+    return pair[0] if pair[0] == pair[1] else list(pair)
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2])[:200]

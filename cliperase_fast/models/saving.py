@@ -1,0 +1,62 @@
+"""Writing a model folder so that a crash never leaves half a model in it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from cliperase_fast.errors import InputError
+
+
+def write_directory(directory: str | Path, marker: str, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary folder beside `directory`, then move the result there.
+
+    marker: the file without which nobody takes the folder for a model. Where `directory` exists already it goes first
+    and comes last; other files in the folder stay.
+    """
+    directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"{directory} is a file; a model is saved as a folder")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".tmp", dir=directory.parent))
+    try:
+        write(work)
+        work.chmod(0o777 & ~_umask())  # mkdtemp makes it private
+        if not directory.exists():
+            work.rename(directory)
+            return
+        (directory / marker).unlink(missing_ok=True)
+        for path in sorted(work.iterdir(), key=lambda path: path.name == marker):
+            target = directory / path.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            os.replace(path, target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def save_weights(module: nn.Module, path: Path) -> None:
+    """The state dict as safetensors; tensors that share memory are written apart."""
+    from safetensors.torch import save_file
+
+    seen: set[int] = set()
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in module.state_dict().items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        if storage in seen:
+            tensor = tensor.clone()
+        seen.add(storage)
+        tensors[name] = tensor
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

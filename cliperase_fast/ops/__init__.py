@@ -1,0 +1,8 @@
+"""The loss sweep: one contract (`sweep.py`), its backends, and the choice among them (`dispatch.py`)."""
+
+from __future__ import annotations
+
+from cliperase_fast.ops.dispatch import BackendStatus, BackendTable, backends, choose
+from cliperase_fast.ops.sweep import Sweep, compute_dtype, no_autocast
+
+__all__ = ["BackendStatus", "BackendTable", "Sweep", "backends", "choose", "compute_dtype", "no_autocast"]

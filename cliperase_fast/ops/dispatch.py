@@ -1,0 +1,123 @@
+"""The registry of backends and the choice among them. A new backend is one module with a `sweep` and one record here."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cliperase_fast.errors import InputError
+from cliperase_fast.ops.sweep import Sweep
+
+ENVIRONMENT_VARIABLE = "CLIPERASE_BACKEND"
+
+
+def _always_available() -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of the sweep. `module` holds a function `sweep` (see `ops.sweep.Sweep`); imported when first used."""
+
+    name: str
+    module: str
+    note: str
+    devices: tuple[str, ...] | None = None  # device types it runs on; None: any
+    dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    why_missing: Callable[[], str | None] = _always_available  # the reason it cannot run here, None when it can
+
+    def sweep(self) -> Sweep:
+        return importlib.import_module(self.module).sweep
+
+
+REGISTRY: dict[str, Backend] = {
+    backend.name: backend
+    for backend in (
+        Backend("eager", "cliperase_fast.ops.reference", "plain autograd; holds N x N matrices, fastest for small N"),
+        Backend("torch", "cliperase_fast.ops.streaming", "strips of rows; never holds an N x N matrix"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """What `backends()` says of one backend. reason: why it is missing; empty when it is available."""
+
+    name: str
+    available: bool
+    devices: str
+    note: str
+    reason: str
+
+
+class BackendTable(Mapping[str, BackendStatus]):
+    """name -> BackendStatus; printed as a table."""
+
+    def __init__(self, statuses: dict[str, BackendStatus]) -> None:
+        self._statuses = statuses
+
+    def __getitem__(self, name: str) -> BackendStatus:
+        return self._statuses[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._statuses)
+
+    def __len__(self) -> int:
+        return len(self._statuses)
+
+    def __repr__(self) -> str:
+        rows = [("backend", "available", "devices", "note")]
+        for status in self._statuses.values():
+            rows.append((status.name, "yes" if status.available else "no", status.devices, status.reason or status.note))
+        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        lines = ("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]) for row in rows)
+        return "\n".join(lines)
+
+
+def backends() -> BackendTable:
+    """Every backend, whether it is available here, and why a missing one is missing. Prints as a table."""
+    statuses = {}
+    for backend in REGISTRY.values():
+        reason = backend.why_missing()
+        devices = ", ".join(backend.devices) if backend.devices else "any"
+        statuses[backend.name] = BackendStatus(backend.name, reason is None, devices, backend.note, reason or "")
+    return BackendTable(statuses)
+
+
+def choose(requested: str, image: Tensor, text: Tensor) -> Backend:
+    """The backend for these features. `requested`: a name, or "auto", which CLIPERASE_BACKEND overrides.
+
+    Raises InputError when it is unknown, not available here, or cannot take this device or dtype.
+    """
+    origin = f"backend={requested!r}"
+    if requested == "auto":
+        from_environment = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+        if from_environment in ("", "auto"):
+            return _automatic(image)
+        requested, origin = from_environment, f"{ENVIRONMENT_VARIABLE}={from_environment}"
+    if requested not in REGISTRY:
+        raise InputError(f"{origin} is not a backend; use auto, {', '.join(REGISTRY)}")
+    backend = REGISTRY[requested]
+    reason = backend.why_missing()
+    if reason is not None:
+        others = ", ".join(other.name for other in REGISTRY.values() if other.why_missing() is None)
+        raise InputError(f"{origin} is not available here: {reason}. Available are auto, {others}")
+    if backend.devices is not None and image.device.type not in backend.devices:
+        raise InputError(f"{origin} runs on {', '.join(backend.devices)}, not on {image.device}; use backend='auto'")
+    for features in (image, text):
+        if features.dtype not in backend.dtypes:
+            raise InputError(f"{origin} does not take {features.dtype}; use backend='auto' or convert the features")
+    return backend
+
+
+# Up to this many pairs the eager sweep is faster, forward and backward together; beyond, it is slower and grows as N².
+_EAGER_PAIRS = 256
+
+
+def _automatic(image: Tensor) -> Backend:
+    return REGISTRY["eager" if len(image) <= _EAGER_PAIRS else "torch"]

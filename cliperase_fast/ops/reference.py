@@ -1,0 +1,64 @@
+"""Backend "eager": the loss sweep written plainly, with N x N matrices and ordinary autograd. The others are tested against it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cliperase_fast.ops.sweep import compute_dtype
+
+
+def sweep(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    teacher_image: Tensor | None,
+    teacher_text: Tensor | None,
+    teacher_logit_scale: Tensor | None,
+    group_ids: Tensor | None,
+    want_retention: bool,
+    want_consistency: bool,
+) -> tuple[Tensor, Tensor]:
+    """See `ops.sweep.Sweep`. Memory: about ten N x N matrices."""
+    dtype = compute_dtype(image, text, teacher_image, teacher_text)
+    similarity = _similarity(image, text, logit_scale, dtype)  # [N, N]
+    diagonal = torch.eye(len(image), dtype=torch.bool, device=image.device)  # [N, N]
+    retention = consistency = similarity.new_zeros(())
+    if want_retention:
+        excluded = diagonal if group_ids is None else group_ids[:, None] == group_ids[None, :]  # [N, N]
+        retention = 0.5 * (_retention_rows(similarity, excluded) + _retention_rows(similarity.T, excluded)).mean()
+    if want_consistency:
+        assert teacher_image is not None and teacher_text is not None and teacher_logit_scale is not None
+        teacher = _similarity(teacher_image, teacher_text, teacher_logit_scale, dtype)  # [N, N]
+        rows = _divergence_rows(similarity, teacher, diagonal)
+        consistency = (rows + _divergence_rows(similarity.T, teacher.T, diagonal)).mean()
+    return retention, consistency
+
+
+def _similarity(image: Tensor, text: Tensor, logit_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return (image.to(dtype) * logit_scale.to(dtype)) @ text.to(dtype).T  # [N, N]
+
+
+def _against_diagonal(similarity: Tensor, excluded: Tensor) -> Tensor:
+    """S_ij - S_ii, and the lowest finite number where excluded (-inf would give NaN gradients in a row of nothing else)."""
+    shifted = similarity - similarity.diagonal()[:, None]
+    return shifted.masked_fill(excluded, torch.finfo(similarity.dtype).min)  # [N, N]
+
+
+def _log1p_exp(log_odds: Tensor) -> Tensor:
+    return torch.logaddexp(log_odds, torch.zeros_like(log_odds))
+
+
+def _retention_rows(similarity: Tensor, excluded: Tensor) -> Tensor:
+    """-log softmax(S_i)_i of each row i, without the excluded entries; `excluded` holds the diagonal."""
+    return _log1p_exp(_against_diagonal(similarity, excluded).logsumexp(1))  # [N]
+
+
+def _divergence_rows(similarity: Tensor, teacher: Tensor, diagonal: Tensor) -> Tensor:
+    """KL(softmax(S°_i) || softmax(S_i)) of each row i."""
+    shifted = _against_diagonal(similarity, diagonal)  # [N, N]
+    shifted_teacher = _against_diagonal(teacher, diagonal)  # [N, N]
+    normaliser = _log1p_exp(shifted.logsumexp(1))  # [N], log Σ_j exp(S_ij - S_ii)
+    normaliser_teacher = _log1p_exp(shifted_teacher.logsumexp(1))  # [N]
+    p_teacher = (shifted_teacher - normaliser_teacher[:, None]).exp()  # [N, N], 0 on the diagonal
+    return (p_teacher * (shifted_teacher - shifted)).sum(1) - normaliser_teacher + normaliser  # [N]

@@ -1,0 +1,330 @@
+"""Backend "torch": the loss sweep in strips of rows, in plain PyTorch, on any device. No N x N matrix in either direction.
+
+Forward: each strip [h, N] of S (and S°) is formed once. Its rows are complete; its columns are merged into running
+maxima and sums. What is kept is O(N). Backward: each strip is formed again and turned into a strip of dS, from which
+dI = s dS T, dT = s dSᵀ I and ds = Σ_i <(dS T)_i, I_i>. Both are custom ops, so `torch.compile` takes them as they are.
+
+Names: r is the log-odds of the rest of a row or column against its diagonal entry (see `ops/sweep.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cliperase_fast.ops.sweep import compute_dtype, no_autocast
+
+# Bytes of one strip matrix; four are alive at once. Small strips stay in a CPU's cache; a GPU wants fewer, larger launches.
+_STRIP_BYTES_CPU = 8 << 20
+_STRIP_BYTES_GPU = 32 << 20
+_LEAST_ROWS = 64
+
+_SWEEP_ARGUMENTS = (
+    "Tensor image, Tensor text, Tensor logit_scale, Tensor? teacher_image, Tensor? teacher_text, "
+    "Tensor? teacher_logit_scale, Tensor? group_ids, bool want_retention, bool want_consistency, int strip_size"
+)
+
+
+def sweep(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    teacher_image: Tensor | None,
+    teacher_text: Tensor | None,
+    teacher_logit_scale: Tensor | None,
+    group_ids: Tensor | None,
+    want_retention: bool,
+    want_consistency: bool,
+    strip_size: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """See `ops.sweep.Sweep`. strip_size: rows in a strip; 0 chooses by size. Memory: four strips, O(N D) and O(N)."""
+    retention, consistency, _ = streamed_sweep(
+        image, text, logit_scale, teacher_image, teacher_text, teacher_logit_scale, group_ids,
+        want_retention, want_consistency, strip_size,
+    )  # fmt: skip
+    return retention, consistency
+
+
+class _Similarity:
+    """Rows of S = scale * image @ textᵀ, formed on demand in `dtype`."""
+
+    def __init__(self, image: Tensor, text: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
+        self.image, self.text = image, text.to(dtype).contiguous()
+        self.scale, self.dtype = scale.to(dtype), dtype
+
+    def image_rows(self, start: int, stop: int) -> Tensor:
+        return self.image[start:stop].to(self.dtype)  # [h, D]
+
+    def strip(self, start: int, stop: int, out: Tensor) -> Tensor:
+        rows = self.image_rows(start, stop) * self.scale  # cheaper than scaling the strip
+        return torch.mm(rows, self.text.T, out=out[: stop - start])  # [h, N]
+
+
+class _OffDiagonal:
+    """Running log-sum-exp of the rows and columns of a matrix that comes in strips, its diagonal filled with the lowest number.
+
+    With a second matrix `gap`, also its mean under each row's and column's softmax.
+    """
+
+    def __init__(self, n: int, like: Tensor, with_gap: bool) -> None:
+        self.row_max, self.row_sum, self.column_sum = like.new_empty(n), like.new_empty(n), like.new_zeros(n)
+        self.column_max = like.new_full((n,), torch.finfo(like.dtype).min)
+        self.row_gap = like.new_empty(n if with_gap else 0)
+        self.column_gap = like.new_zeros(n if with_gap else 0)
+
+    def add(self, strip: Tensor, start: int, work: Tensor, gap: Tensor | None = None) -> None:
+        rows = slice(start, start + len(strip))
+        torch.amax(strip, 1, out=self.row_max[rows])
+        torch.sub(strip, self.row_max[rows, None], out=work).exp_()
+        torch.sum(work, 1, out=self.row_sum[rows])
+        if gap is not None:
+            torch.sum(work.mul_(gap), 1, out=self.row_gap[rows])
+
+        column_max = torch.maximum(self.column_max, strip.amax(0))
+        shrink = (self.column_max - column_max).exp_()
+        self.column_max = column_max
+        torch.sub(strip, column_max, out=work).exp_()
+        self.column_sum.mul_(shrink).add_(work.sum(0))
+        if gap is not None:
+            self.column_gap.mul_(shrink).add_(work.mul_(gap).sum(0))
+
+    def log_odds(self, diagonal: Tensor) -> tuple[Tensor, Tensor]:
+        """r of the rows and of the columns, [N] each. The maximum meets the diagonal first: nearby numbers, no rounding."""
+        row = (self.row_max - diagonal) + self.row_sum.log()
+        return row, (self.column_max - diagonal) + self.column_sum.log()
+
+    def mean_gap(self) -> tuple[Tensor, Tensor]:
+        return self.row_gap / self.row_sum, self.column_gap / self.column_sum
+
+
+@torch.library.custom_op(
+    "cliperase_fast::streamed_sweep", mutates_args=(), schema=f"({_SWEEP_ARGUMENTS}) -> (Tensor, Tensor, Tensor)"
+)
+def streamed_sweep(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    teacher_image: Tensor | None,
+    teacher_text: Tensor | None,
+    teacher_logit_scale: Tensor | None,
+    group_ids: Tensor | None,
+    want_retention: bool,
+    want_consistency: bool,
+    strip_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(retention, consistency, state [8, N]); state: d, d°, and r by row and by column of retention, student, teacher."""
+    n, dtype = len(image), compute_dtype(image, text, teacher_image, teacher_text)
+    lowest = torch.finfo(dtype).min
+    with no_autocast(image):
+        student = _Similarity(image, text, logit_scale, dtype)
+        height = _strip_height(n, strip_size, student.text)
+        strip, work = _buffers(2, height, n, student.text)
+        state = student.text.new_zeros(8, n)
+        unmasked = _OffDiagonal(n, state, with_gap=False) if want_consistency or group_ids is None else None
+        masked = _OffDiagonal(n, state, with_gap=False) if want_retention and group_ids is not None else None
+        if want_consistency:
+            assert teacher_image is not None and teacher_text is not None and teacher_logit_scale is not None
+            teacher = _Similarity(teacher_image, teacher_text, teacher_logit_scale, dtype)
+            teacher_sums = _OffDiagonal(n, state, with_gap=True)
+            teacher_strip, gap = _buffers(2, height, n, student.text)
+
+        for start in range(0, n, height):
+            rows = slice(start, min(start + height, n))
+            h = rows.stop - start
+            s = student.strip(start, rows.stop, strip)
+            if want_consistency:
+                t = teacher.strip(start, rows.stop, teacher_strip)
+                g = torch.sub(t, s, out=gap[:h])
+                if start == 0:
+                    # Any constant would do. This one keeps the gaps small, and so exact, where S° - S hardly varies.
+                    shift = g[0, 0].clone()
+                g.sub_(shift).diagonal(start).zero_()
+                state[1, rows] = t.diagonal(start)
+                t.diagonal(start).fill_(lowest)
+                teacher_sums.add(t, start, work[:h], g)
+            state[0, rows] = s.diagonal(start)
+            s.diagonal(start).fill_(lowest)
+            if unmasked is not None:
+                unmasked.add(s, start, work[:h])
+            if masked is not None:
+                assert group_ids is not None
+                masked.add(s.masked_fill_(group_ids[rows, None] == group_ids, lowest), start, work[:h])
+
+        diagonal, teacher_diagonal = state[0], state[1]
+        retention = consistency = state.new_zeros(())
+        if unmasked is not None:
+            state[4], state[5] = unmasked.log_odds(diagonal)
+            state[2:4] = state[4:6]
+        if masked is not None:
+            state[2], state[3] = masked.log_odds(diagonal)
+        if want_retention:
+            retention = 0.5 * _log1p_exp(state[2:4]).sum(0).mean()
+        if want_consistency:
+            state[6], state[7] = teacher_sums.log_odds(teacher_diagonal)
+            gaps = torch.stack(teacher_sums.mean_gap()) - ((teacher_diagonal - diagonal) - shift)  # [2, N]
+            divergence = _rest(state[6:8]) * gaps - _log1p_exp(state[6:8]) + _log1p_exp(state[4:6])  # [2, N]
+            consistency = divergence.sum(0).mean()
+        return retention, consistency, state
+
+
+@torch.library.custom_op(
+    "cliperase_fast::streamed_sweep_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_retention, Tensor grad_consistency, Tensor state, {_SWEEP_ARGUMENTS}, "
+    "bool need_image, bool need_text, bool need_scale) -> (Tensor, Tensor, Tensor)",
+)
+def streamed_sweep_backward(
+    grad_retention: Tensor,
+    grad_consistency: Tensor,
+    state: Tensor,
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    teacher_image: Tensor | None,
+    teacher_text: Tensor | None,
+    teacher_logit_scale: Tensor | None,
+    group_ids: Tensor | None,
+    want_retention: bool,
+    want_consistency: bool,
+    strip_size: int,
+    need_image: bool,
+    need_text: bool,
+    need_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of image, text and logit_scale in their own dtypes; an empty tensor where one is not needed."""
+    n, dtype = len(image), state.dtype
+    lowest = torch.finfo(dtype).min
+    with no_autocast(image):
+        student = _Similarity(image, text, logit_scale, dtype)
+        height = _strip_height(n, strip_size, student.text)
+        strip, gradient, work = _buffers(3, height, n, student.text)
+        diagonal, teacher_diagonal = state[0], state[1]
+        weight = 0.5 * grad_retention / n
+        weight_consistency = grad_consistency / n
+        rest, rest_student, rest_teacher = _rest(state[2:4]), _rest(state[4:6]), _rest(state[6:8])  # [2, N] each
+        diagonal_gradient = state.new_zeros(n)
+        softmax_retention = softmax_student = softmax_teacher = None
+        if want_retention and group_ids is not None:
+            softmax_retention = _Softmax(diagonal, state[2:4], weight)
+        elif want_retention:
+            softmax_student = _Softmax(diagonal, state[4:6], weight + weight_consistency)
+        if want_retention:
+            diagonal_gradient -= weight * rest.sum(0)
+        if want_consistency:
+            assert teacher_image is not None and teacher_text is not None and teacher_logit_scale is not None
+            teacher = _Similarity(teacher_image, teacher_text, teacher_logit_scale, dtype)
+            (teacher_strip,) = _buffers(1, height, n, student.text)
+            softmax_student = softmax_student or _Softmax(diagonal, state[4:6], weight_consistency)
+            softmax_teacher = _Softmax(teacher_diagonal, state[6:8], -weight_consistency)
+            diagonal_gradient += weight_consistency * (rest_teacher - rest_student).sum(0)
+
+        grad_image = image.new_empty(image.shape if need_image else (0,))
+        grad_text = student.text.new_zeros(text.shape if need_text else (0,))
+        grad_scale = state.new_zeros(())
+        for start in range(0, n, height):
+            rows = slice(start, min(start + height, n))
+            h = rows.stop - start
+            s, g, w = student.strip(start, rows.stop, strip), gradient[:h].zero_(), work[:h]
+            s.diagonal(start).fill_(lowest)
+            if softmax_student is not None:
+                softmax_student.add_to(g, s, rows, w)
+            if softmax_teacher is not None:
+                t = teacher.strip(start, rows.stop, teacher_strip)
+                t.diagonal(start).fill_(lowest)
+                softmax_teacher.add_to(g, t, rows, w)
+            if softmax_retention is not None:
+                assert group_ids is not None
+                s.masked_fill_(group_ids[rows, None] == group_ids, lowest)
+                softmax_retention.add_to(g, s, rows, w)
+            g.diagonal(start).copy_(diagonal_gradient[rows])
+
+            image_rows = student.image_rows(start, rows.stop)
+            if need_image or need_scale:
+                product = g @ student.text  # [h, D]
+                if need_scale:  # before the factor s, which may be 0
+                    grad_scale += (product * image_rows).sum()
+                if need_image:
+                    grad_image[rows] = product.mul_(student.scale)
+            if need_text:
+                grad_text.addmm_(g.T, image_rows)
+        grad_text = grad_text.mul_(student.scale).to(text.dtype)
+        return grad_image, grad_text, grad_scale.to(logit_scale.dtype)
+
+
+class _Softmax:
+    """`weight` times the row softmax plus the column softmax of a matrix, rebuilt strip by strip from its d and r.
+
+    P_ij = exp(S_ij - anchor_i) * factor_i: the anchor is about the larger of d_i and the log-sum-exp of the rest, so that
+    nothing overflows; its rounding is undone by the factor, exp(anchor_i - d_i) / (1 + exp(r_i)).
+    """
+
+    def __init__(self, diagonal: Tensor, log_odds: Tensor, weight: Tensor) -> None:
+        anchor = diagonal + log_odds.clamp_min(0)  # [2, N]
+        factor = weight * ((anchor - diagonal) - _log1p_exp(log_odds)).exp()  # [2, N]
+        self.row_anchor, self.column_anchor = anchor[0, :, None], anchor[1]
+        self.row_factor, self.column_factor = factor[0, :, None], factor[1]
+
+    def add_to(self, gradient: Tensor, strip: Tensor, rows: slice, work: Tensor) -> None:
+        torch.sub(strip, self.row_anchor[rows], out=work).exp_()
+        gradient.addcmul_(work, self.row_factor[rows])
+        torch.sub(strip, self.column_anchor, out=work).exp_()
+        gradient.addcmul_(work, self.column_factor)
+
+
+def _log1p_exp(log_odds: Tensor) -> Tensor:
+    return torch.logaddexp(log_odds, torch.zeros_like(log_odds))
+
+
+def _rest(log_odds: Tensor) -> Tensor:
+    """1 - P_ii = sigmoid(r_i), without overflow at r_i << 0."""
+    return (log_odds - _log1p_exp(log_odds)).exp()
+
+
+def _strip_height(n: int, strip_size: int, like: Tensor) -> int:
+    budget = _STRIP_BYTES_CPU if like.device.type == "cpu" else _STRIP_BYTES_GPU
+    return min(n, strip_size or max(_LEAST_ROWS, budget // (n * like.element_size())))
+
+
+def _buffers(count: int, height: int, n: int, like: Tensor) -> list[Tensor]:
+    return [like.new_empty(height, n) for _ in range(count)]
+
+
+@streamed_sweep.register_fake
+def _(image: Tensor, text: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(image, text, arguments[1], arguments[2])
+    scalars = (image.new_empty((), dtype=dtype) for _ in range(2))
+    return *scalars, image.new_empty((8, image.shape[0]), dtype=dtype)
+
+
+@streamed_sweep_backward.register_fake
+def _(
+    grad_retention: Tensor, grad_consistency: Tensor, state: Tensor, image: Tensor, text: Tensor, logit_scale: Tensor,
+    *arguments: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    need_image, need_text = arguments[-3:-1]
+    return (
+        image.new_empty(image.shape if need_image else (0,)),
+        text.new_empty(text.shape if need_text else (0,)),
+        logit_scale.new_empty(()),
+    )
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, ctx.want_retention, ctx.want_consistency, ctx.strip_size = inputs
+    ctx.save_for_backward(output[2], *tensors)
+
+
+def _backward(ctx: Any, grad_retention: Tensor, grad_consistency: Tensor, _: Tensor | None) -> tuple[Any, ...]:
+    state, *tensors = ctx.saved_tensors
+    need = ctx.needs_input_grad[:3]
+    gradients = streamed_sweep_backward(
+        grad_retention, grad_consistency, state, *tensors,
+        ctx.want_retention, ctx.want_consistency, ctx.strip_size, *need,
+    )  # fmt: skip
+    wanted = (gradient if needed else None for gradient, needed in zip(gradients, need, strict=True))
+    return *wanted, *[None] * 7
+
+
+streamed_sweep.register_autograd(_backward, setup_context=_keep_for_backward)

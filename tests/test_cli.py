@@ -1,0 +1,73 @@
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+
+from cliperase_fast import UnlearnConfig, cli
+
+
+def call(*words):
+    return cli.main([str(word) for word in words])
+
+
+def test_every_setting_is_a_flag_of_unlearn(capsys):
+    with pytest.raises(SystemExit) as stop:
+        call("unlearn", "--help")
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for spec in dataclasses.fields(UnlearnConfig):
+        assert "--" + spec.name.replace("_", "-") in text
+    for source in ("demo", "shapes", "cifar10:", "cifar100:", "folder:", "csv:", "flickr30k:", "wds:"):
+        assert source in text
+
+
+def test_help_without_a_command_shows_examples(capsys):
+    assert call() == 2
+    assert "cliperase-fast unlearn --model" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--model", "ViT-B-99:openai", "--data", "demo", "--forget", "class:seven"], "ViT-B-"),
+        (["--model", "ViT-B-32", "--data", "demo", "--forget", "class:seven"], "ViT-B-32:"),
+        (["--model", "ViT-B-32:openai", "--data", "demo", "--forget", "class:seven", "--epochs", "none"], "epochs"),
+        (["--model", "ViT-B-32:openai", "--data", "demo", "--forget", "class:seven", "--config", "absent.yaml"], "absent.yaml"),
+    ],
+)
+def test_bad_input_exits_with_2_and_one_plain_line(tmp_path, capsys, words, says):
+    assert call("unlearn", *words, "--output", tmp_path / "run") == 2
+    message = capsys.readouterr().err
+    assert says in message
+    assert "Traceback" not in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_flag_exits_with_2(tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        call("unlearn", "--no-such-flag")
+    assert stop.value.code == 2
+
+
+def test_flags_win_over_the_config_file_and_that_over_the_preset(tmp_path):
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({"epochs": 7, "batch_size": 32}))
+    words = ["unlearn", "--model", "m", "--data", "demo", "--forget", "class:one", "--output", "o", "--paper", "flickr30k"]
+    arguments = cli._parser().parse_args([*words, "--config", str(path), "--epochs", "3"])
+    config = UnlearnConfig.from_dict(cli._settings(arguments))
+    assert (config.epochs, config.batch_size, config.learning_rate) == (3, 32, 1e-8)
+
+
+def test_backends_are_listed_with_the_reason_of_each(capsys):
+    assert call("backends") == 0
+    text = capsys.readouterr().out
+    assert "eager" in text
+    assert "torch" in text
+
+
+def test_the_installed_command_answers():
+    done = subprocess.run([sys.executable, "-m", "cliperase_fast.cli", "--version"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stdout.startswith("cliperase-fast 0.")

@@ -1,0 +1,87 @@
+import dataclasses
+import json
+
+import pytest
+
+from cliperase_fast import InputError, UnlearnConfig
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"epoch": 3}, "did you mean 'epochs'"),
+        ({"epochs": 0}, "epochs=0 must be at least 1"),
+        ({"epochs": 2.5}, "epochs=2.5 must be a whole number"),
+        ({"epochs": "many"}, "epochs='many' must be a whole number"),
+        ({"learning_rate": 0}, "learning_rate=0.0 must be positive"),
+        ({"learning_rate": float("nan")}, "must be finite"),
+        ({"lambda_retain": -1}, "lambda_retain=-1.0 must not be negative"),
+        ({"lambda_retain": 0, "lambda_forget": 0, "lambda_consistency": 0}, "nothing would be trained"),
+        ({"forget_loss": "euclid"}, "forget_loss='euclid' is not one of cosine, hinge, contrastive"),
+        ({"val_fraction": 1.0}, "val_fraction=1.0 must lie between 0 and 1"),
+        ({"batch_size": 1}, "one forget and one retain pair"),
+        ({"trainable": "last:0"}, "use all, image, text, last:K or lora"),
+        ({"trainable": "head"}, "use all, image, text, last:K or lora"),
+        ({"report": "yes"}, "report='yes' must be true or false"),
+        ({"margin": 2}, "must lie between -1 and 1"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_its_remedy(settings, says):
+    with pytest.raises(InputError, match=None) as error:
+        UnlearnConfig.from_dict(settings)
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize(("dataset", "rate"), [("cifar100", 1e-6), ("cc12m", 1e-6), ("flickr30k", 1e-8)])
+def test_paper_presets_hold_the_published_settings(dataset, rate):
+    config = UnlearnConfig.paper(dataset)
+    weights = (config.lambda_retain, config.lambda_forget, config.lambda_consistency)
+    assert weights == (1.0, 3.0, 3.0)
+    assert (config.optimizer, config.batch_size, config.epochs, config.learning_rate) == ("adam", 16, 20, rate)
+
+
+def test_an_unknown_preset_names_the_known_ones():
+    with pytest.raises(InputError, match="cifar100, cc12m, flickr30k"):
+        UnlearnConfig.paper("imagenet")
+
+
+@pytest.mark.parametrize("name", ["c.yaml", "c.json"])
+def test_a_file_gives_the_same_settings_as_keywords(tmp_path, name):
+    path = tmp_path / name
+    written = {"epochs": 3, "learning_rate": "1e-5" if name.endswith("yaml") else 1e-5, "teacher_cache": "memory"}
+    path.write_text(json.dumps(written) if name.endswith("json") else "epochs: 3\nlearning_rate: 1e-5\nteacher_cache: memory")
+    assert UnlearnConfig.from_file(path) == UnlearnConfig(epochs=3, learning_rate=1e-5, teacher_cache="memory")
+
+
+def test_yaml_off_is_understood_as_the_word(tmp_path):
+    (tmp_path / "c.yaml").write_text("teacher_cache: off")
+    assert UnlearnConfig.from_file(tmp_path / "c.yaml").teacher_cache == "off"
+
+
+@pytest.mark.parametrize(("text", "says"), [("epochs: [", "neither valid YAML"), ("- 1", "must hold `name: value`")])
+def test_a_broken_config_file_is_named(tmp_path, text, says):
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=says) as error:
+        UnlearnConfig.from_file(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_missing_config_file_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"absent\.yaml"):
+        UnlearnConfig.from_file(tmp_path / "absent.yaml")
+
+
+def test_settings_survive_a_round_trip_through_json():
+    config = UnlearnConfig(epochs=3, margin=0.2, forget_loss="hinge")
+    assert UnlearnConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(("fraction", "forget"), [(0.5, 8), (0.25, 4), (0.01, 1), (0.99, 15)])
+def test_the_ratio_keeps_at_least_one_pair_of_each_kind(fraction, forget):
+    config = UnlearnConfig(batch_size=16, forget_fraction=fraction)
+    assert (config.forget_pairs, config.retain_pairs) == (forget, 16 - forget)
+
+
+def test_every_setting_has_a_help_text():
+    assert all(spec.metadata["help"] for spec in dataclasses.fields(UnlearnConfig))

@@ -1,0 +1,298 @@
+"""`unlearn()` as a user calls it, on a tiny random CLIP and noisy flat colours."""
+
+import copy
+import json
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from tiny import QUICK, make_pairs, make_tiny_clip, split_pairs
+
+import cliperase_fast as cf
+from cliperase_fast import InputError, UnlearningError
+
+
+def run(model=None, pairs=None, colour="red", **changes):
+    forget, retain = split_pairs(make_pairs() if pairs is None else pairs, colour)
+    return cf.unlearn(make_tiny_clip() if model is None else model, forget, retain, **{**QUICK, **changes})
+
+
+def state(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def test_the_callers_model_and_random_state_are_left_as_they_were():
+    model = make_tiny_clip().train()
+    model.logit_scale.requires_grad_(False)
+    before, torch_state = state(model), torch.get_rng_state()
+    result = run(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model.training
+    assert not model.logit_scale.requires_grad
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in result.model.state_dict().items())
+
+
+def test_the_run_directory_holds_what_the_result_says(tmp_path):
+    output = tmp_path / "run"
+    result = run(output_dir=output, report=True)
+    record = json.loads((output / "result.json").read_text())
+    assert record["before"] == result.before
+    assert record["after"] == result.after
+    for part in ("forget", "retain"):
+        for name in ("zero_shot_top1", "image_to_text_r@1", "text_to_image_r@10"):
+            assert 0 <= record["after"][part][name] <= 1
+    assert {"seconds", "pairs_per_second", "versions", "seed", "per_class", "selection", "data"} <= record.keys()
+    assert json.loads((output / "config.json").read_text()) == result.config.to_dict()
+    steps = [line for line in map(json.loads, (output / "metrics.jsonl").read_text().splitlines()) if "total" in line]
+    assert [line["step"] for line in steps] == list(range(1, len(steps) + 1))
+    for line in steps:
+        assert line["total"] == pytest.approx(line["retain"] + 3 * line["forget"] + 3 * line["consistency"], rel=1e-5)
+    assert "<html" in (output / "report.html").read_text().lower()
+    assert sorted(path.name for path in (output / "plots").iterdir()) == [
+        "embeddings.png", "losses.png", "per_class.png", "similarities.png",
+    ]  # fmt: skip
+    assert not (output / "cache").exists()
+
+
+def test_the_saved_model_loads_in_open_clip_with_the_same_features(tmp_path):
+    result = run(output_dir=tmp_path / "run")
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'run' / 'model'}")
+    pixels = torch.randn(3, 3, 8, 8)
+    tokens = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'run' / 'model'}")(["a red square"])
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval().encode_image(pixels), result.model.eval().encode_image(pixels))
+        torch.testing.assert_close(model.encode_text(tokens), result.model.encode_text(tokens))
+
+
+def test_a_result_kept_in_memory_saves_the_same_folder_later(tmp_path):
+    result = run()
+    result.save(tmp_path / "later")
+    assert json.loads((tmp_path / "later" / "result.json").read_text())["after"] == result.after
+    assert (tmp_path / "later" / "metrics.jsonl").read_text().count("\n") == len(result.history)
+
+
+def test_two_runs_with_one_seed_are_equal_and_another_seed_is_not():
+    first, again, other = run(), run(), run(seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(state(first.model).values(), state(again.model).values(), strict=True))
+    differs = zip(state(first.model).values(), state(other.model).values(), strict=True)
+    assert any(not torch.equal(a, b) for a, b in differs)
+
+
+@pytest.mark.parametrize("cache", ["memory", "disk", "off"])
+def test_the_teacher_cache_changes_nothing(tmp_path, cache):
+    changes = {"false_negatives": "none", "epochs": 1}
+    live = run(teacher_cache="off", **changes)
+    cached = run(teacher_cache=cache, output_dir=tmp_path / "run", **changes)
+    for name, tensor in state(live.model).items():
+        torch.testing.assert_close(tensor, state(cached.model)[name], rtol=1e-4, atol=1e-5)
+    for a, b in zip(live.history, cached.history, strict=True):
+        if "total" in a:
+            assert a["consistency"] == pytest.approx(b["consistency"], rel=1e-4, abs=1e-6)
+
+
+def test_a_random_transform_sees_student_and_teacher_alike():
+    rows = [(Image.fromarray(np.full((8, 8, 3), 40 * i % 255, np.uint8)), f"a {c} square") for i in range(6)
+            for c in ("red", "blue")]  # fmt: skip
+    forget, retain = split_pairs(rows, "red")
+
+    def jitter(image):
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255 + 0.5 * torch.randn(3, 1, 1)
+
+    result = cf.unlearn(make_tiny_clip(), forget, retain, transform=jitter, **QUICK)
+    first = next(line for line in result.history if "total" in line)
+    assert first["consistency"] == pytest.approx(0, abs=1e-6)  # before any step the student is the teacher
+    with pytest.raises(InputError, match="deterministic transform"):
+        cf.unlearn(make_tiny_clip(), forget, retain, transform=jitter, teacher_cache="memory", **QUICK)
+
+
+def test_a_teacher_of_another_width_is_followed():
+    teacher = open_clip.model.CLIP(
+        embed_dim=24,
+        vision_cfg={"image_size": 8, "patch_size": 4, "width": 32, "layers": 1, "head_width": 16},
+        text_cfg={"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+    )
+    result = run(teacher=teacher)
+    assert next(line for line in result.history if "total" in line)["consistency"] > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("trainable", "moves", "stays"),
+    [("image", "visual.proj", "text_projection"), ("text", "text_projection", "visual.proj"), ("all", "visual.proj", None)],
+)
+def test_only_the_chosen_tower_is_trained(trainable, moves, stays):
+    model = make_tiny_clip()
+    result = run(model, trainable=trainable)
+    before, after = state(model), state(result.model)
+    assert not torch.equal(before[moves], after[moves])
+    assert stays is None or torch.equal(before[stays], after[stays])
+
+
+def test_lora_is_folded_into_ordinary_weights(tmp_path):
+    result = run(trainable="lora", lora_rank=2, output_dir=tmp_path / "run")
+    assert result.model.state_dict().keys() == make_tiny_clip().state_dict().keys()
+    open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'run' / 'model'}")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"forget_loss": "hinge", "margin": 0.1},
+        {"forget_loss": "contrastive"},
+        {"consistency": "features"},
+        {"consistency": "intra"},
+        {"lambda_consistency": 0},
+        {"precision": "bf16"},
+        {"optimizer": "adamw", "weight_decay": 0.1, "schedule": "cosine", "warmup_steps": 2, "grad_clip": 1.0},
+        {"accumulate": 2},
+        {"epoch_over": "retain", "forget_fraction": 0.25},
+        {"num_workers": 2},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_every_option_trains_to_finite_weights(options):
+    result = run(**options)
+    assert all(torch.isfinite(tensor).all() for tensor in result.model.state_dict().values())
+    assert result.config.to_dict().items() >= options.items()
+
+
+def test_pixels_and_token_ids_pass_as_they_are():
+    tokenize = open_clip.SimpleTokenizer(context_length=8)
+    rows = [(image, tokenize([caption])[0]) for image, caption in make_pairs()]
+    as_text = run(teacher_cache="memory")
+    as_tokens = cf.unlearn(make_tiny_clip(), rows[:12], rows[12:], **QUICK)
+    assert as_tokens.after["retain"]["pair_similarity"] == pytest.approx(as_text.after["retain"]["pair_similarity"], abs=1e-5)
+
+
+def test_a_test_set_may_be_given_in_two_parts_or_as_one():
+    forget, retain = split_pairs(make_pairs(seed=5), "red")
+    parts = run(test=(forget, retain))
+    whole = run(test=make_pairs(seed=5))
+    assert parts.before["forget"]["pairs"] == whole.before["forget"]["pairs"] == 12
+    assert parts.before == whole.before
+
+
+def test_training_stops_when_nothing_gets_better():
+    result = run(epochs=50, learning_rate=1e-9, early_stop=3)
+    assert result.selection["stopped_early"]
+    assert len([line for line in result.history if "validation" in line]) < 10
+
+
+def test_cosine_alone_lowers_the_similarity_of_forget_pairs():
+    result = run(lambda_retain=0, lambda_consistency=0, epochs=10, retain_floor=1.0)
+    assert result.after["forget"]["pair_similarity"] < result.before["forget"]["pair_similarity"] - 0.1
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path):
+    output = tmp_path / "run"
+    with pytest.raises(UnlearningError, match=r"not finite at step \d+ .*step-\d+.*learning_rate"):
+        run(output_dir=output, learning_rate=1e30, epochs=10, checkpoint_every=1)
+    from cliperase_fast.unlearning.checkpoints import load_newest
+
+    assert load_newest(output / "checkpoints") is not None
+    assert not (output / "result.json").exists()
+
+
+class Broken(torch.nn.Module):
+    def encode_image(self, pixels):
+        return pixels
+
+
+def nan_model():
+    model = make_tiny_clip()
+    with torch.no_grad():
+        model.visual.proj.fill_(float("nan"))
+    return model
+
+
+GOOD = make_pairs()
+RED, REST = split_pairs(GOOD, "red")
+BAD_INPUT = {
+    "empty forget": ({"forget": []}, "forget set is empty"),
+    "empty retain": ({"retain": []}, "retain set is empty"),
+    "overlap": ({"retain": REST + RED[:3]}, "3 of the 27 retain pairs.*overlap='drop'"),
+    "model without a text tower": ({"model": Broken()}, "encode_text"),
+    "weights with NaN": ({"model": nan_model()}, "not finite"),
+    "unknown model name": ({"model": "ViT-B-99:openai"}, "ViT-B-"),
+    "no such weights": ({"model": "ViT-B-32:/absent/weights.pt"}, "/absent/weights.pt"),
+    "image with NaN": ({"forget": [(torch.full((3, 8, 8), float("nan")), "a red square"), *RED]}, "finite"),
+    "images of two sizes": ({"retain": [*REST, (torch.zeros(3, 4, 4), "a blue square")]}, r"\[3, 4, 4\]|\(3, 4, 4\)|3x4x4"),
+    "image without channels": ({"forget": [(torch.zeros(8, 8), "a red square"), *RED]}, "3, H, W"),
+    "caption beyond the context": ({"forget": [(RED[0][0], "red " * 30), *RED]}, "long_captions='truncate'"),
+    "fp16 on the CPU": ({"precision": "fp16", "device": "cpu"}, "needs a GPU"),
+    "absent GPU": ({"device": "cuda:7"}, "cuda:7"),
+    "unknown backend": ({"backend": "fastest"}, "fastest"),
+    "unknown setting": ({"learning_rat": 1.0}, "learning_rate"),
+    "unknown source": ({"forget": "nowhere:/x#class:a", "retain": "rest"}, "nowhere"),
+    "source without selector": ({"forget": "demo", "retain": "rest"}, "demo#class"),
+    "unknown class": ({"forget": "demo#class:sevn", "retain": "rest"}, "seven"),
+    "rest of a dataset": ({"retain": "rest"}, "retain='rest' needs"),
+    "test set of one kind": ({"test": REST}, r"test=\(forget_test, retain_test\)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "says"), BAD_INPUT.values(), ids=BAD_INPUT.keys())
+def test_bad_input_is_named_before_anything_is_written(tmp_path, changes, says):
+    arguments = {"model": make_tiny_clip(), "forget": RED, "retain": REST, **QUICK, **changes}
+    model, forget, retain = (arguments.pop(name) for name in ("model", "forget", "retain"))
+    with pytest.raises(InputError, match=says):
+        cf.unlearn(model, forget, retain, output_dir=tmp_path / "run", **arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_overlap_is_dropped_on_request():
+    result = cf.unlearn(make_tiny_clip(), RED, REST + RED[:3], overlap="drop", **QUICK)
+    plain = cf.unlearn(make_tiny_clip(), RED, REST, **QUICK)
+    assert result.record["data"]["retain_pairs"] == plain.record["data"]["retain_pairs"]
+
+
+def test_a_long_caption_is_cut_on_request():
+    cf.unlearn(make_tiny_clip(), [(RED[0][0], "red " * 30), *RED], REST, long_captions="truncate", **QUICK)
+
+
+def test_a_used_folder_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(InputError, match="already used"):
+        run(output_dir=tmp_path)
+    with pytest.raises(InputError, match="nothing to resume"):
+        run(output_dir=tmp_path, resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_unreadable_images_are_named_or_skipped_and_counted(tmp_path):
+    for colour in ("red", "blue"):
+        (tmp_path / colour).mkdir()
+        for i in range(8):
+            Image.new("RGB", (8, 8), colour).save(tmp_path / colour / f"{i}.png")
+    (tmp_path / "blue" / "bad.png").write_bytes(b"not an image")
+    arguments = (make_tiny_clip(), f"folder:{tmp_path}#class:red", "rest")
+    with pytest.raises(InputError, match=r"bad\.png"):
+        cf.unlearn(*arguments, **QUICK)
+    result = cf.unlearn(*arguments, on_error="skip", **QUICK)
+    assert len(result.record["data"]["skipped"]) == 1
+    assert "bad.png" in result.record["data"]["skipped"][0]
+
+
+def test_a_generic_two_tower_module_is_unlearned_too():
+    class TwoTowers(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.visual = torch.nn.Linear(3 * 8 * 8, 8)
+            self.text = torch.nn.Embedding(128, 8)
+            self.logit_scale = torch.nn.Parameter(torch.tensor(2.0))
+
+        def encode_image(self, pixels):
+            return self.visual(pixels.flatten(1))
+
+        def encode_text(self, tokens):
+            return self.text(tokens).mean(1)
+
+    def tokenize(captions):
+        return torch.tensor([[ord(letter) for letter in caption.ljust(16)[:16]] for caption in captions])
+
+    model = TwoTowers()
+    result = cf.unlearn(copy.deepcopy(model), RED, REST, tokenizer=tokenize, **QUICK)
+    assert isinstance(result.model, TwoTowers)
+    assert not torch.equal(result.model.visual.weight, model.visual.weight)
