@@ -44,7 +44,7 @@ _MARK = ".cliperase-demo"
 _UNLEARNING = {"epochs": 10, "batch_size": 64, "learning_rate": 1e-4}
 RECIPES = {
     "demo": Recipe(16, 4, 96, 3, epochs=25, unlearning=_UNLEARNING),
-    "shapes": Recipe(32, 4, 128, 4, epochs=20, unlearning=_UNLEARNING),
+    "shapes": Recipe(32, 8, 128, 4, epochs=30, unlearning=_UNLEARNING),
     "images": Recipe(32, 4, 192, 5, epochs=40, flip_and_shift=True, unlearning=_UNLEARNING),
 }
 
@@ -119,7 +119,10 @@ def train_small_clip(pairs: PairDataset, recipe: Recipe, *, seed: int = 0, progr
             },
             text_cfg={"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
         )
-        model.visual.preprocess_cfg["interpolation"] = "bilinear"
+        preprocessing = open_clip.transform.PreprocessCfg(
+            size=recipe.image_size, mean=(0.5,) * 3, std=(0.25,) * 3, interpolation="bilinear", resize_mode="squash"
+        )
+        open_clip.model.set_model_preprocess_cfg(model, asdict(preprocessing))
         adapter = load_model(model)
         assert adapter.transform is not None
         pixels = torch.stack([adapter.transform(pairs.image(index)) for index in range(len(pairs))])

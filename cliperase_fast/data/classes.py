@@ -1,9 +1,9 @@
-"""Class names and the captions that stand for them: made from templates, or read off the captions that occur."""
+"""Class names and the captions that stand for them: from templates, or read off the captions that occur."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +24,9 @@ class ClassSpace:
     derived: bool = False  # read off the captions, not named by the data
 
     @classmethod
-    def from_templates(cls, names: Sequence[str], templates: Sequence[str], derived: bool = False) -> ClassSpace:
+    def from_templates(cls, names: Sequence[str], templates: Sequence[str]) -> ClassSpace:
         prompts = tuple(tuple(template.replace("{}", name) for template in templates) for name in names)
-        return cls(tuple(names), prompts, derived)
+        return cls(tuple(names), prompts)
 
 
 def check_templates(templates: Sequence[str] | str | None) -> tuple[str, ...] | None:
@@ -50,8 +50,9 @@ def readable(name: str) -> str:
 def derive_classes(captions: Sequence[tuple[Any, ...]]) -> tuple[np.ndarray, ClassSpace] | None:
     """Labels int64 [n] and classes when captions are few and repeated, else None.
 
-    Few and repeated: at most 1000 different ones and at most half of the number of pairs. Every different caption (or
-    tuple of captions) is a class; see `class_names` for what it is called. Token-id captions give no classes.
+    Few and repeated: at most 1000 different ones and at most half of the number of pairs. Every different
+    caption (or tuple of captions) is a class; see `class_names` for what it is called. Token-id captions give
+    no classes.
     """
     if any(not isinstance(caption, str) for group in captions for caption in group):
         return None
@@ -60,9 +61,14 @@ def derive_classes(captions: Sequence[tuple[Any, ...]]) -> tuple[np.ndarray, Cla
     return label_by_caption(captions)
 
 
-def label_by_caption(captions: Sequence[tuple[str, ...]]) -> tuple[np.ndarray, ClassSpace] | None:
-    """Labels and classes with each different tuple of captions a class; None when that makes no sensible classes."""
-    groups = sorted(set(captions))
+def label_by_caption(
+    captions: Sequence[tuple[str, ...]], known: Iterable[tuple[str, ...]] = ()
+) -> tuple[np.ndarray, ClassSpace] | None:
+    """Labels and classes with each different tuple of captions, and each known one, a class.
+
+    None where that gives no sensible classes: too many, or several whose first captions are the same.
+    """
+    groups = sorted({*captions, *known})
     firsts = [group[0] for group in groups]
     if not 0 < len(groups) <= MAX_DERIVED_CLASSES or len(set(firsts)) < len(groups):
         return None
@@ -77,12 +83,15 @@ _ARTICLES = frozenset({"a", "an", "the"})
 
 
 def class_names(captions: Sequence[str]) -> tuple[str, ...]:
-    """A short name for each of some different captions: what is left without the words all of them share at both ends.
+    """A short name for each of some captions: what is left without the words all share at both ends.
 
-    "a photo of a dog." and "a photo of an owl." give "dog" and "owl". Captions that would end up with the same name, or
-    none, keep their full text, as does a single caption.
+    "a photo of a dog." and "a photo of an owl." give "dog" and "owl". Captions that would end up with the
+    same name, or none, keep their full text, as does a single caption.
     """
-    spans = [[(match.group().casefold(), *match.span()) for match in _TOKEN.finditer(caption)] for caption in captions]
+    spans = [
+        [(match.group().casefold(), *match.span()) for match in _TOKEN.finditer(caption)]
+        for caption in captions
+    ]
     shortest = min(len(words) for words in spans)
     if len(captions) < 2 or shortest == 0:
         return tuple(captions)
@@ -109,10 +118,11 @@ def _shared(rows: list[list[str]], limit: int) -> int:
 def merge_classes(
     parts: Sequence[tuple[list[tuple[Any, ...]], np.ndarray | None, ClassSpace | None]],
 ) -> tuple[np.ndarray | None, ClassSpace | None]:
-    """One class space for (captions, labels, classes) of several data sets: labels int64 of all pairs, and the classes.
+    """One class space for several data sets (captions, labels, classes): labels int64 of all pairs, classes.
 
-    Equal spaces stay. Spaces read off captions are read off anew from all of them, so that one class alone ("a photo of a
-    dog") and the rest get matching names. Otherwise classes of the same name are one. Without a common space: None, None.
+    Equal spaces stay. Spaces read off captions are read off anew from all of them, so that one class alone
+    ("a photo of a dog") and the rest get matching names. Otherwise classes of the same name are one. Without
+    a common space: None, None.
     """
     spaces = [space for _, _, space in parts]
     first = spaces[0]
@@ -121,8 +131,9 @@ def merge_classes(
     captions = [group for part, _, _ in parts for group in part]
     if all(space is None or space.derived for space in spaces):
         text = all(isinstance(caption, str) for group in captions for caption in group)
-        known = text and any(space is not None for space in spaces)
-        return (label_by_caption(captions) if known else derive_classes(captions)) or (None, None)
+        known = [group for space in spaces if space is not None for group in space.prompts]
+        found = label_by_caption(captions, known) if text and known else derive_classes(captions)
+        return found or (None, None)
     names: dict[str, int] = {}
     prompts: list[tuple[str, ...]] = []
     labels_of_parts = []

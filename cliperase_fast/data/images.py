@@ -23,7 +23,7 @@ class ImageStore:
         raise NotImplementedError
 
     def image(self, position: int) -> Image.Image | Tensor:
-        """The decoded image: PIL in RGB, or the caller's tensor. `InputError` names one that cannot be read."""
+        """The decoded image: PIL in RGB, or the caller's tensor. `InputError` names an unreadable one."""
         raise NotImplementedError
 
     def origin(self, position: int) -> str:
@@ -87,9 +87,15 @@ class TarStore(ImageStore):
     """Members of uncompressed tar files, read by their offset."""
 
     def __init__(
-        self, shards: Sequence[str], shard_of: np.ndarray, offsets: np.ndarray, sizes: np.ndarray, members: Sequence[str]
+        self,
+        shards: Sequence[str],
+        shard_of: np.ndarray,
+        offsets: np.ndarray,
+        sizes: np.ndarray,
+        members: Sequence[str],
     ) -> None:
         self.shards, self.members = list(shards), list(members)
+        self.origins = [os.path.realpath(shard) for shard in shards]
         self.shard_of, self.offsets, self.sizes = shard_of, offsets, sizes  # int64 [n] each
 
     def __len__(self) -> int:
@@ -102,11 +108,13 @@ class TarStore(ImageStore):
                 file.seek(self.offsets[position])
                 data = file.read(self.sizes[position])
         except OSError as error:
-            raise InputError(f"cannot read {name} from the shard {shard}: {error.strerror or error}") from error
+            raise InputError(
+                f"cannot read {name} from the shard {shard}: {error.strerror or error}"
+            ) from error
         return decode(io.BytesIO(data), f"{name} in the shard {shard}")
 
     def origin(self, position: int) -> str:
-        return os.path.realpath(self.shards[self.shard_of[position]])
+        return self.origins[self.shard_of[position]]
 
     def identity(self, position: int) -> Hashable:
         return self.origin(position), int(self.offsets[position])
@@ -134,7 +142,8 @@ class ItemStore(ImageStore):
         if isinstance(image, Tensor):
             return image
         raise InputError(
-            f"image {position} of {self.name} is a {type(image).__name__}: give a PIL image, or a float tensor [3, H, W] "
+            f"image {position} of {self.name} is a {type(image).__name__}: give a PIL image, or a float "
+            "tensor [3, H, W] "
             "that is already transformed"
         )
 
@@ -185,7 +194,7 @@ class JoinedStore(ImageStore):
 
 
 def decode(file: str | io.BytesIO, name: str) -> Image.Image:
-    """The whole image in RGB; `InputError` with its name when it is missing, damaged, truncated or no image."""
+    """The whole image in RGB; `InputError` with its name when it is missing, damaged or truncated."""
     try:
         with Image.open(file) as image:
             return image.convert("RGB")
@@ -196,9 +205,10 @@ def decode(file: str | io.BytesIO, name: str) -> Image.Image:
 
 
 def tensor_fault(image: Tensor) -> str | None:
-    """What is wrong with the form of an already transformed image, or None. Values are looked at elsewhere."""
+    """What is wrong with the form of an already transformed image, or None. Values are not looked at."""
     if not image.dtype.is_floating_point:
-        return f"is a {str(image.dtype).removeprefix('torch.')} tensor; tensor images must be float and already transformed"
+        dtype = str(image.dtype).removeprefix("torch.")
+        return f"is a {dtype} tensor; tensor images must be float and already transformed"
     if image.ndim != 3 or image.shape[0] != 3 or image.numel() == 0:
         return f"is a tensor {list(image.shape)}; tensor images must be [3, H, W]"
     return None

@@ -66,7 +66,7 @@ class PairDataset(Dataset):
         return len(self.ids)
 
     def image(self, index: int) -> Image.Image | Tensor:
-        """Image `index`, decoded and not transformed: PIL in RGB, or a tensor where the caller gave tensors."""
+        """Image `index`, decoded, not transformed: PIL in RGB, or a tensor where the caller gave tensors."""
         return self.store.image(int(self.positions[index]))
 
     def __getitem__(self, index: int) -> tuple[Image.Image | Tensor, Any]:
@@ -75,11 +75,13 @@ class PairDataset(Dataset):
         return self.image(index), self.captions[index][0]
 
     def subset(self, indices: Sequence[int] | np.ndarray | Tensor) -> PairDataset:
-        """The images at these indices (or where a bool mask [n] is true), in this order; shares the image store."""
+        """The images at these indices, in this order, or where a bool mask [n] is true. Nothing is copied."""
         chosen = np.asarray(indices)
         if chosen.dtype == bool:
             if len(chosen) != len(self):
-                raise InputError(f"a mask of {len(chosen)} values does not fit {self.name}, which has {len(self)} images")
+                raise InputError(
+                    f"a mask of {len(chosen)} values does not fit {self.name}, which has {len(self)} images"
+                )
             chosen = np.flatnonzero(chosen)
         chosen = chosen.astype(np.int64)
         return PairDataset(
@@ -112,7 +114,10 @@ def concat(parts: Sequence[PairDataset]) -> PairDataset:
         store, starts = stores[0], {id(stores[0]): 0}
     else:
         joined = JoinedStore(stores)
-        store, starts = joined, {id(inner): start for inner, start in zip(stores, joined.starts, strict=False)}
+        store, starts = (
+            joined,
+            {id(inner): start for inner, start in zip(stores, joined.starts, strict=False)},
+        )
     return PairDataset(
         " + ".join(dict.fromkeys(part.name for part in parts)),
         store,
@@ -129,9 +134,9 @@ def as_pairs(dataset: Any, name: str) -> PairDataset:
 
     image: a PIL image, or a float tensor [3, H, W] that is already transformed.
     caption: a str, a list of str, or token ids as an integer tensor [L] (or [k, L] for k captions).
-    A `PairDataset` passes through, and a torch `Subset` of one keeps all it knows. Captions are read here once, through
-    `dataset[i]` for every i: a dataset that decodes images decodes them all. Captions that are few and repeated (at most
-    1000 different ones, and at most half as many as pairs) become classes.
+    A `PairDataset` passes through, and a torch `Subset` of one keeps all it knows. Captions are read here
+    once, through `dataset[i]` for every i: a dataset that decodes images decodes them all. Captions that are
+    few and repeated (at most 1000 different ones, and at most half as many as pairs) become classes.
     """
     base, indices = _unwrap(dataset)
     if isinstance(base, PairDataset):
@@ -142,13 +147,17 @@ def as_pairs(dataset: Any, name: str) -> PairDataset:
             "(image, caption) pairs"
         )
     if isinstance(base, (str, bytes, dict, Tensor, np.ndarray)):
-        raise InputError(f"{name} is a {type(base).__name__}: give a dataset or list of (image, caption) pairs")
+        raise InputError(
+            f"{name} is a {type(base).__name__}: give a dataset or list of (image, caption) pairs"
+        )
     positions = np.arange(len(base)) if indices is None else indices
     captions = [_captions(_item(base, int(i), name), base, int(i), name) for i in positions]
     _check_one_kind(captions, positions, name)
     labels, space = derive_classes(captions) or (None, None)
     ids = [str(i) for i in positions]
-    return PairDataset(name, ItemStore(base, name), captions, ids, labels=labels, space=space, positions=positions)
+    return PairDataset(
+        name, ItemStore(base, name), captions, ids, labels=labels, space=space, positions=positions
+    )
 
 
 def _unwrap(dataset: Any) -> tuple[Any, np.ndarray | None]:
@@ -170,7 +179,9 @@ def _item(base: Any, index: int, name: str) -> Any:
         raise InputError(f"item {index} of {name} cannot be read: {type(error).__name__}: {error}") from error
     if not isinstance(item, (tuple, list)) or len(item) != 2:
         size = f" of {len(item)}" if isinstance(item, (tuple, list)) else ""
-        raise InputError(f"item {index} of {name} is a {type(item).__name__}{size}: each item must be (image, caption)")
+        raise InputError(
+            f"item {index} of {name} is a {type(item).__name__}{size}: each item must be (image, caption)"
+        )
     return item
 
 
@@ -185,15 +196,24 @@ def _captions(item: Any, base: Any, index: int, name: str) -> tuple[Any, ...]:
         )
     if isinstance(caption, (Tensor, np.ndarray)):
         tokens = torch.as_tensor(caption)
-        if tokens.dtype.is_floating_point or tokens.dtype == torch.bool or tokens.ndim > 2 or tokens.numel() == 0:
-            raise InputError(f"{where} is a {tokens.dtype} tensor {list(tokens.shape)}: token ids are integers [L]")
+        if (
+            tokens.dtype.is_floating_point
+            or tokens.dtype == torch.bool
+            or tokens.ndim > 2
+            or tokens.numel() == 0
+        ):
+            raise InputError(
+                f"{where} is a {tokens.dtype} tensor {list(tokens.shape)}: token ids are integers [L]"
+            )
         return tuple(tokens.long().reshape(-1, tokens.shape[-1]))
     texts = caption if isinstance(caption, (list, tuple)) else (caption,)
     if not texts:
         raise InputError(f"{where} is an empty list: give at least one caption")
     for text in texts:
         if not isinstance(text, str):
-            raise InputError(f"{where} is a {type(text).__name__}: give a str, a list of str, or token ids as a tensor")
+            raise InputError(
+                f"{where} is a {type(text).__name__}: give a str, a list of str, or token ids as a tensor"
+            )
         if not text.strip():
             raise InputError(f"{where} is empty: give a text, or leave the pair out")
     return tuple(str(text) for text in texts)
@@ -208,6 +228,7 @@ def _check_one_kind(captions: list[tuple[Any, ...]], positions: np.ndarray, name
     if len(kinds) > 1:
         (kind, index), (other, other_index) = list(kinds.items())[:2]
         raise InputError(
-            f"captions of {name} differ in kind: item {index} has {kind}, item {other_index} has {other}; give texts "
+            f"captions of {name} differ in kind: item {index} has {kind}, item {other_index} has {other}; "
+            "give texts "
             "everywhere, or token ids of one length"
         )

@@ -20,7 +20,7 @@ from torch import Tensor
 from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.data import PairDataset
 from cliperase_fast.errors import InputError
-from cliperase_fast.evaluation import EncodedPairs, encode_pairs, pair_similarities, score
+from cliperase_fast.evaluation import EncodedPairs, encode_pairs, pair_similarities, require_finite, score
 from cliperase_fast.models import ClipAdapter, load_model, merge_lora, set_trainable
 from cliperase_fast.unlearning.batches import BatchLoader, BatchPlan, CaptionTable, seeded
 from cliperase_fast.unlearning.checkpoints import Checkpoint, list_checkpoints, load_newest, write_text_atomically
@@ -79,9 +79,8 @@ def unlearn(
     _check_directory(directory, resume)
     began = time.perf_counter()
 
-    original = load_model(model, tokenizer=tokenizer)
+    original = load_model(model, tokenizer=tokenizer, truncate=settings.long_captions == "truncate")
     original.check_saveable()
-    original.truncate = settings.long_captions == "truncate"
     data = prepare_data(forget, retain, test, settings, templates=templates, progress=show)
     train_transform, random_transform = _transforms(original, transform, data.train.pairs)
     frozen = original if teacher is None else _load_teacher(teacher, original)
@@ -102,7 +101,7 @@ def unlearn(
         parameters = set_trainable(student, settings.trainable, settings.lora_rank, settings.lora_alpha)
         captions = CaptionTable(data.train.pairs, original.tokenize)
 
-        examiner = _Examiner(runtime)
+        examiner = _Examiner(runtime, settings.precision)
         test_before = examiner.encode(original, data.test, finite=True)
         scores_before = examiner.score(test_before, data.test)
         validation_before = examiner.candidate(original, data.validation, 0, 0)
@@ -200,20 +199,28 @@ def unlearn(
 class _Examiner:
     """Scores models on a split and counts the seconds it takes."""
 
-    def __init__(self, runtime: Runtime) -> None:
-        self.runtime, self.seconds = runtime, 0.0
+    def __init__(self, runtime: Runtime, precision: str) -> None:
+        self.runtime, self.precision, self.seconds = runtime, precision, 0.0
 
     def encode(self, adapter: ClipAdapter, part: Split, finite: bool = False) -> EncodedPairs:
         began = time.perf_counter()
-        encoded = encode_pairs(adapter, part.pairs, self.runtime)
-        if finite and not (np.isfinite(encoded.image_features).all() and np.isfinite(encoded.caption_features).all()):
-            raise InputError("the model gives features that are not finite (NaN or infinite): its weights are damaged")
+        encoded = encode_pairs(
+            adapter,
+            part.pairs,
+            batch_size=self.runtime.batch_size,
+            device=self.runtime.device,
+            precision=self.precision,
+            num_workers=self.runtime.num_workers,
+            progress=self.runtime.progress,
+        )
+        if finite:
+            require_finite(encoded, part.pairs)
         self.seconds += time.perf_counter() - began
         return encoded
 
     def score(self, encoded: EncodedPairs, part: Split) -> dict[str, Any]:
         began = time.perf_counter()
-        scores = score(encoded, part.pairs, part.forget_mask)
+        scores = score(encoded, part.pairs, part.forget_mask, device=self.runtime.device)
         self.seconds += time.perf_counter() - began
         return scores
 

@@ -117,7 +117,8 @@ def _forget_set(forget: Any, opener: _Opener) -> tuple[PairDataset, str | None, 
     if selector is None:
         raise InputError(f"forget={forget!r} selects nothing: add what to forget, for example '{forget}#class:apple'")
     source = opener(spec)
-    return source.train.subset(np.flatnonzero(select(source.train, selector))), selector, source
+    chosen = select(source.train, selector, other=source.test)
+    return source.train.subset(np.flatnonzero(chosen)), selector, source
 
 
 def _retain_set(
@@ -128,10 +129,12 @@ def _retain_set(
     if retain == "rest":
         if source is None or selector is None:
             raise InputError("retain='rest' needs forget as 'SOURCE#SELECTOR'; give the retain pairs as a dataset")
-        return source.train.subset(np.flatnonzero(~select(source.train, selector)))
+        return source.train.subset(np.flatnonzero(~select(source.train, selector, other=source.test)))
     spec, retain_selector = parse_reference(retain)
-    train = opener(spec).train
-    return train if retain_selector is None else train.subset(np.flatnonzero(select(train, retain_selector)))
+    opened = opener(spec)
+    if retain_selector is None:
+        return opened.train
+    return opened.train.subset(np.flatnonzero(select(opened.train, retain_selector, other=opened.test)))
 
 
 def _without_overlap(forget: PairDataset, retain: PairDataset, policy: str) -> PairDataset:
@@ -171,7 +174,10 @@ def _test_sets(
             pairs = pairs.subset(np.flatnonzero(select(pairs, test_selector)))
     else:
         pairs = as_pairs(test, "test")
-    mask = select(pairs, selector) if selector is not None else _by_captions(pairs, forget, retain)
+    if selector is None:
+        mask = _by_captions(pairs, forget, retain)
+    else:
+        mask = select(pairs, selector, other=source.train if source is not None else None)
     return pairs.subset(np.flatnonzero(mask)), pairs.subset(np.flatnonzero(~mask))
 
 

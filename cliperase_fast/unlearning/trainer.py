@@ -21,7 +21,7 @@ from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.errors import UnlearningError
 from cliperase_fast.losses import CLIPEraseLoss
 from cliperase_fast.models import ClipAdapter
-from cliperase_fast.ops import LossTerms
+from cliperase_fast.functional import LossTerms
 from cliperase_fast.unlearning import checkpoints
 from cliperase_fast.unlearning.batches import Batch, BatchLoader
 from cliperase_fast.unlearning.runtime import Runtime

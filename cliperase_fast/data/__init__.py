@@ -1,0 +1,21 @@
+"""Images with captions: sources, selectors, splits and checks."""
+
+from cliperase_fast.data.checks import check_images, overlap, split
+from cliperase_fast.data.classes import ClassSpace
+from cliperase_fast.data.pairs import PairDataset, as_pairs, concat
+from cliperase_fast.data.selectors import parse_reference, select
+from cliperase_fast.data.sources import Source, open_source
+
+__all__ = [
+    "ClassSpace",
+    "PairDataset",
+    "Source",
+    "as_pairs",
+    "check_images",
+    "concat",
+    "open_source",
+    "overlap",
+    "parse_reference",
+    "select",
+    "split",
+]

@@ -1,0 +1,197 @@
+"""Looking at pairs before the work starts: unreadable images, pairs in two sets, and carving off a part."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from cliperase_fast.data.images import pixel_bytes, tensor_fault
+from cliperase_fast.data.pairs import PairDataset
+from cliperase_fast.errors import InputError
+
+
+def split(pairs: PairDataset, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the rest and of the held out pairs, int64, both sorted.
+
+    Stratified by class where there are classes: each class gives its share, rounded so that the total is
+    right. At least one pair is held out and at least one stays. The same arguments always give the same
+    split.
+    """
+    if not 0 < fraction < 1:
+        raise InputError(
+            f"the fraction to hold out is {fraction}: it must lie between 0 and 1, both excluded"
+        )
+    n = len(pairs)
+    if n < 2:
+        raise InputError(f"{pairs.name} has {n} pairs: splitting needs at least two")
+    rng = np.random.default_rng(seed)
+    wanted = min(max(round(n * fraction), 1), n - 1)
+    labels = np.zeros(n, dtype=np.int64) if pairs.labels is None else pairs.labels
+    order = rng.permutation(n)
+    order = order[np.argsort(labels[order], kind="stable")]  # classes in turn, shuffled inside each
+    _, starts, sizes = np.unique(labels[order], return_index=True, return_counts=True)
+    counts, remainders = np.divmod(sizes * wanted, n)
+    # The largest remainders are rounded up, but rather not where that takes a class's last pair. A draw
+    # decides among equals, or low labels would always win.
+    rounding_order = np.lexsort((rng.random(len(sizes)), -remainders, counts + 1 >= sizes))
+    counts[rounding_order[: wanted - int(counts.sum())]] += 1
+    held_out = np.concatenate(
+        [order[start : start + count] for start, count in zip(starts, counts, strict=True)]
+    )
+    return np.setdiff1d(np.arange(n), held_out), np.sort(held_out)
+
+
+def check_images(
+    pairs: PairDataset, *, on_error: str = "raise", progress: bool = False
+) -> tuple[np.ndarray, list[str]]:
+    """Decode every image once; indices of the good ones (int64, sorted) and what is wrong with each bad one.
+
+    Images that are uint8 pixels in memory already are not decoded again. Tensor images must be float [3, H,
+    W], all of one shape, dtype and device, or `InputError` says which is not; they are bad when a pixel is
+    not finite.
+    on_error: "raise" makes bad images an `InputError` that names the first one and says how many there are;
+    "skip" leaves them to the caller.
+    """
+    if on_error not in ("raise", "skip"):
+        raise InputError(f"on_error={on_error!r} is not one of raise, skip")
+    todo = [index for index in range(len(pairs)) if not pairs.store.decoded(int(pairs.positions[index]))]
+    good = np.ones(len(pairs), dtype=bool)
+    bad: list[str] = []
+    forms: dict[str, int] = {}  # every form seen, and where first
+    with tqdm(
+        total=len(todo),
+        desc=f"checking {pairs.name}",
+        unit="image",
+        disable=None if progress and todo else True,
+    ) as bar:
+        for index, seen in zip(todo, _looked_at(pairs, todo), strict=True):
+            if seen.fault is not None:
+                good[index] = False
+                bad.append(seen.fault)
+            else:
+                forms.setdefault(seen.form, index)
+            bar.update()
+    if len(todo) < len(pairs):
+        forms.setdefault(_PIL, int(np.setdiff1d(np.arange(len(pairs)), todo)[0]))
+    if len(forms) > 1:
+        (form, index), (other, other_index) = list(forms.items())[:2]
+        raise InputError(
+            f"images of {pairs.name} differ in form: {pairs.ids[index]!r} is {form}, "
+            f"{pairs.ids[other_index]!r} is {other}; "
+            "give PIL images everywhere, or tensors of one shape, dtype and device"
+        )
+    if bad and on_error == "raise":
+        raise InputError(
+            f"{bad[0]} ({len(bad)} of the {len(pairs)} images of {pairs.name} are bad); repair or remove "
+            "them, or pass on_error='skip' to leave them out"
+        )
+    return np.flatnonzero(good), bad
+
+
+_PIL = "a PIL image"
+
+
+class _Seen(NamedTuple):
+    form: str = ""  # what kind of image it is
+    fault: str | None = None  # why it cannot be used
+
+
+def _look(pairs: PairDataset, index: int) -> _Seen:
+    try:
+        image = pairs.image(index)
+    except InputError as error:
+        return _Seen(fault=str(error))
+    if not isinstance(image, Tensor):
+        return _Seen(_PIL)
+    which = f"image {pairs.ids[index]!r} of {pairs.name}"
+    fault = tensor_fault(image)
+    if fault is not None:
+        raise InputError(f"{which} {fault}")
+    if not bool(torch.isfinite(image).all()):
+        return _Seen(fault=f"{which} has pixels that are not finite (NaN or infinite)")
+    dtype = str(image.dtype).removeprefix("torch.")
+    return _Seen(f"a {dtype} tensor {list(image.shape)} on {image.device}")
+
+
+def _looked_at(pairs: PairDataset, todo: list[int]) -> Iterator[_Seen]:
+    look = partial(_look, pairs)
+    if not pairs.store.thread_safe():
+        yield from map(look, todo)
+        return
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoders release the interpreter lock
+        for start in range(0, len(todo), 256):  # in parts, so that an interrupt does not wait for all of them
+            yield from pool.map(look, todo[start : start + 256])
+
+
+def overlap(first: PairDataset, second: PairDataset) -> np.ndarray:
+    """Indices into `second`, int64 and sorted, of pairs `first` also has: same image, a common caption.
+
+    Images are the same when they come from the same place (file, shard member, position in the same source or
+    dataset). Between different collections, where that cannot be known, pixels are compared: this decodes,
+    once, each image of either side whose caption also occurs on the other side, and nothing else. Images that
+    cannot be read overlap with nothing; `check_images` reports them.
+    """
+    mine = _by_identity(first)
+    found = []
+    unknown: dict[Any, list[int]] = {}  # caption: indices into `second` that only pixels can decide
+    origins: dict[Any, set[str]] = {}  # caption: collections in `first` that have it
+    for index, captions in enumerate(first.captions):
+        for key in _keys(captions):
+            origins.setdefault(key, set()).add(first.store.origin(int(first.positions[index])))
+    for index, captions in enumerate(second.captions):
+        position = int(second.positions[index])
+        keys = _keys(captions)
+        if keys & mine.get(second.store.identity(position), set()):
+            found.append(index)
+            continue
+        for key in keys:
+            if origins.get(key, set()) - {second.store.origin(position)}:
+                unknown.setdefault(key, []).append(index)
+    return np.unique(np.array(found + _same_pixels(first, second, unknown), dtype=np.int64))
+
+
+def _same_pixels(first: PairDataset, second: PairDataset, unknown: dict[Any, list[int]]) -> list[int]:
+    if not unknown:
+        return []
+    seen: dict[Any, set[str]] = {}  # caption: digests in `first`
+    for index, captions in enumerate(first.captions):
+        shared = _keys(captions) & unknown.keys()
+        digest = _digest(first, index) if shared else None
+        if digest is not None:
+            for key in shared:
+                seen.setdefault(key, set()).add(digest)
+    digests = {index: _digest(second, index) for indices in unknown.values() for index in indices}
+    return [
+        index
+        for key, indices in unknown.items()
+        for index in indices
+        if digests[index] in seen.get(key, set())
+    ]
+
+
+def _by_identity(pairs: PairDataset) -> dict[Any, set[Any]]:
+    known: dict[Any, set[Any]] = {}
+    for position, captions in zip(pairs.positions, pairs.captions, strict=True):
+        known.setdefault(pairs.store.identity(int(position)), set()).update(_keys(captions))
+    return known
+
+
+def _keys(captions: tuple[Any, ...]) -> set[Any]:
+    return {caption if isinstance(caption, str) else tuple(caption.tolist()) for caption in captions}
+
+
+def _digest(pairs: PairDataset, index: int) -> str | None:
+    try:
+        image = pairs.image(index)
+    except InputError:
+        return None
+    return hashlib.sha256(pixel_bytes(image)).hexdigest()

@@ -1,0 +1,171 @@
+"""Choosing pairs by text: `class:apple`, `caption:apple,apples`, `ids:FILE`."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+
+from cliperase_fast.data.classes import readable
+from cliperase_fast.data.pairs import PairDataset
+from cliperase_fast.errors import InputError
+
+_KINDS = {"class": "class:NAME,NAME", "caption": "caption:WORD,SYNONYM", "ids": "ids:FILE"}
+
+
+def parse_reference(reference: str) -> tuple[str, str | None]:
+    """ "SOURCE#SELECTOR" as (source, selector); the selector is None when there is none.
+
+    A '#' in a path is fine as long as no selector's name and a colon follow it.
+    """
+    known = re.search(rf"#(?:{'|'.join(_KINDS)}):", reference)
+    if known:
+        return reference[: known.start()], reference[known.start() + 1 :]
+    unknown = re.search(r"#(\w+):", reference)
+    if unknown:
+        raise InputError(f"unknown selector {unknown.group(1)!r} in {reference!r}; use {_usage()}")
+    return reference, None
+
+
+def select(pairs: PairDataset, selector: str, *, other: PairDataset | None = None) -> np.ndarray:
+    """Which pairs the selector means, bool [n]: some of them, never none and never all.
+
+    class:a,b    pairs of these classes, by name (case and underscores do not matter) or by a caption that
+    stands for one
+    caption:a,b  images with a caption that holds one of these words or phrases as whole words, in any case
+    ids:FILE     the ids in a text file, one a line
+
+    other: the other split of the same source, whose ids a file may hold too.
+    """
+    kind, colon, value = selector.partition(":")
+    if not colon or kind not in _KINDS:
+        raise InputError(f"{selector!r} is no selector; use {_usage()}")
+    if kind != "ids" and not any(part.strip() for part in value.split(",")):
+        raise InputError(f"the selector {selector!r} is empty; use {_KINDS[kind]}")
+    if kind == "class":
+        mask = _by_class(pairs, value)
+    elif kind == "caption":
+        mask = _by_caption(pairs, value)
+    else:
+        mask = _by_ids(pairs, value, other)
+    if not mask.any():
+        hint = (
+            " (whole words only: list other forms as synonyms, 'caption:apple,apples')"
+            if kind == "caption"
+            else ""
+        )
+        raise InputError(f"{selector!r} matches none of the {len(pairs)} pairs of {pairs.name}{hint}")
+    if mask.all():
+        raise InputError(
+            f"{selector!r} matches all {len(pairs)} pairs of {pairs.name}: nothing would be left to keep"
+        )
+    return mask
+
+
+def _usage() -> str:
+    return ", ".join(_KINDS.values())
+
+
+def _folded(text: str) -> str:
+    """Equal for texts that differ only in case or in how accents are encoded."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
+
+
+def _by_class(pairs: PairDataset, value: str) -> np.ndarray:
+    if pairs.space is None or pairs.labels is None:
+        raise InputError(
+            f"{pairs.name} has no classes, so 'class:{value}' selects nothing; use 'caption:{value}' or "
+            "ids:FILE"
+        )
+    names = pairs.space.names
+    by_name: dict[str, list[int]] = {}
+    for number, name in enumerate(names):
+        by_name.setdefault(_folded(readable(name)), []).append(number)
+    by_prompt = {
+        _folded(prompt): number for number, prompts in enumerate(pairs.space.prompts) for prompt in prompts
+    }
+
+    def find(text: str) -> int | None:
+        if text in names:
+            return names.index(text)
+        same = by_name.get(_folded(readable(text)), [])
+        if len(same) > 1:
+            raise InputError(
+                f"{text!r} could be any of the classes {_listed([names[number] for number in same])}"
+            )
+        return same[0] if same else by_prompt.get(_folded(text))
+
+    whole = find(value.strip())  # a class name may hold a comma
+    wanted: list[int] = []
+    for part in [value] if whole is not None else value.split(","):
+        if not part.strip():
+            continue
+        found = find(part.strip())
+        if found is None:
+            raise InputError(f"{pairs.name} has no class {part.strip()!r}; {_nearest(part.strip(), names)}")
+        wanted.append(found)
+    return np.isin(pairs.labels, wanted)
+
+
+def _nearest(text: str, names: tuple[str, ...]) -> str:
+    folded = {_folded(readable(name)): name for name in names}
+    near = difflib.get_close_matches(_folded(readable(text)), folded, n=3, cutoff=0.5)
+    if near:
+        return f"did you mean {_listed([folded[name] for name in near])}?"
+    shown = names[:20]
+    return f"there are {_listed(shown)}" + (
+        f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+    )
+
+
+def _listed(names: list[str] | tuple[str, ...]) -> str:
+    return ", ".join(repr(name) for name in names)
+
+
+def _by_caption(pairs: PairDataset, value: str) -> np.ndarray:
+    phrases = [
+        r"\s+".join(map(re.escape, _folded(part).split())) for part in value.split(",") if part.strip()
+    ]
+    # Not \b: it would never match at the end of a phrase like "c++".
+    pattern = re.compile(rf"(?<!\w)(?:{'|'.join(phrases)})(?!\w)")
+    known: dict[str, bool] = {}
+
+    def matches(caption: object) -> bool:
+        if not isinstance(caption, str):
+            raise InputError(
+                f"captions of {pairs.name} are token ids, which 'caption:{value}' cannot search; use ids:FILE"
+            )
+        if caption not in known:
+            known[caption] = pattern.search(_folded(caption)) is not None
+        return known[caption]
+
+    return np.array(
+        [any(matches(caption) for caption in captions) for captions in pairs.captions], dtype=bool
+    )
+
+
+def _by_ids(pairs: PairDataset, value: str, other: PairDataset | None) -> np.ndarray:
+    path = Path(value).expanduser()
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot read the file of ids {path}: {reason}") from error
+    wanted = list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
+    if not wanted:
+        raise InputError(f"the file of ids {path} is empty: put one id on each line")
+    have = set(pairs.ids)
+    elsewhere = set() if other is None else set(other.ids)
+    unknown = [name for name in wanted if name not in have and name not in elsewhere]
+    if unknown:
+        example = f"; ids there look like {pairs.ids[0]!r}" if pairs.ids else ""
+        raise InputError(
+            f"{len(unknown)} of the {len(wanted)} ids in {path} are not in {pairs.name}: "
+            f"{_listed(unknown[:3])}"
+            f"{' ...' if len(unknown) > 3 else ''}{example}"
+        )
+    chosen = set(wanted)
+    return np.array([name in chosen for name in pairs.ids], dtype=bool)

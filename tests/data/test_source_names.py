@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from cliperase_fast.data import open_source
+from cliperase_fast.data.shapes import CLASSES, COLOURS, SHAPES
+from cliperase_fast.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("cifar:/data", "unknown source 'cifar:/data'; did you mean 'cifar10:DIR'"),
+        ("/data/images", "unknown source.* There are demo, shapes, cifar10:DIR"),
+        ("", "unknown source"),
+        ("cifar10", "write cifar10:DIR"),
+        ("folder:", "write folder:DIR"),
+        ("demo:x", "write demo"),
+        ("shapes:x", "write shapes"),
+        ("shapes?tran=3", "unknown option 'tran' in .* there are train, test, size, seed"),
+        ("shapes?train=0", "train='0' must be a whole number of at least 1"),
+        ("shapes?train=x", "train='x'"),
+        ("shapes?size=8", "size='8' must be a whole number of at least 16"),
+        ("csv:x.tsv?columns=2", "unknown option 'columns'"),
+    ],
+)
+def test_a_name_that_opens_nothing_is_explained(spec: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        open_source(spec)
+
+
+def test_templates_need_classes(tmp_path) -> None:
+    (tmp_path / "t.tsv").write_text("filepath\ttitle\n1.png\ta dog\n2.png\ta cat\n")
+    with pytest.raises(InputError, match="no classes for the templates"):
+        open_source(f"csv:{tmp_path}/t.tsv", templates=["a {}"])
+
+
+def test_demo_digits_split_the_same_way_whatever_the_seed() -> None:
+    source, again = open_source("demo"), open_source("demo", seed=7)
+    assert source.test is not None and again.test is not None
+    assert (len(source.train), len(source.test)) == (1438, 359)
+    assert source.test.ids == again.test.ids
+    assert not set(source.train.ids) & set(source.test.ids)
+    assert source.train.labels is not None and source.test.labels is not None
+    assert np.bincount(source.test.labels).min() >= 34
+    assert source.train.classes is not None and source.train.classes[7] == "seven"
+    seven = int(np.flatnonzero(source.train.labels == 7)[0])
+    assert len(source.train.captions[seven]) >= 3
+    assert all("seven" in caption for caption in source.train.captions[seven])
+    assert source.train.class_prompts("seven") == list(source.train.captions[seven])
+    image = source.train.image(0)
+    assert image.mode == "RGB" and image.size == (8, 8) and np.asarray(image).max() > 200
+
+
+def test_shapes_are_a_hundred_classes_in_seeded_splits() -> None:
+    start = time.perf_counter()
+    source = open_source("shapes")
+    assert time.perf_counter() - start < 10
+    assert source.test is not None and source.train.labels is not None
+    assert (len(source.train), len(source.test)) == (3000, 1000)
+    assert source.train.classes == CLASSES and len(set(CLASSES)) == 100
+    assert "red circle" in CLASSES
+    assert source.train.captions[0] == ("a red circle",)
+    assert np.bincount(source.train.labels).tolist() == [30] * 100
+    assert source.train.image(0).size == (32, 32)
+
+
+def test_shapes_depend_on_the_seed_and_not_on_how_many_there_are() -> None:
+    few, more = open_source("shapes?train=2&test=1"), open_source("shapes?train=3&test=1")
+    other = open_source("shapes?train=2&test=1&seed=1")
+    assert few.test is not None
+    assert few.train.image(3).tobytes() == more.train.image(4).tobytes()  # red square, the second one
+    assert few.train.image(0).tobytes() != few.test.image(0).tobytes()
+    assert few.train.image(0).tobytes() != other.train.image(0).tobytes()
+    assert few.train.fingerprint() != other.train.fingerprint()
+    assert other.train.fingerprint() == open_source("shapes?train=2&test=1", seed=1).train.fingerprint()
+
+
+def test_shape_size_is_an_option() -> None:
+    assert open_source("shapes?train=1&test=1&size=48").train.image(0).size == (48, 48)
+
+
+def test_colours_and_shapes_can_be_told_apart() -> None:
+    """The colour by the mean tint of what stands out, the shape by the most similar outline."""
+    source = open_source("shapes?train=10&test=3")
+    assert source.test is not None and source.train.labels is not None and source.test.labels is not None
+    colours = np.array(list(COLOURS.values()), dtype=float)
+
+    def features(pairs) -> tuple[np.ndarray, np.ndarray]:
+        images = np.stack([np.asarray(pairs.image(i), dtype=float) for i in range(len(pairs))])
+        ground = np.median(images[:, [0, 0, -1, -1], [0, -1, 0, -1]], axis=1)[:, None, None]
+        away = np.linalg.norm(images - ground, axis=-1)  # [n, 32, 32]
+        ink = away > 0.6 * np.quantile(away, 0.98, axis=(1, 2))[:, None, None]
+        tint = np.stack([image[mask].mean(0) for image, mask in zip(images, ink, strict=True)])
+        outlines = []
+        for mask in ink:
+            rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+            box = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+            at = [np.linspace(0, side - 1, 12).round().astype(int) for side in box.shape]
+            outlines.append([*box[np.ix_(*at)].ravel(), 3 * box.shape[0] / box.shape[1]])
+        return tint, np.array(outlines, dtype=float)
+
+    _, train_outline = features(source.train)
+    tint, outline = features(source.test)
+    guess = np.argmin(np.linalg.norm(tint[:, None] - 0.925 * colours, axis=-1), axis=1)
+    assert (guess == source.test.labels // len(SHAPES)).mean() > 0.9
+    distance = torch.cdist(torch.as_tensor(outline), torch.as_tensor(train_outline))  # [300, 1000]
+    nearest = source.train.labels[distance.argmin(dim=1).numpy()] % len(SHAPES)
+    assert (nearest == source.test.labels % len(SHAPES)).mean() > 0.85
