@@ -1,1 +1,70 @@
-class CLIPEraseLoss: ...
+"""The losses as modules, for training loops."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from cliperase_fast.functional import LossTerms, check_options, cliperase_loss
+
+
+class CLIPEraseLoss(nn.Module):
+    """CLIPErase's loss (arXiv 2410.23330) with its options fixed; it has no parameters or state.
+
+    The options are those of `functional.cliperase_loss`, where the formulas and shapes stand too. A wrong one
+    raises InputError here.
+    """
+
+    def __init__(
+        self,
+        lambda_retain: float = 1.0,
+        lambda_forget: float = 3.0,
+        lambda_consistency: float = 3.0,
+        *,
+        forget: str = "cosine",
+        margin: float = 0.0,
+        consistency: str = "logits",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        check_options(lambda_retain, lambda_forget, lambda_consistency, forget, margin, consistency)
+        self.lambda_retain = lambda_retain
+        self.lambda_forget = lambda_forget
+        self.lambda_consistency = lambda_consistency
+        self.forget = forget
+        self.margin = margin
+        self.consistency = consistency
+        self.backend = backend
+
+    def forward(
+        self,
+        forget_image: Tensor,
+        forget_text: Tensor,
+        retain_image: Tensor,
+        retain_text: Tensor,
+        teacher_image: Tensor | None,
+        teacher_text: Tensor | None,
+        logit_scale: Tensor | float,
+        teacher_logit_scale: Tensor | float | None,
+        *,
+        group_ids: Tensor | None = None,
+    ) -> LossTerms:
+        """LossTerms(total, retain, forget, consistency); call backward on `total`.
+
+        Features are L2-normalised: forget_* [M, D], retain_* [N, D], teacher_* [N, D°] without gradient.
+        Scales are already exponentiated. group_ids: int64 [N], see `functional.cliperase_loss`.
+        """
+        return cliperase_loss(
+            forget_image, forget_text, retain_image, retain_text, teacher_image, teacher_text,
+            logit_scale, teacher_logit_scale,
+            lambda_retain=self.lambda_retain, lambda_forget=self.lambda_forget,
+            lambda_consistency=self.lambda_consistency, forget=self.forget, margin=self.margin,
+            consistency=self.consistency, group_ids=group_ids, backend=self.backend,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        margin = f", margin={self.margin}" if self.forget == "hinge" else ""
+        return (
+            f"lambda_retain={self.lambda_retain}, lambda_forget={self.lambda_forget}, "
+            f"lambda_consistency={self.lambda_consistency}, forget={self.forget!r}{margin}, "
+            f"consistency={self.consistency!r}, backend={self.backend!r}"
+        )

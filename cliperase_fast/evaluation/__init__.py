@@ -1,4 +1,5 @@
-"""How well a model matches images and captions: zero-shot accuracy and retrieval, for forget and retain pairs apart."""
+"""How well a model matches images and captions: zero-shot accuracy and retrieval, for forget and retain pairs
+apart."""
 
 from cliperase_fast.evaluation.encoding import EncodedPairs, encode_pairs, pair_similarities, require_finite
 from cliperase_fast.evaluation.evaluating import evaluate

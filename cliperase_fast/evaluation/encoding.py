@@ -18,7 +18,6 @@ from cliperase_fast.data import PairDataset
 from cliperase_fast.errors import InputError
 from cliperase_fast.models import ClipAdapter
 
-DEFAULT_TEMPLATE = "a photo of a {}"
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -26,7 +25,7 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 class EncodedPairs:
     """Features of n images, their U different captions and, where there are classes, C classes.
 
-    All tensors are float32, on the CPU, with rows of unit length.
+    All tensors are float32, on the CPU, with rows of unit length as the adapter gives them.
     """
 
     image_features: Tensor  # [n, D]
@@ -58,8 +57,8 @@ def encode_pairs(
     progress: show a bar on a terminal.
     templates: class prompts instead of `pairs.prompts`, see `class_prompts`.
 
-    Raises `InputError` for captions the model cannot take and for images of unlike sizes. Features that are NaN or
-    infinite are returned as such, see `require_finite`.
+    Raises `InputError` for captions the model cannot take and for images of unlike sizes. Features that are
+    NaN or infinite are returned as such, see `require_finite`.
     """
     device = torch.device(device)
     captions, caption_index = _different_captions(pairs)
@@ -71,26 +70,21 @@ def encode_pairs(
         if _key(prompt) not in known:
             known[_key(prompt)] = len(captions) + len(extra)
             extra.append(prompt)
-    token_sets = [
-        _tokens(adapter, part) for part in (captions, extra) if part
-    ]  # before any encoding: the checks
-
+    # All captions are checked before anything is encoded; U of them, then X prompts.
+    parts = [_tokens(adapter, part) for part in (captions, extra) if part]  # [U, L], [X, L]
     with _inference(adapter.module, device, precision):
-        text = torch.cat(
-            [_encode_text(adapter, tokens, batch_size, device) for tokens in token_sets]
-        )  # [U + X, D]
+        text = torch.cat([_encode_text(adapter, part, batch_size, device) for part in parts])  # [U + X, D]
         image = _encode_images(adapter, pairs, batch_size, device, num_workers, progress)  # [n, D]
     class_features = None
     if prompts is not None:
-        rows = [torch.as_tensor([known[_key(prompt)] for prompt in of_class]) for of_class in prompts]
-        class_features = F.normalize(
-            torch.stack([text[of_class].mean(0) for of_class in rows]), dim=-1
-        )  # [C, D]
+        rows = [[known[_key(prompt)] for prompt in of_class] for of_class in prompts]
+        class_features = F.normalize(torch.stack([text[of_class].mean(0) for of_class in rows]), dim=-1)
     return EncodedPairs(image, text[: len(captions)], caption_index, class_features)
 
 
 def pair_similarities(encoded: EncodedPairs) -> np.ndarray:
-    """The cosine of each image with its own captions, their mean where it has several; float32 [n], from -1 to 1."""
+    """The cosine of each image with its own captions, their mean where it has several; float32 [n], from -1
+    to 1."""
     image_of, caption_of = matching(encoded)
     sums = np.zeros(len(encoded), dtype=np.float64)
     step = 1 << 16  # pairs gathered at a time
@@ -112,13 +106,15 @@ def require_finite(encoded: EncodedPairs, pairs: PairDataset) -> None:
     if not finite.all():
         first = int(finite.long().argmin())
         raise InputError(
-            f"{int((~finite).sum())} of the {len(finite)} image features are not finite (NaN or infinity), the first that "
-            f"of {pairs.ids[first]!r} in {pairs.name}: the model's weights or these images' pixels hold such values"
+            f"{int((~finite).sum())} of the {len(finite)} image features are not finite (NaN or infinity), "
+            f"the first that of {pairs.ids[first]!r} in {pairs.name}: the model's weights or these images' "
+            "pixels hold such values"
         )
 
 
 def matching(encoded: EncodedPairs) -> tuple[np.ndarray, np.ndarray]:
-    """All (image, caption) pairs as two int64 arrays [P]: row of the image, ascending, and row of the caption."""
+    """All (image, caption) pairs as two int64 arrays [P]: row of the image, ascending, and row of the
+    caption."""
     counts = np.array([len(rows) for rows in encoded.caption_index], dtype=np.int64)
     if len(counts) == 0:
         return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
@@ -126,23 +122,23 @@ def matching(encoded: EncodedPairs) -> tuple[np.ndarray, np.ndarray]:
 
 
 def class_prompts(pairs: PairDataset, templates: Sequence[str] | None = None) -> list[tuple[Any, ...]] | None:
-    """The captions that stand for each class in zero-shot classification (CLIP, arXiv 2103.00020, section 3.1.4).
+    """The captions that stand for each class in zero-shot classification (CLIP, arXiv 2103.00020, section
+    3.1.4).
 
-    `templates` ("a photo of a {}": the braces take the class name) come first, then the prompts the data brings, then
-    the plain template. None for data without classes.
+    Those the data brings, or `templates` ("a photo of a {}") with the class name in their braces. None for
+    data without classes.
     """
-    if pairs.classes is None or pairs.labels is None:
+    if pairs.classes is None or pairs.prompts is None:
         return None
-    if templates is None and pairs.prompts is not None:
+    if templates is None:
         return [tuple(of_class) for of_class in pairs.prompts]
-    chosen = [DEFAULT_TEMPLATE] if templates is None else list(templates)
-    return [tuple(template.replace("{}", name) for template in chosen) for name in pairs.classes]
+    return [tuple(template.replace("{}", name) for template in templates) for name in pairs.classes]
 
 
 @contextmanager
 def _inference(module: nn.Module, device: torch.device, precision: str) -> Iterator[None]:
-    # no_grad and not inference_mode: a module that builds a mask or a table on first use and keeps it could not be
-    # trained afterwards, as inference tensors cannot be saved for a backward pass.
+    # no_grad and not inference_mode: a module that builds a mask or a table on first use and keeps it could
+    # not be trained afterwards, as inference tensors cannot be saved for a backward pass.
     training = [part for part in module.modules() if part.training]
     dtype = PRECISIONS[precision]
     module.eval()
@@ -190,9 +186,8 @@ def _tokens(adapter: ClipAdapter, captions: Sequence[Any]) -> Tensor:
 
 
 def _encode_text(adapter: ClipAdapter, tokens: Tensor, batch_size: int, device: torch.device) -> Tensor:
-    return torch.cat(
-        [_unit(adapter.encode_text(part.to(device))) for part in tokens.split(batch_size)]
-    )  # [U, D]
+    features = [adapter.encode_text(part.to(device)).float().cpu() for part in tokens.split(batch_size)]
+    return torch.cat(features)  # [U, D]
 
 
 def _encode_images(
@@ -218,7 +213,7 @@ def _encode_images(
         total=len(pairs), desc="encoding", unit="image", leave=False, disable=None if progress else True
     ) as bar:
         for pixels in loader:
-            features = _unit(adapter.encode_image(pixels.to(device, non_blocking=True)))  # [B, D]
+            features = adapter.encode_image(pixels.to(device, non_blocking=True)).float().cpu()  # [B, D]
             if out is None:
                 out = torch.empty(len(pairs), features.shape[1])
             out[done : done + len(features)] = features
@@ -227,11 +222,6 @@ def _encode_images(
     if out is None:
         raise InputError(f"{pairs.name} holds no pairs: there is nothing to encode")
     return out
-
-
-def _unit(features: Tensor) -> Tensor:
-    """Float32, on the CPU, normalised again: in bfloat16 a row's length is off by up to 0.4 %."""
-    return F.normalize(features.float(), dim=-1).cpu()
 
 
 class _Pixels(Dataset):
@@ -257,7 +247,7 @@ def _stack(images: list[Tensor]) -> Tensor:
     shapes = sorted({tuple(image.shape) for image in images})
     if len(shapes) > 1:
         raise InputError(
-            f"images of one batch have different shapes, {shapes[0]} and {shapes[-1]}: give tensors of one size, or PIL "
-            "images and a transform that resizes them"
+            f"images of one batch have different shapes, {shapes[0]} and {shapes[-1]}: give tensors of one "
+            "size, or PIL images and a transform that resizes them"
         )
     return torch.stack(images)

@@ -19,10 +19,11 @@ from cliperase_fast.data import (
     parse_reference,
     select,
 )
+from cliperase_fast.data.classes import check_templates
 from cliperase_fast.errors import InputError
 from cliperase_fast.evaluation.encoding import PRECISIONS, encode_pairs, require_finite
 from cliperase_fast.evaluation.scoring import score
-from cliperase_fast.models import load_model
+from cliperase_fast.models import ClipAdapter, load_model
 
 
 def evaluate(
@@ -33,6 +34,7 @@ def evaluate(
     tokenizer: Callable[[Sequence[str]], Tensor] | None = None,
     transform: Callable[[Any], Tensor] | None = None,
     templates: Sequence[str] | None = None,
+    long_captions: str = "error",
     batch_size: int = 256,
     device: str | torch.device = "auto",
     precision: str = "fp32",
@@ -41,31 +43,39 @@ def evaluate(
 ) -> dict[str, Any]:
     """Zero-shot accuracy and retrieval recall of a CLIP model, for forget and retain pairs apart.
 
-    model: whatever `unlearn()` takes: an open_clip or transformers model, a module with `encode_image`, `encode_text`
-        and `logit_scale`, or a string such as "ViT-B-32:openai" or "local-dir:runs/apple/model".
-    data: a map-style dataset of (image, caption) pairs, or a source string such as "cifar10:DIR" (its test split when it
-        has one) or "cifar10:DIR#class:cat,dog" (only those pairs).
-    forget: which pairs are the forget pairs: a selector ("class:apple"), a bool mask [n], or a dataset of forget pairs,
-        `data` then being the retain pairs (less those that are also in `forget`). None: all pairs are one set.
+    model: whatever `unlearn()` takes: an open_clip or transformers model, a module with `encode_image`,
+        `encode_text` and `logit_scale`, or a string such as "ViT-B-32:openai" or
+        "local-dir:runs/apple/model".
+    data: a map-style dataset of (image, caption) pairs, or a source string such as "cifar10:DIR" (its test
+        split when it has one) or "cifar10:DIR#class:cat,dog" (only those pairs).
+    forget: which pairs are the forget pairs: a selector ("class:apple"), a bool mask [n], or a dataset of
+        forget pairs, `data` then being the retain pairs (less those that are also in `forget`). None: all
+        pairs are one set.
     tokenizer, transform: needed only where the model does not bring them.
     templates: captions that stand for a class, "a photo of a {}"; the data's own otherwise.
+    long_captions: what happens to captions longer than the model's context: "error", or "truncate" to cut
+        them.
     batch_size: images in a forward pass.
-    device: "auto" is where a given module stands, and the GPU, if there is one, for a model named by a string.
+    device: "auto" is where a given module stands, and the GPU, if there is one, for a model named by a
+        string.
     precision: arithmetic of the encoders: fp32, bf16, or fp16 (GPU only).
     num_workers: processes that load images.
     progress: show a bar on a terminal.
 
-    Returns {"forget": scores, "retain": scores, "per_class": ...}, or {"all": scores, "per_class": ...} without
-    `forget`: see `cliperase_fast.evaluation.score` for what the scores are.
+    Returns {"forget": scores, "retain": scores, "per_class": ...}, or {"all": scores, "per_class": ...}
+    without `forget`: see `cliperase_fast.evaluation.score` for what the scores are.
 
-    Raises `InputError`, before any encoding, for whatever is wrong with the arguments, unreadable images included; and
-    when the model returns NaN or infinity. The model is left as it was.
+    Raises `InputError`, before any encoding, for whatever is wrong with the arguments, unreadable images
+    included; and when the model returns NaN or infinity. The model is left as it was.
     """
     chosen = _device(device, model)
-    _check_settings(batch_size, num_workers, precision, chosen, templates)
+    _check_settings(batch_size, num_workers, precision, chosen, long_captions)
+    templates = check_templates(templates)
     pairs, forget_mask = _pairs(data, forget, templates)
     check_images(pairs, on_error="raise", progress=progress)
-    adapter = load_model(model, tokenizer=tokenizer, transform=transform, device=chosen)
+    adapter = load_model(
+        model, tokenizer=tokenizer, transform=transform, device=chosen, truncate=long_captions == "truncate"
+    )
     encoded = encode_pairs(
         adapter,
         pairs,
@@ -82,7 +92,7 @@ def evaluate(
 
 def _device(device: str | torch.device, model: Any) -> torch.device:
     if str(device) == "auto":
-        module = getattr(model, "module", model)  # an adapter, or the module itself
+        module = model.module if isinstance(model, ClipAdapter) else model
         if isinstance(module, nn.Module):
             first = next(module.parameters(), None)
             return torch.device("cpu") if first is None else first.device
@@ -93,13 +103,14 @@ def _device(device: str | torch.device, model: Any) -> torch.device:
         raise InputError(f"device={device!r} is no device: use auto, cpu, cuda or cuda:N") from error
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise InputError(
-            f"device={str(device)!r} is not here (torch sees {torch.cuda.device_count()} GPUs): use cpu or auto"
+            f"device={str(device)!r} is not here (torch sees {torch.cuda.device_count()} GPUs): use cpu or "
+            "auto"
         )
     return chosen
 
 
 def _check_settings(
-    batch_size: int, num_workers: int, precision: str, device: torch.device, templates: Sequence[str] | None
+    batch_size: int, num_workers: int, precision: str, device: torch.device, long_captions: str
 ) -> None:
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size} must be at least 1")
@@ -109,15 +120,8 @@ def _check_settings(
         raise InputError(f"precision={precision!r} is not one of {', '.join(PRECISIONS)}")
     if precision == "fp16" and device.type != "cuda":
         raise InputError(f"precision='fp16' needs a GPU and the device is {device}: use 'bf16' or 'fp32'")
-    if isinstance(templates, str):
-        raise InputError(f"templates={templates!r} is a single string: give a list of templates")
-    if templates is not None and len(templates) == 0:
-        raise InputError("templates is empty: give at least one, such as 'a photo of a {}', or None")
-    for template in templates or ():
-        if "{}" not in template:
-            raise InputError(
-                f"template {template!r} lacks the braces that take the class name: 'a photo of a {{}}'"
-            )
+    if long_captions not in ("error", "truncate"):
+        raise InputError(f"long_captions={long_captions!r} is not one of error, truncate")
 
 
 def _pairs(data: Any, forget: Any, templates: Sequence[str] | None) -> tuple[PairDataset, np.ndarray | None]:
@@ -125,13 +129,14 @@ def _pairs(data: Any, forget: Any, templates: Sequence[str] | None) -> tuple[Pai
     pairs = _open(data, templates)
     if len(pairs) == 0:
         raise InputError(f"{pairs.name} is empty: give at least one (image, caption) pair")
+    if templates is not None and pairs.classes is None:
+        raise InputError(f"{pairs.name} has no classes for the templates to name: leave the templates out")
     if forget is None:
         return pairs, None
     if isinstance(forget, str):
         return pairs, select(pairs, forget)
-    if isinstance(forget, (np.ndarray, Tensor)) or (
-        isinstance(forget, (list, tuple)) and all(isinstance(one, (bool, np.bool_)) for one in forget)
-    ):
+    flags = isinstance(forget, (list, tuple)) and {type(one) for one in forget} <= {bool, np.bool_}
+    if isinstance(forget, (np.ndarray, Tensor)) or (flags and len(forget) > 0):
         return pairs, _mask(forget, pairs)
     forget_pairs = as_pairs(forget, "forget")
     if len(forget_pairs) == 0:
@@ -156,8 +161,8 @@ def _mask(forget: Any, pairs: PairDataset) -> np.ndarray:
     mask = np.asarray(forget.cpu() if isinstance(forget, Tensor) else forget)
     if mask.dtype != np.bool_ or mask.shape != (len(pairs),):
         raise InputError(
-            f"forget is an array of {mask.dtype} with shape {list(mask.shape)}: a mask must be bool with shape "
-            f"[{len(pairs)}], one entry for each pair of {pairs.name}"
+            f"forget is an array of {mask.dtype} with shape {list(mask.shape)}: a mask must be bool with "
+            f"shape [{len(pairs)}], one entry for each pair of {pairs.name}"
         )
     if mask.all() or not mask.any():
         what = "all" if mask.all() else "none"

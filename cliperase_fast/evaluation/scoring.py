@@ -12,8 +12,8 @@ from torch import Tensor
 from cliperase_fast.data import PairDataset
 from cliperase_fast.evaluation.encoding import EncodedPairs, matching, pair_similarities
 
-# Cosines closer than this count as equal: the float32 rounding of a dot product of unit vectors stays below it, so
-# equal features tie wherever they stand in a matrix.
+# Cosines closer than this count as equal: the float32 rounding of a dot product of unit vectors stays below
+# it, so equal features tie wherever they stand in a matrix.
 TIE = 1e-6
 RECALL_AT = (1, 5, 10)
 CHUNK = 2**24  # similarities held at once: 64 MiB
@@ -41,16 +41,17 @@ def score(
     - zero_shot_top1: the share of images nearer to their own class than to every other; None without classes;
     - image_to_text_r@k: the share of the set's images with one of their captions among the k nearest of all
       different captions of `pairs`;
-    - text_to_image_r@k: the share of the different captions of the set's images with an image that carries the
-      caption among the k nearest of all images of `pairs`;
+    - text_to_image_r@k: the share of the different captions of the set's images with an image that carries
+      the caption among the k nearest of all images of `pairs`;
     - pair_similarity: the mean cosine of an image and its captions.
 
-    Recall as in CLIP-style retrieval (Flickr30K: Karpathy and Fei-Fei, arXiv 1412.2306, section 4.2). A gallery of at
-    most k gives recall 1 by this definition. An empty set's scores are None.
+    Recall as in CLIP-style retrieval (Flickr30K: Karpathy and Fei-Fei, arXiv 1412.2306). A
+    gallery of at most k gives recall 1 by this definition. An empty set's scores are None.
 
-    Ties count against the model: a query hits at k only if fewer than k wrong items score at least as high as its
-    best right one (equal up to 1e-6), and an image is classified only if no other class scores as high. Features that
-    all collapsed to one point therefore score 0, not 1. A NaN similarity is never a hit, and a mean with NaN in it is None.
+    Ties count against the model: a query hits at k only if fewer than k wrong items score at least as high as
+    its best right one (equal up to 1e-6), and an image is classified only if no other class scores as high.
+    Features that all collapsed to one point therefore score 0, not 1. A NaN similarity is never a hit, and a
+    mean with NaN in it is None.
     """
     image_of, caption_of = matching(encoded)
     images, captions = encoded.image_features.to(device), encoded.caption_features.to(device)
@@ -95,7 +96,8 @@ def _wrong_before_right(
     item_of: np.ndarray,  # [P] ... and the gallery item of each matching pair
     chunk: int,
 ) -> np.ndarray:
-    """For each query, how many items that do not match it score at least as high as its best matching one; int64 [Q]."""
+    """For each query, how many items that do not match it score at least as high as its best matching one;
+    int64 [Q]."""
     ranks = np.empty(len(queries), dtype=np.int64)
     step = max(1, chunk // max(1, len(gallery)))
     for start in range(0, len(queries), step):
@@ -137,7 +139,8 @@ def _mean(values: np.ndarray) -> float | None:
 def _per_class(
     pairs: PairDataset, correct: np.ndarray, forget_mask: np.ndarray | None
 ) -> dict[str, dict[str, Any]]:
-    """By class name; a class with forget and retain pairs belongs to the set "mixed". Classes without pairs are left out."""
+    """By class name; a class with forget and retain pairs belongs to the set "mixed". Classes without pairs
+    are left out."""
     assert pairs.classes is not None
     assert pairs.labels is not None
     labels = np.asarray(pairs.labels)

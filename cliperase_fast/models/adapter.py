@@ -1,4 +1,4 @@
-"""One interface over open_clip models, transformers' CLIPModel and any module with two encoders and a scale."""
+"""One interface over open_clip models, transformers' CLIPModel and any module with two encoders."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ from cliperase_fast.models.tokenizing import CaptionTokenizer
 
 Tower = Literal["image", "text", "scale"]
 
-SMALLEST_NORM = 1e-6  # shorter features are scaled as if this long: finite values and gradients for a zero vector
+# Shorter features are scaled as if this long, so that a zero vector has finite values and gradients.
+SMALLEST_NORM = 1e-6
 
 
 class ClipAdapter(ABC):
-    """A CLIP model with its tokenizer and its evaluation transform. Not a module itself: `module` is the model.
+    """A CLIP model with its tokenizer and its evaluation transform; not a module itself.
 
     module: the wrapped model; its device, dtype and training mode are the caller's business.
-    transform: PIL image -> float tensor [3, H, W], deterministic; None where unknown (images must then be tensors).
+    transform: PIL image -> float tensor [3, H, W], deterministic; None where unknown (images must then be
+    tensors).
     tokenizer: captions -> int64 [B, L]; None where unknown (captions must then be token ids).
     truncate: cut captions longer than the model's context instead of refusing them.
     """
@@ -43,7 +45,9 @@ class ClipAdapter(ABC):
         truncate: bool = False,
     ) -> None:
         if transform is not None and not callable(transform):
-            raise InputError(f"transform is a {type(transform).__name__}; pass a function from a PIL image to [3, H, W]")
+            raise InputError(
+                f"transform is a {type(transform).__name__}; pass a function from a PIL image to [3, H, W]"
+            )
         self.module = module
         self.transform = transform
         self.truncate = truncate
@@ -59,14 +63,20 @@ class ClipAdapter(ABC):
         return None
 
     @property
+    def _model(self) -> Any:
+        """The module, for what its own class has and nn.Module has not."""
+        return self.module
+
+    @property
     def device(self) -> torch.device:
         return next(self.module.parameters()).device
 
     def tokenize(self, captions: Sequence[str], *, truncate: bool | None = None) -> Tensor:
         """Token ids int64 [B, L] of `captions`, on the CPU.
 
-        truncate: overrides the adapter's own. Raises `InputError` for a caption longer than the context (unless it is
-        to be cut, and where the tokenizer's tokens can be counted), and for tokens the model cannot read.
+        truncate: overrides the adapter's own. Raises `InputError` for a caption longer than the context
+        (unless it is to be cut, and where the tokenizer's tokens can be counted), and for tokens the model
+        cannot read.
         """
         captions = list(captions)
         if self.tokenizer is None:
@@ -78,8 +88,10 @@ class ClipAdapter(ABC):
             if too_long:
                 caption, count = too_long[0]
                 raise InputError(
-                    f"caption {_shortened(caption)!r} has {count} tokens (begin and end marks included) and the model's "
-                    f"context holds {self.tokenizer.context_length}; {len(too_long)} of {len(captions)} captions are too long. "
+                    f"caption {_shortened(caption)!r} has {count} tokens (begin and end marks included) and "
+                    "the model's "
+                    f"context holds {self.tokenizer.context_length}; {len(too_long)} of {len(captions)} "
+                    "captions are too long. "
                     'Shorten them, or pass long_captions="truncate" to cut them'
                 )
         return tokens
@@ -98,20 +110,22 @@ class ClipAdapter(ABC):
 
     def logit_scale(self) -> Tensor:
         """exp of the model's `logit_scale` parameter, a differentiable 0-d tensor."""
-        return self.module.logit_scale.exp().reshape(())  # type: ignore[union-attr, operator]
+        return self._model.logit_scale.exp().reshape(())
 
     def clone(self) -> ClipAdapter:
-        """An independent copy: its own weights, without gradients; tokenizer and transform are shared."""
+        """An independent copy with weights of its own; tokenizer and transform are shared."""
         twin = copy.copy(self)
         twin.module = copy.deepcopy(self.module)
-        for parameter in twin.module.parameters():
-            parameter.grad = None
         return twin
 
     def save(self, directory: str | Path) -> None:
-        """Write the model to a folder its own library loads; all of it or nothing. Folds nothing: `merge_lora` first."""
+        """Write the model to a folder its own library loads; all of it or nothing. Folds nothing:
+        `merge_lora` first.
+        """
         if any(".lora_A." in name for name, _ in self.module.named_parameters()):
-            raise InputError("the model holds LoRA layers: fold them in with merge_lora(adapter) before saving it")
+            raise InputError(
+                "the model holds LoRA layers: fold them in with merge_lora(adapter) before saving it"
+            )
         self.check_saveable()
         write_directory(directory, self._marker, self._write)
 
@@ -128,7 +142,9 @@ class ClipAdapter(ABC):
         return digest.hexdigest()
 
     def blocks(self) -> tuple[list[nn.Module], list[nn.Module]]:
-        """The repeated blocks of (image tower, text tower), in order; empty where a tower has none that we know."""
+        """The repeated blocks of (image tower, text tower), in order; empty where a tower has none that we
+        know.
+        """
         return self._blocks_of("image"), self._blocks_of("text")
 
     @abstractmethod
@@ -137,7 +153,7 @@ class ClipAdapter(ABC):
 
     @abstractmethod
     def is_tail(self, name: str) -> bool:
-        """Whether the parameter of that name comes after its tower's blocks: final norm, pooling, projection."""
+        """Whether that parameter comes after its tower's blocks: final norm, pooling, projection."""
 
     @abstractmethod
     def _blocks_of(self, tower: Tower) -> list[nn.Module]: ...
@@ -157,37 +173,70 @@ class ClipAdapter(ABC):
         limit, size = self.context_length, self.vocabulary_size
         if limit is not None and tokens.shape[1] > limit:
             raise InputError(
-                f"the tokenizer returned {tokens.shape[1]} tokens a caption and the model's context holds {limit}; "
+                f"the tokenizer returned {tokens.shape[1]} tokens a caption and the model's context holds "
+                f"{limit}; "
                 "give it that context length"
             )
         if tokens.numel() and (tokens.min() < 0 or (size is not None and tokens.max() >= size)):
             raise InputError(
-                f"the tokenizer returned ids from {int(tokens.min())} to {int(tokens.max())} and the model's vocabulary "
+                f"the tokenizer returned ids from {int(tokens.min())} to {int(tokens.max())} and the model's "
+                "vocabulary "
                 f"has {size} entries; use the tokenizer the model was trained with"
             )
 
 
 _IMAGE_WORDS = {"visual", "vision", "image", "images", "img", "pixel", "pixels"}
 _TEXT_WORDS = {"text", "texts", "txt", "token", "tokens", "transformer", "language", "caption", "captions"}
-_TAIL_WORDS = {"proj", "projection", "projector", "head", "norm", "ln", "layernorm", "final", "post", "pool", "pooler", "fc"}
-_BODY_WORDS = {"pre", "embed", "embedding", "embeddings", "pos", "position", "positional", "patch", "token", "stem", "conv"}
+_TAIL_WORDS = {
+    "proj",
+    "projection",
+    "projector",
+    "head",
+    "norm",
+    "ln",
+    "layernorm",
+    "final",
+    "post",
+    "pool",
+    "pooler",
+    "fc",
+}
+_BODY_WORDS = {
+    "pre",
+    "embed",
+    "embedding",
+    "embeddings",
+    "pos",
+    "position",
+    "positional",
+    "patch",
+    "token",
+    "stem",
+    "conv",
+}
 
 
 class GenericAdapter(ClipAdapter):
-    """Any module with `encode_image(pixels)`, `encode_text(tokens)` (both -> [B, D]) and `logit_scale`, the log of the
-    scale as a parameter, buffer or tensor. Towers and blocks are guessed from parameter names when they are asked for.
+    """Any module with `encode_image(pixels)`, `encode_text(tokens)` (both -> [B, D]) and `logit_scale`, the
+    log of the scale as a parameter, buffer or tensor. Towers and blocks are guessed from parameter names when
+    they are asked for.
     """
 
     kind = "generic"
     _marker = "model.safetensors"
 
     def __init__(self, module: nn.Module, **options: Any) -> None:
-        missing = [f"{name}()" for name in ("encode_image", "encode_text") if not callable(getattr(module, name, None))]
+        missing = [
+            f"{name}()"
+            for name in ("encode_image", "encode_text")
+            if not callable(getattr(module, name, None))
+        ]
         if not isinstance(getattr(module, "logit_scale", None), Tensor):
             missing.append("logit_scale (a parameter or tensor that holds the log of the scale)")
         if missing:
             raise InputError(
-                f"{type(module).__name__} is neither an open_clip model nor a transformers CLIPModel, and it has no "
+                f"{type(module).__name__} is neither an open_clip model nor a transformers CLIPModel, and it "
+                "has no "
                 f"{' and no '.join(missing)}; wrap it in a module that has"
             )
         super().__init__(module, **options)
@@ -195,7 +244,9 @@ class GenericAdapter(ClipAdapter):
     def tower(self, name: str) -> Tower | None:
         if name in ("logit_scale", "logit_bias"):
             return "scale" if name == "logit_scale" else None
-        for word in _words(name):  # the outermost telling word decides: image_encoder.transformer is the image tower
+        for word in _words(
+            name
+        ):  # the outermost telling word decides: image_encoder.transformer is the image tower
             if word in _IMAGE_WORDS:
                 return "image"
             if word in _TEXT_WORDS:
@@ -211,10 +262,10 @@ class GenericAdapter(ClipAdapter):
         return longest_stack(child for _, child in inside)
 
     def _image_features(self, pixels: Tensor) -> Tensor:
-        return self._checked(self.module.encode_image(pixels), "encode_image")  # type: ignore[operator]
+        return self._checked(self._model.encode_image(pixels), "encode_image")
 
     def _text_features(self, tokens: Tensor) -> Tensor:
-        return self._checked(self.module.encode_text(tokens), "encode_text")  # type: ignore[operator]
+        return self._checked(self._model.encode_text(tokens), "encode_text")
 
     def _checked(self, features: Any, method: str) -> Tensor:
         if not isinstance(features, Tensor) or features.ndim != 2:
@@ -241,7 +292,11 @@ def longest_stack(modules: Iterator[nn.Module]) -> list[nn.Module]:
             continue
         children = list(module)
         alike = len({type(child) for child in children}) == 1
-        if alike and len(children) > len(best) and all(any(True for _ in child.parameters()) for child in children):
+        if (
+            alike
+            and len(children) > len(best)
+            and all(any(True for _ in child.parameters()) for child in children)
+        ):
             best = children
     return best
 

@@ -9,16 +9,18 @@ import copy
 import dataclasses
 import re
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cliperase_fast.errors import InputError
+from cliperase_fast.models.hub import offline_if_unreachable
 
 Config = dict[str, Any]
 
-TOLERANCE = 1e-5  # largest difference of a normalised feature between the model and one rebuilt from the configuration
+TOLERANCE = 1e-5  # of a normalised feature, between the model and the one rebuilt
 
 
 def prove_config(module: nn.Module) -> Config:
@@ -30,21 +32,22 @@ def prove_config(module: nn.Module) -> Config:
     for label, config in _candidates(module):
         try:
             difference = _difference(module, config)
-        except Exception as error:  # open_clip, timm and transformers each fail in their own ways on a wrong guess
+        except Exception as error:  # a wrong guess: open_clip, timm and transformers fail in their own ways
             tried.append(f"{label}: {type(error).__name__}: {_first_line(error)}")
             continue
         if difference <= TOLERANCE:
             return config
         tried.append(f"{label}: its features differ by {difference:.1e}")
+    reasons = "; ".join(tried) or "none is known"
     raise InputError(
-        f"this {type(module).__name__} could not be saved as an open_clip folder: no configuration rebuilds it "
-        f"({'; '.join(tried) or 'none is known'}). Pass the model as a string such as 'ViT-B-32:openai' or "
-        "'ARCH:/path/to/weights', or save it yourself with an open_clip_config.json and pass 'local-dir:DIR'"
+        f"this {type(module).__name__} cannot be saved as an open_clip folder: no configuration rebuilds it "
+        f"({reasons}). Pass the model as a string such as 'ViT-B-32:openai' or 'ARCH:/path/to/weights', or "
+        "save it yourself with an open_clip_config.json and pass 'local-dir:DIR'"
     )
 
 
 def build(config: Config) -> nn.Module:
-    """A fresh model of that configuration, as open_clip's `create_model` chooses its class; random weights."""
+    """A fresh model of that configuration with random weights; the class as `create_model` chooses it."""
     import open_clip
 
     config = copy.deepcopy(config)
@@ -60,7 +63,9 @@ def build(config: Config) -> nn.Module:
 
 @torch.no_grad()
 def _difference(module: nn.Module, config: Config) -> float:
-    """Largest difference between the features of `module` and of a model built from `config` with its weights."""
+    """Largest difference between the features of `module` and of a model built from `config` with its
+    weights.
+    """
     state = module.state_dict()
     parameter = next(module.parameters())
     is_native = not {"timm_model_name", "hf_model_name"} & {*config["vision_cfg"], *config["text_cfg"]}
@@ -71,7 +76,8 @@ def _difference(module: nn.Module, config: Config) -> float:
             twin.load_state_dict(state, strict=True, assign=True)
             _fill_causal_masks(twin, parameter.device)
         else:
-            twin = build(config)
+            with offline_if_unreachable() if "hf_model_name" in config["text_cfg"] else nullcontext():
+                twin = build(config)
             twin.load_state_dict(state, strict=True)
             twin.to(device=parameter.device, dtype=parameter.dtype)
     training = [child for child in module.modules() if child.training]
@@ -79,7 +85,10 @@ def _difference(module: nn.Module, config: Config) -> float:
     module.eval()
     try:
         worst = 0.0
-        for method, inputs in (("encode_image", _random_pixels(module)), ("encode_text", _random_tokens(module))):
+        for method, inputs in (
+            ("encode_image", _random_pixels(module)),
+            ("encode_text", _random_tokens(module)),
+        ):
             ours, theirs = (_features(getattr(model, method)(inputs)) for model in (module, twin))
             worst = max(worst, (ours - theirs).abs().max().item())
     finally:
@@ -104,20 +113,20 @@ def _fill_causal_masks(twin: nn.Module, device: torch.device) -> None:
                 owner.register_buffer(name, mask, persistent=False)
 
 
-def _random_pixels(module: nn.Module) -> Tensor:  # [2, 3, H, W]
+def _random_pixels(module: Any) -> Tensor:  # [2, 3, H, W]
     generator = torch.Generator().manual_seed(0)
-    parameter = next(module.visual.parameters())  # type: ignore[union-attr]
-    pixels = torch.randn(2, 3, *_pair(module.visual.image_size), generator=generator)  # type: ignore[union-attr]
+    parameter = next(module.visual.parameters())
+    pixels = torch.randn(2, 3, *_pair(module.visual.image_size), generator=generator)
     return pixels.to(parameter)
 
 
-def _random_tokens(module: nn.Module) -> Tensor:  # [4, L]; a low id everywhere, padding at the ends of two rows
+def _random_tokens(module: Any) -> Tensor:  # [4, L]; two rows end in padding
     generator = torch.Generator().manual_seed(0)
     text = getattr(module, "text", module)
     length, vocabulary = int(text.context_length), int(text.vocab_size)
     length = min(length, 77) if hasattr(text, "config") else length  # Hugging Face towers give their largest
     tokens = torch.randint(1, max(vocabulary, 2), (4, length), generator=generator)
-    pad = getattr(getattr(text, "config", text), "pad_token_id", None) or getattr(text, "pad_id", 0)
+    pad = text.config.pad_token_id if hasattr(text, "config") else getattr(text, "pad_id", 0)
     tokens[:2, length - length // 3 :] = pad
     return tokens.to(next(module.parameters()).device)
 
@@ -132,15 +141,18 @@ def _candidates(module: nn.Module) -> Iterator[tuple[str, Config]]:
                 yield name, config
         return
     try:
-        yield from (("worked out from the model", config) for config in _inferred(module))
+        for config in _inferred(module):
+            towers = [config["vision_cfg"].get("timm_model_name"), config["text_cfg"].get("hf_model_name")]
+            named = ", ".join(name for name in towers if name)
+            yield "worked out from the model" + (f" with {named}" if named else ""), config
     except (AttributeError, IndexError, TypeError) as error:
         raise InputError(
-            f"this {type(module).__name__} is not built as open_clip builds it ({error}), so it could not be saved. Pass "
-            "the model as a string or 'local-dir:DIR'"
+            f"this {type(module).__name__} is not built as open_clip builds it ({error}), so it cannot be "
+            "saved. Pass the model as a string or 'local-dir:DIR'"
         ) from error
 
 
-def _inferred(module: nn.Module) -> Iterator[Config]:
+def _inferred(module: Any) -> Iterator[Config]:
     import open_clip
 
     is_custom = isinstance(module, open_clip.CustomTextCLIP)
@@ -157,8 +169,8 @@ def _inferred(module: nn.Module) -> Iterator[Config]:
         if is_custom:
             config["custom_text"] = True
         if getattr(module, "logit_bias", None) is not None:
-            config["init_logit_bias"] = float(module.logit_bias.detach().reshape(()))  # type: ignore[union-attr, operator]
-        if module.logit_scale.ndim:  # type: ignore[union-attr]
+            config["init_logit_bias"] = float(module.logit_bias.detach().reshape(()))
+        if module.logit_scale.ndim:
             config["nonscalar_logit_scale"] = True
         yield config
 
@@ -256,9 +268,13 @@ def _transformer(transformer: Any, width: int) -> Config:
     hidden = block.mlp.c_fc.out_features
     ratio = hidden / width
     config: Config = {
-        "mlp_ratio": ratio if int(width * ratio) == hidden else (hidden + 0.5) / width,  # open_clip rounds down
+        "mlp_ratio": ratio
+        if int(width * ratio) == hidden
+        else (hidden + 0.5) / width,  # open_clip rounds down
         "ls_init_value": 1e-5 if hasattr(block.ls_1, "gamma") else None,  # the value itself is in the weights
-        "act_kwargs": {"approximate": "tanh"} if getattr(block.mlp.gelu, "approximate", "none") == "tanh" else None,
+        "act_kwargs": {"approximate": "tanh"}
+        if getattr(block.mlp.gelu, "approximate", "none") == "tanh"
+        else None,
     }
     if not isinstance(block.attn, nn.MultiheadAttention):
         config |= {
@@ -274,7 +290,9 @@ def _transformer(transformer: Any, width: int) -> Config:
 
 
 def _hf_text(text: Any) -> Config:
-    """A text tower from transformers; rebuilding it reads its configuration by name from the hub or its cache."""
+    """A text tower from transformers; rebuilding it reads its configuration by name from the hub or its
+    cache.
+    """
     projection = {nn.Linear: "linear", nn.Sequential: "mlp"}.get(type(text.proj))
     name = text.config._name_or_path
     return {
@@ -314,10 +332,22 @@ def _norm_options(norm: nn.Module) -> Config | None:
 
 
 def _told(config: Config, defaults: Any) -> Config:
-    """Sizes always, the rest only where it differs from open_clip's defaults: short, and readable by older versions."""
-    always = {"image_size", "patch_size", "width", "layers", "head_width", "context_length", "vocab_size", "heads"}
+    """Sizes always, the rest only where it differs from open_clip's defaults: short, and readable by older
+    versions.
+    """
+    always = {
+        "image_size",
+        "patch_size",
+        "width",
+        "layers",
+        "head_width",
+        "context_length",
+        "vocab_size",
+        "heads",
+    }
     usual = {field.name: getattr(defaults, field.name) for field in dataclasses.fields(defaults)}
-    return {key: value for key, value in config.items() if key in always or value != usual.get(key)}
+    known = {key: value for key, value in config.items() if key in usual}  # older versions have fewer
+    return {key: value for key, value in known.items() if key in always or value != usual[key]}
 
 
 def _single(size: Any) -> Any:

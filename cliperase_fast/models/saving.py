@@ -16,8 +16,8 @@ from cliperase_fast.errors import InputError
 def write_directory(directory: str | Path, marker: str, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary folder beside `directory`, then move the result there.
 
-    marker: the file without which nobody takes the folder for a model. Where `directory` exists already it goes first
-    and comes last; other files in the folder stay.
+    marker: the file without which nobody takes the folder for a model. Where `directory` exists already it
+    goes first and comes last; other files in the folder stay.
     """
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():

@@ -1,4 +1,4 @@
-"""Any tokenizer (open_clip's, Hugging Face's, a plain function) as one that turns captions into int64 [B, L]."""
+"""Any tokenizer (open_clip's, Hugging Face's, a plain function) as one from captions to int64 [B, L]."""
 
 from __future__ import annotations
 
@@ -35,18 +35,21 @@ def is_hugging_face(tokenizer: Any) -> bool:
 class CaptionTokenizer:
     """Wraps a tokenizer and pads or cuts to `context_length` where the tokenizer lets us say so.
 
-    source: the tokenizer as given. context_length: tokens a caption may have, begin and end marks included; None where
-    unknown.
+    source: the tokenizer as given. context_length: tokens a caption may have, begin and end marks included;
+    None where unknown.
     """
 
     def __init__(self, source: Any, context_length: int | None) -> None:
         open_clip = sys.modules.get("open_clip")
         if open_clip is not None and source is open_clip.tokenize:
-            source = open_clip.SimpleTokenizer()  # what that function calls, but one whose tokens can be counted
+            source = (
+                open_clip.SimpleTokenizer()
+            )  # what that function calls, but one whose tokens can be counted
         source = getattr(source, "tokenizer", source) if _is_processor(source) else source
         if not callable(source):
             raise InputError(
-                f"tokenizer is a {type(source).__name__}; pass a function that turns a list of captions into token ids "
+                f"tokenizer is a {type(source).__name__}; pass a function that turns a list of captions into "
+                "token ids "
                 "[B, L], an open_clip tokenizer or a transformers tokenizer"
             )
         self.source = source
@@ -55,7 +58,7 @@ class CaptionTokenizer:
     def __call__(self, captions: Sequence[str]) -> Tensor:  # -> int64 [B, L]
         captions = list(captions)
         if is_hugging_face(self.source):
-            # Causal text towers pool at the end mark and never see what follows it: padding must be on the right.
+            # Causal text towers pool at the end mark and never see what follows: padding goes right.
             encoded = self.source(
                 captions,
                 padding="max_length" if self.context_length else True,
@@ -71,7 +74,8 @@ class CaptionTokenizer:
         return _as_tokens(encoded, len(captions))
 
     def overlong(self, captions: Sequence[str], tokens: Tensor) -> list[tuple[str, int]]:
-        """(caption, its number of tokens) for those that do not fit the context; empty where that cannot be told.
+        """(caption, its number of tokens) for those that do not fit the context; empty where that cannot be
+        told.
 
         tokens: int64 [B, L], what calling the tokenizer gave for these captions.
         """
@@ -87,7 +91,9 @@ class CaptionTokenizer:
         elif is_open_clip(self.source) and not is_simple(self.source):
             counts = _count(self.source.tokenizer, captions, _cleaned(self.source, captions))
             if getattr(self.source, "tokenizer_mode", ""):
-                counts = [(caption, count + 1) for caption, count in counts]  # this mode appends a class token
+                counts = [
+                    (caption, count + 1) for caption, count in counts
+                ]  # this mode appends a class token
         else:
             return []
         return [(caption, count) for caption, count in counts if count > limit]
@@ -96,7 +102,9 @@ class CaptionTokenizer:
 def _own_limit(source: Any) -> int | None:
     """The length a tokenizer cuts captions to by itself, where it says."""
     if is_hugging_face(source):
-        return source.model_max_length if source.model_max_length < 10**6 else None  # larger means: none was set
+        return (
+            source.model_max_length if source.model_max_length < 10**6 else None
+        )  # larger means: none was set
     return source.context_length if is_open_clip(source) else None
 
 
@@ -108,7 +116,9 @@ def _count(tokenizer: Any, captions: Sequence[str], texts: list[str]) -> list[tu
 def _cleaned(tokenizer: Any, captions: Sequence[str]) -> list[str]:
     from open_clip.tokenizer import get_clean_fn
 
-    clean = getattr(tokenizer, "clean_fn", None) or get_clean_fn("canonicalize")  # the latter: SigLIP's tokenizer
+    clean = getattr(tokenizer, "clean_fn", None) or get_clean_fn(
+        "canonicalize"
+    )  # the latter: SigLIP's tokenizer
     return [clean(caption) for caption in captions]
 
 
@@ -118,23 +128,30 @@ def _is_processor(source: Any) -> bool:
 
 
 def _as_tokens(encoded: Any, rows: int) -> Tensor:
-    """int64 [B, L] out of a tensor, an array, nested lists, or a mapping with `input_ids` (and `attention_mask`)."""
+    """int64 [B, L] out of a tensor, an array, nested lists, or a mapping with `input_ids` (and
+    `attention_mask`).
+    """
     if isinstance(encoded, Mapping):
         if "input_ids" not in encoded:
             raise InputError(f"the tokenizer returned {', '.join(map(str, encoded))} but no input_ids")
         mask = encoded.get("attention_mask")
         if mask is not None and rows and (torch.as_tensor(mask)[:, 0] == 0).any():
-            raise InputError("the tokenizer pads on the left; CLIP needs padding on the right (padding_side='right')")
+            raise InputError(
+                "the tokenizer pads on the left; CLIP needs padding on the right (padding_side='right')"
+            )
         encoded = encoded["input_ids"]
     try:
         tokens = torch.as_tensor(encoded)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
-            f"the tokenizer returned a {type(encoded).__name__} that is no token table [B, L] ({error}); pad its rows to "
+            f"the tokenizer returned a {type(encoded).__name__} that is no token table [B, L] ({error}); pad "
+            "its rows to "
             "one length"
         ) from error
     if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
         raise InputError(f"the tokenizer returned {tokens.dtype} values; token ids must be integers")
     if tokens.ndim != 2 or len(tokens) != rows:
-        raise InputError(f"the tokenizer returned shape {list(tokens.shape)} for {rows} captions; it must be [{rows}, L]")
+        raise InputError(
+            f"the tokenizer returned shape {list(tokens.shape)} for {rows} captions; it must be [{rows}, L]"
+        )
     return tokens.to(device="cpu", dtype=torch.int64)

@@ -1,8 +1,10 @@
-"""The registry of backends and the choice among them. A new backend is one module with a `sweep` and one record here."""
+"""The registry of backends and the choice among them.
+
+A new backend is one module with a `sweep`, and a record here with the function that imports it.
+"""
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,30 +18,39 @@ from cliperase_fast.ops.sweep import Sweep
 ENVIRONMENT_VARIABLE = "CLIPERASE_BACKEND"
 
 
+def _load_eager() -> Sweep:
+    from cliperase_fast.ops.reference import sweep
+
+    return sweep
+
+
+def _load_torch() -> Sweep:
+    from cliperase_fast.ops.streaming import sweep
+
+    return sweep
+
+
 def _always_available() -> str | None:
     return None
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of the sweep. `module` holds a function `sweep` (see `ops.sweep.Sweep`); imported when first used."""
+    """One implementation of the sweep. `load` imports its module, when first used, and returns its `sweep`."""
 
     name: str
-    module: str
+    load: Callable[[], Sweep]
     note: str
     devices: tuple[str, ...] | None = None  # device types it runs on; None: any
     dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    why_missing: Callable[[], str | None] = _always_available  # the reason it cannot run here, None when it can
-
-    def sweep(self) -> Sweep:
-        return importlib.import_module(self.module).sweep
+    why_missing: Callable[[], str | None] = _always_available  # why it cannot run here; None when it can
 
 
 REGISTRY: dict[str, Backend] = {
     backend.name: backend
     for backend in (
-        Backend("eager", "cliperase_fast.ops.reference", "plain autograd; holds N x N matrices, fastest for small N"),
-        Backend("torch", "cliperase_fast.ops.streaming", "strips of rows; never holds an N x N matrix"),
+        Backend("eager", _load_eager, "plain autograd; holds N x N matrices, fastest for small N"),
+        Backend("torch", _load_torch, "strips of rows; never holds an N x N matrix"),
     )
 }
 
@@ -73,9 +84,19 @@ class BackendTable(Mapping[str, BackendStatus]):
     def __repr__(self) -> str:
         rows = [("backend", "available", "devices", "note")]
         for status in self._statuses.values():
-            rows.append((status.name, "yes" if status.available else "no", status.devices, status.reason or status.note))
+            rows.append(
+                (
+                    status.name,
+                    "yes" if status.available else "no",
+                    status.devices,
+                    status.reason or status.note,
+                )
+            )
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        lines = ("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]) for row in rows)
+        lines = (
+            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]])
+            for row in rows
+        )
         return "\n".join(lines)
 
 
@@ -85,7 +106,9 @@ def backends() -> BackendTable:
     for backend in REGISTRY.values():
         reason = backend.why_missing()
         devices = ", ".join(backend.devices) if backend.devices else "any"
-        statuses[backend.name] = BackendStatus(backend.name, reason is None, devices, backend.note, reason or "")
+        statuses[backend.name] = BackendStatus(
+            backend.name, reason is None, devices, backend.note, reason or ""
+        )
     return BackendTable(statuses)
 
 
@@ -108,14 +131,19 @@ def choose(requested: str, image: Tensor, text: Tensor) -> Backend:
         others = ", ".join(other.name for other in REGISTRY.values() if other.why_missing() is None)
         raise InputError(f"{origin} is not available here: {reason}. Available are auto, {others}")
     if backend.devices is not None and image.device.type not in backend.devices:
-        raise InputError(f"{origin} runs on {', '.join(backend.devices)}, not on {image.device}; use backend='auto'")
+        raise InputError(
+            f"{origin} runs on {', '.join(backend.devices)}, not on {image.device}; use backend='auto'"
+        )
     for features in (image, text):
         if features.dtype not in backend.dtypes:
-            raise InputError(f"{origin} does not take {features.dtype}; use backend='auto' or convert the features")
+            raise InputError(
+                f"{origin} does not take {features.dtype}; use backend='auto' or convert the features"
+            )
     return backend
 
 
-# Up to this many pairs the eager sweep is faster, forward and backward together; beyond, it is slower and grows as N².
+# Measured, forward and backward together on 2 CPU cores: up to about this many pairs the eager sweep is as
+# fast or faster, beyond it is slower (4 times at N = 2048, D = 64), and its memory grows as N².
 _EAGER_PAIRS = 256
 
 

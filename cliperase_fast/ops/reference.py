@@ -1,4 +1,7 @@
-"""Backend "eager": the loss sweep written plainly, with N x N matrices and ordinary autograd. The others are tested against it."""
+"""Backend "eager": the loss sweep written plainly, with N x N matrices and ordinary autograd.
+
+The other backends are tested against it.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,9 @@ def sweep(
     retention = consistency = similarity.new_zeros(())
     if want_retention:
         excluded = diagonal if group_ids is None else group_ids[:, None] == group_ids[None, :]  # [N, N]
-        retention = 0.5 * (_retention_rows(similarity, excluded) + _retention_rows(similarity.T, excluded)).mean()
+        retention = (
+            0.5 * (_retention_rows(similarity, excluded) + _retention_rows(similarity.T, excluded)).mean()
+        )
     if want_consistency:
         assert teacher_image is not None and teacher_text is not None and teacher_logit_scale is not None
         teacher = _similarity(teacher_image, teacher_text, teacher_logit_scale, dtype)  # [N, N]
@@ -40,7 +45,7 @@ def _similarity(image: Tensor, text: Tensor, logit_scale: Tensor, dtype: torch.d
 
 
 def _against_diagonal(similarity: Tensor, excluded: Tensor) -> Tensor:
-    """S_ij - S_ii, and the lowest finite number where excluded (-inf would give NaN gradients in a row of nothing else)."""
+    """S_ij - S_ii; where excluded, the lowest finite number (a row of nothing but -inf has NaN gradients)."""
     shifted = similarity - similarity.diagonal()[:, None]
     return shifted.masked_fill(excluded, torch.finfo(similarity.dtype).min)  # [N, N]
 

@@ -1,8 +1,9 @@
-"""Backend "torch": the loss sweep in strips of rows, in plain PyTorch, on any device. No N x N matrix in either direction.
+"""Backend "torch": the loss sweep in strips of rows, in plain PyTorch, on any device.
 
-Forward: each strip [h, N] of S (and S°) is formed once. Its rows are complete; its columns are merged into running
-maxima and sums. What is kept is O(N). Backward: each strip is formed again and turned into a strip of dS, from which
-dI = s dS T, dT = s dSᵀ I and ds = Σ_i <(dS T)_i, I_i>. Both are custom ops, so `torch.compile` takes them as they are.
+No N x N matrix in either direction. Forward: each strip [h, N] of S (and S°) is formed once; its rows are
+complete, its columns are merged into running maxima and sums; what is kept is O(N). Backward: each strip is
+formed again and turned into a strip of dS, from which dI = s dS T, dT = s dSᵀ I and ds = Σ_i <(dS T)_i, I_i>.
+Both are custom ops, so `torch.compile` takes them as they are.
 
 Names: r is the log-odds of the rest of a row or column against its diagonal entry (see `ops/sweep.py`).
 """
@@ -16,14 +17,16 @@ from torch import Tensor
 
 from cliperase_fast.ops.sweep import compute_dtype, no_autocast
 
-# Bytes of one strip matrix; four are alive at once. Small strips stay in a CPU's cache; a GPU wants fewer, larger launches.
+# Bytes of one strip matrix; four are alive at once. Small strips stay in a CPU's cache; a GPU wants fewer
+# launches.
 _STRIP_BYTES_CPU = 8 << 20
 _STRIP_BYTES_GPU = 32 << 20
 _LEAST_ROWS = 64
 
 _SWEEP_ARGUMENTS = (
     "Tensor image, Tensor text, Tensor logit_scale, Tensor? teacher_image, Tensor? teacher_text, "
-    "Tensor? teacher_logit_scale, Tensor? group_ids, bool want_retention, bool want_consistency, int strip_size"
+    "Tensor? teacher_logit_scale, Tensor? group_ids, bool want_retention, bool want_consistency, "
+    "int strip_size"
 )
 
 
@@ -39,7 +42,7 @@ def sweep(
     want_consistency: bool,
     strip_size: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """See `ops.sweep.Sweep`. strip_size: rows in a strip; 0 chooses by size. Memory: four strips, O(N D) and O(N)."""
+    """See `ops.sweep.Sweep`. strip_size: rows in a strip; 0 chooses by size. Memory: four strips [h, N]."""
     retention, consistency, _ = streamed_sweep(
         image, text, logit_scale, teacher_image, teacher_text, teacher_logit_scale, group_ids,
         want_retention, want_consistency, strip_size,
@@ -63,7 +66,8 @@ class _Similarity:
 
 
 class _OffDiagonal:
-    """Running log-sum-exp of the rows and columns of a matrix that comes in strips, its diagonal filled with the lowest number.
+    """Log-sum-exp of the rows and columns of a matrix that comes in strips, their diagonal filled with
+    `lowest`.
 
     With a second matrix `gap`, also its mean under each row's and column's softmax.
     """
@@ -91,7 +95,7 @@ class _OffDiagonal:
             self.column_gap.mul_(shrink).add_(work.mul_(gap).sum(0))
 
     def log_odds(self, diagonal: Tensor) -> tuple[Tensor, Tensor]:
-        """r of the rows and of the columns, [N] each. The maximum meets the diagonal first: nearby numbers, no rounding."""
+        """r of the rows and of the columns, [N] each. The large numbers, maximum and diagonal, meet first."""
         row = (self.row_max - diagonal) + self.row_sum.log()
         return row, (self.column_max - diagonal) + self.column_sum.log()
 
@@ -100,7 +104,9 @@ class _OffDiagonal:
 
 
 @torch.library.custom_op(
-    "cliperase_fast::streamed_sweep", mutates_args=(), schema=f"({_SWEEP_ARGUMENTS}) -> (Tensor, Tensor, Tensor)"
+    "cliperase_fast::streamed_sweep",
+    mutates_args=(),
+    schema=f"({_SWEEP_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
 )
 def streamed_sweep(
     image: Tensor,
@@ -114,7 +120,11 @@ def streamed_sweep(
     want_consistency: bool,
     strip_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(retention, consistency, state [8, N]); state: d, d°, and r by row and by column of retention, student, teacher."""
+    """(retention, consistency, state [8, N]).
+
+    state: d, d°, then r by row and by column of the retention (masked by group_ids), the student and the
+        teacher.
+    """
     n, dtype = len(image), compute_dtype(image, text, teacher_image, teacher_text)
     lowest = torch.finfo(dtype).min
     with no_autocast(image):
@@ -138,7 +148,8 @@ def streamed_sweep(
                 t = teacher.strip(start, rows.stop, teacher_strip)
                 g = torch.sub(t, s, out=gap[:h])
                 if start == 0:
-                    # Any constant would do. This one keeps the gaps small, and so exact, where S° - S hardly varies.
+                    # Any constant would do; this one keeps the gaps small, so exact, where S° - S hardly
+                    # varies.
                     shift = g[0, 0].clone()
                 g.sub_(shift).diagonal(start).zero_()
                 state[1, rows] = t.diagonal(start)
@@ -193,7 +204,7 @@ def streamed_sweep_backward(
     need_text: bool,
     need_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of image, text and logit_scale in their own dtypes; an empty tensor where one is not needed."""
+    """Gradients of image, text and logit_scale, each in its own dtype; an empty tensor for one not needed."""
     n, dtype = len(image), state.dtype
     lowest = torch.finfo(dtype).min
     with no_autocast(image):
@@ -203,22 +214,22 @@ def streamed_sweep_backward(
         diagonal, teacher_diagonal = state[0], state[1]
         weight = 0.5 * grad_retention / n
         weight_consistency = grad_consistency / n
-        rest, rest_student, rest_teacher = _rest(state[2:4]), _rest(state[4:6]), _rest(state[6:8])  # [2, N] each
         diagonal_gradient = state.new_zeros(n)
         softmax_retention = softmax_student = softmax_teacher = None
-        if want_retention and group_ids is not None:
-            softmax_retention = _Softmax(diagonal, state[2:4], weight)
-        elif want_retention:
-            softmax_student = _Softmax(diagonal, state[4:6], weight + weight_consistency)
         if want_retention:
-            diagonal_gradient -= weight * rest.sum(0)
+            diagonal_gradient -= weight * _rest(state[2:4]).sum(0)
+            if group_ids is not None:
+                softmax_retention = _Softmax(diagonal, state[2:4], weight)
+            else:
+                both = weight + weight_consistency if want_consistency else weight
+                softmax_student = _Softmax(diagonal, state[4:6], both)
         if want_consistency:
             assert teacher_image is not None and teacher_text is not None and teacher_logit_scale is not None
             teacher = _Similarity(teacher_image, teacher_text, teacher_logit_scale, dtype)
             (teacher_strip,) = _buffers(1, height, n, student.text)
             softmax_student = softmax_student or _Softmax(diagonal, state[4:6], weight_consistency)
             softmax_teacher = _Softmax(teacher_diagonal, state[6:8], -weight_consistency)
-            diagonal_gradient += weight_consistency * (rest_teacher - rest_student).sum(0)
+            diagonal_gradient += weight_consistency * (_rest(state[6:8]) - _rest(state[4:6])).sum(0)
 
         grad_image = image.new_empty(image.shape if need_image else (0,))
         grad_text = student.text.new_zeros(text.shape if need_text else (0,))
@@ -254,10 +265,11 @@ def streamed_sweep_backward(
 
 
 class _Softmax:
-    """`weight` times the row softmax plus the column softmax of a matrix, rebuilt strip by strip from its d and r.
+    """`weight` times (row softmax + column softmax) of a matrix, rebuilt strip by strip from its d and r.
 
-    P_ij = exp(S_ij - anchor_i) * factor_i: the anchor is about the larger of d_i and the log-sum-exp of the rest, so that
-    nothing overflows; its rounding is undone by the factor, exp(anchor_i - d_i) / (1 + exp(r_i)).
+    P_ij = exp(S_ij - anchor_i) * factor_i. The anchor is about the larger of d_i and the log-sum-exp of the
+    rest, so that nothing overflows; its rounding is undone by the factor, exp(anchor_i - d_i) / (1 +
+    exp(r_i)).
     """
 
     def __init__(self, diagonal: Tensor, log_odds: Tensor, weight: Tensor) -> None:
@@ -294,15 +306,20 @@ def _buffers(count: int, height: int, n: int, like: Tensor) -> list[Tensor]:
 @streamed_sweep.register_fake
 def _(image: Tensor, text: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     dtype = compute_dtype(image, text, arguments[1], arguments[2])
-    scalars = (image.new_empty((), dtype=dtype) for _ in range(2))
-    return *scalars, image.new_empty((8, image.shape[0]), dtype=dtype)
+    state = image.new_empty((8, image.shape[0]), dtype=dtype)
+    return state.new_empty(()), state.new_empty(()), state
 
 
 @streamed_sweep_backward.register_fake
 def _(
-    grad_retention: Tensor, grad_consistency: Tensor, state: Tensor, image: Tensor, text: Tensor, logit_scale: Tensor,
+    grad_retention: Tensor,
+    grad_consistency: Tensor,
+    state: Tensor,
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
     *arguments: Any,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     need_image, need_text = arguments[-3:-1]
     return (
         image.new_empty(image.shape if need_image else (0,)),
@@ -316,7 +333,9 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.save_for_backward(output[2], *tensors)
 
 
-def _backward(ctx: Any, grad_retention: Tensor, grad_consistency: Tensor, _: Tensor | None) -> tuple[Any, ...]:
+def _backward(
+    ctx: Any, grad_retention: Tensor, grad_consistency: Tensor, _: Tensor | None
+) -> tuple[Any, ...]:
     state, *tensors = ctx.saved_tensors
     need = ctx.needs_input_grad[:3]
     gradients = streamed_sweep_backward(

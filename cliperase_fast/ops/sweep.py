@@ -1,13 +1,16 @@
 """What a backend is: one function, the sweep, and the numeric rules that every backend keeps.
 
-A sweep goes once over the N x N similarities of a batch and returns the two losses that need them. Everything else
-(weights, the forget term, the other consistency terms) is built on it in `functional.py`, the same for all backends.
+A sweep goes once over the N x N similarities of a batch and returns the two losses that need them. Everything
+else (weights, the forget term, the other consistency terms) is built on it in `functional.py`, the same for
+all backends.
 
-Rules, with d_i = S_ii the diagonal, and r_i = log Σ_{j≠i} exp(S_ij - d_i) the log-odds of the rest of row i against it:
+Rules, with d_i = S_ii the diagonal and r_i = log Σ_{j≠i} exp(S_ij - d_i), the log-odds of the rest of row i
+against it:
 
 - `1 - P_ii` is never taken: for nearly perfect pairs at a high scale it cancels to noise. It is sigmoid(r_i).
 - retention of a row: -log softmax(S_i)_i = log(1 + exp(r_i)).
-- consistency of a row, KL(P°_i || P_i) = Σ_{j≠i} P°_ij [(S°_ij - d°_i) - (S_ij - d_i)] - log(1 + exp(r°_i)) + log(1 + exp(r_i)).
+- consistency of a row: KL(P°_i || P_i) =
+  Σ_{j≠i} P°_ij [(S°_ij - d°_i) - (S_ij - d_i)] - log(1 + exp(r°_i)) + log(1 + exp(r_i)).
 - gradient with respect to the diagonal: retention -sigmoid(r_i), consistency sigmoid(r°_i) - sigmoid(r_i).
 - maxima are those of the data (running ones where the data come in pieces), never a constant offset.
 
@@ -23,11 +26,13 @@ from torch import Tensor
 
 
 class Sweep(Protocol):
-    """One pass over the similarities of N >= 1 pairs; differentiable in image, text and logit_scale, never in the teacher.
+    """One pass over the similarities of N >= 1 pairs; differentiable in image, text and logit_scale only.
 
-    image, text: [N, D]; teacher_image, teacher_text: [N, D°], None unless want_consistency; any of float16, bfloat16,
-    float32 and float64, mixed or not, any strides, all on one device. logit_scale, teacher_logit_scale: 0-d.
-    group_ids: int64 [N] or None; off-diagonal pairs of equal id leave the retention (not the consistency).
+    image, text: [N, D]; teacher_image, teacher_text: [N, D°], None unless want_consistency; any of float16,
+    bfloat16, float32 and float64, mixed or not, any strides, all on one device; image and text may be one
+    tensor.
+    logit_scale, teacher_logit_scale: 0-d. group_ids: int64 [N] or None; off-diagonal pairs of equal id leave
+    the retention (not the consistency).
     Returns (retention, consistency), 0-d in `compute_dtype` of the features; the one that is not wanted is 0.
     The caller has checked all of this.
     """

@@ -15,10 +15,11 @@ class ReportData:
 
     title: heading of the page, such as "Forgetting class:apple".
     result: the content of `result.json`.
-    metrics: the lines of `metrics.jsonl`: a dictionary a step with "step", "total", "retain", "forget", "consistency",
-        "learning_rate", and one a look at the validation split with "step" and "validation".
+    metrics: the lines of `metrics.jsonl`: a dictionary a step with "step", "total", "retain", "forget",
+        "consistency", "learning_rate", and one a look at the validation split with "step" and "validation".
     similarities: {"before" | "after": {"forget" | "retain": cosines of matching pairs, float [pairs]}}.
-    embeddings: {"before" | "after": image features of the same n test images, float [n, D]}; a few hundred suffice.
+    embeddings: {"before" | "after": image features of the same n test images, float [n, D]}; a few hundred
+        suffice.
     embedding_sets: "forget" or "retain" for each of the n images.
     embedding_labels: class name (or "") of each of the n images.
     """

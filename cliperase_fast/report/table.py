@@ -16,8 +16,8 @@ def text_table(
 ) -> str:
     """Scores of each set side by side, aligned, in percent; a change is in percentage points.
 
-    before, after: what `evaluate()` returns, or "before" and "after" of `result.json`. Without `after` (an evaluation by
-    itself) each set has one column.
+    before, after: what `evaluate()` returns, or "before" and "after" of `result.json`. Without `after` (an
+    evaluation by itself) each set has one column.
     unicode: rules and minus signs beyond ASCII; None asks whether standard output can encode them.
     """
     if unicode is None:

@@ -64,12 +64,13 @@ def change(metric: str, before: float | None, after: float | None) -> str:
 
 
 def shown_metrics(*sets: Mapping[str, Any]) -> list[str]:
-    """The metrics at least one set has a value for, less recalls that are 1 by definition (a gallery of at most k)."""
+    """The metrics at least one set has a value for, less recalls that are 1 by definition (a gallery of at
+    most k)."""
     names = []
     for name in METRICS:
         direction, _, k = name.partition("_r@")
         gallery = {"image_to_text": "gallery_captions", "text_to_image": "gallery_images"}.get(direction, "")
-        sizes = [scores[gallery] for scores in sets if gallery in scores]
+        sizes = [size for scores in sets if (size := number(scores.get(gallery))) is not None]
         trivial = bool(sizes) and all(size <= int(k) for size in sizes)
         if not trivial and any(number(scores.get(name)) is not None for scores in sets):
             names.append(name)
@@ -110,8 +111,9 @@ def before_after(result: Mapping[str, Any], which: str, metric: str) -> tuple[fl
 def verdict(result: Mapping[str, Any]) -> Verdict:
     """What came of it, in one sentence, with the failures said as plainly as the success.
 
-    Forgotten: at most 1 % left. Almost, partly: at most a tenth, at most three quarters of what there was. The retain
-    pairs were kept when they lost no more than the configuration's `retain_floor` (2 points without one).
+    Forgotten: at most 1 % left. Almost, partly: at most a tenth, at most three quarters of what there was.
+    The retain pairs were kept when they lost no more than the configuration's `retain_floor` (2 points
+    without one).
     """
     head = headline(result)
     if head is None:
@@ -142,7 +144,8 @@ def verdict(result: Mapping[str, Any]) -> Verdict:
         opening += ", and the rest kept"
 
     verb = "now" if forgotten or almost else "still"
-    sentence = f"{opening}: the model {verb} {head.action} {percent(after)} of the forget images ({percent(before)} before)"
+    sentence = f"{opening}: the model {verb} {head.action} {percent(after)} of the forget images"
+    sentence += f" ({percent(before)} before)"
     if head.retain is not None:
         rest = f"{percent(head.retain[1])} of the others ({percent(head.retain[0])} before)"
         sentence += f" and {rest}" if kept else f" and only {rest}, {100 * drop:.1f} points fewer"

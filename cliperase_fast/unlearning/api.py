@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import shutil
 import sys
 import tempfile
 import time
@@ -22,6 +23,7 @@ from cliperase_fast.data import PairDataset
 from cliperase_fast.errors import InputError
 from cliperase_fast.evaluation import EncodedPairs, encode_pairs, pair_similarities, require_finite, score
 from cliperase_fast.models import ClipAdapter, load_model, merge_lora, set_trainable
+from cliperase_fast.ops import choose
 from cliperase_fast.unlearning.batches import BatchLoader, BatchPlan, CaptionTable, seeded
 from cliperase_fast.unlearning.checkpoints import Checkpoint, list_checkpoints, load_newest, write_text_atomically
 from cliperase_fast.unlearning.preparation import PreparedData, Split, prepare_data
@@ -76,6 +78,8 @@ def unlearn(
     show = sys.stderr.isatty() if progress is None else progress
     runtime = Runtime.from_config(settings, show)
     directory = Path(output_dir) if output_dir is not None else None
+    probe = torch.empty(1, 1, device=runtime.device)
+    choose(settings.backend, probe, probe)  # a wrong or missing backend is an error now, not in the first step
     _check_directory(directory, resume)
     began = time.perf_counter()
 
@@ -193,6 +197,7 @@ def unlearn(
     )
     if directory is not None:
         result.save(directory)
+        shutil.rmtree(directory / "cache", ignore_errors=True)  # the teacher's features, of no more use
     return result
 
 
@@ -371,7 +376,7 @@ def _teacher(
         frozen,
         retain,
         captions,
-        plan.retain_used(config.epochs * plan.batches_per_epoch),
+        plan.retain_used(config.epochs * plan.steps_per_epoch(config.accumulate) * config.accumulate),
         runtime,
         transform=loader.pixels.transform,
         where=config.teacher_cache,

@@ -39,6 +39,10 @@ class BatchPlan:
             return self.n_forget // self.forget_pairs
         return self.n_retain // self.retain_pairs
 
+    def steps_per_epoch(self, accumulate: int) -> int:
+        """Optimizer steps, of `accumulate` batches each."""
+        return max(1, self.batches_per_epoch // accumulate)
+
     def batch(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Indices into the forget set [M] and into the retain set [N] of the batch with this number, from 0."""
         return (

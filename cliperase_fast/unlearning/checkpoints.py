@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import warnings
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -117,10 +119,10 @@ def _load(path: Path) -> Checkpoint:
                 raise DamagedCheckpoint(f"{name} does not match its digest")
         if state["best"] is not None:
             load_best(path.parent, state["best"]["weights"])
-    except (OSError, ValueError, KeyError) as error:
-        raise DamagedCheckpoint(str(error)) from error
-    student = load_file(path / "student.safetensors")
-    trainer = torch.load(path / "trainer.pt", map_location="cpu", weights_only=True)
+        student = load_file(path / "student.safetensors")
+        trainer = torch.load(path / "trainer.pt", map_location="cpu", weights_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        raise DamagedCheckpoint(str(error).partition("\n")[0]) from error
     return Checkpoint(path, state, student, trainer)
 
 

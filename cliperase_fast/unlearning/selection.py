@@ -34,6 +34,10 @@ class Selection:
     def better(self, new: Candidate, old: Candidate | None) -> bool:
         return old is None or self._rank(new) < self._rank(old)
 
+    def progresses(self, new: Candidate, old: Candidate | None) -> bool:
+        """Whether a look is worth going on for: a better score, not merely a similarity that still creeps down."""
+        return old is None or self._rank(new)[:-1] < self._rank(old)[:-1]
+
     def _rank(self, candidate: Candidate) -> tuple[float, ...]:
         if self.within(candidate):
             return (0, candidate.forget, -candidate.retain, candidate.forget_similarity)

@@ -82,7 +82,7 @@ class Trainer:
         )
         self.optimizer = self._make_optimizer()
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == torch.float16)
-        self.steps_per_epoch = max(1, loader.plan.batches_per_epoch // config.accumulate)
+        self.steps_per_epoch = loader.plan.steps_per_epoch(config.accumulate)
         self.total_steps = config.epochs * self.steps_per_epoch
         self.progress = Progress()
 
@@ -200,12 +200,14 @@ class Trainer:
             "validation": {"forget": candidate.forget, "retain": candidate.retain},
         }
         self._log(log, line)
-        if self.selection.better(candidate, progress.best):
-            progress.best, progress.looks_without_better = candidate, 0
-            progress.best_weights = checkpoints.save_best(self.directory / "checkpoints", candidate.step, self.saved)
+        if self.selection.progresses(candidate, progress.best):
+            progress.looks_without_better = 0
         else:
             progress.looks_without_better += 1
             progress.stopped_early = 0 < self.config.early_stop <= progress.looks_without_better
+        if self.selection.better(candidate, progress.best):
+            progress.best = candidate
+            progress.best_weights = checkpoints.save_best(self.directory / "checkpoints", candidate.step, self.saved)
 
     def _log(self, log: Any, line: dict[str, Any]) -> None:
         self.progress.metrics.append(line)

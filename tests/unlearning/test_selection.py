@@ -43,3 +43,10 @@ def test_the_reason_says_so_when_nothing_kept_the_floor():
     assert not rule.within(best)
     assert "No checkpoint" in rule.reason(best, 1)
     assert "retain_floor" in rule.reason(best, 1)
+
+
+def test_a_similarity_that_creeps_down_is_chosen_but_no_reason_to_go_on():
+    rule = Selection(0.98, 0.02)
+    assert rule.better(look(2, 0.0, 0.98, 0.1), look(1, 0.0, 0.98, 0.2))
+    assert not rule.progresses(look(2, 0.0, 0.98, 0.1), look(1, 0.0, 0.98, 0.2))
+    assert rule.progresses(look(2, 0.0, 0.99, 0.2), look(1, 0.0, 0.98, 0.2))

@@ -1,0 +1,281 @@
+"""From whatever names a model to an adapter: strings, folders, instances."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cliperase_fast.errors import InputError
+from cliperase_fast.models.adapter import ClipAdapter, GenericAdapter
+from cliperase_fast.models.hub import offline_if_unreachable
+from cliperase_fast.models.open_clip_adapter import OpenClipAdapter, is_open_clip_model
+from cliperase_fast.models.transformers_adapter import (
+    TransformersAdapter,
+    is_transformers_model,
+    load_image_processor,
+    load_tokenizer,
+)
+
+_WEIGHT_FILES = (".pt", ".pth", ".bin", ".safetensors", ".npz", ".npy")
+_FORMS = (
+    "'ViT-B-32:openai' (an open_clip architecture and its weights), 'ARCH:/path/to/weights.pt', "
+    "'local-dir:DIR', "
+    "'hf-hub:ORG/NAME', or a folder that holds open_clip_config.json or a transformers CLIPModel"
+)
+
+
+def load_model(
+    model: Any,
+    *,
+    tokenizer: Any = None,
+    transform: Callable[[Any], Tensor] | None = None,
+    device: str | torch.device | None = None,
+    truncate: bool = False,
+) -> ClipAdapter:
+    """The adapter of `model`.
+
+    model: an open_clip model, a transformers CLIPModel, a module with `encode_image`, `encode_text` and
+    `logit_scale`,
+    an adapter, or a string: "ARCH:TAG" (open_clip's pretrained weights and cache), "ARCH:/path/to/weights"
+    (.pt, .bin, .safetensors; a state dict or open_clip's training checkpoint), "local-dir:DIR",
+    "hf-hub:ORG/NAME", or a folder with open_clip_config.json (open_clip) or config.json (transformers).
+    Loaded models are in evaluation mode.
+    tokenizer: captions -> integer ids [B, L], an open_clip or a transformers tokenizer; transform: PIL image
+    -> [3, H, W]; both come with the model where it has them. device: None leaves an instance where it is and
+    puts a loaded model on the CPU; an instance on another device is copied there, never moved. truncate: cut
+    captions longer than the context instead of refusing them. Raises `InputError` naming what is wrong and
+    the remedy; weights are never left random.
+    """
+    options = {"tokenizer": tokenizer, "transform": transform, "truncate": truncate}
+    if isinstance(model, (str, Path)):
+        adapter = _from_string(str(model), options)
+        adapter.module.eval()
+        if device is not None:
+            adapter.module.to(device)
+        return adapter
+    if isinstance(model, ClipAdapter):
+        model, options = model.module, _given_or_kept(model, options)
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model is a {type(model).__name__}; pass a torch module or one of {_FORMS}")
+    model = _unwrapped(model)
+    if device is not None:
+        wanted = torch.empty(0, device=device).device  # with its number: cuda is cuda:0
+        if any(parameter.device != wanted for parameter in model.parameters()):
+            model = copy.deepcopy(model).to(wanted)
+    if is_open_clip_model(model):
+        return OpenClipAdapter(model, **options)
+    if is_transformers_model(model):
+        return TransformersAdapter(model, **options)
+    options.pop("model_cfg", None)
+    return GenericAdapter(model, **options)
+
+
+def _given_or_kept(adapter: ClipAdapter, options: dict[str, Any]) -> dict[str, Any]:
+    source = adapter.tokenizer.source if adapter.tokenizer is not None else None
+    kept = {
+        "tokenizer": source if options["tokenizer"] is None else options["tokenizer"],
+        "transform": adapter.transform if options["transform"] is None else options["transform"],
+        "truncate": options["truncate"] or adapter.truncate,
+    }
+    return kept | ({"model_cfg": adapter.model_cfg} if isinstance(adapter, OpenClipAdapter) else {})
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's or DistributedDataParallel's wrapper."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    if isinstance(model, wrappers):
+        return model.module
+    inner = getattr(model, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def _from_string(text: str, options: dict[str, Any]) -> ClipAdapter:
+    if text.startswith("local-dir:"):
+        return _open_clip_folder(Path(text.removeprefix("local-dir:")), options)
+    if text.startswith("hf-hub:"):
+        return _open_clip_hub(text, options)
+    folder = Path(text).expanduser()
+    if folder.is_dir():
+        if (folder / "open_clip_config.json").is_file():
+            return _open_clip_folder(folder, options)
+        if (folder / "config.json").is_file():
+            return _transformers_folder(folder, options)
+        raise InputError(
+            f"the folder {text} holds neither open_clip_config.json (open_clip) nor config.json "
+            "(transformers), so it is "
+            "no saved model"
+        )
+    return _open_clip_architecture(text, options)
+
+
+def _open_clip_architecture(text: str, options: dict[str, Any]) -> ClipAdapter:
+    """ "ARCH:TAG" or "ARCH:/path/to/weights"; the path may hold colons itself."""
+    import open_clip
+
+    name, _, weights = text.partition(":")
+    arch = name.replace("/", "-")
+    config = open_clip.get_model_config(arch)
+    if config is None:
+        if any(character in text.split(":")[0] for character in "/\\") or Path(text).suffix:
+            raise InputError(f"there is no model at {text!r}: no such folder. Pass {_FORMS}")
+        near = difflib.get_close_matches(arch, open_clip.list_models(), n=3, cutoff=0.4)
+        hint = f"did you mean {', '.join(near)}?" if near else "see open_clip.list_models()"
+        raise InputError(f"open_clip knows no architecture {name!r}; {hint} A model is one of {_FORMS}")
+    tags = open_clip.list_pretrained_tags_by_model(arch)
+    if not weights:
+        example = tags[0] if tags else "/path/to/weights.pt"
+        raise InputError(
+            f"{text!r} names an architecture but no weights, so it would be random: pass '{arch}:{example}' "
+            "or "
+            f"'{arch}:/path/to/weights.pt'" + (f"; its tags are {', '.join(tags)}" if tags else "")
+        )
+    if open_clip.is_pretrained_cfg(arch, weights):
+        return _open_clip_tag(arch, weights, config, options)
+    path = Path(weights).expanduser()
+    if path.is_file():
+        try:
+            module = open_clip.create_model(arch, pretrained=str(path), require_pretrained=True)
+        except Exception as error:  # unpickling, key and shape errors of every sort
+            raise InputError(f"the checkpoint {path} does not load as {arch}: {_cause(error)}") from error
+        return _open_clip_adapter(module, arch, config, options)
+    if "/" in weights or "\\" in weights or path.suffix in _WEIGHT_FILES:
+        raise InputError(f"there is no checkpoint {weights!r} for {arch}: no such file")
+    near = difflib.get_close_matches(weights, tags, n=1)
+    raise InputError(
+        f"open_clip has no weights {weights!r} for {arch}; "
+        + (f"did you mean {near[0]!r}? " if near else "")
+        + (f"Its tags are {', '.join(tags)}" if tags else "It has none; pass a checkpoint file")
+    )
+
+
+def _open_clip_tag(arch: str, tag: str, config: dict[str, Any], options: dict[str, Any]) -> ClipAdapter:
+    import open_clip
+
+    known = open_clip.get_pretrained_cfg(arch, tag)
+    quick_gelu = bool(known.get("quick_gelu", False))
+    if quick_gelu:
+        # open_clip only warns when weights trained with QuickGELU go into a model without it.
+        config["quick_gelu"] = True
+    try:
+        with offline_if_unreachable():
+            module = open_clip.create_model(
+                arch, pretrained=tag, force_quick_gelu=quick_gelu, require_pretrained=True
+            )
+    except Exception as error:  # network, cache and file errors of several libraries
+        hub, url = known.get("hf_hub", ""), known.get("url", "")
+        source = f"https://huggingface.co/{hub.rstrip('/')}" if hub else url
+        by_hand = (
+            f"{arch}-quickgelu" if quick_gelu and f"{arch}-quickgelu" in open_clip.list_models() else arch
+        )
+        raise InputError(
+            f"the weights {tag!r} of {arch} could not be fetched: {_cause(error)}. Download them by hand"
+            + (f" from {source}" if source else "")
+            + f" and pass '{by_hand}:/path/to/the/file'"
+        ) from error
+    return _open_clip_adapter(module, arch, config, options)
+
+
+def _open_clip_hub(text: str, options: dict[str, Any]) -> ClipAdapter:
+    import open_clip
+
+    try:
+        with offline_if_unreachable():
+            module = open_clip.create_model(text, require_pretrained=True)
+            config = open_clip.get_model_config(text)
+    except Exception as error:  # network, cache and file errors of several libraries
+        repository = text.removeprefix("hf-hub:")
+        raise InputError(
+            f"the model {text!r} could not be fetched: {_cause(error)}. Download "
+            f"https://huggingface.co/{repository} by "
+            "hand and pass 'local-dir:DIR'"
+        ) from error
+    return _open_clip_adapter(module, text, config, options)
+
+
+def _open_clip_folder(folder: Path, options: dict[str, Any]) -> ClipAdapter:
+    import open_clip
+
+    folder = folder.expanduser()
+    config_file = folder / "open_clip_config.json"
+    if not config_file.is_file():
+        raise InputError(f"'local-dir:{folder}' is no open_clip model: there is no {config_file}")
+    if not any(path.suffix in (".safetensors", ".bin", ".pth") for path in folder.iterdir()):
+        raise InputError(
+            f"{folder} holds no weights (open_clip_model.safetensors), so the model would be random"
+        )
+    name = f"local-dir:{folder}"
+    try:
+        module = open_clip.create_model(name, require_pretrained=True)
+        config = json.loads(config_file.read_text(encoding="utf-8"))["model_cfg"]
+    except Exception as error:  # bad JSON, wrong keys, wrong shapes, damaged weights
+        raise InputError(f"the open_clip model in {folder} does not load: {_cause(error)}") from error
+    return _open_clip_adapter(module, name, config, options)
+
+
+def _open_clip_adapter(
+    module: nn.Module, name: str, config: dict[str, Any], options: dict[str, Any]
+) -> ClipAdapter:
+    """name: what open_clip's `get_tokenizer` knows the model by."""
+    import open_clip
+
+    if options["tokenizer"] is None:
+        try:
+            with offline_if_unreachable() if config["text_cfg"].get("hf_tokenizer_name") else nullcontext():
+                options = {**options, "tokenizer": open_clip.get_tokenizer(name)}
+        except Exception as error:  # network, cache and file errors of several libraries
+            raise InputError(
+                f"the tokenizer of {name} could not be loaded: {_cause(error)}. Pass one with tokenizer="
+            ) from error
+    return OpenClipAdapter(module, model_cfg=config, **options)
+
+
+def _transformers_folder(folder: Path, options: dict[str, Any]) -> ClipAdapter:
+    try:
+        import transformers
+    except ImportError as error:
+        raise InputError(
+            f"{folder} holds a transformers model, which needs that library: pip install "
+            '"cliperase_fast[transformers]"'
+        ) from error
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / 'config.json'} is not readable JSON: {error}") from error
+    if kind != "clip":
+        raise InputError(
+            f"{folder} holds a transformers model of type {kind!r}; only CLIPModel ('clip') is supported"
+        )
+    try:
+        loaded: Any = transformers.CLIPModel.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True
+        )
+        module, found = loaded
+        if options["tokenizer"] is None:
+            options = {**options, "tokenizer": load_tokenizer(folder)}
+        if options["transform"] is None:
+            options = {**options, "transform": load_image_processor(folder)}
+    except Exception as error:  # missing or damaged files, wrong shapes
+        raise InputError(f"the transformers model in {folder} does not load: {_cause(error)}") from error
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise InputError(
+            f"the weights in {folder} lack {len(missing)} parameters (first: {missing[0]}), which would be "
+            "random; it must "
+            "hold a whole CLIPModel"
+        )
+    module.float()  # half-precision files widen exactly; training needs float32 weights
+    return TransformersAdapter(module, **options)
+
+
+def _cause(error: BaseException) -> str:
+    """The first lines of the error that tell, without the long lists that follow them."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:3])[:400].rstrip(".") or type(error).__name__

@@ -1,0 +1,150 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685) through `peft`, and folding it back into plain weights."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cliperase_fast.errors import InputError
+from cliperase_fast.models.adapter import ClipAdapter
+
+
+class SplitAttention(nn.Module):
+    """Self-attention of nn.MultiheadAttention with two ordinary linear layers, which LoRA can wrap.
+
+    nn.MultiheadAttention reads its weights directly and never calls its output layer, so an update wrapped
+    around that layer would be ignored. (peft's own class for it adds the output layer's update twice and
+    rewrites the base weights in every forward pass.)
+    """
+
+    def __init__(self, attention: nn.MultiheadAttention) -> None:
+        super().__init__()
+        self.heads = attention.num_heads
+        self.dropout = attention.dropout
+        self.batch_first = attention.batch_first
+        self.in_proj = _linear(attention.in_proj_weight, attention.in_proj_bias)
+        self.out_proj = _linear(attention.out_proj.weight, attention.out_proj.bias)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        need_weights: bool = False,
+        attn_mask: Tensor | None = None,
+    ) -> tuple[Tensor, None]:
+        """query: [B, L, D] ([L, B, D] unless batch_first); key and value are the same tensor.
+
+        attn_mask: added to the logits, [L, L] or [B * heads, L, L].
+        """
+        if key is not query or value is not query or need_weights:
+            raise NotImplementedError("only self-attention without returned weights")
+        x = query if self.batch_first else query.transpose(0, 1)
+        batch, length, width = x.shape
+        parts = self.in_proj(x).view(batch, length, 3, self.heads, width // self.heads)
+        q, k, v = parts.permute(2, 0, 3, 1, 4)  # [B, heads, L, D / heads] each
+        if attn_mask is not None:
+            attn_mask = attn_mask.to(q.dtype)
+            if attn_mask.ndim == 3:
+                attn_mask = attn_mask.view(batch, self.heads, length, length)
+        dropout = self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout)
+        out = self.out_proj(mixed.transpose(1, 2).reshape(batch, length, width))
+        return (out if self.batch_first else out.transpose(0, 1)), None
+
+    def joined(self) -> nn.MultiheadAttention:
+        """The nn.MultiheadAttention with these weights (the same parameters, not copies)."""
+        width = self.out_proj.out_features
+        attention: Any = nn.MultiheadAttention(
+            width, self.heads, dropout=self.dropout, batch_first=self.batch_first, device="meta"
+        )
+        attention.in_proj_weight, attention.in_proj_bias = self.in_proj.weight, self.in_proj.bias
+        attention.out_proj.weight, attention.out_proj.bias = self.out_proj.weight, self.out_proj.bias
+        return attention.train(self.training)
+
+
+def inject_lora(adapter: ClipAdapter, rank: int, alpha: float) -> None:
+    """Wrap the linear layers in both towers' blocks with LoRA updates, in place; freeze everything else.
+
+    Attention and MLP layers; a convolutional tower's convolutions where its blocks have no linear layer. The
+    update of a weight W is (alpha / rank) B A with B = 0 at first, so that the features do not change yet.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise InputError(
+            'trainable="lora" needs the peft library: pip install "cliperase_fast[lora]"'
+        ) from error
+    for blocks in adapter.blocks():
+        for block in blocks:
+            if adapter.kind == "open_clip":
+                _split_attention(block)
+    targets = _target_names(adapter)
+    pattern = "|".join(re.escape(name) for name in targets)  # full names: a suffix could match elsewhere too
+    scale: Any = alpha  # declared as int, used as a number
+    config = peft.LoraConfig(r=rank, lora_alpha=scale, target_modules=pattern, lora_dropout=0.0, bias="none")
+    peft.inject_adapter_in_model(config, adapter.module)
+
+
+def merge_lora(adapter: ClipAdapter) -> None:
+    """Fold LoRA updates into the weights, in place: the model has its original layers and state-dict keys
+    again.
+
+    Does nothing to a model without LoRA layers.
+    """
+    module = adapter.module
+    wrapped: dict[str, Any] = {
+        name: child for name, child in module.named_modules() if hasattr(child, "lora_A")
+    }
+    for name, layer in wrapped.items():
+        layer.merge(safe_merge=True)
+        _replace(module, name, layer.get_base_layer())
+    split = {name: child for name, child in module.named_modules() if isinstance(child, SplitAttention)}
+    for name, attention in split.items():
+        _replace(module, name, attention.joined())
+    if wrapped and hasattr(module, "peft_config"):
+        del module.peft_config
+
+
+def _target_names(adapter: ClipAdapter) -> list[str]:
+    names = {child: name for name, child in adapter.module.named_modules()}
+    targets: list[str] = []
+    for tower, blocks in zip(("image", "text"), adapter.blocks(), strict=True):
+        if not blocks:
+            raise InputError(
+                f'trainable="lora" needs the blocks of the {tower} tower, and this model has none we know'
+            )
+        inside = [child for block in blocks for child in block.modules()]
+        # A linear layer inside nn.MultiheadAttention is never called; wrapping it would have no effect.
+        uncalled = {
+            child for owner in inside if isinstance(owner, nn.MultiheadAttention) for child in owner.modules()
+        }
+        usable = [child for child in inside if child not in uncalled]
+        layers: list[nn.Module] = [child for child in usable if isinstance(child, nn.Linear)]
+        layers = layers or [child for child in usable if isinstance(child, nn.Conv2d)]
+        if not layers:
+            raise InputError(
+                f'trainable="lora": the {tower} tower has no linear layer or convolution to adapt'
+            )
+        targets += [names[layer] for layer in layers]
+    return targets
+
+
+def _split_attention(block: nn.Module) -> None:
+    for name, child in list(block.named_modules()):
+        if isinstance(child, nn.MultiheadAttention):
+            _replace(block, name, SplitAttention(child).train(child.training))
+
+
+def _linear(weight: Any, bias: Any) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    layer.weight, layer.bias = weight, bias
+    return layer
+
+
+def _replace(root: nn.Module, name: str, child: Any) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(root.get_submodule(parent), last, child)

@@ -1,0 +1,194 @@
+"""open_clip models: CLIP, CustomTextCLIP, CoCa."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from cliperase_fast.errors import InputError
+from cliperase_fast.models.adapter import ClipAdapter, Tower, longest_stack
+from cliperase_fast.models.open_clip_config import Config, prove_config
+from cliperase_fast.models.saving import save_weights
+from cliperase_fast.models.tokenizing import is_hugging_face, is_open_clip, is_simple
+
+CLIP_VOCABULARY = 49408  # entries of CLIP's byte-pair vocabulary, which open_clip carries with it
+DEFAULT_CONTEXT = 77  # open_clip's, where a configuration names none
+
+_TAIL = re.compile(
+    r"visual\.(ln_post|proj|attn_pool|attn_pool_contrastive|attnpool|head"
+    r"|trunk\.(norm|fc_norm|norm_head|final_conv|attn_pool|head))\b"
+    r"|(text\.)?(ln_final|text_projection|proj|pooler|transformer\.pooler)\b"
+)
+
+
+def is_open_clip_model(module: nn.Module) -> bool:
+    open_clip = sys.modules.get("open_clip")
+    return open_clip is not None and isinstance(
+        module, (open_clip.CLIP, open_clip.CustomTextCLIP, open_clip.CoCa)
+    )
+
+
+class OpenClipAdapter(ClipAdapter):
+    """An open_clip model.
+
+    model_cfg: the configuration it was built from, where known; for a bare instance it is worked out and
+    proved by rebuilding the model when `check_saveable` or `save` first needs it. Without `tokenizer`, a
+    model with CLIP's own vocabulary gets open_clip's SimpleTokenizer and any other none; without `transform`,
+    open_clip's evaluation transform for the model's `preprocess_cfg`.
+    """
+
+    kind = "open_clip"
+    _marker = "open_clip_config.json"
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        tokenizer: Any = None,
+        transform: Callable[[Any], Tensor] | None = None,
+        truncate: bool = False,
+        model_cfg: Config | None = None,
+    ) -> None:
+        import open_clip
+        from open_clip.transform import PreprocessCfg, image_transform_v2
+
+        self.model_cfg = model_cfg
+        self.module = module
+        self._given_context = getattr(tokenizer, "context_length", None)
+        if transform is None:
+            transform = image_transform_v2(PreprocessCfg(**self.preprocess_cfg()), is_train=False)
+        if tokenizer is None and self.vocabulary_size == CLIP_VOCABULARY:
+            tokenizer = open_clip.SimpleTokenizer(context_length=self.context_length)
+        super().__init__(module, tokenizer=tokenizer, transform=transform, truncate=truncate)
+
+    @property
+    def _text(self) -> Any:
+        return getattr(self.module, "text", self.module)
+
+    @property
+    def context_length(self) -> int:
+        if hasattr(self._text, "config"):  # Hugging Face towers only know the most they could take
+            known = (self.model_cfg or {}).get("text_cfg", {}).get("context_length", DEFAULT_CONTEXT)
+            return int(self._given_context or known)
+        return int(self._text.context_length)
+
+    @property
+    def vocabulary_size(self) -> int:
+        return int(self._text.vocab_size)
+
+    def preprocess_cfg(self) -> dict[str, Any]:
+        """The model's preprocessing in open_clip's terms: size, mean, std, interpolation, resize_mode, ..."""
+        from open_clip.transform import PreprocessCfg
+
+        visual: Any = self.module.visual
+        known = dict(getattr(visual, "preprocess_cfg", None) or {})
+        for key, attribute in (("mean", "image_mean"), ("std", "image_std"), ("size", "image_size")):
+            if getattr(visual, attribute, None) is not None:
+                known.setdefault(key, getattr(visual, attribute))
+        fields = {field.name for field in dataclasses.fields(PreprocessCfg)}
+        return dataclasses.asdict(
+            PreprocessCfg(**{key: value for key, value in known.items() if key in fields})
+        )
+
+    def check_saveable(self) -> None:
+        """Work out the configuration of a bare instance; `InputError` where none rebuilds it."""
+        if self.model_cfg is None:
+            self.model_cfg = prove_config(self.module)
+
+    def tower(self, name: str) -> Tower | None:
+        if name == "logit_scale":
+            return "scale"
+        if name.startswith("visual."):
+            return "image"
+        return None if name.startswith(("logit_bias", "text_decoder.")) else "text"
+
+    def is_tail(self, name: str) -> bool:
+        return _TAIL.match(name) is not None
+
+    def _blocks_of(self, tower: Tower) -> list[nn.Module]:
+        if tower == "text":
+            transformer = self._text.transformer
+            return (
+                list(transformer.resblocks)
+                if hasattr(transformer, "resblocks")
+                else longest_stack(transformer.modules())
+            )
+        visual: Any = self.module.visual
+        if hasattr(visual, "transformer"):
+            return list(visual.transformer.resblocks)
+        trunk = getattr(visual, "trunk", visual)
+        for name in ("blocks", "stages", "layers"):
+            if isinstance(getattr(trunk, name, None), (nn.Sequential, nn.ModuleList)):
+                return list(getattr(trunk, name))
+        if hasattr(trunk, "layer4"):
+            return [trunk.layer1, trunk.layer2, trunk.layer3, trunk.layer4]
+        return longest_stack(trunk.modules())
+
+    def _image_features(self, pixels: Tensor) -> Tensor:
+        return _first(self._model.encode_image(pixels))
+
+    def _text_features(self, tokens: Tensor) -> Tensor:
+        return _first(self._model.encode_text(tokens))
+
+    def _check_tokens(self, tokens: Tensor) -> None:
+        super()._check_tokens(tokens)
+        if self._text is self.module and tokens.shape[1] != self.context_length:
+            raise InputError(
+                f"the tokenizer returned {tokens.shape[1]} tokens a caption; this model needs exactly "
+                f"{self.context_length} (its context length), padded on the right"
+            )
+
+    def _write(self, directory: Path) -> None:
+        model_cfg = copy.deepcopy(self.model_cfg)
+        assert model_cfg is not None  # check_saveable came first
+        source = self.tokenizer.source if self.tokenizer is not None else None
+        if source is not None:
+            _describe_tokenizer(model_cfg["text_cfg"], source)
+            if model_cfg["text_cfg"].get("hf_tokenizer_name") and hasattr(source, "save_pretrained"):
+                source.save_pretrained(directory)  # where open_clip looks for the tokenizer of a local folder
+        save_weights(self.module, directory / "open_clip_model.safetensors")
+        config = {"model_cfg": model_cfg, "preprocess_cfg": self.preprocess_cfg()}
+        (directory / self._marker).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _describe_tokenizer(text_cfg: Config, source: Any) -> None:
+    """Settings with which `open_clip.get_tokenizer` makes the same tokenizer; a plain function cannot be
+    described.
+    """
+    from open_clip.tokenizer import get_clean_fn
+
+    if not is_open_clip(source) and not is_hugging_face(source):
+        return
+    options = dict(text_cfg.get("tokenizer_kwargs") or {})
+    cleaners = {get_clean_fn(name): name for name in ("lower", "whitespace", "canonicalize")}
+    clean = cleaners.get(getattr(source, "clean_fn", None))
+    if is_simple(source):
+        text_cfg.pop("hf_tokenizer_name", None)
+        if clean not in (None, "lower") or "clean" in options:
+            options["clean"] = clean
+    else:
+        inner = source if is_hugging_face(source) else source.tokenizer
+        text_cfg["hf_tokenizer_name"] = text_cfg.get("hf_tokenizer_name") or inner.name_or_path or "."
+        if clean is not None:
+            options["clean"] = clean
+        elif is_open_clip(source):  # SigLIP's, which names no cleaning of its own
+            options["clean"] = "canonicalize"
+        if getattr(source, "strip_sep_token", False):
+            options["strip_sep_token"] = True
+        if getattr(source, "tokenizer_mode", ""):
+            text_cfg["tokenizer_mode"] = source.tokenizer_mode
+    if options:
+        text_cfg["tokenizer_kwargs"] = options
+
+
+def _first(output: Any) -> Tensor:
+    """The pooled features of towers that also return their tokens."""
+    return output[0] if isinstance(output, tuple) else output

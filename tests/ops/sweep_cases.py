@@ -1,0 +1,120 @@
+"""Shared by the tests of the loss sweep: batches, and a second, naive writing of the formulas."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cliperase_fast.ops.dispatch import REGISTRY
+from cliperase_fast.ops.sweep import Sweep
+
+BACKENDS = tuple(REGISTRY)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Arguments of a sweep."""
+
+    image: Tensor
+    text: Tensor
+    scale: Tensor
+    teacher_image: Tensor | None
+    teacher_text: Tensor | None
+    teacher_scale: Tensor | None
+    group_ids: Tensor | None = None
+    want_retention: bool = True
+    want_consistency: bool = True
+
+    def to(self, dtype: torch.dtype) -> Batch:
+        """The features in `dtype`, the scales in it too unless it is a half precision."""
+        scale_dtype = torch.promote_types(dtype, torch.float32)
+        return replace(
+            self,
+            image=self.image.to(dtype),
+            text=self.text.to(dtype),
+            scale=self.scale.to(scale_dtype),
+            teacher_image=None if self.teacher_image is None else self.teacher_image.to(dtype),
+            teacher_text=None if self.teacher_text is None else self.teacher_text.to(dtype),
+            teacher_scale=None if self.teacher_scale is None else self.teacher_scale.to(scale_dtype),
+        )
+
+    def without_teacher(self) -> Batch:
+        return replace(
+            self, teacher_image=None, teacher_text=None, teacher_scale=None, want_consistency=False
+        )
+
+    def arguments(self) -> tuple:
+        return (
+            self.image, self.text, self.scale, self.teacher_image, self.teacher_text, self.teacher_scale,
+            self.group_ids, self.want_retention, self.want_consistency,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Outcome:
+    retention: Tensor
+    consistency: Tensor
+    image: Tensor  # the gradients
+    text: Tensor
+    scale: Tensor
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.retention, self.consistency, self.image, self.text, self.scale
+
+
+def features(n: int, width: int, generator: torch.Generator) -> Tensor:
+    return F.normalize(torch.randn(n, width, generator=generator, dtype=torch.float64), dim=1)
+
+
+def random_batch(
+    n: int, width: int = 40, teacher_width: int = 24, scale: float = 14.0, teacher_scale: float = 9.0, seed: int = 0
+) -> Batch:
+    """Unrelated float64 features."""
+    g = torch.Generator().manual_seed(seed)
+    student = [features(n, width, g) for _ in range(2)]
+    teacher = [features(n, teacher_width, g) for _ in range(2)]
+    scales = [torch.tensor(value, dtype=torch.float64) for value in (scale, teacher_scale)]
+    return Batch(*student, scales[0], *teacher, scales[1])
+
+
+def outcome(sweep: Sweep, batch: Batch, weights: tuple[float, float] = (1.0, 1.0), **options: int) -> Outcome:
+    """Losses, and the gradients of their weighted sum."""
+    leaves = [t.detach().clone().requires_grad_() for t in (batch.image, batch.text, batch.scale)]
+    retention, consistency = sweep(*leaves, *batch.arguments()[3:], **options)
+    (weights[0] * retention + weights[1] * consistency).backward()
+    gradients = [leaf.grad for leaf in leaves]
+    assert all(gradient is not None for gradient in gradients)
+    return Outcome(retention.detach(), consistency.detach(), *gradients)  # type: ignore[arg-type]
+
+
+def naive_sweep(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    teacher_image: Tensor | None,
+    teacher_text: Tensor | None,
+    teacher_scale: Tensor | None,
+    group_ids: Tensor | None,
+    want_retention: bool,
+    want_consistency: bool,
+) -> tuple[Tensor, Tensor]:
+    """The formulas as a textbook has them, with log_softmax, in the dtype of the features."""
+    similarity = scale.to(image.dtype) * image @ text.T
+    retention = consistency = similarity.new_zeros(())
+    if want_retention:
+        masked = similarity
+        if group_ids is not None:
+            same = group_ids[:, None] == group_ids[None, :]
+            masked = similarity.masked_fill(same & ~torch.eye(len(image), dtype=torch.bool), -torch.inf)
+        for dim in (0, 1):
+            retention = retention - 0.5 * F.log_softmax(masked, dim).diagonal().mean()
+    if want_consistency:
+        assert teacher_image is not None and teacher_text is not None and teacher_scale is not None
+        teacher = teacher_scale.to(image.dtype) * teacher_image @ teacher_text.T
+        for dim in (0, 1):
+            log_p, log_p_teacher = F.log_softmax(similarity, dim), F.log_softmax(teacher, dim)
+            consistency = consistency + (log_p_teacher.exp() * (log_p_teacher - log_p)).sum(dim).mean()
+    return retention, consistency

@@ -1,0 +1,108 @@
+"""Which backend runs: by name, by environment, by size; and the words for a wrong or missing one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cliperase_fast import functional
+from cliperase_fast.errors import InputError
+from cliperase_fast.ops import dispatch, reference, streaming
+from cliperase_fast.ops.dispatch import Backend, backends, choose
+
+
+def pairs(n: int = 8, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.ones(n, 3, dtype=dtype), torch.ones(n, 3, dtype=dtype)
+
+
+@pytest.fixture(autouse=True)
+def _no_override(monkeypatch):
+    monkeypatch.delenv("CLIPERASE_BACKEND", raising=False)
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    """A registry with a backend that is missing here, and one that takes only float32 on a GPU."""
+    more = {
+        "absent": Backend("absent", lambda: reference.sweep, "fast", why_missing=lambda: "it needs a moon rock"),
+        "picky": Backend("picky", lambda: reference.sweep, "fast", devices=("cuda",)),
+        "narrow": Backend("narrow", lambda: reference.sweep, "fast", dtypes=(torch.float32,)),
+    }
+    monkeypatch.setattr(dispatch, "REGISTRY", {**dispatch.REGISTRY, **more})
+
+
+def test_each_name_loads_its_own_sweep():
+    assert choose("eager", *pairs()).load() is reference.sweep
+    assert choose("torch", *pairs()).load() is streaming.sweep
+
+
+def test_auto_is_eager_for_few_pairs_and_streams_many():
+    assert choose("auto", *pairs(16)).name == "eager"
+    assert choose("auto", *pairs(4096)).name == "torch"
+
+
+@pytest.mark.parametrize(("value", "name"), [("torch", "torch"), ("eager", "eager"), ("auto", "eager"), ("", "eager")])
+def test_the_environment_overrides_auto(monkeypatch, value, name):
+    monkeypatch.setenv("CLIPERASE_BACKEND", value)
+    assert choose("auto", *pairs()).name == name
+
+
+def test_a_name_given_in_code_wins_over_the_environment(monkeypatch):
+    monkeypatch.setenv("CLIPERASE_BACKEND", "eager")
+    assert choose("torch", *pairs()).name == "torch"
+
+
+def test_an_unknown_backend_is_an_error_with_the_known_ones():
+    with pytest.raises(InputError, match=r"backend='cuda' is not a backend; use auto, eager, torch"):
+        choose("cuda", *pairs())
+
+
+def test_a_wrong_environment_variable_is_named(monkeypatch):
+    monkeypatch.setenv("CLIPERASE_BACKEND", "tritn")
+    with pytest.raises(InputError, match="CLIPERASE_BACKEND=tritn is not a backend; use auto, eager"):
+        functional.clip_loss(*pairs(), 1.0)
+
+
+def test_a_missing_backend_is_an_error_with_the_reason(broken):
+    with pytest.raises(InputError, match=r"'absent' is not available here: it needs a moon rock\. Available are auto, eager"):
+        choose("absent", *pairs())
+
+
+def test_a_backend_that_cannot_take_the_device_or_dtype_says_so(broken):
+    with pytest.raises(InputError, match="'picky' runs on cuda, not on cpu"):
+        choose("picky", *pairs())
+    with pytest.raises(InputError, match=r"'narrow' does not take torch\.float64"):
+        choose("narrow", *pairs(dtype=torch.float64))
+    with pytest.raises(InputError, match=r"'narrow' does not take torch\.float16"):
+        choose("narrow", pairs()[0], pairs(dtype=torch.float16)[1])
+
+
+def test_the_chosen_backend_is_the_one_that_runs(monkeypatch):
+    calls = []
+
+    def sweep(*arguments):
+        calls.append(arguments[7:])
+        return reference.sweep(*arguments)
+
+    monkeypatch.setitem(dispatch.REGISTRY, "spy", Backend("spy", lambda: sweep, ""))
+    functional.clip_loss(*pairs(), 1.0, backend="spy")
+    monkeypatch.setenv("CLIPERASE_BACKEND", "spy")
+    functional.similarity_kl(*pairs(), 1.0, *pairs(), 1.0)
+    assert calls == [(True, False), (False, True)]
+
+
+def test_backends_maps_names_to_what_is_known_of_them(broken):
+    table = backends()
+    assert list(table)[:2] == ["eager", "torch"]
+    assert len(table) == 5
+    assert table["eager"].available and table["eager"].devices == "any" and not table["eager"].reason
+    assert not table["absent"].available and table["absent"].reason == "it needs a moon rock"
+    assert table["picky"].devices == "cuda"
+
+
+def test_backends_prints_as_a_table(broken):
+    lines = repr(backends()).splitlines()
+    assert lines[0].split() == ["backend", "available", "devices", "note"]
+    assert lines[1].split()[:3] == ["eager", "yes", "any"]
+    assert lines[3].split(maxsplit=3) == ["absent", "no", "any", "it needs a moon rock"]
+    assert len({line.index(word) for line, word in zip(lines[1:3], ("any", "any"), strict=True)}) == 1

@@ -1,0 +1,225 @@
+"""The streamed sweep gives what the eager one gives, whatever the sizes, strips, strides and ways of calling backward."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from sweep_cases import outcome, random_batch
+from torch import Tensor
+
+from cliperase_fast.ops import reference, streaming
+
+
+def assert_same(batch, strip_size: int = 0, weights: tuple[float, float] = (0.7, 1.3)) -> None:
+    streamed = outcome(streaming.sweep, batch, weights, strip_size=strip_size)
+    eager = outcome(reference.sweep, batch, weights)
+    for ours, theirs in zip(streamed.tensors(), eager.tensors(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+# 1 and 2: nothing or one thing off the diagonal; 17: a short last strip of 7; 513: many strips, odd
+@pytest.mark.parametrize("n", [1, 2, 17, 513])
+@pytest.mark.parametrize("strip_size", [0, 1, 7, 1000])
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)], ids=["both", "rm", "kl"])
+def test_streamed_equals_eager(n, strip_size, wanted):
+    batch = random_batch(n)
+    if not wanted[1]:
+        batch = batch.without_teacher()
+    assert_same(replace(batch, want_retention=wanted[0]), strip_size)
+
+
+@pytest.mark.parametrize("wanted", [(True, True), (True, False)], ids=["both", "rm"])
+@pytest.mark.parametrize("groups", ["some", "one", "all different"])
+@pytest.mark.parametrize("n", [1, 17, 130])
+def test_streamed_equals_eager_with_groups(n, groups, wanted):
+    generator = torch.Generator().manual_seed(1)
+    ids = {
+        "some": torch.randint(-3, max(1, n // 3), (n,), generator=generator),
+        "one": torch.full((n,), 7),
+        "all different": torch.arange(n),
+    }[groups]
+    batch = random_batch(n) if wanted[1] else random_batch(n).without_teacher()
+    assert_same(replace(batch, group_ids=ids), strip_size=7)
+
+
+def test_streamed_equals_eager_when_columns_grow_from_strip_to_strip():
+    # the column maxima change in every strip: rows of growing length
+    batch = random_batch(40, scale=60.0, teacher_scale=80.0)
+    growing = torch.linspace(0.1, 1.0, 40, dtype=torch.float64)[:, None]
+    batch = replace(batch, image=batch.image * growing, teacher_image=batch.teacher_image * growing)
+    assert_same(batch, strip_size=7)
+
+
+def strided(tensor: Tensor, kind: str) -> Tensor:
+    if kind == "transposed":
+        return tensor.T.contiguous().T
+    if kind == "every other column":
+        return torch.stack((tensor, torch.full_like(tensor, torch.nan)), 2).flatten(1)[:, ::2]
+    return tensor.flip(0).contiguous()[:1].expand_as(tensor)  # "expanded": all rows are one
+
+
+@pytest.mark.parametrize("kind", ["transposed", "every other column", "expanded"])
+def test_strides_do_not_matter(kind):
+    batch = random_batch(17)
+    odd = {
+        name: strided(getattr(batch, name), kind) for name in ("image", "text", "teacher_image", "teacher_text")
+    }
+    assert not any(tensor.is_contiguous() for tensor in odd.values())
+    plain = replace(batch, **{name: tensor.contiguous() for name, tensor in odd.items()})
+    expected = outcome(reference.sweep, plain)
+    leaves = [odd["image"].requires_grad_(), odd["text"].requires_grad_()]
+    losses = streaming.sweep(*leaves, *replace(batch, **odd).arguments()[2:], strip_size=7)
+    gradients = torch.autograd.grad(sum(losses), leaves)
+    for ours, theirs in zip((*losses, *gradients), expected.tensors()[:4], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("needed", ["image", "text", "scale"])
+def test_a_single_input_may_need_the_gradient(needed):
+    batch = random_batch(17)
+    expected = outcome(reference.sweep, batch)
+    inputs = {name: getattr(batch, name).clone() for name in ("image", "text", "scale")}
+    inputs[needed].requires_grad_()
+    losses = streaming.sweep(*inputs.values(), *batch.arguments()[3:], strip_size=7)
+    sum(losses).backward()
+    torch.testing.assert_close(inputs[needed].grad, getattr(expected, needed), rtol=1e-10, atol=1e-10)
+    assert [name for name, tensor in inputs.items() if tensor.grad is not None] == [needed]
+
+
+@pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (-2.5, 1e4)])
+def test_incoming_gradients_other_than_one(weights):
+    assert_same(random_batch(17), strip_size=7, weights=weights)
+
+
+def test_only_one_of_the_two_losses_is_used():
+    batch = random_batch(17)
+    for used in (0, 1):
+        gradients = []
+        for sweep in (streaming.sweep, reference.sweep):
+            image = batch.image.clone().requires_grad_()
+            sweep(image, *batch.arguments()[1:])[used].backward()
+            gradients.append(image.grad)
+        torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
+
+
+def test_backward_twice_over_a_retained_graph_doubles_the_gradient():
+    batch = random_batch(17)
+    image = batch.image.clone().requires_grad_()
+    total = sum(streaming.sweep(image, *batch.arguments()[1:]))
+    total.backward(retain_graph=True)
+    once = image.grad.clone()
+    total.backward()
+    torch.testing.assert_close(image.grad, 2 * once, rtol=0, atol=0)
+
+
+def test_the_gradient_of_a_gradient_is_refused_not_wrong():
+    batch = random_batch(5)
+    image = batch.image.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(sum(streaming.sweep(image, *batch.arguments()[1:])), image, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        gradient.square().sum().backward()
+
+
+def test_one_tensor_as_image_and_text_and_used_elsewhere_too():
+    batch = random_batch(17, teacher_width=40)
+    gradients = []
+    for sweep in (streaming.sweep, reference.sweep):
+        both = batch.image.clone().requires_grad_()
+        first = sweep(both, both, batch.scale, batch.teacher_image, batch.teacher_image, batch.teacher_scale, None, True, True)
+        second = sweep(batch.text, both, *batch.arguments()[2:])
+        (sum(first) + 2 * sum(second) + both.square().sum()).backward()
+        gradients.append(both.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
+
+
+def test_scale_zero_has_the_gradient_of_the_scale():
+    batch = replace(random_batch(17), scale=torch.zeros((), dtype=torch.float64))
+    assert_same(batch)
+    assert outcome(streaming.sweep, batch).scale.abs() > 1e-3
+
+
+def test_inputs_are_left_as_they_were():
+    batch = replace(random_batch(17), group_ids=torch.arange(17) // 2)
+    before = [argument.clone() for argument in batch.arguments()[:7]]
+    outcome(streaming.sweep, batch, strip_size=7)
+    for argument, copy in zip(batch.arguments()[:7], before, strict=True):
+        assert torch.equal(argument, copy)
+
+
+def test_two_runs_are_bitwise_equal():
+    batch = replace(random_batch(300), group_ids=torch.arange(300) // 3).to(torch.float32)
+    first, second = (outcome(streaming.sweep, batch, strip_size=64) for _ in range(2))
+    for a, b in zip(first.tensors(), second.tensors(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_student_equal_to_its_teacher_has_no_divergence():
+    batch = random_batch(17, teacher_width=40).to(torch.float32)
+    batch = replace(batch, teacher_image=batch.image, teacher_text=batch.text, teacher_scale=batch.scale)
+    result = outcome(streaming.sweep, replace(batch, want_retention=False), strip_size=7)
+    assert result.consistency == 0
+    assert max(gradient.abs().max() for gradient in (result.image, result.text, result.scale)) < 1e-7
+
+
+def test_nan_and_infinity_come_out_as_nan_not_as_a_plausible_number():
+    for bad in (torch.nan, torch.inf):
+        for row in (0, 16):
+            batch = random_batch(17).to(torch.float32)
+            batch.image[row, 3] = bad
+            result = outcome(streaming.sweep, batch, strip_size=7)
+            assert not result.retention.isfinite() and not result.consistency.isfinite()
+            assert not result.image.isfinite().all()
+
+
+def test_uninitialised_memory_is_never_read():
+    batch = replace(random_batch(17), group_ids=torch.arange(17) // 2)
+    torch.use_deterministic_algorithms(True)  # with it torch.empty is filled with NaN
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory
+        assert_same(batch, strip_size=7)
+        assert_same(replace(batch.without_teacher(), group_ids=None), strip_size=7)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("active", ["forward", "backward"])
+def test_autocast_around_either_direction_changes_nothing(active):
+    batch = random_batch(33).to(torch.float32)
+    expected = outcome(streaming.sweep, batch)
+    image = batch.image.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=active == "forward"):
+        total = sum(streaming.sweep(image, *batch.arguments()[1:]))
+    with torch.autocast("cpu", torch.bfloat16, enabled=active == "backward"):
+        total.backward()
+    assert total.dtype == torch.float32
+    assert torch.equal(image.grad, expected.image)
+
+
+VARIANTS = {
+    "both": {},
+    "groups": {"group_ids": torch.tensor([0, 0, 1, 2, 2])},
+    "consistency": {"want_retention": False},
+}
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, "retention", "half"])
+def test_the_operator_keeps_the_rules_of_torch_library(variant):
+    batch = random_batch(5, width=4, teacher_width=3)
+    if variant == "retention":
+        batch = batch.without_teacher()
+    elif variant == "half":
+        batch = batch.to(torch.bfloat16)
+    else:
+        batch = replace(batch, **VARIANTS[variant])
+    leaves = [tensor.clone().requires_grad_() for tensor in (batch.image, batch.text, batch.scale)]
+    arguments = (*leaves, *batch.arguments()[3:], 2)
+    torch.library.opcheck(streaming.streamed_sweep, arguments)
+    state = streaming.streamed_sweep(*arguments)[2].detach()
+    ones = [torch.ones((), dtype=state.dtype)] * 2
+    frozen = [leaf.detach() for leaf in leaves]
+    for need in ((True, True, True), (False, True, False)):
+        torch.library.opcheck(
+            streaming.streamed_sweep_backward, (*ones, state, *frozen, *arguments[3:], *need)
+        )

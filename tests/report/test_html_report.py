@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import base64
+import html.parser
+import io
+import re
+
+import pytest
+from PIL import Image
+from report_sample import EVIL, sample_result, sample_run
+
+from cliperase_fast.report import ReportData, write_html
+from cliperase_fast.report.html import page
+
+
+class Reader(html.parser.HTMLParser):
+    """Collects tags with their attributes, and the text, of a page whose tags must be properly nested."""
+
+    VOID = frozenset({"meta", "img", "source"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    return write_html(sample_run(), tmp_path_factory.mktemp("run") / "deeper" / "report.html").read_text(
+        "utf-8"
+    )
+
+
+@pytest.fixture(scope="module")
+def reader(written):
+    return Reader(written)
+
+
+def test_the_page_is_well_formed(reader):
+    assert reader.open == []
+    assert reader.tags[0][0] == "html"
+
+
+def test_the_page_tells_the_whole_story(reader):
+    for expected in (
+        "Forgetting demo#class:seven",
+        "Forgotten, and the rest kept: the model now recognises 0.0% of the forget images",
+        "Forget 36 pairs",
+        "Zero-shot accuracy 98.0% 0.0% −98.0",
+        "Pair similarity 0.700 0.690 −0.010",
+        "Epoch 3 forgets the most of all.",
+        "one image is 2.8 points",
+        "seven forget 36 97.0% 0.0% −97.0",
+        "learning_rate 0.0001",
+        "demo#class:seven (120 training pairs)",
+        "41.2 s in all, 2 h 0 min training",
+        "torch 2.15.0",
+        "Seed 17",
+        "c0ffee",
+    ):
+        assert expected in reader.text, expected
+
+
+def test_nothing_is_fetched_and_nothing_runs(written, reader):
+    assert not re.search(r"https?://|//cdn|@import|url\(", written)
+    assert reader.all("script") == reader.all("link") == reader.all("iframe") == reader.all("object") == []
+    for _, attributes in reader.tags:
+        for name, value in attributes.items():
+            assert not name.startswith("on")
+            if name in ("src", "srcset", "href"):
+                assert value.startswith("data:image/png;base64,")
+    policies = [meta["content"] for meta in reader.all("meta") if "http-equiv" in meta]
+    assert policies == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
+
+
+def test_every_image_is_a_png_of_the_size_it_says_with_a_dark_twin(reader):
+    images, twins = reader.all("img"), reader.all("source")
+    assert len(images) == len(twins) == 5  # losses, similarities, map before, map after, classes
+    for image, twin in zip(images, twins, strict=True):
+        assert image["alt"]
+        pictures = []
+        for address in (image["src"], twin["srcset"]):
+            with Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))) as picture:
+                picture.load()
+                assert picture.format == "PNG"
+                assert picture.size == (2 * int(image["width"]), 2 * int(image["height"]))
+                pictures.append(picture.convert("L").resize((1, 1)).getpixel((0, 0)))  # its mean grey
+        assert pictures[0] > 200
+        assert pictures[1] < 80
+        assert "dark" in twin["media"]
+
+
+def test_names_captions_and_everything_else_from_outside_are_escaped():
+    result = sample_result()
+    result["per_class"] = {
+        EVIL: result["per_class"]["seven"],
+        'a "quoted" & name': result["per_class"]["one"],
+    }
+    result["selection"]["reason"] = f"because {EVIL}"
+    result["model"] = f"model {EVIL}"
+    result["data"] = {**result["data"], "forget": EVIL, "retain": EVIL, "test": EVIL, "fingerprint": EVIL}
+    result["data"]["skipped"] = [EVIL]
+    result["config"] = {EVIL: EVIL}
+    result["versions"] = {EVIL: EVIL}
+    result["seed"] = EVIL
+    for row in result["per_class"].values():
+        row["set"] = row["set"] + EVIL
+    text = page(sample_run(result, title=EVIL, embedding_labels=[EVIL] * 40))
+    reader = Reader(text)
+    assert reader.all("script") == []
+    assert "<script" not in text
+    assert text.count("&lt;script&gt;") >= 14
+    assert 'a "quoted" & name' in reader.text
+    assert all(set(attributes) <= KNOWN for _, attributes in reader.tags)
+
+
+KNOWN = {
+    *["lang", "charset", "content", "http-equiv", "name", "class", "style", "scope", "tabindex", "media"]
+} | {*["srcset", "src", "width", "height", "alt"]}
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        ReportData("nothing at all", {}),
+        ReportData(
+            "only empty parts",
+            {"before": None, "after": {}, "per_class": None, "selection": None, "config": {}},
+        ),
+        sample_run(metrics=[], similarities={}, embeddings={}, embedding_sets=[], embedding_labels=[]),
+        sample_run({**sample_result(), "per_class": {}}),
+        sample_run({key: sample_result()[key] for key in ("before", "after")}, metrics=[], embeddings={}),
+    ],
+)
+def test_missing_pieces_leave_gaps_and_no_errors(run):
+    reader = Reader(page(run))
+    assert reader.open == []
+    assert run.title in reader.text
+    assert "None" not in reader.text
+    assert "nan" not in reader.text.split()
+
+
+def test_scores_that_are_none_are_dashes():
+    result = sample_result()
+    for when in ("before", "after"):
+        result[when]["retain"].update({name: None for name in result[when]["retain"] if name != "pairs"})
+        result[when]["forget"]["zero_shot_top1"] = None
+    reader = Reader(page(sample_run(result, metrics=[], similarities={}, embeddings={})))
+    assert "Retain" in reader.text
+    assert "finds the right caption of 10.0%" in reader.text
+
+
+def test_failure_is_said_in_the_first_line():
+    text = page(
+        sample_run(sample_result((0.98, 0.97), (0.97, 0.5)), metrics=[], similarities={}, embeddings={})
+    )
+    assert '<p class="verdict bad"><b>Failure.</b> Not forgotten, and the rest suffered badly' in text
+
+
+def test_skipped_images_are_listed_but_not_by_the_thousand():
+    result = sample_result()
+    result["data"]["skipped"] = [f"image{i}.jpg" for i in range(1000)]
+    text = Reader(page(sample_run(result, metrics=[], similarities={}, embeddings={}))).text
+    assert "1000: image0.jpg" in text
+    assert "and 992 more" in text
+    assert "image8.jpg" not in text

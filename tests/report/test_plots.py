@@ -1,0 +1,262 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from report_sample import sample_result, sample_run
+
+from cliperase_fast.report import plots, write_plots
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    return write_plots(sample_run(), tmp_path_factory.mktemp("run") / "plots")
+
+
+def test_four_plots_are_written_as_pngs_with_something_on_them(written):
+    assert [path.name for path in written] == [
+        "losses.png",
+        "per_class.png",
+        "similarities.png",
+        "embeddings.png",
+    ]
+    for path in written:
+        with Image.open(path) as image:
+            image.load()
+            assert image.format == "PNG"
+            assert image.width >= 1000
+            colours = image.convert("RGB").getcolors(1 << 24)
+        assert len(colours) > 8
+        assert max(colours)[1] == (255, 255, 255)
+
+
+def test_forgetting_and_keeping_have_their_own_colours(written):
+    for path in written[1:]:
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGB")).reshape(-1, 3).astype(int)
+        for colour in (plots.LIGHT.forget, plots.LIGHT.retain):
+            rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+            assert (np.abs(pixels - rgb).sum(1) < 24).sum() > 50, (path.name, colour)
+
+
+def test_drawing_leaves_matplotlibs_global_state_alone(tmp_path):
+    code = """
+import sys
+from report_sample import sample_run
+import cliperase_fast.report as report
+assert "matplotlib" not in sys.modules, "only drawing may load it"
+import matplotlib
+def settings():  # without "backend": reading it loads pyplot
+    return {name: matplotlib.rcParams[name] for name in matplotlib.rcParams if name != "backend"}
+before = settings()
+report.write_plots(sample_run(), sys.argv[1])
+assert "matplotlib.pyplot" not in sys.modules
+assert settings() == before
+"""
+    path = [p for p in sys.path if p.endswith("report")] + [p for p in sys.path if p]
+    environment = {"PYTHONPATH": ":".join(path), "PATH": ""}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env=environment, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"metrics": []}, {"per_class", "similarities", "embeddings"}),
+        ({"similarities": {}, "embeddings": {}}, {"losses", "per_class"}),
+        ({"result": {}}, {"losses", "similarities", "embeddings"}),
+        ({"metrics": [], "similarities": {}, "embeddings": {}, "result": {}}, set()),
+    ],
+)
+def test_a_plot_without_data_is_left_out(tmp_path, changes, expected):
+    assert {path.stem for path in write_plots(sample_run(**changes), tmp_path)} == expected
+
+
+def drawn(name, **changes):
+    return plots.FIGURES[name](sample_run(**changes), plots.DARK)
+
+
+def texts(figure):
+    """Everything written on the figure."""
+    from matplotlib.text import Text
+
+    figure.draw_without_rendering()
+    return [text.get_text() for text in figure.findobj(Text) if text.get_text()]
+
+
+def test_losses_show_the_terms_their_weights_the_chosen_step_and_the_validation():
+    written = texts(drawn("losses"))
+    for expected in (
+        "Total loss",
+        "Forgetting  ×3",
+        "Retention",
+        "Consistency",
+        "Learning rate",
+        "Validation score",
+    ):
+        assert expected in written
+    assert "chosen" in written
+    assert {"forget", "retain"} <= set(written)
+
+
+def test_losses_without_validation_or_with_holes_are_drawn():
+    steps = [line for line in sample_run().metrics if "total" in line]
+    assert "Validation score" not in texts(drawn("losses", metrics=steps))
+    holes = [{**line, "forget": None, "total": float("nan")} for line in steps]
+    assert texts(drawn("losses", metrics=holes)).count("not recorded") == 2
+    assert drawn("losses", metrics=steps[:1]) is not None
+    look = {"step": 1, "validation": {"forget": None, "retain": None}}
+    assert drawn("losses", metrics=[*steps, look]) is not None
+
+
+def test_losses_curves_are_the_logged_values():
+    axes = drawn("losses").axes[0]
+    x, y = axes.lines[0].get_data()
+    np.testing.assert_array_equal(x, np.arange(1, 9))
+    np.testing.assert_allclose(y, 2.0 / np.arange(1, 9))
+
+
+def test_a_long_run_gets_a_running_mean():
+    steps = [
+        {
+            "step": i + 1,
+            "total": float(i % 2),
+            "retain": 1.0,
+            "forget": 0.0,
+            "consistency": 0.0,
+            "learning_rate": 1e-6,
+        }
+        for i in range(500)
+    ]
+    raw, mean = drawn("losses", metrics=steps).axes[0].lines[:2]
+    assert np.ptp(raw.get_ydata()) == 1
+    assert np.ptp(mean.get_ydata()[20:-20]) < 0.1
+    assert len(mean.get_ydata()) == 500
+
+
+def many_classes(count, forget):
+    per_class = {
+        f"class {i:03}": {
+            "set": "forget" if i < forget else "retain",
+            "pairs": 5,
+            "before": 0.9,
+            "after": 0.9 - i / 1000,
+        }
+        for i in range(count)
+    }
+    return {**sample_result(), "per_class": per_class}
+
+
+def test_forget_classes_come_first_then_the_largest_losses():
+    rows, total = plots.changed_classes(sample_result())
+    assert total == 4
+    assert [name for name, _ in rows] == ["seven", "one", "three", "two"]
+    assert [row["after"] for _, row in rows] == [0.0, 0.96, 0.96, 0.96]
+
+
+@pytest.mark.parametrize(("forget", "forget_shown"), [(3, 3), (90, 30), (150, 40)])
+def test_of_many_classes_the_most_changed_are_shown(forget, forget_shown):
+    count = 100 if forget < 100 else 150
+    rows, total = plots.changed_classes(many_classes(count, forget), 40)
+    assert total == count
+    assert len(rows) == 40
+    assert sum(row["set"] == "forget" for _, row in rows) == forget_shown
+    shown = [name for name, row in rows if row["set"] == "retain"]
+    assert shown == [f"class {i:03}" for i in range(count - 1, count - 1 - len(shown), -1)]
+    assert f"the 40 most changed of {count} classes" in texts(
+        drawn("per_class", result=many_classes(count, forget))
+    )
+
+
+def test_classes_without_both_accuracies_are_left_out():
+    result = sample_result()
+    result["per_class"]["one"]["after"] = None
+    assert plots.changed_classes(result)[1] == 3
+
+
+def test_a_partly_forgotten_class_is_marked():
+    result = sample_result()
+    result["per_class"]["one"]["set"] = "mixed"
+    assert "one (partly)" in texts(drawn("per_class", result=result))
+
+
+def test_names_are_never_read_as_formulas_and_are_cut_when_long():
+    result = sample_result()
+    row = {"set": "retain", "pairs": 1, "before": 0.5, "after": 0.5}
+    result["per_class"] |= {
+        r"$\frac{1$": row,
+        "a $5 bill$": row,
+        "x" * 80: row,
+        "two\nlines": row,
+        "": row,
+        "猫": row,
+    }
+    figure = drawn("per_class", result=result)
+    assert plots.png(figure).startswith(b"\x89PNG")  # a formula would fail here
+    written = texts(figure)
+    assert "x" * 25 + "…" in written
+    assert "two lines" in written
+    assert "(no name)" in written
+
+
+def test_similarity_means_are_written_and_all_pairs_are_in_the_histograms():
+    run = sample_run()
+    figure = plots.draw_similarities(run, plots.LIGHT)
+    for which in ("forget", "retain"):
+        for when in ("before", "after"):
+            mean = run.similarities[when][which].mean()
+            assert f"{when}: mean {mean:.2f}".replace("-", "−") in texts(figure)
+    shares = [patch.get_data().values for axes in figure.axes for patch in axes.patches if patch.get_fill()]
+    assert [share.sum() for share in shares] == pytest.approx([1.0] * 4)
+
+
+def test_similarities_with_holes_are_drawn():
+    before = {"forget": np.array([0.5]), "retain": np.array([])}
+    after = {"forget": np.array([np.nan, 0.5])}
+    figure = drawn("similarities", similarities={"before": before, "after": after})
+    assert "Retain pairs" not in texts(figure)
+    assert drawn("similarities", similarities={"before": {"forget": np.array([np.nan])}}) is None
+
+
+def test_the_map_is_the_principal_components_of_before_for_both():
+    run = sample_run()
+    maps = plots.project(run)
+    before, after = (run.embeddings[when].astype(np.float64) for when in ("before", "after"))
+    vectors = np.linalg.eigh(np.cov(before.T))[1]
+    for component in (0, 1):
+        axis = vectors[:, -1 - component]
+        expected = (before - before.mean(0)) @ axis
+        sign = np.sign(expected @ maps["before"][:, component])
+        np.testing.assert_allclose(maps["before"][:, component], sign * expected, atol=1e-8)
+        np.testing.assert_allclose(
+            maps["after"][:, component], sign * ((after - before.mean(0)) @ axis), atol=1e-8
+        )
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (2, 8), (5, 1), (3, 2)])
+def test_few_images_or_dimensions_can_still_be_mapped(shape):
+    points = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    changes = {
+        "embeddings": {"before": points, "after": points * np.nan},
+        "embedding_sets": ["retain"] * shape[0],
+        "embedding_labels": ["a"] * shape[0],
+    }
+    assert plots.project(sample_run(**changes))["before"].shape == (shape[0], 2)
+    assert plots.png(drawn("embeddings", **changes)).startswith(b"\x89PNG")
+
+
+def test_before_and_after_share_their_axes_and_name_their_classes():
+    figure = drawn("embeddings")
+    before, after = figure.axes
+    assert before.get_xlim() == after.get_xlim()
+    assert before.get_ylim() == after.get_ylim()
+    assert texts(figure).count("seven") == 2
+    many = drawn("embeddings", embedding_labels=[f"image {i}" for i in range(40)])
+    assert not any(text.startswith("image ") for text in texts(many))
+
+
+def test_without_after_only_before_is_mapped():
+    figure = drawn("embeddings", embeddings={"before": sample_run().embeddings["before"]})
+    assert len(figure.axes) == 1

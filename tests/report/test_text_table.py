@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import pytest
+from report_sample import sample_result, scores
+
+from cliperase_fast.report import text_table
+
+
+def test_the_table_holds_every_metric_before_after_and_change():
+    result = sample_result()
+    lines = text_table(result["before"], result["after"], unicode=True).splitlines()
+    assert "forget (36 pairs)" in lines[0]
+    assert "retain (324 pairs)" in lines[0]
+    assert lines[1].split() == ["before", "after", "change"] * 2
+    assert lines[3].split() == ["Zero-shot", "accuracy", "98.0%", "0.0%", "−98.0", "97.0%", "96.5%", "−0.5"]
+    assert lines[-1].split() == [
+        "Pair",
+        "similarity",
+        "0.800",
+        "−0.200",
+        "−1.000",
+        "0.700",
+        "0.690",
+        "−0.010",
+    ]
+    assert len(lines) == 3 + 8
+
+
+def test_columns_line_up():
+    result = sample_result()
+    lines = text_table(result["before"], result["after"], unicode=True).splitlines()
+    ends = [
+        [i for i in range(len(line)) if i + 1 == len(line) or line[i] != " " == line[i + 1]] for line in lines
+    ]
+    columns = ends[1]  # where "before", "after", "change" end
+    for found in ends[3:]:
+        assert found[-6:] == columns
+    assert all(line == line.rstrip() for line in lines)
+
+
+@pytest.mark.parametrize("pairs", [3, 123456789])
+def test_long_headings_keep_the_columns_together(pairs):
+    before = {"forget": scores(pairs, 1.0, 1.0, 1.0), "retain": scores(pairs, 1.0, 1.0, 1.0)}
+    lines = text_table(before, unicode=False).splitlines()
+    assert f"forget ({pairs} pairs)" in lines[0]
+    assert len({len(line) for line in [lines[0], *lines[2:]]}) == 1
+
+
+def test_ascii_output_holds_ascii_only_and_is_chosen_where_the_terminal_has_no_more(monkeypatch):
+    result = sample_result()
+    assert text_table(result["before"], result["after"], unicode=False).isascii()
+
+    class Old:
+        encoding = "ascii"
+
+    monkeypatch.setattr("sys.stdout", Old())
+    assert text_table(result["before"], result["after"]).isascii()
+    Old.encoding = "utf-8"
+    assert "−" in text_table(result["before"], result["after"])
+
+
+def test_missing_scores_are_dashes_and_metrics_nobody_has_are_left_out():
+    before = {"forget": scores(0, None, None, None), "retain": scores(9, None, 0.5, 0.2)}
+    lines = text_table(before, before, unicode=True).splitlines()
+    assert not any("Zero-shot" in line for line in lines)
+    assert lines[3].split()[-6:] == ["–", "–", "–", "50.0%", "50.0%", "0.0"]
+
+
+def test_an_evaluation_by_itself_has_one_column():
+    lines = text_table({"all": scores(360, 0.9, 0.5, 0.3), "per_class": {}}, unicode=True).splitlines()
+    assert lines[1].split() == ["score"]
+    assert lines[3].split() == ["Zero-shot", "accuracy", "90.0%"]

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import pytest
+from report_sample import sample_result, scores
+
+from cliperase_fast.report import verdict
+from cliperase_fast.report.wording import before_after, change, percent, shown_metrics, signed
+
+
+@pytest.mark.parametrize(
+    ("forget", "retain", "level", "words"),
+    [
+        (
+            (0.98, 0.0),
+            (0.97, 0.965),
+            "good",
+            ["Forgotten, and the rest kept", "0.0%", "98.0% before", "96.5%"],
+        ),
+        ((0.98, 0.0), (0.97, 0.99), "good", ["Forgotten, and the rest kept"]),
+        ((0.98, 0.05), (0.97, 0.97), "good", ["Almost forgotten", "now recognises 5.0%"]),
+        ((0.98, 0.5), (0.97, 0.97), "mixed", ["Only partly forgotten", "still recognises 50.0%"]),
+        ((0.98, 0.97), (0.97, 0.97), "bad", ["Not forgotten", "still recognises 97.0%"]),
+        ((0.98, 0.0), (0.97, 0.92), "mixed", ["Forgotten, but at a price", "only 92.0%", "5.0 points fewer"]),
+        ((0.98, 0.0), (0.97, 0.22), "bad", ["Forgotten, but at a heavy price", "75.0 points fewer"]),
+        ((0.98, 0.99), (0.97, 0.22), "bad", ["Not forgotten, and the rest suffered badly"]),
+        ((0.98, 0.5), (0.97, 0.92), "bad", ["Only partly forgotten, and the rest suffered"]),
+        ((0.0, 0.0), (0.97, 0.97), "mixed", ["There was nothing to forget"]),
+        ((0.0, 0.3), (0.97, 0.97), "mixed", ["went the wrong way"]),
+    ],
+)
+def test_the_verdict_says_what_the_numbers_say(forget, retain, level, words):
+    found = verdict(sample_result(forget, retain))
+    assert found.level == level
+    for word in words:
+        assert word in found.sentence
+    assert found.sentence.count(". ") == 0  # one sentence
+
+
+def test_the_retain_floor_of_the_configuration_decides_what_a_drop_is():
+    result = sample_result((0.98, 0.0), (0.97, 0.95))
+    assert verdict(result).level == "good"  # 2 points, allowed
+    result["config"]["retain_floor"] = 0.01
+    assert "at a price" in verdict(result).sentence
+
+
+def test_without_classes_the_verdict_is_about_retrieval():
+    result = sample_result()
+    for when in ("before", "after"):
+        for which in ("forget", "retain"):
+            result[when][which]["zero_shot_top1"] = None
+    assert "finds the right caption of 10.0% of the forget images (50.0% before)" in verdict(result).sentence
+
+
+def test_without_scores_there_is_no_verdict():
+    assert verdict({}).level == "unknown"
+    assert verdict({"before": {}, "after": {}}).level == "unknown"
+
+
+def test_without_retain_scores_only_the_forgetting_is_judged():
+    result = sample_result()
+    result["after"]["retain"] = scores(0, None, None, None)
+    found = verdict(result)
+    assert found.level == "good"
+    assert "others" not in found.sentence
+
+
+def test_a_percentage_never_rounds_to_none_or_all():
+    assert [percent(share) for share in (0.0, 0.0001, 0.123, 0.9999, 1.0, None)] == [
+        "0.0%", "<0.1%", "12.3%", ">99.9%", "100.0%", "–"]  # fmt: skip
+
+
+def test_changes_are_signed_points_and_zero_has_no_sign():
+    assert change("zero_shot_top1", 0.98, 0.0) == "−98.0"
+    assert change("zero_shot_top1", 0.5, 0.525) == "+2.5"
+    assert change("pair_similarity", 0.31, -0.104) == "−0.414"
+    assert change("zero_shot_top1", None, 0.5) == "–"
+    assert signed(-0.0001, 1) == "0.0"
+
+
+def test_recalls_that_are_one_by_definition_are_not_shown():
+    few = {**scores(10, 0.5, 1.0, 0.3), "gallery_captions": 5, "gallery_images": 360}
+    shown = shown_metrics(few)
+    assert "image_to_text_r@1" in shown
+    assert "image_to_text_r@5" not in shown
+    assert "text_to_image_r@10" in shown
+
+
+def test_nan_counts_as_missing():
+    result = sample_result()
+    result["after"]["forget"]["zero_shot_top1"] = float("nan")
+    assert before_after(result, "forget", "zero_shot_top1") is None
