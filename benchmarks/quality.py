@@ -43,9 +43,7 @@ def digits() -> list[dict[str, Any]]:
 
 
 def shapes() -> list[dict[str, Any]]:
-    return [
-        measure(name, f"shapes#class:{name}", {}) for name in ("red circle", "blue star", "green square")
-    ] + [
+    return [measure(name, f"shapes#class:{name}", {}) for name in ("red circle", "blue star", "green square")] + [
         measure(
             "red circle, forgetting alone",
             "shapes#class:red circle",

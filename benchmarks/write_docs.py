@@ -1,7 +1,7 @@
 """Put the figures of benchmarks/results/ into the docs: between `<!-- figures: NAME -->` and `<!-- end -->` marks.
 
-    python -m benchmarks.write_docs            rewrite README.md and docs/*.md
-    python -m benchmarks.write_docs --check    change nothing; exit 1 when a page does not show the committed results
+python -m benchmarks.write_docs            rewrite README.md and docs/*.md
+python -m benchmarks.write_docs --check    change nothing; exit 1 when a page does not show the committed results
 """
 
 from __future__ import annotations
@@ -63,7 +63,11 @@ def _quality_table(rows: Sequence[tuple[str, dict[str, Any]]]) -> str:
         [
             (
                 name,
-                *(percent(run[when][part]["zero_shot_top1"]) for part in ("forget", "retain") for when in ("before", "after")),
+                *(
+                    percent(run[when][part]["zero_shot_top1"])
+                    for part in ("forget", "retain")
+                    for when in ("before", "after")
+                ),
                 f"{run['seconds']:.0f}",
             )
             for name, run in rows

@@ -71,7 +71,9 @@ class UnlearnConfig:
         0.02, "largest drop of the retain score a chosen checkpoint may show (0.02: two points)", group="selection"
     )
     evaluate_every: int = _option(1, "epochs between two looks at the validation split", group="selection")
-    early_stop: int = _option(0, "stop after this many looks without a better checkpoint; 0 for never", group="selection")
+    early_stop: int = _option(
+        0, "stop after this many looks without a better checkpoint; 0 for never", group="selection"
+    )
 
     # the data
     on_error: str = _option("raise", "unreadable images: raise, or skip and count", ("raise", "skip"), group="data")
@@ -92,7 +94,9 @@ class UnlearnConfig:
     )
 
     # the run directory
-    checkpoint_every: int = _option(100, "optimizer steps between two checkpoints; one also ends each epoch", group="run")
+    checkpoint_every: int = _option(
+        100, "optimizer steps between two checkpoints; one also ends each epoch", group="run"
+    )
     keep_checkpoints: int = _option(2, "checkpoints kept", group="run")
     report: bool = _option(True, "write plots and report.html", group="run")
 
@@ -106,8 +110,8 @@ class UnlearnConfig:
         for name in ("epochs", "batch_size", "accumulate", "eval_batch_size", "evaluate_every", "lora_rank",
                      "checkpoint_every", "keep_checkpoints"):  # fmt: skip
             self._require(getattr(self, name) >= 1, name, "must be at least 1")
-        for name in ("lambda_retain", "lambda_forget", "lambda_consistency", "weight_decay", "grad_clip", "warmup_steps",
-                     "num_workers", "early_stop", "retain_floor", "seed"):  # fmt: skip
+        for name in ("lambda_retain", "lambda_forget", "lambda_consistency", "weight_decay", "grad_clip",
+                     "warmup_steps", "num_workers", "early_stop", "retain_floor", "seed"):  # fmt: skip
             self._require(getattr(self, name) >= 0, name, "must not be negative")
         for name in ("val_fraction", "test_fraction", "forget_fraction"):
             self._require(0 < getattr(self, name) < 1, name, "must lie between 0 and 1, both excluded")
@@ -120,7 +124,9 @@ class UnlearnConfig:
         )
         self._require(self.batch_size >= 2, "batch_size", "must be at least 2: one forget and one retain pair")
         kind, _, count = self.trainable.partition(":")
-        known = self.trainable in ("all", "image", "text", "lora") or (kind == "last" and count.isdigit() and int(count) > 0)
+        known = self.trainable in ("all", "image", "text", "lora") or (
+            kind == "last" and count.isdigit() and int(count) > 0
+        )
         self._require(known, "trainable", f"is {self.trainable!r}: use all, image, text, last:K or lora")
 
     def _require(self, holds: bool, name: str, complaint: str) -> None:
@@ -141,14 +147,14 @@ class UnlearnConfig:
     def paper(cls, dataset: str, **overrides: Any) -> UnlearnConfig:
         """The settings of CLIPErase, section 4 (arXiv 2410.23330): lambda 1, 3, 3; Adam; batch 16; 20 epochs.
 
-        dataset: "cifar100" or "cc12m" (learning rate 1e-6), "flickr30k" (1e-8). The paper does not mask false negatives.
+        dataset: "cifar100" or "cc12m" (learning rate 1e-6), "flickr30k" (1e-8). The paper masks no false negatives.
         """
         rates = {"cifar100": 1e-6, "cc12m": 1e-6, "flickr30k": 1e-8}
         if dataset not in rates:
             raise InputError(f"no paper preset {dataset!r}; there are {', '.join(rates)}")
         settings: dict[str, Any] = {
-            "lambda_retain": 1.0, "lambda_forget": 3.0, "lambda_consistency": 3.0, "optimizer": "adam", "batch_size": 16,
-            "epochs": 20, "learning_rate": rates[dataset], "false_negatives": "none",
+            "lambda_retain": 1.0, "lambda_forget": 3.0, "lambda_consistency": 3.0, "optimizer": "adam",
+            "batch_size": 16, "epochs": 20, "learning_rate": rates[dataset], "false_negatives": "none",
         }  # fmt: skip
         return cls.from_dict({**settings, **overrides})
 
@@ -211,7 +217,9 @@ def _coerce(spec: dataclasses.Field[Any], value: Any) -> Any:
     try:
         converted = number(value)
     except ValueError as error:
-        raise InputError(f"{spec.name}={value!r} must be {'a whole number' if number is int else 'a number'}") from error
+        raise InputError(
+            f"{spec.name}={value!r} must be {'a whole number' if number is int else 'a number'}"
+        ) from error
     if not math.isfinite(converted):
         raise InputError(f"{spec.name}={value!r} must be finite")
     if number is int and isinstance(value, float) and value != converted:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class InputError(ValueError):
-    """Something the caller gave is wrong (exit code 2). Raised before any work starts and before anything is written."""
+    """Something the caller gave is wrong (exit code 2). Raised before work starts and anything is written."""
 
 
 class UnlearningError(RuntimeError):

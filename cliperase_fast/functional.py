@@ -95,9 +95,7 @@ def cliperase_loss(
     teacher_scale = None
     if lambda_consistency > 0:
         needed_scale = 1.0 if consistency == "features" else teacher_logit_scale
-        teacher_scale = _check_teacher(
-            "retain_image", retain_image, teacher_image, teacher_text, needed_scale
-        )
+        teacher_scale = _check_teacher("retain_image", retain_image, teacher_image, teacher_text, needed_scale)
         if consistency == "features" and teacher_image is not None and teacher_image.shape != retain_image.shape:
             raise InputError(
                 "consistency='features' compares features directly, so teacher_image must be as wide as "
@@ -124,9 +122,7 @@ def cliperase_loss(
                 else:
                     divergence = _intra_kl(student, scale, frozen, teacher_scale, backend)
                 consistency_term = consistency_term + divergence
-        total = (
-            lambda_retain * retain_term + lambda_forget * forget_term + lambda_consistency * consistency_term
-        )
+        total = lambda_retain * retain_term + lambda_forget * forget_term + lambda_consistency * consistency_term
     return LossTerms(total, retain_term, forget_term, consistency_term)
 
 
@@ -149,9 +145,7 @@ def clip_loss(
     _check_group_ids(group_ids, "image_features", image_features)
     scale = _as_scale("logit_scale", logit_scale, image_features)
     with no_autocast(image_features):
-        return _sweep(
-            image_features, text_features, scale, None, None, None, group_ids, True, False, backend
-        )[0]
+        return _sweep(image_features, text_features, scale, None, None, None, group_ids, True, False, backend)[0]
 
 
 def similarity_kl(
@@ -173,9 +167,7 @@ def similarity_kl(
     """
     _check_pairs("image_features", image_features, "text_features", text_features)
     scale = _as_scale("logit_scale", logit_scale, image_features)
-    teacher_scale = _check_teacher(
-        "image_features", image_features, teacher_image, teacher_text, teacher_logit_scale
-    )
+    teacher_scale = _check_teacher("image_features", image_features, teacher_image, teacher_text, teacher_logit_scale)
     with no_autocast(image_features):
         return _sweep(
             image_features,
@@ -240,7 +232,7 @@ def _features_kl(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _intra_kl(student: Tensor, scale: Tensor, teacher: Tensor, teacher_scale: Tensor, backend: str) -> Tensor:
-    """mean_i KL(softmax(s° F° F°ᵀ)_i || softmax(s F Fᵀ)_i): of symmetric matrices, half of rows plus columns."""
+    """mean_i KL(softmax(s° F° F°ᵀ)_i || softmax(s F Fᵀ)_i): symmetric, so half of rows plus columns."""
     both = _sweep(student, student, scale, teacher, teacher, teacher_scale, None, False, True, backend)[1]
     return 0.5 * both
 
@@ -286,20 +278,14 @@ def _check_features(name: str, features: Tensor) -> None:
     if features.ndim != 2:
         raise InputError(f"{name} has shape {_shape(features)}; it must be two-dimensional, [rows, width]")
     if features.shape[1] == 0:
-        raise InputError(
-            f"{name} has shape {_shape(features)}: features of width 0; pass the encoder's output"
-        )
+        raise InputError(f"{name} has shape {_shape(features)}: features of width 0; pass the encoder's output")
     if features.dtype not in _FLOATING:
-        raise InputError(
-            f"{name} has dtype {features.dtype}; convert it to float32, float64, float16 or bfloat16"
-        )
+        raise InputError(f"{name} has dtype {features.dtype}; convert it to float32, float64, float16 or bfloat16")
 
 
 def _check_device(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
     if tensor.device != like.device:
-        raise InputError(
-            f"{name} is on {tensor.device} and {like_name} on {like.device}; move them to one device"
-        )
+        raise InputError(f"{name} is on {tensor.device} and {like_name} on {like.device}; move them to one device")
 
 
 def _check_pairs(image_name: str, image: Tensor, text_name: str, text: Tensor) -> None:
@@ -351,22 +337,19 @@ def _check_group_ids(group_ids: Tensor | None, name: str, image: Tensor) -> None
         kind = group_ids.dtype if isinstance(group_ids, Tensor) else type(group_ids).__name__
         raise InputError(f"group_ids must be an int64 tensor, an id a pair, not {kind}")
     if group_ids.shape != image.shape[:1]:
-        raise InputError(
-            f"group_ids has shape {_shape(group_ids)}; {name} {_shape(image)} needs [{len(image)}]"
-        )
+        raise InputError(f"group_ids has shape {_shape(group_ids)}; {name} {_shape(image)} needs [{len(image)}]")
     _check_device("group_ids", group_ids, name, image)
 
 
 def _as_scale(name: str, scale: Tensor | float, features: Tensor) -> Tensor:
-    """`scale` as a 0-d tensor on the device of `features`."""
+    """`scale` as a 0-d tensor, at least float32, so that the gradients of several terms add up unrounded."""
     if isinstance(scale, Tensor):
         if scale.numel() != 1 or scale.dtype not in _FLOATING:
             raise InputError(
-                f"{name} must be a number or one floating-point element, "
-                f"not {scale.dtype} of shape {_shape(scale)}"
+                f"{name} must be a number or one floating-point element, not {scale.dtype} of shape {_shape(scale)}"
             )
         _check_device(name, scale, "the features", features)
-        return scale.reshape(())
+        return scale.reshape(()).to(compute_dtype(scale))
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not -math.inf < scale < math.inf:
         raise InputError(f"{name}={scale!r} must be a finite number or a tensor of one element")
     return torch.full((), scale, dtype=compute_dtype(features), device=features.device)

@@ -34,7 +34,10 @@ def test_help_without_a_command_shows_examples(capsys):
         (["--model", "ViT-B-99:openai", "--data", "demo", "--forget", "class:seven"], "ViT-B-"),
         (["--model", "ViT-B-32", "--data", "demo", "--forget", "class:seven"], "ViT-B-32:"),
         (["--model", "ViT-B-32:openai", "--data", "demo", "--forget", "class:seven", "--epochs", "none"], "epochs"),
-        (["--model", "ViT-B-32:openai", "--data", "demo", "--forget", "class:seven", "--config", "absent.yaml"], "absent.yaml"),
+        (
+            ["--model", "ViT-B-32:openai", "--data", "demo", "--forget", "class:seven", "--config", "absent.yaml"],
+            "absent.yaml",
+        ),
     ],
 )
 def test_bad_input_exits_with_2_and_one_plain_line(tmp_path, capsys, words, says):
@@ -54,7 +57,19 @@ def test_an_unknown_flag_exits_with_2(tmp_path):
 def test_flags_win_over_the_config_file_and_that_over_the_preset(tmp_path):
     path = tmp_path / "c.json"
     path.write_text(json.dumps({"epochs": 7, "batch_size": 32}))
-    words = ["unlearn", "--model", "m", "--data", "demo", "--forget", "class:one", "--output", "o", "--paper", "flickr30k"]
+    words = [
+        "unlearn",
+        "--model",
+        "m",
+        "--data",
+        "demo",
+        "--forget",
+        "class:one",
+        "--output",
+        "o",
+        "--paper",
+        "flickr30k",
+    ]
     arguments = cli._parser().parse_args([*words, "--config", str(path), "--epochs", "3"])
     config = UnlearnConfig.from_dict(cli._settings(arguments))
     assert (config.epochs, config.batch_size, config.learning_rate) == (3, 32, 1e-8)

@@ -49,7 +49,9 @@ def test_an_unknown_preset_names_the_known_ones():
 def test_a_file_gives_the_same_settings_as_keywords(tmp_path, name):
     path = tmp_path / name
     written = {"epochs": 3, "learning_rate": "1e-5" if name.endswith("yaml") else 1e-5, "teacher_cache": "memory"}
-    path.write_text(json.dumps(written) if name.endswith("json") else "epochs: 3\nlearning_rate: 1e-5\nteacher_cache: memory")
+    path.write_text(
+        json.dumps(written) if name.endswith("json") else "epochs: 3\nlearning_rate: 1e-5\nteacher_cache: memory"
+    )
     assert UnlearnConfig.from_file(path) == UnlearnConfig(epochs=3, learning_rate=1e-5, teacher_cache="memory")
 
 

@@ -27,9 +27,7 @@ def split(pairs: PairDataset, fraction: float, seed: int) -> tuple[np.ndarray, n
     split.
     """
     if not 0 < fraction < 1:
-        raise InputError(
-            f"the fraction to hold out is {fraction}: it must lie between 0 and 1, both excluded"
-        )
+        raise InputError(f"the fraction to hold out is {fraction}: it must lie between 0 and 1, both excluded")
     n = len(pairs)
     if n < 2:
         raise InputError(f"{pairs.name} has {n} pairs: splitting needs at least two")
@@ -44,9 +42,7 @@ def split(pairs: PairDataset, fraction: float, seed: int) -> tuple[np.ndarray, n
     # decides among equals, or low labels would always win.
     rounding_order = np.lexsort((rng.random(len(sizes)), -remainders, counts + 1 >= sizes))
     counts[rounding_order[: wanted - int(counts.sum())]] += 1
-    held_out = np.concatenate(
-        [order[start : start + count] for start, count in zip(starts, counts, strict=True)]
-    )
+    held_out = np.concatenate([order[start : start + count] for start, count in zip(starts, counts, strict=True)])
     return np.setdiff1d(np.arange(n), held_out), np.sort(held_out)
 
 
@@ -170,12 +166,7 @@ def _same_pixels(first: PairDataset, second: PairDataset, unknown: dict[Any, lis
             for key in shared:
                 seen.setdefault(key, set()).add(digest)
     digests = {index: _digest(second, index) for indices in unknown.values() for index in indices}
-    return [
-        index
-        for key, indices in unknown.items()
-        for index in indices
-        if digests[index] in seen.get(key, set())
-    ]
+    return [index for key, indices in unknown.items() for index in indices if digests[index] in seen.get(key, set())]
 
 
 def _by_identity(pairs: PairDataset) -> dict[Any, set[Any]]:

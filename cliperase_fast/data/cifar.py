@@ -68,28 +68,17 @@ def class_names(folder: Path, layout: Layout) -> list[str]:
     return [_text(name) for name in names]
 
 
-def read_batches(
-    folder: Path, files: tuple[str, ...], layout: Layout, classes: int
-) -> tuple[np.ndarray, np.ndarray]:
+def read_batches(folder: Path, files: tuple[str, ...], layout: Layout, classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Pixels uint8 [n, 32, 32, 3] and labels int64 [n] of some batches."""
     pixels, labels = [], []
     for name in files:
         content = _read(folder / name)
         data, targets = content.get("data"), content.get(layout.labels)
-        if (
-            not isinstance(data, np.ndarray)
-            or data.dtype != np.uint8
-            or data.ndim != 2
-            or data.shape[1] != 3072
-        ):
-            raise InputError(
-                f"{folder / name} has no uint8 images [n, 3072] under 'data': is it a CIFAR file?"
-            )
+        if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
+            raise InputError(f"{folder / name} has no uint8 images [n, 3072] under 'data': is it a CIFAR file?")
         targets = targets.tolist() if isinstance(targets, np.ndarray) else targets
         if not isinstance(targets, list) or not all(isinstance(label, int) for label in targets):
-            raise InputError(
-                f"{folder / name} has no list of labels under {layout.labels!r}: is it a CIFAR file?"
-            )
+            raise InputError(f"{folder / name} has no list of labels under {layout.labels!r}: is it a CIFAR file?")
         if len(targets) != len(data) or not all(0 <= label < classes for label in targets):
             raise InputError(
                 f"the labels in {folder / name} do not fit: {len(targets)} of them, {len(data)} images, "

@@ -88,10 +88,7 @@ def class_names(captions: Sequence[str]) -> tuple[str, ...]:
     "a photo of a dog." and "a photo of an owl." give "dog" and "owl". Captions that would end up with the
     same name, or none, keep their full text, as does a single caption.
     """
-    spans = [
-        [(match.group().casefold(), *match.span()) for match in _TOKEN.finditer(caption)]
-        for caption in captions
-    ]
+    spans = [[(match.group().casefold(), *match.span()) for match in _TOKEN.finditer(caption)] for caption in captions]
     shortest = min(len(words) for words in spans)
     if len(captions) < 2 or shortest == 0:
         return tuple(captions)

@@ -24,9 +24,7 @@ def open_folder(path: str, name: str, templates: Sequence[str]) -> tuple[PairDat
     """DIR/CLASS/**/*.jpg, or DIR/train/CLASS/... with DIR/test (else DIR/val) beside it."""
     root = Path(path).expanduser()
     if not root.is_dir():
-        raise InputError(
-            f"{root} is not a directory: 'folder:' needs one that holds a folder of images for each class"
-        )
+        raise InputError(f"{root} is not a directory: 'folder:' needs one that holds a folder of images for each class")
     train_root, test_root = root, None
     if (root / "train").is_dir() and _subfolders(
         root / "train"
@@ -35,9 +33,7 @@ def open_folder(path: str, name: str, templates: Sequence[str]) -> tuple[PairDat
         test_root = next((root / part for part in ("test", "val") if (root / part).is_dir()), None)
     folders = _subfolders(train_root)
     if not folders:
-        raise InputError(
-            f"{train_root} has no folders: put the images of each class into {train_root}/CLASS/"
-        )
+        raise InputError(f"{train_root} has no folders: put the images of each class into {train_root}/CLASS/")
     classes = [readable(folder) for folder in folders]
     if len(set(classes)) < len(classes):
         double = next(name for name in classes if classes.count(name) > 1)
@@ -47,9 +43,7 @@ def open_folder(path: str, name: str, templates: Sequence[str]) -> tuple[PairDat
     counts = np.bincount(train.labels, minlength=len(folders))  # type: ignore[arg-type]
     if not counts.all():
         empty = folders[int(np.argmin(counts))]
-        raise InputError(
-            f"{train_root / empty} holds no images ({', '.join(IMAGE_SUFFIXES)}): fill or remove it"
-        )
+        raise InputError(f"{train_root / empty} holds no images ({', '.join(IMAGE_SUFFIXES)}): fill or remove it")
     if test_root is None:
         return train, None
     unknown = [folder for folder in _subfolders(test_root) if folder not in folders]
@@ -62,9 +56,7 @@ def open_folder(path: str, name: str, templates: Sequence[str]) -> tuple[PairDat
 
 
 def _subfolders(folder: Path) -> list[str]:
-    return sorted(
-        entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")
-    )
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
 def _class_folders(part: Path, root: Path, name: str, folders: list[str], space: ClassSpace) -> PairDataset:
@@ -92,9 +84,7 @@ def _class_folders(part: Path, root: Path, name: str, folders: list[str], space:
 _SEPARATORS = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";"}
 
 
-def open_csv(
-    path: str, name: str, *, sep: str = "tab", img: str = "filepath", caption: str = "title"
-) -> PairDataset:
+def open_csv(path: str, name: str, *, sep: str = "tab", img: str = "filepath", caption: str = "title") -> PairDataset:
     """A table with a column of image paths (relative ones count from the table's folder) and one of captions.
 
     The defaults are open_clip's. Rows with the same path are one image with several captions.
@@ -110,8 +100,7 @@ def open_csv(
         for column in (img, caption):
             if column not in header:
                 raise InputError(
-                    f"{file} has no column {column!r}; it has "
-                    f"{_columns(header)}{_csv_hint(header, separator)}"
+                    f"{file} has no column {column!r}; it has {_columns(header)}{_csv_hint(header, separator)}"
                 )
         at = header.index(img), header.index(caption)
         for row in reader:
@@ -135,9 +124,7 @@ def _columns(header: list[str]) -> str:
 
 
 def _csv_hint(header: list[str], separator: str) -> str:
-    other = next(
-        (sign for sign in (",", ";", "\t", "|") if sign != separator and sign in "".join(header)), None
-    )
+    other = next((sign for sign in (",", ";", "\t", "|") if sign != separator and sign in "".join(header)), None)
     if len(header) == 1 and other:
         named = "tab" if other == "\t" else other
         return f"; columns seem to be separated otherwise: add '?sep={named}' to the source"
@@ -196,9 +183,7 @@ def _results_csv(file: Path) -> dict[str, tuple[str, ...]]:
             number_and_caption = re.fullmatch(r"(\d+)\s+(.+)", cells[1])
             cells = [cells[0], *number_and_caption.groups()] if number_and_caption else cells
         if len(cells) != 3:
-            raise InputError(
-                f"{file} line {line} is not 'image_name| comment_number| comment': {text.strip()[:80]!r}"
-            )
+            raise InputError(f"{file} line {line} is not 'image_name| comment_number| comment': {text.strip()[:80]!r}")
         rows.append((cells[0], cells[2], line))
     return _grouped(rows, file)
 
@@ -239,8 +224,6 @@ def _flickr_pairs(captions: dict[str, tuple[str, ...]], root: Path, name: str) -
     probes = list(captions)[:100]
     folder = next((folder for folder in folders if any((folder / image).is_file() for image in probes)), None)
     if folder is None:
-        raise InputError(
-            f"the images of {name} are neither in {root / inner} nor in {root} (looked for {probes[0]})"
-        )
+        raise InputError(f"the images of {name} are neither in {root / inner} nor in {root} (looked for {probes[0]})")
     store = FileStore([str(folder / image) for image in captions], os.path.realpath(root))
     return PairDataset(name, store, list(captions.values()), list(captions))

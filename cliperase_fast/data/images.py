@@ -108,9 +108,7 @@ class TarStore(ImageStore):
                 file.seek(self.offsets[position])
                 data = file.read(self.sizes[position])
         except OSError as error:
-            raise InputError(
-                f"cannot read {name} from the shard {shard}: {error.strerror or error}"
-            ) from error
+            raise InputError(f"cannot read {name} from the shard {shard}: {error.strerror or error}") from error
         return decode(io.BytesIO(data), f"{name} in the shard {shard}")
 
     def origin(self, position: int) -> str:

@@ -147,17 +147,13 @@ def as_pairs(dataset: Any, name: str) -> PairDataset:
             "(image, caption) pairs"
         )
     if isinstance(base, (str, bytes, dict, Tensor, np.ndarray)):
-        raise InputError(
-            f"{name} is a {type(base).__name__}: give a dataset or list of (image, caption) pairs"
-        )
+        raise InputError(f"{name} is a {type(base).__name__}: give a dataset or list of (image, caption) pairs")
     positions = np.arange(len(base)) if indices is None else indices
     captions = [_captions(_item(base, int(i), name), base, int(i), name) for i in positions]
     _check_one_kind(captions, positions, name)
     labels, space = derive_classes(captions) or (None, None)
     ids = [str(i) for i in positions]
-    return PairDataset(
-        name, ItemStore(base, name), captions, ids, labels=labels, space=space, positions=positions
-    )
+    return PairDataset(name, ItemStore(base, name), captions, ids, labels=labels, space=space, positions=positions)
 
 
 def _unwrap(dataset: Any) -> tuple[Any, np.ndarray | None]:
@@ -179,9 +175,7 @@ def _item(base: Any, index: int, name: str) -> Any:
         raise InputError(f"item {index} of {name} cannot be read: {type(error).__name__}: {error}") from error
     if not isinstance(item, (tuple, list)) or len(item) != 2:
         size = f" of {len(item)}" if isinstance(item, (tuple, list)) else ""
-        raise InputError(
-            f"item {index} of {name} is a {type(item).__name__}{size}: each item must be (image, caption)"
-        )
+        raise InputError(f"item {index} of {name} is a {type(item).__name__}{size}: each item must be (image, caption)")
     return item
 
 
@@ -196,24 +190,15 @@ def _captions(item: Any, base: Any, index: int, name: str) -> tuple[Any, ...]:
         )
     if isinstance(caption, (Tensor, np.ndarray)):
         tokens = torch.as_tensor(caption)
-        if (
-            tokens.dtype.is_floating_point
-            or tokens.dtype == torch.bool
-            or tokens.ndim > 2
-            or tokens.numel() == 0
-        ):
-            raise InputError(
-                f"{where} is a {tokens.dtype} tensor {list(tokens.shape)}: token ids are integers [L]"
-            )
+        if tokens.dtype.is_floating_point or tokens.dtype == torch.bool or tokens.ndim > 2 or tokens.numel() == 0:
+            raise InputError(f"{where} is a {tokens.dtype} tensor {list(tokens.shape)}: token ids are integers [L]")
         return tuple(tokens.long().reshape(-1, tokens.shape[-1]))
     texts = caption if isinstance(caption, (list, tuple)) else (caption,)
     if not texts:
         raise InputError(f"{where} is an empty list: give at least one caption")
     for text in texts:
         if not isinstance(text, str):
-            raise InputError(
-                f"{where} is a {type(text).__name__}: give a str, a list of str, or token ids as a tensor"
-            )
+            raise InputError(f"{where} is a {type(text).__name__}: give a str, a list of str, or token ids as a tensor")
         if not text.strip():
             raise InputError(f"{where} is empty: give a text, or leave the pair out")
     return tuple(str(text) for text in texts)

@@ -52,16 +52,10 @@ def select(pairs: PairDataset, selector: str, *, other: PairDataset | None = Non
     else:
         mask = _by_ids(pairs, value, other)
     if not mask.any():
-        hint = (
-            " (whole words only: list other forms as synonyms, 'caption:apple,apples')"
-            if kind == "caption"
-            else ""
-        )
+        hint = " (whole words only: list other forms as synonyms, 'caption:apple,apples')" if kind == "caption" else ""
         raise InputError(f"{selector!r} matches none of the {len(pairs)} pairs of {pairs.name}{hint}")
     if mask.all():
-        raise InputError(
-            f"{selector!r} matches all {len(pairs)} pairs of {pairs.name}: nothing would be left to keep"
-        )
+        raise InputError(f"{selector!r} matches all {len(pairs)} pairs of {pairs.name}: nothing would be left to keep")
     return mask
 
 
@@ -77,25 +71,20 @@ def _folded(text: str) -> str:
 def _by_class(pairs: PairDataset, value: str) -> np.ndarray:
     if pairs.space is None or pairs.labels is None:
         raise InputError(
-            f"{pairs.name} has no classes, so 'class:{value}' selects nothing; use 'caption:{value}' or "
-            "ids:FILE"
+            f"{pairs.name} has no classes, so 'class:{value}' selects nothing; use 'caption:{value}' or ids:FILE"
         )
     names = pairs.space.names
     by_name: dict[str, list[int]] = {}
     for number, name in enumerate(names):
         by_name.setdefault(_folded(readable(name)), []).append(number)
-    by_prompt = {
-        _folded(prompt): number for number, prompts in enumerate(pairs.space.prompts) for prompt in prompts
-    }
+    by_prompt = {_folded(prompt): number for number, prompts in enumerate(pairs.space.prompts) for prompt in prompts}
 
     def find(text: str) -> int | None:
         if text in names:
             return names.index(text)
         same = by_name.get(_folded(readable(text)), [])
         if len(same) > 1:
-            raise InputError(
-                f"{text!r} could be any of the classes {_listed([names[number] for number in same])}"
-            )
+            raise InputError(f"{text!r} could be any of the classes {_listed([names[number] for number in same])}")
         return same[0] if same else by_prompt.get(_folded(text))
 
     whole = find(value.strip())  # a class name may hold a comma
@@ -116,9 +105,7 @@ def _nearest(text: str, names: tuple[str, ...]) -> str:
     if near:
         return f"did you mean {_listed([folded[name] for name in near])}?"
     shown = names[:20]
-    return f"there are {_listed(shown)}" + (
-        f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
-    )
+    return f"there are {_listed(shown)}" + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")
 
 
 def _listed(names: list[str] | tuple[str, ...]) -> str:
@@ -126,9 +113,7 @@ def _listed(names: list[str] | tuple[str, ...]) -> str:
 
 
 def _by_caption(pairs: PairDataset, value: str) -> np.ndarray:
-    phrases = [
-        r"\s+".join(map(re.escape, _folded(part).split())) for part in value.split(",") if part.strip()
-    ]
+    phrases = [r"\s+".join(map(re.escape, _folded(part).split())) for part in value.split(",") if part.strip()]
     # Not \b: it would never match at the end of a phrase like "c++".
     pattern = re.compile(rf"(?<!\w)(?:{'|'.join(phrases)})(?!\w)")
     known: dict[str, bool] = {}
@@ -142,9 +127,7 @@ def _by_caption(pairs: PairDataset, value: str) -> np.ndarray:
             known[caption] = pattern.search(_folded(caption)) is not None
         return known[caption]
 
-    return np.array(
-        [any(matches(caption) for caption in captions) for captions in pairs.captions], dtype=bool
-    )
+    return np.array([any(matches(caption) for caption in captions) for captions in pairs.captions], dtype=bool)
 
 
 def _by_ids(pairs: PairDataset, value: str, other: PairDataset | None) -> np.ndarray:

@@ -38,9 +38,7 @@ def open_shards(pattern: str, name: str) -> PairDataset:
             key = sample["__key__"]
             kind = next((suffix for suffix in _IMAGES if suffix in sample), None)
             if kind is None or "txt" not in sample:
-                missing = (
-                    "caption (.txt)" if kind else f"image ({', '.join('.' + suffix for suffix in _IMAGES)})"
-                )
+                missing = "caption (.txt)" if kind else f"image ({', '.join('.' + suffix for suffix in _IMAGES)})"
                 raise InputError(f"sample {key!r} in {shard} has no {missing}: complete or remove it")
             if not sample["txt"]:
                 raise InputError(f"the caption of sample {key!r} in {shard} is empty: complete or remove it")
@@ -109,9 +107,7 @@ def _members(shard: str) -> Iterator[dict[str, Any]]:
     with tarfile.open(shard, mode="r:") as tar:
         for member in tar:
             end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-            if member.isreg() and not re.match(
-                r"__[^/]*__($|/)", member.name
-            ):  # webdataset's own names for metadata
+            if member.isreg() and not re.match(r"__[^/]*__($|/)", member.name):  # webdataset's own names for metadata
                 suffix = member.name.rpartition(".")[2].lower()
                 content: Any = (member.offset_data, member.size)
                 if suffix == "txt":

@@ -72,7 +72,7 @@ def _demo(request: _Request) -> Source:
 
 def _shapes(request: _Request) -> Source:
     """Rendered shapes, 10 colours x 10 kinds; options train and test (images per class), size, seed."""
-    number = {"train": 30, "test": 10, "size": 32, "seed": request.seed}
+    number = {"train": 100, "test": 20, "size": 32, "seed": request.seed}
     for key, text in request.options.items():
         if not text.isdigit() or (key != "seed" and int(text) < 1) or (key == "size" and int(text) < 16):
             least = {"seed": 0, "size": 16}.get(key, 1)
@@ -118,15 +118,11 @@ def _cifar(request: _Request, layout: cifar.Layout) -> Source:
 
 
 def _folder(request: _Request) -> Source:
-    return Source(
-        request.spec, *open_folder(request.path, request.spec, request.templates or DEFAULT_TEMPLATES)
-    )
+    return Source(request.spec, *open_folder(request.path, request.spec, request.templates or DEFAULT_TEMPLATES))
 
 
 def _csv(request: _Request) -> Source:
-    return Source(
-        request.spec, _prompted(open_csv(request.path, request.spec, **request.options), request), None
-    )
+    return Source(request.spec, _prompted(open_csv(request.path, request.spec, **request.options), request), None)
 
 
 def _flickr30k(request: _Request) -> Source:
@@ -175,7 +171,7 @@ def open_source(spec: str, *, templates: Sequence[str] | str | None = None, seed
     """Open a source by name. `InputError` says what is missing or malformed, and where.
 
     demo            scikit-learn's handwritten digits, classes zero to nine
-    shapes          rendered shapes, classes "red circle" and so on; options ?train=30&test=10 (images per
+    shapes          rendered shapes, classes "red circle" and so on; options ?train=100&test=20 (images per
     class),
                     &size=32 (pixels), &seed=0 (default: `seed`)
     cifar10:DIR     the python version, unpacked; DIR may be the folder above. Likewise cifar100:DIR (fine

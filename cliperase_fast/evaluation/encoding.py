@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from cliperase_fast.data import PairDataset
 from cliperase_fast.errors import InputError
 from cliperase_fast.models import ClipAdapter
-
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+from cliperase_fast.models.runtime import inference
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ def encode_pairs(
             extra.append(prompt)
     # All captions are checked before anything is encoded; U of them, then X prompts.
     parts = [_tokens(adapter, part) for part in (captions, extra) if part]  # [U, L], [X, L]
-    with _inference(adapter.module, device, precision):
+    with inference(adapter.module, device, precision):
         text = torch.cat([_encode_text(adapter, part, batch_size, device) for part in parts])  # [U + X, D]
         image = _encode_images(adapter, pairs, batch_size, device, num_workers, progress)  # [n, D]
     class_features = None
@@ -99,9 +97,7 @@ def pair_similarities(encoded: EncodedPairs) -> np.ndarray:
 def require_finite(encoded: EncodedPairs, pairs: PairDataset) -> None:
     """Raise `InputError` when a feature is NaN or infinite, naming the first such image."""
     if not encoded.caption_features.isfinite().all():
-        raise InputError(
-            "the model's text features are not finite (NaN or infinity): its weights are damaged"
-        )
+        raise InputError("the model's text features are not finite (NaN or infinity): its weights are damaged")
     finite = encoded.image_features.isfinite().all(-1)  # [n]
     if not finite.all():
         first = int(finite.long().argmin())
@@ -133,24 +129,6 @@ def class_prompts(pairs: PairDataset, templates: Sequence[str] | None = None) ->
     if templates is None:
         return [tuple(of_class) for of_class in pairs.prompts]
     return [tuple(template.replace("{}", name) for template in templates) for name in pairs.classes]
-
-
-@contextmanager
-def _inference(module: nn.Module, device: torch.device, precision: str) -> Iterator[None]:
-    # no_grad and not inference_mode: a module that builds a mask or a table on first use and keeps it could
-    # not be trained afterwards, as inference tensors cannot be saved for a backward pass.
-    training = [part for part in module.modules() if part.training]
-    dtype = PRECISIONS[precision]
-    module.eval()
-    try:
-        with (
-            torch.no_grad(),
-            torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None),
-        ):
-            yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 def _key(caption: Any) -> Any:
@@ -209,9 +187,7 @@ def _encode_images(
     out: Tensor | None = None
     done = 0
     # disable=None: quiet when standard error is no terminal
-    with tqdm(
-        total=len(pairs), desc="encoding", unit="image", leave=False, disable=None if progress else True
-    ) as bar:
+    with tqdm(total=len(pairs), desc="encoding", unit="image", leave=False, disable=None if progress else True) as bar:
         for pixels in loader:
             features = adapter.encode_image(pixels.to(device, non_blocking=True)).float().cpu()  # [B, D]
             if out is None:

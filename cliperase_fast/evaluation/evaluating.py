@@ -21,9 +21,10 @@ from cliperase_fast.data import (
 )
 from cliperase_fast.data.classes import check_templates
 from cliperase_fast.errors import InputError
-from cliperase_fast.evaluation.encoding import PRECISIONS, encode_pairs, require_finite
+from cliperase_fast.evaluation.encoding import encode_pairs, require_finite
 from cliperase_fast.evaluation.scoring import score
 from cliperase_fast.models import ClipAdapter, load_model
+from cliperase_fast.models.runtime import check_precision, pick_device
 
 
 def evaluate(
@@ -96,17 +97,7 @@ def _device(device: str | torch.device, model: Any) -> torch.device:
         if isinstance(module, nn.Module):
             first = next(module.parameters(), None)
             return torch.device("cpu") if first is None else first.device
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"device={device!r} is no device: use auto, cpu, cuda or cuda:N") from error
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise InputError(
-            f"device={str(device)!r} is not here (torch sees {torch.cuda.device_count()} GPUs): use cpu or "
-            "auto"
-        )
-    return chosen
+    return pick_device(device)
 
 
 def _check_settings(
@@ -116,10 +107,7 @@ def _check_settings(
         raise InputError(f"batch_size={batch_size} must be at least 1")
     if num_workers < 0:
         raise InputError(f"num_workers={num_workers} must not be negative")
-    if precision not in PRECISIONS:
-        raise InputError(f"precision={precision!r} is not one of {', '.join(PRECISIONS)}")
-    if precision == "fp16" and device.type != "cuda":
-        raise InputError(f"precision='fp16' needs a GPU and the device is {device}: use 'bf16' or 'fp32'")
+    check_precision(precision, device)
     if long_captions not in ("error", "truncate"):
         raise InputError(f"long_captions={long_captions!r} is not one of error, truncate")
 
@@ -166,7 +154,5 @@ def _mask(forget: Any, pairs: PairDataset) -> np.ndarray:
         )
     if mask.all() or not mask.any():
         what = "all" if mask.all() else "none"
-        raise InputError(
-            f"the forget mask marks {what} of the {len(pairs)} pairs of {pairs.name}: it must mark some"
-        )
+        raise InputError(f"the forget mask marks {what} of the {len(pairs)} pairs of {pairs.name}: it must mark some")
     return mask

@@ -57,9 +57,7 @@ def score(
     images, captions = encoded.image_features.to(device), encoded.caption_features.to(device)
     by_caption = np.argsort(caption_of, kind="stable")
     image_ranks = _wrong_before_right(images, captions, image_of, caption_of, chunk)  # [n]
-    caption_ranks = _wrong_before_right(
-        captions, images, caption_of[by_caption], image_of[by_caption], chunk
-    )  # [U]
+    caption_ranks = _wrong_before_right(captions, images, caption_of[by_caption], image_of[by_caption], chunk)  # [U]
     similarities = pair_similarities(encoded)  # [n]
     if class_features is None:
         class_features = encoded.class_features
@@ -136,9 +134,7 @@ def _mean(values: np.ndarray) -> float | None:
     return mean if math.isfinite(mean) else None  # JSON knows no NaN
 
 
-def _per_class(
-    pairs: PairDataset, correct: np.ndarray, forget_mask: np.ndarray | None
-) -> dict[str, dict[str, Any]]:
+def _per_class(pairs: PairDataset, correct: np.ndarray, forget_mask: np.ndarray | None) -> dict[str, dict[str, Any]]:
     """By class name; a class with forget and retain pairs belongs to the set "mixed". Classes without pairs
     are left out."""
     assert pairs.classes is not None
@@ -148,9 +144,7 @@ def _per_class(
     total = np.bincount(labels, minlength=count)
     right = np.bincount(labels[correct], minlength=count)
     forgotten = (
-        np.zeros(count, dtype=np.int64)
-        if forget_mask is None
-        else np.bincount(labels[forget_mask], minlength=count)
+        np.zeros(count, dtype=np.int64) if forget_mask is None else np.bincount(labels[forget_mask], minlength=count)
     )
     table = {}
     for label, name in enumerate(pairs.classes):

@@ -35,6 +35,7 @@ class ClipAdapter(ABC):
     """
 
     kind: ClassVar[Literal["open_clip", "transformers", "generic"]]
+    _marker: ClassVar[str]  # the file without which a folder is no saved model of this kind
 
     def __init__(
         self,
@@ -89,9 +90,8 @@ class ClipAdapter(ABC):
                 caption, count = too_long[0]
                 raise InputError(
                     f"caption {_shortened(caption)!r} has {count} tokens (begin and end marks included) and "
-                    "the model's "
-                    f"context holds {self.tokenizer.context_length}; {len(too_long)} of {len(captions)} "
-                    "captions are too long. "
+                    f"the model's context holds {self.tokenizer.context_length}; {len(too_long)} of "
+                    f"{len(captions)} captions are too long. "
                     'Shorten them, or pass long_captions="truncate" to cut them'
                 )
         return tokens
@@ -119,13 +119,9 @@ class ClipAdapter(ABC):
         return twin
 
     def save(self, directory: str | Path) -> None:
-        """Write the model to a folder its own library loads; all of it or nothing. Folds nothing:
-        `merge_lora` first.
-        """
+        """Write the model to a folder its own library loads, all of it or nothing. After `merge_lora`."""
         if any(".lora_A." in name for name, _ in self.module.named_parameters()):
-            raise InputError(
-                "the model holds LoRA layers: fold them in with merge_lora(adapter) before saving it"
-            )
+            raise InputError("the model holds LoRA layers: fold them in with merge_lora(adapter) before saving it")
         self.check_saveable()
         write_directory(directory, self._marker, self._write)
 
@@ -142,9 +138,7 @@ class ClipAdapter(ABC):
         return digest.hexdigest()
 
     def blocks(self) -> tuple[list[nn.Module], list[nn.Module]]:
-        """The repeated blocks of (image tower, text tower), in order; empty where a tower has none that we
-        know.
-        """
+        """The repeated blocks of (image tower, text tower), in order; empty where none are known."""
         return self._blocks_of("image"), self._blocks_of("text")
 
     @abstractmethod
@@ -164,8 +158,6 @@ class ClipAdapter(ABC):
     @abstractmethod
     def _text_features(self, tokens: Tensor) -> Tensor: ...
 
-    _marker: ClassVar[str]
-
     @abstractmethod
     def _write(self, directory: Path) -> None: ...
 
@@ -174,79 +166,47 @@ class ClipAdapter(ABC):
         if limit is not None and tokens.shape[1] > limit:
             raise InputError(
                 f"the tokenizer returned {tokens.shape[1]} tokens a caption and the model's context holds "
-                f"{limit}; "
-                "give it that context length"
+                f"{limit}; give it that context length"
             )
         if tokens.numel() and (tokens.min() < 0 or (size is not None and tokens.max() >= size)):
             raise InputError(
                 f"the tokenizer returned ids from {int(tokens.min())} to {int(tokens.max())} and the model's "
-                "vocabulary "
-                f"has {size} entries; use the tokenizer the model was trained with"
+                f"vocabulary has {size} entries; use the tokenizer the model was trained with"
             )
 
 
 _IMAGE_WORDS = {"visual", "vision", "image", "images", "img", "pixel", "pixels"}
 _TEXT_WORDS = {"text", "texts", "txt", "token", "tokens", "transformer", "language", "caption", "captions"}
-_TAIL_WORDS = {
-    "proj",
-    "projection",
-    "projector",
-    "head",
-    "norm",
-    "ln",
-    "layernorm",
-    "final",
-    "post",
-    "pool",
-    "pooler",
-    "fc",
-}
-_BODY_WORDS = {
-    "pre",
-    "embed",
-    "embedding",
-    "embeddings",
-    "pos",
-    "position",
-    "positional",
-    "patch",
-    "token",
-    "stem",
-    "conv",
-}
+_TAIL_WORDS = {"proj", "projection", "head", "norm", "ln", "layernorm", "final", "post", "pool", "pooler"}
+_BODY_WORDS = {"pre", "embed", "embedding", "embeddings", "pos", "position", "positional", "patch", "stem"}
 
 
 class GenericAdapter(ClipAdapter):
-    """Any module with `encode_image(pixels)`, `encode_text(tokens)` (both -> [B, D]) and `logit_scale`, the
-    log of the scale as a parameter, buffer or tensor. Towers and blocks are guessed from parameter names when
-    they are asked for.
+    """Any module with `encode_image(pixels)`, `encode_text(tokens)` (both -> [B, D]) and `logit_scale`.
+
+    logit_scale: the log of the scale, a parameter, buffer or plain tensor. Towers and blocks are guessed from
+    parameter names when they are asked for.
     """
 
     kind = "generic"
     _marker = "model.safetensors"
 
     def __init__(self, module: nn.Module, **options: Any) -> None:
-        missing = [
-            f"{name}()"
-            for name in ("encode_image", "encode_text")
-            if not callable(getattr(module, name, None))
-        ]
+        methods = ("encode_image", "encode_text")
+        missing = [f"{name}()" for name in methods if not callable(getattr(module, name, None))]
         if not isinstance(getattr(module, "logit_scale", None), Tensor):
             missing.append("logit_scale (a parameter or tensor that holds the log of the scale)")
         if missing:
             raise InputError(
                 f"{type(module).__name__} is neither an open_clip model nor a transformers CLIPModel, and it "
-                "has no "
-                f"{' and no '.join(missing)}; wrap it in a module that has"
+                f"has no {' and no '.join(missing)}; wrap it in a module that has"
             )
         super().__init__(module, **options)
 
     def tower(self, name: str) -> Tower | None:
         if name in ("logit_scale", "logit_bias"):
             return "scale" if name == "logit_scale" else None
-        for word in _words(
-            name
-        ):  # the outermost telling word decides: image_encoder.transformer is the image tower
+        for word in _words(name):  # the outermost one decides: image_encoder.transformer is the image's
             if word in _IMAGE_WORDS:
                 return "image"
             if word in _TEXT_WORDS:
@@ -258,8 +218,7 @@ class GenericAdapter(ClipAdapter):
         return bool(words & _TAIL_WORDS) and not words & _BODY_WORDS
 
     def _blocks_of(self, tower: Tower) -> list[nn.Module]:
-        inside = ((name, child) for name, child in self.module.named_modules() if self.tower(name) == tower)
-        return longest_stack(child for _, child in inside)
+        return longest_stack(child for name, child in self.module.named_modules() if self.tower(name) == tower)
 
     def _image_features(self, pixels: Tensor) -> Tensor:
         return self._checked(self._model.encode_image(pixels), "encode_image")
@@ -291,12 +250,10 @@ def longest_stack(modules: Iterator[nn.Module]) -> list[nn.Module]:
         if not isinstance(module, (nn.ModuleList, nn.Sequential)):
             continue
         children = list(module)
-        alike = len({type(child) for child in children}) == 1
-        if (
-            alike
-            and len(children) > len(best)
-            and all(any(True for _ in child.parameters()) for child in children)
-        ):
+        is_stack = len({type(child) for child in children}) == 1 and all(
+            any(True for _ in child.parameters()) for child in children
+        )
+        if is_stack and len(children) > len(best):
             best = children
     return best
 

@@ -22,13 +22,14 @@ from cliperase_fast.models.transformers_adapter import (
     is_transformers_model,
     load_image_processor,
     load_tokenizer,
+    quiet,
 )
 
 _WEIGHT_FILES = (".pt", ".pth", ".bin", ".safetensors", ".npz", ".npy")
 _FORMS = (
     "'ViT-B-32:openai' (an open_clip architecture and its weights), 'ARCH:/path/to/weights.pt', "
-    "'local-dir:DIR', "
-    "'hf-hub:ORG/NAME', or a folder that holds open_clip_config.json or a transformers CLIPModel"
+    "'local-dir:DIR', 'hf-hub:ORG/NAME', or a folder that holds open_clip_config.json or a transformers "
+    "CLIPModel"
 )
 
 
@@ -43,16 +44,17 @@ def load_model(
     """The adapter of `model`.
 
     model: an open_clip model, a transformers CLIPModel, a module with `encode_image`, `encode_text` and
-    `logit_scale`,
-    an adapter, or a string: "ARCH:TAG" (open_clip's pretrained weights and cache), "ARCH:/path/to/weights"
-    (.pt, .bin, .safetensors; a state dict or open_clip's training checkpoint), "local-dir:DIR",
-    "hf-hub:ORG/NAME", or a folder with open_clip_config.json (open_clip) or config.json (transformers).
-    Loaded models are in evaluation mode.
-    tokenizer: captions -> integer ids [B, L], an open_clip or a transformers tokenizer; transform: PIL image
-    -> [3, H, W]; both come with the model where it has them. device: None leaves an instance where it is and
-    puts a loaded model on the CPU; an instance on another device is copied there, never moved. truncate: cut
-    captions longer than the context instead of refusing them. Raises `InputError` naming what is wrong and
-    the remedy; weights are never left random.
+    `logit_scale`, an adapter, or a string: "ARCH:TAG" (open_clip's pretrained weights and cache),
+    "ARCH:/path/to/weights" (.pt, .bin, .safetensors; a state dict or open_clip's training checkpoint),
+    "local-dir:DIR", "hf-hub:ORG/NAME", or a folder with open_clip_config.json (open_clip) or config.json
+    (transformers). Loaded models are in evaluation mode.
+    tokenizer: captions -> integer ids [B, L], an open_clip tokenizer or a transformers tokenizer.
+    transform: PIL image -> float tensor [3, H, W]. Both come with the model where it has them.
+    device: None leaves an instance where it is and puts a loaded model on the CPU; an instance on another
+    device is copied there, never moved.
+    truncate: cut captions longer than the context instead of refusing them.
+
+    Raises `InputError` naming what is wrong and the remedy; weights are never left random.
     """
     options = {"tokenizer": tokenizer, "transform": transform, "truncate": truncate}
     if isinstance(model, (str, Path)):
@@ -110,8 +112,7 @@ def _from_string(text: str, options: dict[str, Any]) -> ClipAdapter:
             return _transformers_folder(folder, options)
         raise InputError(
             f"the folder {text} holds neither open_clip_config.json (open_clip) nor config.json "
-            "(transformers), so it is "
-            "no saved model"
+            "(transformers), so it is no saved model"
         )
     return _open_clip_architecture(text, options)
 
@@ -127,15 +128,14 @@ def _open_clip_architecture(text: str, options: dict[str, Any]) -> ClipAdapter:
         if any(character in text.split(":")[0] for character in "/\\") or Path(text).suffix:
             raise InputError(f"there is no model at {text!r}: no such folder. Pass {_FORMS}")
         near = difflib.get_close_matches(arch, open_clip.list_models(), n=3, cutoff=0.4)
-        hint = f"did you mean {', '.join(near)}?" if near else "see open_clip.list_models()"
+        hint = f"did you mean {', '.join(near)}?" if near else "see open_clip.list_models()."
         raise InputError(f"open_clip knows no architecture {name!r}; {hint} A model is one of {_FORMS}")
     tags = open_clip.list_pretrained_tags_by_model(arch)
     if not weights:
         example = tags[0] if tags else "/path/to/weights.pt"
         raise InputError(
             f"{text!r} names an architecture but no weights, so it would be random: pass '{arch}:{example}' "
-            "or "
-            f"'{arch}:/path/to/weights.pt'" + (f"; its tags are {', '.join(tags)}" if tags else "")
+            f"or '{arch}:/path/to/weights.pt'" + (f"; its tags are {', '.join(tags)}" if tags else "")
         )
     if open_clip.is_pretrained_cfg(arch, weights):
         return _open_clip_tag(arch, weights, config, options)
@@ -166,15 +166,12 @@ def _open_clip_tag(arch: str, tag: str, config: dict[str, Any], options: dict[st
         config["quick_gelu"] = True
     try:
         with offline_if_unreachable():
-            module = open_clip.create_model(
-                arch, pretrained=tag, force_quick_gelu=quick_gelu, require_pretrained=True
-            )
+            module = open_clip.create_model(arch, pretrained=tag, force_quick_gelu=quick_gelu, require_pretrained=True)
     except Exception as error:  # network, cache and file errors of several libraries
         hub, url = known.get("hf_hub", ""), known.get("url", "")
         source = f"https://huggingface.co/{hub.rstrip('/')}" if hub else url
-        by_hand = (
-            f"{arch}-quickgelu" if quick_gelu and f"{arch}-quickgelu" in open_clip.list_models() else arch
-        )
+        quick = f"{arch}-quickgelu"
+        by_hand = quick if quick_gelu and quick in open_clip.list_models() else arch
         raise InputError(
             f"the weights {tag!r} of {arch} could not be fetched: {_cause(error)}. Download them by hand"
             + (f" from {source}" if source else "")
@@ -194,8 +191,7 @@ def _open_clip_hub(text: str, options: dict[str, Any]) -> ClipAdapter:
         repository = text.removeprefix("hf-hub:")
         raise InputError(
             f"the model {text!r} could not be fetched: {_cause(error)}. Download "
-            f"https://huggingface.co/{repository} by "
-            "hand and pass 'local-dir:DIR'"
+            f"https://huggingface.co/{repository} by hand and pass 'local-dir:DIR'"
         ) from error
     return _open_clip_adapter(module, text, config, options)
 
@@ -208,9 +204,7 @@ def _open_clip_folder(folder: Path, options: dict[str, Any]) -> ClipAdapter:
     if not config_file.is_file():
         raise InputError(f"'local-dir:{folder}' is no open_clip model: there is no {config_file}")
     if not any(path.suffix in (".safetensors", ".bin", ".pth") for path in folder.iterdir()):
-        raise InputError(
-            f"{folder} holds no weights (open_clip_model.safetensors), so the model would be random"
-        )
+        raise InputError(f"{folder} holds no weights (open_clip_model.safetensors), so the model would be random")
     name = f"local-dir:{folder}"
     try:
         module = open_clip.create_model(name, require_pretrained=True)
@@ -220,9 +214,7 @@ def _open_clip_folder(folder: Path, options: dict[str, Any]) -> ClipAdapter:
     return _open_clip_adapter(module, name, config, options)
 
 
-def _open_clip_adapter(
-    module: nn.Module, name: str, config: dict[str, Any], options: dict[str, Any]
-) -> ClipAdapter:
+def _open_clip_adapter(module: nn.Module, name: str, config: dict[str, Any], options: dict[str, Any]) -> ClipAdapter:
     """name: what open_clip's `get_tokenizer` knows the model by."""
     import open_clip
 
@@ -242,21 +234,19 @@ def _transformers_folder(folder: Path, options: dict[str, Any]) -> ClipAdapter:
         import transformers
     except ImportError as error:
         raise InputError(
-            f"{folder} holds a transformers model, which needs that library: pip install "
-            '"cliperase_fast[transformers]"'
+            f'{folder} holds a transformers model, which needs that library: pip install "cliperase_fast[transformers]"'
         ) from error
     try:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError) as error:
         raise InputError(f"{folder / 'config.json'} is not readable JSON: {error}") from error
     if kind != "clip":
-        raise InputError(
-            f"{folder} holds a transformers model of type {kind!r}; only CLIPModel ('clip') is supported"
-        )
+        raise InputError(f"{folder} holds a transformers model of type {kind!r}; only CLIPModel ('clip') is supported")
     try:
-        loaded: Any = transformers.CLIPModel.from_pretrained(
-            folder, local_files_only=True, output_loading_info=True
-        )
+        with quiet():
+            loaded: Any = transformers.CLIPModel.from_pretrained(
+                folder, local_files_only=True, output_loading_info=True
+            )
         module, found = loaded
         if options["tokenizer"] is None:
             options = {**options, "tokenizer": load_tokenizer(folder)}
@@ -268,8 +258,7 @@ def _transformers_folder(folder: Path, options: dict[str, Any]) -> ClipAdapter:
     if missing:
         raise InputError(
             f"the weights in {folder} lack {len(missing)} parameters (first: {missing[0]}), which would be "
-            "random; it must "
-            "hold a whole CLIPModel"
+            "random; it must hold a whole CLIPModel"
         )
     module.float()  # half-precision files widen exactly; training needs float32 weights
     return TransformersAdapter(module, **options)

@@ -5,19 +5,24 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cliperase_fast.errors import InputError
 from cliperase_fast.models.adapter import ClipAdapter
+from cliperase_fast.models.open_clip_config import random_pixels
+
+# These read the weights of the layers inside them and (the second one: where no gradient is asked for) never
+# call those layers, so that an update wrapped around one would be lost.
+_READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
 class SplitAttention(nn.Module):
     """Self-attention of nn.MultiheadAttention with two ordinary linear layers, which LoRA can wrap.
 
-    nn.MultiheadAttention reads its weights directly and never calls its output layer, so an update wrapped
-    around that layer would be ignored. (peft's own class for it adds the output layer's update twice and
-    rewrites the base weights in every forward pass.)
+    peft's own class for nn.MultiheadAttention adds the output layer's update twice and rewrites the base
+    weights in every forward pass.
     """
 
     def __init__(self, attention: nn.MultiheadAttention) -> None:
@@ -75,12 +80,12 @@ def inject_lora(adapter: ClipAdapter, rank: int, alpha: float) -> None:
     try:
         import peft
     except ImportError as error:
-        raise InputError(
-            'trainable="lora" needs the peft library: pip install "cliperase_fast[lora]"'
-        ) from error
-    for blocks in adapter.blocks():
-        for block in blocks:
-            if adapter.kind == "open_clip":
+        raise InputError('trainable="lora" needs the peft library: pip install "cliperase_fast[lora]"') from error
+    for tower, blocks in zip(("image", "text"), adapter.blocks(), strict=True):
+        if not blocks:
+            raise InputError(f'trainable="lora" needs the blocks of the {tower} tower, and this model has none we know')
+        if adapter.kind == "open_clip":
+            for block in blocks:
                 _split_attention(block)
     targets = _target_names(adapter)
     pattern = "|".join(re.escape(name) for name in targets)  # full names: a suffix could match elsewhere too
@@ -90,15 +95,12 @@ def inject_lora(adapter: ClipAdapter, rank: int, alpha: float) -> None:
 
 
 def merge_lora(adapter: ClipAdapter) -> None:
-    """Fold LoRA updates into the weights, in place: the model has its original layers and state-dict keys
-    again.
+    """Fold LoRA updates into the weights, in place: the original layers and state-dict keys are back.
 
     Does nothing to a model without LoRA layers.
     """
     module = adapter.module
-    wrapped: dict[str, Any] = {
-        name: child for name, child in module.named_modules() if hasattr(child, "lora_A")
-    }
+    wrapped: dict[str, Any] = {name: child for name, child in module.named_modules() if hasattr(child, "lora_A")}
     for name, layer in wrapped.items():
         layer.merge(safe_merge=True)
         _replace(module, name, layer.get_base_layer())
@@ -113,24 +115,38 @@ def _target_names(adapter: ClipAdapter) -> list[str]:
     names = {child: name for name, child in adapter.module.named_modules()}
     targets: list[str] = []
     for tower, blocks in zip(("image", "text"), adapter.blocks(), strict=True):
-        if not blocks:
-            raise InputError(
-                f'trainable="lora" needs the blocks of the {tower} tower, and this model has none we know'
-            )
         inside = [child for block in blocks for child in block.modules()]
-        # A linear layer inside nn.MultiheadAttention is never called; wrapping it would have no effect.
-        uncalled = {
-            child for owner in inside if isinstance(owner, nn.MultiheadAttention) for child in owner.modules()
-        }
-        usable = [child for child in inside if child not in uncalled]
+        bypassed = {child for owner in inside if isinstance(owner, _READS_WEIGHTS) for child in owner.modules()}
+        usable = [child for child in inside if child not in bypassed]
+        if tower == "image" and hasattr(getattr(adapter.module, "visual", None), "trunk"):
+            called = _called(adapter, usable)
+            usable = [child for child in usable if child in called]
         layers: list[nn.Module] = [child for child in usable if isinstance(child, nn.Linear)]
         layers = layers or [child for child in usable if isinstance(child, nn.Conv2d)]
         if not layers:
             raise InputError(
-                f'trainable="lora": the {tower} tower has no linear layer or convolution to adapt'
+                f'trainable="lora": the blocks of the {tower} tower have no linear layer or convolution '
+                "of their own to adapt"
             )
         targets += [names[layer] for layer in layers]
     return targets
+
+
+@torch.no_grad()
+def _called(adapter: ClipAdapter, layers: list[nn.Module]) -> set[nn.Module]:
+    """Those of `layers` that the image tower calls: some timm blocks only read a layer's weight."""
+    called: set[nn.Module] = set()
+    hooks = [layer.register_forward_hook(lambda layer, *_: called.add(layer)) for layer in layers]
+    training = [child for child in adapter.module.modules() if child.training]
+    adapter.module.eval()
+    try:
+        adapter.encode_image(random_pixels(adapter.module))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for child in training:
+            child.training = True
+    return called
 
 
 def _split_attention(block: nn.Module) -> None:

@@ -31,9 +31,9 @@ _TAIL = re.compile(
 
 def is_open_clip_model(module: nn.Module) -> bool:
     open_clip = sys.modules.get("open_clip")
-    return open_clip is not None and isinstance(
-        module, (open_clip.CLIP, open_clip.CustomTextCLIP, open_clip.CoCa)
-    )
+    if open_clip is None:
+        return False
+    return isinstance(module, (open_clip.CLIP, open_clip.CustomTextCLIP, open_clip.CoCa))
 
 
 class OpenClipAdapter(ClipAdapter):
@@ -94,9 +94,8 @@ class OpenClipAdapter(ClipAdapter):
             if getattr(visual, attribute, None) is not None:
                 known.setdefault(key, getattr(visual, attribute))
         fields = {field.name for field in dataclasses.fields(PreprocessCfg)}
-        return dataclasses.asdict(
-            PreprocessCfg(**{key: value for key, value in known.items() if key in fields})
-        )
+        known = {key: value for key, value in known.items() if key in fields}
+        return dataclasses.asdict(PreprocessCfg(**known))
 
     def check_saveable(self) -> None:
         """Work out the configuration of a bare instance; `InputError` where none rebuilds it."""
@@ -116,11 +115,8 @@ class OpenClipAdapter(ClipAdapter):
     def _blocks_of(self, tower: Tower) -> list[nn.Module]:
         if tower == "text":
             transformer = self._text.transformer
-            return (
-                list(transformer.resblocks)
-                if hasattr(transformer, "resblocks")
-                else longest_stack(transformer.modules())
-            )
+            known = hasattr(transformer, "resblocks")
+            return list(transformer.resblocks) if known else longest_stack(transformer.modules())
         visual: Any = self.module.visual
         if hasattr(visual, "transformer"):
             return list(visual.transformer.resblocks)
@@ -160,9 +156,7 @@ class OpenClipAdapter(ClipAdapter):
 
 
 def _describe_tokenizer(text_cfg: Config, source: Any) -> None:
-    """Settings with which `open_clip.get_tokenizer` makes the same tokenizer; a plain function cannot be
-    described.
-    """
+    """Settings with which `open_clip.get_tokenizer` makes the same tokenizer; none for a plain function."""
     from open_clip.tokenizer import get_clean_fn
 
     if not is_open_clip(source) and not is_hugging_face(source):

@@ -63,9 +63,7 @@ def build(config: Config) -> nn.Module:
 
 @torch.no_grad()
 def _difference(module: nn.Module, config: Config) -> float:
-    """Largest difference between the features of `module` and of a model built from `config` with its
-    weights.
-    """
+    """Largest difference between the features of `module` and of one built from `config` with its weights."""
     state = module.state_dict()
     parameter = next(module.parameters())
     is_native = not {"timm_model_name", "hf_model_name"} & {*config["vision_cfg"], *config["text_cfg"]}
@@ -86,7 +84,7 @@ def _difference(module: nn.Module, config: Config) -> float:
     try:
         worst = 0.0
         for method, inputs in (
-            ("encode_image", _random_pixels(module)),
+            ("encode_image", random_pixels(module)),
             ("encode_text", _random_tokens(module)),
         ):
             ours, theirs = (_features(getattr(model, method)(inputs)) for model in (module, twin))
@@ -113,7 +111,7 @@ def _fill_causal_masks(twin: nn.Module, device: torch.device) -> None:
                 owner.register_buffer(name, mask, persistent=False)
 
 
-def _random_pixels(module: Any) -> Tensor:  # [2, 3, H, W]
+def random_pixels(module: Any) -> Tensor:  # [2, 3, H, W]
     generator = torch.Generator().manual_seed(0)
     parameter = next(module.visual.parameters())
     pixels = torch.randn(2, 3, *_pair(module.visual.image_size), generator=generator)
@@ -268,13 +266,9 @@ def _transformer(transformer: Any, width: int) -> Config:
     hidden = block.mlp.c_fc.out_features
     ratio = hidden / width
     config: Config = {
-        "mlp_ratio": ratio
-        if int(width * ratio) == hidden
-        else (hidden + 0.5) / width,  # open_clip rounds down
+        "mlp_ratio": ratio if int(width * ratio) == hidden else (hidden + 0.5) / width,  # open_clip rounds down
         "ls_init_value": 1e-5 if hasattr(block.ls_1, "gamma") else None,  # the value itself is in the weights
-        "act_kwargs": {"approximate": "tanh"}
-        if getattr(block.mlp.gelu, "approximate", "none") == "tanh"
-        else None,
+        "act_kwargs": {"approximate": "tanh"} if getattr(block.mlp.gelu, "approximate", "none") == "tanh" else None,
     }
     if not isinstance(block.attn, nn.MultiheadAttention):
         config |= {
@@ -290,9 +284,7 @@ def _transformer(transformer: Any, width: int) -> Config:
 
 
 def _hf_text(text: Any) -> Config:
-    """A text tower from transformers; rebuilding it reads its configuration by name from the hub or its
-    cache.
-    """
+    """A text tower from transformers; rebuilding it looks its configuration up by name."""
     projection = {nn.Linear: "linear", nn.Sequential: "mlp"}.get(type(text.proj))
     name = text.config._name_or_path
     return {
@@ -307,9 +299,10 @@ def _hf_text(text: Any) -> Config:
 def _timm(visual: Any) -> Iterator[Config]:
     """The pooling of a timm trunk cannot be read off every family, so the usual ones are offered in turn."""
     head = dict(visual.head.named_children())
+    no_head = "" if visual.trunk.num_classes else "none"  # the trunk's classifier projects, or nothing does
     config: Config = {
         "timm_model_name": visual.trunk.default_cfg["architecture"],
-        "timm_proj": "mlp" if "mlp" in head else "linear" if "proj" in head else "",
+        "timm_proj": "mlp" if "mlp" in head else "linear" if "proj" in head else no_head,
         "image_size": _single(visual.image_size),
     }
     if "proj" in head:
@@ -322,8 +315,6 @@ def _timm(visual: Any) -> Iterator[Config]:
         pools.reverse()
     for pool in dict.fromkeys(pool for pool in pools if isinstance(pool, str)):
         yield {**config, "timm_pool": pool}
-    if not head:
-        yield {**config, "timm_proj": "none"}
 
 
 def _norm_options(norm: nn.Module) -> Config | None:
@@ -332,9 +323,7 @@ def _norm_options(norm: nn.Module) -> Config | None:
 
 
 def _told(config: Config, defaults: Any) -> Config:
-    """Sizes always, the rest only where it differs from open_clip's defaults: short, and readable by older
-    versions.
-    """
+    """Sizes always, the rest only where it differs from open_clip's defaults."""
     always = {
         "image_size",
         "patch_size",

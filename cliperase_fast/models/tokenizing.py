@@ -42,15 +42,12 @@ class CaptionTokenizer:
     def __init__(self, source: Any, context_length: int | None) -> None:
         open_clip = sys.modules.get("open_clip")
         if open_clip is not None and source is open_clip.tokenize:
-            source = (
-                open_clip.SimpleTokenizer()
-            )  # what that function calls, but one whose tokens can be counted
+            source = open_clip.SimpleTokenizer()  # what the function calls, and its tokens can be counted
         source = getattr(source, "tokenizer", source) if _is_processor(source) else source
         if not callable(source):
             raise InputError(
                 f"tokenizer is a {type(source).__name__}; pass a function that turns a list of captions into "
-                "token ids "
-                "[B, L], an open_clip tokenizer or a transformers tokenizer"
+                "token ids [B, L], an open_clip tokenizer or a transformers tokenizer"
             )
         self.source = source
         self.context_length = context_length if context_length is not None else _own_limit(source)
@@ -74,8 +71,7 @@ class CaptionTokenizer:
         return _as_tokens(encoded, len(captions))
 
     def overlong(self, captions: Sequence[str], tokens: Tensor) -> list[tuple[str, int]]:
-        """(caption, its number of tokens) for those that do not fit the context; empty where that cannot be
-        told.
+        """(caption, its number of tokens) for those that do not fit; empty where that cannot be told.
 
         tokens: int64 [B, L], what calling the tokenizer gave for these captions.
         """
@@ -90,10 +86,8 @@ class CaptionTokenizer:
             counts = _count(self.source, captions, list(captions))
         elif is_open_clip(self.source) and not is_simple(self.source):
             counts = _count(self.source.tokenizer, captions, _cleaned(self.source, captions))
-            if getattr(self.source, "tokenizer_mode", ""):
-                counts = [
-                    (caption, count + 1) for caption, count in counts
-                ]  # this mode appends a class token
+            if getattr(self.source, "tokenizer_mode", ""):  # it appends a class token
+                counts = [(caption, count + 1) for caption, count in counts]
         else:
             return []
         return [(caption, count) for caption, count in counts if count > limit]
@@ -101,10 +95,8 @@ class CaptionTokenizer:
 
 def _own_limit(source: Any) -> int | None:
     """The length a tokenizer cuts captions to by itself, where it says."""
-    if is_hugging_face(source):
-        return (
-            source.model_max_length if source.model_max_length < 10**6 else None
-        )  # larger means: none was set
+    if is_hugging_face(source):  # which gives an enormous number when none was set
+        return source.model_max_length if source.model_max_length < 10**6 else None
     return source.context_length if is_open_clip(source) else None
 
 
@@ -116,9 +108,8 @@ def _count(tokenizer: Any, captions: Sequence[str], texts: list[str]) -> list[tu
 def _cleaned(tokenizer: Any, captions: Sequence[str]) -> list[str]:
     from open_clip.tokenizer import get_clean_fn
 
-    clean = getattr(tokenizer, "clean_fn", None) or get_clean_fn(
-        "canonicalize"
-    )  # the latter: SigLIP's tokenizer
+    # SigLIP's tokenizer names no cleaning of its own.
+    clean = getattr(tokenizer, "clean_fn", None) or get_clean_fn("canonicalize")
     return [clean(caption) for caption in captions]
 
 
@@ -128,25 +119,20 @@ def _is_processor(source: Any) -> bool:
 
 
 def _as_tokens(encoded: Any, rows: int) -> Tensor:
-    """int64 [B, L] out of a tensor, an array, nested lists, or a mapping with `input_ids` (and
-    `attention_mask`).
-    """
+    """int64 [B, L] out of a tensor, an array, nested lists, or a mapping with `input_ids`."""
     if isinstance(encoded, Mapping):
         if "input_ids" not in encoded:
             raise InputError(f"the tokenizer returned {', '.join(map(str, encoded))} but no input_ids")
         mask = encoded.get("attention_mask")
         if mask is not None and rows and (torch.as_tensor(mask)[:, 0] == 0).any():
-            raise InputError(
-                "the tokenizer pads on the left; CLIP needs padding on the right (padding_side='right')"
-            )
+            raise InputError("the tokenizer pads on the left; CLIP needs padding on the right (padding_side='right')")
         encoded = encoded["input_ids"]
     try:
         tokens = torch.as_tensor(encoded)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"the tokenizer returned a {type(encoded).__name__} that is no token table [B, L] ({error}); pad "
-            "its rows to "
-            "one length"
+            "its rows to one length"
         ) from error
     if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
         raise InputError(f"the tokenizer returned {tokens.dtype} values; token ids must be integers")

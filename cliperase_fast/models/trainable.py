@@ -59,18 +59,13 @@ def _last(adapter: ClipAdapter, spec: str, count: int, towers: dict[str, Tower |
     if count > min(len(image), len(text)):
         raise InputError(
             f"trainable={spec!r}: the image tower has {len(image)} blocks that we know and the text tower "
-            f"{len(text)}; "
-            "ask for no more than both have"
+            f"{len(text)}; ask for no more than both have"
         )
     kept = {id(parameter) for block in (*image[-count:], *text[-count:]) for parameter in block.parameters()}
-    frozen = {
-        id(parameter) for block in (*image[:-count], *text[:-count]) for parameter in block.parameters()
-    }
+    frozen = {id(parameter) for block in (*image[:-count], *text[:-count]) for parameter in block.parameters()}
     return {
         name
         for name, parameter in adapter.module.named_parameters()
         if name in towers
-        and (
-            id(parameter) in kept or (id(parameter) not in frozen and towers[name] and adapter.is_tail(name))
-        )
+        and (id(parameter) in kept or (id(parameter) not in frozen and towers[name] and adapter.is_tail(name)))
     }

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,7 @@ from cliperase_fast.models.tokenizing import is_hugging_face
 _END_OF_TEXT = 49407  # the last id of CLIP's own vocabulary
 _LEGACY_END = 2  # in old configurations; such models pool at the highest id of a row, which is the end mark's
 
-_TAIL = re.compile(
-    r"(vision_model\.post_layernorm|visual_projection|text_model\.final_layer_norm|text_projection)\b"
-)
+_TAIL = re.compile(r"(vision_model\.post_layernorm|visual_projection|text_model\.final_layer_norm|text_projection)\b")
 
 
 def is_transformers_model(module: nn.Module) -> bool:
@@ -94,8 +93,8 @@ class TransformersAdapter(ClipAdapter):
         return _TAIL.match(name) is not None
 
     def _blocks_of(self, tower: Tower) -> list[nn.Module]:
-        model: Any = self.module
-        return list((model.vision_model if tower == "image" else model.text_model).encoder.layers)
+        owner = self._model.vision_model if tower == "image" else self._model.text_model
+        return list(owner.encoder.layers)
 
     def _image_features(self, pixels: Tensor) -> Tensor:
         return _pooled(self._model.get_image_features(pixel_values=pixels))
@@ -109,12 +108,12 @@ class TransformersAdapter(ClipAdapter):
         if end != _LEGACY_END and isinstance(end, int) and not (tokens == end).any(dim=1).all():
             raise InputError(
                 f"the tokenizer left the end mark (id {end}) out of a caption, and the model reads a "
-                "caption's features "
-                "there; use the tokenizer the model was trained with"
+                "caption's features there; use the tokenizer the model was trained with"
             )
 
     def _write(self, directory: Path) -> None:
-        self._model.save_pretrained(directory)
+        with quiet():
+            self._model.save_pretrained(directory)
         if self.tokenizer is not None and is_hugging_face(self.tokenizer.source):
             self.tokenizer.source.save_pretrained(directory)
         if isinstance(self.transform, ImageProcessorTransform):
@@ -131,6 +130,20 @@ def as_transform(transform: Any) -> Callable[[Any], Tensor]:
     return transform
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars, which it shows even where there is no terminal."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def load_tokenizer(directory: Path) -> Any:
     """The tokenizer saved beside a model, or None."""
     import transformers
@@ -144,9 +157,8 @@ def load_image_processor(directory: Path) -> Any:
     """The image processor saved beside a model, or None."""
     import transformers
 
-    if not any(
-        (directory / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")
-    ):
+    names = ("preprocessor_config.json", "processor_config.json")
+    if not any((directory / name).is_file() for name in names):
         return None
     return transformers.CLIPImageProcessor.from_pretrained(directory, local_files_only=True)
 
@@ -155,9 +167,7 @@ def _default_image_processor(module: Any) -> Any:
     import transformers
 
     size = int(module.config.vision_config.image_size)
-    return transformers.CLIPImageProcessor(
-        size={"shortest_edge": size}, crop_size={"height": size, "width": size}
-    )
+    return transformers.CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
 
 
 def _pooled(output: Any) -> Tensor:  # -> [B, D]

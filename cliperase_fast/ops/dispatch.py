@@ -36,7 +36,7 @@ def _always_available() -> str | None:
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of the sweep. `load` imports its module, when first used, and returns its `sweep`."""
+    """One implementation of the sweep. `load` imports its module, when first used, for its `sweep`."""
 
     name: str
     load: Callable[[], Sweep]
@@ -94,8 +94,7 @@ class BackendTable(Mapping[str, BackendStatus]):
             )
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
         lines = (
-            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]])
-            for row in rows
+            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]) for row in rows
         )
         return "\n".join(lines)
 
@@ -106,9 +105,7 @@ def backends() -> BackendTable:
     for backend in REGISTRY.values():
         reason = backend.why_missing()
         devices = ", ".join(backend.devices) if backend.devices else "any"
-        statuses[backend.name] = BackendStatus(
-            backend.name, reason is None, devices, backend.note, reason or ""
-        )
+        statuses[backend.name] = BackendStatus(backend.name, reason is None, devices, backend.note, reason or "")
     return BackendTable(statuses)
 
 
@@ -131,14 +128,10 @@ def choose(requested: str, image: Tensor, text: Tensor) -> Backend:
         others = ", ".join(other.name for other in REGISTRY.values() if other.why_missing() is None)
         raise InputError(f"{origin} is not available here: {reason}. Available are auto, {others}")
     if backend.devices is not None and image.device.type not in backend.devices:
-        raise InputError(
-            f"{origin} runs on {', '.join(backend.devices)}, not on {image.device}; use backend='auto'"
-        )
+        raise InputError(f"{origin} runs on {', '.join(backend.devices)}, not on {image.device}; use backend='auto'")
     for features in (image, text):
         if features.dtype not in backend.dtypes:
-            raise InputError(
-                f"{origin} does not take {features.dtype}; use backend='auto' or convert the features"
-            )
+            raise InputError(f"{origin} does not take {features.dtype}; use backend='auto' or convert the features")
     return backend
 
 

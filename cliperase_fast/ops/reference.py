@@ -29,9 +29,7 @@ def sweep(
     retention = consistency = similarity.new_zeros(())
     if want_retention:
         excluded = diagonal if group_ids is None else group_ids[:, None] == group_ids[None, :]  # [N, N]
-        retention = (
-            0.5 * (_retention_rows(similarity, excluded) + _retention_rows(similarity.T, excluded)).mean()
-        )
+        retention = 0.5 * (_retention_rows(similarity, excluded) + _retention_rows(similarity.T, excluded)).mean()
     if want_consistency:
         assert teacher_image is not None and teacher_text is not None and teacher_logit_scale is not None
         teacher = _similarity(teacher_image, teacher_text, teacher_logit_scale, dtype)  # [N, N]

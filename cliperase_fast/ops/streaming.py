@@ -333,9 +333,7 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.save_for_backward(output[2], *tensors)
 
 
-def _backward(
-    ctx: Any, grad_retention: Tensor, grad_consistency: Tensor, _: Tensor | None
-) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_retention: Tensor, grad_consistency: Tensor, _: Tensor | None) -> tuple[Any, ...]:
     state, *tensors = ctx.saved_tensors
     need = ctx.needs_input_grad[:3]
     gradients = streamed_sweep_backward(

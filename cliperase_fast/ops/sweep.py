@@ -30,9 +30,8 @@ class Sweep(Protocol):
 
     image, text: [N, D]; teacher_image, teacher_text: [N, D°], None unless want_consistency; any of float16,
     bfloat16, float32 and float64, mixed or not, any strides, all on one device; image and text may be one
-    tensor.
-    logit_scale, teacher_logit_scale: 0-d. group_ids: int64 [N] or None; off-diagonal pairs of equal id leave
-    the retention (not the consistency).
+    tensor. logit_scale, teacher_logit_scale: 0-d, float32 or float64. group_ids: int64 [N] or None;
+    off-diagonal pairs of equal id leave the retention (not the consistency).
     Returns (retention, consistency), 0-d in `compute_dtype` of the features; the one that is not wanted is 0.
     The caller has checked all of this.
     """

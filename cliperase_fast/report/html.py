@@ -79,9 +79,7 @@ def _meters(head: Headline | None) -> str:
     """The two numbers that matter, each with a bar."""
     if head is None:
         return ""
-    what = {"zero_shot_top1": "images recognised", "image_to_text_r@1": "images whose caption is found"}[
-        head.metric
-    ]
+    what = {"zero_shot_top1": "images recognised", "image_to_text_r@1": "images whose caption is found"}[head.metric]
     tiles = []
     for which, values, wish in (
         ("forget", head.forget, "should fall"),
@@ -155,8 +153,7 @@ def _figures(run: ReportData) -> str:
             run,
             plots.draw_losses,
             "Loss curves by step",
-            "The three terms before their weights (×), the total with them. Thin: every step; thick: a "
-            "running mean.",
+            "The three terms before their weights (×), the total with them. Thin: every step; thick: a running mean.",
         ),
         _figure(
             run,
@@ -309,9 +306,7 @@ def _table(
     def kind(index: int) -> str:
         return "" if index < text_columns else ' class="n"'
 
-    head = "".join(
-        f'<th scope="col"{kind(index)}>{_text(column)}</th>' for index, column in enumerate(columns)
-    )
+    head = "".join(f'<th scope="col"{kind(index)}>{_text(column)}</th>' for index, column in enumerate(columns))
     body = []
     for position, row in enumerate(rows):
         name = row_classes[position] if row_classes else ""

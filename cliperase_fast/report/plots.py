@@ -93,11 +93,14 @@ def draw_losses(run: ReportData, theme: Theme) -> Figure | None:
         (grid[2, 1], "learning_rate", "Learning rate", theme.muted),
     ]
     last = max(line["step"] for line in steps)
+    if chosen is not None and not 0 <= chosen <= last:
+        chosen = None  # of a run whose metrics are not all here
     for place, key, title, colour in panels:
         axes = _panel(figure.add_subplot(place), title, theme)
         axes.locator_params(axis="x", nbins=5, integer=True)
         _curve(axes, steps, key, colour, smooth=key != "learning_rate")
         axes.set_xlim(0, last)
+        axes.yaxis.set_major_formatter(_short_number)  # matplotlib's own hides an exponent beside the title
         if chosen is not None:
             _mark_step(axes, chosen, last, theme, written=key == "total")
         if place in (grid[2, 0], grid[2, 1]):
@@ -105,9 +108,6 @@ def draw_losses(run: ReportData, theme: Theme) -> Figure | None:
         if key == "learning_rate":
             axes.set_ylim(bottom=0)
             axes.locator_params(axis="y", nbins=3)
-            axes.yaxis.set_major_formatter(
-                lambda value, _: f"{value:.0e}".replace("e-0", "e-") if value else "0"
-            )
     if looks:
         axes = _panel(figure.add_subplot(grid[0, 1]), "Validation score", theme)
         axes.locator_params(axis="x", nbins=5, integer=True)
@@ -126,9 +126,7 @@ def draw_per_class(run: ReportData, theme: Theme) -> Figure | None:
     figure = _figure(520, 90 + 20 * len(rows), theme)
     axes = _panel(figure.add_subplot(), "Accuracy by class", theme)
     if len(rows) < total:
-        axes.set_xlabel(
-            f"the {len(rows)} most changed of {total} classes", color=theme.muted, fontsize=_pt(11)
-        )
+        axes.set_xlabel(f"the {len(rows)} most changed of {total} classes", color=theme.muted, fontsize=_pt(11))
     for height, (_, row) in zip(range(len(rows), 0, -1), rows, strict=True):
         colour = theme.retain if row["set"] == "retain" else theme.forget
         before, after = 100 * row["before"], 100 * row["after"]
@@ -168,8 +166,7 @@ def changed_classes(result: Any, most: int | None = None) -> tuple[list[tuple[st
     rows = [
         (str(name), {**row, "set": row.get("set", ""), "before": before, "after": after})
         for name, row in (result.get("per_class") or {}).items()
-        if (before := number(row.get("before"))) is not None
-        and (after := number(row.get("after"))) is not None
+        if (before := number(row.get("before"))) is not None and (after := number(row.get("after"))) is not None
     ]
 
     def by_change(item: tuple[str, dict[str, Any]]) -> tuple[float, str]:
@@ -214,9 +211,7 @@ def draw_similarities(run: ReportData, theme: Theme) -> Figure | None:
             share = np.histogram(array, edges)[0] / len(array)
             tallest = max(tallest, share.max())
             axes.stairs(share, edges, fill=True, color=shade, alpha=alpha, linewidth=0)
-            axes.stairs(
-                np.where(share > 0, share, np.nan), edges, color=shade, linewidth=1.4
-            )  # no line at zero
+            axes.stairs(np.where(share > 0, share, np.nan), edges, color=shade, linewidth=1.4)  # no line at zero
         for line, (when, shade) in enumerate((("before", theme.muted), ("after", colour))):
             if (which, when) in values:
                 _mark_mean(axes, float(values[which, when].mean()), when, shade, edges, tallest, line)
@@ -229,9 +224,7 @@ def draw_similarities(run: ReportData, theme: Theme) -> Figure | None:
     return figure
 
 
-def draw_embeddings(
-    run: ReportData, theme: Theme, moments: Sequence[str] = ("before", "after")
-) -> Figure | None:
+def draw_embeddings(run: ReportData, theme: Theme, moments: Sequence[str] = ("before", "after")) -> Figure | None:
     """A map of the image features: the two main directions of those before, the same axes for those after."""
     maps = project(run)
     moments = [when for when in moments if when in maps]
@@ -269,8 +262,8 @@ def draw_embeddings(
 
 def project(run: ReportData) -> dict[str, np.ndarray]:
     """Float [n, 2] for "before" and, where given, "after": principal components of "before", from a singular
-    value decomposition of its centred features; "after" is centred by the same mean. Images with features
-    that are not finite stand at the origin."""
+    value decomposition of its centred features; "after" is centred by the same mean. Values that are not
+    finite count as 0."""
     before = run.embeddings.get("before")
     if before is None or len(before) == 0 or len(before) != len(run.embedding_sets):
         return {}
@@ -320,6 +313,13 @@ def _panel(axes: Axes, title: str, theme: Theme) -> Axes:
     return axes
 
 
+def _short_number(value: float, _: object = None) -> str:
+    if abs(value) < 1e-12:  # a tick at zero may be off by a rounding
+        return "0"
+    mantissa, _, exponent = (f"{value:.3e}" if abs(value) < 1e-3 else f"{value:.4g}").partition("e")
+    return (f"{float(mantissa):g}e{int(exponent)}" if exponent else mantissa).replace("-", "−")
+
+
 def _plain(name: str, most: int) -> str:
     """One line of text that matplotlib does not read as a formula."""
     name = " ".join(name.split()) or "(no name)"
@@ -335,14 +335,13 @@ def _weight(config: Any, name: str) -> str:
 def _curve(axes: Axes, lines: Sequence[Any], key: str, colour: str, smooth: bool) -> None:
     points = [(line["step"], value) for line in lines if (value := number(line.get(key))) is not None]
     if not points:
-        axes.text(
-            0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", color=colour, fontsize=_pt(11)
-        )
+        axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", color=colour, fontsize=_pt(11))
         return
     x, y = np.array(points, dtype=np.float64).T
     window = len(y) // 25
     if not smooth or window < 2:
-        axes.plot(x, y, color=colour, linewidth=1.8, marker="o" if len(y) == 1 else "", markersize=4)
+        marker = "o" if len(y) == 1 else ""
+        axes.plot(x, y, color=colour, linewidth=1.8, marker=marker, markersize=4, clip_on=not marker)
         return
     axes.plot(x, y, color=colour, linewidth=0.7, alpha=0.3)
     sums = np.concatenate([[0.0], np.cumsum(y)])
@@ -360,9 +359,7 @@ def _validation(axes: Axes, looks: Sequence[Any], result: Any, theme: Theme) -> 
         if not known_points:
             continue
         x, y = np.array(known_points).T
-        axes.plot(
-            x, y, color=colour, linewidth=1.8, marker="o", markersize=3.5, markeredgewidth=0, clip_on=False
-        )
+        axes.plot(x, y, color=colour, linewidth=1.8, marker="o", markersize=3.5, markeredgewidth=0, clip_on=False)
         high = y[-1] > 50
         axes.annotate(
             which,
@@ -397,9 +394,7 @@ def _mark_step(axes: Axes, step: float, last: float, theme: Theme, written: bool
         )
 
 
-def _mark_mean(
-    axes: Axes, mean: float, when: str, colour: str, edges: np.ndarray, tallest: float, line: int
-) -> None:
+def _mark_mean(axes: Axes, mean: float, when: str, colour: str, edges: np.ndarray, tallest: float, line: int) -> None:
     height = (1.3 - 0.17 * line) * tallest
     axes.plot([mean, mean], [0, height], color=colour, linewidth=1.2)
     left = mean > (edges[0] + edges[-1]) / 2
@@ -416,9 +411,7 @@ def _mark_mean(
     )
 
 
-def _name_groups(
-    axes: Axes, points: np.ndarray, labels: np.ndarray, forget: np.ndarray, theme: Theme
-) -> None:
+def _name_groups(axes: Axes, points: np.ndarray, labels: np.ndarray, forget: np.ndarray, theme: Theme) -> None:
     """Class names at the middle of their points, where there are few enough to read."""
     names = [name for name in dict.fromkeys(labels.tolist()) if name] if len(labels) == len(points) else []
     if len(names) > MOST_LABELS:

@@ -82,7 +82,7 @@ details dl div + div {{ border-top: 0; }}
   .pairs {{ grid-template-columns: minmax(0, 1fr); gap: 14px; }}
   .numbers {{ font-size: 30px; }}
   .card {{ padding-left: 16px; padding-right: 16px; max-height: 85vh; }}
-  th, td {{ padding-left: 10px; font-size: 14px; }} thead th {{ font-size: 12px; }}
+  th, td {{ padding-left: 8px; font-size: 14px; }} thead th {{ font-size: 12px; }}
   summary, dl {{ padding-left: 16px; padding-right: 16px; }}
   dl div {{ grid-template-columns: minmax(0, 1fr); gap: 0; }}
   details dl {{ columns: 1; }} details dl div {{ grid-template-columns: 1fr 1fr; gap: 12px; }}

@@ -24,9 +24,7 @@ def text_table(
         unicode = _encodable("−–─", getattr(sys.stdout, "encoding", None))
     sets = [name for name in ("all", "forget", "retain") if name in before]
     columns = ["before", "after", "change"] if after is not None else ["score"]
-    shown = shown_metrics(
-        *(scores[name] for scores in (before, after) if scores is not None for name in sets)
-    )
+    shown = shown_metrics(*(scores[name] for scores in (before, after) if scores is not None for name in sets))
 
     blocks = []  # for each set: its rows of texts
     for name in sets:
@@ -48,9 +46,7 @@ def text_table(
         texts = [label.ljust(left)]
         for heading, block in zip(headings, blocks, strict=True):
             widths = _widths(block, heading)
-            texts.append(
-                "   " + "  ".join(text.rjust(width) for text, width in zip(block[row], widths, strict=True))
-            )
+            texts.append("   " + "  ".join(text.rjust(width) for text, width in zip(block[row], widths, strict=True)))
         lines.append("".join(texts))
     rule = "─" * max(len(line) for line in lines)
     lines.insert(2, rule)
@@ -69,10 +65,7 @@ def _total(widths: list[int]) -> int:
 
 
 def _headings(headings: list[str], blocks: list[list[list[str]]]) -> list[str]:
-    return [
-        heading.rjust(_total(_widths(block, heading)))
-        for heading, block in zip(headings, blocks, strict=True)
-    ]
+    return [heading.rjust(_total(_widths(block, heading))) for heading, block in zip(headings, blocks, strict=True)]
 
 
 def _encodable(text: str, encoding: str | None) -> bool:

@@ -30,7 +30,7 @@ from cliperase_fast.unlearning.preparation import PreparedData, Split, prepare_d
 from cliperase_fast.unlearning.result import UnlearnResult
 from cliperase_fast.unlearning.runtime import Runtime
 from cliperase_fast.unlearning.selection import Candidate, Selection
-from cliperase_fast.unlearning.teacher import CachedTeacher, LiveTeacher, Teacher, cache_teacher
+from cliperase_fast.unlearning.teacher import LiveTeacher, Teacher, cache_teacher
 from cliperase_fast.unlearning.trainer import Trainer
 
 # Settings that a resumed run may change: they do not touch the weights that come out.
@@ -56,10 +56,11 @@ def unlearn(
     """Make `model` forget the associations in `forget` while it keeps those in `retain` (CLIPErase, arXiv 2410.23330).
 
     model: an open_clip model, a transformers CLIPModel, a module with encode_image, encode_text and logit_scale, or a
-        string ("ViT-B-32:openai", "ARCH:/path/to/checkpoint", "local-dir:DIR", a transformers folder). It is left untouched.
+        string ("ViT-B-32:openai", "ARCH:/path/to/checkpoint", "local-dir:DIR", a transformers folder). It is left
+        untouched.
     forget, retain: map-style datasets of (image, caption) pairs, or source strings: forget "SOURCE#SELECTOR" such as
-        "cifar10:/data#class:airplane", retain "rest", "SOURCE" or "SOURCE#SELECTOR". An image is a PIL image or a tensor
-        [3, H, W] that is passed on as it is; a caption is a string, a list of strings, or token ids [L].
+        "cifar10:/data#class:airplane", retain "rest", "SOURCE" or "SOURCE#SELECTOR". An image is a PIL image or a
+        tensor [3, H, W] that is passed on as it is; a caption is a string, a list of strings, or token ids [L].
     test: where the result is measured: a dataset or source of both kinds, or (forget_test, retain_test). By default the
         source's own test split, else a share `test_fraction` of the pairs, which are then not trained on.
     teacher: the model to stay consistent with; by default `model` as it is now.
@@ -83,11 +84,12 @@ def unlearn(
     _check_directory(directory, resume)
     began = time.perf_counter()
 
-    original = load_model(model, tokenizer=tokenizer, truncate=settings.long_captions == "truncate")
+    cut = settings.long_captions == "truncate"
+    original = load_model(model, tokenizer=tokenizer, truncate=cut, device=runtime.device)
     original.check_saveable()
     data = prepare_data(forget, retain, test, settings, templates=templates, progress=show)
     train_transform, random_transform = _transforms(original, transform, data.train.pairs)
-    frozen = original if teacher is None else _load_teacher(teacher, original)
+    frozen = original if teacher is None else _load_teacher(teacher, original, runtime.device)
 
     identity = {
         "model": original.identity(),
@@ -99,13 +101,11 @@ def unlearn(
 
     with ExitStack() as stack:
         stack.enter_context(seeded(settings.seed))  # the caller's own random state is put back
-        original = _on_device(original, runtime, owned=isinstance(model, str))
-        frozen = original if teacher is None else _on_device(frozen, runtime, owned=isinstance(teacher, str))
         student = original.clone()
         parameters = set_trainable(student, settings.trainable, settings.lora_rank, settings.lora_alpha)
         captions = CaptionTable(data.train.pairs, original.tokenize)
 
-        examiner = _Examiner(runtime, settings.precision)
+        examiner = _Examiner(runtime)
         test_before = examiner.encode(original, data.test, finite=True)
         scores_before = examiner.score(test_before, data.test)
         validation_before = examiner.candidate(original, data.validation, 0, 0)
@@ -129,7 +129,7 @@ def unlearn(
         trainer = Trainer(
             student,
             parameters,
-            _teacher(settings, frozen, frozen is original, data, captions, loader, runtime, work),
+            _teacher(settings, frozen, data, captions, loader, runtime, work),
             frozen.logit_scale().detach().float(),
             loader,
             settings,
@@ -145,6 +145,7 @@ def unlearn(
         trainer.load_chosen()
         if settings.trainable == "lora":
             merge_lora(student)
+        student.module.requires_grad_(True)  # what was frozen for this run is the caller's to train again
         test_after = examiner.encode(student, data.test)
         scores_after = examiner.score(test_after, data.test)
 
@@ -204,8 +205,8 @@ def unlearn(
 class _Examiner:
     """Scores models on a split and counts the seconds it takes."""
 
-    def __init__(self, runtime: Runtime, precision: str) -> None:
-        self.runtime, self.precision, self.seconds = runtime, precision, 0.0
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime, self.seconds = runtime, 0.0
 
     def encode(self, adapter: ClipAdapter, part: Split, finite: bool = False) -> EncodedPairs:
         began = time.perf_counter()
@@ -214,7 +215,7 @@ class _Examiner:
             part.pairs,
             batch_size=self.runtime.batch_size,
             device=self.runtime.device,
-            precision=self.precision,
+            precision=self.runtime.precision,
             num_workers=self.runtime.num_workers,
             progress=self.runtime.progress,
         )
@@ -257,7 +258,9 @@ def _check_directory(directory: Path | None, resume: bool) -> None:
         raise InputError(f"output_dir={directory} is a file; give a folder")
     used = directory.is_dir() and any(directory.iterdir())
     if used and not resume:
-        raise InputError(f"output_dir={directory} is already used: give another folder, or resume=True to go on with it")
+        raise InputError(
+            f"output_dir={directory} is already used: give another folder, or resume=True to go on with it"
+        )
     if used and not (directory / "config.json").is_file():
         raise InputError(f"output_dir={directory} holds no run (no config.json), so there is nothing to resume")
 
@@ -269,7 +272,9 @@ def _checkpoint_to_resume(directory: Path | None, identity: dict[str, Any]) -> C
     if checkpoint is None:
         found = list_checkpoints(directory / "checkpoints")
         if found:
-            raise InputError(f"every checkpoint in {directory / 'checkpoints'} is damaged; start again in another folder")
+            raise InputError(
+                f"every checkpoint in {directory / 'checkpoints'} is damaged; start again in another folder"
+            )
         return None
     saved = checkpoint.state["identity"]
     for name, remedy in (
@@ -286,8 +291,8 @@ def _checkpoint_to_resume(directory: Path | None, identity: dict[str, Any]) -> C
     ]
     if differing:
         raise InputError(
-            f"cannot resume from {checkpoint.path}: the settings differ ({'; '.join(differing)}); give the old ones, or "
-            "start again in another output_dir"
+            f"cannot resume from {checkpoint.path}: the settings differ ({'; '.join(differing)}); give the old ones, "
+            "or start again in another output_dir"
         )
     return checkpoint
 
@@ -312,21 +317,11 @@ def _transforms(
     return transform, is_random
 
 
-def _load_teacher(teacher: Any, student: ClipAdapter) -> ClipAdapter:
+def _load_teacher(teacher: Any, student: ClipAdapter, device: torch.device) -> ClipAdapter:
     """The teacher reads the same tokens and pixels as the student; its width may differ."""
-    adapter = load_model(teacher, tokenizer=student.tokenize)
+    adapter = load_model(teacher, tokenizer=student.tokenize, device=device)
     adapter.transform = student.transform
     return adapter
-
-
-def _on_device(adapter: ClipAdapter, runtime: Runtime, owned: bool) -> ClipAdapter:
-    """The adapter on the run's device; a model that belongs to the caller is copied rather than moved."""
-    devices = {parameter.device for parameter in adapter.module.parameters()}
-    if devices == {runtime.device}:
-        return adapter
-    moved = adapter if owned else adapter.clone()
-    moved.module.to(runtime.device)
-    return moved
 
 
 def _plan(config: UnlearnConfig, train: Split) -> BatchPlan:
@@ -353,7 +348,6 @@ def _group_ids(config: UnlearnConfig, train: Split) -> np.ndarray | None:
 def _teacher(
     config: UnlearnConfig,
     frozen: ClipAdapter,
-    is_student_before: bool,
     data: PreparedData,
     captions: CaptionTable,
     loader: BatchLoader,
@@ -402,14 +396,17 @@ def _embeddings(before: EncodedPairs, after: EncodedPairs, part: Split, seed: in
     retain = part.n_forget + generator.permutation(len(part.pairs) - part.n_forget)[: 600 - len(forget)]
     chosen = np.sort(np.concatenate([forget, retain]))
     labels, classes = part.pairs.labels, part.pairs.classes
-    named = labels is not None and classes is not None
+    if labels is None or classes is None:
+        names = [part.pairs.ids[index] for index in chosen]
+    else:
+        names = [classes[labels[index]] for index in chosen]
     return {
         "embeddings": {
             "before": np.asarray(before.image_features)[chosen],
             "after": np.asarray(after.image_features)[chosen],
         },
         "embedding_sets": ["forget" if index < part.n_forget else "retain" for index in chosen],
-        "embedding_labels": [classes[labels[index]] if named else part.pairs.ids[index] for index in chosen],
+        "embedding_labels": names,
     }
 
 

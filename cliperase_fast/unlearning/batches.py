@@ -91,7 +91,7 @@ class Batch:
 class CaptionTable:
     """Every different caption of some pairs, tokenised once.
 
-    tokens [U, L] are kept in the smallest integer type that holds the vocabulary; `of_pair[i]` lists the rows of pair i.
+    tokens [U, L] are kept in the smallest integer type that holds the ids; `of_pair[i]` lists the rows of pair i.
     """
 
     def __init__(self, pairs: PairDataset, tokenize: Callable[[Sequence[str]], Tensor]) -> None:
@@ -135,15 +135,16 @@ class PixelDataset(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> Tensor:
         index, draw = key
         image = self.pairs.image(index)
-        if isinstance(image, Tensor) or self.transform is None:
+        if isinstance(image, Tensor):
             return image
+        assert self.transform is not None, "PIL images were found to have a transform before training"
         if self.seed is None:
             return self.transform(image)
         with seeded(self.seed, index, draw):
             return self.transform(image)
 
 
-class seeded:  # noqa: N801 - used as a statement
+class seeded:
     """Run a block with the three global generators seeded from some integers, and put their states back."""
 
     def __init__(self, *entropy: int) -> None:

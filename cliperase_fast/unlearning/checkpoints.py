@@ -1,8 +1,8 @@
 """Checkpoints that are complete or absent: written beside, flushed, renamed; checked by digest when read.
 
-    checkpoints/step-00000120/   student.safetensors (trained parameters and buffers), trainer.pt (optimizer, scaler,
-                                 random states; read with weights_only=True), state.json (everything else, and digests)
-    checkpoints/best-00000080.safetensors   the weights of the best validation so far, named by the states that use it
+checkpoints/step-00000120/   student.safetensors (trained parameters and buffers), trainer.pt (optimizer, scaler,
+                             random states; read with weights_only=True), state.json (everything else, and digests)
+checkpoints/best-00000080.safetensors   the weights of the best validation so far, named by the states that use it
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Checkpoint:
 def save_checkpoint(
     root: Path, step: int, student: dict[str, Tensor], trainer: dict[str, Any], state: dict[str, Any], *, keep: int
 ) -> Path:
-    """Write checkpoint `step` under `root`, then drop all but the newest `keep` and the best weights none of them names."""
+    """Write checkpoint `step` under `root`; drop all but the newest `keep` and the best weights none of them names."""
     root.mkdir(parents=True, exist_ok=True)
     final = root / f"step-{step:08d}"
     draft = root / f".{final.name}.tmp"

@@ -61,8 +61,8 @@ def prepare_data(
 
     forget: a map-style dataset of (image, caption) pairs, or "SOURCE#SELECTOR".
     retain: a dataset, "SOURCE#SELECTOR", or "rest" for all that `forget` does not select from its source.
-    test: None (the source's own test split, else `test_fraction` of the pairs), a dataset or "SOURCE" holding both kinds,
-    or a pair (forget test, retain test).
+    test: None (the source's own test split, else `test_fraction` of the pairs), a dataset or "SOURCE" of both
+    kinds, or a pair (forget test, retain test).
     """
     opener = _Opener(templates, config.seed)
     forget_train, selector, source = _forget_set(forget, opener)
@@ -121,9 +121,7 @@ def _forget_set(forget: Any, opener: _Opener) -> tuple[PairDataset, str | None, 
     return source.train.subset(np.flatnonzero(chosen)), selector, source
 
 
-def _retain_set(
-    retain: Any, forget: Any, selector: str | None, source: Source | None, opener: _Opener
-) -> PairDataset:
+def _retain_set(retain: Any, forget: Any, selector: str | None, source: Source | None, opener: _Opener) -> PairDataset:
     if not isinstance(retain, str):
         return as_pairs(retain, "retain")
     if retain == "rest":
@@ -182,7 +180,7 @@ def _test_sets(
 
 
 def _by_captions(pairs: PairDataset, forget: PairDataset, retain: PairDataset) -> np.ndarray:
-    """Which test pairs are of the forget kind, when only datasets were given: those with a caption only forget pairs have."""
+    """Which test pairs are forget pairs, when only datasets were given: those with a caption only forget pairs have."""
     wanted = _captions(forget) - _captions(retain)
     mask = np.array([any(_key(caption) in wanted for caption in captions) for captions in pairs.captions], dtype=bool)
     if mask.all() or not mask.any():
@@ -201,9 +199,7 @@ def _key(caption: Any) -> Any:
     return caption if isinstance(caption, str) else tuple(caption.tolist())
 
 
-def _readable(
-    pairs: PairDataset, name: str, config: UnlearnConfig, skipped: list[str], progress: bool
-) -> PairDataset:
+def _readable(pairs: PairDataset, name: str, config: UnlearnConfig, skipped: list[str], progress: bool) -> PairDataset:
     good, bad = check_images(pairs, on_error=config.on_error, progress=progress)
     skipped.extend(bad)
     if len(good) == 0:

@@ -20,8 +20,8 @@ from cliperase_fast.unlearning.checkpoints import write_text_atomically
 class UnlearnResult:
     """The unlearned model and the evidence.
 
-    model: a copy of the caller's model with the chosen weights. history: the lines of metrics.jsonl. before, after: scores
-    on the test split, fractions from 0 to 1, under "forget" and "retain". selection: why this checkpoint was chosen.
+    model: a copy of the caller's model with the chosen weights. history: the lines of metrics.jsonl. before, after:
+    scores on the test split, fractions from 0 to 1, under "forget" and "retain". selection: why this checkpoint.
     record: all of result.json.
     """
 

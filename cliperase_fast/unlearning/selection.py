@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Candidate:
-    """One look at the validation split. Scores are fractions: zero-shot accuracy, or recall@1 where there are no classes."""
+    """One look at the validation split. Scores: zero-shot accuracy, or recall@1 where there are no classes."""
 
     step: int
     epoch: int
@@ -51,8 +51,8 @@ class Selection:
         seen = f"{looks} checkpoint" + ("s" if looks != 1 else "")
         if self.within(chosen):
             return (
-                f"Epoch {chosen.epoch} (step {chosen.step}) forgets the most among {seen} whose retain score fell by at "
-                f"most {100 * self.floor:g} points: {scores}."
+                f"Epoch {chosen.epoch} (step {chosen.step}) forgets the most among {seen} whose retain score fell by "
+                f"at most {100 * self.floor:g} points: {scores}."
             )
         return (
             f"No checkpoint of {seen} kept the retain score within {100 * self.floor:g} points; epoch {chosen.epoch} "

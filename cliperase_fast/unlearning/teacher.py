@@ -18,7 +18,7 @@ from cliperase_fast.data import PairDataset
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.unlearning.batches import Batch, CaptionTable, PixelDataset
 from cliperase_fast.unlearning.checkpoints import write_text_atomically
-from cliperase_fast.unlearning.runtime import Runtime, inference
+from cliperase_fast.unlearning.runtime import Runtime
 
 MEMORY_LIMIT = 2**30  # bytes of cached features above which `auto` keeps them in a file
 
@@ -38,7 +38,7 @@ class LiveTeacher:
     def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
         count, device = len(batch.retain_indices), self.runtime.device
         unique, inverse = torch.unique(batch.text_of_pair[-count:], return_inverse=True)
-        with inference(self.adapter, self.runtime):
+        with self.runtime.inference(self.adapter):
             image = self.adapter.encode_image(batch.pixels[-count:].to(device)).float()
             text = self.adapter.encode_text(batch.tokens[unique].to(device)).float()
         return image, text[inverse.to(device)]
@@ -92,7 +92,7 @@ def cache_teacher(
         "model": adapter.identity(),
         "data": retain.fingerprint(),
         "transform": repr(transform),
-        "precision": str(runtime.precision),
+        "precision": runtime.precision,
         "shape": list(shape),
         "used": hashlib.sha256(used.tobytes()).hexdigest(),
     }
@@ -107,7 +107,7 @@ def cache_teacher(
 
 def _encode_captions(adapter: ClipAdapter, captions: CaptionTable, runtime: Runtime) -> Tensor:
     parts = torch.arange(len(captions)).split(runtime.batch_size)
-    with inference(adapter, runtime):
+    with runtime.inference(adapter):
         return torch.cat([adapter.encode_text(captions.rows(part).to(runtime.device)).float().cpu() for part in parts])
 
 
@@ -127,7 +127,7 @@ def _encode_images(
         collate_fn=torch.stack,
     )
     row = 0
-    with inference(adapter, runtime):
+    with runtime.inference(adapter):
         for pixels in tqdm(loader, desc="teacher features", unit="batch", disable=not runtime.progress, leave=False):
             features = adapter.encode_image(pixels.to(runtime.device)).float().cpu().numpy()
             out[row : row + len(features)] = features

@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.errors import UnlearningError
+from cliperase_fast.functional import LossTerms
 from cliperase_fast.losses import CLIPEraseLoss
 from cliperase_fast.models import ClipAdapter
-from cliperase_fast.functional import LossTerms
 from cliperase_fast.unlearning import checkpoints
 from cliperase_fast.unlearning.batches import Batch, BatchLoader
 from cliperase_fast.unlearning.runtime import Runtime
@@ -46,8 +46,8 @@ class Progress:
 class Trainer:
     """Trains `student` in place.
 
-    parameters: the trained ones by name. teacher: None when lambda_consistency is 0. validate: scores the student on the
-    validation split. directory: where checkpoints and metrics.jsonl go. identity: what a checkpoint must have in common
+    parameters: the trained ones by name. teacher: None when lambda_consistency is 0. validate: scores the student on
+    the validation split. directory: where checkpoints and metrics.jsonl go. identity: what a checkpoint must share
     with a run that resumes from it.
     """
 
@@ -69,8 +69,7 @@ class Trainer:
         self.config, self.runtime, self.selection, self.validate = config, runtime, selection, validate
         self.directory, self.identity = directory, identity
         self.parameters = [parameter for _, parameter in parameters]
-        self.saved = {name: parameter for name, parameter in parameters}
-        self.saved.update(student.module.named_buffers())
+        self.saved: dict[str, Tensor] = {**dict(parameters), **dict(student.module.named_buffers())}
         self.loss = CLIPEraseLoss(
             config.lambda_retain,
             config.lambda_forget,
@@ -81,7 +80,7 @@ class Trainer:
             backend=config.backend,
         )
         self.optimizer = self._make_optimizer()
-        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == torch.float16)
+        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
         self.steps_per_epoch = loader.plan.steps_per_epoch(config.accumulate)
         self.total_steps = config.epochs * self.steps_per_epoch
         self.progress = Progress()
@@ -90,7 +89,7 @@ class Trainer:
         """Train to the end (or to the early stop) and leave the chosen weights in the student."""
         if self.progress.step == 0:
             self._checkpoint()
-        self.student.module.train()
+        self._train_mode()
         bar = tqdm(
             total=self.total_steps,
             initial=self.progress.step,
@@ -154,7 +153,9 @@ class Trainer:
             raise self._not_finite(number, values)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip or math.inf)
-        if not self.scaler.is_enabled() and not torch.isfinite(norm):  # fp16 overflows now and then: the scaler skips it
+        if not self.scaler.is_enabled() and not torch.isfinite(
+            norm
+        ):  # fp16 overflows now and then: the scaler skips it
             raise self._not_finite(number, values, gradient=True)
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -190,6 +191,13 @@ class Trainer:
             self.teacher_scale,
             group_ids=None if batch.group_ids is None else batch.group_ids.to(device),
         )
+
+    def _train_mode(self) -> None:
+        """Dropout on; batch norms keep the original's statistics, which batches rich in forget pairs would shift."""
+        self.student.module.train()
+        for module in self.student.module.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
 
     def _look(self, log: Any, epoch: int) -> None:
         progress, candidate = self.progress, self.validate(self.progress.step, epoch)

@@ -34,11 +34,7 @@ def python2_pickle(value: Any) -> bytes:
         if isinstance(value, bytes):
             return b"T" + struct.pack("<i", len(value)) + value
         assert isinstance(value, np.ndarray) and value.dtype == np.uint8
-        dtype = (
-            b"cnumpy\ndtype\n"
-            + put(("u1", 0, 1))
-            + b"R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
-        )
+        dtype = b"cnumpy\ndtype\n" + put(("u1", 0, 1)) + b"R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
         empty = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n" + put((0,)) + put("b") + b"tR"
         state = b"(K\x01" + put(value.shape) + dtype + put(False) + put(value.tobytes()) + b"t"
         return empty + state + b"b"
@@ -65,9 +61,7 @@ def write_cifar10(folder: Path, dump: Any = python2_pickle) -> Path:
     for number in range(1, 6):
         (folder / f"data_batch_{number}").write_bytes(dump(batch([number, number - 1, 0])))
     (folder / "test_batch").write_bytes(dump(batch([9, 8])))
-    (folder / "batches.meta").write_bytes(
-        dump({"num_cases_per_batch": 3, "label_names": NAMES10, "num_vis": 3072})
-    )
+    (folder / "batches.meta").write_bytes(dump({"num_cases_per_batch": 3, "label_names": NAMES10, "num_vis": 3072}))
     return folder
 
 
@@ -124,9 +118,7 @@ ATTACKS = {
 @pytest.mark.parametrize("file", ["data_batch_2", "test_batch", "batches.meta"])
 @pytest.mark.parametrize("attack", ATTACKS)
 @pytest.mark.parametrize("protocol", [0, 2, 5])
-def test_a_pickle_that_would_run_code_is_refused_unrun(
-    tmp_path: Path, attack: str, file: str, protocol: int
-) -> None:
+def test_a_pickle_that_would_run_code_is_refused_unrun(tmp_path: Path, attack: str, file: str, protocol: int) -> None:
     folder = write_cifar10(tmp_path / "data")
     trace = tmp_path / "trace.npy"
     content = {"data": _Touch(trace, ATTACKS[attack]), "labels": [0], "label_names": NAMES10}
@@ -142,9 +134,7 @@ def test_an_allowed_name_with_unusual_arguments_is_refused(tmp_path: Path) -> No
     (folder / "test_batch").write_bytes(pickle.dumps(objects, 2))
     with pytest.raises(InputError, match="test_batch"):
         open_source(f"cifar10:{folder}")
-    (folder / "test_batch").write_bytes(
-        b"\x80\x02c_codecs\nencode\n(X\x01\x00\x00\x00aX\x03\x00\x00\x00hextR."
-    )
+    (folder / "test_batch").write_bytes(b"\x80\x02c_codecs\nencode\n(X\x01\x00\x00\x00aX\x03\x00\x00\x00hextR.")
     with pytest.raises(InputError, match="hex"):
         open_source(f"cifar10:{folder}")
 
@@ -167,9 +157,7 @@ def test_an_allowed_name_with_unusual_arguments_is_refused(tmp_path: Path) -> No
         ("batches.meta", python2_pickle({"label_names": []}), "batches.meta has no list of class names"),
     ],
 )
-def test_a_damaged_or_missing_file_is_named(
-    tmp_path: Path, file: str, content: bytes | None, message: str
-) -> None:
+def test_a_damaged_or_missing_file_is_named(tmp_path: Path, file: str, content: bytes | None, message: str) -> None:
     folder = write_cifar10(tmp_path / "cifar-10-batches-py")
     (folder / file).unlink()
     if content is not None:

@@ -23,9 +23,7 @@ from cliperase_fast.errors import InputError
         (["eine Straße", "eine Brücke"], ("Straße", "Brücke")),
     ],
 )
-def test_a_class_is_called_by_what_tells_its_caption_apart(
-    captions: list[str], names: tuple[str, ...]
-) -> None:
+def test_a_class_is_called_by_what_tells_its_caption_apart(captions: list[str], names: tuple[str, ...]) -> None:
     assert class_names(captions) == names
 
 

@@ -30,9 +30,7 @@ def test_each_class_gives_its_share() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.floats(0.01, 0.99), st.integers(0, 5))
-def test_a_split_is_complete_sorted_sized_and_repeatable(
-    counts: list[int], fraction: float, seed: int
-) -> None:
+def test_a_split_is_complete_sorted_sized_and_repeatable(counts: list[int], fraction: float, seed: int) -> None:
     pairs = labelled(counts)
     n = len(pairs)
     if n < 2:
@@ -216,9 +214,7 @@ def test_overlap_of_torch_subsets_of_one_dataset() -> None:
 def test_overlap_finds_a_file_that_two_sources_name(tmp_path: Path, picture) -> None:
     picture(tmp_path / "cat" / "1.png", shade=1)
     picture(tmp_path / "cat" / "2.png", shade=2)
-    (tmp_path / "t.tsv").write_text(
-        "filepath\ttitle\ncat/2.png\ta photo of a cat\ncat/1.png\tanother caption\n"
-    )
+    (tmp_path / "t.tsv").write_text("filepath\ttitle\ncat/2.png\ta photo of a cat\ncat/1.png\tanother caption\n")
     folder, table = open_source(f"folder:{tmp_path}").train, open_source(f"csv:{tmp_path}/t.tsv").train
     assert overlap(folder, table).tolist() == [0]
 
@@ -228,9 +224,7 @@ def test_overlap_of_lists_compares_pixels_where_captions_agree() -> None:
         return Image.new("RGB", (2, 2), (shade, 0, 0))
 
     forget = as_pairs([(solid(1), "a dog"), (solid(2), ["a cat", "a pet"])], "forget")
-    retain = as_pairs(
-        [(solid(2), "a pet"), (solid(1), "a cat"), (solid(3), "a dog"), (solid(1), "a dog")], "retain"
-    )
+    retain = as_pairs([(solid(2), "a pet"), (solid(1), "a cat"), (solid(3), "a dog"), (solid(1), "a dog")], "retain")
     assert overlap(forget, retain).tolist() == [0, 3]
 
 

@@ -80,9 +80,7 @@ def write(path: Path, text: str) -> Path:
 def test_csv_reads_open_clips_default_format(tmp_path: Path, picture) -> None:
     picture(tmp_path / "images" / "1.png", shade=10)
     absolute = picture(tmp_path / "elsewhere" / "2.png", shade=20)
-    table = write(
-        tmp_path / "pairs.tsv", f'filepath\ttitle\nimages/1.png\t"a dog, sitting"\n{absolute}\ta café\n\n'
-    )
+    table = write(tmp_path / "pairs.tsv", f'filepath\ttitle\nimages/1.png\t"a dog, sitting"\n{absolute}\ta café\n\n')
     source = open_source(f"csv:{table}")
     assert source.test is None
     assert source.train.ids == ["images/1.png", str(absolute)]
@@ -100,9 +98,7 @@ def test_csv_takes_other_separators_and_columns(tmp_path: Path) -> None:
 
 
 def test_csv_rows_with_one_path_are_one_image(tmp_path: Path) -> None:
-    table = write(
-        tmp_path / "t.tsv", "filepath\ttitle\n1.png\ta dog\n2.png\ta cat\n1.png\ta puppy\n1.png\ta dog\n"
-    )
+    table = write(tmp_path / "t.tsv", "filepath\ttitle\n1.png\ta dog\n2.png\ta cat\n1.png\ta puppy\n1.png\ta dog\n")
     pairs = open_source(f"csv:{table}").train
     assert pairs.captions == [("a dog", "a puppy"), ("a cat",)]
 
@@ -171,9 +167,7 @@ RESULTS = """image_name| comment_number| comment
 """
 
 
-@pytest.mark.parametrize(
-    "images", ["flickr30k_images", "flickr30k-images", ".", "flickr30k_images/flickr30k_images"]
-)
+@pytest.mark.parametrize("images", ["flickr30k_images", "flickr30k-images", ".", "flickr30k_images/flickr30k_images"])
 def test_flickr_results_give_five_captions_an_image(tmp_path: Path, picture, images: str) -> None:
     write(tmp_path / "results.csv", RESULTS)
     for name in ("1.jpg", "2.jpg"):

@@ -109,9 +109,7 @@ def test_fingerprint_sees_ids_captions_labels_and_order_but_not_pixels() -> None
     other_caption = cats_and_dogs()
     other_caption[0] = (image(), "a photo of a wolf")
     assert base.fingerprint() != as_pairs(other_caption, "a").fingerprint()
-    joined_differently = [
-        as_pairs([(image(), texts)], "x").fingerprint() for texts in (["a", "b"], ["a', 'b"])
-    ]
+    joined_differently = [as_pairs([(image(), texts)], "x").fingerprint() for texts in (["a", "b"], ["a', 'b"])]
     assert len(set(joined_differently)) == 2
     relabelled = base.subset(range(6))
     assert relabelled.labels is not None

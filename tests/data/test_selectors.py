@@ -121,9 +121,7 @@ def test_mistakes_in_a_file_of_ids_are_named(tmp_path: Path, pairs: PairDataset)
     with pytest.raises(InputError, match=r"ids\.txt is empty"):
         select(pairs, f"ids:{file}")
     file.write_text("3\nx.png\ny.png\n")
-    with pytest.raises(
-        InputError, match=r"2 of the 3 ids in .* are not in things: 'x\.png', 'y\.png'; .*like '0'"
-    ):
+    with pytest.raises(InputError, match=r"2 of the 3 ids in .* are not in things: 'x\.png', 'y\.png'; .*like '0'"):
         select(pairs, f"ids:{file}")
     file.write_text("\n".join(pairs.ids))
     with pytest.raises(InputError, match="matches all"):

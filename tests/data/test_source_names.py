@@ -61,7 +61,7 @@ def test_shapes_are_a_hundred_classes_in_seeded_splits() -> None:
     source = open_source("shapes")
     assert time.perf_counter() - start < 10
     assert source.test is not None and source.train.labels is not None
-    assert (len(source.train), len(source.test)) == (3000, 1000)
+    assert (len(source.train), len(source.test)) == (10000, 2000)
     assert source.train.classes == CLASSES and len(set(CLASSES)) == 100
     assert "red circle" in CLASSES
     assert source.train.captions[0] == ("a red circle",)

@@ -77,9 +77,7 @@ def test_without_classes_there_are_no_class_features(adapter):
 
 
 def test_token_captions_pass_as_they_are(adapter):
-    encoded = encode(
-        adapter, [(as_pixels(row), torch.tensor([i % 2])) for i, row in enumerate(directions(6, 1))]
-    )
+    encoded = encode(adapter, [(as_pixels(row), torch.tensor([i % 2])) for i, row in enumerate(directions(6, 1))])
     assert [rows.tolist() for rows in encoded.caption_index] == [[i % 2] for i in range(6)]
     torch.testing.assert_close(encoded.caption_features, directions(6)[:2])
 
@@ -99,9 +97,7 @@ def test_pil_images_without_a_transform_are_an_error_that_says_so(adapter):
 
 
 def test_images_of_unlike_sizes_are_an_error(model):
-    adapter = load_model(
-        model, tokenizer=model.tokenizer, transform=lambda image: torch.zeros(3, *image.size)
-    )
+    adapter = load_model(model, tokenizer=model.tokenizer, transform=lambda image: torch.zeros(3, *image.size))
     with pytest.raises(InputError, match=r"different shapes.*\(3, 4, 5\)"):
         encode(adapter, [(Image.new("RGB", (5, 4)), "a red"), (Image.new("RGB", (4, 5)), "a red")])
 

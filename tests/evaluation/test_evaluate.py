@@ -66,10 +66,7 @@ def test_templates_stand_for_the_classes(model):
     swapped = LookupModel({"a red": ROWS[0], "a green": ROWS[1], "a blue": ROWS[2]}
                           | {"no red": ROWS[1], "no green": ROWS[2], "no blue": ROWS[0]})  # fmt: skip
     data = coloured(blue_is_lost=False)
-    assert (
-        evaluate(swapped, data, tokenizer=swapped.tokenizer, templates=["no {}"])["all"]["zero_shot_top1"]
-        == 0
-    )
+    assert evaluate(swapped, data, tokenizer=swapped.tokenizer, templates=["no {}"])["all"]["zero_shot_top1"] == 0
     assert evaluate(swapped, data, tokenizer=swapped.tokenizer)["all"]["zero_shot_top1"] == 1
 
 
@@ -177,6 +174,4 @@ def test_damaged_weights_are_an_error_not_a_score(model):
 
 def test_pairs_that_are_already_wrapped_pass_through(model):
     pairs = as_pairs(coloured(), "data")
-    assert evaluate(model, pairs, tokenizer=model.tokenizer) == evaluate(
-        model, coloured(), tokenizer=model.tokenizer
-    )
+    assert evaluate(model, pairs, tokenizer=model.tokenizer) == evaluate(model, coloured(), tokenizer=model.tokenizer)

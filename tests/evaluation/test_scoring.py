@@ -137,9 +137,7 @@ def test_an_images_other_captions_are_not_wrong_answers():
 def test_any_image_that_carries_the_caption_answers_it():
     # The caption's first image is far off, the second one is nearest; a third carries another caption.
     images = unit([[-1, 0], [1, 0], [0.9, 0.5]])
-    encoded = EncodedPairs(
-        images, unit([[1, 0], [0.9, 0.5]]), [np.array([0]), np.array([0]), np.array([1])], None
-    )
+    encoded = EncodedPairs(images, unit([[1, 0], [0.9, 0.5]]), [np.array([0]), np.array([0]), np.array([1])], None)
     pairs = SimpleNamespace(labels=None, classes=None)
     assert score(encoded, pairs)["all"]["text_to_image_r@1"] == 1
     # Both sets ask the caption they share, and the image of the other set answers it.
@@ -148,9 +146,7 @@ def test_any_image_that_carries_the_caption_answers_it():
 
 def test_forget_queries_choose_from_the_whole_split():
     # Image 0 (forget) is nearer to the retain caption than to its own.
-    encoded = EncodedPairs(
-        unit([[1, 0], [0, 1]]), unit([[0.6, 0.8], [1, 0.1]]), [np.array([0]), np.array([1])], None
-    )
+    encoded = EncodedPairs(unit([[1, 0], [0, 1]]), unit([[0.6, 0.8], [1, 0.1]]), [np.array([0]), np.array([1])], None)
     scores = score(encoded, SimpleNamespace(labels=None, classes=None), np.array([True, False]))
     assert scores["forget"]["image_to_text_r@1"] == 0
 

@@ -89,9 +89,7 @@ def test_open_clips_wrapper_of_a_hugging_face_tokenizer(tmp_path: Any) -> None:
     adapter.save(tmp_path / "model")
     again = load_model(tmp_path / "model")
     assert torch.equal(again.tokenize(captions), adapter.tokenize(captions))
-    assert torch.equal(
-        open_clip.get_tokenizer(f"local-dir:{tmp_path / 'model'}")(captions), adapter.tokenize(captions)
-    )
+    assert torch.equal(open_clip.get_tokenizer(f"local-dir:{tmp_path / 'model'}")(captions), adapter.tokenize(captions))
 
 
 def test_without_a_known_context_a_tokenizers_own_limit_holds() -> None:

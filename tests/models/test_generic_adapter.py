@@ -21,12 +21,8 @@ def test_features_are_the_modules_normalised() -> None:
     assert isinstance(adapter, GenericAdapter)
     assert adapter.kind == "generic"
     pixels, tokens = torch.randn(4, 3, 8, 8), torch.randint(0, 50, (4, 5))
-    torch.testing.assert_close(
-        adapter.encode_image(pixels), nn.functional.normalize(model.encode_image(pixels))
-    )
-    torch.testing.assert_close(
-        adapter.encode_text(tokens), nn.functional.normalize(model.encode_text(tokens))
-    )
+    torch.testing.assert_close(adapter.encode_image(pixels), nn.functional.normalize(model.encode_image(pixels)))
+    torch.testing.assert_close(adapter.encode_text(tokens), nn.functional.normalize(model.encode_text(tokens)))
     assert adapter.logit_scale().item() == pytest.approx(torch.tensor(2.0).exp().item())
     assert adapter.transform is None
     with pytest.raises(InputError, match="pass tokenizer="):
@@ -70,7 +66,7 @@ def test_features_of_another_shape_are_refused(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_state_dict_is_saved_shared_weights_included(tmp_path: Path) -> None:
     model = TwoTowers()
-    model.text_proj.weight = model.image_blocks[0].weight
+    model.text_proj.weight = model.image_blocks[0].linear.weight
     load_model(model).save(tmp_path / "model")
     saved = load_file(tmp_path / "model" / "model.safetensors")
     twin = TwoTowers()

@@ -160,3 +160,48 @@ def test_a_tower_without_known_blocks_is_named() -> None:
     model.text_blocks = nn.ModuleList()
     with pytest.raises(InputError, match="blocks of the text tower"):
         set_trainable(load_model(model), "lora")
+
+
+def test_layers_that_torch_reads_past_are_not_adapted() -> None:
+    """An update around a layer of nn.TransformerEncoderLayer would be left out wherever no gradient is
+    needed."""
+
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.TransformerEncoderLayer(12, 2, 24, batch_first=True)
+            self.adapter = nn.Linear(12, 12)
+
+    model = TwoTowers()
+    model.image_blocks = nn.ModuleList(Wide() for _ in range(2))
+    names = {name.split(".lora_")[0] for name, _ in set_trainable(load_model(model), "lora", 2, 4.0)}
+    assert names == {
+        "image_blocks.0.adapter",
+        "image_blocks.1.adapter",
+        "text_blocks.0.linear",
+        "text_blocks.1.linear",
+    }
+
+    model = TwoTowers()
+    model.text_blocks = nn.ModuleList(nn.TransformerEncoderLayer(12, 2, 24) for _ in range(2))
+    with pytest.raises(InputError, match="blocks of the text tower have no linear layer"):
+        set_trainable(load_model(model), "lora")
+
+
+def test_a_timm_layer_whose_weight_is_only_read_is_not_adapted() -> None:
+    class ReadsWeight(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner, self.qkv = inner, nn.Linear(64, 64)
+
+        def forward(self, x: torch.Tensor, *options: Any, **more: Any) -> torch.Tensor:
+            return self.inner(nn.functional.linear(x, self.qkv.weight), *options, **more)
+
+    model = MODELS["timm"]()
+    block = model.visual.trunk.blocks[0]
+    block.attn = ReadsWeight(block.attn)
+    adapter = load_model(model.train())
+    names = {name for name, _ in set_trainable(adapter, "lora", 2, 4.0)}
+    assert any("blocks.0.attn.inner.qkv.lora_A" in name for name in names)
+    assert not any("blocks.0.attn.qkv" in name for name in names)
+    assert model.training

@@ -102,9 +102,7 @@ def test_weights_of_a_tag_bring_their_activation_and_preprocessing(
     state_dict(tmp_path / "weights.pt")
     tag = {"hf_hub": "some/where/", "quick_gelu": True, "mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}
     monkeypatch.setitem(pretrained._PRETRAINED, "tiny-vit", {"mine": tag})
-    monkeypatch.setattr(
-        factory, "download_pretrained", lambda cfg, cache_dir=None: str(tmp_path / "weights.pt")
-    )
+    monkeypatch.setattr(factory, "download_pretrained", lambda cfg, cache_dir=None: str(tmp_path / "weights.pt"))
     monkeypatch.setattr(hub, "answers", lambda address: True)
 
     adapter = load_model(f"{architecture}:mine")

@@ -21,21 +21,24 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "quick_gelu": {"quick_gelu": True},
     "resnet": RESNET,
     "timm": TIMM,
+    "timm_without_projection": {
+        **TIMM,
+        "embed_dim": 64,
+        "vision_cfg": {**TIMM["vision_cfg"], "timm_pool": "token", "timm_proj": "none"},
+    },
+    "timm_classifier": {**TIMM, "vision_cfg": {**TIMM["vision_cfg"], "timm_proj": ""}},
+    "timm_mlp": {**TIMM, "vision_cfg": {**TIMM["vision_cfg"], "timm_proj": "mlp", "timm_proj_bias": True}},
     "custom_text": {"custom_text": True},
     "oblong": {"vision_cfg": {"image_size": [16, 24], "patch_size": [4, 8]}},
     "odd_mlp": {"vision_cfg": {"mlp_ratio": 2.7}, "text_cfg": {"mlp_ratio": 3.3}},
     # 54 hidden units, and 49 * (54 / 49) is a little less than 54
     "inexact_mlp": {"vision_cfg": {"width": 49, "head_width": 7, "mlp_ratio": 54.5 / 49}},
     "average_pool": {"vision_cfg": {"pool_type": "avg", "final_ln_after_pool": True, "no_ln_pre": True}},
-    "attention_pool": {
-        "vision_cfg": {"attentional_pool": True, "attn_pooler_queries": 3, "attn_pooler_heads": 4}
-    },
+    "attention_pool": {"vision_cfg": {"attentional_pool": True, "attn_pooler_queries": 3, "attn_pooler_heads": 4}},
     "layer_scale": {"vision_cfg": {"ls_init_value": 0.1}, "text_cfg": {"ls_init_value": 0.1}},
     "epsilon": {"vision_cfg": {"norm_kwargs": {"eps": 1e-2}}, "text_cfg": {"norm_kwargs": {"eps": 1e-2}}},
     "tanh_gelu": {"vision_cfg": {"act_kwargs": {"approximate": "tanh"}}},
-    "custom_blocks": {
-        "vision_cfg": {"qk_norm": True, "scale_attn_inner": True, "scale_fc": True, "scale_heads": True}
-    },
+    "custom_blocks": {"vision_cfg": {"qk_norm": True, "scale_attn_inner": True, "scale_fc": True, "scale_heads": True}},
     "siglip": {
         "custom_text": True,
         "init_logit_bias": -10.0,
@@ -60,18 +63,14 @@ def both_features(model: nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor,
 
 def tokens_for(model: nn.Module) -> torch.Tensor:
     vocabulary = min(model.vocab_size, 49408)
-    tokens = torch.randint(
-        2, vocabulary - 1, (3, model.context_length), generator=torch.Generator().manual_seed(2)
-    )
+    tokens = torch.randint(2, vocabulary - 1, (3, model.context_length), generator=torch.Generator().manual_seed(2))
     tokens[:, 9] = vocabulary - 1
     tokens[:, 10:] = 0
     return tokens
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_bare_instance_is_saved_so_that_open_clip_loads_the_same_model(
-    variant: str, tmp_path: Path
-) -> None:
+def test_a_bare_instance_is_saved_so_that_open_clip_loads_the_same_model(variant: str, tmp_path: Path) -> None:
     model = tiny_open_clip(**VARIANTS[variant])
     load_model(model).save(tmp_path / "model")
 
@@ -79,9 +78,7 @@ def test_a_bare_instance_is_saved_so_that_open_clip_loads_the_same_model(
 
     assert type(loaded) is type(model)
     tokens = tokens_for(model)
-    for expected, found in zip(
-        both_features(model, tokens), both_features(loaded.eval(), tokens), strict=True
-    ):
+    for expected, found in zip(both_features(model, tokens), both_features(loaded.eval(), tokens), strict=True):
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
     torch.testing.assert_close(transform(picture()), load_model(model).transform(picture()))
     torch.testing.assert_close(loaded.logit_scale, model.logit_scale)
@@ -171,9 +168,7 @@ def test_the_preprocessing_settings_are_saved(tmp_path: Path) -> None:
 
     torch.testing.assert_close(transform(picture()), expected)
     saved = json.loads((tmp_path / "model" / "open_clip_config.json").read_text())["preprocess_cfg"]
-    assert {
-        key: tuple(saved[key]) if isinstance(saved[key], list) else saved[key] for key in settings
-    } == settings
+    assert {key: tuple(saved[key]) if isinstance(saved[key], list) else saved[key] for key in settings} == settings
 
 
 def test_tokenizer_settings_are_saved(tmp_path: Path) -> None:
@@ -286,9 +281,7 @@ def test_a_hugging_face_text_tower_works_and_says_why_it_cannot_be_saved(
         max_position_embeddings=40,
     )  # fmt: skip
     config._name_or_path = "nobody/no-such-model"
-    model.text = HFTextEncoder(
-        "", output_dim=24, config=config, pooler_type="mean_pooler", proj_type="linear"
-    )
+    model.text = HFTextEncoder("", output_dim=24, config=config, pooler_type="mean_pooler", proj_type="linear")
     adapter = load_model(model.eval(), tokenizer=lambda captions: torch.full((len(captions), 12), 5))
     assert adapter.encode_text(adapter.tokenize(CAPTIONS)).shape == (3, 24)
     assert [len(blocks) for blocks in adapter.blocks()] == [2, 2]

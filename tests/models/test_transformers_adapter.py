@@ -28,9 +28,7 @@ CAPTIONS = ["A photo of a dog.", "two  small, round cats!", "it's 42 o'clock —
 
 
 def clip_vocabulary(**text: Any) -> CLIPModel:
-    return tiny_clip(
-        vocab_size=49408, bos_token_id=49406, **{"eos_token_id": 49407, "pad_token_id": 1, **text}
-    )
+    return tiny_clip(vocab_size=49408, bos_token_id=49406, **{"eos_token_id": 49407, "pad_token_id": 1, **text})
 
 
 @pytest.fixture(scope="module")
@@ -190,9 +188,7 @@ def test_folders_that_hold_no_whole_clip_model_are_refused(tmp_path: Path) -> No
         load_model(tmp_path / "vision")
 
 
-def test_without_transformers_the_folder_says_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_transformers_the_folder_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "clip"}')
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(InputError, match=r'pip install "cliperase_fast\[transformers\]"'):

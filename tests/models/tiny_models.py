@@ -43,9 +43,7 @@ def randomised(model: nn.Module) -> nn.Module:
     return model
 
 
-RESNET = {
-    "vision_cfg": {"layers": [1, 1, 1, 1], "width": 8, "head_width": 16, "image_size": 32, "patch_size": None}
-}
+RESNET = {"vision_cfg": {"layers": [1, 1, 1, 1], "width": 8, "head_width": 16, "image_size": 32, "patch_size": None}}
 TIMM = {
     "vision_cfg": {
         "timm_model_name": "test_vit",
@@ -68,29 +66,38 @@ def picture(seed: int = 0, width: int = 23, height: int = 31) -> Image.Image:
     return Image.fromarray(values.to(torch.uint8).numpy())
 
 
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.linear(self.norm(x)).relu()
+
+
 class TwoTowers(nn.Module):
     """A hand-made model with the interface of the generic kind."""
 
     def __init__(self, width: int = 12) -> None:
         super().__init__()
         self.image_tower = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, width))
-        self.image_blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
+        self.image_blocks = nn.ModuleList(Block(width) for _ in range(3))
         self.image_pre_norm, self.image_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.text_embedding = nn.Embedding(50, width)
-        self.text_blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
+        self.text_blocks = nn.ModuleList(Block(width) for _ in range(2))
         self.text_proj = nn.Linear(width, width)
         self.logit_scale = nn.Parameter(torch.tensor(2.0))
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         x = self.image_pre_norm(self.image_tower(pixels))
         for block in self.image_blocks:
-            x = x + block(x).relu()
+            x = block(x)
         return self.image_norm(x)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         x = self.text_embedding(tokens).mean(dim=1)
         for block in self.text_blocks:
-            x = x + block(x).relu()
+            x = block(x)
         return self.text_proj(x)
 
 

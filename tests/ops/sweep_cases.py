@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cliperase_fast.ops.dispatch import REGISTRY
+from cliperase_fast.ops import backends
 from cliperase_fast.ops.sweep import Sweep
 
-BACKENDS = tuple(REGISTRY)
+BACKENDS = tuple(name for name, status in backends().items() if status.available)
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,7 @@ class Batch:
         )
 
     def without_teacher(self) -> Batch:
-        return replace(
-            self, teacher_image=None, teacher_text=None, teacher_scale=None, want_consistency=False
-        )
+        return replace(self, teacher_image=None, teacher_text=None, teacher_scale=None, want_consistency=False)
 
     def arguments(self) -> tuple:
         return (
@@ -70,7 +68,12 @@ def features(n: int, width: int, generator: torch.Generator) -> Tensor:
 
 
 def random_batch(
-    n: int, width: int = 40, teacher_width: int = 24, scale: float = 14.0, teacher_scale: float = 9.0, seed: int = 0
+    n: int,
+    width: int = 40,
+    teacher_width: int = 24,
+    scale: float = 14.0,
+    teacher_scale: float = 9.0,
+    seed: int = 0,
 ) -> Batch:
     """Unrelated float64 features."""
     g = torch.Generator().manual_seed(seed)

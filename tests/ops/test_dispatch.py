@@ -64,7 +64,9 @@ def test_a_wrong_environment_variable_is_named(monkeypatch):
 
 
 def test_a_missing_backend_is_an_error_with_the_reason(broken):
-    with pytest.raises(InputError, match=r"'absent' is not available here: it needs a moon rock\. Available are auto, eager"):
+    with pytest.raises(
+        InputError, match=r"'absent' is not available here: it needs a moon rock\. Available are auto, eager"
+    ):
         choose("absent", *pairs())
 
 

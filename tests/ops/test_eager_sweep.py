@@ -1,4 +1,4 @@
-"""The eager sweep is the oracle of the other backends, so it is held against the formulas and finite differences."""
+"""The eager sweep is the oracle of the others, so it is held against the formulas and finite differences."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ def test_values_of_two_pairs_worked_out_by_hand():
     # S = [[3, 1], [0, 2]]: row odds e^-2 and e^-2, column odds e^-3 and e^-1
     batch = random_batch(2)
     eye = torch.eye(2, dtype=torch.float64)
-    batch = replace(batch, image=torch.tensor([[3.0, 1.0], [0.0, 2.0]]).double(), text=eye, scale=torch.ones(()).double())
+    batch = replace(
+        batch, image=torch.tensor([[3.0, 1.0], [0.0, 2.0]]).double(), text=eye, scale=torch.ones(()).double()
+    )
     batch = replace(batch, teacher_image=torch.zeros(2, 3).double(), teacher_text=torch.ones(2, 3).double())
     retention, consistency = sweep(*batch.arguments())
     odds = torch.tensor([-2.0, -2.0, -3.0, -1.0], dtype=torch.float64)

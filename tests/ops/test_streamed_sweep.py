@@ -1,4 +1,4 @@
-"""The streamed sweep gives what the eager one gives, whatever the sizes, strips, strides and ways of calling backward."""
+"""The streamed sweep gives what the eager one does, whatever the sizes, strips, strides and calls."""
 
 from __future__ import annotations
 
@@ -63,9 +63,7 @@ def strided(tensor: Tensor, kind: str) -> Tensor:
 @pytest.mark.parametrize("kind", ["transposed", "every other column", "expanded"])
 def test_strides_do_not_matter(kind):
     batch = random_batch(17)
-    odd = {
-        name: strided(getattr(batch, name), kind) for name in ("image", "text", "teacher_image", "teacher_text")
-    }
+    odd = {name: strided(getattr(batch, name), kind) for name in ("image", "text", "teacher_image", "teacher_text")}
     assert not any(tensor.is_contiguous() for tensor in odd.values())
     plain = replace(batch, **{name: tensor.contiguous() for name, tensor in odd.items()})
     expected = outcome(reference.sweep, plain)
@@ -127,7 +125,17 @@ def test_one_tensor_as_image_and_text_and_used_elsewhere_too():
     gradients = []
     for sweep in (streaming.sweep, reference.sweep):
         both = batch.image.clone().requires_grad_()
-        first = sweep(both, both, batch.scale, batch.teacher_image, batch.teacher_image, batch.teacher_scale, None, True, True)
+        first = sweep(
+            both,
+            both,
+            batch.scale,
+            batch.teacher_image,
+            batch.teacher_image,
+            batch.teacher_scale,
+            None,
+            True,
+            True,
+        )
         second = sweep(batch.text, both, *batch.arguments()[2:])
         (sum(first) + 2 * sum(second) + both.square().sum()).backward()
         gradients.append(both.grad)
@@ -220,6 +228,4 @@ def test_the_operator_keeps_the_rules_of_torch_library(variant):
     ones = [torch.ones((), dtype=state.dtype)] * 2
     frozen = [leaf.detach() for leaf in leaves]
     for need in ((True, True, True), (False, True, False)):
-        torch.library.opcheck(
-            streaming.streamed_sweep_backward, (*ones, state, *frozen, *arguments[3:], *need)
-        )
+        torch.library.opcheck(streaming.streamed_sweep_backward, (*ones, state, *frozen, *arguments[3:], *need))

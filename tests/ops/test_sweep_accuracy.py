@@ -1,8 +1,8 @@
-"""Rounding: each backend in float32 and the half precisions against the truth in float64, where cancellation bites.
+"""Rounding: each backend in float32 and the half precisions against float64, where cancellation bites.
 
-The unit of the allowed error is what one rounding of the similarities can do. Each S_ij = s <I_i, T_j> carries an error
-of about eps (1 + s), so a gradient s Σ_j dS_ij T_j cannot be better than eps (1 + s) times its mass s Σ_j |dS_ij|
-(worst row or column), and a loss not better than eps (1 + s) Σ_ij |dS_ij|, plus eps times the loss itself.
+The unit of the allowed error is what one rounding of the similarities can do. Each S_ij = s <I_i, T_j> has an
+error of about eps (1 + s), so a gradient s Σ_j dS_ij T_j cannot be better than eps (1 + s) times its mass
+s Σ_j |dS_ij| (worst row or column), nor a loss better than eps (1 + s) Σ_ij |dS_ij| plus eps times itself.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ REGIMES = ("random", "converged", "anti-aligned", "collapsed", "collapsed teache
 
 
 def _off_diagonal_mass(similarity: Tensor) -> tuple[Tensor, Tensor]:
-    """Row plus column softmax without the diagonal, [N, N], and 1 - P_ii of rows plus columns, [N]; no cancellation."""
+    """Row plus column softmax off the diagonal, [N, N], and 1 - P_ii of both, [N]; nothing cancels."""
     lowest = similarity.masked_fill(torch.eye(len(similarity), dtype=torch.bool), -torch.inf)
     mass = (lowest - similarity.logsumexp(1, keepdim=True)).exp() + (lowest - similarity.logsumexp(0)).exp()
     return mass, (mass.sum(1) + mass.sum(0)) / 2
@@ -73,7 +73,9 @@ def rounding_unit(batch: Batch, truth: Outcome, eps: float) -> dict[str, float]:
     similarity = s * batch.image @ batch.text.T
     mass, rest = _off_diagonal_mass(similarity)
     if batch.want_consistency:
-        teacher_mass, teacher_rest = _off_diagonal_mass(batch.teacher_scale * batch.teacher_image @ batch.teacher_text.T)
+        teacher_mass, teacher_rest = _off_diagonal_mass(
+            batch.teacher_scale * batch.teacher_image @ batch.teacher_text.T
+        )
         mass, rest = mass + teacher_mass, rest + teacher_rest
     mass = (mass + rest.diag()) / N
     worst = max(mass.sum(0).max().item(), mass.sum(1).max().item())
@@ -90,7 +92,10 @@ def rounding_unit(batch: Batch, truth: Outcome, eps: float) -> dict[str, float]:
 
 def errors(result: Outcome, truth: Outcome) -> dict[str, float]:
     pairs = {
-        "loss": (result.retention.double() + result.consistency.double(), truth.retention + truth.consistency),
+        "loss": (
+            result.retention.double() + result.consistency.double(),
+            truth.retention + truth.consistency,
+        ),
         "image": (result.image, truth.image),
         "text": (result.text, truth.text),
         "scale": (result.scale, truth.scale),
@@ -128,8 +133,8 @@ def test_the_bound_would_notice_one_minus_p(scale):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", REGIMES)
 def test_half_precision_features_cost_one_rounding_of_the_gradient(backend, dtype, name, scale):
-    # computed in float32, so what is added to its error is the rounding of the gradients to `dtype`, and nothing to
-    # the losses or the gradient of the (float32) scale; a sweep written in `dtype` has an error many times that
+    # computed in float32, so that only the rounding of the gradients to `dtype` comes on top, and nothing for
+    # the losses or the gradient of the (float32) scale; a sweep written in `dtype` has many times that error
     batch = regime(name, scale).to(dtype).to(torch.float64)
     truth = outcome(reference.sweep, batch)
     result = outcome(REGISTRY[backend].load(), batch.to(dtype))

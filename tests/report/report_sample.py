@@ -70,9 +70,7 @@ def sample_run(result: dict[str, Any] | None = None, **changes: Any) -> ReportDa
         }
         metrics.append({"step": step, "epoch": step // 2, **terms})
         if step % 2 == 0:
-            metrics.append(
-                {"step": step, "epoch": step // 2, "validation": {"forget": 1 / step, "retain": 0.96}}
-            )
+            metrics.append({"step": step, "epoch": step // 2, "validation": {"forget": 1 / step, "retain": 0.96}})
     fields: dict[str, Any] = {
         "title": "Forgetting demo#class:seven",
         "result": sample_result() if result is None else result,

@@ -47,9 +47,7 @@ class Reader(html.parser.HTMLParser):
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    return write_html(sample_run(), tmp_path_factory.mktemp("run") / "deeper" / "report.html").read_text(
-        "utf-8"
-    )
+    return write_html(sample_run(), tmp_path_factory.mktemp("run") / "deeper" / "report.html").read_text("utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -135,9 +133,9 @@ def test_names_captions_and_everything_else_from_outside_are_escaped():
     assert all(set(attributes) <= KNOWN for _, attributes in reader.tags)
 
 
-KNOWN = {
-    *["lang", "charset", "content", "http-equiv", "name", "class", "style", "scope", "tabindex", "media"]
-} | {*["srcset", "src", "width", "height", "alt"]}
+KNOWN = {*["lang", "charset", "content", "http-equiv", "name", "class", "style", "scope", "tabindex", "media"]} | {
+    *["srcset", "src", "width", "height", "alt"]
+}
 
 
 @pytest.mark.parametrize(
@@ -172,9 +170,7 @@ def test_scores_that_are_none_are_dashes():
 
 
 def test_failure_is_said_in_the_first_line():
-    text = page(
-        sample_run(sample_result((0.98, 0.97), (0.97, 0.5)), metrics=[], similarities={}, embeddings={})
-    )
+    text = page(sample_run(sample_result((0.98, 0.97), (0.97, 0.5)), metrics=[], similarities={}, embeddings={}))
     assert '<p class="verdict bad"><b>Failure.</b> Not forgotten, and the rest suffered badly' in text
 
 

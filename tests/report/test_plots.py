@@ -10,6 +10,8 @@ from report_sample import sample_result, sample_run
 
 from cliperase_fast.report import plots, write_plots
 
+pytestmark = pytest.mark.filterwarnings("error")
+
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
@@ -106,9 +108,17 @@ def test_losses_without_validation_or_with_holes_are_drawn():
     assert "Validation score" not in texts(drawn("losses", metrics=steps))
     holes = [{**line, "forget": None, "total": float("nan")} for line in steps]
     assert texts(drawn("losses", metrics=holes)).count("not recorded") == 2
-    assert drawn("losses", metrics=steps[:1]) is not None
+    short = drawn("losses", metrics=steps[:1])  # the chosen step lies outside
+    assert plots.png(short).startswith(b"\x89PNG")
+    assert "chosen" not in texts(short)
     look = {"step": 1, "validation": {"forget": None, "retain": None}}
     assert drawn("losses", metrics=[*steps, look]) is not None
+
+
+def test_axes_write_small_and_large_values_out():
+    values = (0.0, 3e-17, 1e-6, -2.5e-4, 0.02, -0.5, 12.0, 3e7)
+    assert [plots._short_number(value) for value in values] == [
+        "0", "0", "1e−6", "−2.5e−4", "0.02", "−0.5", "12", "3e7"]  # fmt: skip
 
 
 def test_losses_curves_are_the_logged_values():
@@ -150,10 +160,13 @@ def many_classes(count, forget):
 
 
 def test_forget_classes_come_first_then_the_largest_losses():
-    rows, total = plots.changed_classes(sample_result())
+    result = sample_result()
+    result["per_class"]["seven"]["after"] = 0.9
+    result["per_class"]["two"]["after"] = 0.5
+    rows, total = plots.changed_classes(result)
     assert total == 4
-    assert [name for name, _ in rows] == ["seven", "one", "three", "two"]
-    assert [row["after"] for _, row in rows] == [0.0, 0.96, 0.96, 0.96]
+    assert [name for name, _ in rows] == ["seven", "two", "one", "three"]
+    assert [row["after"] for _, row in rows] == [0.9, 0.5, 0.96, 0.96]
 
 
 @pytest.mark.parametrize(("forget", "forget_shown"), [(3, 3), (90, 30), (150, 40)])
@@ -165,9 +178,7 @@ def test_of_many_classes_the_most_changed_are_shown(forget, forget_shown):
     assert sum(row["set"] == "forget" for _, row in rows) == forget_shown
     shown = [name for name, row in rows if row["set"] == "retain"]
     assert shown == [f"class {i:03}" for i in range(count - 1, count - 1 - len(shown), -1)]
-    assert f"the 40 most changed of {count} classes" in texts(
-        drawn("per_class", result=many_classes(count, forget))
-    )
+    assert f"the 40 most changed of {count} classes" in texts(drawn("per_class", result=many_classes(count, forget)))
 
 
 def test_classes_without_both_accuracies_are_left_out():
@@ -230,9 +241,16 @@ def test_the_map_is_the_principal_components_of_before_for_both():
         expected = (before - before.mean(0)) @ axis
         sign = np.sign(expected @ maps["before"][:, component])
         np.testing.assert_allclose(maps["before"][:, component], sign * expected, atol=1e-8)
-        np.testing.assert_allclose(
-            maps["after"][:, component], sign * ((after - before.mean(0)) @ axis), atol=1e-8
-        )
+        np.testing.assert_allclose(maps["after"][:, component], sign * ((after - before.mean(0)) @ axis), atol=1e-8)
+
+
+def test_the_order_of_the_images_does_not_flip_the_map():
+    features = sample_run().embeddings["before"]
+    expected = plots.project(sample_run())["before"]
+    for seed in range(8):
+        order = np.random.default_rng(seed).permutation(len(features))
+        shuffled = plots.project(sample_run(embeddings={"before": features[order]}))["before"]
+        np.testing.assert_allclose(shuffled, expected[order], atol=1e-8)
 
 
 @pytest.mark.parametrize("shape", [(1, 8), (2, 8), (5, 1), (3, 2)])

@@ -29,9 +29,7 @@ def test_the_table_holds_every_metric_before_after_and_change():
 def test_columns_line_up():
     result = sample_result()
     lines = text_table(result["before"], result["after"], unicode=True).splitlines()
-    ends = [
-        [i for i in range(len(line)) if i + 1 == len(line) or line[i] != " " == line[i + 1]] for line in lines
-    ]
+    ends = [[i for i in range(len(line)) if i + 1 == len(line) or line[i] != " " == line[i + 1]] for line in lines]
     columns = ends[1]  # where "before", "after", "change" end
     for found in ends[3:]:
         assert found[-6:] == columns

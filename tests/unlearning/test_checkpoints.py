@@ -59,6 +59,7 @@ def test_a_half_written_checkpoint_is_not_seen(tmp_path):
 
 def test_only_the_newest_are_kept_with_the_best_weights_they_name(tmp_path):
     weights = {"weight": torch.ones(2)}
+    best = None
     for step in range(1, 5):
         best = {"weights": ck.save_best(tmp_path, step, weights), "candidate": {}} if step in (1, 3) else best
         save(tmp_path, step, step, best=best)

@@ -10,18 +10,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import make_pairs, make_tiny_clip, split_pairs
 from safetensors.torch import load_file
+from tiny import make_pairs, make_tiny_clip, split_pairs
 
 from cliperase_fast import InputError, unlearn
 
-SETTINGS = {"epochs": 6, "batch_size": 6, "learning_rate": 1e-3, "checkpoint_every": 4, "report": False, "progress": False}
+SETTINGS = {
+    "epochs": 6,
+    "batch_size": 6,
+    "learning_rate": 1e-3,
+    "checkpoint_every": 4,
+    "report": False,
+    "progress": False,
+}
 
 
 def run(output, resume=False, **changes):
     forget, retain = split_pairs(make_pairs(), "red")
     # Patch dropout draws random numbers in every step, so a random state that is not restored would show.
-    return unlearn(make_tiny_clip(patch_dropout=0.5), forget, retain, output_dir=output, resume=resume, **{**SETTINGS, **changes})
+    return unlearn(
+        make_tiny_clip(patch_dropout=0.5), forget, retain, output_dir=output, resume=resume, **{**SETTINGS, **changes}
+    )
 
 
 def weights(output):
@@ -55,7 +64,9 @@ def test_a_run_killed_by_sigkill_resumes_to_the_same_weights(tmp_path, uninterru
 
     run(output, resume=True)
     assert_same_weights(weights(output), weights(uninterrupted))
-    steps = [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines() if "total" in line]
+    steps = [
+        json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines() if "total" in line
+    ]
     assert steps == list(range(1, len(steps) + 1)), "every step stands in the metrics once"
 
 

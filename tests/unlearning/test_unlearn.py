@@ -88,7 +88,9 @@ def test_the_teacher_cache_changes_nothing(tmp_path, cache):
     cached = run(teacher_cache=cache, output_dir=tmp_path / "run", **changes)
     pixels = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():  # weights whose gradient is only rounding differ; what the model computes does not
-        torch.testing.assert_close(live.model.encode_image(pixels), cached.model.encode_image(pixels), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            live.model.encode_image(pixels), cached.model.encode_image(pixels), rtol=1e-3, atol=1e-4
+        )
     for a, b in zip(live.history, cached.history, strict=True):
         if "total" in a:
             assert a["consistency"] == pytest.approx(b["consistency"], rel=1e-4, abs=1e-6)
@@ -121,7 +123,11 @@ def test_a_teacher_of_another_width_is_followed():
 
 @pytest.mark.parametrize(
     ("trainable", "moves", "stays"),
-    [("image", "visual.proj", "text_projection"), ("text", "text_projection", "visual.proj"), ("all", "visual.proj", None)],
+    [
+        ("image", "visual.proj", "text_projection"),
+        ("text", "text_projection", "visual.proj"),
+        ("all", "visual.proj", None),
+    ],
 )
 def test_only_the_chosen_tower_is_trained(trainable, moves, stays):
     model = make_tiny_clip()
@@ -164,7 +170,9 @@ def test_pixels_and_token_ids_pass_as_they_are():
     rows = [(image, tokenize([caption])[0]) for image, caption in make_pairs()]
     as_text = run(teacher_cache="memory")
     as_tokens = cf.unlearn(make_tiny_clip(), rows[:12], rows[12:], **QUICK)
-    assert as_tokens.after["retain"]["pair_similarity"] == pytest.approx(as_text.after["retain"]["pair_similarity"], abs=1e-5)
+    assert as_tokens.after["retain"]["pair_similarity"] == pytest.approx(
+        as_text.after["retain"]["pair_similarity"], abs=1e-5
+    )
 
 
 def test_a_test_set_may_be_given_in_two_parts_or_as_one():
@@ -219,7 +227,7 @@ BAD_INPUT = {
     "unknown model name": ({"model": "ViT-B-99:openai"}, "ViT-B-"),
     "no such weights": ({"model": "ViT-B-32:/absent/weights.pt"}, "/absent/weights.pt"),
     "image with NaN": ({"forget": [(torch.full((3, 8, 8), float("nan")), "a red square"), *RED]}, "finite"),
-    "images of two sizes": ({"retain": [*REST, (torch.zeros(3, 4, 4), "a blue square")]}, r"\[3, 4, 4\]|\(3, 4, 4\)|3x4x4"),
+    "images of two sizes": ({"retain": [*REST, (torch.zeros(3, 4, 4), "a blue square")]}, r"3, 4, 4|3x4x4"),
     "image without channels": ({"forget": [(torch.zeros(8, 8), "a red square"), *RED]}, "3, H, W"),
     "caption beyond the context": ({"forget": [(RED[0][0], "red " * 30), *RED]}, "long_captions=.truncate"),
     "fp16 on the CPU": ({"precision": "fp16", "device": "cpu"}, "needs a GPU"),

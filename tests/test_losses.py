@@ -1,0 +1,68 @@
+"""CLIPEraseLoss is cliperase_loss with its options fixed."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cliperase_fast.errors import InputError
+from cliperase_fast.functional import LossTerms, cliperase_loss
+from cliperase_fast.losses import CLIPEraseLoss
+
+
+def batch() -> tuple:
+    torch.manual_seed(0)
+    rows = [F.normalize(torch.randn(n, 6), dim=1) for n in (4, 4, 5, 5, 5, 5)]
+    return (*rows, torch.tensor(7.0), 5.0)
+
+
+OPTIONS = [
+    {},
+    {"lambda_retain": 0.5, "lambda_forget": 2.0, "lambda_consistency": 0.25},
+    {"forget": "hinge", "margin": -0.2, "consistency": "intra", "backend": "torch"},
+    {"forget": "contrastive", "consistency": "features"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("group_ids", [None, torch.tensor([0, 0, 1, 2, 2])], ids=["no groups", "groups"])
+def test_the_module_gives_what_the_function_gives(options, group_ids):
+    terms = CLIPEraseLoss(**options)(*batch(), group_ids=group_ids)
+    assert isinstance(terms, LossTerms)
+    assert terms == cliperase_loss(*batch(), **options, group_ids=group_ids)
+
+
+def test_the_weights_are_the_first_three_arguments():
+    loss = CLIPEraseLoss(1.5, 0.0, 2.0)
+    assert (loss.lambda_retain, loss.lambda_forget, loss.lambda_consistency) == (1.5, 0.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"forget": "cosines"}, "did you mean 'cosine'"),
+        ({"consistency": "logit"}, "did you mean 'logits'"),
+        ({"lambda_retain": -1.0}, "lambda_retain=-1.0 must be"),
+        ({"margin": 2.0}, "margin=2.0"),
+        ({"lambda_retain": 0, "lambda_forget": 0, "lambda_consistency": 0}, "nothing would be trained"),
+    ],
+)
+def test_wrong_options_are_refused_at_construction(options, match):
+    with pytest.raises(InputError, match=match):
+        CLIPEraseLoss(**options)
+
+
+def test_it_has_no_state_and_survives_pickling():
+    loss = CLIPEraseLoss(forget="hinge", margin=0.1)
+    assert not loss.state_dict() and not list(loss.parameters())
+    assert pickle.loads(pickle.dumps(loss))(*batch()) == loss(*batch())
+
+
+def test_its_repr_shows_the_options():
+    text = repr(CLIPEraseLoss(2.0, forget="hinge", margin=0.1, consistency="intra"))
+    for part in ("lambda_retain=2.0", "forget='hinge', margin=0.1", "consistency='intra'", "backend='auto'"):
+        assert part in text
+    assert "margin" not in repr(CLIPEraseLoss())
