@@ -65,7 +65,7 @@ def test_shapes_are_a_hundred_classes_in_seeded_splits() -> None:
     assert source.train.classes == CLASSES and len(set(CLASSES)) == 100
     assert "red circle" in CLASSES
     assert source.train.captions[0] == ("a red circle",)
-    assert np.bincount(source.train.labels).tolist() == [30] * 100
+    assert np.bincount(source.train.labels).tolist() == [100] * 100
     assert source.train.image(0).size == (32, 32)
 
 
