@@ -70,6 +70,12 @@ class UnlearnConfig:
     retain_floor: float = _option(
         0.02, "largest drop of the retain score a chosen checkpoint may show (0.02: two points)", group="selection"
     )
+    select: str = _option(
+        "floor",
+        "which checkpoint is kept: the one that forgets most within retain_floor, or the last",
+        ("floor", "last"),
+        group="selection",
+    )
     evaluate_every: int = _option(1, "epochs between two looks at the validation split", group="selection")
     early_stop: int = _option(
         0, "stop after this many looks without a better checkpoint; 0 for never", group="selection"

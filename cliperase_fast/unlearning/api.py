@@ -134,7 +134,7 @@ def unlearn(
             loader,
             settings,
             runtime,
-            Selection(validation_before.retain, settings.retain_floor),
+            Selection(validation_before.retain, settings.retain_floor, settings.select == "last"),
             lambda step, epoch: examiner.candidate(student, data.validation, step, epoch),
             work,
             identity,

@@ -22,17 +22,18 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Selection:
-    """The rule. Within the floor, the lowest forget score wins; ties go to the higher retain score, then to the lower
+    """The rule. With `last`, the newest. Else, within the floor, the lowest forget score wins; ties go to the higher retain score, then to the lower
     similarity of forget pairs. With nothing within the floor, the smallest retain drop wins, and the reason says so."""
 
     retain_before: float
     floor: float
+    last: bool = False
 
     def within(self, candidate: Candidate) -> bool:
         return self.retain_before - candidate.retain <= self.floor + 1e-9  # the rounding of a fraction is no drop
 
     def better(self, new: Candidate, old: Candidate | None) -> bool:
-        return old is None or self._rank(new) < self._rank(old)
+        return self.last or old is None or self._rank(new) < self._rank(old)
 
     def progresses(self, new: Candidate, old: Candidate | None) -> bool:
         """Whether a look is worth going on for: a better score, not merely a similarity that still creeps down."""
@@ -49,6 +50,8 @@ class Selection:
             f"(before {self.retain_before:.1%})"
         )
         seen = f"{looks} checkpoint" + ("s" if looks != 1 else "")
+        if self.last:
+            return f"Epoch {chosen.epoch} (step {chosen.step}) is the last, as asked for: {scores}."
         if self.within(chosen):
             return (
                 f"Epoch {chosen.epoch} (step {chosen.step}) forgets the most among {seen} whose retain score fell by "

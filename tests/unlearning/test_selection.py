@@ -50,3 +50,9 @@ def test_a_similarity_that_creeps_down_is_chosen_but_no_reason_to_go_on():
     assert rule.better(look(2, 0.0, 0.98, 0.1), look(1, 0.0, 0.98, 0.2))
     assert not rule.progresses(look(2, 0.0, 0.98, 0.1), look(1, 0.0, 0.98, 0.2))
     assert rule.progresses(look(2, 0.0, 0.99, 0.2), look(1, 0.0, 0.98, 0.2))
+
+
+def test_the_last_is_chosen_on_request_whatever_it_lost():
+    rule = Selection(0.98, 0.02, last=True)
+    assert rule.better(look(2, 0.9, 0.1), look(1, 0.0, 0.98))
+    assert "the last" in rule.reason(look(2, 0.9, 0.1), 2)
