@@ -22,8 +22,12 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Selection:
-    """The rule. With `last`, the newest. Else, within the floor, the lowest forget score wins; ties go to the higher retain score, then to the lower
-    similarity of forget pairs. With nothing within the floor, the smallest retain drop wins, and the reason says so."""
+    """The rule.
+
+    Within the floor the lowest forget score wins; ties go to the higher retain score, then to the lower similarity of
+    forget pairs. With nothing within the floor the smallest retain drop wins, and the reason says so. With `last`, the
+    newest wins whatever it scores.
+    """
 
     retain_before: float
     floor: float
