@@ -12,14 +12,16 @@ from typing import Any
 
 import torch
 
+from cliperase_fast._version import __version__
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
 def describe() -> dict[str, Any]:
     """Machine, versions, commit and date."""
-    versions = {"python": platform.python_version()}
-    for name in ("cliperase_fast", "torch", "triton", "open_clip_torch", "numpy"):
+    versions = {"cliperase_fast": __version__, "python": platform.python_version()}
+    for name in ("torch", "triton", "open_clip_torch", "numpy"):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

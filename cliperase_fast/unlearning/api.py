@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cliperase_fast._version import __version__
 from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.data import PairDataset
 from cliperase_fast.errors import InputError
@@ -107,6 +108,7 @@ def unlearn(
 
         examiner = _Examiner(runtime)
         test_before = examiner.encode(original, data.test, finite=True)
+        _check_widths(settings, frozen, captions, test_before, runtime)
         scores_before = examiner.score(test_before, data.test)
         validation_before = examiner.candidate(original, data.validation, 0, 0)
 
@@ -167,7 +169,7 @@ def unlearn(
             },
             "stopped_early": done.stopped_early,
         },
-        "model": model if isinstance(model, str) else type(model).__name__,
+        "model": str(model) if isinstance(model, (str, Path)) else type(model).__name__,
         "data": {
             **data.names,
             "fingerprint": data.fingerprint(),
@@ -324,6 +326,20 @@ def _load_teacher(teacher: Any, student: ClipAdapter, device: torch.device) -> C
     return adapter
 
 
+def _check_widths(
+    config: UnlearnConfig, teacher: ClipAdapter, captions: CaptionTable, student: EncodedPairs, runtime: Runtime
+) -> None:
+    if config.consistency != "features" or config.lambda_consistency == 0:
+        return
+    with runtime.inference(teacher):
+        width = teacher.encode_text(captions.rows([0]).to(runtime.device)).shape[1]
+    if width != student.image_features.shape[1]:
+        raise InputError(
+            f"consistency='features' compares features directly, and the teacher's are {width} wide and the model's "
+            f"{student.image_features.shape[1]}; use 'logits' or 'intra' with a teacher like this"
+        )
+
+
 def _plan(config: UnlearnConfig, train: Split) -> BatchPlan:
     n_retain = len(train.pairs) - train.n_forget
     return BatchPlan(
@@ -411,8 +427,8 @@ def _embeddings(before: EncodedPairs, after: EncodedPairs, part: Split, seed: in
 
 
 def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in ("cliperase_fast", "torch", "open_clip_torch", "transformers", "numpy"):
+    versions = {"cliperase_fast": __version__, "python": platform.python_version()}
+    for name in ("torch", "open_clip_torch", "transformers", "numpy"):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -305,3 +305,47 @@ def test_a_generic_two_tower_module_is_unlearned_too():
     result = cf.unlearn(copy.deepcopy(model), RED, REST, tokenizer=tokenize, **QUICK)
     assert isinstance(result.model, TwoTowers)
     assert not torch.equal(result.model.visual.weight, model.visual.weight)
+
+
+def test_a_transformers_model_is_unlearned_and_loads_again(tmp_path):
+    from transformers import CLIPConfig, CLIPModel
+
+    tower = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = CLIPModel(
+        CLIPConfig(
+            text_config={**tower, "vocab_size": 64, "max_position_embeddings": 8, "eos_token_id": 63},
+            vision_config={**tower, "image_size": 8, "patch_size": 4},
+            projection_dim=16,
+        )
+    )
+
+    def tokenize(captions):
+        return torch.tensor([[1 + ord(letter) % 60 for letter in caption[2:8]] + [63] for caption in captions])
+
+    result = cf.unlearn(model, RED, REST, tokenizer=tokenize, output_dir=tmp_path / "run", **QUICK)
+    again = CLIPModel.from_pretrained(tmp_path / "run" / "model")
+    assert again.state_dict().keys() == result.model.state_dict().keys()
+    assert all(torch.equal(a, b) for a, b in zip(state(again).values(), state(result.model).values(), strict=True))
+
+
+def test_consistency_of_features_needs_a_teacher_of_the_same_width(tmp_path):
+    teacher = open_clip.model.CLIP(
+        embed_dim=24,
+        vision_cfg={"image_size": 8, "patch_size": 4, "width": 32, "layers": 1, "head_width": 16},
+        text_cfg={"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+    )
+    with pytest.raises(InputError, match="24 wide and the model's 16"):
+        run(teacher=teacher, consistency="features", output_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_batch_norms_keep_the_originals_statistics():
+    model = open_clip.model.CLIP(
+        embed_dim=16,
+        vision_cfg={"image_size": 32, "layers": [1, 1, 1, 1], "width": 8},
+        text_cfg={"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+    ).eval()
+    pairs = [(torch.randn(3, 32, 32), caption) for _, caption in make_pairs()]
+    result = run(model, pairs)
+    before, after = state(model), state(result.model)
+    assert all(torch.equal(before[name], after[name]) for name in before if "running_" in name)
