@@ -57,7 +57,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def _quality_table(rows: Sequence[tuple[str, dict[str, Any]]]) -> str:
-    head = ("", "forget before", "forget after", "retain before", "retain after", "seconds")
+    head = ("", "forget before", "forget after", "retain before", "retain after")
     return table(
         head,
         [
@@ -68,7 +68,6 @@ def _quality_table(rows: Sequence[tuple[str, dict[str, Any]]]) -> str:
                     for part in ("forget", "retain")
                     for when in ("before", "after")
                 ),
-                f"{run['seconds']:.0f}",
             )
             for name, run in rows
         ],

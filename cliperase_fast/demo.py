@@ -64,7 +64,7 @@ RECIPES = {
             "evaluate_every": 10,
         },
     ),
-    "images": Recipe(32, _CONVOLUTION, epochs=60, flip_and_shift=True, unlearning=_UNLEARNING),
+    "images": Recipe(32, _CONVOLUTION, epochs=60, learning_rate=2e-3, flip_and_shift=True, unlearning=_UNLEARNING),
 }
 
 
