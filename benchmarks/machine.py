@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import os
 import platform
 import subprocess
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from cliperase_fast._version import __version__
+from cliperase_fast._version import installed_versions
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -20,12 +19,6 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 def describe() -> dict[str, Any]:
     """Machine, versions, commit and date."""
-    versions = {"cliperase_fast": __version__, "python": platform.python_version()}
-    for name in ("torch", "triton", "open_clip_torch", "numpy"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
     return {
         "machine": {
             "processor": _processor(),
@@ -34,7 +27,7 @@ def describe() -> dict[str, Any]:
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "system": platform.system(),
         },
-        "versions": versions,
+        "versions": installed_versions("torch", "triton", "open_clip_torch", "numpy"),
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
     }

@@ -1,1 +1,19 @@
+"""The version of the package, and of what it runs on."""
+
+from __future__ import annotations
+
 __version__ = "0.1.0"
+
+
+def installed_versions(*packages: str) -> dict[str, str]:
+    """Versions of this package, of Python and of the given distributions, for records of what was run."""
+    import importlib.metadata
+    import platform
+
+    versions = {"cliperase_fast": __version__, "python": platform.python_version()}
+    for name in packages:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions

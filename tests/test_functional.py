@@ -142,6 +142,17 @@ def test_a_term_of_weight_zero_is_zero_and_leaves_the_others(off, consistency):
         assert getattr(part, name) == getattr(full, name)
 
 
+@pytest.mark.parametrize("consistency", ["logits", "features"])
+def test_no_sweep_runs_where_no_term_needs_it(monkeypatch, consistency):
+    def sweep(*_):
+        raise AssertionError("a sweep ran")
+
+    monkeypatch.setattr(functional, "_sweep", sweep)
+    weight = 0.0 if consistency == "logits" else 3.0
+    terms = cliperase_loss(**batch(), lambda_retain=0, lambda_consistency=weight, consistency=consistency)
+    assert terms.forget != 0 and (terms.consistency > 0) == (weight > 0)
+
+
 def test_without_consistency_no_teacher_is_needed():
     b = {**batch(), "teacher_image": None, "teacher_text": None, "teacher_logit_scale": None}
     terms = cliperase_loss(**b, lambda_consistency=0)

@@ -2,7 +2,7 @@
 
 from cliperase_fast.data.checks import check_images, overlap, split
 from cliperase_fast.data.classes import ClassSpace
-from cliperase_fast.data.pairs import PairDataset, as_pairs, concat
+from cliperase_fast.data.pairs import PairDataset, as_pairs, caption_key, concat
 from cliperase_fast.data.selectors import parse_reference, select
 from cliperase_fast.data.sources import Source, open_source
 
@@ -11,6 +11,7 @@ __all__ = [
     "PairDataset",
     "Source",
     "as_pairs",
+    "caption_key",
     "check_images",
     "concat",
     "open_source",

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cliperase_fast.data.images import pixel_bytes, tensor_fault
-from cliperase_fast.data.pairs import PairDataset
+from cliperase_fast.data.pairs import PairDataset, caption_key
 from cliperase_fast.errors import InputError
 
 
@@ -177,7 +177,7 @@ def _by_identity(pairs: PairDataset) -> dict[Any, set[Any]]:
 
 
 def _keys(captions: tuple[Any, ...]) -> set[Any]:
-    return {caption if isinstance(caption, str) else tuple(caption.tolist()) for caption in captions}
+    return {caption_key(caption) for caption in captions}
 
 
 def _digest(pairs: PairDataset, index: int) -> str | None:

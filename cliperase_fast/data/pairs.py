@@ -17,6 +17,11 @@ from cliperase_fast.data.images import ImageStore, ItemStore, JoinedStore
 from cliperase_fast.errors import InputError
 
 
+def caption_key(caption: Any) -> Any:
+    """What makes two captions the same: their text, or their token ids."""
+    return caption if isinstance(caption, str) else tuple(caption.tolist())
+
+
 class PairDataset(Dataset):
     """Images with their captions. Indexing gives (image, first caption); `captions[i]` holds all of image i.
 
@@ -73,6 +78,18 @@ class PairDataset(Dataset):
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} is outside of {self.name}, which has {len(self)} images")
         return self.image(index), self.captions[index][0]
+
+    def different_captions(self) -> tuple[list[Any], list[np.ndarray]]:
+        """Each different caption once [U], and for each image the rows of its own, int64."""
+        rows: dict[Any, int] = {}
+        captions: list[Any] = []
+        of_image = []
+        for mine in self.captions:
+            for caption in mine:
+                if rows.setdefault(caption_key(caption), len(captions)) == len(captions):
+                    captions.append(caption)
+            of_image.append(np.array([rows[caption_key(caption)] for caption in mine], dtype=np.int64))
+        return captions, of_image
 
     def subset(self, indices: Sequence[int] | np.ndarray | Tensor) -> PairDataset:
         """The images at these indices, in this order, or where a bool mask [n] is true. Nothing is copied."""

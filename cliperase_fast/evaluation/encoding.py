@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from cliperase_fast.data import PairDataset
+from cliperase_fast.data import PairDataset, caption_key
 from cliperase_fast.errors import InputError
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.models.runtime import inference
@@ -59,23 +59,23 @@ def encode_pairs(
     NaN or infinite are returned as such, see `require_finite`.
     """
     device = torch.device(device)
-    captions, caption_index = _different_captions(pairs)
+    captions, caption_index = pairs.different_captions()
     prompts = class_prompts(pairs, templates)
     # A prompt that is also a caption is encoded once.
-    known = {_key(caption): row for row, caption in enumerate(captions)}
+    known = {caption_key(caption): row for row, caption in enumerate(captions)}
     extra: list[Any] = []
     for prompt in (prompt for of_class in prompts or () for prompt in of_class):
-        if _key(prompt) not in known:
-            known[_key(prompt)] = len(captions) + len(extra)
+        if caption_key(prompt) not in known:
+            known[caption_key(prompt)] = len(captions) + len(extra)
             extra.append(prompt)
     # All captions are checked before anything is encoded; U of them, then X prompts.
-    parts = [_tokens(adapter, part) for part in (captions, extra) if part]  # [U, L], [X, L]
+    parts = [adapter.token_ids(part) for part in (captions, extra) if part]  # [U, L], [X, L]
     with inference(adapter.module, device, precision):
         text = torch.cat([_encode_text(adapter, part, batch_size, device) for part in parts])  # [U + X, D]
         image = _encode_images(adapter, pairs, batch_size, device, num_workers, progress)  # [n, D]
     class_features = None
     if prompts is not None:
-        rows = [[known[_key(prompt)] for prompt in of_class] for of_class in prompts]
+        rows = [[known[caption_key(prompt)] for prompt in of_class] for of_class in prompts]
         class_features = F.normalize(torch.stack([text[of_class].mean(0) for of_class in rows]), dim=-1)
     return EncodedPairs(image, text[: len(captions)], caption_index, class_features)
 
@@ -129,38 +129,6 @@ def class_prompts(pairs: PairDataset, templates: Sequence[str] | None = None) ->
     if templates is None:
         return [tuple(of_class) for of_class in pairs.prompts]
     return [tuple(template.replace("{}", name) for template in templates) for name in pairs.classes]
-
-
-def _key(caption: Any) -> Any:
-    return caption if isinstance(caption, str) else tuple(caption.tolist())
-
-
-def _different_captions(pairs: PairDataset) -> tuple[list[Any], list[np.ndarray]]:
-    rows: dict[Any, int] = {}
-    captions: list[Any] = []
-    index = []
-    for of_image in pairs.captions:
-        mine = []
-        for caption in of_image:
-            row = rows.setdefault(_key(caption), len(captions))
-            if row == len(captions):
-                captions.append(caption)
-            mine.append(row)
-        index.append(np.array(mine, dtype=np.int64))
-    return captions, index
-
-
-def _tokens(adapter: ClipAdapter, captions: Sequence[Any]) -> Tensor:
-    """Token ids [len(captions), L] of captions that are all strings or all token ids [L]."""
-    if isinstance(captions[0], str):
-        return adapter.tokenize(captions)
-    tokens = [torch.as_tensor(caption) for caption in captions]
-    if len({caption.shape for caption in tokens}) > 1:
-        lengths = sorted({len(caption) for caption in tokens})
-        raise InputError(
-            f"token captions have different lengths ({lengths[0]} to {lengths[-1]}): pad them to one length"
-        )
-    return torch.stack(tokens)
 
 
 def _encode_text(adapter: ClipAdapter, tokens: Tensor, batch_size: int, device: torch.device) -> Tensor:

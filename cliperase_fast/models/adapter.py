@@ -96,6 +96,18 @@ class ClipAdapter(ABC):
                 )
         return tokens
 
+    def token_ids(self, captions: Sequence[Any]) -> Tensor:
+        """Token ids int64 [B, L] of captions that are all strings (see `tokenize`) or all token ids [L]."""
+        if isinstance(captions[0], str):
+            return self.tokenize(captions)
+        tokens = [torch.as_tensor(caption) for caption in captions]
+        if len({caption.shape for caption in tokens}) > 1:
+            lengths = sorted({len(caption) for caption in tokens})
+            raise InputError(
+                f"token captions have different lengths ({lengths[0]} to {lengths[-1]}): pad them to one length"
+            )
+        return torch.stack(tokens)
+
     def encode_image(self, pixels: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, D]
         """L2-normalised image features, float32 (float64 for a float64 model); differentiable."""
         if pixels.ndim != 4:

@@ -135,8 +135,8 @@ def choose(requested: str, image: Tensor, text: Tensor) -> Backend:
     return backend
 
 
-# Measured, forward and backward together on 2 CPU cores: up to about this many pairs the eager sweep is as
-# fast or faster, beyond it is slower (4 times at N = 2048, D = 64), and its memory grows as N².
+# Measured, forward and backward together on one CPU core: the two are equally fast somewhere between N = 128 and 512
+# (D = 64 and 512). Beyond, eager is slower (2.6 times at N = 2048, D = 64), and its memory grows as N².
 _EAGER_PAIRS = 256
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import platform
 import shutil
 import sys
 import tempfile
@@ -18,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cliperase_fast._version import __version__
+from cliperase_fast._version import installed_versions
 from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.data import PairDataset
 from cliperase_fast.errors import InputError
@@ -104,7 +102,7 @@ def unlearn(
         stack.enter_context(seeded(settings.seed))  # the caller's own random state is put back
         student = original.clone()
         parameters = set_trainable(student, settings.trainable, settings.lora_rank, settings.lora_alpha)
-        captions = CaptionTable(data.train.pairs, original.tokenize)
+        captions = CaptionTable(data.train.pairs, original.token_ids)
 
         examiner = _Examiner(runtime)
         test_before = examiner.encode(original, data.test, finite=True)
@@ -184,7 +182,7 @@ def unlearn(
             "evaluate": examiner.seconds,
         },
         "pairs_per_second": done.step * settings.accumulate * (plan.forget_pairs + plan.retain_pairs) / done.seconds,
-        "versions": _versions(),
+        "versions": installed_versions("torch", "open_clip_torch", "transformers", "numpy"),
         "seed": settings.seed,
     }
     result = UnlearnResult(
@@ -424,13 +422,3 @@ def _embeddings(before: EncodedPairs, after: EncodedPairs, part: Split, seed: in
         "embedding_sets": ["forget" if index < part.n_forget else "retain" for index in chosen],
         "embedding_labels": names,
     }
-
-
-def _versions() -> dict[str, str]:
-    versions = {"cliperase_fast": __version__, "python": platform.python_version()}
-    for name in ("torch", "open_clip_torch", "transformers", "numpy"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions

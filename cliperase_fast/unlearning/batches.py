@@ -94,25 +94,10 @@ class CaptionTable:
     tokens [U, L] are kept in the smallest integer type that holds the ids; `of_pair[i]` lists the rows of pair i.
     """
 
-    def __init__(self, pairs: PairDataset, tokenize: Callable[[Sequence[str]], Tensor]) -> None:
-        rows: dict[Any, int] = {}
-        unique: list[Any] = []
-        self.of_pair: list[tuple[int, ...]] = []
-        for captions in pairs.captions:
-            mine = []
-            for caption in captions:
-                key = caption if isinstance(caption, str) else tuple(caption.tolist())
-                if key not in rows:
-                    rows[key] = len(unique)
-                    unique.append(caption)
-                mine.append(rows[key])
-            self.of_pair.append(tuple(mine))
-        chunks = []
-        for start in range(0, len(unique), 4096):
-            part = unique[start : start + 4096]
-            tokens = tokenize(part) if isinstance(part[0], str) else torch.stack([torch.as_tensor(c) for c in part])
-            chunks.append(tokens.to(torch.int32))
-        self.tokens = torch.cat(chunks)  # [U, L]
+    def __init__(self, pairs: PairDataset, token_ids: Callable[[Sequence[Any]], Tensor]) -> None:
+        captions, self.of_pair = pairs.different_captions()
+        parts = [captions[start : start + 4096] for start in range(0, len(captions), 4096)]
+        self.tokens = torch.cat([token_ids(part).to(torch.int32) for part in parts])  # [U, L]
         if int(self.tokens.max()) < 2**15:
             self.tokens = self.tokens.to(torch.int16)
 

@@ -14,6 +14,7 @@ from cliperase_fast.data import (
     PairDataset,
     Source,
     as_pairs,
+    caption_key,
     check_images,
     concat,
     open_source,
@@ -182,7 +183,9 @@ def _test_sets(
 def _by_captions(pairs: PairDataset, forget: PairDataset, retain: PairDataset) -> np.ndarray:
     """Which test pairs are forget pairs, when only datasets were given: those with a caption only forget pairs have."""
     wanted = _captions(forget) - _captions(retain)
-    mask = np.array([any(_key(caption) in wanted for caption in captions) for captions in pairs.captions], dtype=bool)
+    mask = np.array(
+        [any(caption_key(caption) in wanted for caption in captions) for captions in pairs.captions], dtype=bool
+    )
     if mask.all() or not mask.any():
         raise InputError(
             f"{int(mask.sum())} of the {len(pairs)} test pairs share a caption with the forget pairs, so the test set "
@@ -192,11 +195,7 @@ def _by_captions(pairs: PairDataset, forget: PairDataset, retain: PairDataset) -
 
 
 def _captions(pairs: PairDataset) -> set[Any]:
-    return {_key(caption) for captions in pairs.captions for caption in captions}
-
-
-def _key(caption: Any) -> Any:
-    return caption if isinstance(caption, str) else tuple(caption.tolist())
+    return {caption_key(caption) for captions in pairs.captions for caption in captions}
 
 
 def _readable(pairs: PairDataset, name: str, config: UnlearnConfig, skipped: list[str], progress: bool) -> PairDataset:
