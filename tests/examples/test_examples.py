@@ -7,8 +7,8 @@ EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_an_example_runs_and_prints_something(path, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("CLIPERASE_CACHE", str(tmp_path))
+def test_an_example_runs_and_prints_something(path, model_cache, monkeypatch, capsys):
+    monkeypatch.setenv("CLIPERASE_CACHE", str(model_cache))
     runpy.run_path(str(path), run_name="__main__")
     assert capsys.readouterr().out.strip()
 
