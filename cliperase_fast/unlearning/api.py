@@ -88,6 +88,11 @@ def unlearn(
     original.check_saveable()
     data = prepare_data(forget, retain, test, settings, templates=templates, progress=show)
     train_transform, random_transform = _transforms(original, transform, data.train.pairs)
+    if random_transform and settings.teacher_cache in ("memory", "disk"):
+        raise InputError(
+            f"teacher_cache={settings.teacher_cache!r} needs a deterministic transform and the one given is random; "
+            "use 'auto' or 'off'"
+        )
     frozen = original if teacher is None else _load_teacher(teacher, original, runtime.device)
 
     identity = {
@@ -106,7 +111,6 @@ def unlearn(
 
         examiner = _Examiner(runtime)
         test_before = examiner.encode(original, data.test, finite=True)
-        _check_widths(settings, frozen, captions, test_before, runtime)
         scores_before = examiner.score(test_before, data.test)
         validation_before = examiner.candidate(original, data.validation, 0, 0)
 
@@ -120,6 +124,8 @@ def unlearn(
             group_ids=_group_ids(settings, data.train),
             num_workers=settings.num_workers,
         )
+        if settings.lambda_consistency > 0:
+            _try_teacher(settings, frozen, captions, loader.pixels[0, 0], test_before, runtime)
         if directory is None:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cliperase-")))
         else:
@@ -324,14 +330,25 @@ def _load_teacher(teacher: Any, student: ClipAdapter, device: torch.device) -> C
     return adapter
 
 
-def _check_widths(
-    config: UnlearnConfig, teacher: ClipAdapter, captions: CaptionTable, student: EncodedPairs, runtime: Runtime
+def _try_teacher(
+    config: UnlearnConfig,
+    teacher: ClipAdapter,
+    captions: CaptionTable,
+    pixels: Tensor,
+    student: EncodedPairs,
+    runtime: Runtime,
 ) -> None:
-    if config.consistency != "features" or config.lambda_consistency == 0:
-        return
-    with runtime.inference(teacher):
-        width = teacher.encode_text(captions.rows([0]).to(runtime.device)).shape[1]
-    if width != student.image_features.shape[1]:
+    """Encode one pair, so that a teacher that cannot is an error before anything is written."""
+    try:
+        with runtime.inference(teacher):
+            teacher.encode_image(pixels[None].to(runtime.device))
+            width = teacher.encode_text(captions.rows([0]).to(runtime.device)).shape[1]
+    except RuntimeError as error:
+        raise InputError(
+            f"the teacher cannot encode the model's images and tokens ({error}); it needs the same image size and "
+            "tokenizer"
+        ) from error
+    if config.consistency == "features" and width != student.image_features.shape[1]:
         raise InputError(
             f"consistency='features' compares features directly, and the teacher's are {width} wide and the model's "
             f"{student.image_features.shape[1]}; use 'logits' or 'intra' with a teacher like this"
@@ -371,11 +388,6 @@ def _teacher(
     if config.lambda_consistency == 0:
         return None
     random_transform = loader.pixels.seed is not None
-    if random_transform and config.teacher_cache in ("memory", "disk"):
-        raise InputError(
-            f"teacher_cache={config.teacher_cache!r} needs a deterministic transform and the one given is random; "
-            "use 'auto' or 'off'"
-        )
     if random_transform or config.teacher_cache == "off":
         return LiveTeacher(frozen, runtime)
     plan = loader.plan

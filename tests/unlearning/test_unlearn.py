@@ -339,6 +339,13 @@ def test_consistency_of_features_needs_a_teacher_of_the_same_width(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_teacher_for_other_images_is_refused_before_anything_is_written(tmp_path):
+    teacher = make_tiny_clip(image_size=16)
+    with pytest.raises(InputError, match="same image size"):
+        run(teacher=teacher, output_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_batch_norms_keep_the_originals_statistics():
     model = open_clip.model.CLIP(
         embed_dim=16,
