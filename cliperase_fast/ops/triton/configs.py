@@ -1,0 +1,53 @@
+"""Launch configurations of the sweep's kernels, by architecture, dtype and width.
+
+They compile without register spills within the shared memory of each architecture (`benchmarks/kernel_report.py`);
+their speed has not been measured on hardware yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+NARROW = 64  # up to this width a tile's whole depth is one or two blocks
+
+
+@dataclass(frozen=True)
+class Config:
+    """BLOCK_M x BLOCK_N similarities a tile, formed BLOCK_K deep."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Configs:
+    """What the two large kernels run with."""
+
+    forward: Config
+    backward: Config
+
+
+# Architecture major -> (half precision, narrow) -> configurations. 8: A100 and Ada, 9: Hopper, 10: Blackwell.
+_HALF_AMPERE = Configs(Config(128, 64, 32, 8, 3), Config(128, 64, 32, 8, 3))
+_HALF_HOPPER = Configs(Config(128, 64, 64, 8, 4), Config(128, 128, 64, 8, 3))
+_NARROW = Configs(Config(128, 64, 32, 8, 2), Config(128, 64, 32, 8, 2))
+_SINGLE = Configs(Config(64, 64, 16, 8, 2), Config(64, 64, 16, 8, 2))
+TABLE: dict[int, dict[tuple[bool, bool], Configs]] = {
+    8: {(True, False): _HALF_AMPERE, (True, True): _NARROW, (False, False): _SINGLE, (False, True): _SINGLE},
+    9: {(True, False): _HALF_HOPPER, (True, True): _NARROW, (False, False): _SINGLE, (False, True): _SINGLE},
+    10: {(True, False): _HALF_HOPPER, (True, True): _NARROW, (False, False): _SINGLE, (False, True): _SINGLE},
+}
+DEFAULT = 8  # for architectures that are not in the table: asks least of the hardware
+
+# One program after the other in Python: few, and small enough for tests to have several.
+INTERPRETER = Configs(Config(32, 32, 32, 1, 1), Config(32, 32, 32, 1, 1))
+
+
+def configs_for(architecture: int, dtype: torch.dtype, width: int) -> Configs:
+    """architecture: the major number of the compute capability. dtype: the widest of the features'."""
+    return TABLE.get(architecture, TABLE[DEFAULT])[dtype.itemsize == 2, width <= NARROW]
