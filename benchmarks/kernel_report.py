@@ -33,10 +33,8 @@ FORMS = {
     "consistency, or both": (1, 0, 1),
     "both, groups": (1, 1, 1),
 }
-_POINTERS = {
-    "p_group": "*i64",
-    **dict.fromkeys(("p_scalars", "p_row", "p_column", "p_partial", "p_merged", "p_softmax", "p_diagonal", "p_out"), "*fp32"),
-}  # fmt: skip
+_FLOATS = ("p_scalars", "p_row", "p_column", "p_partial", "p_merged", "p_softmax", "p_diagonal", "p_out")
+_POINTERS = {"p_group": "*i64", **dict.fromkeys(_FLOATS, "*fp32")}
 
 
 @dataclass(frozen=True)
@@ -69,8 +67,9 @@ def cases() -> Iterator[Case]:
     for major, by_kind in TABLE.items():
         for (half, narrow), configs in by_kind.items():
             for dtype in ("bf16", "fp16") if half else ("fp32",):
-                for kernel, config in (("forward", configs.forward), ("backward", configs.backward)):
-                    for form in FORMS:
+                for form, (_, masked, _) in FORMS.items():
+                    backward = configs.backward_groups if masked else configs.backward
+                    for kernel, config in (("forward", configs.forward), ("backward", backward)):
                         yield Case(kernel, form, dtype, narrow, COMPUTE_CAPABILITY[major], config)
 
 
@@ -127,9 +126,7 @@ def _registers(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        done = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
-        )
+        done = subprocess.run([tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True)
     found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", done.stdout)
     if found is None:
         raise RuntimeError(f"cuobjdump said nothing of registers: {done.stdout}")
@@ -139,9 +136,8 @@ def _registers(cubin: bytes) -> tuple[int, int]:
 def main() -> int:
     runs = []
     for case in cases():
-        resources = compile_case(case)
-        runs.append({**asdict(case), **asdict(resources)})
-        print(case.target, case.dtype, "narrow" if case.narrow else "wide", case.kernel, case.form, resources, flush=True)
+        runs.append({**asdict(case), **asdict(compile_case(case))})
+        print(*(f"{key}={value}" for key, value in runs[-1].items()), flush=True)
     record = {"command": "python -m benchmarks.kernel_report", **describe(), "runs": runs}
     (RESULTS / "kernels.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0

@@ -30,22 +30,25 @@ class Configs:
 
     forward: Config
     backward: Config
+    backward_groups: Config  # with group_ids, whose second softmax takes more registers
 
 
-# Architecture major -> (half precision, narrow) -> configurations. 8: A100 and Ada, 9: Hopper, 10: Blackwell.
-_HALF_AMPERE = Configs(Config(128, 64, 32, 8, 3), Config(128, 64, 32, 8, 3))
-_HALF_HOPPER = Configs(Config(128, 64, 64, 8, 4), Config(128, 128, 64, 8, 3))
-_NARROW = Configs(Config(128, 64, 32, 8, 2), Config(128, 64, 32, 8, 2))
-_SINGLE = Configs(Config(64, 64, 16, 8, 2), Config(64, 64, 16, 8, 2))
+_HALF = Configs(Config(64, 128, 64, 8, 4), Config(128, 64, 64, 8, 4), Config(64, 64, 64, 8, 4))
+_HALF_AMPERE = Configs(Config(128, 64, 32, 8, 4), Config(128, 64, 32, 8, 4), Config(64, 64, 32, 8, 4))
+_HALF_NARROW = Configs(Config(64, 128, 32, 8, 2), Config(128, 64, 32, 8, 2), Config(64, 64, 32, 8, 2))
+_SINGLE = Configs(Config(64, 64, 16, 8, 2), Config(64, 64, 16, 8, 2), Config(64, 64, 16, 8, 2))
+
+# Major number of the compute capability (8: A100, 9: H100 and H200, 10: B200) -> (half precision, narrow).
 TABLE: dict[int, dict[tuple[bool, bool], Configs]] = {
-    8: {(True, False): _HALF_AMPERE, (True, True): _NARROW, (False, False): _SINGLE, (False, True): _SINGLE},
-    9: {(True, False): _HALF_HOPPER, (True, True): _NARROW, (False, False): _SINGLE, (False, True): _SINGLE},
-    10: {(True, False): _HALF_HOPPER, (True, True): _NARROW, (False, False): _SINGLE, (False, True): _SINGLE},
+    8: {(True, False): _HALF_AMPERE, (True, True): _HALF_NARROW, (False, False): _SINGLE, (False, True): _SINGLE},
+    9: {(True, False): _HALF, (True, True): _HALF_NARROW, (False, False): _SINGLE, (False, True): _SINGLE},
+    10: {(True, False): _HALF, (True, True): _HALF_NARROW, (False, False): _SINGLE, (False, True): _SINGLE},
 }
 DEFAULT = 8  # for architectures that are not in the table: asks least of the hardware
 
-# One program after the other in Python: few, and small enough for tests to have several.
-INTERPRETER = Configs(Config(32, 32, 32, 1, 1), Config(32, 32, 32, 1, 1))
+# In the interpreter programs run one after the other in Python: few, but small enough for tests to have several.
+_INTERPRETED = Config(32, 32, 32, 1, 1)
+INTERPRETER = Configs(_INTERPRETED, _INTERPRETED, _INTERPRETED)
 
 
 def configs_for(architecture: int, dtype: torch.dtype, width: int) -> Configs:

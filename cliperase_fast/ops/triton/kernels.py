@@ -249,7 +249,9 @@ def backward_kernel(
     b_diagonal = tl.load(p_diagonal + o_row, mask=m_row, other=0.0)
     b_gradient = tl.where(o_row[:, None] == o_column[None, :], b_diagonal[:, None], b_gradient)
     p_out = p_strip + (o_row - strip_start).to(tl.int64)[:, None] * n + o_column[None, :]
-    tl.store(p_out, b_gradient.to(p_strip.dtype.element_ty), mask=m_row[:, None] & m_column[None, :])
+    if p_strip.dtype.element_ty != tl.float32:
+        b_gradient = b_gradient.to(p_strip.dtype.element_ty, fp_downcast_rounding="rtne")
+    tl.store(p_out, b_gradient, mask=m_row[:, None] & m_column[None, :])
 
 
 @triton.jit

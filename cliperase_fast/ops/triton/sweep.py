@@ -276,7 +276,8 @@ def triton_sweep_backward(
             image, text, logit_scale, teacher_image, teacher_text, teacher_logit_scale, group_ids,
             want_retention, want_consistency,
         )  # fmt: skip
-        n, config = problem.n, problem.configs.backward
+        n, configs = problem.n, problem.configs
+        config = configs.backward_groups if problem.masked else configs.backward
         softmaxes, diagonal, unit = _scaled_terms(problem, state, grad_retention, grad_consistency, want_retention)
         scalars = problem.scalars(state[finish.DIAGONAL, 0])  # the shift is not used here
         grad_image = image.new_empty(image.shape if need_image else (0,))
