@@ -36,7 +36,7 @@ class Configs:
 _HALF = Configs(Config(64, 128, 64, 8, 4), Config(128, 64, 64, 8, 4), Config(64, 64, 64, 8, 4))
 _HALF_AMPERE = Configs(Config(128, 64, 32, 8, 4), Config(128, 64, 32, 8, 4), Config(64, 64, 32, 8, 4))
 _HALF_NARROW = Configs(Config(64, 128, 32, 8, 2), Config(128, 64, 32, 8, 2), Config(64, 64, 32, 8, 2))
-_SINGLE = Configs(Config(64, 64, 16, 8, 2), Config(64, 64, 16, 8, 2), Config(64, 64, 16, 8, 2))
+_SINGLE = Configs(Config(32, 64, 32, 4, 2), Config(32, 64, 32, 4, 2), Config(32, 64, 32, 4, 2))
 
 # Major number of the compute capability (8: A100, 9: H100 and H200, 10: B200) -> (half precision, narrow).
 TABLE: dict[int, dict[tuple[bool, bool], Configs]] = {

@@ -312,17 +312,20 @@ def _scaled_terms(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(softmaxes [terms, 4, N], diagonal [N], unit []): dS / unit as the kernel takes it.
 
-    The unit makes the larger weight 1, so that entries of dS, at most 4 then and about 1 / N where a softmax is flat,
-    keep their digits in half precision whatever the incoming gradients; float16 needs to be lifted on top.
+    The unit is about the largest entry of dS, the larger weight times the largest 1 - P_ii, so that in half precision
+    dS keeps its digits whatever the incoming gradients and however far the pairs have converged. No entry is more than
+    4 units; float16 is lifted to its upper range on top.
     """
     weight_retention, weight_consistency = 0.5 * grad_retention.float(), grad_consistency.float()
-    largest = state.new_zeros(())
+    weights, used = [], []
     if want_retention:
-        largest = weight_retention.abs()
+        weights, used = [weight_retention], [finish.RETENTION]
     if problem.teacher:
-        largest = torch.maximum(largest, weight_consistency.abs())
+        weights, used = [*weights, weight_consistency], [*used, finish.STUDENT, finish.TEACHER]
+    largest = torch.stack(weights).abs().amax() * finish.rest(torch.cat([state[rows] for rows in used])).amax()
+    largest = largest.clamp_min(1e-30)  # its inverse must be a number
     lift = 2.0**13 if problem.image.dtype == torch.float16 else 1.0
-    to_units = torch.where(largest == 0, 0.0, lift / largest)
+    to_units = lift / largest
     terms = finish.gradient_terms(
         state, weight_retention * to_units, weight_consistency * to_units,
         problem.masked, want_retention, problem.teacher,
