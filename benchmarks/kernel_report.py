@@ -114,7 +114,7 @@ def _compile(kernel: Any, constants: dict[str, Any], dtype: str, target: int, wa
         if name not in constants and not loose:
             aligned[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
-    options = {"num_warps": warps, "num_stages": stages}
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}  # as the sweep launches them
     compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     registers, spilled = _registers(compiled.asm["cubin"])
     return Resources(registers, spilled, compiled.metadata.shared, TENSOR_CORES[target] in compiled.asm["ptx"])

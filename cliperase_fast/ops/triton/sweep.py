@@ -24,6 +24,7 @@ STRIP_BYTES = 128 << 20  # of column partials in the forward pass, of dS in the 
 _PROGRAMS = 1024  # a forward launch has about this many where it can: some for each multiprocessor
 _GROUP_ROWS = 8
 _MERGE_BLOCK = 256
+_OPTIONS = {"enable_fp_fusion": True}  # said, as Triton's default changes in 3.10
 _LN_2 = 0.6931471805599453
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -129,7 +130,7 @@ class _Problem:
             "PLAIN": int(self.plain), "MASKED": int(self.masked), "TEACHER": int(self.teacher),
             "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
             "EVEN_K": width % config.block_k == 0, "EVEN_K_TEACHER": teacher_width % config.block_k == 0,
-            "PRECISION": _float32_precision(), "num_warps": config.warps, "num_stages": config.stages,
+            "PRECISION": _float32_precision(), "num_warps": config.warps, "num_stages": config.stages, **_OPTIONS,
         }  # fmt: skip
 
 
@@ -147,7 +148,7 @@ def _float32_precision() -> str:
     """What torch's own float32 products use: IEEE float32 unless the user has asked for tf32."""
     asked = torch.backends.cuda.matmul.fp32_precision
     if asked == "none":
-        asked = torch.backends.fp32_precision
+        asked = torch.backends.fp32_precision  # type: ignore[attr-defined]
     return "tf32" if asked == "tf32" else "ieee"
 
 
@@ -157,7 +158,7 @@ def _pair_dot(left: Tensor, right: Tensor, scale: Tensor) -> Tensor:
     out = scale.new_empty(n)
     block_m, block_k = 16, min(256, triton.next_power_of_2(width))
     pair_dot_kernel[(triton.cdiv(n, block_m),)](
-        left, right, out, n, width, left.stride(0), right.stride(0), BLOCK_M=block_m, BLOCK_K=block_k
+        left, right, out, n, width, left.stride(0), right.stride(0), BLOCK_M=block_m, BLOCK_K=block_k, **_OPTIONS
     )
     return out.mul_(scale)
 
@@ -243,6 +244,7 @@ def _merge_into(merged: Tensor, partial: Tensor, first: int, problem: _Problem, 
     merge_kernel[(triton.cdiv(positions, _MERGE_BLOCK),)](
         partial, merged, problem.n, first, positions, parts,
         FRESH=fresh, STUDENTS=problem.students, TEACHER=int(problem.teacher), PLANES=planes, BLOCK=_MERGE_BLOCK,
+        **_OPTIONS,
     )  # fmt: skip
 
 
