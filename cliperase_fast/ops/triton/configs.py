@@ -36,13 +36,15 @@ class Configs:
 _HALF = Configs(Config(64, 128, 64, 8, 4), Config(128, 64, 64, 8, 4), Config(64, 64, 64, 8, 4))
 _HALF_AMPERE = Configs(Config(128, 64, 32, 8, 4), Config(128, 64, 32, 8, 4), Config(64, 64, 32, 8, 4))
 _HALF_NARROW = Configs(Config(64, 128, 32, 8, 2), Config(128, 64, 32, 8, 2), Config(64, 64, 32, 8, 2))
-_SINGLE = Configs(Config(32, 64, 32, 4, 2), Config(32, 64, 32, 4, 2), Config(32, 64, 32, 4, 2))
+_SINGLE_TILE = Config(64, 64, 16, 8, 3)
+_SINGLE = Configs(_SINGLE_TILE, _SINGLE_TILE, _SINGLE_TILE)
+_SINGLE_AMPERE = Configs(_SINGLE_TILE, Config(32, 32, 16, 4, 3), Config(32, 32, 16, 4, 3))
+_SINGLE_BLACKWELL = Configs(_SINGLE_TILE, Config(32, 32, 32, 4, 2), Config(32, 32, 32, 4, 2))
 
 # Major number of the compute capability (8: A100, 9: H100 and H200, 10: B200) -> (half precision, narrow).
 TABLE: dict[int, dict[tuple[bool, bool], Configs]] = {
-    8: {(True, False): _HALF_AMPERE, (True, True): _HALF_NARROW, (False, False): _SINGLE, (False, True): _SINGLE},
-    9: {(True, False): _HALF, (True, True): _HALF_NARROW, (False, False): _SINGLE, (False, True): _SINGLE},
-    10: {(True, False): _HALF, (True, True): _HALF_NARROW, (False, False): _SINGLE, (False, True): _SINGLE},
+    major: {(True, False): wide, (True, True): _HALF_NARROW, (False, False): single, (False, True): single}
+    for major, wide, single in ((8, _HALF_AMPERE, _SINGLE_AMPERE), (9, _HALF, _SINGLE), (10, _HALF, _SINGLE_BLACKWELL))
 }
 DEFAULT = 8  # for architectures that are not in the table: asks least of the hardware
 
