@@ -166,27 +166,26 @@ def merge_kernel(
     """
     o_n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_n = o_n < positions
-    for i_kind in tl.static_range(STUDENTS + TEACHER):
-        HAS_GAP: tl.constexpr = i_kind == STUDENTS
+    for i_kind in tl.static_range(STUDENTS + TEACHER):  # the teacher's is the last and has a gap
         p_kind = p_merged + (first + o_n + 2 * i_kind * n)
         b_max = tl.zeros([BLOCK], tl.float32) + _LOWEST
         b_sum, b_gap = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
         if not FRESH:
             b_max = tl.load(p_kind, mask=m_n, other=_LOWEST)
             b_sum = tl.load(p_kind + n, mask=m_n, other=0.0)
-            if HAS_GAP:
+            if i_kind == STUDENTS:
                 b_gap = tl.load(p_kind + 2 * n, mask=m_n, other=0.0)
         for i_part in range(parts):
             p_part = p_partial + tl.cast(i_part, tl.int64) * PLANES * positions + 2 * i_kind * positions + o_n
             b_part_max = tl.load(p_part, mask=m_n, other=_LOWEST)
             b_part_sum = tl.load(p_part + positions, mask=m_n, other=0.0)
             b_part_gap = b_part_sum
-            if HAS_GAP:
+            if i_kind == STUDENTS:
                 b_part_gap = tl.load(p_part + 2 * positions, mask=m_n, other=0.0)
             b_max, b_sum, b_gap = _merge(b_max, b_sum, b_gap, b_part_max, b_part_sum, b_part_gap)
         tl.store(p_kind, b_max, mask=m_n)
         tl.store(p_kind + n, b_sum, mask=m_n)
-        if HAS_GAP:
+        if i_kind == STUDENTS:
             tl.store(p_kind + 2 * n, b_gap, mask=m_n)
 
 
