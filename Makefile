@@ -1,11 +1,12 @@
 # make demo   set everything up, then make a CLIP forget the digit seven (leaves runs/demo/)
 # make test   set everything up, then lint and test
+# make gpu-check   on a machine with a GPU: the kernels' tests there, with the python in PYTHON
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint gpu-check clean
 
 demo: $(STAMP)
 	$(BIN)/cliperase-fast demo
@@ -17,6 +18,9 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+gpu-check:
+	$(PYTHON) -m pytest tests/ops/gpu_triton.py
 
 # Everything a user or a developer needs, from the ordinary package index; again only when the metadata changes.
 $(STAMP): pyproject.toml setup.py

@@ -51,11 +51,42 @@ def cifar10_table() -> str:
     return f"{_quality_table([(run['name'], run) for run in record['runs']])}\n\n{provenance(record)}"
 
 
+def kernels_table() -> str:
+    """A row for each configuration: the loss that takes the most registers in it."""
+    record = load("kernels")
+    worst: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for run in record["runs"]:
+        tile = tuple(run["config"].values())
+        key = (run["target"], run["dtype"], run["narrow"], run["kernel"], tile)
+        if key not in worst or run["registers"] > worst[key]["registers"]:
+            worst[key] = run
+    rows = []
+    for (target, dtype, narrow, kernel, tile), run in worst.items():
+        width = "up to 64" if narrow else "any"
+        block_m, block_n, block_k, warps, stages = tile
+        shape = f"{block_m} x {block_n} x {block_k}, {warps} warps, {stages} stages"
+        counts = str(run["registers"]), str(run["spilled_bytes"]), f"{run['shared_bytes'] / 1024:.0f} KiB"
+        rows.append((f"sm_{target}", dtype, width, kernel, shape, run["form"], *counts))
+    head = (
+        "target",
+        "features",
+        "width",
+        "kernel",
+        "tile",
+        "largest form",
+        "registers",
+        "spilled bytes",
+        "shared memory",
+    )
+    return f"{table(head, rows)}\n\n{provenance(record)}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "digits": digits_table,
     "ablation": ablation_table,
     "shapes": shapes_table,
     "cifar10": cifar10_table,
+    "kernels": kernels_table,
 }
 
 

@@ -196,7 +196,7 @@ def _sweep(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The chosen backend's (retention, consistency); for an empty batch zeros that carry (zero) gradients."""
-    sweep = choose(backend, image, text).load()
+    sweep = choose(backend, image, text, teacher_image, teacher_text).load()
     if len(image) == 0:
         dtype = compute_dtype(image, text)
         zero = image.sum(dtype=dtype) + text.sum(dtype=dtype) + 0 * scale.to(dtype)

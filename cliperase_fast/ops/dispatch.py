@@ -5,6 +5,7 @@ A new backend is one module with a `sweep`, and a record here with the function 
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -30,7 +31,40 @@ def _load_torch() -> Sweep:
     return sweep
 
 
+def _load_triton() -> Sweep:
+    from cliperase_fast.ops.triton.sweep import sweep
+
+    return sweep
+
+
 def _always_available() -> str | None:
+    return None
+
+
+_OLDEST_TRITON = (3, 6)
+_OLDEST_GPU = 8  # compute capability, major
+
+
+def _interprets_triton() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _why_no_triton() -> str | None:
+    """Looks at what is installed, without importing it."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "triton is not installed; pip install triton (Linux)"
+    if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST_TRITON:
+        oldest = ".".join(map(str, _OLDEST_TRITON))
+        return f"triton {version} is installed, at least {oldest} is needed; pip install --upgrade triton"
+    if _interprets_triton():
+        return None
+    if not torch.cuda.is_available():
+        return "torch sees no GPU (TRITON_INTERPRET=1 runs it on the CPU, slowly, for tests)"
+    major, minor = torch.cuda.get_device_capability()
+    if major < _OLDEST_GPU:
+        return f"the GPU has compute capability {major}.{minor}, at least {_OLDEST_GPU}.0 is needed"
     return None
 
 
@@ -51,6 +85,14 @@ REGISTRY: dict[str, Backend] = {
     for backend in (
         Backend("eager", _load_eager, "plain autograd; holds N x N matrices, fastest for small N"),
         Backend("torch", _load_torch, "strips of rows; never holds an N x N matrix"),
+        Backend(
+            "triton",
+            _load_triton,
+            "fused GPU kernels; never holds an N x N matrix",
+            devices=("cuda", "cpu") if _interprets_triton() else ("cuda",),
+            dtypes=(torch.float16, torch.bfloat16, torch.float32),
+            why_missing=_why_no_triton,
+        ),
     )
 }
 
@@ -109,16 +151,19 @@ def backends() -> BackendTable:
     return BackendTable(statuses)
 
 
-def choose(requested: str, image: Tensor, text: Tensor) -> Backend:
+def choose(requested: str, image: Tensor, text: Tensor, *teacher: Tensor | None) -> Backend:
     """The backend for these features. `requested`: a name, or "auto", which CLIPERASE_BACKEND overrides.
+
+    teacher: the teacher's features, where they are used.
 
     Raises InputError when it is unknown, not available here, or cannot take this device or dtype.
     """
+    features = [tensor for tensor in (image, text, *teacher) if tensor is not None]
     origin = f"backend={requested!r}"
     if requested == "auto":
         from_environment = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
         if from_environment in ("", "auto"):
-            return _automatic(image)
+            return _automatic(features)
         requested, origin = from_environment, f"{ENVIRONMENT_VARIABLE}={from_environment}"
     if requested not in REGISTRY:
         raise InputError(f"{origin} is not a backend; use auto, {', '.join(REGISTRY)}")
@@ -129,9 +174,9 @@ def choose(requested: str, image: Tensor, text: Tensor) -> Backend:
         raise InputError(f"{origin} is not available here: {reason}. Available are auto, {others}")
     if backend.devices is not None and image.device.type not in backend.devices:
         raise InputError(f"{origin} runs on {', '.join(backend.devices)}, not on {image.device}; use backend='auto'")
-    for features in (image, text):
-        if features.dtype not in backend.dtypes:
-            raise InputError(f"{origin} does not take {features.dtype}; use backend='auto' or convert the features")
+    for tensor in features:
+        if tensor.dtype not in backend.dtypes:
+            raise InputError(f"{origin} does not take {tensor.dtype}; use backend='auto' or convert the features")
     return backend
 
 
@@ -140,5 +185,12 @@ def choose(requested: str, image: Tensor, text: Tensor) -> Backend:
 _EAGER_PAIRS = 256
 
 
-def _automatic(image: Tensor) -> Backend:
-    return REGISTRY["eager" if len(image) <= _EAGER_PAIRS else "torch"]
+def _automatic(features: list[Tensor]) -> Backend:
+    triton = REGISTRY["triton"]
+    if (
+        features[0].is_cuda
+        and all(tensor.dtype in triton.dtypes for tensor in features)
+        and triton.why_missing() is None
+    ):
+        return triton
+    return REGISTRY["eager" if len(features[0]) <= _EAGER_PAIRS else "torch"]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cliperase_fast.ops import finish
 from cliperase_fast.ops.sweep import compute_dtype, no_autocast
 
 # Bytes of one strip matrix; four are alive at once. Small strips stay in a CPU's cache; a GPU wants fewer
@@ -95,12 +96,12 @@ class _OffDiagonal:
             self.column_gap.mul_(shrink).add_(work.mul_(gap).sum(0))
 
     def log_odds(self, diagonal: Tensor) -> tuple[Tensor, Tensor]:
-        """r of the rows and of the columns, [N] each. The large numbers, maximum and diagonal, meet first."""
-        row = (self.row_max - diagonal) + self.row_sum.log()
-        return row, (self.column_max - diagonal) + self.column_sum.log()
+        """r of the rows and of the columns, [N] each."""
+        row = finish.log_odds(self.row_max, self.row_sum, diagonal)
+        return row, finish.log_odds(self.column_max, self.column_sum, diagonal)
 
-    def mean_gap(self) -> tuple[Tensor, Tensor]:
-        return self.row_gap / self.row_sum, self.column_gap / self.column_sum
+    def mean_gap(self) -> Tensor:
+        return torch.stack((self.row_gap / self.row_sum, self.column_gap / self.column_sum))  # [2, N]
 
 
 @torch.library.custom_op(
@@ -120,11 +121,7 @@ def streamed_sweep(
     want_consistency: bool,
     strip_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(retention, consistency, state [8, N]).
-
-    state: d, d°, then r by row and by column of the retention (masked by group_ids), the student and the
-        teacher.
-    """
+    """(retention, consistency, state [8, N]); see `ops/finish.py` for the state."""
     n, dtype = len(image), compute_dtype(image, text, teacher_image, teacher_text)
     lowest = torch.finfo(dtype).min
     with no_autocast(image):
@@ -140,6 +137,7 @@ def streamed_sweep(
             teacher_sums = _OffDiagonal(n, state, with_gap=True)
             teacher_strip, gap = _buffers(2, height, n, student.text)
 
+        shift = None
         for start in range(0, n, height):
             rows = slice(start, min(start + height, n))
             h = rows.stop - start
@@ -147,7 +145,7 @@ def streamed_sweep(
             if want_consistency:
                 t = teacher.strip(start, rows.stop, teacher_strip)
                 g = torch.sub(t, s, out=gap[:h])
-                if start == 0:
+                if shift is None:
                     # Any constant would do; this one keeps the gaps small, so exact, where S° - S hardly
                     # varies.
                     shift = g[0, 0].clone()
@@ -163,20 +161,16 @@ def streamed_sweep(
                 assert group_ids is not None
                 masked.add(s.masked_fill_(group_ids[rows, None] == group_ids, lowest), start, work[:h])
 
-        diagonal, teacher_diagonal = state[0], state[1]
-        retention = consistency = state.new_zeros(())
+        mean_gap = None
         if unmasked is not None:
-            state[4], state[5] = unmasked.log_odds(diagonal)
+            state[4], state[5] = unmasked.log_odds(state[0])
             state[2:4] = state[4:6]
         if masked is not None:
-            state[2], state[3] = masked.log_odds(diagonal)
-        if want_retention:
-            retention = 0.5 * _log1p_exp(state[2:4]).sum(0).mean()
+            state[2], state[3] = masked.log_odds(state[0])
         if want_consistency:
-            state[6], state[7] = teacher_sums.log_odds(teacher_diagonal)
-            gaps = torch.stack(teacher_sums.mean_gap()) - ((teacher_diagonal - diagonal) - shift)  # [2, N]
-            divergence = _rest(state[6:8]) * gaps - _log1p_exp(state[6:8]) + _log1p_exp(state[4:6])  # [2, N]
-            consistency = divergence.sum(0).mean()
+            state[6], state[7] = teacher_sums.log_odds(state[1])
+            mean_gap = teacher_sums.mean_gap()
+        retention, consistency = finish.losses(state, mean_gap, shift, want_retention, want_consistency)
         return retention, consistency, state
 
 
@@ -211,25 +205,14 @@ def streamed_sweep_backward(
         student = _Similarity(image, text, logit_scale, dtype)
         height = _strip_height(n, strip_size, student.text)
         strip, gradient, work = _buffers(3, height, n, student.text)
-        diagonal, teacher_diagonal = state[0], state[1]
-        weight = 0.5 * grad_retention / n
-        weight_consistency = grad_consistency / n
-        diagonal_gradient = state.new_zeros(n)
-        softmax_retention = softmax_student = softmax_teacher = None
-        if want_retention:
-            diagonal_gradient -= weight * _rest(state[2:4]).sum(0)
-            if group_ids is not None:
-                softmax_retention = _Softmax(diagonal, state[2:4], weight)
-            else:
-                both = weight + weight_consistency if want_consistency else weight
-                softmax_student = _Softmax(diagonal, state[4:6], both)
+        terms = finish.gradient_terms(
+            state, 0.5 * grad_retention / n, grad_consistency / n,
+            group_ids is not None, want_retention, want_consistency,
+        )  # fmt: skip
         if want_consistency:
             assert teacher_image is not None and teacher_text is not None and teacher_logit_scale is not None
             teacher = _Similarity(teacher_image, teacher_text, teacher_logit_scale, dtype)
             (teacher_strip,) = _buffers(1, height, n, student.text)
-            softmax_student = softmax_student or _Softmax(diagonal, state[4:6], weight_consistency)
-            softmax_teacher = _Softmax(teacher_diagonal, state[6:8], -weight_consistency)
-            diagonal_gradient += weight_consistency * (_rest(state[6:8]) - _rest(state[4:6])).sum(0)
 
         grad_image = image.new_empty(image.shape if need_image else (0,))
         grad_text = student.text.new_zeros(text.shape if need_text else (0,))
@@ -239,17 +222,17 @@ def streamed_sweep_backward(
             h = rows.stop - start
             s, g, w = student.strip(start, rows.stop, strip), gradient[:h].zero_(), work[:h]
             s.diagonal(start).fill_(lowest)
-            if softmax_student is not None:
-                softmax_student.add_to(g, s, rows, w)
-            if softmax_teacher is not None:
+            if terms.student is not None:
+                _add_softmax(g, s, rows, w, terms.student)
+            if terms.teacher is not None:
                 t = teacher.strip(start, rows.stop, teacher_strip)
                 t.diagonal(start).fill_(lowest)
-                softmax_teacher.add_to(g, t, rows, w)
-            if softmax_retention is not None:
+                _add_softmax(g, t, rows, w, terms.teacher)
+            if terms.masked is not None:
                 assert group_ids is not None
                 s.masked_fill_(group_ids[rows, None] == group_ids, lowest)
-                softmax_retention.add_to(g, s, rows, w)
-            g.diagonal(start).copy_(diagonal_gradient[rows])
+                _add_softmax(g, s, rows, w, terms.masked)
+            g.diagonal(start).copy_(terms.diagonal[rows])
 
             image_rows = student.image_rows(start, rows.stop)
             if need_image or need_scale:
@@ -264,34 +247,11 @@ def streamed_sweep_backward(
         return grad_image, grad_text, grad_scale.to(logit_scale.dtype)
 
 
-class _Softmax:
-    """`weight` times (row softmax + column softmax) of a matrix, rebuilt strip by strip from its d and r.
-
-    P_ij = exp(S_ij - anchor_i) * factor_i. The anchor is about the larger of d_i and the log-sum-exp of the
-    rest, so that nothing overflows; its rounding is undone by the factor, exp(anchor_i - d_i) / (1 +
-    exp(r_i)).
-    """
-
-    def __init__(self, diagonal: Tensor, log_odds: Tensor, weight: Tensor) -> None:
-        anchor = diagonal + log_odds.clamp_min(0)  # [2, N]
-        factor = weight * ((anchor - diagonal) - _log1p_exp(log_odds)).exp()  # [2, N]
-        self.row_anchor, self.column_anchor = anchor[0, :, None], anchor[1]
-        self.row_factor, self.column_factor = factor[0, :, None], factor[1]
-
-    def add_to(self, gradient: Tensor, strip: Tensor, rows: slice, work: Tensor) -> None:
-        torch.sub(strip, self.row_anchor[rows], out=work).exp_()
-        gradient.addcmul_(work, self.row_factor[rows])
-        torch.sub(strip, self.column_anchor, out=work).exp_()
-        gradient.addcmul_(work, self.column_factor)
-
-
-def _log1p_exp(log_odds: Tensor) -> Tensor:
-    return torch.logaddexp(log_odds, torch.zeros_like(log_odds))
-
-
-def _rest(log_odds: Tensor) -> Tensor:
-    """1 - P_ii = sigmoid(r_i), without overflow at r_i << 0."""
-    return (log_odds - _log1p_exp(log_odds)).exp()
+def _add_softmax(gradient: Tensor, strip: Tensor, rows: slice, work: Tensor, softmax: finish.Softmax) -> None:
+    torch.sub(strip, softmax.anchor[0, rows, None], out=work).exp_()
+    gradient.addcmul_(work, softmax.factor[0, rows, None])
+    torch.sub(strip, softmax.anchor[1], out=work).exp_()
+    gradient.addcmul_(work, softmax.factor[1])
 
 
 def _strip_height(n: int, strip_size: int, like: Tensor) -> int:

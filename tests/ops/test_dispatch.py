@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import subprocess
+import sys
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -95,8 +100,8 @@ def test_the_chosen_backend_is_the_one_that_runs(monkeypatch):
 
 def test_backends_maps_names_to_what_is_known_of_them(broken):
     table = backends()
-    assert list(table)[:2] == ["eager", "torch"]
-    assert len(table) == 5
+    assert list(table)[:3] == ["eager", "torch", "triton"]
+    assert len(table) == 6
     assert table["eager"].available and table["eager"].devices == "any" and not table["eager"].reason
     assert not table["absent"].available and table["absent"].reason == "it needs a moon rock"
     assert table["picky"].devices == "cuda"
@@ -106,5 +111,46 @@ def test_backends_prints_as_a_table(broken):
     lines = repr(backends()).splitlines()
     assert lines[0].split() == ["backend", "available", "devices", "note"]
     assert lines[1].split()[:3] == ["eager", "yes", "any"]
-    assert lines[3].split(maxsplit=3) == ["absent", "no", "any", "it needs a moon rock"]
+    assert lines[4].split(maxsplit=3) == ["absent", "no", "any", "it needs a moon rock"]
     assert len({line.index(word) for line, word in zip(lines[1:3], ("any", "any"), strict=True)}) == 1
+
+
+def test_triton_is_named_with_what_is_missing(monkeypatch):
+    def says(version, gpu=True, capability=(9, 0)):
+        def installed(name):
+            if version is None:
+                raise importlib.metadata.PackageNotFoundError(name)
+            return version
+
+        monkeypatch.setattr(importlib.metadata, "version", installed)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        return backends()["triton"].reason
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "not installed" in says(None)
+    assert "triton 3.5.1 is installed, at least 3.6 is needed" in says("3.5.1")
+    assert "no GPU" in says("3.6.0", gpu=False)
+    assert "compute capability 7.5, at least 8.0" in says("3.6.0", capability=(7, 5))
+    assert says("3.10.0+git1") == ""
+
+
+def test_auto_on_a_gpu_is_triton_where_it_takes_the_dtype(monkeypatch):
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    def on_gpu(dtype):
+        return [tensor.as_subclass(OnGpu) for tensor in pairs(dtype=dtype)]
+
+    available = replace(dispatch.REGISTRY["triton"], why_missing=lambda: None)
+    monkeypatch.setitem(dispatch.REGISTRY, "triton", available)
+    assert choose("auto", *on_gpu(torch.bfloat16)).name == "triton"
+    assert choose("auto", *on_gpu(torch.float64)).name == "eager"
+    assert choose("auto", *on_gpu(torch.bfloat16), *on_gpu(torch.float64)).name == "eager"
+    monkeypatch.setitem(dispatch.REGISTRY, "triton", replace(available, why_missing=lambda: "gone"))
+    assert choose("auto", *on_gpu(torch.bfloat16)).name == "eager"
+
+
+def test_triton_is_not_imported_before_it_is_used():
+    code = "import sys, cliperase_fast as cf; cf.backends(); sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,147 @@
+"""Compile every kernel of the Triton backend for every architecture it is configured for, and report what it takes.
+
+python -m benchmarks.kernel_report            writes benchmarks/results/kernels.json; no GPU needed
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from benchmarks.machine import RESULTS, describe
+from cliperase_fast.ops.triton.configs import TABLE, Config
+from cliperase_fast.ops.triton.kernels import backward_kernel, forward_kernel, merge_kernel, pair_dot_kernel
+
+COMPUTE_CAPABILITY = {8: 80, 9: 90, 10: 100}
+SHARED_MEMORY_KIB = {80: 163, 90: 227, 100: 227}  # CUDA programming guide, most a block can have
+TENSOR_CORES = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}  # what the products of half precision compile to
+# (plain, masked, teacher): which parts of a kernel a loss needs
+FORMS = {
+    "retention": (1, 0, 0),
+    "retention, groups": (0, 1, 0),
+    "consistency, or both": (1, 0, 1),
+    "both, groups": (1, 1, 1),
+}
+_FLOATS = ("p_scalars", "p_row", "p_column", "p_partial", "p_merged", "p_softmax", "p_diagonal", "p_out")
+_POINTERS = {"p_group": "*i64", **dict.fromkeys(_FLOATS, "*fp32")}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One compilation. dtype: Triton's name for the features'."""
+
+    kernel: str
+    form: str
+    dtype: str
+    narrow: bool
+    target: int
+    config: Config
+
+    @property
+    def tensor_cores(self) -> str | None:
+        """The instruction its products must use; None for IEEE float32, which has none."""
+        return None if self.dtype == "fp32" else TENSOR_CORES[self.target]
+
+
+@dataclass(frozen=True)
+class Resources:
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    tensor_cores: bool
+
+
+def cases() -> Iterator[Case]:
+    """Every form of the large kernels, in every shipped configuration."""
+    for major, by_kind in TABLE.items():
+        for (half, narrow), configs in by_kind.items():
+            for dtype in ("bf16", "fp16") if half else ("fp32",):
+                for form, (_, masked, _) in FORMS.items():
+                    backward = configs.backward_groups if masked else configs.backward
+                    for kernel, config in (("forward", configs.forward), ("backward", backward)):
+                        yield Case(kernel, form, dtype, narrow, COMPUTE_CAPABILITY[major], config)
+
+
+def compile_case(case: Case) -> Resources:
+    plain, masked, teacher = FORMS[case.form]
+    constants: dict[str, Any] = {
+        "PLAIN": plain, "MASKED": masked, "TEACHER": teacher, "EVEN_K": True, "EVEN_K_TEACHER": True,
+        "BLOCK_M": case.config.block_m, "BLOCK_N": case.config.block_n, "BLOCK_K": case.config.block_k,
+        "PRECISION": "ieee",
+    }  # fmt: skip
+    if case.kernel == "forward":
+        kernel = forward_kernel
+        constants["PLANES"] = 2 * (plain + masked) + 3 * teacher
+    else:
+        kernel = backward_kernel
+        constants["GROUP_ROWS"] = 8
+    absent = [] if masked else ["p_group"]
+    absent += [] if teacher else ["p_teacher_image", "p_teacher_text"]
+    constants.update(dict.fromkeys(absent))
+    return _compile(kernel, constants, case.dtype, case.target, case.config.warps, case.config.stages)
+
+
+def compile_small(target: int) -> dict[str, Resources]:
+    """The kernels that only load and add."""
+    merge = {"FRESH": False, "STUDENTS": 2, "TEACHER": 1, "PLANES": 7, "BLOCK": 256}
+    return {
+        "merge": _compile(merge_kernel, merge, "fp32", target, 4, 3),
+        "pair_dot": _compile(pair_dot_kernel, {"BLOCK_M": 16, "BLOCK_K": 256}, "bf16", target, 4, 3),
+    }
+
+
+def _compile(kernel: Any, constants: dict[str, Any], dtype: str, target: int, warps: int, stages: int) -> Resources:
+    signature, aligned = {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.startswith("p_"):
+            signature[name] = _POINTERS.get(name, f"*{dtype}")
+        else:
+            signature[name] = "i32"
+        loose = name in ("strip_start", "strip_stop", "tiles_per_chunk", "first", "positions", "parts")
+        if name not in constants and not loose:
+            aligned[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}  # as the sweep launches them
+    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    registers, spilled = _registers(compiled.asm["cubin"])
+    return Resources(registers, spilled, compiled.metadata.shared, TENSOR_CORES[target] in compiled.asm["ptx"])
+
+
+def _registers(cubin: bytes) -> tuple[int, int]:
+    """(registers of a thread, bytes of its stack: what did not fit the registers) as the assembler noted them."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", done.stdout)
+    if found is None:
+        raise RuntimeError(f"cuobjdump said nothing of registers: {done.stdout}")
+    return int(found[1]), int(found[2]) + int(found[3])
+
+
+def main() -> int:
+    runs = []
+    for case in cases():
+        runs.append({**asdict(case), **asdict(compile_case(case))})
+        print(*(f"{key}={value}" for key, value in runs[-1].items()), flush=True)
+    record = {"command": "python -m benchmarks.kernel_report", **describe(), "runs": runs}
+    (RESULTS / "kernels.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

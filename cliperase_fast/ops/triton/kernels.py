@@ -1,0 +1,272 @@
+"""The Triton kernels of the sweep: a tile of S and S° is formed once and used for everything.
+
+Logits are in units of log 2 inside the kernels (exp2 is the hardware's), in natural units outside. Names: b_ a block of
+values, p_ a pointer, o_ an offset, m_ a mask, i_ an index. What the numbers mean (d, r, anchors, factors) is said in
+`ops/sweep.py` and `ops/finish.py`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Stands for log 0: finite, so that no difference is NaN, and far below every logit.
+_LOWEST = tl.constexpr(-1.0e30)
+_LOG2_E = tl.constexpr(1.4426950408889634)
+# Triton's interpreter multiplies the bits of bfloat16 as integers; in float32 the products are the same.
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def _similarity_tile(
+    p_left, p_right, o_left, o_right, width,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """<left_i, right_j> for a tile of rows and columns, accumulated in float32. o_left, o_right: int64 row offsets."""
+    b_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for i_k in range(0, width, BLOCK_K):
+        o_k = i_k + tl.arange(0, BLOCK_K)
+        p_l = p_left + o_left[:, None] + o_k[None, :]  # [M, K]
+        p_r = p_right + o_right[None, :] + o_k[:, None]  # [K, N]
+        if EVEN_K:
+            b_left, b_right = tl.load(p_l), tl.load(p_r)
+        else:
+            m_k = o_k < width
+            b_left = tl.load(p_l, mask=m_k[None, :], other=0.0)
+            b_right = tl.load(p_r, mask=m_k[:, None], other=0.0)
+        if _INTERPRETED:
+            b_left, b_right = b_left.to(tl.float32), b_right.to(tl.float32)
+        b_sum = tl.dot(b_left, b_right, b_sum, input_precision=PRECISION)
+    return b_sum  # [M, N]
+
+
+@triton.jit
+def _merge(b_max, b_sum, b_gap, b_more_max, b_more_sum, b_more_gap):
+    """Two partial (maximum, sum of exp2, sum of exp2 times gap) become one."""
+    b_new = tl.maximum(b_max, b_more_max)
+    b_keep, b_add = tl.exp2(b_max - b_new), tl.exp2(b_more_max - b_new)
+    return b_new, b_sum * b_keep + b_more_sum * b_add, b_gap * b_keep + b_more_gap * b_add
+
+
+@triton.jit
+def _along(b_tile, b_gap, AXIS: tl.constexpr, HAS_GAP: tl.constexpr):
+    """Partial (maximum, sum, gap) of a tile's rows (AXIS 1) or columns (AXIS 0)."""
+    b_max = tl.max(b_tile, AXIS)
+    b_exp = tl.exp2(b_tile - tl.expand_dims(b_max, AXIS))
+    b_sum = tl.sum(b_exp, AXIS)
+    if HAS_GAP:
+        return b_max, b_sum, tl.sum(b_exp * b_gap, AXIS)
+    return b_max, b_sum, b_sum
+
+
+@triton.jit
+def _store(p_partial, o_partial, m_partial, n, b_max, b_sum, b_gap, KIND: tl.constexpr, HAS_GAP: tl.constexpr):
+    """Into planes KIND, KIND + 1 (and KIND + 2) of a [planes, n] array."""
+    p_plane = p_partial + o_partial + KIND * n
+    tl.store(p_plane, b_max, mask=m_partial)
+    tl.store(p_plane + n, b_sum, mask=m_partial)
+    if HAS_GAP:
+        tl.store(p_plane + 2 * n, b_gap, mask=m_partial)
+
+
+@triton.jit(do_not_specialize=["strip_start", "strip_stop", "tiles_per_chunk"])
+def forward_kernel(
+    p_image, p_text, p_teacher_image, p_teacher_text, p_group, p_scalars, p_row, p_column,
+    strip_start, strip_stop, n, width, teacher_width, tiles_per_chunk,
+    stride_image, stride_text, stride_teacher_image, stride_teacher_text,
+    PLAIN: tl.constexpr, MASKED: tl.constexpr, TEACHER: tl.constexpr, PLANES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+    EVEN_K_TEACHER: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Off-diagonal statistics of a strip of rows: of each row in a chunk of columns, of each column in a block of rows.
+
+    p_scalars: s, s° and the gap's shift, natural units. p_row: [chunks, PLANES, strip rows]; p_column: [row blocks,
+    PLANES, n]. Planes, in this order and as far as asked for: PLAIN student (max, sum), MASKED student (max, sum;
+    pairs of one group left out), TEACHER (max, sum, sum of exp2 times S° - S - shift).
+    """
+    i_block, i_chunk = tl.program_id(0), tl.program_id(1)
+    o_row = strip_start + i_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_row = o_row < strip_stop
+    o_safe_row = tl.minimum(o_row, n - 1).to(tl.int64)  # beyond the end: the last row again, masked below
+    b_scale = tl.load(p_scalars) * _LOG2_E
+    o_image = o_safe_row * stride_image
+    if MASKED:
+        b_row_group = tl.load(p_group + o_safe_row)
+    if TEACHER:
+        b_teacher_scale = tl.load(p_scalars + 1) * _LOG2_E
+        b_shift = tl.load(p_scalars + 2) * _LOG2_E
+        o_teacher_image = o_safe_row * stride_teacher_image
+
+    b_zero = tl.zeros([BLOCK_M], tl.float32)
+    b_max, b_sum, b_no_gap = b_zero + _LOWEST, b_zero, b_zero
+    b_masked_max, b_masked_sum = b_zero + _LOWEST, b_zero
+    b_teacher_max, b_teacher_sum, b_gap = b_zero + _LOWEST, b_zero, b_zero
+
+    first = i_chunk * tiles_per_chunk * BLOCK_N
+    last = tl.minimum(first + tiles_per_chunk * BLOCK_N, n)
+    for i_column in range(first, last, BLOCK_N):
+        o_column = i_column + tl.arange(0, BLOCK_N)
+        m_column = o_column < n
+        o_safe_column = tl.minimum(o_column, n - 1).to(tl.int64)
+        b_s = _similarity_tile(
+            p_image, p_text, o_image, o_safe_column * stride_text, width,
+            BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
+        ) * b_scale  # fmt: skip
+        m_off = (o_row[:, None] != o_column[None, :]) & m_row[:, None] & m_column[None, :]
+        # Partials of columns: [row blocks, PLANES, n]
+        o_partial = i_block.to(tl.int64) * PLANES * n + o_column
+        b_tile_gap = b_s
+        if TEACHER:
+            b_t = _similarity_tile(
+                p_teacher_image, p_teacher_text, o_teacher_image, o_safe_column * stride_teacher_text, teacher_width,
+                BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K_TEACHER, PRECISION,
+            ) * b_teacher_scale  # fmt: skip
+            b_tile_gap = tl.where(m_off, b_t - b_s - b_shift, 0.0)
+            b_t = tl.where(m_off, b_t, _LOWEST)
+            b_part_max, b_part_sum, b_part_gap = _along(b_t, b_tile_gap, 1, True)
+            b_teacher_max, b_teacher_sum, b_gap = _merge(
+                b_teacher_max, b_teacher_sum, b_gap, b_part_max, b_part_sum, b_part_gap
+            )
+            b_part_max, b_part_sum, b_part_gap = _along(b_t, b_tile_gap, 0, True)
+            _store(p_column, o_partial, m_column, n, b_part_max, b_part_sum, b_part_gap, 2 * PLAIN + 2 * MASKED, True)
+        b_s = tl.where(m_off, b_s, _LOWEST)
+        if PLAIN:
+            b_part_max, b_part_sum, b_part_gap = _along(b_s, b_s, 1, False)
+            b_max, b_sum, b_no_gap = _merge(b_max, b_sum, b_no_gap, b_part_max, b_part_sum, b_no_gap)
+            b_part_max, b_part_sum, b_part_gap = _along(b_s, b_s, 0, False)
+            _store(p_column, o_partial, m_column, n, b_part_max, b_part_sum, b_part_gap, 0, False)
+        if MASKED:
+            b_column_group = tl.load(p_group + o_safe_column)
+            b_s = tl.where(b_row_group[:, None] == b_column_group[None, :], _LOWEST, b_s)
+            b_part_max, b_part_sum, b_part_gap = _along(b_s, b_s, 1, False)
+            b_masked_max, b_masked_sum, b_no_gap = _merge(
+                b_masked_max, b_masked_sum, b_no_gap, b_part_max, b_part_sum, b_no_gap
+            )
+            b_part_max, b_part_sum, b_part_gap = _along(b_s, b_s, 0, False)
+            _store(p_column, o_partial, m_column, n, b_part_max, b_part_sum, b_part_gap, 2 * PLAIN, False)
+
+    rows = strip_stop - strip_start
+    o_partial = i_chunk.to(tl.int64) * PLANES * rows + (o_row - strip_start)
+    if PLAIN:
+        _store(p_row, o_partial, m_row, rows, b_max, b_sum, b_sum, 0, False)
+    if MASKED:
+        _store(p_row, o_partial, m_row, rows, b_masked_max, b_masked_sum, b_sum, 2 * PLAIN, False)
+    if TEACHER:
+        _store(p_row, o_partial, m_row, rows, b_teacher_max, b_teacher_sum, b_gap, 2 * PLAIN + 2 * MASKED, True)
+
+
+@triton.jit(do_not_specialize=["first", "positions", "parts"])
+def merge_kernel(
+    p_partial, p_merged, n, first, positions, parts,
+    FRESH: tl.constexpr, STUDENTS: tl.constexpr, TEACHER: tl.constexpr, PLANES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Merge partials [parts, PLANES, positions] into p_merged [PLANES, n] from column `first` on, always in one order.
+
+    FRESH: p_merged holds nothing yet. STUDENTS: how many (max, sum) pairs of planes come before the teacher's three.
+    """
+    o_n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m_n = o_n < positions
+    for i_kind in tl.static_range(STUDENTS + TEACHER):  # the teacher's is the last and has a gap
+        p_kind = p_merged + (first + o_n + 2 * i_kind * n)
+        b_max = tl.zeros([BLOCK], tl.float32) + _LOWEST
+        b_sum, b_gap = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+        if not FRESH:
+            b_max = tl.load(p_kind, mask=m_n, other=_LOWEST)
+            b_sum = tl.load(p_kind + n, mask=m_n, other=0.0)
+            if i_kind == STUDENTS:
+                b_gap = tl.load(p_kind + 2 * n, mask=m_n, other=0.0)
+        for i_part in range(parts):
+            p_part = p_partial + tl.cast(i_part, tl.int64) * PLANES * positions + 2 * i_kind * positions + o_n
+            b_part_max = tl.load(p_part, mask=m_n, other=_LOWEST)
+            b_part_sum = tl.load(p_part + positions, mask=m_n, other=0.0)
+            b_part_gap = b_part_sum
+            if i_kind == STUDENTS:
+                b_part_gap = tl.load(p_part + 2 * positions, mask=m_n, other=0.0)
+            b_max, b_sum, b_gap = _merge(b_max, b_sum, b_gap, b_part_max, b_part_sum, b_part_gap)
+        tl.store(p_kind, b_max, mask=m_n)
+        tl.store(p_kind + n, b_sum, mask=m_n)
+        if i_kind == STUDENTS:
+            tl.store(p_kind + 2 * n, b_gap, mask=m_n)
+
+
+@triton.jit
+def _softmax_gradient(b_tile, p_softmax, o_row, m_row, o_column, m_column, n):
+    """Row softmax plus column softmax of a tile, each with its weight: planes row anchor, column anchor, row factor,
+    column factor of a [4, n] array."""
+    b_row_anchor = tl.load(p_softmax + o_row, mask=m_row, other=0.0) * _LOG2_E
+    b_column_anchor = tl.load(p_softmax + n + o_column, mask=m_column, other=0.0) * _LOG2_E
+    b_row_factor = tl.load(p_softmax + 2 * n + o_row, mask=m_row, other=0.0)
+    b_column_factor = tl.load(p_softmax + 3 * n + o_column, mask=m_column, other=0.0)
+    b_row = tl.exp2(b_tile - b_row_anchor[:, None]) * b_row_factor[:, None]
+    return b_row + tl.exp2(b_tile - b_column_anchor[None, :]) * b_column_factor[None, :]
+
+
+@triton.jit(do_not_specialize=["strip_start", "strip_stop"])
+def backward_kernel(
+    p_image, p_text, p_teacher_image, p_teacher_text, p_group, p_scalars, p_softmax, p_diagonal, p_strip,
+    strip_start, strip_stop, n, width, teacher_width,
+    stride_image, stride_text, stride_teacher_image, stride_teacher_text,
+    PLAIN: tl.constexpr, MASKED: tl.constexpr, TEACHER: tl.constexpr, GROUP_ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+    EVEN_K_TEACHER: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A strip of dL/dS (up to one common factor) in p_strip's dtype, [strip rows, n], all terms together.
+
+    p_softmax: [PLAIN + MASKED + TEACHER, 4, n], see `_softmax_gradient`; p_diagonal: [n], the diagonal's own gradient.
+    """
+    # Programs of GROUP_ROWS row blocks walk the columns together, so that their text tiles are read from the cache.
+    blocks_m, blocks_n = tl.cdiv(strip_stop - strip_start, BLOCK_M), tl.cdiv(n, BLOCK_N)
+    i_program = tl.program_id(0)
+    i_group = i_program // (GROUP_ROWS * blocks_n)
+    rows_here = tl.minimum(blocks_m - i_group * GROUP_ROWS, GROUP_ROWS)
+    i_row = i_group * GROUP_ROWS + (i_program % (GROUP_ROWS * blocks_n)) % rows_here
+    i_column = (i_program % (GROUP_ROWS * blocks_n)) // rows_here
+
+    o_row = strip_start + i_row * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_column = i_column * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_row, m_column = o_row < strip_stop, o_column < n
+    o_safe_row = tl.minimum(o_row, n - 1).to(tl.int64)
+    o_safe_column = tl.minimum(o_column, n - 1).to(tl.int64)
+
+    b_s = _similarity_tile(
+        p_image, p_text, o_safe_row * stride_image, o_safe_column * stride_text, width,
+        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
+    ) * (tl.load(p_scalars) * _LOG2_E)  # fmt: skip
+    b_gradient = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if PLAIN:
+        b_gradient = _softmax_gradient(b_s, p_softmax, o_row, m_row, o_column, m_column, n)
+    if MASKED:
+        b_row_group, b_column_group = tl.load(p_group + o_safe_row), tl.load(p_group + o_safe_column)
+        b_masked = _softmax_gradient(b_s, p_softmax + 4 * PLAIN * n, o_row, m_row, o_column, m_column, n)
+        b_gradient += tl.where(b_row_group[:, None] == b_column_group[None, :], 0.0, b_masked)
+    if TEACHER:
+        b_t = _similarity_tile(
+            p_teacher_image, p_teacher_text, o_safe_row * stride_teacher_image, o_safe_column * stride_teacher_text,
+            teacher_width, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K_TEACHER, PRECISION,
+        ) * (tl.load(p_scalars + 1) * _LOG2_E)  # fmt: skip
+        b_gradient += _softmax_gradient(b_t, p_softmax + 4 * (PLAIN + MASKED) * n, o_row, m_row, o_column, m_column, n)
+    b_diagonal = tl.load(p_diagonal + o_row, mask=m_row, other=0.0)
+    b_gradient = tl.where(o_row[:, None] == o_column[None, :], b_diagonal[:, None], b_gradient)
+    p_out = p_strip + (o_row - strip_start).to(tl.int64)[:, None] * n + o_column[None, :]
+    if p_strip.dtype.element_ty != tl.float32:
+        b_gradient = b_gradient.to(p_strip.dtype.element_ty, fp_downcast_rounding="rtne")
+    tl.store(p_out, b_gradient, mask=m_row[:, None] & m_column[None, :])
+
+
+@triton.jit
+def pair_dot_kernel(
+    p_left, p_right, p_out, n, width, stride_left, stride_right,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out[i] = <left_i, right_i> in float32."""
+    o_row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_row = o_row < n
+    o_safe_row = tl.minimum(o_row, n - 1).to(tl.int64)
+    b_sum = tl.zeros([BLOCK_M], tl.float32)
+    for i_k in range(0, width, BLOCK_K):
+        o_k = i_k + tl.arange(0, BLOCK_K)
+        m_k = (o_k < width)[None, :]
+        b_left = tl.load(p_left + (o_safe_row * stride_left)[:, None] + o_k[None, :], mask=m_k, other=0.0)
+        b_right = tl.load(p_right + (o_safe_row * stride_right)[:, None] + o_k[None, :], mask=m_k, other=0.0)
+        b_sum += tl.sum(b_left.to(tl.float32) * b_right.to(tl.float32), 1)
+    tl.store(p_out + o_row, b_sum, mask=m_row)

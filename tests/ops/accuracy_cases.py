@@ -1,0 +1,93 @@
+"""Batches in which cancellation bites, and the unit of the error that rounding allows there.
+
+The unit of the allowed error is what one rounding of the similarities can do. Each S_ij = s <I_i, T_j> has an
+error of about eps (1 + s), so a gradient s Σ_j dS_ij T_j cannot be better than eps (1 + s) times its mass
+s Σ_j |dS_ij| (worst row or column), nor a loss better than eps (1 + s) Σ_ij |dS_ij| plus eps times itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from sweep_cases import Batch, Outcome, random_batch
+from torch import Tensor
+
+UNDERFLOW = 1e-36  # float32 ends near 1e-38; what is smaller comes out as 0
+
+
+def _perturbed(tensor: Tensor, noise: float, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    random = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
+    return F.normalize(tensor + noise * random / tensor.shape[1] ** 0.5, dim=1)
+
+
+def regime(name: str, scale: float, n: int) -> Batch:
+    """float64 batches of float32 numbers, so that the inputs carry no rounding of their own."""
+    batch = random_batch(n, width=64, teacher_width=64, scale=scale, teacher_scale=scale)
+    if name == "random":
+        pass
+    elif name == "converged":  # nearly perfect pairs in student and teacher
+        text = _perturbed(batch.image, 0.05, 1)
+        teacher = _perturbed(batch.image, 0.1, 2), _perturbed(batch.image, 0.1, 3)
+        batch = replace(batch, text=text, teacher_image=teacher[0], teacher_text=teacher[1])
+    elif name == "anti-aligned":  # every pair points apart
+        batch = replace(batch, text=_perturbed(-batch.image, 0.05, 1))
+    elif name == "collapsed":  # all rows equal; the teacher is not
+        batch = replace(batch, image=batch.image[:1].repeat(n, 1), text=batch.text[:1].repeat(n, 1))
+    elif name == "collapsed teacher":
+        teacher = batch.teacher_image[:1].repeat(n, 1), batch.teacher_text[:1].repeat(n, 1)
+        batch = replace(batch, teacher_image=teacher[0], teacher_text=teacher[1])
+    elif name == "half converged":  # some rows perfect, some hopeless, in one batch
+        sign = torch.where(torch.arange(n) % 3 == 0, -1.0, 1.0).double()[:, None]
+        batch = replace(batch, text=_perturbed(batch.image * sign, 0.05, 1))
+    else:
+        raise ValueError(name)
+    return batch.to(torch.float32).to(torch.float64)
+
+
+REGIMES = ("random", "converged", "anti-aligned", "collapsed", "collapsed teacher", "half converged")
+
+
+def _off_diagonal_mass(similarity: Tensor) -> tuple[Tensor, Tensor]:
+    """Row plus column softmax off the diagonal, [N, N], and 1 - P_ii of both, [N]; nothing cancels."""
+    lowest = similarity.masked_fill(torch.eye(len(similarity), dtype=torch.bool), -torch.inf)
+    mass = (lowest - similarity.logsumexp(1, keepdim=True)).exp() + (lowest - similarity.logsumexp(0)).exp()
+    return mass, (mass.sum(1) + mass.sum(0)) / 2
+
+
+def rounding_unit(batch: Batch, truth: Outcome, eps: float) -> dict[str, float]:
+    """What a rounding of eps in the similarities may do to each result; see the head of this file."""
+    s = batch.scale.item()
+    similarity = s * batch.image @ batch.text.T
+    mass, rest = _off_diagonal_mass(similarity)
+    if batch.want_consistency:
+        teacher_mass, teacher_rest = _off_diagonal_mass(
+            batch.teacher_scale * batch.teacher_image @ batch.teacher_text.T
+        )
+        mass, rest = mass + teacher_mass, rest + teacher_rest
+    mass = (mass + rest.diag()) / len(mass)
+    worst = max(mass.sum(0).max().item(), mass.sum(1).max().item())
+    of_scale = (mass * (batch.image @ batch.text.T).abs()).sum().item()
+    unit = eps * (1 + s + (batch.teacher_scale.item() if batch.want_consistency else 0))
+    loss = unit * mass.sum().item() + eps * (truth.retention + truth.consistency).abs().item()
+    return {
+        "loss": loss,
+        "image": unit * s * worst,
+        "text": unit * s * worst,
+        "scale": unit * max(of_scale, 1e-300),
+    }
+
+
+def errors(result: Outcome, truth: Outcome) -> dict[str, float]:
+    pairs = {
+        "loss": (
+            result.retention.double() + result.consistency.double(),
+            truth.retention + truth.consistency,
+        ),
+        "image": (result.image, truth.image),
+        "text": (result.text, truth.text),
+        "scale": (result.scale, truth.scale),
+    }
+    return {name: (a.double() - b).abs().max().item() for name, (a, b) in pairs.items()}

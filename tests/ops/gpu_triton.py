@@ -1,0 +1,47 @@
+"""The Triton sweep on a GPU against float64; run by `make gpu-check`. The interpreter's tests have the odd cases."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from accuracy_cases import rounding_unit
+from sweep_cases import Batch, outcome, random_batch
+
+from cliperase_fast.ops import reference
+from cliperase_fast.ops.triton.sweep import sweep
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+
+
+def moved(batch: Batch, device: str) -> Batch:
+    tensors = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    return replace(batch, **{k: v.to(device) for k, v in tensors.items() if isinstance(v, torch.Tensor)})
+
+
+# 1: nothing off the diagonal; 17: part of a block; 1000: many blocks, the last not full
+@pytest.mark.parametrize("n", [1, 17, 1000] if DEVICE == "cuda" else [1, 17])
+@pytest.mark.parametrize("width", [40, 64, 512])
+@pytest.mark.parametrize("groups", [False, True], ids=["no groups", "groups"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_losses_and_gradients(dtype, groups, width, n):
+    batch = replace(random_batch(n, width, 96, scale=50.0), group_ids=torch.arange(n) // 2 if groups else None)
+    batch = batch.to(dtype).to(torch.float64)
+    truth = outcome(reference.sweep, batch)
+    unit = rounding_unit(batch, truth, torch.finfo(torch.float32).eps)
+    mass = rounding_unit(batch, truth, 1 / (1 + batch.scale.item() + batch.teacher_scale.item()))
+    runs = [moved_outcome(batch.to(dtype)) for _ in range(2)]
+    for first, second in zip(*(run.tensors() for run in runs), strict=True):
+        assert torch.equal(first, second)
+    losses = runs[0].retention.double() + runs[0].consistency.double()
+    assert (losses.cpu() - truth.retention - truth.consistency).abs() <= 2 * unit["loss"]
+    half = torch.finfo(dtype).eps if dtype != torch.float32 else 0.0
+    for key in ("image", "text", "scale"):
+        error = (getattr(runs[0], key).cpu().double() - getattr(truth, key)).abs().max().item()
+        assert error <= 2 * unit[key] + half * mass[key] + 2**-24 * (half > 0), key
+
+
+def moved_outcome(batch: Batch):
+    return outcome(sweep, moved(batch, DEVICE))

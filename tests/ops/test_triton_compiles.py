@@ -1,0 +1,53 @@
+"""The kernels compiled ahead of time, without a GPU, for each architecture: tensor cores, no spills, shared memory.
+
+All forms in all configurations take minutes: that is `python -m benchmarks.kernel_report`, whose committed results are
+checked to be those of the shipped configurations. Here the forms that need the most registers are compiled afresh.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import pytest
+
+from benchmarks.kernel_report import SHARED_MEMORY_KIB, Case, cases, compile_case, compile_small
+from benchmarks.machine import RESULTS
+
+LARGEST = [
+    case
+    for case in cases()
+    if (case.dtype == "bf16" and case.form == "consistency, or both" and not case.narrow)
+    or (case.dtype in ("bf16", "fp16") and case.form == "both, groups" and case.narrow == (case.dtype == "fp16"))
+    or (case.dtype == "fp32" and case.form == "both, groups" and not case.narrow)
+]
+
+
+def name(case: Case) -> str:
+    return f"sm_{case.target}-{case.kernel}-{case.dtype}-{case.form}"
+
+
+@pytest.mark.parametrize("case", LARGEST, ids=name)
+def test_the_largest_forms_use_tensor_cores_and_fit_the_registers_and_shared_memory(case):
+    resources = compile_case(case)
+    assert resources.tensor_cores == (case.tensor_cores is not None)
+    assert resources.spilled_bytes == 0
+    assert resources.registers <= 255
+    assert resources.shared_bytes <= SHARED_MEMORY_KIB[case.target] * 1024
+
+
+@pytest.mark.parametrize("target", SHARED_MEMORY_KIB)
+def test_the_small_kernels_fit(target):
+    for resources in compile_small(target).values():
+        assert resources.spilled_bytes == 0
+        assert resources.shared_bytes <= SHARED_MEMORY_KIB[target] * 1024
+
+
+def test_the_committed_report_is_of_the_shipped_configurations_and_free_of_spills():
+    runs = json.loads((RESULTS / "kernels.json").read_text(encoding="utf-8"))["runs"]
+    described = [{key: run[key] for key in asdict(next(cases()))} for run in runs]
+    assert described == [asdict(case) for case in cases()]
+    for run, case in zip(runs, cases(), strict=True):
+        assert run["spilled_bytes"] == 0, case
+        assert run["shared_bytes"] <= SHARED_MEMORY_KIB[case.target] * 1024
+        assert run["tensor_cores"] == (case.tensor_cores is not None)
