@@ -88,7 +88,7 @@ REGISTRY: dict[str, Backend] = {
         Backend(
             "triton",
             _load_triton,
-            "fused GPU kernels; never holds an N x N matrix",
+            "fused GPU kernels, not yet run on a GPU: by name only; never holds an N x N matrix",
             devices=("cuda", "cpu") if _interprets_triton() else ("cuda",),
             dtypes=(torch.float16, torch.bfloat16, torch.float32),
             why_missing=_why_no_triton,
@@ -186,11 +186,5 @@ _EAGER_PAIRS = 256
 
 
 def _automatic(features: list[Tensor]) -> Backend:
-    triton = REGISTRY["triton"]
-    if (
-        features[0].is_cuda
-        and all(tensor.dtype in triton.dtypes for tensor in features)
-        and triton.why_missing() is None
-    ):
-        return triton
+    # Not triton: its kernels have been interpreted and compiled, but not run on a GPU yet. It is there by name.
     return REGISTRY["eager" if len(features[0]) <= _EAGER_PAIRS else "torch"]

@@ -14,7 +14,8 @@ against it:
 - gradient with respect to the diagonal: retention -sigmoid(r_i), consistency sigmoid(r°_i) - sigmoid(r_i).
 - maxima are those of the data (running ones where the data come in pieces), never a constant offset.
 
-The same holds for the columns. float16 and bfloat16 features are computed in float32.
+The same holds for the columns. float16 and bfloat16 features are computed in float32
+(a GPU backend may round dL/dS to their dtype before its last products).
 """
 
 from __future__ import annotations

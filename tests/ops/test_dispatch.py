@@ -135,20 +135,15 @@ def test_triton_is_named_with_what_is_missing(monkeypatch):
     assert says("3.10.0+git1") == ""
 
 
-def test_auto_on_a_gpu_is_triton_where_it_takes_the_dtype(monkeypatch):
-    class OnGpu(torch.Tensor):
-        is_cuda = True
-
-    def on_gpu(dtype):
-        return [tensor.as_subclass(OnGpu) for tensor in pairs(dtype=dtype)]
-
-    available = replace(dispatch.REGISTRY["triton"], why_missing=lambda: None)
+def test_triton_is_taken_by_name_and_refuses_what_it_cannot(monkeypatch):
+    available = replace(dispatch.REGISTRY["triton"], why_missing=lambda: None, devices=("cpu",))
     monkeypatch.setitem(dispatch.REGISTRY, "triton", available)
-    assert choose("auto", *on_gpu(torch.bfloat16)).name == "triton"
-    assert choose("auto", *on_gpu(torch.float64)).name == "eager"
-    assert choose("auto", *on_gpu(torch.bfloat16), *on_gpu(torch.float64)).name == "eager"
-    monkeypatch.setitem(dispatch.REGISTRY, "triton", replace(available, why_missing=lambda: "gone"))
-    assert choose("auto", *on_gpu(torch.bfloat16)).name == "eager"
+    half, double = pairs(dtype=torch.bfloat16), pairs(dtype=torch.float64)
+    assert choose("triton", *half).name == "triton"
+    assert choose("auto", *half).name != "triton"
+    for features in (double, [*half, *double]):
+        with pytest.raises(InputError, match="float64"):
+            choose("triton", *features)
 
 
 def test_triton_is_not_imported_before_it_is_used():
