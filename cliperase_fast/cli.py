@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     unlearn = _command(commands, "unlearn", "make a model forget", _unlearn)
+    unlearn.usage = "cliperase-fast unlearn --model MODEL --data SOURCE --forget SELECTOR --output DIR [settings]"
     _add_model(unlearn)
     unlearn.add_argument("--data", required=True, metavar="SOURCE", help="where the pairs come from, see below")
     unlearn.add_argument("--forget", required=True, metavar="SELECTOR", help="which of them to forget, see below")
@@ -100,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="default: fp32")
 
     demo = _command(commands, "demo", "train a small CLIP and make it forget, from nothing", _demo)
+    demo.usage = "cliperase-fast demo [--data SOURCE] [--forget SELECTOR] [--output DIR] [settings]"
     demo.add_argument("--data", default="demo", metavar="SOURCE", help="what to train on (default: demo, the digits)")
     demo.add_argument("--forget", default="class:seven", metavar="SELECTOR", help="default: class:seven")
     demo.add_argument("--test-data", metavar="SOURCE", help="where to measure (default: the source's test split)")

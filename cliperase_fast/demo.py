@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cliperase_fast import functional
-from cliperase_fast.data import PairDataset, open_source, parse_reference
+from cliperase_fast.data import PairDataset, open_source, parse_reference, select
 from cliperase_fast.models import load_model
 from cliperase_fast.unlearning.api import unlearn
 from cliperase_fast.unlearning.batches import seeded
@@ -86,7 +86,9 @@ def run_demo(
 ) -> UnlearnResult:
     """Train a small CLIP on the source of `forget` (or take it from the cache), then forget what it selects."""
     show = sys.stderr.isatty() if progress is None else progress
-    spec, _ = parse_reference(forget)
+    spec, selector = parse_reference(forget)
+    if selector is not None:
+        select(open_source(spec, seed=seed).train, selector)  # a mistyped class is an error before training
     recipe = recipe_for(spec)
     model = cached_small_clip(spec, recipe, seed=seed, progress=show, cache_dir=cache_dir)
     settings = {**recipe.unlearning, "seed": seed, **overrides}

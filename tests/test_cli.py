@@ -48,6 +48,14 @@ def test_bad_input_exits_with_2_and_one_plain_line(tmp_path, capsys, words, says
     assert not (tmp_path / "run").exists()
 
 
+def test_the_demo_names_a_mistyped_class_before_it_trains(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("CLIPERASE_CACHE", str(tmp_path / "cache"))
+    assert call("demo", "--forget", "class:sevn", "--output", tmp_path / "run") == 2
+    assert "seven" in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_unknown_flag_exits_with_2(tmp_path):
     with pytest.raises(SystemExit) as stop:
         call("unlearn", "--no-such-flag")

@@ -25,7 +25,7 @@ from cliperase_fast.models import ClipAdapter, load_model, merge_lora, set_train
 from cliperase_fast.ops import choose
 from cliperase_fast.unlearning.batches import BatchLoader, BatchPlan, CaptionTable, seeded
 from cliperase_fast.unlearning.checkpoints import Checkpoint, list_checkpoints, load_newest, write_text_atomically
-from cliperase_fast.unlearning.preparation import PreparedData, Split, prepare_data
+from cliperase_fast.unlearning.preparation import PreparedData, Split, open_sets, prepare_data
 from cliperase_fast.unlearning.result import UnlearnResult
 from cliperase_fast.unlearning.runtime import Runtime
 from cliperase_fast.unlearning.selection import Candidate, Selection
@@ -83,10 +83,12 @@ def unlearn(
     _check_directory(directory, resume)
     began = time.perf_counter()
 
+    # Cheap to get wrong, so looked at before a model is fetched or an image read.
+    sets = open_sets(forget, retain, test, settings, templates=templates)
     cut = settings.long_captions == "truncate"
     original = load_model(model, tokenizer=tokenizer, truncate=cut, device=runtime.device)
     original.check_saveable()
-    data = prepare_data(forget, retain, test, settings, templates=templates, progress=show)
+    data = prepare_data(sets, settings, progress=show)
     train_transform, random_transform = _transforms(original, transform, data.train.pairs)
     if random_transform and settings.teacher_cache in ("memory", "disk"):
         raise InputError(

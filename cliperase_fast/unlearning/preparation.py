@@ -55,10 +55,20 @@ class PreparedData:
         return hashlib.sha256("|".join(parts).encode()).hexdigest()
 
 
-def prepare_data(
-    forget: Any, retain: Any, test: Any, config: UnlearnConfig, *, templates: Sequence[str] | None, progress: bool
-) -> PreparedData:
-    """Open, select, check and split.
+@dataclass
+class PairSets:
+    """The pairs as the caller named them, before any image is read."""
+
+    forget: PairDataset
+    retain: PairDataset
+    test: tuple[PairDataset, PairDataset] | None  # (forget, retain), None where they are yet to be held out
+    names: dict[str, str]
+
+
+def open_sets(
+    forget: Any, retain: Any, test: Any, config: UnlearnConfig, *, templates: Sequence[str] | None
+) -> PairSets:
+    """Open and select.
 
     forget: a map-style dataset of (image, caption) pairs, or "SOURCE#SELECTOR".
     retain: a dataset, "SOURCE#SELECTOR", or "rest" for all that `forget` does not select from its source.
@@ -66,23 +76,32 @@ def prepare_data(
     kinds, or a pair (forget test, retain test).
     """
     opener = _Opener(templates, config.seed)
-    forget_train, selector, source = _forget_set(forget, opener)
-    retain_train = _retain_set(retain, forget, selector, source, opener)
-    for pairs, name in ((forget_train, "forget"), (retain_train, "retain")):
+    forget_pairs, selector, source = _forget_set(forget, opener)
+    retain_pairs = _retain_set(retain, forget, selector, source, opener)
+    for pairs, name in ((forget_pairs, "forget"), (retain_pairs, "retain")):
         if len(pairs) == 0:
             raise InputError(f"the {name} set is empty: give at least one (image, caption) pair")
-    retain_train = _without_overlap(forget_train, retain_train, config.overlap)
-    test_sets = _test_sets(test, forget_train, retain_train, selector, source, opener)
+    retain_pairs = _without_overlap(forget_pairs, retain_pairs, config.overlap)
+    test_sets = _test_sets(test, forget_pairs, retain_pairs, selector, source, opener)
+    names = {
+        "forget": forget if isinstance(forget, str) else forget_pairs.name,
+        "retain": retain if isinstance(retain, str) else retain_pairs.name,
+        "test": test if isinstance(test, str) else _test_name(test, test_sets, config),
+    }
+    return PairSets(forget_pairs, retain_pairs, test_sets, names)
 
+
+def prepare_data(sets: PairSets, config: UnlearnConfig, *, progress: bool) -> PreparedData:
+    """Read every image once, leave out or refuse what cannot be read, and hold out validation and test pairs."""
     skipped: list[str] = []
-    forget_train = _readable(forget_train, "forget", config, skipped, progress)
-    retain_train = _readable(retain_train, "retain", config, skipped, progress)
-    if test_sets is None:
+    forget_train = _readable(sets.forget, "forget", config, skipped, progress)
+    retain_train = _readable(sets.retain, "retain", config, skipped, progress)
+    if sets.test is None:
         forget_train, forget_test = _hold_out(forget_train, config.test_fraction, config.seed + 1)
         retain_train, retain_test = _hold_out(retain_train, config.test_fraction, config.seed + 1)
     else:
-        forget_test = _readable(test_sets[0], "forget test", config, skipped, progress)
-        retain_test = _readable(test_sets[1], "retain test", config, skipped, progress)
+        forget_test = _readable(sets.test[0], "forget test", config, skipped, progress)
+        retain_test = _readable(sets.test[1], "retain test", config, skipped, progress)
     forget_train, forget_val = _hold_out(forget_train, config.val_fraction, config.seed)
     retain_train, retain_val = _hold_out(retain_train, config.val_fraction, config.seed)
     return PreparedData(
@@ -90,11 +109,7 @@ def prepare_data(
         validation=Split.of(forget_val, retain_val),
         test=Split.of(forget_test, retain_test),
         skipped=skipped,
-        names={
-            "forget": forget if isinstance(forget, str) else forget_train.name,
-            "retain": retain if isinstance(retain, str) else retain_train.name,
-            "test": test if isinstance(test, str) else _test_name(test, test_sets, config),
-        },
+        names=sets.names,
     )
 
 

@@ -251,6 +251,11 @@ def test_bad_input_is_named_before_anything_is_written(tmp_path, changes, says):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_mistyped_class_is_an_error_before_the_model_is_looked_for():
+    with pytest.raises(InputError, match="seven"):
+        cf.unlearn("ViT-B-32:/absent/weights.pt", "demo#class:sevn", "rest")
+
+
 def test_overlap_is_dropped_on_request():
     result = cf.unlearn(make_tiny_clip(), RED, REST + RED[:3], overlap="drop", **QUICK)
     plain = cf.unlearn(make_tiny_clip(), RED, REST, **QUICK)
