@@ -8,6 +8,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from tiny import QUICK, make_pairs, make_tiny_clip, split_pairs
 
 import cliperase_fast as cf
@@ -361,3 +362,14 @@ def test_batch_norms_keep_the_originals_statistics():
     result = run(model, pairs)
     before, after = state(model), state(result.model)
     assert all(torch.equal(before[name], after[name]) for name in before if "running_" in name)
+
+
+def test_the_result_has_the_weights_of_the_chosen_checkpoint_not_of_the_last(tmp_path):
+    # At this rate the scores get no better while the weights run on, so an early look stays the choice.
+    result = run(output_dir=tmp_path / "run", epochs=8, learning_rate=3e-2)
+    chosen = result.selection["step"]
+    assert chosen < max(line["step"] for line in result.history)
+    (best,) = (tmp_path / "run" / "checkpoints").glob("best-*.safetensors")
+    assert best.name == f"best-{chosen:08d}.safetensors"
+    weights = load_file(best)
+    assert all(torch.equal(parameter, weights[name]) for name, parameter in result.model.named_parameters())
