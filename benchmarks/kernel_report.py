@@ -26,14 +26,26 @@ from cliperase_fast.ops.triton.kernels import backward_kernel, forward_kernel, m
 COMPUTE_CAPABILITY = {8: 80, 9: 90, 10: 100}
 SHARED_MEMORY_KIB = {80: 163, 90: 227, 100: 227}  # CUDA programming guide, most a block can have
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}  # what the products of half precision compile to
-# (plain, masked, teacher): which parts of a kernel a loss needs
+# (plain, masked, teacher, kept): which parts of a kernel a loss needs, and whether similarities stay in memory
 FORMS = {
-    "retention": (1, 0, 0),
-    "retention, groups": (0, 1, 0),
-    "consistency, or both": (1, 0, 1),
-    "both, groups": (1, 1, 1),
+    "retention": (1, 0, 0, 0),
+    "retention, groups": (0, 1, 0, 0),
+    "consistency, or both": (1, 0, 1, 0),
+    "both, groups": (1, 1, 1, 0),
+    "both, groups, kept": (1, 1, 1, 1),
 }
-_FLOATS = ("p_scalars", "p_row", "p_column", "p_partial", "p_merged", "p_softmax", "p_diagonal", "p_out")
+_FLOATS = (
+    "p_scalars",
+    "p_row",
+    "p_column",
+    "p_partial",
+    "p_merged",
+    "p_softmax",
+    "p_diagonal",
+    "p_out",
+    "p_kept",
+    "p_kept_teacher",
+)
 _POINTERS = {"p_group": "*i64", **dict.fromkeys(_FLOATS, "*fp32")}
 
 
@@ -67,14 +79,14 @@ def cases() -> Iterator[Case]:
     for major, by_kind in TABLE.items():
         for (half, narrow), configs in by_kind.items():
             for dtype in ("bf16", "fp16") if half else ("fp32",):
-                for form, (_, masked, _) in FORMS.items():
+                for form, (_, masked, _, _) in FORMS.items():
                     backward = configs.backward_groups if masked else configs.backward
                     for kernel, config in (("forward", configs.forward), ("backward", backward)):
                         yield Case(kernel, form, dtype, narrow, COMPUTE_CAPABILITY[major], config)
 
 
 def compile_case(case: Case) -> Resources:
-    plain, masked, teacher = FORMS[case.form]
+    plain, masked, teacher, kept = FORMS[case.form]
     constants: dict[str, Any] = {
         "PLAIN": plain, "MASKED": masked, "TEACHER": teacher, "EVEN_K": True, "EVEN_K_TEACHER": True,
         "BLOCK_M": case.config.block_m, "BLOCK_N": case.config.block_n, "BLOCK_K": case.config.block_k,
@@ -82,12 +94,13 @@ def compile_case(case: Case) -> Resources:
     }  # fmt: skip
     if case.kernel == "forward":
         kernel = forward_kernel
-        constants["PLANES"] = 2 * (plain + masked) + 3 * teacher
+        constants.update({"PLANES": 2 * (plain + masked) + 3 * teacher, "KEEP": kept})
     else:
         kernel = backward_kernel
-        constants["GROUP_ROWS"] = 8
+        constants.update({"GROUP_ROWS": 8, "KEPT": kept})
     absent = [] if masked else ["p_group"]
     absent += [] if teacher else ["p_teacher_image", "p_teacher_text"]
+    absent += [] if kept else ["p_kept", "p_kept_teacher"]
     constants.update(dict.fromkeys(absent))
     return _compile(kernel, constants, case.dtype, case.target, case.config.warps, case.config.stages)
 

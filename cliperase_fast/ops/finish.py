@@ -91,6 +91,37 @@ def gradient_terms(
     return Terms(student, masked, teacher, diagonal)
 
 
+def unit_terms(
+    state: Tensor,
+    weight_retention: Tensor,
+    weight_consistency: Tensor,
+    has_groups: bool,
+    want_retention: bool,
+    want_consistency: bool,
+    lift: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(softmaxes [terms, 4, N], diagonal [N], unit []): dS / unit, for a backend that rounds it to a half precision.
+
+    The unit is about the largest entry of dS, the larger weight times the largest 1 - P_ii, so that dS keeps its digits
+    whatever the incoming gradients and however far the pairs have converged. No entry is more than 4 lifts: float16 is
+    lifted to its upper range. A softmax is four planes: row anchors, column anchors, row factors, column factors.
+    """
+    weights, used = [], []
+    if want_retention:
+        weights, used = [weight_retention], [RETENTION]
+    if want_consistency:
+        weights, used = [*weights, weight_consistency], [*used, STUDENT, TEACHER]
+    largest = torch.stack(weights).abs().amax() * rest(torch.cat([state[rows] for rows in used])).amax()
+    largest = largest.clamp_min(1e-30)  # its inverse must be a number
+    to_units = lift / largest
+    terms = gradient_terms(
+        state, weight_retention * to_units, weight_consistency * to_units, has_groups, want_retention, want_consistency
+    )
+    softmaxes = [softmax for softmax in terms[:3] if softmax is not None]
+    stacked = torch.stack([torch.cat(tuple(softmax)) for softmax in softmaxes])  # [terms, 4, N]
+    return stacked, terms.diagonal, largest / lift
+
+
 def _softmax(diagonal: Tensor, r: Tensor, weight: Tensor) -> Softmax:
     anchor = diagonal + r.clamp_min(0)  # [2, N]
     return Softmax(anchor, weight * ((anchor - diagonal) - log1p_exp(r)).exp())

@@ -21,6 +21,7 @@ def sweep(
     group_ids: Tensor | None,
     want_retention: bool,
     want_consistency: bool,
+    keep: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """See `ops.sweep.Sweep`. Memory: about ten N x N matrices."""
     dtype = compute_dtype(image, text, teacher_image, teacher_text)

@@ -35,6 +35,8 @@ class Sweep(Protocol):
     off-diagonal pairs of equal id leave the retention (not the consistency).
     Returns (retention, consistency), 0-d in `compute_dtype` of the features; the one that is not wanted is 0.
     The caller has checked all of this.
+    keep: "similarities" may keep them for the backward pass, in bounded memory, "nothing" forms them again, "auto"
+    leaves it to the backend. The results agree to rounding.
     """
 
     def __call__(
@@ -48,6 +50,7 @@ class Sweep(Protocol):
         group_ids: Tensor | None,
         want_retention: bool,
         want_consistency: bool,
+        keep: str = "auto",
     ) -> tuple[Tensor, Tensor]: ...
 
 

@@ -1,6 +1,6 @@
 """The Triton sweep in Triton's interpreter against float64; run by `test_triton_interpreter.py`.
 
-Blocks are 32 x 32 here, so 65 pairs are three blocks, the last of one row, and strip_bytes=1 makes each a strip.
+Blocks are 32 x 32 here, so 65 pairs are three blocks, the last of one row, and strip_rows=1 makes each a strip.
 
 Half precision: dS is rounded to the features' dtype, so a gradient may be off by half an eps of its mass on top of what
 `accuracy_cases.py` allows float32; in float16, entries of dS under 2^-37 of the largest vanish.
@@ -42,7 +42,7 @@ def margins(batch: Batch, truth: Outcome, dtype: torch.dtype) -> dict[str, float
     return allowed
 
 
-def check(batch: Batch, dtype: torch.dtype = torch.float32, **options: int) -> None:
+def check(batch: Batch, dtype: torch.dtype = torch.float32, **options: int | str) -> None:
     """`batch` in `dtype` against float64."""
     batch = batch.to(dtype).to(torch.float64)
     truth = outcome(reference.sweep, batch)
@@ -72,7 +72,7 @@ def some_groups(n: int) -> Tensor:
 def test_every_form_and_size(form, groups, n):
     # widths: 40 and 24 are no multiples of a block's depth
     batch = random_batch(n, width=40, teacher_width=24)
-    check(formed(replace(batch, group_ids=some_groups(n) if groups else None), form), strip_bytes=1)
+    check(formed(replace(batch, group_ids=some_groups(n) if groups else None), form), strip_rows=1)
 
 
 @pytest.mark.parametrize(("width", "teacher_width"), [(16, 64), (64, 40), (1, 3), (96, 33)])
@@ -86,7 +86,48 @@ def test_several_strips_of_several_blocks_and_chunks_of_several_tiles(monkeypatc
     # 130 pairs are five blocks: strips of two blocks forward and backward, chunks of two tiles
     monkeypatch.setattr(triton_sweep, "_PROGRAMS", 6)
     batch = replace(random_batch(130), group_ids=some_groups(130))
-    check(batch, dtype, strip_bytes=2 * 32 * 130 * dtype.itemsize)
+    check(batch, dtype, strip_rows=64)
+
+
+# 96 kept rows are three blocks of 130 pairs' five; a kept strip of two blocks is followed by one of one
+@pytest.mark.parametrize("kept_rows", [96, 130])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kept_similarities_give_what_forming_them_again_gives(monkeypatch, dtype, form, kept_rows):
+    batch = formed(replace(random_batch(130), group_ids=some_groups(130)), form)
+    row_bytes = 4 * 130 * (1 + batch.want_consistency)
+    monkeypatch.setattr(triton_sweep, "keep_bytes", lambda device: row_bytes * (kept_rows + 31))
+    monkeypatch.setattr(triton_sweep, "_KEPT_ROWS", 32)
+    kept = watch_kept(monkeypatch)
+    check(batch, dtype, strip_rows=64, keep="similarities")
+    assert kept == [row_bytes * kept_rows]
+    again, stored = (outcome(sweep, batch.to(dtype), keep=keep, strip_rows=64) for keep in ("auto", "similarities"))
+    assert kept == [row_bytes * kept_rows, 0, row_bytes * kept_rows]
+    for ours, theirs in zip(again.tensors(), stored.tensors(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5 + torch.finfo(dtype).eps, atol=1e-6)
+
+
+def watch_kept(monkeypatch) -> list[int]:
+    """The sizes of what the sweeps from here on keep."""
+    sizes = []
+    forward = triton_sweep._TritonEngine.forward
+
+    def watched(self, *arguments):
+        sums, kept = forward(self, *arguments)
+        sizes.append(kept.numel())
+        return sums, kept
+
+    monkeypatch.setattr(triton_sweep._TritonEngine, "forward", watched)
+    return sizes
+
+
+def test_nothing_is_kept_without_a_backward_pass(monkeypatch):
+    kept = watch_kept(monkeypatch)
+    batch = random_batch(17).to(torch.float32)
+    with torch.no_grad():
+        sweep(*batch.arguments(), keep="similarities")
+    sweep(*batch.arguments(), keep="similarities")
+    assert kept == [0, 0]
 
 
 @pytest.mark.parametrize("groups", ["one", "all different"])
@@ -111,7 +152,7 @@ def test_half_precision_costs_one_rounding_of_ds(name, dtype, scale):
 def test_columns_that_grow_from_strip_to_strip():
     batch = random_batch(65, scale=60.0, teacher_scale=80.0)
     growing = torch.linspace(0.1, 1.0, 65, dtype=torch.float64)[:, None]
-    check(replace(batch, image=batch.image * growing, teacher_image=batch.teacher_image * growing), strip_bytes=1)
+    check(replace(batch, image=batch.image * growing, teacher_image=batch.teacher_image * growing), strip_rows=1)
 
 
 @pytest.mark.parametrize("kind", ["transposed", "every other column", "rows of a wider tensor", "expanded"])
@@ -181,7 +222,7 @@ def test_scale_zero_has_the_gradient_of_the_scale():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_two_runs_are_bitwise_equal(dtype):
     batch = replace(random_batch(65), group_ids=some_groups(65)).to(dtype)
-    first, second = (outcome(sweep, batch, strip_bytes=1) for _ in range(2))
+    first, second = (outcome(sweep, batch, strip_rows=1) for _ in range(2))
     for a, b in zip(first.tensors(), second.tensors(), strict=True):
         assert torch.equal(a, b)
 
@@ -210,7 +251,7 @@ def test_uninitialised_memory_is_never_read(form):
     try:
         assert torch.utils.deterministic.fill_uninitialized_memory
         for groups in (None, some_groups(40)):
-            check(formed(replace(random_batch(40), group_ids=groups), form), strip_bytes=1)
+            check(formed(replace(random_batch(40), group_ids=groups), form), strip_rows=1)
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -282,13 +323,16 @@ def test_the_operator_keeps_the_rules_of_torch_library(variant):
     elif variant == "consistency":
         batch = replace(batch, want_retention=False)
     leaves = [tensor.clone().requires_grad_() for tensor in (batch.image, batch.text, batch.scale)]
-    arguments = (*leaves, *batch.arguments()[3:], 1)
-    torch.library.opcheck(triton_sweep.triton_sweep, arguments)
-    state = triton_sweep.triton_sweep(*arguments)[2].detach()
+    problem = (*leaves, *batch.arguments()[3:])
+    kept_bytes = 4 * 5 * 5 * (1 + batch.want_consistency)
+    ops = torch.ops.cliperase_fast
+    torch.library.opcheck(ops.triton_sweep.default, (*problem, 1, kept_bytes))
+    _, _, state, kept = (output.detach() for output in ops.triton_sweep(*problem, 1, kept_bytes))
     ones = [torch.ones(())] * 2
     frozen = [leaf.detach() for leaf in leaves]
     for need in ((True, True, True), (False, True, False)):
-        torch.library.opcheck(triton_sweep.triton_sweep_backward, (*ones, state, *frozen, *arguments[3:], *need))
+        arguments = (*ones, state, kept, *frozen, *problem[3:], 1, *need)
+        torch.library.opcheck(ops.triton_sweep_backward.default, arguments)
 
 
 def test_it_compiles_into_one_graph():

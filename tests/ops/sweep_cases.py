@@ -84,7 +84,7 @@ def random_batch(
     return Batch(*student, scales[0], *teacher, scales[1])
 
 
-def outcome(sweep: Sweep, batch: Batch, weights: tuple[float, float] = (1.0, 1.0), **options: int) -> Outcome:
+def outcome(sweep: Sweep, batch: Batch, weights: tuple[float, float] = (1.0, 1.0), **options: int | str) -> Outcome:
     """Losses, and the gradients of their weighted sum."""
     leaves = [t.detach().clone().requires_grad_() for t in (batch.image, batch.text, batch.scale)]
     retention, consistency = sweep(*leaves, *batch.arguments()[3:], **options)

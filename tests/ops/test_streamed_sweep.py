@@ -12,8 +12,8 @@ from torch import Tensor
 from cliperase_fast.ops import reference, streaming
 
 
-def assert_same(batch, strip_size: int = 0, weights: tuple[float, float] = (0.7, 1.3)) -> None:
-    streamed = outcome(streaming.sweep, batch, weights, strip_size=strip_size)
+def assert_same(batch, strip_rows: int = 0, weights: tuple[float, float] = (0.7, 1.3)) -> None:
+    streamed = outcome(streaming.sweep, batch, weights, strip_rows=strip_rows)
     eager = outcome(reference.sweep, batch, weights)
     for ours, theirs in zip(streamed.tensors(), eager.tensors(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
@@ -21,13 +21,13 @@ def assert_same(batch, strip_size: int = 0, weights: tuple[float, float] = (0.7,
 
 # 1 and 2: nothing or one thing off the diagonal; 17: a short last strip of 7; 513: many strips, odd
 @pytest.mark.parametrize("n", [1, 2, 17, 513])
-@pytest.mark.parametrize("strip_size", [0, 1, 7, 1000])
+@pytest.mark.parametrize("strip_rows", [0, 1, 7, 1000])
 @pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)], ids=["both", "rm", "kl"])
-def test_streamed_equals_eager(n, strip_size, wanted):
+def test_streamed_equals_eager(n, strip_rows, wanted):
     batch = random_batch(n)
     if not wanted[1]:
         batch = batch.without_teacher()
-    assert_same(replace(batch, want_retention=wanted[0]), strip_size)
+    assert_same(replace(batch, want_retention=wanted[0]), strip_rows)
 
 
 @pytest.mark.parametrize("wanted", [(True, True), (True, False)], ids=["both", "rm"])
@@ -41,7 +41,7 @@ def test_streamed_equals_eager_with_groups(n, groups, wanted):
         "all different": torch.arange(n),
     }[groups]
     batch = random_batch(n) if wanted[1] else random_batch(n).without_teacher()
-    assert_same(replace(batch, group_ids=ids), strip_size=7)
+    assert_same(replace(batch, group_ids=ids), strip_rows=7)
 
 
 def test_streamed_equals_eager_when_columns_grow_from_strip_to_strip():
@@ -49,7 +49,7 @@ def test_streamed_equals_eager_when_columns_grow_from_strip_to_strip():
     batch = random_batch(40, scale=60.0, teacher_scale=80.0)
     growing = torch.linspace(0.1, 1.0, 40, dtype=torch.float64)[:, None]
     batch = replace(batch, image=batch.image * growing, teacher_image=batch.teacher_image * growing)
-    assert_same(batch, strip_size=7)
+    assert_same(batch, strip_rows=7)
 
 
 def strided(tensor: Tensor, kind: str) -> Tensor:
@@ -68,7 +68,7 @@ def test_strides_do_not_matter(kind):
     plain = replace(batch, **{name: tensor.contiguous() for name, tensor in odd.items()})
     expected = outcome(reference.sweep, plain)
     leaves = [odd["image"].requires_grad_(), odd["text"].requires_grad_()]
-    losses = streaming.sweep(*leaves, *replace(batch, **odd).arguments()[2:], strip_size=7)
+    losses = streaming.sweep(*leaves, *replace(batch, **odd).arguments()[2:], strip_rows=7)
     gradients = torch.autograd.grad(sum(losses), leaves)
     for ours, theirs in zip((*losses, *gradients), expected.tensors()[:4], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
@@ -80,7 +80,7 @@ def test_a_single_input_may_need_the_gradient(needed):
     expected = outcome(reference.sweep, batch)
     inputs = {name: getattr(batch, name).clone() for name in ("image", "text", "scale")}
     inputs[needed].requires_grad_()
-    losses = streaming.sweep(*inputs.values(), *batch.arguments()[3:], strip_size=7)
+    losses = streaming.sweep(*inputs.values(), *batch.arguments()[3:], strip_rows=7)
     sum(losses).backward()
     torch.testing.assert_close(inputs[needed].grad, getattr(expected, needed), rtol=1e-10, atol=1e-10)
     assert [name for name, tensor in inputs.items() if tensor.grad is not None] == [needed]
@@ -88,7 +88,7 @@ def test_a_single_input_may_need_the_gradient(needed):
 
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (-2.5, 1e4)])
 def test_incoming_gradients_other_than_one(weights):
-    assert_same(random_batch(17), strip_size=7, weights=weights)
+    assert_same(random_batch(17), strip_rows=7, weights=weights)
 
 
 def test_only_one_of_the_two_losses_is_used():
@@ -151,14 +151,14 @@ def test_scale_zero_has_the_gradient_of_the_scale():
 def test_inputs_are_left_as_they_were():
     batch = replace(random_batch(17), group_ids=torch.arange(17) // 2)
     before = [argument.clone() for argument in batch.arguments()[:7]]
-    outcome(streaming.sweep, batch, strip_size=7)
+    outcome(streaming.sweep, batch, strip_rows=7)
     for argument, copy in zip(batch.arguments()[:7], before, strict=True):
         assert torch.equal(argument, copy)
 
 
 def test_two_runs_are_bitwise_equal():
     batch = replace(random_batch(300), group_ids=torch.arange(300) // 3).to(torch.float32)
-    first, second = (outcome(streaming.sweep, batch, strip_size=64) for _ in range(2))
+    first, second = (outcome(streaming.sweep, batch, strip_rows=64) for _ in range(2))
     for a, b in zip(first.tensors(), second.tensors(), strict=True):
         assert torch.equal(a, b)
 
@@ -166,7 +166,7 @@ def test_two_runs_are_bitwise_equal():
 def test_student_equal_to_its_teacher_has_no_divergence():
     batch = random_batch(17, teacher_width=40).to(torch.float32)
     batch = replace(batch, teacher_image=batch.image, teacher_text=batch.text, teacher_scale=batch.scale)
-    result = outcome(streaming.sweep, replace(batch, want_retention=False), strip_size=7)
+    result = outcome(streaming.sweep, replace(batch, want_retention=False), strip_rows=7)
     assert result.consistency == 0
     assert max(gradient.abs().max() for gradient in (result.image, result.text, result.scale)) < 1e-7
 
@@ -176,7 +176,7 @@ def test_nan_and_infinity_come_out_as_nan_not_as_a_plausible_number():
         for row in (0, 16):
             batch = random_batch(17).to(torch.float32)
             batch.image[row, 3] = bad
-            result = outcome(streaming.sweep, batch, strip_size=7)
+            result = outcome(streaming.sweep, batch, strip_rows=7)
             assert not result.retention.isfinite() and not result.consistency.isfinite()
             assert not result.image.isfinite().all()
 
@@ -186,8 +186,8 @@ def test_uninitialised_memory_is_never_read():
     torch.use_deterministic_algorithms(True)  # with it torch.empty is filled with NaN
     try:
         assert torch.utils.deterministic.fill_uninitialized_memory
-        assert_same(batch, strip_size=7)
-        assert_same(replace(batch.without_teacher(), group_ids=None), strip_size=7)
+        assert_same(batch, strip_rows=7)
+        assert_same(replace(batch.without_teacher(), group_ids=None), strip_rows=7)
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -222,10 +222,11 @@ def test_the_operator_keeps_the_rules_of_torch_library(variant):
     else:
         batch = replace(batch, **VARIANTS[variant])
     leaves = [tensor.clone().requires_grad_() for tensor in (batch.image, batch.text, batch.scale)]
-    arguments = (*leaves, *batch.arguments()[3:], 2)
-    torch.library.opcheck(streaming.streamed_sweep, arguments)
-    state = streaming.streamed_sweep(*arguments)[2].detach()
+    problem = (*leaves, *batch.arguments()[3:])
+    ops = torch.ops.cliperase_fast
+    torch.library.opcheck(ops.torch_sweep.default, (*problem, 2, 0))
+    _, _, state, kept = (output.detach() for output in ops.torch_sweep(*problem, 2, 0))
     ones = [torch.ones((), dtype=state.dtype)] * 2
     frozen = [leaf.detach() for leaf in leaves]
     for need in ((True, True, True), (False, True, False)):
-        torch.library.opcheck(streaming.streamed_sweep_backward, (*ones, state, *frozen, *arguments[3:], *need))
+        torch.library.opcheck(ops.torch_sweep_backward.default, (*ones, state, kept, *frozen, *problem[3:], 2, *need))

@@ -71,10 +71,10 @@ def _store(p_partial, o_partial, m_partial, n, b_max, b_sum, b_gap, KIND: tl.con
 
 @triton.jit(do_not_specialize=["strip_start", "strip_stop", "tiles_per_chunk"])
 def forward_kernel(
-    p_image, p_text, p_teacher_image, p_teacher_text, p_group, p_scalars, p_row, p_column,
+    p_image, p_text, p_teacher_image, p_teacher_text, p_group, p_scalars, p_row, p_column, p_kept, p_kept_teacher,
     strip_start, strip_stop, n, width, teacher_width, tiles_per_chunk,
     stride_image, stride_text, stride_teacher_image, stride_teacher_text,
-    PLAIN: tl.constexpr, MASKED: tl.constexpr, TEACHER: tl.constexpr, PLANES: tl.constexpr,
+    PLAIN: tl.constexpr, MASKED: tl.constexpr, TEACHER: tl.constexpr, PLANES: tl.constexpr, KEEP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
     EVEN_K_TEACHER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -82,7 +82,8 @@ def forward_kernel(
 
     p_scalars: s, s° and the gap's shift, natural units. p_row: [chunks, PLANES, strip rows]; p_column: [row blocks,
     PLANES, n]. Planes, in this order and as far as asked for: PLAIN student (max, sum), MASKED student (max, sum;
-    pairs of one group left out), TEACHER (max, sum, sum of exp2 times S° - S - shift).
+    pairs of one group left out), TEACHER (max, sum, sum of exp2 times S° - S - shift). KEEP: the tiles themselves go to
+    p_kept and p_kept_teacher, [kept rows, n].
     """
     i_block, i_chunk = tl.program_id(0), tl.program_id(1)
     o_row = strip_start + i_block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -112,7 +113,11 @@ def forward_kernel(
             p_image, p_text, o_image, o_safe_column * stride_text, width,
             BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
         ) * b_scale  # fmt: skip
-        m_off = (o_row[:, None] != o_column[None, :]) & m_row[:, None] & m_column[None, :]
+        m_tile = m_row[:, None] & m_column[None, :]
+        m_off = m_tile & (o_row[:, None] != o_column[None, :])
+        if KEEP:
+            o_kept = o_safe_row[:, None] * n + o_column[None, :]
+            tl.store(p_kept + o_kept, b_s, mask=m_tile)
         # Partials of columns: [row blocks, PLANES, n]
         o_partial = i_block.to(tl.int64) * PLANES * n + o_column
         b_tile_gap = b_s
@@ -121,6 +126,8 @@ def forward_kernel(
                 p_teacher_image, p_teacher_text, o_teacher_image, o_safe_column * stride_teacher_text, teacher_width,
                 BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K_TEACHER, PRECISION,
             ) * b_teacher_scale  # fmt: skip
+            if KEEP:
+                tl.store(p_kept_teacher + o_kept, b_t, mask=m_tile)
             b_tile_gap = tl.where(m_off, b_t - b_s - b_shift, 0.0)
             b_t = tl.where(m_off, b_t, _LOWEST)
             b_part_max, b_part_sum, b_part_gap = _along(b_t, b_tile_gap, 1, True)
@@ -204,15 +211,16 @@ def _softmax_gradient(b_tile, p_softmax, o_row, m_row, o_column, m_column, n):
 @triton.jit(do_not_specialize=["strip_start", "strip_stop"])
 def backward_kernel(
     p_image, p_text, p_teacher_image, p_teacher_text, p_group, p_scalars, p_softmax, p_diagonal, p_strip,
-    strip_start, strip_stop, n, width, teacher_width,
+    p_kept, p_kept_teacher, strip_start, strip_stop, n, width, teacher_width,
     stride_image, stride_text, stride_teacher_image, stride_teacher_text,
-    PLAIN: tl.constexpr, MASKED: tl.constexpr, TEACHER: tl.constexpr, GROUP_ROWS: tl.constexpr,
+    PLAIN: tl.constexpr, MASKED: tl.constexpr, TEACHER: tl.constexpr, KEPT: tl.constexpr, GROUP_ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
     EVEN_K_TEACHER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A strip of dL/dS (up to one common factor) in p_strip's dtype, [strip rows, n], all terms together.
 
     p_softmax: [PLAIN + MASKED + TEACHER, 4, n], see `_softmax_gradient`; p_diagonal: [n], the diagonal's own gradient.
+    KEPT: the tiles of S and S° are read where the forward kernel has put them.
     """
     # Programs of GROUP_ROWS row blocks walk the columns together, so that their text tiles are read from the cache.
     blocks_m, blocks_n = tl.cdiv(strip_stop - strip_start, BLOCK_M), tl.cdiv(n, BLOCK_N)
@@ -228,10 +236,15 @@ def backward_kernel(
     o_safe_row = tl.minimum(o_row, n - 1).to(tl.int64)
     o_safe_column = tl.minimum(o_column, n - 1).to(tl.int64)
 
-    b_s = _similarity_tile(
-        p_image, p_text, o_safe_row * stride_image, o_safe_column * stride_text, width,
-        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
-    ) * (tl.load(p_scalars) * _LOG2_E)  # fmt: skip
+    m_tile = m_row[:, None] & m_column[None, :]
+    if KEPT:
+        o_kept = o_safe_row[:, None] * n + o_column[None, :]
+        b_s = tl.load(p_kept + o_kept, mask=m_tile, other=0.0)
+    else:
+        b_s = _similarity_tile(
+            p_image, p_text, o_safe_row * stride_image, o_safe_column * stride_text, width,
+            BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
+        ) * (tl.load(p_scalars) * _LOG2_E)  # fmt: skip
     b_gradient = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if PLAIN:
         b_gradient = _softmax_gradient(b_s, p_softmax, o_row, m_row, o_column, m_column, n)
@@ -240,17 +253,21 @@ def backward_kernel(
         b_masked = _softmax_gradient(b_s, p_softmax + 4 * PLAIN * n, o_row, m_row, o_column, m_column, n)
         b_gradient += tl.where(b_row_group[:, None] == b_column_group[None, :], 0.0, b_masked)
     if TEACHER:
-        b_t = _similarity_tile(
-            p_teacher_image, p_teacher_text, o_safe_row * stride_teacher_image, o_safe_column * stride_teacher_text,
-            teacher_width, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K_TEACHER, PRECISION,
-        ) * (tl.load(p_scalars + 1) * _LOG2_E)  # fmt: skip
+        if KEPT:
+            b_t = tl.load(p_kept_teacher + o_kept, mask=m_tile, other=0.0)
+        else:
+            b_t = _similarity_tile(
+                p_teacher_image, p_teacher_text, o_safe_row * stride_teacher_image,
+                o_safe_column * stride_teacher_text, teacher_width,
+                BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K_TEACHER, PRECISION,
+            ) * (tl.load(p_scalars + 1) * _LOG2_E)  # fmt: skip
         b_gradient += _softmax_gradient(b_t, p_softmax + 4 * (PLAIN + MASKED) * n, o_row, m_row, o_column, m_column, n)
     b_diagonal = tl.load(p_diagonal + o_row, mask=m_row, other=0.0)
     b_gradient = tl.where(o_row[:, None] == o_column[None, :], b_diagonal[:, None], b_gradient)
     p_out = p_strip + (o_row - strip_start).to(tl.int64)[:, None] * n + o_column[None, :]
     if p_strip.dtype.element_ty != tl.float32:
         b_gradient = b_gradient.to(p_strip.dtype.element_ty, fp_downcast_rounding="rtne")
-    tl.store(p_out, b_gradient, mask=m_row[:, None] & m_column[None, :])
+    tl.store(p_out, b_gradient, mask=m_tile)
 
 
 @triton.jit

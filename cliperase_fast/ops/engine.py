@@ -1,0 +1,251 @@
+"""A backend that never holds an N x N matrix brings an `Engine`; `as_sweep` makes the differentiable sweep of it.
+
+The two custom ops of a backend (one each way), their shapes for `torch.compile`, and what is saved between them are the
+same for all, and so are the state and the losses made of the sums (`ops/finish.py`).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from cliperase_fast.errors import InputError
+from cliperase_fast.ops import finish
+from cliperase_fast.ops.sweep import Sweep, compute_dtype, no_autocast
+
+STRIP_VARIABLE = "CLIPERASE_STRIP_MIB"  # memory of the strips of a sweep on a GPU
+KEEP_VARIABLE = "CLIPERASE_KEEP_MIB"  # most that keep="similarities" keeps
+_STRIP_MIB = 128
+_KEEP_MIB = {"cpu": 1024, "cuda": 8192}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The arguments of a sweep, as the caller gave them: any strides, dtypes mixed or not."""
+
+    image: Tensor  # [N, D]
+    text: Tensor  # [N, D]
+    scale: Tensor  # []
+    teacher_image: Tensor | None  # [N, D°], None unless want_consistency
+    teacher_text: Tensor | None  # [N, D°]
+    teacher_scale: Tensor | None  # []
+    group_ids: Tensor | None  # int64 [N], None unless want_retention
+    want_retention: bool
+    want_consistency: bool
+
+    @property
+    def n(self) -> int:
+        return len(self.image)
+
+    @property
+    def masked(self) -> bool:
+        """Whether sums without the pairs of equal group id are wanted."""
+        return self.group_ids is not None
+
+    @property
+    def plain(self) -> bool:
+        """Whether sums over all pairs are wanted."""
+        return self.want_consistency or not self.masked
+
+    def compute_dtype(self) -> torch.dtype:
+        return compute_dtype(self.image, self.text, self.teacher_image, self.teacher_text)
+
+
+class Sums(NamedTuple):
+    """What a forward sweep finds, in the computing dtype and natural units.
+
+    The pairs are [2, N], of the rows and of the columns, and leave the diagonal out: the maximum, and the total of
+    exp(entry - maximum). The teacher's third is the gap, the sum of exp(S° - maximum) (S° - S - shift).
+    """
+
+    diagonal: Tensor  # [N], of S
+    teacher_diagonal: Tensor | None  # [N], of S°
+    shift: Tensor | None  # [], any constant near S° - S
+    student: tuple[Tensor, Tensor] | None  # where problem.plain
+    masked: tuple[Tensor, Tensor] | None  # where problem.masked
+    teacher: tuple[Tensor, Tensor, Tensor] | None
+
+
+class Engine(Protocol):
+    """What a streamed backend does itself."""
+
+    name: str
+
+    def check(self, problem: Problem) -> None:
+        """Raise InputError for what this backend cannot take, before anything runs."""
+        ...
+
+    def kept_bytes(self, problem: Problem, keep: str) -> int:
+        """How many bytes the forward pass keeps for the backward one, 0: none. keep: auto, nothing or similarities."""
+        ...
+
+    def forward(self, problem: Problem, strip_rows: int, kept_bytes: int) -> tuple[Sums, Tensor]:
+        """The sums, and what is kept, uint8 [kept_bytes]. strip_rows: rows formed at a time, 0 for its own choice."""
+        ...
+
+    def backward(
+        self,
+        problem: Problem,
+        state: Tensor,
+        weight_retention: Tensor,
+        weight_consistency: Tensor,
+        strip_rows: int,
+        kept: Tensor,
+        need_image: bool,
+        need_text: bool,
+        need_scale: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of image, text and scale, in their dtypes; an empty tensor for one not needed (but 0-d for scale).
+
+        state [8, N] and the weights [] are as `finish.gradient_terms` takes them.
+        """
+        ...
+
+
+def strip_bytes() -> int:
+    """The memory for strips on a GPU, from the environment."""
+    return _mebibytes(STRIP_VARIABLE, _STRIP_MIB) << 20
+
+
+def keep_bytes(device: torch.device) -> int:
+    """The most that keep="similarities" keeps, from the environment."""
+    return _mebibytes(KEEP_VARIABLE, _KEEP_MIB.get(device.type, _KEEP_MIB["cpu"])) << 20
+
+
+def _mebibytes(variable: str, default: int) -> int:
+    text = os.environ.get(variable) or str(default)
+    if not text.isdecimal() or int(text) == 0:
+        raise InputError(f"{variable}={text} must be a whole number of MiB, at least 1; unset it for {default}")
+    return int(text)
+
+
+_ARGUMENTS = (
+    "Tensor image, Tensor text, Tensor logit_scale, Tensor? teacher_image, Tensor? teacher_text, "
+    "Tensor? teacher_logit_scale, Tensor? group_ids, bool want_retention, bool want_consistency, int strip_rows"
+)
+_FORWARD_SCHEMA = f"({_ARGUMENTS}, int kept_bytes) -> (Tensor, Tensor, Tensor, Tensor)"
+_BACKWARD_SCHEMA = (
+    f"(Tensor grad_retention, Tensor grad_consistency, Tensor state, Tensor kept, {_ARGUMENTS}, "
+    "bool need_image, bool need_text, bool need_scale) -> (Tensor, Tensor, Tensor)"
+)
+_PROBLEM = 9  # how many of the arguments make the problem
+
+
+def as_sweep(engine: Engine) -> Sweep:
+    """Register the custom ops `cliperase_fast::NAME_sweep` and `..._backward`; returns the sweep on them.
+
+    The ops return (retention, consistency, state [8, N], kept uint8) and the gradients. Called once an engine.
+    """
+
+    def run_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        problem = Problem(*arguments[:_PROBLEM])
+        strip_rows, kept_bytes = arguments[_PROBLEM:]
+        with no_autocast(problem.image):
+            sums, kept = engine.forward(problem, strip_rows, kept_bytes)
+            retention, consistency, state = _finish(sums, problem)
+        return retention, consistency, state, kept
+
+    def run_backward(
+        grad_retention: Tensor, grad_consistency: Tensor, state: Tensor, kept: Tensor, *arguments: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        problem, strip_rows = Problem(*arguments[:_PROBLEM]), arguments[_PROBLEM]
+        weight_retention, weight_consistency = 0.5 * grad_retention / problem.n, grad_consistency / problem.n
+        with no_autocast(problem.image):
+            return engine.backward(
+                problem, state, weight_retention, weight_consistency, strip_rows, kept, *arguments[-3:]
+            )
+
+    forward_op = torch.library.custom_op(
+        f"cliperase_fast::{engine.name}_sweep", run_forward, mutates_args=(), schema=_FORWARD_SCHEMA
+    )
+    backward_op = torch.library.custom_op(
+        f"cliperase_fast::{engine.name}_sweep_backward", run_backward, mutates_args=(), schema=_BACKWARD_SCHEMA
+    )
+    forward_op.register_fake(_fake_forward)
+    backward_op.register_fake(_fake_backward)
+
+    def backward(
+        ctx: Any, grad_retention: Tensor, grad_consistency: Tensor, _state: Tensor | None, _kept: Tensor | None
+    ) -> tuple[Any, ...]:
+        state, kept, *tensors = ctx.saved_tensors
+        need = ctx.needs_input_grad[:3]
+        gradients = backward_op(grad_retention, grad_consistency, state, kept, *tensors, *ctx.wants, *need)
+        wanted = (gradient if needed else None for gradient, needed in zip(gradients, need, strict=True))
+        return *wanted, *[None] * 8
+
+    forward_op.register_autograd(backward, setup_context=_keep_for_backward)
+
+    def sweep(
+        image: Tensor,
+        text: Tensor,
+        logit_scale: Tensor,
+        teacher_image: Tensor | None,
+        teacher_text: Tensor | None,
+        teacher_logit_scale: Tensor | None,
+        group_ids: Tensor | None,
+        want_retention: bool,
+        want_consistency: bool,
+        keep: str = "auto",
+        strip_rows: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        """See `ops.sweep.Sweep`. strip_rows: rows formed at a time; 0: as many as the memory budget gives."""
+        arguments = (
+            image, text, logit_scale, teacher_image, teacher_text, teacher_logit_scale,
+            group_ids if want_retention else None, want_retention, want_consistency,
+        )  # fmt: skip
+        problem = Problem(*arguments)
+        engine.check(problem)
+        differentiable = image.requires_grad or text.requires_grad or logit_scale.requires_grad
+        kept_bytes = engine.kept_bytes(problem, keep) if differentiable and torch.is_grad_enabled() else 0
+        retention, consistency, _, _ = forward_op(*arguments, strip_rows, kept_bytes)
+        return retention, consistency
+
+    return sweep
+
+
+def _finish(sums: Sums, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """(retention, consistency, state [8, N]); see `ops/finish.py` for the state."""
+    state = sums.diagonal.new_zeros(8, problem.n)
+    state[finish.DIAGONAL] = sums.diagonal
+    if sums.student is not None:
+        state[finish.STUDENT] = state[finish.RETENTION] = finish.log_odds(*sums.student, sums.diagonal)
+    if sums.masked is not None:
+        state[finish.RETENTION] = finish.log_odds(*sums.masked, sums.diagonal)
+    mean_gap = None
+    if sums.teacher is not None and sums.teacher_diagonal is not None:
+        maximum, total, gap = sums.teacher
+        state[finish.TEACHER_DIAGONAL] = sums.teacher_diagonal
+        state[finish.TEACHER] = finish.log_odds(maximum, total, sums.teacher_diagonal)
+        mean_gap = gap / total
+    retention, consistency = finish.losses(
+        state, mean_gap, sums.shift, problem.want_retention, problem.want_consistency
+    )
+    return retention, consistency, state
+
+
+def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    problem = Problem(*arguments[:_PROBLEM])
+    state = problem.image.new_empty((8, problem.n), dtype=problem.compute_dtype())
+    return state.new_empty(()), state.new_empty(()), state, state.new_empty(arguments[-1], dtype=torch.uint8)
+
+
+def _fake_backward(
+    grad_retention: Tensor, grad_consistency: Tensor, state: Tensor, kept: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    image, text, scale = arguments[:3]
+    need_image, need_text = arguments[-3:-1]
+    return (
+        image.new_empty(image.shape if need_image else (0,)),
+        text.new_empty(text.shape if need_text else (0,)),
+        scale.new_empty(()),
+    )
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, want_retention, want_consistency, strip_rows, _ = inputs
+    ctx.wants = (want_retention, want_consistency, strip_rows)
+    ctx.save_for_backward(output[2], output[3], *tensors)
