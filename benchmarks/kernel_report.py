@@ -21,7 +21,14 @@ from triton.compiler import ASTSource
 
 from benchmarks.machine import RESULTS, describe
 from cliperase_fast.ops.triton.configs import TABLE, Config
-from cliperase_fast.ops.triton.kernels import backward_kernel, forward_kernel, merge_kernel, pair_dot_kernel
+from cliperase_fast.ops.triton.features import WIDEST, features_kl_launch, features_kl_warps
+from cliperase_fast.ops.triton.kernels import (
+    backward_kernel,
+    features_kl_kernel,
+    forward_kernel,
+    merge_kernel,
+    pair_dot_kernel,
+)
 
 COMPUTE_CAPABILITY = {8: 80, 9: 90, 10: 100}
 SHARED_MEMORY_KIB = {80: 163, 90: 227, 100: 227}  # CUDA programming guide, most a block can have
@@ -62,8 +69,9 @@ class Case:
 
     @property
     def tensor_cores(self) -> str | None:
-        """The instruction its products must use; None for IEEE float32, which has none."""
-        return None if self.dtype == "fp32" else TENSOR_CORES[self.target]
+        """The instruction its products must use; None for IEEE float32, which has none, and where none are left."""
+        reads_products = self.kernel == "backward" and self.form.endswith("kept")
+        return None if self.dtype == "fp32" or reads_products else TENSOR_CORES[self.target]
 
 
 @dataclass(frozen=True)
@@ -111,6 +119,18 @@ def compile_small(target: int) -> dict[str, Resources]:
     return {
         "merge": _compile(merge_kernel, merge, "fp32", target, 4, 3),
         "pair_dot": _compile(pair_dot_kernel, {"BLOCK_M": 16, "BLOCK_K": 256}, "bf16", target, 4, 3),
+        **{
+            f"features_kl, {'backward' if backward else 'forward'}, width {block}": _compile(
+                features_kl_kernel,
+                {"BACKWARD": backward, **features_kl_launch(block), **absent},
+                "bf16",
+                target,
+                features_kl_warps(block),
+                3,
+            )
+            for block in (1024, WIDEST)
+            for backward, absent in ((False, {"p_gradient": None, "p_weight": None}), (True, {"p_kl": None}))
+        },
     }
 
 

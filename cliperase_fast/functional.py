@@ -29,6 +29,7 @@ from cliperase_fast.config import CONSISTENCY_MODES, FORGET_LOSSES
 from cliperase_fast.errors import InputError
 from cliperase_fast.ops import choose, compute_dtype, no_autocast
 
+_KEEP_MODES = ("auto", "nothing", "similarities")
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -59,6 +60,7 @@ def cliperase_loss(
     consistency: str = "logits",
     group_ids: Tensor | None = None,
     backend: str = "auto",
+    keep: str = "auto",
 ) -> LossTerms:
     """The CLIPErase loss of a forget batch and a retain batch (arXiv 2410.23330, section 3).
 
@@ -77,11 +79,15 @@ def cliperase_loss(
         texts; the diagonals, each feature with itself, stay in.
     group_ids: int64 [N]; retain pairs of equal id are no negatives of each other in RM (CM keeps them).
     backend: see `cliperase_fast.backends()`.
+    keep: speed against memory, the same results to rounding: "similarities" lets the forward pass keep them, within
+        CLIPERASE_KEEP_MIB, so that the backward pass need not form them again; "nothing"; "auto" as measured best.
+        Backends without the choice take no notice.
 
     Returns LossTerms(total, retain, forget, consistency). An empty batch gives 0 with zero gradients.
     Raises InputError before computing anything when an argument is not as above.
     """
     check_options(lambda_retain, lambda_forget, lambda_consistency, forget, margin, consistency)
+    check_keep(keep)
     _check_pairs("forget_image", forget_image, "forget_text", forget_text)
     _check_pairs("retain_image", retain_image, "retain_text", retain_text)
     _check_device("forget_image", forget_image, "retain_image", retain_image)
@@ -110,17 +116,17 @@ def cliperase_loss(
         if lambda_retain > 0 or fused:
             teacher = (teacher_image, teacher_text, teacher_scale) if fused else (None, None, None)
             retain_term, consistency_term = _sweep(
-                retain_image, retain_text, scale, *teacher, group_ids, lambda_retain > 0, fused, backend
+                retain_image, retain_text, scale, *teacher, group_ids, lambda_retain > 0, fused, backend, keep
             )
         if lambda_forget > 0:
-            forget_term = _forget(forget_image, forget_text, scale, forget, margin, backend)
+            forget_term = _forget(forget_image, forget_text, scale, forget, margin, backend, keep)
         if lambda_consistency > 0 and not fused:
             for student, frozen in ((retain_image, teacher_image), (retain_text, teacher_text)):
                 assert frozen is not None and teacher_scale is not None
                 if consistency == "features":
-                    divergence = _features_kl(student, frozen)
+                    divergence = _features_kl(student, frozen, backend)
                 else:
-                    divergence = _intra_kl(student, scale, frozen, teacher_scale, backend)
+                    divergence = _intra_kl(student, scale, frozen, teacher_scale, backend, keep)
                 consistency_term = consistency_term + divergence
         total = lambda_retain * retain_term + lambda_forget * forget_term + lambda_consistency * consistency_term
     return LossTerms(total, retain_term, forget_term, consistency_term)
@@ -133,6 +139,7 @@ def clip_loss(
     *,
     group_ids: Tensor | None = None,
     backend: str = "auto",
+    keep: str = "auto",
 ) -> Tensor:
     """The symmetric contrastive loss of CLIP (arXiv 2103.00020, figure 3): RM above, open_clip's ClipLoss.
 
@@ -141,11 +148,12 @@ def clip_loss(
     group_ids: int64 [N]; pairs of equal id (same caption, same class) are no negatives of each other.
     Returns a 0-d tensor, 0 for N = 0. Raises InputError before computing when an argument is not as above.
     """
+    check_keep(keep)
     _check_pairs("image_features", image_features, "text_features", text_features)
     _check_group_ids(group_ids, "image_features", image_features)
     scale = _as_scale("logit_scale", logit_scale, image_features)
     with no_autocast(image_features):
-        return _sweep(image_features, text_features, scale, None, None, None, group_ids, True, False, backend)[0]
+        return _sweep(image_features, text_features, scale, None, None, None, group_ids, True, False, backend, keep)[0]
 
 
 def similarity_kl(
@@ -157,6 +165,7 @@ def similarity_kl(
     teacher_logit_scale: Tensor | float,
     *,
     backend: str = "auto",
+    keep: str = "auto",
 ) -> Tensor:
     """KL divergence from a frozen teacher's similarities to the student's, rows plus columns, CM above.
 
@@ -165,6 +174,7 @@ def similarity_kl(
     logit_scale, teacher_logit_scale: numbers or tensors of one element, already exponentiated.
     Returns a 0-d tensor, 0 for N = 0. Raises InputError before computing when an argument is not as above.
     """
+    check_keep(keep)
     _check_pairs("image_features", image_features, "text_features", text_features)
     scale = _as_scale("logit_scale", logit_scale, image_features)
     teacher_scale = _check_teacher("image_features", image_features, teacher_image, teacher_text, teacher_logit_scale)
@@ -180,6 +190,7 @@ def similarity_kl(
             False,
             True,
             backend,
+            keep,
         )[1]
 
 
@@ -194,6 +205,7 @@ def _sweep(
     want_retention: bool,
     want_consistency: bool,
     backend: str,
+    keep: str,
 ) -> tuple[Tensor, Tensor]:
     """The chosen backend's (retention, consistency); for an empty batch zeros that carry (zero) gradients."""
     sweep = choose(backend, image, text, teacher_image, teacher_text).load()
@@ -211,12 +223,13 @@ def _sweep(
         group_ids,
         want_retention,
         want_consistency,
+        keep,
     )
 
 
-def _forget(image: Tensor, text: Tensor, scale: Tensor, forget: str, margin: float, backend: str) -> Tensor:
+def _forget(image: Tensor, text: Tensor, scale: Tensor, forget: str, margin: float, backend: str, keep: str) -> Tensor:
     if forget == "contrastive":
-        return -_sweep(image, text, scale, None, None, None, None, True, False, backend)[0]
+        return -_sweep(image, text, scale, None, None, None, None, True, False, backend, keep)[0]
     dtype = compute_dtype(image, text)
     cosine = (image.to(dtype) * text.to(dtype)).sum(1)  # [M]
     if forget == "hinge":
@@ -224,16 +237,16 @@ def _forget(image: Tensor, text: Tensor, scale: Tensor, forget: str, margin: flo
     return cosine.sum() / max(len(cosine), 1)
 
 
-def _features_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    dtype = compute_dtype(student, teacher)
-    log_p = F.log_softmax(student.to(dtype), 1)  # [N, D]
-    log_p_teacher = F.log_softmax(teacher.to(dtype), 1)  # [N, D]
-    return F.kl_div(log_p, log_p_teacher, reduction="sum", log_target=True) / max(len(student), 1)
+def _features_kl(student: Tensor, teacher: Tensor, backend: str) -> Tensor:
+    features_kl = choose(backend, student, teacher).load_features_kl()
+    return features_kl(student, teacher) if len(student) else student.sum(dtype=compute_dtype(student, teacher))
 
 
-def _intra_kl(student: Tensor, scale: Tensor, teacher: Tensor, teacher_scale: Tensor, backend: str) -> Tensor:
+def _intra_kl(
+    student: Tensor, scale: Tensor, teacher: Tensor, teacher_scale: Tensor, backend: str, keep: str
+) -> Tensor:
     """mean_i KL(softmax(s° F° F°ᵀ)_i || softmax(s F Fᵀ)_i): symmetric, so half of rows plus columns."""
-    both = _sweep(student, student, scale, teacher, teacher, teacher_scale, None, False, True, backend)[1]
+    both = _sweep(student, student, scale, teacher, teacher, teacher_scale, None, False, True, backend, keep)[1]
     return 0.5 * both
 
 
@@ -266,6 +279,11 @@ def check_options(
             raise InputError(f"{name}={value!r} is not known; {hint}")
     if not -1 <= margin <= 1:
         raise InputError(f"margin={margin} is a cosine: it must lie between -1 and 1")
+
+
+def check_keep(keep: str) -> None:
+    if keep not in _KEEP_MODES:
+        raise InputError(f"keep={keep!r} is not known; use one of {', '.join(_KEEP_MODES)}")
 
 
 def _shape(tensor: Tensor) -> str:

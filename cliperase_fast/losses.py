@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from cliperase_fast.functional import LossTerms, check_options, cliperase_loss
+from cliperase_fast.functional import LossTerms, check_keep, check_options, cliperase_loss
 
 
 class CLIPEraseLoss(nn.Module):
@@ -24,9 +24,11 @@ class CLIPEraseLoss(nn.Module):
         margin: float = 0.0,
         consistency: str = "logits",
         backend: str = "auto",
+        keep: str = "auto",
     ) -> None:
         super().__init__()
         check_options(lambda_retain, lambda_forget, lambda_consistency, forget, margin, consistency)
+        check_keep(keep)
         self.lambda_retain = lambda_retain
         self.lambda_forget = lambda_forget
         self.lambda_consistency = lambda_consistency
@@ -34,6 +36,7 @@ class CLIPEraseLoss(nn.Module):
         self.margin = margin
         self.consistency = consistency
         self.backend = backend
+        self.keep = keep
 
     def forward(
         self,
@@ -59,6 +62,7 @@ class CLIPEraseLoss(nn.Module):
             lambda_retain=self.lambda_retain, lambda_forget=self.lambda_forget,
             lambda_consistency=self.lambda_consistency, forget=self.forget, margin=self.margin,
             consistency=self.consistency, group_ids=group_ids, backend=self.backend,
+            keep=self.keep,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -66,5 +70,5 @@ class CLIPEraseLoss(nn.Module):
         return (
             f"lambda_retain={self.lambda_retain}, lambda_forget={self.lambda_forget}, "
             f"lambda_consistency={self.lambda_consistency}, forget={self.forget!r}{margin}, "
-            f"consistency={self.consistency!r}, backend={self.backend!r}"
+            f"consistency={self.consistency!r}, backend={self.backend!r}, keep={self.keep!r}"
         )

@@ -385,6 +385,7 @@ I64 = torch.int64
         wrong("lambda_retain=nan must be", lambda_retain=float("nan")),
         wrong("are all 0: nothing would be trained", lambda_retain=0, lambda_forget=0, lambda_consistency=0),
         wrong("backend='gpu' is not a backend", backend="gpu", lambda_retain=0, lambda_consistency=0),
+        wrong("keep='all' is not known; use one of auto, nothing, similarities", keep="all"),
     ],
 )  # fmt: skip
 def test_wrong_input_is_named_before_anything_is_computed(monkeypatch, changes, match):
@@ -413,3 +414,9 @@ def test_wrong_input_of_the_smaller_functions_is_named_with_their_own_names():
         similarity_kl(image, text, 1.0, image, text.clone().requires_grad_(), 1.0)
     with pytest.raises(InputError, match="not a backend"):
         clip_loss(image, text, 1.0, backend="none")
+    for call in (
+        lambda: clip_loss(image, text, 1.0, keep="x"),
+        lambda: similarity_kl(image, text, 1.0, image, text, 1.0, keep="x"),
+    ):
+        with pytest.raises(InputError, match="keep='x' is not known"):
+            call()

@@ -47,6 +47,7 @@ def test_the_weights_are_the_first_three_arguments():
         ({"consistency": "logit"}, "did you mean 'logits'"),
         ({"lambda_retain": -1.0}, "lambda_retain=-1.0 must be"),
         ({"margin": 2.0}, "margin=2.0"),
+        ({"keep": "some"}, "keep='some' is not known"),
         ({"lambda_retain": 0, "lambda_forget": 0, "lambda_consistency": 0}, "nothing would be trained"),
     ],
 )
@@ -63,6 +64,12 @@ def test_it_has_no_state_and_survives_pickling():
 
 def test_its_repr_shows_the_options():
     text = repr(CLIPEraseLoss(2.0, forget="hinge", margin=0.1, consistency="intra"))
-    for part in ("lambda_retain=2.0", "forget='hinge', margin=0.1", "consistency='intra'", "backend='auto'"):
+    for part in (
+        "lambda_retain=2.0",
+        "forget='hinge', margin=0.1",
+        "consistency='intra'",
+        "backend='auto'",
+        "keep='auto'",
+    ):
         assert part in text
     assert "margin" not in repr(CLIPEraseLoss())

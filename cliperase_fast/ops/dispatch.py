@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cliperase_fast.errors import InputError
-from cliperase_fast.ops.sweep import Sweep
+from cliperase_fast.ops.sweep import FeaturesKl, Sweep
 
 ENVIRONMENT_VARIABLE = "CLIPERASE_BACKEND"
 
@@ -35,6 +35,18 @@ def _load_triton() -> Sweep:
     from cliperase_fast.ops.triton.sweep import sweep
 
     return sweep
+
+
+def _load_plain_features_kl() -> FeaturesKl:
+    from cliperase_fast.ops.reference import features_kl
+
+    return features_kl
+
+
+def _load_triton_features_kl() -> FeaturesKl:
+    from cliperase_fast.ops.triton.features import features_kl
+
+    return features_kl
 
 
 def _always_available() -> str | None:
@@ -78,6 +90,7 @@ class Backend:
     devices: tuple[str, ...] | None = None  # device types it runs on; None: any
     dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     why_missing: Callable[[], str | None] = _always_available  # why it cannot run here; None when it can
+    load_features_kl: Callable[[], FeaturesKl] = _load_plain_features_kl
 
 
 REGISTRY: dict[str, Backend] = {
@@ -92,6 +105,7 @@ REGISTRY: dict[str, Backend] = {
             devices=("cuda", "cpu") if _interprets_triton() else ("cuda",),
             dtypes=(torch.float16, torch.bfloat16, torch.float32),
             why_missing=_why_no_triton,
+            load_features_kl=_load_triton_features_kl,
         ),
     )
 }

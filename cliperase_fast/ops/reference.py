@@ -6,6 +6,7 @@ The other backends are tested against it.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cliperase_fast.ops.sweep import compute_dtype
@@ -66,3 +67,11 @@ def _divergence_rows(similarity: Tensor, teacher: Tensor, diagonal: Tensor) -> T
     normaliser_teacher = _log1p_exp(shifted_teacher.logsumexp(1))  # [N]
     p_teacher = (shifted_teacher - normaliser_teacher[:, None]).exp()  # [N, N], 0 on the diagonal
     return (p_teacher * (shifted_teacher - shifted)).sum(1) - normaliser_teacher + normaliser  # [N]
+
+
+def features_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """mean_i KL(softmax(teacher_i) || softmax(student_i)) over the width, [] ; student, teacher: [N, D], N may be 0."""
+    dtype = compute_dtype(student, teacher)
+    log_p = F.log_softmax(student.to(dtype), 1)  # [N, D]
+    log_p_teacher = F.log_softmax(teacher.to(dtype), 1)  # [N, D]
+    return F.kl_div(log_p, log_p_teacher, reduction="sum", log_target=True) / max(len(student), 1)

@@ -54,6 +54,15 @@ class Sweep(Protocol):
     ) -> tuple[Tensor, Tensor]: ...
 
 
+class FeaturesKl(Protocol):
+    """mean_i KL(softmax(teacher_i) || softmax(student_i)), softmax over the width; differentiable in the student only.
+
+    student, teacher: [N, D], N >= 1. Returns a 0-d tensor in `compute_dtype` of the features.
+    """
+
+    def __call__(self, student: Tensor, teacher: Tensor) -> Tensor: ...
+
+
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """The dtype in which these features are computed: the widest of theirs, and at least float32."""
     dtype = torch.float32

@@ -19,6 +19,7 @@ from torch import Tensor
 from cliperase_fast import functional
 from cliperase_fast.errors import InputError
 from cliperase_fast.ops import backends, choose, reference
+from cliperase_fast.ops.triton import features
 from cliperase_fast.ops.triton import sweep as triton_sweep
 from cliperase_fast.ops.triton.sweep import sweep
 
@@ -299,6 +300,91 @@ def test_the_public_loss_in_all_its_options(forget, consistency):
         gradients.append([tensor.grad for tensor in (*leaves, scale)])
     torch.testing.assert_close(*terms, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
+
+
+# 1: one entry; 40: less than a block; 2048 fills a block of one row; 3000 is more than one row's share of the registers
+@pytest.mark.parametrize(("n", "width"), [(1, 1), (33, 40), (5, 2048), (3, 3000)])
+@pytest.mark.parametrize("size", ["normalised", "large"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_divergence_of_features_is_exact_where_it_is_tiny_too(dtype, size, n, width):
+    batch = random_batch(n, width=width, teacher_width=width)
+    factor = 30.0 if size == "large" else 1.0
+    student, teacher = ((tensor * factor).to(dtype) for tensor in (batch.image, batch.teacher_image))
+    losses, gradients = [], []
+    for function, tensor in ((features.features_kl, student), (reference.features_kl, student.double())):
+        leaf = tensor.clone().requires_grad_()
+        loss = function(leaf, teacher.to(leaf.dtype))
+        (2.5 * loss).backward()
+        losses.append(loss.detach())
+        gradients.append(leaf.grad)
+    assert losses[0].dtype == torch.float32 and gradients[0].dtype == dtype
+    torch.testing.assert_close(losses[0].double(), losses[1], rtol=3e-6, atol=1e-12)
+    eps = torch.finfo(dtype).eps
+    smallest = torch.finfo(dtype).tiny * eps  # float16 has no smaller numbers
+    largest = gradients[1].abs().max().item()
+    torch.testing.assert_close(gradients[0].double(), gradients[1], rtol=eps, atol=4e-6 * largest + smallest)
+
+
+@pytest.mark.parametrize("kind", ["transposed", "expanded", "sliced"])
+def test_the_divergence_of_features_takes_any_strides(kind):
+    full = random_batch(24, width=24, teacher_width=24).to(torch.float32)
+    student = {"transposed": full.image.T, "expanded": full.image[:1].expand(24, 24), "sliced": full.image[::2, 1::2]}
+    teacher = full.teacher_image[: len(student[kind]), : student[kind].shape[1]]
+    expected = reference.features_kl(student[kind].double(), teacher.double())
+    torch.testing.assert_close(features.features_kl(student[kind], teacher).double(), expected, rtol=1e-5, atol=1e-12)
+
+
+def test_the_divergence_of_equal_features_is_zero_and_of_wide_ones_is_left_to_torch():
+    student = torch.randn(3, 40, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    loss = features.features_kl(student, student.detach())
+    loss.backward()
+    assert loss == 0 and student.grad.abs().max() < 1e-8
+    wide = torch.randn(2, 20000, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(features.features_kl(wide, wide.flip(0)), reference.features_kl(wide, wide.flip(0)))
+
+
+def test_the_divergence_of_features_keeps_the_rules_of_torch_library_and_compiles_into_one_graph():
+    student, teacher = (t.to(torch.float32).detach() for t in (random_batch(5).image, random_batch(5, seed=1).image))
+    ops = torch.ops.cliperase_fast
+    torch.library.opcheck(ops.triton_features_kl.default, (student.clone().requires_grad_(), teacher))
+    torch.library.opcheck(ops.triton_features_kl_backward.default, (torch.tensor(2.0), student, teacher))
+    compiled = torch.compile(features.features_kl, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(student, teacher), features.features_kl(student, teacher))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_nan_and_infinity_show_in_the_divergence_of_features(bad):
+    student, teacher = (t.to(torch.float32) for t in (random_batch(5).image, random_batch(5, seed=1).image))
+    student[3, 2] = bad
+    assert not features.features_kl(student, teacher).isfinite()
+
+
+def test_autocast_around_the_losses_changes_nothing():
+    batch = random_batch(17, teacher_width=40).to(torch.float32)
+    for consistency in ("logits", "intra", "features"):
+        results = []
+        for enabled in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                leaf = batch.image.clone().requires_grad_()
+                terms = functional.cliperase_loss(
+                    leaf[:3], batch.text[:3], leaf, batch.text, batch.teacher_image, batch.teacher_text,
+                    batch.scale, 9.0, consistency=consistency, backend="triton",
+                )  # fmt: skip
+                terms.total.backward()
+            results.append((*terms, leaf.grad))
+        for plain, under_autocast in zip(*results, strict=True):
+            assert torch.equal(plain, under_autocast)
+
+
+def test_an_empty_batch_has_no_divergence_and_zero_gradients():
+    empty = torch.zeros(0, 8, requires_grad=True)
+    for consistency in ("logits", "intra", "features"):
+        terms = functional.cliperase_loss(
+            empty, empty, empty, empty, empty.detach(), empty.detach(), 1.0, 1.0, consistency=consistency,
+            backend="triton",
+        )  # fmt: skip
+        (gradient,) = torch.autograd.grad(terms.total, empty)
+        assert terms.total == 0 and gradient.shape == (0, 8)
 
 
 def test_float64_is_refused_in_words():

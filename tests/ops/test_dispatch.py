@@ -92,10 +92,10 @@ def test_the_chosen_backend_is_the_one_that_runs(monkeypatch):
         return reference.sweep(*arguments)
 
     monkeypatch.setitem(dispatch.REGISTRY, "spy", Backend("spy", lambda: sweep, ""))
-    functional.clip_loss(*pairs(), 1.0, backend="spy")
+    functional.clip_loss(*pairs(), 1.0, backend="spy", keep="nothing")
     monkeypatch.setenv("CLIPERASE_BACKEND", "spy")
     functional.similarity_kl(*pairs(), 1.0, *pairs(), 1.0)
-    assert calls == [(True, False), (False, True)]
+    assert calls == [(True, False, "nothing"), (False, True, "auto")]
 
 
 def test_backends_maps_names_to_what_is_known_of_them(broken):

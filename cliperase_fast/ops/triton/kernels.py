@@ -287,3 +287,59 @@ def pair_dot_kernel(
         b_right = tl.load(p_right + (o_safe_row * stride_right)[:, None] + o_k[None, :], mask=m_k, other=0.0)
         b_sum += tl.sum(b_left.to(tl.float32) * b_right.to(tl.float32), 1)
     tl.store(p_out + o_row, b_sum, mask=m_row)
+
+
+@triton.jit
+def _expm1(b_x):
+    """exp(x) - 1; the series near 0, where the difference would lose its digits."""
+    b_series = b_x * (1 + b_x * (1 / 2 + b_x * (1 / 6 + b_x * (1 / 24 + b_x * (1 / 120 + b_x * (1 / 720))))))
+    return tl.where(tl.abs(b_x) < 0.3, b_series, tl.exp2(b_x * _LOG2_E) - 1)
+
+
+@triton.jit
+def _excess(b_x):
+    """exp(x) - 1 - x, likewise."""
+    b_inner = 1 / 24 + b_x * (1 / 120 + b_x * (1 / 720 + b_x * (1 / 5040)))
+    b_series = b_x * b_x * (1 / 2 + b_x * (1 / 6 + b_x * b_inner))
+    return tl.where(tl.abs(b_x) < 0.3, b_series, tl.exp2(b_x * _LOG2_E) - 1 - b_x)
+
+
+@triton.jit
+def features_kl_kernel(
+    p_student, p_teacher, p_kl, p_gradient, p_weight, n, width,
+    stride_student, stride_student_k, stride_teacher, stride_teacher_k,
+    BACKWARD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """KL of the softmaxes over the width, kl[i] of ROWS rows a program; BACKWARD: weight times its gradient [n, width].
+
+    With the gaps g_j = x°_j - x_j, E the mean under p° = softmax(x°) and c_j = g_j - E[g],
+
+        KL(p° || p) = E[g] + log E[exp(-g)] = log(1 + E[exp(-c) - 1 + c])
+
+    where every term of the last mean is positive: nothing cancels, though KLs of normalised features are tiny. The
+    gradient with respect to x_j is p_j - p°_j = p°_j (exp(-c_j - KL) - 1).
+    """
+    o_row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    o_k = tl.arange(0, BLOCK).to(tl.int64)
+    m_k = (o_k < width)[None, :]
+    m_tile = m_k & (o_row < n)[:, None]
+    p_s = p_student + o_row[:, None] * stride_student + (o_k * stride_student_k)[None, :]
+    p_t = p_teacher + o_row[:, None] * stride_teacher + (o_k * stride_teacher_k)[None, :]
+    b_s = tl.load(p_s, mask=m_tile, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
+    b_t = tl.load(p_t, mask=m_tile, other=0.0).to(tl.float32)
+    b_max = tl.max(tl.where(m_k, b_t, float("-inf")), 1)
+    b_exp = tl.where(m_k, tl.exp2((b_t - b_max[:, None]) * _LOG2_E), 0.0)
+    b_p = b_exp / tl.sum(b_exp, 1)[:, None]
+    b_gap = b_t - b_s
+    b_c = b_gap - tl.sum(b_p * b_gap, 1)[:, None]
+    # a term so small that its weight vanishes in float32 may be infinite: its product is 0, not NaN
+    b_mean = tl.sum(tl.where(b_p > 0, b_p * _excess(-b_c), 0.0), 1)
+    # log(1 + mean), the mean's digits kept where it is small: log(u) mean / (u - 1) with u the rounded 1 + mean
+    b_u = 1 + b_mean
+    b_kl = tl.where(b_u == 1, b_mean, tl.log(b_u) * (b_mean / tl.where(b_u == 1, 1.0, b_u - 1)))
+    if BACKWARD:
+        b_gradient = tl.load(p_weight) * b_p * _expm1(-b_c - b_kl[:, None])
+        p_out = p_gradient + o_row[:, None] * width + o_k[None, :]
+        tl.store(p_out, b_gradient.to(p_gradient.dtype.element_ty), mask=m_tile)
+    else:
+        tl.store(p_kl + o_row, b_kl, mask=o_row < n)

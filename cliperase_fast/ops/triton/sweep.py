@@ -9,6 +9,7 @@ With keep="similarities" the first rows of S and S° stay in memory, as many as 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,11 +20,13 @@ from cliperase_fast.errors import InputError
 from cliperase_fast.ops import finish
 from cliperase_fast.ops.engine import Problem, Sums, as_sweep, keep_bytes, strip_bytes
 from cliperase_fast.ops.products import add_product, as_pair, float32_precision, product
+from cliperase_fast.ops.triton import autotune
 from cliperase_fast.ops.triton.configs import INTERPRETER, Config, Configs, configs_for
 from cliperase_fast.ops.triton.kernels import backward_kernel, forward_kernel, merge_kernel, pair_dot_kernel
 
 _PROGRAMS = 1024  # a forward launch has about this many where it can: some for each multiprocessor
 _GROUP_ROWS = 8
+_TUNING_PAIRS = 16384
 _MERGE_BLOCK = 256
 _OPTIONS = {"enable_fp_fusion": True}  # said, as Triton's default changes in 3.10
 _LN_2 = 0.6931471805599453
@@ -40,6 +43,10 @@ class _TritonEngine:
 
     name = "triton"
 
+    def __init__(self, configs: Configs | None = None) -> None:
+        """configs: None for those of the GPU, dtype and width at hand."""
+        self.configs = configs
+
     def check(self, problem: Problem) -> None:
         for features in (problem.image, problem.text, problem.teacher_image, problem.teacher_text):
             if features is not None and features.dtype not in _DTYPES:
@@ -55,7 +62,7 @@ class _TritonEngine:
 
     def forward(self, problem: Problem, strip_rows: int, kept_bytes: int) -> tuple[Sums, Tensor]:
         with torch.cuda.device_of(problem.image):
-            inputs = _Inputs(problem)
+            inputs = _Inputs(problem, self.configs)
             kept = torch.empty(kept_bytes, dtype=torch.uint8, device=problem.image.device)
             diagonal = _pair_dot(inputs.image, inputs.text, inputs.scale)
             teacher_diagonal = shift = None
@@ -91,7 +98,7 @@ class _TritonEngine:
         need_scale: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         with torch.cuda.device_of(problem.image):
-            inputs, n = _Inputs(problem), problem.n
+            inputs, n = _Inputs(problem, self.configs), problem.n
             image, text = problem.image, problem.text
             config = inputs.configs.backward_groups if inputs.masked else inputs.configs.backward
             softmaxes, diagonal, unit = finish.unit_terms(
@@ -131,7 +138,7 @@ class _TritonEngine:
 class _Inputs:
     """The inputs as the kernels take them, and which of the forms of the kernels they need."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, configs: Configs | None) -> None:
         self.n = problem.n
         self.image, self.text = as_pair(problem.image, problem.text)
         self.scale = problem.scale.float()
@@ -145,15 +152,18 @@ class _Inputs:
         self.plain, self.masked, self.teacher = problem.plain, problem.masked, problem.want_consistency
         self.students = self.plain + self.masked
         self.planes = 2 * self.students + 3 * self.teacher
-        self.configs = self._configs()
+        self.configs = configs or self._configs()
 
     def _configs(self) -> Configs:
-        if not self.image.is_cuda:
+        device = self.image.device
+        if device.type != "cuda":
             return INTERPRETER
         dtype, width = self.image.dtype, self.image.shape[1]
         if self.teacher_image is not None:
             dtype, width = torch.promote_types(dtype, self.teacher_image.dtype), max(width, self.teacher_image.shape[1])
-        return configs_for(torch.cuda.get_device_capability(self.image.device)[0], dtype, width)
+        shipped = configs_for(torch.cuda.get_device_capability(device)[0], dtype, width)
+        timer = partial(_milliseconds, device, dtype, width, min(self.n, _TUNING_PAIRS))
+        return autotune.configs(device, dtype, width, shipped, timer)
 
     def strips(self, bytes_a_row: float, config: Config, strip_rows: int, kept_rows: int) -> Iterator[tuple[int, int]]:
         """Whole blocks of rows, `strip_rows` of them or what the memory for strips holds; kept rows apart."""
@@ -240,6 +250,26 @@ def _merge_into(merged: Tensor, partial: Tensor, first: int, inputs: _Inputs, fr
         FRESH=fresh, STUDENTS=inputs.students, TEACHER=int(inputs.teacher), PLANES=planes, BLOCK=_MERGE_BLOCK,
         **_OPTIONS,
     )  # fmt: skip
+
+
+def _milliseconds(device: torch.device, dtype: torch.dtype, width: int, n: int, configs: Configs, way: str) -> float:
+    """Median time of one way of a sweep over random features, with a teacher as wide as the student."""
+    generator = torch.Generator(device).manual_seed(0)
+    features = (torch.randn(n, width, generator=generator, device=device) for _ in range(4))
+    image, text, teacher_image, teacher_text = (
+        torch.nn.functional.normalize(each, dim=1).to(dtype) for each in features
+    )
+    scale = torch.full((), 50.0, device=device)
+    group_ids = torch.arange(n, device=device) // 2 if way == "backward_groups" else None
+    problem = Problem(image, text, scale, teacher_image, teacher_text, scale, group_ids, True, True)
+    engine = _TritonEngine(configs)
+    if way == "forward":
+        return triton.testing.do_bench(lambda: engine.forward(problem, 0, 0), return_mode="median")
+    weight, state = torch.full((), 1 / n, device=device), torch.zeros(8, n, device=device)
+    nothing = torch.empty(0, dtype=torch.uint8, device=device)
+    return triton.testing.do_bench(
+        lambda: engine.backward(problem, state, weight, weight, 0, nothing, True, True, True), return_mode="median"
+    )
 
 
 sweep = as_sweep(_TritonEngine())

@@ -1,0 +1,106 @@
+"""Searching for faster launch configurations on the GPU at hand, when asked, and remembering them.
+
+CLIPERASE_AUTOTUNE=1 searches, once for each dtype and width, when a sweep first needs a configuration; this takes
+minutes, and says so. What it finds is kept in $CLIPERASE_CACHE (else ~/.cache/cliperase_fast) and used from then on,
+without the variable too; CLIPERASE_AUTOTUNE=0 goes back to the shipped configurations.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, fields, replace
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import triton
+from triton.runtime.errors import OutOfResources
+
+from cliperase_fast.errors import InputError
+from cliperase_fast.ops.triton.configs import Config, Configs
+
+VARIABLE = "CLIPERASE_AUTOTUNE"
+
+# The time of one way ("forward", "backward" or "backward_groups") with these configurations, in ms.
+Timer = Callable[[Configs, str], float]
+
+
+def configs(device: torch.device, dtype: torch.dtype, width: int, shipped: Configs, timer: Timer) -> Configs:
+    """What this GPU has been found to do best, else `shipped`. width: of the widest features."""
+    asked = os.environ.get(VARIABLE) or ""
+    if asked not in ("", "0", "1"):
+        raise InputError(
+            f"{VARIABLE}={asked} must be 1 (search), 0 (use what is shipped) or unset (use what was found)"
+        )
+    if asked == "0":
+        return shipped
+    path, key = saved_path(device), f"{str(dtype).removeprefix('torch.')}, width {triton.next_power_of_2(width)}"
+    found = load(path)
+    if key not in found and asked == "1" and not torch.cuda.is_current_stream_capturing():
+        limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        found = {**found, key: search(key, shipped, dtype.itemsize, limit, timer)}
+        save(path, found)
+    return found.get(key, shipped)
+
+
+def search(what: str, shipped: Configs, itemsize: int, shared_bytes: int, timer: Timer) -> Configs:
+    """The fastest configuration of each kernel; progress on stderr. itemsize: of the features."""
+    best = shipped
+    for field in fields(Configs):
+        start: Config = getattr(shipped, field.name)
+        times: dict[Config, float] = {}
+        for config in (start, *(other for other in candidates(itemsize, shared_bytes) if other != start)):
+            try:
+                times[config] = timer(replace(shipped, **{field.name: config}), field.name)
+            except OutOfResources:
+                continue  # more shared memory than was reckoned: no candidate
+            fastest = min(times, key=lambda c: times[c])
+            print(
+                f"\rtuning {what}, {field.name}: {len(times)} tried, best {times[fastest]:.3f} ms, "
+                f"shipped {times.get(start, float('nan')):.3f} ms ",
+                end="", file=sys.stderr, flush=True,
+            )  # fmt: skip
+        print(file=sys.stderr)
+        best = replace(best, **{field.name: min(times, key=lambda c: times[c])})
+    return best
+
+
+def candidates(itemsize: int, shared_bytes: int) -> Iterator[Config]:
+    """Shapes worth a try whose tiles fit the shared memory of a block."""
+    deep = 128 // itemsize  # 128 bytes of each row: the widest the copy engines swizzle
+    for block_m, block_n in ((64, 64), (128, 64), (64, 128), (128, 128), (256, 64), (128, 256), (256, 128)):
+        for block_k in (deep // 2, deep):
+            for stages in (2, 3, 4):
+                if (block_m + block_n) * block_k * itemsize * stages <= shared_bytes:
+                    yield Config(block_m, block_n, block_k, 4 if block_m * block_n <= 64 * 64 else 8, stages)
+
+
+def saved_path(device: torch.device) -> Path:
+    root = Path(os.environ.get("CLIPERASE_CACHE") or Path.home() / ".cache" / "cliperase_fast")
+    gpu = "".join(c if c.isalnum() else "-" for c in torch.cuda.get_device_name(device)).lower()
+    return root / "triton" / f"{gpu}-torch{torch.__version__}-triton{triton.__version__}.json"
+
+
+@lru_cache(maxsize=8)
+def load(path: Path) -> dict[str, Configs]:
+    """What `save` wrote, empty when there is none."""
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {
+            key: Configs(**{way: Config(**config) for way, config in ways.items()}) for key, ways in content.items()
+        }
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is not a list of kernel configurations ({error}); delete it") from error
+
+
+def save(path: Path, found: dict[str, Configs]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.tmp")
+    partial.write_text(json.dumps({key: asdict(value) for key, value in found.items()}, indent=1), encoding="utf-8")
+    partial.replace(path)  # complete or absent
+    load.cache_clear()
