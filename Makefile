@@ -1,6 +1,6 @@
 # make demo   set everything up, then make a CLIP forget the digit seven (leaves runs/demo/)
 # make test   set everything up, then lint and test
-# make gpu-check   on a machine with a GPU: the kernels' tests there, with the python in PYTHON
+# make gpu-check   on a machine with a GPU, with the python in PYTHON: the kernels' tests, then the loss benchmark
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -21,6 +21,7 @@ lint: $(STAMP)
 
 gpu-check:
 	$(PYTHON) -m pytest tests/ops/gpu_triton.py
+	$(PYTHON) -m benchmarks.loss --gpu-check
 
 # Everything a user or a developer needs, from the ordinary package index; again only when the metadata changes.
 $(STAMP): pyproject.toml setup.py

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import loss_report
 from benchmarks.machine import RESULTS, ROOT
 
 _MARK = re.compile(r"(<!-- figures: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -81,12 +82,40 @@ def kernels_table() -> str:
     return f"{table(head, rows)}\n\n{provenance(record)}"
 
 
+def loss_cpu_tables() -> str:
+    """Times faster than open_clip's losses, for each kind of batch; then each batch in full."""
+    if not (RESULTS / "loss-cpu.json").exists():
+        return "Not measured yet."
+    record = load("loss-cpu")
+    parts = []
+    for title, speedups in loss_report.speedup_tables(record).items():
+        parts.append(f"**{title}**\n\n{table(*speedups)}")
+    return "\n\n".join([*parts, provenance(record)])
+
+
+def loss_gpu_tables() -> str:
+    """What has been measured on GPUs, the targets and every batch."""
+    parts = []
+    for path in sorted(RESULTS.glob("loss-*.json")):
+        if path.stem == "loss-cpu":
+            continue
+        record = load(path.stem)
+        parts.append(table(*loss_report.targets_table(record)))
+        parts += [
+            f"**{case}**\n\n{table(*loss_report.case_table(case, of))}" for case, of in loss_report.by_case(record)
+        ]
+        parts.append(provenance(record))
+    return "\n\n".join(parts) or "Not measured yet: no `benchmarks/results/loss-*.json` of a GPU."
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "digits": digits_table,
     "ablation": ablation_table,
     "shapes": shapes_table,
     "cifar10": cifar10_table,
     "kernels": kernels_table,
+    "loss-cpu": loss_cpu_tables,
+    "loss-gpu": loss_gpu_tables,
 }
 
 

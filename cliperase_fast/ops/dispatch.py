@@ -91,6 +91,7 @@ class Backend:
     dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     why_missing: Callable[[], str | None] = _always_available  # why it cannot run here; None when it can
     load_features_kl: Callable[[], FeaturesKl] = _load_plain_features_kl
+    keeps: bool = False  # whether `keep` makes a difference
 
 
 REGISTRY: dict[str, Backend] = {
@@ -106,6 +107,7 @@ REGISTRY: dict[str, Backend] = {
             dtypes=(torch.float16, torch.bfloat16, torch.float32),
             why_missing=_why_no_triton,
             load_features_kl=_load_triton_features_kl,
+            keeps=True,
         ),
     )
 }

@@ -1,0 +1,186 @@
+"""Batches to time losses on, and the check of a loss and its gradients against float64 on a small one of the same kind.
+
+Two kinds of data:
+
+    peaked   like a trained model's, scale 100: a pair's cosine is about 0.3 above that of unrelated ones; each pair has
+             seven siblings of the same concept, about 0.24 above, so that the loss is small but not zero
+    random   like an untrained model's, scale 14: nothing is related
+
+The teacher's features are the student's, perturbed: a model that has begun to unlearn. The forget batch has N/8 pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cliperase_fast import functional
+
+SCALE = {"peaked": 100.0, "random": 14.0}
+DATA = tuple(SCALE)
+LOSSES = ("cliperase", "clip")
+WEIGHTS = (1.0, 3.0, 3.0)  # of RM, FM and CM: the paper's
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+CHECK_ROWS = 512
+# Relative errors that pass. Half precision: logits near 30 that are stored in bfloat16 are off by up to 1/16, which is
+# what materialising losses do; a wrong formula is further off. This package's own must be ten times better. The error
+# itself stands in the results.
+LIMITS = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+_SIBLINGS = 8
+_CONCEPT, _ITEM = 0.24, 0.06  # shares of a feature's squared length
+_DRIFT = 0.2  # length of what the student has moved from the teacher
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is computed on what."""
+
+    loss: str
+    data: str
+    dtype: str
+    n: int
+    width: int
+
+    @property
+    def products(self) -> int:
+        """Products of 2 N² D FLOP that no method without an N x N matrix can avoid: the floor."""
+        return 6 if self.loss == "cliperase" else 4
+
+    @property
+    def flop(self) -> float:
+        return self.products * 2.0 * self.n**2 * self.width
+
+    def __str__(self) -> str:
+        return f"{self.loss}, {self.data} data, {self.dtype}, D = {self.width}, N = {self.n:,}"
+
+
+class Batch(NamedTuple):
+    """Features [N, D] (the forget batch's [N/8, D]) and 0-d scales; without a teacher, None."""
+
+    image: Tensor
+    text: Tensor
+    scale: Tensor
+    teacher_image: Tensor | None = None
+    teacher_text: Tensor | None = None
+    teacher_scale: Tensor | None = None
+    forget_image: Tensor | None = None
+    forget_text: Tensor | None = None
+
+    def leaves(self) -> dict[str, Tensor]:
+        """What gradients are taken of."""
+        return {name: tensor for name, tensor in self._asdict().items() if tensor is not None and tensor.requires_grad}
+
+    def to(self, dtype: torch.dtype, device: str) -> Batch:
+        """A copy; the scales never in half precision."""
+        moved = {
+            name: tensor.detach()
+            .to(device, torch.promote_types(dtype, torch.float32) if tensor.ndim == 0 else dtype)
+            .requires_grad_(tensor.requires_grad)
+            for name, tensor in self._asdict().items()
+            if tensor is not None
+        }
+        return Batch(**moved)
+
+
+Loss = Callable[..., Tensor]  # called with the fields of a Batch
+
+
+def make_batch(case: Case, device: str, seed: int = 0) -> Batch:
+    """Features are normalised, then rounded to the dtype."""
+    generator = torch.Generator(device).manual_seed(seed)
+    dtype, data = DTYPES[case.dtype], case.data
+
+    def noise(rows: int) -> Tensor:
+        return F.normalize(torch.randn(rows, case.width, generator=generator, device=device), dim=1)
+
+    def pairs(rows: int) -> tuple[Tensor, Tensor]:
+        if data == "random":
+            return noise(rows), noise(rows)
+        concept = noise(-(-rows // _SIBLINGS)).repeat_interleave(_SIBLINGS, 0)[:rows]
+        shared = concept.mul_(_CONCEPT**0.5).add_(noise(rows), alpha=_ITEM**0.5)
+        alone = (1 - _CONCEPT - _ITEM) ** 0.5
+        return tuple(F.normalize(torch.add(shared, noise(rows), alpha=alone), dim=1) for _ in range(2))
+
+    def rounded(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype).requires_grad_()
+
+    scale = torch.tensor(SCALE[data], device=device, dtype=torch.promote_types(dtype, torch.float32))
+    image, text = pairs(case.n)
+    if case.loss == "clip":
+        return Batch(rounded(image), rounded(text), scale.requires_grad_())
+    teacher = [F.normalize(torch.add(own, noise(case.n), alpha=_DRIFT), dim=1).to(dtype) for own in (image, text)]
+    forget = pairs(max(1, case.n // 8))
+    return Batch(
+        rounded(image), rounded(text), scale.clone().requires_grad_(), *teacher, scale, *map(rounded, forget)
+    )  # fmt: skip
+
+
+def gradients(loss: Loss, batch: Batch) -> tuple[Tensor, dict[str, Tensor | None]]:
+    """The loss, and the gradient of every leaf; None where the loss gives none."""
+    value = loss(*batch)
+    leaves = batch.leaves()
+    found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+    return value.detach(), dict(zip(leaves, found, strict=True))
+
+
+@dataclass(frozen=True)
+class Truth:
+    """float64. entropy: of the teacher's rows plus of its columns, mean; what a cross-entropy adds to a divergence."""
+
+    loss: float
+    entropy: float
+    grads: dict[str, Tensor]
+    scale_mass: float  # Σ_i |<dI_i, I_i>| / s: the terms of the scale's gradient, which may cancel
+
+
+def truth(batch: Batch) -> Truth:
+    """By the eager backend in float64, from the batch's own (rounded) numbers."""
+    exact = batch.to(torch.float64, "cpu")
+    loss, grads = gradients(functional_loss("eager"), exact)
+    entropy = 0.0
+    if exact.teacher_image is not None:
+        teacher = exact.teacher_scale * exact.teacher_image @ exact.teacher_text.T
+        for logits in (teacher, teacher.T):
+            entropy -= (logits.softmax(1) * logits.log_softmax(1)).sum(1).mean().item()
+    mass = (grads["image"] * exact.image).sum(1).abs().sum() / exact.scale
+    return Truth(loss.item(), entropy, grads, mass.item())
+
+
+def functional_loss(backend: str, **options: str) -> Loss:
+    """The public function of this package for a batch: `cliperase_loss` with a teacher, `clip_loss` without."""
+    retain, forget, consistency = WEIGHTS
+
+    def loss(*fields: Tensor | None) -> Tensor:
+        b = Batch(*fields)
+        if b.teacher_image is None:
+            return functional.clip_loss(b.image, b.text, b.scale, backend=backend, **options)
+        return functional.cliperase_loss(
+            b.forget_image, b.forget_text, b.image, b.text, b.teacher_image, b.teacher_text, b.scale, b.teacher_scale,
+            lambda_retain=retain, lambda_forget=forget, lambda_consistency=consistency, backend=backend, **options,
+        ).total  # fmt: skip
+
+    return loss
+
+
+def errors(loss: Loss, batch: Batch, exact: Truth, adds_entropy: bool, scale_gradient: bool) -> dict[str, float]:
+    """Relative errors: of the loss, of each gradient by its norm; of the scale's against the terms it sums.
+
+    inf where a gradient is missing (the scale's may be, for a provider that has none).
+    """
+    value, found = gradients(loss, batch)
+    expected = exact.loss + (WEIGHTS[2] * exact.entropy if adds_entropy else 0.0)
+    result = {"loss": abs(value.double().item() - expected) / abs(expected)}
+    for name, grad in exact.grads.items():
+        if name == "scale" and not scale_gradient:
+            continue
+        own = found[name]
+        size = exact.scale_mass if name == "scale" else grad.norm().item()
+        result[name] = float("inf") if own is None else (own.cpu().double() - grad).norm().item() / size
+    return result

@@ -1,0 +1,206 @@
+"""Tables from a record of `benchmarks.loss`: rows for the terminal and the docs, targets, what changed between two."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from benchmarks.batches import Case
+
+Row = Mapping[str, Any]
+Table = tuple[Sequence[str], list[Sequence[str]]]
+
+FLOOR = "floor"
+MIB = 1 << 20
+_LEAST_BAND = 0.03  # a change smaller than this is never called one
+_CASE = ("loss", "data", "dtype", "n", "width")
+_BASELINE = {True: ("open_clip-compiled", "open_clip-style-compiled"), False: ("open_clip", "open_clip-style")}
+
+# One H200, bfloat16, D = 768, RM + FM + CM forward and backward: (N, milliseconds at most, times the floor at most)
+GPU_TARGETS = ((32_768, 20.0, 1.5), (65_536, 80.0, 1.5), (262_144, None, 1.6))
+_EXTRA_BYTES, _OVER_COMPILED, _OVER_EAGER = 256 * MIB, 2.0, 4.0
+
+
+def case_of(row: Row) -> Case:
+    return Case(*(row[name] for name in _CASE))
+
+
+def by_case(record: Mapping[str, Any]) -> Iterator[tuple[Case, dict[str, Row]]]:
+    cases: dict[Case, dict[str, Row]] = {}
+    for row in record["runs"]:
+        cases.setdefault(case_of(row), {})[row["provider"]] = row
+    yield from cases.items()
+
+
+def milliseconds(row: Row | None) -> float | None:
+    """Median of forward and backward; None where it was not timed."""
+    return row["both_ms"]["median"] if row is not None and row["status"] == "ok" else None
+
+
+def baseline(rows: Mapping[str, Row], compiled: bool) -> float | None:
+    """Milliseconds of open_clip's losses, or of the same formulas where it was not installed."""
+    return next((ms for name in _BASELINE[compiled] if (ms := milliseconds(rows.get(name))) is not None), None)
+
+
+def ratio(over: float | None, under: float | None) -> str:
+    return "" if over is None or under is None else f"{over / under:.2f}x"
+
+
+def case_table(case: Case, rows: Mapping[str, Row]) -> Table:
+    head = (
+        "provider", "forward", "backward", "both, ms", "quartiles", "floor/time", "TFLOP/s", "against compiled",
+        "extra MiB", "worst error", "",
+    )  # fmt: skip
+    compiled, floor = baseline(rows, compiled=True), milliseconds(rows.get(FLOOR))
+    lines: list[Sequence[str]] = []
+    for name, row in rows.items():
+        error = f"{row['error']:.0e}" if row.get("error") is not None else ""
+        if row["status"] != "ok":
+            lines.append((name, *[""] * 8, error, f"{row['status']}: {row['reason']}"))
+            continue
+        times, both = [row[f"{part}_ms"]["median"] for part in ("forward", "backward")], row["both_ms"]
+        lines.append(
+            (
+                name,
+                *(f"{value:.2f}" for value in (*times, both["median"])),
+                f"{both['q1']:.2f}-{both['q3']:.2f}",
+                "" if floor is None else f"{100 * floor / both['median']:.0f} %",
+                f"{case.flop / both['median'] / 1e9:.2f}",
+                ratio(compiled, both["median"]),
+                "" if row.get("extra_bytes") is None else f"{row['extra_bytes'] / MIB:.1f}",
+                error,
+                row.get("note", ""),
+            )
+        )
+    return head, lines
+
+
+def targets_table(record: Mapping[str, Any]) -> Table:
+    """The targets for one H200, a line for each of our providers; every cell says whether it is met."""
+    head = ("N", "provider", "time", "of the floor", "extra memory", "torch.compile", "eager")
+    found = dict(by_case(record))
+    lines: list[Sequence[str]] = []
+    for n, most_ms, most_floor in GPU_TARGETS:
+        rows = found.get(Case("cliperase", "peaked", "bfloat16", n, 768))
+        if rows is None:
+            lines.append((f"{n:,}", "not run", "", "", "", "", ""))
+            continue
+        floor, compiled, eager = milliseconds(rows.get(FLOOR)), baseline(rows, True), baseline(rows, False)
+        allowed = _EXTRA_BYTES + 4 * n * 768 * 2 + 2 * (n // 8) * 768 * 2
+        for name, row in rows.items():
+            if name.startswith("ours-") and row["status"] == "failed":
+                lines.append((f"{n:,}", name, f"failed: {row['reason']}", "", "", "", ""))
+            if not name.startswith("ours-") or (ms := milliseconds(row)) is None:
+                continue
+            extra = row.get("extra_bytes")
+            lines.append(
+                (
+                    f"{n:,}",
+                    name,
+                    f"{ms:.1f} ms" + ("" if most_ms is None else _verdict(ms <= most_ms, f"at most {most_ms:.0f}")),
+                    _against(ms, floor, most_floor, at_most=True),
+                    ""
+                    if extra is None
+                    else f"{extra / MIB:.0f} MiB" + _verdict(extra <= allowed, f"at most {allowed / MIB:.0f}"),
+                    _against(compiled, ms, _OVER_COMPILED, at_most=False),
+                    _against(eager, ms, _OVER_EAGER, at_most=False),
+                )
+            )
+    for case, rows in found.items():
+        if case.loss != "clip" or case.data != "peaked":
+            continue
+        times = {name: ms for name, row in rows.items() if name != FLOOR and (ms := milliseconds(row)) is not None}
+        ours = {name: ms for name, ms in times.items() if name.startswith("ours-")}
+        others = {name: ms for name, ms in times.items() if name not in ours}
+        if ours and others:
+            best, rival = min(ours, key=ours.__getitem__), min(others, key=others.__getitem__)
+            versus = f"{ours[best]:.1f} ms; fastest other is {rival}, {others[rival]:.1f} ms"
+            verdict = _verdict(ours[best] < others[rival], "faster than all")
+            lines.append((f"{case.n:,}", f"{best}, clip_loss", versus + verdict, "", "", "", ""))
+    return head, lines
+
+
+def _against(over: float | None, under: float | None, bound: float, at_most: bool) -> str:
+    if over is None or under is None:
+        return "nothing to compare with"
+    value = over / under
+    words = f"{'at most' if at_most else 'at least'} {bound:g}"
+    return f"{value:.2f}x" + _verdict(value <= bound if at_most else value >= bound, words)
+
+
+def _verdict(met: bool, bound: str) -> str:
+    return f" ({bound}: {'met' if met else 'NOT MET'})"
+
+
+def speedup_tables(record: Mapping[str, Any], name: str = "ours-auto") -> dict[str, Table]:
+    """How many times faster `name` is than open_clip's losses, compiled and eager: for each dtype and loss, N by D."""
+    cells: dict[str, dict[tuple[int, int], str]] = {}
+    for case, rows in by_case(record):
+        own = milliseconds(rows.get(name))
+        pair = [ratio(baseline(rows, compiled), own) or "-" for compiled in (True, False)]
+        if own is not None:
+            title = f"{case.loss}, {case.data} data, {case.dtype}"
+            cells.setdefault(title, {})[case.n, case.width] = " / ".join(pair)
+    tables = {}
+    for title, of in cells.items():
+        sizes, widths = sorted({n for n, _ in of}), sorted({width for _, width in of})
+        lines = [(f"{n:,}", *(of.get((n, width), "") for width in widths)) for n in sizes]
+        tables[title] = (("N", *(f"D = {width}" for width in widths)), lines)
+    return tables
+
+
+def comparison(before: Mapping[str, Any], after: Mapping[str, Any]) -> Table:
+    """What changed from one record to another.
+
+    The band is half the quartiles' spread of both, at least 3 %; what lies within it is called the same. The times
+    over the floor of their own run are compared too: a slower machine changes the times, not those.
+    """
+    head = ("case", "provider", "before, ms", "after, ms", "after/before", "of their floors", "band", "")
+    then, now = ({_key(row): row for row in record["runs"]} for record in (before, after))
+    lines: list[Sequence[str]] = []
+    for key in [*then, *(key for key in now if key not in then)]:
+        old, new = then.get(key), now.get(key)
+        case, name = Case(*key[:-1]), key[-1]
+        old_ms, new_ms = milliseconds(old), milliseconds(new)
+        if old is None or new is None or old_ms is None or new_ms is None:
+            states = [row["status"] if row is not None else "not run" for row in (old, new)]
+            if states[0] != states[1]:
+                cells = [
+                    f"{ms:.2f}" if ms is not None else state for ms, state in zip((old_ms, new_ms), states, strict=True)
+                ]
+                lines.append((str(case), name, *cells, "", "", "", "changed"))
+            continue
+        band = max(_LEAST_BAND, _spread(old) + _spread(new))
+        change = new_ms / old_ms
+        floors = [milliseconds(rows.get((*key[:-1], FLOOR))) for rows in (then, now)]
+        relative = "" if None in floors else f"{change * floors[0] / floors[1]:.3f}"
+        word = "same" if abs(change - 1) <= band else "slower" if change > 1 else "faster"
+        lines.append(
+            (str(case), name, f"{old_ms:.2f}", f"{new_ms:.2f}", f"{change:.3f}", relative, f"±{100 * band:.0f} %", word)
+        )
+    return head, lines
+
+
+def _key(row: Row) -> tuple[Any, ...]:
+    return (*(row[name] for name in _CASE), row["provider"])
+
+
+def _spread(row: Row) -> float:
+    times = row["both_ms"]
+    return (times["q3"] - times["q1"]) / 2 / times["median"]
+
+
+def text(table: Table) -> str:
+    """For a terminal: columns padded, empty ones left out."""
+    head, lines = table
+    used = [i for i, title in enumerate(head) if i == 0 or any(line[i] for line in lines)]
+    widths = [max(len(cells[i]) for cells in (head, *lines)) for i in used]
+    return "\n".join(
+        "  ".join(cells[i].ljust(width) for i, width in zip(used, widths, strict=True)).rstrip()
+        for cells in (head, *lines)
+    )
+
+
+def full_text(record: Mapping[str, Any]) -> str:
+    parts = [f"{case}\n{text(case_table(case, rows))}" for case, rows in by_case(record)]
+    return "\n\n".join(parts)

@@ -1,0 +1,256 @@
+"""Who computes the losses: this package's backends, open_clip, and peers that compute CLIP's loss.
+
+A provider is checked before it is timed, so an adapter may be wrong without a wrong number being reported.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.batches import LIMITS, LOSSES, WEIGHTS, Case, Loss, functional_loss
+from cliperase_fast.ops.dispatch import REGISTRY
+
+BASELINES = ("open_clip", "open_clip-style")  # open_clip's own classes where installed, else the same formulas
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to compute a loss.
+
+    make: called with a case, gives the loss function; imports what it needs.
+    package: the distribution it needs, if any. matrices: N x N matrices of the features' dtype alive at once, at the
+    least; sizes that cannot fit are not tried. note: what it leaves out or does differently.
+    """
+
+    name: str
+    make: Callable[[Case], Loss]
+    losses: tuple[str, ...] = LOSSES
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    package: str | None = None
+    backend: str | None = None
+    matrices: int = 0
+    adds_entropy: bool = False
+    scale_gradient: bool = True
+    note: str = ""
+
+    @property
+    def ours(self) -> bool:
+        return self.name.startswith("ours-")
+
+    def limit(self, dtype: torch.dtype) -> float:
+        return LIMITS[dtype] * (0.1 if self.ours else 1.0)
+
+    def why_not(self, case: Case, device: str) -> str | None:
+        """Why it cannot be asked for this; None when it can."""
+        if case.loss not in self.losses:
+            return "computes CLIP's loss only"
+        if device not in self.devices:
+            return f"runs on {', '.join(self.devices)}"
+        if self.package is not None and version(self.package) is None:
+            return f"{self.package} is not installed"
+        if self.backend is not None:
+            backend = REGISTRY[self.backend]
+            if (missing := backend.why_missing()) is not None:
+                return missing
+            if backend.devices is not None and device not in backend.devices:
+                return f"runs on {', '.join(backend.devices)}"
+        return None
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def every_provider() -> dict[str, Provider]:
+    providers = [*_own(), *_open_clip(), *_peers()]
+    return {provider.name: provider for provider in providers}
+
+
+def default_names() -> list[str]:
+    """All but the copy of open_clip's formulas where open_clip itself is installed."""
+    skipped = BASELINES[1] if version("open_clip_torch") is not None else BASELINES[0]
+    return [name for name in every_provider() if name not in (skipped, f"{skipped}-compiled")]
+
+
+def _own() -> list[Provider]:
+    providers = [_ours("auto", "", {}, None)]
+    for name, backend in REGISTRY.items():
+        if backend.keeps:
+            providers += [_ours(name, f"-keep-{keep}", {"keep": keep}, name) for keep in ("nothing", "similarities")]
+        else:
+            providers.append(_ours(name, "", {}, name))
+    return providers
+
+
+def _ours(backend: str, suffix: str, options: dict[str, str], registered: str | None) -> Provider:
+    return Provider(
+        f"ours-{backend}{suffix}",
+        lambda case: functional_loss(backend, **options),
+        # In Triton's interpreter a time says nothing.
+        devices=("cuda",) if backend == "triton" else ("cpu", "cuda"),
+        backend=registered,
+        matrices=6 if backend == "eager" else 0,
+    )
+
+
+def clip_terms(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(contrastive loss, logits of the images, logits of the texts), as open_clip's ClipLoss forms them."""
+    per_image = scale * image @ text.T  # [N, N]
+    per_text = scale * text @ image.T  # [N, N]
+    labels = torch.arange(len(image), device=image.device)
+    return (F.cross_entropy(per_image, labels) + F.cross_entropy(per_text, labels)) / 2, per_image, per_text
+
+
+def distill_clip_loss(
+    image: Tensor, text: Tensor, scale: Tensor, teacher_image: Tensor, teacher_text: Tensor, teacher_scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(contrastive, distillation) of open_clip's DistillClipLoss: a cross-entropy with the teacher's softmax."""
+    contrastive, per_image, per_text = clip_terms(image, text, scale)
+    halves = []
+    for student, own, other in ((per_image, teacher_image, teacher_text), (per_text, teacher_text, teacher_image)):
+        teacher = teacher_scale * own @ other.T  # [N, N]
+        halves.append(-(teacher.softmax(1) * student.log_softmax(1)).sum(1).mean())
+    return contrastive, (halves[0] + halves[1]) / 2
+
+
+def _open_clip_style(case: Case) -> Loss:
+    return _assembled(lambda *args: clip_terms(*args)[0], distill_clip_loss)
+
+
+def _open_clip_own(case: Case) -> Loss:
+    from open_clip.loss import ClipLoss, DistillClipLoss
+
+    return _assembled(ClipLoss(), DistillClipLoss())
+
+
+def _assembled(clip: Callable[..., Tensor], distill: Callable[..., tuple[Tensor, Tensor]]) -> Loss:
+    """RM + FM + CM from open_clip's terms.
+
+    Its distillation term is half of (row + column) cross-entropy, and a cross-entropy is the divergence plus the
+    teacher's entropy, a constant: twice the term has CM's gradients and CM's value plus the entropies.
+    """
+    retain, forget, consistency = WEIGHTS
+
+    def loss(
+        image: Tensor,
+        text: Tensor,
+        scale: Tensor,
+        teacher_image: Tensor | None,
+        teacher_text: Tensor | None,
+        teacher_scale: Tensor | None,
+        forget_image: Tensor | None,
+        forget_text: Tensor | None,
+    ) -> Tensor:
+        if forget_image is None or forget_text is None:
+            return clip(image, text, scale)
+        contrastive, distillation = distill(image, text, scale, teacher_image, teacher_text, teacher_scale)
+        cosine = (forget_image * forget_text).sum(1).mean()
+        return retain * contrastive + 2 * consistency * distillation + forget * cosine
+
+    return loss
+
+
+def _open_clip() -> list[Provider]:
+    made = []
+    for name, make, package in (
+        ("open_clip", _open_clip_own, "open_clip_torch"),
+        ("open_clip-style", _open_clip_style, None),
+    ):
+        common: dict[str, Any] = {"package": package, "adds_entropy": True, "matrices": 4}
+        made.append(Provider(name, make, **common))
+        made.append(
+            Provider(f"{name}-compiled", _compiled(make), note="torch.compile, compiled for each shape", **common)
+        )
+    return made
+
+
+def _compiled(make: Callable[[Case], Loss]) -> Callable[[Case], Loss]:
+    def compiled(case: Case) -> Loss:
+        # Each size is compiled for itself, the fastest case; the default limit of 8 would fall back to eager.
+        torch._dynamo.config.recompile_limit = 1000
+        return torch.compile(make(case), dynamic=False, fullgraph=True)
+
+    return compiled
+
+
+def _both_directions(one: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Loss:
+    """CLIP's loss from a function of (scaled queries, keys, labels) that has one direction only."""
+
+    def loss(image: Tensor, text: Tensor, scale: Tensor, *rest: None) -> Tensor:
+        labels = torch.arange(len(image), device=image.device)
+        factor = scale.to(image.dtype)
+        return (one(factor * image, text, labels) + one(factor * text, image, labels)) / 2
+
+    return loss
+
+
+def _memeff(case: Case) -> Loss:
+    from memeff import MemoryEfficientCLIPLoss
+
+    module: MemoryEfficientCLIPLoss | None = None
+
+    def loss(image: Tensor, text: Tensor, scale: Tensor, *rest: None) -> Tensor:
+        nonlocal module
+        if module is None:  # the temperature is a number; read once, so that no timed step waits for the device
+            module = MemoryEfficientCLIPLoss(temperature=1 / scale.item(), normalized_inputs=True, stable=False)
+        return module(image, text)
+
+    return loss
+
+
+def _inf_cl(case: Case) -> Loss:
+    from inf_cl import cal_flash_loss
+
+    head = next((head for head in (256, 128, 64, 32, 16) if case.width % head == 0), None)
+    if head is None:
+        raise ValueError(f"inf-cl takes widths divisible by 16, not {case.width}")
+    return _both_directions(lambda query, key, labels: cal_flash_loss(query, key, labels, head_dim=head).mean())
+
+
+def _cut_cross_entropy(**options: Any) -> Callable[[Case], Loss]:
+    def make(case: Case) -> Loss:
+        from cut_cross_entropy import linear_cross_entropy
+
+        return _both_directions(lambda query, key, labels: linear_cross_entropy(query, key, labels, **options))
+
+    return make
+
+
+def _liger(case: Case) -> Loss:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return _both_directions(liger_fused_linear_cross_entropy)
+
+
+def _peers() -> list[Provider]:
+    """Written after the sources of inf-cl 1.2.1, memeff 0.3.1, cut-cross-entropy 25.1.1 and liger-kernel 0.8.5.
+
+    siglip-kernel is not among them: the sigmoid loss is another function.
+    """
+    common: dict[str, Any] = {"losses": ("clip",), "devices": ("cuda",)}
+    return [
+        Provider("memeff", _memeff, package="memeff", scale_gradient=False, note="no gradient of the scale", **common),
+        Provider("inf-cl", _inf_cl, package="inf-cl", note="two calls; float32 inside, multiplied in tf32", **common),
+        Provider(
+            "cut-cross-entropy", _cut_cross_entropy(), package="cut-cross-entropy",
+            note="two calls; leaves small gradients out (filter_eps, its default)", **common,
+        ),
+        Provider(
+            "cut-cross-entropy-exact", _cut_cross_entropy(filter_eps=None), package="cut-cross-entropy",
+            note="two calls; filter_eps=None", **common,
+        ),
+        Provider(
+            "liger-kernel", _liger, package="liger-kernel",
+            note="two calls of its fused linear cross-entropy; gradients are formed in the forward pass", **common,
+        ),
+    ]  # fmt: skip

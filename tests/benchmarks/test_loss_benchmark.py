@@ -1,0 +1,165 @@
+"""`python -m benchmarks.loss`: who is right gets a time, who is wrong or missing gets a reason, and tables say so."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import loss, loss_report, providers
+from benchmarks.batches import Case, errors, functional_loss, make_batch, truth
+
+CASE = Case("cliperase", "peaked", "float32", 48, 24)
+
+
+@pytest.mark.parametrize("kind", ["cliperase", "clip"])
+@pytest.mark.parametrize("data", ["peaked", "random"])
+def test_the_formulas_in_open_clips_style_are_open_clips(kind, data):
+    batch = make_batch(replace(CASE, loss=kind, data=data, dtype="float64"), "cpu")
+    known = providers.every_provider()
+    values = [known[name].make(CASE)(*batch) for name in ("open_clip", "open_clip-style")]
+    torch.testing.assert_close(*values, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", ["open_clip", "open_clip-style", "ours-torch", "ours-eager"])
+def test_every_provider_has_the_true_loss_and_gradients(name):
+    provider = providers.every_provider()[name]
+    batch = make_batch(CASE, "cpu")
+    found = errors(provider.make(CASE), batch, truth(batch), provider.adds_entropy, provider.scale_gradient)
+    assert set(found) == {"loss", "image", "text", "scale", "forget_image", "forget_text"}
+    assert max(found.values()) < 1e-4
+
+
+def test_a_wrong_gradient_and_a_missing_one_are_noticed():
+    batch = make_batch(CASE, "cpu")
+    right = functional_loss("eager")
+
+    def off(*fields):
+        return right(*fields) + 0.1 * fields[1].square().sum() - 0.1 * fields[1].square().sum().detach()
+
+    found = errors(off, batch, truth(batch), False, True)
+    assert found["loss"] < 1e-4 and found["text"] > 0.01
+    constant = errors(lambda *fields: right(fields[0].detach(), *fields[1:]), batch, truth(batch), False, True)
+    assert constant["image"] == float("inf")
+
+
+def run(monkeypatch, *words: str, **extra: providers.Provider) -> dict:
+    known = {**providers.every_provider(), **extra}
+    monkeypatch.setattr(loss, "every_provider", lambda: known)
+    arguments = loss.parser().parse_args(
+        ["--sizes", "48", "--widths", "24", "--rounds", "1", "--device", "cpu", *words]
+    )
+    record, status = loss.measure(arguments, "a test")
+    return {**record, "status": status}
+
+
+def failing(*fields):
+    raise RuntimeError("a kernel fell over")
+
+
+def test_who_is_wrong_missing_or_broken_gets_a_reason_and_no_time(monkeypatch, capsys):
+    wrong = providers.Provider("wrong", lambda case: lambda *fields: 2 * functional_loss("eager")(*fields))
+    broken = providers.Provider("broken", lambda case: failing)
+    absent = providers.Provider("absent", lambda case: failing, package="no-such-package")
+    words = ("--dtypes", "float32", "--providers", "ours-eager,wrong,broken,absent")
+    record = run(monkeypatch, *words, wrong=wrong, broken=broken, absent=absent)
+    rows = {row["provider"]: row for row in record["runs"]}
+    assert rows["ours-eager"]["status"] == rows["floor"]["status"] == "ok"
+    assert rows["ours-eager"]["both_ms"]["median"] > 0
+    assert rows["wrong"]["status"] == "failed" and "off by" in rows["wrong"]["reason"]
+    assert rows["broken"]["reason"] == "RuntimeError: a kernel fell over"
+    assert rows["absent"]["status"] == "n/a" and rows["absent"]["reason"] == "no-such-package is not installed"
+    for name in ("wrong", "broken", "absent"):
+        assert "both_ms" not in rows[name]
+    table = loss_report.full_text(record)
+    assert "failed: RuntimeError: a kernel fell over" in table and "n/a: no-such-package" in table
+    assert "a kernel fell over" in capsys.readouterr().err  # with its traceback
+
+
+def test_a_failure_of_our_own_is_the_exit_status(monkeypatch):
+    broken = providers.Provider("ours-broken", lambda case: failing)
+    assert (
+        run(monkeypatch, "--dtypes", "float32", "--providers", "ours-broken", **{"ours-broken": broken})["status"] == 1
+    )
+
+
+def test_a_run_from_the_command_line_to_file_tables_and_pictures(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    (tmp_path / "out").mkdir()
+    path = tmp_path / "mine.json"
+    words = ["--sizes", "32,48", "--widths", "24", "--rounds", "1", "--dtypes", "float32", "--device", "cpu"]
+    words += ["--providers", "ours-torch,open_clip", "--json", str(path), "--plots", str(tmp_path / "plots")]
+    assert loss.main(words) == 0
+    record = json.loads(path.read_text())
+    assert [row["provider"] for row in record["runs"]] == ["floor", "ours-torch", "open_clip"] * 2
+    assert record["machine"]["cores"] and record["versions"]["torch"] and record["date"]
+    assert (tmp_path / "out" / "mine.json").read_text() == path.read_text()
+    assert (tmp_path / "plots" / "time-cliperase-peaked-float32-24.png").stat().st_size > 1000
+    shown = capsys.readouterr().out
+    assert "cliperase, peaked data, float32, D = 24, N = 48" in shown and "open_clip" in shown
+    assert loss.main(["--from", str(path)]) == 0
+    assert capsys.readouterr().out == shown
+
+
+def times(median: float, spread: float = 0.0) -> dict:
+    return {"median": median, "q1": median - spread, "q3": median + spread, "samples": 9}
+
+
+def record_of(**medians: tuple[float, float] | None) -> dict:
+    rows = []
+    for name, found in medians.items():
+        row = {"loss": "cliperase", "data": "peaked", "dtype": "bfloat16", "n": 32768, "width": 768, "provider": name}
+        row |= {"status": "n/a", "reason": "out of memory"}
+        if found is not None:
+            row |= {"status": "ok", "reason": "", "error": 1e-3, "extra_bytes": 300 << 20}
+            row |= {f"{part}_ms": times(*found) for part in ("forward", "backward", "both")}
+        rows.append(row)
+    return {"runs": rows, "device": "h200"}
+
+
+def test_a_change_within_the_noise_is_called_the_same():
+    before = record_of(floor=(10, 0), steady=(20, 1), noisy=(20, 6), better=(20, 0.1), gone=(20, 0.1))
+    after = record_of(floor=(20, 0), steady=(21, 1), noisy=(25, 6), better=(15, 0.1), gone=None)
+    lines = {line[1]: line for line in loss_report.comparison(before, after)[1]}
+    assert [lines[name][-1] for name in ("steady", "noisy", "better", "gone", "floor")] == [
+        "same", "same", "faster", "changed", "slower",
+    ]  # fmt: skip
+    assert lines["better"][4:6] == ("0.750", "0.375")  # twice as fast against its own run's floor again
+    assert lines["gone"][3] == "n/a"
+
+
+def test_the_targets_say_what_is_met_and_what_is_not():
+    slow = {"open_clip-style-compiled": (30, 0), "open_clip-style": None}
+    head, lines = loss_report.targets_table(record_of(floor=(10, 0), **{"ours-triton": (18, 0)}, **slow))
+    assert head[:2] == ("N", "provider")
+    found = next(line for line in lines if line[1] == "ours-triton")
+    assert found[2] == "18.0 ms (at most 20: met)"
+    assert found[3] == "1.80x (at most 1.5: NOT MET)"
+    assert found[4].startswith("300 MiB (at most ") and found[4].endswith("met)")
+    assert found[5] == "1.67x (at least 2: NOT MET)"
+    assert found[6] == "nothing to compare with"
+    assert ("65,536", "not run", "", "", "", "", "") in lines
+
+
+def test_the_gpu_set_can_be_rehearsed_on_the_cpu():
+    names = providers.default_names()
+    plan = loss.gpu_plan(names, "cpu")
+    assert len(plan) == len(loss.gpu_plan(names, "cuda")) and max(case.n for case, _ in plan) <= 1024
+    assert all(set(who) <= set(names) for _, who in plan)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--sizes", "big"], "'big' is not a list of whole numbers"),
+        (["--sizes", "0"], "numbers from 1 on"),
+        (["--providers", "ours-eager,nobody"], "'nobody' is not known; use"),
+        (["--dtypes", "int8"], "'int8' is not known; use float32"),
+    ],
+)
+def test_wrong_options_are_named(words, says, capsys):
+    with pytest.raises(SystemExit):
+        loss.main(words)
+    assert says in capsys.readouterr().err
