@@ -20,7 +20,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 gpu-check:
-	$(PYTHON) -m pytest tests/ops/gpu_triton.py
+	$(PYTHON) -m pytest tests/ops/gpu_triton.py tests/ops/gpu_runtime.py
 	$(PYTHON) -m benchmarks.loss --gpu-check
 
 # Everything a user or a developer needs, from the ordinary package index; again only when the metadata changes.
