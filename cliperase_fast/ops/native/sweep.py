@@ -1,0 +1,8 @@
+"""The sweep of the backend "native": which half serves a batch is decided by its device."""
+
+from __future__ import annotations
+
+from cliperase_fast.ops.engine import as_sweep
+from cliperase_fast.ops.native.cpu import CpuEngine
+
+sweep = as_sweep(CpuEngine())
