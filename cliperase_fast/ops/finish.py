@@ -28,6 +28,35 @@ def log_odds(maximum: Tensor, total: Tensor, diagonal: Tensor) -> Tensor:
     return (maximum - diagonal) + total.log()
 
 
+def nothing(problem: Problem, count: int) -> Tensor:
+    """Planes [planes, count] of rows or columns that have not met anything yet."""
+    planes = problem.image.new_zeros(problem.planes, count, dtype=problem.compute_dtype())
+    planes[_maxima(problem)] = torch.finfo(planes.dtype).min
+    return planes
+
+
+def merge(problem: Problem, parts: Tensor, shifts: Tensor | None, shift: Tensor | None) -> Tensor:
+    """Planes [planes, n] of what parts [k, planes, n] have met together, always in the order of the parts.
+
+    shifts: of the parts, [k, 1] or [k, n]; shift: [], of the result, whose gaps are in its terms.
+    """
+    merged = torch.empty_like(parts[0])
+    for first in _maxima(problem):
+        maximum = parts[:, first].amax(0)  # [n]
+        shrink = (parts[:, first] - maximum).exp()  # [k, n]
+        merged[first], merged[first + 1] = maximum, (parts[:, first + 1] * shrink).sum(0)
+    if problem.want_consistency:
+        assert shifts is not None and shift is not None
+        # the teacher's planes are the last, so `shrink` is theirs
+        merged[-1] = ((parts[:, -1] + (shifts - shift) * parts[:, -2]) * shrink).sum(0)
+    return merged
+
+
+def _maxima(problem: Problem) -> list[int]:
+    """Which planes are maxima."""
+    return list(range(0, problem.planes - 1, 2)) if problem.planes % 2 else list(range(0, problem.planes, 2))
+
+
 def state(
     problem: Problem, planes: Tensor, diagonal: Tensor, teacher_diagonal: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
