@@ -38,6 +38,12 @@ def _load_torch_engine() -> Engine:
     return engine
 
 
+def _load_native_engine() -> Engine:
+    from cliperase_fast.ops.native.sweep import engine
+
+    return engine
+
+
 def _load_triton_engine() -> Engine:
     from cliperase_fast.ops.triton.sweep import engine
 
@@ -133,6 +139,7 @@ REGISTRY: dict[str, Backend] = {
             dtypes=(torch.float16, torch.bfloat16, torch.float32),
             why_missing=_why_no_native,
             keeps=True,
+            load_engine=_load_native_engine,
         ),
         Backend(
             "triton",

@@ -5,4 +5,5 @@ from __future__ import annotations
 from cliperase_fast.ops.engine import as_sweep
 from cliperase_fast.ops.native.cpu import CpuEngine
 
-sweep = as_sweep(CpuEngine())
+engine = CpuEngine()
+sweep = as_sweep(engine)
