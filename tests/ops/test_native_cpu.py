@@ -271,7 +271,7 @@ def test_no_memory_for_the_similarities_is_one_warning_and_the_same_gradients(mo
         def __getattr__(self, name):
             return getattr(extension.load().cpu, name)
 
-        def Workspace(self, size):  # noqa: N802
+        def Workspace(self, size):
             raise MemoryError
 
     engine._cpu = NoMemory()
