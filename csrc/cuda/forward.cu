@@ -284,6 +284,7 @@ __global__ void __launch_bounds__(THREADS) merge_kernel(const MergeArguments a) 
 }  // namespace
 
 std::int64_t forward_workspace(const Block& block) {
+    check(block);
     const Tiling tiling(block);
     return planes(block) * (tiling.chunks * block.rows + tiling.row_tiles * block.columns);
 }

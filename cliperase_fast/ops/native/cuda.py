@@ -1,9 +1,10 @@
 """The CUDA half of the backend "native": torch's matrix products, and `csrc/cuda` for everything between them.
 
-S and S° are formed in blocks, float32 and unscaled; one reading of a block updates the state of its rows and columns, in a
-fixed order and without atomics, so two runs are bitwise equal. Backward: a block of dS in the dtype of the features, from
-which dI = s dS T and dT = s dSᵀ I, both accumulated in float32. The blocks' memory does not grow with N; nothing waits for
-the device. With keep="similarities" the first rows of the products stay in memory, as many as the budget holds.
+S and S° are formed in blocks, float32 and unscaled; one reading of a block updates the state of its rows and
+columns, in a fixed order and without atomics, so two runs are bitwise equal. Backward: a block of dS in the dtype of the
+features, from which dI = s dS T and dT = s dSᵀ I, both accumulated in float32. The blocks' memory does not grow with N;
+nothing waits for the device. With keep="similarities" the first rows of the products stay in memory, as many as the
+budget holds.
 """
 
 from __future__ import annotations
