@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cliperase_fast.errors import InputError
+from cliperase_fast.ops.engine import Engine
 from cliperase_fast.ops.sweep import FeaturesKl, Sweep
 
 ENVIRONMENT_VARIABLE = "CLIPERASE_BACKEND"
@@ -31,10 +32,34 @@ def _load_torch() -> Sweep:
     return sweep
 
 
+def _load_torch_engine() -> Engine:
+    from cliperase_fast.ops.streaming import engine
+
+    return engine
+
+
+def _load_triton_engine() -> Engine:
+    from cliperase_fast.ops.triton.sweep import engine
+
+    return engine
+
+
 def _load_triton() -> Sweep:
     from cliperase_fast.ops.triton.sweep import sweep
 
     return sweep
+
+
+def _load_native() -> Sweep:
+    from cliperase_fast.ops.native.sweep import sweep
+
+    return sweep
+
+
+def _why_no_native() -> str | None:
+    from cliperase_fast.ops.native import extension
+
+    return extension.why_missing()
 
 
 def _load_plain_features_kl() -> FeaturesKl:
@@ -92,13 +117,23 @@ class Backend:
     why_missing: Callable[[], str | None] = _always_available  # why it cannot run here; None when it can
     load_features_kl: Callable[[], FeaturesKl] = _load_plain_features_kl
     keeps: bool = False  # whether `keep` makes a difference
+    load_engine: Callable[[], Engine] | None = None  # what it sweeps the shards of a batch with; None: it cannot
 
 
 REGISTRY: dict[str, Backend] = {
     backend.name: backend
     for backend in (
         Backend("eager", _load_eager, "plain autograd; holds N x N matrices, fastest for small N"),
-        Backend("torch", _load_torch, "strips of rows; never holds an N x N matrix"),
+        Backend("torch", _load_torch, "strips of rows; never holds an N x N matrix", load_engine=_load_torch_engine),
+        Backend(
+            "native",
+            _load_native,
+            "tiles in C++, one exponential for row and column; never holds an N x N matrix",
+            devices=("cpu",),
+            dtypes=(torch.float16, torch.bfloat16, torch.float32),
+            why_missing=_why_no_native,
+            keeps=True,
+        ),
         Backend(
             "triton",
             _load_triton,
@@ -108,6 +143,7 @@ REGISTRY: dict[str, Backend] = {
             why_missing=_why_no_triton,
             load_features_kl=_load_triton_features_kl,
             keeps=True,
+            load_engine=_load_triton_engine,
         ),
     )
 }
@@ -167,10 +203,10 @@ def backends() -> BackendTable:
     return BackendTable(statuses)
 
 
-def choose(requested: str, image: Tensor, text: Tensor, *teacher: Tensor | None) -> Backend:
+def choose(requested: str, image: Tensor, text: Tensor, *teacher: Tensor | None, sharded: bool = False) -> Backend:
     """The backend for these features. `requested`: a name, or "auto", which CLIPERASE_BACKEND overrides.
 
-    teacher: the teacher's features, where they are used.
+    teacher: the teacher's features, where they are used. sharded: the batch is spread over processes.
 
     Raises InputError when it is unknown, not available here, or cannot take this device or dtype.
     """
@@ -179,7 +215,7 @@ def choose(requested: str, image: Tensor, text: Tensor, *teacher: Tensor | None)
     if requested == "auto":
         from_environment = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
         if from_environment in ("", "auto"):
-            return _automatic(features)
+            return _automatic(features, sharded)
         requested, origin = from_environment, f"{ENVIRONMENT_VARIABLE}={from_environment}"
     if requested not in REGISTRY:
         raise InputError(f"{origin} is not a backend; use auto, {', '.join(REGISTRY)}")
@@ -190,6 +226,9 @@ def choose(requested: str, image: Tensor, text: Tensor, *teacher: Tensor | None)
         raise InputError(f"{origin} is not available here: {reason}. Available are auto, {others}")
     if backend.devices is not None and image.device.type not in backend.devices:
         raise InputError(f"{origin} runs on {', '.join(backend.devices)}, not on {image.device}; use backend='auto'")
+    if sharded and backend.load_engine is None:
+        able = ", ".join(other.name for other in REGISTRY.values() if other.load_engine is not None)
+        raise InputError(f"{origin} does not work with a process_group; use auto, {able}")
     for tensor in features:
         if tensor.dtype not in backend.dtypes:
             raise InputError(f"{origin} does not take {tensor.dtype}; use backend='auto' or convert the features")
@@ -201,6 +240,6 @@ def choose(requested: str, image: Tensor, text: Tensor, *teacher: Tensor | None)
 _EAGER_PAIRS = 256
 
 
-def _automatic(features: list[Tensor]) -> Backend:
+def _automatic(features: list[Tensor], sharded: bool) -> Backend:
     # Not triton: its kernels have been interpreted and compiled, but not run on a GPU yet. It is there by name.
-    return REGISTRY["eager" if len(features[0]) <= _EAGER_PAIRS else "torch"]
+    return REGISTRY["eager" if len(features[0]) <= _EAGER_PAIRS and not sharded else "torch"]
