@@ -18,6 +18,7 @@ from cliperase_fast.errors import InputError
 from cliperase_fast.ops.engine import as_sweep
 from cliperase_fast.ops.native import cuda
 from cliperase_fast.ops.native.cuda import CudaEngine, block_shape
+from cliperase_fast.ops.problem import Problem
 
 NAME = "native_cuda_emulated"
 
@@ -123,8 +124,8 @@ def test_what_would_read_or_write_astray_is_refused(kernels):
     block = as_block(kernels, student)
     for options, message in (
         ({"rows": 0}, "at least 1"),
-        ({"student": 0}, "address of the student's products"),
-        ({"student": student.data_ptr() + 4}, "multiple of 16 bytes"),
+        ({"scalars": 0}, "address of the student's products or of the scalars"),
+        ({"teacher": student.data_ptr() + 4}, "multiple of 16 bytes"),
         ({"leading": 7}, "leading must be a multiple of 4"),
         ({"columns": 9}, "leading must be a multiple of 4"),
         ({"rows": 2**61}, "overflows 64 bits"),
@@ -186,7 +187,7 @@ def test_the_emulated_rounding_is_that_of_torch(kernels, dtype):
 @pytest.mark.parametrize("budget", [1 << 20, 128 << 20, 12_000 << 20])
 @pytest.mark.parametrize("strip_rows", [0, 1, 1000])
 def test_blocks_fit_their_memory_whatever_the_number_of_pairs(n, budget, strip_rows):
-    rows, columns = block_shape(n, 10, budget, strip_rows)
+    rows, columns = block_shape(n, n, 10, budget, strip_rows)
     assert rows % 64 == 0 and columns % 128 == 0
     assert rows <= n + 63 and columns <= n + 127
     assert rows * columns * 10 <= budget or rows == 64 or (strip_rows and columns == 128)
@@ -198,20 +199,21 @@ def test_a_million_pairs_fit_one_gpu(kernels):
     # bf16 features [2^20, 768], student and teacher: 139 GiB hold them, their gradients and all that a sweep works with
     n, width, budget = 1 << 20, 768, 128 << 20
     features, gradients = 4 * n * width * 2, 2 * n * width * 2
-    rows, columns = block_shape(n, 2 * 4, budget)
+    rows, columns = block_shape(n, n, 2 * 4, budget)
     block = kernels.Block(rows=rows, columns=columns, leading=columns, diagonal=0, student=16, teacher=16, scalars=16)
     workspace = 4 * kernels.forward_workspace(block)
     assert workspace < budget / 8
     forward = budget + workspace + 4 * n * (2 * 5 + 2)
-    rows, columns = block_shape(n, 2 * 4 + 2, budget)
+    rows, columns = block_shape(n, n, 2 * 4 + 2, budget)
     state, terms = 4 * n * 8, 4 * n * (2 * 4 * 2 + 4)
     backward = budget + state + terms + 4 * n * width + 2 * n * width + 2 * 4 * rows * width
     assert features + gradients + max(forward, backward) < 16 << 30
 
 
-def test_float64_other_devices_and_a_missing_extension_are_refused_in_words(kernels, monkeypatch):
+def test_float64_and_other_devices_are_refused_in_words(kernels):
     batch = random_batch(4)
     with pytest.raises(InputError, match=r"'native' does not take torch\.float64 on a GPU; use backend='torch'"):
         as_sweep(CudaEngine(kernels, f"{NAME}_refusing"))(*batch.arguments())
+    problem = Problem(*batch.to(torch.float32).arguments())
     with pytest.raises(InputError, match="do not take features on cpu; move them to a GPU"):
-        cuda.sweep(*batch.to(torch.float32).arguments())
+        CudaEngine().check(problem)

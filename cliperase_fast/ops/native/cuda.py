@@ -1,8 +1,8 @@
 """The CUDA half of the backend "native": torch's matrix products, and `csrc/cuda` for everything between them.
 
 S and S° are formed in blocks, float32 and unscaled; one reading of a block updates the state of its rows and
-columns, in a fixed order and without atomics, so two runs are bitwise equal. Backward: a block of dS in the dtype of the
-features, from which dI = s dS T and dT = s dSᵀ I, both accumulated in float32. The blocks' memory does not grow with N;
+columns, in a fixed order and without atomics, so two runs are bitwise equal. Backward: a block of dS in the dtype of
+the features, from which dI = s dS T and dT = s dSᵀ I, accumulated in float32. The blocks' memory does not grow with N;
 nothing waits for the device. With keep="similarities" the first rows of the products stay in memory, as many as the
 budget holds.
 """
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from cliperase_fast.errors import InputError
 from cliperase_fast.ops import finish
-from cliperase_fast.ops.engine import Problem, Sums, as_sweep, keep_bytes, strip_bytes
+from cliperase_fast.ops.engine import keep_bytes, strip_bytes
 from cliperase_fast.ops.native import extension
+from cliperase_fast.ops.problem import Problem, State, Sums
 from cliperase_fast.ops.products import add_product, as_pair, product
 
 _FLOAT = 4  # bytes
@@ -64,13 +65,15 @@ class CudaEngine:
 
     def forward(self, problem: Problem, strip_rows: int, kept_bytes: int) -> tuple[Sums, Tensor]:
         with torch.cuda.device_of(problem.image):
-            inputs, n = _Inputs(problem), problem.n
-            device = problem.image.device
+            inputs, n, m, device = _Inputs(problem), problem.n, problem.m, problem.image.device
             kept = torch.empty(kept_bytes, dtype=torch.uint8, device=device)
             shift = inputs.shift()
             blocks = _Blocks(self, inputs, strip_rows, kept, shift)
+            blocks.kept[..., m:].zero_()  # so that equal calls keep equal bytes
             diagonals = torch.empty(1 + inputs.teacher, n, device=device)
-            sums = torch.empty(2, inputs.planes, n, device=device)  # of rows and of columns, maxima in units of log 2
+            # maxima in units of log 2
+            of_rows = torch.empty(problem.planes, n, device=device)
+            of_columns = torch.empty(problem.planes, m, device=device)
             workspace = torch.empty(0, device=device)
             for rows, columns, block in blocks:
                 needed = blocks.kernels.forward_workspace(block)
@@ -78,11 +81,11 @@ class CudaEngine:
                     workspace = torch.empty(needed, device=device)
                 blocks.kernels.forward(
                     block,
-                    row_sums=sums[0, 0, rows].data_ptr(),
+                    row_sums=of_rows[0, rows].data_ptr(),
                     row_stride=n,
                     row_fresh=columns.start == 0,
-                    column_sums=sums[1, 0, columns].data_ptr(),
-                    column_stride=n,
+                    column_sums=of_columns[0, columns].data_ptr(),
+                    column_stride=m,
                     column_fresh=rows.start == 0,
                     diagonal=diagonals[0, rows].data_ptr(),
                     teacher_diagonal=diagonals[1, rows].data_ptr() if inputs.teacher else 0,
@@ -90,19 +93,18 @@ class CudaEngine:
                     workspace_size=len(workspace),
                     stream=_stream(device),
                 )
-            student = masked = teacher = None
-            if inputs.plain:
-                student = sums[:, 0] * _LN_2, sums[:, 1]
-            if inputs.masked:
-                masked = sums[:, 2 * inputs.plain] * _LN_2, sums[:, 2 * inputs.plain + 1]
-            if inputs.teacher:
-                teacher = sums[:, -3] * _LN_2, sums[:, -2], sums[:, -1] * _LN_2
-            return Sums(diagonals[0], diagonals[1] if inputs.teacher else None, shift, student, masked, teacher), kept
+            maxima = [0] * problem.plain + [2 * problem.plain] * problem.masked
+            for plane in [*maxima, *(problem.planes - 3, problem.planes - 1) * inputs.teacher]:
+                of_rows[plane] *= _LN_2
+                of_columns[plane] *= _LN_2
+            diagonal = diagonals[0] if problem.paired else None
+            teacher_diagonal = diagonals[1] if problem.paired and inputs.teacher else None
+            return Sums(of_rows, of_columns, diagonal, teacher_diagonal, shift), kept
 
     def backward(
         self,
         problem: Problem,
-        state: Tensor,
+        state: State,
         weight_retention: Tensor,
         weight_consistency: Tensor,
         strip_rows: int,
@@ -110,28 +112,32 @@ class CudaEngine:
         need_image: bool,
         need_text: bool,
         need_scale: bool,
+        partial: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         with torch.cuda.device_of(problem.image):
-            inputs, image, text, n = _Inputs(problem), problem.image, problem.text, problem.n
+            inputs, image, text, n, m = _Inputs(problem), problem.image, problem.text, problem.n, problem.m
             softmaxes, diagonal, unit = finish.unit_terms(
-                state, weight_retention.float(), weight_consistency.float(),
-                problem.masked, problem.want_retention, problem.want_consistency,
+                problem, state, weight_retention.float(), weight_consistency.float(),
                 lift=2.0**13 if inputs.image.dtype == torch.float16 else 1.0,
             )  # fmt: skip
-            row_terms, column_terms = (softmaxes[:, first::2].contiguous() for first in (0, 1))  # [terms, 2, N]
-            grad_image = image.new_empty(image.shape if need_image else (0,))
-            grad_text = state.new_zeros(text.shape if need_text else (0,))
-            grad_scale = state.new_zeros(())
+            # anchors and factors: [terms, 2 n] and [terms, 2 m]
+            row_terms, column_terms = softmaxes[:, : 2 * n].contiguous(), softmaxes[:, 2 * n :].contiguous()
+            image_dtype, text_dtype, scale_dtype = image.dtype, text.dtype, problem.scale.dtype
+            if partial:
+                image_dtype = text_dtype = scale_dtype = torch.float32
+            grad_image = image.new_empty(image.shape if need_image else (0,), dtype=image_dtype)
+            grad_text = diagonal.new_zeros(text.shape if need_text else (0,))
+            grad_scale = diagonal.new_zeros(())
             blocks = _Blocks(self, inputs, strip_rows, kept, None, gradient=True)
             kernels = blocks.kernels
             for rows, columns, block in blocks:
                 gradient = blocks.gradient_block(rows, columns)
                 kernels.backward(
                     block,
-                    row_terms=row_terms[0, 0, rows].data_ptr(),
+                    row_terms=row_terms[0, rows].data_ptr(),
                     row_stride=n,
-                    column_terms=column_terms[0, 0, columns].data_ptr(),
-                    column_stride=n,
+                    column_terms=column_terms[0, columns].data_ptr(),
+                    column_stride=m,
                     diagonal=diagonal[rows].data_ptr(),
                     gradient=gradient.data_ptr(),
                     gradient_leading=gradient.stride(0),
@@ -144,26 +150,26 @@ class CudaEngine:
                         towards_text = product(gradient, inputs.text[columns])  # [rows, D]
                     else:
                         add_product(towards_text, gradient, inputs.text[columns])
-                    if columns.stop == n:
+                    if columns.stop == m:
                         if need_scale:  # before the factor s, which may be 0
                             grad_scale += (towards_text * image_rows).sum()
                         if need_image:
                             grad_image[rows] = towards_text.mul_(unit * inputs.scale)
                 if need_text:
                     add_product(grad_text[columns], gradient.T, image_rows)
-            grad_text = grad_text.mul_(unit * inputs.scale).to(text.dtype)
-            return grad_image, grad_text, (grad_scale * unit).to(problem.scale.dtype)
+            grad_text = grad_text.mul_(unit * inputs.scale).to(text_dtype)
+            return grad_image, grad_text, (grad_scale * unit).to(scale_dtype)
 
 
-def block_shape(n: int, pair_bytes: int, budget: int, strip_rows: int = 0, columns: int = 0) -> tuple[int, int]:
-    """(rows, columns) of the largest block of N x N in `budget` bytes: 16 times as wide as high where it can be.
+def block_shape(n: int, m: int, pair_bytes: int, budget: int, strip_rows: int = 0, columns: int = 0) -> tuple[int, int]:
+    """(rows, columns) of the largest block of n x m in `budget` bytes: 16 times as wide as high where it can be.
 
     strip_rows, columns: asked for, 0: free. Whole tiles of the kernels, at least one; pair_bytes: memory of an entry.
     """
     pairs = budget // pair_bytes
     if not columns:
         columns = pairs // strip_rows if strip_rows else int(4 * pairs**0.5)
-    columns = min(_round_up(n, _COLUMNS), max(_COLUMNS, columns // _COLUMNS * _COLUMNS))
+    columns = min(_round_up(m, _COLUMNS), max(_COLUMNS, columns // _COLUMNS * _COLUMNS))
     rows = strip_rows or pairs // columns
     return min(_round_up(n, _ROWS), max(1, rows // _ROWS) * _ROWS), columns
 
@@ -172,7 +178,7 @@ class _Inputs:
     """The inputs as the products and kernels take them."""
 
     def __init__(self, problem: Problem) -> None:
-        self.n = problem.n
+        self.n, self.m, self.offset = problem.n, problem.m, problem.offset
         self.image, self.text = as_pair(problem.image, problem.text)
         self.scale = problem.scale.float()
         self.pairs = [(self.image, self.text)]
@@ -182,9 +188,10 @@ class _Inputs:
             assert problem.teacher_scale is not None
             self.pairs.append(as_pair(problem.teacher_image, problem.teacher_text))
             self.scales.append(problem.teacher_scale.float())
-        self.group_ids = None if problem.group_ids is None else problem.group_ids.contiguous()
-        self.plain, self.masked, self.teacher = problem.plain, problem.masked, problem.want_consistency
-        self.planes = 2 * (self.plain + self.masked) + 3 * self.teacher
+        self.row_groups, self.column_groups = (
+            None if ids is None else ids.contiguous() for ids in (problem.row_groups, problem.column_groups)
+        )
+        self.teacher = problem.want_consistency
 
     def shift(self) -> Tensor | None:
         """S° - S of the first pair: any constant would do; it keeps the gaps exact where S° - S hardly varies."""
@@ -210,11 +217,11 @@ class _Blocks:
         gradient: bool = False,
     ) -> None:
         self.kernels = engine._kernels if engine._kernels is not None else extension.load().cuda
-        self.inputs, n = inputs, inputs.n
+        self.inputs, n, m = inputs, inputs.n, inputs.m
         matrices, dtype = 1 + inputs.teacher, inputs.image.dtype
         pair_bytes = matrices * _FLOAT + gradient * dtype.itemsize
-        self.rows, self.columns = block_shape(n, pair_bytes, strip_bytes(), strip_rows, engine._block_columns)
-        self.kept = kept.view(torch.float32).view(matrices, -1, _leading(n))  # [matrices, kept rows, N and padding]
+        self.rows, self.columns = block_shape(n, m, pair_bytes, strip_bytes(), strip_rows, engine._block_columns)
+        self.kept = kept.view(torch.float32).view(matrices, -1, _leading(m))  # [matrices, kept rows, m and padding]
         device = inputs.image.device
         self.kept_rows = self.kept.shape[1]
         # Kept rows are formed where they stay.
@@ -230,12 +237,12 @@ class _Blocks:
         return self.gradient[: rows.stop - rows.start, : columns.stop - columns.start]
 
     def __iter__(self) -> Iterator[tuple[slice, slice, Any]]:
-        n = self.inputs.n
+        n, m = self.inputs.n, self.inputs.m
         for first, last in ((0, self.kept_rows), (self.kept_rows, n)):
             for start in range(first, last, self.rows):
                 rows = slice(start, min(start + self.rows, last))
-                for begin in range(0, n, self.columns):
-                    columns = slice(begin, min(begin + self.columns, n))
+                for begin in range(0, m, self.columns):
+                    columns = slice(begin, min(begin + self.columns, m))
                     yield rows, columns, self._block(rows, columns, rows.start < self.kept_rows)
 
     def _block(self, rows: slice, columns: slice, kept: bool) -> Any:
@@ -246,22 +253,22 @@ class _Blocks:
         if self.form_kept or not kept:
             for out, (left, right) in zip(matrices, self.inputs.pairs, strict=True):
                 product(left[rows], right[columns].T, out=out)
-        groups = self.inputs.group_ids
+        row_groups, column_groups = self.inputs.row_groups, self.inputs.column_groups
         return self.kernels.Block(
             rows=rows.stop - rows.start,
             columns=columns.stop - columns.start,
             leading=matrices.stride(1),
-            diagonal=rows.start - columns.start,
+            diagonal=rows.start + self.inputs.offset - columns.start,
             student=matrices[0].data_ptr(),
             teacher=matrices[1].data_ptr() if self.inputs.teacher else 0,
             scalars=self.scalars.data_ptr(),
-            row_groups=0 if groups is None else groups[rows].data_ptr(),
-            column_groups=0 if groups is None else groups[columns].data_ptr(),
+            row_groups=0 if row_groups is None else row_groups[rows].data_ptr(),
+            column_groups=0 if column_groups is None else column_groups[columns].data_ptr(),
         )
 
 
 def _kept_row_bytes(problem: Problem) -> int:
-    return _FLOAT * _leading(problem.n) * (1 + problem.want_consistency)
+    return _FLOAT * _leading(problem.m) * (1 + problem.want_consistency)
 
 
 def _leading(n: int) -> int:
@@ -274,6 +281,3 @@ def _round_up(n: int, multiple: int) -> int:
 
 def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-
-
-sweep = as_sweep(CudaEngine())
