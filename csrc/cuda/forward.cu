@@ -31,7 +31,7 @@ struct TileArguments {
     float *diagonal, *teacher_diagonal;
     float* row_partials;     // [chunks, planes, rows]
     float* column_partials;  // [row tiles, planes, columns]
-    std::int64_t chunks, tiles_per_chunk;
+    int chunks, tiles_per_chunk, column_tiles;
 };
 
 // Shared memory: the columns' partials of the warps, [kinds, 3, WARPS, TILE_COLUMNS], then, for a kind at a time, the rows'
@@ -123,10 +123,10 @@ __device__ void share_columns(float* shared, int kind, const Tile& piece, const 
 
 // The warps' shared columns to the partials of this tile of rows.
 template <typename F>
-__device__ void store_columns(const float* shared, const TileArguments& a, std::int64_t row_tile, std::int64_t tile) {
+__device__ void store_columns(const float* shared, const TileArguments& a, int row_tile, int tile) {
     for (int task = threadIdx.x; task < F::kinds * TILE_COLUMNS; task += THREADS) {
         const int kind = task / TILE_COLUMNS, place = task % TILE_COLUMNS;
-        const std::int64_t column = tile * TILE_COLUMNS + place;
+        const std::int64_t column = std::int64_t{tile} * TILE_COLUMNS + place;
         if (column >= a.block.columns) continue;
         const bool has_gap = kind == F::students;
         const float* from = shared + kind * 3 * WARPS * TILE_COLUMNS + place;
@@ -137,8 +137,8 @@ __device__ void store_columns(const float* shared, const TileArguments& a, std::
 
 // The lanes' rows to the partials of this chunk of columns.
 template <typename F, bool HasGap>
-__device__ void store_rows(float* shared, const RowSums<HasGap>& rows, const TileArguments& a, std::int64_t row_tile,
-                           std::int64_t chunk, int kind) {
+__device__ void store_rows(float* shared, const RowSums<HasGap>& rows, const TileArguments& a, int row_tile, int chunk,
+                           int kind) {
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     constexpr int plane = TILE_ROWS * PADDED_WARP;
     __syncthreads();  // what was in the shared memory has been read
@@ -150,7 +150,7 @@ __device__ void store_rows(float* shared, const RowSums<HasGap>& rows, const Til
         if (HasGap) to[2 * plane] = rows.gap[r];
     }
     __syncthreads();
-    const std::int64_t row = row_tile * TILE_ROWS + threadIdx.x;
+    const std::int64_t row = std::int64_t{row_tile} * TILE_ROWS + threadIdx.x;
     if (threadIdx.x >= TILE_ROWS || row >= a.block.rows) return;
     const Partial merged = gather<WARP, 1>(shared + threadIdx.x * PADDED_WARP, plane, HasGap);
     store(a.row_partials, chunk, 2 * F::kinds + int(F::teacher), a.block.rows, row, kind, HasGap, merged);
@@ -197,18 +197,17 @@ __global__ void __launch_bounds__(THREADS, F::kinds == 3 ? 1 : 2) forward_kernel
     extern __shared__ float4 shared_vectors[];
     float* const shared = reinterpret_cast<float*>(shared_vectors);
     const Block& block = a.block;
-    const std::int64_t row_tile = blockIdx.x / a.chunks, chunk = blockIdx.x % a.chunks;
-    const std::int64_t row = row_tile * TILE_ROWS + (threadIdx.x / WARP) * ROWS;
+    const int row_tile = static_cast<int>(blockIdx.x) / a.chunks, chunk = static_cast<int>(blockIdx.x) % a.chunks;
+    const std::int64_t row = std::int64_t{row_tile} * TILE_ROWS + (threadIdx.x / WARP) * ROWS;
     const float scale = block.scalars[0] * LOG2_E;
     const float teacher_scale = F::teacher ? block.scalars[1] * LOG2_E : 0.0F;
     const float shift = F::teacher ? block.scalars[2] * LOG2_E : 0.0F;
     RowSums<false> plain, masked;
     RowSums<true> with_gap;
-    const std::int64_t first = chunk * a.tiles_per_chunk;
-    const std::int64_t tiles = divide_up(block.columns, TILE_COLUMNS);
-    const std::int64_t last = first + a.tiles_per_chunk < tiles ? first + a.tiles_per_chunk : tiles;
-    for (std::int64_t tile = first; tile < last; ++tile) {
-        const std::int64_t column = tile * TILE_COLUMNS + (threadIdx.x % WARP) * VECTOR;
+    const int first = chunk * a.tiles_per_chunk;
+    const int last = min(first + a.tiles_per_chunk, a.column_tiles);
+    for (int tile = first; tile < last; ++tile) {
+        const std::int64_t column = std::int64_t{tile} * TILE_COLUMNS + (threadIdx.x % WARP) * VECTOR;
         Tile student, teacher;
         student.load(block.student, block.leading, row, column, block, scale);
         if (F::teacher) teacher.load(block.teacher, block.leading, row, column, block, teacher_scale);
@@ -303,8 +302,15 @@ void forward(const Block& block, const Forward& out, std::uintptr_t stream) {
     const int of_planes = planes(block);
     float* const row_partials = out.workspace;
     float* const column_partials = row_partials + of_planes * tiling.chunks * block.rows;
-    const TileArguments tile{block,           out.diagonal,  out.teacher_diagonal,  row_partials,
-                             column_partials, tiling.chunks, tiling.tiles_per_chunk};
+    grid_size(tiling.column_tiles + tiling.tiles_per_chunk);  // counted in 32 bits
+    const TileArguments tile{block,
+                             out.diagonal,
+                             out.teacher_diagonal,
+                             row_partials,
+                             column_partials,
+                             static_cast<int>(tiling.chunks),
+                             static_cast<int>(tiling.tiles_per_chunk),
+                             static_cast<int>(tiling.column_tiles)};
     with_form(block, [&](auto form) {
         using F = decltype(form);
         launch(forward_kernel<F>, "forward_kernel", dim3(grid_size(tiling.row_tiles * tiling.chunks)),

@@ -28,6 +28,8 @@ struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(8) uint2 { unsigned x, y; };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
+inline int min(int a, int b) { return a < b ? a : b; }
+
 inline dim3 blockIdx, threadIdx;  // of the fiber that runs
 
 using cudaStream_t = void*;
