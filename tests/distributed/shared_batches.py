@@ -13,6 +13,9 @@ from cliperase_fast.functional import cliperase_loss
 
 STUDENT = ("forget_image", "forget_text", "retain_image", "retain_text", "logit_scale")
 PER_PAIR = (*STUDENT[:4], "teacher_image", "teacher_text")
+# ranks -> forget pairs of each, retain pairs of each
+EVEN = {2: ([3, 3], [8, 8]), 4: ([2, 2, 2, 2], [5, 5, 5, 5])}
+UNEVEN = {2: ([5, 1], [3, 13]), 4: ([2, 0, 4, 1], [7, 2, 0, 8])}
 
 
 def features(n: int, width: int, seed: int, dtype: torch.dtype) -> Tensor:

@@ -7,12 +7,10 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
-from shared_batches import assert_close, groups, put_together, sharded_step, step, whole_batch
+from shared_batches import EVEN, UNEVEN, assert_close, groups, put_together, sharded_step, step, whole_batch
 
 from cliperase_fast.functional import clip_loss, similarity_kl
 
-EVEN = {2: ([3, 3], [8, 8]), 4: ([2, 2, 2, 2], [5, 5, 5, 5])}
-UNEVEN = {2: ([5, 1], [3, 13]), 4: ([2, 0, 4, 1], [7, 2, 0, 8])}
 OPTIONS = list(itertools.product(("cosine", "hinge", "contrastive"), ("logits", "features", "intra")))
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-6}
 
