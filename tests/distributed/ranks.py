@@ -55,6 +55,14 @@ class Ranks:
             tasks.put((function, arguments))
         return self._collect(ANSWER_SECONDS)
 
+    def ask(self, rank: int, function: Callable[..., Any], *arguments: Any) -> tuple[bool, Any]:
+        """The same of all, where only `rank` is expected to answer."""
+        for tasks in self._tasks:
+            tasks.put((function, arguments))
+        answered, *answer = self._answers.get(timeout=ANSWER_SECONDS)
+        assert answered == rank
+        return answer[0], answer[1]
+
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """What every rank returns; an error of any fails the test."""
         answers = self.try_all(function, *arguments)
