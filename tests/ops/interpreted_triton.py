@@ -13,6 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 from accuracy_cases import REGIMES, UNDERFLOW, errors, regime, rounding_unit
+from rectangles import in_pieces
 from sweep_cases import Batch, Outcome, naive_sweep, outcome, random_batch
 from torch import Tensor
 
@@ -434,3 +435,25 @@ def test_it_compiles_into_one_graph():
         gradients.append([leaf.grad for leaf in leaves])
     for ours, theirs in zip(*gradients, strict=True):
         assert torch.equal(ours, theirs)
+
+
+# one process's rows against all columns, and blocks without own pairs; 65 pairs are three blocks of columns
+@pytest.mark.parametrize("cuts", [([0, 20, 65], [0, 65]), ([0, 20, 65], [0, 20, 65]), ([0, 1, 65], [0, 1, 65])])
+@pytest.mark.parametrize("groups", [False, True], ids=["no groups", "groups"])
+@pytest.mark.parametrize("keep", ["nothing", "similarities"])
+def test_rectangles_add_up_to_the_whole(keep, groups, cuts):
+    batch = replace(random_batch(65), group_ids=some_groups(65) if groups else None)
+    exact = outcome(reference.sweep, batch, (0.7, 1.3))
+    found = in_pieces(triton_sweep.engine, batch.to(torch.float32), *cuts, strip_rows=1, keep=keep)
+    for ours, theirs in zip(found, exact.tensors(), strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rectangles_of_half_precision_give_summands_in_float32(form):
+    batch = formed(random_batch(40), form).to(torch.bfloat16)
+    exact = outcome(reference.sweep, batch.to(torch.float64), (0.7, 1.3))
+    found = in_pieces(triton_sweep.engine, batch, [0, 7, 40], [0, 7, 40])
+    for ours, theirs in zip(found[2:4], (exact.image, exact.text), strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours.double() - theirs).norm() <= 4e-3 * theirs.norm()
