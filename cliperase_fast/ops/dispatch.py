@@ -38,6 +38,12 @@ def _load_torch_engine() -> Engine:
     return engine
 
 
+def _load_native_engine() -> Engine:
+    from cliperase_fast.ops.native.sweep import engine
+
+    return engine
+
+
 def _load_triton_engine() -> Engine:
     from cliperase_fast.ops.triton.sweep import engine
 
@@ -48,6 +54,18 @@ def _load_triton() -> Sweep:
     from cliperase_fast.ops.triton.sweep import sweep
 
     return sweep
+
+
+def _load_native() -> Sweep:
+    from cliperase_fast.ops.native.sweep import sweep
+
+    return sweep
+
+
+def _why_no_native() -> str | None:
+    from cliperase_fast.ops.native import extension
+
+    return extension.why_missing()
 
 
 def _load_plain_features_kl() -> FeaturesKl:
@@ -113,6 +131,16 @@ REGISTRY: dict[str, Backend] = {
     for backend in (
         Backend("eager", _load_eager, "plain autograd; holds N x N matrices, fastest for small N"),
         Backend("torch", _load_torch, "strips of rows; never holds an N x N matrix", load_engine=_load_torch_engine),
+        Backend(
+            "native",
+            _load_native,
+            "tiles in C++, one exponential for row and column; never holds an N x N matrix",
+            devices=("cpu",),
+            dtypes=(torch.float16, torch.bfloat16, torch.float32),
+            why_missing=_why_no_native,
+            keeps=True,
+            load_engine=_load_native_engine,
+        ),
         Backend(
             "triton",
             _load_triton,

@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cliperase_fast.ops.problem import Problem, State
@@ -195,9 +196,9 @@ def _anchor_and_factor(diagonal: Tensor, r: Tensor, weight: Tensor) -> tuple[Ten
 
 
 def log1p_exp(r: Tensor) -> Tensor:
-    return torch.logaddexp(r, torch.zeros_like(r))
+    return F.softplus(r, threshold=40.0)  # beyond, 1 is less than half a unit in the last place of exp(r), in float64 too
 
 
 def rest(r: Tensor) -> Tensor:
-    """1 - P_ii = sigmoid(r_i), without overflow at r_i << 0."""
-    return (r - log1p_exp(r)).exp()
+    """1 - P_ii."""
+    return torch.sigmoid(r)

@@ -11,8 +11,10 @@ from torch import Tensor
 from cliperase_fast.ops import backends
 from cliperase_fast.ops.sweep import Sweep
 
-# those that run everywhere and in float64; triton has tests of its own
+# those that run everywhere and in float64
 BACKENDS = tuple(name for name, status in backends().items() if status.available and status.devices == "any")
+# and those that stop at float32; triton, in its interpreter, has tests of its own
+CPU_BACKENDS = (*BACKENDS, *(name for name in ("native",) if backends()[name].available))
 
 
 @dataclass(frozen=True)
