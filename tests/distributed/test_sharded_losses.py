@@ -10,8 +10,16 @@ import torch.distributed as dist
 from shared_batches import EVEN, UNEVEN, assert_close, groups, put_together, sharded_step, step, whole_batch
 
 from cliperase_fast.functional import clip_loss, similarity_kl
+from cliperase_fast.ops.dispatch import REGISTRY
 
 OPTIONS = list(itertools.product(("cosine", "hinge", "contrastive"), ("logits", "features", "intra")))
+BACKENDS = [
+    name
+    for name, backend in REGISTRY.items()
+    if backend.load_engine is not None
+    and backend.why_missing() is None
+    and (backend.devices is None or "cpu" in backend.devices)
+]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-6}
 
 
@@ -41,6 +49,14 @@ def test_every_option_on_four_uneven_ranks_one_of_them_empty(four, forget, consi
 def test_two_ranks(two, with_groups, gather, sizes):
     for forget, consistency in (("contrastive", "logits"), ("hinge", "intra"), ("cosine", "features")):
         check(two, sizes, torch.float64, forget=forget, consistency=consistency, gather=gather, groups=with_groups)
+
+
+@pytest.mark.parametrize("gather", ["all", "ring"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_backend_that_can(two, backend, gather):
+    for keep in ("nothing", "similarities"):
+        options = {"forget": "contrastive", "backend": backend, "gather": gather, "groups": True, "keep": keep}
+        check(two, UNEVEN, torch.float32, **options)
 
 
 @pytest.mark.parametrize("gather", ["all", "ring"])
