@@ -1,12 +1,13 @@
 # make demo   set everything up, then make a CLIP forget the digit seven (leaves runs/demo/)
 # make test   set everything up, then lint and test
+# make native-sanitize   the C++ sweep's tests under the address and undefined-behaviour sanitizers
 # make gpu-check   on a machine with a GPU, with the python in PYTHON: the kernels' tests, then the loss benchmark
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint gpu-check clean
+.PHONY: demo test lint native-sanitize gpu-check clean
 
 demo: $(STAMP)
 	$(BIN)/cliperase-fast demo
@@ -18,6 +19,21 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The package beside a sanitized extension, ahead of the installed one on the path (pytest, not python -m pytest, which
+# would put this folder first).
+SANITIZED := build/sanitize
+native-sanitize: $(STAMP)
+	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DCLIPERASE_SANITIZE=ON \
+		-DCLIPERASE_CUDA=OFF
+	$(BIN)/cmake --build $(SANITIZED)
+	ASAN_OPTIONS=detect_leaks=1 $(BIN)/ctest --test-dir $(SANITIZED) --output-on-failure
+	rm -rf $(SANITIZED)/python && mkdir -p $(SANITIZED)/python
+	cp -r cliperase_fast $(SANITIZED)/python/
+	rm -f $(SANITIZED)/python/cliperase_fast/_C*.so && cp $(SANITIZED)/_C*.so $(SANITIZED)/python/cliperase_fast/
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so.6)" \
+		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED)/python OMP_NUM_THREADS=2 \
+		$(BIN)/pytest tests/ops/test_native_cpu.py tests/ops/test_native_fuzz.py
 
 gpu-check:
 	$(PYTHON) -m pytest tests/ops/gpu_triton.py tests/ops/gpu_runtime.py
