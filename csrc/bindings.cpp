@@ -47,7 +47,6 @@ void bind_cpu(py::module_ module) {
     module.attr("TILE_ROWS") = cliperase::KEPT_TILE_ROWS;
     module.attr("TILE_COLUMNS") = cliperase::KEPT_TILE_COLUMNS;
     module.attr("TILE_HEAD") = cliperase::KEPT_TILE_HEAD;
-    module.attr("PLANES") = static_cast<int>(cliperase::PLANES);
 
     py::enum_<Dtype>(module, "Dtype")
         .value("float32", Dtype::float32)
@@ -111,7 +110,7 @@ void bind_cpu(py::module_ module) {
             const cliperase::Workspace scratch(chosen.forward_scratch(p));
             chosen.forward(p, out, scratch.data());
         },
-        py::arg("problem"), py::kw_only(), py::arg("diagonal"), py::arg("teacher_diagonal") = 0, py::arg("row_sums"),
+        py::arg("problem"), py::kw_only(), py::arg("diagonal") = 0, py::arg("teacher_diagonal") = 0, py::arg("row_sums"),
         py::arg("column_sums"), py::arg("shift") = 0.0, py::arg("kept") = 0, py::arg("kept_rows") = 0,
         py::arg("instruction_set") = py::none());
 
@@ -137,7 +136,7 @@ void bind_cpu(py::module_ module) {
             return grad_scale;
         },
         py::arg("problem"), py::kw_only(), py::arg("student"), py::arg("masked") = py::none(),
-        py::arg("teacher") = py::none(), py::arg("diagonal"), py::arg("kept") = 0, py::arg("kept_rows") = 0,
+        py::arg("teacher") = py::none(), py::arg("diagonal") = 0, py::arg("kept") = 0, py::arg("kept_rows") = 0,
         py::arg("grad_image") = 0, py::arg("grad_text") = 0, py::arg("need_scale") = false,
         py::arg("instruction_set") = py::none());
 }

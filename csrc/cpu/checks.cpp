@@ -52,7 +52,8 @@ void check_kept(const Problem& p, const void* kept, std::int64_t rows) {
 void check(const Problem& p) {
     check_between("rows", p.rows, 1, MOST_ROWS);
     check_between("columns", p.columns, 1, MOST_ROWS);
-    check_between("first", p.first, 0, p.columns - p.rows);
+    if (p.paired()) check_between("first", p.first, 0, p.columns - p.rows);
+    if (p.first > p.columns) check_between("first", p.first, 0, p.columns);
     check_between("width", p.width, 1, MOST_WIDTH);
     check_between("threads", p.threads, 1, 4096);
     check_matrix("image", p.image, p.rows, p.width);
@@ -71,8 +72,8 @@ void check(const Problem& p) {
 }
 
 void check(const Problem& p, const Forward& out) {
-    check_pointer("diagonal", out.diagonal, sizeof(float));
-    if (p.has_teacher) check_pointer("teacher_diagonal", out.teacher_diagonal, sizeof(float));
+    if (p.paired()) check_pointer("diagonal", out.diagonal, sizeof(float));
+    if (p.paired() && p.has_teacher) check_pointer("teacher_diagonal", out.teacher_diagonal, sizeof(float));
     check_pointer("row_sums", out.row_sums, sizeof(float));
     check_pointer("column_sums", out.column_sums, sizeof(float));
     check_kept(p, out.kept, out.kept_rows);
@@ -82,7 +83,7 @@ void check(const Problem& p, const Backward& b) {
     check_softmax("student", b.student);
     if (p.has_teacher) check_softmax("teacher", b.teacher);
     if (p.has_masked()) check_softmax("masked", b.masked);
-    check_pointer("diagonal", b.diagonal, sizeof(float));
+    if (p.paired()) check_pointer("diagonal", b.diagonal, sizeof(float));
     check_kept(p, b.kept, b.kept_rows);
     if (b.grad_scale != nullptr && b.grad_image == nullptr) refuse("the gradient of scale needs grad_image");
 }

@@ -1,5 +1,6 @@
 // The similarity sweep on CPUs. S = scale * image textᵀ [rows, columns]; the pair of row i is column first + i, and that
-// entry, the diagonal, stays out of all sums. Everything is plain C++: pointers, sizes, strides.
+// entry, the diagonal, stays out of all sums; first = columns: the rows' pairs are not among the columns. Everything is plain
+// C++: pointers, sizes, strides.
 #pragma once
 
 #include <cstddef>
@@ -29,20 +30,21 @@ struct Problem {
     const std::int32_t* column_groups;  // [columns]
     int threads;
 
+    bool paired() const { return first < columns; }
     bool excludes() const { return row_groups != nullptr && !has_teacher; }
     bool has_masked() const { return row_groups != nullptr && has_teacher; }
 };
 
-// The sums of a row or column: with a reference near its largest entry, the total of exp(entry - reference). The teacher's
-// gap is the sum of exp(S° - reference) (S° - S - shift). A row without entries has reference -FLT_MAX and total 1.
-enum Plane : int { STUDENT_REFERENCE, STUDENT_TOTAL, MASKED_REFERENCE, MASKED_TOTAL,
-                   TEACHER_REFERENCE, TEACHER_TOTAL, TEACHER_GAP, PLANES };
+// The sums of a row or column, as far as there are any: the student's reference, near its largest entry, and the total of
+// exp(entry - reference); the same masked; of the teacher reference, total and gap, the sum of
+// exp(S° - reference) (S° - S - shift). A row without entries has reference -FLT_MAX and total 1.
+inline int planes(const Problem& p) { return 2 + 2 * p.has_masked() + 3 * p.has_teacher; }
 
 struct Forward {
-    float* diagonal;          // [rows], of S
+    float* diagonal;          // [rows], of S; unused without pairs, like the next
     float* teacher_diagonal;  // [rows], of S°
-    float* row_sums;          // [PLANES, rows]
-    float* column_sums;       // [PLANES, columns]
+    float* row_sums;          // [planes, rows]
+    float* column_sums;       // [planes, columns]
     float shift;
     void* kept;             // tiles for the backward pass, `kept_bytes` of them
     std::int64_t kept_rows;  // the first rows; a whole number of tiles, or all
@@ -55,7 +57,7 @@ struct Softmax {
 
 struct Backward {
     Softmax student, masked, teacher;
-    const float* diagonal;  // [rows], dS there
+    const float* diagonal;  // [rows], dS there; unused without pairs
     const void* kept;
     std::int64_t kept_rows;
     // Each may be null where it is not needed. Rows of `gradient_stride` floats, the width rounded up to 16.

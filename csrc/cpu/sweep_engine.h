@@ -140,37 +140,48 @@ inline Groups block_groups(const Problem& p, i64 row, i64 column, i64 columns, s
     return {p.row_groups + row, own};
 }
 
+// Where the sums of one kind are in the scratch memory, and their first plane in the results.
+struct PlaneSet {
+    int reference, total, gap, result;  // gap -1: none
+    bool used;
+};
+
+constexpr int SCRATCH_PLANES = 7;
+constexpr PlaneSet STUDENT{0, 1, -1, 0, true};
+
+inline PlaneSet masked_planes(const Problem& p) { return {2, 3, -1, 2, p.has_masked()}; }
+inline PlaneSet teacher_planes(const Problem& p) { return {4, 5, 6, p.has_masked() ? 4 : 2, p.has_teacher}; }
+
 // -- forward ----------------------------------------------------------------------------------------------------------
 
 struct ForwardLayout {
     i64 strip, blocks, padded_columns;
     Operands operands;
     float* tiles;         // for each thread a tile of S and one of S°
-    float* row_parts;     // [blocks, PLANES, strip]
-    float* column_state;  // [PLANES, padded_columns]
+    float* row_parts;     // [blocks, SCRATCH_PLANES, strip]
+    float* column_state;  // [SCRATCH_PLANES, padded_columns]
     std::size_t bytes;
 
     ForwardLayout(const Problem& p, char* scratch) : ForwardLayout(p, Carver(scratch)) {}
 
     float* own_tiles() const { return tiles + thread() * 2 * TILE; }
-    Sums part(i64 block, Plane reference, Plane total, int gap) const {
-        float* base = row_parts + block * PLANES * strip;
-        return {base + reference * strip, base + total * strip, gap < 0 ? nullptr : base + gap * strip};
+    Sums part(i64 block, const PlaneSet& set) const {
+        return sums(row_parts + block * SCRATCH_PLANES * strip, set, strip);
     }
-    Sums columns(Plane reference, Plane total, int gap) const {
-        const i64 n = padded_columns;
-        return {column_state + reference * n, column_state + total * n, gap < 0 ? nullptr : column_state + gap * n};
-    }
+    Sums columns(const PlaneSet& set) const { return sums(column_state, set, padded_columns); }
 
   private:
+    static Sums sums(float* base, const PlaneSet& set, i64 n) {
+        return {base + set.reference * n, base + set.total * n, set.gap < 0 ? nullptr : base + set.gap * n};
+    }
     ForwardLayout(const Problem& p, Carver carver)
         : strip(smaller(round_up(p.rows, W), STRIP_TILES * TILE_ROWS)),
           blocks(divide_up(p.columns, TILE_COLUMNS)),
           padded_columns(blocks * TILE_COLUMNS),
           operands(p, strip, carver) {
         tiles = carver.floats(p.threads * 2 * TILE);
-        row_parts = carver.floats(blocks * PLANES * strip);
-        column_state = carver.floats(PLANES * padded_columns);
+        row_parts = carver.floats(blocks * SCRATCH_PLANES * strip);
+        column_state = carver.floats(SCRATCH_PLANES * padded_columns);
         bytes = carver.used();
     }
 };
@@ -189,8 +200,8 @@ inline void add_tile(const Problem& p, const Forward& out, const ForwardLayout& 
         leave_out(p, row, rows, column, columns, {nullptr, nullptr}, teacher);
         find_largest(teacher, rows, row_top, column_top);
         const Reference c = shared_reference(row_top, rows, column_top);
-        const Sums of_rows = layout.part(block, TEACHER_REFERENCE, TEACHER_TOTAL, TEACHER_GAP).at(in_strip);
-        const Sums of_columns = layout.columns(TEACHER_REFERENCE, TEACHER_TOTAL, TEACHER_GAP).at(column);
+        const Sums of_rows = layout.part(block, teacher_planes(p)).at(in_strip);
+        const Sums of_columns = layout.columns(teacher_planes(p)).at(column);
         if (!c.shared)
             separate_sums<true>(teacher, student, out.shift, rows, of_rows, of_columns, row_top, column_top);
         else if (kept)
@@ -209,8 +220,8 @@ inline void add_tile(const Problem& p, const Forward& out, const ForwardLayout& 
         leave_out(p, row, rows, column, columns, groups, masked);
         find_largest(masked, rows, masked_row_top, masked_column_top);
         const Reference own = shared_reference(masked_row_top, rows, masked_column_top);
-        const Sums of_rows = layout.part(block, MASKED_REFERENCE, MASKED_TOTAL, -1).at(in_strip);
-        const Sums of_columns = layout.columns(MASKED_REFERENCE, MASKED_TOTAL, -1).at(column);
+        const Sums of_rows = layout.part(block, masked_planes(p)).at(in_strip);
+        const Sums of_columns = layout.columns(masked_planes(p)).at(column);
         if (own.shared)
             shared_sums<false, false>(masked, nullptr, 0, rows, own, of_rows, of_columns, masked_row_top, masked_column_top);
         else
@@ -221,8 +232,8 @@ inline void add_tile(const Problem& p, const Forward& out, const ForwardLayout& 
         for (i64 j = 0; j < TILE_COLUMNS; ++j)
             masked_within &= masked_column_top[j] == LOWEST || masked_column_top[j] >= c.value - REACH;
     }
-    const Sums of_rows = layout.part(block, STUDENT_REFERENCE, STUDENT_TOTAL, -1).at(in_strip);
-    const Sums of_columns = layout.columns(STUDENT_REFERENCE, STUDENT_TOTAL, -1).at(column);
+    const Sums of_rows = layout.part(block, STUDENT).at(in_strip);
+    const Sums of_columns = layout.columns(STUDENT).at(column);
     const bool exponentials = c.shared && masked_within;
     if (!c.shared)
         separate_sums<false>(student, nullptr, 0, rows, of_rows, of_columns, row_top, column_top);
@@ -239,20 +250,12 @@ inline void finish_sums(Sums sums, i64 count) {
         if (sums.reference[i] == LOWEST && sums.total[i] == 0) sums.total[i] = 1;
 }
 
-struct PlaneSet {
-    Plane reference, total;
-    int gap;
-    bool used;
-};
-
 inline void forward(const Problem& p, const Forward& out, char* scratch) {
     const ForwardLayout layout(p, scratch);
     const KeptTiles kept(out.kept, p);
-    const PlaneSet sets[3] = {{STUDENT_REFERENCE, STUDENT_TOTAL, -1, true},
-                              {MASKED_REFERENCE, MASKED_TOTAL, -1, p.has_masked()},
-                              {TEACHER_REFERENCE, TEACHER_TOTAL, TEACHER_GAP, p.has_teacher}};
+    const PlaneSet sets[3] = {STUDENT, masked_planes(p), teacher_planes(p)};
     for (const PlaneSet& set : sets)
-        if (set.used) clear(layout.columns(set.reference, set.total, set.gap), layout.padded_columns);
+        if (set.used) clear(layout.columns(set), layout.padded_columns);
 
 #pragma omp parallel num_threads(p.threads)
     for (i64 start = 0; start < p.rows; start += layout.strip) {
@@ -291,12 +294,13 @@ inline void forward(const Problem& p, const Forward& out, char* scratch) {
                 const Sums merged{reference, total, set.gap < 0 ? nullptr : gap};
                 clear(merged, W);
                 for (i64 block = 0; block < layout.blocks; ++block)
-                    merge(merged, layout.part(block, set.reference, set.total, set.gap).at(i), W);
+                    merge(merged, layout.part(block, set).at(i), W);
                 finish_sums(merged, W);
+                float* to = out.row_sums + set.result * p.rows + start + i;
                 for (i64 lane = 0; lane < smaller(W, strip - i); ++lane) {
-                    out.row_sums[set.reference * p.rows + start + i + lane] = reference[lane];
-                    out.row_sums[set.total * p.rows + start + i + lane] = total[lane];
-                    if (set.gap >= 0) out.row_sums[set.gap * p.rows + start + i + lane] = gap[lane];
+                    to[lane] = reference[lane];
+                    to[p.rows + lane] = total[lane];
+                    if (merged.gap) to[2 * p.rows + lane] = gap[lane];
                 }
             }
         }
@@ -304,12 +308,13 @@ inline void forward(const Problem& p, const Forward& out, char* scratch) {
 
     for (const PlaneSet& set : sets) {
         if (!set.used) continue;
-        const Sums sums = layout.columns(set.reference, set.total, set.gap);
+        const Sums sums = layout.columns(set);
         finish_sums(sums, p.columns);
         const auto bytes = static_cast<std::size_t>(p.columns) * sizeof(float);
-        std::memcpy(out.column_sums + set.reference * p.columns, sums.reference, bytes);
-        std::memcpy(out.column_sums + set.total * p.columns, sums.total, bytes);
-        if (set.gap >= 0) std::memcpy(out.column_sums + set.gap * p.columns, sums.gap, bytes);
+        float* to = out.column_sums + set.result * p.columns;
+        std::memcpy(to, sums.reference, bytes);
+        std::memcpy(to + p.columns, sums.total, bytes);
+        if (sums.gap) std::memcpy(to + 2 * p.columns, sums.gap, bytes);
     }
 }
 

@@ -1,7 +1,7 @@
 """The CPU half of the backend "native": `csrc/cpu`, tiles of S and S° with one exponential for row and column.
 
-The gradients are computed in float32, from features of any dtype but float64. keep="similarities" stores the exponentials of
-the first rows, in float32, and saves forming S and S° again: four products in place of six.
+The gradients are computed in float32, from features of any dtype but float64. keep="similarities" stores the
+exponentials of the first rows, in float32, and saves forming S and S° again: four products in place of six.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from cliperase_fast.ops import finish
-from cliperase_fast.ops.engine import Problem, Sums, keep_bytes
+from cliperase_fast.ops.engine import keep_bytes
 from cliperase_fast.ops.native import extension
+from cliperase_fast.ops.problem import Problem, State, Sums
 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _FLOAT = 4  # bytes
@@ -23,11 +24,11 @@ _FLOAT = 4  # bytes
 class CpuEngine:
     """See `ops.engine.Engine`. Memory: O(N D), a strip of dS of at most 16 MiB (N up to 16,384), and what is kept."""
 
-    name = "native_cpu"
+    name = "native"
 
     def __init__(self) -> None:
         self._cpu = extension.load().cpu
-        # Plain numbers, so that torch.compile can trace kept_bytes.
+        # plain numbers, so that torch.compile can trace kept_bytes
         self._tile_rows: int = self._cpu.TILE_ROWS
         self._tile_columns: int = self._cpu.TILE_COLUMNS
         self._tile_head: int = self._cpu.TILE_HEAD
@@ -46,47 +47,37 @@ class CpuEngine:
     def _tile_row_bytes(self, problem: Problem) -> int:
         """What is kept of each `_tile_rows` rows."""
         tiles = 2 if problem.want_consistency else 1
-        blocks = -(-problem.n // self._tile_columns)
+        blocks = -(-problem.m // self._tile_columns)
         return _FLOAT * blocks * (self._tile_head + tiles * self._tile_rows * self._tile_columns)
 
     def _kept_rows(self, problem: Problem, kept: Tensor) -> int:
         return min(problem.n, kept.numel() // self._tile_row_bytes(problem) * self._tile_rows)
 
     def forward(self, problem: Problem, strip_rows: int, kept_bytes: int) -> tuple[Sums, Tensor]:
-        n, kept = problem.n, self._workspace(kept_bytes)
+        kept = self._workspace(kept_bytes)
         call = _Call(self._cpu, problem)
         shift = _shift(problem) if problem.want_consistency else None
-        diagonals = torch.empty(2, n)
-        sums = torch.empty(2, self._cpu.PLANES, n)  # of rows and columns
+        diagonals = torch.empty(2, problem.n)
+        rows, columns = torch.empty(problem.planes, problem.n), torch.empty(problem.planes, problem.m)
         self._cpu.forward(
             call.problem,
             diagonal=diagonals[0].data_ptr(),
             teacher_diagonal=diagonals[1].data_ptr(),
-            row_sums=sums[0].data_ptr(),
-            column_sums=sums[1].data_ptr(),
+            row_sums=rows.data_ptr(),
+            column_sums=columns.data_ptr(),
             shift=0.0 if shift is None else shift.item(),
             kept=kept.data_ptr() if kept.numel() else 0,
             kept_rows=self._kept_rows(problem, kept),
             instruction_set=extension.instruction_set(),
         )
-        student = sums[:, 0], sums[:, 1]
-        masked = sums[:, 2], sums[:, 3]
-        teacher = sums[:, 4], sums[:, 5], sums[:, 6]
-        found = Sums(
-            diagonals[0],
-            diagonals[1] if problem.want_consistency else None,
-            shift,
-            student if problem.plain else None,
-            # Without a teacher there is one set of sums, and the groups have left it.
-            (masked if problem.want_consistency else student) if problem.masked else None,
-            teacher if problem.want_consistency else None,
-        )
-        return found, kept
+        diagonal = diagonals[0] if problem.paired else None
+        teacher_diagonal = diagonals[1] if problem.paired and problem.want_consistency else None
+        return Sums(rows, columns, diagonal, teacher_diagonal, shift), kept
 
     def backward(
         self,
         problem: Problem,
-        state: Tensor,
+        state: State,
         weight_retention: Tensor,
         weight_consistency: Tensor,
         strip_rows: int,
@@ -94,11 +85,9 @@ class CpuEngine:
         need_image: bool,
         need_text: bool,
         need_scale: bool,
+        partial: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        terms = finish.gradient_terms(
-            state, weight_retention, weight_consistency,
-            problem.masked, problem.want_retention, problem.want_consistency,
-        )  # fmt: skip
+        terms = finish.gradient_terms(problem, state, weight_retention, weight_consistency)
         student, masked = terms.student, terms.masked
         if student is None:
             student, masked = masked, None
@@ -123,8 +112,8 @@ class CpuEngine:
         if grad_image is not None:
             grad_image = grad_image.mul_(problem.scale.to(grad_image.dtype)) if need_image else None
         return (
-            image.new_empty(0) if grad_image is None else _like(grad_image, image),
-            text.new_empty(0) if grad_text is None else _like(grad_text, text),
+            image.new_empty(0) if grad_image is None else _finished(grad_image, image, partial),
+            text.new_empty(0) if grad_text is None else _finished(grad_text, text, partial),
             problem.scale.new_tensor(grad_scale),
         )
 
@@ -136,8 +125,8 @@ class CpuEngine:
             except MemoryError:
                 if not self._told:
                     warnings.warn(
-                        f"no memory to keep the similarities, {size / 2**20:.0f} MiB: they are formed again in the backward "
-                        "pass; CLIPERASE_KEEP_MIB sets how much is tried",
+                        f"no memory to keep the similarities, {size / 2**20:.0f} MiB: they are formed again in the "
+                        "backward pass; CLIPERASE_KEEP_MIB sets how much is tried",
                         stacklevel=2,
                     )
                     self._told = True
@@ -150,10 +139,9 @@ class _Call:
     def __init__(self, cpu: Any, problem: Problem) -> None:
         self._cpu = cpu
         self._held: list[Tensor] = []
-        groups = 0
+        row_groups = column_groups = 0
         if problem.group_ids is not None:
-            # Any int64 ids, as small numbers.
-            groups = self._address(problem.group_ids.unique(return_inverse=True)[1].to(torch.int32))
+            row_groups, column_groups = map(self._address, _small_groups(problem))
         teacher: dict[str, Any] = {}
         if problem.teacher_image is not None and problem.teacher_text is not None and problem.teacher_scale is not None:
             teacher = {
@@ -164,14 +152,14 @@ class _Call:
             }
         self.problem = cpu.Problem(
             rows=problem.n,
-            columns=problem.n,
-            first=0,
+            columns=problem.m,
+            first=problem.offset,
             width=problem.image.shape[1],
             image=self._matrix(problem.image),
             text=self._matrix(problem.text),
             scale=problem.scale.item(),
-            row_groups=groups,
-            column_groups=groups,
+            row_groups=row_groups,
+            column_groups=column_groups,
             threads=torch.get_num_threads(),
             **teacher,
         )
@@ -185,11 +173,21 @@ class _Call:
         return self._cpu.Matrix(self._address(features), *features.stride(), dtype)
 
     def planes(self, softmax: finish.Softmax) -> tuple[int, int, int, int]:
-        anchor, factor = softmax.anchor.contiguous(), softmax.factor.contiguous()
-        return (
-            self._address(anchor[0]), self._address(anchor[1]),
-            self._address(factor[0]), self._address(factor[1]),
-        )  # fmt: skip
+        (row_anchor, row_factor), (column_anchor, column_factor) = softmax
+        return tuple(
+            self._address(plane.contiguous()) for plane in (row_anchor, column_anchor, row_factor, column_factor)
+        )  # type: ignore[return-value]
+
+
+def _small_groups(problem: Problem) -> list[Tensor]:
+    """The ids of rows and columns as int32 numbers, equal where the ids are."""
+    rows, columns = problem.row_groups, problem.column_groups
+    assert rows is not None and columns is not None
+    if rows is columns:
+        small = rows.unique(return_inverse=True)[1].to(torch.int32)
+        return [small, small]
+    small = torch.cat((rows, columns)).unique(return_inverse=True)[1].to(torch.int32)
+    return [small[: problem.n], small[problem.n :]]
 
 
 def _shift(problem: Problem) -> Tensor:
@@ -204,5 +202,5 @@ def _gradient(features: Tensor) -> Tensor:
     return torch.empty(len(features), -(-features.shape[1] // 16) * 16)
 
 
-def _like(gradient: Tensor, features: Tensor) -> Tensor:
-    return gradient[:, : features.shape[1]].to(features.dtype).contiguous()
+def _finished(gradient: Tensor, features: Tensor, partial: bool) -> Tensor:
+    return gradient[:, : features.shape[1]].to(gradient.dtype if partial else features.dtype).contiguous()
