@@ -7,7 +7,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint native-sanitize gpu-check clean
+.PHONY: demo test lint native-sanitize cuda-sanitize gpu-check clean
 
 demo: $(STAMP)
 	$(BIN)/cliperase-fast demo
@@ -36,8 +36,15 @@ native-sanitize: $(STAMP)
 		$(BIN)/pytest tests/ops/test_native_cpu.py tests/ops/test_native_fuzz.py
 
 gpu-check:
-	$(PYTHON) -m pytest tests/ops/gpu_triton.py tests/ops/gpu_runtime.py
+	CLIPERASE_EXTENSION=1 CLIPERASE_CUDA=ON $(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) -m pytest tests/ops/gpu_triton.py tests/ops/gpu_native.py tests/ops/gpu_runtime.py
 	$(PYTHON) -m benchmarks.loss --gpu-check
+
+# The CUDA kernels, emulated on the CPU, under the address and undefined-behaviour sanitizers.
+cuda-sanitize: $(STAMP)
+	CLIPERASE_SANITIZE=1 OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
+	$(BIN)/python -m pytest tests/ops/test_native_cuda_emulated.py -k "not rules and not compiles"
 
 # Everything a user or a developer needs, from the ordinary package index; again only when the metadata changes.
 $(STAMP): pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)

@@ -27,12 +27,13 @@ Block make_block(std::int64_t rows, std::int64_t columns, std::int64_t leading, 
 void bind_cuda(py::module_& parent) {
     py::module_ module = parent.def_submodule("cuda", "The parts of the similarity sweep between its matrix products.");
 
-    py::enum_<Format>(module, "Format")
+    // Local to the module: the emulated kernels of the tests have the same types.
+    py::enum_<Format>(module, "Format", py::module_local())
         .value("float32", Format::float32)
         .value("bfloat16", Format::bfloat16)
         .value("float16", Format::float16);
 
-    py::class_<Block>(module, "Block", "Products [rows, columns] of S and S°; see csrc/cuda/sweep.h.")
+    py::class_<Block>(module, "Block", "Products [rows, columns] of S and S°; see csrc/cuda/sweep.h.", py::module_local())
         .def(py::init(&make_block), py::kw_only(), py::arg("rows"), py::arg("columns"), py::arg("leading"),
              py::arg("diagonal"), py::arg("student"), py::arg("teacher") = 0, py::arg("scalars"), py::arg("row_groups") = 0,
              py::arg("column_groups") = 0);

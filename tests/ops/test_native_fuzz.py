@@ -87,7 +87,7 @@ def test_any_shape_stride_and_dtype_gives_the_float64_result(data, batch, keep, 
     coarsest = max((batch.image.dtype, batch.text.dtype), key=lambda dtype: torch.finfo(dtype).eps)
     allowed = allowed_errors(exact, truth, coarsest)
     for key, error in errors(result, truth).items():
-        assert error <= 2 * allowed[key] + 1e-30, (key, error, allowed[key])
+        assert error <= 8 * allowed[key] + 1e-30, (key, error, allowed[key])
 
 
 @FUZZ
