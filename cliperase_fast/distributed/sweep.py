@@ -88,7 +88,9 @@ class _Sweep(torch.autograd.Function):
         need = ctx.needs_input_grad[5:8]
 
         def gradients(problem: Problem, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            return engine.backward(problem, State(rows, columns), *weights, 0, kept, *need, partial=True)
+            return engine.backward(
+                problem, State(torch.cat((rows, columns), 1), rows.shape[1]), *weights, 0, kept, *need, partial=True
+            )
 
         with no_autocast(local.image):
             backward = _backward_at_once if shards.gather == "all" else _backward_round_the_ring
@@ -128,8 +130,8 @@ def _blocks(shards: Shards, local: Problem, gathered: list[Tensor | None]) -> It
 
 def _forward(
     engine: Engine, shards: Shards, local: Problem, gathered: list[Tensor | None], keep: str
-) -> tuple[Tensor, Tensor, State, Tensor]:
-    """(retention, consistency, state of own rows [5, n] and of all columns [5, N], what is kept)."""
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], Tensor]:
+    """(retention, consistency, states of own rows [5, n] and of all columns [5, N], what is kept)."""
     rows = diagonal = teacher_diagonal = shift = None
     columns = finish.nothing(local, shards.total)
     shifts = columns.new_zeros(1, shards.total)
@@ -157,12 +159,12 @@ def _forward(
         row_state, row_gap = finish.state(local, rows, diagonal, teacher_diagonal)
         merged = finish.merge(local, parts[:, :-1], parts[:, -1], shift)
         column_state, column_gap = finish.state(local, merged, diagonal, teacher_diagonal)
-        totals = torch.stack(finish.totals(local, row_state, column_state, row_gap, column_gap, shift))
+        gaps = None if row_gap is None or column_gap is None else torch.cat((row_gap, column_gap))
+        totals = torch.stack(finish.totals(local, torch.cat((row_state, column_state), 1), gaps, shift))
     (column_states,) = gather_rows(shards, column_state.T)
     assert column_states is not None
     retention, consistency = total_over_ranks(shards.group, totals)
-    state = State(row_state, column_states.T)
-    return 0.5 * retention / shards.total, consistency / shards.total, state, kept
+    return 0.5 * retention / shards.total, consistency / shards.total, (row_state, column_states.T), kept
 
 
 _Gradients = Callable[[Problem, Tensor], tuple[Tensor, Tensor, Tensor]]  # of image, text and scale

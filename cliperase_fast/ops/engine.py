@@ -108,10 +108,9 @@ def as_sweep(engine: Engine) -> Sweep:
         grad_retention: Tensor, grad_consistency: Tensor, state: Tensor, kept: Tensor, *arguments: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         problem, strip_rows = Problem(*arguments[:_PROBLEM]), arguments[_PROBLEM]
-        halves = State(state[:, : problem.n], state[:, problem.n :])
         weights = finish.weights(grad_retention, grad_consistency, problem.n)
         with no_autocast(problem.image):
-            return engine.backward(problem, halves, *weights, strip_rows, kept, *arguments[-3:])
+            return engine.backward(problem, State(state, problem.n), *weights, strip_rows, kept, *arguments[-3:])
 
     forward_op = torch.library.custom_op(
         f"cliperase_fast::{engine.name}_sweep", run_forward, mutates_args=(), schema=_FORWARD_SCHEMA
@@ -164,10 +163,13 @@ def as_sweep(engine: Engine) -> Sweep:
 def _finish(sums: Sums, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """(retention, consistency, state [5, 2 N]): of the rows, then of the columns."""
     assert sums.diagonal is not None
-    rows, row_gap = finish.state(problem, sums.rows, sums.diagonal, sums.teacher_diagonal)
-    columns, column_gap = finish.state(problem, sums.columns, sums.diagonal, sums.teacher_diagonal)
-    retention, consistency = finish.totals(problem, rows, columns, row_gap, column_gap, sums.shift)
-    return 0.5 * retention / problem.n, consistency / problem.n, torch.cat((rows, columns), 1)
+    planes = torch.cat((sums.rows, sums.columns), 1)
+    diagonal, teacher_diagonal = sums.diagonal.repeat(2), sums.teacher_diagonal
+    if teacher_diagonal is not None:
+        teacher_diagonal = teacher_diagonal.repeat(2)
+    state, mean_gap = finish.state(problem, planes, diagonal, teacher_diagonal)
+    retention, consistency = finish.totals(problem, state, mean_gap, sums.shift)
+    return 0.5 * retention / problem.n, consistency / problem.n, state
 
 
 def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

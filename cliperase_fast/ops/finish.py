@@ -81,30 +81,20 @@ def state(
     return found, gap / total
 
 
-def totals(
-    problem: Problem,
-    rows: Tensor,
-    columns: Tensor,
-    row_gap: Tensor | None,
-    column_gap: Tensor | None,
-    shift: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """(retention, consistency), summed over some pairs and over row and column of each; neither halved nor averaged.
+def totals(problem: Problem, state: Tensor, mean_gap: Tensor | None, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(retention, consistency), summed over rows and columns; neither halved nor averaged.
 
-    rows, columns: the states [5, n] of these pairs' rows and columns, and their mean gaps, as `state` gives them.
+    state, mean_gap: of any rows and columns side by side, as `state` gives them.
     """
-    retention = consistency = rows.new_zeros(())
+    retention = consistency = state.new_zeros(())
+    log1p = log1p_exp(state[RETENTION:])  # [3, n]
     if problem.want_retention:
-        retention = (log1p_exp(rows[RETENTION]) + log1p_exp(columns[RETENTION])).sum()
+        retention = log1p[0].sum()
     if problem.want_consistency:
-        assert row_gap is not None and column_gap is not None and shift is not None
-        consistency = (_divergence(rows, row_gap, shift) + _divergence(columns, column_gap, shift)).sum()
+        assert mean_gap is not None and shift is not None
+        gap = mean_gap - ((state[TEACHER_DIAGONAL] - state[DIAGONAL]) - shift)  # [n]
+        consistency = (rest(state[TEACHER]) * gap - log1p[2] + log1p[1]).sum()
     return retention, consistency
-
-
-def _divergence(state: Tensor, mean_gap: Tensor, shift: Tensor) -> Tensor:
-    gap = mean_gap - ((state[TEACHER_DIAGONAL] - state[DIAGONAL]) - shift)  # [n]
-    return rest(state[TEACHER]) * gap - log1p_exp(state[TEACHER]) + log1p_exp(state[STUDENT])
 
 
 def weights(grad_retention: Tensor, grad_consistency: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -134,31 +124,38 @@ class Terms(NamedTuple):
 
 def gradient_terms(problem: Problem, state: State, weight_retention: Tensor, weight_consistency: Tensor) -> Terms:
     """dS in its parts. weight_retention: of each row's and column's retention; weight_consistency: of each KL."""
+    r = state.both[RETENTION:]  # [3, n + m]
+    diagonals = torch.stack((state.both[DIAGONAL], state.both[DIAGONAL], state.both[TEACHER_DIAGONAL]))
+    anchors = diagonals + r.clamp_min(0)
+    factors = ((anchors - diagonals) - log1p_exp(r)).exp()
+
+    def softmax(plane: int, weight: Tensor) -> Softmax:
+        anchor, factor = anchors[plane - RETENTION], weight * factors[plane - RETENTION]
+        n = state.n
+        return Softmax((anchor[:n], factor[:n]), (anchor[n:], factor[n:]))
+
     student = masked = teacher = None
     if problem.want_retention:
         if problem.masked:
-            masked = _softmax(state, RETENTION, DIAGONAL, weight_retention)
+            masked = softmax(RETENTION, weight_retention)
         else:
             both = weight_retention + weight_consistency if problem.want_consistency else weight_retention
-            student = _softmax(state, STUDENT, DIAGONAL, both)
+            student = softmax(STUDENT, both)
     if problem.want_consistency:
         if student is None:
-            student = _softmax(state, STUDENT, DIAGONAL, weight_consistency)
-        teacher = _softmax(state, TEACHER, TEACHER_DIAGONAL, -weight_consistency)
-    return Terms(student, masked, teacher, _diagonal(problem, state, weight_retention, weight_consistency))
+            student = softmax(STUDENT, weight_consistency)
+        teacher = softmax(TEACHER, -weight_consistency)
 
-
-def _diagonal(problem: Problem, state: State, weight_retention: Tensor, weight_consistency: Tensor) -> Tensor:
-    diagonal = state.rows.new_zeros(problem.n)
+    diagonal = state.both.new_zeros(problem.n)
     if problem.paired:
-        columns = state.columns[:, problem.offset : problem.offset + problem.n]
+        rests = rest(r)
+        own = state.n + problem.offset  # where the rows' own columns begin
+        retention, student_rest, teacher_rest = rests[:, : problem.n] + rests[:, own : own + problem.n]
         if problem.want_retention:
-            diagonal -= weight_retention * (rest(state.rows[RETENTION]) + rest(columns[RETENTION]))
+            diagonal = diagonal - weight_retention * retention
         if problem.want_consistency:
-            of_rows = rest(state.rows[TEACHER]) - rest(state.rows[STUDENT])
-            of_columns = rest(columns[TEACHER]) - rest(columns[STUDENT])
-            diagonal += weight_consistency * (of_rows + of_columns)
-    return diagonal
+            diagonal = diagonal + weight_consistency * (teacher_rest - student_rest)
+    return Terms(student, masked, teacher, diagonal)
 
 
 def unit_terms(
@@ -170,12 +167,9 @@ def unit_terms(
     whatever the incoming gradients and however far the pairs have converged. No entry is more than 4 lifts: float16 is
     lifted to its upper range. A softmax is its row anchors, row factors, column anchors and column factors.
     """
-    used_weights, used = [], []
-    if problem.want_retention:
-        used_weights, used = [weight_retention], [RETENTION]
-    if problem.want_consistency:
-        used_weights, used = [*used_weights, weight_consistency], [*used, STUDENT, TEACHER]
-    largest_rest = torch.stack([rest(side[plane]).amax() for side in state for plane in used]).amax()
+    used_weights = [weight_retention] * problem.want_retention + [weight_consistency] * problem.want_consistency
+    first, last = RETENTION if problem.want_retention else STUDENT, TEACHER if problem.want_consistency else RETENTION
+    largest_rest = rest(state.both[first : last + 1]).amax()
     largest = torch.stack(used_weights).abs().amax() * largest_rest
     largest = largest.clamp_min(1e-30)  # its inverse must be a number
     to_units = lift / largest
@@ -185,18 +179,10 @@ def unit_terms(
     return stacked, terms.diagonal, largest / lift
 
 
-def _softmax(state: State, of: int, own: int, weight: Tensor) -> Softmax:
-    rows, columns = (_anchor_and_factor(side[own], side[of], weight) for side in state)
-    return Softmax(rows, columns)
-
-
-def _anchor_and_factor(diagonal: Tensor, r: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    anchor = diagonal + r.clamp_min(0)
-    return anchor, weight * ((anchor - diagonal) - log1p_exp(r)).exp()
-
-
 def log1p_exp(r: Tensor) -> Tensor:
-    return F.softplus(r, threshold=40.0)  # beyond, 1 is less than half a unit in the last place of exp(r), in float64 too
+    return F.softplus(
+        r, threshold=40.0
+    )  # beyond, 1 is less than half a unit in the last place of exp(r), in float64 too
 
 
 def rest(r: Tensor) -> Tensor:

@@ -91,5 +91,15 @@ class Sums(NamedTuple):
 class State(NamedTuple):
     """What a backward sweep needs of the forward ones; the five planes are in `ops/finish.py`."""
 
-    rows: Tensor  # [5, n]
-    columns: Tensor  # [5, m]
+    both: Tensor  # [5, n + m], of the rows and of the columns
+    n: int
+
+    @property
+    def rows(self) -> Tensor:
+        """[5, n]."""
+        return self.both[:, : self.n]
+
+    @property
+    def columns(self) -> Tensor:
+        """[5, m]."""
+        return self.both[:, self.n :]

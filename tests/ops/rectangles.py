@@ -56,17 +56,17 @@ def in_pieces(
             diagonal[rows] = sums.diagonal
         if sums.teacher_diagonal is not None:
             teacher_diagonal[rows] = sums.teacher_diagonal
-    states, gaps = [], []
+    states, totals = [], []
     for parts in (row_parts, column_parts):
         merged = finish.merge(whole, torch.stack(parts), torch.stack(shifts)[:, None], shifts[0])
         state, gap = finish.state(whole, merged, diagonal, teacher_diagonal)
         states.append(state)
-        gaps.append(gap)
-    retention, consistency = finish.totals(whole, *states, *gaps, shifts[0])
+        totals.append(torch.stack(finish.totals(whole, state, gap, shifts[0])))
+    retention, consistency = totals[0] + totals[1]
     weights = finish.weights(diagonal.new_full((), 0.7), diagonal.new_full((), 1.3), n)
     gradients = [diagonal.new_zeros(tensor.shape) for tensor in (batch.image, batch.text, batch.scale)]
     for (problem, rows, columns), stored in zip(pieces, kept, strict=True):
-        state = State(states[0][:, rows], states[1][:, columns])
+        state = State(torch.cat((states[0][:, rows], states[1][:, columns]), 1), problem.n)
         parts = engine.backward(problem, state, *weights, strip_rows, stored, True, True, True, partial=True)
         assert all(part.dtype == diagonal.dtype for part in parts)
         for gradient, part, at in zip(gradients, parts, (rows, columns, ...), strict=True):

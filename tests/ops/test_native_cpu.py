@@ -106,7 +106,9 @@ def test_kept_similarities_are_as_good(name, scale):
 def test_groups_that_take_a_rows_only_near_matches(name, keep):
     # what is left of a row lies far below the tile's largest entry
     batch = regime(name, 100.0, 150)
-    doubled = [torch.cat((tensor, tensor)) for tensor in (batch.image, batch.text, batch.teacher_image, batch.teacher_text)]
+    doubled = [
+        torch.cat((tensor, tensor)) for tensor in (batch.image, batch.text, batch.teacher_image, batch.teacher_text)
+    ]
     batch = replace(batch, image=doubled[0], text=doubled[1], teacher_image=doubled[2], teacher_text=doubled[3])
     batch = replace(batch, group_ids=torch.arange(300) % 150)
     check(batch, keep=keep)
@@ -269,7 +271,7 @@ def test_no_memory_for_the_similarities_is_one_warning_and_the_same_gradients(mo
         def __getattr__(self, name):
             return getattr(extension.load().cpu, name)
 
-        def Workspace(self, size):  # noqa: N802
+        def Workspace(self, size):
             raise MemoryError
 
     engine._cpu = NoMemory()

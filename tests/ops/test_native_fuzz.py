@@ -82,9 +82,7 @@ def test_any_shape_stride_and_dtype_gives_the_float64_result(data, batch, keep, 
         result = run(batch, keep)
     finally:
         torch.set_num_threads(before)
-    exact = replace(
-        batch.to(torch.float64), image=batch.image.detach().double(), text=batch.text.detach().double()
-    )
+    exact = replace(batch.to(torch.float64), image=batch.image.detach().double(), text=batch.text.detach().double())
     truth = outcome(reference.sweep, exact)
     coarsest = max((batch.image.dtype, batch.text.dtype), key=lambda dtype: torch.finfo(dtype).eps)
     allowed = allowed_errors(exact, truth, coarsest)
@@ -101,7 +99,9 @@ def test_any_shape_stride_and_dtype_gives_the_float64_result(data, batch, keep, 
 )
 def test_values_that_are_no_features_never_crash(data, batch, keep, value):
     batch = laid_out(data.draw, batch)
-    spoiled = data.draw(st.sampled_from([name for name in ("image", "text", "teacher_image") if getattr(batch, name) is not None]))
+    spoiled = data.draw(
+        st.sampled_from([name for name in ("image", "text", "teacher_image") if getattr(batch, name) is not None])
+    )
     tensor = getattr(batch, spoiled)
     rows = data.draw(st.sampled_from(["one row", "all"]))
     with torch.no_grad():

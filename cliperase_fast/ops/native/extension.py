@@ -42,9 +42,7 @@ def why_missing() -> str | None:
 def why_no_cuda() -> str | None:
     """Why the CUDA kernels cannot run here; None when they can. `why_missing` is None."""
     if not hasattr(load(), "cuda"):
-        return (
-            "the extension was built without CUDA; put nvcc (the CUDA toolkit) on PATH, then install cliperase_fast again"
-        )
+        return "the extension was built without CUDA; put nvcc (the CUDA toolkit) on PATH, then install cliperase_fast again"
     return None
 
 

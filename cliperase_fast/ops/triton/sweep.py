@@ -273,8 +273,7 @@ def _milliseconds(device: torch.device, dtype: torch.dtype, width: int, n: int, 
     tuned = _TritonEngine(configs)
     if way == "forward":
         return triton.testing.do_bench(lambda: tuned.forward(problem, 0, 0), return_mode="median")
-    weight, zeros = torch.full((), 1 / n, device=device), torch.zeros(5, n, device=device)
-    state = State(zeros, zeros)
+    weight, state = torch.full((), 1 / n, device=device), State(torch.zeros(5, 2 * n, device=device), n)
     nothing = torch.empty(0, dtype=torch.uint8, device=device)
     return triton.testing.do_bench(
         lambda: tuned.backward(problem, state, weight, weight, 0, nothing, True, True, True), return_mode="median"
