@@ -1,6 +1,6 @@
 """Count the matrix products of a step over several processes: ours, and open_clip's local_loss + gather_with_grad.
 
-python -m benchmarks.sharded_products        writes benchmarks/results/sharded-products.json; gloo, no GPU, a minute
+python -m benchmarks.sharded_products        writes benchmarks/results/sharded-products.json; gloo, no GPU, two minutes
 
 Every product that a rank forms, forward and backward, is seen by a TorchDispatchMode and counted in units of one
 product of its rows with all texts, 2 n N D floating-point operations. Both take the same pairs and have the same
@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.machine import RESULTS, describe
 from cliperase_fast.functional import cliperase_loss
 
-PAIRS, WIDTH, RANKS = 1024, 64, (1, 2, 4)  # pairs a rank
+PAIRS, WIDTH, RANKS = 2048, 64, (1, 2, 4)  # pairs a rank
 LOSSES = ("contrastive", "contrastive + distillation")
 WAYS = ("open_clip", "gathered", "ring")
 _SCALE, _TEACHER_SCALE = 14.0, 9.0

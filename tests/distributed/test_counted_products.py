@@ -16,7 +16,7 @@ def _both(rank: int, loss: str, pairs: int) -> dict[str, dict[str, float]]:
 @pytest.mark.parametrize("loss", sharded_products.LOSSES)
 def test_each_similarity_is_formed_once(two, loss):
     kinds = 1 if loss == "contrastive" else 2  # the student's, and the teacher's
-    for counted in two.run(_both, loss, 1024):
+    for counted in two.run(_both, loss, 2048):
         for way in ("gathered", "ring"):
             assert counted[way]["forward"] == pytest.approx(kinds)
             assert counted["open_clip"]["forward"] == pytest.approx(2 * kinds)
