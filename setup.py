@@ -1,7 +1,7 @@
 """Installs from pyproject.toml, and builds the compiled extension with CMake where there is a C++17 compiler.
 
-The extension is optional: where it cannot be built the install goes on, says why, and `cliperase_fast.backends()` says it
-again. In the environment:
+The extension is optional: where it cannot be built the install goes on, says why, and `cliperase_fast.backends()` says
+it again. In the environment:
 
     CLIPERASE_EXTENSION=0    do not build it; 1: fail when it cannot be built
     CLIPERASE_CUDA=OFF       without the CUDA kernels, though there is an nvcc; ON: fail without one

@@ -27,7 +27,9 @@ _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 def kernels() -> list[str]:
     """Those that the sources have."""
-    found = [re.findall(r"__global__ void .*?\b(\w+_kernel)\(", path.read_text()) for path in sorted(SOURCES.glob("*.cu"))]
+    found = [
+        re.findall(r"__global__ void .*?\b(\w+_kernel)\(", path.read_text()) for path in sorted(SOURCES.glob("*.cu"))
+    ]
     return [name for names in found for name in names]
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cliperase_fast.errors import InputError
 from cliperase_fast.ops.engine import Engine
+from cliperase_fast.ops.native import extension
 from cliperase_fast.ops.sweep import FeaturesKl, Sweep
 
 ENVIRONMENT_VARIABLE = "CLIPERASE_BACKEND"
@@ -62,10 +63,9 @@ def _load_native() -> Sweep:
     return sweep
 
 
-def _why_no_native() -> str | None:
-    from cliperase_fast.ops.native import extension
-
-    return extension.why_missing()
+# Looked at once: torch.compile traces `choose`, and a look is an import.
+_NO_NATIVE = extension.why_missing()
+_NO_NATIVE_CUDA = _NO_NATIVE or extension.why_no_cuda()
 
 
 def _load_plain_features_kl() -> FeaturesKl:
@@ -123,6 +123,7 @@ class Backend:
     why_missing: Callable[[], str | None] = _always_available  # why it cannot run here; None when it can
     load_features_kl: Callable[[], FeaturesKl] = _load_plain_features_kl
     keeps: bool = False  # whether `keep` makes a difference
+    elsewhere: str = ""  # why it does not run on a device type that it could run on
     load_engine: Callable[[], Engine] | None = None  # what it sweeps the shards of a batch with; None: it cannot
 
 
@@ -134,10 +135,11 @@ REGISTRY: dict[str, Backend] = {
         Backend(
             "native",
             _load_native,
-            "tiles in C++, one exponential for row and column; never holds an N x N matrix",
-            devices=("cpu",),
+            "C++ on the CPU, CUDA (not yet run on a GPU: by name only); never holds an N x N matrix",
+            devices=("cpu",) if _NO_NATIVE_CUDA else ("cpu", "cuda"),
             dtypes=(torch.float16, torch.bfloat16, torch.float32),
-            why_missing=_why_no_native,
+            why_missing=lambda: _NO_NATIVE,
+            elsewhere=_NO_NATIVE_CUDA or "",
             keeps=True,
             load_engine=_load_native_engine,
         ),
@@ -232,7 +234,10 @@ def choose(requested: str, image: Tensor, text: Tensor, *teacher: Tensor | None,
         others = ", ".join(other.name for other in REGISTRY.values() if other.why_missing() is None)
         raise InputError(f"{origin} is not available here: {reason}. Available are auto, {others}")
     if backend.devices is not None and image.device.type not in backend.devices:
-        raise InputError(f"{origin} runs on {', '.join(backend.devices)}, not on {image.device}; use backend='auto'")
+        why = f" ({backend.elsewhere})" if backend.elsewhere else ""
+        raise InputError(
+            f"{origin} runs on {', '.join(backend.devices)}, not on {image.device}{why}; use backend='auto'"
+        )
     if sharded and backend.load_engine is None:
         able = ", ".join(other.name for other in REGISTRY.values() if other.load_engine is not None)
         raise InputError(f"{origin} does not work with a process_group; use auto, {able}")
@@ -248,5 +253,10 @@ _EAGER_PAIRS = 256
 
 
 def _automatic(features: list[Tensor], sharded: bool) -> Backend:
-    # Not triton: its kernels have been interpreted and compiled, but not run on a GPU yet. It is there by name.
+    # On a GPU neither triton nor native: their kernels have been emulated and compiled, but not run on one yet. They
+    # are there by name. On a CPU native was the fastest at every size.
+    native = REGISTRY["native"]
+    known = all(tensor.dtype in native.dtypes for tensor in features)
+    if known and features[0].device.type == "cpu" and native.why_missing() is None:
+        return native
     return REGISTRY["eager" if len(features[0]) <= _EAGER_PAIRS and not sharded else "torch"]

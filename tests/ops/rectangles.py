@@ -56,13 +56,14 @@ def in_pieces(
             diagonal[rows] = sums.diagonal
         if sums.teacher_diagonal is not None:
             teacher_diagonal[rows] = sums.teacher_diagonal
-    states, totals = [], []
+    states, gaps = [], []
     for parts in (row_parts, column_parts):
         merged = finish.merge(whole, torch.stack(parts), torch.stack(shifts)[:, None], shifts[0])
         state, gap = finish.state(whole, merged, diagonal, teacher_diagonal)
         states.append(state)
-        totals.append(torch.stack(finish.totals(whole, state, gap, shifts[0])))
-    retention, consistency = totals[0] + totals[1]
+        gaps.append(gap)
+    mean_gap = None if gaps[0] is None else torch.cat(gaps)
+    retention, consistency = finish.totals(whole, torch.cat(states, 1), mean_gap, shifts[0])
     weights = finish.weights(diagonal.new_full((), 0.7), diagonal.new_full((), 1.3), n)
     gradients = [diagonal.new_zeros(tensor.shape) for tensor in (batch.image, batch.text, batch.scale)]
     for (problem, rows, columns), stored in zip(pieces, kept, strict=True):

@@ -1,7 +1,7 @@
 """The CPU half of the backend "native": `csrc/cpu`, tiles of S and S° with one exponential for row and column.
 
-The gradients are computed in float32, from features of any dtype but float64. keep="similarities" stores the exponentials of
-the first rows, in float32, and saves forming S and S° again: four products in place of six.
+The gradients are computed in float32, from features of any dtype but float64. keep="similarities" stores the
+exponentials of the first rows, in float32, and saves forming S and S° again: four products in place of six.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _FLOAT = 4  # bytes
 class CpuEngine:
     """See `ops.engine.Engine`. Memory: O(N D), a strip of dS of at most 16 MiB (N up to 16,384), and what is kept."""
 
-    name = "native_cpu"
+    name = "native"
 
     def __init__(self) -> None:
         self._cpu = extension.load().cpu
-        # Plain numbers, so that torch.compile can trace kept_bytes.
+        # plain numbers, so that torch.compile can trace kept_bytes
         self._tile_rows: int = self._cpu.TILE_ROWS
         self._tile_columns: int = self._cpu.TILE_COLUMNS
         self._tile_head: int = self._cpu.TILE_HEAD
@@ -125,8 +125,8 @@ class CpuEngine:
             except MemoryError:
                 if not self._told:
                     warnings.warn(
-                        f"no memory to keep the similarities, {size / 2**20:.0f} MiB: they are formed again in the backward "
-                        "pass; CLIPERASE_KEEP_MIB sets how much is tried",
+                        f"no memory to keep the similarities, {size / 2**20:.0f} MiB: they are formed again in the "
+                        "backward pass; CLIPERASE_KEEP_MIB sets how much is tried",
                         stacklevel=2,
                     )
                     self._told = True

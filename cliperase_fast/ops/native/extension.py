@@ -25,7 +25,6 @@ def instruction_set() -> str | None:
     return os.environ.get(INSTRUCTIONS_VARIABLE) or None
 
 
-@cache
 def why_missing() -> str | None:
     """Why the CPU sweep cannot run here, with the remedy; None when it can."""
     try:
@@ -42,7 +41,7 @@ def why_missing() -> str | None:
 def why_no_cuda() -> str | None:
     """Why the CUDA kernels cannot run here; None when they can. `why_missing` is None."""
     if not hasattr(load(), "cuda"):
-        return "the extension was built without CUDA; put nvcc (the CUDA toolkit) on PATH, then install cliperase_fast again"
+        return "the extension was built without CUDA; put nvcc on PATH, then install cliperase_fast again"
     return None
 
 
