@@ -1,6 +1,6 @@
 """Build csrc/cuda as an installation does, for every architecture, and report what each kernel takes.
 
-python -m benchmarks.native_kernel_report    writes benchmarks/results/native_kernels.json; needs nvcc and cmake, no GPU
+python -m benchmarks.native_kernel_report writes benchmarks/results/native_kernels.json; needs nvcc and cmake, no GPU
 """
 
 from __future__ import annotations

@@ -123,7 +123,22 @@ def loss_gpu_tables() -> str:
     return "\n\n".join(parts) or "Not measured yet: no `benchmarks/results/loss-*.json` of a GPU."
 
 
+def sharded_products_table() -> str:
+    """A row for each loss, way and number of ranks."""
+    record = load("sharded-products")
+    head = ("loss", "ranks", "", "forming similarities", "backward", "together", "largest tensor")
+    names = {"open_clip": "open_clip", "gathered": '`gather="all"`', "ring": '`gather="ring"`'}
+    order = list(dict.fromkeys((run["loss"], run["way"]) for run in record["runs"]))
+    rows = []
+    for run in sorted(record["runs"], key=lambda run: (order.index((run["loss"], "open_clip")), run["ranks"])):
+        counts = run["forward"], run["backward"], run["forward"] + run["backward"]
+        largest = f"{run['largest']:.3g} x n N"
+        rows.append((run["loss"], str(run["ranks"]), names[run["way"]], *(f"{x:.3g}" for x in counts), largest))
+    return f"{table(head, rows)}\n\n{provenance(record)}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "sharded-products": sharded_products_table,
     "digits": digits_table,
     "ablation": ablation_table,
     "shapes": shapes_table,

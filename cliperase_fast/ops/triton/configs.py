@@ -37,7 +37,7 @@ _HALF = Configs(Config(64, 128, 64, 8, 4), Config(128, 64, 64, 8, 4), Config(64,
 _HALF_AMPERE = Configs(Config(128, 64, 32, 8, 4), Config(128, 64, 32, 8, 4), Config(64, 64, 32, 8, 4))
 _HALF_NARROW = Configs(Config(64, 128, 32, 8, 2), Config(128, 64, 32, 8, 2), Config(64, 64, 32, 8, 2))
 _SINGLE_TILE = Config(64, 64, 16, 8, 3)
-_SINGLE = Configs(_SINGLE_TILE, _SINGLE_TILE, _SINGLE_TILE)
+_SINGLE = Configs(_SINGLE_TILE, Config(64, 64, 32, 8, 3), _SINGLE_TILE)
 _SINGLE_AMPERE = Configs(_SINGLE_TILE, Config(32, 32, 16, 4, 3), Config(32, 32, 16, 4, 3))
 _SINGLE_BLACKWELL = Configs(_SINGLE_TILE, Config(32, 32, 32, 4, 2), Config(32, 32, 32, 4, 2))
 
