@@ -18,9 +18,13 @@ from cliperase_fast.ops import backends
 
 if TYPE_CHECKING:
     from cliperase_fast.evaluation import evaluate
+    from cliperase_fast.integrations.open_clip_losses import ClipLoss, DistillClipLoss, SigLipLoss
     from cliperase_fast.unlearning import UnlearnResult, unlearn
 
 _LAZY = {
+    "ClipLoss": "cliperase_fast.integrations.open_clip_losses",
+    "DistillClipLoss": "cliperase_fast.integrations.open_clip_losses",
+    "SigLipLoss": "cliperase_fast.integrations.open_clip_losses",
     "evaluate": "cliperase_fast.evaluation",
     "unlearn": "cliperase_fast.unlearning",
     "UnlearnResult": "cliperase_fast.unlearning",
@@ -28,7 +32,10 @@ _LAZY = {
 
 __all__ = [
     "CLIPEraseLoss",
+    "ClipLoss",
+    "DistillClipLoss",
     "InputError",
+    "SigLipLoss",
     "UnlearnConfig",
     "UnlearnResult",
     "UnlearningError",
