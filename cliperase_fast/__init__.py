@@ -18,6 +18,7 @@ from cliperase_fast.ops import backends
 
 if TYPE_CHECKING:
     from cliperase_fast.evaluation import evaluate
+    from cliperase_fast.integrations.open_clip import patch_open_clip, unpatch_open_clip
     from cliperase_fast.integrations.open_clip_losses import ClipLoss, DistillClipLoss, SigLipLoss
     from cliperase_fast.unlearning import UnlearnResult, unlearn
 
@@ -26,7 +27,9 @@ _LAZY = {
     "DistillClipLoss": "cliperase_fast.integrations.open_clip_losses",
     "SigLipLoss": "cliperase_fast.integrations.open_clip_losses",
     "evaluate": "cliperase_fast.evaluation",
+    "patch_open_clip": "cliperase_fast.integrations.open_clip",
     "unlearn": "cliperase_fast.unlearning",
+    "unpatch_open_clip": "cliperase_fast.integrations.open_clip",
     "UnlearnResult": "cliperase_fast.unlearning",
 }
 
@@ -43,7 +46,9 @@ __all__ = [
     "backends",
     "evaluate",
     "functional",
+    "patch_open_clip",
     "unlearn",
+    "unpatch_open_clip",
 ]
 
 

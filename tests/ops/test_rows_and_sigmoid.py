@@ -85,7 +85,7 @@ def test_features_are_computed_in_float32_at_least_and_gradients_come_back_in_th
     assert loss.item() == pytest.approx(truth.item(), rel=1e-6)
     for ours, right in zip(student, exact, strict=True):
         assert ours.grad.dtype == dtype
-        torch.testing.assert_close(ours.grad.double(), right.grad, rtol=torch.finfo(dtype).eps, atol=1e-6)
+        torch.testing.assert_close(ours.grad.double(), right.grad, rtol=max(torch.finfo(dtype).eps, 1e-5), atol=1e-5)
 
 
 def test_rows_keep_their_digits_where_pairs_are_nearly_perfect():
