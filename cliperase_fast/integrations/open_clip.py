@@ -28,6 +28,7 @@ def patch_open_clip() -> Patch:
 
     Raises InputError, with nothing replaced, where open_clip's losses take other arguments than the fused ones.
     """
+    fused.check_version()
     for name, stock in _STOCK.items():
         for method in ("__init__", "forward"):
             if _parameters(stock, method) != _parameters(_FUSED[name], method):
@@ -53,8 +54,22 @@ def train_open_clip(arguments: Sequence[str]) -> int:
         raise InputError(
             f'open_clip\'s trainer cannot be imported ({error}): pip install "cliperase_fast[open-clip-training]"'
         ) from error
+    if any(".tar" in word for word in arguments) and _reader_marks_shard_ends():
+        raise InputError(
+            "open_clip's shard reader does not take the webdataset installed here, which marks the ends of shards: "
+            'pip install "webdataset<=0.2.86", or pass a CSV'
+        )
     with patch_open_clip():
         return 0 if trainer.main(list(arguments)) is None else 1
+
+
+def _reader_marks_shard_ends() -> bool:
+    """Whether open_clip's grouping of files would stumble (KeyError: 'fname') over webdataset's end marks."""
+    from open_clip_train import data
+
+    expand = getattr(data, "tar_file_expander", None)
+    marks = expand is not None and "eof_value" in inspect.signature(expand).parameters
+    return marks and hasattr(data, "group_by_keys_nothrow")
 
 
 def _parameters(kind: type, method: str) -> list[tuple[str, object]]:

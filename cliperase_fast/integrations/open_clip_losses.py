@@ -15,7 +15,13 @@ from cliperase_fast.contrastive import distill_clip_loss, local_clip_loss, sigmo
 from cliperase_fast.functional import clip_loss
 from cliperase_fast.integrations.versions import require
 
-require("open_clip_torch", (3, 0), (4, 0), install="open_clip_torch")
+
+def check_version() -> None:
+    """InputError where open_clip is missing or not of the versions these losses were written for."""
+    require("open_clip_torch", (3, 0), (4, 0), install="open_clip_torch")
+
+
+check_version()
 
 from open_clip import loss as stock  # noqa: E402 - the line above says more than an ImportError
 

@@ -71,7 +71,7 @@ def arguments(folder: Path, kind: str, *extra: Any) -> list[str]:
     given = [
         "--train-data", *data, "--dataset-type", kind, "--model", "tiny-clip", "--batch-size", "16", "--epochs", "2",
         "--lr", "1e-3", "--warmup", "2", "--workers", "0", "--device", "cpu", "--logs", str(folder / "logs"),
-        "--seed", "1", "--save-frequency", "0", *extra,
+        "--seed", "1", "--precision", "fp32", "--save-frequency", "0", *extra,
     ]  # fmt: skip
     return [str(word) for word in given]
 
@@ -114,6 +114,11 @@ def run(folder: Path, name: str, patched: bool, words: list[str]) -> list[dict[s
     with cf.patch_open_clip() if patched else nullcontext(), recording() as losses:
         assert trainer.main([*words, "--name", name]) is None
     return losses
+
+
+def read(folder: Path, name: str, rank: int) -> list[dict[str, Any]]:
+    """What one rank of a distributed run has written."""
+    return json.loads((folder / f"{name}-{rank}.json").read_text())
 
 
 if __name__ == "__main__":
