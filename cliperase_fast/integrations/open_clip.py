@@ -23,8 +23,8 @@ def patch_open_clip() -> Patch:
 
     Replaces ClipLoss, DistillClipLoss and SigLipLoss in `open_clip.loss`, from where newer versions import them late,
     in `open_clip.factory`, whose `create_loss` serves `open_clip_train`, and in every loaded module of the two packages
-    that holds them. Only open_clip's own classes are replaced: not a subclass put in their place, nor CoCaLoss. Patching
-    twice changes nothing more, and the inner of two `with` blocks then undoes nothing.
+    that holds them. Only open_clip's own classes are replaced: not a subclass put in their place, nor CoCaLoss.
+    Patching twice changes nothing more, and the inner of two `with` blocks then undoes nothing.
 
     Raises InputError, with nothing replaced, where open_clip's losses take other arguments than the fused ones.
     """

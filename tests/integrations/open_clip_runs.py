@@ -5,10 +5,13 @@ from __future__ import annotations
 import inspect
 import io
 import json
+import os
+import socket
+import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -116,16 +119,59 @@ def run(folder: Path, name: str, patched: bool, words: list[str]) -> list[dict[s
     return losses
 
 
-def read(folder: Path, name: str, rank: int) -> list[dict[str, Any]]:
-    """What one rank of a distributed run has written."""
-    return json.loads((folder / f"{name}-{rank}.json").read_text())
+def run_ranks(folder: Path, cases: dict[str, list[str]]) -> dict[str, list[list[dict[str, Any]]]]:
+    """Each case without and with the patch on two gloo ranks: {case: [stock rank 0, fused 0, stock 1, fused 1]}.
+
+    All in one pair of processes, as importing takes longer than training.
+    """
+    (folder / "cases.json").write_text(json.dumps(cases))
+    ports = [str(port) for port in free_ports(2 * len(cases))]
+    with ExitStack() as stack:
+        ranks = []
+        for rank in ("0", "1"):
+            environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "RANK": rank}
+            command = [sys.executable, __file__, str(folder), *ports]
+            process = subprocess.Popen(
+                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+            stack.callback(process.kill)
+            ranks.append(process)
+        for process in ranks:
+            said, _ = process.communicate(timeout=240)
+            assert process.returncode == 0, said
+    found = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+    return {name: [*found[0][name], *found[1][name]] for name in cases}
+
+
+def free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def run_rank(folder: Path, ports: list[str]) -> None:
+    import open_clip_train.main as trainer
+
+    torch.set_num_threads(1)
+    add_architecture(folder)
+    parallel = torch.nn.parallel.DistributedDataParallel
+
+    def on_the_cpu(model: torch.nn.Module, device_ids: Any = None, **options: Any) -> torch.nn.Module:
+        """open_clip names a device, which DDP takes on GPUs only; and it wraps the teacher, which has no gradients."""
+        wanted = any(parameter.requires_grad for parameter in model.parameters())
+        return parallel(model, **options) if wanted else model
+
+    trainer.torch.nn.parallel.DistributedDataParallel = on_the_cpu  # type: ignore[misc, assignment]
+    results: dict[str, list[Any]] = {}
+    for name, words in json.loads((folder / "cases.json").read_text()).items():
+        for patched in (False, True):
+            os.environ["MASTER_PORT"] = ports.pop()
+            results.setdefault(name, []).append(run(folder, f"{name}-{patched}", patched, words))
+            torch.distributed.destroy_process_group()
+    (folder / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":
-    where, label, with_patch, *rest = sys.argv[1:]
-    torch.set_num_threads(1)
-    add_architecture(Path(where))
-    found = run(Path(where), label, with_patch == "patched", rest)
-    rank = torch.distributed.get_rank()
-    (Path(where) / f"{label}-{rank}.json").write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
+    run_rank(Path(sys.argv[1]), sys.argv[2:])
