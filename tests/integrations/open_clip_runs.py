@@ -130,15 +130,12 @@ def run_ranks(folder: Path, cases: dict[str, list[str]]) -> dict[str, list[list[
         ranks = []
         for rank in ("0", "1"):
             environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "RANK": rank}
+            log = stack.enter_context(open(folder / f"rank-{rank}.log", "w"))
             command = [sys.executable, __file__, str(folder), *ports]
-            process = subprocess.Popen(
-                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
-            stack.callback(process.kill)
-            ranks.append(process)
-        for process in ranks:
-            said, _ = process.communicate(timeout=240)
-            assert process.returncode == 0, said
+            ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+            stack.callback(ranks[-1].kill)
+        for rank, process in enumerate(ranks):
+            assert process.wait(timeout=120) == 0, (folder / f"rank-{rank}.log").read_text()[-3000:]
     found = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
     return {name: [*found[0][name], *found[1][name]] for name in cases}
 
