@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cliperase_fast.evaluation import evaluate
     from cliperase_fast.integrations.open_clip import patch_open_clip, unpatch_open_clip
     from cliperase_fast.integrations.open_clip_losses import ClipLoss, DistillClipLoss, SigLipLoss
+    from cliperase_fast.integrations.transformers import patch_transformers_clip, unpatch_transformers_clip
     from cliperase_fast.unlearning import UnlearnResult, unlearn
 
 _LAZY = {
@@ -28,8 +29,10 @@ _LAZY = {
     "SigLipLoss": "cliperase_fast.integrations.open_clip_losses",
     "evaluate": "cliperase_fast.evaluation",
     "patch_open_clip": "cliperase_fast.integrations.open_clip",
+    "patch_transformers_clip": "cliperase_fast.integrations.transformers",
     "unlearn": "cliperase_fast.unlearning",
     "unpatch_open_clip": "cliperase_fast.integrations.open_clip",
+    "unpatch_transformers_clip": "cliperase_fast.integrations.transformers",
     "UnlearnResult": "cliperase_fast.unlearning",
 }
 
@@ -47,8 +50,10 @@ __all__ = [
     "evaluate",
     "functional",
     "patch_open_clip",
+    "patch_transformers_clip",
     "unlearn",
     "unpatch_open_clip",
+    "unpatch_transformers_clip",
 ]
 
 
