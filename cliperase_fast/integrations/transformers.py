@@ -1,7 +1,7 @@
 """transformers: CLIPModel and SiglipModel return their loss fused, by a patch or inside a Trainer.
 
-`model(..., return_loss=True)` then gives the same loss and gradients without an N x N matrix. The logits are what such a
-matrix is, so with return_loss they are None, unless the call says return_logits=True. Calls without return_loss are
+`model(..., return_loss=True)` then gives the same loss and gradients without an N x N matrix. The logits are what such
+a matrix is, so with return_loss they are None, unless the call says return_logits=True. Calls without return_loss are
 transformers' own and give logits as ever. As in transformers each process takes the loss of its own batch. Under
 autocast the loss is computed in float32, where transformers rounds its logits to half precision.
 """
@@ -108,8 +108,8 @@ _FUSED: dict[type[nn.Module], Callable[..., Any]] = {
 def patch_transformers_clip() -> Patch:
     """Make every CLIPModel and SiglipModel compute its loss fused, from now on or for a `with` block.
 
-    Models that exist already take part, but not one whose forward was replaced before, as Trainer and accelerate do; nor
-    a subclass with a forward of its own. A replaced `CLIPModel.forward` is left alone. Patching twice changes nothing.
+    Models that exist already take part, but not one whose forward was replaced before, as Trainer and accelerate do;
+    nor a subclass with a forward of its own. A replaced `CLIPModel.forward` is left alone. Patching twice is harmless.
     """
     check_version()
     return Patch(_swap(_STOCK, _FUSED), unpatch_transformers_clip)
@@ -172,7 +172,7 @@ class FusedLossMixin:
     """
 
     def __init__(self, model: nn.Module | None = None, *args: Any, **kwargs: Any) -> None:
-        super().__init__(model if model is None else fuse_loss(model), *args, **kwargs)
+        super().__init__(model if model is None else fuse_loss(model), *args, **kwargs)  # type: ignore[call-arg]
         self.can_return_loss = True  # in evaluation
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
