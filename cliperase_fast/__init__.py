@@ -17,6 +17,7 @@ from cliperase_fast.losses import CLIPEraseLoss
 from cliperase_fast.ops import backends
 
 if TYPE_CHECKING:
+    from cliperase_fast import export
     from cliperase_fast.evaluation import evaluate
     from cliperase_fast.integrations.open_clip import patch_open_clip, unpatch_open_clip
     from cliperase_fast.integrations.open_clip_losses import ClipLoss, DistillClipLoss, SigLipLoss
@@ -48,6 +49,7 @@ __all__ = [
     "__version__",
     "backends",
     "evaluate",
+    "export",
     "functional",
     "patch_open_clip",
     "patch_transformers_clip",
@@ -58,6 +60,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "export":
+        return importlib.import_module("cliperase_fast.export")
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

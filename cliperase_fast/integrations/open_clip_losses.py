@@ -46,8 +46,8 @@ def _is_constant(bias: Tensor | float | None) -> bool:
     return not isinstance(bias, Tensor) or bias.numel() == 1
 
 
-class _Gathering:
-    """What ClipLoss and DistillClipLoss do alike when there are several ranks."""
+class GatheredFeatures:
+    """What the losses do alike when there are several ranks."""
 
     rank: int
     world_size: int
@@ -95,7 +95,7 @@ class _Gathering:
         return contrastive, distill
 
 
-class ClipLoss(_Gathering, StockClipLoss):
+class ClipLoss(GatheredFeatures, StockClipLoss):
     """`open_clip.loss.ClipLoss`, streamed: memory grows as N, not N².
 
     logit_bias shifts every similarity alike, so it changes neither the loss nor its gradients (its own is 0); a bias
@@ -122,7 +122,7 @@ class ClipLoss(_Gathering, StockClipLoss):
         return {"contrastive_loss": loss} if output_dict else loss
 
 
-class DistillClipLoss(_Gathering, StockDistillClipLoss):
+class DistillClipLoss(GatheredFeatures, StockDistillClipLoss):
     """`open_clip.loss.DistillClipLoss`, streamed: memory grows as N, not N².
 
     distill_loss is open_clip's cross-entropy: `functional.similarity_kl` halved, plus half of the teacher's entropies.

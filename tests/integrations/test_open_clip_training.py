@@ -9,6 +9,7 @@ import open_clip.factory
 import open_clip.loss
 import open_clip_runs as runs
 import pytest
+import torch
 
 import cliperase_fast as cf
 from cliperase_fast import cli
@@ -156,3 +157,63 @@ def test_shards_with_a_reader_that_open_clip_does_not_take_are_refused(monkeypat
     monkeypatch.setattr(integration, "_reader_marks_shard_ends", lambda: True)
     with pytest.raises(cf.InputError, match=r"webdataset<=0\.2\.86"):
         integration.train_open_clip(["--train-data", "/data/{0..9}.tar"])
+
+
+def test_unlearning_inside_open_clips_loop_forgets_and_keeps(folder):
+    import open_clip_train.main as trainer
+
+    from cliperase_fast.integrations.open_clip_unlearning import unlearning
+
+    lines = (folder / "train.csv").read_text().splitlines()
+    (folder / "forget.csv").write_text("\n".join([lines[0], *(line for line in lines if "red number" in line)]))
+    (folder / "retain.csv").write_text("\n".join(line for line in lines if "red number" not in line))
+    words = runs.arguments(
+        folder, "csv", "--train-data", folder / "retain.csv", "--name", "unlearn", *distilling(folder),
+        "--pretrained", folder / "teacher.pt", "--epochs", 4,
+    )  # fmt: skip
+    with runs.recording() as losses, unlearning(str(folder / "forget.csv"), 4, cf.CLIPEraseLoss(1.0, 3.0, 3.0)):
+        create = trainer.create_loss
+        seen = []
+
+        def watched(args):
+            loss = create(args)
+            loss.register_forward_hook(
+                lambda module, inputs, output: seen.append({k: v.item() for k, v in output.items()})
+            )
+            return loss
+
+        trainer.create_loss = watched
+        assert trainer.main(words) is None
+    assert len(losses) == 1  # of the recorder itself: open_clip's own losses were not asked
+    assert len(seen) == 20 and seen[0].keys() == {"forget_loss", "retain_loss", "consistency_loss"}
+    assert seen[0]["consistency_loss"] == pytest.approx(0, abs=1e-5)  # the student starts as the teacher
+    assert seen[-1]["forget_loss"] < seen[0]["forget_loss"] - 0.3
+    assert seen[-1]["retain_loss"] < seen[0]["retain_loss"] + 0.2
+
+
+def test_the_unlearning_loss_takes_the_head_of_the_batch_as_forget_pairs():
+    from cliperase_fast.integrations.open_clip_unlearning import UnlearningLoss
+
+    g = torch.Generator().manual_seed(0)
+    features = [torch.nn.functional.normalize(torch.randn(9, 6, generator=g), dim=1) for _ in range(4)]
+    loss = cf.CLIPEraseLoss(0.5, 2.0, 1.5)
+    terms = UnlearningLoss(3, loss)(*features[:2], 10.0, *features[2:], 8.0, output_dict=True)
+    expected = loss(features[0][:3], features[1][:3], *(part[3:] for part in features), 10.0, 8.0)
+    assert sum(terms.values()).item() == pytest.approx(expected.total.item(), rel=1e-6)
+    assert terms["forget_loss"].item() == pytest.approx(2.0 * expected.forget.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("extra", "says"), [([], "--distill-model"), (["--local-loss"], "--local-loss"), (["--siglip"], "--siglip")]
+)
+def test_unlearning_refuses_what_it_cannot_do(extra, says, folder):
+    import open_clip_train.main as trainer
+
+    from cliperase_fast.integrations.open_clip_unlearning import unlearning
+
+    get_data = trainer.get_data
+    teacher = distilling(folder) if extra else []
+    words = runs.arguments(folder, "csv", "--name", f"refused{says}", *teacher, *extra)
+    with pytest.raises(cf.InputError, match=says), unlearning(str(folder / "train.csv"), 4):
+        trainer.main(words)
+    assert trainer.get_data is get_data

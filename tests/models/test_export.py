@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_models import RESNET, TIMM, pixels_for, tiny_clip, tiny_open_clip
 
 import cliperase_fast as cf
 from cliperase_fast import export
-
-sys.path.insert(0, str(Path(__file__).parent / "models"))
-from tiny_models import RESNET, TIMM, pixels_for, tiny_clip, tiny_open_clip  # noqa: E402
 
 
 def tokens_for(length=16, end=49407):
