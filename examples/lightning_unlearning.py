@@ -13,10 +13,11 @@ folder = f"local-dir:{cached_small_clip('demo', RECIPES['demo'])}"
 model, _, transform = open_clip.create_model_and_transforms(folder)
 tokenize = open_clip.get_tokenizer(folder)
 pairs = open_source("demo").train
-sevens = set(select(pairs, "class:seven"))
-rows = [(transform(pairs.image(i)), tokenize(pairs.captions[i][0])[0]) for i in range(len(pairs))]
-forget = [row for i, row in enumerate(rows) if i in sevens]
-retain = [row for i, row in enumerate(rows) if i not in sevens]
+is_seven = select(pairs, "class:seven")  # bool [n]
+forget, retain = (
+    [(transform(image), tokenize(caption)[0]) for image, caption in pairs.subset(part)]
+    for part in (is_seven, ~is_seven)
+)
 
 lightning.seed_everything(0)
 trainer = lightning.Trainer(

@@ -14,11 +14,11 @@ folder = f"local-dir:{cached_small_clip('demo', RECIPES['demo'])}"
 model, _, transform = open_clip.create_model_and_transforms(folder)
 tokenize = open_clip.get_tokenizer(folder)
 pairs = open_source("demo").train
-sevens = set(select(pairs, "class:seven"))
+is_seven = select(pairs, "class:seven")  # bool [n]
 
 
-def batches(indices, size):
-    data = [(transform(pairs.image(i)), tokenize(pairs.captions[i][0])[0]) for i in indices]
+def batches(part, size):
+    data = [(transform(image), tokenize(caption)[0]) for image, caption in part]
     return torch.utils.data.DataLoader(data, batch_size=size, shuffle=True, drop_last=True)
 
 
@@ -27,8 +27,8 @@ def features(model, images, texts):
 
 
 torch.manual_seed(0)
-forget_batches = batches(sorted(sevens), 16)
-retain_batches = batches([i for i in range(len(pairs)) if i not in sevens], 64)
+forget_batches = batches(pairs.subset(is_seven), 16)
+retain_batches = batches(pairs.subset(~is_seven), 64)
 
 # The recipe itself
 teacher = copy.deepcopy(model).eval().requires_grad_(False)

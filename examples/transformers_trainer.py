@@ -1,4 +1,4 @@
-"""transformers' Trainer with the fused loss: one class more, the rest as ever."""
+"""transformers' Trainer with the fused loss: a mixin, and the rest as ever."""
 
 import tempfile
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import io
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -99,6 +100,7 @@ def recording() -> Iterator[list[dict[str, float]]]:
     kinds: set[str] = set()
     expand = data.tar_file_expander
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logging.root, "handlers", [])  # the trainer sets its own, on captured streams
         patch.setattr(trainer, "create_loss", create_and_watch)
         patch.setattr(data, "_SAMPLE_SHUFFLE_SIZE", 1)
         patch.setattr(data, "_SAMPLE_SHUFFLE_INITIAL", 1)
