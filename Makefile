@@ -24,7 +24,7 @@ gpu-check:
 	$(PYTHON) -m benchmarks.loss --gpu-check
 
 # Everything a user or a developer needs, from the ordinary package index; again only when the metadata changes.
-$(STAMP): pyproject.toml setup.py
+$(STAMP): pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --editable ".[dev]"

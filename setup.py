@@ -1,5 +1,84 @@
-"""Installs from pyproject.toml; the compiled extension will be driven from here."""
+"""Installs from pyproject.toml, and builds the compiled extension with CMake where there is a C++17 compiler.
 
-from setuptools import setup
+The extension is optional: where it cannot be built the install goes on, says why, and `cliperase_fast.backends()` says
+it again. In the environment:
 
-setup()
+    CLIPERASE_EXTENSION=0    do not build it; 1: fail when it cannot be built
+    CLIPERASE_CUDA=OFF       without the CUDA kernels, though there is an nvcc; ON: fail without one
+    CMAKE_ARGS               more arguments for CMake
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+NAME = "cliperase_fast._C"
+REASON_FILE = "_C_missing.txt"  # read by cliperase_fast/ops/native/extension.py
+
+
+class BuildError(Exception):
+    """Why the extension could not be built, in a sentence."""
+
+
+class CMakeBuild(build_ext):
+    """Hands the whole build to CMake."""
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        reason = target.parent / REASON_FILE
+        reason.unlink(missing_ok=True)
+        wanted = os.environ.get("CLIPERASE_EXTENSION", "")
+        if wanted == "0":
+            reason.write_text("CLIPERASE_EXTENSION=0 at install; unset it and install again\n")
+            return
+        try:
+            self._build(target)
+        except BuildError as error:
+            if wanted == "1":
+                raise SystemExit(f"CLIPERASE_EXTENSION=1, but {error}") from error
+            target.unlink(missing_ok=True)  # of an earlier build, older than its source
+            reason.write_text(f"{error}, then install cliperase_fast again\n")
+            self.warn(f"cliperase_fast is installed without its compiled extension: {error}")
+
+    def _build(self, target: Path) -> None:
+        compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+        if compiler is None:
+            raise BuildError("there is no C++ compiler: apt install g++ (or your system's)")
+        cmake = shutil.which("cmake")
+        if cmake is None:
+            raise BuildError("there is no cmake: pip install cmake")
+        folder = Path(self.build_temp).resolve() / "cmake"
+        folder.mkdir(parents=True, exist_ok=True)
+        configure = [
+            cmake, "-S", str(Path(__file__).parent), "-B", str(folder),
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DCLIPERASE_CUDA={os.environ.get('CLIPERASE_CUDA', 'AUTO')}",
+            "-DCMAKE_BUILD_TYPE=Release",
+        ]  # fmt: skip
+        if shutil.which("ninja"):
+            configure += ["-G", "Ninja"]
+        configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
+        self._run(configure, "cmake could not set the build up (is the compiler one for C++17?)")
+        self._run([cmake, "--build", str(folder), "--target", "_C", "--parallel"], "the extension did not compile")
+        (built,) = folder.glob(f"_C*{target.suffix}")
+        shutil.copy2(built, target)
+
+    def _run(self, command: list[str], failure: str) -> None:
+        self.announce(shlex.join(command), level=2)
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        print(done.stdout, flush=True)
+        if done.returncode != 0:
+            errors = [line.strip() for line in done.stdout.splitlines() if "rror" in line]
+            raise BuildError(f"{failure}: {errors[0]}" if errors else failure)
+
+
+setup(ext_modules=[Extension(NAME, sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -53,7 +53,7 @@ _FLOATS = (
     "p_kept",
     "p_kept_teacher",
 )
-_POINTERS = {"p_group": "*i64", **dict.fromkeys(_FLOATS, "*fp32")}
+_POINTERS = {"p_row_group": "*i64", "p_column_group": "*i64", **dict.fromkeys(_FLOATS, "*fp32")}
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def compile_case(case: Case) -> Resources:
     else:
         kernel = backward_kernel
         constants.update({"GROUP_ROWS": 8, "KEPT": kept})
-    absent = [] if masked else ["p_group"]
+    absent = [] if masked else ["p_row_group", "p_column_group"]
     absent += [] if teacher else ["p_teacher_image", "p_teacher_text"]
     absent += [] if kept else ["p_kept", "p_kept_teacher"]
     constants.update(dict.fromkeys(absent))
@@ -143,7 +143,7 @@ def _compile(kernel: Any, constants: dict[str, Any], dtype: str, target: int, wa
             signature[name] = _POINTERS.get(name, f"*{dtype}")
         else:
             signature[name] = "i32"
-        loose = name in ("strip_start", "strip_stop", "tiles_per_chunk", "first", "positions", "parts")
+        loose = name in ("strip_start", "strip_stop", "offset", "tiles_per_chunk", "first", "positions", "parts")
         if name not in constants and not loose:
             aligned[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)

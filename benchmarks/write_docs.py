@@ -82,6 +82,21 @@ def kernels_table() -> str:
     return f"{table(head, rows)}\n\n{provenance(record)}"
 
 
+def native_kernels_table() -> str:
+    """A row for each kernel and form: registers on each architecture."""
+    record = load("native_kernels")
+    architectures = list(dict.fromkeys(run["architecture"] for run in record["runs"]))
+    found = {(run["kernel"], run["form"], run["architecture"]): run for run in record["runs"]}
+    rows = []
+    for kernel, form in dict.fromkeys(key[:2] for key in found):
+        runs = [found[kernel, form, architecture] for architecture in architectures]
+        spilled = sum(run["spilled_bytes"] for run in runs)
+        rows.append((kernel, form, *(str(run["registers"]) for run in runs), str(spilled)))
+    head = ("kernel", "form", *(f"registers, {architecture}" for architecture in architectures), "spilled bytes")
+    build = f"nvcc {record['nvcc']} took {record['build_seconds']} s for all of them."
+    return f"{table(head, rows)}\n\n{build} {provenance(record)}"
+
+
 def loss_cpu_tables() -> str:
     """Times faster than open_clip's losses, for each kind of batch; then each batch in full."""
     if not (RESULTS / "loss-cpu.json").exists():
@@ -128,6 +143,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cifar10": cifar10_table,
     "kernels": kernels_table,
     "trainers": trainers_table,
+    "native-kernels": native_kernels_table,
     "loss-cpu": loss_cpu_tables,
     "loss-gpu": loss_gpu_tables,
 }

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from cliperase_fast.errors import InputError
+from cliperase_fast.ops.engine import Engine
+from cliperase_fast.ops.native import extension
 from cliperase_fast.ops.sweep import FeaturesKl, Sweep
 
 ENVIRONMENT_VARIABLE = "CLIPERASE_BACKEND"
@@ -31,10 +33,39 @@ def _load_torch() -> Sweep:
     return sweep
 
 
+def _load_torch_engine() -> Engine:
+    from cliperase_fast.ops.streaming import engine
+
+    return engine
+
+
+def _load_native_engine() -> Engine:
+    from cliperase_fast.ops.native.sweep import engine
+
+    return engine
+
+
+def _load_triton_engine() -> Engine:
+    from cliperase_fast.ops.triton.sweep import engine
+
+    return engine
+
+
 def _load_triton() -> Sweep:
     from cliperase_fast.ops.triton.sweep import sweep
 
     return sweep
+
+
+def _load_native() -> Sweep:
+    from cliperase_fast.ops.native.sweep import sweep
+
+    return sweep
+
+
+# Looked at once: torch.compile traces `choose`, and a look is an import.
+_NO_NATIVE = extension.why_missing()
+_NO_NATIVE_CUDA = _NO_NATIVE or extension.why_no_cuda()
 
 
 def _load_plain_features_kl() -> FeaturesKl:
@@ -92,13 +123,26 @@ class Backend:
     why_missing: Callable[[], str | None] = _always_available  # why it cannot run here; None when it can
     load_features_kl: Callable[[], FeaturesKl] = _load_plain_features_kl
     keeps: bool = False  # whether `keep` makes a difference
+    elsewhere: str = ""  # why it does not run on a device type that it could run on
+    load_engine: Callable[[], Engine] | None = None  # what it sweeps the shards of a batch with; None: it cannot
 
 
 REGISTRY: dict[str, Backend] = {
     backend.name: backend
     for backend in (
         Backend("eager", _load_eager, "plain autograd; holds N x N matrices, fastest for small N"),
-        Backend("torch", _load_torch, "strips of rows; never holds an N x N matrix"),
+        Backend("torch", _load_torch, "strips of rows; never holds an N x N matrix", load_engine=_load_torch_engine),
+        Backend(
+            "native",
+            _load_native,
+            "C++ on the CPU, CUDA (not yet run on a GPU: by name only); never holds an N x N matrix",
+            devices=("cpu",) if _NO_NATIVE_CUDA else ("cpu", "cuda"),
+            dtypes=(torch.float16, torch.bfloat16, torch.float32),
+            why_missing=lambda: _NO_NATIVE,
+            elsewhere=_NO_NATIVE_CUDA or "",
+            keeps=True,
+            load_engine=_load_native_engine,
+        ),
         Backend(
             "triton",
             _load_triton,
@@ -108,6 +152,7 @@ REGISTRY: dict[str, Backend] = {
             why_missing=_why_no_triton,
             load_features_kl=_load_triton_features_kl,
             keeps=True,
+            load_engine=_load_triton_engine,
         ),
     )
 }
@@ -167,10 +212,10 @@ def backends() -> BackendTable:
     return BackendTable(statuses)
 
 
-def choose(requested: str, image: Tensor, text: Tensor, *teacher: Tensor | None) -> Backend:
+def choose(requested: str, image: Tensor, text: Tensor, *teacher: Tensor | None, sharded: bool = False) -> Backend:
     """The backend for these features. `requested`: a name, or "auto", which CLIPERASE_BACKEND overrides.
 
-    teacher: the teacher's features, where they are used.
+    teacher: the teacher's features, where they are used. sharded: the batch is spread over processes.
 
     Raises InputError when it is unknown, not available here, or cannot take this device or dtype.
     """
@@ -179,7 +224,7 @@ def choose(requested: str, image: Tensor, text: Tensor, *teacher: Tensor | None)
     if requested == "auto":
         from_environment = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
         if from_environment in ("", "auto"):
-            return _automatic(features)
+            return _automatic(features, sharded)
         requested, origin = from_environment, f"{ENVIRONMENT_VARIABLE}={from_environment}"
     if requested not in REGISTRY:
         raise InputError(f"{origin} is not a backend; use auto, {', '.join(REGISTRY)}")
@@ -189,7 +234,13 @@ def choose(requested: str, image: Tensor, text: Tensor, *teacher: Tensor | None)
         others = ", ".join(other.name for other in REGISTRY.values() if other.why_missing() is None)
         raise InputError(f"{origin} is not available here: {reason}. Available are auto, {others}")
     if backend.devices is not None and image.device.type not in backend.devices:
-        raise InputError(f"{origin} runs on {', '.join(backend.devices)}, not on {image.device}; use backend='auto'")
+        why = f" ({backend.elsewhere})" if backend.elsewhere else ""
+        raise InputError(
+            f"{origin} runs on {', '.join(backend.devices)}, not on {image.device}{why}; use backend='auto'"
+        )
+    if sharded and backend.load_engine is None:
+        able = ", ".join(other.name for other in REGISTRY.values() if other.load_engine is not None)
+        raise InputError(f"{origin} does not work with a process_group; use auto, {able}")
     for tensor in features:
         if tensor.dtype not in backend.dtypes:
             raise InputError(f"{origin} does not take {tensor.dtype}; use backend='auto' or convert the features")
@@ -201,6 +252,11 @@ def choose(requested: str, image: Tensor, text: Tensor, *teacher: Tensor | None)
 _EAGER_PAIRS = 256
 
 
-def _automatic(features: list[Tensor]) -> Backend:
-    # Not triton: its kernels have been interpreted and compiled, but not run on a GPU yet. It is there by name.
-    return REGISTRY["eager" if len(features[0]) <= _EAGER_PAIRS else "torch"]
+def _automatic(features: list[Tensor], sharded: bool) -> Backend:
+    # On a GPU neither triton nor native: their kernels have been emulated and compiled, but not run on one yet. They
+    # are there by name. On a CPU native was the fastest at every size.
+    native = REGISTRY["native"]
+    known = all(tensor.dtype in native.dtypes for tensor in features)
+    if known and features[0].device.type == "cpu" and native.why_missing() is None:
+        return native
+    return REGISTRY["eager" if len(features[0]) <= _EAGER_PAIRS and not sharded else "torch"]

@@ -7,67 +7,20 @@ same for all, and so are the state and the losses made of the sums (`ops/finish.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from cliperase_fast.errors import InputError
 from cliperase_fast.ops import finish
-from cliperase_fast.ops.sweep import Sweep, compute_dtype, no_autocast
+from cliperase_fast.ops.problem import Problem, State, Sums
+from cliperase_fast.ops.sweep import Sweep, no_autocast
 
 STRIP_VARIABLE = "CLIPERASE_STRIP_MIB"  # memory of the strips of a sweep on a GPU
 KEEP_VARIABLE = "CLIPERASE_KEEP_MIB"  # most that keep="similarities" keeps
 _STRIP_MIB = 128
 _KEEP_MIB = {"cpu": 1024, "cuda": 8192}
-
-
-@dataclass(frozen=True)
-class Problem:
-    """The arguments of a sweep, as the caller gave them: any strides, dtypes mixed or not."""
-
-    image: Tensor  # [N, D]
-    text: Tensor  # [N, D]
-    scale: Tensor  # []
-    teacher_image: Tensor | None  # [N, D°], None unless want_consistency
-    teacher_text: Tensor | None  # [N, D°]
-    teacher_scale: Tensor | None  # []
-    group_ids: Tensor | None  # int64 [N], None unless want_retention
-    want_retention: bool
-    want_consistency: bool
-
-    @property
-    def n(self) -> int:
-        return len(self.image)
-
-    @property
-    def masked(self) -> bool:
-        """Whether sums without the pairs of equal group id are wanted."""
-        return self.group_ids is not None
-
-    @property
-    def plain(self) -> bool:
-        """Whether sums over all pairs are wanted."""
-        return self.want_consistency or not self.masked
-
-    def compute_dtype(self) -> torch.dtype:
-        return compute_dtype(self.image, self.text, self.teacher_image, self.teacher_text)
-
-
-class Sums(NamedTuple):
-    """What a forward sweep finds, in the computing dtype and natural units.
-
-    The pairs are [2, N], of the rows and of the columns, and leave the diagonal out: the maximum, and the total of
-    exp(entry - maximum). The teacher's third is the gap, the sum of exp(S° - maximum) (S° - S - shift).
-    """
-
-    diagonal: Tensor  # [N], of S
-    teacher_diagonal: Tensor | None  # [N], of S°
-    shift: Tensor | None  # [], any constant near S° - S
-    student: tuple[Tensor, Tensor] | None  # where problem.plain
-    masked: tuple[Tensor, Tensor] | None  # where problem.masked
-    teacher: tuple[Tensor, Tensor, Tensor] | None
 
 
 class Engine(Protocol):
@@ -90,7 +43,7 @@ class Engine(Protocol):
     def backward(
         self,
         problem: Problem,
-        state: Tensor,
+        state: State,
         weight_retention: Tensor,
         weight_consistency: Tensor,
         strip_rows: int,
@@ -98,10 +51,12 @@ class Engine(Protocol):
         need_image: bool,
         need_text: bool,
         need_scale: bool,
+        partial: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of image, text and scale, in their dtypes; an empty tensor for one not needed (but 0-d for scale).
 
-        state [8, N] and the weights [] are as `finish.gradient_terms` takes them.
+        state and the weights [] are as `finish.gradient_terms` takes them. partial: the gradients are summands of
+        larger sums, so they stay in the computing dtype.
         """
         ...
 
@@ -138,7 +93,7 @@ _PROBLEM = 9  # how many of the arguments make the problem
 def as_sweep(engine: Engine) -> Sweep:
     """Register the custom ops `cliperase_fast::NAME_sweep` and `..._backward`; returns the sweep on them.
 
-    The ops return (retention, consistency, state [8, N], kept uint8) and the gradients. Called once an engine.
+    The ops return (retention, consistency, state [5, 2 N], kept uint8) and the gradients. Called once an engine.
     """
 
     def run_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -153,11 +108,9 @@ def as_sweep(engine: Engine) -> Sweep:
         grad_retention: Tensor, grad_consistency: Tensor, state: Tensor, kept: Tensor, *arguments: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         problem, strip_rows = Problem(*arguments[:_PROBLEM]), arguments[_PROBLEM]
-        weight_retention, weight_consistency = 0.5 * grad_retention / problem.n, grad_consistency / problem.n
+        weights = finish.weights(grad_retention, grad_consistency, problem.n)
         with no_autocast(problem.image):
-            return engine.backward(
-                problem, state, weight_retention, weight_consistency, strip_rows, kept, *arguments[-3:]
-            )
+            return engine.backward(problem, State(state, problem.n), *weights, strip_rows, kept, *arguments[-3:])
 
     forward_op = torch.library.custom_op(
         f"cliperase_fast::{engine.name}_sweep", run_forward, mutates_args=(), schema=_FORWARD_SCHEMA
@@ -208,28 +161,20 @@ def as_sweep(engine: Engine) -> Sweep:
 
 
 def _finish(sums: Sums, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """(retention, consistency, state [8, N]); see `ops/finish.py` for the state."""
-    state = sums.diagonal.new_zeros(8, problem.n)
-    state[finish.DIAGONAL] = sums.diagonal
-    if sums.student is not None:
-        state[finish.STUDENT] = state[finish.RETENTION] = finish.log_odds(*sums.student, sums.diagonal)
-    if sums.masked is not None:
-        state[finish.RETENTION] = finish.log_odds(*sums.masked, sums.diagonal)
-    mean_gap = None
-    if sums.teacher is not None and sums.teacher_diagonal is not None:
-        maximum, total, gap = sums.teacher
-        state[finish.TEACHER_DIAGONAL] = sums.teacher_diagonal
-        state[finish.TEACHER] = finish.log_odds(maximum, total, sums.teacher_diagonal)
-        mean_gap = gap / total
-    retention, consistency = finish.losses(
-        state, mean_gap, sums.shift, problem.want_retention, problem.want_consistency
-    )
-    return retention, consistency, state
+    """(retention, consistency, state [5, 2 N]): of the rows, then of the columns."""
+    assert sums.diagonal is not None
+    planes = torch.cat((sums.rows, sums.columns), 1)
+    diagonal, teacher_diagonal = sums.diagonal.repeat(2), sums.teacher_diagonal
+    if teacher_diagonal is not None:
+        teacher_diagonal = teacher_diagonal.repeat(2)
+    state, mean_gap = finish.state(problem, planes, diagonal, teacher_diagonal)
+    retention, consistency = finish.totals(problem, state, mean_gap, sums.shift)
+    return 0.5 * retention / problem.n, consistency / problem.n, state
 
 
 def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     problem = Problem(*arguments[:_PROBLEM])
-    state = problem.image.new_empty((8, problem.n), dtype=problem.compute_dtype())
+    state = problem.image.new_empty((5, 2 * problem.n), dtype=problem.compute_dtype())
     return state.new_empty(()), state.new_empty(()), state, state.new_empty(arguments[-1], dtype=torch.uint8)
 
 

@@ -1,14 +1,14 @@
 """From the sums of a sweep to its losses, and from the incoming gradients to the terms of dS: O(N), for any backend.
 
-`state` [8, N] is what a backward pass needs of the forward one:
+The state [5, n] of rows, and likewise that of columns, is what a backward pass needs of the forward one:
 
-    0     d, the diagonal of S
-    1     d°, the diagonal of S° (0 without a teacher)
-    2, 3  r of the rows and of the columns for the retention, without the pairs left out by group_ids
-    4, 5  r of the rows and columns of S
-    6, 7  r of the rows and columns of S° (0 without a teacher)
+    0  d, the entry of S of the row's own pair
+    1  d°, that of S° (0 without a teacher)
+    2  r for the retention, without the pairs left out by group_ids
+    3  r of S
+    4  r of S° (0 without a teacher)
 
-with r the log-odds of the rest of a row or column against its diagonal entry (see `ops/sweep.py`).
+with r the log-odds of the rest of a row or column against its own pair's entry (see `ops/sweep.py`).
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-DIAGONAL, TEACHER_DIAGONAL = 0, 1
-RETENTION, STUDENT, TEACHER = slice(2, 4), slice(4, 6), slice(6, 8)
+from cliperase_fast.ops.problem import Problem, State
+
+DIAGONAL, TEACHER_DIAGONAL, RETENTION, STUDENT, TEACHER = range(5)
 
 
 def log_odds(maximum: Tensor, total: Tensor, diagonal: Tensor) -> Tensor:
@@ -27,22 +29,77 @@ def log_odds(maximum: Tensor, total: Tensor, diagonal: Tensor) -> Tensor:
     return (maximum - diagonal) + total.log()
 
 
-def losses(
-    state: Tensor, mean_gap: Tensor | None, shift: Tensor | None, want_retention: bool, want_consistency: bool
-) -> tuple[Tensor, Tensor]:
-    """(retention, consistency).
+def nothing(problem: Problem, count: int) -> Tensor:
+    """Planes [planes, count] of rows or columns that have not met anything yet."""
+    planes = problem.image.new_zeros(problem.planes, count, dtype=problem.compute_dtype())
+    planes[_maxima(problem)] = torch.finfo(planes.dtype).min
+    return planes
 
-    mean_gap: [2, N], the mean of S° - S - shift off the diagonal under each row's and column's teacher softmax.
+
+def merge(problem: Problem, parts: Tensor, shifts: Tensor | None, shift: Tensor | None) -> Tensor:
+    """Planes [planes, n] of what parts [k, planes, n] have met together, always in the order of the parts.
+
+    shifts: of the parts, [k, 1] or [k, n]; shift: [], of the result, whose gaps are in its terms.
+    """
+    merged = torch.empty_like(parts[0])
+    for first in _maxima(problem):
+        maximum = parts[:, first].amax(0)  # [n]
+        shrink = (parts[:, first] - maximum).exp()  # [k, n]
+        merged[first], merged[first + 1] = maximum, (parts[:, first + 1] * shrink).sum(0)
+    if problem.want_consistency:
+        assert shifts is not None and shift is not None
+        # the teacher's planes are the last, so `shrink` is theirs
+        merged[-1] = ((parts[:, -1] + (shifts - shift) * parts[:, -2]) * shrink).sum(0)
+    return merged
+
+
+def _maxima(problem: Problem) -> list[int]:
+    """Which planes are maxima."""
+    return list(range(0, problem.planes - 1, 2)) if problem.planes % 2 else list(range(0, problem.planes, 2))
+
+
+def state(
+    problem: Problem, planes: Tensor, diagonal: Tensor, teacher_diagonal: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """(state [5, n], mean gap [n]) of rows or of columns, from their planes of `Sums` and their own pairs' entries.
+
+    The gap is S° - S - shift; its mean is off the diagonal under the teacher's softmax, None without a teacher.
+    """
+    found = diagonal.new_zeros(5, len(diagonal))
+    found[DIAGONAL] = diagonal
+    if problem.plain:
+        found[STUDENT] = found[RETENTION] = log_odds(planes[0], planes[1], diagonal)
+    if problem.masked:
+        first = 2 * problem.plain
+        found[RETENTION] = log_odds(planes[first], planes[first + 1], diagonal)
+    if not problem.want_consistency:
+        return found, None
+    assert teacher_diagonal is not None
+    maximum, total, gap = planes[-3:]
+    found[TEACHER_DIAGONAL] = teacher_diagonal
+    found[TEACHER] = log_odds(maximum, total, teacher_diagonal)
+    return found, gap / total
+
+
+def totals(problem: Problem, state: Tensor, mean_gap: Tensor | None, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(retention, consistency), summed over rows and columns; neither halved nor averaged.
+
+    state, mean_gap: of any rows and columns side by side, as `state` gives them.
     """
     retention = consistency = state.new_zeros(())
-    if want_retention:
-        retention = 0.5 * log1p_exp(state[RETENTION]).sum(0).mean()
-    if want_consistency:
+    log1p = log1p_exp(state[RETENTION:])  # [3, n]
+    if problem.want_retention:
+        retention = log1p[0].sum()
+    if problem.want_consistency:
         assert mean_gap is not None and shift is not None
-        gaps = mean_gap - ((state[TEACHER_DIAGONAL] - state[DIAGONAL]) - shift)  # [2, N]
-        divergence = rest(state[TEACHER]) * gaps - log1p_exp(state[TEACHER]) + log1p_exp(state[STUDENT])  # [2, N]
-        consistency = divergence.sum(0).mean()
+        gap = mean_gap - ((state[TEACHER_DIAGONAL] - state[DIAGONAL]) - shift)  # [n]
+        consistency = (rest(state[TEACHER]) * gap - log1p[2] + log1p[1]).sum()
     return retention, consistency
+
+
+def weights(grad_retention: Tensor, grad_consistency: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Of each row's and column's retention and of each one's KL, in a batch of n pairs, for the incoming gradients."""
+    return 0.5 * grad_retention / n, grad_consistency / n
 
 
 class Softmax(NamedTuple):
@@ -52,8 +109,8 @@ class Softmax(NamedTuple):
     rest, so that nothing overflows; its rounding is undone by the factor, w exp(anchor_i - d_i) / (1 + exp(r_i)).
     """
 
-    anchor: Tensor  # [2, N], of rows and of columns
-    factor: Tensor  # [2, N]
+    rows: tuple[Tensor, Tensor]  # anchor and factor, [n] each
+    columns: tuple[Tensor, Tensor]  # [m] each
 
 
 class Terms(NamedTuple):
@@ -62,75 +119,72 @@ class Terms(NamedTuple):
     student: Softmax | None
     masked: Softmax | None  # of S without the pairs of equal group id
     teacher: Softmax | None
-    diagonal: Tensor  # [N]
+    diagonal: Tensor  # [n], at the rows' own columns; 0 unless problem.paired
 
 
-def gradient_terms(
-    state: Tensor,
-    weight_retention: Tensor,
-    weight_consistency: Tensor,
-    has_groups: bool,
-    want_retention: bool,
-    want_consistency: bool,
-) -> Terms:
+def gradient_terms(problem: Problem, state: State, weight_retention: Tensor, weight_consistency: Tensor) -> Terms:
     """dS in its parts. weight_retention: of each row's and column's retention; weight_consistency: of each KL."""
+    r = state.both[RETENTION:]  # [3, n + m]
+    diagonals = torch.stack((state.both[DIAGONAL], state.both[DIAGONAL], state.both[TEACHER_DIAGONAL]))
+    anchors = diagonals + r.clamp_min(0)
+    factors = ((anchors - diagonals) - log1p_exp(r)).exp()
+
+    def softmax(plane: int, weight: Tensor) -> Softmax:
+        anchor, factor = anchors[plane - RETENTION], weight * factors[plane - RETENTION]
+        n = state.n
+        return Softmax((anchor[:n], factor[:n]), (anchor[n:], factor[n:]))
+
     student = masked = teacher = None
-    diagonal = state.new_zeros(state.shape[1])
-    if want_retention:
-        diagonal -= weight_retention * rest(state[RETENTION]).sum(0)
-        if has_groups:
-            masked = _softmax(state[DIAGONAL], state[RETENTION], weight_retention)
+    if problem.want_retention:
+        if problem.masked:
+            masked = softmax(RETENTION, weight_retention)
         else:
-            both = weight_retention + weight_consistency if want_consistency else weight_retention
-            student = _softmax(state[DIAGONAL], state[STUDENT], both)
-    if want_consistency:
+            both = weight_retention + weight_consistency if problem.want_consistency else weight_retention
+            student = softmax(STUDENT, both)
+    if problem.want_consistency:
         if student is None:
-            student = _softmax(state[DIAGONAL], state[STUDENT], weight_consistency)
-        teacher = _softmax(state[TEACHER_DIAGONAL], state[TEACHER], -weight_consistency)
-        diagonal += weight_consistency * (rest(state[TEACHER]) - rest(state[STUDENT])).sum(0)
+            student = softmax(STUDENT, weight_consistency)
+        teacher = softmax(TEACHER, -weight_consistency)
+
+    diagonal = state.both.new_zeros(problem.n)
+    if problem.paired:
+        rests = rest(r)
+        own = state.n + problem.offset  # where the rows' own columns begin
+        retention, student_rest, teacher_rest = rests[:, : problem.n] + rests[:, own : own + problem.n]
+        if problem.want_retention:
+            diagonal = diagonal - weight_retention * retention
+        if problem.want_consistency:
+            diagonal = diagonal + weight_consistency * (teacher_rest - student_rest)
     return Terms(student, masked, teacher, diagonal)
 
 
 def unit_terms(
-    state: Tensor,
-    weight_retention: Tensor,
-    weight_consistency: Tensor,
-    has_groups: bool,
-    want_retention: bool,
-    want_consistency: bool,
-    lift: float = 1.0,
+    problem: Problem, state: State, weight_retention: Tensor, weight_consistency: Tensor, lift: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(softmaxes [terms, 4, N], diagonal [N], unit []): dS / unit, for a backend that rounds it to a half precision.
+    """(softmaxes [terms, 2 n + 2 m], diagonal [n], unit []): dS / unit, for a backend that rounds it to half precision.
 
     The unit is about the largest entry of dS, the larger weight times the largest 1 - P_ii, so that dS keeps its digits
     whatever the incoming gradients and however far the pairs have converged. No entry is more than 4 lifts: float16 is
-    lifted to its upper range. A softmax is four planes: row anchors, column anchors, row factors, column factors.
+    lifted to its upper range. A softmax is its row anchors, row factors, column anchors and column factors.
     """
-    weights, used = [], []
-    if want_retention:
-        weights, used = [weight_retention], [RETENTION]
-    if want_consistency:
-        weights, used = [*weights, weight_consistency], [*used, STUDENT, TEACHER]
-    largest = torch.stack(weights).abs().amax() * rest(torch.cat([state[rows] for rows in used])).amax()
+    used_weights = [weight_retention] * problem.want_retention + [weight_consistency] * problem.want_consistency
+    first, last = RETENTION if problem.want_retention else STUDENT, TEACHER if problem.want_consistency else RETENTION
+    largest_rest = rest(state.both[first : last + 1]).amax()
+    largest = torch.stack(used_weights).abs().amax() * largest_rest
     largest = largest.clamp_min(1e-30)  # its inverse must be a number
     to_units = lift / largest
-    terms = gradient_terms(
-        state, weight_retention * to_units, weight_consistency * to_units, has_groups, want_retention, want_consistency
-    )
+    terms = gradient_terms(problem, state, weight_retention * to_units, weight_consistency * to_units)
     softmaxes = [softmax for softmax in terms[:3] if softmax is not None]
-    stacked = torch.stack([torch.cat(tuple(softmax)) for softmax in softmaxes])  # [terms, 4, N]
+    stacked = torch.stack([torch.cat((*softmax.rows, *softmax.columns)) for softmax in softmaxes])
     return stacked, terms.diagonal, largest / lift
 
 
-def _softmax(diagonal: Tensor, r: Tensor, weight: Tensor) -> Softmax:
-    anchor = diagonal + r.clamp_min(0)  # [2, N]
-    return Softmax(anchor, weight * ((anchor - diagonal) - log1p_exp(r)).exp())
-
-
 def log1p_exp(r: Tensor) -> Tensor:
-    return torch.logaddexp(r, torch.zeros_like(r))
+    return F.softplus(
+        r, threshold=40.0
+    )  # beyond, 1 is less than half a unit in the last place of exp(r), in float64 too
 
 
 def rest(r: Tensor) -> Tensor:
-    """1 - P_ii = sigmoid(r_i), without overflow at r_i << 0."""
-    return (r - log1p_exp(r)).exp()
+    """1 - P_ii."""
+    return torch.sigmoid(r)

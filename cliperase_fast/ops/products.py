@@ -24,13 +24,13 @@ def float32_precision() -> str:
     return "tf32" if asked == "tf32" else "ieee"
 
 
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right in float32."""
+def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """left @ right in float32, into `out` where there is one."""
     if left.dtype == torch.float32:
-        return left @ right
+        return torch.mm(left, right, out=out)
     if left.is_cuda:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return left.float() @ right.float()
+        return torch.mm(left, right, out_dtype=torch.float32, out=out)
+    return torch.mm(left.float(), right.float(), out=out)
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

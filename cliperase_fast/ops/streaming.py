@@ -1,7 +1,7 @@
 """Backend "torch": the loss sweep in strips of rows, in plain PyTorch, on any device.
 
-No N x N matrix in either direction. Forward: each strip [h, N] of S (and S°) is formed once; its rows are
-complete, its columns are merged into running maxima and sums; what is kept is O(N). Backward: each strip is
+No n x m matrix in either direction. Forward: each strip [h, m] of S (and S°) is formed once; its rows are
+complete, its columns are merged into running maxima and sums; what is kept is O(n + m). Backward: each strip is
 formed again and turned into a strip of dS, from which dI = s dS T, dT = s dSᵀ I and ds = Σ_i <(dS T)_i, I_i>.
 """
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from cliperase_fast.ops import finish
-from cliperase_fast.ops.engine import Problem, Sums, as_sweep
+from cliperase_fast.ops.engine import as_sweep
+from cliperase_fast.ops.problem import Problem, State, Sums
 
 # Bytes of one strip matrix; four are alive at once. Small strips stay in a CPU's cache; a GPU wants fewer
 # launches.
@@ -32,28 +33,28 @@ class _Similarity:
 
     def strip(self, start: int, stop: int, out: Tensor) -> Tensor:
         rows = self.image_rows(start, stop) * self.scale  # cheaper than scaling the strip
-        return torch.mm(rows, self.text.T, out=out[: stop - start])  # [h, N]
+        return torch.mm(rows, self.text.T, out=out[: stop - start])  # [h, m]
 
 
 class _OffDiagonal:
-    """Log-sum-exp of the rows and columns of a matrix that comes in strips, their diagonal filled with
-    `lowest`.
+    """The planes of the rows and columns of a matrix that comes in strips, what is left out filled with `lowest`.
 
-    With a second matrix `gap`, also its mean under each row's and column's softmax.
+    With a second matrix `gap`, also its sum under each row's and column's exponentials.
     """
 
-    def __init__(self, n: int, like: Tensor, with_gap: bool) -> None:
-        self.row_max, self.row_sum, self.column_sum = like.new_empty(n), like.new_empty(n), like.new_zeros(n)
-        self.column_max = like.new_full((n,), torch.finfo(like.dtype).min)
-        self.row_gap = like.new_empty(n if with_gap else 0)
-        self.column_gap = like.new_zeros(n if with_gap else 0)
+    def __init__(self, problem: Problem, like: Tensor, with_gap: bool) -> None:
+        n, m = problem.n, problem.m
+        self.row_max, self.row_sum, self.column_sum = like.new_empty(n), like.new_empty(n), like.new_zeros(m)
+        self.column_max = like.new_full((m,), torch.finfo(like.dtype).min)
+        self.row_gap = like.new_empty(n) if with_gap else None
+        self.column_gap = like.new_zeros(m) if with_gap else None
 
     def add(self, strip: Tensor, start: int, work: Tensor, gap: Tensor | None = None) -> None:
         rows = slice(start, start + len(strip))
         torch.amax(strip, 1, out=self.row_max[rows])
         torch.sub(strip, self.row_max[rows, None], out=work).exp_()
         torch.sum(work, 1, out=self.row_sum[rows])
-        if gap is not None:
+        if gap is not None and self.row_gap is not None:
             torch.sum(work.mul_(gap), 1, out=self.row_gap[rows])
 
         column_max = torch.maximum(self.column_max, strip.amax(0))
@@ -61,20 +62,18 @@ class _OffDiagonal:
         self.column_max = column_max
         torch.sub(strip, column_max, out=work).exp_()
         self.column_sum.mul_(shrink).add_(work.sum(0))
-        if gap is not None:
+        if gap is not None and self.column_gap is not None:
             self.column_gap.mul_(shrink).add_(work.mul_(gap).sum(0))
 
-    def sums(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Maximum, total and gap, [2, N] each: of the rows, of the columns."""
-        return (
-            torch.stack((self.row_max, self.column_max)),
-            torch.stack((self.row_sum, self.column_sum)),
-            torch.stack((self.row_gap, self.column_gap)),
-        )
+    def rows(self) -> list[Tensor]:
+        return [plane for plane in (self.row_max, self.row_sum, self.row_gap) if plane is not None]
+
+    def columns(self) -> list[Tensor]:
+        return [plane for plane in (self.column_max, self.column_sum, self.column_gap) if plane is not None]
 
 
 class _TorchEngine:
-    """See `ops.engine.Engine`. Memory: four strips [h, N]; it keeps nothing for the backward pass."""
+    """See `ops.engine.Engine`. Memory: four strips [h, m]; it keeps nothing for the backward pass."""
 
     name = "torch"
 
@@ -85,57 +84,57 @@ class _TorchEngine:
         return 0
 
     def forward(self, problem: Problem, strip_rows: int, kept_bytes: int) -> tuple[Sums, Tensor]:
-        n, dtype, group_ids = problem.n, problem.compute_dtype(), problem.group_ids
+        n, m, dtype = problem.n, problem.m, problem.compute_dtype()
         lowest = torch.finfo(dtype).min
-        student = _Similarity(problem.image, problem.text, problem.scale, dtype)
-        height = _strip_height(n, strip_rows, student.text)
-        strip, work = _buffers(2, height, n, student.text)
-        diagonal = strip.new_empty(n)
-        plain = _OffDiagonal(n, strip, with_gap=False) if problem.plain else None
-        masked = _OffDiagonal(n, strip, with_gap=False) if problem.masked else None
-        teacher = _teacher(problem, dtype)
-        teacher_diagonal = shift = None
+        student, teacher = _Similarity(problem.image, problem.text, problem.scale, dtype), _teacher(problem, dtype)
+        height = _strip_height(problem, strip_rows, student.text)
+        strip, work = _buffers(2, height, m, student.text)
+        plain = _OffDiagonal(problem, strip, with_gap=False) if problem.plain else None
+        masked = _OffDiagonal(problem, strip, with_gap=False) if problem.masked else None
+        diagonal = strip.new_empty(n) if problem.paired else None
+        teacher_sums = teacher_diagonal = shift = None
         if teacher is not None:
-            teacher_diagonal = strip.new_empty(n)
-            teacher_sums = _OffDiagonal(n, strip, with_gap=True)
-            teacher_strip, gap = _buffers(2, height, n, strip)
+            teacher_sums = _OffDiagonal(problem, strip, with_gap=True)
+            teacher_diagonal = strip.new_empty(n) if problem.paired else None
+            teacher_strip, gap = _buffers(2, height, m, strip)
 
         for start in range(0, n, height):
             rows = slice(start, min(start + height, n))
-            h = rows.stop - start
+            h, own = rows.stop - start, start + problem.offset
             s = student.strip(start, rows.stop, strip)
-            if teacher is not None and teacher_diagonal is not None:
+            if teacher is not None and teacher_sums is not None:
                 t = teacher.strip(start, rows.stop, teacher_strip)
                 g = torch.sub(t, s, out=gap[:h])
                 if shift is None:
                     # Any constant would do; this one keeps the gaps small, so exact, where S° - S hardly varies.
                     shift = g[0, 0].clone()
-                g.sub_(shift).diagonal(start).zero_()
-                teacher_diagonal[rows] = t.diagonal(start)
-                t.diagonal(start).fill_(lowest)
+                g.sub_(shift).diagonal(own).zero_()
+                if teacher_diagonal is not None:
+                    teacher_diagonal[rows] = t.diagonal(own)
+                t.diagonal(own).fill_(lowest)
                 teacher_sums.add(t, start, work[:h], g)
-            diagonal[rows] = s.diagonal(start)
-            s.diagonal(start).fill_(lowest)
+            if diagonal is not None:
+                diagonal[rows] = s.diagonal(own)
+            s.diagonal(own).fill_(lowest)
             if plain is not None:
                 plain.add(s, start, work[:h])
             if masked is not None:
-                assert group_ids is not None
-                masked.add(s.masked_fill_(group_ids[rows, None] == group_ids, lowest), start, work[:h])
+                masked.add(s.masked_fill_(_same_group(problem, rows), lowest), start, work[:h])
 
+        parts = [part for part in (plain, masked, teacher_sums) if part is not None]
         sums = Sums(
+            torch.stack([plane for part in parts for plane in part.rows()]),
+            torch.stack([plane for part in parts for plane in part.columns()]),
             diagonal,
             teacher_diagonal,
             shift,
-            None if plain is None else plain.sums()[:2],
-            None if masked is None else masked.sums()[:2],
-            None if teacher is None else teacher_sums.sums(),
         )
         return sums, torch.empty(0, dtype=torch.uint8, device=strip.device)
 
     def backward(
         self,
         problem: Problem,
-        state: Tensor,
+        state: State,
         weight_retention: Tensor,
         weight_consistency: Tensor,
         strip_rows: int,
@@ -143,40 +142,37 @@ class _TorchEngine:
         need_image: bool,
         need_text: bool,
         need_scale: bool,
+        partial: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        n, dtype, group_ids = problem.n, state.dtype, problem.group_ids
+        n, m, dtype = problem.n, problem.m, state.rows.dtype
         image, text = problem.image, problem.text
         lowest = torch.finfo(dtype).min
         student, teacher = _Similarity(image, text, problem.scale, dtype), _teacher(problem, dtype)
-        height = _strip_height(n, strip_rows, student.text)
-        strip, gradient, work = _buffers(3, height, n, student.text)
+        height = _strip_height(problem, strip_rows, student.text)
+        strip, gradient, work = _buffers(3, height, m, student.text)
         if teacher is not None:
-            (teacher_strip,) = _buffers(1, height, n, student.text)
-        terms = finish.gradient_terms(
-            state, weight_retention, weight_consistency,
-            problem.masked, problem.want_retention, problem.want_consistency,
-        )  # fmt: skip
+            (teacher_strip,) = _buffers(1, height, m, student.text)
+        terms = finish.gradient_terms(problem, state, weight_retention, weight_consistency)
 
-        grad_image = image.new_empty(image.shape if need_image else (0,))
+        grad_image = image.new_empty(image.shape if need_image else (0,), dtype=dtype if partial else image.dtype)
         grad_text = student.text.new_zeros(text.shape if need_text else (0,))
-        grad_scale = state.new_zeros(())
+        grad_scale = student.text.new_zeros(())
         for start in range(0, n, height):
             rows = slice(start, min(start + height, n))
-            h = rows.stop - start
+            h, own = rows.stop - start, start + problem.offset
             s, g, w = student.strip(start, rows.stop, strip), gradient[:h].zero_(), work[:h]
-            s.diagonal(start).fill_(lowest)
+            s.diagonal(own).fill_(lowest)
             if terms.student is not None:
                 _add_softmax(g, s, rows, w, terms.student)
             if terms.teacher is not None:
                 assert teacher is not None
                 t = teacher.strip(start, rows.stop, teacher_strip)
-                t.diagonal(start).fill_(lowest)
+                t.diagonal(own).fill_(lowest)
                 _add_softmax(g, t, rows, w, terms.teacher)
             if terms.masked is not None:
-                assert group_ids is not None
-                s.masked_fill_(group_ids[rows, None] == group_ids, lowest)
-                _add_softmax(g, s, rows, w, terms.masked)
-            g.diagonal(start).copy_(terms.diagonal[rows])
+                _add_softmax(g, s.masked_fill_(_same_group(problem, rows), lowest), rows, w, terms.masked)
+            if problem.paired:
+                g.diagonal(own).copy_(terms.diagonal[rows])
 
             image_rows = student.image_rows(start, rows.stop)
             if need_image or need_scale:
@@ -187,8 +183,8 @@ class _TorchEngine:
                     grad_image[rows] = product.mul_(student.scale)
             if need_text:
                 grad_text.addmm_(g.T, image_rows)
-        grad_text = grad_text.mul_(student.scale).to(text.dtype)
-        return grad_image, grad_text, grad_scale.to(problem.scale.dtype)
+        grad_text = grad_text.mul_(student.scale).to(dtype if partial else text.dtype)
+        return grad_image, grad_text, grad_scale.to(dtype if partial else problem.scale.dtype)
 
 
 def _teacher(problem: Problem, dtype: torch.dtype) -> _Similarity | None:
@@ -197,20 +193,29 @@ def _teacher(problem: Problem, dtype: torch.dtype) -> _Similarity | None:
     return _Similarity(problem.teacher_image, problem.teacher_text, problem.teacher_scale, dtype)
 
 
+def _same_group(problem: Problem, rows: slice) -> Tensor:
+    row_groups, column_groups = problem.row_groups, problem.column_groups
+    assert row_groups is not None and column_groups is not None
+    return row_groups[rows, None] == column_groups  # [h, m]
+
+
 def _add_softmax(gradient: Tensor, strip: Tensor, rows: slice, work: Tensor, softmax: finish.Softmax) -> None:
-    torch.sub(strip, softmax.anchor[0, rows, None], out=work).exp_()
-    gradient.addcmul_(work, softmax.factor[0, rows, None])
-    torch.sub(strip, softmax.anchor[1], out=work).exp_()
-    gradient.addcmul_(work, softmax.factor[1])
+    anchor, factor = softmax.rows
+    torch.sub(strip, anchor[rows, None], out=work).exp_()
+    gradient.addcmul_(work, factor[rows, None])
+    anchor, factor = softmax.columns
+    torch.sub(strip, anchor, out=work).exp_()
+    gradient.addcmul_(work, factor)
 
 
-def _strip_height(n: int, strip_rows: int, like: Tensor) -> int:
+def _strip_height(problem: Problem, strip_rows: int, like: Tensor) -> int:
     budget = _STRIP_BYTES_CPU if like.device.type == "cpu" else _STRIP_BYTES_GPU
-    return min(n, strip_rows or max(_LEAST_ROWS, budget // (n * like.element_size())))
+    return min(problem.n, strip_rows or max(_LEAST_ROWS, budget // (problem.m * like.element_size())))
 
 
-def _buffers(count: int, height: int, n: int, like: Tensor) -> list[Tensor]:
-    return [like.new_empty(height, n) for _ in range(count)]
+def _buffers(count: int, height: int, width: int, like: Tensor) -> list[Tensor]:
+    return [like.new_empty(height, width) for _ in range(count)]
 
 
-sweep = as_sweep(_TorchEngine())
+engine = _TorchEngine()
+sweep = as_sweep(engine)

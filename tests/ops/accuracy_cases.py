@@ -80,6 +80,16 @@ def rounding_unit(batch: Batch, truth: Outcome, eps: float) -> dict[str, float]:
     }
 
 
+def allowed_errors(batch: Batch, truth: Outcome, dtype: torch.dtype) -> dict[str, float]:
+    """Of a sweep that computes in float32, for features of `dtype`: on top comes the gradients' rounding to it."""
+    allowed = {key: 2 * unit + UNDERFLOW for key, unit in rounding_unit(batch, truth, 2.0**-23).items()}
+    if dtype != torch.float32:
+        eps, smallest = torch.finfo(dtype).eps, torch.finfo(dtype).smallest_normal
+        for key in ("image", "text"):
+            allowed[key] += eps / 2 * getattr(truth, key).abs().max().item() + smallest * eps
+    return allowed
+
+
 def errors(result: Outcome, truth: Outcome) -> dict[str, float]:
     pairs = {
         "loss": (

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import os
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from accuracy_cases import rounding_unit
-from sweep_cases import Batch, outcome, random_batch
+from sweep_cases import Batch, moved, outcome, random_batch
 
 from cliperase_fast.ops import reference
 from cliperase_fast.ops.triton.sweep import sweep
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
-
-
-def moved(batch: Batch, device: str) -> Batch:
-    tensors = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    return replace(batch, **{k: v.to(device) for k, v in tensors.items() if isinstance(v, torch.Tensor)})
 
 
 # 1: nothing off the diagonal; 17: part of a block; 1000: many blocks, the last not full

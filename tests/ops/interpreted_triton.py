@@ -1,20 +1,15 @@
 """The Triton sweep in Triton's interpreter against float64; run by `test_triton_interpreter.py`.
 
 Blocks are 32 x 32 here, so 65 pairs are three blocks, the last of one row, and strip_rows=1 makes each a strip.
-
-Half precision: dS is rounded to the features' dtype, so a gradient may be off by half an eps of its mass on top of what
-`accuracy_cases.py` allows float32; in float16, entries of dS under 2^-37 of the largest vanish.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
-from accuracy_cases import REGIMES, UNDERFLOW, errors, regime, rounding_unit
-from sweep_cases import Batch, Outcome, naive_sweep, outcome, random_batch
-from torch import Tensor
+from kernel_checks import *  # noqa: F403
+from kernel_checks import Subject, some_groups
+from sweep_cases import random_batch
 
 from cliperase_fast import functional
 from cliperase_fast.errors import InputError
@@ -23,264 +18,17 @@ from cliperase_fast.ops.triton import features
 from cliperase_fast.ops.triton import sweep as triton_sweep
 from cliperase_fast.ops.triton.sweep import sweep
 
-FORMS = {"both": (True, True), "rm": (True, False), "kl": (False, True)}
-HALF = (torch.bfloat16, torch.float16)
 
-
-def margins(batch: Batch, truth: Outcome, dtype: torch.dtype) -> dict[str, float]:
-    """Allowed errors of losses and gradients for features of `dtype`."""
-    unit = rounding_unit(batch, truth, torch.finfo(torch.float32).eps)
-    allowed = {key: 2 * value + UNDERFLOW for key, value in unit.items()}
-    if dtype in HALF:
-        half_eps = torch.finfo(dtype).eps / 2
-        of_similarities = 1 + batch.scale.item() + (batch.teacher_scale.item() if batch.want_consistency else 0)
-        mass = rounding_unit(batch, truth, 1 / of_similarities)
-        vanished = 2.0**-38 * rounding_unit(batch, truth, 1.0)["loss"] if dtype == torch.float16 else 0.0
-        for key in ("image", "text", "scale"):
-            allowed[key] += half_eps * mass[key] + vanished * (1.0 if key == "scale" else batch.scale.item())
-            if key != "scale":  # is float32
-                allowed[key] += half_eps * getattr(truth, key).abs().max().item() + torch.finfo(dtype).tiny
-    return allowed
-
-
-def check(batch: Batch, dtype: torch.dtype = torch.float32, **options: int | str) -> None:
-    """`batch` in `dtype` against float64."""
-    batch = batch.to(dtype).to(torch.float64)
-    truth = outcome(reference.sweep, batch)
-    result = outcome(sweep, batch.to(dtype), **options)
-    assert result.image.dtype == result.text.dtype == dtype
-    assert result.retention.dtype == result.consistency.dtype == result.scale.dtype == torch.float32
-    naive = errors(outcome(naive_sweep, batch.to(dtype)), truth)
-    for key, allowed in margins(batch, truth, dtype).items():
-        error = errors(result, truth)[key]
-        assert error <= allowed, (key, error, allowed)
-        assert not error > naive[key] + allowed  # naive may be NaN: it overflows in float16
-
-
-def formed(batch: Batch, form: str) -> Batch:
-    batch = replace(batch, want_retention=FORMS[form][0])
-    return batch if FORMS[form][1] else batch.without_teacher()
-
-
-def some_groups(n: int) -> Tensor:
-    return torch.randint(-3, max(1, n // 3), (n,), generator=torch.Generator().manual_seed(1))
-
-
-# 1 and 2: nothing or one thing off the diagonal; 17: part of a block; 65: three blocks, the last of one row
-@pytest.mark.parametrize("n", [1, 2, 17, 65])
-@pytest.mark.parametrize("groups", [False, True], ids=["no groups", "groups"])
-@pytest.mark.parametrize("form", FORMS)
-def test_every_form_and_size(form, groups, n):
-    # widths: 40 and 24 are no multiples of a block's depth
-    batch = random_batch(n, width=40, teacher_width=24)
-    check(formed(replace(batch, group_ids=some_groups(n) if groups else None), form), strip_rows=1)
-
-
-@pytest.mark.parametrize(("width", "teacher_width"), [(16, 64), (64, 40), (1, 3), (96, 33)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_any_width(width, teacher_width, dtype):
-    check(random_batch(40, width=width, teacher_width=teacher_width), dtype)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_several_strips_of_several_blocks_and_chunks_of_several_tiles(monkeypatch, dtype):
-    # 130 pairs are five blocks: strips of two blocks forward and backward, chunks of two tiles
-    monkeypatch.setattr(triton_sweep, "_PROGRAMS", 6)
-    batch = replace(random_batch(130), group_ids=some_groups(130))
-    check(batch, dtype, strip_rows=64)
-
-
-# 96 kept rows are three blocks of 130 pairs' five; a kept strip of two blocks is followed by one of one
-@pytest.mark.parametrize("kept_rows", [96, 130])
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kept_similarities_give_what_forming_them_again_gives(monkeypatch, dtype, form, kept_rows):
-    batch = formed(replace(random_batch(130), group_ids=some_groups(130)), form)
-    row_bytes = 4 * 130 * (1 + batch.want_consistency)
-    monkeypatch.setattr(triton_sweep, "keep_bytes", lambda device: row_bytes * (kept_rows + 31))
-    monkeypatch.setattr(triton_sweep, "_KEPT_ROWS", 32)
-    kept = watch_kept(monkeypatch)
-    check(batch, dtype, strip_rows=64, keep="similarities")
-    assert kept == [row_bytes * kept_rows]
-    again, stored = (outcome(sweep, batch.to(dtype), keep=keep, strip_rows=64) for keep in ("auto", "similarities"))
-    assert kept == [row_bytes * kept_rows, 0, row_bytes * kept_rows]
-    for ours, theirs in zip(again.tensors(), stored.tensors(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5 + torch.finfo(dtype).eps, atol=1e-6)
-
-
-def watch_kept(monkeypatch) -> list[int]:
-    """The sizes of what the sweeps from here on keep."""
-    sizes = []
-    forward = triton_sweep._TritonEngine.forward
-
-    def watched(self, *arguments):
-        sums, kept = forward(self, *arguments)
-        sizes.append(kept.numel())
-        return sums, kept
-
-    monkeypatch.setattr(triton_sweep._TritonEngine, "forward", watched)
-    return sizes
-
-
-def test_nothing_is_kept_without_a_backward_pass(monkeypatch):
-    kept = watch_kept(monkeypatch)
-    batch = random_batch(17).to(torch.float32)
-    with torch.no_grad():
-        sweep(*batch.arguments(), keep="similarities")
-    sweep(*batch.arguments(), keep="similarities")
-    assert kept == [0, 0]
-
-
-@pytest.mark.parametrize("groups", ["one", "all different"])
-def test_extreme_groups(groups):
-    batch = random_batch(40)
-    check(replace(batch, group_ids=torch.full((40,), 7) if groups == "one" else torch.arange(40)))
-
-
-@pytest.mark.parametrize("scale", [1.0, 100.0, 1000.0])
-@pytest.mark.parametrize("name", REGIMES)
-def test_float32_is_as_good_as_the_rounding_of_the_similarities_allows(name, scale):
-    check(regime(name, scale, 65))
-
-
-@pytest.mark.parametrize("scale", [1.0, 100.0])
-@pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("name", REGIMES)
-def test_half_precision_costs_one_rounding_of_ds(name, dtype, scale):
-    check(regime(name, scale, 40), dtype)
-
-
-def test_columns_that_grow_from_strip_to_strip():
-    batch = random_batch(65, scale=60.0, teacher_scale=80.0)
-    growing = torch.linspace(0.1, 1.0, 65, dtype=torch.float64)[:, None]
-    check(replace(batch, image=batch.image * growing, teacher_image=batch.teacher_image * growing), strip_rows=1)
-
-
-@pytest.mark.parametrize("kind", ["transposed", "every other column", "rows of a wider tensor", "expanded"])
-def test_strides_do_not_matter(kind):
-    def strided(tensor):
-        if kind == "transposed":
-            return tensor.T.contiguous().T
-        if kind == "every other column":
-            return torch.stack((tensor, torch.full_like(tensor, torch.nan)), 2).flatten(1)[:, ::2]
-        if kind == "rows of a wider tensor":
-            return torch.cat((tensor, torch.full_like(tensor, torch.nan)), 1)[:, : tensor.shape[1]]
-        return tensor[:1].expand_as(tensor)
-
-    batch = random_batch(17).to(torch.float32)
-    odd = {name: strided(getattr(batch, name)) for name in ("image", "text", "teacher_image", "teacher_text")}
-    assert not any(tensor.is_contiguous() for tensor in odd.values())
-    expected = outcome(sweep, replace(batch, **{name: tensor.contiguous() for name, tensor in odd.items()}))
-    leaves = [odd["image"].requires_grad_(), odd["text"].requires_grad_()]
-    losses = sweep(*leaves, *replace(batch, **odd).arguments()[2:])
-    gradients = torch.autograd.grad(sum(losses), leaves)
-    for ours, theirs in zip((*losses, *gradients), expected.tensors()[:4], strict=True):
-        assert torch.equal(ours, theirs)
-
-
-# half precision keeps its digits whatever the incoming gradients: loss scaling, tiny weights, one of them 0
-@pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (-2.5, 1e4), (65536.0, 3 * 65536.0), (1e-9, 3e-9)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_incoming_gradients_other_than_one(weights, dtype):
-    batch = random_batch(33).to(dtype)
-    exact = outcome(reference.sweep, batch.to(torch.float64), weights)
-    leaves = [tensor.float().to(dtype).requires_grad_() for tensor in (batch.image, batch.text)]
-    scale = batch.scale.clone().requires_grad_()
-    losses = sweep(*leaves, scale, *batch.arguments()[3:])
-    if dtype == torch.float16 and max(map(abs, weights)) > 1e4:  # their gradients do not fit float16 themselves
-        weights, exact = (1.0, 3.0), outcome(reference.sweep, batch.to(torch.float64), (1.0, 3.0))
-    (weights[0] * losses[0] + weights[1] * losses[1]).backward()
-    tolerance = 2e-6 if dtype == torch.float32 else 2e-3
-    for ours, theirs in ((leaves[0].grad, exact.image), (leaves[1].grad, exact.text), (scale.grad, exact.scale)):
-        limit = tolerance * theirs.abs().max().item()
-        if ours.dtype == torch.float16:
-            limit += 2**-24  # the least number of float16
-        assert (ours.double() - theirs).abs().max().item() <= limit
-
-
-def test_no_incoming_gradient_at_all():
-    result = outcome(sweep, random_batch(17).to(torch.float16), (0.0, 0.0))
-    assert not any(gradient.any() for gradient in (result.image, result.text, result.scale))
-
-
-@pytest.mark.parametrize("needed", ["image", "text", "scale"])
-def test_a_single_input_may_need_the_gradient(needed):
-    batch = random_batch(17).to(torch.float32)
-    expected = outcome(sweep, batch)
-    inputs = {name: getattr(batch, name).clone() for name in ("image", "text", "scale")}
-    inputs[needed].requires_grad_()
-    sum(sweep(*inputs.values(), *batch.arguments()[3:])).backward()
-    assert torch.equal(inputs[needed].grad, getattr(expected, needed))
-    assert [name for name, tensor in inputs.items() if tensor.grad is not None] == [needed]
-
-
-def test_scale_zero_has_the_gradient_of_the_scale():
-    batch = replace(random_batch(17), scale=torch.zeros((), dtype=torch.float64))
-    check(batch)
-    assert outcome(sweep, batch.to(torch.float32)).scale.abs() > 1e-3
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_two_runs_are_bitwise_equal(dtype):
-    batch = replace(random_batch(65), group_ids=some_groups(65)).to(dtype)
-    first, second = (outcome(sweep, batch, strip_rows=1) for _ in range(2))
-    for a, b in zip(first.tensors(), second.tensors(), strict=True):
-        assert torch.equal(a, b)
-
-
-def test_student_equal_to_its_teacher_has_no_divergence():
-    batch = random_batch(40, teacher_width=40).to(torch.float32)
-    batch = replace(batch, teacher_image=batch.image, teacher_text=batch.text, teacher_scale=batch.scale)
-    result = outcome(sweep, replace(batch, want_retention=False))
-    assert result.consistency == 0
-    assert max(gradient.abs().max() for gradient in (result.image, result.text, result.scale)) < 1e-7
-
-
-def test_nan_and_infinity_come_out_as_nan_not_as_a_plausible_number():
-    for bad in (torch.nan, torch.inf):
-        for row in (0, 39):
-            batch = random_batch(40).to(torch.float32)
-            batch.image[row, 3] = bad
-            result = outcome(sweep, batch)
-            assert not result.retention.isfinite() and not result.consistency.isfinite()
-            assert not result.image.isfinite().all()
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_uninitialised_memory_is_never_read(form):
-    torch.use_deterministic_algorithms(True)  # with it torch.empty is filled with NaN
-    try:
-        assert torch.utils.deterministic.fill_uninitialized_memory
-        for groups in (None, some_groups(40)):
-            check(formed(replace(random_batch(40), group_ids=groups), form), strip_rows=1)
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-def test_mixed_dtypes_are_promoted_and_each_gradient_keeps_its_own():
-    batch = random_batch(20, teacher_width=8)
-    mixed = replace(
-        batch.to(torch.float32),
-        image=batch.image.to(torch.bfloat16),
-        teacher_image=batch.teacher_image.to(torch.float16),
-        teacher_text=batch.teacher_text.to(torch.float16),
-        scale=batch.scale,
+@pytest.fixture
+def subject():
+    return Subject(
+        sweep,
+        "triton",
+        triton_sweep,
+        triton_sweep._TritonEngine,
+        kept_row_bytes=lambda batch: 4 * len(batch.image) * (1 + batch.want_consistency),
+        few_programs=lambda monkeypatch: monkeypatch.setattr(triton_sweep, "_PROGRAMS", 6),
     )
-    exact, result = outcome(reference.sweep, mixed.to(torch.float64)), outcome(sweep, mixed)
-    assert (result.image.dtype, result.text.dtype, result.scale.dtype) == (torch.bfloat16, torch.float32, torch.float64)
-    torch.testing.assert_close(result.retention.double(), exact.retention, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(result.consistency.double(), exact.consistency, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(result.text.double(), exact.text, rtol=1e-5, atol=1e-6)
-
-
-def test_one_tensor_as_image_and_text():
-    batch = random_batch(17, teacher_width=40).to(torch.float32)
-    gradients = []
-    for run in (sweep, reference.sweep):
-        both = batch.image.clone().requires_grad_()
-        sum(run(both, both, batch.scale, batch.teacher_image, batch.teacher_image, *batch.arguments()[5:])).backward()
-        gradients.append(both.grad)
-    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("forget", ["cosine", "contrastive", "hinge"])
@@ -397,40 +145,3 @@ def test_float64_is_refused_in_words():
         choose("triton", halves.image, halves.text, batch.teacher_image, batch.teacher_text)
     with pytest.raises(InputError, match=r"does not take torch\.float64; use backend='torch'"):
         sweep(*batch.arguments())
-
-
-@pytest.mark.parametrize("variant", ["both", "groups", "retention", "consistency", "half"])
-def test_the_operator_keeps_the_rules_of_torch_library(variant):
-    batch = random_batch(5, width=4, teacher_width=3).to(torch.bfloat16 if variant == "half" else torch.float32)
-    if variant == "groups":
-        batch = replace(batch, group_ids=torch.tensor([0, 0, 1, 2, 2]))
-    elif variant == "retention":
-        batch = batch.without_teacher()
-    elif variant == "consistency":
-        batch = replace(batch, want_retention=False)
-    leaves = [tensor.clone().requires_grad_() for tensor in (batch.image, batch.text, batch.scale)]
-    problem = (*leaves, *batch.arguments()[3:])
-    kept_bytes = 4 * 5 * 5 * (1 + batch.want_consistency)
-    ops = torch.ops.cliperase_fast
-    torch.library.opcheck(ops.triton_sweep.default, (*problem, 1, kept_bytes))
-    _, _, state, kept = (output.detach() for output in ops.triton_sweep(*problem, 1, kept_bytes))
-    ones = [torch.ones(())] * 2
-    frozen = [leaf.detach() for leaf in leaves]
-    for need in ((True, True, True), (False, True, False)):
-        arguments = (*ones, state, kept, *frozen, *problem[3:], 1, *need)
-        torch.library.opcheck(ops.triton_sweep_backward.default, arguments)
-
-
-def test_it_compiles_into_one_graph():
-    batch = random_batch(17).to(torch.float32)
-
-    def step(image, text, scale):
-        return sum(sweep(image, text, scale, *batch.arguments()[3:]))
-
-    gradients = []
-    for run in (torch.compile(step, fullgraph=True, backend="aot_eager"), step):
-        leaves = [tensor.clone().requires_grad_() for tensor in (batch.image, batch.text, batch.scale)]
-        run(*leaves).backward()
-        gradients.append([leaf.grad for leaf in leaves])
-    for ours, theirs in zip(*gradients, strict=True):
-        assert torch.equal(ours, theirs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +11,10 @@ from torch import Tensor
 from cliperase_fast.ops import backends
 from cliperase_fast.ops.sweep import Sweep
 
-# those that run everywhere and in float64; triton has tests of its own
+# those that run everywhere and in float64
 BACKENDS = tuple(name for name, status in backends().items() if status.available and status.devices == "any")
+# and those that stop at float32; triton, in its interpreter, has tests of its own
+CPU_BACKENDS = (*BACKENDS, *(name for name in ("native",) if backends()[name].available))
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,12 @@ class Batch:
             self.image, self.text, self.scale, self.teacher_image, self.teacher_text, self.teacher_scale,
             self.group_ids, self.want_retention, self.want_consistency,
         )  # fmt: skip
+
+
+def moved(batch: Batch, device: str) -> Batch:
+    """All of its tensors on `device`."""
+    tensors = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    return replace(batch, **{k: v.to(device) for k, v in tensors.items() if isinstance(v, Tensor)})
 
 
 @dataclass(frozen=True)

@@ -41,12 +41,24 @@ def test_each_name_loads_its_own_sweep():
     assert choose("torch", *pairs()).load() is streaming.sweep
 
 
-def test_auto_is_eager_for_few_pairs_and_streams_many():
+def test_auto_is_native_for_what_it_takes():
+    for n in (16, 4096):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            assert choose("auto", *pairs(n, dtype)).name == "native"
+
+
+def test_auto_without_native_is_eager_for_few_pairs_and_streams_many(monkeypatch):
+    assert choose("auto", *pairs(16, torch.float64)).name == "eager"
+    assert choose("auto", *pairs(4096, torch.float64)).name == "torch"
+    missing = replace(dispatch.REGISTRY["native"], why_missing=lambda: "no compiler")
+    monkeypatch.setitem(dispatch.REGISTRY, "native", missing)
     assert choose("auto", *pairs(16)).name == "eager"
     assert choose("auto", *pairs(4096)).name == "torch"
 
 
-@pytest.mark.parametrize(("value", "name"), [("torch", "torch"), ("eager", "eager"), ("auto", "eager"), ("", "eager")])
+@pytest.mark.parametrize(
+    ("value", "name"), [("torch", "torch"), ("eager", "eager"), ("auto", "native"), ("", "native")]
+)
 def test_the_environment_overrides_auto(monkeypatch, value, name):
     monkeypatch.setenv("CLIPERASE_BACKEND", value)
     assert choose("auto", *pairs()).name == name
@@ -100,8 +112,8 @@ def test_the_chosen_backend_is_the_one_that_runs(monkeypatch):
 
 def test_backends_maps_names_to_what_is_known_of_them(broken):
     table = backends()
-    assert list(table)[:3] == ["eager", "torch", "triton"]
-    assert len(table) == 6
+    assert list(table)[:4] == ["eager", "torch", "native", "triton"]
+    assert len(table) == 7
     assert table["eager"].available and table["eager"].devices == "any" and not table["eager"].reason
     assert not table["absent"].available and table["absent"].reason == "it needs a moon rock"
     assert table["picky"].devices == "cuda"
@@ -111,7 +123,7 @@ def test_backends_prints_as_a_table(broken):
     lines = repr(backends()).splitlines()
     assert lines[0].split() == ["backend", "available", "devices", "note"]
     assert lines[1].split()[:3] == ["eager", "yes", "any"]
-    assert lines[4].split(maxsplit=3) == ["absent", "no", "any", "it needs a moon rock"]
+    assert lines[5].split(maxsplit=3) == ["absent", "no", "any", "it needs a moon rock"]
     assert len({line.index(word) for line, word in zip(lines[1:3], ("any", "any"), strict=True)}) == 1
 
 

@@ -69,10 +69,10 @@ def _store(p_partial, o_partial, m_partial, n, b_max, b_sum, b_gap, KIND: tl.con
         tl.store(p_plane + 2 * n, b_gap, mask=m_partial)
 
 
-@triton.jit(do_not_specialize=["strip_start", "strip_stop", "tiles_per_chunk"])
+@triton.jit(do_not_specialize=["strip_start", "strip_stop", "offset", "tiles_per_chunk"])
 def forward_kernel(
-    p_image, p_text, p_teacher_image, p_teacher_text, p_group, p_scalars, p_row, p_column, p_kept, p_kept_teacher,
-    strip_start, strip_stop, n, width, teacher_width, tiles_per_chunk,
+    p_image, p_text, p_teacher_image, p_teacher_text, p_row_group, p_column_group, p_scalars, p_row, p_column,
+    p_kept, p_kept_teacher, strip_start, strip_stop, n, m, offset, width, teacher_width, tiles_per_chunk,
     stride_image, stride_text, stride_teacher_image, stride_teacher_text,
     PLAIN: tl.constexpr, MASKED: tl.constexpr, TEACHER: tl.constexpr, PLANES: tl.constexpr, KEEP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
@@ -81,9 +81,9 @@ def forward_kernel(
     """Off-diagonal statistics of a strip of rows: of each row in a chunk of columns, of each column in a block of rows.
 
     p_scalars: s, s° and the gap's shift, natural units. p_row: [chunks, PLANES, strip rows]; p_column: [row blocks,
-    PLANES, n]. Planes, in this order and as far as asked for: PLAIN student (max, sum), MASKED student (max, sum;
-    pairs of one group left out), TEACHER (max, sum, sum of exp2 times S° - S - shift). KEEP: the tiles themselves go to
-    p_kept and p_kept_teacher, [kept rows, n].
+    PLANES, m]. Row i and column i + offset are a pair. Planes, in this order and as far as asked for: PLAIN student
+    (max, sum), MASKED student (max, sum; pairs of one group left out), TEACHER (max, sum, sum of exp2 times
+    S° - S - shift). KEEP: the tiles themselves go to p_kept and p_kept_teacher, [kept rows, m].
     """
     i_block, i_chunk = tl.program_id(0), tl.program_id(1)
     o_row = strip_start + i_block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -92,7 +92,7 @@ def forward_kernel(
     b_scale = tl.load(p_scalars) * _LOG2_E
     o_image = o_safe_row * stride_image
     if MASKED:
-        b_row_group = tl.load(p_group + o_safe_row)
+        b_row_group = tl.load(p_row_group + o_safe_row)
     if TEACHER:
         b_teacher_scale = tl.load(p_scalars + 1) * _LOG2_E
         b_shift = tl.load(p_scalars + 2) * _LOG2_E
@@ -104,22 +104,22 @@ def forward_kernel(
     b_teacher_max, b_teacher_sum, b_gap = b_zero + _LOWEST, b_zero, b_zero
 
     first = i_chunk * tiles_per_chunk * BLOCK_N
-    last = tl.minimum(first + tiles_per_chunk * BLOCK_N, n)
+    last = tl.minimum(first + tiles_per_chunk * BLOCK_N, m)
     for i_column in range(first, last, BLOCK_N):
         o_column = i_column + tl.arange(0, BLOCK_N)
-        m_column = o_column < n
-        o_safe_column = tl.minimum(o_column, n - 1).to(tl.int64)
+        m_column = o_column < m
+        o_safe_column = tl.minimum(o_column, m - 1).to(tl.int64)
         b_s = _similarity_tile(
             p_image, p_text, o_image, o_safe_column * stride_text, width,
             BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
         ) * b_scale  # fmt: skip
         m_tile = m_row[:, None] & m_column[None, :]
-        m_off = m_tile & (o_row[:, None] != o_column[None, :])
+        m_off = m_tile & (o_row[:, None] + offset != o_column[None, :])
         if KEEP:
-            o_kept = o_safe_row[:, None] * n + o_column[None, :]
+            o_kept = o_safe_row[:, None] * m + o_column[None, :]
             tl.store(p_kept + o_kept, b_s, mask=m_tile)
-        # Partials of columns: [row blocks, PLANES, n]
-        o_partial = i_block.to(tl.int64) * PLANES * n + o_column
+        # Partials of columns: [row blocks, PLANES, m]
+        o_partial = i_block.to(tl.int64) * PLANES * m + o_column
         b_tile_gap = b_s
         if TEACHER:
             b_t = _similarity_tile(
@@ -135,22 +135,22 @@ def forward_kernel(
                 b_teacher_max, b_teacher_sum, b_gap, b_part_max, b_part_sum, b_part_gap
             )
             b_part_max, b_part_sum, b_part_gap = _along(b_t, b_tile_gap, 0, True)
-            _store(p_column, o_partial, m_column, n, b_part_max, b_part_sum, b_part_gap, 2 * PLAIN + 2 * MASKED, True)
+            _store(p_column, o_partial, m_column, m, b_part_max, b_part_sum, b_part_gap, 2 * PLAIN + 2 * MASKED, True)
         b_s = tl.where(m_off, b_s, _LOWEST)
         if PLAIN:
             b_part_max, b_part_sum, b_part_gap = _along(b_s, b_s, 1, False)
             b_max, b_sum, b_no_gap = _merge(b_max, b_sum, b_no_gap, b_part_max, b_part_sum, b_no_gap)
             b_part_max, b_part_sum, b_part_gap = _along(b_s, b_s, 0, False)
-            _store(p_column, o_partial, m_column, n, b_part_max, b_part_sum, b_part_gap, 0, False)
+            _store(p_column, o_partial, m_column, m, b_part_max, b_part_sum, b_part_gap, 0, False)
         if MASKED:
-            b_column_group = tl.load(p_group + o_safe_column)
+            b_column_group = tl.load(p_column_group + o_safe_column)
             b_s = tl.where(b_row_group[:, None] == b_column_group[None, :], _LOWEST, b_s)
             b_part_max, b_part_sum, b_part_gap = _along(b_s, b_s, 1, False)
             b_masked_max, b_masked_sum, b_no_gap = _merge(
                 b_masked_max, b_masked_sum, b_no_gap, b_part_max, b_part_sum, b_no_gap
             )
             b_part_max, b_part_sum, b_part_gap = _along(b_s, b_s, 0, False)
-            _store(p_column, o_partial, m_column, n, b_part_max, b_part_sum, b_part_gap, 2 * PLAIN, False)
+            _store(p_column, o_partial, m_column, m, b_part_max, b_part_sum, b_part_gap, 2 * PLAIN, False)
 
     rows = strip_stop - strip_start
     o_partial = i_chunk.to(tl.int64) * PLANES * rows + (o_row - strip_start)
@@ -197,33 +197,34 @@ def merge_kernel(
 
 
 @triton.jit
-def _softmax_gradient(b_tile, p_softmax, o_row, m_row, o_column, m_column, n):
-    """Row softmax plus column softmax of a tile, each with its weight: planes row anchor, column anchor, row factor,
-    column factor of a [4, n] array."""
+def _softmax_gradient(b_tile, p_softmax, o_row, m_row, o_column, m_column, n, m):
+    """Row softmax plus column softmax of a tile, each with its weight: row anchors [n] and factors [n], then column
+    anchors [m] and factors [m]."""
     b_row_anchor = tl.load(p_softmax + o_row, mask=m_row, other=0.0) * _LOG2_E
-    b_column_anchor = tl.load(p_softmax + n + o_column, mask=m_column, other=0.0) * _LOG2_E
-    b_row_factor = tl.load(p_softmax + 2 * n + o_row, mask=m_row, other=0.0)
-    b_column_factor = tl.load(p_softmax + 3 * n + o_column, mask=m_column, other=0.0)
+    b_column_anchor = tl.load(p_softmax + 2 * n + o_column, mask=m_column, other=0.0) * _LOG2_E
+    b_row_factor = tl.load(p_softmax + n + o_row, mask=m_row, other=0.0)
+    b_column_factor = tl.load(p_softmax + 2 * n + m + o_column, mask=m_column, other=0.0)
     b_row = tl.exp2(b_tile - b_row_anchor[:, None]) * b_row_factor[:, None]
     return b_row + tl.exp2(b_tile - b_column_anchor[None, :]) * b_column_factor[None, :]
 
 
-@triton.jit(do_not_specialize=["strip_start", "strip_stop"])
+@triton.jit(do_not_specialize=["strip_start", "strip_stop", "offset"])
 def backward_kernel(
-    p_image, p_text, p_teacher_image, p_teacher_text, p_group, p_scalars, p_softmax, p_diagonal, p_strip,
-    p_kept, p_kept_teacher, strip_start, strip_stop, n, width, teacher_width,
+    p_image, p_text, p_teacher_image, p_teacher_text, p_row_group, p_column_group, p_scalars, p_softmax, p_diagonal,
+    p_strip, p_kept, p_kept_teacher, strip_start, strip_stop, n, m, offset, width, teacher_width,
     stride_image, stride_text, stride_teacher_image, stride_teacher_text,
     PLAIN: tl.constexpr, MASKED: tl.constexpr, TEACHER: tl.constexpr, KEPT: tl.constexpr, GROUP_ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
     EVEN_K_TEACHER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A strip of dL/dS (up to one common factor) in p_strip's dtype, [strip rows, n], all terms together.
+    """A strip of dL/dS (up to one common factor) in p_strip's dtype, [strip rows, m], all terms together.
 
-    p_softmax: [PLAIN + MASKED + TEACHER, 4, n], see `_softmax_gradient`; p_diagonal: [n], the diagonal's own gradient.
+    p_softmax: [PLAIN + MASKED + TEACHER, 2 n + 2 m], see `_softmax_gradient`; p_diagonal: [n], the own gradient of the
+    pairs, row i and column i + offset.
     KEPT: the tiles of S and S° are read where the forward kernel has put them.
     """
     # Programs of GROUP_ROWS row blocks walk the columns together, so that their text tiles are read from the cache.
-    blocks_m, blocks_n = tl.cdiv(strip_stop - strip_start, BLOCK_M), tl.cdiv(n, BLOCK_N)
+    blocks_m, blocks_n = tl.cdiv(strip_stop - strip_start, BLOCK_M), tl.cdiv(m, BLOCK_N)
     i_program = tl.program_id(0)
     i_group = i_program // (GROUP_ROWS * blocks_n)
     rows_here = tl.minimum(blocks_m - i_group * GROUP_ROWS, GROUP_ROWS)
@@ -232,13 +233,13 @@ def backward_kernel(
 
     o_row = strip_start + i_row * BLOCK_M + tl.arange(0, BLOCK_M)
     o_column = i_column * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_row, m_column = o_row < strip_stop, o_column < n
+    m_row, m_column = o_row < strip_stop, o_column < m
     o_safe_row = tl.minimum(o_row, n - 1).to(tl.int64)
-    o_safe_column = tl.minimum(o_column, n - 1).to(tl.int64)
+    o_safe_column = tl.minimum(o_column, m - 1).to(tl.int64)
 
     m_tile = m_row[:, None] & m_column[None, :]
     if KEPT:
-        o_kept = o_safe_row[:, None] * n + o_column[None, :]
+        o_kept = o_safe_row[:, None] * m + o_column[None, :]
         b_s = tl.load(p_kept + o_kept, mask=m_tile, other=0.0)
     else:
         b_s = _similarity_tile(
@@ -247,10 +248,10 @@ def backward_kernel(
         ) * (tl.load(p_scalars) * _LOG2_E)  # fmt: skip
     b_gradient = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if PLAIN:
-        b_gradient = _softmax_gradient(b_s, p_softmax, o_row, m_row, o_column, m_column, n)
+        b_gradient = _softmax_gradient(b_s, p_softmax, o_row, m_row, o_column, m_column, n, m)
     if MASKED:
-        b_row_group, b_column_group = tl.load(p_group + o_safe_row), tl.load(p_group + o_safe_column)
-        b_masked = _softmax_gradient(b_s, p_softmax + 4 * PLAIN * n, o_row, m_row, o_column, m_column, n)
+        b_row_group, b_column_group = tl.load(p_row_group + o_safe_row), tl.load(p_column_group + o_safe_column)
+        b_masked = _softmax_gradient(b_s, p_softmax + PLAIN * (2 * n + 2 * m), o_row, m_row, o_column, m_column, n, m)
         b_gradient += tl.where(b_row_group[:, None] == b_column_group[None, :], 0.0, b_masked)
     if TEACHER:
         if KEPT:
@@ -261,10 +262,12 @@ def backward_kernel(
                 o_safe_column * stride_teacher_text, teacher_width,
                 BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K_TEACHER, PRECISION,
             ) * (tl.load(p_scalars + 1) * _LOG2_E)  # fmt: skip
-        b_gradient += _softmax_gradient(b_t, p_softmax + 4 * (PLAIN + MASKED) * n, o_row, m_row, o_column, m_column, n)
+        b_gradient += _softmax_gradient(
+            b_t, p_softmax + (PLAIN + MASKED) * (2 * n + 2 * m), o_row, m_row, o_column, m_column, n, m
+        )
     b_diagonal = tl.load(p_diagonal + o_row, mask=m_row, other=0.0)
-    b_gradient = tl.where(o_row[:, None] == o_column[None, :], b_diagonal[:, None], b_gradient)
-    p_out = p_strip + (o_row - strip_start).to(tl.int64)[:, None] * n + o_column[None, :]
+    b_gradient = tl.where(o_row[:, None] + offset == o_column[None, :], b_diagonal[:, None], b_gradient)
+    p_out = p_strip + (o_row - strip_start).to(tl.int64)[:, None] * m + o_column[None, :]
     if p_strip.dtype.element_ty != tl.float32:
         b_gradient = b_gradient.to(p_strip.dtype.element_ty, fp_downcast_rounding="rtne")
     tl.store(p_out, b_gradient, mask=m_tile)

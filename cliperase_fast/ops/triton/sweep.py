@@ -2,7 +2,7 @@
 
 Forward: strips of rows; a tile of S and S° is formed once and leaves row and column partials, which are merged in a
 fixed order, without atomics, so two runs are bitwise equal. Backward: a strip of dS is formed in the dtype of the
-features, from which dI = s dS T and, accumulated in float32, dT = s dSᵀ I. No N x N tensor, no host synchronisation.
+features, from which dI = s dS T and, accumulated in float32, dT = s dSᵀ I. No n x m tensor, no host synchronisation.
 With keep="similarities" the first rows of S and S° stay in memory, as many as the budget holds.
 """
 
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from cliperase_fast.errors import InputError
 from cliperase_fast.ops import finish
-from cliperase_fast.ops.engine import Problem, Sums, as_sweep, keep_bytes, strip_bytes
+from cliperase_fast.ops.engine import as_sweep, keep_bytes, strip_bytes
+from cliperase_fast.ops.problem import Problem, State, Sums
 from cliperase_fast.ops.products import add_product, as_pair, float32_precision, product
 from cliperase_fast.ops.triton import autotune
 from cliperase_fast.ops.triton.configs import INTERPRETER, Config, Configs, configs_for
@@ -56,7 +57,7 @@ class _TritonEngine:
         """float32 S, and S° where there is a teacher, of the first rows; "auto" keeps nothing."""
         if keep != "similarities":
             return 0
-        row_bytes = 4 * problem.n * (1 + problem.want_consistency)
+        row_bytes = 4 * problem.m * (1 + problem.want_consistency)
         rows = keep_bytes(problem.image.device) // row_bytes
         return row_bytes * (problem.n if rows >= problem.n else rows // _KEPT_ROWS * _KEPT_ROWS)
 
@@ -64,31 +65,34 @@ class _TritonEngine:
         with torch.cuda.device_of(problem.image):
             inputs = _Inputs(problem, self.configs)
             kept = torch.empty(kept_bytes, dtype=torch.uint8, device=problem.image.device)
-            diagonal = _pair_dot(inputs.image, inputs.text, inputs.scale)
-            teacher_diagonal = shift = None
+            diagonal = teacher_diagonal = shift = None
+            own = slice(problem.offset, problem.offset + problem.n)
+            if problem.paired:
+                diagonal = _pair_dot(inputs.image, inputs.text[own], inputs.scale)
             if (
                 inputs.teacher_image is not None
                 and inputs.teacher_text is not None
                 and inputs.teacher_scale is not None
             ):
-                teacher_diagonal = _pair_dot(inputs.teacher_image, inputs.teacher_text, inputs.teacher_scale)
-                # any constant would do; this one keeps the gaps small, so exact, where S° - S hardly varies
-                shift = teacher_diagonal[0] - diagonal[0]
-            # [rows or columns, planes, N]: maxima (in units of log 2) and totals
-            sums = _off_diagonal_sums(inputs, inputs.scalars(shift), strip_rows, kept)
-            student = masked = teacher = None
-            if inputs.plain:
-                student = sums[:, 0] * _LN_2, sums[:, 1]
-            if inputs.masked:
-                masked = sums[:, 2 * inputs.plain] * _LN_2, sums[:, 2 * inputs.plain + 1]
-            if inputs.teacher:
-                teacher = sums[:, -3] * _LN_2, sums[:, -2], sums[:, -1] * _LN_2
-            return Sums(diagonal, teacher_diagonal, shift, student, masked, teacher), kept
+                # any constant would do; an entry keeps the gaps small, so exact, where S° - S hardly varies
+                if diagonal is not None:
+                    teacher_diagonal = _pair_dot(inputs.teacher_image, inputs.teacher_text[own], inputs.teacher_scale)
+                    shift = teacher_diagonal[0] - diagonal[0]
+                else:
+                    entry = _pair_dot(inputs.image[:1], inputs.text[:1], inputs.scale)
+                    shift = _pair_dot(inputs.teacher_image[:1], inputs.teacher_text[:1], inputs.teacher_scale) - entry
+                    shift = shift.reshape(())
+            rows, columns = _off_diagonal_sums(inputs, inputs.scalars(shift), strip_rows, kept)
+            logits = [0] * inputs.plain + [2 * inputs.plain] * inputs.masked  # the planes in units of log 2
+            for plane in [*logits, *(inputs.planes - 3, inputs.planes - 1) * inputs.teacher]:
+                rows[plane] *= _LN_2
+                columns[plane] *= _LN_2
+            return Sums(rows, columns, diagonal, teacher_diagonal, shift), kept
 
     def backward(
         self,
         problem: Problem,
-        state: Tensor,
+        state: State,
         weight_retention: Tensor,
         weight_consistency: Tensor,
         strip_rows: int,
@@ -96,30 +100,33 @@ class _TritonEngine:
         need_image: bool,
         need_text: bool,
         need_scale: bool,
+        partial: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         with torch.cuda.device_of(problem.image):
-            inputs, n = _Inputs(problem, self.configs), problem.n
+            inputs, n, m = _Inputs(problem, self.configs), problem.n, problem.m
             image, text = problem.image, problem.text
             config = inputs.configs.backward_groups if inputs.masked else inputs.configs.backward
             softmaxes, diagonal, unit = finish.unit_terms(
-                state, weight_retention.float(), weight_consistency.float(),
-                problem.masked, problem.want_retention, problem.want_consistency,
+                problem, state, weight_retention.float(), weight_consistency.float(),
                 lift=2.0**13 if inputs.image.dtype == torch.float16 else 1.0,
             )  # fmt: skip
-            scalars = inputs.scalars(state[finish.DIAGONAL, 0])  # the shift is not used here
-            grad_image = image.new_empty(image.shape if need_image else (0,))
-            grad_text = state.new_zeros(text.shape if need_text else (0,))
-            grad_scale = state.new_zeros(())
+            scalars = inputs.scalars(unit)  # the shift is not used here
+            image_dtype, text_dtype, scale_dtype = image.dtype, text.dtype, problem.scale.dtype
+            if partial:
+                image_dtype = text_dtype = scale_dtype = torch.float32
+            grad_image = image.new_empty(image.shape if need_image else (0,), dtype=image_dtype)
+            grad_text = diagonal.new_zeros(text.shape if need_text else (0,))
+            grad_scale = diagonal.new_zeros(())
             strip = None
             kept_rows = inputs.kept_rows(kept)
-            for start, stop in inputs.strips(n * inputs.image.itemsize, config, strip_rows, kept_rows):
+            for start, stop in inputs.strips(m * inputs.image.itemsize, config, strip_rows, kept_rows):
                 if strip is None or len(strip) < stop - start:
-                    strip = inputs.image.new_empty(stop - start, n)
+                    strip = inputs.image.new_empty(stop - start, m)
                 rows = strip[: stop - start]
-                backward_kernel[(triton.cdiv(stop - start, config.block_m) * triton.cdiv(n, config.block_n),)](
-                    inputs.image, inputs.text, inputs.teacher_image, inputs.teacher_text, inputs.group_ids,
+                backward_kernel[(triton.cdiv(stop - start, config.block_m) * triton.cdiv(m, config.block_n),)](
+                    inputs.image, inputs.text, inputs.teacher_image, inputs.teacher_text, *inputs.groups,
                     scalars, softmaxes, diagonal, rows, *inputs.kept(kept),
-                    start, stop, n, *inputs.widths(), *inputs.strides(),
+                    start, stop, n, m, inputs.offset, *inputs.widths(), *inputs.strides(),
                     GROUP_ROWS=_GROUP_ROWS, KEPT=start < kept_rows, **inputs.form(config),
                 )  # fmt: skip
                 image_rows = inputs.image[start:stop]
@@ -131,15 +138,15 @@ class _TritonEngine:
                         grad_image[start:stop] = towards_text.mul_(unit * inputs.scale)
                 if need_text:
                     add_product(grad_text, rows.T, image_rows)
-            grad_text = grad_text.mul_(unit * inputs.scale).to(text.dtype)
-            return grad_image, grad_text, (grad_scale * unit).to(problem.scale.dtype)
+            grad_text = grad_text.mul_(unit * inputs.scale).to(text_dtype)
+            return grad_image, grad_text, (grad_scale * unit).to(scale_dtype)
 
 
 class _Inputs:
     """The inputs as the kernels take them, and which of the forms of the kernels they need."""
 
     def __init__(self, problem: Problem, configs: Configs | None) -> None:
-        self.n = problem.n
+        self.n, self.m, self.offset = problem.n, problem.m, problem.offset
         self.image, self.text = as_pair(problem.image, problem.text)
         self.scale = problem.scale.float()
         self.teacher_image = self.teacher_text = self.teacher_scale = None
@@ -148,10 +155,11 @@ class _Inputs:
             assert problem.teacher_scale is not None
             self.teacher_image, self.teacher_text = as_pair(problem.teacher_image, problem.teacher_text)
             self.teacher_scale = problem.teacher_scale.float()
-        self.group_ids = None if problem.group_ids is None else problem.group_ids.contiguous()
+        row_groups, column_groups = problem.row_groups, problem.column_groups
+        self.groups = tuple(None if ids is None else ids.contiguous() for ids in (row_groups, column_groups))
         self.plain, self.masked, self.teacher = problem.plain, problem.masked, problem.want_consistency
         self.students = self.plain + self.masked
-        self.planes = 2 * self.students + 3 * self.teacher
+        self.planes = problem.planes
         self.configs = configs or self._configs()
 
     def _configs(self) -> Configs:
@@ -162,7 +170,7 @@ class _Inputs:
         if self.teacher_image is not None:
             dtype, width = torch.promote_types(dtype, self.teacher_image.dtype), max(width, self.teacher_image.shape[1])
         shipped = configs_for(torch.cuda.get_device_capability(device)[0], dtype, width)
-        timer = partial(_milliseconds, device, dtype, width, min(self.n, _TUNING_PAIRS))
+        timer = partial(_milliseconds, device, dtype, width, min(self.m, _TUNING_PAIRS))
         return autotune.configs(device, dtype, width, shipped, timer)
 
     def strips(self, bytes_a_row: float, config: Config, strip_rows: int, kept_rows: int) -> Iterator[tuple[int, int]]:
@@ -188,13 +196,13 @@ class _Inputs:
         return tuple(0 if tensor is None else tensor.stride(0) for tensor in tensors)
 
     def kept_rows(self, kept: Tensor) -> int:
-        return len(kept) // (4 * self.n * (1 + self.teacher))
+        return len(kept) // (4 * self.m * (1 + self.teacher))
 
     def kept(self, kept: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The kept rows of S and of S° in units of log 2, [kept rows, N] each."""
+        """The kept rows of S and of S° in units of log 2, [kept rows, m] each."""
         if len(kept) == 0:
             return None, None
-        parts = kept.view(torch.float32).view(1 + self.teacher, -1, self.n)
+        parts = kept.view(torch.float32).view(1 + self.teacher, -1, self.m)
         return parts[0], parts[1] if self.teacher else None
 
     def form(self, config: Config) -> dict[str, Any]:
@@ -219,34 +227,34 @@ def _pair_dot(left: Tensor, right: Tensor, scale: Tensor) -> Tensor:
     return out.mul_(scale)
 
 
-def _off_diagonal_sums(inputs: _Inputs, scalars: Tensor, strip_rows: int, kept: Tensor) -> Tensor:
-    """What `forward_kernel` leaves, merged: [2, planes, N], of rows and of columns."""
-    n, planes, config = inputs.n, inputs.planes, inputs.configs.forward
-    sums = scalars.new_empty(2, planes, n)
-    tiles = triton.cdiv(n, config.block_n)
+def _off_diagonal_sums(inputs: _Inputs, scalars: Tensor, strip_rows: int, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """What `forward_kernel` leaves, merged: [planes, n] of rows, [planes, m] of columns, in units of log 2."""
+    n, m, planes, config = inputs.n, inputs.m, inputs.planes, inputs.configs.forward
+    rows, columns = scalars.new_empty(planes, n), scalars.new_empty(planes, m)
+    tiles = triton.cdiv(m, config.block_n)
     kept_rows = inputs.kept_rows(kept)
-    for start, stop in inputs.strips(4 * planes * n / config.block_m, config, strip_rows, kept_rows):
+    for start, stop in inputs.strips(4 * planes * m / config.block_m, config, strip_rows, kept_rows):
         blocks = triton.cdiv(stop - start, config.block_m)
         tiles_per_chunk = triton.cdiv(tiles, min(tiles, triton.cdiv(_PROGRAMS, blocks)))
         chunks = triton.cdiv(tiles, tiles_per_chunk)
         of_rows = scalars.new_empty(chunks, planes, stop - start)
-        of_columns = scalars.new_empty(blocks, planes, n)
+        of_columns = scalars.new_empty(blocks, planes, m)
         forward_kernel[(blocks, chunks)](
-            inputs.image, inputs.text, inputs.teacher_image, inputs.teacher_text, inputs.group_ids,
+            inputs.image, inputs.text, inputs.teacher_image, inputs.teacher_text, *inputs.groups,
             scalars, of_rows, of_columns, *inputs.kept(kept),
-            start, stop, n, *inputs.widths(), tiles_per_chunk, *inputs.strides(),
+            start, stop, n, m, inputs.offset, *inputs.widths(), tiles_per_chunk, *inputs.strides(),
             PLANES=planes, KEEP=start < kept_rows, **inputs.form(config),
         )  # fmt: skip
-        _merge_into(sums[0], of_rows, start, inputs, fresh=True)
-        _merge_into(sums[1], of_columns, 0, inputs, fresh=start == 0)
-    return sums
+        _merge_into(rows, of_rows, start, inputs, fresh=True)
+        _merge_into(columns, of_columns, 0, inputs, fresh=start == 0)
+    return rows, columns
 
 
 def _merge_into(merged: Tensor, partial: Tensor, first: int, inputs: _Inputs, fresh: bool) -> None:
-    """partial [parts, planes, positions] into merged [planes, N], from position `first` on."""
+    """partial [parts, planes, positions] into merged [planes, n or m], from position `first` on."""
     parts, planes, positions = partial.shape
     merge_kernel[(triton.cdiv(positions, _MERGE_BLOCK),)](
-        partial, merged, inputs.n, first, positions, parts,
+        partial, merged, merged.shape[1], first, positions, parts,
         FRESH=fresh, STUDENTS=inputs.students, TEACHER=int(inputs.teacher), PLANES=planes, BLOCK=_MERGE_BLOCK,
         **_OPTIONS,
     )  # fmt: skip
@@ -262,14 +270,15 @@ def _milliseconds(device: torch.device, dtype: torch.dtype, width: int, n: int, 
     scale = torch.full((), 50.0, device=device)
     group_ids = torch.arange(n, device=device) // 2 if way == "backward_groups" else None
     problem = Problem(image, text, scale, teacher_image, teacher_text, scale, group_ids, True, True)
-    engine = _TritonEngine(configs)
+    tuned = _TritonEngine(configs)
     if way == "forward":
-        return triton.testing.do_bench(lambda: engine.forward(problem, 0, 0), return_mode="median")
-    weight, state = torch.full((), 1 / n, device=device), torch.zeros(8, n, device=device)
+        return triton.testing.do_bench(lambda: tuned.forward(problem, 0, 0), return_mode="median")
+    weight, state = torch.full((), 1 / n, device=device), State(torch.zeros(5, 2 * n, device=device), n)
     nothing = torch.empty(0, dtype=torch.uint8, device=device)
     return triton.testing.do_bench(
-        lambda: engine.backward(problem, state, weight, weight, 0, nothing, True, True, True), return_mode="median"
+        lambda: tuned.backward(problem, state, weight, weight, 0, nothing, True, True, True), return_mode="median"
     )
 
 
-sweep = as_sweep(_TritonEngine())
+engine = _TritonEngine()
+sweep = as_sweep(engine)

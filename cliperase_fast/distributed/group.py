@@ -1,0 +1,129 @@
+"""The processes that share a batch: who they are, what each holds, and that they all mean the same."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from cliperase_fast.errors import InputError
+
+GATHER_MODES = ("all", "ring")
+_FAILED = -1  # in the place of a digest
+
+
+class Group:
+    """A process group that has been looked at. Raises InputError when it cannot be used from this process."""
+
+    def __init__(self, process_group: Any) -> None:
+        if not dist.is_available():
+            raise InputError("process_group: this build of torch has no torch.distributed; leave process_group=None")
+        if not dist.is_initialized():
+            raise InputError(
+                "process_group: torch.distributed is not initialised; call torch.distributed.init_process_group() "
+                "first (under torchrun it needs no more), or leave process_group=None"
+            )
+        if process_group == dist.GroupMember.NON_GROUP_MEMBER:
+            raise InputError("process_group: this process is no member of the group; call the loss on its members only")
+        if not isinstance(process_group, dist.ProcessGroup):
+            raise InputError(
+                f"process_group must be a torch.distributed.ProcessGroup, not {type(process_group).__name__}; "
+                "for all processes pass torch.distributed.group.WORLD"
+            )
+        self.process_group = process_group
+        try:
+            self.rank, self.size = dist.get_rank(process_group), dist.get_world_size(process_group)
+        except (RuntimeError, ValueError) as error:  # destroyed, or of another run
+            raise InputError(f"process_group is not one of the groups of this process: {error}") from error
+        config = str(dist.get_backend_config(process_group))  # "cpu:gloo,cuda:nccl"
+        self.backend_of = dict(entry.split(":") for entry in config.split(","))  # device type -> its backend
+
+    def check_device(self, device: torch.device) -> None:
+        """Raise InputError unless the group carries tensors of this device."""
+        if device.type not in self.backend_of:
+            kinds = ", ".join(f"{backend} for {kind}" for kind, backend in self.backend_of.items())
+            raise InputError(
+                f"process_group ({kinds}) does not carry tensors on {device}; make a group with a backend for it"
+            )
+
+    @contextmanager
+    def telling_the_others(self) -> Iterator[None]:
+        """An InputError inside is raised on the other ranks as well, where they wait in `agree`."""
+        try:
+            yield
+        except InputError as error:
+            self._exchange(_FAILED, (0, 0))
+            self._objects(str(error))
+            raise
+
+    def agree(self, options: Mapping[str, object], counts: tuple[int, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The two counts of every rank. Raises InputError on all of them, naming what differs, if the options do.
+
+        One all-gather of three numbers; on a GPU without a CPU backend in the group the host waits for it.
+        """
+        digest = hashlib.blake2b(repr(sorted(options.items())).encode(), digest_size=7).digest()
+        found = self._exchange(int.from_bytes(digest, "little"), counts)
+        digests = {row[0] for row in found}
+        if len(digests) > 1:
+            said = self._objects(dict(options))
+            stopped = {rank: text for rank, text in enumerate(said) if isinstance(text, str)}
+            if stopped:
+                raise InputError("; ".join(f"rank {rank} stopped: {text}" for rank, text in stopped.items()))
+            raise InputError(f"process_group: ranks differ in {_differences(said)}; give the same on every rank")
+        return tuple(row[1] for row in found), tuple(row[2] for row in found)
+
+    def _exchange(self, digest: int, counts: tuple[int, int]) -> list[list[int]]:
+        device = "cpu" if "cpu" in self.backend_of else next(iter(self.backend_of))
+        mine = torch.tensor([[digest, *counts]], dtype=torch.int64, device=device)
+        found = mine.new_empty(self.size, mine.shape[1])
+        dist.all_gather_into_tensor(found, mine, group=self.process_group)
+        return found.tolist()
+
+    def _objects(self, mine: object) -> list[Any]:
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, mine, group=self.process_group)
+        return found
+
+
+def _differences(said: Sequence[Mapping[str, object]]) -> str:
+    parts = []
+    for name in sorted({name for options in said for name in options}):
+        by_value: dict[object, list[int]] = {}
+        for rank, options in enumerate(said):
+            by_value.setdefault(options.get(name, "nothing"), []).append(rank)
+        if len(by_value) > 1:
+            values = ", ".join(f"{value} on rank {' '.join(map(str, ranks))}" for value, ranks in by_value.items())
+            parts.append(f"{name} ({values})")
+    return "; ".join(parts)
+
+
+@dataclass(frozen=True)
+class Shards:
+    """How the pairs of one batch lie on the ranks, in rank order."""
+
+    group: Group
+    sizes: tuple[int, ...]  # pairs on each rank
+    gather: str
+
+    @property
+    def total(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def own(self) -> int:
+        return self.sizes[self.group.rank]
+
+    @property
+    def firsts(self) -> list[int]:
+        """The place of each rank's first pair in the whole batch."""
+        return [0, *accumulate(self.sizes)][:-1]
+
+    @property
+    def even(self) -> bool:
+        return len(set(self.sizes)) == 1

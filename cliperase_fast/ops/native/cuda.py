@@ -1,0 +1,283 @@
+"""The CUDA half of the backend "native": torch's matrix products, and `csrc/cuda` for everything between them.
+
+S and S° are formed in blocks, float32 and unscaled; one reading of a block updates the state of its rows and
+columns, in a fixed order and without atomics, so two runs are bitwise equal. Backward: a block of dS in the dtype of
+the features, from which dI = s dS T and dT = s dSᵀ I, accumulated in float32. The blocks' memory does not grow with N;
+nothing waits for the device. With keep="similarities" the first rows of the products stay in memory, as many as the
+budget holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cliperase_fast.errors import InputError
+from cliperase_fast.ops import finish
+from cliperase_fast.ops.engine import keep_bytes, strip_bytes
+from cliperase_fast.ops.native import extension
+from cliperase_fast.ops.problem import Problem, State, Sums
+from cliperase_fast.ops.products import add_product, as_pair, product
+
+_FLOAT = 4  # bytes
+_LN_2 = 0.6931471805599453
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_ROWS = 64  # blocks have a multiple of these rows: what both kernels work on at once
+_COLUMNS = 128
+_KEPT_ROWS = 256
+_ALIGNMENT = 8  # entries: a row of every dtype begins at a multiple of 16 bytes
+
+
+class CudaEngine:
+    """See `ops.engine.Engine`; not float64.
+
+    Features in half precision: products accumulate in float32, but dS is rounded to the features' dtype. Features
+    whose last dimension is not contiguous are copied. Memory: a block of CLIPERASE_STRIP_MIB, O(N D), and what is kept.
+    """
+
+    def __init__(self, kernels: Any = None, name: str = "native_cuda", block_columns: int = 0) -> None:
+        """kernels: in place of the extension's. block_columns: of the widest block, 0 for what its memory suggests."""
+        self.name = name
+        self._kernels = kernels
+        self._block_columns = block_columns
+
+    def check(self, problem: Problem) -> None:
+        for features in (problem.image, problem.text, problem.teacher_image, problem.teacher_text):
+            if features is not None and features.dtype not in _DTYPES:
+                raise InputError(f"backend 'native' does not take {features.dtype} on a GPU; use backend='torch'")
+        if self._kernels is None:
+            if not problem.image.is_cuda:
+                raise InputError(f"the CUDA kernels do not take features on {problem.image.device}; move them to a GPU")
+            reason = extension.why_missing() or extension.why_no_cuda()
+            if reason is not None:
+                raise InputError(f"the CUDA kernels are not available here: {reason}")
+
+    def kept_bytes(self, problem: Problem, keep: str) -> int:
+        """float32 products, the teacher's too where there is one, of the first rows; "auto" keeps nothing."""
+        if keep != "similarities":
+            return 0
+        row_bytes = _kept_row_bytes(problem)
+        rows = keep_bytes(problem.image.device) // row_bytes
+        return row_bytes * (problem.n if rows >= problem.n else rows // _KEPT_ROWS * _KEPT_ROWS)
+
+    def forward(self, problem: Problem, strip_rows: int, kept_bytes: int) -> tuple[Sums, Tensor]:
+        with torch.cuda.device_of(problem.image):
+            inputs, n, m, device = _Inputs(problem), problem.n, problem.m, problem.image.device
+            kept = torch.empty(kept_bytes, dtype=torch.uint8, device=device)
+            shift = inputs.shift()
+            blocks = _Blocks(self, inputs, strip_rows, kept, shift)
+            blocks.kept[..., m:].zero_()  # so that equal calls keep equal bytes
+            diagonals = torch.empty(1 + inputs.teacher, n, device=device)
+            # maxima in units of log 2
+            of_rows = torch.empty(problem.planes, n, device=device)
+            of_columns = torch.empty(problem.planes, m, device=device)
+            workspace = torch.empty(0, device=device)
+            for rows, columns, block in blocks:
+                needed = blocks.kernels.forward_workspace(block)
+                if len(workspace) < needed:
+                    workspace = torch.empty(needed, device=device)
+                blocks.kernels.forward(
+                    block,
+                    row_sums=of_rows[0, rows].data_ptr(),
+                    row_stride=n,
+                    row_fresh=columns.start == 0,
+                    column_sums=of_columns[0, columns].data_ptr(),
+                    column_stride=m,
+                    column_fresh=rows.start == 0,
+                    diagonal=diagonals[0, rows].data_ptr(),
+                    teacher_diagonal=diagonals[1, rows].data_ptr() if inputs.teacher else 0,
+                    workspace=workspace.data_ptr(),
+                    workspace_size=len(workspace),
+                    stream=_stream(device),
+                )
+            maxima = [0] * problem.plain + [2 * problem.plain] * problem.masked
+            for plane in [*maxima, *(problem.planes - 3, problem.planes - 1) * inputs.teacher]:
+                of_rows[plane] *= _LN_2
+                of_columns[plane] *= _LN_2
+            diagonal = diagonals[0] if problem.paired else None
+            teacher_diagonal = diagonals[1] if problem.paired and inputs.teacher else None
+            return Sums(of_rows, of_columns, diagonal, teacher_diagonal, shift), kept
+
+    def backward(
+        self,
+        problem: Problem,
+        state: State,
+        weight_retention: Tensor,
+        weight_consistency: Tensor,
+        strip_rows: int,
+        kept: Tensor,
+        need_image: bool,
+        need_text: bool,
+        need_scale: bool,
+        partial: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.cuda.device_of(problem.image):
+            inputs, image, text, n, m = _Inputs(problem), problem.image, problem.text, problem.n, problem.m
+            softmaxes, diagonal, unit = finish.unit_terms(
+                problem, state, weight_retention.float(), weight_consistency.float(),
+                lift=2.0**13 if inputs.image.dtype == torch.float16 else 1.0,
+            )  # fmt: skip
+            # anchors and factors: [terms, 2 n] and [terms, 2 m]
+            row_terms, column_terms = softmaxes[:, : 2 * n].contiguous(), softmaxes[:, 2 * n :].contiguous()
+            image_dtype, text_dtype, scale_dtype = image.dtype, text.dtype, problem.scale.dtype
+            if partial:
+                image_dtype = text_dtype = scale_dtype = torch.float32
+            grad_image = image.new_empty(image.shape if need_image else (0,), dtype=image_dtype)
+            grad_text = diagonal.new_zeros(text.shape if need_text else (0,))
+            grad_scale = diagonal.new_zeros(())
+            blocks = _Blocks(self, inputs, strip_rows, kept, None, gradient=True)
+            kernels = blocks.kernels
+            for rows, columns, block in blocks:
+                gradient = blocks.gradient_block(rows, columns)
+                kernels.backward(
+                    block,
+                    row_terms=row_terms[0, rows].data_ptr(),
+                    row_stride=n,
+                    column_terms=column_terms[0, columns].data_ptr(),
+                    column_stride=m,
+                    diagonal=diagonal[rows].data_ptr(),
+                    gradient=gradient.data_ptr(),
+                    gradient_leading=gradient.stride(0),
+                    format=getattr(kernels.Format, _DTYPES[gradient.dtype]),
+                    stream=_stream(image.device),
+                )
+                image_rows = inputs.image[rows]
+                if need_image or need_scale:
+                    if columns.start == 0:
+                        towards_text = product(gradient, inputs.text[columns])  # [rows, D]
+                    else:
+                        add_product(towards_text, gradient, inputs.text[columns])
+                    if columns.stop == m:
+                        if need_scale:  # before the factor s, which may be 0
+                            grad_scale += (towards_text * image_rows).sum()
+                        if need_image:
+                            grad_image[rows] = towards_text.mul_(unit * inputs.scale)
+                if need_text:
+                    add_product(grad_text[columns], gradient.T, image_rows)
+            grad_text = grad_text.mul_(unit * inputs.scale).to(text_dtype)
+            return grad_image, grad_text, (grad_scale * unit).to(scale_dtype)
+
+
+def block_shape(n: int, m: int, pair_bytes: int, budget: int, strip_rows: int = 0, columns: int = 0) -> tuple[int, int]:
+    """(rows, columns) of the largest block of n x m in `budget` bytes: 16 times as wide as high where it can be.
+
+    strip_rows, columns: asked for, 0: free. Whole tiles of the kernels, at least one; pair_bytes: memory of an entry.
+    """
+    pairs = budget // pair_bytes
+    if not columns:
+        columns = pairs // strip_rows if strip_rows else int(4 * pairs**0.5)
+    columns = min(_round_up(m, _COLUMNS), max(_COLUMNS, columns // _COLUMNS * _COLUMNS))
+    rows = strip_rows or pairs // columns
+    return min(_round_up(n, _ROWS), max(1, rows // _ROWS) * _ROWS), columns
+
+
+class _Inputs:
+    """The inputs as the products and kernels take them."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.n, self.m, self.offset = problem.n, problem.m, problem.offset
+        self.image, self.text = as_pair(problem.image, problem.text)
+        self.scale = problem.scale.float()
+        self.pairs = [(self.image, self.text)]
+        self.scales = [self.scale]
+        if problem.want_consistency:
+            assert problem.teacher_image is not None and problem.teacher_text is not None
+            assert problem.teacher_scale is not None
+            self.pairs.append(as_pair(problem.teacher_image, problem.teacher_text))
+            self.scales.append(problem.teacher_scale.float())
+        self.row_groups, self.column_groups = (
+            None if ids is None else ids.contiguous() for ids in (problem.row_groups, problem.column_groups)
+        )
+        self.teacher = problem.want_consistency
+
+    def shift(self) -> Tensor | None:
+        """S° - S of the first pair: any constant would do; it keeps the gaps exact where S° - S hardly varies."""
+        if not self.teacher:
+            return None
+        student, teacher = (
+            scale * (left[0].float() * right[0].float()).sum()
+            for scale, (left, right) in zip(self.scales, self.pairs, strict=True)
+        )
+        return teacher - student
+
+
+class _Blocks:
+    """Forms the products a block at a time; yields (rows, columns, block for the kernels)."""
+
+    def __init__(
+        self,
+        engine: CudaEngine,
+        inputs: _Inputs,
+        strip_rows: int,
+        kept: Tensor,
+        shift: Tensor | None,
+        gradient: bool = False,
+    ) -> None:
+        self.kernels = engine._kernels if engine._kernels is not None else extension.load().cuda
+        self.inputs, n, m = inputs, inputs.n, inputs.m
+        matrices, dtype = 1 + inputs.teacher, inputs.image.dtype
+        pair_bytes = matrices * _FLOAT + gradient * dtype.itemsize
+        self.rows, self.columns = block_shape(n, m, pair_bytes, strip_bytes(), strip_rows, engine._block_columns)
+        self.kept = kept.view(torch.float32).view(matrices, -1, _leading(m))  # [matrices, kept rows, m and padding]
+        device = inputs.image.device
+        self.kept_rows = self.kept.shape[1]
+        # Kept rows are formed where they stay.
+        rows = 0 if self.kept_rows >= n else self.rows
+        self.products = torch.empty(matrices, rows, self.columns, device=device)
+        self.gradient = torch.empty(self.rows if gradient else 0, self.columns, dtype=dtype, device=device)
+        self.form_kept = not gradient
+        self.scalars = torch.zeros(3, device=device)
+        for place, scalar in enumerate([*inputs.scales, *([] if shift is None else [shift])]):
+            self.scalars[place] = scalar
+
+    def gradient_block(self, rows: slice, columns: slice) -> Tensor:
+        return self.gradient[: rows.stop - rows.start, : columns.stop - columns.start]
+
+    def __iter__(self) -> Iterator[tuple[slice, slice, Any]]:
+        n, m = self.inputs.n, self.inputs.m
+        for first, last in ((0, self.kept_rows), (self.kept_rows, n)):
+            for start in range(first, last, self.rows):
+                rows = slice(start, min(start + self.rows, last))
+                for begin in range(0, m, self.columns):
+                    columns = slice(begin, min(begin + self.columns, m))
+                    yield rows, columns, self._block(rows, columns, rows.start < self.kept_rows)
+
+    def _block(self, rows: slice, columns: slice, kept: bool) -> Any:
+        if kept:
+            matrices = self.kept[:, rows, columns]
+        else:
+            matrices = self.products[:, : rows.stop - rows.start, : columns.stop - columns.start]
+        if self.form_kept or not kept:
+            for out, (left, right) in zip(matrices, self.inputs.pairs, strict=True):
+                product(left[rows], right[columns].T, out=out)
+        row_groups, column_groups = self.inputs.row_groups, self.inputs.column_groups
+        return self.kernels.Block(
+            rows=rows.stop - rows.start,
+            columns=columns.stop - columns.start,
+            leading=matrices.stride(1),
+            diagonal=rows.start + self.inputs.offset - columns.start,
+            student=matrices[0].data_ptr(),
+            teacher=matrices[1].data_ptr() if self.inputs.teacher else 0,
+            scalars=self.scalars.data_ptr(),
+            row_groups=0 if row_groups is None else row_groups[rows].data_ptr(),
+            column_groups=0 if column_groups is None else column_groups[columns].data_ptr(),
+        )
+
+
+def _kept_row_bytes(problem: Problem) -> int:
+    return _FLOAT * _leading(problem.m) * (1 + problem.want_consistency)
+
+
+def _leading(n: int) -> int:
+    return _round_up(n, _ALIGNMENT)
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0

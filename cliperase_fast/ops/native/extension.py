@@ -1,0 +1,56 @@
+"""The compiled extension `cliperase_fast._C`: whether it is there, and if not, why."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+INSTRUCTIONS_VARIABLE = "CLIPERASE_CPU"  # avx512, avx2 or portable, in place of the widest there is
+# setup.py leaves its reason here when it could not build the extension.
+_REASON_FILE = Path(__file__).parents[2] / "_C_missing.txt"
+
+
+@cache
+def load() -> ModuleType:
+    """The extension module. ImportError where it is missing: ask `why_missing` before."""
+    return importlib.import_module("cliperase_fast._C")
+
+
+def instruction_set() -> str | None:
+    """The one asked for by the environment; None: the widest."""
+    return os.environ.get(INSTRUCTIONS_VARIABLE) or None
+
+
+def why_missing() -> str | None:
+    """Why the CPU sweep cannot run here, with the remedy; None when it can."""
+    try:
+        module = load()
+    except ImportError as error:
+        return _reason(error)
+    try:
+        module.cpu.instruction_set(instruction_set())
+    except ValueError as error:
+        return f"{INSTRUCTIONS_VARIABLE}={instruction_set()}: {error}; unset it"
+    return None
+
+
+def why_no_cuda() -> str | None:
+    """Why the CUDA kernels cannot run here; None when they can. `why_missing` is None."""
+    if not hasattr(load(), "cuda"):
+        return "the extension was built without CUDA; put nvcc on PATH, then install cliperase_fast again"
+    return None
+
+
+def _reason(error: ImportError) -> str:
+    again = "then install cliperase_fast again"
+    if not isinstance(error, ModuleNotFoundError):
+        return f"the extension does not load ({error}); build it on this machine: pip install --force-reinstall"
+    if _REASON_FILE.exists():
+        return f"the extension was not built: {_REASON_FILE.read_text().strip()}"
+    if not any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
+        return f"the extension is not built and there is no C++ compiler; apt install g++ (or your system's), {again}"
+    return "the extension is not built; run pip install . (or pip install -e .) in the source folder"

@@ -1,0 +1,158 @@
+// What Python sees of the CPU sweep: cliperase_fast._C. Tensors come as addresses, sizes and strides in elements.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/checks.h"
+#include "cpu/sweep.h"
+#include "cpu/workspace.h"
+
+namespace py = pybind11;
+
+#if defined(CLIPERASE_CUDA)
+void bind_cuda(py::module_& module);
+#endif
+
+namespace {
+
+using cliperase::Dtype;
+using cliperase::Matrix;
+using cliperase::Problem;
+using Address = std::uintptr_t;
+
+template <typename T>
+T* pointer(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+const cliperase::Engine& engine(const std::optional<std::string>& name) {
+    const cliperase::Engine* const found = cliperase::choose_engine(name ? name->c_str() : nullptr);
+    if (found == nullptr)
+        throw std::invalid_argument("no instruction set " + *name + " here; known are avx512, avx2 and portable");
+    return *found;
+}
+
+// (row anchors, column anchors, row factors, column factors), or None.
+cliperase::Softmax softmax(const std::optional<std::tuple<Address, Address, Address, Address>>& from) {
+    if (!from) return {};
+    return {pointer<const float>(std::get<0>(*from)), pointer<const float>(std::get<1>(*from)),
+            pointer<const float>(std::get<2>(*from)), pointer<const float>(std::get<3>(*from))};
+}
+
+void bind_cpu(py::module_ module) {
+    module.doc() = "The similarity sweep on the CPU.";
+    module.attr("TILE_ROWS") = cliperase::KEPT_TILE_ROWS;
+    module.attr("TILE_COLUMNS") = cliperase::KEPT_TILE_COLUMNS;
+    module.attr("TILE_HEAD") = cliperase::KEPT_TILE_HEAD;
+
+    py::enum_<Dtype>(module, "Dtype")
+        .value("float32", Dtype::float32)
+        .value("bfloat16", Dtype::bfloat16)
+        .value("float16", Dtype::float16);
+
+    py::class_<Matrix>(module, "Matrix")
+        .def(py::init([](Address data, std::int64_t row, std::int64_t column, Dtype dtype) {
+                 return Matrix{pointer<const void>(data), row, column, dtype};
+             }),
+             py::arg("data"), py::arg("row_stride"), py::arg("column_stride"), py::arg("dtype"));
+
+    py::class_<Problem>(module, "Problem")
+        .def(py::init([](std::int64_t rows, std::int64_t columns, std::int64_t first, std::int64_t width, const Matrix& image,
+                         const Matrix& text, double scale, std::int64_t teacher_width,
+                         const std::optional<Matrix>& teacher_image, const std::optional<Matrix>& teacher_text,
+                         double teacher_scale, Address row_groups, Address column_groups, int threads) {
+                 Problem p{};
+                 p.rows = rows, p.columns = columns, p.first = first, p.width = width;
+                 p.image = image, p.text = text, p.scale = static_cast<float>(scale);
+                 p.has_teacher = teacher_image.has_value();
+                 if (teacher_image.has_value() != teacher_text.has_value())
+                     throw std::invalid_argument("teacher_image and teacher_text come together or not at all");
+                 if (p.has_teacher) {
+                     p.teacher_width = teacher_width, p.teacher_scale = static_cast<float>(teacher_scale);
+                     p.teacher_image = *teacher_image, p.teacher_text = *teacher_text;
+                 }
+                 p.row_groups = pointer<const std::int32_t>(row_groups);
+                 p.column_groups = pointer<const std::int32_t>(column_groups);
+                 p.threads = threads;
+                 cliperase::check(p);
+                 return p;
+             }),
+             py::kw_only(), py::arg("rows"), py::arg("columns"), py::arg("first"), py::arg("width"), py::arg("image"),
+             py::arg("text"), py::arg("scale"), py::arg("teacher_width") = 0, py::arg("teacher_image") = py::none(),
+             py::arg("teacher_text") = py::none(), py::arg("teacher_scale") = 0.0, py::arg("row_groups") = 0,
+             py::arg("column_groups") = 0, py::arg("threads") = 1);
+
+    py::class_<cliperase::Workspace>(module, "Workspace", py::buffer_protocol())
+        .def(py::init<std::size_t>(), py::arg("bytes"))
+        .def_buffer([](cliperase::Workspace& w) {
+            return py::buffer_info(w.data(), 1, py::format_descriptor<unsigned char>::format(),
+                                   static_cast<py::ssize_t>(w.bytes()));
+        });
+    module.def("cached_bytes", &cliperase::cached_bytes, "Bytes in the pool that no workspace uses.");
+    module.def("limit_cached_bytes", &cliperase::limit_cached_bytes, py::arg("most"));
+    module.def(
+        "instruction_set", [](const std::optional<std::string>& name) { return std::string(engine(name).name); },
+        py::arg("name") = py::none(), "The one that is chosen; ValueError where the named one does not run here.");
+
+    module.def(
+        "forward",
+        [](const Problem& p, Address diagonal, Address teacher_diagonal, Address row_sums, Address column_sums, double shift,
+           Address kept, std::int64_t kept_rows, const std::optional<std::string>& isa) {
+            const cliperase::Forward out{pointer<float>(diagonal), pointer<float>(teacher_diagonal),
+                                         pointer<float>(row_sums), pointer<float>(column_sums),
+                                         static_cast<float>(shift), pointer<void>(kept), kept_rows};
+            cliperase::check(p, out);
+            const cliperase::Engine& chosen = engine(isa);
+            const py::gil_scoped_release released;
+            const cliperase::Workspace scratch(chosen.forward_scratch(p));
+            chosen.forward(p, out, scratch.data());
+        },
+        py::arg("problem"), py::kw_only(), py::arg("diagonal") = 0, py::arg("teacher_diagonal") = 0, py::arg("row_sums"),
+        py::arg("column_sums"), py::arg("shift") = 0.0, py::arg("kept") = 0, py::arg("kept_rows") = 0,
+        py::arg("instruction_set") = py::none());
+
+    module.def(
+        "backward",
+        [](const Problem& p, const std::optional<std::tuple<Address, Address, Address, Address>>& student,
+           const std::optional<std::tuple<Address, Address, Address, Address>>& masked,
+           const std::optional<std::tuple<Address, Address, Address, Address>>& teacher, Address diagonal, Address kept,
+           std::int64_t kept_rows, Address grad_image, Address grad_text, bool need_scale,
+           const std::optional<std::string>& isa) {
+            double grad_scale = 0;
+            cliperase::Backward b{};
+            b.student = softmax(student), b.masked = softmax(masked), b.teacher = softmax(teacher);
+            b.diagonal = pointer<const float>(diagonal);
+            b.kept = pointer<const void>(kept), b.kept_rows = kept_rows;
+            b.grad_image = pointer<float>(grad_image), b.grad_text = pointer<float>(grad_text);
+            b.grad_scale = need_scale ? &grad_scale : nullptr;
+            cliperase::check(p, b);
+            const cliperase::Engine& chosen = engine(isa);
+            const py::gil_scoped_release released;
+            const cliperase::Workspace scratch(chosen.backward_scratch(p, b));
+            chosen.backward(p, b, scratch.data());
+            return grad_scale;
+        },
+        py::arg("problem"), py::kw_only(), py::arg("student"), py::arg("masked") = py::none(),
+        py::arg("teacher") = py::none(), py::arg("diagonal") = 0, py::arg("kept") = 0, py::arg("kept_rows") = 0,
+        py::arg("grad_image") = 0, py::arg("grad_text") = 0, py::arg("need_scale") = false,
+        py::arg("instruction_set") = py::none());
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+    module.doc() = "Compiled parts of cliperase_fast; addresses in, nothing of torch's C++ interface.";
+    bind_cpu(module.def_submodule("cpu"));
+#if defined(CLIPERASE_CUDA)
+    bind_cuda(module);
+#endif
+    py::dict info;
+    info["compiler"] = CLIPERASE_COMPILER;
+    info["openmp"] = bool(CLIPERASE_OPENMP);
+    info["cuda"] = CLIPERASE_CUDA_VERSION;
+    info["cuda_architectures"] = CLIPERASE_CUDA_ARCHITECTURES;
+    module.attr("build_info") = info;
+}

@@ -1,0 +1,34 @@
+// What would make a kernel read or write where it must not is refused before a launch.
+#include <climits>
+#include <stdexcept>
+#include <string>
+
+#include "launch.h"
+
+namespace cliperase::cuda {
+
+void check(const Block& block) {
+    if (block.rows < 1 || block.columns < 1) throw std::invalid_argument("rows and columns must be at least 1");
+    if (block.student == nullptr || block.scalars == nullptr)
+        throw std::invalid_argument("the address of the student's products or of the scalars is 0");
+    if ((block.row_groups == nullptr) != (block.column_groups == nullptr))
+        throw std::invalid_argument("row_groups and column_groups come together or not at all");
+    if (block.leading % VECTOR != 0 || block.leading < block.columns)
+        throw std::invalid_argument("leading must be a multiple of 4 and at least the number of columns");
+    if (block.rows > INT64_MAX / 16 / block.leading) throw std::invalid_argument("rows times leading overflows 64 bits");
+    for (const float* products : {block.student, block.teacher})
+        if (reinterpret_cast<std::uintptr_t>(products) % (VECTOR * sizeof(float)) != 0)
+            throw std::invalid_argument("the products must begin at a multiple of 16 bytes");
+}
+
+unsigned grid_size(std::int64_t blocks) {
+    if (blocks > INT_MAX) throw std::invalid_argument("the block is too large for one launch; use fewer rows");
+    return static_cast<unsigned>(blocks);
+}
+
+void check_launch(cudaError_t error, const char* kernel) {
+    if (error != cudaSuccess)
+        throw std::runtime_error(std::string("CUDA could not launch ") + kernel + ": " + cudaGetErrorString(error));
+}
+
+}  // namespace cliperase::cuda

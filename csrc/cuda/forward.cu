@@ -1,0 +1,327 @@
+// Sums of rows and columns of a block in one reading of it, then their merging; no atomics, always the same order.
+#include <algorithm>
+#include <stdexcept>
+
+#include "tile.cuh"
+
+namespace cliperase::cuda {
+namespace {
+
+constexpr int ROWS = 4, TILE_ROWS = WARPS * ROWS;
+using Tile = Piece<ROWS>;
+constexpr int PADDED_WARP = WARP + 1;  // keeps the threads that read a column of lanes in different banks
+constexpr std::int64_t PROGRAMS = 528;  // four blocks of threads for each multiprocessor of an H100 or H200
+
+struct Tiling {
+    std::int64_t row_tiles, column_tiles, tiles_per_chunk, chunks;
+
+    explicit Tiling(const Block& block)
+        : row_tiles(divide_up(block.rows, TILE_ROWS)), column_tiles(divide_up(block.columns, TILE_COLUMNS)) {
+        tiles_per_chunk = divide_up(column_tiles, std::min(column_tiles, divide_up(PROGRAMS, row_tiles)));
+        chunks = divide_up(column_tiles, tiles_per_chunk);
+    }
+};
+
+int planes(const Block& block) {
+    return 2 * (int(block.plain()) + int(block.masked())) + 3 * int(block.teacher != nullptr);
+}
+
+struct TileArguments {
+    Block block;
+    float *diagonal, *teacher_diagonal;
+    float* row_partials;     // [chunks, planes, rows]
+    float* column_partials;  // [row tiles, planes, columns]
+    int chunks, tiles_per_chunk, column_tiles;
+};
+
+// Shared memory: the columns' partials of the warps, [kinds, 3, WARPS, TILE_COLUMNS], then, for a kind at a time, the rows'
+// partials of the lanes, [3, TILE_ROWS, PADDED_WARP].
+template <typename F>
+constexpr std::size_t shared_floats() {
+    return std::max(F::kinds * 3 * WARPS * TILE_COLUMNS, 3 * TILE_ROWS * PADDED_WARP);
+}
+
+__device__ void store(float* partials, std::int64_t part, int of_planes, std::int64_t positions, std::int64_t position,
+                      int kind, bool has_gap, const Partial& partial) {
+    float* plane = partials + (part * of_planes + 2 * kind) * positions + position;
+    plane[0] = partial.maximum;
+    plane[positions] = partial.total;
+    if (has_gap) plane[2 * positions] = partial.gap;
+}
+
+// Partials from planes of shared memory become one.
+template <int Parts, int Stride>
+__device__ Partial gather(const float* from, int plane, bool has_gap) {
+    Partial merged;
+#pragma unroll
+    for (int part = 0; part < Parts; ++part) merged.maximum = fmaxf(merged.maximum, from[part * Stride]);
+#pragma unroll
+    for (int part = 0; part < Parts; ++part) {
+        const float take = exp2f(from[part * Stride] - merged.maximum);
+        merged.total += from[plane + part * Stride] * take;
+        if (has_gap) merged.gap += from[2 * plane + part * Stride] * take;
+    }
+    return merged;
+}
+
+// The rows' running sums of a thread over its own columns.
+template <bool HasGap>
+struct RowSums {
+    float maximum[ROWS], total[ROWS], gap[HasGap ? ROWS : 1];
+
+    __device__ RowSums() {
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) {
+            maximum[r] = LOWEST, total[r] = 0.0F;
+            if (HasGap) gap[r] = 0.0F;
+        }
+    }
+
+    // `student` and `shift` are there for the gaps.
+    __device__ void add(const Tile& piece, const Tile& student, float shift) {
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) {
+            const auto& e = piece.entry[r];
+            const float common = fmaxf(maximum[r], fmaxf(fmaxf(e[0], e[1]), fmaxf(e[2], e[3])));
+            const float keep = exp2f(maximum[r] - common);
+            maximum[r] = common;
+            total[r] *= keep;
+            if (HasGap) gap[r] *= keep;
+#pragma unroll
+            for (int c = 0; c < VECTOR; ++c) {
+                const float exponential = exp2f(e[c] - common);
+                total[r] += exponential;
+                if (HasGap) gap[r] += exponential * (e[c] - student.entry[r][c] - shift);
+            }
+        }
+    }
+};
+
+// A thread's columns over its own rows, to shared memory.
+template <bool HasGap>
+__device__ void share_columns(float* shared, int kind, const Tile& piece, const Tile& student, float shift) {
+    float maximum[VECTOR], total[VECTOR], gap[VECTOR];
+#pragma unroll
+    for (int c = 0; c < VECTOR; ++c) {
+        maximum[c] = piece.entry[0][c], total[c] = 0.0F, gap[c] = 0.0F;
+#pragma unroll
+        for (int r = 1; r < ROWS; ++r) maximum[c] = fmaxf(maximum[c], piece.entry[r][c]);
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) {
+            const float exponential = exp2f(piece.entry[r][c] - maximum[c]);
+            total[c] += exponential;
+            if (HasGap) gap[c] += exponential * (piece.entry[r][c] - student.entry[r][c] - shift);
+        }
+    }
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    float4* to = reinterpret_cast<float4*>(shared + (kind * 3 * WARPS + warp) * TILE_COLUMNS) + lane;
+    constexpr int plane = WARPS * TILE_COLUMNS / VECTOR;
+    to[0] = make_float4(maximum[0], maximum[1], maximum[2], maximum[3]);
+    to[plane] = make_float4(total[0], total[1], total[2], total[3]);
+    if (HasGap) to[2 * plane] = make_float4(gap[0], gap[1], gap[2], gap[3]);
+}
+
+// The warps' shared columns to the partials of this tile of rows.
+template <typename F>
+__device__ void store_columns(const float* shared, const TileArguments& a, int row_tile, int tile) {
+    for (int task = threadIdx.x; task < F::kinds * TILE_COLUMNS; task += THREADS) {
+        const int kind = task / TILE_COLUMNS, place = task % TILE_COLUMNS;
+        const std::int64_t column = std::int64_t{tile} * TILE_COLUMNS + place;
+        if (column >= a.block.columns) continue;
+        const bool has_gap = kind == F::students;
+        const float* from = shared + kind * 3 * WARPS * TILE_COLUMNS + place;
+        const Partial merged = gather<WARPS, TILE_COLUMNS>(from, WARPS * TILE_COLUMNS, has_gap);
+        store(a.column_partials, row_tile, 2 * F::kinds + int(F::teacher), a.block.columns, column, kind, has_gap, merged);
+    }
+}
+
+// The lanes' rows to the partials of this chunk of columns.
+template <typename F, bool HasGap>
+__device__ void store_rows(float* shared, const RowSums<HasGap>& rows, const TileArguments& a, int row_tile, int chunk,
+                           int kind) {
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    constexpr int plane = TILE_ROWS * PADDED_WARP;
+    __syncthreads();  // what was in the shared memory has been read
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+        float* to = shared + (warp * ROWS + r) * PADDED_WARP + lane;
+        to[0] = rows.maximum[r];
+        to[plane] = rows.total[r];
+        if (HasGap) to[2 * plane] = rows.gap[r];
+    }
+    __syncthreads();
+    const std::int64_t row = std::int64_t{row_tile} * TILE_ROWS + threadIdx.x;
+    if (threadIdx.x >= TILE_ROWS || row >= a.block.rows) return;
+    const Partial merged = gather<WARP, 1>(shared + threadIdx.x * PADDED_WARP, plane, HasGap);
+    store(a.row_partials, chunk, 2 * F::kinds + int(F::teacher), a.block.rows, row, kind, HasGap, merged);
+}
+
+// Leaves out what is not in the block, and the diagonal, after writing it down.
+template <bool Teacher>
+__device__ void leave_out(Tile& student, Tile& teacher, const TileArguments& a, std::int64_t row, std::int64_t column) {
+    const Block& block = a.block;
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+#pragma unroll
+        for (int c = 0; c < VECTOR; ++c) {
+            const std::int64_t i = row + r, j = column + c;
+            const bool inside = i < block.rows && j < block.columns, paired = j == i + block.diagonal;
+            if (inside && paired) {
+                a.diagonal[i] = block.student[i * block.leading + j] * block.scalars[0];
+                if (Teacher) a.teacher_diagonal[i] = block.teacher[i * block.leading + j] * block.scalars[1];
+            }
+            if (!inside || paired) {
+                student.entry[r][c] = LOWEST;
+                if (Teacher) teacher.entry[r][c] = LOWEST;
+            }
+        }
+    }
+}
+
+// In place: what follows needs the entries of other groups only.
+__device__ void leave_out_groups(Tile& student, const Block& block, std::int64_t row, std::int64_t column) {
+    std::int64_t ids[VECTOR];
+#pragma unroll
+    for (int c = 0; c < VECTOR; ++c) ids[c] = column + c < block.columns ? block.column_groups[column + c] : 0;
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+        const std::int64_t id = row + r < block.rows ? block.row_groups[row + r] : 0;
+#pragma unroll
+        for (int c = 0; c < VECTOR; ++c)
+            if (ids[c] == id) student.entry[r][c] = LOWEST;
+    }
+}
+
+template <typename F>
+__global__ void __launch_bounds__(THREADS, F::kinds == 3 ? 1 : 2) forward_kernel(const TileArguments a) {
+    extern __shared__ float4 shared_vectors[];
+    float* const shared = reinterpret_cast<float*>(shared_vectors);
+    const Block& block = a.block;
+    const int row_tile = static_cast<int>(blockIdx.x) / a.chunks, chunk = static_cast<int>(blockIdx.x) % a.chunks;
+    const std::int64_t row = std::int64_t{row_tile} * TILE_ROWS + (threadIdx.x / WARP) * ROWS;
+    const float scale = block.scalars[0] * LOG2_E;
+    const float teacher_scale = F::teacher ? block.scalars[1] * LOG2_E : 0.0F;
+    const float shift = F::teacher ? block.scalars[2] * LOG2_E : 0.0F;
+    RowSums<false> plain, masked;
+    RowSums<true> with_gap;
+    const int first = chunk * a.tiles_per_chunk;
+    const int last = min(first + a.tiles_per_chunk, a.column_tiles);
+    for (int tile = first; tile < last; ++tile) {
+        const std::int64_t column = std::int64_t{tile} * TILE_COLUMNS + (threadIdx.x % WARP) * VECTOR;
+        Tile student, teacher;
+        student.load(block.student, block.leading, row, column, block, scale);
+        if (F::teacher) teacher.load(block.teacher, block.leading, row, column, block, teacher_scale);
+        const std::int64_t ahead = column - (row + block.diagonal);  // of the first entry of the pieces
+        const bool crossed = ahead > -VECTOR && ahead < ROWS;
+        if (crossed || row + ROWS > block.rows || column + VECTOR > block.columns)
+            leave_out<F::teacher>(student, teacher, a, row, column);
+        __syncthreads();  // the last tile's columns have been stored
+        if (F::teacher) {
+            with_gap.add(teacher, student, shift);
+            share_columns<true>(shared, F::students, teacher, student, shift);
+        }
+        if (F::plain) {
+            plain.add(student, student, 0.0F);
+            share_columns<false>(shared, 0, student, student, 0.0F);
+        }
+        if (F::masked) {
+            leave_out_groups(student, block, row, column);
+            masked.add(student, student, 0.0F);
+            share_columns<false>(shared, int(F::plain), student, student, 0.0F);
+        }
+        __syncthreads();
+        store_columns<F>(shared, a, row_tile, tile);
+    }
+    if (F::plain) store_rows<F>(shared, plain, a, row_tile, chunk, 0);
+    if (F::masked) store_rows<F>(shared, masked, a, row_tile, chunk, int(F::plain));
+    if (F::teacher) store_rows<F>(shared, with_gap, a, row_tile, chunk, F::students);
+}
+
+// Partials [parts, planes, positions] into sums, those of the rows and those of the columns.
+struct MergeSide {
+    const float* partials;
+    std::int64_t parts, positions;
+    Sums sums;
+};
+
+struct MergeArguments {
+    MergeSide rows, columns;
+    int students;  // kinds before the teacher's, which has a gap
+    int planes;
+};
+
+__global__ void __launch_bounds__(THREADS) merge_kernel(const MergeArguments a) {
+    const bool of_rows = blockIdx.y == 0;
+    const std::int64_t position = static_cast<std::int64_t>(blockIdx.x) * THREADS + threadIdx.x;
+    const std::int64_t positions = of_rows ? a.rows.positions : a.columns.positions;
+    if (position >= positions) return;
+    const std::int64_t parts = of_rows ? a.rows.parts : a.columns.parts;
+    const std::int64_t stride = of_rows ? a.rows.sums.stride : a.columns.sums.stride;
+    const bool fresh = of_rows ? a.rows.sums.fresh : a.columns.sums.fresh;
+    const int kind = blockIdx.z;
+    const bool has_gap = kind == a.students;
+    float* const to = (of_rows ? a.rows.sums.data : a.columns.sums.data) + 2 * kind * stride + position;
+    Partial merged;
+    if (!fresh) {
+        merged.maximum = to[0];
+        merged.total = to[stride];
+        if (has_gap) merged.gap = to[2 * stride];
+    }
+    const float* from = (of_rows ? a.rows.partials : a.columns.partials) + 2 * kind * positions + position;
+    for (std::int64_t part = 0; part < parts; ++part, from += a.planes * positions) {
+        Partial more;
+        more.maximum = from[0];
+        more.total = from[positions];
+        if (has_gap) more.gap = from[2 * positions];
+        merged.add(more);
+    }
+    to[0] = merged.maximum;
+    to[stride] = merged.total;
+    if (has_gap) to[2 * stride] = merged.gap;
+}
+
+}  // namespace
+
+std::int64_t forward_workspace(const Block& block) {
+    check(block);
+    const Tiling tiling(block);
+    return planes(block) * (tiling.chunks * block.rows + tiling.row_tiles * block.columns);
+}
+
+void forward(const Block& block, const Forward& out, std::uintptr_t stream) {
+    check(block);
+    const bool teacher = block.teacher != nullptr;
+    if (out.workspace == nullptr || out.workspace_size < forward_workspace(block))
+        throw std::invalid_argument("workspace is too small for this block; see forward_workspace");
+    if (out.rows.data == nullptr || out.columns.data == nullptr || out.diagonal == nullptr ||
+        (teacher && out.teacher_diagonal == nullptr))
+        throw std::invalid_argument("the address of the sums or of a diagonal is 0");
+    if (out.rows.stride < block.rows || out.columns.stride < block.columns)
+        throw std::invalid_argument("the planes of the sums overlap: their stride is less than the block's rows or columns");
+    const Tiling tiling(block);
+    const int of_planes = planes(block);
+    float* const row_partials = out.workspace;
+    float* const column_partials = row_partials + of_planes * tiling.chunks * block.rows;
+    grid_size(tiling.column_tiles + tiling.tiles_per_chunk);  // counted in 32 bits
+    const TileArguments tile{block,
+                             out.diagonal,
+                             out.teacher_diagonal,
+                             row_partials,
+                             column_partials,
+                             static_cast<int>(tiling.chunks),
+                             static_cast<int>(tiling.tiles_per_chunk),
+                             static_cast<int>(tiling.column_tiles)};
+    with_form(block, [&](auto form) {
+        using F = decltype(form);
+        launch(forward_kernel<F>, "forward_kernel", dim3(grid_size(tiling.row_tiles * tiling.chunks)),
+               shared_floats<F>() * sizeof(float), stream, tile);
+    });
+    const MergeArguments merge{{row_partials, tiling.chunks, block.rows, out.rows},
+                               {column_partials, tiling.row_tiles, block.columns, out.columns},
+                               int(block.plain()) + int(block.masked()),
+                               of_planes};
+    const unsigned blocks = grid_size(divide_up(std::max(block.rows, block.columns), THREADS));
+    launch(merge_kernel, "merge_kernel", dim3(blocks, 2, static_cast<unsigned>(of_planes / 2)), 0, stream, merge);
+}
+
+}  // namespace cliperase::cuda

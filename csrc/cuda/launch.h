@@ -1,0 +1,57 @@
+// The host's side of a launch.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "sweep.h"
+
+namespace cliperase::cuda {
+
+constexpr int WARP = 32, WARPS = 8, THREADS = WARP * WARPS;
+constexpr int VECTOR = 4;  // entries that are read and written at once
+
+// Which sums a kernel is compiled for.
+template <bool Plain, bool Masked, bool Teacher>
+struct Form {
+    static constexpr bool plain = Plain, masked = Masked, teacher = Teacher;
+    static constexpr int students = int(Plain) + int(Masked);
+    static constexpr int kinds = students + int(Teacher);
+};
+
+// std::invalid_argument for what would make a kernel read or write where it must not.
+void check(const Block& block);
+unsigned grid_size(std::int64_t blocks);
+// std::runtime_error
+void check_launch(cudaError_t error, const char* kernel);
+
+template <typename Arguments>
+void launch(void (*kernel)(Arguments), const char* name, dim3 grid, std::size_t shared, std::uintptr_t stream,
+            const Arguments& arguments) {
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = dim3(THREADS);
+    config.dynamicSmemBytes = shared;
+    config.stream = reinterpret_cast<cudaStream_t>(stream);
+    check_launch(cudaLaunchKernelEx(&config, kernel, arguments), name);
+    check_launch(cudaGetLastError(), name);
+}
+
+// Calls `use` with the Form of a block.
+template <typename Use>
+void with_form(const Block& block, const Use& use) {
+    if (block.teacher == nullptr) {
+        if (block.masked())
+            use(Form<false, true, false>());
+        else
+            use(Form<true, false, false>());
+    } else if (block.masked()) {
+        use(Form<true, true, true>());
+    } else {
+        use(Form<true, false, true>());
+    }
+}
+
+}  // namespace cliperase::cuda

@@ -1,0 +1,92 @@
+"""The CUDA half of the backend "native" on a GPU against float64; run by `make gpu-check`.
+
+Needs the extension, built with nvcc. What streams, graphs and devices ask for is in `gpu_runtime.py`, for all backends.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kernel_checks import *  # noqa: F403
+from kernel_checks import Subject
+from sweep_cases import moved, outcome, random_batch
+
+from cliperase_fast.ops.engine import as_sweep
+from cliperase_fast.ops.native import cuda
+from cliperase_fast.ops.native.cuda import CudaEngine
+from cliperase_fast.ops.streaming import sweep as streamed
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for torch's deterministic mode
+NAME = "native_cuda_checked"
+on_gpu = as_sweep(CudaEngine(name=NAME, block_columns=128))
+whole = as_sweep(CudaEngine(name=f"{NAME}_whole"))
+
+
+def sweep(*arguments, **options):
+    """`on_gpu` for CPU tensors; gradients flow back to them."""
+    moved_there = [a.to("cuda") if isinstance(a, torch.Tensor) else a for a in arguments]
+    return tuple(loss.cpu() for loss in on_gpu(*moved_there, **options))
+
+
+@pytest.fixture
+def subject():
+    return Subject(
+        sweep,
+        NAME,
+        cuda,
+        CudaEngine,
+        kept_row_bytes=lambda batch: 4 * -(-len(batch.image) // 8) * 8 * (1 + batch.want_consistency),
+        device="cuda",
+    )
+
+
+def large_batch(n: int, width: int):
+    generator = torch.Generator("cuda").manual_seed(0)
+    student, teacher = (
+        [F.normalize(torch.randn(n, width, generator=generator, device="cuda"), dim=1).bfloat16() for _ in range(2)]
+        for _ in range(2)
+    )
+    scale = torch.tensor(30.0, device="cuda")
+    return [*student, scale], [*teacher, scale, None, True, True]
+
+
+def run(sweep_of, student, rest, **options):
+    leaves = [tensor.clone().requires_grad_() for tensor in student]
+    losses = sweep_of(*leaves, *rest, **options)
+    return [*(loss.detach() for loss in losses), *torch.autograd.grad(sum(losses), leaves)]
+
+
+@pytest.mark.parametrize("keep", ["nothing", "similarities"])
+def test_blocks_and_kept_rows_of_more_entries_than_32_bits_count(monkeypatch, keep):
+    # 50,048² are more than 2^31 entries; one block holds them all
+    monkeypatch.setenv("CLIPERASE_STRIP_MIB", "40000")
+    monkeypatch.setenv("CLIPERASE_KEEP_MIB", "40000")
+    student, rest = large_batch(50_048, 32)
+    engine = as_sweep(CudaEngine(name=f"{NAME}_one_block_{keep}", block_columns=50_048))
+    for ours, theirs in zip(run(engine, student, rest, keep=keep), run(streamed, student, rest), strict=True):
+        assert ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item() < 2e-2
+
+
+def test_memory_beyond_inputs_and_gradients_is_bounded():
+    n, width = 65_536, 64
+    student, rest = large_batch(n, width)
+    run(whole, student, rest)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run(whole, student, rest)
+    beyond = torch.cuda.max_memory_allocated() - before
+    # the block and its partials; leaves, gradients (the text's in float32 too) and the strip's; O(N) state
+    assert beyond <= (128 << 20) * 9 // 8 + 16 * n * width + 4 * n * 64 + (32 << 20)
+
+
+@pytest.mark.parametrize("width", [1, 33, 512])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_whole_blocks_give_the_same_bits_twice(dtype, width):
+    batch = moved(random_batch(1000, width, 96, scale=50.0).to(dtype), "cuda")
+    first, second = (outcome(whole, batch) for _ in range(2))
+    for a, b in zip(first.tensors(), second.tensors(), strict=True):
+        assert torch.equal(a, b)

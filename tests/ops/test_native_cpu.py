@@ -1,0 +1,360 @@
+"""The C++ sweep on the CPU against float64: more than one tile (256 x 128), strip (1024 rows) and instruction set.
+
+The accuracy of one tile, over scales and kinds of data, is in `test_sweep_accuracy.py`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from accuracy_cases import REGIMES, allowed_errors, errors, regime
+from sweep_cases import Batch, Outcome, outcome, random_batch
+from torch import Tensor
+
+from cliperase_fast import functional
+from cliperase_fast.ops import backends, choose, reference
+from cliperase_fast.ops.native import extension
+from cliperase_fast.ops.native.sweep import sweep
+
+FORMS = {"both": (True, True), "rm": (True, False), "kl": (False, True)}
+INSTRUCTION_SETS = ("portable", "avx2", "avx512")
+
+
+def formed(batch: Batch, form: str) -> Batch:
+    batch = replace(batch, want_retention=FORMS[form][0])
+    return batch if FORMS[form][1] else batch.without_teacher()
+
+
+def check(batch: Batch, dtype: torch.dtype = torch.float32, **options: int | str) -> Outcome:
+    """`batch` in `dtype` against float64; returns what the sweep gave."""
+    batch = batch.to(dtype).to(torch.float64)
+    truth = outcome(reference.sweep, batch)
+    result = outcome(sweep, batch.to(dtype), **options)
+    assert result.image.dtype == result.text.dtype == dtype
+    allowed = allowed_errors(batch, truth, dtype)
+    for key, error in errors(result, truth).items():
+        assert error <= allowed[key], (key, error, allowed[key])
+    return result
+
+
+def same_bits(one: Outcome, other: Outcome) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.tensors(), other.tensors(), strict=True))
+
+
+def some_groups(n: int) -> Tensor:
+    ids = torch.randint(-3, max(1, n // 3), (n,), generator=torch.Generator().manual_seed(1))
+    return ids * 2**40  # beyond 32 bits
+
+
+# 1 and 2: nothing or one thing off the diagonal; 129: a block of one column; 257: a tile of one row; 700: three tiles
+@pytest.mark.parametrize("n", [1, 2, 129, 257, 700])
+@pytest.mark.parametrize("groups", [False, True], ids=["no groups", "groups"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("keep", ["nothing", "similarities"])
+def test_every_form_and_size(form, groups, n, keep):
+    # widths: 40 and 24 are no multiples of a register tile's
+    batch = random_batch(n, width=40, teacher_width=24)
+    check(formed(replace(batch, group_ids=some_groups(n) if groups else None), form), keep=keep)
+
+
+@pytest.mark.parametrize("keep", ["nothing", "similarities"])
+def test_several_strips(keep):
+    n = 1100
+    check(replace(random_batch(n, width=16, teacher_width=20), group_ids=some_groups(n)), keep=keep)
+
+
+# 300 is more than one cache block of depth (256); 1 and 3 less than a vector
+@pytest.mark.parametrize(("width", "teacher_width"), [(300, 17), (16, 300), (1, 3), (47, 49), (96, 33)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_any_width_and_dtype(width, teacher_width, dtype):
+    check(random_batch(140, width=width, teacher_width=teacher_width), dtype)
+
+
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+@pytest.mark.parametrize("keep", ["nothing", "similarities"])
+def test_each_instruction_set_that_runs_here(monkeypatch, name, keep):
+    flags = {"portable": "", "avx2": " avx2 ", "avx512": " avx512f "}[name]
+    with open("/proc/cpuinfo") as cpuinfo:
+        here = flags.strip() in cpuinfo.read()
+    monkeypatch.setenv("CLIPERASE_CPU", name)
+    missing = extension.why_missing()
+    if not here:
+        assert missing is not None and f"CLIPERASE_CPU={name}" in missing
+        return
+    assert missing is None
+    for wanted in FORMS:
+        check(formed(replace(random_batch(300), group_ids=some_groups(300)), wanted), keep=keep)
+    check(random_batch(200, width=70), torch.bfloat16, keep=keep)
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0, 100.0, 1000.0])
+@pytest.mark.parametrize("name", REGIMES)
+def test_kept_similarities_are_as_good(name, scale):
+    # at scale 1000 no reference serves a whole tile, and the entries themselves are kept
+    check(regime(name, scale, 150), keep="similarities")
+
+
+@pytest.mark.parametrize("keep", ["nothing", "similarities"])
+@pytest.mark.parametrize("name", ["converged", "half converged"])
+def test_groups_that_take_a_rows_only_near_matches(name, keep):
+    # what is left of a row lies far below the tile's largest entry
+    batch = regime(name, 100.0, 150)
+    doubled = [
+        torch.cat((tensor, tensor)) for tensor in (batch.image, batch.text, batch.teacher_image, batch.teacher_text)
+    ]
+    batch = replace(batch, image=doubled[0], text=doubled[1], teacher_image=doubled[2], teacher_text=doubled[3])
+    batch = replace(batch, group_ids=torch.arange(300) % 150)
+    check(batch, keep=keep)
+    check(batch.without_teacher(), keep=keep)
+
+
+def test_rows_and_columns_that_differ_by_orders_of_magnitude():
+    # features are not normalised here: references grow from tile to tile
+    batch = random_batch(300, scale=300.0, teacher_scale=500.0)
+    growing = torch.linspace(0.01, 1.0, 300, dtype=torch.float64)[:, None]
+    check(replace(batch, image=batch.image * growing, teacher_text=batch.teacher_text * growing.flip(0)))
+
+
+@pytest.mark.parametrize("kept_tiles", [1, 2])
+def test_part_of_the_similarities_is_kept(monkeypatch, kept_tiles):
+    batch = replace(random_batch(700), group_ids=some_groups(700))
+    tile_rows = 4 * 6 * (16 + 2 * 256 * 128)  # six blocks of columns
+    monkeypatch.setattr("cliperase_fast.ops.native.cpu.keep_bytes", lambda device: kept_tiles * tile_rows + 100)
+    sizes = watch_workspaces(monkeypatch)
+    check(batch, keep="similarities")
+    assert sizes == [kept_tiles * tile_rows]
+
+
+def watch_workspaces(monkeypatch) -> list[int]:
+    from cliperase_fast.ops.native.cpu import CpuEngine
+
+    sizes = []
+    original = CpuEngine._workspace
+
+    def watched(self, size):
+        sizes.append(size)
+        return original(self, size)
+
+    monkeypatch.setattr(CpuEngine, "_workspace", watched)
+    return sizes
+
+
+def test_nothing_is_kept_without_a_backward_pass(monkeypatch):
+    sizes = watch_workspaces(monkeypatch)
+    batch = random_batch(17).to(torch.float32)
+    sweep(*batch.arguments(), keep="similarities")
+    with torch.no_grad():
+        sweep(batch.image.requires_grad_(), *batch.arguments()[1:], keep="similarities")
+    assert sizes == [0, 0]
+
+
+@pytest.mark.parametrize("keep", ["nothing", "similarities"])
+def test_the_same_bits_in_every_run_and_for_any_number_of_threads(keep):
+    batch = replace(random_batch(1300), group_ids=some_groups(1300)).to(torch.float32)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3, 2):
+            torch.set_num_threads(threads)
+            results.append(outcome(sweep, batch, keep=keep))
+    finally:
+        torch.set_num_threads(before)
+    assert all(same_bits(results[0], result) for result in results[1:])
+
+
+def test_memory_that_is_not_cleared_does_not_show():
+    batch = replace(random_batch(300), group_ids=some_groups(300)).to(torch.float32)
+    first = outcome(sweep, batch, keep="similarities")
+    cpu = extension.load().cpu
+    for size in (1 << 20, 1 << 22, 1 << 23, 1 << 24):  # whatever the pool hands out next is full of NaN
+        block = torch.frombuffer(cpu.Workspace(size), dtype=torch.float32)
+        block.fill_(torch.nan)
+        del block
+    assert cpu.cached_bytes() > 0
+    assert same_bits(first, outcome(sweep, batch, keep="similarities"))
+    assert same_bits(first, outcome(sweep, batch, keep="similarities"))
+
+
+def strided(tensor: Tensor, kind: str) -> Tensor:
+    if kind == "transposed":
+        return tensor.T.contiguous().T
+    if kind == "every other column":
+        return torch.stack((tensor, torch.full_like(tensor, torch.nan)), 2).flatten(1)[:, ::2]
+    return tensor[:1].expand_as(tensor)  # all rows are one
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["transposed", "every other column", "expanded"])
+def test_strides_do_not_matter(kind, dtype):
+    batch = random_batch(140).to(dtype)
+    names = ("image", "text", "teacher_image", "teacher_text")
+    odd = replace(batch, **{name: strided(getattr(batch, name), kind) for name in names})
+    plain = replace(batch, **{name: getattr(odd, name).contiguous() for name in names})
+    leaves = [odd.image.requires_grad_(), odd.text.requires_grad_()]
+    losses = sweep(*leaves, *odd.arguments()[2:])
+    gradients = torch.autograd.grad(sum(losses), leaves)
+    expected = outcome(sweep, plain)
+    for ours, theirs in zip((*losses, *gradients), expected.tensors()[:4], strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("needed", ["image", "text", "scale"])
+@pytest.mark.parametrize("keep", ["nothing", "similarities"])
+def test_a_single_input_may_need_the_gradient(needed, keep):
+    batch = random_batch(140).to(torch.float32)
+    expected = outcome(sweep, batch, keep=keep)
+    inputs = {name: getattr(batch, name).clone() for name in ("image", "text", "scale")}
+    inputs[needed].requires_grad_()
+    sum(sweep(*inputs.values(), *batch.arguments()[3:], keep=keep)).backward()
+    assert torch.equal(inputs[needed].grad, getattr(expected, needed))
+    assert [name for name, tensor in inputs.items() if tensor.grad is not None] == [needed]
+
+
+@pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (-2.5, 1e4), (1e-20, 1e-20)])
+def test_incoming_gradients_other_than_one(weights):
+    batch = random_batch(140)
+    truth, result = outcome(reference.sweep, batch, weights), outcome(sweep, batch.to(torch.float32), weights)
+    for ours, theirs in zip(result.tensors()[2:], truth.tensors()[2:], strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-6 * theirs.abs().max().item())
+
+
+def test_backward_twice_over_a_retained_graph_doubles_the_gradient():
+    batch = random_batch(140).to(torch.float32)
+    image = batch.image.clone().requires_grad_()
+    total = sum(sweep(image, *batch.arguments()[1:], keep="similarities"))
+    total.backward(retain_graph=True)
+    once = image.grad.clone()
+    total.backward()
+    assert torch.equal(image.grad, 2 * once)
+
+
+def test_two_graphs_at_once_keep_their_own_similarities():
+    batches = [random_batch(300, seed=seed).to(torch.float32) for seed in (1, 2)]
+    expected = [outcome(sweep, batch, keep="nothing").image for batch in batches]
+    images = [batch.image.clone().requires_grad_() for batch in batches]
+    totals = [
+        sum(sweep(image, *batch.arguments()[1:], keep="similarities"))
+        for image, batch in zip(images, batches, strict=True)
+    ]
+    for total, image, gradient in zip(totals, images, expected, strict=True):
+        total.backward()
+        torch.testing.assert_close(image.grad, gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_scale_zero_has_the_gradient_of_the_scale():
+    batch = replace(random_batch(140), scale=torch.zeros((), dtype=torch.float64))
+    assert check(batch).scale.abs() > 1e-3
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_comes_out_as_nan(value):
+    batch = random_batch(300).to(torch.float32)
+    batch.image[270, 3] = value
+    for keep in ("nothing", "similarities"):
+        result = outcome(sweep, batch, keep=keep)
+        assert result.retention.isnan() and result.image.isnan().any()
+
+
+def test_no_memory_for_the_similarities_is_one_warning_and_the_same_gradients(monkeypatch):
+    from cliperase_fast.ops.native import cpu
+
+    engine = cpu.CpuEngine()
+
+    class NoMemory:
+        def __getattr__(self, name):
+            return getattr(extension.load().cpu, name)
+
+        def Workspace(self, size):
+            raise MemoryError
+
+    engine._cpu = NoMemory()
+    problem = cpu.Problem(*random_batch(140).to(torch.float32).arguments())
+    with pytest.warns(UserWarning, match="no memory to keep the similarities, .* MiB.*CLIPERASE_KEEP_MIB"):
+        _, kept = engine.forward(problem, 0, engine.kept_bytes(problem, "similarities"))
+    assert kept.numel() == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        engine.forward(problem, 0, engine.kept_bytes(problem, "similarities"))
+
+
+def test_opcheck_and_a_full_graph():
+    batch = random_batch(33).to(torch.float32)
+    leaves = [batch.image.requires_grad_(), batch.text.requires_grad_(), batch.scale.requires_grad_()]
+    op = torch.ops.cliperase_fast.native_sweep.default
+    torch.library.opcheck(op, (*leaves, *batch.arguments()[3:], 0, 0))
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(image, text, scale):
+        losses = sweep(image, text, scale, *batch.arguments()[3:], keep="similarities")
+        return losses[0] + 2 * losses[1]
+
+    gradients = torch.autograd.grad(compiled(*leaves), leaves)
+    plain = sweep(*leaves, *batch.arguments()[3:], keep="similarities")
+    expected = torch.autograd.grad(plain[0] + 2 * plain[1], leaves)
+    for ours, theirs in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_autocast_does_not_reach_inside():
+    batch = random_batch(140).to(torch.float32)
+    arguments = batch.image, batch.text, 14.0
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = functional.clip_loss(*arguments, backend="native")
+    assert torch.equal(inside, functional.clip_loss(*arguments, backend="native"))
+
+
+def test_float64_is_left_to_the_other_backends():
+    from cliperase_fast.errors import InputError
+
+    features = torch.ones(4, 3, dtype=torch.float64)
+    with pytest.raises(InputError, match=r"'native' does not take torch\.float64"):
+        choose("native", features, features)
+
+
+def test_the_extension_is_built_wherever_there_is_a_compiler():
+    assert backends()["native"].available, backends()["native"].reason
+
+
+BASE = {"rows": 4, "columns": 4, "first": 0, "width": 3, "scale": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows": 0}, "rows = 0 must lie between 1 and"),
+        ({"rows": 2**40, "columns": 2**40}, "rows = 1099511627776 must lie between"),
+        ({"first": 1}, "first = 1 must lie between 0 and 0"),
+        ({"width": 0}, "width = 0"),
+        ({"threads": 0}, "threads = 0"),
+        ({"row_groups": 64}, "row_groups and column_groups come together"),
+        ({"row_groups": 66, "column_groups": 64}, "row_groups is not aligned to 4 bytes"),
+        ({"teacher_width": 3, "teacher_image": "image"}, "teacher_image and teacher_text come together"),
+    ],
+)
+def test_the_extension_refuses_what_it_cannot_address(change, message):
+    cpu = extension.load().cpu
+    features = torch.ones(4, 3)
+    matrix = cpu.Matrix(features.data_ptr(), 3, 1, cpu.Dtype.float32)
+    arguments = {name: matrix if value == "image" else value for name, value in (BASE | change).items()}
+    with pytest.raises(ValueError, match=message):
+        cpu.Problem(**arguments, image=matrix, text=matrix)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "message"),
+    [
+        ((0, 3, 1), "image is a null pointer"),
+        ((66, 3, 1), "image is not aligned to 4 bytes"),
+        ((64, -3, 1), "image has a stride of -3"),
+        ((64, 2**62, 1), "image has a stride of 4611686018427387904"),
+    ],
+)
+def test_the_extension_refuses_addresses_and_strides_that_cannot_be(matrix, message):
+    cpu = extension.load().cpu
+    features = torch.ones(4, 3)
+    good = cpu.Matrix(features.data_ptr(), 3, 1, cpu.Dtype.float32)
+    with pytest.raises(ValueError, match=message):
+        cpu.Problem(**BASE, image=cpu.Matrix(*matrix, cpu.Dtype.float32), text=good)

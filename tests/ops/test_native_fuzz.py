@@ -1,0 +1,112 @@
+"""Whatever the shapes, strides and values: no crash, and where float64 has an answer, that answer.
+
+`make native-sanitize` runs this under the address and undefined-behaviour sanitizers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from accuracy_cases import allowed_errors, errors
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sweep_cases import Batch, Outcome, outcome, random_batch
+from torch import Tensor
+
+from cliperase_fast.ops import reference
+from cliperase_fast.ops.native.sweep import sweep
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SIZES = st.one_of(st.integers(1, 20), st.sampled_from([127, 128, 129, 255, 256, 257, 300, 513]))
+WIDTHS = st.one_of(st.integers(1, 20), st.sampled_from([31, 48, 64, 96, 97]))
+
+
+def with_stride(tensor: Tensor, kind: str) -> Tensor:
+    """The same numbers, laid out differently."""
+    rows, width = tensor.shape
+    if kind == "transposed":
+        return tensor.T.contiguous().T
+    if kind == "part of a wider one":
+        return torch.full((rows, width + 3), torch.nan, dtype=tensor.dtype)[:, 1:-2].copy_(tensor)
+    if kind == "every other row":
+        return torch.full((2 * rows, width), torch.nan, dtype=tensor.dtype)[::2].copy_(tensor)
+    return tensor
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> Batch:
+    n = draw(SIZES)
+    scales = st.sampled_from([0.0, 1.0, 14.0, 100.0, 1000.0, 0.01])
+    batch = random_batch(n, draw(WIDTHS), draw(WIDTHS), draw(scales), draw(scales), seed=draw(st.integers(0, 9)))
+    groups = draw(st.sampled_from(["none", "one", "some", "all different"]))
+    if groups != "none":
+        ids = {"one": torch.zeros(n), "some": torch.arange(n) // 3, "all different": torch.arange(n)}[groups]
+        batch = replace(batch, group_ids=ids.to(torch.int64) - 2**62)
+    form = draw(st.sampled_from(["both", "rm", "kl"]))
+    if form == "rm":
+        batch = batch.without_teacher()
+    return replace(batch, want_retention=form != "kl")
+
+
+def laid_out(draw: st.DrawFn, batch: Batch) -> Batch:
+    """With a dtype and strides of its own for each tensor."""
+    kinds = st.sampled_from(["plain", "transposed", "part of a wider one", "every other row"])
+    changed = {}
+    for name in ("image", "text", "teacher_image", "teacher_text"):
+        tensor = getattr(batch, name)
+        if tensor is not None:
+            changed[name] = with_stride(tensor.to(draw(st.sampled_from(DTYPES))), draw(kinds))
+    scales = {"scale": batch.scale.float()}
+    if batch.teacher_scale is not None:
+        scales["teacher_scale"] = batch.teacher_scale.float()
+    return replace(batch, **changed, **scales)
+
+
+def run(batch: Batch, keep: str) -> Outcome:
+    leaves = [batch.image.requires_grad_(), batch.text.requires_grad_(), batch.scale.clone().requires_grad_()]
+    losses = sweep(*leaves, *batch.arguments()[3:], keep=keep)
+    return Outcome(*(loss.detach() for loss in losses), *torch.autograd.grad(sum(losses), leaves))
+
+
+FUZZ = settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+
+
+@FUZZ
+@given(st.data(), batches(), st.sampled_from(["nothing", "similarities"]), st.integers(1, 3))
+def test_any_shape_stride_and_dtype_gives_the_float64_result(data, batch, keep, threads):
+    batch = laid_out(data.draw, batch)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        result = run(batch, keep)
+    finally:
+        torch.set_num_threads(before)
+    exact = replace(batch.to(torch.float64), image=batch.image.detach().double(), text=batch.text.detach().double())
+    truth = outcome(reference.sweep, exact)
+    coarsest = max((batch.image.dtype, batch.text.dtype), key=lambda dtype: torch.finfo(dtype).eps)
+    allowed = allowed_errors(exact, truth, coarsest)
+    for key, error in errors(result, truth).items():
+        assert error <= 2 * allowed[key] + 1e-30, (key, error, allowed[key])
+
+
+@FUZZ
+@given(
+    st.data(),
+    batches(),
+    st.sampled_from(["nothing", "similarities"]),
+    st.sampled_from(["nan", "inf", "-inf", "3e38", "1e-42", "0"]),
+)
+def test_values_that_are_no_features_never_crash(data, batch, keep, value):
+    batch = laid_out(data.draw, batch)
+    spoiled = data.draw(
+        st.sampled_from([name for name in ("image", "text", "teacher_image") if getattr(batch, name) is not None])
+    )
+    tensor = getattr(batch, spoiled)
+    rows = data.draw(st.sampled_from(["one row", "all"]))
+    with torch.no_grad():
+        tensor[: 1 if rows == "one row" else None] = torch.tensor(float(value)).to(tensor.dtype)
+    result = run(batch, keep)
+    assert result.image.shape == batch.image.shape and result.text.shape == batch.text.shape
+    if value == "nan" and len(batch.image) > 1 and (spoiled != "teacher_image" or batch.want_consistency):
+        assert (result.retention + result.consistency).isnan()

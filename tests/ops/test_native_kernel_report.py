@@ -1,0 +1,26 @@
+"""The committed report of what nvcc makes of the CUDA kernels."""
+
+from __future__ import annotations
+
+import json
+
+from benchmarks.machine import RESULTS
+from benchmarks.native_kernel_report import kernels
+
+FORMS = {"retention", "retention, groups", "consistency, or both", "both, groups"}
+
+
+def test_every_kernel_is_reported_for_every_architecture_and_none_spills():
+    runs = json.loads((RESULTS / "native_kernels.json").read_text(encoding="utf-8"))["runs"]
+    assert sorted(kernels()) == ["backward_kernel", "forward_kernel", "merge_kernel"]
+    expected = {
+        ("merge_kernel", "any"),
+        *((kernel, form) for kernel in ("forward_kernel", "backward_kernel") for form in FORMS),
+    }
+    for architecture in ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"):
+        of = [run for run in runs if run["architecture"] == architecture]
+        assert {(run["kernel"], run["form"]) for run in of} == expected and len(of) == len(expected)
+        for run in of:
+            assert run["spilled_bytes"] == 0, run
+            assert run["registers"] <= 255
+            assert run["shared_bytes"] <= 48 << 10
