@@ -14,32 +14,34 @@ Formulas: CLIPErase (arXiv 2410.23330), with S = s I Tᵀ [N, N] and S° the sam
                     + mean_j KL(softmax_col(S°)_j || softmax_col(S)_j)
     total           = lambda_retain RM + lambda_forget FM + lambda_consistency CM
 
-process_group: the batch lies on the ranks of a torch.distributed group, each giving its own pairs, as many as it has, none
-too. Every rank calls the loss, with the same options, and its backward, with the same incoming gradient. The values are
-those of the whole batch on every rank. The gradients of a rank's features are those of the whole batch's loss times the
-number of ranks; that of a scale is such that its mean over the ranks is right. So after DistributedDataParallel's
+process_group: the batch lies on the ranks of a torch.distributed group, each giving its own pairs, as many as it has,
+or none. Every rank calls the loss, with the same options, and its backward, with the same incoming gradient. The values
+are those of the whole batch on every rank. The gradients of a rank's features are those of the whole batch's loss times
+the number of ranks; that of a scale is such that its mean over the ranks is right. So after DistributedDataParallel's
 averaging the gradients of parameters are those of one process with the whole batch. gather: "all": each rank holds the
-texts of all; "ring": texts and their gradients go round in blocks, at most two are held. Collectives follow one another
-in the order of the calls, as DistributedDataParallel's do. What differs between ranks is an InputError on all of them.
+texts of all; "ring": texts and their gradients go round in blocks, at most two are held. What differs between ranks is
+an InputError on all of them.
 """
 
 from __future__ import annotations
 
-import difflib
-import math
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cliperase_fast.config import CONSISTENCY_MODES, FORGET_LOSSES
-from cliperase_fast.distributed import GATHER_MODES, Group, Shards, sharded_sweep, sum_over_ranks
-from cliperase_fast.errors import InputError
+from cliperase_fast.checks import (
+    as_scale,
+    check_cliperase,
+    check_gather,
+    check_group_ids,
+    check_keep,
+    check_pairs,
+    check_teacher,
+)
+from cliperase_fast.distributed import Group, Shards, sharded_sweep, sum_over_ranks
 from cliperase_fast.ops import choose, compute_dtype, no_autocast
-
-_KEEP_MODES = ("auto", "nothing", "similarities")
-_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class LossTerms(NamedTuple):
@@ -107,18 +109,18 @@ def cliperase_loss(
     )  # fmt: skip
     retain_shards = forget_shards = None
     if process_group is None:
-        scale, teacher_scale = _check_cliperase(*arguments)
+        scale, teacher_scale = check_cliperase(*arguments)
     else:
         group = Group(process_group)
         with group.telling_the_others():
-            scale, teacher_scale = _check_cliperase(*arguments)
+            scale, teacher_scale = check_cliperase(*arguments)
             group.check_device(retain_image.device)
-        said = _described(
-            "cliperase_loss", gather, backend, keep, retain_image, retain_text, scale, teacher_image, teacher_text,
-            group_ids, forget_image=forget_image, forget_text=forget_text, lambda_retain=lambda_retain,
-            lambda_forget=lambda_forget, lambda_consistency=lambda_consistency, forget=forget, margin=margin,
-            consistency=consistency,
-        )  # fmt: skip
+            said = _described(
+                "cliperase_loss", gather, backend, keep, retain_image, retain_text, scale, teacher_image, teacher_text,
+                group_ids, forget_image=forget_image, forget_text=forget_text, lambda_retain=lambda_retain,
+                lambda_forget=lambda_forget, lambda_consistency=lambda_consistency, forget=forget, margin=margin,
+                consistency=consistency,
+            )  # fmt: skip
         sizes = group.agree(said, (len(retain_image), len(forget_image)))
         retain_shards, forget_shards = (Shards(group, ranks, gather) for ranks in sizes)
 
@@ -168,11 +170,11 @@ def clip_loss(
 
     def check() -> Tensor:
         check_keep(keep)
-        _check_gather(gather)
-        _check_pairs("image_features", image_features, "text_features", text_features)
-        _check_group_ids(group_ids, "image_features", image_features)
+        check_gather(gather)
+        check_pairs("image_features", image_features, "text_features", text_features)
+        check_group_ids(group_ids, "image_features", image_features)
         choose(backend, image_features, text_features, sharded=process_group is not None)
-        return _as_scale("logit_scale", logit_scale, image_features)
+        return as_scale("logit_scale", logit_scale, image_features)
 
     shards = None
     if process_group is None:
@@ -182,9 +184,9 @@ def clip_loss(
         with group.telling_the_others():
             scale = check()
             group.check_device(image_features.device)
-        said = _described(
-            "clip_loss", gather, backend, keep, image_features, text_features, scale, None, None, group_ids
-        )
+            said = _described(
+                "clip_loss", gather, backend, keep, image_features, text_features, scale, None, None, group_ids
+            )
         shards = Shards(group, group.agree(said, (len(image_features), 0))[0], gather)
     with no_autocast(image_features):
         return _sweep(
@@ -217,10 +219,10 @@ def similarity_kl(
 
     def check() -> tuple[Tensor, Tensor]:
         check_keep(keep)
-        _check_gather(gather)
-        _check_pairs("image_features", image_features, "text_features", text_features)
-        scale = _as_scale("logit_scale", logit_scale, image_features)
-        teacher_scale = _check_teacher("image_features", image_features, *teacher, teacher_logit_scale)
+        check_gather(gather)
+        check_pairs("image_features", image_features, "text_features", text_features)
+        scale = as_scale("logit_scale", logit_scale, image_features)
+        teacher_scale = check_teacher("image_features", image_features, *teacher, teacher_logit_scale)
         choose(backend, image_features, text_features, *teacher, sharded=process_group is not None)
         return scale, teacher_scale
 
@@ -232,7 +234,9 @@ def similarity_kl(
         with group.telling_the_others():
             scale, teacher_scale = check()
             group.check_device(image_features.device)
-        said = _described("similarity_kl", gather, backend, keep, image_features, text_features, scale, *teacher, None)
+            said = _described(
+                "similarity_kl", gather, backend, keep, image_features, text_features, scale, *teacher, None
+            )
         shards = Shards(group, group.agree(said, (len(image_features), 0))[0], gather)
     with no_autocast(image_features):
         return _sweep(
@@ -358,180 +362,3 @@ def _intra_kl(
     """mean_i KL(softmax(s° F° F°ᵀ)_i || softmax(s F Fᵀ)_i): symmetric, so half of rows plus columns."""
     both = _sweep(student, student, scale, teacher, teacher, teacher_scale, None, False, True, backend, keep, shards)[1]
     return 0.5 * both
-
-
-def _check_cliperase(
-    forget_image: Tensor,
-    forget_text: Tensor,
-    retain_image: Tensor,
-    retain_text: Tensor,
-    teacher_image: Tensor | None,
-    teacher_text: Tensor | None,
-    logit_scale: Tensor | float,
-    teacher_logit_scale: Tensor | float | None,
-    lambda_retain: float,
-    lambda_forget: float,
-    lambda_consistency: float,
-    forget: str,
-    margin: float,
-    consistency: str,
-    group_ids: Tensor | None,
-    process_group: Any,
-    gather: str,
-    backend: str,
-    keep: str,
-) -> tuple[Tensor, Tensor | None]:
-    """The two scales as 0-d tensors, the teacher's None where there is no consistency term."""
-    check_options(lambda_retain, lambda_forget, lambda_consistency, forget, margin, consistency)
-    check_keep(keep)
-    _check_gather(gather)
-    _check_pairs("forget_image", forget_image, "forget_text", forget_text)
-    _check_pairs("retain_image", retain_image, "retain_text", retain_text)
-    _check_device("forget_image", forget_image, "retain_image", retain_image)
-    if forget_image.shape[1] != retain_image.shape[1]:
-        raise InputError(
-            f"forget_image {_shape(forget_image)} and retain_image {_shape(retain_image)} differ in width; "
-            "both come from the student"
-        )
-    _check_group_ids(group_ids, "retain_image", retain_image)
-    scale = _as_scale("logit_scale", logit_scale, retain_image)
-    teacher_scale = None
-    if lambda_consistency > 0:
-        needed_scale = 1.0 if consistency == "features" else teacher_logit_scale
-        teacher_scale = _check_teacher("retain_image", retain_image, teacher_image, teacher_text, needed_scale)
-        if consistency == "features" and teacher_image is not None and teacher_image.shape != retain_image.shape:
-            raise InputError(
-                "consistency='features' compares features directly, so teacher_image must be as wide as "
-                f"retain_image, {retain_image.shape[1]}; use 'logits' or 'intra' with a teacher like this"
-            )
-    # a wrong name is an error whichever terms are wanted
-    choose(backend, retain_image, retain_text, sharded=process_group is not None)
-    return scale, teacher_scale
-
-
-def check_options(
-    lambda_retain: float,
-    lambda_forget: float,
-    lambda_consistency: float,
-    forget: str,
-    margin: float,
-    consistency: str,
-) -> None:
-    """Raise InputError unless the weights are finite, >= 0 and not all 0, and the other options are known."""
-    weights = {
-        "lambda_retain": lambda_retain,
-        "lambda_forget": lambda_forget,
-        "lambda_consistency": lambda_consistency,
-    }
-    for name, weight in weights.items():
-        if not 0 <= weight < math.inf:  # false for NaN as well
-            raise InputError(f"{name}={weight} must be a finite number, 0 or larger")
-    if not any(weights.values()):
-        raise InputError(f"{', '.join(weights)} are all 0: nothing would be trained")
-    for name, value, known in (
-        ("forget", forget, FORGET_LOSSES),
-        ("consistency", consistency, CONSISTENCY_MODES),
-    ):
-        if value not in known:
-            near = difflib.get_close_matches(str(value), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(known)}"
-            raise InputError(f"{name}={value!r} is not known; {hint}")
-    if not -1 <= margin <= 1:
-        raise InputError(f"margin={margin} is a cosine: it must lie between -1 and 1")
-
-
-def check_keep(keep: str) -> None:
-    if keep not in _KEEP_MODES:
-        raise InputError(f"keep={keep!r} is not known; use one of {', '.join(_KEEP_MODES)}")
-
-
-def _check_gather(gather: str) -> None:
-    if gather not in GATHER_MODES:
-        raise InputError(f"gather={gather!r} is not known; use one of {', '.join(GATHER_MODES)}")
-
-
-def _shape(tensor: Tensor) -> str:
-    return str(list(tensor.shape))
-
-
-def _check_features(name: str, features: Tensor) -> None:
-    if not isinstance(features, Tensor):
-        raise InputError(f"{name} must be a tensor [rows, width], not a {type(features).__name__}")
-    if features.ndim != 2:
-        raise InputError(f"{name} has shape {_shape(features)}; it must be two-dimensional, [rows, width]")
-    if features.shape[1] == 0:
-        raise InputError(f"{name} has shape {_shape(features)}: features of width 0; pass the encoder's output")
-    if features.dtype not in _FLOATING:
-        raise InputError(f"{name} has dtype {features.dtype}; convert it to float32, float64, float16 or bfloat16")
-
-
-def _check_device(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
-    if tensor.device != like.device:
-        raise InputError(f"{name} is on {tensor.device} and {like_name} on {like.device}; move them to one device")
-
-
-def _check_pairs(image_name: str, image: Tensor, text_name: str, text: Tensor) -> None:
-    _check_features(image_name, image)
-    _check_features(text_name, text)
-    _check_device(text_name, text, image_name, image)
-    if image.shape != text.shape:
-        what = "width" if len(image) == len(text) else "number of rows"
-        raise InputError(
-            f"{image_name} {_shape(image)} and {text_name} {_shape(text)} differ in {what}; "
-            "row i of both belongs to pair i"
-        )
-
-
-def _check_teacher(
-    student_name: str,
-    student: Tensor,
-    image: Tensor | None,
-    text: Tensor | None,
-    scale: Tensor | float | None,
-) -> Tensor:
-    """Check the teacher's features against the student's; returns its scale as a 0-d tensor."""
-    if image is None or text is None or scale is None:
-        raise InputError(
-            "teacher_image, teacher_text and teacher_logit_scale are needed for the consistency term; "
-            "to go without a teacher set lambda_consistency=0"
-        )
-    _check_pairs("teacher_image", image, "teacher_text", text)
-    _check_device("teacher_image", image, student_name, student)
-    if len(image) != len(student):
-        raise InputError(
-            f"teacher_image {_shape(image)} and {student_name} {_shape(student)} differ in number of rows; "
-            "the teacher sees the same pairs"
-        )
-    scale = _as_scale("teacher_logit_scale", scale, student)
-    for name, tensor in (("teacher_image", image), ("teacher_text", text), ("teacher_logit_scale", scale)):
-        if tensor.requires_grad:
-            raise InputError(
-                f"{name} requires grad, but the teacher is frozen and gets no gradient: "
-                f"compute it under torch.no_grad(), or pass {name}.detach()"
-            )
-    return scale
-
-
-def _check_group_ids(group_ids: Tensor | None, name: str, image: Tensor) -> None:
-    if group_ids is None:
-        return
-    if not isinstance(group_ids, Tensor) or group_ids.dtype != torch.int64:
-        kind = group_ids.dtype if isinstance(group_ids, Tensor) else type(group_ids).__name__
-        raise InputError(f"group_ids must be an int64 tensor, an id a pair, not {kind}")
-    if group_ids.shape != image.shape[:1]:
-        raise InputError(f"group_ids has shape {_shape(group_ids)}; {name} {_shape(image)} needs [{len(image)}]")
-    _check_device("group_ids", group_ids, name, image)
-
-
-def _as_scale(name: str, scale: Tensor | float, features: Tensor) -> Tensor:
-    """`scale` as a 0-d tensor, at least float32, so that the gradients of several terms add up unrounded."""
-    if isinstance(scale, Tensor):
-        if scale.numel() != 1 or scale.dtype not in _FLOATING:
-            raise InputError(
-                f"{name} must be a number or one floating-point element, not {scale.dtype} of shape {_shape(scale)}"
-            )
-        _check_device(name, scale, "the features", features)
-        return scale.reshape(()).to(compute_dtype(scale))
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not -math.inf < scale < math.inf:
-        raise InputError(f"{name}={scale!r} must be a finite number or a tensor of one element")
-    return torch.full((), scale, dtype=compute_dtype(features), device=features.device)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
-from cliperase_fast.functional import LossTerms, check_keep, check_options, cliperase_loss
+from cliperase_fast.checks import check_gather, check_keep, check_options
+from cliperase_fast.functional import LossTerms, cliperase_loss
 
 
 class CLIPEraseLoss(nn.Module):
     """CLIPErase's loss (arXiv 2410.23330) with its options fixed; it has no parameters or state.
 
     The options are those of `functional.cliperase_loss`, where the formulas and shapes stand too. A wrong one
-    raises InputError here.
+    raises InputError here. With a process_group every rank has such a module and calls it with its part of the batch;
+    gradients are right after DistributedDataParallel's averaging, see `cliperase_fast.functional`.
     """
 
     def __init__(
@@ -23,18 +27,23 @@ class CLIPEraseLoss(nn.Module):
         forget: str = "cosine",
         margin: float = 0.0,
         consistency: str = "logits",
+        process_group: Any = None,
+        gather: str = "all",
         backend: str = "auto",
         keep: str = "auto",
     ) -> None:
         super().__init__()
         check_options(lambda_retain, lambda_forget, lambda_consistency, forget, margin, consistency)
         check_keep(keep)
+        check_gather(gather)
         self.lambda_retain = lambda_retain
         self.lambda_forget = lambda_forget
         self.lambda_consistency = lambda_consistency
         self.forget = forget
         self.margin = margin
         self.consistency = consistency
+        self.process_group = process_group
+        self.gather = gather
         self.backend = backend
         self.keep = keep
 
@@ -61,14 +70,16 @@ class CLIPEraseLoss(nn.Module):
             logit_scale, teacher_logit_scale,
             lambda_retain=self.lambda_retain, lambda_forget=self.lambda_forget,
             lambda_consistency=self.lambda_consistency, forget=self.forget, margin=self.margin,
-            consistency=self.consistency, group_ids=group_ids, backend=self.backend,
-            keep=self.keep,
+            consistency=self.consistency, group_ids=group_ids, process_group=self.process_group,
+            gather=self.gather, backend=self.backend, keep=self.keep,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
         margin = f", margin={self.margin}" if self.forget == "hinge" else ""
+        gather = f", gather={self.gather!r}" if self.process_group is not None else ""
         return (
             f"lambda_retain={self.lambda_retain}, lambda_forget={self.lambda_forget}, "
             f"lambda_consistency={self.lambda_consistency}, forget={self.forget!r}{margin}, "
             f"consistency={self.consistency!r}, backend={self.backend!r}, keep={self.keep!r}"
+            f"{gather}"
         )

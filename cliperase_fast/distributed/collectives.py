@@ -50,7 +50,7 @@ def to_owners(shards: Shards, planes: Tensor) -> Tensor:
     found = planes.T.contiguous()  # [N, planes]
     received = found.new_empty(shards.group.size * shards.own, found.shape[1])
     _all_to_all(shards, received, found)
-    return received.view(shards.group.size, shards.own, -1).transpose(1, 2)
+    return received.view(shards.group.size, shards.own, received.shape[1]).transpose(1, 2)
 
 
 def sum_to_owners(shards: Shards, summands: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ def sum_to_owners(shards: Shards, summands: Tensor) -> Tensor:
         return total
     received = summands.new_empty(shards.group.size * shards.own, summands.shape[1])
     _all_to_all(shards, received, summands.contiguous())
-    return received.view(shards.group.size, shards.own, -1).sum(0)
+    return received.view(shards.group.size, shards.own, received.shape[1]).sum(0)
 
 
 def _all_to_all(shards: Shards, received: Tensor, sent: Tensor) -> None:
@@ -89,7 +89,6 @@ class _Sum(torch.autograd.Function):
         return ctx.ranks * grad, None
 
 
-@torch.compiler.disable
 def sum_over_ranks(shards: Shards, value: Tensor) -> Tensor:
     """The same, differentiable: a gradient grows by the number of ranks, over which the parameters' is averaged."""
     return _Sum.apply(value, shards.group)

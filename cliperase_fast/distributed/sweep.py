@@ -2,8 +2,8 @@
 
 Forward: own rows meet everyone's texts, gathered at once or block by block round a ring. What is found of the rows is
 complete; what is found of the columns goes to their owners, who merge it in rank order, finish their pairs and tell
-everyone the state [5, N] of the columns. Backward: a rank forms its rows of dS; dI and ds of its rows are complete, dT is
-summed to its owners. Nothing is N x N; the similarities are formed once in all, not once for each side.
+everyone the state [5, N] of the columns. Backward: a rank forms its rows of dS; dI and ds of its rows are complete, dT
+is summed to its owners. Nothing is N x N; the similarities are formed once in all, not once for each side.
 
 Gradients are those of the loss of the whole batch times the number of ranks, so that their mean over the ranks, which
 DistributedDataParallel takes of those of the parameters, is the gradient of one process with the whole batch. A rank's
@@ -27,7 +27,6 @@ from cliperase_fast.ops.engine import Engine
 from cliperase_fast.ops.problem import Problem, State
 
 
-@torch.compiler.disable
 def sharded_sweep(
     engine: Engine,
     shards: Shards,
@@ -44,8 +43,8 @@ def sharded_sweep(
 ) -> tuple[Tensor, Tensor]:
     """(retention, consistency) of the whole batch on every rank; the arguments are this rank's part, see `ops.sweep`.
 
-    A rank may have no pairs, the whole batch may not be empty. Every rank calls it, and its backward. keep: a ring keeps
-    nothing.
+    A rank may have no pairs, the whole batch may not be empty. Every rank calls it, and its backward. keep: a ring
+    keeps nothing.
     """
     ids = group_ids if want_retention else None
     local = Problem(
@@ -66,7 +65,8 @@ class _Sweep(torch.autograd.Function):
     def forward(
         ctx: Any, engine: Engine, shards: Shards, keep: str, want_retention: bool, want_consistency: bool, *tensors: Any
     ) -> tuple[Tensor, Tensor]:
-        local = Problem(*tensors, want_retention, want_consistency)
+        arguments = (*tensors, want_retention, want_consistency)
+        local = Problem(*arguments)
         ctx.fixed = (engine, shards, want_retention, want_consistency)
         with no_autocast(local.image):
             gathered: list[Tensor | None] = [None, None, None]
@@ -81,7 +81,8 @@ class _Sweep(torch.autograd.Function):
     def backward(ctx: Any, grad_retention: Tensor, grad_consistency: Tensor) -> tuple[Any, ...]:
         engine, shards, *wants = ctx.fixed
         *inputs, rows, columns, kept = ctx.saved_tensors
-        local, gathered = Problem(*inputs[:7], *wants), inputs[7:]
+        arguments = (*inputs[:7], *wants)
+        local, gathered = Problem(*arguments), inputs[7:]
         ranks = shards.group.size
         weights = finish.weights(ranks * grad_retention, ranks * grad_consistency, shards.total)
         need = ctx.needs_input_grad[5:8]

@@ -122,9 +122,13 @@ def as_sweep(engine: Engine) -> Sweep:
     backward_op.register_fake(_fake_backward)
 
     def backward(
-        ctx: Any, grad_retention: Tensor, grad_consistency: Tensor, _state: Tensor | None, _kept: Tensor | None
+        ctx: Any, grad_retention: Tensor | None, grad_consistency: Tensor | None, _state: None, _kept: None
     ) -> tuple[Any, ...]:
         state, kept, *tensors = ctx.saved_tensors
+        zero = state.new_zeros(())
+        grad_retention, grad_consistency = (
+            zero if gradient is None else gradient for gradient in (grad_retention, grad_consistency)
+        )
         need = ctx.needs_input_grad[:3]
         gradients = backward_op(grad_retention, grad_consistency, state, kept, *tensors, *ctx.wants, *need)
         wanted = (gradient if needed else None for gradient, needed in zip(gradients, need, strict=True))
@@ -193,4 +197,5 @@ def _fake_backward(
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, want_retention, want_consistency, strip_rows, _ = inputs
     ctx.wants = (want_retention, want_consistency, strip_rows)
+    ctx.set_materialize_grads(False)  # else autograd makes zeros as large as what is kept
     ctx.save_for_backward(output[2], output[3], *tensors)

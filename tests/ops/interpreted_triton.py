@@ -5,11 +5,14 @@ Blocks are 32 x 32 here, so 65 pairs are three blocks, the last of one row, and 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from kernel_checks import *  # noqa: F403
-from kernel_checks import Subject, some_groups
-from sweep_cases import random_batch
+from kernel_checks import FORMS, Subject, formed, some_groups
+from rectangles import in_pieces
+from sweep_cases import outcome, random_batch
 
 from cliperase_fast import functional
 from cliperase_fast.errors import InputError
@@ -145,3 +148,25 @@ def test_float64_is_refused_in_words():
         choose("triton", halves.image, halves.text, batch.teacher_image, batch.teacher_text)
     with pytest.raises(InputError, match=r"does not take torch\.float64; use backend='torch'"):
         sweep(*batch.arguments())
+
+
+# one process's rows against all columns, and blocks without own pairs; 65 pairs are three blocks of columns
+@pytest.mark.parametrize("cuts", [([0, 20, 65], [0, 65]), ([0, 20, 65], [0, 20, 65]), ([0, 1, 65], [0, 1, 65])])
+@pytest.mark.parametrize("groups", [False, True], ids=["no groups", "groups"])
+@pytest.mark.parametrize("keep", ["nothing", "similarities"])
+def test_rectangles_add_up_to_the_whole(keep, groups, cuts):
+    batch = replace(random_batch(65), group_ids=some_groups(65) if groups else None)
+    exact = outcome(reference.sweep, batch, (0.7, 1.3))
+    found = in_pieces(triton_sweep.engine, batch.to(torch.float32), *cuts, strip_rows=1, keep=keep)
+    for ours, theirs in zip(found, exact.tensors(), strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rectangles_of_half_precision_give_summands_in_float32(form):
+    batch = formed(random_batch(40), form).to(torch.bfloat16)
+    exact = outcome(reference.sweep, batch.to(torch.float64), (0.7, 1.3))
+    found = in_pieces(triton_sweep.engine, batch, [0, 7, 40], [0, 7, 40])
+    for ours, theirs in zip(found[2:4], (exact.image, exact.text), strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours.double() - theirs).norm() <= 4e-3 * theirs.norm()

@@ -11,13 +11,14 @@ from dataclasses import replace
 import pytest
 import torch
 from accuracy_cases import REGIMES, allowed_errors, errors, regime
+from rectangles import in_pieces
 from sweep_cases import Batch, Outcome, outcome, random_batch
 from torch import Tensor
 
 from cliperase_fast import functional
 from cliperase_fast.ops import backends, choose, reference
 from cliperase_fast.ops.native import extension
-from cliperase_fast.ops.native.sweep import sweep
+from cliperase_fast.ops.native.sweep import engine, sweep
 
 FORMS = {"both": (True, True), "rm": (True, False), "kl": (False, True)}
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")
@@ -151,6 +152,18 @@ def test_nothing_is_kept_without_a_backward_pass(monkeypatch):
     assert sizes == [0, 0]
 
 
+# 300 rows are two tiles, 300 columns three blocks; offsets that are no multiples of either
+@pytest.mark.parametrize("cuts", [([0, 20, 300], [0, 300]), ([0, 131, 300], [0, 131, 300])])
+@pytest.mark.parametrize("groups", [False, True], ids=["no groups", "groups"])
+@pytest.mark.parametrize("keep", ["nothing", "similarities"])
+def test_rectangles_add_up_to_the_whole(keep, groups, cuts):
+    batch = replace(random_batch(300), group_ids=some_groups(300) if groups else None)
+    exact = outcome(reference.sweep, batch, (0.7, 1.3))
+    found = in_pieces(engine, batch.to(torch.float32), *cuts, keep=keep)
+    for ours, theirs in zip(found, exact.tensors(), strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=2e-5, atol=2e-6)
+
+
 @pytest.mark.parametrize("keep", ["nothing", "similarities"])
 def test_the_same_bits_in_every_run_and_for_any_number_of_threads(keep):
     batch = replace(random_batch(1300), group_ids=some_groups(1300)).to(torch.float32)
@@ -261,7 +274,7 @@ def test_what_is_not_finite_comes_out_as_nan(value):
 def test_no_memory_for_the_similarities_is_one_warning_and_the_same_gradients(monkeypatch):
     from cliperase_fast.ops.native import cpu
 
-    engine = cpu.CpuEngine()
+    half = cpu.CpuEngine()
 
     class NoMemory:
         def __getattr__(self, name):
@@ -270,14 +283,14 @@ def test_no_memory_for_the_similarities_is_one_warning_and_the_same_gradients(mo
         def Workspace(self, size):
             raise MemoryError
 
-    engine._cpu = NoMemory()
+    half._cpu = NoMemory()
     problem = cpu.Problem(*random_batch(140).to(torch.float32).arguments())
     with pytest.warns(UserWarning, match="no memory to keep the similarities, .* MiB.*CLIPERASE_KEEP_MIB"):
-        _, kept = engine.forward(problem, 0, engine.kept_bytes(problem, "similarities"))
+        _, kept = half.forward(problem, 0, half.kept_bytes(problem, "similarities"))
     assert kept.numel() == 0
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        engine.forward(problem, 0, engine.kept_bytes(problem, "similarities"))
+        half.forward(problem, 0, half.kept_bytes(problem, "similarities"))
 
 
 def test_opcheck_and_a_full_graph():

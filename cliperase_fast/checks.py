@@ -1,0 +1,195 @@
+"""What the losses take: every argument is looked at, and named when it is wrong, before anything is computed."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cliperase_fast.config import CONSISTENCY_MODES, FORGET_LOSSES
+from cliperase_fast.distributed import GATHER_MODES
+from cliperase_fast.errors import InputError
+from cliperase_fast.ops import choose, compute_dtype
+
+_KEEP_MODES = ("auto", "nothing", "similarities")
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_cliperase(
+    forget_image: Tensor,
+    forget_text: Tensor,
+    retain_image: Tensor,
+    retain_text: Tensor,
+    teacher_image: Tensor | None,
+    teacher_text: Tensor | None,
+    logit_scale: Tensor | float,
+    teacher_logit_scale: Tensor | float | None,
+    lambda_retain: float,
+    lambda_forget: float,
+    lambda_consistency: float,
+    forget: str,
+    margin: float,
+    consistency: str,
+    group_ids: Tensor | None,
+    process_group: Any,
+    gather: str,
+    backend: str,
+    keep: str,
+) -> tuple[Tensor, Tensor | None]:
+    """The two scales as 0-d tensors, the teacher's None where there is no consistency term."""
+    check_options(lambda_retain, lambda_forget, lambda_consistency, forget, margin, consistency)
+    check_keep(keep)
+    check_gather(gather)
+    check_pairs("forget_image", forget_image, "forget_text", forget_text)
+    check_pairs("retain_image", retain_image, "retain_text", retain_text)
+    _check_device("forget_image", forget_image, "retain_image", retain_image)
+    if forget_image.shape[1] != retain_image.shape[1]:
+        raise InputError(
+            f"forget_image {_shape(forget_image)} and retain_image {_shape(retain_image)} differ in width; "
+            "both come from the student"
+        )
+    check_group_ids(group_ids, "retain_image", retain_image)
+    scale = as_scale("logit_scale", logit_scale, retain_image)
+    teacher_scale = None
+    if lambda_consistency > 0:
+        needed_scale = 1.0 if consistency == "features" else teacher_logit_scale
+        teacher_scale = check_teacher("retain_image", retain_image, teacher_image, teacher_text, needed_scale)
+        if consistency == "features" and teacher_image is not None and teacher_image.shape != retain_image.shape:
+            raise InputError(
+                "consistency='features' compares features directly, so teacher_image must be as wide as "
+                f"retain_image, {retain_image.shape[1]}; use 'logits' or 'intra' with a teacher like this"
+            )
+    # a wrong name is an error whichever terms are wanted
+    choose(backend, retain_image, retain_text, sharded=process_group is not None)
+    return scale, teacher_scale
+
+
+def check_options(
+    lambda_retain: float,
+    lambda_forget: float,
+    lambda_consistency: float,
+    forget: str,
+    margin: float,
+    consistency: str,
+) -> None:
+    """Raise InputError unless the weights are finite, >= 0 and not all 0, and the other options are known."""
+    weights = {
+        "lambda_retain": lambda_retain,
+        "lambda_forget": lambda_forget,
+        "lambda_consistency": lambda_consistency,
+    }
+    for name, weight in weights.items():
+        if not 0 <= weight < math.inf:  # false for NaN as well
+            raise InputError(f"{name}={weight} must be a finite number, 0 or larger")
+    if not any(weights.values()):
+        raise InputError(f"{', '.join(weights)} are all 0: nothing would be trained")
+    for name, value, known in (
+        ("forget", forget, FORGET_LOSSES),
+        ("consistency", consistency, CONSISTENCY_MODES),
+    ):
+        if value not in known:
+            near = difflib.get_close_matches(str(value), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(known)}"
+            raise InputError(f"{name}={value!r} is not known; {hint}")
+    if not -1 <= margin <= 1:
+        raise InputError(f"margin={margin} is a cosine: it must lie between -1 and 1")
+
+
+def check_keep(keep: str) -> None:
+    if keep not in _KEEP_MODES:
+        raise InputError(f"keep={keep!r} is not known; use one of {', '.join(_KEEP_MODES)}")
+
+
+def check_gather(gather: str) -> None:
+    if gather not in GATHER_MODES:
+        raise InputError(f"gather={gather!r} is not known; use one of {', '.join(GATHER_MODES)}")
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(list(tensor.shape))
+
+
+def _check_features(name: str, features: Tensor) -> None:
+    if not isinstance(features, Tensor):
+        raise InputError(f"{name} must be a tensor [rows, width], not a {type(features).__name__}")
+    if features.ndim != 2:
+        raise InputError(f"{name} has shape {_shape(features)}; it must be two-dimensional, [rows, width]")
+    if features.shape[1] == 0:
+        raise InputError(f"{name} has shape {_shape(features)}: features of width 0; pass the encoder's output")
+    if features.dtype not in _FLOATING:
+        raise InputError(f"{name} has dtype {features.dtype}; convert it to float32, float64, float16 or bfloat16")
+
+
+def _check_device(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+    if tensor.device != like.device:
+        raise InputError(f"{name} is on {tensor.device} and {like_name} on {like.device}; move them to one device")
+
+
+def check_pairs(image_name: str, image: Tensor, text_name: str, text: Tensor) -> None:
+    _check_features(image_name, image)
+    _check_features(text_name, text)
+    _check_device(text_name, text, image_name, image)
+    if image.shape != text.shape:
+        what = "width" if len(image) == len(text) else "number of rows"
+        raise InputError(
+            f"{image_name} {_shape(image)} and {text_name} {_shape(text)} differ in {what}; "
+            "row i of both belongs to pair i"
+        )
+
+
+def check_teacher(
+    student_name: str,
+    student: Tensor,
+    image: Tensor | None,
+    text: Tensor | None,
+    scale: Tensor | float | None,
+) -> Tensor:
+    """Check the teacher's features against the student's; returns its scale as a 0-d tensor."""
+    if image is None or text is None or scale is None:
+        raise InputError(
+            "teacher_image, teacher_text and teacher_logit_scale are needed for the consistency term; "
+            "to go without a teacher set lambda_consistency=0"
+        )
+    check_pairs("teacher_image", image, "teacher_text", text)
+    _check_device("teacher_image", image, student_name, student)
+    if len(image) != len(student):
+        raise InputError(
+            f"teacher_image {_shape(image)} and {student_name} {_shape(student)} differ in number of rows; "
+            "the teacher sees the same pairs"
+        )
+    scale = as_scale("teacher_logit_scale", scale, student)
+    for name, tensor in (("teacher_image", image), ("teacher_text", text), ("teacher_logit_scale", scale)):
+        if tensor.requires_grad:
+            raise InputError(
+                f"{name} requires grad, but the teacher is frozen and gets no gradient: "
+                f"compute it under torch.no_grad(), or pass {name}.detach()"
+            )
+    return scale
+
+
+def check_group_ids(group_ids: Tensor | None, name: str, image: Tensor) -> None:
+    if group_ids is None:
+        return
+    if not isinstance(group_ids, Tensor) or group_ids.dtype != torch.int64:
+        kind = group_ids.dtype if isinstance(group_ids, Tensor) else type(group_ids).__name__
+        raise InputError(f"group_ids must be an int64 tensor, an id a pair, not {kind}")
+    if group_ids.shape != image.shape[:1]:
+        raise InputError(f"group_ids has shape {_shape(group_ids)}; {name} {_shape(image)} needs [{len(image)}]")
+    _check_device("group_ids", group_ids, name, image)
+
+
+def as_scale(name: str, scale: Tensor | float, features: Tensor) -> Tensor:
+    """`scale` as a 0-d tensor, at least float32, so that the gradients of several terms add up unrounded."""
+    if isinstance(scale, Tensor):
+        if scale.numel() != 1 or scale.dtype not in _FLOATING:
+            raise InputError(
+                f"{name} must be a number or one floating-point element, not {scale.dtype} of shape {_shape(scale)}"
+            )
+        _check_device(name, scale, "the features", features)
+        return scale.reshape(()).to(compute_dtype(scale))
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not -math.inf < scale < math.inf:
+        raise InputError(f"{name}={scale!r} must be a finite number or a tensor of one element")
+    return torch.full((), scale, dtype=compute_dtype(features), device=features.device)
