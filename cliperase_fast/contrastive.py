@@ -11,17 +11,9 @@ import math
 import torch
 from torch import Tensor
 
+from cliperase_fast.checks import _check_device, _check_features, _shape, as_scale, check_pairs, check_teacher
 from cliperase_fast.errors import InputError
-from cliperase_fast.functional import (
-    _as_scale,
-    _check_device,
-    _check_features,
-    _check_pairs,
-    _check_teacher,
-    _shape,
-    cliperase_loss,
-    similarity_kl,
-)
+from cliperase_fast.functional import cliperase_loss, similarity_kl
 from cliperase_fast.ops import compute_dtype, no_autocast
 from cliperase_fast.ops.rows import row_losses
 from cliperase_fast.ops.sigmoid import sigmoid_sweep
@@ -83,11 +75,11 @@ def local_clip_loss(
         raise InputError(
             f"first_key={first_key}: the keys {_shape(keys)} must hold the {len(query)} rows that start there"
         )
-    scale = _as_scale("logit_scale", logit_scale, query)
+    scale = as_scale("logit_scale", logit_scale, query)
     teacher_scale = None
     if teacher_query is not None or teacher_keys is not None:
-        teacher_scale = _check_teacher("query", query, teacher_query, teacher_query, teacher_logit_scale)
-        _check_teacher("keys", keys, teacher_keys, teacher_keys, teacher_logit_scale)
+        teacher_scale = check_teacher("query", query, teacher_query, teacher_query, teacher_logit_scale)
+        check_teacher("keys", keys, teacher_keys, teacher_keys, teacher_logit_scale)
         assert teacher_query is not None and teacher_keys is not None
         _check_rows("teacher_query", teacher_query, "teacher_keys", teacher_keys)
     if len(query) == 0:
@@ -111,10 +103,10 @@ def sigmoid_loss(
     image_features: [n, D]; text_features: [m, D], m = n unless negative_only. logit_bias: b, None: 0.
     Returns a 0-d tensor, 0 for n = 0; differentiable in all four.
     """
-    check = _check_rows if negative_only else _check_pairs
+    check = _check_rows if negative_only else check_pairs
     check("image_features", image_features, "text_features", text_features)
-    scale = _as_scale("logit_scale", logit_scale, image_features)
-    bias = _as_scale("logit_bias", 0.0 if logit_bias is None else logit_bias, image_features)
+    scale = as_scale("logit_scale", logit_scale, image_features)
+    bias = as_scale("logit_bias", 0.0 if logit_bias is None else logit_bias, image_features)
     if len(image_features) == 0:
         zero = image_features.sum(dtype=compute_dtype(image_features, text_features))
         return zero + 0 * (text_features.sum() + scale + bias)

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from cliperase_fast.ops import finish
-from cliperase_fast.ops.streaming import _Similarity as Similarity
-from cliperase_fast.ops.streaming import _strip_height as strip_height
+from cliperase_fast.ops.streaming import Similarity, strip_height
 from cliperase_fast.ops.sweep import compute_dtype, no_autocast
 
 _OWN, _TEACHER_OWN, _ODDS, _TEACHER_ODDS = range(4)  # the rows of the state [4, n]; the teacher's are 0 without one
@@ -48,7 +47,7 @@ class _Rows:
         self.teacher = None
         if teacher_query is not None and teacher_keys is not None and teacher_scale is not None:
             self.teacher = Similarity(teacher_query, teacher_keys, teacher_scale, self.dtype)
-        self.height = min(self.n, strip_height(len(keys), strip_rows, self.student.text))
+        self.height = strip_height(self.n, len(keys), strip_rows, self.student.text)
         count = 1 if self.teacher is None else 2
         self._buffers = [self.student.text.new_empty(self.height, len(keys)) for _ in range(count)]
 
@@ -127,8 +126,9 @@ def _log_odds(strip: Tensor, own: Tensor) -> Tensor:
 
 def _softmax(strip: Tensor, own: Tensor, odds: Tensor, weight: Tensor) -> Tensor:
     """Each row's weight times its softmax, 0 at its own entry; in place of the strip."""
-    softmax = finish._softmax(own, odds, weight)
-    return strip.sub_(softmax.anchor[:, None]).exp_().mul_(softmax.factor[:, None])
+    anchor = own + odds.clamp_min(0)  # as in `finish.Softmax`
+    factor = weight * ((anchor - own) - finish.log1p_exp(odds)).exp()
+    return strip.sub_(anchor[:, None]).exp_().mul_(factor[:, None])
 
 
 _forward_op = torch.library.custom_op(

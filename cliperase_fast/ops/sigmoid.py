@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cliperase_fast.ops.streaming import _Similarity as Similarity
-from cliperase_fast.ops.streaming import _strip_height as strip_height
+from cliperase_fast.ops.streaming import Similarity, strip_height
 from cliperase_fast.ops.sweep import compute_dtype, no_autocast
 
 _ARGUMENTS = "Tensor image, Tensor text, Tensor logit_scale, Tensor logit_bias, bool negative_only, int strip_rows"
@@ -28,7 +27,7 @@ def _strips(
 ) -> Iterator[tuple[slice, Tensor]]:
     """(rows, Y of them), strip by strip."""
     n, m = len(similarity.image), len(similarity.text)
-    height = min(n, strip_height(m, strip_rows, similarity.text))
+    height = strip_height(n, m, strip_rows, similarity.text)
     buffer = similarity.text.new_empty(height, m)
     for start in range(0, n, height):
         rows = slice(start, min(start + height, n))
