@@ -59,11 +59,9 @@ def test_a_run_of_open_clips_trainer_has_the_same_losses_with_the_patch(name, fo
 def test_two_ranks_train_alike_with_and_without_the_patch(folder):
     extras = {
         "whole": [],
-        "with-gradients": ["--gather-with-grad"],
         "local": ["--local-loss", "--gather-with-grad"],
         "local-without-gradients": ["--local-loss"],
         "siglip": ["--siglip"],
-        "siglip-gather": ["--siglip", "--loss-dist-impl", "gather"],
         "distillation": distilling(folder),
         "distillation-local": [*distilling(folder), "--local-loss", "--gather-with-grad"],
     }
