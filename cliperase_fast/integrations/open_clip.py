@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from cliperase_fast.errors import InputError
 from cliperase_fast.integrations import open_clip_losses as fused
@@ -46,14 +47,20 @@ def unpatch_open_clip() -> None:
     _swap(_FUSED, _STOCK)
 
 
-def train_open_clip(arguments: Sequence[str]) -> int:
-    """Run `open_clip_train.main` on its own command line, with the fused losses. Returns an exit code."""
+def import_trainer() -> Any:
+    """`open_clip_train.main`; InputError with what to install where it cannot be imported."""
     try:
         from open_clip_train import main as trainer
     except ImportError as error:
         raise InputError(
             f'open_clip\'s trainer cannot be imported ({error}): pip install "cliperase_fast[open-clip-training]"'
         ) from error
+    return trainer
+
+
+def train_open_clip(arguments: Sequence[str]) -> int:
+    """Run `open_clip_train.main` on its own command line, with the fused losses. Returns an exit code."""
+    trainer = import_trainer()
     if any(".tar" in word for word in arguments) and _reader_marks_shard_ends():
         raise InputError(
             "open_clip's shard reader does not take the webdataset installed here, which marks the ends of shards: "

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cliperase_fast.errors import InputError
+from cliperase_fast.integrations.open_clip import import_trainer
 from cliperase_fast.integrations.open_clip_losses import GatheredFeatures
 from cliperase_fast.losses import CLIPEraseLoss
 
@@ -115,8 +116,7 @@ def unlearning(
     Raises InputError where open_clip_train has no such seams, or the arguments lack the teacher or ask for what the
     loss cannot do (--local-loss, --siglip, --horovod).
     """
-    from open_clip_train import main as trainer
-
+    trainer = import_trainer()
     for seam in ("create_loss", "get_data"):
         if not hasattr(trainer, seam):
             raise InputError(

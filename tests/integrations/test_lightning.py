@@ -46,13 +46,8 @@ def test_it_forgets_and_keeps_and_the_teacher_stays_as_it_was(tmp_path):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     module = UnlearningModule(model, optimizer=lambda parameters: torch.optim.Adam(parameters, lr=2e-2))
     with torch.no_grad():
-        start = module.loss(
-            *module._features(model, *[(pairs_tensors([7]))]),
-            *module._features(model, pairs_tensors(range(7))),
-            *module._features(model, pairs_tensors(range(7))),
-            7.4,
-            7.4,
-        )
+        forget, retain = (module._features(model, tensors(ids)) for ids in ([7], range(7)))
+        start = module.loss(*forget, *retain, *retain, 7.4, 7.4)
     trainer = fit(module, tmp_path)
     end = {name.removeprefix("train/"): value.item() for name, value in trainer.callback_metrics.items()}
     assert end["forget"] < start.forget.item() - 0.3
@@ -62,7 +57,7 @@ def test_it_forgets_and_keeps_and_the_teacher_stays_as_it_was(tmp_path):
     assert not any(name.startswith("_teacher") or "teacher" in name for name in module.state_dict())
 
 
-def pairs_tensors(ids):
+def tensors(ids):
     found = pairs(ids)
     return torch.stack([image for image, _ in found]), torch.stack([text for _, text in found])
 
