@@ -137,6 +137,19 @@ def sharded_products_table() -> str:
     return f"{table(head, rows)}\n\n{provenance(record)}"
 
 
+def trainers_table() -> str:
+    record = load("trainers")
+    rows = []
+    for run in record["runs"]:
+        peaks = run.get("memory")
+        memory = [f"{peaks[kind] / 2**20:.0f} MiB" for kind in ("stock", "fused")] if peaks else ["", ""]
+        rows.append(
+            (run["name"], f"{run['first']:.4f}", f"{run['last']:.4f}", f"{run['largest_difference']:.1e}", *memory)
+        )
+    head = ("", "first loss", f"loss {record['steps']}", "largest difference", "memory, stock", "memory, fused")
+    return f"{table(head, rows)}\n\n{provenance(record)}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "sharded-products": sharded_products_table,
     "digits": digits_table,
@@ -144,6 +157,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "shapes": shapes_table,
     "cifar10": cifar10_table,
     "kernels": kernels_table,
+    "trainers": trainers_table,
     "native-kernels": native_kernels_table,
     "loss-cpu": loss_cpu_tables,
     "loss-gpu": loss_gpu_tables,

@@ -17,30 +17,51 @@ from cliperase_fast.losses import CLIPEraseLoss
 from cliperase_fast.ops import backends
 
 if TYPE_CHECKING:
+    from cliperase_fast import export
     from cliperase_fast.evaluation import evaluate
+    from cliperase_fast.integrations.open_clip import patch_open_clip, unpatch_open_clip
+    from cliperase_fast.integrations.open_clip_losses import ClipLoss, DistillClipLoss, SigLipLoss
+    from cliperase_fast.integrations.transformers import patch_transformers_clip, unpatch_transformers_clip
     from cliperase_fast.unlearning import UnlearnResult, unlearn
 
 _LAZY = {
+    "ClipLoss": "cliperase_fast.integrations.open_clip_losses",
+    "DistillClipLoss": "cliperase_fast.integrations.open_clip_losses",
+    "SigLipLoss": "cliperase_fast.integrations.open_clip_losses",
     "evaluate": "cliperase_fast.evaluation",
+    "patch_open_clip": "cliperase_fast.integrations.open_clip",
+    "patch_transformers_clip": "cliperase_fast.integrations.transformers",
     "unlearn": "cliperase_fast.unlearning",
+    "unpatch_open_clip": "cliperase_fast.integrations.open_clip",
+    "unpatch_transformers_clip": "cliperase_fast.integrations.transformers",
     "UnlearnResult": "cliperase_fast.unlearning",
 }
 
 __all__ = [
     "CLIPEraseLoss",
+    "ClipLoss",
+    "DistillClipLoss",
     "InputError",
+    "SigLipLoss",
     "UnlearnConfig",
     "UnlearnResult",
     "UnlearningError",
     "__version__",
     "backends",
     "evaluate",
+    "export",
     "functional",
+    "patch_open_clip",
+    "patch_transformers_clip",
     "unlearn",
+    "unpatch_open_clip",
+    "unpatch_transformers_clip",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "export":
+        return importlib.import_module("cliperase_fast.export")
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

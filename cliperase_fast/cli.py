@@ -1,4 +1,4 @@
-"""The command line: `cliperase-fast unlearn | evaluate | demo | backends`."""
+"""The command line: `cliperase-fast unlearn | evaluate | demo | train-open-clip | backends`."""
 
 from __future__ import annotations
 
@@ -107,6 +107,11 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--test-data", metavar="SOURCE", help="where to measure (default: the source's test split)")
     demo.add_argument("--output", default="runs/demo", metavar="DIR", help="the run directory (default: runs/demo)")
     _add_settings(demo)
+
+    train = _command(commands, "train-open-clip", "open_clip's own trainer, with the fused losses", _train_open_clip)
+    train.usage = "cliperase-fast train-open-clip -- ARGUMENTS OF open_clip_train.main"
+    train.epilog = "Under torchrun: torchrun --nproc_per_node 8 -m cliperase_fast.cli train-open-clip -- ARGUMENTS"
+    train.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS", help="passed on as they are")
 
     _command(commands, "backends", "what computes the losses here", _backends)
     return parser
@@ -224,6 +229,13 @@ def _demo(arguments: argparse.Namespace) -> int:
     _print_result(result, output)
     print(f"\n{time.perf_counter() - began:.0f} s in all.")
     return 0
+
+
+def _train_open_clip(arguments: argparse.Namespace) -> int:
+    from cliperase_fast.integrations.open_clip import train_open_clip
+
+    given = arguments.arguments
+    return train_open_clip(given[1:] if given[:1] == ["--"] else given)
 
 
 def _backends(arguments: argparse.Namespace) -> int:

@@ -21,7 +21,7 @@ _STRIP_BYTES_GPU = 32 << 20
 _LEAST_ROWS = 64
 
 
-class _Similarity:
+class Similarity:
     """Rows of S = scale * image @ textᵀ, formed on demand in `dtype`."""
 
     def __init__(self, image: Tensor, text: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
@@ -86,8 +86,8 @@ class _TorchEngine:
     def forward(self, problem: Problem, strip_rows: int, kept_bytes: int) -> tuple[Sums, Tensor]:
         n, m, dtype = problem.n, problem.m, problem.compute_dtype()
         lowest = torch.finfo(dtype).min
-        student, teacher = _Similarity(problem.image, problem.text, problem.scale, dtype), _teacher(problem, dtype)
-        height = _strip_height(problem, strip_rows, student.text)
+        student, teacher = Similarity(problem.image, problem.text, problem.scale, dtype), _teacher(problem, dtype)
+        height = strip_height(problem.n, problem.m, strip_rows, student.text)
         strip, work = _buffers(2, height, m, student.text)
         plain = _OffDiagonal(problem, strip, with_gap=False) if problem.plain else None
         masked = _OffDiagonal(problem, strip, with_gap=False) if problem.masked else None
@@ -147,8 +147,8 @@ class _TorchEngine:
         n, m, dtype = problem.n, problem.m, state.rows.dtype
         image, text = problem.image, problem.text
         lowest = torch.finfo(dtype).min
-        student, teacher = _Similarity(image, text, problem.scale, dtype), _teacher(problem, dtype)
-        height = _strip_height(problem, strip_rows, student.text)
+        student, teacher = Similarity(image, text, problem.scale, dtype), _teacher(problem, dtype)
+        height = strip_height(problem.n, problem.m, strip_rows, student.text)
         strip, gradient, work = _buffers(3, height, m, student.text)
         if teacher is not None:
             (teacher_strip,) = _buffers(1, height, m, student.text)
@@ -187,10 +187,10 @@ class _TorchEngine:
         return grad_image, grad_text, grad_scale.to(dtype if partial else problem.scale.dtype)
 
 
-def _teacher(problem: Problem, dtype: torch.dtype) -> _Similarity | None:
+def _teacher(problem: Problem, dtype: torch.dtype) -> Similarity | None:
     if problem.teacher_image is None or problem.teacher_text is None or problem.teacher_scale is None:
         return None
-    return _Similarity(problem.teacher_image, problem.teacher_text, problem.teacher_scale, dtype)
+    return Similarity(problem.teacher_image, problem.teacher_text, problem.teacher_scale, dtype)
 
 
 def _same_group(problem: Problem, rows: slice) -> Tensor:
@@ -208,9 +208,10 @@ def _add_softmax(gradient: Tensor, strip: Tensor, rows: slice, work: Tensor, sof
     gradient.addcmul_(work, factor)
 
 
-def _strip_height(problem: Problem, strip_rows: int, like: Tensor) -> int:
+def strip_height(n: int, m: int, strip_rows: int, like: Tensor) -> int:
+    """Rows of an [n, m] matrix to form at a time; strip_rows: the caller's wish, 0 for none."""
     budget = _STRIP_BYTES_CPU if like.device.type == "cpu" else _STRIP_BYTES_GPU
-    return min(problem.n, strip_rows or max(_LEAST_ROWS, budget // (problem.m * like.element_size())))
+    return min(n, strip_rows or max(_LEAST_ROWS, budget // (m * like.element_size())))
 
 
 def _buffers(count: int, height: int, width: int, like: Tensor) -> list[Tensor]:

@@ -1,0 +1,122 @@
+"""The contrastive losses of other trainers as functions: open_clip's distillation, a rank's own rows, SigLIP's sigmoid.
+
+Conventions, dtypes and errors are those of `functional.py`: L2-normalised features [rows, width], exponentiated scales,
+losses in the computing dtype, autocast off inside, `InputError` before anything is computed. No N x N matrix is held.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from cliperase_fast.checks import _check_device, _check_features, _shape, as_scale, check_pairs, check_teacher
+from cliperase_fast.errors import InputError
+from cliperase_fast.functional import cliperase_loss, similarity_kl
+from cliperase_fast.ops import compute_dtype, no_autocast
+from cliperase_fast.ops.rows import row_losses
+from cliperase_fast.ops.sigmoid import sigmoid_sweep
+
+
+def distill_clip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    teacher_image: Tensor,
+    teacher_text: Tensor,
+    teacher_logit_scale: Tensor | float,
+    *,
+    backend: str = "auto",
+    keep: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """(contrastive, distill) as open_clip's DistillClipLoss defines them, each a 0-d tensor.
+
+    contrastive is RM of `functional.py`. distill is the mean of the row and column cross-entropies with the teacher's
+    softmaxes: half of CM plus half of the teacher's row and column entropies, which have no gradient.
+    image_features, text_features: [N, D]; teacher_image, teacher_text: [N, D°], the same pairs, without gradient.
+    backend, keep: see `functional.cliperase_loss`.
+    """
+    terms = cliperase_loss(
+        image_features[:0], text_features[:0], image_features, text_features, teacher_image, teacher_text,
+        logit_scale, teacher_logit_scale,
+        lambda_retain=1.0, lambda_forget=0.0, lambda_consistency=1.0, backend=backend, keep=keep,
+    )  # fmt: skip
+    entropies = _row_and_column_entropy(teacher_image, teacher_text, teacher_logit_scale, backend)
+    return terms.retain, 0.5 * (terms.consistency + entropies)
+
+
+def _row_and_column_entropy(image: Tensor, text: Tensor, scale: Tensor | float, backend: str) -> Tensor:
+    """Mean entropy of the row softmaxes plus that of the column ones: 2 log N - KL to the uniform distribution."""
+    nothing = image.new_zeros(len(image), 1)  # similarities that are all 0
+    with torch.no_grad():
+        divergence = similarity_kl(nothing, nothing, 1.0, image, text, scale, backend=backend)
+    return 2 * math.log(max(len(image), 1)) - divergence
+
+
+def local_clip_loss(
+    query: Tensor,
+    keys: Tensor,
+    logit_scale: Tensor | float,
+    first_key: int,
+    *,
+    teacher_query: Tensor | None = None,
+    teacher_keys: Tensor | None = None,
+    teacher_logit_scale: Tensor | float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(contrastive, distill) of a rank's own rows against everyone's keys, one direction of open_clip's `local_loss`.
+
+    query: [n, D], of one modality; keys: [N, D], of the other, where row first_key + i belongs to query i.
+    teacher_query, teacher_keys: [n, D°] and [N, D°], without gradient; without them distill is 0.
+    contrastive = mean_i -log softmax(S_i)_own and distill = mean_i -Σ_j P°_ij log P_ij, with S = s Q Kᵀ [n, N].
+    """
+    _check_rows("query", query, "keys", keys)
+    if not 0 <= first_key <= len(keys) - len(query):
+        raise InputError(
+            f"first_key={first_key}: the keys {_shape(keys)} must hold the {len(query)} rows that start there"
+        )
+    scale = as_scale("logit_scale", logit_scale, query)
+    teacher_scale = None
+    if teacher_query is not None or teacher_keys is not None:
+        teacher_scale = check_teacher("query", query, teacher_query, teacher_query, teacher_logit_scale)
+        check_teacher("keys", keys, teacher_keys, teacher_keys, teacher_logit_scale)
+        assert teacher_query is not None and teacher_keys is not None
+        _check_rows("teacher_query", teacher_query, "teacher_keys", teacher_keys)
+    if len(query) == 0:
+        zero = query.sum(dtype=compute_dtype(query, keys)) + 0 * (keys.sum() + scale)
+        return zero, zero.detach()
+    with no_autocast(query):
+        return row_losses(query, keys, scale, teacher_query, teacher_keys, teacher_scale, first_key)
+
+
+def sigmoid_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None,
+    *,
+    negative_only: bool = False,
+) -> Tensor:
+    """SigLIP's loss (arXiv 2303.15343, algorithm 1): mean_i Σ_j log(1 + exp(-z_ij (s <I_i, T_j> + b))).
+
+    z_ij is 1 where i = j and -1 elsewhere, or -1 everywhere where negative_only (texts of another rank).
+    image_features: [n, D]; text_features: [m, D], m = n unless negative_only. logit_bias: b, None: 0.
+    Returns a 0-d tensor, 0 for n = 0; differentiable in all four.
+    """
+    check = _check_rows if negative_only else check_pairs
+    check("image_features", image_features, "text_features", text_features)
+    scale = as_scale("logit_scale", logit_scale, image_features)
+    bias = as_scale("logit_bias", 0.0 if logit_bias is None else logit_bias, image_features)
+    if len(image_features) == 0:
+        zero = image_features.sum(dtype=compute_dtype(image_features, text_features))
+        return zero + 0 * (text_features.sum() + scale + bias)
+    with no_autocast(image_features):
+        return sigmoid_sweep(image_features, text_features, scale, bias, negative_only)
+
+
+def _check_rows(name: str, rows: Tensor, other_name: str, others: Tensor) -> None:
+    _check_features(name, rows)
+    _check_features(other_name, others)
+    _check_device(other_name, others, name, rows)
+    if rows.shape[1] != others.shape[1]:
+        raise InputError(f"{name} {_shape(rows)} and {other_name} {_shape(others)} differ in width")

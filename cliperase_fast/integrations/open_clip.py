@@ -1,0 +1,96 @@
+"""open_clip's trainer, unchanged, with the fused losses: a patch of the places where it looks its losses up."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from cliperase_fast.errors import InputError
+from cliperase_fast.integrations import open_clip_losses as fused
+from cliperase_fast.integrations.patching import Patch
+
+_STOCK: dict[str, type] = {
+    "ClipLoss": fused.StockClipLoss,
+    "DistillClipLoss": fused.StockDistillClipLoss,
+    "SigLipLoss": fused.StockSigLipLoss,
+}
+_FUSED: dict[str, type] = {name: getattr(fused, name) for name in _STOCK}
+
+
+def patch_open_clip() -> Patch:
+    """Make open_clip create the fused losses, from now on or for a `with` block.
+
+    Replaces ClipLoss, DistillClipLoss and SigLipLoss in `open_clip.loss`, from where newer versions import them late,
+    in `open_clip.factory`, whose `create_loss` serves `open_clip_train`, and in every loaded module of the two packages
+    that holds them. Only open_clip's own classes are replaced: not a subclass put in their place, nor CoCaLoss.
+    Patching twice changes nothing more, and the inner of two `with` blocks then undoes nothing.
+
+    Raises InputError, with nothing replaced, where open_clip's losses take other arguments than the fused ones.
+    """
+    fused.check_version()
+    for name, stock in _STOCK.items():
+        for method in ("__init__", "forward"):
+            if _parameters(stock, method) != _parameters(_FUSED[name], method):
+                raise InputError(
+                    f"open_clip's {name}.{method} takes other arguments than that of open_clip_torch 3.0 to 3.3, for "
+                    'which this was written: pip install "open_clip_torch>=3.0,<=3.3"'
+                )
+    in_force = any(fused.stock.__dict__[name] is kind for name, kind in _FUSED.items())
+    replaced = _swap(_STOCK, _FUSED)
+    return Patch([] if in_force else replaced, unpatch_open_clip)
+
+
+def unpatch_open_clip() -> None:
+    """Give open_clip its own losses back, also in modules loaded since. Harmless where nothing is patched."""
+    _swap(_FUSED, _STOCK)
+
+
+def import_trainer() -> Any:
+    """`open_clip_train.main`; InputError with what to install where it cannot be imported."""
+    try:
+        from open_clip_train import main as trainer
+    except ImportError as error:
+        raise InputError(
+            f'open_clip\'s trainer cannot be imported ({error}): pip install "cliperase_fast[open-clip-training]"'
+        ) from error
+    return trainer
+
+
+def train_open_clip(arguments: Sequence[str]) -> int:
+    """Run `open_clip_train.main` on its own command line, with the fused losses. Returns an exit code."""
+    trainer = import_trainer()
+    if any(".tar" in word for word in arguments) and _reader_marks_shard_ends():
+        raise InputError(
+            "open_clip's shard reader does not take the webdataset installed here, which marks the ends of shards: "
+            'pip install "webdataset<=0.2.86", or pass a CSV'
+        )
+    with patch_open_clip():
+        return 0 if trainer.main(list(arguments)) is None else 1
+
+
+def _reader_marks_shard_ends() -> bool:
+    """Whether open_clip's grouping of files would stumble (KeyError: 'fname') over webdataset's end marks."""
+    from open_clip_train import data
+
+    expand = getattr(data, "tar_file_expander", None)
+    marks = expand is not None and "eof_value" in inspect.signature(expand).parameters
+    return marks and hasattr(data, "group_by_keys_nothrow")
+
+
+def _parameters(kind: type, method: str) -> list[tuple[str, object]]:
+    parameters = inspect.signature(getattr(kind, method)).parameters.values()
+    return [(parameter.name, parameter.default) for parameter in parameters]
+
+
+def _swap(found: dict[str, type], replacement: dict[str, type]) -> list[str]:
+    """Replace the classes by name wherever open_clip's modules hold them; returns 'module.name' of each."""
+    swapped = []
+    for module_name, module in list(sys.modules.items()):
+        if module is not None and module_name.split(".")[0] in ("open_clip", "open_clip_train"):
+            for name, kind in found.items():
+                if vars(module).get(name) is kind:
+                    setattr(module, name, replacement[name])
+                    swapped.append(f"{module_name}.{name}")
+    return sorted(swapped)

@@ -1,0 +1,173 @@
+"""open_clip's losses, fused: subclasses with the same arguments and results, and no N x N matrix.
+
+They compute in float32 at least, also under autocast, where open_clip rounds its similarities to half precision; the
+losses come back in float32 then. The teacher gets no gradient. CLIPERASE_BACKEND chooses the backend.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cliperase_fast.contrastive import distill_clip_loss, local_clip_loss, sigmoid_loss
+from cliperase_fast.functional import clip_loss
+from cliperase_fast.integrations.versions import require
+
+
+def check_version() -> None:
+    """InputError where open_clip is missing or not of the versions these losses were written for."""
+    require("open_clip_torch", (3, 0), (4, 0), install="open_clip_torch")
+
+
+check_version()
+
+from open_clip import loss as stock  # noqa: E402 - the line above says more than an ImportError
+
+
+def _original(name: str) -> Any:
+    """open_clip's own class, also where its name has been given to a subclass since."""
+    current = getattr(stock, name)
+    return next(kind for kind in current.__mro__ if (kind.__module__, kind.__name__) == (stock.__name__, name))
+
+
+StockClipLoss: Any = _original("ClipLoss")
+StockDistillClipLoss: Any = _original("DistillClipLoss")
+StockSigLipLoss: Any = _original("SigLipLoss")
+
+
+def _overridden(loss: torch.nn.Module, base: type, *methods: str) -> bool:
+    """Whether a subclass has methods of its own that the fused loss would not call."""
+    return any(getattr(type(loss), method) is not getattr(base, method) for method in methods)
+
+
+def _is_constant(bias: Tensor | float | None) -> bool:
+    return not isinstance(bias, Tensor) or bias.numel() == 1
+
+
+class GatheredFeatures:
+    """What the losses do alike when there are several ranks."""
+
+    rank: int
+    world_size: int
+    local_loss: bool
+    gather_with_grad: bool
+    use_horovod: bool
+
+    def _gathered(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Everyone's features [N, D], as open_clip gathers them. A sweep sharded over ranks would need none of this."""
+        if self.world_size == 1:
+            return image, text
+        return stock.gather_features(
+            image,
+            text,
+            local_loss=self.local_loss,
+            gather_with_grad=self.gather_with_grad,
+            rank=self.rank,
+            world_size=self.world_size,
+            use_horovod=self.use_horovod,
+        )
+
+    @property
+    def _only_own_rows(self) -> bool:
+        return self.world_size > 1 and self.local_loss
+
+    def _local(
+        self,
+        image: Tensor,
+        text: Tensor,
+        scale: Tensor | float,
+        teacher: tuple[Tensor, Tensor] | None = None,
+        teacher_scale: Tensor | float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(contrastive, distill) of this rank's images against all texts, and of its texts against all images."""
+        all_image, all_text = self._gathered(image, text)
+        first = self.rank * len(image)
+        directions: list[tuple[Tensor, Tensor, dict[str, Any]]] = [(image, all_text, {}), (text, all_image, {})]
+        if teacher is not None:
+            all_teacher = self._gathered(*teacher)
+            for modality, (_, _, options) in enumerate(directions):
+                options["teacher_query"], options["teacher_keys"] = teacher[modality], all_teacher[1 - modality]
+                options["teacher_logit_scale"] = teacher_scale
+        losses = [local_clip_loss(query, keys, scale, first, **options) for query, keys, options in directions]
+        contrastive, distill = (0.5 * (of_images + of_texts) for of_images, of_texts in zip(*losses, strict=True))
+        return contrastive, distill
+
+
+class ClipLoss(GatheredFeatures, StockClipLoss):
+    """`open_clip.loss.ClipLoss`, streamed: memory grows as N, not N².
+
+    logit_bias shifts every similarity alike, so it changes neither the loss nor its gradients (its own is 0); a bias
+    of several elements, and a subclass with its own `get_logits` or `get_ground_truth`, are computed by open_clip.
+    """
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        output_dict: bool = False,
+    ) -> Any:
+        """The loss, 0-d, or {"contrastive_loss": loss}. Features [n, D]; logit_scale already exponentiated."""
+        if _overridden(self, StockClipLoss, "get_logits", "get_ground_truth") or not _is_constant(logit_bias):
+            return super().forward(image_features, text_features, logit_scale, logit_bias, output_dict)
+        if self._only_own_rows:
+            loss = self._local(image_features, text_features, logit_scale)[0]
+        else:
+            loss = clip_loss(*self._gathered(image_features, text_features), logit_scale)
+        if isinstance(logit_bias, Tensor):  # a parameter of the model: DDP waits for its gradient
+            loss = loss + 0 * logit_bias.sum()
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+class DistillClipLoss(GatheredFeatures, StockDistillClipLoss):
+    """`open_clip.loss.DistillClipLoss`, streamed: memory grows as N, not N².
+
+    distill_loss is open_clip's cross-entropy: `functional.similarity_kl` halved, plus half of the teacher's entropies.
+    A subclass with its own `get_logits`, `get_ground_truth` or `dist_loss` is computed by open_clip.
+    """
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        dist_image_features: Tensor,
+        dist_text_features: Tensor,
+        dist_logit_scale: Tensor | float,
+        output_dict: bool = False,
+    ) -> Any:
+        """(contrastive, distill), or {"contrastive_loss": ..., "distill_loss": ...}. dist_*: the frozen teacher's."""
+        student = (image_features, text_features)
+        teacher = (dist_image_features, dist_text_features)
+        if _overridden(self, StockDistillClipLoss, "get_logits", "get_ground_truth", "dist_loss"):
+            return super().forward(*student, logit_scale, *teacher, dist_logit_scale, output_dict)
+        if self._only_own_rows:
+            contrastive, distill = self._local(*student, logit_scale, teacher, dist_logit_scale)
+        else:
+            contrastive, distill = distill_clip_loss(
+                *self._gathered(*student), logit_scale, *self._gathered(*teacher), dist_logit_scale
+            )
+        return {"contrastive_loss": contrastive, "distill_loss": distill} if output_dict else (contrastive, distill)
+
+
+class SigLipLoss(StockSigLipLoss):
+    """`open_clip.loss.SigLipLoss`, streamed: memory grows as N, not N².
+
+    Ranks exchange their texts as open_clip does, in any of its ways (`dist_impl`). A bias of several elements, and a
+    subclass with its own `get_logits` or `get_ground_truth`, are computed by open_clip.
+    """
+
+    def _loss(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        negative_only: bool = False,
+    ) -> Tensor:
+        if _overridden(self, StockSigLipLoss, "get_logits", "get_ground_truth") or not _is_constant(logit_bias):
+            return super()._loss(image_features, text_features, logit_scale, logit_bias, negative_only)
+        return sigmoid_loss(image_features, text_features, logit_scale, logit_bias, negative_only=negative_only)

@@ -1,0 +1,165 @@
+"""CLIPErase inside open_clip's own training loop: forget shards beside the training data, a frozen teacher, our loss.
+
+The loop stays open_clip's. Two of its seams change for the time of a `with` block: `get_data` gives batches whose first
+rows are pairs to forget, and `create_loss` gives a loss that tells them apart. The teacher is open_clip's own, from
+`--distill-model` and `--distill-pretrained`: the checkpoint that the training starts from.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cliperase_fast.errors import InputError
+from cliperase_fast.integrations.open_clip import import_trainer
+from cliperase_fast.integrations.open_clip_losses import GatheredFeatures
+from cliperase_fast.losses import CLIPEraseLoss
+
+
+class UnlearningLoss(GatheredFeatures, nn.Module):
+    """CLIPErase's loss with the arguments and results of open_clip's DistillClipLoss.
+
+    forget_pairs: how many rows at the head of each batch are pairs to forget; the rest is kept.
+    loss: the weights and options. Its weighted terms come back as `forget_loss`, `retain_loss` and
+    `consistency_loss`, which sum to its total. With several ranks the features are gathered as open_clip gathers them.
+    """
+
+    def __init__(
+        self,
+        forget_pairs: int,
+        loss: CLIPEraseLoss,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        gather_with_grad: bool = False,
+    ) -> None:
+        super().__init__()
+        self.forget_pairs, self.loss = forget_pairs, loss
+        self.rank, self.world_size, self.gather_with_grad = rank, world_size, gather_with_grad
+        self.local_loss = self.use_horovod = False
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        dist_image_features: Tensor,
+        dist_text_features: Tensor,
+        dist_logit_scale: Tensor | float,
+        output_dict: bool = False,
+    ) -> Any:
+        """The total, 0-d, or a dict of the weighted terms. Features [forget_pairs + n, D]."""
+        m = self.forget_pairs
+        forget = self._gathered(image_features[:m], text_features[:m])
+        retain = self._gathered(image_features[m:], text_features[m:])
+        teacher = self._gathered(dist_image_features[m:], dist_text_features[m:])
+        terms = self.loss(*forget, *retain, *teacher, logit_scale, dist_logit_scale)
+        if not output_dict:
+            return terms.total
+        return {
+            "forget_loss": self.loss.lambda_forget * terms.forget,
+            "retain_loss": self.loss.lambda_retain * terms.retain,
+            "consistency_loss": self.loss.lambda_consistency * terms.consistency,
+        }
+
+
+class _Mixed:
+    """A loader of (images, texts) whose first rows come from `forget`, begun again whenever it ends."""
+
+    def __init__(self, forget: Any, retain: Any) -> None:
+        self.forget, self.retain, self.epoch = forget, retain, 0
+        self.dataloader = self
+        self.num_batches = retain.dataloader.num_batches
+        self.num_samples = retain.dataloader.num_samples
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.retain.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        forget = self._endless()
+        for images, texts in self.retain.dataloader:
+            forget_images, forget_texts = next(forget)
+            yield torch.cat([forget_images, images]), torch.cat([forget_texts, texts])
+
+    def _endless(self) -> Iterator[tuple[Tensor, Tensor]]:
+        rounds = self.epoch * max(1, self.num_batches)  # no order twice
+        while True:
+            self.forget.set_epoch(rounds)
+            rounds += 1
+            found = False
+            for batch in self.forget.dataloader:
+                found = True
+                yield batch
+            if not found:
+                raise InputError("the forget data hold less than one batch of forget pairs; lower forget_pairs")
+
+
+@contextmanager
+def unlearning(
+    forget_data: str, forget_pairs: int, loss: CLIPEraseLoss | None = None, *, forget_samples: int | None = None
+) -> Iterator[None]:
+    """Make `open_clip_train.main.main(args)` unlearn inside the `with` block.
+
+    forget_data: shards or CSV with the pairs to forget, of the kind that --train-data (the pairs to keep) is.
+    forget_pairs: in each batch, beside --batch-size pairs to keep; on each rank.
+    loss: a CLIPEraseLoss, its defaults if None. forget_samples: pairs in the forget shards, where they do not say.
+
+    Raises InputError where open_clip_train has no such seams, or the arguments lack the teacher or ask for what the
+    loss cannot do (--local-loss, --siglip, --horovod).
+    """
+    trainer = import_trainer()
+    for seam in ("create_loss", "get_data"):
+        if not hasattr(trainer, seam):
+            raise InputError(
+                f"this open_clip_train.main has no {seam} to put the forget pairs in; use open_clip_torch 3.x"
+            )
+    if forget_pairs < 1:
+        raise InputError(f"forget_pairs={forget_pairs} must be at least 1")
+    create_loss, get_data = trainer.create_loss, trainer.get_data
+    loss = CLIPEraseLoss() if loss is None else loss
+
+    def create(args: Any) -> nn.Module:
+        return UnlearningLoss(
+            forget_pairs, loss, rank=args.rank, world_size=args.world_size, gather_with_grad=args.gather_with_grad
+        )
+
+    def data(args: Any, *rest: Any, **options: Any) -> dict[str, Any]:
+        _check(args)
+        found = get_data(args, *rest, **options)
+        found["train"] = _Mixed(_forget_data(get_data, args, rest, options), found["train"])
+        return found
+
+    def _forget_data(get_data: Callable[..., Any], args: Any, rest: Any, options: Any) -> Any:
+        changed = copy.copy(args)
+        changed.train_data, changed.train_num_samples, changed.batch_size = forget_data, forget_samples, forget_pairs
+        changed.train_data_upsampling_factors = None
+        changed.val_data = changed.imagenet_val = changed.imagenet_v2 = None
+        return get_data(changed, *rest, **options)["train"]
+
+    trainer.create_loss, trainer.get_data = create, data
+    try:
+        yield
+    finally:
+        trainer.create_loss, trainer.get_data = create_loss, get_data
+
+
+def _check(args: Any) -> None:
+    if not args.distill:
+        raise InputError(
+            "unlearning needs the frozen teacher: pass --distill-model and --distill-pretrained, the model and "
+            "checkpoint that the training starts from"
+        )
+    if args.train_data is None:
+        raise InputError("unlearning needs the pairs to keep: pass --train-data")
+    for flag in ("local_loss", "siglip", "horovod"):
+        if getattr(args, flag, False):
+            raise InputError(f"unlearning does not go with --{flag.replace('_', '-')}; leave it out")

@@ -1,0 +1,30 @@
+"""Unlearning in Lightning: forget the digit seven with a Trainer and two loaders."""
+
+import lightning
+import open_clip
+import torch
+from torch.utils.data import DataLoader
+
+from cliperase_fast.data import open_source, select
+from cliperase_fast.demo import RECIPES, cached_small_clip
+from cliperase_fast.integrations.lightning import UnlearningModule
+
+folder = f"local-dir:{cached_small_clip('demo', RECIPES['demo'])}"
+model, _, transform = open_clip.create_model_and_transforms(folder)
+tokenize = open_clip.get_tokenizer(folder)
+pairs = open_source("demo").train
+is_seven = select(pairs, "class:seven")  # bool [n]
+forget, retain = (
+    [(transform(image), tokenize(caption)[0]) for image, caption in pairs.subset(part)]
+    for part in (is_seven, ~is_seven)
+)
+
+lightning.seed_everything(0)
+trainer = lightning.Trainer(
+    max_steps=40, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
+)
+trainer.fit(
+    UnlearningModule(model, optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-4)),
+    {"forget": DataLoader(forget, 16, shuffle=True), "retain": DataLoader(retain, 64, shuffle=True)},
+)
+print({name: round(value.item(), 3) for name, value in trainer.callback_metrics.items()})

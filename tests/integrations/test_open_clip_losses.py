@@ -1,0 +1,186 @@
+"""cf.ClipLoss, cf.DistillClipLoss and cf.SigLipLoss against open_clip's own."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import subprocess
+import sys
+
+import open_clip.loss
+import pytest
+import torch
+import torch.nn.functional as F
+
+import cliperase_fast as cf
+from benchmarks import trainers
+
+NAMES = ("ClipLoss", "DistillClipLoss", "SigLipLoss")
+
+
+def features(n, width, dtype, seed):
+    g = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(n, width, generator=g, dtype=torch.float64), dim=1).to(dtype)
+
+
+def batch(name, n=33, dtype=torch.float32, bias=True):
+    """Keyword arguments as `open_clip_train` passes them."""
+    inputs = {
+        "image_features": features(n, 24, dtype, 1).requires_grad_(),
+        "text_features": features(n, 24, dtype, 2).requires_grad_(),
+        "logit_scale": torch.tensor(14.0, dtype=dtype, requires_grad=True),
+    }
+    if name == "DistillClipLoss":
+        teacher = {"dist_image_features": features(n, 16, dtype, 3), "dist_text_features": features(n, 16, dtype, 4)}
+        return {**inputs, **teacher, "dist_logit_scale": torch.tensor(9.0, dtype=dtype)}
+    return {**inputs, "logit_bias": torch.tensor(-3.0, dtype=dtype, requires_grad=True)} if bias else inputs
+
+
+def outcome(loss, inputs):
+    losses = loss(**inputs, output_dict=True)
+    wanted = [value for value in inputs.values() if value.requires_grad]
+    return losses, torch.autograd.grad(sum(losses.values()), wanted)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("n", [1, 33, 300])  # 300 pairs are streamed
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-6)])
+def test_losses_and_gradients_are_open_clips(name, n, dtype, tolerance):
+    inputs = batch(name, n, dtype)
+    ours, our_gradients = outcome(getattr(cf, name)(), inputs)
+    stock, stock_gradients = outcome(getattr(open_clip.loss, name)(), inputs)
+    assert ours.keys() == stock.keys()
+    for key, value in stock.items():
+        assert ours[key].item() == pytest.approx(value.item(), rel=tolerance, abs=tolerance)
+    for ours, right in zip(our_gradients, stock_gradients, strict=True):
+        assert ours.dtype == right.dtype
+        torch.testing.assert_close(ours, right, rtol=0, atol=tolerance * max(1.0, right.abs().max().item()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_they_are_open_clips_classes_with_the_same_arguments(name):
+    ours, stock = getattr(cf, name), getattr(open_clip.loss, name)
+    assert isinstance(ours(), stock)
+    for method in ("__init__", "forward"):
+        mine, theirs = (
+            [(p.name, p.kind, p.default) for p in inspect.signature(getattr(kind, method)).parameters.values()]
+            for kind in (ours, stock)
+        )
+        assert mine == theirs
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_positional_arguments_give_the_plain_result(name):
+    inputs = batch(name, bias=name == "SigLipLoss")
+    ours, stock = (kind()(*inputs.values()) for kind in (getattr(cf, name), getattr(open_clip.loss, name)))
+    torch.testing.assert_close(ours, stock)
+
+
+def test_a_bias_takes_part_in_the_clip_loss_with_gradient_zero():
+    """DDP waits for the gradient of every parameter."""
+    inputs = batch("ClipLoss")
+    (gradient,) = torch.autograd.grad(cf.ClipLoss()(**inputs), [inputs["logit_bias"]])
+    assert gradient.item() == 0
+    without = cf.ClipLoss()(**{**inputs, "logit_bias": None})
+    assert cf.ClipLoss()(**inputs).item() == without.item()
+
+
+def test_a_bias_that_is_no_constant_and_overridden_logits_are_left_to_open_clip():
+    inputs = batch("ClipLoss") | {"logit_bias": torch.linspace(-1, 1, 33)}
+    assert cf.ClipLoss()(**inputs).item() == open_clip.loss.ClipLoss()(**inputs).item()
+
+    def halved(self, *features, **options):
+        return [logits / 2 for logits in open_clip.loss.ClipLoss.get_logits(self, *features, **options)]
+
+    inputs = batch("ClipLoss", bias=False)
+    ours = type("Mine", (cf.ClipLoss,), {"get_logits": halved})()(**inputs)
+    stock = type("Theirs", (open_clip.loss.ClipLoss,), {"get_logits": halved})()(**inputs)
+    assert ours.item() == stock.item()
+
+
+def test_scales_may_be_numbers_or_tensors_of_one_element():
+    inputs = batch("ClipLoss", bias=False)
+    losses = [cf.ClipLoss()(**{**inputs, "logit_scale": scale}) for scale in (14.0, torch.tensor([14.0]))]
+    torch.testing.assert_close(losses, [cf.ClipLoss()(**inputs)] * 2)
+
+
+def test_a_teacher_that_wants_gradients_is_refused_by_name():
+    inputs = batch("DistillClipLoss")
+    inputs["dist_text_features"].requires_grad_()
+    with pytest.raises(cf.InputError, match="frozen"):
+        cf.DistillClipLoss()(**inputs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_under_autocast_the_losses_stay_exact(name):
+    inputs = {key: value.detach() for key, value in batch(name).items()}
+    exact = getattr(cf, name)()(**inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(getattr(cf, name)()(**inputs), exact, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fifty_steps_follow_the_stock_curve(name):
+    """The measurement of docs/trainers.md; 512 pairs a step, which are streamed."""
+    run = trainers.compare(name, trainers.open_clip_curve)
+    assert run["largest_difference"] < 1e-4
+    assert run["last"] < run["first"] / 2
+
+
+MEASURE = """
+import json, sys, torch, torch.nn.functional as F
+import cliperase_fast as cf
+torch.manual_seed(0); torch.set_num_threads(1)
+
+def kib(field):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(field + ":"))
+
+def step(name, n):
+    image, text, *teacher = (F.normalize(torch.randn(n, 32), dim=1) for _ in range(4))
+    image.requires_grad_(), text.requires_grad_()
+    extra = {"DistillClipLoss": (*teacher, 20.0), "SigLipLoss": (-10.0,)}.get(name, ())
+    losses = getattr(cf, name)()(image, text, 20.0, *extra, output_dict=True)
+    sum(losses.values()).backward()
+
+def extra(name):
+    step(name, 300)
+    open("/proc/self/clear_refs", "w").write("5")
+    before = kib("VmRSS")
+    step(name, 4096)
+    return (kib("VmHWM") - before) * 1024
+
+print(json.dumps({name: extra(name) for name in ("ClipLoss", "DistillClipLoss", "SigLipLoss")}))
+"""
+
+
+def test_no_similarity_matrix_is_held():
+    done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for name, extra in json.loads(done.stdout).items():
+        assert extra < 0.9 * 4 * 4096**2, f"{name}: {extra / 2**20:.0f} MiB"
+
+
+def test_the_losses_and_ops_import_without_open_clip():
+    """With open_clip unimportable, the core works and cf.ClipLoss says what to install."""
+    code = """
+import sys, importlib.metadata as metadata
+sys.modules["open_clip"] = None
+found = metadata.version
+def version(name):
+    if name == "open_clip_torch":
+        raise metadata.PackageNotFoundError(name)
+    return found(name)
+metadata.version = version
+import torch, cliperase_fast as cf
+import cliperase_fast.contrastive
+assert cf.functional.clip_loss(torch.eye(3), torch.eye(3), 1.0) > 0
+try:
+    cf.ClipLoss
+except cf.InputError as error:
+    assert "pip install" in str(error) and "open_clip_torch" in str(error), error
+else:
+    raise SystemExit("no error")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

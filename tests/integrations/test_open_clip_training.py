@@ -1,0 +1,217 @@
+"""`open_clip_train.main` end to end: the stock losses and the fused ones give the same run."""
+
+from __future__ import annotations
+
+import sys
+
+import open_clip
+import open_clip.factory
+import open_clip.loss
+import open_clip_runs as runs
+import pytest
+import torch
+
+import cliperase_fast as cf
+from cliperase_fast import cli
+from cliperase_fast.integrations import open_clip as integration
+from cliperase_fast.integrations import open_clip_losses
+
+NAMES = ("ClipLoss", "DistillClipLoss", "SigLipLoss")
+STOCK = {name: getattr(open_clip.loss, name) for name in NAMES}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("open_clip")
+    runs.write_data(folder)
+    return folder
+
+
+def distilling(folder):
+    return ["--distill-model", "tiny-clip", "--distill-pretrained", folder / "teacher.pt"]
+
+
+CASES = {
+    "shards": ("webdataset", [], 1e-5),
+    "csv": ("csv", [], 1e-5),
+    "accumulation": ("csv", ["--accum-freq", 2], 1e-5),
+    "siglip": ("csv", ["--siglip"], 1e-5),
+    "distillation": ("csv", distilling, 1e-5),
+    "checkpointing": ("csv", ["--grad-checkpointing", "--grad-clip-norm", 1.0], 1e-5),
+    # open_clip rounds its similarities to bfloat16, 8 bits of mantissa, and the fused losses do not
+    "bfloat16": ("csv", ["--precision", "amp_bf16"], 2e-2),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_of_open_clips_trainer_has_the_same_losses_with_the_patch(name, folder):
+    kind, extra, tolerance = CASES[name]
+    words = runs.arguments(folder, kind, *(extra(folder) if callable(extra) else extra))
+    *stock, stock_package = runs.run(folder, f"{name}-stock", False, words)
+    *fused, fused_package = runs.run(folder, f"{name}-fused", True, words)
+    assert (stock_package["package"], fused_package["package"]) == ("open_clip", "cliperase_fast")
+    assert len(fused) == len(stock) == 12
+    for ours, theirs in zip(fused, stock, strict=True):
+        assert ours == pytest.approx(theirs, rel=tolerance, abs=tolerance)
+    assert fused[0] != fused[-1]  # it trained
+
+
+def test_two_ranks_train_alike_with_and_without_the_patch(folder):
+    extras = {
+        "whole": [],
+        "local": ["--local-loss", "--gather-with-grad"],
+        "local-without-gradients": ["--local-loss"],
+        "siglip": ["--siglip"],
+        "distillation": distilling(folder),
+        "distillation-local": [*distilling(folder), "--local-loss", "--gather-with-grad"],
+    }
+    cases = {name: runs.arguments(folder, "csv", "--epochs", 1, *extra) for name, extra in extras.items()}
+    for name, (*ranks,) in runs.run_ranks(folder, cases).items():
+        for stock, fused in (ranks[:2], ranks[2:]):
+            assert (stock.pop()["package"], fused.pop()["package"]) == ("open_clip", "cliperase_fast"), name
+            assert len(fused) == len(stock) == 3, name
+            for ours, theirs in zip(fused, stock, strict=True):
+                assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5), name
+
+
+def found(module):
+    return {name: getattr(module, name) for name in NAMES if hasattr(module, name)}
+
+
+def test_the_patch_covers_every_place_and_is_undone():
+    before = [found(module) for module in (open_clip.loss, open_clip.factory, open_clip)]
+    with cf.patch_open_clip() as patch:
+        for module in (open_clip.loss, open_clip.factory, open_clip):
+            assert found(module) == {name: getattr(cf, name) for name in found(module)}
+        assert {"open_clip.loss.ClipLoss", "open_clip.factory.SigLipLoss"} <= set(patch.replaced)
+    assert [found(module) for module in (open_clip.loss, open_clip.factory, open_clip)] == before
+
+
+def test_patching_twice_is_harmless_and_an_inner_block_undoes_nothing():
+    with cf.patch_open_clip():
+        with cf.patch_open_clip() as inner:
+            assert inner.replaced == []
+        assert open_clip.loss.ClipLoss is cf.ClipLoss
+    assert found(open_clip.loss) == STOCK
+    patch = cf.patch_open_clip()
+    cf.patch_open_clip()
+    cf.unpatch_open_clip()
+    cf.unpatch_open_clip()
+    patch.unpatch()
+    assert found(open_clip.loss) == found(open_clip.factory) == STOCK
+
+
+def test_a_users_own_subclass_is_never_replaced(monkeypatch):
+    class Mine(open_clip.loss.ClipLoss):
+        pass
+
+    monkeypatch.setattr(open_clip.factory, "ClipLoss", Mine)
+    with cf.patch_open_clip():
+        assert open_clip.factory.ClipLoss is Mine
+        assert open_clip.loss.ClipLoss is cf.ClipLoss
+    assert open_clip.factory.ClipLoss is Mine
+
+
+def test_modules_loaded_while_patched_are_cleaned_too(monkeypatch):
+    late = type(sys)("open_clip.late")
+    with cf.patch_open_clip():
+        late.ClipLoss = open_clip.loss.ClipLoss
+        monkeypatch.setitem(sys.modules, "open_clip.late", late)
+    assert late.ClipLoss is STOCK["ClipLoss"]
+
+
+def test_other_signatures_are_refused_with_nothing_patched(monkeypatch):
+    def forward(self, image_features, text_features, logit_scale, temperature):
+        raise AssertionError
+
+    monkeypatch.setattr(STOCK["SigLipLoss"], "forward", forward)
+    monkeypatch.setattr(cf.SigLipLoss, "forward", lambda self, image_features, text_features: None)
+    with pytest.raises(cf.InputError, match=r"SigLipLoss.*>=3\.0"):
+        cf.patch_open_clip()
+    assert found(open_clip.loss) == found(open_clip.factory) == STOCK
+
+
+@pytest.mark.parametrize("version", ["2.32.0", "4.0.0"])
+def test_an_unsupported_version_is_refused_by_the_range(version, monkeypatch):
+    from cliperase_fast.integrations import versions
+
+    monkeypatch.setattr(versions.importlib.metadata, "version", lambda package: version)
+    with pytest.raises(cf.InputError, match=rf"{version} is installed; this works with open_clip_torch >=3\.0,<4\.0"):
+        open_clip_losses.check_version()
+
+
+def test_the_command_line_runs_the_trainer_patched(folder, monkeypatch, capfd):
+    import open_clip_train.main as trainer
+
+    words = runs.arguments(folder, "csv", "--name", "command-line", "--epochs", 1)
+    with runs.recording() as losses:
+        assert cli.main(["train-open-clip", "--", *words]) == 0
+    assert losses[-1] == {"package": "cliperase_fast"}
+    assert trainer.create_loss.__globals__["ClipLoss"] is STOCK["ClipLoss"]  # and it cleaned up
+    assert (folder / "logs" / "command-line" / "checkpoints" / "epoch_1.pt").is_file()
+
+
+def test_shards_with_a_reader_that_open_clip_does_not_take_are_refused(monkeypatch):
+    monkeypatch.setattr(integration, "_reader_marks_shard_ends", lambda: True)
+    with pytest.raises(cf.InputError, match=r"webdataset<=0\.2\.86"):
+        integration.train_open_clip(["--train-data", "/data/{0..9}.tar"])
+
+
+def test_unlearning_inside_open_clips_loop_forgets_and_keeps(folder):
+    import open_clip_train.main as trainer
+
+    from cliperase_fast.integrations.open_clip_unlearning import unlearning
+
+    lines = (folder / "train.csv").read_text().splitlines()
+    (folder / "forget.csv").write_text("\n".join([lines[0], *(line for line in lines if "red number" in line)]))
+    (folder / "retain.csv").write_text("\n".join(line for line in lines if "red number" not in line))
+    words = runs.arguments(
+        folder, "csv", "--train-data", folder / "retain.csv", "--name", "unlearn", *distilling(folder),
+        "--pretrained", folder / "teacher.pt", "--epochs", 4,
+    )  # fmt: skip
+    with runs.recording() as losses, unlearning(str(folder / "forget.csv"), 4, cf.CLIPEraseLoss(1.0, 3.0, 3.0)):
+        create = trainer.create_loss
+        seen = []
+
+        def watched(args):
+            loss = create(args)
+            loss.register_forward_hook(
+                lambda module, inputs, output: seen.append({k: v.item() for k, v in output.items()})
+            )
+            return loss
+
+        trainer.create_loss = watched
+        assert trainer.main(words) is None
+    assert len(losses) == 1  # of the recorder itself: open_clip's own losses were not asked
+    assert len(seen) == 20 and seen[0].keys() == {"forget_loss", "retain_loss", "consistency_loss"}
+    assert seen[0]["consistency_loss"] == pytest.approx(0, abs=1e-5)  # the student starts as the teacher
+    assert seen[-1]["forget_loss"] < seen[0]["forget_loss"] - 0.3
+    assert seen[-1]["retain_loss"] < seen[0]["retain_loss"] + 0.2
+
+
+def test_the_unlearning_loss_takes_the_head_of_the_batch_as_forget_pairs():
+    from cliperase_fast.integrations.open_clip_unlearning import UnlearningLoss
+
+    g = torch.Generator().manual_seed(0)
+    features = [torch.nn.functional.normalize(torch.randn(9, 6, generator=g), dim=1) for _ in range(4)]
+    loss = cf.CLIPEraseLoss(0.5, 2.0, 1.5)
+    terms = UnlearningLoss(3, loss)(*features[:2], 10.0, *features[2:], 8.0, output_dict=True)
+    expected = loss(features[0][:3], features[1][:3], *(part[3:] for part in features), 10.0, 8.0)
+    assert sum(terms.values()).item() == pytest.approx(expected.total.item(), rel=1e-6)
+    assert terms["forget_loss"].item() == pytest.approx(2.0 * expected.forget.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("extra", "says"), [([], "--distill-model"), (["--local-loss"], "--local-loss"), (["--siglip"], "--siglip")]
+)
+def test_unlearning_refuses_what_it_cannot_do(extra, says, folder):
+    import open_clip_train.main as trainer
+
+    from cliperase_fast.integrations.open_clip_unlearning import unlearning
+
+    get_data = trainer.get_data
+    teacher = distilling(folder) if extra else []
+    words = runs.arguments(folder, "csv", "--name", f"refused{says}", *teacher, *extra)
+    with pytest.raises(cf.InputError, match=says), unlearning(str(folder / "train.csv"), 4):
+        trainer.main(words)
+    assert trainer.get_data is get_data

@@ -1,0 +1,117 @@
+"""The two streamed ops beside the sweep, against their formulas written plainly, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sweep_cases import features
+
+from cliperase_fast.ops.rows import row_losses
+from cliperase_fast.ops.sigmoid import sigmoid_sweep
+
+
+def plain_row_losses(query, keys, scale, teacher_query, teacher_keys, teacher_scale, offset):
+    log_p = F.log_softmax(scale * query @ keys.T, 1)
+    contrastive = -log_p.diagonal(offset).mean()
+    if teacher_query is None:
+        return contrastive, torch.zeros_like(contrastive)
+    p_teacher = (teacher_scale * teacher_query @ teacher_keys.T).softmax(1)
+    return contrastive, -(p_teacher * log_p).sum(1).mean()
+
+
+def plain_sigmoid(image, text, scale, bias, negative_only):
+    logits = scale * image @ text.T + bias
+    z = -torch.ones_like(logits)
+    if not negative_only:
+        z.fill_diagonal_(1.0)
+    return -F.logsigmoid(z * logits).sum() / len(image)
+
+
+def leaves(*tensors):
+    return [tensor.detach().clone().requires_grad_() for tensor in tensors]
+
+
+def rows_case(n, keys, teacher, dtype=torch.float64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    frozen = (features(n, 9, g).to(dtype), features(keys, 9, g).to(dtype), torch.tensor(8.0, dtype=dtype))
+    student = leaves(features(n, 12, g).to(dtype), features(keys, 12, g).to(dtype), torch.tensor(14.0, dtype=dtype))
+    return student, frozen if teacher else (None, None, None)
+
+
+# one row; the first and the last place among the keys; a strip that does not divide the rows; a single key
+@pytest.mark.parametrize(
+    ("n", "keys", "offset", "strip_rows"), [(1, 5, 2, 0), (7, 21, 0, 3), (7, 21, 14, 3), (7, 7, 0, 2), (1, 1, 0, 0)]
+)
+@pytest.mark.parametrize("teacher", [False, True])
+def test_row_losses_and_their_gradients_are_those_of_the_formula(n, keys, offset, strip_rows, teacher):
+    student, frozen = rows_case(n, keys, teacher)
+    ours = row_losses(*student, *frozen, offset, strip_rows)
+    plain = plain_row_losses(*student, *frozen, offset)
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+    for weights in ((1.0, 0.0), (0.3, 2.0)):  # the two losses are weighed apart in the gradient
+        gradients = [
+            torch.autograd.grad(weights[0] * a + weights[1] * b, student, retain_graph=True) for a, b in (ours, plain)
+        ]
+        torch.testing.assert_close(*gradients, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "negative_only", "strip_rows"), [(1, 1, False, 0), (7, 7, False, 3), (7, 7, True, 3), (5, 8, True, 2)]
+)
+def test_the_sigmoid_loss_and_its_gradients_are_those_of_the_formula(n, m, negative_only, strip_rows):
+    g = torch.Generator().manual_seed(0)
+    scale, bias = torch.tensor(10.0, dtype=torch.float64), torch.tensor(-3.0, dtype=torch.float64)
+    inputs = leaves(features(n, 12, g), features(m, 12, g), scale, bias)
+    ours, plain = sigmoid_sweep(*inputs, negative_only, strip_rows), plain_sigmoid(*inputs, negative_only)
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.autograd.grad(3 * ours, inputs), torch.autograd.grad(3 * plain, inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("op", ["rows", "sigmoid"])
+def test_features_are_computed_in_float32_at_least_and_gradients_come_back_in_their_dtype(op, dtype):
+    student, frozen = rows_case(6, 18, True, dtype)
+    bias = torch.tensor(-1.0)
+    exact = leaves(*(tensor.double() for tensor in student))
+    if op == "rows":
+        loss = sum(row_losses(*student, *frozen, 6, 4))
+        truth = sum(plain_row_losses(*exact, *(tensor.double() for tensor in frozen), 6))
+    else:
+        loss, truth = sigmoid_sweep(*student, bias, True, 4), plain_sigmoid(*exact, bias, True)
+    loss.backward()
+    truth.backward()
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(truth.item(), rel=1e-6)
+    for ours, right in zip(student, exact, strict=True):
+        assert ours.grad.dtype == dtype
+        torch.testing.assert_close(ours.grad.double(), right.grad, rtol=max(torch.finfo(dtype).eps, 1e-5), atol=1e-5)
+
+
+def test_rows_keep_their_digits_where_pairs_are_nearly_perfect():
+    """-log softmax of a perfect pair at scale 100 is about exp(-100): it must not come out as 0 or as rounding."""
+    query = torch.eye(4, 8).requires_grad_()
+    contrastive, _ = row_losses(query, torch.eye(12, 8), torch.tensor(60.0), None, None, None, 0)
+    truth, _ = plain_row_losses(
+        torch.eye(4, 8).double(), torch.eye(12, 8).double(), torch.tensor(60.0).double(), None, None, None, 0
+    )
+    expected = 11 * torch.exp(torch.tensor(-60.0, dtype=torch.float64))
+    assert truth.item() == pytest.approx(0.0, abs=1e-15)
+    assert contrastive.item() == pytest.approx(expected.item(), rel=1e-4)
+    contrastive.backward()
+    assert query.grad.abs().max() > 0
+
+
+def test_the_ops_keep_the_rules_of_torch_and_compile_whole():
+    student, frozen = rows_case(5, 15, True)
+    bias = torch.tensor(-2.0, dtype=torch.float64, requires_grad=True)
+    torch.library.opcheck(torch.ops.cliperase_fast.row_losses, (*student, *frozen, 5, 2))
+    torch.library.opcheck(torch.ops.cliperase_fast.sigmoid_loss, (*student, bias, True, 2))
+
+    def step(query, keys, scale, bias):
+        losses = row_losses(query, keys, scale, *frozen, 5, 2)
+        return sum(losses) + sigmoid_sweep(query, keys, scale, bias, True, 2)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    gradients = [torch.autograd.grad(run(*student, bias), [*student, bias]) for run in (step, compiled)]
+    torch.testing.assert_close(*gradients)
