@@ -19,7 +19,7 @@ namespace CLIPERASE_ISA {
 
 constexpr i64 STRIP_TILES = 4;               // of a forward strip
 constexpr i64 STRIP_FLOATS = 4 << 20;        // of a backward strip of dS
-constexpr i64 ROW_GROUP = 96, PANEL_GROUP = W == 16 ? 3 : 8;  // a thread's share of dI: rows, and panels of its width
+constexpr i64 ROW_GROUP = 48, PANEL_GROUP = W == 16 ? 3 : 8;  // a thread's share of dI: rows, and panels of its width
 constexpr i64 ALIGNED = 16;                  // floats
 
 inline i64 divide_up(i64 value, i64 by) { return (value + by - 1) / by; }
