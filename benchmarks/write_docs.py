@@ -98,21 +98,21 @@ def native_kernels_table() -> str:
 
 
 def loss_cpu_tables() -> str:
-    """Times faster than open_clip's losses, for each kind of batch; then each batch in full."""
-    if not (RESULTS / "loss-cpu.json").exists():
-        return "Not measured yet."
-    record = load("loss-cpu")
+    """Times faster than open_clip's losses, for each kind of batch, of every record of a CPU."""
     parts = []
-    for title, speedups in loss_report.speedup_tables(record).items():
-        parts.append(f"**{title}**\n\n{table(*speedups)}")
-    return "\n\n".join([*parts, provenance(record)])
+    for path in sorted(RESULTS.glob("loss-cpu*.json")):
+        record = load(path.stem)
+        for title, speedups in loss_report.speedup_tables(record).items():
+            parts.append(f"**{title}**\n\n{table(*speedups)}")
+        parts.append(provenance(record))
+    return "\n\n".join(parts) or "Not measured yet."
 
 
 def loss_gpu_tables() -> str:
     """What has been measured on GPUs, the targets and every batch."""
     parts = []
     for path in sorted(RESULTS.glob("loss-*.json")):
-        if path.stem == "loss-cpu":
+        if path.stem.startswith("loss-cpu"):
             continue
         record = load(path.stem)
         parts.append(table(*loss_report.targets_table(record)))
