@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from cliperase_fast.checks import _check_device, _check_features, _shape, as_scale, check_pairs, check_teacher
+from cliperase_fast.checks import as_scale, check_device, check_features, check_pairs, check_teacher, shape_of
 from cliperase_fast.errors import InputError
 from cliperase_fast.functional import cliperase_loss, similarity_kl
 from cliperase_fast.ops import compute_dtype, no_autocast
@@ -73,7 +73,7 @@ def local_clip_loss(
     _check_rows("query", query, "keys", keys)
     if not 0 <= first_key <= len(keys) - len(query):
         raise InputError(
-            f"first_key={first_key}: the keys {_shape(keys)} must hold the {len(query)} rows that start there"
+            f"first_key={first_key}: the keys {shape_of(keys)} must hold the {len(query)} rows that start there"
         )
     scale = as_scale("logit_scale", logit_scale, query)
     teacher_scale = None
@@ -115,8 +115,8 @@ def sigmoid_loss(
 
 
 def _check_rows(name: str, rows: Tensor, other_name: str, others: Tensor) -> None:
-    _check_features(name, rows)
-    _check_features(other_name, others)
-    _check_device(other_name, others, name, rows)
+    check_features(name, rows)
+    check_features(other_name, others)
+    check_device(other_name, others, name, rows)
     if rows.shape[1] != others.shape[1]:
-        raise InputError(f"{name} {_shape(rows)} and {other_name} {_shape(others)} differ in width")
+        raise InputError(f"{name} {shape_of(rows)} and {other_name} {shape_of(others)} differ in width")
