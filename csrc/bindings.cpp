@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cpu/checks.h"
+#include "cpu/finish.h"
 #include "cpu/sweep.h"
 #include "cpu/workspace.h"
 
@@ -33,13 +34,6 @@ const cliperase::Engine& engine(const std::optional<std::string>& name) {
     if (found == nullptr)
         throw std::invalid_argument("no instruction set " + *name + " here; known are avx512, avx2 and portable");
     return *found;
-}
-
-// (row anchors, column anchors, row factors, column factors), or None.
-cliperase::Softmax softmax(const std::optional<std::tuple<Address, Address, Address, Address>>& from) {
-    if (!from) return {};
-    return {pointer<const float>(std::get<0>(*from)), pointer<const float>(std::get<1>(*from)),
-            pointer<const float>(std::get<2>(*from)), pointer<const float>(std::get<3>(*from))};
 }
 
 void bind_cpu(py::module_ module) {
@@ -115,30 +109,44 @@ void bind_cpu(py::module_ module) {
         py::arg("instruction_set") = py::none());
 
     module.def(
+        "finish",
+        [](std::int64_t n, bool has_teacher, bool has_masked, bool want_retention, Address diagonal,
+           Address teacher_diagonal, Address row_sums, Address column_sums, double shift, Address state) {
+            const cliperase::Forward found{pointer<float>(diagonal), pointer<float>(teacher_diagonal),
+                                           pointer<float>(row_sums), pointer<float>(column_sums),
+                                           static_cast<float>(shift), nullptr, 0};
+            const cliperase::Losses losses =
+                cliperase::finish(n, has_teacher, has_masked, want_retention, found, pointer<float>(state));
+            return std::pair(losses.retention, losses.consistency);
+        },
+        py::kw_only(), py::arg("n"), py::arg("has_teacher"), py::arg("has_masked"), py::arg("want_retention"),
+        py::arg("diagonal"), py::arg("teacher_diagonal"), py::arg("row_sums"), py::arg("column_sums"), py::arg("shift"),
+        py::arg("state"));
+
+    module.def(
         "backward",
-        [](const Problem& p, const std::optional<std::tuple<Address, Address, Address, Address>>& student,
-           const std::optional<std::tuple<Address, Address, Address, Address>>& masked,
-           const std::optional<std::tuple<Address, Address, Address, Address>>& teacher, Address diagonal, Address kept,
-           std::int64_t kept_rows, Address grad_image, Address grad_text, bool need_scale,
+        [](const Problem& p, Address state, bool want_retention, double weight_retention, double weight_consistency,
+           Address kept, std::int64_t kept_rows, Address grad_image, Address grad_text, bool need_scale,
            const std::optional<std::string>& isa) {
             double grad_scale = 0;
             cliperase::Backward b{};
-            b.student = softmax(student), b.masked = softmax(masked), b.teacher = softmax(teacher);
-            b.diagonal = pointer<const float>(diagonal);
             b.kept = pointer<const void>(kept), b.kept_rows = kept_rows;
             b.grad_image = pointer<float>(grad_image), b.grad_text = pointer<float>(grad_text);
             b.grad_scale = need_scale ? &grad_scale : nullptr;
-            cliperase::check(p, b);
+            if (state == 0) throw std::invalid_argument("state is a null pointer");
             const cliperase::Engine& chosen = engine(isa);
             const py::gil_scoped_release released;
+            const cliperase::Workspace terms(static_cast<std::size_t>(cliperase::terms_floats(p)) * sizeof(float));
+            cliperase::gradient_terms(p, pointer<const float>(state), want_retention, weight_retention, weight_consistency,
+                                      reinterpret_cast<float*>(terms.data()), b);
+            cliperase::check(p, b);
             const cliperase::Workspace scratch(chosen.backward_scratch(p, b));
             chosen.backward(p, b, scratch.data());
             return grad_scale;
         },
-        py::arg("problem"), py::kw_only(), py::arg("student"), py::arg("masked") = py::none(),
-        py::arg("teacher") = py::none(), py::arg("diagonal") = 0, py::arg("kept") = 0, py::arg("kept_rows") = 0,
-        py::arg("grad_image") = 0, py::arg("grad_text") = 0, py::arg("need_scale") = false,
-        py::arg("instruction_set") = py::none());
+        py::arg("problem"), py::kw_only(), py::arg("state"), py::arg("want_retention"), py::arg("weight_retention"),
+        py::arg("weight_consistency"), py::arg("kept") = 0, py::arg("kept_rows") = 0, py::arg("grad_image") = 0,
+        py::arg("grad_text") = 0, py::arg("need_scale") = false, py::arg("instruction_set") = py::none());
 }
 
 }  // namespace

@@ -40,6 +40,10 @@ class Engine(Protocol):
         """The sums, and what is kept, uint8 [kept_bytes]. strip_rows: rows formed at a time, 0 for its own choice."""
         ...
 
+    def finish(self, problem: Problem, sums: Sums) -> tuple[Tensor, Tensor, Tensor]:
+        """What `finish.whole` gives for a whole batch; it, unless the backend has something faster."""
+        ...
+
     def backward(
         self,
         problem: Problem,
@@ -101,7 +105,7 @@ def as_sweep(engine: Engine) -> Sweep:
         strip_rows, kept_bytes = arguments[_PROBLEM:]
         with no_autocast(problem.image):
             sums, kept = engine.forward(problem, strip_rows, kept_bytes)
-            retention, consistency, state = _finish(sums, problem)
+            retention, consistency, state = engine.finish(problem, sums)
         return retention, consistency, state, kept
 
     def run_backward(
@@ -162,18 +166,6 @@ def as_sweep(engine: Engine) -> Sweep:
         return retention, consistency
 
     return sweep
-
-
-def _finish(sums: Sums, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """(retention, consistency, state [5, 2 N]): of the rows, then of the columns."""
-    assert sums.diagonal is not None
-    planes = torch.cat((sums.rows, sums.columns), 1)
-    diagonal, teacher_diagonal = sums.diagonal.repeat(2), sums.teacher_diagonal
-    if teacher_diagonal is not None:
-        teacher_diagonal = teacher_diagonal.repeat(2)
-    state, mean_gap = finish.state(problem, planes, diagonal, teacher_diagonal)
-    retention, consistency = finish.totals(problem, state, mean_gap, sums.shift)
-    return 0.5 * retention / problem.n, consistency / problem.n, state
 
 
 def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cliperase_fast.ops.problem import Problem, State
+from cliperase_fast.ops.problem import Problem, State, Sums
 
 DIAGONAL, TEACHER_DIAGONAL, RETENTION, STUDENT, TEACHER = range(5)
 
@@ -95,6 +95,18 @@ def totals(problem: Problem, state: Tensor, mean_gap: Tensor | None, shift: Tens
         gap = mean_gap - ((state[TEACHER_DIAGONAL] - state[DIAGONAL]) - shift)  # [n]
         consistency = (rest(state[TEACHER]) * gap - log1p[2] + log1p[1]).sum()
     return retention, consistency
+
+
+def whole(problem: Problem, sums: Sums) -> tuple[Tensor, Tensor, Tensor]:
+    """(retention, consistency, state [5, 2 n] of the rows, then of the columns) of a batch in one piece."""
+    assert sums.diagonal is not None
+    planes = torch.cat((sums.rows, sums.columns), 1)
+    diagonal, teacher_diagonal = sums.diagonal.repeat(2), sums.teacher_diagonal
+    if teacher_diagonal is not None:
+        teacher_diagonal = teacher_diagonal.repeat(2)
+    found, mean_gap = state(problem, planes, diagonal, teacher_diagonal)
+    retention, consistency = totals(problem, found, mean_gap, sums.shift)
+    return 0.5 * retention / problem.n, consistency / problem.n, found
 
 
 def weights(grad_retention: Tensor, grad_consistency: Tensor, n: int) -> tuple[Tensor, Tensor]:

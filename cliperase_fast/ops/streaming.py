@@ -131,6 +131,8 @@ class _TorchEngine:
         )
         return sums, torch.empty(0, dtype=torch.uint8, device=strip.device)
 
+    finish = staticmethod(finish.whole)
+
     def backward(
         self,
         problem: Problem,

@@ -1,7 +1,8 @@
 // The sweep for -mavx2 -mfma.
 #define CLIPERASE_ISA avx2
 #define CLIPERASE_WIDTH 8
-#include "sweep_engine.h"
+#include "backward_pass.h"
+#include "forward_pass.h"
 
 namespace cliperase {
 const Engine avx2_engine = {"avx2", avx2::forward_scratch, avx2::forward, avx2::backward_scratch, avx2::backward};

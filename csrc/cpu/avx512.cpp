@@ -1,7 +1,8 @@
 // The sweep for -mavx512f and what comes with it.
 #define CLIPERASE_ISA avx512
 #define CLIPERASE_WIDTH 16
-#include "sweep_engine.h"
+#include "backward_pass.h"
+#include "forward_pass.h"
 
 namespace cliperase {
 const Engine avx512_engine = {"avx512", avx512::forward_scratch, avx512::forward, avx512::backward_scratch, avx512::backward};

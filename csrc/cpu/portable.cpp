@@ -1,7 +1,8 @@
 // The sweep for any processor.
 #define CLIPERASE_ISA portable
 #define CLIPERASE_WIDTH 4
-#include "sweep_engine.h"
+#include "backward_pass.h"
+#include "forward_pass.h"
 
 namespace cliperase {
 const Engine portable_engine = {"portable", portable::forward_scratch, portable::forward, portable::backward_scratch, portable::backward};

@@ -10,6 +10,12 @@
 #include "sweep.h"
 #include "workspace.h"
 
+#if defined(CLIPERASE_X86)
+namespace cliperase {
+extern const Engine wide_engine;  // wide.cpp
+}
+#endif
+
 namespace {
 
 using cliperase::Backward;
@@ -119,18 +125,20 @@ void check_engine(const cliperase::Engine& engine, std::int64_t n, std::int64_t 
 }  // namespace
 
 int main() {
-    int engines = 0;
-    for (const char* name : {"portable", "avx2", "avx512"}) {
-        const cliperase::Engine* engine = cliperase::choose_engine(name);
-        if (engine == nullptr) continue;  // not on this processor
-        ++engines;
+    std::vector<const cliperase::Engine*> engines;
+    for (const char* name : {"portable", "avx2", "avx512"})
+        if (const cliperase::Engine* engine = cliperase::choose_engine(name)) engines.push_back(engine);
+#if defined(CLIPERASE_X86)
+    if (cliperase::choose_engine("avx2") != nullptr) engines.push_back(&cliperase::wide_engine);
+#endif
+    for (const cliperase::Engine* engine : engines)
         for (const bool keep : {false, true}) {
             check_engine(*engine, 300, 300, 0, keep);   // two tiles of rows, three of columns
             check_engine(*engine, 17, 200, 100, keep);  // own rows among other columns
             check_engine(*engine, 5, 130, 130, keep);   // other columns only
         }
-    }
-    if (engines == 0 || cliperase::choose_engine("abacus") != nullptr) ++failures;
-    std::printf("%d instruction sets, %d failures\n", engines, failures);
+    if (engines.empty() || cliperase::choose_engine("abacus") != nullptr) ++failures;
+    for (const cliperase::Engine* engine : engines) std::printf("%s ", engine->name);
+    std::printf("ran, %d failures\n", failures);
     return failures == 0 ? 0 : 1;
 }

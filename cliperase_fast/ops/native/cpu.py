@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cliperase_fast.ops import finish
 from cliperase_fast.ops.engine import keep_bytes
 from cliperase_fast.ops.native import extension
 from cliperase_fast.ops.problem import Problem, State, Sums
@@ -74,6 +73,27 @@ class CpuEngine:
         teacher_diagonal = diagonals[1] if problem.paired and problem.want_consistency else None
         return Sums(rows, columns, diagonal, teacher_diagonal, shift), kept
 
+    def finish(self, problem: Problem, sums: Sums) -> tuple[Tensor, Tensor, Tensor]:
+        """`finish.whole` in one pass."""
+        n, teacher = problem.n, problem.want_consistency
+        assert sums.diagonal is not None
+        rows, columns, diagonal = sums.rows.contiguous(), sums.columns.contiguous(), sums.diagonal.contiguous()
+        teacher_diagonal = diagonal if sums.teacher_diagonal is None else sums.teacher_diagonal.contiguous()
+        state = torch.empty(5, 2 * n)
+        retention, consistency = self._cpu.finish(
+            n=n,
+            has_teacher=teacher,
+            has_masked=problem.masked and teacher,
+            want_retention=problem.want_retention,
+            diagonal=diagonal.data_ptr(),
+            teacher_diagonal=teacher_diagonal.data_ptr(),
+            row_sums=rows.data_ptr(),
+            column_sums=columns.data_ptr(),
+            shift=0.0 if sums.shift is None else sums.shift.item(),
+            state=state.data_ptr(),
+        )
+        return state.new_tensor(0.5 * retention / n), state.new_tensor(consistency / n), state
+
     def backward(
         self,
         problem: Problem,
@@ -87,21 +107,16 @@ class CpuEngine:
         need_scale: bool,
         partial: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        terms = finish.gradient_terms(problem, state, weight_retention, weight_consistency)
-        student, masked = terms.student, terms.masked
-        if student is None:
-            student, masked = masked, None
-        assert student is not None
         call = _Call(self._cpu, problem)
         image, text = problem.image, problem.text
         grad_image = _gradient(image) if need_image or need_scale else None
         grad_text = _gradient(text) if need_text else None
         grad_scale = self._cpu.backward(
             call.problem,
-            student=call.planes(student),
-            masked=None if masked is None else call.planes(masked),
-            teacher=None if terms.teacher is None else call.planes(terms.teacher),
-            diagonal=terms.diagonal.data_ptr(),
+            state=call.address(state.both.contiguous()),
+            want_retention=problem.want_retention,
+            weight_retention=weight_retention.item(),
+            weight_consistency=weight_consistency.item(),
             kept=kept.data_ptr() if kept.numel() else 0,
             kept_rows=self._kept_rows(problem, kept),
             grad_image=0 if grad_image is None else grad_image.data_ptr(),
@@ -141,7 +156,7 @@ class _Call:
         self._held: list[Tensor] = []
         row_groups = column_groups = 0
         if problem.group_ids is not None:
-            row_groups, column_groups = map(self._address, _small_groups(problem))
+            row_groups, column_groups = map(self.address, _small_groups(problem))
         teacher: dict[str, Any] = {}
         if problem.teacher_image is not None and problem.teacher_text is not None and problem.teacher_scale is not None:
             teacher = {
@@ -164,19 +179,13 @@ class _Call:
             **teacher,
         )
 
-    def _address(self, tensor: Tensor) -> int:
+    def address(self, tensor: Tensor) -> int:
         self._held.append(tensor)
         return tensor.data_ptr()
 
     def _matrix(self, features: Tensor) -> Any:
         dtype = getattr(self._cpu.Dtype, _DTYPES[features.dtype])
-        return self._cpu.Matrix(self._address(features), *features.stride(), dtype)
-
-    def planes(self, softmax: finish.Softmax) -> tuple[int, int, int, int]:
-        (row_anchor, row_factor), (column_anchor, column_factor) = softmax
-        return tuple(
-            self._address(plane.contiguous()) for plane in (row_anchor, column_anchor, row_factor, column_factor)
-        )  # type: ignore[return-value]
+        return self._cpu.Matrix(self.address(features), *features.stride(), dtype)
 
 
 def _small_groups(problem: Problem) -> list[Tensor]:

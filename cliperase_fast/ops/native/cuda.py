@@ -101,6 +101,8 @@ class CudaEngine:
             teacher_diagonal = diagonals[1] if problem.paired and inputs.teacher else None
             return Sums(of_rows, of_columns, diagonal, teacher_diagonal, shift), kept
 
+    finish = staticmethod(finish.whole)
+
     def backward(
         self,
         problem: Problem,

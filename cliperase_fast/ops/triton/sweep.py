@@ -89,6 +89,8 @@ class _TritonEngine:
                 columns[plane] *= _LN_2
             return Sums(rows, columns, diagonal, teacher_diagonal, shift), kept
 
+    finish = staticmethod(finish.whole)
+
     def backward(
         self,
         problem: Problem,
