@@ -90,11 +90,11 @@ class GatheredFeatures:
             return {}
         return {"process_group": dist.group.WORLD, "own_values": self.local_loss}
 
-    def _with_gradients(self, *features: Tensor) -> list[Tensor]:
+    def _with_gradients(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """Features for the sharded sweep, whose gradients come back as large as open_clip's."""
         if self.gather_with_grad:
-            return list(features)
-        return [_DividedGradient.apply(tensor, self.world_size) for tensor in features]
+            return image, text
+        return _DividedGradient.apply(image, self.world_size), _DividedGradient.apply(text, self.world_size)
 
     def _gathered(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """Everyone's features [N, D], as open_clip gathers them."""
@@ -189,9 +189,8 @@ class DistillClipLoss(GatheredFeatures, StockDistillClipLoss):
         if _overridden(self, StockDistillClipLoss, "get_logits", "get_ground_truth", "dist_loss"):
             return super().forward(*student, logit_scale, *teacher, dist_logit_scale, output_dict)
         if shared := self._shared():
-            contrastive, distill = distill_clip_loss(
-                *self._with_gradients(*student), logit_scale, *teacher, dist_logit_scale, **shared
-            )
+            image, text = self._with_gradients(*student)
+            contrastive, distill = distill_clip_loss(image, text, logit_scale, *teacher, dist_logit_scale, **shared)
         elif self._only_own_rows:
             contrastive, distill = self._local(*student, logit_scale, teacher, dist_logit_scale)
         else:
