@@ -1,6 +1,8 @@
-"""cf.ClipLoss and cf.DistillClipLoss on two ranks: values and gradients of open_clip's own, in each of its ways."""
+"""The losses for open_clip on two ranks: its own values and gradients in each of its ways; the unlearning recipe."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import open_clip.loss
 import pytest
@@ -8,6 +10,7 @@ import torch
 from shared_batches import features
 
 import cliperase_fast as cf
+from cliperase_fast.integrations.open_clip_unlearning import unlearning
 
 SIZE = 9  # pairs on a rank
 WAYS = [(local, grad) for local in (False, True) for grad in (False, True)]
@@ -62,3 +65,28 @@ def test_every_way_of_open_clips_is_kept_and_own_rows_suffice(two, name, way, dt
 @pytest.mark.parametrize("way", WAYS)
 def test_a_backend_that_cannot_share_a_batch_sees_the_gathered_one(two, way):
     assert min(compare(two, "DistillClipLoss", torch.float64, 1e-12, way, "eager")) > 0
+
+
+def unlearning_step(rank, rows, ranks):
+    """What open_clip's loop gets from the recipe's loss for some rows of a batch of 3 pairs to forget, 6 to keep."""
+    import open_clip_train.main as trainer
+
+    forget, retain = rows
+    whole = [features(9, width, seed, torch.float64) for seed, width in enumerate((12, 12, 8, 8))]
+    image, text, *teacher = (torch.cat((part[:3][forget[rank]], part[3:][retain[rank]])) for part in whole)
+    leaves = image.requires_grad_(), text.requires_grad_()
+    pairs = forget[rank].stop - forget[rank].start
+    with unlearning("unused", pairs, cf.CLIPEraseLoss(0.5, 2.0, 1.5)):
+        loss = trainer.create_loss(SimpleNamespace(rank=rank, world_size=ranks))
+    terms = loss(image, text, 14.0, *teacher, 9.0, output_dict=True)
+    return {key: value.detach() for key, value in terms.items()}, torch.autograd.grad(sum(terms.values()), leaves)
+
+
+def test_the_unlearning_recipe_on_two_ranks_has_the_whole_batchs_terms_and_gradients(two):
+    forget, retain = (slice(0, 2), slice(2, 3)), (slice(0, 2), slice(2, 6))
+    terms, gradients = unlearning_step(0, ((slice(0, 3),), (slice(0, 6),)), 1)
+    for rank, (found, of_features) in enumerate(two.run(unlearning_step, (forget, retain), 2)):
+        torch.testing.assert_close(found, terms)
+        for mine, exact in zip(of_features, gradients, strict=True):
+            own = torch.cat((exact[:3][forget[rank]], exact[3:][retain[rank]]))
+            torch.testing.assert_close(mine / 2, own)  # the mean over ranks, as DDP takes it
