@@ -45,10 +45,10 @@ def check_cliperase(
     check_gather(gather)
     check_pairs("forget_image", forget_image, "forget_text", forget_text)
     check_pairs("retain_image", retain_image, "retain_text", retain_text)
-    _check_device("forget_image", forget_image, "retain_image", retain_image)
+    check_device("forget_image", forget_image, "retain_image", retain_image)
     if forget_image.shape[1] != retain_image.shape[1]:
         raise InputError(
-            f"forget_image {_shape(forget_image)} and retain_image {_shape(retain_image)} differ in width; "
+            f"forget_image {shape_of(forget_image)} and retain_image {shape_of(retain_image)} differ in width; "
             "both come from the student"
         )
     check_group_ids(group_ids, "retain_image", retain_image)
@@ -108,34 +108,34 @@ def check_gather(gather: str) -> None:
         raise InputError(f"gather={gather!r} is not known; use one of {', '.join(GATHER_MODES)}")
 
 
-def _shape(tensor: Tensor) -> str:
+def shape_of(tensor: Tensor) -> str:
     return str(list(tensor.shape))
 
 
-def _check_features(name: str, features: Tensor) -> None:
+def check_features(name: str, features: Tensor) -> None:
     if not isinstance(features, Tensor):
         raise InputError(f"{name} must be a tensor [rows, width], not a {type(features).__name__}")
     if features.ndim != 2:
-        raise InputError(f"{name} has shape {_shape(features)}; it must be two-dimensional, [rows, width]")
+        raise InputError(f"{name} has shape {shape_of(features)}; it must be two-dimensional, [rows, width]")
     if features.shape[1] == 0:
-        raise InputError(f"{name} has shape {_shape(features)}: features of width 0; pass the encoder's output")
+        raise InputError(f"{name} has shape {shape_of(features)}: features of width 0; pass the encoder's output")
     if features.dtype not in _FLOATING:
         raise InputError(f"{name} has dtype {features.dtype}; convert it to float32, float64, float16 or bfloat16")
 
 
-def _check_device(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+def check_device(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
     if tensor.device != like.device:
         raise InputError(f"{name} is on {tensor.device} and {like_name} on {like.device}; move them to one device")
 
 
 def check_pairs(image_name: str, image: Tensor, text_name: str, text: Tensor) -> None:
-    _check_features(image_name, image)
-    _check_features(text_name, text)
-    _check_device(text_name, text, image_name, image)
+    check_features(image_name, image)
+    check_features(text_name, text)
+    check_device(text_name, text, image_name, image)
     if image.shape != text.shape:
         what = "width" if len(image) == len(text) else "number of rows"
         raise InputError(
-            f"{image_name} {_shape(image)} and {text_name} {_shape(text)} differ in {what}; "
+            f"{image_name} {shape_of(image)} and {text_name} {shape_of(text)} differ in {what}; "
             "row i of both belongs to pair i"
         )
 
@@ -154,10 +154,10 @@ def check_teacher(
             "to go without a teacher set lambda_consistency=0"
         )
     check_pairs("teacher_image", image, "teacher_text", text)
-    _check_device("teacher_image", image, student_name, student)
+    check_device("teacher_image", image, student_name, student)
     if len(image) != len(student):
         raise InputError(
-            f"teacher_image {_shape(image)} and {student_name} {_shape(student)} differ in number of rows; "
+            f"teacher_image {shape_of(image)} and {student_name} {shape_of(student)} differ in number of rows; "
             "the teacher sees the same pairs"
         )
     scale = as_scale("teacher_logit_scale", scale, student)
@@ -177,8 +177,8 @@ def check_group_ids(group_ids: Tensor | None, name: str, image: Tensor) -> None:
         kind = group_ids.dtype if isinstance(group_ids, Tensor) else type(group_ids).__name__
         raise InputError(f"group_ids must be an int64 tensor, an id a pair, not {kind}")
     if group_ids.shape != image.shape[:1]:
-        raise InputError(f"group_ids has shape {_shape(group_ids)}; {name} {_shape(image)} needs [{len(image)}]")
-    _check_device("group_ids", group_ids, name, image)
+        raise InputError(f"group_ids has shape {shape_of(group_ids)}; {name} {shape_of(image)} needs [{len(image)}]")
+    check_device("group_ids", group_ids, name, image)
 
 
 def as_scale(name: str, scale: Tensor | float, features: Tensor) -> Tensor:
@@ -186,9 +186,9 @@ def as_scale(name: str, scale: Tensor | float, features: Tensor) -> Tensor:
     if isinstance(scale, Tensor):
         if scale.numel() != 1 or scale.dtype not in _FLOATING:
             raise InputError(
-                f"{name} must be a number or one floating-point element, not {scale.dtype} of shape {_shape(scale)}"
+                f"{name} must be a number or one floating-point element, not {scale.dtype} of shape {shape_of(scale)}"
             )
-        _check_device(name, scale, "the features", features)
+        check_device(name, scale, "the features", features)
         return scale.reshape(()).to(compute_dtype(scale))
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not -math.inf < scale < math.inf:
         raise InputError(f"{name}={scale!r} must be a finite number or a tensor of one element")

@@ -6,14 +6,14 @@ losses in the computing dtype, autocast off inside, `InputError` before anything
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from cliperase_fast.checks import _check_device, _check_features, _shape, as_scale, check_pairs, check_teacher
+from cliperase_fast.checks import as_scale, check_device, check_features, check_pairs, check_teacher, shape_of
 from cliperase_fast.errors import InputError
-from cliperase_fast.functional import cliperase_loss, similarity_kl
+from cliperase_fast.functional import contrast
 from cliperase_fast.ops import compute_dtype, no_autocast
 from cliperase_fast.ops.rows import row_losses
 from cliperase_fast.ops.sigmoid import sigmoid_sweep
@@ -27,6 +27,9 @@ def distill_clip_loss(
     teacher_text: Tensor,
     teacher_logit_scale: Tensor | float,
     *,
+    process_group: Any = None,
+    own_values: bool = False,
+    gather: str = "all",
     backend: str = "auto",
     keep: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -35,23 +38,19 @@ def distill_clip_loss(
     contrastive is RM of `functional.py`. distill is the mean of the row and column cross-entropies with the teacher's
     softmaxes: half of CM plus half of the teacher's row and column entropies, which have no gradient.
     image_features, text_features: [N, D]; teacher_image, teacher_text: [N, D°], the same pairs, without gradient.
-    backend, keep: see `functional.cliperase_loss`.
+    process_group, gather, backend, keep: see `functional.cliperase_loss`. own_values: see `functional.contrast`.
     """
-    terms = cliperase_loss(
-        image_features[:0], text_features[:0], image_features, text_features, teacher_image, teacher_text,
-        logit_scale, teacher_logit_scale,
-        lambda_retain=1.0, lambda_forget=0.0, lambda_consistency=1.0, backend=backend, keep=keep,
-    )  # fmt: skip
-    entropies = _row_and_column_entropy(teacher_image, teacher_text, teacher_logit_scale, backend)
-    return terms.retain, 0.5 * (terms.consistency + entropies)
-
-
-def _row_and_column_entropy(image: Tensor, text: Tensor, scale: Tensor | float, backend: str) -> Tensor:
-    """Mean entropy of the row softmaxes plus that of the column ones: 2 log N - KL to the uniform distribution."""
-    nothing = image.new_zeros(len(image), 1)  # similarities that are all 0
+    teacher = (teacher_image, teacher_text, teacher_logit_scale)
+    options: dict[str, Any] = {
+        "process_group": process_group, "own_values": own_values, "gather": gather, "backend": backend, "keep": keep,
+    }  # fmt: skip
+    contrastive, divergence = contrast(
+        "distill_clip_loss", image_features, text_features, logit_scale, teacher, **options
+    )
+    nothing = image_features.new_zeros(len(image_features), 1)  # similarities that are all 0: a uniform student
     with torch.no_grad():
-        divergence = similarity_kl(nothing, nothing, 1.0, image, text, scale, backend=backend)
-    return 2 * math.log(max(len(image), 1)) - divergence
+        log_n, from_uniform = contrast("entropies", nothing, nothing, 1.0, teacher, **options)  # log N - entropy, twice
+    return contrastive, log_n + 0.5 * (divergence - from_uniform)
 
 
 def local_clip_loss(
@@ -73,7 +72,7 @@ def local_clip_loss(
     _check_rows("query", query, "keys", keys)
     if not 0 <= first_key <= len(keys) - len(query):
         raise InputError(
-            f"first_key={first_key}: the keys {_shape(keys)} must hold the {len(query)} rows that start there"
+            f"first_key={first_key}: the keys {shape_of(keys)} must hold the {len(query)} rows that start there"
         )
     scale = as_scale("logit_scale", logit_scale, query)
     teacher_scale = None
@@ -115,8 +114,8 @@ def sigmoid_loss(
 
 
 def _check_rows(name: str, rows: Tensor, other_name: str, others: Tensor) -> None:
-    _check_features(name, rows)
-    _check_features(other_name, others)
-    _check_device(other_name, others, name, rows)
+    check_features(name, rows)
+    check_features(other_name, others)
+    check_device(other_name, others, name, rows)
     if rows.shape[1] != others.shape[1]:
-        raise InputError(f"{name} {_shape(rows)} and {other_name} {_shape(others)} differ in width")
+        raise InputError(f"{name} {shape_of(rows)} and {other_name} {shape_of(others)} differ in width")

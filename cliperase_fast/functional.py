@@ -167,31 +167,10 @@ def clip_loss(
     process_group, gather: as in `cliperase_loss`.
     Returns a 0-d tensor, 0 for N = 0. Raises InputError before computing when an argument is not as above.
     """
-
-    def check() -> Tensor:
-        check_keep(keep)
-        check_gather(gather)
-        check_pairs("image_features", image_features, "text_features", text_features)
-        check_group_ids(group_ids, "image_features", image_features)
-        choose(backend, image_features, text_features, sharded=process_group is not None)
-        return as_scale("logit_scale", logit_scale, image_features)
-
-    shards = None
-    if process_group is None:
-        scale = check()
-    else:
-        group = Group(process_group)
-        with group.telling_the_others():
-            scale = check()
-            group.check_device(image_features.device)
-            said = _described(
-                "clip_loss", gather, backend, keep, image_features, text_features, scale, None, None, group_ids
-            )
-        shards = Shards(group, group.agree(said, (len(image_features), 0))[0], gather)
-    with no_autocast(image_features):
-        return _sweep(
-            image_features, text_features, scale, None, None, None, group_ids, True, False, backend, keep, shards
-        )[0]
+    return contrast(
+        "clip_loss", image_features, text_features, logit_scale, group_ids=group_ids, process_group=process_group,
+        gather=gather, backend=backend, keep=keep,
+    )[0]  # fmt: skip
 
 
 def similarity_kl(
@@ -215,15 +194,43 @@ def similarity_kl(
     process_group, gather: as in `cliperase_loss`.
     Returns a 0-d tensor, 0 for N = 0. Raises InputError before computing when an argument is not as above.
     """
-    teacher = (teacher_image, teacher_text)
+    return contrast(
+        "similarity_kl", image_features, text_features, logit_scale, (teacher_image, teacher_text, teacher_logit_scale),
+        want_retention=False, process_group=process_group, gather=gather, backend=backend, keep=keep,
+    )[1]  # fmt: skip
 
-    def check() -> tuple[Tensor, Tensor]:
+
+def contrast(
+    name: str,
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    teacher: tuple[Tensor, Tensor, Tensor | float] | None = None,
+    *,
+    want_retention: bool = True,
+    group_ids: Tensor | None = None,
+    process_group: Any = None,
+    own_values: bool = False,
+    gather: str = "all",
+    backend: str = "auto",
+    keep: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """(RM, CM) of one batch in one sweep, for the losses made of them; CM only with a teacher (image, text, scale).
+
+    name: the loss, as the ranks tell it each other. own_values: of a process_group's batch, the means over this rank's
+    own rows and columns, whose mean over equal ranks is the batch's; the gradients are those of the batch as ever.
+    The other arguments and the errors are those of `clip_loss` and `similarity_kl`.
+    """
+    frozen: tuple[Any, Any] = (None, None) if teacher is None else teacher[:2]
+
+    def check() -> tuple[Tensor, Tensor | None]:
         check_keep(keep)
         check_gather(gather)
         check_pairs("image_features", image_features, "text_features", text_features)
+        check_group_ids(group_ids, "image_features", image_features)
         scale = as_scale("logit_scale", logit_scale, image_features)
-        teacher_scale = check_teacher("image_features", image_features, *teacher, teacher_logit_scale)
-        choose(backend, image_features, text_features, *teacher, sharded=process_group is not None)
+        teacher_scale = None if teacher is None else check_teacher("image_features", image_features, *teacher)
+        choose(backend, image_features, text_features, *frozen, sharded=process_group is not None)
         return scale, teacher_scale
 
     shards = None
@@ -235,13 +242,15 @@ def similarity_kl(
             scale, teacher_scale = check()
             group.check_device(image_features.device)
             said = _described(
-                "similarity_kl", gather, backend, keep, image_features, text_features, scale, *teacher, None
-            )
-        shards = Shards(group, group.agree(said, (len(image_features), 0))[0], gather)
+                name, gather, backend, keep, image_features, text_features, scale, *frozen, group_ids,
+                own_values=own_values,
+            )  # fmt: skip
+        shards = Shards(group, group.agree(said, (len(image_features), 0))[0], gather, own_values)
     with no_autocast(image_features):
         return _sweep(
-            image_features, text_features, scale, *teacher, teacher_scale, None, False, True, backend, keep, shards
-        )[1]
+            image_features, text_features, scale, *frozen, teacher_scale, group_ids, want_retention,
+            teacher is not None, backend, keep, shards,
+        )  # fmt: skip
 
 
 def _described(

@@ -110,6 +110,7 @@ class Shards:
     group: Group
     sizes: tuple[int, ...]  # pairs on each rank
     gather: str
+    own_values: bool = False  # a loss's value is the mean over this rank's pairs, not over the batch
 
     @property
     def total(self) -> int:

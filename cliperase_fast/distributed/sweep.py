@@ -7,7 +7,8 @@ is summed to its owners. Nothing is N x N; the similarities are formed once in a
 
 Gradients are those of the loss of the whole batch times the number of ranks, so that their mean over the ranks, which
 DistributedDataParallel takes of those of the parameters, is the gradient of one process with the whole batch. A rank's
-gradient of logit_scale has its own rows' part only: the mean over the ranks is the whole.
+gradient of logit_scale has its own rows' part only: the mean over the ranks is the whole. They are the same where the
+values are those of a rank's own rows and columns (`Shards.own_values`).
 """
 
 from __future__ import annotations
@@ -163,8 +164,13 @@ def _forward(
         totals = torch.stack(finish.totals(local, torch.cat((row_state, column_state), 1), gaps, shift))
     (column_states,) = gather_rows(shards, column_state.T)
     assert column_states is not None
-    retention, consistency = total_over_ranks(shards.group, totals)
-    return 0.5 * retention / shards.total, consistency / shards.total, (row_state, column_states.T), kept
+    pairs = shards.total
+    if shards.own_values:
+        pairs = max(shards.own, 1)
+    else:
+        totals = total_over_ranks(shards.group, totals)
+    retention, consistency = totals / pairs
+    return 0.5 * retention, consistency, (row_state, column_states.T), kept
 
 
 _Gradients = Callable[[Problem, Tensor], tuple[Tensor, Tensor, Tensor]]  # of image, text and scale

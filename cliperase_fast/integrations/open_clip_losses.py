@@ -2,6 +2,18 @@
 
 They compute in float32 at least, also under autocast, where open_clip rounds its similarities to half precision; the
 losses come back in float32 then. The teacher gets no gradient. CLIPERASE_BACKEND chooses the backend.
+
+Several ranks: with L the loss of the whole batch, F a rank's features and W the number of ranks, open_clip's ways are
+
+    local_loss  gather_with_grad   value on a rank         gradient of F   gradient of the scale
+    no          yes                L                       W dL/dF         dL/ds
+    no          no                 L                       dL/dF           dL/ds
+    yes         yes                of own rows, columns    W dL/dF         such that its mean over ranks is dL/ds
+    yes         no                 of own rows, columns    of own rows and columns only, others' features constant
+
+The first three come of one sweep sharded over the ranks, where a rank forms its own rows alone; there the gradients of
+the scale differ from rank to rank, and their mean is dL/ds: after DistributedDataParallel's averaging all are
+open_clip's. The last one, horovod, and CLIPERASE_BACKEND=eager gather the features as open_clip does.
 """
 
 from __future__ import annotations
@@ -9,11 +21,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from cliperase_fast.contrastive import distill_clip_loss, local_clip_loss, sigmoid_loss
-from cliperase_fast.functional import clip_loss
+from cliperase_fast.functional import contrast
 from cliperase_fast.integrations.versions import require
+from cliperase_fast.ops import auto_shards
 
 
 def check_version() -> None:
@@ -46,6 +60,17 @@ def _is_constant(bias: Tensor | float | None) -> bool:
     return not isinstance(bias, Tensor) or bias.numel() == 1
 
 
+class _DividedGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, divisor: int) -> Tensor:
+        ctx.divisor = divisor
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient / ctx.divisor, None
+
+
 class GatheredFeatures:
     """What the losses do alike when there are several ranks."""
 
@@ -55,8 +80,24 @@ class GatheredFeatures:
     gather_with_grad: bool
     use_horovod: bool
 
+    def _shared(self) -> dict[str, Any]:
+        """The options that shard the sweep over these ranks with open_clip's values; none where it must not be."""
+        if self.world_size == 1 or self.use_horovod or not auto_shards():
+            return {}
+        if self.local_loss and not self.gather_with_grad:
+            return {}
+        if not dist.is_initialized() or (dist.get_rank(), dist.get_world_size()) != (self.rank, self.world_size):
+            return {}
+        return {"process_group": dist.group.WORLD, "own_values": self.local_loss}
+
+    def _with_gradients(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Features for the sharded sweep, whose gradients come back as large as open_clip's."""
+        if self.gather_with_grad:
+            return image, text
+        return _DividedGradient.apply(image, self.world_size), _DividedGradient.apply(text, self.world_size)
+
     def _gathered(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Everyone's features [N, D], as open_clip gathers them. A sweep sharded over ranks would need none of this."""
+        """Everyone's features [N, D], as open_clip gathers them."""
         if self.world_size == 1:
             return image, text
         return stock.gather_features(
@@ -113,10 +154,13 @@ class ClipLoss(GatheredFeatures, StockClipLoss):
         """The loss, 0-d, or {"contrastive_loss": loss}. Features [n, D]; logit_scale already exponentiated."""
         if _overridden(self, StockClipLoss, "get_logits", "get_ground_truth") or not _is_constant(logit_bias):
             return super().forward(image_features, text_features, logit_scale, logit_bias, output_dict)
-        if self._only_own_rows:
+        if shared := self._shared():
+            features = self._with_gradients(image_features, text_features)
+            loss = contrast("clip_loss", *features, logit_scale, **shared)[0]
+        elif self._only_own_rows:
             loss = self._local(image_features, text_features, logit_scale)[0]
         else:
-            loss = clip_loss(*self._gathered(image_features, text_features), logit_scale)
+            loss = contrast("clip_loss", *self._gathered(image_features, text_features), logit_scale)[0]
         if isinstance(logit_bias, Tensor):  # a parameter of the model: DDP waits for its gradient
             loss = loss + 0 * logit_bias.sum()
         return {"contrastive_loss": loss} if output_dict else loss
@@ -144,7 +188,10 @@ class DistillClipLoss(GatheredFeatures, StockDistillClipLoss):
         teacher = (dist_image_features, dist_text_features)
         if _overridden(self, StockDistillClipLoss, "get_logits", "get_ground_truth", "dist_loss"):
             return super().forward(*student, logit_scale, *teacher, dist_logit_scale, output_dict)
-        if self._only_own_rows:
+        if shared := self._shared():
+            image, text = self._with_gradients(*student)
+            contrastive, distill = distill_clip_loss(image, text, logit_scale, *teacher, dist_logit_scale, **shared)
+        elif self._only_own_rows:
             contrastive, distill = self._local(*student, logit_scale, teacher, dist_logit_scale)
         else:
             contrastive, distill = distill_clip_loss(

@@ -13,35 +13,25 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from cliperase_fast.errors import InputError
 from cliperase_fast.integrations.open_clip import import_trainer
-from cliperase_fast.integrations.open_clip_losses import GatheredFeatures
 from cliperase_fast.losses import CLIPEraseLoss
 
 
-class UnlearningLoss(GatheredFeatures, nn.Module):
+class UnlearningLoss(nn.Module):
     """CLIPErase's loss with the arguments and results of open_clip's DistillClipLoss.
 
     forget_pairs: how many rows at the head of each batch are pairs to forget; the rest is kept.
     loss: the weights and options. Its weighted terms come back as `forget_loss`, `retain_loss` and
-    `consistency_loss`, which sum to its total. With several ranks the features are gathered as open_clip gathers them.
+    `consistency_loss`, which sum to its total. With its process_group the batch is that of all ranks.
     """
 
-    def __init__(
-        self,
-        forget_pairs: int,
-        loss: CLIPEraseLoss,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
-        gather_with_grad: bool = False,
-    ) -> None:
+    def __init__(self, forget_pairs: int, loss: CLIPEraseLoss) -> None:
         super().__init__()
         self.forget_pairs, self.loss = forget_pairs, loss
-        self.rank, self.world_size, self.gather_with_grad = rank, world_size, gather_with_grad
-        self.local_loss = self.use_horovod = False
 
     def forward(
         self,
@@ -55,10 +45,10 @@ class UnlearningLoss(GatheredFeatures, nn.Module):
     ) -> Any:
         """The total, 0-d, or a dict of the weighted terms. Features [forget_pairs + n, D]."""
         m = self.forget_pairs
-        forget = self._gathered(image_features[:m], text_features[:m])
-        retain = self._gathered(image_features[m:], text_features[m:])
-        teacher = self._gathered(dist_image_features[m:], dist_text_features[m:])
-        terms = self.loss(*forget, *retain, *teacher, logit_scale, dist_logit_scale)
+        terms = self.loss(
+            image_features[:m], text_features[:m], image_features[m:], text_features[m:], dist_image_features[m:],
+            dist_text_features[m:], logit_scale, dist_logit_scale,
+        )  # fmt: skip
         if not output_dict:
             return terms.total
         return {
@@ -111,7 +101,9 @@ def unlearning(
 
     forget_data: shards or CSV with the pairs to forget, of the kind that --train-data (the pairs to keep) is.
     forget_pairs: in each batch, beside --batch-size pairs to keep; on each rank.
-    loss: a CLIPEraseLoss, its defaults if None. forget_samples: pairs in the forget shards, where they do not say.
+    loss: a CLIPEraseLoss, its defaults if None; with several ranks its batch is that of all of them, and the gradients
+    are those of one process with the whole batch, with --gather-with-grad or without.
+    forget_samples: pairs in the forget shards, where they do not say.
 
     Raises InputError where open_clip_train has no such seams, or the arguments lack the teacher or ask for what the
     loss cannot do (--local-loss, --siglip, --horovod).
@@ -128,9 +120,11 @@ def unlearning(
     loss = CLIPEraseLoss() if loss is None else loss
 
     def create(args: Any) -> nn.Module:
-        return UnlearningLoss(
-            forget_pairs, loss, rank=args.rank, world_size=args.world_size, gather_with_grad=args.gather_with_grad
-        )
+        chosen = loss
+        if args.world_size > 1 and loss.process_group is None:
+            chosen = copy.copy(loss)
+            chosen.process_group = dist.group.WORLD
+        return UnlearningLoss(forget_pairs, chosen)
 
     def data(args: Any, *rest: Any, **options: Any) -> dict[str, Any]:
         _check(args)

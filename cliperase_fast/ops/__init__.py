@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from cliperase_fast.ops.dispatch import BackendStatus, BackendTable, backends, choose
+from cliperase_fast.ops.dispatch import BackendStatus, BackendTable, auto_shards, backends, choose
 from cliperase_fast.ops.sweep import Sweep, compute_dtype, no_autocast
 
-__all__ = ["BackendStatus", "BackendTable", "Sweep", "backends", "choose", "compute_dtype", "no_autocast"]
+__all__ = [
+    "BackendStatus",
+    "BackendTable",
+    "Sweep",
+    "auto_shards",
+    "backends",
+    "choose",
+    "compute_dtype",
+    "no_autocast",
+]

@@ -247,6 +247,12 @@ def choose(requested: str, image: Tensor, text: Tensor, *teacher: Tensor | None,
     return backend
 
 
+def auto_shards() -> bool:
+    """Whether "auto" sweeps a batch spread over processes: it does, unless CLIPERASE_BACKEND names one that cannot."""
+    backend = REGISTRY.get(os.environ.get(ENVIRONMENT_VARIABLE, ""))
+    return backend is None or backend.load_engine is not None
+
+
 # Measured, forward and backward together on one CPU core: the two are equally fast somewhere between N = 128 and 512
 # (D = 64 and 512). Beyond, eager is slower (2.6 times at N = 2048, D = 64), and its memory grows as N².
 _EAGER_PAIRS = 256
