@@ -159,15 +159,15 @@ DEVICES = {
     for device in (
         Device(
             "a100", 312e12, 19.5e12, 80e9, 2.039e12, 300e9, 25e9,
-            "NVIDIA A100 80 GB SXM data sheet; DGX A100 data sheet: eight 200 Gb/s ports",
+            "NVIDIA A100 80 GB SXM data sheet; DGX A100 data sheet: eight 200 Gb/s adapters",
         ),
         Device(
             "h100", 989e12, 67e12, 80e9, 3.35e12, 450e9, 50e9,
-            "NVIDIA H100 SXM data sheet; DGX H100 data sheet: eight 400 Gb/s ports",
+            "NVIDIA H100 SXM data sheet; DGX H100 data sheet: eight 400 Gb/s adapters",
         ),
         Device(
             "h200", 989e12, 67e12, 141e9, 4.8e12, 450e9, 50e9,
-            "NVIDIA H200 SXM data sheet; DGX H200 data sheet: eight 400 Gb/s ports",
+            "NVIDIA H200 SXM data sheet; DGX H200 data sheet: eight 400 Gb/s adapters",
         ),
     )
 }  # fmt: skip
