@@ -123,11 +123,13 @@ def _memory(sweep: Sweep) -> int:
     """At the backward's peak: texts of others, dT and what is received of it, dI, the states."""
     text = sweep.feature_bytes * (sweep.width + sweep.teacher) + _ID * sweep.ids
     gradient = FLOAT32 * sweep.width
-    states = FLOAT32 * _STATE * 2 * (sweep.pairs + sweep.own)  # saved, and side by side for the backward
+    # saved, side by side for the backward, and the anchors and factors made of them
+    states = FLOAT32 * (14 * sweep.pairs + 15 * sweep.own)
     if sweep.gather == "all":
         return sweep.pairs * (text + gradient) + sweep.own * gradient + states
     blocks = min(2, sweep.ranks - 1)  # one at hand, one on its way; one's own is there anyway
-    return sweep.own * (blocks * text + 4 * gradient) + states  # dI in two summands, dT at hand and on its way
+    gradients = 3 + 3 * (sweep.ranks > 1) + (sweep.ranks > 2)  # dI and its summands; dT at hand and on its way
+    return sweep.own * (blocks * text + gradients * gradient) + states
 
 
 class Model(NamedTuple):
@@ -213,8 +215,13 @@ class Step:
                 raise InputError(f"chunk={self.chunk} is more than a GPU's share of {share} pairs; leave it out")
 
     @property
+    def _columns(self) -> int:
+        """That a GPU's rows meet at a time."""
+        return max(1, self.batch // self.gpus) if self.gather == "ring" else self.batch
+
+    @property
     def strip_rows(self) -> int:
-        row = self.batch * PRECISIONS[self.precision]
+        row = self._columns * PRECISIONS[self.precision]
         return max(128, self.strip_bytes // row)  # a kernel's block of rows at least
 
     @property
@@ -242,8 +249,7 @@ def step_cost(step: Step) -> StepCost:
     chunk = step.chunk or own
 
     shards = [step.gpus if step.zero >= stage else 1 for stage in (1, 2, 3)]  # of states, gradients, weights
-    columns = sweep.own if step.gather == "ring" else sweep.pairs
-    strips = min(step.strip_rows, own) * columns * weight
+    strips = min(step.strip_rows, own) * step._columns * weight
     memory = {
         "student": model.parameters * (_STATES[step.precision] / shards[0] + weight / shards[1] + weight / shards[2]),
         "teacher": 0 if step.cached_teacher else model.parameters * weight / shards[2],
