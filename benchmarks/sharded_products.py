@@ -136,7 +136,10 @@ def counted(rank: int, way: str, loss: str, pairs: int = PAIRS) -> dict[str, Any
         "forward": forward.operations / product,
         "backward": backward.operations / product,
         "largest": max(forward.largest, backward.largest) / (pairs * pairs * dist.get_world_size()),
-        "operations": seen.operations, "moved": seen.moved, "received": seen.received, "peak": seen.peak,
+        "operations": seen.operations,
+        "moved": seen.moved,
+        "received": seen.received,
+        "peak": seen.peak,
     }
 
 

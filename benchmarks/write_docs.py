@@ -158,8 +158,10 @@ def scaling_table() -> str:
         "GPUs", "texts", "strips", "TFLOP of the loss", "GiB moved", "GiB received", "GiB, loss", "GiB, all",
         "s, loss", "s, its exchange", "s, step",
     )  # fmt: skip
-    assumed = f"{step.model.name}, {step.precision}, {step.chunk} pairs encoded at a time, {step.efficiency:.0%} of the rates of"
-    return f"{table(head, rows)}\n\nComputed, not measured, a GPU: {assumed} {step.device.source}."
+    assumed = (
+        f"{step.model.name}, {step.precision}, {step.chunk} pairs encoded at a time, {step.efficiency:.0%} of the rates"
+    )
+    return f"{table(head, rows)}\n\nComputed, not measured, a GPU: {assumed} of {step.device.source}."
 
 
 def trainers_table() -> str:

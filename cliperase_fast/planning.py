@@ -25,7 +25,7 @@ def step_of(*, model: str, gpu: str = "h100", strip_mib: int | None = None, **op
     precision = options.get("precision", "bf16")
     unknown = Model(model, 1, 0, 0, 0)
     strip = strip_bytes() if strip_mib is None else strip_mib << 20 if strip_mib > 0 else strip_mib
-    Step(model=unknown, device=DEVICES[gpu], strip_bytes=strip, **options).sweep  # refuses before the model is counted
+    Step(model=unknown, device=DEVICES[gpu], strip_bytes=strip, **options)  # refuses before the model is counted
     return Step(model=count_model(model, _DTYPES[precision]), device=DEVICES[gpu], strip_bytes=strip, **options)
 
 

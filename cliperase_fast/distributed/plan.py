@@ -1,4 +1,4 @@
-"""What a step costs before it is run: arithmetic, memory traffic, exchange and memory of one device. Nothing is measured.
+"""What a step costs before it is run: arithmetic, memory traffic, exchange memory of a device. Nothing is measured.
 
 `sweep_cost` counts what the sharded sweep does, and tests compare it with what ranks are seen to do. `step_cost` adds
 the encoders, the optimizer and the rates of a machine, which are assumptions: a GPU's data sheet times an efficiency.
@@ -207,7 +207,9 @@ class Step:
         if self.zero not in range(4):
             raise InputError(f"zero={self.zero} must be 0 (no ZeRO), 1, 2 or 3")
         if not 0 < self.efficiency <= 1:
-            raise InputError(f"efficiency={self.efficiency:g} must be above 0 and at most 1, the part of the peak reached")
+            raise InputError(
+                f"efficiency={self.efficiency:g} must be above 0 and at most 1, the part of the peak reached"
+            )
         share = self.sweep.own
         if self.chunk is not None:
             _whole("chunk", self.chunk)
@@ -243,7 +245,7 @@ class StepCost(NamedTuple):
 
 def step_cost(step: Step) -> StepCost:
     """Memory of a GPU and time of a step, in parts. Forgetting is left out: it is linear in its pairs."""
-    sweep, cost = step.sweep, sweep_cost(step.sweep)
+    cost = sweep_cost(step.sweep)
     model, device, own = step.model, step.device, step.sweep.own
     weight = PRECISIONS[step.precision]
     chunk = step.chunk or own

@@ -29,9 +29,12 @@ def count_model(name: str, dtype: torch.dtype) -> Model:
         near = get_close_matches(name, open_clip.list_models(), 4)
         hint = f"did you mean {', '.join(near)}?" if near else "open_clip.list_models() has all names"
         raise InputError(f"model {name!r} is not an architecture of open_clip (a name without a tag); {hint}")
-    if {"timm_model_name", "hf_model_name"} & {*config["vision_cfg"], *config["text_cfg"]} or "multimodal_cfg" in config:
+    if {"timm_model_name", "hf_model_name"} & {
+        *config["vision_cfg"],
+        *config["text_cfg"],
+    } or "multimodal_cfg" in config:
         raise InputError(
-            f"model {name!r} is made of parts of another library, which cannot be counted; take one of open_clip's own, "
+            f"model {name!r} is made of parts of another library, which cannot be counted; take open_clip's own, "
             "such as ViT-B-32 or ViT-L-14"
         )
     with torch.device("meta"):
