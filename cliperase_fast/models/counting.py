@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -38,7 +40,7 @@ def count_model(name: str, dtype: torch.dtype) -> Model:
             "such as ViT-B-32 or ViT-L-14"
         )
     with torch.device("meta"):
-        model = build(config).to(dtype)
+        model: Any = build(config).to(dtype)
         size = model.visual.image_size
         height, width = size if isinstance(size, (tuple, list)) else (size, size)
         images = torch.empty(_PAIRS, 3, height, width, dtype=dtype)
