@@ -13,6 +13,7 @@ import json
 import math
 import sys
 import tempfile
+import weakref
 from datetime import timedelta
 from typing import Any
 
@@ -23,9 +24,12 @@ import torch.nn.functional as F
 from open_clip.loss import ClipLoss, DistillClipLoss
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.machine import RESULTS, describe
+from cliperase_fast.distributed.plan import Sweep
 from cliperase_fast.functional import cliperase_loss
+from cliperase_fast.ops.streaming import strip_height
 
 PAIRS, WIDTH, RANKS = 2048, 64, (1, 2, 4)  # pairs a rank
 LOSSES = ("contrastive", "contrastive + distillation")
@@ -34,23 +38,65 @@ _SCALE, _TEACHER_SCALE = 14.0, 9.0
 
 
 class Products(TorchDispatchMode):
-    """Floating-point operations of matrix products, and the entries of the largest result of any operation."""
+    """What a rank does: its matrix products, what it receives, and the memory it takes.
+
+    operations: floating-point operations of products. moved: bytes that products read and write. received: bytes from
+    other ranks. largest: entries of the largest result of any operation. peak: bytes alive at once, of those that were
+    made under this mode.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.operations, self.largest = 0, 0
+        self.operations = self.moved = self.received = self.largest = self.alive = self.peak = 0
+        self._seen: set[int] = set()
+        self._given: dict[int, torch.UntypedStorage] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for given in tree_leaves((args, kwargs)):
+            if isinstance(given, Tensor) and (storage := given.untyped_storage())._cdata not in self._seen:
+                self._given[storage._cdata] = storage
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         if name in ("mm", "addmm", "addmm_"):
             left, right = args[-2:]
             self.operations += 2 * left.shape[0] * left.shape[1] * right.shape[1]
+            self.moved += sum(t.numel() * t.itemsize for t in (*args, result))
         elif name in ("bmm", "baddbmm", "matmul", "linear"):
             raise NotImplementedError(f"{name} is not counted")
+        elif func.namespace == "c10d":
+            self.received += received_bytes(name, args)
         if isinstance(result, Tensor):
             self.largest = max(self.largest, result.numel())
+            self._hold(result.untyped_storage())
         return result
+
+    def _hold(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._seen and key not in self._given:
+            self._seen.add(key)
+            self.alive += storage.nbytes()
+            self.peak = max(self.peak, self.alive)
+            weakref.finalize(storage, self._release, key, storage.nbytes())
+
+    def _release(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.alive -= size
+
+
+def received_bytes(name: str, args: tuple[Any, ...]) -> int:
+    """From other ranks, by a collective as c10d dispatches it."""
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    if name in ("_allgather_base_", "_reduce_scatter_base_"):
+        whole = max(args[:2], key=Tensor.numel)
+        return whole.numel() * whole.itemsize * (ranks - 1) // ranks
+    if name == "alltoall_base_":
+        received, sizes = args[0], args[3]
+        return received.numel() * received.itemsize * (sum(sizes) - sizes[rank]) // sum(sizes)
+    if name == "recv_":
+        return sum(t.numel() * t.itemsize for t in args[0])
+    if name == "send":
+        return 0
+    raise NotImplementedError(f"{name} is not counted")
 
 
 def features(rank: int, pairs: int, dtype: torch.dtype) -> list[Tensor]:
@@ -82,15 +128,34 @@ def counted(rank: int, way: str, loss: str, pairs: int = PAIRS) -> dict[str, Any
     image, text, *teacher = features(rank, pairs, torch.float32)
     leaves = [image.requires_grad_(), text.requires_grad_(), torch.tensor(_SCALE, requires_grad=True)]
     product = 2 * pairs * pairs * dist.get_world_size() * WIDTH
-    with Products() as forward:
+    with Products() as seen, Products() as forward:
         value = loss_of(way, loss, *leaves, teacher)
-    with Products() as backward:
+    with seen, Products() as backward:
         value.backward()
     return {
         "forward": forward.operations / product,
         "backward": backward.operations / product,
         "largest": max(forward.largest, backward.largest) / (pairs * pairs * dist.get_world_size()),
+        "operations": seen.operations,
+        "moved": seen.moved,
+        "received": seen.received,
+        "peak": seen.peak,
     }
+
+
+def sweep_of(ranks: int, loss: str, way: str, pairs: int = PAIRS) -> Sweep:
+    """The same for the cost model."""
+    columns = pairs if way == "ring" else pairs * ranks
+    return Sweep(
+        pairs * ranks, ranks, WIDTH, WIDTH, 4, consistency=loss != LOSSES[0], gather="ring" if way == "ring" else "all",
+        strip_rows=strip_height(pairs, columns, 0, torch.empty(0)), fused=False,
+    )  # fmt: skip
+
+
+def strips_of(sweep: Sweep) -> int:
+    """Bytes of the strips of the "torch" backend in the backward pass, and of their products with the texts."""
+    columns = sweep.own if sweep.gather == "ring" else sweep.pairs
+    return 4 * sweep.strip_rows * ((3 + sweep.consistency) * columns + 2 * sweep.width)
 
 
 def gradients(rank: int, way: str, loss: str, pairs: int = 128) -> list[Tensor]:

@@ -7,6 +7,7 @@ python -m benchmarks.write_docs --check    change nothing; exit 1 when a page do
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import sys
@@ -16,6 +17,8 @@ from typing import Any
 
 from benchmarks import loss_report
 from benchmarks.machine import RESULTS, ROOT
+from cliperase_fast.distributed.plan import step_cost
+from cliperase_fast.planning import step_of
 
 _MARK = re.compile(r"(<!-- figures: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -137,6 +140,30 @@ def sharded_products_table() -> str:
     return f"{table(head, rows)}\n\n{provenance(record)}"
 
 
+def scaling_table() -> str:
+    """Computed, not measured: a batch of 1 M on 64 and 512 GPUs."""
+    rows = []
+    for gpus, gather, strip_mib in itertools.product((64, 512), ("all", "ring"), (128, 2048)):
+        step = step_of(batch=1 << 20, gpus=gpus, model="ViT-B-32", chunk=1024, gather=gather, strip_mib=strip_mib)
+        cost = step_cost(step)
+        loss, memory = cost.seconds["loss"], cost.memory
+        amounts = cost.sweep.operations / 1e12, cost.sweep.moved / 2**30, cost.sweep.received / 2**30
+        parts = memory["loss"] / 2**30, sum(memory.values()) / 2**30
+        times = loss, cost.seconds["loss exchange"], sum(cost.seconds.values())
+        rows.append(
+            (f"{gpus} {step.device.name}", f'`gather="{gather}"`', f"{strip_mib} MiB", *(f"{x:,.3g}" for x in amounts),
+             *(f"{x:.2f}" for x in parts), *(f"{x:.3f}" for x in times))
+        )  # fmt: skip
+    head = (
+        "GPUs", "texts", "strips", "TFLOP of the loss", "GiB moved", "GiB received", "GiB, loss", "GiB, all",
+        "s, loss", "s, its exchange", "s, step",
+    )  # fmt: skip
+    assumed = (
+        f"{step.model.name}, {step.precision}, {step.chunk} pairs encoded at a time, {step.efficiency:.0%} of the rates"
+    )
+    return f"{table(head, rows)}\n\nComputed, not measured, a GPU: {assumed} of {step.device.source}."
+
+
 def trainers_table() -> str:
     record = load("trainers")
     rows = []
@@ -152,6 +179,7 @@ def trainers_table() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "sharded-products": sharded_products_table,
+    "scaling": scaling_table,
     "digits": digits_table,
     "ablation": ablation_table,
     "shapes": shapes_table,

@@ -1,4 +1,4 @@
-"""The command line: `cliperase-fast unlearn | evaluate | demo | train-open-clip | backends`."""
+"""The command line: `cliperase-fast unlearn | evaluate | demo | train-open-clip | plan | backends`."""
 
 from __future__ import annotations
 
@@ -112,6 +112,20 @@ def _parser() -> argparse.ArgumentParser:
     train.usage = "cliperase-fast train-open-clip -- ARGUMENTS OF open_clip_train.main"
     train.epilog = "Under torchrun: torchrun --nproc_per_node 8 -m cliperase_fast.cli train-open-clip -- ARGUMENTS"
     train.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS", help="passed on as they are")
+
+    plan = _command(commands, "plan", "memory and time of a step on many GPUs, computed", _plan)
+    plan.epilog = "Nothing is run or measured: docs/scaling.md says what the figures rest on."
+    plan.add_argument("--batch", type=int, required=True, metavar="N", help="pairs of a step, on all GPUs together")
+    plan.add_argument("--gpus", type=int, required=True, metavar="R", help="how many GPUs")
+    plan.add_argument("--model", required=True, metavar="ARCH", help="an architecture of open_clip: ViT-B-32")
+    plan.add_argument("--gpu", default="h100", help="a100, h100 or h200 (default: h100)")
+    plan.add_argument("--precision", default="bf16", help="bf16 or fp32 (default: bf16)")
+    plan.add_argument("--gather", default="all", help="texts of the others: all at once, or ring (default: all)")
+    plan.add_argument("--chunk", type=int, metavar="K", help="pairs encoded at a time, gradients of features cached")
+    plan.add_argument("--zero", type=int, default=0, metavar="STAGE", help="ZeRO 1, 2 or 3 (default: 0, none)")
+    plan.add_argument("--cached-teacher", action="store_true", help="the teacher's features are read, not computed")
+    plan.add_argument("--efficiency", type=float, default=0.5, help="part of the peak rates reached (default: 0.5)")
+    plan.add_argument("--strip-mib", type=int, metavar="MIB", help="memory for strips (default: CLIPERASE_STRIP_MIB)")
 
     _command(commands, "backends", "what computes the losses here", _backends)
     return parser
@@ -236,6 +250,13 @@ def _train_open_clip(arguments: argparse.Namespace) -> int:
 
     given = arguments.arguments
     return train_open_clip(given[1:] if given[:1] == ["--"] else given)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from cliperase_fast.planning import plan_text, step_of
+
+    print(plan_text(step_of(**{name: vars(arguments)[name] for name in vars(arguments).keys() - {"run", "command"}})))
+    return 0
 
 
 def _backends(arguments: argparse.Namespace) -> int:
