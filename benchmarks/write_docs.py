@@ -138,6 +138,8 @@ def sharded_products_table() -> str:
 
 
 def grad_cache_table() -> str:
+    if not (RESULTS / "grad-cache.json").exists():
+        return "Not measured yet."
     record = load("grad-cache")
     rows = []
     for run in sorted(record["runs"], key=lambda run: (run["batch"], run["chunk"])):
