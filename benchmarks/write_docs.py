@@ -164,6 +164,18 @@ def scaling_table() -> str:
     return f"{table(head, rows)}\n\nComputed, not measured, a GPU: {assumed} of {step.device.source}."
 
 
+def grad_cache_table() -> str:
+    if not (RESULTS / "grad-cache.json").exists():
+        return "Not measured yet."
+    record = load("grad-cache")
+    rows = []
+    for run in sorted(record["runs"], key=lambda run: (run["batch"], run["chunk"])):
+        chunk, peak = str(run["chunk"] or "at once"), f"{run['peak_bytes'] / 2**30:.2f} GiB"
+        rows.append((f"{run['batch']:,}", chunk, peak, f"{run['grad_norm']:.4f}"))
+    head = ("pairs in the batch", "chunk", "most memory of the process", "gradient norm")
+    return f"{table(head, rows)}\n\n{provenance(record)}"
+
+
 def trainers_table() -> str:
     record = load("trainers")
     rows = []
@@ -178,6 +190,7 @@ def trainers_table() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "grad-cache": grad_cache_table,
     "sharded-products": sharded_products_table,
     "scaling": scaling_table,
     "digits": digits_table,

@@ -57,6 +57,11 @@ class UnlearnConfig:
     warmup_steps: int = _option(0, "linear warm-up, in optimizer steps")
     grad_clip: float = _option(0.0, "clip the gradient norm to this; 0 for none")
     accumulate: int = _option(1, "batches per optimizer step")
+    grad_cache_chunk: int = _option(
+        0,
+        "encode a batch this many pairs at a time and each twice (gradient caching): the same gradients, with the "
+        "activations of one chunk in memory; 0 for the whole batch at once",
+    )
     precision: str = _option("fp32", "arithmetic of the encoders; fp16 needs a GPU", ("fp32", "bf16", "fp16"))
     trainable: str = _option("all", "what is trained: all, image, text, last:K (the last K blocks of each tower), lora")
     lora_rank: int = _option(8, "rank of the LoRA update (trainable=lora)")
@@ -117,7 +122,8 @@ class UnlearnConfig:
                      "checkpoint_every", "keep_checkpoints"):  # fmt: skip
             self._require(getattr(self, name) >= 1, name, "must be at least 1")
         for name in ("lambda_retain", "lambda_forget", "lambda_consistency", "weight_decay", "grad_clip",
-                     "warmup_steps", "num_workers", "early_stop", "retain_floor", "seed"):  # fmt: skip
+                     "grad_cache_chunk", "warmup_steps", "num_workers", "early_stop", "retain_floor",
+                     "seed"):  # fmt: skip
             self._require(getattr(self, name) >= 0, name, "must not be negative")
         for name in ("val_fraction", "test_fraction", "forget_fraction"):
             self._require(0 < getattr(self, name) < 1, name, "must lie between 0 and 1, both excluded")
@@ -129,6 +135,11 @@ class UnlearnConfig:
             "are all 0: nothing would be trained",
         )
         self._require(self.batch_size >= 2, "batch_size", "must be at least 2: one forget and one retain pair")
+        self._require(
+            self.grad_cache_chunk <= self.batch_size,
+            "grad_cache_chunk",
+            f"is more than batch_size={self.batch_size}, so nothing would be cut: make it smaller, or 0 to turn it off",
+        )
         kind, _, count = self.trainable.partition(":")
         known = self.trainable in ("all", "image", "text", "lora") or (
             kind == "last" and count.isdigit() and int(count) > 0

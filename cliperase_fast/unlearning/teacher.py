@@ -39,9 +39,13 @@ class LiveTeacher:
         count, device = len(batch.retain_indices), self.runtime.device
         unique, inverse = torch.unique(batch.text_of_pair[-count:], return_inverse=True)
         with self.runtime.inference(self.adapter):
-            image = self.adapter.encode_image(batch.pixels[-count:].to(device)).float()
-            text = self.adapter.encode_text(batch.tokens[unique].to(device)).float()
+            image = self._encode(self.adapter.encode_image, batch.pixels[-count:])
+            text = self._encode(self.adapter.encode_text, batch.tokens[unique])
         return image, text[inverse.to(device)]
+
+    def _encode(self, encode: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:  # [B, ...] -> [B, D°]
+        parts = inputs.split(self.runtime.batch_size)
+        return torch.cat([encode(part.to(self.runtime.device)).float() for part in parts])
 
 
 class CachedTeacher:

@@ -24,6 +24,7 @@ from cliperase_fast.losses import CLIPEraseLoss
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.unlearning import checkpoints
 from cliperase_fast.unlearning.batches import Batch, BatchLoader
+from cliperase_fast.unlearning.chunks import ChunkedFeatures
 from cliperase_fast.unlearning.runtime import Runtime
 from cliperase_fast.unlearning.selection import Candidate, Selection
 from cliperase_fast.unlearning.teacher import Teacher
@@ -145,8 +146,7 @@ class Trainer:
             group["lr"] = rate
         sums = torch.zeros(4, dtype=torch.float64)
         for batch in batches:
-            terms = self._terms(batch)
-            self.scaler.scale(terms.total / len(batches)).backward()
+            terms = self._backward(batch, 1 / len(batches))
             sums += torch.stack([term.detach().double() for term in terms]).cpu()
         values = [value / len(batches) for value in sums.tolist()]
         if not math.isfinite(values[0]):
@@ -172,11 +172,34 @@ class Trainer:
             "pairs_per_second": sum(len(batch.pixels) for batch in batches) / seconds,
         }
 
-    def _terms(self, batch: Batch) -> LossTerms:
-        device = self.runtime.device
+    def _backward(self, batch: Batch, share: float) -> LossTerms:
+        """Add `share` of the batch's gradient to the parameters'; the terms are the whole batch's."""
+        size = self.config.grad_cache_chunk
+        if size == 0:
+            terms = self._terms(batch, self._encode_image(batch.pixels), self._encode_text(batch.tokens))
+            self.scaler.scale(terms.total * share).backward()
+            return terms
+        image = ChunkedFeatures(self._encode_image, batch.pixels, size, self.runtime.device)
+        text = ChunkedFeatures(self._encode_text, batch.tokens, size, self.runtime.device)
+        terms = self._terms(batch, image.features, text.features)
+        self.scaler.scale(terms.total * share).backward()
+        image.backward()
+        text.backward()
+        return terms
+
+    # An autocast of their own for each call: it would otherwise hand the weights it cast without a graph to the
+    # encoding that needs one.
+    def _encode_image(self, pixels: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, D]
         with self.runtime.autocast():
-            image = self.student.encode_image(batch.pixels.to(device, non_blocking=True))
-            text = self.student.encode_text(batch.tokens.to(device, non_blocking=True))
+            return self.student.encode_image(pixels.to(self.runtime.device, non_blocking=True))
+
+    def _encode_text(self, tokens: Tensor) -> Tensor:  # [U, L] -> [U, D]
+        with self.runtime.autocast():
+            return self.student.encode_text(tokens.to(self.runtime.device, non_blocking=True))
+
+    def _terms(self, batch: Batch, image: Tensor, text: Tensor) -> LossTerms:
+        """The losses of image features [M + N, D], and of text features [U, D] of the batch's different captions."""
+        device = self.runtime.device
         text = text.index_select(0, batch.text_of_pair.to(device))
         forget = len(batch.pixels) - len(batch.retain_indices)
         teacher_image, teacher_text = self.teacher.features(batch) if self.teacher is not None else (None, None)

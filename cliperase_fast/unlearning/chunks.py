@@ -1,0 +1,54 @@
+"""Batches whose activations do not fit: features first, without a graph, then each chunk again with their gradients.
+
+The loss sees the features of the whole batch, so contrastive negatives are not lost as they are with accumulation
+(gradient caching: Gao, Zhang, Han and Callan, arXiv 2101.06983).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+class ChunkedFeatures:
+    """Features of `inputs` [B, ...], encoded `size` rows at a time without a graph, and their way back to the weights.
+
+    features: [B, D], a leaf. Once a loss's backward pass has filled its gradient, `backward()` encodes every chunk a
+    second time, with a graph and the random state it had the first time, and adds to the parameters' gradients. What
+    is random then stands as if every chunk had been encoded once. Exact where `encode` treats rows apart from each
+    other, which batch norms in training mode do not.
+    """
+
+    def __init__(self, encode: Callable[[Tensor], Tensor], inputs: Tensor, size: int, device: torch.device) -> None:
+        self.encode, self.chunks, self.size, self.device = encode, inputs.split(size), size, device
+        self.states: list[list[Tensor]] = []
+        parts = []
+        with torch.no_grad():
+            for chunk in self.chunks:
+                self.states.append(self._random_state())
+                parts.append(encode(chunk))
+        self.features = torch.cat(parts).requires_grad_()  # [B, D]
+
+    def backward(self) -> None:
+        assert self.features.grad is not None, "the loss's backward pass comes first"
+        after = self._random_state()
+        for chunk, gradient, state in zip(self.chunks, self.features.grad.split(self.size), self.states, strict=True):
+            self._set_random_state(state)
+            features = self.encode(chunk)
+            if not features.requires_grad:  # a frozen tower
+                break
+            features.backward(gradient)
+        self._set_random_state(after)
+
+    def _random_state(self) -> list[Tensor]:
+        states = [torch.get_rng_state()]
+        if self.device.type == "cuda":
+            states.append(torch.cuda.get_rng_state(self.device))
+        return states
+
+    def _set_random_state(self, states: list[Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(states[1], self.device)
