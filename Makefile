@@ -1,5 +1,6 @@
 # make demo   set everything up, then make a CLIP forget the digit seven (leaves runs/demo/)
 # make test   set everything up, then lint and test
+# make long-check   tests that take minutes: the cost model against what up to four ranks are counted to do
 # make native-sanitize   the C++ sweep's tests under the address and undefined-behaviour sanitizers
 # make gpu-check   on a machine with a GPU, with the python in PYTHON: the kernels' tests, then the loss benchmark
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint native-sanitize cuda-sanitize gpu-check clean
+.PHONY: demo test lint long-check native-sanitize cuda-sanitize gpu-check clean
 
 demo: $(STAMP)
 	$(BIN)/cliperase-fast demo
@@ -19,6 +20,9 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+long-check: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed/long_cost_model.py
 
 # The package beside a sanitized extension, ahead of the installed one on the path (pytest, not python -m pytest, which
 # would put this folder first).
