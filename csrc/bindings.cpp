@@ -157,6 +157,8 @@ PYBIND11_MODULE(_C, module) {
 #if defined(CLIPERASE_CUDA)
     bind_cuda(module);
 #endif
+    // One more whenever an argument here changes its meaning; cliperase_fast/ops/native/extension.py asks for the same.
+    module.attr("INTERFACE") = 1;
     py::dict info;
     info["compiler"] = CLIPERASE_COMPILER;
     info["openmp"] = bool(CLIPERASE_OPENMP);

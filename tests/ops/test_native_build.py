@@ -79,6 +79,12 @@ def test_everything_else_works_without_it():
     assert done.returncode == 0, done.stderr
 
 
+def test_an_extension_of_other_source_is_not_used(monkeypatch):
+    assert extension.why_missing() is None
+    monkeypatch.setattr(extension, "_INTERFACE", extension._INTERFACE + 1)
+    assert "another version of the source; install cliperase_fast again" in extension.why_missing()
+
+
 def test_it_needs_no_symbol_of_torch():
     names = subprocess.run(
         ["nm", "--dynamic", "--undefined-only", "--demangle", extension.load().__file__],

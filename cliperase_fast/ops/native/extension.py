@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 INSTRUCTIONS_VARIABLE = "CLIPERASE_CPU"  # avx512, avx2 or portable, in place of the widest there is
+_INTERFACE = 1  # that of csrc/bindings.cpp
 # setup.py leaves its reason here when it could not build the extension.
 _REASON_FILE = Path(__file__).parents[2] / "_C_missing.txt"
 
@@ -31,6 +32,8 @@ def why_missing() -> str | None:
         module = load()
     except ImportError as error:
         return _reason(error)
+    if getattr(module, "INTERFACE", 0) != _INTERFACE:
+        return "the extension was built from another version of the source; install cliperase_fast again"
     try:
         module.cpu.instruction_set(instruction_set())
     except ValueError as error:
