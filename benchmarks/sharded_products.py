@@ -92,6 +92,11 @@ def received_bytes(name: str, args: tuple[Any, ...]) -> int:
     if name == "alltoall_base_":
         received, sizes = args[0], args[3]
         return received.numel() * received.itemsize * (sum(sizes) - sizes[rank]) // sum(sizes)
+    if name == "allgather_":
+        return (ranks - 1) * sum(t.numel() * t.itemsize for t in args[1])
+    if name == "scatter_":
+        from_oneself = bool(args[1])  # only the root has something to hand out
+        return 0 if from_oneself else sum(t.numel() * t.itemsize for t in args[0])
     if name == "recv_":
         return sum(t.numel() * t.itemsize for t in args[0])
     if name == "send":
