@@ -50,7 +50,7 @@ struct Forward {
     std::int64_t kept_rows;  // the first rows; a whole number of tiles, or all
 };
 
-// w P_ij = exp(S_ij - anchor) * factor, summed over the row's and the column's softmax; data null: not there.
+// w P_ij = exp(S_ij - anchor) * factor, summed over the softmax of the row and that of the column; null: not there.
 struct Softmax {
     const float *row_anchor, *column_anchor, *row_factor, *column_factor;
 };
