@@ -19,13 +19,28 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 NAME = "cliperase_fast._C"
+BENCHMARKS = "cliperase_fast.benchmarks"
 REASON_FILE = "_C_missing.txt"  # read by cliperase_fast/ops/native/extension.py
 
 
 class BuildError(Exception):
     """Why the extension could not be built, in a sentence."""
+
+
+class BuildWithBenchmarks(build_py):
+    """Takes benchmarks/ into the package, for `cliperase-fast bench`: no package `benchmarks` stands in site-packages.
+
+    An editable install finds it in the checkout, see cliperase_fast/cli.py.
+    """
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if not self.editable_mode:
+            self.packages = [*self.packages, BENCHMARKS]
+            self.package_dir = {**self.package_dir, BENCHMARKS: "benchmarks"}
 
 
 class CMakeBuild(build_ext):
@@ -81,4 +96,4 @@ class CMakeBuild(build_ext):
             raise BuildError(f"{failure}: {errors[0]}" if errors else failure)
 
 
-setup(ext_modules=[Extension(NAME, sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(ext_modules=[Extension(NAME, sources=[])], cmdclass={"build_ext": CMakeBuild, "build_py": BuildWithBenchmarks})

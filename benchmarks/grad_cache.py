@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.loss_memory import resident
-from benchmarks.machine import RESULTS, ROOT, describe
+from .loss_memory import resident
+from .machine import RESULTS, describe, run_module
 
 CASES = ((65536, 256), (8192, 0), (8192, 256), (1024, 0))  # pairs in the batch, chunk (0: at once)
 _HELD_OUT = 64  # pairs of each kind beyond the batch, for validation and test
@@ -65,11 +64,7 @@ def measure(batch: int, chunk: int) -> dict[str, Any]:
 
 def measured_apart(batch: int, chunk: int) -> dict[str, Any]:
     """`measure` in a process of its own, whose peak holds nothing else."""
-    command = [sys.executable, "-m", "benchmarks.grad_cache", "--one", str(batch), str(chunk)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    if done.returncode:
-        raise RuntimeError(f"batch {batch} in chunks of {chunk} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(run_module("grad_cache", "--one", str(batch), str(chunk)).splitlines()[-1])
 
 
 def main() -> int:

@@ -19,7 +19,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks.machine import RESULTS, describe
 from cliperase_fast.ops.triton.configs import TABLE, Config
 from cliperase_fast.ops.triton.features import WIDEST, features_kl_launch, features_kl_warps
 from cliperase_fast.ops.triton.kernels import (
@@ -29,6 +28,8 @@ from cliperase_fast.ops.triton.kernels import (
     merge_kernel,
     pair_dot_kernel,
 )
+
+from .machine import RESULTS, describe
 
 COMPUTE_CAPABILITY = {8: 80, 9: 90, 10: 100}
 SHARED_MEMORY_KIB = {80: 163, 90: 227, 100: 227}  # CUDA programming guide, most a block can have

@@ -36,11 +36,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import loss_report
-from benchmarks.batches import CHECK_ROWS, DATA, DTYPES, LOSSES, Batch, Case, errors, make_batch, truth
-from benchmarks.machine import RESULTS, describe
-from benchmarks.providers import Provider, default_names, every_provider, version
-from benchmarks.timing import Clock, Floor, PeakMemory, Step, Times, cpu_memory, in_rounds, loss_step, summary
+from . import loss_report
+from .batches import CHECK_ROWS, DATA, DTYPES, LOSSES, Batch, Case, errors, make_batch, truth
+from .machine import RESULTS, describe
+from .providers import Provider, default_names, every_provider, version
+from .timing import Clock, Floor, PeakMemory, Step, Times, cpu_memory, in_rounds, loss_step, summary
 
 PACKAGES = ("inf-cl", "memeff", "cut-cross-entropy", "liger-kernel")
 _REHEARSAL = 256  # --gpu-check on the CPU: sizes divided by this
@@ -389,7 +389,7 @@ def main(words: Sequence[str] | None = None) -> int:
     else:
         record, status = measure(arguments, shlex.join(["python", "-m", "benchmarks.loss", *words]))
     if arguments.plots is not None:
-        from benchmarks.loss_plots import draw
+        from .loss_plots import draw
 
         for path in draw(record, arguments.plots):
             print(f"drawn {path}", file=sys.stderr)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.batches import Case, gradients, make_batch
-from benchmarks.providers import every_provider
+from .batches import Case, gradients, make_batch
+from .providers import every_provider
 
 
 def resident(field: str) -> int:

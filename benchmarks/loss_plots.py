@@ -12,8 +12,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from benchmarks.batches import Case
-from benchmarks.loss_report import FLOOR, MIB, Row, by_case, milliseconds
+from .batches import Case
+from .loss_report import FLOOR, MIB, Row, by_case, milliseconds
 
 
 def _time(case: Case, row: Row) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from benchmarks.batches import Case
+from .batches import Case
 
 Row = Mapping[str, Any]
 Table = tuple[Sequence[str], list[Sequence[str]]]

@@ -1,4 +1,4 @@
-"""Where and when something was measured: stands in every result file."""
+"""Where and when something was measured: stands in every result file. And where this package itself stands."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import datetime
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,29 @@ import torch
 from cliperase_fast._version import installed_versions
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = ROOT / "benchmarks" / "results"  # what is committed; there in a checkout only
+IN_CHECKOUT = (ROOT / "pyproject.toml").is_file()  # else installed, as cliperase_fast.benchmarks
+
+
+def own_folder() -> Path:
+    """Where a record goes that nobody gave a place: out of git's sight in a checkout, else the current folder."""
+    return ROOT / "runs" / "bench" if IN_CHECKOUT else Path()
+
+
+def run_module(name: str, *words: str, timeout: float | None = None) -> str:
+    """What a module of this package prints in a process of its own.
+
+    Raises MemoryError where the process was killed, TimeoutExpired, and RuntimeError with its last words.
+    """
+    command = [sys.executable, "-m", f"{__package__}.{name}", *words]
+    done = subprocess.run(
+        command, cwd=ROOT if IN_CHECKOUT else None, capture_output=True, text=True, check=False, timeout=timeout
+    )
+    if done.returncode < 0:
+        raise MemoryError(f"ended by signal {-done.returncode}")
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or ["no words"])[-1])
+    return done.stdout
 
 
 def describe() -> dict[str, Any]:
@@ -43,7 +66,9 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    """The commit measured; `+` after it says that the working tree had changes."""
+    """The commit measured; `+` after it says that the working tree had changes. An installed version has none."""
+    if not IN_CHECKOUT:
+        return "unknown"
     try:
         commit = _git("rev-parse", "--short", "HEAD")
         return commit + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")

@@ -17,7 +17,7 @@ from typing import Any
 
 import triton
 
-from benchmarks.machine import RESULTS, ROOT, describe
+from .machine import RESULTS, ROOT, describe
 
 SOURCES = ROOT / "csrc" / "cuda"
 _ARCHITECTURE = re.compile(r"^arch = (sm_\w+)$")

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.batches import LIMITS, LOSSES, WEIGHTS, Case, Loss, functional_loss
 from cliperase_fast.ops.dispatch import REGISTRY
+
+from .batches import LIMITS, LOSSES, WEIGHTS, Case, Loss, functional_loss
 
 BASELINES = ("open_clip", "open_clip-style")  # open_clip's own classes where installed, else the same formulas
 

@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.machine import RESULTS, describe
 from cliperase_fast.demo import run_demo
+
+from .machine import RESULTS, describe
 
 ABLATION = {
     "all three": {},

@@ -26,10 +26,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.machine import RESULTS, describe
 from cliperase_fast.distributed.plan import Sweep
 from cliperase_fast.functional import cliperase_loss
 from cliperase_fast.ops.streaming import strip_height
+
+from .machine import RESULTS, describe
 
 PAIRS, WIDTH, RANKS = 2048, 64, (1, 2, 4)  # pairs a rank
 LOSSES = ("contrastive", "contrastive + distillation")

@@ -10,8 +10,6 @@ the wall clock, inputs as the contestant before left them in the caches.
 from __future__ import annotations
 
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -20,8 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.batches import Batch, Case, Loss
-from benchmarks.machine import ROOT
+from .batches import Batch, Case, Loss
+from .machine import run_module
 
 LEAST_ROUNDS = 3
 _MOST_REPEATS = 10  # steps of one contestant in one round
@@ -185,10 +183,4 @@ class PeakMemory:
 
 def cpu_memory(provider: str, case: Case, threads: int) -> int:
     """Peak bytes beyond what was resident, gradients included, in a process of its own (Linux)."""
-    command = [sys.executable, "-m", "benchmarks.loss_memory", provider, *map(str, asdict(case).values()), str(threads)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode < 0:
-        raise MemoryError(f"ended by signal {-done.returncode}")
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1])
-    return int(done.stdout)
+    return int(run_module("loss_memory", provider, *map(str, asdict(case).values()), str(threads)))

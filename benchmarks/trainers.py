@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.loss_memory import resident
-from benchmarks.machine import RESULTS, describe
+from .loss_memory import resident
+from .machine import RESULTS, describe, run_module
 
 STEPS = 50
 PAIRS, WIDTH = 8192, 64  # of the memory measurement
@@ -128,8 +126,7 @@ def print_memory(name: str, fused: bool) -> None:
 
 
 def memory(name: str, fused: bool) -> int:
-    command = [sys.executable, "-m", "benchmarks.trainers", "--memory", name, *(["--fused"] if fused else [])]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return int(run_module("trainers", "--memory", name, *(["--fused"] if fused else [])))
 
 
 def main() -> None:

@@ -15,10 +15,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import loss_report
-from benchmarks.machine import RESULTS, ROOT
 from cliperase_fast.distributed.plan import step_cost
 from cliperase_fast.planning import step_of
+
+from . import loss_report
+from .machine import RESULTS, ROOT
 
 _MARK = re.compile(r"(<!-- figures: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

@@ -1,9 +1,10 @@
-"""The command line: `cliperase-fast unlearn | evaluate | demo | train-open-clip | plan | backends`."""
+"""The command line: `cliperase-fast unlearn | evaluate | demo | train-open-clip | plan | bench | backends`."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import json
 import os
 import sys
@@ -32,6 +33,8 @@ selectors:
   ids:FILE                 pairs listed in a file, one id a line
 """
 
+_BENCHMARKS = ("loss",)  # modules of benchmarks/
+
 _EXAMPLES = """\
 examples:
   cliperase-fast demo
@@ -58,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"cliperase-fast: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("cliperase-fast: interrupted; go on with the same command and --resume", file=sys.stderr)
+        how = "; go on with the same command and --resume" if arguments.command in ("unlearn", "demo") else ""
+        print(f"cliperase-fast: interrupted{how}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # the reader of our output went away, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -126,6 +130,12 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--cached-teacher", action="store_true", help="the teacher's features are read, not computed")
     plan.add_argument("--efficiency", type=float, default=0.5, help="part of the peak rates reached (default: 0.5)")
     plan.add_argument("--strip-mib", type=int, metavar="MIB", help="memory for strips (default: CLIPERASE_STRIP_MIB)")
+
+    bench = _command(commands, "bench", "measure the losses and unlearn(), beside others", _bench)
+    bench.usage = "cliperase-fast bench {" + ",".join(_BENCHMARKS) + "} ..."
+    bench.epilog = "cliperase-fast bench loss --help says what is measured and how; --quick takes a minute at most."
+    bench.add_argument("what", choices=_BENCHMARKS, metavar="{" + ",".join(_BENCHMARKS) + "}", help="what to measure")
+    bench.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS", help="passed on as they are")
 
     _command(commands, "backends", "what computes the losses here", _backends)
     return parser
@@ -248,8 +258,12 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _train_open_clip(arguments: argparse.Namespace) -> int:
     from cliperase_fast.integrations.open_clip import train_open_clip
 
+    return train_open_clip(_passed_on(arguments))
+
+
+def _passed_on(arguments: argparse.Namespace) -> list[str]:
     given = arguments.arguments
-    return train_open_clip(given[1:] if given[:1] == ["--"] else given)
+    return given[1:] if given[:1] == ["--"] else given
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -257,6 +271,15 @@ def _plan(arguments: argparse.Namespace) -> int:
 
     print(plan_text(step_of(**{name: vars(arguments)[name] for name in vars(arguments).keys() - {"run", "command"}})))
     return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    here = Path(__file__).resolve().parent
+    package = "cliperase_fast.benchmarks"  # setup.py puts it there
+    if not (here / "benchmarks").is_dir():  # a checkout, where it stands beside this package
+        sys.path.insert(0, str(here.parent))
+        package = "benchmarks"
+    return importlib.import_module(f"{package}.{arguments.what}").main(_passed_on(arguments))
 
 
 def _backends(arguments: argparse.Namespace) -> int:
