@@ -1,6 +1,6 @@
 # make demo   set everything up, then make a CLIP forget the digit seven (leaves runs/demo/)
 # make test   set everything up, then lint and test
-# make long-check   tests that take minutes: the cost model against what up to four ranks are counted to do
+# make long-check   the tests that take minutes: every tests/**/long_*.py
 # make native-sanitize   the C++ sweep's tests under the address and undefined-behaviour sanitizers
 # make gpu-check   on a machine with a GPU, with the python in PYTHON: the kernels' tests, then the loss benchmark
 PYTHON ?= python3
@@ -22,7 +22,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 long-check: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed/long_cost_model.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(shell find tests -name 'long_*.py')
 
 # The package beside a sanitized extension, ahead of the installed one on the path (pytest, not python -m pytest, which
 # would put this folder first).

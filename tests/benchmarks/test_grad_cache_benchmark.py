@@ -8,7 +8,7 @@ from benchmarks import grad_cache
 
 
 def test_a_batch_in_chunks_takes_much_less_memory_and_has_the_same_gradient():
-    at_once, chunked = grad_cache.measured_apart(2048, 0), grad_cache.measured_apart(2048, 64)
-    assert at_once["peak_bytes"] - chunked["peak_bytes"] > 500 << 20  # the activations of the other 1984 pairs
+    at_once, chunked = grad_cache.measured_apart(1024, 0), grad_cache.measured_apart(1024, 64)
+    assert at_once["peak_bytes"] - chunked["peak_bytes"] > 300 << 20  # the activations of the other 960 pairs
     for name in ("total", "grad_norm"):
         assert chunked[name] == pytest.approx(at_once[name], rel=1e-4)

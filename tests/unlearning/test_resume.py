@@ -49,7 +49,7 @@ def uninterrupted(tmp_path_factory):
     return output
 
 
-@pytest.mark.parametrize("lines", [1, 7, 13])
+@pytest.mark.parametrize("lines", [1, 13])
 def test_a_run_killed_by_sigkill_resumes_to_the_same_weights(tmp_path, uninterrupted, lines):
     output = tmp_path / "run"
     script = f"import test_resume; test_resume.run({str(output)!r})"
