@@ -25,6 +25,7 @@ from cliperase_fast.models import ClipAdapter, load_model, merge_lora, set_train
 from cliperase_fast.ops import choose
 from cliperase_fast.unlearning.batches import BatchLoader, BatchPlan, CaptionTable, seeded
 from cliperase_fast.unlearning.checkpoints import Checkpoint, list_checkpoints, load_newest, write_text_atomically
+from cliperase_fast.unlearning.engine import LocalEngine
 from cliperase_fast.unlearning.preparation import PreparedData, Split, open_sets, prepare_data
 from cliperase_fast.unlearning.result import UnlearnResult
 from cliperase_fast.unlearning.runtime import Runtime
@@ -135,8 +136,7 @@ def unlearn(
             work.mkdir(parents=True, exist_ok=True)
             write_text_atomically(work / "config.json", json.dumps(settings.to_dict(), indent=2) + "\n")
         trainer = Trainer(
-            student,
-            parameters,
+            LocalEngine(student, parameters, settings, runtime),
             _teacher(settings, frozen, data, captions, loader, runtime, work),
             frozen.logit_scale().detach().float(),
             loader,

@@ -14,17 +14,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.errors import UnlearningError
 from cliperase_fast.functional import LossTerms
 from cliperase_fast.losses import CLIPEraseLoss
-from cliperase_fast.models import ClipAdapter
 from cliperase_fast.unlearning import checkpoints
 from cliperase_fast.unlearning.batches import Batch, BatchLoader
-from cliperase_fast.unlearning.chunks import ChunkedFeatures
+from cliperase_fast.unlearning.engine import LocalEngine
 from cliperase_fast.unlearning.runtime import Runtime
 from cliperase_fast.unlearning.selection import Candidate, Selection
 from cliperase_fast.unlearning.teacher import Teacher
@@ -45,17 +44,15 @@ class Progress:
 
 
 class Trainer:
-    """Trains `student` in place.
+    """Trains the engine's student in place.
 
-    parameters: the trained ones by name. teacher: None when lambda_consistency is 0. validate: scores the student on
-    the validation split. directory: where checkpoints and metrics.jsonl go. identity: what a checkpoint must share
-    with a run that resumes from it.
+    teacher: None when lambda_consistency is 0. validate: scores the student on the validation split. directory: where
+    checkpoints and metrics.jsonl go. identity: what a checkpoint must share with a run that resumes from it.
     """
 
     def __init__(
         self,
-        student: ClipAdapter,
-        parameters: list[tuple[str, nn.Parameter]],
+        engine: LocalEngine,
         teacher: Teacher | None,
         teacher_scale: Tensor | None,
         loader: BatchLoader,
@@ -66,11 +63,9 @@ class Trainer:
         directory: Path,
         identity: dict[str, Any],
     ) -> None:
-        self.student, self.teacher, self.teacher_scale, self.loader = student, teacher, teacher_scale, loader
+        self.engine, self.teacher, self.teacher_scale, self.loader = engine, teacher, teacher_scale, loader
         self.config, self.runtime, self.selection, self.validate = config, runtime, selection, validate
         self.directory, self.identity = directory, identity
-        self.parameters = [parameter for _, parameter in parameters]
-        self.saved: dict[str, Tensor] = {**dict(parameters), **dict(student.module.named_buffers())}
         self.loss = CLIPEraseLoss(
             config.lambda_retain,
             config.lambda_forget,
@@ -80,8 +75,6 @@ class Trainer:
             consistency=config.consistency,
             backend=config.backend,
         )
-        self.optimizer = self._make_optimizer()
-        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
         self.steps_per_epoch = loader.plan.steps_per_epoch(config.accumulate)
         self.total_steps = config.epochs * self.steps_per_epoch
         self.progress = Progress()
@@ -90,7 +83,7 @@ class Trainer:
         """Train to the end (or to the early stop) and leave the chosen weights in the student."""
         if self.progress.step == 0:
             self._checkpoint()
-        self._train_mode()
+        self.engine.train_mode()
         bar = tqdm(
             total=self.total_steps,
             initial=self.progress.step,
@@ -118,13 +111,12 @@ class Trainer:
     def load_chosen(self) -> None:
         """Put the weights of the chosen checkpoint into the student."""
         assert self.progress.best_weights is not None
-        self._load(checkpoints.load_best(self.directory / "checkpoints", self.progress.best_weights))
+        self.engine.load_weights(checkpoints.load_best(self.directory / "checkpoints", self.progress.best_weights))
 
     def restore(self, checkpoint: checkpoints.Checkpoint) -> None:
         """Go on from a checkpoint: weights, optimizer, random states, metrics."""
-        self._load(checkpoint.student)
-        self.optimizer.load_state_dict(checkpoint.trainer["optimizer"])
-        self.scaler.load_state_dict(checkpoint.trainer["scaler"])
+        self.engine.load_weights(checkpoint.student)
+        self.engine.load_state(checkpoint.trainer)
         _set_random_states(checkpoint.trainer["random"])
         state, best = checkpoint.state, checkpoint.state["best"]
         self.progress = Progress(
@@ -142,24 +134,16 @@ class Trainer:
         began = time.perf_counter()
         number = self.progress.step + 1
         rate = learning_rate(self.config, self.progress.step, self.total_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         sums = torch.zeros(4, dtype=torch.float64)
         for batch in batches:
-            terms = self._backward(batch, 1 / len(batches))
+            terms = self.engine.backward(batch, 1 / len(batches), self._terms)
             sums += torch.stack([term.detach().double() for term in terms]).cpu()
         values = [value / len(batches) for value in sums.tolist()]
         if not math.isfinite(values[0]):
             raise self._not_finite(number, values)
-        self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip or math.inf)
-        if not self.scaler.is_enabled() and not torch.isfinite(
-            norm
-        ):  # fp16 overflows now and then: the scaler skips it
+        norm, fine = self.engine.step(rate)
+        if not fine:
             raise self._not_finite(number, values, gradient=True)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
         self.progress.step = number
         seconds = time.perf_counter() - began
         self.progress.seconds += seconds
@@ -172,32 +156,7 @@ class Trainer:
             "pairs_per_second": sum(len(batch.pixels) for batch in batches) / seconds,
         }
 
-    def _backward(self, batch: Batch, share: float) -> LossTerms:
-        """Add `share` of the batch's gradient to the parameters'; the terms are the whole batch's."""
-        size = self.config.grad_cache_chunk
-        if size == 0:
-            terms = self._terms(batch, self._encode_image(batch.pixels), self._encode_text(batch.tokens))
-            self.scaler.scale(terms.total * share).backward()
-            return terms
-        image = ChunkedFeatures(self._encode_image, batch.pixels, size, self.runtime.device)
-        text = ChunkedFeatures(self._encode_text, batch.tokens, size, self.runtime.device)
-        terms = self._terms(batch, image.features, text.features)
-        self.scaler.scale(terms.total * share).backward()
-        image.backward()
-        text.backward()
-        return terms
-
-    # An autocast of their own for each call: it would otherwise hand the weights it cast without a graph to the
-    # encoding that needs one.
-    def _encode_image(self, pixels: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, D]
-        with self.runtime.autocast():
-            return self.student.encode_image(pixels.to(self.runtime.device, non_blocking=True))
-
-    def _encode_text(self, tokens: Tensor) -> Tensor:  # [U, L] -> [U, D]
-        with self.runtime.autocast():
-            return self.student.encode_text(tokens.to(self.runtime.device, non_blocking=True))
-
-    def _terms(self, batch: Batch, image: Tensor, text: Tensor) -> LossTerms:
+    def _terms(self, batch: Batch, image: Tensor, text: Tensor, scale: Tensor) -> LossTerms:
         """The losses of image features [M + N, D], and of text features [U, D] of the batch's different captions."""
         device = self.runtime.device
         text = text.index_select(0, batch.text_of_pair.to(device))
@@ -210,17 +169,10 @@ class Trainer:
             text[forget:],
             teacher_image,
             teacher_text,
-            self.student.logit_scale(),
+            scale,
             self.teacher_scale,
             group_ids=None if batch.group_ids is None else batch.group_ids.to(device),
         )
-
-    def _train_mode(self) -> None:
-        """Dropout on; batch norms keep the original's statistics, which batches rich in forget pairs would shift."""
-        self.student.module.train()
-        for module in self.student.module.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
 
     def _look(self, log: Any, epoch: int) -> None:
         progress, candidate = self.progress, self.validate(self.progress.step, epoch)
@@ -238,7 +190,9 @@ class Trainer:
             progress.stopped_early = 0 < self.config.early_stop <= progress.looks_without_better
         if self.selection.better(candidate, progress.best):
             progress.best = candidate
-            progress.best_weights = checkpoints.save_best(self.directory / "checkpoints", candidate.step, self.saved)
+            progress.best_weights = checkpoints.save_best(
+                self.directory / "checkpoints", candidate.step, self.engine.weights()
+            )
 
     def _log(self, log: Any, line: dict[str, Any]) -> None:
         self.progress.metrics.append(line)
@@ -253,12 +207,8 @@ class Trainer:
         checkpoints.save_checkpoint(
             self.directory / "checkpoints",
             progress.step,
-            self.saved,
-            {
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "random": _random_states(),
-            },
+            self.engine.weights(),
+            {**self.engine.state(), "random": _random_states()},
             {
                 "identity": self.identity,
                 "seconds": progress.seconds,
@@ -270,22 +220,6 @@ class Trainer:
             },
             keep=self.config.keep_checkpoints,
         )
-
-    def _load(self, weights: dict[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, tensor in self.saved.items():
-                tensor.copy_(weights[name])
-
-    def _make_optimizer(self) -> torch.optim.Optimizer:
-        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[self.config.optimizer]
-        matrices = [parameter for parameter in self.parameters if parameter.ndim >= 2]
-        others = [parameter for parameter in self.parameters if parameter.ndim < 2]
-        groups = [
-            {"params": matrices, "weight_decay": self.config.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        groups = [group for group in groups if group["params"]]
-        return kind(groups, lr=self.config.learning_rate, fused=True)
 
     def _not_finite(self, number: int, values: list[float], gradient: bool = False) -> UnlearningError:
         what = "gradient" if gradient else "loss"
