@@ -155,7 +155,7 @@ def check_teacher(
         )
     check_pairs("teacher_image", image, "teacher_text", text)
     check_device("teacher_image", image, student_name, student)
-    if len(image) != len(student):
+    if image.shape[0] != student.shape[0]:
         raise InputError(
             f"teacher_image {shape_of(image)} and {student_name} {shape_of(student)} differ in number of rows; "
             "the teacher sees the same pairs"

@@ -144,7 +144,8 @@ def cliperase_loss(
                 else:
                     divergence = _intra_kl(student, scale, frozen, teacher_scale, backend, keep, retain_shards)
                 consistency_term = consistency_term + divergence
-        total = lambda_retain * retain_term + lambda_forget * forget_term + lambda_consistency * consistency_term
+        total = torch.add(lambda_retain * retain_term, forget_term, alpha=lambda_forget)
+        total = torch.add(total, consistency_term, alpha=lambda_consistency)
     return LossTerms(total, retain_term, forget_term, consistency_term)
 
 
@@ -303,7 +304,7 @@ def _sweep(
 ) -> tuple[Tensor, Tensor]:
     """The chosen backend's (retention, consistency); for an empty batch zeros that carry (zero) gradients."""
     chosen = choose(backend, image, text, teacher_image, teacher_text, sharded=shards is not None)
-    if (len(image) if shards is None else shards.total) == 0:
+    if (image.shape[0] if shards is None else shards.total) == 0:
         dtype = compute_dtype(image, text)
         zero = image.sum(dtype=dtype) + text.sum(dtype=dtype) + 0 * scale.to(dtype)
         return zero, zero
@@ -340,10 +341,9 @@ def _forget(
     if forget == "contrastive":
         return -_sweep(image, text, scale, None, None, None, None, True, False, backend, keep, shards)[0]
     dtype = compute_dtype(image, text)
-    cosine = (image.to(dtype) * text.to(dtype)).sum(1)  # [M]
-    if forget == "hinge":
-        cosine = F.relu(cosine - margin)
-    return _mean(cosine.sum(), len(cosine), shards)
+    products = image.to(dtype) * text.to(dtype)  # [M, D]
+    total = F.relu(products.sum(1) - margin).sum() if forget == "hinge" else products.sum()
+    return _mean(total, image.shape[0], shards)
 
 
 def _mean(total: Tensor, count: int, shards: Shards | None) -> Tensor:

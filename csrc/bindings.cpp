@@ -20,6 +20,7 @@ void bind_cuda(py::module_& module);
 namespace {
 
 using cliperase::Dtype;
+using cliperase::Forward;
 using cliperase::Matrix;
 using cliperase::Problem;
 using Address = std::uintptr_t;
@@ -34,6 +35,13 @@ const cliperase::Engine& engine(const std::optional<std::string>& name) {
     if (found == nullptr)
         throw std::invalid_argument("no instruction set " + *name + " here; known are avx512, avx2 and portable");
     return *found;
+}
+
+void forward(const Problem& p, const Forward& out, const cliperase::Engine& chosen) {
+    cliperase::check(p, out);
+    const py::gil_scoped_release released;
+    const cliperase::Workspace scratch(chosen.forward_scratch(p));
+    chosen.forward(p, out, scratch.data());
 }
 
 void bind_cpu(py::module_ module) {
@@ -93,35 +101,40 @@ void bind_cpu(py::module_ module) {
 
     module.def(
         "forward",
-        [](const Problem& p, Address diagonal, Address teacher_diagonal, Address row_sums, Address column_sums, double shift,
-           Address kept, std::int64_t kept_rows, const std::optional<std::string>& isa) {
-            const cliperase::Forward out{pointer<float>(diagonal), pointer<float>(teacher_diagonal),
-                                         pointer<float>(row_sums), pointer<float>(column_sums),
-                                         static_cast<float>(shift), pointer<void>(kept), kept_rows};
-            cliperase::check(p, out);
-            const cliperase::Engine& chosen = engine(isa);
-            const py::gil_scoped_release released;
-            const cliperase::Workspace scratch(chosen.forward_scratch(p));
-            chosen.forward(p, out, scratch.data());
+        [](const Problem& p, Address diagonal, Address teacher_diagonal, Address row_sums, Address column_sums, Address kept,
+           std::int64_t kept_rows, const std::optional<std::string>& isa) {
+            float shift = 0;
+            forward(p,
+                    {pointer<float>(diagonal), pointer<float>(teacher_diagonal), pointer<float>(row_sums),
+                     pointer<float>(column_sums), &shift, pointer<void>(kept), kept_rows},
+                    engine(isa));
+            return shift;
         },
         py::arg("problem"), py::kw_only(), py::arg("diagonal") = 0, py::arg("teacher_diagonal") = 0, py::arg("row_sums"),
-        py::arg("column_sums"), py::arg("shift") = 0.0, py::arg("kept") = 0, py::arg("kept_rows") = 0,
-        py::arg("instruction_set") = py::none());
+        py::arg("column_sums"), py::arg("kept") = 0, py::arg("kept_rows") = 0, py::arg("instruction_set") = py::none(),
+        "Writes the sums; returns the shift.");
 
     module.def(
-        "finish",
-        [](std::int64_t n, bool has_teacher, bool has_masked, bool want_retention, Address diagonal,
-           Address teacher_diagonal, Address row_sums, Address column_sums, double shift, Address state) {
-            const cliperase::Forward found{pointer<float>(diagonal), pointer<float>(teacher_diagonal),
-                                           pointer<float>(row_sums), pointer<float>(column_sums),
-                                           static_cast<float>(shift), nullptr, 0};
+        "losses",
+        [](const Problem& p, bool want_retention, Address retention, Address consistency, Address state, Address kept,
+           std::int64_t kept_rows, const std::optional<std::string>& isa) {
+            if (p.rows != p.columns || p.first != 0) throw std::invalid_argument("the losses are those of a whole batch");
+            if (state == 0 || retention == 0 || consistency == 0) throw std::invalid_argument("a result is a null pointer");
+            const std::int64_t n = p.rows, sums = cliperase::planes(p) * n;
+            const cliperase::Workspace memory(static_cast<std::size_t>(2 * sums + 2 * n) * sizeof(float));
+            float *rows = reinterpret_cast<float*>(memory.data()), shift = 0;
+            const Forward found{rows + 2 * sums, rows + 2 * sums + n, rows, rows + sums, &shift, pointer<void>(kept),
+                                kept_rows};
+            forward(p, found, engine(isa));
             const cliperase::Losses losses =
-                cliperase::finish(n, has_teacher, has_masked, want_retention, found, pointer<float>(state));
-            return std::pair(losses.retention, losses.consistency);
+                cliperase::finish(p, want_retention, found, pointer<float>(state));
+            const double pairs = static_cast<double>(n);
+            *pointer<float>(retention) = static_cast<float>(0.5 * losses.retention / pairs);
+            *pointer<float>(consistency) = static_cast<float>(losses.consistency / pairs);
         },
-        py::kw_only(), py::arg("n"), py::arg("has_teacher"), py::arg("has_masked"), py::arg("want_retention"),
-        py::arg("diagonal"), py::arg("teacher_diagonal"), py::arg("row_sums"), py::arg("column_sums"), py::arg("shift"),
-        py::arg("state"));
+        py::arg("problem"), py::kw_only(), py::arg("want_retention"), py::arg("retention"), py::arg("consistency"),
+        py::arg("state"), py::arg("kept") = 0, py::arg("kept_rows") = 0, py::arg("instruction_set") = py::none(),
+        "Writes the two means, float32, and the state of a whole batch.");
 
     module.def(
         "backward",
@@ -158,7 +171,7 @@ PYBIND11_MODULE(_C, module) {
     bind_cuda(module);
 #endif
     // One more whenever an argument here changes its meaning; cliperase_fast/ops/native/extension.py asks for the same.
-    module.attr("INTERFACE") = 1;
+    module.attr("INTERFACE") = 2;
     py::dict info;
     info["compiler"] = CLIPERASE_COMPILER;
     info["openmp"] = bool(CLIPERASE_OPENMP);

@@ -265,4 +265,4 @@ def _automatic(features: list[Tensor], sharded: bool) -> Backend:
     known = all(tensor.dtype in native.dtypes for tensor in features)
     if known and features[0].device.type == "cpu" and native.why_missing() is None:
         return native
-    return REGISTRY["eager" if len(features[0]) <= _EAGER_PAIRS and not sharded else "torch"]
+    return REGISTRY["eager" if features[0].shape[0] <= _EAGER_PAIRS and not sharded else "torch"]

@@ -1,7 +1,8 @@
 """A backend that never holds an N x N matrix brings an `Engine`; `as_sweep` makes the differentiable sweep of it.
 
 The two custom ops of a backend (one each way), their shapes for `torch.compile`, and what is saved between them are the
-same for all, and so are the state and the losses made of the sums (`ops/finish.py`).
+same for all, and so are the state and the losses made of the sums (`ops/finish.py`). Where nothing traces or counts
+operations, the two functions in the ops are called without the ops, which cost a small batch more than its losses do.
 """
 
 from __future__ import annotations
@@ -40,8 +41,11 @@ class Engine(Protocol):
         """The sums, and what is kept, uint8 [kept_bytes]. strip_rows: rows formed at a time, 0 for its own choice."""
         ...
 
-    def finish(self, problem: Problem, sums: Sums) -> tuple[Tensor, Tensor, Tensor]:
-        """What `finish.whole` gives for a whole batch; it, unless the backend has something faster."""
+    def losses(self, problem: Problem, strip_rows: int, kept_bytes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(retention, consistency, state [5, 2 n], what is kept) of a batch in one piece.
+
+        `finish.losses_of_sums`, unless the backend has something faster.
+        """
         ...
 
     def backward(
@@ -104,9 +108,7 @@ def as_sweep(engine: Engine) -> Sweep:
         problem = Problem(*arguments[:_PROBLEM])
         strip_rows, kept_bytes = arguments[_PROBLEM:]
         with no_autocast(problem.image):
-            sums, kept = engine.forward(problem, strip_rows, kept_bytes)
-            retention, consistency, state = engine.finish(problem, sums)
-        return retention, consistency, state, kept
+            return engine.losses(problem, strip_rows, kept_bytes)
 
     def run_backward(
         grad_retention: Tensor, grad_consistency: Tensor, state: Tensor, kept: Tensor, *arguments: Any
@@ -125,20 +127,21 @@ def as_sweep(engine: Engine) -> Sweep:
     forward_op.register_fake(_fake_forward)
     backward_op.register_fake(_fake_backward)
 
-    def backward(
-        ctx: Any, grad_retention: Tensor | None, grad_consistency: Tensor | None, _state: None, _kept: None
-    ) -> tuple[Any, ...]:
-        state, kept, *tensors = ctx.saved_tensors
-        zero = state.new_zeros(())
-        grad_retention, grad_consistency = (
-            zero if gradient is None else gradient for gradient in (grad_retention, grad_consistency)
-        )
-        need = ctx.needs_input_grad[:3]
-        gradients = backward_op(grad_retention, grad_consistency, state, kept, *tensors, *ctx.wants, *need)
-        wanted = (gradient if needed else None for gradient, needed in zip(gradients, need, strict=True))
-        return *wanted, *[None] * 8
+    forward_op.register_autograd(
+        lambda ctx, *gradients: _gradients(ctx, backward_op, *gradients), setup_context=_keep_for_backward
+    )
 
-    forward_op.register_autograd(backward, setup_context=_keep_for_backward)
+    class Directly(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+            outputs = run_forward(*arguments)
+            _keep_for_backward(ctx, arguments, outputs)
+            return outputs[0], outputs[1]
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+            # With create_graph the op, which refuses to be differentiated.
+            return _gradients(ctx, backward_op if torch.is_grad_enabled() else run_backward, *gradients)
 
     def sweep(
         image: Tensor,
@@ -162,10 +165,20 @@ def as_sweep(engine: Engine) -> Sweep:
         engine.check(problem)
         differentiable = image.requires_grad or text.requires_grad or logit_scale.requires_grad
         kept_bytes = engine.kept_bytes(problem, keep) if differentiable and torch.is_grad_enabled() else 0
-        retention, consistency, _, _ = forward_op(*arguments, strip_rows, kept_bytes)
-        return retention, consistency
+        if torch.compiler.is_compiling() or _watched(arguments[:7]):
+            retention, consistency, _, _ = forward_op(*arguments, strip_rows, kept_bytes)
+            return retention, consistency
+        return Directly.apply(*arguments, strip_rows, kept_bytes)
 
     return sweep
+
+
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+
+
+def _watched(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether something stands between these tensors and their values: a tracer, a counter, fakes."""
+    return torch._C._len_torch_dispatch_stack() > 0 or any(type(tensor) not in _PLAIN for tensor in tensors)
 
 
 def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -184,6 +197,22 @@ def _fake_backward(
         text.new_empty(text.shape if need_text else (0,)),
         scale.new_empty(()),
     )
+
+
+def _gradients(
+    ctx: Any, run: Any, grad_retention: Tensor | None, grad_consistency: Tensor | None, *_of_what_is_kept: Tensor | None
+) -> tuple[Any, ...]:
+    """Of each argument of the forward op, from `run`, the backward op or the function in it."""
+    state, kept, *tensors = ctx.saved_tensors
+    zero = state.new_zeros(()) if grad_retention is None or grad_consistency is None else None
+    need = ctx.needs_input_grad[:3]
+    gradients = run(
+        zero if grad_retention is None else grad_retention,
+        zero if grad_consistency is None else grad_consistency,
+        state, kept, *tensors, *ctx.wants, *need,
+    )  # fmt: skip
+    wanted = (gradient if needed else None for gradient, needed in zip(gradients, need, strict=True))
+    return *wanted, *[None] * 8
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

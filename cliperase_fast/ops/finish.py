@@ -13,7 +13,7 @@ with r the log-odds of the rest of a row or column against its own pair's entry 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -97,8 +97,15 @@ def totals(problem: Problem, state: Tensor, mean_gap: Tensor | None, shift: Tens
     return retention, consistency
 
 
-def whole(problem: Problem, sums: Sums) -> tuple[Tensor, Tensor, Tensor]:
-    """(retention, consistency, state [5, 2 n] of the rows, then of the columns) of a batch in one piece."""
+class _Sums(Protocol):
+    def forward(self, problem: Problem, strip_rows: int, kept_bytes: int) -> tuple[Sums, Tensor]: ...
+
+
+def losses_of_sums(
+    engine: _Sums, problem: Problem, strip_rows: int, kept_bytes: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`ops.engine.Engine.losses` of an engine, by its `forward`."""
+    sums, kept = engine.forward(problem, strip_rows, kept_bytes)
     assert sums.diagonal is not None
     planes = torch.cat((sums.rows, sums.columns), 1)
     diagonal, teacher_diagonal = sums.diagonal.repeat(2), sums.teacher_diagonal
@@ -106,7 +113,7 @@ def whole(problem: Problem, sums: Sums) -> tuple[Tensor, Tensor, Tensor]:
         teacher_diagonal = teacher_diagonal.repeat(2)
     found, mean_gap = state(problem, planes, diagonal, teacher_diagonal)
     retention, consistency = totals(problem, found, mean_gap, sums.shift)
-    return 0.5 * retention / problem.n, consistency / problem.n, found
+    return 0.5 * retention / problem.n, consistency / problem.n, found, kept
 
 
 def weights(grad_retention: Tensor, grad_consistency: Tensor, n: int) -> tuple[Tensor, Tensor]:

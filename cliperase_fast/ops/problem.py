@@ -34,12 +34,12 @@ class Problem:
     @property
     def n(self) -> int:
         """Rows."""
-        return len(self.image)
+        return self.image.shape[0]
 
     @property
     def m(self) -> int:
         """Columns."""
-        return len(self.text)
+        return self.text.shape[0]
 
     @property
     def paired(self) -> bool:

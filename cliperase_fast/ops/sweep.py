@@ -20,7 +20,8 @@ The same holds for the columns. float16 and bfloat16 features are computed in fl
 
 from __future__ import annotations
 
-from typing import Protocol
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -72,6 +73,9 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return dtype
 
 
-def no_autocast(tensor: Tensor) -> torch.autocast:
+def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     """A context in which products keep the dtype of their inputs, whatever autocast is active around it."""
-    return torch.autocast(device_type=tensor.device.type, enabled=False)
+    device_type = tensor.device.type
+    if not torch.is_autocast_enabled(device_type):
+        return nullcontext()  # a small batch feels the cost of the other
+    return torch.autocast(device_type, enabled=False)

@@ -175,16 +175,13 @@ inline void backward(const Problem& p, const Backward& b, char* scratch) {
                     }
                 }
             }
-            if (b.grad_scale) {
+            if (b.grad_image) {
 #pragma omp for schedule(static)
                 for (i64 i = start; i < start + strip; ++i) {
-                    double dot = 0;
-                    with_dtype(p.image.dtype, [&](auto* type) {
-                        using T = std::remove_pointer_t<decltype(type)>;
-                        for (i64 k = 0; k < p.width; ++k)
-                            dot += static_cast<double>(b.grad_image[i * stride + k]) * static_cast<double>(element<T>(p.image, i, k));
-                    });
-                    layout.dots[i] = static_cast<float>(dot);
+                    float* gradient = b.grad_image + i * stride;
+                    if (b.grad_scale)  // before the factor scale, which may be 0
+                        layout.dots[i] = static_cast<float>(entry({b.grad_image, stride, 1, Dtype::float32}, p.image, p.width, 1, i, i));
+                    for (i64 k = 0; k < p.width; ++k) gradient[k] *= p.scale;
                 }
             }
         }

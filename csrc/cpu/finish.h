@@ -14,7 +14,7 @@ struct Losses {
 };
 
 // Writes the state [STATE_PLANES, 2 n] of a square problem from what `forward` found; without want_retention that loss is 0.
-Losses finish(std::int64_t n, bool has_teacher, bool has_masked, bool want_retention, const Forward& found, float* state);
+Losses finish(const Problem& problem, bool want_retention, const Forward& found, float* state);
 
 // The terms of dS, into memory of terms_floats(problem) floats, set in `into`. The weights are those of each row's and
 // column's retention and of each one's KL.

@@ -55,11 +55,11 @@ inline void add_tile(const Problem& p, const Forward& out, const ForwardLayout& 
         const Sums of_rows = layout.part(block, teacher_planes(p)).at(in_strip);
         const Sums of_columns = layout.columns(teacher_planes(p)).at(column);
         if (!c.shared)
-            separate_sums<true>(teacher, student, out.shift, rows, of_rows, of_columns, row_top, column_top);
+            separate_sums<true>(teacher, student, *out.shift, rows, of_rows, of_columns, row_top, column_top);
         else if (kept)
-            shared_sums<true, true>(teacher, student, out.shift, rows, c, of_rows, of_columns, row_top, column_top);
+            shared_sums<true, true>(teacher, student, *out.shift, rows, c, of_rows, of_columns, row_top, column_top);
         else
-            shared_sums<true, false>(teacher, student, out.shift, rows, c, of_rows, of_columns, row_top, column_top);
+            shared_sums<true, false>(teacher, student, *out.shift, rows, c, of_rows, of_columns, row_top, column_top);
         if (kept) kept->teacher_reference = c.value, kept->teacher_exponentials = c.shared;
     }
     bool masked_within = true;
@@ -105,6 +105,10 @@ inline void finish_sums(Sums sums, i64 count) {
 inline void forward(const Problem& p, const Forward& out, char* scratch) {
     const ForwardLayout layout(p, scratch);
     const KeptTiles kept(out.kept, p);
+    *out.shift = 0;
+    if (p.has_teacher)
+        *out.shift = static_cast<float>(entry(p.teacher_image, p.teacher_text, p.teacher_width, p.teacher_scale, 0, 0) -
+                                        entry(p.image, p.text, p.width, p.scale, 0, 0));
     const PlaneSet sets[3] = {STUDENT, masked_planes(p), teacher_planes(p)};
     for (const PlaneSet& set : sets)
         if (set.used) clear(layout.columns(set), layout.padded_columns);

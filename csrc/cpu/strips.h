@@ -94,6 +94,20 @@ inline void leave_out(const Problem& p, i64 row, i64 rows, i64 column, i64 colum
         }
 }
 
+// An entry of scale * left rightᵀ.
+inline double entry(const Matrix& left, const Matrix& right, i64 width, float scale, i64 i, i64 j) {
+    double dot = 0;
+    with_dtype(left.dtype, [&](auto* left_type) {
+        with_dtype(right.dtype, [&](auto* right_type) {
+            using L = std::remove_pointer_t<decltype(left_type)>;
+            using R = std::remove_pointer_t<decltype(right_type)>;
+            for (i64 k = 0; k < width; ++k)
+                dot += static_cast<double>(element<L>(left, i, k)) * static_cast<double>(element<R>(right, j, k));
+        });
+    });
+    return static_cast<double>(scale) * dot;
+}
+
 // What both passes need of a strip of rows and of a block of columns.
 struct Operands {
     float *image, *teacher_image;  // [strip, width], times the scale

@@ -45,7 +45,7 @@ struct Forward {
     float* teacher_diagonal;  // [rows], of S°
     float* row_sums;          // [planes, rows]
     float* column_sums;       // [planes, columns]
-    float shift;
+    float* shift;             // one, any constant near S° - S: the gap of the first row and column; 0 without a teacher
     void* kept;             // tiles for the backward pass, `kept_bytes` of them
     std::int64_t kept_rows;  // the first rows; a whole number of tiles, or all
 };
@@ -61,7 +61,7 @@ struct Backward {
     const void* kept;
     std::int64_t kept_rows;
     // Each may be null where it is not needed. Rows of `gradient_stride` floats, the width rounded up to 16.
-    float* grad_image;  // [rows, width], without the factor scale
+    float* grad_image;  // [rows, width]
     float* grad_text;   // [columns, width]
     double* grad_scale;
 };

@@ -14,6 +14,7 @@ from accuracy_cases import REGIMES, allowed_errors, errors, regime
 from rectangles import in_pieces
 from sweep_cases import Batch, Outcome, outcome, random_batch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cliperase_fast import functional
 from cliperase_fast.ops import backends, choose, reference
@@ -306,6 +307,23 @@ def test_opcheck_and_a_full_graph():
     expected = torch.autograd.grad(plain[0] + 2 * plain[1], leaves)
     for ours, theirs in zip(gradients, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_called_directly_or_as_an_op_where_operations_are_watched_it_gives_the_same_bits():
+    batch = random_batch(140).to(torch.float32)
+    seen = []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+            seen.append(str(operation))
+            return operation(*arguments, **(options or {}))
+
+    direct = outcome(sweep, batch, keep="similarities")
+    with Watching():
+        watched = outcome(sweep, batch, keep="similarities")
+    assert same_bits(direct, watched)
+    # One op each way: what they do inside is not seen.
+    assert sum("native_sweep." in name for name in seen) == sum("native_sweep_backward." in name for name in seen) == 1
 
 
 def test_autocast_does_not_reach_inside():

@@ -31,6 +31,7 @@ class CpuEngine:
         self._tile_rows: int = self._cpu.TILE_ROWS
         self._tile_columns: int = self._cpu.TILE_COLUMNS
         self._tile_head: int = self._cpu.TILE_HEAD
+        self._dtypes = {dtype: getattr(self._cpu.Dtype, name) for dtype, name in _DTYPES.items()}
         self._told = False
 
     def check(self, problem: Problem) -> None:
@@ -54,45 +55,40 @@ class CpuEngine:
 
     def forward(self, problem: Problem, strip_rows: int, kept_bytes: int) -> tuple[Sums, Tensor]:
         kept = self._workspace(kept_bytes)
-        call = _Call(self._cpu, problem)
-        shift = _shift(problem) if problem.want_consistency else None
+        call = _Call(self._cpu, self._dtypes, problem)
         diagonals = torch.empty(2, problem.n)
         rows, columns = torch.empty(problem.planes, problem.n), torch.empty(problem.planes, problem.m)
-        self._cpu.forward(
+        shift = self._cpu.forward(
             call.problem,
             diagonal=diagonals[0].data_ptr(),
             teacher_diagonal=diagonals[1].data_ptr(),
             row_sums=rows.data_ptr(),
             column_sums=columns.data_ptr(),
-            shift=0.0 if shift is None else shift.item(),
             kept=kept.data_ptr() if kept.numel() else 0,
             kept_rows=self._kept_rows(problem, kept),
             instruction_set=extension.instruction_set(),
         )
         diagonal = diagonals[0] if problem.paired else None
         teacher_diagonal = diagonals[1] if problem.paired and problem.want_consistency else None
-        return Sums(rows, columns, diagonal, teacher_diagonal, shift), kept
+        gap_shift = torch.tensor(shift) if problem.want_consistency else None
+        return Sums(rows, columns, diagonal, teacher_diagonal, gap_shift), kept
 
-    def finish(self, problem: Problem, sums: Sums) -> tuple[Tensor, Tensor, Tensor]:
-        """`finish.whole` in one pass."""
-        n, teacher = problem.n, problem.want_consistency
-        assert sums.diagonal is not None
-        rows, columns, diagonal = sums.rows.contiguous(), sums.columns.contiguous(), sums.diagonal.contiguous()
-        teacher_diagonal = diagonal if sums.teacher_diagonal is None else sums.teacher_diagonal.contiguous()
-        state = torch.empty(5, 2 * n)
-        retention, consistency = self._cpu.finish(
-            n=n,
-            has_teacher=teacher,
-            has_masked=problem.masked and teacher,
+    def losses(self, problem: Problem, strip_rows: int, kept_bytes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`finish.losses_of_sums` in one call."""
+        kept = self._workspace(kept_bytes)
+        retention, consistency, state = torch.empty(()), torch.empty(()), torch.empty(5, 2 * problem.n)
+        call = _Call(self._cpu, self._dtypes, problem)
+        self._cpu.losses(
+            call.problem,
             want_retention=problem.want_retention,
-            diagonal=diagonal.data_ptr(),
-            teacher_diagonal=teacher_diagonal.data_ptr(),
-            row_sums=rows.data_ptr(),
-            column_sums=columns.data_ptr(),
-            shift=0.0 if sums.shift is None else sums.shift.item(),
+            retention=retention.data_ptr(),
+            consistency=consistency.data_ptr(),
             state=state.data_ptr(),
+            kept=kept.data_ptr() if kept.numel() else 0,
+            kept_rows=self._kept_rows(problem, kept),
+            instruction_set=extension.instruction_set(),
         )
-        return state.new_tensor(0.5 * retention / n), state.new_tensor(consistency / n), state
+        return retention, consistency, state, kept
 
     def backward(
         self,
@@ -107,7 +103,7 @@ class CpuEngine:
         need_scale: bool,
         partial: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        call = _Call(self._cpu, problem)
+        call = _Call(self._cpu, self._dtypes, problem)
         image, text = problem.image, problem.text
         grad_image = _gradient(image) if need_image or need_scale else None
         grad_text = _gradient(text) if need_text else None
@@ -124,12 +120,10 @@ class CpuEngine:
             need_scale=need_scale,
             instruction_set=extension.instruction_set(),
         )
-        if grad_image is not None:
-            grad_image = grad_image.mul_(problem.scale.to(grad_image.dtype)) if need_image else None
         return (
-            image.new_empty(0) if grad_image is None else _finished(grad_image, image, partial),
+            image.new_empty(0) if grad_image is None or not need_image else _finished(grad_image, image, partial),
             text.new_empty(0) if grad_text is None else _finished(grad_text, text, partial),
-            problem.scale.new_tensor(grad_scale),
+            torch.tensor(grad_scale, dtype=problem.scale.dtype),
         )
 
     def _workspace(self, size: int) -> Tensor:
@@ -151,8 +145,8 @@ class CpuEngine:
 class _Call:
     """A problem as the extension takes it; holds the tensors that it has only addresses of."""
 
-    def __init__(self, cpu: Any, problem: Problem) -> None:
-        self._cpu = cpu
+    def __init__(self, cpu: Any, dtypes: dict[torch.dtype, Any], problem: Problem) -> None:
+        self._cpu, self._dtypes = cpu, dtypes
         self._held: list[Tensor] = []
         row_groups = column_groups = 0
         if problem.group_ids is not None:
@@ -184,8 +178,7 @@ class _Call:
         return tensor.data_ptr()
 
     def _matrix(self, features: Tensor) -> Any:
-        dtype = getattr(self._cpu.Dtype, _DTYPES[features.dtype])
-        return self._cpu.Matrix(self.address(features), *features.stride(), dtype)
+        return self._cpu.Matrix(self.address(features), *features.stride(), self._dtypes[features.dtype])
 
 
 def _small_groups(problem: Problem) -> list[Tensor]:
@@ -199,17 +192,13 @@ def _small_groups(problem: Problem) -> list[Tensor]:
     return [small[: problem.n], small[problem.n :]]
 
 
-def _shift(problem: Problem) -> Tensor:
-    """S° - S of the first pair, [] float32."""
-    assert problem.teacher_image is not None and problem.teacher_text is not None and problem.teacher_scale is not None
-    teacher = problem.teacher_scale.float() * problem.teacher_image[0].float().dot(problem.teacher_text[0].float())
-    return teacher - problem.scale.float() * problem.image[0].float().dot(problem.text[0].float())
-
-
 def _gradient(features: Tensor) -> Tensor:
     """[rows, width up to the next multiple of 16], as the extension writes it."""
-    return torch.empty(len(features), -(-features.shape[1] // 16) * 16)
+    rows, width = features.shape
+    return torch.empty(rows, -(-width // 16) * 16)
 
 
 def _finished(gradient: Tensor, features: Tensor, partial: bool) -> Tensor:
+    if gradient.shape == features.shape and (partial or features.dtype == gradient.dtype):
+        return gradient
     return gradient[:, : features.shape[1]].to(gradient.dtype if partial else features.dtype).contiguous()

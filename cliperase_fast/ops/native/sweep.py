@@ -28,8 +28,8 @@ class _NativeEngine:
     def forward(self, problem: Problem, strip_rows: int, kept_bytes: int) -> tuple[Sums, Tensor]:
         return _HALVES[problem.image.device.type].forward(problem, strip_rows, kept_bytes)
 
-    def finish(self, problem: Problem, sums: Sums) -> tuple[Tensor, Tensor, Tensor]:
-        return _HALVES[problem.image.device.type].finish(problem, sums)
+    def losses(self, problem: Problem, strip_rows: int, kept_bytes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return _HALVES[problem.image.device.type].losses(problem, strip_rows, kept_bytes)
 
     def backward(self, problem: Problem, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
         return _HALVES[problem.image.device.type].backward(problem, *arguments, **options)

@@ -89,7 +89,7 @@ class _TritonEngine:
                 columns[plane] *= _LN_2
             return Sums(rows, columns, diagonal, teacher_diagonal, shift), kept
 
-    finish = staticmethod(finish.whole)
+    losses = finish.losses_of_sums
 
     def backward(
         self,
