@@ -2,13 +2,14 @@
 # make test   set everything up, then lint and test
 # make long-check   the tests that take minutes: every tests/**/long_*.py
 # make native-sanitize   the C++ sweep's tests under the address and undefined-behaviour sanitizers
+# make bench-check   have the losses become slower? ratios to open_clip's against the committed ones
 # make gpu-check   on a machine with a GPU, with the python in PYTHON: the kernels' tests, then the loss benchmark
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint long-check native-sanitize cuda-sanitize gpu-check clean
+.PHONY: demo test lint long-check bench-check native-sanitize cuda-sanitize gpu-check clean
 
 demo: $(STAMP)
 	$(BIN)/cliperase-fast demo
@@ -23,6 +24,9 @@ lint: $(STAMP)
 
 long-check: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(shell find tests -name 'long_*.py')
+
+bench-check: $(STAMP)
+	$(BIN)/python -m benchmarks.check
 
 # The package beside a sanitized extension, ahead of the installed one on the path (pytest, not python -m pytest, which
 # would put this folder first).

@@ -7,6 +7,9 @@ Two kinds of data:
     random   like an untrained model's, scale 14: nothing is related
 
 The teacher's features are the student's, perturbed: a model that has begun to unlearn. The forget batch has N/8 pairs.
+
+Losses: "cliperase" is RM + 3 FM + 3 CM (retention, forgetting, consistency); "clip" RM alone, the contrastive loss of
+CLIP; "siglip" the sigmoid loss of SigLIP (arXiv 2303.15343), with a bias that makes pairs likely and siblings unlikely.
 """
 
 from __future__ import annotations
@@ -20,10 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cliperase_fast import functional
+from cliperase_fast.contrastive import sigmoid_loss
 
 SCALE = {"peaked": 100.0, "random": 14.0}
 DATA = tuple(SCALE)
-LOSSES = ("cliperase", "clip")
+BIAS = {"peaked": -27.0, "random": -10.0}  # of the sigmoid loss: between pairs and siblings; SigLIP's at its start
+LOSSES = ("cliperase", "clip", "siglip")
 WEIGHTS = (1.0, 3.0, 3.0)  # of RM, FM and CM: the paper's
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -51,7 +56,15 @@ class Case:
     @property
     def products(self) -> int:
         """Products of 2 N² D FLOP that no method without an N x N matrix can avoid: the floor."""
-        return 6 if self.loss == "cliperase" else 4
+        return {"cliperase": 6, "clip": 4, "siglip": 3}[self.loss]
+
+    @property
+    def forward_products(self) -> int:
+        """How many of them the forward pass needs: S, and S° with a teacher.
+
+        The sigmoid loss needs no sum over a row before its gradient, so nothing has to be formed again.
+        """
+        return 2 if self.loss == "cliperase" else 1
 
     @property
     def flop(self) -> float:
@@ -62,7 +75,7 @@ class Case:
 
 
 class Batch(NamedTuple):
-    """Features [N, D] (the forget batch's [N/8, D]) and 0-d scales; without a teacher, None."""
+    """Features [N, D] (the forget batch's [N/8, D]), 0-d scales and bias; None where the loss has no such thing."""
 
     image: Tensor
     text: Tensor
@@ -72,6 +85,7 @@ class Batch(NamedTuple):
     teacher_scale: Tensor | None = None
     forget_image: Tensor | None = None
     forget_text: Tensor | None = None
+    bias: Tensor | None = None
 
     def leaves(self) -> dict[str, Tensor]:
         """What gradients are taken of."""
@@ -113,8 +127,9 @@ def make_batch(case: Case, device: str, seed: int = 0) -> Batch:
 
     scale = torch.tensor(SCALE[data], device=device, dtype=torch.promote_types(dtype, torch.float32))
     image, text = pairs(case.n)
-    if case.loss == "clip":
-        return Batch(rounded(image), rounded(text), scale.requires_grad_())
+    if case.loss != "cliperase":
+        bias = torch.full_like(scale, BIAS[data]).requires_grad_() if case.loss == "siglip" else None
+        return Batch(rounded(image), rounded(text), scale.requires_grad_(), bias=bias)
     teacher = [F.normalize(torch.add(own, noise(case.n), alpha=_DRIFT), dim=1).to(dtype) for own in (image, text)]
     forget = pairs(max(1, case.n // 8))
     return Batch(
@@ -137,28 +152,40 @@ class Truth:
     loss: float
     entropy: float
     grads: dict[str, Tensor]
-    scale_mass: float  # Σ_i |<dI_i, I_i>| / s: the terms of the scale's gradient, which may cancel
+    masses: dict[str, float]  # of the scalars, whose gradients are sums that may cancel: Σ of the terms' sizes
 
 
 def truth(batch: Batch) -> Truth:
-    """By the eager backend in float64, from the batch's own (rounded) numbers."""
+    """In float64, from the batch's own (rounded) numbers: the sigmoid loss by its formula, others by "eager"."""
     exact = batch.to(torch.float64, "cpu")
-    loss, grads = gradients(functional_loss("eager"), exact)
+    loss, grads = gradients(functional_loss("eager") if exact.bias is None else sigmoid_formula, exact)
     entropy = 0.0
     if exact.teacher_image is not None:
         teacher = exact.teacher_scale * exact.teacher_image @ exact.teacher_text.T
         for logits in (teacher, teacher.T):
             entropy -= (logits.softmax(1) * logits.log_softmax(1)).sum(1).mean().item()
-    mass = (grads["image"] * exact.image).sum(1).abs().sum() / exact.scale
-    return Truth(loss.item(), entropy, grads, mass.item())
+    masses = {"scale": ((grads["image"] * exact.image).sum(1).abs().sum() / exact.scale).item()}
+    if exact.bias is not None:
+        masses["bias"] = 2.0  # a pair's term is at most 1, and those of all others no more at the optimum
+    return Truth(loss.item(), entropy, grads, masses)
+
+
+def sigmoid_formula(*fields: Tensor | None) -> Tensor:
+    """SigLIP's loss as it is written down (algorithm 1), with all N x N logits: mean_i Σ_j -log sigmoid(z_ij X_ij)."""
+    b = Batch(*fields)
+    logits = b.scale * b.image @ b.text.T + b.bias  # [N, N]
+    labels = 2 * torch.eye(len(logits), device=logits.device, dtype=logits.dtype) - 1
+    return -F.logsigmoid(labels * logits).sum() / len(logits)
 
 
 def functional_loss(backend: str, **options: str) -> Loss:
-    """The public function of this package for a batch: `cliperase_loss` with a teacher, `clip_loss` without."""
+    """The public function of this package for a batch: `sigmoid_loss` with a bias, `clip_loss`, `cliperase_loss`."""
     retain, forget, consistency = WEIGHTS
 
     def loss(*fields: Tensor | None) -> Tensor:
         b = Batch(*fields)
+        if b.bias is not None:
+            return sigmoid_loss(b.image, b.text, b.scale, b.bias)
         if b.teacher_image is None:
             return functional.clip_loss(b.image, b.text, b.scale, backend=backend, **options)
         return functional.cliperase_loss(
@@ -170,7 +197,7 @@ def functional_loss(backend: str, **options: str) -> Loss:
 
 
 def errors(loss: Loss, batch: Batch, exact: Truth, adds_entropy: bool, scale_gradient: bool) -> dict[str, float]:
-    """Relative errors: of the loss, of each gradient by its norm; of the scale's against the terms it sums.
+    """Relative errors: of the loss, of each gradient by its norm; of a scalar's against the terms it sums.
 
     inf where a gradient is missing (the scale's may be, for a provider that has none).
     """
@@ -181,6 +208,6 @@ def errors(loss: Loss, batch: Batch, exact: Truth, adds_entropy: bool, scale_gra
         if name == "scale" and not scale_gradient:
             continue
         own = found[name]
-        size = exact.scale_mass if name == "scale" else grad.norm().item()
+        size = exact.masses.get(name) or grad.norm().item()
         result[name] = float("inf") if own is None else (own.cpu().double() - grad).norm().item() / size
     return result

@@ -1,4 +1,4 @@
-"""Tables from a record of `benchmarks.loss`: rows for the terminal and the docs, targets, what changed between two."""
+"""Tables from a record of `benchmarks.loss`: rows for the terminal and the docs, targets."""
 
 from __future__ import annotations
 
@@ -6,13 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from .batches import Case
+from .compare import FLOOR, MIB, Row, Table
 
-Row = Mapping[str, Any]
-Table = tuple[Sequence[str], list[Sequence[str]]]
-
-FLOOR = "floor"
-MIB = 1 << 20
-_LEAST_BAND = 0.03  # a change smaller than this is never called one
 _CASE = ("loss", "data", "dtype", "n", "width")
 _BASELINE = {True: ("open_clip-compiled", "open_clip-style-compiled"), False: ("open_clip", "open_clip-style")}
 
@@ -147,47 +142,6 @@ def speedup_tables(record: Mapping[str, Any], name: str = "ours-auto") -> dict[s
         lines = [(f"{n:,}", *(of.get((n, width), "") for width in widths)) for n in sizes]
         tables[title] = (("N", *(f"D = {width}" for width in widths)), lines)
     return tables
-
-
-def comparison(before: Mapping[str, Any], after: Mapping[str, Any]) -> Table:
-    """What changed from one record to another.
-
-    The band is half the quartiles' spread of both, at least 3 %; what lies within it is called the same. The times
-    over the floor of their own run are compared too: a slower machine changes the times, not those.
-    """
-    head = ("case", "provider", "before, ms", "after, ms", "after/before", "of their floors", "band", "")
-    then, now = ({_key(row): row for row in record["runs"]} for record in (before, after))
-    lines: list[Sequence[str]] = []
-    for key in [*then, *(key for key in now if key not in then)]:
-        old, new = then.get(key), now.get(key)
-        case, name = Case(*key[:-1]), key[-1]
-        old_ms, new_ms = milliseconds(old), milliseconds(new)
-        if old is None or new is None or old_ms is None or new_ms is None:
-            states = [row["status"] if row is not None else "not run" for row in (old, new)]
-            if states[0] != states[1]:
-                cells = [
-                    f"{ms:.2f}" if ms is not None else state for ms, state in zip((old_ms, new_ms), states, strict=True)
-                ]
-                lines.append((str(case), name, *cells, "", "", "", "changed"))
-            continue
-        band = max(_LEAST_BAND, _spread(old) + _spread(new))
-        change = new_ms / old_ms
-        floors = [milliseconds(rows.get((*key[:-1], FLOOR))) for rows in (then, now)]
-        relative = "" if None in floors else f"{change * floors[0] / floors[1]:.3f}"
-        word = "same" if abs(change - 1) <= band else "slower" if change > 1 else "faster"
-        lines.append(
-            (str(case), name, f"{old_ms:.2f}", f"{new_ms:.2f}", f"{change:.3f}", relative, f"±{100 * band:.0f} %", word)
-        )
-    return head, lines
-
-
-def _key(row: Row) -> tuple[Any, ...]:
-    return (*(row[name] for name in _CASE), row["provider"])
-
-
-def _spread(row: Row) -> float:
-    times = row["both_ms"]
-    return (times["q3"] - times["q1"]) / 2 / times["median"]
 
 
 def text(table: Table) -> str:

@@ -1,4 +1,4 @@
-"""Who computes the losses: this package's backends, open_clip, and peers that compute CLIP's loss.
+"""Who computes the losses: this package's backends, open_clip, and peers that compute CLIP's or SigLIP's.
 
 A provider is checked before it is timed, so an adapter may be wrong without a wrong number being reported.
 """
@@ -6,8 +6,8 @@ A provider is checked before it is timed, so an adapter may be wrong without a w
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,20 @@ from torch import Tensor
 
 from cliperase_fast.ops.dispatch import REGISTRY
 
-from .batches import LIMITS, LOSSES, WEIGHTS, Case, Loss, functional_loss
+from .batches import (
+    CHECK_ROWS,
+    DTYPES,
+    LIMITS,
+    LOSSES,
+    WEIGHTS,
+    Case,
+    Loss,
+    errors,
+    functional_loss,
+    make_batch,
+    sigmoid_formula,
+    truth,
+)
 
 BASELINES = ("open_clip", "open_clip-style")  # open_clip's own classes where installed, else the same formulas
 
@@ -27,7 +40,7 @@ class Provider:
 
     make: called with a case, gives the loss function; imports what it needs.
     package: the distribution it needs, if any. matrices: N x N matrices of the features' dtype alive at once, at the
-    least; sizes that cannot fit are not tried. note: what it leaves out or does differently.
+    least; sizes that cannot fit are not tried. note: what it leaves out or does differently, of all three losses.
     """
 
     name: str
@@ -51,9 +64,9 @@ class Provider:
     def why_not(self, case: Case, device: str) -> str | None:
         """Why it cannot be asked for this; None when it can."""
         if case.loss not in self.losses:
-            return "computes CLIP's loss only"
+            return f"does not compute {case.loss}, only {', '.join(self.losses)}"
         if device not in self.devices:
-            return f"runs on {', '.join(self.devices)}"
+            return _needs(self.devices)
         if self.package is not None and version(self.package) is None:
             return f"{self.package} is not installed"
         if self.backend is not None:
@@ -61,8 +74,26 @@ class Provider:
             if (missing := backend.why_missing()) is not None:
                 return missing
             if backend.devices is not None and device not in backend.devices:
-                return f"runs on {', '.join(backend.devices)}"
+                return _needs(backend.devices)
         return None
+
+
+def _needs(devices: Collection[str]) -> str:
+    return "needs a GPU" if set(devices) == {"cuda"} else f"runs on {', '.join(devices)} only"
+
+
+def check(provider: Provider, case: Case, device: str) -> tuple[float, str | None]:
+    """(worst relative error, what is wrong if it is too large) against float64, on a smaller batch of the same kind."""
+    small = replace(case, n=min(case.n, CHECK_ROWS))
+    batch = make_batch(small, device, seed=1)
+    found = errors(provider.make(small), batch, truth(batch), provider.adds_entropy, provider.scale_gradient)
+    worst = max(found, key=lambda name: found[name] if found[name] == found[name] else float("inf"))
+    limit = provider.limit(DTYPES[case.dtype])
+    right = all(error <= limit for error in found.values())  # false for NaN as well
+    what = "loss" if worst == "loss" else f"gradient of {worst}"
+    return found[
+        worst
+    ], None if right else f"{what} is off by {found[worst]:.1e}, more than {limit:.0e}, from float64's"
 
 
 def version(package: str) -> str | None:
@@ -77,30 +108,42 @@ def every_provider() -> dict[str, Provider]:
     return {provider.name: provider for provider in providers}
 
 
-def default_names() -> list[str]:
-    """All but the copy of open_clip's formulas where open_clip itself is installed."""
+def default_names(loss: str) -> list[str]:
+    """Who computes this loss; the copy of open_clip's formulas only where open_clip itself is not installed."""
     skipped = BASELINES[1] if version("open_clip_torch") is not None else BASELINES[0]
-    return [name for name in every_provider() if name not in (skipped, f"{skipped}-compiled")]
+    known = every_provider().items()
+    return [
+        name for name, provider in known if loss in provider.losses and name not in (skipped, f"{skipped}-compiled")
+    ]
 
 
 def _own() -> list[Provider]:
-    providers = [_ours("auto", "", {}, None)]
+    providers = [_ours("auto", "", {}, None, "what users get: the backend and keep= are chosen by device and size")]
     for name, backend in REGISTRY.items():
         if backend.keeps:
-            providers += [_ours(name, f"-keep-{keep}", {"keep": keep}, name) for keep in ("nothing", "similarities")]
+            providers += [_ours(name, f"-keep-{keep}", {"keep": keep}, name, note) for keep, note in _KEEPING.items()]
         else:
-            providers.append(_ours(name, "", {}, name))
+            note = "the reference; holds N x N matrices" if name == "eager" else "forms the similarities twice"
+            providers.append(_ours(name, "", {}, name, note))
     return providers
 
 
-def _ours(backend: str, suffix: str, options: dict[str, str], registered: str | None) -> Provider:
+_KEEPING = {
+    "nothing": "forms the similarities twice",
+    "similarities": "keeps them within CLIPERASE_KEEP_MIB, else forms them twice",
+}
+
+
+def _ours(backend: str, suffix: str, options: dict[str, str], registered: str | None, note: str) -> Provider:
     return Provider(
         f"ours-{backend}{suffix}",
         lambda case: functional_loss(backend, **options),
+        losses=LOSSES if registered is None else tuple(loss for loss in LOSSES if loss != "siglip"),
         # In Triton's interpreter a time says nothing.
         devices=("cuda",) if backend == "triton" else ("cpu", "cuda"),
         backend=registered,
         matrices=6 if backend == "eager" else 0,
+        note=note,
     )
 
 
@@ -125,12 +168,17 @@ def distill_clip_loss(
 
 
 def _open_clip_style(case: Case) -> Loss:
+    if case.loss == "siglip":
+        return sigmoid_formula
     return _assembled(lambda *args: clip_terms(*args)[0], distill_clip_loss)
 
 
 def _open_clip_own(case: Case) -> Loss:
-    from open_clip.loss import ClipLoss, DistillClipLoss
+    from open_clip.loss import ClipLoss, DistillClipLoss, SigLipLoss
 
+    if case.loss == "siglip":
+        sigmoid = SigLipLoss()
+        return lambda *fields: sigmoid(*fields[:3], fields[-1])  # image, text, scale, bias
     return _assembled(ClipLoss(), DistillClipLoss())
 
 
@@ -151,6 +199,7 @@ def _assembled(clip: Callable[..., Tensor], distill: Callable[..., tuple[Tensor,
         teacher_scale: Tensor | None,
         forget_image: Tensor | None,
         forget_text: Tensor | None,
+        bias: None = None,
     ) -> Tensor:
         if forget_image is None or forget_text is None:
             return clip(image, text, scale)
@@ -167,11 +216,11 @@ def _open_clip() -> list[Provider]:
         ("open_clip", _open_clip_own, "open_clip_torch"),
         ("open_clip-style", _open_clip_style, None),
     ):
+        note = "holds N x N matrices; CM plus the teacher's entropies, a constant; FM is added here"
         common: dict[str, Any] = {"package": package, "adds_entropy": True, "matrices": 4}
-        made.append(Provider(name, make, **common))
-        made.append(
-            Provider(f"{name}-compiled", _compiled(make), note="torch.compile, compiled for each shape", **common)
-        )
+        made.append(Provider(name, make, note=note, **common))
+        compiled = f"torch.compile, for each shape by itself; {note}"
+        made.append(Provider(f"{name}-compiled", _compiled(make), note=compiled, **common))
     return made
 
 
@@ -233,25 +282,42 @@ def _liger(case: Case) -> Loss:
     return _both_directions(liger_fused_linear_cross_entropy)
 
 
-def _peers() -> list[Provider]:
-    """Written after the sources of inf-cl 1.2.1, memeff 0.3.1, cut-cross-entropy 25.1.1 and liger-kernel 0.8.5.
+def _siglip_kernel(case: Case) -> Loss:
+    from siglip_kernel import fused_siglip_loss
 
-    siglip-kernel is not among them: the sigmoid loss is another function.
-    """
+    def loss(image: Tensor, text: Tensor, scale: Tensor, *rest: Any) -> Tensor:
+        return fused_siglip_loss(image, text, scale.log(), rest[-1])  # it takes the logarithm, and exponentiates
+
+    return loss
+
+
+def _peers() -> list[Provider]:
+    """After inf-cl 1.2.1, memeff 0.3.1, cut-cross-entropy 25.1.1, liger-kernel 0.8.5 and siglip-kernel 0.1.2."""
     common: dict[str, Any] = {"losses": ("clip",), "devices": ("cuda",)}
+    cce = "two calls; no FM or CM"
     return [
-        Provider("memeff", _memeff, package="memeff", scale_gradient=False, note="no gradient of the scale", **common),
-        Provider("inf-cl", _inf_cl, package="inf-cl", note="two calls; float32 inside, multiplied in tf32", **common),
+        Provider(
+            "memeff", _memeff, package="memeff", scale_gradient=False, note="no gradient of the scale; no FM or CM",
+            **common,
+        ),
+        Provider(
+            "inf-cl", _inf_cl, package="inf-cl", note="two calls; float32 inside, multiplied in tf32; no FM or CM",
+            **common,
+        ),
         Provider(
             "cut-cross-entropy", _cut_cross_entropy(), package="cut-cross-entropy",
-            note="two calls; leaves small gradients out (filter_eps, its default)", **common,
+            note=f"{cce}; leaves small gradients out (filter_eps, its default)", **common,
         ),
         Provider(
             "cut-cross-entropy-exact", _cut_cross_entropy(filter_eps=None), package="cut-cross-entropy",
-            note="two calls; filter_eps=None", **common,
+            note=f"{cce}; filter_eps=None", **common,
         ),
         Provider(
             "liger-kernel", _liger, package="liger-kernel",
-            note="two calls of its fused linear cross-entropy; gradients are formed in the forward pass", **common,
+            note="two calls of its fused linear cross-entropy; gradients in the forward pass; no FM or CM", **common,
+        ),
+        Provider(
+            "siglip-kernel", _siglip_kernel, losses=("siglip",), devices=("cuda",), package="siglip-kernel",
+            note="its own choice of kernel for the dtype; gradients in the forward pass; the sigmoid loss only",
         ),
     ]  # fmt: skip

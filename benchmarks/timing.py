@@ -12,14 +12,12 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .batches import Batch, Case, Loss
-from .machine import run_module
 
 LEAST_ROUNDS = 3
 _MOST_REPEATS = 10  # steps of one contestant in one round
@@ -118,7 +116,7 @@ class Floor:
 
     def step(self) -> Times:
         product = self._strips(self.timed) * self.case.n / (self.timed * self.height)
-        forward = self.case.products // 2 - 1  # S (and S°); the rest forms them again, and the gradients
+        forward = self.case.forward_products  # the rest forms them again, and the gradients
         return Times(forward * product, (self.case.products - forward) * product)
 
 
@@ -161,6 +159,14 @@ def summary(values: list[float]) -> dict[str, float]:
     return {"median": 1e3 * middle, "q1": 1e3 * low, "q3": 1e3 * high, "samples": len(values)}
 
 
+def timed(times: list[Times]) -> dict[str, dict[str, float]]:
+    """`summary` of the forward pass, the backward pass and both."""
+    parts: dict[str, Callable[[Times], float]] = {
+        "forward_ms": lambda t: t.forward, "backward_ms": lambda t: t.backward, "both_ms": lambda t: t.both,
+    }  # fmt: skip
+    return {name: summary([part(sample) for sample in times]) for name, part in parts.items()}
+
+
 class PeakMemory:
     """Bytes a provider allocates on a CUDA device beyond what was there before, gradients included.
 
@@ -179,8 +185,3 @@ class PeakMemory:
         extra = torch.cuda.max_memory_allocated() - before + self._held.get(name, 0)
         self._held[name] = self._held.get(name, 0) + torch.cuda.memory_allocated() - before
         return times, extra
-
-
-def cpu_memory(provider: str, case: Case, threads: int) -> int:
-    """Peak bytes beyond what was resident, gradients included, in a process of its own (Linux)."""
-    return int(run_module("loss_memory", provider, *map(str, asdict(case).values()), str(threads)))

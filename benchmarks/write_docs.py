@@ -10,7 +10,9 @@ import argparse
 import itertools
 import json
 import re
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,14 @@ from typing import Any
 from cliperase_fast.distributed.plan import step_cost
 from cliperase_fast.planning import step_of
 
-from . import loss_report
+from . import loss_report, points_report
 from .machine import RESULTS, ROOT
+from .providers import BASELINES, every_provider
 
 _MARK = re.compile(r"(<!-- figures: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
+
+PICTURES = ROOT / "docs" / "plots"
 
 _GROUP_ORDER = {"forgotten": 0, "others": 2}  # what shares a word stands between them
 
@@ -110,6 +115,91 @@ def loss_cpu_tables() -> str:
             parts.append(f"**{title}**\n\n{table(*speedups)}")
         parts.append(provenance(record))
     return "\n\n".join(parts) or "Not measured yet."
+
+
+def loss_cpu_parts_table() -> str:
+    """Forward, backward and both of `auto`, a line for each batch."""
+    lines = []
+    for path in sorted(RESULTS.glob("loss-cpu*.json")):
+        for case, rows in loss_report.by_case(load(path.stem)):
+            if (row := rows.get("ours-auto")) is None or row["status"] != "ok":
+                continue
+            forward, backward, both = (row[f"{part}_ms"] for part in ("forward", "backward", "both"))
+            floor = loss_report.milliseconds(rows.get(loss_report.FLOOR))
+            share = "" if floor is None else percent(floor / both["median"])
+            times = (f"{forward['median']:.2f}", f"{backward['median']:.2f}", f"{both['median']:.2f}")
+            lines.append(
+                (case.loss, case.data, case.dtype, f"{case.n:,}", str(case.width), *times,
+                 f"{both['q1']:.2f}-{both['q3']:.2f}", share, f"{row['error']:.0e}")
+            )  # fmt: skip
+    head = ("loss", "data", "features", "N", "D", "forward", "backward", "both", "quartiles", "floor / time", "error")
+    return table(head, lines)
+
+
+def providers_table() -> str:
+    """From the code: who is there, for which losses and devices, and what each leaves out or does otherwise."""
+    rows = []
+    for name, provider in every_provider().items():
+        if not name.startswith(BASELINES[1]):  # a copy of open_clip's formulas, for where it is not installed
+            losses, devices = (", ".join(words) for words in (provider.losses, provider.devices))
+            rows.append((f"`{name}`", losses, devices, provider.note))
+    return table(("", "losses", "devices", "how; what it leaves out"), rows)
+
+
+def memory_tables() -> str:
+    return _points("memory") or "Not measured yet."
+
+
+def scaling_cpu_tables() -> str:
+    return _points("scaling") or "Not measured yet."
+
+
+def _points(what: str) -> str:
+    """The tables of every record of `bench memory` or `bench scaling`, who was left out and, for scaling, pictures."""
+    parts = []
+    for path in sorted(RESULTS.glob(f"{what}-*.json")):
+        record = load(path.stem)
+        for group, sizes in points_report.groups(record).items():
+            for kind, (label, measure) in points_report.KINDS.items():
+                head, lines = points_report.grid(sizes, measure)
+                if len(head) == 1:
+                    continue
+                parts.append(f"**{points_report.title(group)}: {label}**\n\n{table(head, lines)}")
+                picture = f"{what}-{kind}-{group.loss}-{group.data}-{group.dtype}-{group.width}.png"
+                if (PICTURES / picture).is_file():
+                    parts.append(f"![{label} against N]({PICTURES.name}/{picture})")
+            skipped = [reason for reason in points_report.reasons(sizes) if "GPU" not in reason]
+            parts += ["Left out: " + "; ".join(skipped) + "."] if skipped else []
+        parts.append(provenance(record))
+    return "\n\n".join(parts)
+
+
+def draw_pictures() -> None:
+    """Of the scaling records, into the docs."""
+    from .plots import draw
+
+    for path in sorted(RESULTS.glob("scaling-*.json")):
+        with tempfile.TemporaryDirectory() as folder:
+            for picture in draw(load(path.stem), Path(folder)):
+                PICTURES.mkdir(exist_ok=True)
+                shutil.copy(picture, PICTURES / f"scaling-{picture.name}")
+
+
+def readme_speed_table() -> str:
+    """Three rows for the README: time and memory at the largest batch that both were measured at."""
+    record = load("scaling-cpu")
+    lines = []
+    for sizes in points_report.groups(record).values():
+        for n, rows in sorted(sizes.items()):
+            own, other = rows.get("ours-auto"), rows.get("open_clip")
+            ms = [points_report.value(row, "both_ms") for row in (own, other)]
+            mib = [points_report.value(row, "extra_bytes") for row in (own, other)]
+            if None in ms:
+                continue
+            lines.append((f"{n:,}", f"{ms[1]:,.0f} ms", f"{ms[0]:,.0f} ms", f"{ms[1] / ms[0]:.1f}x",
+                          f"{mib[1]:,.0f} MiB", f"{mib[0]:,.0f} MiB"))  # fmt: skip
+    head = ("pairs", "open_clip", "`auto`", "faster", "memory, open_clip", "memory, `auto`")
+    return f"{table(head, lines)}\n\n{provenance(record)}"
 
 
 def loss_gpu_tables() -> str:
@@ -202,7 +292,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "trainers": trainers_table,
     "native-kernels": native_kernels_table,
     "loss-cpu": loss_cpu_tables,
+    "loss-cpu-parts": loss_cpu_parts_table,
     "loss-gpu": loss_gpu_tables,
+    "memory": memory_tables,
+    "providers": providers_table,
+    "scaling-cpu": scaling_cpu_tables,
+    "speed": readme_speed_table,
 }
 
 
@@ -258,6 +353,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
+    if not check:
+        draw_pictures()
     stale = []
     for path in pages():
         text = path.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.loss`: who is right gets a time, who is wrong or missing gets a reason, and tables say so."""
+"""`cliperase-fast bench loss`: who is right gets a time, who is wrong or missing gets a reason, and tables say so."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import loss, loss_report, providers
+from benchmarks import loss, loss_report, options, providers
 from benchmarks.batches import Case, errors, functional_loss, make_batch, truth
+from benchmarks.compare import comparison
 
 CASE = Case("cliperase", "peaked", "float32", 48, 24)
 
 
-@pytest.mark.parametrize("kind", ["cliperase", "clip"])
+@pytest.mark.parametrize("kind", ["cliperase", "clip", "siglip"])
 @pytest.mark.parametrize("data", ["peaked", "random"])
 def test_the_formulas_in_open_clips_style_are_open_clips(kind, data):
     batch = make_batch(replace(CASE, loss=kind, data=data, dtype="float64"), "cpu")
@@ -32,6 +33,33 @@ def test_every_provider_has_the_true_loss_and_gradients(name):
     assert max(found.values()) < 1e-4
 
 
+@pytest.mark.parametrize("name", ["open_clip", "open_clip-style", "ours-auto"])
+def test_the_sigmoid_loss_of_every_provider_is_the_true_one(name):
+    case = replace(CASE, loss="siglip")
+    assert providers.check(providers.every_provider()[name], case, "cpu")[1] is None
+    batch = make_batch(case, "cpu")
+    found = errors(providers.every_provider()[name].make(case), batch, truth(batch), False, True)
+    assert set(found) == {"loss", "image", "text", "scale", "bias"} and max(found.values()) < 1e-4
+
+
+def test_a_wrong_bias_is_noticed():
+    case = replace(CASE, loss="siglip")
+
+    def off(*fields):
+        return functional_loss("auto")(*fields[:-1], 1.1 * fields[-1])
+
+    wrong = providers.check(providers.Provider("off", lambda case: off), case, "cpu")[1]
+    assert wrong is not None and "off by" in wrong
+
+
+def test_every_provider_says_what_it_leaves_out_and_those_for_a_gpu_say_so():
+    for provider in providers.every_provider().values():
+        assert provider.note, provider.name
+    missing = providers.every_provider()["siglip-kernel"]
+    assert missing.why_not(replace(CASE, loss="siglip"), "cpu") == "needs a GPU"
+    assert missing.why_not(CASE, "cuda") == "does not compute cliperase, only siglip"
+
+
 def test_a_wrong_gradient_and_a_missing_one_are_noticed():
     batch = make_batch(CASE, "cpu")
     right = functional_loss("eager")
@@ -45,13 +73,14 @@ def test_a_wrong_gradient_and_a_missing_one_are_noticed():
     assert constant["image"] == float("inf")
 
 
-def run(monkeypatch, *words: str, **extra: providers.Provider) -> dict:
+def run(monkeypatch, tmp_path, *words: str, **extra: providers.Provider) -> dict:
     known = {**providers.every_provider(), **extra}
-    monkeypatch.setattr(loss, "every_provider", lambda: known)
+    for module in (loss, options):
+        monkeypatch.setattr(module, "every_provider", lambda: known)
     arguments = loss.parser().parse_args(
         ["--sizes", "48", "--widths", "24", "--rounds", "1", "--device", "cpu", *words]
     )
-    record, status = loss.measure(arguments, "a test")
+    record, status = loss.measure(arguments, words, tmp_path / "record.json")
     return {**record, "status": status}
 
 
@@ -59,12 +88,12 @@ def failing(*fields):
     raise RuntimeError("a kernel fell over")
 
 
-def test_who_is_wrong_missing_or_broken_gets_a_reason_and_no_time(monkeypatch, capsys):
+def test_who_is_wrong_missing_or_broken_gets_a_reason_and_no_time(monkeypatch, tmp_path, capsys):
     wrong = providers.Provider("wrong", lambda case: lambda *fields: 2 * functional_loss("eager")(*fields))
     broken = providers.Provider("broken", lambda case: failing)
     absent = providers.Provider("absent", lambda case: failing, package="no-such-package")
     words = ("--dtypes", "float32", "--providers", "ours-eager,wrong,broken,absent")
-    record = run(monkeypatch, *words, wrong=wrong, broken=broken, absent=absent)
+    record = run(monkeypatch, tmp_path, *words, wrong=wrong, broken=broken, absent=absent)
     rows = {row["provider"]: row for row in record["runs"]}
     assert rows["ours-eager"]["status"] == rows["floor"]["status"] == "ok"
     assert rows["ours-eager"]["both_ms"]["median"] > 0
@@ -78,11 +107,10 @@ def test_who_is_wrong_missing_or_broken_gets_a_reason_and_no_time(monkeypatch, c
     assert "a kernel fell over" in capsys.readouterr().err  # with its traceback
 
 
-def test_a_failure_of_our_own_is_the_exit_status(monkeypatch):
-    broken = providers.Provider("ours-broken", lambda case: failing)
-    assert (
-        run(monkeypatch, "--dtypes", "float32", "--providers", "ours-broken", **{"ours-broken": broken})["status"] == 1
-    )
+def test_a_failure_of_our_own_is_the_exit_status(monkeypatch, tmp_path):
+    broken = {"ours-broken": providers.Provider("ours-broken", lambda case: failing)}
+    words = ("--dtypes", "float32", "--providers", "ours-broken")
+    assert run(monkeypatch, tmp_path, *words, **broken)["status"] == 1
 
 
 def test_a_run_from_the_command_line_to_file_tables_and_pictures(tmp_path, monkeypatch, capsys):
@@ -96,7 +124,8 @@ def test_a_run_from_the_command_line_to_file_tables_and_pictures(tmp_path, monke
     assert [row["provider"] for row in record["runs"]] == ["floor", "ours-torch", "open_clip"] * 2
     assert record["machine"]["cores"] and record["versions"]["torch"] and record["date"]
     assert (tmp_path / "out" / "mine.json").read_text() == path.read_text()
-    assert (tmp_path / "plots" / "time-cliperase-peaked-float32-24.png").stat().st_size > 1000
+    for kind in ("time", "roofline"):
+        assert (tmp_path / "plots" / f"{kind}-cliperase-peaked-float32-24.png").stat().st_size > 1000
     shown = capsys.readouterr().out
     assert "cliperase, peaked data, float32, D = 24, N = 48" in shown and "open_clip" in shown
     assert loss.main(["--from", str(path)]) == 0
@@ -122,12 +151,21 @@ def record_of(**medians: tuple[float, float] | None) -> dict:
 def test_a_change_within_the_noise_is_called_the_same():
     before = record_of(floor=(10, 0), steady=(20, 1), noisy=(20, 6), better=(20, 0.1), gone=(20, 0.1))
     after = record_of(floor=(20, 0), steady=(21, 1), noisy=(25, 6), better=(15, 0.1), gone=None)
-    lines = {line[1]: line for line in loss_report.comparison(before, after)[1]}
+    lines = {line[1]: line for line in comparison(before, after)[1] if line[2] != "extra_bytes"}
     assert [lines[name][-1] for name in ("steady", "noisy", "better", "gone", "floor")] == [
         "same", "same", "faster", "changed", "slower",
     ]  # fmt: skip
-    assert lines["better"][4:6] == ("0.750", "0.375")  # twice as fast against its own run's floor again
-    assert lines["gone"][3] == "n/a"
+    assert lines["better"][5:7] == ("0.750", "0.375")  # twice as fast against its own run's floor again
+    assert lines["gone"][4] == "n/a"
+
+
+def test_memory_is_compared_too_and_records_of_two_kinds_are_not():
+    before, after = record_of(ours=(20, 0)), record_of(ours=(20, 0))
+    after["runs"][0]["extra_bytes"] = 400 << 20
+    weighed = [line for line in comparison(before, after)[1] if line[2] == "extra_bytes"]
+    assert [line[3:6] + line[-1:] for line in weighed] == [("300.0 MiB", "400.0 MiB", "1.333", "more")]
+    with pytest.raises(SystemExit, match="the one is a record of bench loss, the other of bench scaling"):
+        comparison(before, {**after, "benchmark": "scaling"})
 
 
 def test_the_targets_say_what_is_met_and_what_is_not():
@@ -144,10 +182,10 @@ def test_the_targets_say_what_is_met_and_what_is_not():
 
 
 def test_the_gpu_set_can_be_rehearsed_on_the_cpu():
-    names = providers.default_names()
-    plan = loss.gpu_plan(names, "cpu")
-    assert len(plan) == len(loss.gpu_plan(names, "cuda")) and max(case.n for case, _ in plan) <= 1024
-    assert all(set(who) <= set(names) for _, who in plan)
+    plan = loss.gpu_plan("cpu")
+    assert len(plan) == len(loss.gpu_plan("cuda")) and max(case.n for case, _ in plan) <= 1024
+    assert all(set(who) <= set(providers.default_names(case.loss)) for case, who in plan)
+    assert all(set(who) <= {"ours-torch"} for _, who in loss.gpu_plan("cpu", ["ours-torch"]))
 
 
 @pytest.mark.parametrize(

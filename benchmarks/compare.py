@@ -1,0 +1,88 @@
+"""What changed between two records of one kind of measurement.
+
+A row's numbers are those with quartiles, {"median", "q1", "q3"}, and those called *_bytes; its words and whole numbers
+say which case it is. The band is half the quartiles' spread of both, at least 3 % (memory: 3 % and 1 MiB), and what
+lies within it is called the same. Times are also compared over the floor of their own run, where there is one: a slower
+machine changes the times, not those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+Row = Mapping[str, Any]
+Table = tuple[Sequence[str], list[Sequence[str]]]
+
+FLOOR = "floor"
+MIB = 1 << 20
+_LEAST_BAND = 0.03  # a change smaller than this is never called one
+_NO_CASE = ("status", "reason", "note")
+_PARTS = ("forward_ms", "backward_ms")  # of both_ms, which says enough
+_HEAD = ("case", "provider", "of", "before", "after", "after/before", "of their floors", "band", "")
+
+
+def comparison(before: Mapping[str, Any], after: Mapping[str, Any]) -> Table:
+    kinds = [record.get("benchmark", "loss") for record in (before, after)]
+    if kinds[0] != kinds[1]:
+        raise SystemExit(f"the one is a record of bench {kinds[0]}, the other of bench {kinds[1]}")
+    then, now = ({_key(row): row for row in record["runs"]} for record in (before, after))
+    lines: list[Sequence[str]] = []
+    for key in [*then, *(key for key in now if key not in then)]:
+        lines += _changes(key, then, now)
+    return _HEAD, lines
+
+
+def _changes(key: tuple[Any, ...], then: dict[Any, Row], now: dict[Any, Row]) -> Iterator[Sequence[str]]:
+    case, name = ", ".join(f"{field} {value}" for field, value in key[1:]), key[0]
+    old, new = then.get(key), now.get(key)
+    states = [row.get("status", "ok") if row is not None else "not run" for row in (old, new)]
+    if old is None or new is None or states != ["ok", "ok"]:
+        if states[0] != states[1]:
+            yield (case, name, "", *states, "", "", "", "changed")
+        return
+    for measure in [name for name in old if name in new and _measured(name, old) and _measured(name, new)]:
+        middle, band = _middle(old, measure), max(_LEAST_BAND, _spread(old, measure) + _spread(new, measure))
+        change = _middle(new, measure) / middle if middle else float("inf")
+        if measure.endswith("_bytes"):
+            band = max(band, MIB / middle) if middle else float("inf")
+        relative = ""
+        floors = [rows.get((FLOOR, *key[1:])) for rows in (then, now)]
+        if measure.endswith("_ms") and all(floor is not None and measure in floor for floor in floors):
+            relative = f"{change * _middle(floors[0], measure) / _middle(floors[1], measure):.3f}"
+        word = "same" if abs(change - 1) <= band else "more" if change > 1 else "less"
+        word = {"more": "slower", "less": "faster"}.get(word, word) if measure.endswith(("_ms", "_seconds")) else word
+        shown = [_shown(row, measure) for row in (old, new)]
+        yield (case, name, measure, *shown, f"{change:.3f}", relative, f"±{100 * band:.0f} %", word)
+
+
+def _measured(name: str, row: Row) -> bool:
+    value = row[name]
+    summary = isinstance(value, Mapping) and {"median", "q1", "q3"} <= value.keys()
+    return name not in _PARTS and (summary or (name.endswith("_bytes") and value is not None))
+
+
+def _key(row: Row) -> tuple[Any, ...]:
+    """(provider or name, the other fields that say which case this is)."""
+    fields = {
+        name: value
+        for name, value in row.items()
+        if isinstance(value, (str, int)) and name not in _NO_CASE and not name.endswith("_bytes")
+    }
+    name = fields.pop("provider", None) or fields.pop("name", "")
+    return name, *fields.items()
+
+
+def _middle(row: Row, measure: str) -> float:
+    value = row[measure]
+    return value["median"] if isinstance(value, Mapping) else value
+
+
+def _spread(row: Row, measure: str) -> float:
+    value = row[measure]
+    return (value["q3"] - value["q1"]) / 2 / value["median"] if isinstance(value, Mapping) and value["median"] else 0.0
+
+
+def _shown(row: Row, measure: str) -> str:
+    value = _middle(row, measure)
+    return f"{value / MIB:.1f} MiB" if measure.endswith("_bytes") else f"{value:.4g}"

@@ -1,0 +1,82 @@
+"""Peak memory of the losses against N, measured, a process for each provider and size.
+
+    cliperase-fast bench memory --quick
+    cliperase-fast bench memory --sizes 1024,4096,16384 --widths 512 --dtypes float32,bfloat16
+    cliperase-fast bench memory --loss siglip --providers ours-auto,open_clip
+    cliperase-fast bench memory --compare before.json after.json
+
+What is weighed: one forward and backward, the most that the process holds beyond what it held before (inputs, Python,
+torch), gradients included. On the CPU that is resident memory, as Linux counts it; on a GPU what torch allocates. A
+provider's loss and gradients are compared with float64 first, and who is off is shown as failed, without a figure. A
+size that cannot fit, or whose step would take longer than --cap, is skipped and named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import options, points_report
+from .batches import Case
+from .points import Points
+from .providers import default_names, every_provider
+
+_SIZES = {"cpu": [1024, 2048, 4096, 8192, 16_384], "cuda": [8192, 16_384, 32_768, 65_536, 131_072]}
+_WIDTH = {"cpu": 128, "cuda": 768}
+_DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
+_QUICK = ([1024, 2048, 4096], [64], ["ours-auto", "ours-native-keep-nothing", "open_clip"])
+
+
+def measure(
+    what: str,
+    arguments: argparse.Namespace,
+    words: Sequence[str],
+    path: Path,
+    seconds: float,
+    sizes: Sequence[int],
+    widths: Sequence[int],
+    names: Sequence[str] | None,
+) -> tuple[options.Record, int]:
+    """The record, saved after every size, and the exit status: 1 when one of our own providers failed.
+
+    names: None for all that compute the loss.
+    """
+    if arguments.device == "cpu" and sys.platform != "linux":
+        raise SystemExit("memory is read from /proc, so on the CPU this needs Linux")
+    settings = {"device": arguments.device, "threads": arguments.threads, "seconds": seconds, "cap": arguments.cap}
+    record = options.begin(what, arguments, words, settings)
+    points = Points(every_provider(), arguments.device, arguments.threads, seconds, arguments.cap)
+    record["runs"] = points.rows
+    for loss in arguments.loss:
+        for data in arguments.data:
+            for dtype in arguments.dtypes or [_DTYPE[arguments.device]]:
+                for width in widths:
+                    for n in sorted(sizes):
+                        points.run(Case(loss, data, dtype, n, width), names or default_names(loss))
+                        options.save(record, path)
+    return record, int(points.ours_failed)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    words = sys.argv[1:] if words is None else list(words)
+    p = options.parser("memory", __doc__)
+    p.add_argument("--cap", type=float, default=60.0, help="seconds: a slower step is skipped (60)")
+    arguments = p.parse_args(words)
+    device = arguments.device
+    defaults = _QUICK if arguments.quick else (_SIZES[device], [_WIDTH[device]], None)
+    sizes, widths, names = (
+        given or default
+        for given, default in zip((arguments.sizes, arguments.widths, arguments.providers), defaults, strict=True)
+    )
+    return options.run(
+        arguments,
+        options.record_path("memory", arguments),
+        lambda path: measure("memory", arguments, words, path, 0.0, sizes, widths, names),
+        points_report.full_text,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

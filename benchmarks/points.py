@@ -1,0 +1,84 @@
+"""Providers over sizes, each point in a process of its own, whose peak memory is the provider's alone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from .batches import Case
+from .loss_memory import measured_apart
+from .providers import Provider, check
+from .runner import cannot_fit, first_line, too_slow
+
+_STARTING = 60.0  # seconds that loading, compiling and the batch may take beyond the steps
+
+
+class Points:
+    """rows: one for each case and provider, with status, reason and what was measured.
+
+    seconds: to spend on timing a point; 0: memory alone. cap: a step that would take more seconds is skipped.
+    """
+
+    def __init__(self, providers: dict[str, Provider], device: str, threads: int, seconds: float, cap: float) -> None:
+        self.providers, self.device, self.threads, self.seconds, self.cap = providers, device, threads, seconds, cap
+        self.rows: list[dict[str, Any]] = []
+        self._step: dict[tuple[str, Case], tuple[int, float]] = {}  # (N, seconds) of the largest size so far
+        self._checks: dict[tuple[str, Case], tuple[float, str | None]] = {}
+        self._began = time.perf_counter()
+
+    def run(self, case: Case, names: Sequence[str]) -> None:
+        for name in names:
+            provider = self.providers[name]
+            row = {**asdict(case), "provider": name, "status": "n/a", "reason": "", "note": provider.note}
+            self.rows.append(row)
+            previous = self._step.get((name, replace(case, n=0)))
+            reason = (
+                provider.why_not(case, self.device)
+                or cannot_fit(provider, case, self.device)
+                or too_slow(case, previous, self.cap)
+            )
+            if reason is not None:
+                row["reason"] = reason
+            else:
+                self._measure(case, provider, row)
+            if row["status"] == "ok":
+                step = f", {row['both_ms']['median']:.1f} ms a step" if "both_ms" in row else ""
+                self._log(f"{case}: {name}, {row['extra_bytes'] / 2**20:.1f} MiB{step}")
+            elif reason is None or previous is not None:  # what cannot be here at all need not be said for each size
+                self._log(f"{case}: {name} {row['status']}, {row['reason']}")
+
+    def _measure(self, case: Case, provider: Provider, row: dict[str, Any]) -> None:
+        key = provider.name, replace(case, n=0)
+        timeout = 4 * self.cap + self.seconds + _STARTING
+        try:
+            if key not in self._checks:
+                self._checks[key] = check(provider, case, self.device)
+            row["error"], wrong = self._checks[key]
+            if wrong is not None:
+                row.update(status="failed", reason=wrong)
+                return
+            found = measured_apart(provider.name, case, self.device, self.threads, self.seconds, timeout)
+        except subprocess.TimeoutExpired as late:
+            row["reason"] = f"not done after {late.timeout:.0f} s"
+        except MemoryError as error:
+            row["reason"] = f"out of memory: {error}"
+        except Exception as error:  # one provider must not take the others with it
+            row.update(status="failed", reason=f"{type(error).__name__}: {first_line(error)}")
+            traceback.print_exception(error)
+        else:
+            self._step[key] = case.n, found["both_ms"]["median"] / 1e3
+            if not self.seconds:  # the one step that was weighed is no measurement of time
+                found = {"extra_bytes": found["extra_bytes"]}
+            row.update(found, status="ok")
+
+    def _log(self, line: str) -> None:
+        print(f"[{time.perf_counter() - self._began:6.1f} s] {line}", file=sys.stderr, flush=True)
+
+    @property
+    def ours_failed(self) -> bool:
+        return any(row["status"] == "failed" and self.providers[row["provider"]].ours for row in self.rows)
