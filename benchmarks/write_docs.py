@@ -187,6 +187,8 @@ def draw_pictures() -> None:
 
 def readme_speed_table() -> str:
     """Three rows for the README: time and memory at the largest batch that both were measured at."""
+    if not (RESULTS / "scaling-cpu.json").exists():
+        return "Not measured yet."
     record = load("scaling-cpu")
     lines = []
     for sizes in points_report.groups(record).values():
