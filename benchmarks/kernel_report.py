@@ -27,6 +27,7 @@ from cliperase_fast.ops.triton.kernels import (
     forward_kernel,
     merge_kernel,
     pair_dot_kernel,
+    sigmoid_kernel,
 )
 
 from .machine import RESULTS, describe
@@ -42,7 +43,9 @@ FORMS = {
     "both, groups": (1, 1, 1, 0),
     "both, groups, kept": (1, 1, 1, 1),
 }
+SIGMOID_FORMS = ("sigmoid loss", "sigmoid loss and gradients")
 _FLOATS = (
+    "p_sums",
     "p_scalars",
     "p_row",
     "p_column",
@@ -92,9 +95,13 @@ def cases() -> Iterator[Case]:
                     backward = configs.backward_groups if masked else configs.backward
                     for kernel, config in (("forward", configs.forward), ("backward", backward)):
                         yield Case(kernel, form, dtype, narrow, COMPUTE_CAPABILITY[major], config)
+                for form in SIGMOID_FORMS:
+                    yield Case("sigmoid", form, dtype, narrow, COMPUTE_CAPABILITY[major], configs.backward)
 
 
 def compile_case(case: Case) -> Resources:
+    if case.form in SIGMOID_FORMS:
+        return _compile_sigmoid(case)
     plain, masked, teacher, kept = FORMS[case.form]
     constants: dict[str, Any] = {
         "PLAIN": plain, "MASKED": masked, "TEACHER": teacher, "EVEN_K": True, "EVEN_K_TEACHER": True,
@@ -112,6 +119,14 @@ def compile_case(case: Case) -> Resources:
     absent += [] if kept else ["p_kept", "p_kept_teacher"]
     constants.update(dict.fromkeys(absent))
     return _compile(kernel, constants, case.dtype, case.target, case.config.warps, case.config.stages)
+
+
+def _compile_sigmoid(case: Case) -> Resources:
+    constants = {
+        "GRADIENT": case.form == SIGMOID_FORMS[1], "GROUP_ROWS": 8, "BLOCK_M": case.config.block_m,
+        "BLOCK_N": case.config.block_n, "BLOCK_K": case.config.block_k, "EVEN_K": True, "PRECISION": "ieee",
+    }  # fmt: skip
+    return _compile(sigmoid_kernel, constants, case.dtype, case.target, case.config.warps, case.config.stages)
 
 
 def compile_small(target: int) -> dict[str, Resources]:

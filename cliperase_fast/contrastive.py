@@ -11,12 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cliperase_fast.checks import as_scale, check_device, check_features, check_pairs, check_teacher, shape_of
+from cliperase_fast.checks import (
+    as_scale,
+    check_device,
+    check_features,
+    check_gather,
+    check_pairs,
+    check_teacher,
+    shape_of,
+)
+from cliperase_fast.distributed import Group, Shards, sharded_sigmoid
 from cliperase_fast.errors import InputError
-from cliperase_fast.functional import contrast
-from cliperase_fast.ops import compute_dtype, no_autocast
+from cliperase_fast.functional import contrast, described
+from cliperase_fast.ops import choose_sigmoid, compute_dtype, no_autocast
 from cliperase_fast.ops.rows import row_losses
-from cliperase_fast.ops.sigmoid import sigmoid_sweep
 
 
 def distill_clip_loss(
@@ -95,22 +103,56 @@ def sigmoid_loss(
     logit_bias: Tensor | float | None = None,
     *,
     negative_only: bool = False,
+    process_group: Any = None,
+    own_values: bool = False,
+    gather: str = "ring",
+    backend: str = "auto",
 ) -> Tensor:
     """SigLIP's loss (arXiv 2303.15343, algorithm 1): mean_i Σ_j log(1 + exp(-z_ij (s <I_i, T_j> + b))).
 
     z_ij is 1 where i = j and -1 elsewhere, or -1 everywhere where negative_only (texts of another rank).
     image_features: [n, D]; text_features: [m, D], m = n unless negative_only. logit_bias: b, None: 0.
-    Returns a 0-d tensor, 0 for n = 0; differentiable in all four.
+    process_group: the ranks that share the batch, with these n pairs here. gather: "ring", texts go round the ranks and
+    no rank holds more than three ranks' share of them; "all", every rank holds all. own_values: the mean is over this
+    rank's own rows, as open_clip has it; gradients are those of the whole batch's mean, see `functional.clip_loss`.
+    backend: see `functional.cliperase_loss`.
+    Returns a 0-d tensor, 0 for n = 0; differentiable in all four. What is kept for the backward pass is the gradients.
     """
-    check = _check_rows if negative_only else check_pairs
-    check("image_features", image_features, "text_features", text_features)
-    scale = as_scale("logit_scale", logit_scale, image_features)
-    bias = as_scale("logit_bias", 0.0 if logit_bias is None else logit_bias, image_features)
-    if len(image_features) == 0:
+    check_rows = _check_rows if negative_only else check_pairs
+
+    def check() -> tuple[Tensor, Tensor]:
+        check_gather(gather)
+        check_rows("image_features", image_features, "text_features", text_features)
+        scale = as_scale("logit_scale", logit_scale, image_features)
+        bias = as_scale("logit_bias", 0.0 if logit_bias is None else logit_bias, image_features)
+        if negative_only and process_group is not None:
+            raise InputError("negative_only is for texts of another rank; with a process_group they come by themselves")
+        choose_sigmoid(backend, image_features, text_features, sharded=process_group is not None)
+        return scale, bias
+
+    shards = None
+    if process_group is None:
+        scale, bias = check()
+    else:
+        group = Group(process_group)
+        with group.telling_the_others():
+            scale, bias = check()
+            group.check_device(image_features.device)
+            said = described(
+                "sigmoid_loss", gather, backend, "auto", image_features, text_features, scale, None, None, None,
+                own_values=own_values, logit_bias=bias,
+            )  # fmt: skip
+        shards = Shards(group, group.agree(said, (len(image_features), 0))[0], gather, own_values)
+    if (len(image_features) if shards is None else shards.total) == 0:
         zero = image_features.sum(dtype=compute_dtype(image_features, text_features))
         return zero + 0 * (text_features.sum() + scale + bias)
+    chosen = choose_sigmoid(backend, image_features, text_features, sharded=shards is not None).load_sigmoid()
     with no_autocast(image_features):
-        return sigmoid_sweep(image_features, text_features, scale, bias, negative_only)
+        if shards is None:
+            offset = len(text_features) if negative_only else 0
+            return chosen.loss(image_features, text_features, scale, bias, offset)
+        assert chosen.engine is not None
+        return sharded_sigmoid(chosen.engine, shards, image_features, text_features, scale, bias)
 
 
 def _check_rows(name: str, rows: Tensor, other_name: str, others: Tensor) -> None:

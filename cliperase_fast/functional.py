@@ -115,7 +115,7 @@ def cliperase_loss(
         with group.telling_the_others():
             scale, teacher_scale = check_cliperase(*arguments)
             group.check_device(retain_image.device)
-            said = _described(
+            said = described(
                 "cliperase_loss", gather, backend, keep, retain_image, retain_text, scale, teacher_image, teacher_text,
                 group_ids, forget_image=forget_image, forget_text=forget_text, lambda_retain=lambda_retain,
                 lambda_forget=lambda_forget, lambda_consistency=lambda_consistency, forget=forget, margin=margin,
@@ -242,7 +242,7 @@ def contrast(
         with group.telling_the_others():
             scale, teacher_scale = check()
             group.check_device(image_features.device)
-            said = _described(
+            said = described(
                 name, gather, backend, keep, image_features, text_features, scale, *frozen, group_ids,
                 own_values=own_values,
             )  # fmt: skip
@@ -254,7 +254,7 @@ def contrast(
         )  # fmt: skip
 
 
-def _described(
+def described(
     function: str,
     gather: str,
     backend: str,

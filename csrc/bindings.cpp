@@ -5,6 +5,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "cpu/checks.h"
 #include "cpu/finish.h"
@@ -160,6 +161,23 @@ void bind_cpu(py::module_ module) {
         py::arg("problem"), py::kw_only(), py::arg("state"), py::arg("want_retention"), py::arg("weight_retention"),
         py::arg("weight_consistency"), py::arg("kept") = 0, py::arg("kept_rows") = 0, py::arg("grad_image") = 0,
         py::arg("grad_text") = 0, py::arg("need_scale") = false, py::arg("instruction_set") = py::none());
+
+    module.def(
+        "sigmoid",
+        [](const Problem& p, double bias, Address grad_image, Address grad_text, bool need_scale, bool need_bias,
+           const std::optional<std::string>& isa) {
+            double loss = 0, grad_scale = 0, grad_bias = 0;
+            const cliperase::Sigmoid s{static_cast<float>(bias), &loss, pointer<float>(grad_image), pointer<float>(grad_text),
+                                       need_scale ? &grad_scale : nullptr, need_bias ? &grad_bias : nullptr};
+            cliperase::check(p, s);
+            const cliperase::Engine& chosen = engine(isa);
+            const py::gil_scoped_release released;
+            const cliperase::Workspace scratch(chosen.sigmoid_scratch(p, s));
+            chosen.sigmoid(p, s, scratch.data());
+            return std::tuple(loss, grad_scale, grad_bias);
+        },
+        py::arg("problem"), py::kw_only(), py::arg("bias"), py::arg("grad_image") = 0, py::arg("grad_text") = 0,
+        py::arg("need_scale") = false, py::arg("need_bias") = false, py::arg("instruction_set") = py::none());
 }
 
 }  // namespace
@@ -171,7 +189,7 @@ PYBIND11_MODULE(_C, module) {
     bind_cuda(module);
 #endif
     // One more whenever an argument here changes its meaning; cliperase_fast/ops/native/extension.py asks for the same.
-    module.attr("INTERFACE") = 2;
+    module.attr("INTERFACE") = 3;
     py::dict info;
     info["compiler"] = CLIPERASE_COMPILER;
     info["openmp"] = bool(CLIPERASE_OPENMP);

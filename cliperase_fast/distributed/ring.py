@@ -30,6 +30,40 @@ class Passing:
             work.wait()
 
 
+class Homeward:
+    """Sums of rows that follow the blocks of a ring a step behind: every rank adds its part, the last hop is home.
+
+    At each step `receive(rows of the block)`, then, when the part is known, `add(part)`; at the end `arrive()`.
+    """
+
+    def __init__(self, shards: Shards, like: Tensor, width: int) -> None:
+        self._shards, self._like, self._width = shards, like, width
+        self._total: Tensor | None = None
+        self._arriving: tuple[Passing, Tensor] | None = None
+
+    def receive(self, rows: int) -> None:
+        if self._total is not None:
+            arriving = self._like.new_empty(rows, self._width)
+            self._arriving = Passing(self._shards.group, [self._total], [arriving]), arriving
+
+    def add(self, part: Tensor) -> None:
+        if self._arriving is not None:
+            passing, total = self._arriving
+            passing.wait()
+            part = total.add_(part)
+        self._total = part
+
+    def arrive(self) -> Tensor:
+        """One's own rows, with everyone's parts."""
+        assert self._total is not None
+        if self._shards.group.size > 1:
+            self.receive(self._shards.own)
+            assert self._arriving is not None
+            passing, self._total = self._arriving
+            passing.wait()
+        return self._total
+
+
 def owners(group: Group) -> list[int]:
     """Whose block is here at each step."""
     return [(group.rank - step) % group.size for step in range(group.size)]

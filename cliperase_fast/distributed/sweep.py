@@ -116,7 +116,9 @@ def _block(
     )
 
 
-def _blocks(shards: Shards, local: Problem, gathered: list[Tensor | None]) -> Iterator[tuple[int, Problem | None]]:
+def column_blocks(
+    shards: Shards, local: Problem, gathered: list[Tensor | None]
+) -> Iterator[tuple[int, Problem | None]]:
     """(place of the first column, problem) until own rows have met everyone's columns."""
     if shards.gather == "all":
         text, *others = gathered
@@ -137,7 +139,7 @@ def _forward(
     columns = finish.nothing(local, shards.total)
     shifts = columns.new_zeros(1, shards.total)
     kept = torch.empty(0, dtype=torch.uint8, device=columns.device)
-    for first, problem in _blocks(shards, local, gathered):
+    for first, problem in column_blocks(shards, local, gathered):
         if problem is None:
             continue
         sums, kept = engine.forward(problem, 0, engine.kept_bytes(problem, keep))
@@ -179,8 +181,8 @@ _Gradients = Callable[[Problem, Tensor], tuple[Tensor, Tensor, Tensor]]  # of im
 def _backward_at_once(
     shards: Shards, local: Problem, gathered: list[Tensor | None], columns: Tensor, need_text: bool, of: _Gradients
 ) -> tuple[Tensor, Tensor, Tensor]:
-    ((_, problem),) = _blocks(shards, local, gathered)
-    image, text, scale = _zeros(local, shards.total, columns) if problem is None else of(problem, columns)
+    ((_, problem),) = column_blocks(shards, local, gathered)
+    image, text, scale = zeros(local, shards.total, columns) if problem is None else of(problem, columns)
     return image, sum_to_owners(shards, text) if need_text else text, scale
 
 
@@ -188,28 +190,18 @@ def _backward_round_the_ring(
     shards: Shards, local: Problem, gathered: list[Tensor | None], columns: Tensor, need_text: bool, of: _Gradients
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient of a block of texts follows it a step behind, and every rank adds its part; the last hop is home."""
-    width = local.text.shape[1]
-    image, _, scale = _zeros(local, 0, columns)
-    text = columns.new_zeros(0, width)
-    turns = ring.owners(shards.group)
-    for step, (first, problem) in enumerate(_blocks(shards, local, gathered)):
-        size = shards.sizes[turns[step]]
-        sum_so_far = passing = None
-        if step and need_text:
-            sum_so_far = columns.new_empty(size, width)
-            passing = ring.Passing(shards.group, [text], [sum_so_far])
-        part = _zeros(local, size, columns) if problem is None else of(problem, columns[:, first : first + size])
+    image, _, scale = zeros(local, 0, columns)
+    home = ring.Homeward(shards, columns, local.text.shape[1]) if need_text else None
+    for step, (first, problem) in enumerate(column_blocks(shards, local, gathered)):
+        size = shards.sizes[ring.owners(shards.group)[step]]
+        if home is not None:
+            home.receive(size)
+        part = zeros(local, size, columns) if problem is None else of(problem, columns[:, first : first + size])
         image, scale = (image + part[0] if local.n and len(part[0]) else image), scale + part[2]
-        if passing is not None and sum_so_far is not None:
-            passing.wait()
-            sum_so_far += part[1]
-        text = part[1] if sum_so_far is None else sum_so_far
-    if need_text and len(turns) > 1:
-        home = columns.new_empty(shards.own, width)
-        ring.Passing(shards.group, [text], [home]).wait()
-        text = home
-    return image, text, scale
+        if home is not None:
+            home.add(part[1])
+    return image, columns.new_zeros(0) if home is None else home.arrive(), scale
 
 
-def _zeros(local: Problem, texts: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def zeros(local: Problem, texts: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return like.new_zeros(local.image.shape), like.new_zeros(texts, local.text.shape[1]), like.new_zeros(())

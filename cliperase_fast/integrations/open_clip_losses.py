@@ -71,6 +71,15 @@ class _DividedGradient(torch.autograd.Function):
         return gradient / ctx.divisor, None
 
 
+def _sharding(loss: Any, **options: Any) -> dict[str, Any]:
+    """`options` and the group where the loss's ranks are those of this run and the backend can share a batch."""
+    if loss.world_size == 1 or not auto_shards() or not dist.is_initialized():
+        return {}
+    if (dist.get_rank(), dist.get_world_size()) != (loss.rank, loss.world_size):
+        return {}
+    return {"process_group": dist.group.WORLD, **options}
+
+
 class GatheredFeatures:
     """What the losses do alike when there are several ranks."""
 
@@ -82,13 +91,9 @@ class GatheredFeatures:
 
     def _shared(self) -> dict[str, Any]:
         """The options that shard the sweep over these ranks with open_clip's values; none where it must not be."""
-        if self.world_size == 1 or self.use_horovod or not auto_shards():
+        if self.use_horovod or (self.local_loss and not self.gather_with_grad):
             return {}
-        if self.local_loss and not self.gather_with_grad:
-            return {}
-        if not dist.is_initialized() or (dist.get_rank(), dist.get_world_size()) != (self.rank, self.world_size):
-            return {}
-        return {"process_group": dist.group.WORLD, "own_values": self.local_loss}
+        return _sharding(self, own_values=self.local_loss)
 
     def _with_gradients(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """Features for the sharded sweep, whose gradients come back as large as open_clip's."""
@@ -201,11 +206,30 @@ class DistillClipLoss(GatheredFeatures, StockDistillClipLoss):
 
 
 class SigLipLoss(StockSigLipLoss):
-    """`open_clip.loss.SigLipLoss`, streamed: memory grows as N, not N².
+    """`open_clip.loss.SigLipLoss`, fused: memory grows as N, not N².
 
-    Ranks exchange their texts as open_clip does, in any of its ways (`dist_impl`). A bias of several elements, and a
-    subclass with its own `get_logits` or `get_ground_truth`, are computed by open_clip.
+    On several ranks the texts go round them, share by share, whichever way of exchange `dist_impl` names, since they
+    differ in rounding alone; but "gather" holds them all. A bias of several elements, and a subclass with its own
+    `get_logits`, `get_ground_truth` or `_loss`, are computed by open_clip.
     """
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None,
+        output_dict: bool = False,
+    ) -> Any:
+        """The loss of this rank's images, 0-d, or {"contrastive_loss": loss}. Features [n, D]; scale exponentiated."""
+        shared = _sharding(self, own_values=True, gather="all" if self.dist_impl == "gather" else "ring")
+        if not shared or not self._fuses(logit_bias) or _overridden(self, SigLipLoss, "_loss"):
+            return super().forward(image_features, text_features, logit_scale, logit_bias, output_dict)
+        loss = sigmoid_loss(image_features, text_features, logit_scale, logit_bias, **shared)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+    def _fuses(self, logit_bias: Tensor | float | None) -> bool:
+        return not _overridden(self, StockSigLipLoss, "get_logits", "get_ground_truth") and _is_constant(logit_bias)
 
     def _loss(
         self,
@@ -215,6 +239,6 @@ class SigLipLoss(StockSigLipLoss):
         logit_bias: Tensor | float | None = None,
         negative_only: bool = False,
     ) -> Tensor:
-        if _overridden(self, StockSigLipLoss, "get_logits", "get_ground_truth") or not _is_constant(logit_bias):
+        if not self._fuses(logit_bias):
             return super()._loss(image_features, text_features, logit_scale, logit_bias, negative_only)
         return sigmoid_loss(image_features, text_features, logit_scale, logit_bias, negative_only=negative_only)

@@ -16,6 +16,7 @@ from torch import Tensor
 from cliperase_fast.errors import InputError
 from cliperase_fast.ops.engine import Engine
 from cliperase_fast.ops.native import extension
+from cliperase_fast.ops.sigmoid import Sigmoid
 from cliperase_fast.ops.sweep import FeaturesKl, Sweep
 
 ENVIRONMENT_VARIABLE = "CLIPERASE_BACKEND"
@@ -61,6 +62,30 @@ def _load_native() -> Sweep:
     from cliperase_fast.ops.native.sweep import sweep
 
     return sweep
+
+
+def _load_eager_sigmoid() -> Sigmoid:
+    from cliperase_fast.ops.reference import sigmoid
+
+    return Sigmoid(sigmoid)
+
+
+def _load_torch_sigmoid() -> Sigmoid:
+    from cliperase_fast.ops.sigmoid import sigmoid
+
+    return sigmoid
+
+
+def _load_native_sigmoid() -> Sigmoid:
+    from cliperase_fast.ops.native.sigmoid import sigmoid
+
+    return sigmoid
+
+
+def _load_triton_sigmoid() -> Sigmoid:
+    from cliperase_fast.ops.triton.sigmoid import sigmoid
+
+    return sigmoid
 
 
 # Looked at once: torch.compile traces `choose`, and a look is an import.
@@ -125,12 +150,19 @@ class Backend:
     keeps: bool = False  # whether `keep` makes a difference
     elsewhere: str = ""  # why it does not run on a device type that it could run on
     load_engine: Callable[[], Engine] | None = None  # what it sweeps the shards of a batch with; None: it cannot
+    load_sigmoid: Callable[[], Sigmoid] = _load_torch_sigmoid
+    sigmoid_devices: tuple[str, ...] | None = None  # where it has the sigmoid loss, of those it runs on; None: all
 
 
 REGISTRY: dict[str, Backend] = {
     backend.name: backend
     for backend in (
-        Backend("eager", _load_eager, "plain autograd; holds N x N matrices, fastest for small N"),
+        Backend(
+            "eager",
+            _load_eager,
+            "plain autograd; holds N x N matrices, fastest for small N",
+            load_sigmoid=_load_eager_sigmoid,
+        ),
         Backend("torch", _load_torch, "strips of rows; never holds an N x N matrix", load_engine=_load_torch_engine),
         Backend(
             "native",
@@ -142,6 +174,8 @@ REGISTRY: dict[str, Backend] = {
             elsewhere=_NO_NATIVE_CUDA or "",
             keeps=True,
             load_engine=_load_native_engine,
+            load_sigmoid=_load_native_sigmoid,
+            sigmoid_devices=("cpu",),
         ),
         Backend(
             "triton",
@@ -153,6 +187,7 @@ REGISTRY: dict[str, Backend] = {
             load_features_kl=_load_triton_features_kl,
             keeps=True,
             load_engine=_load_triton_engine,
+            load_sigmoid=_load_triton_sigmoid,
         ),
     )
 }
@@ -244,6 +279,17 @@ def choose(requested: str, image: Tensor, text: Tensor, *teacher: Tensor | None,
     for tensor in features:
         if tensor.dtype not in backend.dtypes:
             raise InputError(f"{origin} does not take {tensor.dtype}; use backend='auto' or convert the features")
+    return backend
+
+
+def choose_sigmoid(requested: str, image: Tensor, text: Tensor, *, sharded: bool = False) -> Backend:
+    """The same for the sigmoid loss, which not every backend has on every device."""
+    backend = choose(requested, image, text, sharded=sharded)
+    if backend.sigmoid_devices is not None and image.device.type not in backend.sigmoid_devices:
+        raise InputError(
+            f"backend {backend.name!r} has the sigmoid loss on {', '.join(backend.sigmoid_devices)} only, not on "
+            f"{image.device}; use backend='auto', 'torch' or 'triton'"
+        )
     return backend
 
 

@@ -40,6 +40,17 @@ def sweep(
     return retention, consistency
 
 
+def sigmoid(
+    image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int, strip_rows: int = 0
+) -> Tensor:
+    """The sigmoid loss, see `ops/sigmoid.py`. Memory: about four n x m matrices."""
+    dtype = compute_dtype(image, text)
+    logits = _similarity(image, text, logit_scale, dtype) + logit_bias.to(dtype)  # [n, m]
+    paired = torch.zeros_like(logits, dtype=torch.bool)
+    paired.diagonal(offset).fill_(True)
+    return -F.logsigmoid(torch.where(paired, logits, -logits)).sum() / len(image)
+
+
 def _similarity(image: Tensor, text: Tensor, logit_scale: Tensor, dtype: torch.dtype) -> Tensor:
     return (image.to(dtype) * logit_scale.to(dtype)) @ text.to(dtype).T  # [N, N]
 

@@ -1,112 +1,172 @@
-"""The sigmoid loss over all pairs of a batch (SigLIP, arXiv 2303.15343), in strips of rows.
+"""The sigmoid loss over all pairs of a batch (SigLIP, arXiv 2303.15343): what its backends do, and the op made of it.
 
-With X = s I Tᵀ + b [n, m] and Y = X, but -X on the diagonal where the pairs match,
+With X = s I Tᵀ + b [n, m] and Y = X, but -X where row i and column i + offset are a pair,
 
     loss  Σ_ij log(1 + exp(Y_ij)) / n        dY_ij  sigmoid(Y_ij) / n
 
-No [n, m] matrix in either direction: the gradients form their strip of Y again.
+An entry of dX needs nothing of the others, so one pass forms X, sums the losses and multiplies dX with the features:
+three products in place of four. What is kept for the backward pass is the gradients for a grad_output of 1,
+O((n + m) D).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cliperase_fast.ops.problem import Problem
 from cliperase_fast.ops.streaming import Similarity, strip_height
 from cliperase_fast.ops.sweep import compute_dtype, no_autocast
 
-_ARGUMENTS = "Tensor image, Tensor text, Tensor logit_scale, Tensor logit_bias, bool negative_only, int strip_rows"
+
+class SigmoidParts(NamedTuple):
+    """Sums over all entries, not divided by n, in the computing dtype; of a gradient not needed an empty tensor."""
+
+    loss: Tensor  # []
+    grad_image: Tensor  # [n, D]
+    grad_text: Tensor  # [m, D]
+    grad_scale: Tensor  # []
+    grad_bias: Tensor  # []
 
 
-def _strips(
-    similarity: Similarity, bias: Tensor, negative_only: bool, strip_rows: int
-) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, Y of them), strip by strip."""
-    n, m = len(similarity.image), len(similarity.text)
-    height = strip_height(n, m, strip_rows, similarity.text)
-    buffer = similarity.text.new_empty(height, m)
-    for start in range(0, n, height):
-        rows = slice(start, min(start + height, n))
-        strip = similarity.strip(rows.start, rows.stop, buffer).add_(bias)  # [h, m]
-        if not negative_only:
-            strip.diagonal(start).neg_()
-        yield rows, strip
+class SigmoidEngine(Protocol):
+    """What a streamed backend does itself."""
+
+    name: str
+
+    def sigmoid(
+        self, problem: Problem, bias: Tensor, need_image: bool, need_text: bool, need_scalars: bool, strip_rows: int
+    ) -> SigmoidParts:
+        """problem: image, text, scale and offset count. need_scalars: of scale and bias. strip_rows: 0, any."""
+        ...
 
 
-def _forward(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, negative_only: bool, strip_rows: int) -> Tensor:
-    with no_autocast(image):
-        similarity = Similarity(image, text, scale, compute_dtype(image, text))
-        losses = similarity.text.new_empty(len(image))
-        for rows, strip in _strips(similarity, bias.to(similarity.dtype), negative_only, strip_rows):
-            losses[rows] = F.softplus(strip).sum(1)
-        return losses.mean()
+class Sigmoid(NamedTuple):
+    """What a backend brings. engine: what computes the shards of a batch; None: it cannot."""
+
+    loss: Callable[..., Tensor]  # (image, text, logit_scale, logit_bias, offset, strip_rows=0) -> 0-d, see `as_sigmoid`
+    engine: SigmoidEngine | None = None
 
 
-def _backward(
-    grad: Tensor, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, negative_only: bool, strip_rows: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    with no_autocast(image):
-        similarity = Similarity(image, text, scale, compute_dtype(image, text))
-        grad_image = image.new_empty(image.shape)
-        grad_text = torch.zeros_like(similarity.text)
-        grad_scale, grad_bias = grad.new_zeros(()), grad.new_zeros(())
-        for rows, strip in _strips(similarity, bias.to(similarity.dtype), negative_only, strip_rows):
-            gradient = strip.sigmoid_().mul_(grad / len(image))
-            if not negative_only:
-                gradient.diagonal(rows.start).neg_()
-            grad_bias += gradient.sum()
-            image_rows = similarity.image_rows(rows.start, rows.stop)
-            product = gradient @ similarity.text  # [h, D]
-            grad_scale += (product * image_rows).sum()  # before the factor s, which may be 0
-            grad_image[rows] = product.mul_(similarity.scale)
-            grad_text.addmm_(gradient.T, image_rows)
-        grad_text = grad_text.mul_(similarity.scale).to(text.dtype)
-        return grad_image, grad_text, grad_scale.to(scale.dtype), grad_bias.to(bias.dtype)
+def sigmoid_problem(image: Tensor, text: Tensor, scale: Tensor, offset: int) -> Problem:
+    """offset: row i and column i + offset are a pair; m: there are no pairs."""
+    return Problem(image, text, scale, None, None, None, None, True, False, None, offset)
 
 
-_forward_op = torch.library.custom_op(
-    "cliperase_fast::sigmoid_loss", _forward, mutates_args=(), schema=f"({_ARGUMENTS}) -> Tensor"
+class _TorchSigmoid:
+    """In strips of rows, in plain PyTorch, on any device. Memory: two strips [h, m]."""
+
+    name = "torch"
+
+    def sigmoid(
+        self, problem: Problem, bias: Tensor, need_image: bool, need_text: bool, need_scalars: bool, strip_rows: int
+    ) -> SigmoidParts:
+        n, m, dtype = problem.n, problem.m, problem.compute_dtype()
+        similarity = Similarity(problem.image, problem.text, problem.scale, dtype)
+        text, bias = similarity.text, bias.to(dtype)
+        height = strip_height(n, m, strip_rows, text)
+        strip = text.new_empty(height, m)
+        grad_image = text.new_empty(problem.image.shape if need_image else (0,))
+        grad_text = text.new_zeros(text.shape if need_text else (0,))
+        loss, grad_scale, grad_bias = (text.new_zeros(()) for _ in range(3))
+        for start in range(0, n, height):
+            rows = slice(start, min(start + height, n))
+            own = start + problem.offset
+            y = similarity.strip(start, rows.stop, strip).add_(bias)  # [h, m]
+            y.diagonal(own).neg_()
+            loss += F.softplus(y, threshold=40).sum()  # beyond it log(1 + exp(y)) is y, in float64 too
+            if not (need_image or need_text or need_scalars):
+                continue
+            y.sigmoid_().diagonal(own).neg_()
+            image_rows = similarity.image_rows(start, rows.stop)
+            if need_image or need_scalars:
+                product = y @ text  # [h, D]
+                if need_scalars:
+                    grad_scale += (product * image_rows).sum()  # before the factor s, which may be 0
+                    grad_bias += y.sum()
+                if need_image:
+                    grad_image[rows] = product.mul_(similarity.scale)
+            if need_text:
+                grad_text.addmm_(y.T, image_rows)
+        return SigmoidParts(loss, grad_image, grad_text.mul_(similarity.scale), grad_scale, grad_bias)
+
+
+_SCHEMA = (
+    "(Tensor image, Tensor text, Tensor logit_scale, Tensor logit_bias, int offset, bool need_image, bool need_text, "
+    "bool need_scalars, int strip_rows) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-_backward_op = torch.library.custom_op(
-    "cliperase_fast::sigmoid_loss_backward",
-    _backward,
-    mutates_args=(),
-    schema=f"(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+
+
+@torch.library.custom_op(
+    "cliperase_fast::sigmoid_gradients", mutates_args=(), schema="(Tensor grad, Tensor[] units) -> Tensor[]"
 )
+def _times(grad: Tensor, units: list[Tensor]) -> list[Tensor]:
+    """grad times each. An op, not arithmetic, so that a second derivative is refused and not taken for 0."""
+    return [unit * grad for unit in units]
 
 
-@_forward_op.register_fake
-def _(image: Tensor, text: Tensor, *rest: Any) -> Tensor:
-    return image.new_empty((), dtype=compute_dtype(image, text))
+@_times.register_fake
+def _(grad: Tensor, units: list[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(unit) for unit in units]
 
 
-@_backward_op.register_fake
-def _(grad: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return tuple(tensor.new_empty(tensor.shape) for tensor in rest[:4])
+def as_sigmoid(engine: SigmoidEngine) -> Sigmoid:
+    """Register the custom op `cliperase_fast::NAME_sigmoid`; returns the loss on it. Called once an engine."""
+
+    def run(
+        image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, offset: int, *needs_and_strip_rows: Any
+    ) -> SigmoidParts:
+        with no_autocast(image):
+            return engine.sigmoid(sigmoid_problem(image, text, scale, offset), bias, *needs_and_strip_rows)
+
+    op = torch.library.custom_op(f"cliperase_fast::{engine.name}_sigmoid", run, mutates_args=(), schema=_SCHEMA)
+    op.register_fake(_fake)
+    op.register_autograd(_differentiate, setup_context=_keep)
+
+    def loss(
+        image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int, strip_rows: int = 0
+    ) -> Tensor:
+        """The loss, 0-d in `compute_dtype`; see the head of this file. Differentiable in all four tensors.
+
+        image: [n, D], n >= 1; text: [m, D]; logit_scale, logit_bias: 0-d. offset: row i and column i + offset are a
+        pair; m: there are no pairs. The caller checks.
+        """
+        tensors = (image, text, logit_scale, logit_bias)
+        image_too, text_too, scale_too, bias_too = (
+            tensor.requires_grad and torch.is_grad_enabled() for tensor in tensors
+        )
+        parts = op(*tensors, offset, image_too, text_too, scale_too or bias_too, strip_rows)
+        return parts[0] / len(image)
+
+    return Sigmoid(loss, engine)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, negative_only, strip_rows = inputs
-    ctx.options = (negative_only, strip_rows)
-    ctx.save_for_backward(*tensors)
+def _fake(
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, offset: int, need_image: bool, need_text: bool, *rest: Any
+) -> SigmoidParts:
+    like = image.new_empty((), dtype=compute_dtype(image, text))
+    shapes = ((), image.shape if need_image else (0,), text.shape if need_text else (0,), (), ())
+    return SigmoidParts(*(like.new_empty(shape) for shape in shapes))
 
 
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return *_backward_op(grad, *ctx.saved_tensors, *ctx.options), None, None
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.dtypes = [tensor.dtype for tensor in inputs[:4]]
+    ctx.set_materialize_grads(False)  # else autograd makes zeros as large as what is kept
+    ctx.save_for_backward(*output[1:])
 
 
-_forward_op.register_autograd(_differentiate, setup_context=_keep)
+def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 9
+    wanted = [place for place in range(4) if ctx.needs_input_grad[place]]
+    units = [ctx.saved_tensors[place] for place in wanted]
+    gradients = zip(wanted, _times(grad, units), strict=True)
+    found = {place: gradient.to(ctx.dtypes[place]) for place, gradient in gradients}
+    return *(found.get(place) for place in range(4)), None, None, None, None, None
 
 
-def sigmoid_sweep(
-    image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, negative_only: bool, strip_rows: int = 0
-) -> Tensor:
-    """The loss, 0-d in `compute_dtype`; see the head of this file. Differentiable in all four tensors.
-
-    image: [n, D], n >= 1; text: [m, D], m = n unless negative_only. logit_scale, logit_bias: 0-d. The caller checks.
-    """
-    return _forward_op(image, text, logit_scale, logit_bias, negative_only, strip_rows)
+sigmoid = as_sigmoid(_TorchSigmoid())

@@ -3,7 +3,9 @@
 #define CLIPERASE_WIDTH 8
 #include "backward_pass.h"
 #include "forward_pass.h"
+#include "sigmoid_pass.h"
 
 namespace cliperase {
-const Engine avx2_engine = {"avx2", avx2::forward_scratch, avx2::forward, avx2::backward_scratch, avx2::backward};
+const Engine avx2_engine = {"avx2", avx2::forward_scratch, avx2::forward, avx2::backward_scratch,
+    avx2::backward, avx2::sigmoid_scratch, avx2::sigmoid};
 }

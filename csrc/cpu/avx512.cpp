@@ -3,7 +3,9 @@
 #define CLIPERASE_WIDTH 16
 #include "backward_pass.h"
 #include "forward_pass.h"
+#include "sigmoid_pass.h"
 
 namespace cliperase {
-const Engine avx512_engine = {"avx512", avx512::forward_scratch, avx512::forward, avx512::backward_scratch, avx512::backward};
+const Engine avx512_engine = {"avx512", avx512::forward_scratch, avx512::forward, avx512::backward_scratch,
+    avx512::backward, avx512::sigmoid_scratch, avx512::sigmoid};
 }

@@ -1,7 +1,7 @@
 // The backward pass: dS strip by strip, and the gradients from it.
 #pragma once
 
-#include "strips.h"
+#include "gradients.h"
 
 namespace cliperase {
 namespace CLIPERASE_ISA {
@@ -107,18 +107,10 @@ inline void write_gradient(const Problem& p, const Backward& b, i64 row, i64 row
 inline void backward(const Problem& p, const Backward& b, char* scratch) {
     const BackwardLayout layout(p, b, scratch);
     const KeptTiles kept(b.kept, p);
-    const i64 stride = gradient_stride(p.width), panels = divide_up(p.width, NR);
-    const i64 panel_groups = divide_up(panels, PANEL_GROUP);
 
 #pragma omp parallel num_threads(p.threads)
     {
-        if (b.grad_image) {
-#pragma omp for schedule(static)
-            for (i64 block = 0; block < layout.blocks; ++block) {
-                const i64 column = block * TILE_COLUMNS, columns = smaller(TILE_COLUMNS, p.columns - column);
-                pack_panels(p.text, column, columns, p.width, 1, layout.text_panels, column, p.columns);
-            }
-        }
+        if (b.grad_image) pack_text_panels(p, layout.text_panels);
         for (i64 start = 0; start < p.rows; start += layout.strip) {
             const i64 strip = smaller(layout.strip, p.rows - start);
 #pragma omp for schedule(static)
@@ -155,35 +147,10 @@ inline void backward(const Problem& p, const Backward& b, char* scratch) {
                     }
                     write_gradient(p, b, row, rows, column, columns, groups, student, teacher, head, layout.ds_tile(block, i));
                 }
-                if (b.grad_text)
-                    product(columns, p.width, strip, {layout.ds_tile(block, 0), 1, TILE_COLUMNS},
-                            {layout.image_panels, layout.strip * NR, 0}, b.grad_text + column * stride, stride, start > 0);
+                if (b.grad_text) add_text_gradient(p, layout, block, strip, b.grad_text, start > 0);
             }
-
-            if (b.grad_image) {
-                const i64 row_groups = divide_up(strip, ROW_GROUP);
-#pragma omp for schedule(dynamic)
-                for (i64 task = 0; task < row_groups * panel_groups; ++task) {
-                    const i64 row = task / panel_groups * ROW_GROUP, rows = smaller(ROW_GROUP, strip - row);
-                    const i64 panel = task % panel_groups * PANEL_GROUP;
-                    const i64 width = smaller(PANEL_GROUP * NR, p.width - panel * NR);
-                    float* to = b.grad_image + (start + row) * stride + panel * NR;
-                    for (i64 block = 0; block < layout.blocks; ++block) {
-                        const i64 column = block * TILE_COLUMNS, depth = smaller(TILE_COLUMNS, p.columns - column);
-                        product(rows, width, depth, {layout.ds_tile(block, row), TILE_COLUMNS, 1},
-                                {layout.text_panels + panel * p.columns * NR, p.columns * NR, column}, to, stride, block > 0);
-                    }
-                }
-            }
-            if (b.grad_image) {
-#pragma omp for schedule(static)
-                for (i64 i = start; i < start + strip; ++i) {
-                    float* gradient = b.grad_image + i * stride;
-                    if (b.grad_scale)  // before the factor scale, which may be 0
-                        layout.dots[i] = static_cast<float>(entry({b.grad_image, stride, 1, Dtype::float32}, p.image, p.width, 1, i, i));
-                    for (i64 k = 0; k < p.width; ++k) gradient[k] *= p.scale;
-                }
-            }
+            if (b.grad_image) write_image_gradient(p, layout, start, strip, b.grad_image);
+            if (b.grad_image) scale_image_gradient(p, start, strip, b.grad_image, b.grad_scale ? layout.dots : nullptr);
         }
     }
     if (b.grad_scale) {

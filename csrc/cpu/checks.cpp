@@ -88,4 +88,10 @@ void check(const Problem& p, const Backward& b) {
     if (b.grad_scale != nullptr && b.grad_image == nullptr) refuse("the gradient of scale needs grad_image");
 }
 
+void check(const Problem& p, const Sigmoid& s) {
+    if (p.has_teacher || p.row_groups != nullptr) refuse("the sigmoid loss takes neither a teacher nor groups");
+    check_pointer("loss", s.loss, sizeof(double));
+    if (s.grad_scale != nullptr && s.grad_image == nullptr) refuse("the gradient of scale needs grad_image");
+}
+
 }  // namespace cliperase

@@ -9,5 +9,6 @@ namespace cliperase {
 void check(const Problem& problem);
 void check(const Problem& problem, const Forward& forward);
 void check(const Problem& problem, const Backward& backward);
+void check(const Problem& problem, const Sigmoid& sigmoid);
 
 }  // namespace cliperase

@@ -66,6 +66,18 @@ struct Backward {
     double* grad_scale;
 };
 
+// The sigmoid loss: with X = S + bias and Y = X, but -X at the pairs, the sum of log(1 + exp(Y)) and its gradients. Neither a
+// teacher nor groups.
+struct Sigmoid {
+    float bias;
+    double* loss;
+    // As those of Backward.
+    float *grad_image, *grad_text;
+    double *grad_scale, *grad_bias;
+
+    bool gradients() const { return grad_image != nullptr || grad_text != nullptr || grad_bias != nullptr; }
+};
+
 // What a forward pass keeps is, for each tile of this size, a head and a tile of S and, with a teacher, one of S°.
 constexpr std::int64_t KEPT_TILE_ROWS = 256, KEPT_TILE_COLUMNS = 128, KEPT_TILE_HEAD = 16;  // in elements of 4 bytes
 
@@ -78,6 +90,8 @@ struct Engine {
     void (*forward)(const Problem&, const Forward&, char* scratch);
     std::size_t (*backward_scratch)(const Problem&, const Backward&);
     void (*backward)(const Problem&, const Backward&, char* scratch);
+    std::size_t (*sigmoid_scratch)(const Problem&, const Sigmoid&);
+    void (*sigmoid)(const Problem&, const Sigmoid&, char* scratch);
 };
 
 extern const Engine portable_engine;

@@ -22,6 +22,7 @@ using cliperase::Backward;
 using cliperase::Forward;
 using cliperase::Matrix;
 using cliperase::Problem;
+using cliperase::Sigmoid;
 
 int failures = 0;
 
@@ -123,6 +124,46 @@ void check_engine(const cliperase::Engine& engine, std::int64_t n, std::int64_t 
     expect_close("gradient of scale", engine.name, grad_scale, of_scale, 1e-4);
 }
 
+// The sigmoid loss of n rows and m columns with bias -0.25, and its gradients.
+void check_sigmoid(const cliperase::Engine& engine, std::int64_t n, std::int64_t m, std::int64_t first) {
+    const Data data(n, m, 37);
+    const Problem p = data.problem(first, 2);
+    const std::int64_t stride = cliperase::gradient_stride(data.width);
+    std::vector<float> grad_image(n * stride), grad_text(m * stride);
+    double loss = 0, only_loss = 0, grad_scale = 0, grad_bias = 0;
+    const Sigmoid all{-0.25f, &loss, grad_image.data(), grad_text.data(), &grad_scale, &grad_bias};
+    const Sigmoid none{-0.25f, &only_loss, nullptr, nullptr, nullptr, nullptr};
+    for (const Sigmoid& s : {all, none}) {
+        cliperase::check(p, s);
+        const cliperase::Workspace scratch(engine.sigmoid_scratch(p, s));
+        engine.sigmoid(p, s, scratch.data());
+    }
+    double total = 0, of_scale = 0, of_bias = 0;
+    std::vector<double> of_text(m * data.width);
+    for (std::int64_t i = 0; i < n; ++i) {
+        std::vector<double> of_image(data.width);
+        for (std::int64_t j = 0; j < m; ++j) {
+            const double sign = j == first + i ? -1 : 1, y = sign * (data.similarity(i, j) - 0.25);
+            const double slope = sign / (1 + std::exp(-y));
+            total += y > 0 ? y + std::log1p(std::exp(-y)) : std::log1p(std::exp(y));
+            of_bias += slope, of_scale += slope * data.similarity(i, j) / 0.5;
+            for (std::int64_t k = 0; k < data.width; ++k) {
+                of_image[k] += slope * double(data.text[j * data.width + k]);
+                of_text[j * data.width + k] += 0.5 * slope * double(data.image[i * data.width + k]);
+            }
+        }
+        for (std::int64_t k = 0; k < data.width; ++k)
+            expect_close("sigmoid gradient of image", engine.name, grad_image[i * stride + k], of_image[k], 2e-5);
+    }
+    for (std::int64_t j = 0; j < m; ++j)
+        for (std::int64_t k = 0; k < data.width; ++k)
+            expect_close("sigmoid gradient of text", engine.name, grad_text[j * stride + k], of_text[j * data.width + k], 2e-5);
+    expect_close("sigmoid loss", engine.name, loss, total, 1e-6);
+    expect_close("sigmoid loss alone", engine.name, only_loss, loss, 0);
+    expect_close("sigmoid gradient of scale", engine.name, grad_scale, of_scale, 1e-5);
+    expect_close("sigmoid gradient of bias", engine.name, grad_bias, of_bias, 1e-5);
+}
+
 }  // namespace
 
 int main() {
@@ -138,6 +179,11 @@ int main() {
             check_engine(*engine, 17, 200, 100, keep);  // own rows among other columns
             check_engine(*engine, 5, 130, 130, keep);   // other columns only
         }
+    for (const cliperase::Engine* engine : engines) {
+        check_sigmoid(*engine, 300, 300, 0);
+        check_sigmoid(*engine, 17, 200, 100);
+        check_sigmoid(*engine, 5, 130, 130);
+    }
     if (engines.empty() || cliperase::choose_engine("abacus") != nullptr) ++failures;
     for (const cliperase::Engine* engine : engines) std::printf("%s ", engine->name);
     std::printf("ran, %d failures\n", failures);

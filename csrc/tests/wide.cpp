@@ -3,8 +3,10 @@
 #define CLIPERASE_WIDTH 16
 #include "backward_pass.h"
 #include "forward_pass.h"
+#include "sigmoid_pass.h"
 
 namespace cliperase {
 extern const Engine wide_engine;
-const Engine wide_engine = {"wide", wide::forward_scratch, wide::forward, wide::backward_scratch, wide::backward};
+const Engine wide_engine = {"wide", wide::forward_scratch, wide::forward, wide::backward_scratch,
+    wide::backward, wide::sigmoid_scratch, wide::sigmoid};
 }  // namespace cliperase

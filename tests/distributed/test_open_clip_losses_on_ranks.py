@@ -67,6 +67,40 @@ def test_a_backend_that_cannot_share_a_batch_sees_the_gathered_one(two, way):
     assert min(compare(two, "DistillClipLoss", torch.float64, 1e-12, way, "eager")) > 0
 
 
+def siglip(rank, package, dist_impl, dtype, environment=""):
+    """(loss, gradients of image, text, scale, bias, exchanges of open_clip's) of one rank."""
+    rows = slice(rank * SIZE, (rank + 1) * SIZE)
+    image, text = (features(2 * SIZE, 12, seed, dtype)[rows].clone() for seed in (0, 1))
+    leaves = [
+        leaf.requires_grad_()
+        for leaf in (image, text, torch.tensor(14.0, dtype=dtype), torch.tensor(-3.0, dtype=dtype))
+    ]
+    calls = []
+    exchange = open_clip.loss.neighbour_exchange_with_grad
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(open_clip.loss, "neighbour_exchange_with_grad", lambda *a: calls.append(1) or exchange(*a))
+        patch.setenv("CLIPERASE_BACKEND", environment)
+        loss = (cf if package == "fused" else open_clip.loss).SigLipLoss(rank=rank, world_size=2, dist_impl=dist_impl)
+        value = loss(*leaves)
+        gradients = torch.autograd.grad(0.7 * value, leaves)
+    return value.detach(), gradients, len(calls)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("dist_impl", ["bidir", "shift", "reduce", "gather"])
+def test_the_sigmoid_loss_has_open_clips_values_and_gradients_in_each_of_its_ways(two, dist_impl, dtype, tolerance):
+    stock = two.run(siglip, "stock", dist_impl, dtype)
+    fused = two.run(siglip, "fused", dist_impl, dtype)
+    alone = two.run(siglip, "fused", dist_impl, dtype, "eager")  # a backend that cannot share: open_clip's exchange
+    assert [calls for *_, calls in fused] == [0, 0]
+    for ranks in (fused, alone):
+        for (ours, our_gradients, _), (right, gradients, calls) in zip(ranks, stock, strict=True):
+            assert (calls > 0) == (dist_impl in ("bidir", "shift"))
+            torch.testing.assert_close(ours, right, rtol=tolerance, atol=tolerance)
+            for mine, theirs in zip(our_gradients, gradients, strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=0, atol=tolerance * max(1, theirs.abs().max().item()))
+
+
 def unlearning_step(rank, rows, ranks):
     """What open_clip's loop gets from the recipe's loss for some rows of a batch of 3 pairs to forget, 6 to keep."""
     import open_clip_train.main as trainer

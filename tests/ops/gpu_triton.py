@@ -6,11 +6,13 @@ import os
 from dataclasses import replace
 
 import pytest
+import sigmoid_checks
 import torch
 from accuracy_cases import rounding_unit
 from sweep_cases import Batch, moved, outcome, random_batch
 
 from cliperase_fast.ops import reference
+from cliperase_fast.ops.triton.sigmoid import sigmoid
 from cliperase_fast.ops.triton.sweep import sweep
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -36,6 +38,19 @@ def test_losses_and_gradients(dtype, groups, width, n):
     for key in ("image", "text", "scale"):
         error = (getattr(runs[0], key).cpu().double() - getattr(truth, key)).abs().max().item()
         assert error <= 2 * unit[key] + half * mass[key] + 2**-24 * (half > 0), key
+
+
+@pytest.mark.parametrize(("n", "m", "offset"), [(17, 17, 0), (1000, 1300, 300), (130, 1000, 1000)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_sigmoid_loss(dtype, n, m, offset):
+    def on_the_gpu(*tensors, **options):
+        return sigmoid.loss(*(t.to(DEVICE) if torch.is_tensor(t) else t for t in tensors), **options).cpu()
+
+    sigmoid_checks.check(
+        sigmoid_checks.Subject(on_the_gpu, "triton", rounds_ds=True),
+        sigmoid_checks.random_case(n, m, offset, 96),
+        dtype,
+    )
 
 
 def moved_outcome(batch: Batch):

@@ -20,6 +20,7 @@ LARGEST = [
     if (case.dtype == "bf16" and case.form == "consistency, or both" and not case.narrow)
     or (case.dtype in ("bf16", "fp16") and case.form == "both, groups" and case.narrow == (case.dtype == "fp16"))
     or (case.dtype == "fp32" and case.form == "both, groups" and not case.narrow)
+    or (case.dtype != "bf16" and case.form == "sigmoid loss and gradients" and not case.narrow)
 ]
 
 

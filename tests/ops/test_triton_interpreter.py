@@ -1,4 +1,4 @@
-"""Runs `interpreted_triton.py` in a process of its own: Triton reads TRITON_INTERPRET once, when it is imported."""
+"""Runs `interpreted_*.py` in a process of its own: Triton reads TRITON_INTERPRET once, when it is imported."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 
-def test_the_triton_sweep_in_the_interpreter():
-    file = Path(__file__).with_name("interpreted_triton.py")
+def test_the_triton_sweep_and_sigmoid_loss_in_the_interpreter():
+    here = Path(__file__).parent
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "CLIPERASE_BACKEND": ""}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(file)]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *map(str, here.glob("interpreted_*.py"))]
     done = subprocess.run(
-        command, env=environment, cwd=file.parents[2], capture_output=True, text=True, check=False, timeout=900
+        command, env=environment, cwd=here.parents[1], capture_output=True, text=True, check=False, timeout=900
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]

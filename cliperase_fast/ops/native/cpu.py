@@ -16,7 +16,7 @@ from cliperase_fast.ops.engine import keep_bytes
 from cliperase_fast.ops.native import extension
 from cliperase_fast.ops.problem import Problem, State, Sums
 
-_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _FLOAT = 4  # bytes
 
 
@@ -31,7 +31,7 @@ class CpuEngine:
         self._tile_rows: int = self._cpu.TILE_ROWS
         self._tile_columns: int = self._cpu.TILE_COLUMNS
         self._tile_head: int = self._cpu.TILE_HEAD
-        self._dtypes = {dtype: getattr(self._cpu.Dtype, name) for dtype, name in _DTYPES.items()}
+        self._dtypes = {dtype: getattr(self._cpu.Dtype, name) for dtype, name in DTYPES.items()}
         self._told = False
 
     def check(self, problem: Problem) -> None:
@@ -55,7 +55,7 @@ class CpuEngine:
 
     def forward(self, problem: Problem, strip_rows: int, kept_bytes: int) -> tuple[Sums, Tensor]:
         kept = self._workspace(kept_bytes)
-        call = _Call(self._cpu, self._dtypes, problem)
+        call = Call(self._cpu, self._dtypes, problem)
         diagonals = torch.empty(2, problem.n)
         rows, columns = torch.empty(problem.planes, problem.n), torch.empty(problem.planes, problem.m)
         shift = self._cpu.forward(
@@ -77,7 +77,7 @@ class CpuEngine:
         """`finish.losses_of_sums` in one call."""
         kept = self._workspace(kept_bytes)
         retention, consistency, state = torch.empty(()), torch.empty(()), torch.empty(5, 2 * problem.n)
-        call = _Call(self._cpu, self._dtypes, problem)
+        call = Call(self._cpu, self._dtypes, problem)
         self._cpu.losses(
             call.problem,
             want_retention=problem.want_retention,
@@ -103,10 +103,10 @@ class CpuEngine:
         need_scale: bool,
         partial: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        call = _Call(self._cpu, self._dtypes, problem)
+        call = Call(self._cpu, self._dtypes, problem)
         image, text = problem.image, problem.text
-        grad_image = _gradient(image) if need_image or need_scale else None
-        grad_text = _gradient(text) if need_text else None
+        grad_image = gradient_buffer(image) if need_image or need_scale else None
+        grad_text = gradient_buffer(text) if need_text else None
         grad_scale = self._cpu.backward(
             call.problem,
             state=call.address(state.both.contiguous()),
@@ -121,8 +121,8 @@ class CpuEngine:
             instruction_set=extension.instruction_set(),
         )
         return (
-            image.new_empty(0) if grad_image is None or not need_image else _finished(grad_image, image, partial),
-            text.new_empty(0) if grad_text is None else _finished(grad_text, text, partial),
+            image.new_empty(0) if grad_image is None or not need_image else finished(grad_image, image, partial),
+            text.new_empty(0) if grad_text is None else finished(grad_text, text, partial),
             torch.tensor(grad_scale, dtype=problem.scale.dtype),
         )
 
@@ -142,7 +142,7 @@ class CpuEngine:
         return torch.empty(0, dtype=torch.uint8)
 
 
-class _Call:
+class Call:
     """A problem as the extension takes it; holds the tensors that it has only addresses of."""
 
     def __init__(self, cpu: Any, dtypes: dict[torch.dtype, Any], problem: Problem) -> None:
@@ -192,13 +192,13 @@ def _small_groups(problem: Problem) -> list[Tensor]:
     return [small[: problem.n], small[problem.n :]]
 
 
-def _gradient(features: Tensor) -> Tensor:
+def gradient_buffer(features: Tensor) -> Tensor:
     """[rows, width up to the next multiple of 16], as the extension writes it."""
     rows, width = features.shape
     return torch.empty(rows, -(-width // 16) * 16)
 
 
-def _finished(gradient: Tensor, features: Tensor, partial: bool) -> Tensor:
+def finished(gradient: Tensor, features: Tensor, partial: bool) -> Tensor:
     if gradient.shape == features.shape and (partial or features.dtype == gradient.dtype):
         return gradient
     return gradient[:, : features.shape[1]].to(gradient.dtype if partial else features.dtype).contiguous()

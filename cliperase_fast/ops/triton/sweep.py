@@ -63,7 +63,7 @@ class _TritonEngine:
 
     def forward(self, problem: Problem, strip_rows: int, kept_bytes: int) -> tuple[Sums, Tensor]:
         with torch.cuda.device_of(problem.image):
-            inputs = _Inputs(problem, self.configs)
+            inputs = Inputs(problem, self.configs)
             kept = torch.empty(kept_bytes, dtype=torch.uint8, device=problem.image.device)
             diagonal = teacher_diagonal = shift = None
             own = slice(problem.offset, problem.offset + problem.n)
@@ -105,7 +105,7 @@ class _TritonEngine:
         partial: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         with torch.cuda.device_of(problem.image):
-            inputs, n, m = _Inputs(problem, self.configs), problem.n, problem.m
+            inputs, n, m = Inputs(problem, self.configs), problem.n, problem.m
             image, text = problem.image, problem.text
             config = inputs.configs.backward_groups if inputs.masked else inputs.configs.backward
             softmaxes, diagonal, unit = finish.unit_terms(
@@ -144,7 +144,7 @@ class _TritonEngine:
             return grad_image, grad_text, (grad_scale * unit).to(scale_dtype)
 
 
-class _Inputs:
+class Inputs:
     """The inputs as the kernels take them, and which of the forms of the kernels they need."""
 
     def __init__(self, problem: Problem, configs: Configs | None) -> None:
@@ -229,7 +229,7 @@ def _pair_dot(left: Tensor, right: Tensor, scale: Tensor) -> Tensor:
     return out.mul_(scale)
 
 
-def _off_diagonal_sums(inputs: _Inputs, scalars: Tensor, strip_rows: int, kept: Tensor) -> tuple[Tensor, Tensor]:
+def _off_diagonal_sums(inputs: Inputs, scalars: Tensor, strip_rows: int, kept: Tensor) -> tuple[Tensor, Tensor]:
     """What `forward_kernel` leaves, merged: [planes, n] of rows, [planes, m] of columns, in units of log 2."""
     n, m, planes, config = inputs.n, inputs.m, inputs.planes, inputs.configs.forward
     rows, columns = scalars.new_empty(planes, n), scalars.new_empty(planes, m)
@@ -252,7 +252,7 @@ def _off_diagonal_sums(inputs: _Inputs, scalars: Tensor, strip_rows: int, kept: 
     return rows, columns
 
 
-def _merge_into(merged: Tensor, partial: Tensor, first: int, inputs: _Inputs, fresh: bool) -> None:
+def _merge_into(merged: Tensor, partial: Tensor, first: int, inputs: Inputs, fresh: bool) -> None:
     """partial [parts, planes, positions] into merged [planes, n or m], from position `first` on."""
     parts, planes, positions = partial.shape
     merge_kernel[(triton.cdiv(positions, _MERGE_BLOCK),)](

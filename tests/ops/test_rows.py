@@ -1,4 +1,4 @@
-"""The two streamed ops beside the sweep, against their formulas written plainly, in float64."""
+"""The streamed losses of rows, against their formula written plainly, in float64."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from sweep_cases import features
 
 from cliperase_fast.ops.rows import row_losses
-from cliperase_fast.ops.sigmoid import sigmoid_sweep
 
 
 def plain_row_losses(query, keys, scale, teacher_query, teacher_keys, teacher_scale, offset):
@@ -18,14 +17,6 @@ def plain_row_losses(query, keys, scale, teacher_query, teacher_keys, teacher_sc
         return contrastive, torch.zeros_like(contrastive)
     p_teacher = (teacher_scale * teacher_query @ teacher_keys.T).softmax(1)
     return contrastive, -(p_teacher * log_p).sum(1).mean()
-
-
-def plain_sigmoid(image, text, scale, bias, negative_only):
-    logits = scale * image @ text.T + bias
-    z = -torch.ones_like(logits)
-    if not negative_only:
-        z.fill_diagonal_(1.0)
-    return -F.logsigmoid(z * logits).sum() / len(image)
 
 
 def leaves(*tensors):
@@ -56,29 +47,12 @@ def test_row_losses_and_their_gradients_are_those_of_the_formula(n, keys, offset
         torch.testing.assert_close(*gradients, rtol=1e-11, atol=1e-13)
 
 
-@pytest.mark.parametrize(
-    ("n", "m", "negative_only", "strip_rows"), [(1, 1, False, 0), (7, 7, False, 3), (7, 7, True, 3), (5, 8, True, 2)]
-)
-def test_the_sigmoid_loss_and_its_gradients_are_those_of_the_formula(n, m, negative_only, strip_rows):
-    g = torch.Generator().manual_seed(0)
-    scale, bias = torch.tensor(10.0, dtype=torch.float64), torch.tensor(-3.0, dtype=torch.float64)
-    inputs = leaves(features(n, 12, g), features(m, 12, g), scale, bias)
-    ours, plain = sigmoid_sweep(*inputs, negative_only, strip_rows), plain_sigmoid(*inputs, negative_only)
-    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(torch.autograd.grad(3 * ours, inputs), torch.autograd.grad(3 * plain, inputs))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("op", ["rows", "sigmoid"])
-def test_features_are_computed_in_float32_at_least_and_gradients_come_back_in_their_dtype(op, dtype):
+def test_features_are_computed_in_float32_at_least_and_gradients_come_back_in_their_dtype(dtype):
     student, frozen = rows_case(6, 18, True, dtype)
-    bias = torch.tensor(-1.0)
     exact = leaves(*(tensor.double() for tensor in student))
-    if op == "rows":
-        loss = sum(row_losses(*student, *frozen, 6, 4))
-        truth = sum(plain_row_losses(*exact, *(tensor.double() for tensor in frozen), 6))
-    else:
-        loss, truth = sigmoid_sweep(*student, bias, True, 4), plain_sigmoid(*exact, bias, True)
+    loss = sum(row_losses(*student, *frozen, 6, 4))
+    truth = sum(plain_row_losses(*exact, *(tensor.double() for tensor in frozen), 6))
     loss.backward()
     truth.backward()
     assert loss.dtype == torch.float32
@@ -102,16 +76,13 @@ def test_rows_keep_their_digits_where_pairs_are_nearly_perfect():
     assert query.grad.abs().max() > 0
 
 
-def test_the_ops_keep_the_rules_of_torch_and_compile_whole():
+def test_the_op_keeps_the_rules_of_torch_and_compiles_whole():
     student, frozen = rows_case(5, 15, True)
-    bias = torch.tensor(-2.0, dtype=torch.float64, requires_grad=True)
     torch.library.opcheck(torch.ops.cliperase_fast.row_losses, (*student, *frozen, 5, 2))
-    torch.library.opcheck(torch.ops.cliperase_fast.sigmoid_loss, (*student, bias, True, 2))
 
-    def step(query, keys, scale, bias):
-        losses = row_losses(query, keys, scale, *frozen, 5, 2)
-        return sum(losses) + sigmoid_sweep(query, keys, scale, bias, True, 2)
+    def step(query, keys, scale):
+        return sum(row_losses(query, keys, scale, *frozen, 5, 2))
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    gradients = [torch.autograd.grad(run(*student, bias), [*student, bias]) for run in (step, compiled)]
+    gradients = [torch.autograd.grad(run(*student), student) for run in (step, compiled)]
     torch.testing.assert_close(*gradients)

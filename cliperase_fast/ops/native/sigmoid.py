@@ -1,0 +1,45 @@
+"""The sigmoid loss of the backend "native", on the CPU: `csrc/cpu/sigmoid_pass.h`. There is none in CUDA."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cliperase_fast.ops.native import extension
+from cliperase_fast.ops.native.cpu import DTYPES, Call, finished, gradient_buffer
+from cliperase_fast.ops.problem import Problem
+from cliperase_fast.ops.sigmoid import SigmoidParts, as_sigmoid
+
+
+class _CpuSigmoid:
+    """See `ops.sigmoid.SigmoidEngine`; float32 inside, not float64. It chooses its own strips."""
+
+    name = "native"
+
+    def __init__(self) -> None:
+        self._cpu = extension.load().cpu
+        self._dtypes = {dtype: getattr(self._cpu.Dtype, name) for dtype, name in DTYPES.items()}
+
+    def sigmoid(
+        self, problem: Problem, bias: Tensor, need_image: bool, need_text: bool, need_scalars: bool, strip_rows: int
+    ) -> SigmoidParts:
+        call = Call(self._cpu, self._dtypes, problem)
+        grad_image = gradient_buffer(problem.image) if need_image or need_scalars else None
+        grad_text = gradient_buffer(problem.text) if need_text else None
+        loss, grad_scale, grad_bias = self._cpu.sigmoid(
+            call.problem,
+            bias=bias.item(),
+            grad_image=0 if grad_image is None else grad_image.data_ptr(),
+            grad_text=0 if grad_text is None else grad_text.data_ptr(),
+            need_scale=need_scalars,
+            need_bias=need_scalars,
+            instruction_set=extension.instruction_set(),
+        )
+        scalars = torch.tensor((loss, grad_scale, grad_bias), dtype=torch.float64).float()
+        nothing = scalars.new_empty(0)
+        grad_image = nothing if grad_image is None or not need_image else finished(grad_image, problem.image, True)
+        grad_text = nothing if grad_text is None else finished(grad_text, problem.text, True)
+        return SigmoidParts(scalars[0].clone(), grad_image, grad_text, scalars[1].clone(), scalars[2].clone())
+
+
+sigmoid = as_sigmoid(_CpuSigmoid())

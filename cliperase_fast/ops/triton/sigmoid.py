@@ -1,0 +1,73 @@
+"""The sigmoid loss of the backend "triton": one kernel forms a tile of S, sums its losses and leaves dS.
+
+A strip of dS is formed in the dtype of the features, within the memory for strips, and multiplied by the features as in
+the sweep. Sums of tiles are added in a fixed order, without atomics. No n x m tensor, no host synchronisation.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from cliperase_fast.ops.problem import Problem
+from cliperase_fast.ops.products import add_product, product
+from cliperase_fast.ops.sigmoid import SigmoidParts, as_sigmoid
+from cliperase_fast.ops.triton.kernels import sigmoid_kernel
+from cliperase_fast.ops.triton.sweep import _GROUP_ROWS, Inputs
+
+# dS lies between -1 and 1, mostly near 0: in float16 small entries would be lost without a factor.
+_FLOAT16_LIFT = 2.0**13
+
+
+class _TritonSigmoid:
+    """See `ops.sigmoid.SigmoidEngine`; not float64. dS is rounded to the features' dtype."""
+
+    name = "triton"
+
+    def sigmoid(
+        self, problem: Problem, bias: Tensor, need_image: bool, need_text: bool, need_scalars: bool, strip_rows: int
+    ) -> SigmoidParts:
+        with torch.cuda.device_of(problem.image):
+            inputs, n, m = Inputs(problem, None), problem.n, problem.m
+            image, text, config = inputs.image, inputs.text, inputs.configs.backward
+            gradient = need_image or need_text or need_scalars
+            lift = _FLOAT16_LIFT if image.dtype == torch.float16 else 1.0
+            scalars = inputs.scale.new_full((3,), lift)
+            scalars[0], scalars[1] = inputs.scale, bias
+            grad_image = scalars.new_empty(image.shape if need_image else (0,))
+            grad_text = scalars.new_zeros(text.shape if need_text else (0,))
+            loss, grad_scale, grad_bias = (scalars.new_zeros(()) for _ in range(3))
+            form = inputs.form(config)
+            strip = image.new_empty(0, m)
+            for start, stop in inputs.strips(m * image.itemsize, config, strip_rows, 0):
+                programs = triton.cdiv(stop - start, config.block_m) * triton.cdiv(m, config.block_n)
+                sums = scalars.new_empty(1 + gradient, programs)
+                if gradient and len(strip) < stop - start:
+                    strip = image.new_empty(stop - start, m)
+                rows = strip[: stop - start]
+                sigmoid_kernel[(programs,)](
+                    image, text, scalars, sums, rows, start, stop, n, m, problem.offset, image.shape[1],
+                    image.stride(0), text.stride(0), GRADIENT=gradient, GROUP_ROWS=_GROUP_ROWS,
+                    **{key: value for key, value in form.items() if key not in _OF_THE_SWEEP},
+                )  # fmt: skip
+                loss += sums[0].sum()
+                if not gradient:
+                    continue
+                image_rows = image[start:stop]
+                if need_scalars:
+                    grad_bias += sums[1].sum()
+                if need_image or need_scalars:
+                    towards_text = product(rows, text)  # [h, D]
+                    if need_scalars:  # before the factor s, which may be 0
+                        grad_scale += (towards_text * image_rows).sum()
+                    if need_image:
+                        grad_image[start:stop] = towards_text.mul_(inputs.scale / lift)
+                if need_text:
+                    add_product(grad_text, rows.T, image_rows)
+            return SigmoidParts(loss, grad_image, grad_text.mul_(inputs.scale / lift), grad_scale / lift, grad_bias)
+
+
+_OF_THE_SWEEP = ("PLAIN", "MASKED", "TEACHER", "EVEN_K_TEACHER")  # what this kernel has no use for
+
+sigmoid = as_sigmoid(_TritonSigmoid())

@@ -1,0 +1,28 @@
+"""The Triton sigmoid loss in Triton's interpreter against float64; run by `test_triton_interpreter.py`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sigmoid_checks import *  # noqa: F403
+from sigmoid_checks import Subject, check, random_case
+
+from cliperase_fast.contrastive import sigmoid_loss
+from cliperase_fast.ops.triton.sigmoid import sigmoid
+
+
+@pytest.fixture
+def subject():
+    return Subject(sigmoid.loss, "triton", rounds_ds=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_several_groups_of_row_blocks(subject, dtype):
+    check(subject, random_case(300, 70, 70), dtype)  # ten row blocks of 32, walked in groups of eight
+
+
+def test_the_public_loss_takes_it_by_name():
+    case = random_case(37).to(torch.float32)
+    tensors = (case.image, case.text, case.scale, case.bias)
+    losses = [sigmoid_loss(*tensors, backend=name) for name in ("triton", "eager")]
+    torch.testing.assert_close(*losses)

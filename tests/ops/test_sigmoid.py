@@ -1,0 +1,157 @@
+"""The sigmoid loss on the CPU: streamed PyTorch, and C++ on every instruction set that runs here."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sigmoid_checks import *  # noqa: F403
+from sigmoid_checks import Subject, check, outcome, random_case
+
+from cliperase_fast.contrastive import sigmoid_loss
+from cliperase_fast.errors import InputError
+from cliperase_fast.ops import backends, choose_sigmoid, dispatch, reference
+from cliperase_fast.ops.native import extension
+
+NATIVE = pytest.mark.skipif(not backends()["native"].available, reason=backends()["native"].reason)
+
+
+@pytest.fixture(params=["torch", pytest.param("native", marks=NATIVE)])
+def subject(request):
+    return Subject(dispatch.REGISTRY[request.param].load_sigmoid().loss, request.param)
+
+
+@pytest.fixture
+def native():
+    return Subject(dispatch.REGISTRY["native"].load_sigmoid().loss, "native")
+
+
+@pytest.mark.parametrize("n", [1, 7])
+@pytest.mark.parametrize("negative_only", [False, True])
+def test_the_reference_is_the_formula(n, negative_only):
+    case = random_case(n)
+    logits = case.scale * case.image @ case.text.T + case.bias
+    z = -torch.ones_like(logits) if negative_only else 2 * torch.eye(n).double() - 1
+    truth = torch.log1p(torch.exp(-z * logits)).sum() / n
+    found = reference.sigmoid(case.image, case.text, case.scale, case.bias, n if negative_only else 0)
+    assert found.item() == pytest.approx(truth.item(), rel=1e-12)
+
+
+def test_float64_is_exact_in_strips():
+    loss = dispatch.REGISTRY["torch"].load_sigmoid().loss
+    for scale, bias in ((10.0, -4.0), (1000.0, 30.0)):
+        case = random_case(7, scale=scale, bias=bias)
+        found, truth = outcome(loss, case, strip_rows=3), outcome(reference.sigmoid, case)
+        torch.testing.assert_close(found, truth, rtol=1e-11, atol=1e-13)
+
+
+# a tile is 256 x 128, a strip 1024 rows: a tile of one row, a block of one column, pairs across tiles, two strips
+@NATIVE
+@pytest.mark.parametrize(("n", "m", "offset"), [(257, 257, 0), (129, 390, 261), (300, 129, 129), (1100, 1300, 100)])
+def test_several_tiles_and_strips_of_the_cpp_loss(native, n, m, offset):
+    check(native, random_case(n, m, offset, width=20))
+
+
+@NATIVE
+@pytest.mark.parametrize("name", ["portable", "avx2", "avx512"])
+def test_each_instruction_set_that_runs_here(native, monkeypatch, name):
+    flags = {"portable": "", "avx2": " avx2 ", "avx512": " avx512f "}[name]
+    monkeypatch.setenv("CLIPERASE_CPU", name)
+    with open("/proc/cpuinfo") as cpuinfo:
+        if flags.strip() not in cpuinfo.read():
+            assert extension.why_missing() is not None
+            return
+    for width in (20, 300):
+        check(native, random_case(140, 300, 100, width=width))
+
+
+@NATIVE
+def test_the_same_bits_for_any_number_of_threads(native):
+    case = random_case(1100, 700, 700).to(torch.float32)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3, 2):
+            torch.set_num_threads(threads)
+            results.append(outcome(native.loss, case))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(map(torch.equal, results[0], result))
+
+
+@NATIVE
+def test_memory_of_the_pool_that_is_not_cleared_does_not_show(native):
+    case = random_case(300).to(torch.float32)
+    first = outcome(native.loss, case)
+    for size in (1 << 20, 1 << 21, 1 << 22, 1 << 23):
+        torch.frombuffer(extension.load().cpu.Workspace(size), dtype=torch.float32).fill_(torch.nan)
+    assert all(map(torch.equal, first, outcome(native.loss, case)))
+
+
+@NATIVE
+def test_the_extension_refuses_what_does_not_go_with_the_sigmoid_loss():
+    cpu = extension.load().cpu
+    features, ids = torch.ones(4, 3), torch.zeros(4, dtype=torch.int32)
+    matrix = cpu.Matrix(features.data_ptr(), 3, 1, cpu.Dtype.float32)
+    options = {"rows": 4, "columns": 4, "first": 0, "width": 3, "scale": 1.0, "image": matrix, "text": matrix}
+    with pytest.raises(ValueError, match="needs grad_image"):
+        cpu.sigmoid(cpu.Problem(**options), bias=0.0, need_scale=True)
+    groups = {"row_groups": ids.data_ptr(), "column_groups": ids.data_ptr()}
+    with pytest.raises(ValueError, match="neither a teacher nor groups"):
+        cpu.sigmoid(cpu.Problem(**options, **groups), bias=0.0)
+
+
+def watched(monkeypatch):
+    """The names of the backends that the public loss loads."""
+    seen = []
+    for name, backend in dispatch.REGISTRY.items():
+        load = backend.load_sigmoid
+        changed = dispatch.Backend(**{**vars(backend), "load_sigmoid": lambda n=name, f=load: seen.append(n) or f()})
+        monkeypatch.setitem(dispatch.REGISTRY, name, changed)
+    return seen
+
+
+@NATIVE
+def test_the_backend_asked_for_computes_it_and_auto_takes_cpp_on_a_cpu(monkeypatch):
+    monkeypatch.delenv("CLIPERASE_BACKEND", raising=False)
+    seen = watched(monkeypatch)
+    case = random_case(300).to(torch.float32)
+    tensors = (case.image, case.text, case.scale, case.bias)
+    losses = [sigmoid_loss(*tensors, backend=name) for name in ("auto", "eager", "torch", "native")]
+    sigmoid_loss(*(tensor.double() for tensor in tensors))
+    monkeypatch.setenv("CLIPERASE_BACKEND", "eager")
+    losses.append(sigmoid_loss(*tensors))
+    assert seen == ["native", "eager", "torch", "native", "torch", "eager"]
+    torch.testing.assert_close(losses, [losses[0]] * 5)
+
+
+def test_backends_that_lack_it_are_refused_by_name(monkeypatch):
+    features = torch.ones(2, 3)
+    with pytest.raises(InputError, match=r"backend='abacus' is not a backend"):
+        sigmoid_loss(features, features, 1.0, backend="abacus")
+    built_with_cuda = dispatch.Backend(**{**vars(dispatch.REGISTRY["native"]), "devices": ("cpu", "cuda")})
+    monkeypatch.setitem(dispatch.REGISTRY, "native", built_with_cuda)
+    on_a_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
+    if backends()["native"].available:
+        with pytest.raises(InputError, match=r"'native' has the sigmoid loss on cpu only, not on cuda; use .*'torch'"):
+            choose_sigmoid("native", on_a_gpu, on_a_gpu)
+
+
+def test_an_empty_batch_is_zero_and_has_gradients():
+    image, text = torch.ones(0, 3, requires_grad=True), torch.ones(0, 3, requires_grad=True)
+    loss = sigmoid_loss(image, text, 1.0)
+    loss.backward()
+    assert loss == 0 and image.grad.shape == (0, 3)
+
+
+def test_half_precision_of_a_trained_model_keeps_its_loss():
+    """Logits of a fine-tuned SigLIP: scale 112, bias -16.5; bfloat16 features, computed in float32."""
+    generator = torch.Generator().manual_seed(0)
+    image = F.normalize(torch.randn(200, 64, generator=generator), dim=1)
+    text = F.normalize(image + 0.1 * torch.randn(200, 64, generator=generator), dim=1)
+    tensors = [tensor.to(torch.bfloat16) for tensor in (image, text)]
+    exact = sigmoid_loss(*(tensor.double() for tensor in tensors), 112.0, -16.5, backend="eager")
+    assert sigmoid_loss(*tensors, 112.0, -16.5).item() == pytest.approx(exact.item(), rel=1e-5)
