@@ -35,11 +35,13 @@ class _CpuSigmoid:
             need_bias=need_scalars,
             instruction_set=extension.instruction_set(),
         )
-        scalars = torch.tensor((loss, grad_scale, grad_bias), dtype=torch.float64).float()
-        nothing = scalars.new_empty(0)
-        grad_image = nothing if grad_image is None or not need_image else finished(grad_image, problem.image, True)
-        grad_text = nothing if grad_text is None else finished(grad_text, problem.text, True)
-        return SigmoidParts(scalars[0].clone(), grad_image, grad_text, scalars[1].clone(), scalars[2].clone())
+        return SigmoidParts(
+            torch.tensor(loss, dtype=torch.float32),
+            torch.empty(0) if grad_image is None or not need_image else finished(grad_image, problem.image, True),
+            torch.empty(0) if grad_text is None else finished(grad_text, problem.text, True),
+            torch.tensor(grad_scale, dtype=torch.float32),
+            torch.tensor(grad_bias, dtype=torch.float32),
+        )
 
 
 sigmoid = as_sigmoid(_CpuSigmoid())
