@@ -148,7 +148,7 @@ void check_sigmoid(const cliperase::Engine& engine, std::int64_t n, std::int64_t
             total += y > 0 ? y + std::log1p(std::exp(-y)) : std::log1p(std::exp(y));
             of_bias += slope, of_scale += slope * data.similarity(i, j) / 0.5;
             for (std::int64_t k = 0; k < data.width; ++k) {
-                of_image[k] += slope * double(data.text[j * data.width + k]);
+                of_image[k] += 0.5 * slope * double(data.text[j * data.width + k]);
                 of_text[j * data.width + k] += 0.5 * slope * double(data.image[i * data.width + k]);
             }
         }
