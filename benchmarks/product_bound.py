@@ -25,11 +25,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.batches import Case, make_batch
-from benchmarks.loss_report import text
-from benchmarks.machine import RESULTS, describe
-from benchmarks.providers import default_names, every_provider
-from benchmarks.timing import Clock, Step, Times, in_rounds, loss_step, summary
+from .batches import Case, make_batch
+from .loss_report import text
+from .machine import RESULTS, describe
+from .providers import default_names, every_provider
+from .timing import Clock, Step, Times, in_rounds, loss_step, summary
 
 PRODUCTS = 4
 _FMA_SECONDS = 0.05

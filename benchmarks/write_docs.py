@@ -22,6 +22,7 @@ from cliperase_fast.planning import step_of
 
 from . import loss_report, points_report
 from .machine import RESULTS, ROOT
+from .product_bound import bound_table
 from .providers import BASELINES, every_provider
 
 _MARK = re.compile(r"(<!-- figures: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -204,6 +205,11 @@ def readme_speed_table() -> str:
     return f"{table(head, lines)}\n\n{provenance(record)}"
 
 
+def product_bound_table() -> str:
+    record = load("product-bound")
+    return f"{table(*bound_table(record['runs']))}\n\n{provenance(record)}"
+
+
 def loss_gpu_tables() -> str:
     """What has been measured on GPUs, the targets and every batch."""
     parts = []
@@ -294,6 +300,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "trainers": trainers_table,
     "native-kernels": native_kernels_table,
     "loss-cpu": loss_cpu_tables,
+    "product-bound": product_bound_table,
     "loss-cpu-parts": loss_cpu_parts_table,
     "loss-gpu": loss_gpu_tables,
     "memory": memory_tables,
