@@ -206,6 +206,8 @@ def readme_speed_table() -> str:
 
 
 def product_bound_table() -> str:
+    if not (RESULTS / "product-bound.json").exists():
+        return "Not measured yet: `python -m benchmarks.product_bound --json`."
     record = load("product-bound")
     return f"{table(*bound_table(record['runs']))}\n\n{provenance(record)}"
 
