@@ -180,7 +180,11 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
                 flag,
                 default=argparse.SUPPRESS,
                 choices=spec.metadata["choices"],
-                metavar=None if spec.metadata["choices"] else spec.type.upper() if spec.type != "str" else "TEXT",
+                metavar=None
+                if spec.metadata["choices"]
+                else spec.type.upper()
+                if spec.type in ("int", "float")
+                else "TEXT",
                 help=text,
             )
 

@@ -69,6 +69,15 @@ class UnlearnConfig:
     seed: int = _option(0, "seed of everything random")
     device: str = _option("auto", "auto, cpu, cuda, cuda:1 ...")
 
+    # many devices
+    deepspeed: Any = _option(  # noqa: RUF009
+        "",
+        "shard the student with DeepSpeed: zero1, zero2, zero3, or a DeepSpeed configuration (a JSON file; in a config "
+        "file and from Python a mapping too); empty for none",
+        group="devices",
+    )
+    rank_timeout: float = _option(600.0, "seconds after which a rank that does not answer is lost", group="devices")
+
     # choosing the result
     val_fraction: float = _option(0.1, "share of the training pairs held out to choose a checkpoint", group="selection")
     test_fraction: float = _option(0.2, "share held out as test split where the data has none", group="selection")
@@ -128,6 +137,7 @@ class UnlearnConfig:
         for name in ("val_fraction", "test_fraction", "forget_fraction"):
             self._require(0 < getattr(self, name) < 1, name, "must lie between 0 and 1, both excluded")
         self._require(self.learning_rate > 0, "learning_rate", "must be positive")
+        self._require(self.rank_timeout > 0, "rank_timeout", "must be positive")
         self._require(-1 <= self.margin <= 1, "margin", "is a cosine: it must lie between -1 and 1")
         self._require(
             self.lambda_retain + self.lambda_forget + self.lambda_consistency > 0,
@@ -218,6 +228,12 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 def _coerce(spec: dataclasses.Field[Any], value: Any) -> Any:
     """`value` as the field's type, so that `1e-6` from YAML (a string there) and `1` for 1.0 both work."""
     wanted = spec.type
+    if wanted == "Any":
+        if isinstance(value, Mapping):
+            return dict(value)
+        if isinstance(value, (str, Path)):
+            return str(value)
+        raise InputError(f"{spec.name}={value!r} must be a string or a mapping")
     if wanted == "bool":
         if isinstance(value, bool):
             return value

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from cliperase_fast.data import PairDataset, caption_key
+from cliperase_fast.distributed import ALONE, Ranks
 from cliperase_fast.errors import InputError
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.models.runtime import inference
@@ -45,6 +46,7 @@ def encode_pairs(
     num_workers: int = 0,
     progress: bool = False,
     templates: Sequence[str] | None = None,
+    ranks: Ranks = ALONE,
 ) -> EncodedPairs:
     """Encode all images and captions, in evaluation mode (each module's own mode comes back afterwards).
 
@@ -53,6 +55,8 @@ def encode_pairs(
     precision: arithmetic of the encoders, fp32 (the parameters' own), bf16 or fp16 (autocast).
     num_workers: processes that load images. The global random generators are not touched.
     progress: show a bar on a terminal.
+    ranks: several processes that call this together encode a part of the images each, in the batches of one process;
+        all get all.
     templates: class prompts instead of `pairs.prompts`, see `class_prompts`.
 
     Raises `InputError` for captions the model cannot take and for images of unlike sizes. Features that are
@@ -72,7 +76,7 @@ def encode_pairs(
     parts = [adapter.token_ids(part) for part in (captions, extra) if part]  # [U, L], [X, L]
     with inference(adapter.module, device, precision):
         text = torch.cat([_encode_text(adapter, part, batch_size, device) for part in parts])  # [U + X, D]
-        image = _encode_images(adapter, pairs, batch_size, device, num_workers, progress)  # [n, D]
+        image = _encode_images(adapter, pairs, batch_size, device, num_workers, progress, ranks)  # [n, D]
     class_features = None
     if prompts is not None:
         rows = [[known[caption_key(prompt)] for prompt in of_class] for of_class in prompts]
@@ -143,29 +147,30 @@ def _encode_images(
     device: torch.device,
     num_workers: int,
     progress: bool,
+    ranks: Ranks,
 ) -> Tensor:
+    if len(pairs) == 0:
+        raise InputError(f"{pairs.name} holds no pairs: there is nothing to encode")
+    batches = [range(start, min(start + batch_size, len(pairs))) for start in range(0, len(pairs), batch_size)]
+    own = batches[ranks.share(len(batches))]
     loader = DataLoader(
         _Pixels(pairs, adapter.transform),
-        batch_size=batch_size,
+        batch_sampler=own,
         num_workers=num_workers,
         collate_fn=_stack,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # else starting the loader would draw from the global generator
     )
-    out: Tensor | None = None
-    done = 0
+    parts: list[Tensor] = []
     # disable=None: quiet when standard error is no terminal
-    with tqdm(total=len(pairs), desc="encoding", unit="image", leave=False, disable=None if progress else True) as bar:
+    with tqdm(
+        total=sum(map(len, own)), desc="encoding", unit="image", leave=False, disable=None if progress else True
+    ) as bar:
         for pixels in loader:
             features = adapter.encode_image(pixels.to(device, non_blocking=True)).float().cpu()  # [B, D]
-            if out is None:
-                out = torch.empty(len(pairs), features.shape[1])
-            out[done : done + len(features)] = features
-            done += len(features)
+            parts.append(features)
             bar.update(len(features))
-    if out is None:
-        raise InputError(f"{pairs.name} holds no pairs: there is nothing to encode")
-    return out
+    return ranks.put_together(parts, [sum(map(len, batches[share])) for share in ranks.shares(len(batches))])
 
 
 class _Pixels(Dataset):

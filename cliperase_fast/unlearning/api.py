@@ -14,27 +14,35 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cliperase_fast._version import installed_versions
 from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.data import PairDataset
+from cliperase_fast.distributed import Ranks, joined
 from cliperase_fast.errors import InputError
 from cliperase_fast.evaluation import EncodedPairs, encode_pairs, pair_similarities, require_finite, score
 from cliperase_fast.models import ClipAdapter, load_model, merge_lora, set_trainable
 from cliperase_fast.ops import choose
 from cliperase_fast.unlearning.batches import BatchLoader, BatchPlan, CaptionTable, seeded
-from cliperase_fast.unlearning.checkpoints import Checkpoint, list_checkpoints, load_newest, write_text_atomically
-from cliperase_fast.unlearning.engine import LocalEngine
+from cliperase_fast.unlearning.checkpoints import (
+    FORMAT,
+    Checkpoint,
+    list_checkpoints,
+    load_newest,
+    write_text_atomically,
+)
+from cliperase_fast.unlearning.engine import MOMENTS, Engine, LocalEngine
 from cliperase_fast.unlearning.preparation import PreparedData, Split, open_sets, prepare_data
 from cliperase_fast.unlearning.result import UnlearnResult
 from cliperase_fast.unlearning.runtime import Runtime
 from cliperase_fast.unlearning.selection import Candidate, Selection
 from cliperase_fast.unlearning.teacher import LiveTeacher, Teacher, cache_teacher
 from cliperase_fast.unlearning.trainer import Trainer
+from cliperase_fast.unlearning.zero import ShardedTeacher, ZeroEngine, read_deepspeed
 
 # Settings that a resumed run may change: they do not touch the weights that come out.
-_FREE_ON_RESUME = {"num_workers", "report", "keep_checkpoints", "checkpoint_every"}
+_FREE_ON_RESUME = {"num_workers", "report", "keep_checkpoints", "checkpoint_every", "deepspeed", "rank_timeout"}
 
 
 def unlearn(
@@ -72,31 +80,53 @@ def unlearn(
     templates: caption templates ("a photo of a {}") of class sources.
     progress: progress bars; by default when standard error is a terminal.
 
+    Under torchrun or the deepspeed launcher, or where torch.distributed is initialised, every process calls it with the
+    same arguments: each has its share of every batch, all get the result, the first shows progress and writes files
+    (docs/many-devices.md).
+
     Returns an `UnlearnResult`. Raises `InputError` before any training when something given is wrong, `UnlearningError`
     when the training fails.
     """
     settings = _settings(config, overrides)
     show = sys.stderr.isatty() if progress is None else progress
-    runtime = Runtime.from_config(settings, show)
     directory = Path(output_dir) if output_dir is not None else None
-    probe = torch.empty(1, 1, device=runtime.device)
-    choose(settings.backend, probe, probe)  # a wrong or missing backend is an error now, not in the first step
-    _check_directory(directory, resume)
+    with joined(settings.device, settings.rank_timeout) as ranks:
+        runtime = ranks.together(lambda: Runtime.from_config(settings, show, ranks))
+        return _unlearn(
+            model, forget, retain, test, teacher, tokenizer, transform, templates, settings, directory, resume, runtime
+        )
+
+
+def _unlearn(
+    model: Any,
+    forget: Any,
+    retain: Any,
+    test: Any,
+    teacher: Any,
+    tokenizer: Callable[[Sequence[str]], Tensor] | None,
+    transform: Callable[[Any], Tensor] | None,
+    templates: Sequence[str] | None,
+    settings: UnlearnConfig,
+    directory: Path | None,
+    resume: bool,
+    runtime: Runtime,
+) -> UnlearnResult:
+    ranks = runtime.ranks
     began = time.perf_counter()
 
     # Cheap to get wrong, so looked at before a model is fetched or an image read.
-    sets = open_sets(forget, retain, test, settings, templates=templates)
-    cut = settings.long_captions == "truncate"
-    original = load_model(model, tokenizer=tokenizer, truncate=cut, device=runtime.device)
-    original.check_saveable()
-    data = prepare_data(sets, settings, progress=show)
+    zero = ranks.together(lambda: _check_settings(settings, directory, resume, runtime))
+    sets = ranks.together(lambda: open_sets(forget, retain, test, settings, templates=templates))
+    ranks.agree({**settings.to_dict(), "the pairs": sets.fingerprint()})
+    original, frozen = ranks.together(lambda: _models(model, teacher, tokenizer, settings, runtime))
+    data = prepare_data(sets, settings, progress=runtime.progress, ranks=ranks)
     train_transform, random_transform = _transforms(original, transform, data.train.pairs)
     if random_transform and settings.teacher_cache in ("memory", "disk"):
         raise InputError(
             f"teacher_cache={settings.teacher_cache!r} needs a deterministic transform and the one given is random; "
             "use 'auto' or 'off'"
         )
-    frozen = original if teacher is None else _load_teacher(teacher, original, runtime.device)
+    frozen.transform = original.transform
 
     identity = {
         "model": original.identity(),
@@ -104,7 +134,8 @@ def unlearn(
         "data": data.fingerprint(),
         "config": {key: value for key, value in settings.to_dict().items() if key not in _FREE_ON_RESUME},
     }
-    checkpoint = _checkpoint_to_resume(directory, identity) if resume else None
+    ranks.agree({"the model": identity["model"], "the teacher": identity["teacher"], "the data": identity["data"]})
+    checkpoint = _resume(directory, identity, ranks) if resume else None
 
     with ExitStack() as stack:
         stack.enter_context(seeded(settings.seed))  # the caller's own random state is put back
@@ -126,18 +157,15 @@ def unlearn(
             random_transform=random_transform,
             group_ids=_group_ids(settings, data.train),
             num_workers=settings.num_workers,
+            ranks=ranks,
         )
         if settings.lambda_consistency > 0:
-            _try_teacher(settings, frozen, captions, loader.pixels[0, 0], test_before, runtime)
-        if directory is None:
-            work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cliperase-")))
-        else:
-            work = directory
-            work.mkdir(parents=True, exist_ok=True)
-            write_text_atomically(work / "config.json", json.dumps(settings.to_dict(), indent=2) + "\n")
+            pixels = loader.pixels[0, 0]
+            ranks.together(lambda: _try_teacher(settings, frozen, captions, pixels, test_before, runtime))
+        work = ranks.from_first(lambda: _work_directory(directory, settings, stack))
         trainer = Trainer(
-            LocalEngine(student, parameters, settings, runtime),
-            _teacher(settings, frozen, data, captions, loader, runtime, work),
+            _engine(student, parameters, settings, runtime, zero),
+            _teacher(settings, frozen, data, captions, loader, runtime, work, zero),
             frozen.logit_scale().detach().float(),
             loader,
             settings,
@@ -189,6 +217,7 @@ def unlearn(
             "train": done.seconds,
             "evaluate": examiner.seconds,
         },
+        "ranks": ranks.size,
         "pairs_per_second": done.step * settings.accumulate * (plan.forget_pairs + plan.retain_pairs) / done.seconds,
         "versions": installed_versions("torch", "open_clip_torch", "transformers", "numpy"),
         "seed": settings.seed,
@@ -205,8 +234,9 @@ def unlearn(
         **_embeddings(test_before, test_after, data.test, settings.seed),
     )
     if directory is not None:
-        result.save(directory)
-        shutil.rmtree(directory / "cache", ignore_errors=True)  # the teacher's features, of no more use
+        ranks.from_first(lambda: str(result.save(directory)))
+    if ranks.local_rank == 0:
+        shutil.rmtree(work / "cache", ignore_errors=True)  # the teacher's features, of no more use
     return result
 
 
@@ -226,6 +256,7 @@ class _Examiner:
             precision=self.runtime.precision,
             num_workers=self.runtime.num_workers,
             progress=self.runtime.progress,
+            ranks=self.runtime.ranks,
         )
         if finite:
             require_finite(encoded, part.pairs)
@@ -234,7 +265,9 @@ class _Examiner:
 
     def score(self, encoded: EncodedPairs, part: Split) -> dict[str, Any]:
         began = time.perf_counter()
-        scores = score(encoded, part.pairs, part.forget_mask, device=self.runtime.device)
+        scores = self.runtime.ranks.from_first(
+            lambda: score(encoded, part.pairs, part.forget_mask, device=self.runtime.device)
+        )
         self.seconds += time.perf_counter() - began
         return scores
 
@@ -257,6 +290,27 @@ def _settings(
     return UnlearnConfig.from_dict({**config.to_dict(), **overrides})
 
 
+def _check_settings(
+    settings: UnlearnConfig, directory: Path | None, resume: bool, runtime: Runtime
+) -> dict[str, Any] | None:
+    """Raise InputError for what can be told of the settings alone; the DeepSpeed configuration, if any."""
+    ranks = runtime.ranks
+    probe = torch.empty(1, 1, device=runtime.device)
+    choose(settings.backend, probe, probe)  # a wrong or missing backend is an error now, not in the first step
+    if ranks.size > 1 and settings.backend == "eager":
+        raise InputError("backend='eager' does not work on several ranks; use 'auto' or 'torch'")
+    smaller = min(settings.forget_pairs, settings.retain_pairs)
+    if smaller < ranks.size:
+        raise InputError(
+            f"batch_size={settings.batch_size} makes batches of {settings.forget_pairs} forget and "
+            f"{settings.retain_pairs} retain pairs, and each of the {ranks.size} ranks needs one of both: raise "
+            "batch_size or start fewer ranks"
+        )
+    if ranks.first:
+        _check_directory(directory, resume)
+    return read_deepspeed(settings.deepspeed, settings, ranks) if settings.deepspeed else None
+
+
 def _check_directory(directory: Path | None, resume: bool) -> None:
     if directory is None:
         if resume:
@@ -273,6 +327,37 @@ def _check_directory(directory: Path | None, resume: bool) -> None:
         raise InputError(f"output_dir={directory} holds no run (no config.json), so there is nothing to resume")
 
 
+def _work_directory(directory: Path | None, settings: UnlearnConfig, stack: ExitStack) -> Path:
+    if directory is None:
+        return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cliperase-")))
+    directory.mkdir(parents=True, exist_ok=True)
+    write_text_atomically(directory / "config.json", json.dumps(settings.to_dict(), indent=2) + "\n")
+    return directory
+
+
+def _resume(directory: Path | None, identity: dict[str, Any], ranks: Ranks) -> Checkpoint | None:
+    """The newest whole checkpoint, read by the first rank, on all."""
+    found: list[Checkpoint] = []
+
+    def read() -> tuple[Path, dict[str, Any], dict[str, Any]] | None:
+        checkpoint = _checkpoint_to_resume(directory, identity)
+        if checkpoint is None:
+            return None
+        found.append(checkpoint)
+        small = {**checkpoint.trainer, "optimizer": {"step": checkpoint.trainer["optimizer"]["step"]}}
+        return checkpoint.path, checkpoint.state, small
+
+    told = ranks.from_first(read)
+    if told is None:
+        return None
+    path, state, trainer = told
+    own = found[0] if found else None
+    student = ranks.from_first_tensors(own and own.student)
+    for moment in MOMENTS:
+        trainer["optimizer"][moment] = ranks.from_first_tensors(own and own.trainer["optimizer"][moment])
+    return Checkpoint(path, state, student, trainer)
+
+
 def _checkpoint_to_resume(directory: Path | None, identity: dict[str, Any]) -> Checkpoint | None:
     """The newest whole checkpoint, or None when the run was stopped before it wrote one."""
     assert directory is not None
@@ -284,6 +369,8 @@ def _checkpoint_to_resume(directory: Path | None, identity: dict[str, Any]) -> C
                 f"every checkpoint in {directory / 'checkpoints'} is damaged; start again in another folder"
             )
         return None
+    if checkpoint.state["format"] != FORMAT:
+        raise InputError(f"{checkpoint.path} was written by another version; start again in another output_dir")
     saved = checkpoint.state["identity"]
     for name, remedy in (
         ("model", "it was made with another model"),
@@ -325,11 +412,20 @@ def _transforms(
     return transform, is_random
 
 
-def _load_teacher(teacher: Any, student: ClipAdapter, device: torch.device) -> ClipAdapter:
-    """The teacher reads the same tokens and pixels as the student; its width may differ."""
-    adapter = load_model(teacher, tokenizer=student.tokenize, device=device)
-    adapter.transform = student.transform
-    return adapter
+def _models(
+    model: Any,
+    teacher: Any,
+    tokenizer: Callable[[Sequence[str]], Tensor] | None,
+    settings: UnlearnConfig,
+    runtime: Runtime,
+) -> tuple[ClipAdapter, ClipAdapter]:
+    """The model, and the teacher, which reads the same tokens and pixels; its width may differ."""
+    cut = settings.long_captions == "truncate"
+    original = load_model(model, tokenizer=tokenizer, truncate=cut, device=runtime.device)
+    original.check_saveable()
+    if teacher is None:
+        return original, original
+    return original, load_model(teacher, tokenizer=original.tokenize, device=runtime.device)
 
 
 def _try_teacher(
@@ -378,6 +474,18 @@ def _group_ids(config: UnlearnConfig, train: Split) -> np.ndarray | None:
     return np.empty(0, dtype=np.int64)
 
 
+def _engine(
+    student: ClipAdapter,
+    parameters: list[tuple[str, nn.Parameter]],
+    settings: UnlearnConfig,
+    runtime: Runtime,
+    zero: dict[str, Any] | None,
+) -> Engine:
+    if zero is None:
+        return LocalEngine(student, parameters, settings, runtime)
+    return ZeroEngine(student, parameters, settings, runtime, zero)
+
+
 def _teacher(
     config: UnlearnConfig,
     frozen: ClipAdapter,
@@ -386,11 +494,14 @@ def _teacher(
     loader: BatchLoader,
     runtime: Runtime,
     work: Path,
+    zero: dict[str, Any] | None,
 ) -> Teacher | None:
     if config.lambda_consistency == 0:
         return None
     random_transform = loader.pixels.seed is not None
     if random_transform or config.teacher_cache == "off":
+        if zero is not None and zero["zero_optimization"]["stage"] == 3:
+            return LiveTeacher(ShardedTeacher(frozen, zero), runtime, together=True)
         return LiveTeacher(frozen, runtime)
     plan = loader.plan
     retain = data.train.pairs.subset(np.arange(data.train.n_forget, len(data.train.pairs)))

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cliperase_fast.data import PairDataset
+from cliperase_fast.distributed import ALONE, Ranks
 
 _FORGET, _RETAIN = 0, 1
 
@@ -80,6 +81,8 @@ def _permutation(size: int, seed: int, which: int, passed: int) -> np.ndarray:
 
 @dataclass
 class Batch:
+    """A rank's share of a batch: M forget and N retain pairs, all of them on a single process."""
+
     pixels: Tensor  # [M + N, 3, H, W], forget pairs first
     tokens: Tensor  # [U, L], the batch's different captions
     text_of_pair: Tensor  # [M + N], row of `tokens` for each pair
@@ -148,7 +151,10 @@ class seeded:
 
 
 class BatchLoader:
-    """Batches from `start` on, in the plan's order, loaded by `num_workers` processes."""
+    """Batches from `start` on, in the plan's order, loaded by `num_workers` processes.
+
+    On several ranks each loads its contiguous share of a batch's forget pairs and of its retain pairs.
+    """
 
     def __init__(
         self,
@@ -160,7 +166,9 @@ class BatchLoader:
         random_transform: bool,
         group_ids: np.ndarray | None,
         num_workers: int = 0,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self.ranks = ranks
         self.plan, self.captions, self.group_ids, self.num_workers = plan, captions, group_ids, num_workers
         self.pixels = PixelDataset(pairs, transform, plan.seed if random_transform else None)
 
@@ -176,7 +184,7 @@ class BatchLoader:
             yield self._batch(number, pixels)
 
     def _pairs_of(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        forget, retain = self.plan.batch(number)
+        forget, retain = (pairs[self.ranks.share(len(pairs))] for pairs in self.plan.batch(number))
         return np.concatenate([forget, self.plan.n_forget + retain]), retain
 
     def _keys(self, number: int) -> list[tuple[int, int]]:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-FORMAT = 1
+FORMAT = 2  # the optimizer's state by parameter name
 
 
 class DamagedCheckpoint(Exception):

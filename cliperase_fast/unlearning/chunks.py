@@ -13,16 +13,26 @@ from torch import Tensor
 
 
 class ChunkedFeatures:
-    """Features of `inputs` [B, ...], encoded `size` rows at a time without a graph, and their way back to the weights.
+    """Features of `inputs` [B, ...], encoded in `count` chunks without a graph, and their way back to the weights.
 
     features: [B, D], a leaf. Once a loss's backward pass has filled its gradient, `backward()` encodes every chunk a
     second time, with a graph and the random state it had the first time, and adds to the parameters' gradients. What
     is random then stands as if every chunk had been encoded once. Exact where `encode` treats rows apart from each
     other, which batch norms in training mode do not.
+
+    backpropagate: adds the gradient of a scalar to the parameters'.
     """
 
-    def __init__(self, encode: Callable[[Tensor], Tensor], inputs: Tensor, size: int, device: torch.device) -> None:
-        self.encode, self.chunks, self.size, self.device = encode, inputs.split(size), size, device
+    def __init__(
+        self,
+        encode: Callable[[Tensor], Tensor],
+        inputs: Tensor,
+        count: int,
+        device: torch.device,
+        backpropagate: Callable[[Tensor], None] = Tensor.backward,
+    ) -> None:
+        self.encode, self.chunks, self.device = encode, inputs.tensor_split(count), device
+        self.backpropagate = backpropagate
         self.states: list[list[Tensor]] = []
         parts = []
         with torch.no_grad():
@@ -34,12 +44,13 @@ class ChunkedFeatures:
     def backward(self) -> None:
         assert self.features.grad is not None, "the loss's backward pass comes first"
         after = self._random_state()
-        for chunk, gradient, state in zip(self.chunks, self.features.grad.split(self.size), self.states, strict=True):
+        gradients = self.features.grad.tensor_split(len(self.chunks))
+        for chunk, gradient, state in zip(self.chunks, gradients, self.states, strict=True):
             self._set_random_state(state)
             features = self.encode(chunk)
             if not features.requires_grad:  # a frozen tower
                 break
-            features.backward(gradient)
+            self.backpropagate((features * gradient).sum())
         self._set_random_state(after)
 
     def _random_state(self) -> list[Tensor]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,49 +20,144 @@ from cliperase_fast.unlearning.runtime import Runtime
 # The losses of image features [M + N, D] and of text features [U, D] of the batch's different captions, at this scale.
 Terms = Callable[[Batch, Tensor, Tensor, Tensor], LossTerms]
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam remembers of each parameter
 
-class LocalEngine:
-    """Trains `student` in place, in this process. parameters: the trained ones by name."""
+
+class Engine(ABC):
+    """Trains `student`. parameters: the trained ones by name.
+
+    On several ranks each has its share of every batch, and the losses' gradients are such that their mean over the
+    ranks is the gradient of the whole batch. What an engine saves is whole, by name and the same for every engine and
+    number of ranks; all ranks call every method together.
+    """
 
     def __init__(
         self, student: ClipAdapter, parameters: list[tuple[str, nn.Parameter]], config: UnlearnConfig, runtime: Runtime
     ) -> None:
         self.student, self.config, self.runtime = student, config, runtime
-        self.parameters = [parameter for _, parameter in parameters]
+        self.training = student  # the model that runs in a step; another one where an engine needs a copy
+        self.names = [name for name, _ in parameters]
         self.saved: dict[str, Tensor] = {**dict(parameters), **dict(student.module.named_buffers())}
-        self.optimizer = self._make_optimizer()
-        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
 
     def train_mode(self) -> None:
         """Dropout on; batch norms keep the original's statistics, which batches rich in forget pairs would shift."""
-        self.student.module.train()
-        for module in self.student.module.modules():
+        self.training.module.train()
+        for module in self.training.module.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
 
     def backward(self, batch: Batch, share: float, terms_of: Terms) -> LossTerms:
         """Add `share` of the batch's gradient to the parameters'; the terms are the whole batch's."""
-        size = self.config.grad_cache_chunk
-        if size == 0:
-            image, text = self._encode_image(batch.pixels), self._encode_text(batch.tokens)
-            terms = terms_of(batch, image, text, self.student.logit_scale())
-            self.scaler.scale(terms.total * share).backward()
+        if self.config.grad_cache_chunk == 0:
+            terms = terms_of(batch, *self._encode(batch.pixels, batch.tokens))
+            self._backpropagate(self._scaled(terms.total * share))
             return terms
-        chunked_image = ChunkedFeatures(self._encode_image, batch.pixels, size, self.runtime.device)
-        chunked_text = ChunkedFeatures(self._encode_text, batch.tokens, size, self.runtime.device)
-        terms = terms_of(batch, chunked_image.features, chunked_text.features, self.student.logit_scale())
-        self.scaler.scale(terms.total * share).backward()
-        chunked_image.backward()
-        chunked_text.backward()
+        image, text = (
+            ChunkedFeatures(encode, pad_rows(rows, count), count, self.runtime.device, self._backpropagate)
+            for encode, rows, count in zip(
+                (self._encode_image, self._encode_text),
+                (batch.pixels, batch.tokens),
+                self._chunks(len(batch.pixels), len(batch.tokens)),
+                strict=True,
+            )
+        )
+        terms = terms_of(
+            batch, image.features[: len(batch.pixels)], text.features[: len(batch.tokens)], self._logit_scale()
+        )
+        self._backpropagate(self._scaled(terms.total * share))
+        image.backward()
+        text.backward()
         return terms
 
-    def step(self, rate: float) -> tuple[Tensor, bool]:
-        """(norm of the gathered gradient before clipping, whether training can go on); the gradient is used up.
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        """Put saved weights into the student."""
+        with torch.no_grad():
+            for name, tensor in self.saved.items():
+                tensor.copy_(weights[name])
 
-        A gradient that is not finite changes no weights. In fp16 it happens now and then: the step is left out.
-        """
+    @abstractmethod
+    def step(self, rate: float) -> tuple[Tensor, bool]:
+        """(norm of the gathered gradient before clipping, whether it is fit for going on); the gradient is used up."""
+
+    @abstractmethod
+    def weights(self) -> dict[str, Tensor]:
+        """Trained parameters and all buffers, whole."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """What the optimizer and the scaler remember: the step's number, the moments by parameter name."""
+
+    @abstractmethod
+    def load_state(self, state: dict[str, Any]) -> None: ...
+
+    @abstractmethod
+    def update_student(self) -> None:
+        """Bring the student's own weights up to date, for whoever looks at them."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Training is over: give up all but the student."""
+
+    def make_optimizer(
+        self, parameters: Iterable[tuple[nn.Parameter, int]], *, fused: bool = True
+    ) -> torch.optim.Optimizer:
+        """Adam over (parameter, its dimensions); only matrices decay."""
+        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[self.config.optimizer]
+        parameters = list(parameters)
+        groups = [
+            {"params": [p for p, ndim in parameters if ndim >= 2], "weight_decay": self.config.weight_decay},
+            {"params": [p for p, ndim in parameters if ndim < 2], "weight_decay": 0.0},
+        ]
+        return kind([group for group in groups if group["params"]], lr=self.config.learning_rate, fused=fused)
+
+    @abstractmethod
+    def _encode(self, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Image features, text features and scale."""
+
+    @abstractmethod
+    def _encode_image(self, pixels: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _encode_text(self, tokens: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _logit_scale(self) -> Tensor: ...
+
+    @abstractmethod
+    def _backpropagate(self, scalar: Tensor) -> None:
+        """Add its gradient to the parameters'."""
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        """Times what keeps gradients of half precision from vanishing; gradients of features then have it too."""
+        return loss
+
+    def _chunks(self, *rows: int) -> list[int]:
+        """In how many chunks so many rows are encoded."""
+        return [-(-count // self.config.grad_cache_chunk) for count in rows]
+
+
+class LocalEngine(Engine):
+    """The whole student on every rank.
+
+    The ranks' gradients are averaged once, when a step has been accumulated: one pass of buckets over what is there.
+    DistributedDataParallel would overlap that with the last backward pass, but with cached gradients no backward pass
+    is the last for all parameters, and encoders are reached through methods, which it does not wrap.
+    """
+
+    def __init__(
+        self, student: ClipAdapter, parameters: list[tuple[str, nn.Parameter]], config: UnlearnConfig, runtime: Runtime
+    ) -> None:
+        super().__init__(student, parameters, config, runtime)
+        self.parameters = [parameter for _, parameter in parameters]
+        self.optimizer = self.make_optimizer((parameter, parameter.ndim) for parameter in self.parameters)
+        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
+
+    def step(self, rate: float) -> tuple[Tensor, bool]:
+        """As the base says. A gradient that is not finite changes no weights; in fp16, where it happens now and then,
+        the step is left out."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        self.runtime.ranks.average([p.grad for p in self.parameters if p.grad is not None])
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip or math.inf)
         if not self.scaler.is_enabled() and not torch.isfinite(norm):
@@ -72,24 +168,41 @@ class LocalEngine:
         return norm, True
 
     def weights(self) -> dict[str, Tensor]:
-        """Trained parameters and all buffers, whole."""
         return self.saved
 
-    def load_weights(self, weights: dict[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, tensor in self.saved.items():
-                tensor.copy_(weights[name])
+    def update_student(self) -> None:
+        """It is what is trained."""
+
+    def close(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Any]:
-        """What the optimizer and the scaler remember."""
-        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        known = {
+            name: self.optimizer.state[parameter]
+            for name, parameter in zip(self.names, self.parameters, strict=True)
+            if parameter in self.optimizer.state
+        }
+        steps = [int(of_parameter["step"]) for of_parameter in known.values()]
+        moments = {moment: {name: known[name][moment] for name in known} for moment in MOMENTS}
+        return {"optimizer": {"step": max(steps, default=0), **moments}, "scaler": self.scaler.state_dict()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        saved = state["optimizer"]
+        self.optimizer.state.clear()
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            if name in saved[MOMENTS[0]]:
+                self.optimizer.state[parameter] = {
+                    "step": torch.tensor(float(saved["step"]), device=parameter.device),
+                    **{moment: saved[moment][name].to(parameter, copy=True) for moment in MOMENTS},
+                }
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
 
     # An autocast of their own for each call: it would otherwise hand the weights it cast without a graph to the
     # encoding that needs one.
+    def _encode(self, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self._encode_image(pixels), self._encode_text(tokens), self._logit_scale()
+
     def _encode_image(self, pixels: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, D]
         with self.runtime.autocast():
             return self.student.encode_image(pixels.to(self.runtime.device, non_blocking=True))
@@ -98,13 +211,18 @@ class LocalEngine:
         with self.runtime.autocast():
             return self.student.encode_text(tokens.to(self.runtime.device, non_blocking=True))
 
-    def _make_optimizer(self) -> torch.optim.Optimizer:
-        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[self.config.optimizer]
-        matrices = [parameter for parameter in self.parameters if parameter.ndim >= 2]
-        others = [parameter for parameter in self.parameters if parameter.ndim < 2]
-        groups = [
-            {"params": matrices, "weight_decay": self.config.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        groups = [group for group in groups if group["params"]]
-        return kind(groups, lr=self.config.learning_rate, fused=True)
+    def _logit_scale(self) -> Tensor:
+        return self.student.logit_scale()
+
+    def _backpropagate(self, scalar: Tensor) -> None:
+        scalar.backward()
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        return self.scaler.scale(loss)
+
+
+def pad_rows(rows: Tensor, count: int) -> Tensor:
+    """`rows` [n, ...], the first repeated until there are `count`, so that they can be cut into as many parts."""
+    if len(rows) >= count:
+        return rows
+    return torch.cat([rows, rows[:1].expand(count - len(rows), *rows.shape[1:])])

@@ -23,6 +23,7 @@ from cliperase_fast.data import (
     select,
     split,
 )
+from cliperase_fast.distributed import ALONE, Ranks
 from cliperase_fast.errors import InputError
 
 
@@ -64,6 +65,10 @@ class PairSets:
     test: tuple[PairDataset, PairDataset] | None  # (forget, retain), None where they are yet to be held out
     names: dict[str, str]
 
+    def fingerprint(self) -> str:
+        parts = [self.forget, self.retain, *(self.test or ())]
+        return hashlib.sha256("|".join(part.fingerprint() for part in parts).encode()).hexdigest()
+
 
 def open_sets(
     forget: Any, retain: Any, test: Any, config: UnlearnConfig, *, templates: Sequence[str] | None
@@ -91,17 +96,19 @@ def open_sets(
     return PairSets(forget_pairs, retain_pairs, test_sets, names)
 
 
-def prepare_data(sets: PairSets, config: UnlearnConfig, *, progress: bool) -> PreparedData:
-    """Read every image once, leave out or refuse what cannot be read, and hold out validation and test pairs."""
+def prepare_data(sets: PairSets, config: UnlearnConfig, *, progress: bool, ranks: Ranks = ALONE) -> PreparedData:
+    """Read every image once, on one of the ranks, leave out or refuse what cannot be read, and hold out validation and
+    test pairs.
+    """
     skipped: list[str] = []
-    forget_train = _readable(sets.forget, "forget", config, skipped, progress)
-    retain_train = _readable(sets.retain, "retain", config, skipped, progress)
+    forget_train = _readable(sets.forget, "forget", config, skipped, progress, ranks)
+    retain_train = _readable(sets.retain, "retain", config, skipped, progress, ranks)
     if sets.test is None:
         forget_train, forget_test = _hold_out(forget_train, config.test_fraction, config.seed + 1)
         retain_train, retain_test = _hold_out(retain_train, config.test_fraction, config.seed + 1)
     else:
-        forget_test = _readable(sets.test[0], "forget test", config, skipped, progress)
-        retain_test = _readable(sets.test[1], "retain test", config, skipped, progress)
+        forget_test = _readable(sets.test[0], "forget test", config, skipped, progress, ranks)
+        retain_test = _readable(sets.test[1], "retain test", config, skipped, progress, ranks)
     forget_train, forget_val = _hold_out(forget_train, config.val_fraction, config.seed)
     retain_train, retain_val = _hold_out(retain_train, config.val_fraction, config.seed)
     return PreparedData(
@@ -213,8 +220,14 @@ def _captions(pairs: PairDataset) -> set[Any]:
     return {caption_key(caption) for captions in pairs.captions for caption in captions}
 
 
-def _readable(pairs: PairDataset, name: str, config: UnlearnConfig, skipped: list[str], progress: bool) -> PairDataset:
-    good, bad = check_images(pairs, on_error=config.on_error, progress=progress)
+def _readable(
+    pairs: PairDataset, name: str, config: UnlearnConfig, skipped: list[str], progress: bool, ranks: Ranks
+) -> PairDataset:
+    own = np.arange(len(pairs))[ranks.share(len(pairs))]
+    found = ranks.each(lambda: check_images(pairs.subset(own), on_error=config.on_error, progress=progress))
+    firsts = [share.start for share in ranks.shares(len(pairs))]
+    good = np.concatenate([first + of_rank for first, (of_rank, _) in zip(firsts, found, strict=True)])
+    bad = [name for _, of_rank in found for name in of_rank]
     skipped.extend(bad)
     if len(good) == 0:
         raise InputError(f"none of the {len(pairs)} images of the {name} set can be read (first: {bad[0]})")

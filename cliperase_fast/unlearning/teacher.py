@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,9 +17,12 @@ from tqdm import tqdm
 
 from cliperase_fast.data import PairDataset
 from cliperase_fast.models import ClipAdapter
+from cliperase_fast.models.runtime import inference
 from cliperase_fast.unlearning.batches import Batch, CaptionTable, PixelDataset
 from cliperase_fast.unlearning.checkpoints import write_text_atomically
+from cliperase_fast.unlearning.engine import pad_rows
 from cliperase_fast.unlearning.runtime import Runtime
+from cliperase_fast.unlearning.zero import ShardedTeacher
 
 MEMORY_LIMIT = 2**30  # bytes of cached features above which `auto` keeps them in a file
 
@@ -30,22 +34,28 @@ class Teacher(Protocol):
 
 
 class LiveTeacher:
-    """Encodes every batch: right for random transforms, where the teacher must see the student's view."""
+    """Encodes every batch: right for random transforms, where the teacher must see the student's view.
 
-    def __init__(self, adapter: ClipAdapter, runtime: Runtime) -> None:
-        self.adapter, self.runtime = adapter, runtime
+    together: the ranks encode equally many parts, as a sharded teacher needs, which gathers parameters from all.
+    """
+
+    def __init__(self, adapter: ClipAdapter | ShardedTeacher, runtime: Runtime, together: bool = False) -> None:
+        self.adapter, self.runtime, self.together = adapter, runtime, together
 
     def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
         count, device = len(batch.retain_indices), self.runtime.device
         unique, inverse = torch.unique(batch.text_of_pair[-count:], return_inverse=True)
-        with self.runtime.inference(self.adapter):
+        with inference(self.adapter.module, device, self.runtime.precision):
             image = self._encode(self.adapter.encode_image, batch.pixels[-count:])
             text = self._encode(self.adapter.encode_text, batch.tokens[unique])
         return image, text[inverse.to(device)]
 
     def _encode(self, encode: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:  # [B, ...] -> [B, D°]
-        parts = inputs.split(self.runtime.batch_size)
-        return torch.cat([encode(part.to(self.runtime.device)).float() for part in parts])
+        count = -(-len(inputs) // self.runtime.batch_size)
+        if self.together:
+            (count,) = self.runtime.ranks.largest(count)
+        parts = pad_rows(inputs, count).tensor_split(count)
+        return torch.cat([encode(part.to(self.runtime.device)).float() for part in parts])[: len(inputs)]
 
 
 class CachedTeacher:
@@ -75,23 +85,27 @@ def cache_teacher(
     where: str,
     directory: Path | None,
 ) -> CachedTeacher:
-    """Encode the `used` retain pairs (indices, sorted) and all captions.
+    """Encode the `used` retain pairs (indices, sorted) and all captions: a part on each rank, all on all in the end.
 
     where: "memory", "disk" (a file in `directory`), or "auto" (a file above `MEMORY_LIMIT` bytes when there is a
-    directory). A complete file left by an interrupted run is used again when it was made from the same things.
+    directory), one for each machine. A complete file left by an interrupted run is used again when it was made from the
+    same things.
     """
+    ranks = runtime.ranks
     text = _encode_captions(adapter, captions, runtime)  # [U, D°]
     shape = (len(used), text.shape[1])
     row_of_index = np.full(len(retain), -1, dtype=np.int64)
     row_of_index[used] = np.arange(len(used))
     large = shape[0] * shape[1] * 4 > MEMORY_LIMIT
     if directory is None or where == "memory" or (where == "auto" and not large):
-        image = np.empty(shape, dtype=np.float32)
+        image: np.ndarray = np.empty(shape, dtype=np.float32)
         _encode_images(adapter, retain, used, image, transform, runtime)
         return CachedTeacher(image, text, row_of_index, runtime.device)
 
     directory.mkdir(parents=True, exist_ok=True)
-    file, note = directory / "teacher_image_features.f32", directory / "teacher_image_features.json"
+    writes = ranks.local_rank == 0
+    name = "teacher_image_features" if ranks.size == 1 else f"teacher_image_features-{ranks.rank - ranks.local_rank}"
+    file, note = directory / f"{name}.f32", directory / f"{name}.json"
     made_from = {
         "model": adapter.identity(),
         "data": retain.fingerprint(),
@@ -100,39 +114,60 @@ def cache_teacher(
         "shape": list(shape),
         "used": hashlib.sha256(used.tobytes()).hexdigest(),
     }
-    if not (note.is_file() and json.loads(note.read_text(encoding="utf-8")) == made_from):
-        note.unlink(missing_ok=True)
-        image = np.memmap(file, dtype=np.float32, mode="w+", shape=shape)
-        _encode_images(adapter, retain, used, image, transform, runtime)
-        image.flush()
-        write_text_atomically(note, json.dumps(made_from))  # its presence says that the file is complete
+    complete = ranks.each(
+        lambda: not writes or (note.is_file() and json.loads(note.read_text(encoding="utf-8")) == made_from)
+    )
+    if not all(complete):
+        if writes:
+            note.unlink(missing_ok=True)
+        mapped = np.memmap(file, dtype=np.float32, mode="w+", shape=shape) if writes else None
+        _encode_images(adapter, retain, used, mapped, transform, runtime)
+        if mapped is not None:
+            mapped.flush()
+            write_text_atomically(note, json.dumps(made_from))  # its presence says that the file is complete
+        ranks.each(lambda: None)  # nobody opens it before
     return CachedTeacher(np.memmap(file, dtype=np.float32, mode="r", shape=shape), text, row_of_index, runtime.device)
 
 
 def _encode_captions(adapter: ClipAdapter, captions: CaptionTable, runtime: Runtime) -> Tensor:
     parts = torch.arange(len(captions)).split(runtime.batch_size)
+    shares = runtime.ranks.shares(len(parts))
     with runtime.inference(adapter):
-        return torch.cat([adapter.encode_text(captions.rows(part).to(runtime.device)).float().cpu() for part in parts])
+        own = [
+            adapter.encode_text(captions.rows(part).to(runtime.device)).float().cpu()
+            for part in parts[shares[runtime.ranks.rank]]
+        ]
+    return runtime.ranks.put_together(own, [sum(map(len, parts[share])) for share in shares])
 
 
 def _encode_images(
     adapter: ClipAdapter,
     retain: PairDataset,
     used: np.ndarray,
-    out: np.ndarray,
+    out: np.ndarray | None,
     transform: Callable[[Any], Tensor] | None,
     runtime: Runtime,
 ) -> None:
+    """Into the rows of `out`, or where it is None merely for the other ranks."""
+    ranks = runtime.ranks
     parts = np.split(used, range(runtime.batch_size, len(used), runtime.batch_size))
+    shares = ranks.shares(len(parts))
     loader = DataLoader(
         PixelDataset(retain, transform, None),
-        batch_sampler=[[(int(index), 0) for index in part] for part in parts],
+        batch_sampler=[[(int(index), 0) for index in part] for part in parts[shares[ranks.rank]]],
         num_workers=runtime.num_workers,
         collate_fn=torch.stack,
     )
-    row = 0
+    rounds = tqdm(range(max(share.stop - share.start for share in shares)), desc="teacher features", unit="batch",
+                  disable=not runtime.progress, leave=False)  # fmt: skip
+    own = iter(loader)
     with runtime.inference(adapter):
-        for pixels in tqdm(loader, desc="teacher features", unit="batch", disable=not runtime.progress, leave=False):
-            features = adapter.encode_image(pixels.to(runtime.device)).float().cpu().numpy()
-            out[row : row + len(features)] = features
-            row += len(features)
+        for turn in rounds:
+            features = [adapter.encode_image(pixels.to(runtime.device)).float().cpu() for pixels in islice(own, 1)]
+            parts_of_turn = [parts[share][turn : turn + 1] for share in shares]  # of each rank, the last may have none
+            counts = [sum(map(len, part)) for part in parts_of_turn]
+            found = ranks.put_together(features, counts).numpy().astype(np.float32, copy=False)
+            for share, rows in zip(shares, np.split(found, np.cumsum(counts)[:-1]), strict=True):
+                if out is not None and len(rows):
+                    start = (share.start + turn) * runtime.batch_size
+                    out[start : start + len(rows)] = rows

@@ -8,6 +8,7 @@ import os
 import random
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from cliperase_fast.functional import LossTerms
 from cliperase_fast.losses import CLIPEraseLoss
 from cliperase_fast.unlearning import checkpoints
 from cliperase_fast.unlearning.batches import Batch, BatchLoader
-from cliperase_fast.unlearning.engine import LocalEngine
+from cliperase_fast.unlearning.engine import Engine
 from cliperase_fast.unlearning.runtime import Runtime
 from cliperase_fast.unlearning.selection import Candidate, Selection
 from cliperase_fast.unlearning.teacher import Teacher
@@ -52,7 +53,7 @@ class Trainer:
 
     def __init__(
         self,
-        engine: LocalEngine,
+        engine: Engine,
         teacher: Teacher | None,
         teacher_scale: Tensor | None,
         loader: BatchLoader,
@@ -65,7 +66,7 @@ class Trainer:
     ) -> None:
         self.engine, self.teacher, self.teacher_scale, self.loader = engine, teacher, teacher_scale, loader
         self.config, self.runtime, self.selection, self.validate = config, runtime, selection, validate
-        self.directory, self.identity = directory, identity
+        self.directory, self.identity, self.ranks = directory, identity, runtime.ranks
         self.loss = CLIPEraseLoss(
             config.lambda_retain,
             config.lambda_forget,
@@ -74,6 +75,7 @@ class Trainer:
             margin=config.margin,
             consistency=config.consistency,
             backend=config.backend,
+            process_group=self.ranks.process_group,
         )
         self.steps_per_epoch = loader.plan.steps_per_epoch(config.accumulate)
         self.total_steps = config.epochs * self.steps_per_epoch
@@ -81,9 +83,9 @@ class Trainer:
 
     def run(self) -> Progress:
         """Train to the end (or to the early stop) and leave the chosen weights in the student."""
+        self.engine.train_mode()
         if self.progress.step == 0:
             self._checkpoint()
-        self.engine.train_mode()
         bar = tqdm(
             total=self.total_steps,
             initial=self.progress.step,
@@ -93,7 +95,8 @@ class Trainer:
         )
         first = self.progress.step * self.config.accumulate
         batches = self.loader.batches(first, self.total_steps * self.config.accumulate)
-        with bar, (self.directory / "metrics.jsonl").open("a", encoding="utf-8") as log:
+        log = (self.directory / "metrics.jsonl").open("a", encoding="utf-8") if self.ranks.first else None
+        with bar, log or nullcontext():
             while self.progress.step < self.total_steps and not self.progress.stopped_early:
                 line = self._step([next(batches) for _ in range(self.config.accumulate)])
                 self._log(log, line)
@@ -109,9 +112,12 @@ class Trainer:
         return self.progress
 
     def load_chosen(self) -> None:
-        """Put the weights of the chosen checkpoint into the student."""
-        assert self.progress.best_weights is not None
-        self.engine.load_weights(checkpoints.load_best(self.directory / "checkpoints", self.progress.best_weights))
+        """Put the weights of the chosen checkpoint into the student; training is over then."""
+        self.engine.close()
+        best = self.progress.best_weights
+        assert best is not None
+        found = checkpoints.load_best(self.directory / "checkpoints", best) if self.ranks.first else None
+        self.engine.load_weights(self.ranks.from_first_tensors(found))
 
     def restore(self, checkpoint: checkpoints.Checkpoint) -> None:
         """Go on from a checkpoint: weights, optimizer, random states, metrics."""
@@ -122,7 +128,9 @@ class Trainer:
         self.progress = Progress(
             step=state["step"],
             seconds=state["seconds"],
-            metrics=_keep_metrics(self.directory / "metrics.jsonl", state["metrics_bytes"]),
+            metrics=self.ranks.from_first(
+                lambda: _keep_metrics(self.directory / "metrics.jsonl", state["metrics_bytes"])
+            ),
             looks=[Candidate(**look) for look in state["looks"]],
             best=Candidate(**best["candidate"]) if best else None,
             best_weights=best["weights"] if best else None,
@@ -133,6 +141,8 @@ class Trainer:
     def _step(self, batches: list[Batch]) -> dict[str, Any]:
         began = time.perf_counter()
         number = self.progress.step + 1
+        if self.ranks.size > 1:  # dropout differs between ranks and does not hang on how many there were before
+            _seed(self.config.seed, number, self.ranks.rank)
         rate = learning_rate(self.config, self.progress.step, self.total_steps)
         sums = torch.zeros(4, dtype=torch.float64)
         for batch in batches:
@@ -145,16 +155,22 @@ class Trainer:
         if not fine:
             raise self._not_finite(number, values, gradient=True)
         self.progress.step = number
-        seconds = time.perf_counter() - began
-        self.progress.seconds += seconds
-        return {
+        own_pairs = sum(len(batch.pixels) for batch in batches)
+        seconds = self.ranks.numbers(time.perf_counter() - began)
+        self.progress.seconds += seconds[0]
+        plan = self.loader.plan
+        line = {
             "step": number,
             "epoch": (number - 1) // self.steps_per_epoch,
             **dict(zip(LossTerms._fields, values, strict=True)),
             "learning_rate": rate,
             "grad_norm": float(norm),
-            "pairs_per_second": sum(len(batch.pixels) for batch in batches) / seconds,
+            "pairs_per_second": len(batches) * (plan.forget_pairs + plan.retain_pairs) / seconds[0],
         }
+        if self.ranks.size > 1:
+            pairs = self.ranks.numbers(own_pairs)
+            line["rank_pairs_per_second"] = [n / s for n, s in zip(pairs, seconds, strict=True)]
+        return line
 
     def _terms(self, batch: Batch, image: Tensor, text: Tensor, scale: Tensor) -> LossTerms:
         """The losses of image features [M + N, D], and of text features [U, D] of the batch's different captions."""
@@ -175,6 +191,7 @@ class Trainer:
         )
 
     def _look(self, log: Any, epoch: int) -> None:
+        self.engine.update_student()
         progress, candidate = self.progress, self.validate(self.progress.step, epoch)
         progress.looks.append(candidate)
         line = {
@@ -190,26 +207,26 @@ class Trainer:
             progress.stopped_early = 0 < self.config.early_stop <= progress.looks_without_better
         if self.selection.better(candidate, progress.best):
             progress.best = candidate
-            progress.best_weights = checkpoints.save_best(
-                self.directory / "checkpoints", candidate.step, self.engine.weights()
+            weights = self.engine.weights()
+            progress.best_weights = self.ranks.from_first(
+                lambda: checkpoints.save_best(self.directory / "checkpoints", candidate.step, weights)
             )
 
     def _log(self, log: Any, line: dict[str, Any]) -> None:
         self.progress.metrics.append(line)
-        log.write(json.dumps(line) + "\n")
-        log.flush()
+        if log is not None:
+            log.write(json.dumps(line) + "\n")
+            log.flush()
 
     def _checkpoint(self) -> None:
         progress = self.progress
         best = None
         if progress.best is not None:
             best = {"candidate": progress.best.to_dict(), "weights": progress.best_weights}
-        checkpoints.save_checkpoint(
-            self.directory / "checkpoints",
-            progress.step,
-            self.engine.weights(),
-            {**self.engine.state(), "random": _random_states()},
-            {
+        weights, trainer = self.engine.weights(), {**self.engine.state(), "random": _random_states()}
+
+        def write() -> None:
+            state = {
                 "identity": self.identity,
                 "seconds": progress.seconds,
                 "metrics_bytes": _flushed_size(self.directory / "metrics.jsonl"),
@@ -217,17 +234,19 @@ class Trainer:
                 "best": best,
                 "looks_without_better": progress.looks_without_better,
                 "stopped_early": progress.stopped_early,
-            },
-            keep=self.config.keep_checkpoints,
-        )
+            }
+            root, keep = self.directory / "checkpoints", self.config.keep_checkpoints
+            checkpoints.save_checkpoint(root, progress.step, weights, trainer, state, keep=keep)
+
+        self.ranks.from_first(write)
 
     def _not_finite(self, number: int, values: list[float], gradient: bool = False) -> UnlearningError:
         what = "gradient" if gradient else "loss"
         terms = ", ".join(f"{name} {value:g}" for name, value in zip(LossTerms._fields, values, strict=True))
-        saved = checkpoints.list_checkpoints(self.directory / "checkpoints")
+        saved = self.ranks.from_first(lambda: checkpoints.list_checkpoints(self.directory / "checkpoints"))
         return UnlearningError(
-            f"the {what} is not finite at step {number} ({terms}); training stopped before that step changed the "
-            f"weights. The last good checkpoint is {saved[-1]}. Try a lower learning_rate (now "
+            f"the {what} is not finite at step {number} ({terms}); training stopped there and nothing of "
+            f"that step is saved. The last good checkpoint is {saved[-1]}. Try a lower learning_rate (now "
             f"{self.config.learning_rate:g}), grad_clip=1, or precision='fp32'"
         )
 
@@ -255,6 +274,13 @@ def _keep_metrics(path: Path, size: int) -> list[dict[str, Any]]:
     text = path.read_bytes()[:size].decode("utf-8")
     checkpoints.write_text_atomically(path, text)
     return [json.loads(line) for line in text.splitlines()]
+
+
+def _seed(*entropy: int) -> None:
+    seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
 
 
 def _random_states() -> dict[str, Any]:

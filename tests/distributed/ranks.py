@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-START_SECONDS, ANSWER_SECONDS = 90, 60
-COLLECTIVE_TIMEOUT = timedelta(seconds=15)
+START_SECONDS, ANSWER_SECONDS = 90, 120
+COLLECTIVE_TIMEOUT = timedelta(seconds=45)  # a busy machine imports DeepSpeed for long
 
 
 def _serve(rank: int, size: int, store: str, tasks: Any, answers: Any) -> None:

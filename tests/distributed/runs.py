@@ -1,0 +1,101 @@
+"""`unlearn()` on a tiny CLIP and flat colours, as the tests run it on one process and on ranks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+sys.path.append(str(Path(__file__).parents[1] / "unlearning"))
+from tiny import QUICK, make_pairs, make_tiny_clip, split_pairs
+
+import cliperase_fast as cf
+
+# 5 forget and 6 retain pairs a batch: no rank count divides both.
+SETTINGS = {**QUICK, "batch_size": 11, "forget_fraction": 0.45, "epochs": 3, "evaluate_every": 2}
+TERMS = ("total", "retain", "forget", "consistency")
+
+
+def run(**changes: Any) -> cf.UnlearnResult:
+    forget, retain = split_pairs(make_pairs(per_colour=18), "red")
+    clip = changes.pop("clip", {})
+    return cf.unlearn(make_tiny_clip(**clip), forget, retain, **{**SETTINGS, **changes})
+
+
+def told(result: cf.UnlearnResult, features: bool = True) -> dict[str, Any]:
+    """What a run comes to, in what passes between processes."""
+    return {
+        "losses": [[line[name] for name in TERMS] for line in result.history if "total" in line],
+        "norms": [line["grad_norm"] for line in result.history if "total" in line],
+        "rates": [line.get("rank_pairs_per_second") for line in result.history if "total" in line],
+        "scores": {part: result.record["after"][part] for part in ("forget", "retain")},
+        "selection": result.selection,
+        "features": features_of(result.model) if features else None,
+    }
+
+
+def features_of(model: torch.nn.Module) -> np.ndarray:
+    """Of a few images: what the weights compute, whatever they are."""
+    pixels = torch.stack([image for image, _ in make_pairs(per_colour=2, seed=5)])
+    with torch.no_grad():
+        return torch.nn.functional.normalize(model.eval().encode_image(pixels), dim=-1).numpy()
+
+
+def run_here(rank: int, changes: dict[str, Any]) -> dict[str, Any]:
+    return told(run(**changes))
+
+
+class Fatal(torch.utils.data.Dataset):
+    """The pairs of a colour; once its `left` images are read after `armed`, this process is killed."""
+
+    left: int | None = None
+
+    def __init__(self, pairs: list[Any]) -> None:
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> Any:
+        if Fatal.left is not None:
+            Fatal.left -= 1
+            if Fatal.left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return self.pairs[index]
+
+
+def run_fatally(output: Path | str, reads: int | None, **changes: Any) -> cf.UnlearnResult:
+    """A run in which this process is killed when it has read `reads` images of forget pairs; None: it is not."""
+    Fatal.left = reads
+    forget, retain = split_pairs(make_pairs(per_colour=18), "red")
+    return cf.unlearn(make_tiny_clip(), Fatal(forget), retain, output_dir=output, **{**SETTINGS, **changes})
+
+
+def noisy(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255 + 0.2 * torch.randn(3, 1, 1)
+
+
+def run_with_random_views(rank: int, changes: dict[str, Any]) -> dict[str, Any]:
+    rows = [
+        (Image.fromarray(((image.permute(1, 2, 0).numpy() + 2) * 60).clip(0, 255).astype(np.uint8)), caption)
+        for image, caption in make_pairs()
+    ]
+    forget, retain = split_pairs(rows, "red")
+    return told(cf.unlearn(make_tiny_clip(), forget, retain, transform=noisy, **{**SETTINGS, "epochs": 1, **changes}))
+
+
+def run_on_digits(rank: int, cache: Path, deepspeed: str) -> dict[str, Any]:
+    """The demo's run."""
+    from cliperase_fast.demo import RECIPES, cached_small_clip
+
+    recipe = RECIPES["demo"]
+    model = f"local-dir:{cached_small_clip('demo', recipe, cache_dir=cache)}"
+    settings = {**recipe.unlearning, "deepspeed": deepspeed, "report": False}
+    result = cf.unlearn(model, "demo#class:seven", "rest", progress=False, **settings)
+    return told(result, features=False)

@@ -1,0 +1,251 @@
+"""`unlearn()` on two ranks: the curve, the scores and the files of one process; errors that name rank and remedy."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from ranks import COLLECTIVE_TIMEOUT, Ranks
+from runs import features_of, run, run_fatally, run_here, run_with_random_views, told
+
+from cliperase_fast import InputError, UnlearnConfig
+from cliperase_fast import distributed as cfd
+from cliperase_fast.unlearning.zero import read_deepspeed
+
+
+def assert_same_run(found, alone, tolerance=1e-4):
+    assert np.allclose(found["losses"], alone["losses"], rtol=0, atol=tolerance)
+    assert np.allclose(found["norms"], alone["norms"], rtol=1e-3)
+    for part in ("forget", "retain"):
+        assert found["scores"][part]["zero_shot_top1"] == alone["scores"][part]["zero_shot_top1"]
+    assert found["selection"]["step"] == alone["selection"]["step"]
+    assert np.allclose(found["features"], alone["features"], atol=1e-3)
+
+
+ALONE: dict[str, dict] = {}
+
+
+def alone(**changes):
+    """The run of one process, once for all tests that compare with it."""
+    key = repr(sorted(changes.items()))
+    if key not in ALONE:
+        ALONE[key] = told(run(**changes))
+    return ALONE[key]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"accumulate": 2, "grad_clip": 0.5, "grad_cache_chunk": 2}, {"trainable": "image", "consistency": "intra"}],
+    ids=["plain", "accumulated, clipped, in chunks", "one tower"],
+)
+def test_the_curve_and_the_scores_are_those_of_one_process(two, changes):
+    first, second = two.run(run_here, changes)
+    assert_same_run(first, alone(**changes), tolerance=1e-5)
+    assert first["losses"] == second["losses"] and first["scores"] == second["scores"]
+    assert np.array_equal(first["features"], second["features"]), "the ranks' weights are equal to the last bit"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"deepspeed": "zero1", "grad_clip": 0.5},
+        {"deepspeed": {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+         "grad_cache_chunk": 2, "accumulate": 2},
+        {"deepspeed": "zero3"},
+        {"deepspeed": "zero3", "grad_cache_chunk": 2, "accumulate": 2, "teacher_cache": "off", "eval_batch_size": 3},
+    ],
+    ids=["1", "2, offloaded, in chunks", "3", "3, in chunks, live teacher"],
+)  # fmt: skip
+def test_zero_follows_one_process(two, changes):
+    plain = {name: value for name, value in changes.items() if name != "deepspeed"}
+    for found in two.run(run_here, changes):
+        assert_same_run(found, alone(**plain))
+
+
+def test_bf16_under_zero_stays_near(two):
+    found, _ = two.run(run_here, {"deepspeed": "zero2", "precision": "bf16", "epochs": 1})
+    assert np.allclose(found["losses"], alone(epochs=1)["losses"], atol=0.1)
+    assert not np.allclose(found["losses"], alone(epochs=1)["losses"], atol=1e-4)
+
+
+def test_random_views_are_those_of_one_process(two):
+    found, _ = two.run(run_with_random_views, {})
+    assert_same_run(found, run_with_random_views(0, {}), tolerance=1e-5)
+
+
+def test_dropout_differs_between_ranks_and_not_between_runs(two):
+    changes = {"clip": {"patch_dropout": 0.5}, "epochs": 1}
+    first, again = two.run(run_here, changes)[0], two.run(run_here, changes)[0]
+    assert first["losses"] == again["losses"]
+    assert first["losses"] != alone(**changes)["losses"]
+
+
+@pytest.mark.parametrize("deepspeed", ["", "zero3"])
+def test_one_rank_writes_and_the_model_loads_alone(two, tmp_path, deepspeed):
+    output = tmp_path / "run"
+    found, _ = two.run(run_here, {"output_dir": output, "deepspeed": deepspeed, "teacher_cache": "disk", "epochs": 1})
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "total" in line]
+    assert [line["step"] for line in steps] == list(range(1, len(steps) + 1)), "every step stands there once"
+    assert all(len(line["rank_pairs_per_second"]) == 2 for line in steps)
+    assert json.loads((output / "result.json").read_text())["ranks"] == 2
+    assert not (output / "cache").exists()
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{output / 'model'}")
+    assert np.allclose(features_of(model), found["features"], atol=1e-6)
+
+
+def back_to(output: Path, step: int) -> None:
+    """As if the run had been killed after that step."""
+    for path in (output / "checkpoints").glob("step-*"):
+        if int(path.name[5:]) > step:
+            shutil.rmtree(path)
+    (output / "result.json").unlink()
+
+
+def test_a_run_goes_on_with_another_number_of_ranks_and_another_stage(two, tmp_path):
+    settings = {"output_dir": tmp_path / "run", "keep_checkpoints": 9, "optimizer": "adamw", "weight_decay": 0.1}
+    whole = alone(optimizer="adamw", weight_decay=0.1)
+    two.run(run_here, {**settings, "deepspeed": "zero2"})
+    for step, changes in ((3, None), (6, {"deepspeed": "zero3"}), (3, {}), (3, {"deepspeed": "zero1"})):
+        back_to(tmp_path / "run", step)
+        going_on = {**settings, "resume": True}
+        found = told(run(**going_on)) if changes is None else two.run(run_here, {**going_on, **changes})[0]
+        assert_same_run(found, whole)
+
+
+def _with_something_else(rank: int, what: str) -> None:
+    changes = {"learning_rate": 1e-4} if what == "setting" else {"clip": {"width": 48}} if what == "model" else {}
+    if what == "data":
+        from tiny import QUICK, make_pairs, make_tiny_clip, split_pairs
+
+        import cliperase_fast as cf
+
+        cf.unlearn(make_tiny_clip(), *split_pairs(make_pairs(6 + rank), "red"), **QUICK)
+    if what == "directory" and rank == 0:
+        changes = {"output_dir": __file__}
+    run(**(changes if rank == 1 or what == "directory" else {}))
+
+
+@pytest.mark.parametrize(
+    ("what", "text"),
+    [
+        ("setting", "ranks differ in learning_rate (0.001 on rank 0, 0.0001 on rank 1)"),
+        ("model", "ranks differ in the model"),
+        ("data", "ranks differ in the pairs"),
+        ("directory", "test_unlearn_on_ranks.py is a file"),
+    ],
+)
+def test_ranks_that_differ_are_all_told_at_once(two, what, text):
+    began = time.monotonic()
+    for fine, answer in two.try_all(_with_something_else, what):
+        assert not fine
+        assert answer[0] == "InputError" and text in answer[1], answer[2]
+    assert time.monotonic() - began < COLLECTIVE_TIMEOUT.total_seconds()
+
+
+def _refused(rank: int, changes: dict) -> str:
+    try:
+        run(**changes)
+    except InputError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_what_ranks_cannot_do_is_said_before_anything_is_done(two):
+    for changes, text in (
+        ({"batch_size": 2}, "each of the 2 ranks needs one of both: raise batch_size or start fewer ranks"),
+        ({"backend": "eager"}, "backend='eager' does not work on several ranks"),
+        ({"deepspeed": "zero9"}, "deepspeed='zero9' is none of zero1, zero2, zero3 and no file"),
+    ):
+        assert all(text in found for found in two.run(_refused, changes)), changes
+
+
+def _dies(rank: int, output: str) -> None:
+    run_fatally(output, 40 if rank == 1 else None)
+
+
+def test_a_rank_that_is_killed_stops_the_others_with_a_clear_error(tmp_path):
+    ranks = Ranks(2, tmp_path)
+    try:
+        began = time.monotonic()
+        fine, (kind, text, trace) = ranks.ask(0, _dies, str(tmp_path / "run"))
+        assert not fine and kind == "UnlearningError", trace
+        assert "rank 0 of 2 no longer hears from another" in text and "start again with resume" in text
+        assert time.monotonic() - began < 2 * COLLECTIVE_TIMEOUT.total_seconds()
+        assert not (tmp_path / "run" / "result.json").exists()
+    finally:
+        ranks.stop(kill=True)
+
+
+# --- settings alone ---------------------------------------------------------------------------------------------------
+
+FOUR = cfd.Ranks(0, 4, 0, object())  # type: ignore[arg-type]  # a group that nothing is sent through
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"train_batch_size": 64}, "train_batch_size=64 contradicts batch_size x accumulate, by which it is 16"),
+        ({"train_micro_batch_size_per_gpu": 16}, "train_micro_batch_size_per_gpu=16 on 4 ranks makes batches of 64"),
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps=2 contradicts accumulate"),
+        ({"gradient_clipping": 1.0}, "gradient_clipping=1.0 contradicts grad_clip"),
+        ({"bf16": {"enabled": True}}, "bf16.enabled=True contradicts precision='fp32'"),
+        ({"fp16": {"enabled": True}}, "fp16.enabled=True contradicts precision='fp32'"),
+        ({"optimizer": {"type": "Lamb"}}, "optimizer.type='Lamb' contradicts optimizer, by which it is 'adam'"),
+        ({"optimizer": {"type": "Adam", "params": {"lr": 0.1}}}, "optimizer.params.lr=0.1 contradicts learning_rate"),
+        ({"optimizer": {"params": {"betas": [0, 0]}}}, "optimizer.params.betas is not ours to pass on"),
+        ({"scheduler": {"type": "WarmupLR"}}, "scheduler contradicts the settings schedule and warmup_steps"),
+        ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage is 0 and must be 1, 2 or 3"),
+        ({"zero_optimization": {}}, "zero_optimization.stage is None"),
+    ],
+)
+def test_a_deepspeed_configuration_that_contradicts_ours_is_refused_by_its_key(given, text):
+    with pytest.raises(InputError) as error:
+        read_deepspeed({"zero_optimization": {"stage": 2}, **given}, UnlearnConfig(), FOUR)
+    assert text in str(error.value)
+
+
+def test_a_deepspeed_configuration_that_agrees_passes_with_its_other_keys(tmp_path):
+    given = {
+        "train_batch_size": 16, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": "auto",
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-6}},
+        "zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}, "bf16": {"enabled": True},
+    }  # fmt: skip
+    (tmp_path / "ds.json").write_text(json.dumps(given))
+    config = UnlearnConfig(optimizer="adamw", precision="bf16", grad_clip=1.0)
+    found = read_deepspeed(str(tmp_path / "ds.json"), config, FOUR)
+    assert found["zero_optimization"] == given["zero_optimization"]
+    assert found["bf16"]["enabled"] and found["gradient_clipping"] == 1.0 and "optimizer" not in found
+
+
+def test_deepspeed_says_what_it_lacks(monkeypatch, tmp_path):
+    with pytest.raises(InputError, match=r"deepspeed needs a process group.*torchrun --nproc_per_node N"):
+        run(deepspeed="zero1")
+    (tmp_path / "ds.json").write_text("{")
+    with pytest.raises(InputError, match=r"ds\.json is not valid JSON"):
+        read_deepspeed(str(tmp_path / "ds.json"), UnlearnConfig(), FOUR)
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(InputError, match=r'pip install "cliperase_fast\[deepspeed\]"'):
+        read_deepspeed("zero1", UnlearnConfig(), FOUR)
+
+
+def test_an_environment_that_is_half_a_launchers_is_named(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(InputError, match="the environment has RANK but no WORLD_SIZE"):
+        run()
+
+
+def test_shares_are_contiguous_and_leave_out_nothing():
+    for size in (1, 2, 3, 7):
+        for count in (7, 8, 20):
+            parts = [range(count)[part] for part in cfd.Ranks(0, size).shares(count)]
+            assert [i for part in parts for i in part] == list(range(count))
+            assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert torch.equal(cfd.ALONE.put_together([torch.ones(2, 1)], [2]), torch.ones(2, 1))
