@@ -217,7 +217,8 @@ def _unlearn(arguments: argparse.Namespace) -> int:
         output_dir=arguments.output,
         resume=arguments.resume,
     )
-    _print_result(result, Path(arguments.output))
+    if os.environ.get("RANK", "0") == "0":  # of several ranks the first
+        _print_result(result, Path(arguments.output))
     return 0
 
 
