@@ -70,10 +70,13 @@ def test_the_order_of_threads_between_barriers_does_not_matter(kernels, subject)
         assert torch.equal(ours, theirs)
 
 
+ONES = torch.ones(3)  # kept alive: a block has only its address
+
+
 def as_block(kernels, student, **options):
     arguments = {
         "rows": len(student), "columns": student.shape[1], "leading": student.stride(0), "diagonal": 0,
-        "student": student.data_ptr(), "scalars": torch.ones(3).data_ptr(), **options,
+        "student": student.data_ptr(), "scalars": ONES.data_ptr(), **options,
     }  # fmt: skip
     return kernels.Block(**arguments)
 
