@@ -77,6 +77,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"cliperase-fast {__version__}")
+    # The deepspeed launcher adds it; the environment says the same.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     unlearn = _command(commands, "unlearn", "make a model forget", _unlearn)
@@ -274,7 +276,8 @@ def _passed_on(arguments: argparse.Namespace) -> list[str]:
 def _plan(arguments: argparse.Namespace) -> int:
     from cliperase_fast.planning import plan_text, step_of
 
-    print(plan_text(step_of(**{name: vars(arguments)[name] for name in vars(arguments).keys() - {"run", "command"}})))
+    given = vars(arguments)
+    print(plan_text(step_of(**{name: given[name] for name in given.keys() - {"run", "command", "local_rank"}})))
     return 0
 
 

@@ -23,6 +23,11 @@ def test_every_setting_is_a_flag_of_unlearn(capsys):
         assert source in text
 
 
+def test_the_deepspeed_launchers_argument_is_taken(capsys):
+    assert call("--local_rank=1", "backends") == 0
+    assert call("--local_rank=1", "plan", "--batch", 64, "--gpus", 2, "--model", "ViT-B-32") == 0
+
+
 def test_help_without_a_command_shows_examples(capsys):
     assert call() == 2
     assert "cliperase-fast unlearn --model" in capsys.readouterr().out
