@@ -17,6 +17,7 @@ from .loss_report import milliseconds
 from .points_report import KINDS, groups, title, value
 
 Series = dict[str, list[tuple[int, float]]]  # (N, y) of each provider
+_FLOOR = {"color": "black", "linestyle": ":", "marker": "x"}
 _GUIDES = {"time": 2, "memory": 1}  # what a scaling run is expected to grow as
 
 
@@ -56,7 +57,7 @@ def _against_n(series: Series, label: str, guide: int | None) -> Any:
     _lines(axes, series, label)
     axes.set_yscale("log")
     if guide is not None:
-        points = next(iter(series.values()))
+        points = min(series.values(), key=lambda found: (-len(found), found[-1][1]))  # who got furthest, in the least
         last_n, last = points[-1]
         ns = [points[0][0], last_n]
         style = {"color": "grey", "linestyle": "--", "linewidth": 1}
@@ -91,7 +92,7 @@ def _lines(axes: Any, series: Series, label: str) -> None:
     names = [name for name in series if name != FLOOR]
     for name, points in series.items():
         x, y = zip(*points, strict=True)
-        style = {"color": f"C{names.index(name)}", "marker": "o"} if name in names else {"color": "k", "linestyle": ":"}
+        style = {"color": f"C{names.index(name)}", "marker": "o"} if name in names else _FLOOR
         axes.plot(x, y, label="the floor: products alone" if name == FLOOR else name, **style)
     axes.set_xscale("log", base=2)
     axes.set(xlabel="N, pairs", ylabel=label)
