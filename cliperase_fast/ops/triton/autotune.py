@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -40,7 +41,8 @@ def configs(device: torch.device, dtype: torch.dtype, width: int, shipped: Confi
     path, key = saved_path(device), f"{str(dtype).removeprefix('torch.')}, width {triton.next_power_of_2(width)}"
     found = load(path)
     if key not in found and asked == "1" and not torch.cuda.is_current_stream_capturing():
-        limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        properties: Any = torch.cuda.get_device_properties(device)  # not every torch declares the field
+        limit = properties.shared_memory_per_block_optin
         found = {**found, key: search(key, shipped, dtype.itemsize, limit, timer)}
         save(path, found)
     return found.get(key, shipped)
