@@ -2,9 +2,10 @@
 
 python -m benchmarks.loss_memory PROVIDER LOSS DATA DTYPE N WIDTH DEVICE THREADS SECONDS        prints JSON
 
-A small step loads what is loaded on first use; the first one at this size is weighed. With SECONDS > 0 more are timed
-for about so long, at least three; where the weighed one took longer it is the one sample there is. Whether the provider
-is right is the caller's to check, in another process: what the check leaves behind would hide a part of the need.
+A small step loads what is loaded on first use; the first one at this size is weighed. It also touches its memory for
+the first time, which takes a while: with SECONDS > 0 more are timed for about so long, at least one; only where the
+weighed one took twenty times as long it is the one sample there is. Whether the provider is right is the caller's to
+check, in another process: what the check leaves behind would hide a part of the need.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ import torch
 from .batches import Case, gradients, make_batch
 from .machine import run_module
 from .providers import every_provider
-from .timing import LEAST_ROUNDS, Clock, PeakMemory, Step, Times, loss_step, timed
+from .timing import Clock, PeakMemory, Step, Times, loss_step, timed
 
 _SMALL = 320  # pairs
+_LONG = 20  # times the seconds to spend
 
 
 def resident(field: str) -> int:
@@ -55,9 +57,9 @@ def measure(name: str, case: Case, device: str, seconds: float) -> dict[str, Any
     step = loss_step(function, batch, Clock(device))
     first, extra = PeakMemory().measure(name, step) if device == "cuda" else _weighed(step)
     samples = [first]
-    if first.both < seconds:
+    if first.both < _LONG * seconds:
         samples, began = [], time.perf_counter()
-        while len(samples) < LEAST_ROUNDS or time.perf_counter() - began < seconds:
+        while not samples or time.perf_counter() - began < seconds:
             samples.append(step())
     return {"extra_bytes": extra, **timed(samples)}
 

@@ -6,8 +6,8 @@
     cliperase-fast bench scaling --compare before.json after.json
 
 Each provider and size runs in a process of its own: its first step is weighed (see `bench memory --help`), more of them
-are timed, for --seconds; where one step takes longer, that one is the sample. What cannot fit, and what would take more
-than --cap seconds a step, is skipped and named. "grows as" is fitted over the larger half of the sizes.
+are timed, for --seconds; where that one took twenty times as long, it is the sample. What cannot fit, and what would
+take more than --cap seconds a step, is skipped and named. "grows as" is fitted over the larger half of the sizes.
 """
 
 from __future__ import annotations

@@ -187,21 +187,17 @@ def draw_pictures() -> None:
 
 
 def readme_speed_table() -> str:
-    """Three rows for the README: time and memory at the largest batch that both were measured at."""
-    if not (RESULTS / "scaling-cpu.json").exists():
-        return "Not measured yet."
-    record = load("scaling-cpu")
+    """For the README: the loss at the width of CLIP ViT-B/32, beside open_clip's."""
+    record = load("loss-cpu")
     lines = []
-    for sizes in points_report.groups(record).values():
-        for n, rows in sorted(sizes.items()):
-            own, other = rows.get("ours-auto"), rows.get("open_clip")
-            ms = [points_report.value(row, "both_ms") for row in (own, other)]
-            mib = [points_report.value(row, "extra_bytes") for row in (own, other)]
-            if None in ms:
-                continue
-            lines.append((f"{n:,}", f"{ms[1]:,.0f} ms", f"{ms[0]:,.0f} ms", f"{ms[1] / ms[0]:.1f}x",
-                          f"{mib[1]:,.0f} MiB", f"{mib[0]:,.0f} MiB"))  # fmt: skip
-    head = ("pairs", "open_clip", "`auto`", "faster", "memory, open_clip", "memory, `auto`")
+    for case, rows in loss_report.by_case(record):
+        if (case.loss, case.data, case.dtype, case.width) != ("cliperase", "peaked", "float32", 512):
+            continue
+        own = loss_report.milliseconds(rows.get("ours-auto"))
+        others = [loss_report.baseline(rows, compiled) for compiled in (False, True)]
+        cells = [part for ms in others for part in ("" if ms is None else f"{ms:,.1f} ms", loss_report.ratio(ms, own))]
+        lines.append((f"{case.n:,}", "" if own is None else f"{own:,.1f} ms", *cells))
+    head = ("pairs", '`backend="auto"`', "open_clip", "faster", "open_clip, `torch.compile`", "faster")
     return f"{table(head, lines)}\n\n{provenance(record)}"
 
 
