@@ -8,8 +8,11 @@ machine changes the times, not those.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+from .timing import summary
 
 Row = Mapping[str, Any]
 Table = tuple[Sequence[str], list[Sequence[str]]]
@@ -23,14 +26,36 @@ _HEAD = ("case", "provider", "of", "before", "after", "after/before", "of their 
 
 
 def comparison(before: Mapping[str, Any], after: Mapping[str, Any]) -> Table:
-    kinds = [record.get("benchmark", "loss") for record in (before, after)]
+    kinds = [_kind(record) for record in (before, after)]
     if kinds[0] != kinds[1]:
         raise SystemExit(f"the one is a record of bench {kinds[0]}, the other of bench {kinds[1]}")
-    then, now = ({_key(row): row for row in record["runs"]} for record in (before, after))
+    then, now = ({_key(row): row for row in _rows(record)} for record in (before, after))
     lines: list[Sequence[str]] = []
     for key in [*then, *(key for key in now if key not in then)]:
         lines += _changes(key, then, now)
     return _HEAD, lines
+
+
+def _kind(record: Mapping[str, Any]) -> str:
+    return record.get("benchmark", "train" if any("who" in run for run in record["runs"]) else "loss")
+
+
+def _rows(record: Mapping[str, Any]) -> Sequence[Row]:
+    """A row for each case. A record of `train` has several runs of one: its steps are put together."""
+    if _kind(record) != "train":
+        return record["runs"]
+    together: dict[tuple[str, str], list[Row]] = {}
+    for run in record["runs"]:
+        together.setdefault((run["who"], run["setting"]), []).append(run)
+    return [
+        {
+            "provider": who,
+            "setting": setting,
+            "step_ms": summary([seconds for run in runs for seconds in run["step_seconds"]]),
+            "peak_bytes": statistics.median(run["peak_bytes"] for run in runs),
+        }
+        for (who, setting), runs in together.items()
+    ]
 
 
 def _changes(key: tuple[Any, ...], then: dict[Any, Row], now: dict[Any, Row]) -> Iterator[Sequence[str]]:

@@ -168,6 +168,18 @@ def test_memory_is_compared_too_and_records_of_two_kinds_are_not():
         comparison(before, {**after, "benchmark": "scaling"})
 
 
+def test_the_runs_of_a_training_loop_are_compared_as_one():
+    def trained(*step_seconds):
+        runs = [{"who": "unlearn", "setting": "demo", "step_seconds": s, "peak_bytes": 500 << 20} for s in step_seconds]
+        return {"runs": runs}
+
+    changes = comparison(trained([0.1, 0.1], [0.1, 0.1]), trained([0.05, 0.05], [0.05, 0.06]))[1]
+    assert [line[1:6] + line[-1:] for line in changes] == [
+        ("unlearn", "step_ms", "100", "50", "0.500", "faster"),
+        ("unlearn", "peak_bytes", "500.0 MiB", "500.0 MiB", "1.000", "same"),
+    ]
+
+
 def test_the_targets_say_what_is_met_and_what_is_not():
     slow = {"open_clip-style-compiled": (30, 0), "open_clip-style": None}
     head, lines = loss_report.targets_table(record_of(floor=(10, 0), **{"ours-triton": (18, 0)}, **slow))
