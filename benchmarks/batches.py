@@ -185,7 +185,7 @@ def functional_loss(backend: str, **options: str) -> Loss:
     def loss(*fields: Tensor | None) -> Tensor:
         b = Batch(*fields)
         if b.bias is not None:
-            return sigmoid_loss(b.image, b.text, b.scale, b.bias)
+            return sigmoid_loss(b.image, b.text, b.scale, b.bias, backend=backend)
         if b.teacher_image is None:
             return functional.clip_loss(b.image, b.text, b.scale, backend=backend, **options)
         return functional.cliperase_loss(

@@ -121,11 +121,19 @@ def _own() -> list[Provider]:
     providers = [_ours("auto", "", {}, None, "what users get: the backend and keep= are chosen by device and size")]
     for name, backend in REGISTRY.items():
         if backend.keeps:
-            providers += [_ours(name, f"-keep-{keep}", {"keep": keep}, name, note) for keep, note in _KEEPING.items()]
+            providers += [
+                _ours(name, f"-keep-{keep}", {"keep": keep}, name, note, _SWEPT) for keep, note in _KEEPING.items()
+            ]
+            sigmoid = _ours(name, "", {}, name, "gradients are formed in the forward pass", ("siglip",))
+            only = backend.sigmoid_devices
+            providers.append(sigmoid if only is None else replace(sigmoid, devices=only))
         else:
             note = "the reference; holds N x N matrices" if name == "eager" else "forms the similarities twice"
             providers.append(_ours(name, "", {}, name, note))
     return providers
+
+
+_SWEPT = ("cliperase", "clip")  # where `keep` makes a difference
 
 
 _KEEPING = {
@@ -134,11 +142,18 @@ _KEEPING = {
 }
 
 
-def _ours(backend: str, suffix: str, options: dict[str, str], registered: str | None, note: str) -> Provider:
+def _ours(
+    backend: str,
+    suffix: str,
+    options: dict[str, str],
+    registered: str | None,
+    note: str,
+    losses: tuple[str, ...] = LOSSES,
+) -> Provider:
     return Provider(
         f"ours-{backend}{suffix}",
         lambda case: functional_loss(backend, **options),
-        losses=LOSSES if registered is None else tuple(loss for loss in LOSSES if loss != "siglip"),
+        losses=losses,
         # In Triton's interpreter a time says nothing.
         devices=("cuda",) if backend == "triton" else ("cpu", "cuda"),
         backend=registered,

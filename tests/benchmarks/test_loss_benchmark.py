@@ -33,7 +33,7 @@ def test_every_provider_has_the_true_loss_and_gradients(name):
     assert max(found.values()) < 1e-4
 
 
-@pytest.mark.parametrize("name", ["open_clip", "open_clip-style", "ours-auto"])
+@pytest.mark.parametrize("name", ["open_clip", "open_clip-style", "ours-auto", "ours-native"])
 def test_the_sigmoid_loss_of_every_provider_is_the_true_one(name):
     case = replace(CASE, loss="siglip")
     assert providers.check(providers.every_provider()[name], case, "cpu")[1] is None
