@@ -165,7 +165,7 @@ def as_sweep(engine: Engine) -> Sweep:
         engine.check(problem)
         differentiable = image.requires_grad or text.requires_grad or logit_scale.requires_grad
         kept_bytes = engine.kept_bytes(problem, keep) if differentiable and torch.is_grad_enabled() else 0
-        if torch.compiler.is_compiling() or _watched(arguments[:7]):
+        if torch.compiler.is_compiling() or watched(arguments[:7]):
             retention, consistency, _, _ = forward_op(*arguments, strip_rows, kept_bytes)
             return retention, consistency
         return Directly.apply(*arguments, strip_rows, kept_bytes)
@@ -176,7 +176,7 @@ def as_sweep(engine: Engine) -> Sweep:
 _PLAIN = (Tensor, torch.nn.Parameter, type(None))
 
 
-def _watched(tensors: tuple[Tensor | None, ...]) -> bool:
+def watched(tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether something stands between these tensors and their values: a tracer, a counter, fakes."""
     return torch._C._len_torch_dispatch_stack() > 0 or any(type(tensor) not in _PLAIN for tensor in tensors)
 

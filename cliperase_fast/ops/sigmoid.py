@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cliperase_fast.ops.engine import watched
 from cliperase_fast.ops.problem import Problem
 from cliperase_fast.ops.streaming import Similarity, strip_height
 from cliperase_fast.ops.sweep import compute_dtype, no_autocast
@@ -106,6 +107,10 @@ _SCHEMA = (
 )
 def _times(grad: Tensor, units: list[Tensor]) -> list[Tensor]:
     """grad times each. An op, not arithmetic, so that a second derivative is refused and not taken for 0."""
+    return _times_plainly(grad, units)
+
+
+def _times_plainly(grad: Tensor, units: list[Tensor]) -> list[Tensor]:
     return [unit * grad for unit in units]
 
 
@@ -125,7 +130,21 @@ def as_sigmoid(engine: SigmoidEngine) -> Sigmoid:
 
     op = torch.library.custom_op(f"cliperase_fast::{engine.name}_sigmoid", run, mutates_args=(), schema=_SCHEMA)
     op.register_fake(_fake)
-    op.register_autograd(_differentiate, setup_context=_keep)
+    op.register_autograd(lambda ctx, grad, *_: _gradients(ctx, _times, grad), setup_context=_keep)
+
+    class Directly(torch.autograd.Function):
+        """Without the op, which costs a small batch more than its loss does."""
+
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Tensor:
+            parts = run(*arguments)
+            _keep(ctx, arguments, parts)
+            return parts.loss
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
+            # With create_graph the op, which refuses to be differentiated.
+            return _gradients(ctx, _times if torch.is_grad_enabled() else _times_plainly, grad)
 
     def loss(
         image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int, strip_rows: int = 0
@@ -139,8 +158,10 @@ def as_sigmoid(engine: SigmoidEngine) -> Sigmoid:
         image_too, text_too, scale_too, bias_too = (
             tensor.requires_grad and torch.is_grad_enabled() for tensor in tensors
         )
-        parts = op(*tensors, offset, image_too, text_too, scale_too or bias_too, strip_rows)
-        return parts[0] / len(image)
+        arguments = (*tensors, offset, image_too, text_too, scale_too or bias_too, strip_rows)
+        if torch.compiler.is_compiling() or watched(tensors):
+            return op(*arguments)[0] / len(image)
+        return Directly.apply(*arguments) / len(image)
 
     return Sigmoid(loss, engine)
 
@@ -159,12 +180,13 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.save_for_backward(*output[1:])
 
 
-def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
+def _gradients(ctx: Any, times: Callable[..., list[Tensor]], grad: Tensor | None) -> tuple[Any, ...]:
+    """Of each argument of the op."""
     if grad is None:
         return (None,) * 9
     wanted = [place for place in range(4) if ctx.needs_input_grad[place]]
     units = [ctx.saved_tensors[place] for place in wanted]
-    gradients = zip(wanted, _times(grad, units), strict=True)
+    gradients = zip(wanted, times(grad, units), strict=True)
     found = {place: gradient.to(ctx.dtypes[place]) for place, gradient in gradients}
     return *(found.get(place) for place in range(4)), None, None, None, None, None
 
