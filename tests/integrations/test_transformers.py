@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import trainer_ranks
 from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel, Trainer, TrainingArguments
 
 import cliperase_fast as cf
@@ -150,3 +151,15 @@ def test_a_compiled_and_checkpointed_model_has_the_same_loss():
     model.gradient_checkpointing_disable()
     compiled = torch.compile(model, backend="aot_eager")
     torch.testing.assert_close(compiled(**batch(), return_loss=True).loss, plain.loss)
+
+
+def test_two_ranks_of_a_trainer_follow_the_stock_curve(tmp_path):
+    """DDP as Trainer sets it up; ZeRO, gradient checkpointing and compiled models are in `long_trainers.py`."""
+    assert_same_curves(trainer_ranks.curves(tmp_path, "CLIPModel", ddp_backend="gloo"), "DistributedDataParallel")
+
+
+def assert_same_curves(found, wrapped):
+    assert found["wrapped Trainer"] == found["wrapped FusedTrainer"] == wrapped
+    assert len(found["Trainer"]) == trainer_ranks.STEPS
+    assert found["FusedTrainer"] == pytest.approx(found["Trainer"], rel=1e-4, abs=1e-4)
+    assert len(set(found["FusedTrainer"])) == trainer_ranks.STEPS  # it trains

@@ -27,6 +27,15 @@ def curves(folder: Path, model: str, ranks: int = 2, **options: Any) -> dict[str
     return json.loads((folder / "curves.json").read_text())
 
 
+def zero(stage: int) -> dict[str, Any]:
+    """A DeepSpeed configuration for the CPU."""
+    return {
+        "zero_optimization": {"stage": stage}, "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto", "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }  # fmt: skip
+
+
 def run_rank(folder: Path, name: str, options: dict[str, Any]) -> None:
     import test_transformers as cases
     import torch
@@ -35,11 +44,15 @@ def run_rank(folder: Path, name: str, options: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     found = {}
     for trainer_kind in (transformers.Trainer, cases.FusedTrainer):
+        model = cases.model_of(getattr(transformers, name)).train()  # before arguments that make ZeRO 3 shard it
+        if "deepspeed" in options:
+            for parameter in model.parameters():
+                if parameter.ndim == 0:  # DeepSpeed's broadcast wants at least one dimension, with any trainer
+                    parameter.data = parameter.data.reshape(1)
         arguments = transformers.TrainingArguments(
             str(folder / trainer_kind.__name__), per_device_train_batch_size=8, max_steps=STEPS, learning_rate=1e-3,
             logging_steps=1, report_to=[], save_strategy="no", seed=3, use_cpu=True, disable_tqdm=True, **options,
         )  # fmt: skip
-        model = cases.model_of(getattr(transformers, name)).train()
         trainer = trainer_kind(model, arguments, train_dataset=cases.pairs(), data_collator=cases.collate)
         trainer.train()
         assert arguments.world_size == int(os.environ["WORLD_SIZE"])
