@@ -42,13 +42,14 @@ def run_rank(folder: Path, name: str, options: dict[str, Any]) -> None:
     import transformers
 
     torch.set_num_threads(1)
+    # both before the arguments, in whose presence ZeRO 3 shards what is made
+    models = [cases.model_of(getattr(transformers, name)).train() for _ in range(2)]
+    if "deepspeed" in options:
+        for parameter in (parameter for model in models for parameter in model.parameters()):
+            if parameter.ndim == 0:  # DeepSpeed's broadcast wants at least one dimension, with any trainer
+                parameter.data = parameter.data.reshape(1)
     found = {}
-    for trainer_kind in (transformers.Trainer, cases.FusedTrainer):
-        model = cases.model_of(getattr(transformers, name)).train()  # before arguments that make ZeRO 3 shard it
-        if "deepspeed" in options:
-            for parameter in model.parameters():
-                if parameter.ndim == 0:  # DeepSpeed's broadcast wants at least one dimension, with any trainer
-                    parameter.data = parameter.data.reshape(1)
+    for trainer_kind, model in zip((transformers.Trainer, cases.FusedTrainer), models, strict=True):
         arguments = transformers.TrainingArguments(
             str(folder / trainer_kind.__name__), per_device_train_batch_size=8, max_steps=STEPS, learning_rate=1e-3,
             logging_steps=1, report_to=[], save_strategy="no", seed=3, use_cpu=True, disable_tqdm=True, **options,
