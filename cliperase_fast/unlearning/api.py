@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -19,30 +17,21 @@ from torch import Tensor, nn
 from cliperase_fast._version import installed_versions
 from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.data import PairDataset
-from cliperase_fast.distributed import Ranks, joined
+from cliperase_fast.distributed import joined
 from cliperase_fast.errors import InputError
 from cliperase_fast.evaluation import EncodedPairs, encode_pairs, pair_similarities, require_finite, score
 from cliperase_fast.models import ClipAdapter, load_model, merge_lora, set_trainable
 from cliperase_fast.ops import choose
 from cliperase_fast.unlearning.batches import BatchLoader, BatchPlan, CaptionTable, seeded
-from cliperase_fast.unlearning.checkpoints import (
-    FORMAT,
-    Checkpoint,
-    list_checkpoints,
-    load_newest,
-    write_text_atomically,
-)
-from cliperase_fast.unlearning.engine import MOMENTS, Engine, LocalEngine
+from cliperase_fast.unlearning.engine import Engine, LocalEngine
 from cliperase_fast.unlearning.preparation import PreparedData, Split, open_sets, prepare_data
 from cliperase_fast.unlearning.result import UnlearnResult
+from cliperase_fast.unlearning.resuming import check_directory, fixed_settings, resume_from, work_directory
 from cliperase_fast.unlearning.runtime import Runtime
 from cliperase_fast.unlearning.selection import Candidate, Selection
 from cliperase_fast.unlearning.teacher import LiveTeacher, Teacher, cache_teacher
 from cliperase_fast.unlearning.trainer import Trainer
 from cliperase_fast.unlearning.zero import ShardedTeacher, ZeroEngine, read_deepspeed
-
-# Settings that a resumed run may change: they do not touch the weights that come out.
-_FREE_ON_RESUME = {"num_workers", "report", "keep_checkpoints", "checkpoint_every", "deepspeed", "rank_timeout"}
 
 
 def unlearn(
@@ -132,10 +121,10 @@ def _unlearn(
         "model": original.identity(),
         "teacher": frozen.identity(),
         "data": data.fingerprint(),
-        "config": {key: value for key, value in settings.to_dict().items() if key not in _FREE_ON_RESUME},
+        "config": fixed_settings(settings),
     }
     ranks.agree({"the model": identity["model"], "the teacher": identity["teacher"], "the data": identity["data"]})
-    checkpoint = _resume(directory, identity, ranks) if resume else None
+    checkpoint = resume_from(directory, identity, ranks) if resume else None
 
     with ExitStack() as stack:
         stack.enter_context(seeded(settings.seed))  # the caller's own random state is put back
@@ -162,7 +151,7 @@ def _unlearn(
         if settings.lambda_consistency > 0:
             pixels = loader.pixels[0, 0]
             ranks.together(lambda: _try_teacher(settings, frozen, captions, pixels, test_before, runtime))
-        work = ranks.from_first(lambda: _work_directory(directory, settings, stack))
+        work = ranks.from_first(lambda: work_directory(directory, settings, stack))
         trainer = Trainer(
             _engine(student, parameters, settings, runtime, zero),
             _teacher(settings, frozen, data, captions, loader, runtime, work, zero),
@@ -307,89 +296,8 @@ def _check_settings(
             "batch_size or start fewer ranks"
         )
     if ranks.first:
-        _check_directory(directory, resume)
+        check_directory(directory, resume)
     return read_deepspeed(settings.deepspeed, settings, ranks) if settings.deepspeed else None
-
-
-def _check_directory(directory: Path | None, resume: bool) -> None:
-    if directory is None:
-        if resume:
-            raise InputError("resume=True needs output_dir, the run directory to go on with")
-        return
-    if directory.exists() and not directory.is_dir():
-        raise InputError(f"output_dir={directory} is a file; give a folder")
-    used = directory.is_dir() and any(directory.iterdir())
-    if used and not resume:
-        raise InputError(
-            f"output_dir={directory} is already used: give another folder, or resume=True to go on with it"
-        )
-    if used and not (directory / "config.json").is_file():
-        raise InputError(f"output_dir={directory} holds no run (no config.json), so there is nothing to resume")
-
-
-def _work_directory(directory: Path | None, settings: UnlearnConfig, stack: ExitStack) -> Path:
-    if directory is None:
-        return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cliperase-")))
-    directory.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(directory / "config.json", json.dumps(settings.to_dict(), indent=2) + "\n")
-    return directory
-
-
-def _resume(directory: Path | None, identity: dict[str, Any], ranks: Ranks) -> Checkpoint | None:
-    """The newest whole checkpoint, read by the first rank, on all."""
-    found: list[Checkpoint] = []
-
-    def read() -> tuple[Path, dict[str, Any], dict[str, Any]] | None:
-        checkpoint = _checkpoint_to_resume(directory, identity)
-        if checkpoint is None:
-            return None
-        found.append(checkpoint)
-        small = {**checkpoint.trainer, "optimizer": {"step": checkpoint.trainer["optimizer"]["step"]}}
-        return checkpoint.path, checkpoint.state, small
-
-    told = ranks.from_first(read)
-    if told is None:
-        return None
-    path, state, trainer = told
-    own = found[0] if found else None
-    student = ranks.from_first_tensors(own and own.student)
-    for moment in MOMENTS:
-        trainer["optimizer"][moment] = ranks.from_first_tensors(own and own.trainer["optimizer"][moment])
-    return Checkpoint(path, state, student, trainer)
-
-
-def _checkpoint_to_resume(directory: Path | None, identity: dict[str, Any]) -> Checkpoint | None:
-    """The newest whole checkpoint, or None when the run was stopped before it wrote one."""
-    assert directory is not None
-    checkpoint = load_newest(directory / "checkpoints")
-    if checkpoint is None:
-        found = list_checkpoints(directory / "checkpoints")
-        if found:
-            raise InputError(
-                f"every checkpoint in {directory / 'checkpoints'} is damaged; start again in another folder"
-            )
-        return None
-    if checkpoint.state["format"] != FORMAT:
-        raise InputError(f"{checkpoint.path} was written by another version; start again in another output_dir")
-    saved = checkpoint.state["identity"]
-    for name, remedy in (
-        ("model", "it was made with another model"),
-        ("teacher", "it was made with another teacher"),
-        ("data", "it was made with other data"),
-    ):
-        if saved[name] != identity[name]:
-            raise InputError(f"cannot resume from {checkpoint.path}: {remedy}; start again in another output_dir")
-    differing = [
-        f"{key} {saved['config'].get(key)!r} -> {value!r}"
-        for key, value in identity["config"].items()
-        if saved["config"].get(key) != value
-    ]
-    if differing:
-        raise InputError(
-            f"cannot resume from {checkpoint.path}: the settings differ ({'; '.join(differing)}); give the old ones, "
-            "or start again in another output_dir"
-        )
-    return checkpoint
 
 
 def _transforms(

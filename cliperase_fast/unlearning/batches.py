@@ -183,6 +183,11 @@ class BatchLoader:
         for number, pixels in zip(range(start, stop), loader, strict=True):
             yield self._batch(number, pixels)
 
+    def pairs_of_ranks(self) -> list[int]:
+        """How many pairs of a batch each rank has."""
+        sides = [self.ranks.shares(count) for count in (self.plan.forget_pairs, self.plan.retain_pairs)]
+        return [sum(part.stop - part.start for part in of_rank) for of_rank in zip(*sides, strict=True)]
+
     def _pairs_of(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         forget, retain = (pairs[self.ranks.share(len(pairs))] for pairs in self.plan.batch(number))
         return np.concatenate([forget, self.plan.n_forget + retain]), retain

@@ -155,7 +155,6 @@ class Trainer:
         if not fine:
             raise self._not_finite(number, values, gradient=True)
         self.progress.step = number
-        own_pairs = sum(len(batch.pixels) for batch in batches)
         seconds = self.ranks.numbers(time.perf_counter() - began)
         self.progress.seconds += seconds[0]
         plan = self.loader.plan
@@ -168,8 +167,8 @@ class Trainer:
             "pairs_per_second": len(batches) * (plan.forget_pairs + plan.retain_pairs) / seconds[0],
         }
         if self.ranks.size > 1:
-            pairs = self.ranks.numbers(own_pairs)
-            line["rank_pairs_per_second"] = [n / s for n, s in zip(pairs, seconds, strict=True)]
+            pairs = self.loader.pairs_of_ranks()
+            line["rank_pairs_per_second"] = [len(batches) * n / s for n, s in zip(pairs, seconds, strict=True)]
         return line
 
     def _terms(self, batch: Batch, image: Tensor, text: Tensor, scale: Tensor) -> LossTerms:

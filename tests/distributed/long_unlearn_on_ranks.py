@@ -10,8 +10,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
-from runs import run_here, run_on_digits
+from runs import run_here, run_kind, run_on_digits
 from test_unlearn_on_ranks import alone, assert_same_run
 
 HERE = Path(__file__).parent
@@ -25,6 +26,26 @@ def test_every_stage_follows_one_process(request, ranks, deepspeed, chunk):
     changes = {"grad_cache_chunk": chunk, "accumulate": 2, "grad_clip": 1.0, "teacher_cache": "off"}
     for found in request.getfixturevalue(ranks).run(run_here, {**changes, "deepspeed": deepspeed}):
         assert_same_run(found, alone(**changes))
+
+
+def assert_same_curve(found, one):
+    assert np.allclose(found["losses"], one["losses"], atol=1e-4)
+    assert np.allclose(found["norms"], one["norms"], rtol=1e-3)
+
+
+@pytest.mark.parametrize("chunk", [0, 2])
+@pytest.mark.parametrize("kind", ["custom_text", "resnet", "timm", "transformers", "generic"])
+def test_models_of_every_kind_are_sharded_by_stage_3(two, kind, chunk):
+    changes = {"grad_cache_chunk": chunk, "teacher_cache": "off"}
+    for found in two.run(run_kind, kind, {**changes, "deepspeed": "zero3"}):
+        assert_same_curve(found, run_kind(0, kind, changes))
+
+
+@pytest.mark.parametrize("trainable", ["text", "last:1", "lora"])
+@pytest.mark.parametrize("deepspeed", ["", "zero2", "zero3"])
+def test_what_is_frozen_stays_so(two, deepspeed, trainable):
+    for found in two.run(run_here, {"trainable": trainable, "deepspeed": deepspeed}):
+        assert_same_run(found, alone(trainable=trainable))
 
 
 @pytest.mark.parametrize("deepspeed", ["", "zero1", "zero2", "zero3"])

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-sys.path.append(str(Path(__file__).parents[1] / "unlearning"))
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("unlearning", "models")]
 from tiny import QUICK, make_pairs, make_tiny_clip, split_pairs
 
 import cliperase_fast as cf
@@ -99,3 +99,17 @@ def run_on_digits(rank: int, cache: Path, deepspeed: str) -> dict[str, Any]:
     settings = {**recipe.unlearning, "deepspeed": deepspeed, "report": False}
     result = cf.unlearn(model, "demo#class:seven", "rest", progress=False, **settings)
     return told(result, features=False)
+
+
+def run_kind(rank: int, kind: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """A run of a small model of that kind, with captions that are token ids."""
+    from tiny_models import MODELS
+
+    generator = torch.Generator().manual_seed(0)
+    pairs = [
+        (torch.randn(3, 16, 16, generator=generator) + i % 3, torch.tensor([8, 1 + i % 3, 4 + i % 2, 9] + 12 * [0]))
+        for i in range(48)
+    ]
+    forget, retain = [p for p in pairs if p[1][1] == 1], [p for p in pairs if p[1][1] != 1]
+    settings = {**SETTINGS, "epochs": 1, **changes}
+    return told(cf.unlearn(MODELS[kind](), forget, retain, test=(forget, retain), **settings), features=False)

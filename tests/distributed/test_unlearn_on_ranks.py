@@ -80,7 +80,7 @@ def test_random_views_are_those_of_one_process(two):
     assert_same_run(found, run_with_random_views(0, {}), tolerance=1e-5)
 
 
-def test_dropout_differs_between_ranks_and_not_between_runs(two):
+def test_dropout_draws_are_those_of_the_step_not_of_the_run(two):
     changes = {"clip": {"patch_dropout": 0.5}, "epochs": 1}
     first, again = two.run(run_here, changes)[0], two.run(run_here, changes)[0]
     assert first["losses"] == again["losses"]
