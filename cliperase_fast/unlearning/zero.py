@@ -42,7 +42,7 @@ def read_deepspeed(setting: str | Mapping[str, Any], config: UnlearnConfig, rank
     for key in ("optimizer", "train_batch_size"):
         given.pop(key, None)
     zero = given["zero_optimization"]
-    return {
+    completed = {
         "zero_force_ds_cpu_optimizer": False,  # ours is torch's, which runs on the CPU as well
         "steps_per_print": 2**31,
         **given,
@@ -54,6 +54,8 @@ def read_deepspeed(setting: str | Mapping[str, Any], config: UnlearnConfig, rank
         "gradient_clipping": config.grad_clip,
         "bf16": {**given.get("bf16", {}), "enabled": config.precision == "bf16"},
     }
+    _try(completed)
+    return completed
 
 
 def _require_deepspeed() -> None:
@@ -64,6 +66,16 @@ def _require_deepspeed() -> None:
     except ImportError as error:
         raise InputError(f'deepspeed is not installed ({error}): pip install "cliperase_fast[deepspeed]"') from error
     deepspeed.utils.logger.setLevel(logging.WARNING)
+
+
+def _try(completed: dict[str, Any]) -> None:
+    """What DeepSpeed would say of it once everything is loaded."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    try:
+        DeepSpeedConfig(copy.deepcopy(completed))
+    except (ValueError, TypeError, AssertionError) as error:
+        raise InputError(f"deepspeed: DeepSpeed refuses the configuration: {error}") from error
 
 
 def _initialize(**arguments: Any) -> Any:
@@ -128,6 +140,11 @@ def _check(given: dict[str, Any], config: UnlearnConfig, ranks: Ranks) -> None:
     for section, keys in known.items():
         for key in (_lookup(given, section) or {}).keys() - keys:
             raise InputError(f"deepspeed: {section}.{key} is not ours to pass on; leave the key out")
+    for part in ("offload_optimizer", "offload_param"):
+        if _lookup(zero, f"{part}.device") == "nvme":
+            raise InputError(f"deepspeed: zero_optimization.{part}.device='nvme' is not supported; use 'cpu'")
+    if stage == 1 and _lookup(given, "data_types.grad_accum_dtype") not in (None, "auto"):
+        raise InputError("deepspeed: data_types.grad_accum_dtype is not supported with stage 1; use stage 2")
     if "scheduler" in given:
         raise InputError("deepspeed: scheduler contradicts the settings schedule and warmup_steps; leave the key out")
 

@@ -69,8 +69,9 @@ def test_zero_follows_one_process(two, changes):
         assert_same_run(found, alone(**plain))
 
 
-def test_bf16_under_zero_stays_near(two):
-    found, _ = two.run(run_here, {"deepspeed": "zero2", "precision": "bf16", "epochs": 1})
+@pytest.mark.parametrize("deepspeed", ["zero1", "zero3"])
+def test_bf16_under_zero_stays_near(two, deepspeed):
+    found, _ = two.run(run_here, {"deepspeed": deepspeed, "precision": "bf16", "epochs": 1})
     assert np.allclose(found["losses"], alone(epochs=1)["losses"], atol=0.1)
     assert not np.allclose(found["losses"], alone(epochs=1)["losses"], atol=1e-4)
 
@@ -204,6 +205,8 @@ FOUR = cfd.Ranks(0, 4, 0, object())  # type: ignore[arg-type]  # a group that no
         ({"scheduler": {"type": "WarmupLR"}}, "scheduler contradicts the settings schedule and warmup_steps"),
         ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage is 0 and must be 1, 2 or 3"),
         ({"zero_optimization": {}}, "zero_optimization.stage is None"),
+        ({"zero_optimization": {"stage": 2, "nonsense": 1}}, "refuses the configuration"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "offload_param.device='nvme'"),
     ],
 )
 def test_a_deepspeed_configuration_that_contradicts_ours_is_refused_by_its_key(given, text):
