@@ -151,7 +151,7 @@ def _encode_images(
 ) -> Tensor:
     if len(pairs) == 0:
         raise InputError(f"{pairs.name} holds no pairs: there is nothing to encode")
-    batches = [range(start, min(start + batch_size, len(pairs))) for start in range(0, len(pairs), batch_size)]
+    batches = [list(range(start, min(start + batch_size, len(pairs)))) for start in range(0, len(pairs), batch_size)]
     own = batches[ranks.share(len(batches))]
     loader = DataLoader(
         _Pixels(pairs, adapter.transform),

@@ -69,9 +69,9 @@ def resume_from(directory: Path | None, identity: dict[str, Any], ranks: Ranks) 
         return None
     path, state, trainer = told
     own = found[0] if found else None
-    student = ranks.from_first_tensors(own and own.student)
+    student = ranks.from_first_tensors(own.student if own else None)
     for moment in MOMENTS:
-        trainer["optimizer"][moment] = ranks.from_first_tensors(own and own.trainer["optimizer"][moment])
+        trainer["optimizer"][moment] = ranks.from_first_tensors(own.trainer["optimizer"][moment] if own else None)
     return Checkpoint(path, state, student, trainer)
 
 

@@ -141,7 +141,7 @@ def _check(given: dict[str, Any], config: UnlearnConfig, ranks: Ranks) -> None:
         for key in (_lookup(given, section) or {}).keys() - keys:
             raise InputError(f"deepspeed: {section}.{key} is not ours to pass on; leave the key out")
     for part in ("offload_optimizer", "offload_param"):
-        if _lookup(zero, f"{part}.device") == "nvme":
+        if _lookup(given, f"zero_optimization.{part}.device") == "nvme":
             raise InputError(f"deepspeed: zero_optimization.{part}.device='nvme' is not supported; use 'cpu'")
     if stage == 1 and _lookup(given, "data_types.grad_accum_dtype") not in (None, "auto"):
         raise InputError("deepspeed: data_types.grad_accum_dtype is not supported with stage 1; use stage 2")
@@ -181,9 +181,8 @@ def _wrapped(adapter: ClipAdapter, stage: int) -> _Encoders:
         if parameter.ndim == 0:  # DeepSpeed's broadcast and partitions want at least one dimension
             parameter.data = parameter.data.reshape(1)
     if stage == 3:
-        for parameter in adapter.module._parameters.values():  # used without a forward pass of the model's own
-            if parameter is not None:
-                deepspeed.zero.register_external_parameter(encoders, parameter)
+        for parameter in adapter.module.parameters(recurse=False):  # used without a forward pass of the model's own
+            deepspeed.zero.register_external_parameter(encoders, parameter)
     return encoders
 
 
