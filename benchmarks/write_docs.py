@@ -286,6 +286,21 @@ def trainers_table() -> str:
     return f"{table(head, rows)}\n\n{provenance(record)}"
 
 
+def train_tables() -> str:
+    """Both loops in each setting: speed and memory, then where the time of a step goes."""
+    from . import train
+
+    parts = []
+    for path in sorted(RESULTS.glob("train-*.json")):
+        record = load(path.stem)
+        for name in record["settings"]:
+            parts += [f"**{record['titles'][name]}**", table(*train.speed_table(record, name))]
+            parts += ["Mean time of a step:", table(*train.phase_table(record, name))]
+            parts.append(train.agreement_text(record, name))
+        parts.append(provenance(record))
+    return "\n\n".join(parts) or "Not measured yet."
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "grad-cache": grad_cache_table,
     "sharded-products": sharded_products_table,
@@ -295,6 +310,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "shapes": shapes_table,
     "cifar10": cifar10_table,
     "kernels": kernels_table,
+    "train": train_tables,
     "trainers": trainers_table,
     "native-kernels": native_kernels_table,
     "loss-cpu": loss_cpu_tables,

@@ -33,7 +33,7 @@ selectors:
   ids:FILE                 pairs listed in a file, one id a line
 """
 
-_BENCHMARKS = ("loss", "memory", "scaling")  # modules of benchmarks/
+_BENCHMARKS = ("loss", "train", "memory", "scaling")  # modules of benchmarks/
 
 _EXAMPLES = """\
 examples:

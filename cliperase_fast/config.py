@@ -104,6 +104,12 @@ class UnlearnConfig:
         "error", "captions longer than the model's context: an error, or cut", ("error", "truncate"), group="data"
     )
     num_workers: int = _option(0, "processes that load images", group="data")
+    image_cache_mib: int = _option(
+        512,
+        "memory for transformed images, in MiB, so that each is read and transformed once (deterministic transforms, "
+        "num_workers=0); 0 for none",
+        group="data",
+    )
     eval_batch_size: int = _option(256, "images per batch where no gradient is needed", group="data")
     teacher_cache: str = _option(
         "auto",
@@ -132,7 +138,7 @@ class UnlearnConfig:
             self._require(getattr(self, name) >= 1, name, "must be at least 1")
         for name in ("lambda_retain", "lambda_forget", "lambda_consistency", "weight_decay", "grad_clip",
                      "grad_cache_chunk", "warmup_steps", "num_workers", "early_stop", "retain_floor",
-                     "seed"):  # fmt: skip
+                     "seed", "image_cache_mib"):  # fmt: skip
             self._require(getattr(self, name) >= 0, name, "must not be negative")
         for name in ("val_fraction", "test_fraction", "forget_fraction"):
             self._require(0 < getattr(self, name) < 1, name, "must lie between 0 and 1, both excluded")

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from cliperase_fast.data import PairDataset, caption_key
+from cliperase_fast.data.pixel_cache import PixelCache
 from cliperase_fast.distributed import ALONE, Ranks
 from cliperase_fast.errors import InputError
 from cliperase_fast.models import ClipAdapter
@@ -47,6 +48,7 @@ def encode_pairs(
     progress: bool = False,
     templates: Sequence[str] | None = None,
     ranks: Ranks = ALONE,
+    cache: PixelCache | None = None,
 ) -> EncodedPairs:
     """Encode all images and captions, in evaluation mode (each module's own mode comes back afterwards).
 
@@ -58,6 +60,7 @@ def encode_pairs(
     ranks: several processes that call this together encode a part of the images each, in the batches of one process;
         all get all.
     templates: class prompts instead of `pairs.prompts`, see `class_prompts`.
+    cache: of images under the adapter's `transform`; without loader processes only.
 
     Raises `InputError` for captions the model cannot take and for images of unlike sizes. Features that are
     NaN or infinite are returned as such, see `require_finite`.
@@ -75,8 +78,8 @@ def encode_pairs(
     # All captions are checked before anything is encoded; U of them, then X prompts.
     parts = [adapter.token_ids(part) for part in (captions, extra) if part]  # [U, L], [X, L]
     with inference(adapter.module, device, precision):
-        text = torch.cat([_encode_text(adapter, part, batch_size, device) for part in parts])  # [U + X, D]
-        image = _encode_images(adapter, pairs, batch_size, device, num_workers, progress, ranks)  # [n, D]
+        text = torch.cat([_encode_text(adapter, part, batch_size) for part in parts])  # [U + X, D]
+        image = _encode_images(adapter, pairs, batch_size, device, num_workers, progress, ranks, cache)  # [n, D]
     class_features = None
     if prompts is not None:
         rows = [[known[caption_key(prompt)] for prompt in of_class] for of_class in prompts]
@@ -135,8 +138,8 @@ def class_prompts(pairs: PairDataset, templates: Sequence[str] | None = None) ->
     return [tuple(template.replace("{}", name) for template in templates) for name in pairs.classes]
 
 
-def _encode_text(adapter: ClipAdapter, tokens: Tensor, batch_size: int, device: torch.device) -> Tensor:
-    features = [adapter.encode_text(part.to(device)).float().cpu() for part in tokens.split(batch_size)]
+def _encode_text(adapter: ClipAdapter, tokens: Tensor, batch_size: int) -> Tensor:
+    features = [adapter.encode_text(part).float().cpu() for part in tokens.split(batch_size)]
     return torch.cat(features)  # [U, D]
 
 
@@ -148,13 +151,14 @@ def _encode_images(
     num_workers: int,
     progress: bool,
     ranks: Ranks,
+    cache: PixelCache | None,
 ) -> Tensor:
     if len(pairs) == 0:
         raise InputError(f"{pairs.name} holds no pairs: there is nothing to encode")
     batches = [list(range(start, min(start + batch_size, len(pairs)))) for start in range(0, len(pairs), batch_size)]
     own = batches[ranks.share(len(batches))]
     loader = DataLoader(
-        _Pixels(pairs, adapter.transform),
+        _Pixels(pairs, adapter.transform, cache),
         batch_sampler=own,
         num_workers=num_workers,
         collate_fn=_stack,
@@ -174,13 +178,15 @@ def _encode_images(
 
 
 class _Pixels(Dataset):
-    def __init__(self, pairs: PairDataset, transform: Callable[[Any], Tensor] | None) -> None:
-        self.pairs, self.transform = pairs, transform
+    def __init__(self, pairs: PairDataset, transform: Callable[[Any], Tensor] | None, cache: PixelCache | None) -> None:
+        self.pairs, self.transform, self.cache = pairs, transform, cache
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> Tensor:
+        if self.cache is not None and self.transform is not None:
+            return self.cache.pixels(self.pairs, index, self.transform)
         image = self.pairs.image(index)
         if isinstance(image, Tensor):
             return image

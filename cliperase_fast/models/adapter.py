@@ -115,9 +115,18 @@ class ClipAdapter(ABC):
         return normalise(self._image_features(pixels))
 
     def encode_text(self, tokens: Tensor) -> Tensor:  # [B, L] -> [B, D]
-        """L2-normalised text features, float32 (float64 for a float64 model); differentiable."""
+        """L2-normalised text features, float32 (float64 for a float64 model); differentiable.
+
+        Give `tokens` on the CPU: where padding cannot matter it is then left out, and the rest goes to the model's
+        device.
+        """
         if tokens.ndim != 2:
             raise InputError(f"token ids must be [B, L], not {list(tokens.shape)}")
+        if tokens.device.type == "cpu":  # elsewhere, finding the longest caption would wait for the device
+            tokens = tokens[:, : self._read_length(tokens)]
+            first = next(self.module.parameters(), None)
+            if first is not None:
+                tokens = tokens.to(first.device, non_blocking=True)
         return normalise(self._text_features(tokens))
 
     def logit_scale(self) -> Tensor:
@@ -163,6 +172,10 @@ class ClipAdapter(ABC):
 
     @abstractmethod
     def _blocks_of(self, tower: Tower) -> list[nn.Module]: ...
+
+    def _read_length(self, tokens: Tensor) -> int:
+        """How many positions of these captions [B, L] can change their features or gradients."""
+        return tokens.shape[1]
 
     @abstractmethod
     def _image_features(self, pixels: Tensor) -> Tensor: ...

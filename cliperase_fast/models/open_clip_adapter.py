@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cliperase_fast.errors import InputError
 from cliperase_fast.models.adapter import ClipAdapter, Tower, longest_stack
 from cliperase_fast.models.open_clip_config import Config, prove_config
+from cliperase_fast.models.padding import CausalReader, read_length
 from cliperase_fast.models.saving import save_weights
 from cliperase_fast.models.tokenizing import is_hugging_face, is_open_clip, is_simple
 
@@ -62,6 +63,7 @@ class OpenClipAdapter(ClipAdapter):
 
         self.model_cfg = model_cfg
         self.module = module
+        self._reader: tuple[nn.Module, Tensor | None, CausalReader | None] | None = None
         self._given_context = getattr(tokenizer, "context_length", None)
         if transform is None:
             transform = image_transform_v2(PreprocessCfg(**self.preprocess_cfg()), is_train=False)
@@ -132,7 +134,23 @@ class OpenClipAdapter(ClipAdapter):
         return _first(self._model.encode_image(pixels))
 
     def _text_features(self, tokens: Tensor) -> Tensor:
+        if tokens.shape[1] < self.context_length:
+            reader = self._causal_reader()
+            if reader is not None:
+                return reader(tokens)
         return _first(self._model.encode_text(tokens))
+
+    def _read_length(self, tokens: Tensor) -> int:
+        reader = self._causal_reader()
+        return tokens.shape[1] if reader is None else read_length(tokens, reader.end)
+
+    def _causal_reader(self) -> CausalReader | None:
+        """Looked for once for each module and mask: a copy of the adapter has others."""
+        mask = getattr(self._text, "attn_mask", None)
+        known = self._reader
+        if known is None or known[0] is not self.module or known[1] is not mask:
+            known = self._reader = (self.module, mask, CausalReader.of(self.module))
+        return known[2]
 
     def _check_tokens(self, tokens: Tensor) -> None:
         super()._check_tokens(tokens)

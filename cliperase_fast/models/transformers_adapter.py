@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cliperase_fast.errors import InputError
 from cliperase_fast.models.adapter import ClipAdapter, Tower
 from cliperase_fast.models.open_clip_adapter import CLIP_VOCABULARY
+from cliperase_fast.models.padding import read_length
 from cliperase_fast.models.tokenizing import is_hugging_face
 
 _END_OF_TEXT = 49407  # the last id of CLIP's own vocabulary
@@ -101,6 +102,14 @@ class TransformersAdapter(ClipAdapter):
 
     def _text_features(self, tokens: Tensor) -> Tensor:
         return _pooled(self._model.get_text_features(input_ids=tokens))
+
+    def _read_length(self, tokens: Tensor) -> int:
+        if type(self._model).get_text_features is not sys.modules["transformers"].CLIPModel.get_text_features:
+            return tokens.shape[1]
+        end = self._config.text_config.eos_token_id
+        if not isinstance(end, int) or getattr(self._config.text_config, "is_causal", True) is False:
+            return tokens.shape[1]
+        return read_length(tokens, None if end == _LEGACY_END else end)
 
     def _check_tokens(self, tokens: Tensor) -> None:
         super()._check_tokens(tokens)

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ from torch import Tensor, nn
 from cliperase_fast._version import installed_versions
 from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.data import PairDataset
+from cliperase_fast.data.pixel_cache import PixelCache
 from cliperase_fast.distributed import joined
 from cliperase_fast.errors import InputError
 from cliperase_fast.evaluation import EncodedPairs, encode_pairs, pair_similarities, require_finite, score
 from cliperase_fast.models import ClipAdapter, load_model, merge_lora, set_trainable
+from cliperase_fast.models.blocks import plain_blocks, thrifty_blocks
+from cliperase_fast.models.embedding import merge_rows, train_rows
 from cliperase_fast.ops import choose
 from cliperase_fast.unlearning.batches import BatchLoader, BatchPlan, CaptionTable, seeded
 from cliperase_fast.unlearning.engine import Engine, LocalEngine
@@ -128,11 +132,16 @@ def _unlearn(
 
     with ExitStack() as stack:
         stack.enter_context(seeded(settings.seed))  # the caller's own random state is put back
-        student = original.clone()
+        live = _teacher_is_live(settings, random_transform)
+        # A model that was loaded here is nobody else's: it is trained itself, once the teacher's features are kept.
+        student = original if isinstance(model, (str, Path)) and not (live and teacher is None) else original.clone()
         parameters = set_trainable(student, settings.trainable, settings.lora_rank, settings.lora_alpha)
         captions = CaptionTable(data.train.pairs, original.token_ids)
+        if settings.weight_decay == 0:
+            parameters = train_rows(student, parameters, captions.tokens)
 
-        examiner = _Examiner(runtime)
+        cache = PixelCache(settings.image_cache_mib * 2**20) if settings.num_workers == 0 else None
+        examiner = _Examiner(runtime, cache)
         test_before = examiner.encode(original, data.test, finite=True)
         scores_before = examiner.score(test_before, data.test)
         validation_before = examiner.candidate(original, data.validation, 0, 0)
@@ -147,15 +156,16 @@ def _unlearn(
             group_ids=_group_ids(settings, data.train),
             num_workers=settings.num_workers,
             ranks=ranks,
+            cache=cache,
         )
         if settings.lambda_consistency > 0:
             pixels = loader.pixels[0, 0]
-            ranks.together(lambda: _try_teacher(settings, frozen, captions, pixels, test_before, runtime))
+            ranks.together(partial(_try_teacher, settings, frozen, captions, pixels, test_before, runtime))
         work = ranks.from_first(lambda: work_directory(directory, settings, stack))
         trainer = Trainer(
             _engine(student, parameters, settings, runtime, zero),
             _teacher(settings, frozen, data, captions, loader, runtime, work, zero),
-            frozen.logit_scale().detach().float(),
+            frozen.logit_scale().detach().float().clone(),
             loader,
             settings,
             runtime,
@@ -163,11 +173,17 @@ def _unlearn(
             lambda step, epoch: examiner.candidate(student, data.validation, step, epoch),
             work,
             identity,
+            resumable=directory is not None,
         )
+        del frozen, original  # the student may be all that is left of them
+        if zero is None:  # DeepSpeed follows the order of modules, which recomputing changes
+            thrifty_blocks(student)  # not before: what was measured and cached is the model's as it came
         if checkpoint is not None:
             trainer.restore(checkpoint)
         done = trainer.run()
         trainer.load_chosen()
+        merge_rows(student)
+        plain_blocks(student)
         if settings.trainable == "lora":
             merge_lora(student)
         student.module.requires_grad_(True)  # what was frozen for this run is the caller's to train again
@@ -232,8 +248,8 @@ def _unlearn(
 class _Examiner:
     """Scores models on a split and counts the seconds it takes."""
 
-    def __init__(self, runtime: Runtime) -> None:
-        self.runtime, self.seconds = runtime, 0.0
+    def __init__(self, runtime: Runtime, cache: PixelCache | None) -> None:
+        self.runtime, self.cache, self.seconds = runtime, cache, 0.0
 
     def encode(self, adapter: ClipAdapter, part: Split, finite: bool = False) -> EncodedPairs:
         began = time.perf_counter()
@@ -246,6 +262,7 @@ class _Examiner:
             num_workers=self.runtime.num_workers,
             progress=self.runtime.progress,
             ranks=self.runtime.ranks,
+            cache=self.cache,
         )
         if finite:
             require_finite(encoded, part.pairs)
@@ -394,6 +411,11 @@ def _engine(
     return ZeroEngine(student, parameters, settings, runtime, zero)
 
 
+def _teacher_is_live(config: UnlearnConfig, random_transform: bool) -> bool:
+    """Whether the teacher encodes every batch, so that its weights must stay as they are."""
+    return config.lambda_consistency > 0 and (random_transform or config.teacher_cache == "off")
+
+
 def _teacher(
     config: UnlearnConfig,
     frozen: ClipAdapter,
@@ -406,8 +428,7 @@ def _teacher(
 ) -> Teacher | None:
     if config.lambda_consistency == 0:
         return None
-    random_transform = loader.pixels.seed is not None
-    if random_transform or config.teacher_cache == "off":
+    if _teacher_is_live(config, random_transform=loader.pixels.seed is not None):
         if zero is not None and zero["zero_optimization"]["stage"] == 3:
             return LiveTeacher(ShardedTeacher(frozen, zero), runtime, together=True)
         return LiveTeacher(frozen, runtime)
@@ -422,6 +443,7 @@ def _teacher(
         transform=loader.pixels.transform,
         where=config.teacher_cache,
         directory=work / "cache",
+        pixels=loader.pixels.cache,
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cliperase_fast.data import PairDataset
+from cliperase_fast.data.pixel_cache import PixelCache
 from cliperase_fast.distributed import ALONE, Ranks
 
 _FORGET, _RETAIN = 0, 1
@@ -114,14 +115,23 @@ class CaptionTable:
 class PixelDataset(Dataset):
     """Transformed images by (index, draw): `draw` seeds a random transform, so its result depends on nothing else."""
 
-    def __init__(self, pairs: PairDataset, transform: Callable[[Any], Tensor] | None, seed: int | None) -> None:
+    def __init__(
+        self,
+        pairs: PairDataset,
+        transform: Callable[[Any], Tensor] | None,
+        seed: int | None,
+        cache: PixelCache | None = None,
+    ) -> None:
         self.pairs, self.transform, self.seed = pairs, transform, seed
+        self.cache = cache if seed is None and transform is not None else None
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, key: tuple[int, int]) -> Tensor:
         index, draw = key
+        if self.cache is not None and self.transform is not None:
+            return self.cache.pixels(self.pairs, index, self.transform)
         image = self.pairs.image(index)
         if isinstance(image, Tensor):
             return image
@@ -167,10 +177,11 @@ class BatchLoader:
         group_ids: np.ndarray | None,
         num_workers: int = 0,
         ranks: Ranks = ALONE,
+        cache: PixelCache | None = None,
     ) -> None:
         self.ranks = ranks
         self.plan, self.captions, self.group_ids, self.num_workers = plan, captions, group_ids, num_workers
-        self.pixels = PixelDataset(pairs, transform, plan.seed if random_transform else None)
+        self.pixels = PixelDataset(pairs, transform, plan.seed if random_transform else None, cache)
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         loader = DataLoader(

@@ -209,7 +209,7 @@ class LocalEngine(Engine):
 
     def _encode_text(self, tokens: Tensor) -> Tensor:  # [U, L] -> [U, D]
         with self.runtime.autocast():
-            return self.student.encode_text(tokens.to(self.runtime.device, non_blocking=True))
+            return self.student.encode_text(tokens)
 
     def _logit_scale(self) -> Tensor:
         return self.student.logit_scale()

@@ -21,7 +21,9 @@ from cliperase_fast.unlearning.checkpoints import (
 from cliperase_fast.unlearning.engine import MOMENTS
 
 # Settings that a resumed run may change: they do not touch the weights that come out.
-_FREE = {"num_workers", "report", "keep_checkpoints", "checkpoint_every", "deepspeed", "rank_timeout"}
+_FREE = {
+    "num_workers", "report", "keep_checkpoints", "checkpoint_every", "deepspeed", "rank_timeout", "image_cache_mib",
+}  # fmt: skip
 
 
 def check_directory(directory: Path | None, resume: bool) -> None:

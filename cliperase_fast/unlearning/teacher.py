@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from cliperase_fast.data import PairDataset
+from cliperase_fast.data.pixel_cache import PixelCache
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.models.runtime import inference
 from cliperase_fast.unlearning.batches import Batch, CaptionTable, PixelDataset
@@ -84,6 +85,7 @@ def cache_teacher(
     transform: Callable[[Any], Tensor] | None,
     where: str,
     directory: Path | None,
+    pixels: PixelCache | None = None,
 ) -> CachedTeacher:
     """Encode the `used` retain pairs (indices, sorted) and all captions: a part on each rank, all on all in the end.
 
@@ -99,7 +101,7 @@ def cache_teacher(
     large = shape[0] * shape[1] * 4 > MEMORY_LIMIT
     if directory is None or where == "memory" or (where == "auto" and not large):
         image: np.ndarray = np.empty(shape, dtype=np.float32)
-        _encode_images(adapter, retain, used, image, transform, runtime)
+        _encode_images(adapter, retain, used, image, transform, runtime, pixels)
         return CachedTeacher(image, text, row_of_index, runtime.device)
 
     directory.mkdir(parents=True, exist_ok=True)
@@ -121,7 +123,7 @@ def cache_teacher(
         if writes:
             note.unlink(missing_ok=True)
         mapped = np.memmap(file, dtype=np.float32, mode="w+", shape=shape) if writes else None
-        _encode_images(adapter, retain, used, mapped, transform, runtime)
+        _encode_images(adapter, retain, used, mapped, transform, runtime, pixels)
         if mapped is not None:
             mapped.flush()
             write_text_atomically(note, json.dumps(made_from))  # its presence says that the file is complete
@@ -133,10 +135,7 @@ def _encode_captions(adapter: ClipAdapter, captions: CaptionTable, runtime: Runt
     parts = torch.arange(len(captions)).split(runtime.batch_size)
     shares = runtime.ranks.shares(len(parts))
     with runtime.inference(adapter):
-        own = [
-            adapter.encode_text(captions.rows(part).to(runtime.device)).float().cpu()
-            for part in parts[shares[runtime.ranks.rank]]
-        ]
+        own = [adapter.encode_text(captions.rows(part)).float().cpu() for part in parts[shares[runtime.ranks.rank]]]
     return runtime.ranks.put_together(own, [sum(map(len, parts[share])) for share in shares])
 
 
@@ -147,13 +146,14 @@ def _encode_images(
     out: np.ndarray | None,
     transform: Callable[[Any], Tensor] | None,
     runtime: Runtime,
+    cache: PixelCache | None,
 ) -> None:
     """Into the rows of `out`, or where it is None merely for the other ranks."""
     ranks = runtime.ranks
     parts = np.split(used, range(runtime.batch_size, len(used), runtime.batch_size))
     shares = ranks.shares(len(parts))
     loader = DataLoader(
-        PixelDataset(retain, transform, None),
+        PixelDataset(retain, transform, None, cache),
         batch_sampler=[[(int(index), 0) for index in part] for part in parts[shares[ranks.rank]]],
         num_workers=runtime.num_workers,
         collate_fn=torch.stack,

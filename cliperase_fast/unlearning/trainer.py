@@ -49,6 +49,7 @@ class Trainer:
 
     teacher: None when lambda_consistency is 0. validate: scores the student on the validation split. directory: where
     checkpoints and metrics.jsonl go. identity: what a checkpoint must share with a run that resumes from it.
+    resumable: whether checkpoints are written at all.
     """
 
     def __init__(
@@ -63,10 +64,11 @@ class Trainer:
         validate: Callable[[int, int], Candidate],
         directory: Path,
         identity: dict[str, Any],
+        resumable: bool = True,
     ) -> None:
         self.engine, self.teacher, self.teacher_scale, self.loader = engine, teacher, teacher_scale, loader
         self.config, self.runtime, self.selection, self.validate = config, runtime, selection, validate
-        self.directory, self.identity, self.ranks = directory, identity, runtime.ranks
+        self.directory, self.identity, self.resumable, self.ranks = directory, identity, resumable, runtime.ranks
         self.loss = CLIPEraseLoss(
             config.lambda_retain,
             config.lambda_forget,
@@ -218,6 +220,8 @@ class Trainer:
             log.flush()
 
     def _checkpoint(self) -> None:
+        if not self.resumable:
+            return
         progress = self.progress
         best = None
         if progress.best is not None:
@@ -243,9 +247,10 @@ class Trainer:
         what = "gradient" if gradient else "loss"
         terms = ", ".join(f"{name} {value:g}" for name, value in zip(LossTerms._fields, values, strict=True))
         saved = self.ranks.from_first(lambda: checkpoints.list_checkpoints(self.directory / "checkpoints"))
+        kept = f"The last good checkpoint is {saved[-1]}" if saved else "Without output_dir no checkpoint is kept"
         return UnlearningError(
             f"the {what} is not finite at step {number} ({terms}); training stopped there and nothing of "
-            f"that step is saved. The last good checkpoint is {saved[-1]}. Try a lower learning_rate (now "
+            f"that step is saved. {kept}. Try a lower learning_rate (now "
             f"{self.config.learning_rate:g}), grad_clip=1, or precision='fp32'"
         )
 

@@ -47,7 +47,7 @@ def gradients(adapter, way, size, dtype):
     return torch.cat([p.grad.flatten() for p in adapter.module.parameters() if p.grad is not None]), torch.rand(3)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-13)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-6), (torch.float64, 1e-13)])
 @pytest.mark.parametrize("size", [1, 3, 5, 10, 16])
 def test_gradients_are_those_of_the_batch_encoded_at_once(size, dtype, tolerance):
     adapter = tiny_adapter(dtype, patch_dropout=0.0)
@@ -56,7 +56,7 @@ def test_gradients_are_those_of_the_batch_encoded_at_once(size, dtype, tolerance
     assert (chunked - whole).norm() <= tolerance * whole.norm()
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-13)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-6), (torch.float64, 1e-13)])
 @pytest.mark.parametrize("size", [3, 10])
 def test_dropout_draws_the_same_for_features_and_gradients(size, dtype, tolerance):
     adapter = tiny_adapter(dtype, patch_dropout=0.5)

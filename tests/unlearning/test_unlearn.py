@@ -13,6 +13,9 @@ from tiny import QUICK, make_pairs, make_tiny_clip, split_pairs
 
 import cliperase_fast as cf
 from cliperase_fast import InputError, UnlearningError
+from cliperase_fast.models import ClipAdapter, load_model
+
+TOKEN_ROWS = ("token_embedding.rows", "token_embedding.used")  # all that is trained of the table, and which rows
 
 
 def run(model=None, pairs=None, colour="red", **changes):
@@ -95,6 +98,60 @@ def test_the_teacher_cache_changes_nothing(tmp_path, cache):
     for a, b in zip(live.history, cached.history, strict=True):
         if "total" in a:
             assert a["consistency"] == pytest.approx(b["consistency"], rel=1e-4, abs=1e-6)
+
+
+def test_a_model_named_by_a_string_comes_out_as_a_given_one_does(tmp_path, monkeypatch):
+    load_model(make_tiny_clip()).save(tmp_path / "model")
+    copies, clone = [], ClipAdapter.clone
+    monkeypatch.setattr(ClipAdapter, "clone", lambda adapter: copies.append(adapter) or clone(adapter))
+    for cache, most in (("auto", 0), ("off", 1)):  # a teacher that encodes every batch needs weights of its own
+        named = run(f"local-dir:{tmp_path / 'model'}", teacher_cache=cache)
+        assert len(copies) == most
+        given = run(teacher_cache=cache)
+        copies.clear()
+        assert named.before == given.before
+        for name, tensor in state(given.model).items():
+            assert torch.equal(state(named.model)[name], tensor), name
+
+
+def test_the_result_is_made_of_the_parts_the_model_was_made_of():
+    model = make_tiny_clip()
+    result = run(model)
+    assert [type(part) for part in result.model.modules()] == [type(part) for part in model.modules()]
+    assert result.model.state_dict().keys() == model.state_dict().keys()
+    used = open_clip.SimpleTokenizer(context_length=8)(["a red square", "a green square", "a blue square"]).unique()
+    before, after = model.token_embedding.weight, result.model.token_embedding.weight
+    changed = (before != after).any(1).nonzero().flatten()
+    assert set(changed.tolist()) == set(used.tolist()) - {0}  # the padding is not read
+    assert all(parameter.requires_grad for parameter in result.model.parameters())
+
+
+def test_weight_decay_reaches_tokens_no_caption_has():
+    model = make_tiny_clip()
+    result = run(model, optimizer="adamw", weight_decay=0.5)
+    ratio = result.model.token_embedding.weight[9] / model.token_embedding.weight[9]
+    assert (ratio < 1).all()
+
+
+def test_an_image_is_transformed_once_where_it_may_be_kept():
+    rows = [(Image.new("RGB", (8, 8), (40 * (i % 6), i, 0)), f"a {c} square") for i in range(12)
+            for c in ("red", "blue")]  # fmt: skip
+    forget, retain = split_pairs(rows, "red")
+    calls = {}
+
+    def transform(image):
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+        calls[image.tobytes()] = calls.get(image.tobytes(), 0) + 1
+        return pixels
+
+    results, most = [], []
+    for budget in (64, 0):
+        calls.clear()
+        results.append(cf.unlearn(make_tiny_clip(), forget, retain, transform=transform, image_cache_mib=budget,
+                                  **{**QUICK, "epochs": 4}))  # fmt: skip
+        most.append(sorted(calls.values())[-2])  # the last one was tried several times before
+    assert most[0] == 2 < most[1]  # each image stands in a red and in a blue pair
+    assert all(torch.equal(a, b) for a, b in zip(*(state(result.model).values() for result in results), strict=True))
 
 
 def test_a_random_transform_sees_student_and_teacher_alike():
@@ -372,4 +429,7 @@ def test_the_result_has_the_weights_of_the_chosen_checkpoint_not_of_the_last(tmp
     (best,) = (tmp_path / "run" / "checkpoints").glob("best-*.safetensors")
     assert best.name == f"best-{chosen:08d}.safetensors"
     weights = load_file(best)
-    assert all(torch.equal(parameter, weights[name]) for name, parameter in result.model.named_parameters())
+    assert weights.keys() - dict(result.model.named_parameters()) <= {"attn_mask", *TOKEN_ROWS}
+    for name, parameter in result.model.named_parameters():
+        assert name == "token_embedding.weight" or torch.equal(parameter, weights[name])
+    assert torch.equal(result.model.token_embedding.weight[weights[TOKEN_ROWS[1]]], weights[TOKEN_ROWS[0]])

@@ -1,0 +1,46 @@
+import numpy as np
+import torch
+from PIL import Image
+
+from cliperase_fast.data import as_pairs, concat
+from cliperase_fast.data.pixel_cache import PixelCache
+
+
+def rows(count, offset=0):
+    return as_pairs(
+        [(Image.new("RGB", (2, 2), (offset + i, 0, 0)), f"image {offset + i}") for i in range(count)], f"rows {offset}"
+    )
+
+
+class Counting:
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, image):
+        self.calls += 1
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
+
+
+def test_an_image_is_transformed_once_whatever_subset_asks_for_it():
+    pairs, transform, cache = concat([rows(3), rows(3, 100)]), Counting(), PixelCache(2**20)
+    first = [cache.pixels(pairs, index, transform) for index in range(6)]
+    again = [cache.pixels(pairs.subset([4, 1]), index, transform) for index in range(2)]
+    assert transform.calls == 6
+    assert torch.equal(again[0], first[4])
+    assert torch.equal(again[1], first[1])
+    assert [int(pixels[0, 0, 0]) for pixels in first] == [0, 1, 2, 100, 101, 102]
+
+
+def test_no_more_is_kept_than_the_budget_holds():
+    pairs, transform = rows(4), Counting()
+    cache = PixelCache(3 * 4 * 4 * 2)  # two images [3, 2, 2] of float32
+    for _ in range(2):
+        for index in range(4):
+            assert int(cache.pixels(pairs, index, transform)[0, 0, 0]) == index
+    assert transform.calls == 4 + 2
+
+
+def test_tensors_pass_as_they_are():
+    pixels = torch.randn(3, 2, 2)
+    pairs = as_pairs([(pixels, "one")], "tensors")
+    assert PixelCache(2**20).pixels(pairs, 0, Counting()) is pixels
