@@ -98,7 +98,7 @@ def _peak_step(fma: Any, case: Case, threads: int, clock: Clock) -> Step:
 
 def measure(sizes: Sequence[int], widths: Sequence[int], seconds: float) -> list[dict[str, Any]]:
     fma, clock, known = _fma(), Clock("cpu"), every_provider()
-    eager = next(name for name in default_names() if name.startswith("open_clip"))
+    eager = next(name for name in default_names("cliperase") if name.startswith("open_clip"))
     rows = []
     for n in sizes:
         for width in widths:
