@@ -103,13 +103,14 @@ def run_on_digits(rank: int, cache: Path, deepspeed: str) -> dict[str, Any]:
 
 def run_kind(rank: int, kind: str, changes: dict[str, Any]) -> dict[str, Any]:
     """A run of a small model of that kind, with captions that are token ids."""
-    from tiny_models import MODELS
+    from tiny_models import MODELS, pixels_for
 
-    generator = torch.Generator().manual_seed(0)
+    model = MODELS[kind]()
+    # Each kind reads images of its own size.
     pairs = [
-        (torch.randn(3, 16, 16, generator=generator) + i % 3, torch.tensor([8, 1 + i % 3, 4 + i % 2, 9] + 12 * [0]))
-        for i in range(48)
+        (pixels + i % 3, torch.tensor([8, 1 + i % 3, 4 + i % 2, 9] + 12 * [0]))
+        for i, pixels in enumerate(pixels_for(model, 48))
     ]
     forget, retain = [p for p in pairs if p[1][1] == 1], [p for p in pairs if p[1][1] != 1]
     settings = {**SETTINGS, "epochs": 1, **changes}
-    return told(cf.unlearn(MODELS[kind](), forget, retain, test=(forget, retain), **settings), features=False)
+    return told(cf.unlearn(model, forget, retain, test=(forget, retain), **settings), features=False)
