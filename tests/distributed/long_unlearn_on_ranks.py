@@ -52,7 +52,7 @@ def test_what_is_frozen_stays_so(two, deepspeed, trainable):
 def test_the_demos_digit_is_forgotten_alike(two, model_cache, deepspeed):
     one = run_on_digits(0, model_cache, "")
     for found in two.run(run_on_digits, model_cache, deepspeed):
-        assert found["losses"] == pytest.approx(one["losses"], abs=1e-4)
+        assert np.allclose(found["losses"], one["losses"], rtol=0, atol=1e-4)
         assert found["scores"] == one["scores"]
 
 
@@ -76,7 +76,7 @@ def ends_like_one_process(output):
     losses = [
         [line[name] for name in ("total", "retain", "forget", "consistency")] for line in lines if "total" in line
     ]
-    assert losses == pytest.approx(alone()["losses"], abs=1e-4)
+    assert np.allclose(losses, alone()["losses"], rtol=0, atol=1e-4)
     for part in ("forget", "retain"):
         assert record["after"][part]["zero_shot_top1"] == alone()["scores"][part]["zero_shot_top1"]
 
@@ -113,7 +113,7 @@ def test_a_rank_that_merely_stops_answering_is_lost_after_the_timeout(tmp_path):
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(children[1]), signal.SIGSTOP)
     began = time.monotonic()
-    while "UnlearningError" not in (line := process.stderr.readline()):
+    while "UnlearningError: " not in (line := process.stderr.readline()):
         assert line and time.monotonic() - began < 60
     assert "no longer hears from another" in line and "rank_timeout=8 seconds" in line
     os.kill(int(children[1]), signal.SIGCONT)

@@ -56,7 +56,12 @@ TIMM = {
 
 
 def pixels_for(model: nn.Module, count: int = 3) -> Tensor:  # [count, 3, H, W]
-    size = model.visual.image_size if hasattr(model, "visual") else model.config.vision_config.image_size
+    if hasattr(model, "visual"):
+        size = model.visual.image_size
+    elif hasattr(model, "config"):
+        size = model.config.vision_config.image_size
+    else:
+        size = 8  # `TwoTowers`
     height, width = (size, size) if isinstance(size, int) else size
     return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(1))
 
