@@ -20,9 +20,9 @@ from cliperase_fast.checks import (
     check_teacher,
     shape_of,
 )
-from cliperase_fast.distributed import Group, Shards, sharded_sigmoid
+from cliperase_fast.distributed import sharded_sigmoid
 from cliperase_fast.errors import InputError
-from cliperase_fast.functional import contrast, described
+from cliperase_fast.functional import agreed, contrast, described
 from cliperase_fast.ops import choose_sigmoid, compute_dtype, no_autocast
 from cliperase_fast.ops.rows import row_losses
 
@@ -130,19 +130,17 @@ def sigmoid_loss(
         choose_sigmoid(backend, image_features, text_features, sharded=process_group is not None)
         return scale, bias
 
-    shards = None
-    if process_group is None:
-        scale, bias = check()
-    else:
-        group = Group(process_group)
-        with group.telling_the_others():
-            scale, bias = check()
-            group.check_device(image_features.device)
-            said = described(
-                "sigmoid_loss", gather, backend, "auto", image_features, text_features, scale, None, None, None,
-                own_values=own_values, logit_bias=bias,
-            )  # fmt: skip
-        shards = Shards(group, group.agree(said, (len(image_features), 0))[0], gather, own_values)
+    (scale, bias), (shards,) = agreed(
+        process_group,
+        check,
+        lambda scalars: described(
+            "sigmoid_loss", gather, backend, "auto", image_features, text_features, scalars[0], None, None, None,
+            own_values=own_values, logit_bias=scalars[1],
+        ),
+        gather,
+        (image_features,),
+        own_values,
+    )  # fmt: skip
     if (len(image_features) if shards is None else shards.total) == 0:
         zero = image_features.sum(dtype=compute_dtype(image_features, text_features))
         return zero + 0 * (text_features.sum() + scale + bias)

@@ -25,7 +25,8 @@ an InputError on all of them.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -107,23 +108,18 @@ def cliperase_loss(
         teacher_logit_scale, lambda_retain, lambda_forget, lambda_consistency, forget, margin, consistency, group_ids,
         process_group, gather, backend, keep,
     )  # fmt: skip
-    retain_shards = forget_shards = None
-    if process_group is None:
-        scale, teacher_scale = check_cliperase(*arguments)
-    else:
-        group = Group(process_group)
-        with group.telling_the_others():
-            scale, teacher_scale = check_cliperase(*arguments)
-            group.check_device(retain_image.device)
-            said = described(
-                "cliperase_loss", gather, backend, keep, retain_image, retain_text, scale, teacher_image, teacher_text,
-                group_ids, forget_image=forget_image, forget_text=forget_text, lambda_retain=lambda_retain,
-                lambda_forget=lambda_forget, lambda_consistency=lambda_consistency, forget=forget, margin=margin,
-                consistency=consistency,
-            )  # fmt: skip
-        sizes = group.agree(said, (len(retain_image), len(forget_image)))
-        retain_shards, forget_shards = (Shards(group, ranks, gather) for ranks in sizes)
-
+    (scale, teacher_scale), (retain_shards, forget_shards) = agreed(
+        process_group,
+        lambda: check_cliperase(*arguments),
+        lambda scales: described(
+            "cliperase_loss", gather, backend, keep, retain_image, retain_text, scales[0], teacher_image, teacher_text,
+            group_ids, forget_image=forget_image, forget_text=forget_text, lambda_retain=lambda_retain,
+            lambda_forget=lambda_forget, lambda_consistency=lambda_consistency, forget=forget, margin=margin,
+            consistency=consistency,
+        ),
+        gather,
+        (retain_image, forget_image),
+    )  # fmt: skip
     zero = retain_image.new_zeros((), dtype=compute_dtype(retain_image, retain_text))
     retain_term = forget_term = consistency_term = zero
     fused = lambda_consistency > 0 and consistency == "logits"
@@ -234,24 +230,50 @@ def contrast(
         choose(backend, image_features, text_features, *frozen, sharded=process_group is not None)
         return scale, teacher_scale
 
-    shards = None
-    if process_group is None:
-        scale, teacher_scale = check()
-    else:
-        group = Group(process_group)
-        with group.telling_the_others():
-            scale, teacher_scale = check()
-            group.check_device(image_features.device)
-            said = described(
-                name, gather, backend, keep, image_features, text_features, scale, *frozen, group_ids,
-                own_values=own_values,
-            )  # fmt: skip
-        shards = Shards(group, group.agree(said, (len(image_features), 0))[0], gather, own_values)
+    (scale, teacher_scale), (shards,) = agreed(
+        process_group,
+        check,
+        lambda scales: described(
+            name, gather, backend, keep, image_features, text_features, scales[0], *frozen, group_ids,
+            own_values=own_values,
+        ),
+        gather,
+        (image_features,),
+        own_values,
+    )  # fmt: skip
     with no_autocast(image_features):
         return _sweep(
             image_features, text_features, scale, *frozen, teacher_scale, group_ids, want_retention,
             teacher is not None, backend, keep, shards,
         )  # fmt: skip
+
+
+Checked = TypeVar("Checked")
+
+
+def agreed(
+    process_group: Any,
+    check: Callable[[], Checked],
+    describe: Callable[[Checked], dict[str, object]],
+    gather: str,
+    batches: tuple[Tensor, ...],
+    own_values: bool = False,
+) -> tuple[Checked, list[Shards | None]]:
+    """What `check` returns, and how each batch lies on the ranks of process_group; None for each where there is none.
+
+    check: raises InputError, which the other ranks then hear of. describe: of what it returned, what must be the same
+    on every rank. batches: the images of one or two.
+    """
+    if process_group is None:
+        return check(), [None] * len(batches)
+    group = Group(process_group)
+    with group.telling_the_others():
+        checked = check()
+        group.check_device(batches[0].device)
+        said = describe(checked)
+    own = len(batches[0]), len(batches[1]) if len(batches) > 1 else 0
+    sizes = group.agree(said, own)[: len(batches)]
+    return checked, [Shards(group, ranks, gather, own_values) for ranks in sizes]
 
 
 def described(
