@@ -1,11 +1,53 @@
-// From a strip of dS to the gradients, and what these products read: the same for every loss. All but `add_text_gradient` are
-// called by every thread of a parallel region. A layout holds [blocks, strip, TILE_COLUMNS] of dS and the packed features.
+// A pass that forms dS, whichever the loss: strip by strip, tile by tile, and the gradients from it.
 #pragma once
 
 #include "strips.h"
 
 namespace cliperase {
 namespace CLIPERASE_ISA {
+
+// Its scratch memory. Wanted: the gradients that are wanted, a Backward or a Sigmoid.
+struct GradientLayout {
+    i64 strip, blocks, width, tiles_each;
+    Operands operands;
+    float* image_panels;  // [strip, width] in panels: the strip of image times scale, for dT
+    float* text_panels;   // [columns, width] in panels, for dI
+    float* tiles;         // for each thread a tile of S and, with a teacher, one of S°
+    float* ds;            // [blocks, strip, TILE_COLUMNS], if there are gradients
+    float* dots;          // [rows], of dI and I
+
+    template <typename Wanted>
+    GradientLayout(const Problem& p, const Wanted& wanted, bool gradients, Carver& carver)
+        : strip(strip_rows(p, gradients)),
+          blocks(divide_up(p.columns, TILE_COLUMNS)),
+          width(round_up(p.width, NR)),
+          tiles_each(p.has_teacher ? 2 : 1),
+          operands(p, strip, carver) {
+        image_panels = carver.floats(wanted.grad_text ? strip * width : 0);
+        text_panels = carver.floats(wanted.grad_image ? p.columns * width : 0);
+        tiles = carver.floats(p.threads * tiles_each * TILE);
+        ds = carver.floats(gradients ? blocks * strip * TILE_COLUMNS : 0);
+        dots = carver.floats(wanted.grad_scale ? p.rows : 0);
+    }
+
+    float* own_tiles() const { return tiles + thread() * tiles_each * TILE; }
+    float* ds_tile(i64 block, i64 row_in_strip) const { return ds + (block * strip + row_in_strip) * TILE_COLUMNS; }
+
+  private:
+    static i64 strip_rows(const Problem& p, bool gradients) {
+        const i64 most = STRIP_TILES * TILE_ROWS;
+        const i64 fit = STRIP_FLOATS / round_up(p.columns, TILE_COLUMNS) / TILE_ROWS * TILE_ROWS;
+        return smaller(p.rows, gradients ? larger(TILE_ROWS, smaller(fit, most)) : most);
+    }
+};
+
+// A tile of a strip: rows [row, row + rows), in the strip from row_in_strip on, and columns [column, column + columns), the
+// block with this number.
+struct TilePlace {
+    i64 row, rows, row_in_strip, column, columns, block;
+};
+
+// What follows is called by every thread of a parallel region, but for `add_text_gradient`.
 
 // text [columns, width] in panels, for dI.
 inline void pack_text_panels(const Problem& p, float* panels) {
@@ -17,8 +59,7 @@ inline void pack_text_panels(const Problem& p, float* panels) {
 }
 
 // dT of one block of columns = or += dSᵀ times the strip of scale * image.
-template <typename Layout>
-inline void add_text_gradient(const Problem& p, const Layout& layout, i64 block, i64 strip, float* grad_text, bool add) {
+inline void add_text_gradient(const Problem& p, const GradientLayout& layout, i64 block, i64 strip, float* grad_text, bool add) {
     const i64 column = block * TILE_COLUMNS, columns = smaller(TILE_COLUMNS, p.columns - column);
     product(columns, p.width, strip, {layout.ds_tile(block, 0), 1, TILE_COLUMNS},
             {layout.image_panels, layout.strip * NR, 0}, grad_text + column * gradient_stride(p.width),
@@ -26,8 +67,7 @@ inline void add_text_gradient(const Problem& p, const Layout& layout, i64 block,
 }
 
 // dI of a strip, without the factor scale.
-template <typename Layout>
-inline void write_image_gradient(const Problem& p, const Layout& layout, i64 start, i64 strip, float* grad_image) {
+inline void write_image_gradient(const Problem& p, const GradientLayout& layout, i64 start, i64 strip, float* grad_image) {
     const i64 stride = gradient_stride(p.width), panels = divide_up(p.width, NR);
     const i64 panel_groups = divide_up(panels, PANEL_GROUP), row_groups = divide_up(strip, ROW_GROUP);
 #pragma omp for schedule(dynamic)
@@ -53,6 +93,44 @@ inline void scale_image_gradient(const Problem& p, i64 start, i64 strip, float* 
         float* gradient = grad_image + i * stride;
         if (dots) dots[i] = static_cast<float>(entry({grad_image, stride, 1, Dtype::float32}, p.image, p.width, 1, i, i));
         for (i64 k = 0; k < p.width; ++k) gradient[k] *= p.scale;
+    }
+}
+
+// The whole pass. write_tile(place): leaves dS of a tile in layout.ds_tile, if there are gradients. Of the first `kept_rows`
+// it needs no packed features.
+template <typename Wanted, typename WriteTile>
+inline void pass_over_strips(const Problem& p, const Wanted& wanted, const GradientLayout& layout, i64 kept_rows,
+                             WriteTile write_tile) {
+#pragma omp parallel num_threads(p.threads)
+    {
+        if (wanted.grad_image) pack_text_panels(p, layout.text_panels);
+        for (i64 start = 0; start < p.rows; start += layout.strip) {
+            const i64 strip = smaller(layout.strip, p.rows - start);
+#pragma omp for schedule(static)
+            for (i64 i = 0; i < strip; i += MR) {
+                const i64 count = smaller(MR, strip - i);
+                if (start + i + count > kept_rows) layout.operands.pack_rows_of(p, start, start + i, count);
+                if (wanted.grad_text)
+                    pack_panels(p.image, start + i, count, p.width, p.scale, layout.image_panels, i, layout.strip);
+            }
+#pragma omp for schedule(dynamic)
+            for (i64 block = 0; block < layout.blocks; ++block) {
+                const i64 column = block * TILE_COLUMNS, columns = smaller(TILE_COLUMNS, p.columns - column);
+                if (start + strip > kept_rows) layout.operands.pack_columns_of(p, column, columns);
+                for (i64 i = 0; i < strip; i += TILE_ROWS)
+                    write_tile(TilePlace{start + i, smaller(TILE_ROWS, strip - i), i, column, columns, block});
+                if (wanted.grad_text) add_text_gradient(p, layout, block, strip, wanted.grad_text, start > 0);
+            }
+            if (wanted.grad_image) {
+                write_image_gradient(p, layout, start, strip, wanted.grad_image);
+                scale_image_gradient(p, start, strip, wanted.grad_image, wanted.grad_scale ? layout.dots : nullptr);
+            }
+        }
+    }
+    if (wanted.grad_scale) {
+        double total = 0;
+        for (i64 i = 0; i < p.rows; ++i) total += static_cast<double>(layout.dots[i]);
+        *wanted.grad_scale = total;
     }
 }
 

@@ -23,41 +23,11 @@ inline Softplus softplus(Floats y) {
     return {larger(y, Floats{}) + (half + half), y < 0.0f ? e * rest : rest};
 }
 
-struct SigmoidLayout {
-    i64 strip, blocks, width;
-    Operands operands;
-    float* image_panels;  // as in the backward pass
-    float* text_panels;
-    float* tiles;   // one for each thread
-    float* ds;      // [blocks, strip, TILE_COLUMNS], if there are gradients
-    float* dots;    // [rows], of dI and I
-    double* sums;   // [blocks, 2], of the loss and of dS
-    std::size_t bytes;
+struct SigmoidLayout : GradientLayout {
+    double* sums;  // [blocks, 2], of the loss and of dS
 
-    SigmoidLayout(const Problem& p, const Sigmoid& s, char* scratch) : SigmoidLayout(p, s, Carver(scratch)) {}
-
-    float* own_tile() const { return tiles + thread() * TILE; }
-    float* ds_tile(i64 block, i64 row_in_strip) const { return ds + (block * strip + row_in_strip) * TILE_COLUMNS; }
-
-  private:
-    static i64 strip_rows(const Problem& p, const Sigmoid& s) {
-        const i64 most = STRIP_TILES * TILE_ROWS;
-        const i64 fit = STRIP_FLOATS / round_up(p.columns, TILE_COLUMNS) / TILE_ROWS * TILE_ROWS;
-        return smaller(p.rows, s.gradients() ? larger(TILE_ROWS, smaller(fit, most)) : most);
-    }
-    SigmoidLayout(const Problem& p, const Sigmoid& s, Carver carver)
-        : strip(strip_rows(p, s)),
-          blocks(divide_up(p.columns, TILE_COLUMNS)),
-          width(round_up(p.width, NR)),
-          operands(p, strip, carver) {
-        image_panels = carver.floats(s.grad_text ? strip * width : 0);
-        text_panels = carver.floats(s.grad_image ? p.columns * width : 0);
-        tiles = carver.floats(p.threads * TILE);
-        ds = carver.floats(s.gradients() ? blocks * strip * TILE_COLUMNS : 0);
-        dots = carver.floats(s.grad_scale ? p.rows : 0);
-        sums = reinterpret_cast<double*>(carver.floats(4 * blocks));
-        bytes = carver.used();
-    }
+    SigmoidLayout(const Problem& p, const Sigmoid& s, Carver& carver)
+        : GradientLayout(p, s, s.gradients(), carver), sums(reinterpret_cast<double*>(carver.floats(4 * blocks))) {}
 };
 
 // Adds the losses of a tile of S to sums[0] and, with GRADIENT, writes dS and adds it to sums[1].
@@ -79,8 +49,8 @@ inline void softplus_tile(const float* tile, i64 rows, float bias, float* ds, do
 }
 
 // The same of a whole tile: pairs enter with the other sign.
-inline void sigmoid_tile(const Problem& p, const Sigmoid& s, i64 row, i64 rows, i64 column, i64 columns, float* tile, float* ds,
-                         double* sums) {
+inline void sigmoid_tile(const Problem& p, const Sigmoid& s, const TilePlace& at, float* tile, float* ds, double* sums) {
+    const i64 row = at.row, rows = at.rows, column = at.column, columns = at.columns;
     alignas(64) float own[TILE_ROWS];
     for (i64 i = 0; i < rows; ++i) own[i] = LOWEST;
     each_diagonal(p, row, rows, column, columns, [&](i64 i, i64 j) { own[i] = -(tile[i * TILE_COLUMNS + j] + s.bias); });
@@ -99,47 +69,26 @@ inline void sigmoid_tile(const Problem& p, const Sigmoid& s, i64 row, i64 rows, 
 }
 
 inline void sigmoid(const Problem& p, const Sigmoid& s, char* scratch) {
-    const SigmoidLayout layout(p, s, scratch);
+    Carver carver(scratch);
+    const SigmoidLayout layout(p, s, carver);
     for (i64 i = 0; i < 2 * layout.blocks; ++i) layout.sums[i] = 0;
-#pragma omp parallel num_threads(p.threads)
-    {
-        if (s.grad_image) pack_text_panels(p, layout.text_panels);
-        for (i64 start = 0; start < p.rows; start += layout.strip) {
-            const i64 strip = smaller(layout.strip, p.rows - start);
-#pragma omp for schedule(static)
-            for (i64 i = 0; i < strip; i += MR) {
-                const i64 count = smaller(MR, strip - i);
-                layout.operands.pack_rows_of(p, start, start + i, count);
-                if (s.grad_text) pack_panels(p.image, start + i, count, p.width, p.scale, layout.image_panels, i, layout.strip);
-            }
-#pragma omp for schedule(dynamic)
-            for (i64 block = 0; block < layout.blocks; ++block) {
-                const i64 column = block * TILE_COLUMNS, columns = smaller(TILE_COLUMNS, p.columns - column);
-                layout.operands.pack_columns_of(p, column, columns);
-                for (i64 i = 0; i < strip; i += TILE_ROWS) {
-                    const i64 rows = smaller(TILE_ROWS, strip - i);
-                    float* tile = layout.own_tile();
-                    layout.operands.student_tile(p, i, rows, columns, tile);
-                    sigmoid_tile(p, s, start + i, rows, column, columns, tile, s.gradients() ? layout.ds_tile(block, i) : nullptr,
-                                 layout.sums + 2 * block);
-                }
-                if (s.grad_text) add_text_gradient(p, layout, block, strip, s.grad_text, start > 0);
-            }
-            if (s.grad_image) write_image_gradient(p, layout, start, strip, s.grad_image);
-            if (s.grad_image) scale_image_gradient(p, start, strip, s.grad_image, s.grad_scale ? layout.dots : nullptr);
-        }
-    }
-    double loss = 0, bias = 0, scale = 0;
+    pass_over_strips(p, s, layout, 0, [&](const TilePlace& at) {
+        float* tile = layout.own_tiles();
+        layout.operands.student_tile(p, at.row_in_strip, at.rows, at.columns, tile);
+        float* ds = s.gradients() ? layout.ds_tile(at.block, at.row_in_strip) : nullptr;
+        sigmoid_tile(p, s, at, tile, ds, layout.sums + 2 * at.block);
+    });
+    double loss = 0, bias = 0;
     for (i64 block = 0; block < layout.blocks; ++block) loss += layout.sums[2 * block], bias += layout.sums[2 * block + 1];
     *s.loss = loss;
     if (s.grad_bias) *s.grad_bias = bias;
-    if (s.grad_scale) {
-        for (i64 i = 0; i < p.rows; ++i) scale += static_cast<double>(layout.dots[i]);
-        *s.grad_scale = scale;
-    }
 }
 
-inline std::size_t sigmoid_scratch(const Problem& p, const Sigmoid& s) { return SigmoidLayout(p, s, nullptr).bytes; }
+inline std::size_t sigmoid_scratch(const Problem& p, const Sigmoid& s) {
+    Carver carver(nullptr);
+    const SigmoidLayout layout(p, s, carver);
+    return carver.used();
+}
 
 }  // namespace CLIPERASE_ISA
 }  // namespace cliperase
