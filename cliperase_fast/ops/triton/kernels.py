@@ -197,6 +197,32 @@ def merge_kernel(
 
 
 @triton.jit
+def _tile_of_program(
+    strip_start, strip_stop, m, GROUP_ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Rows and columns of this program's tile of a strip of dS.
+
+    Programs of GROUP_ROWS row blocks walk the columns together, so that their text tiles are read from the cache.
+    """
+    blocks_m, blocks_n = tl.cdiv(strip_stop - strip_start, BLOCK_M), tl.cdiv(m, BLOCK_N)
+    i_program = tl.program_id(0)
+    i_group = i_program // (GROUP_ROWS * blocks_n)
+    rows_here = tl.minimum(blocks_m - i_group * GROUP_ROWS, GROUP_ROWS)
+    i_row = i_group * GROUP_ROWS + (i_program % (GROUP_ROWS * blocks_n)) % rows_here
+    i_column = (i_program % (GROUP_ROWS * blocks_n)) // rows_here
+    o_row = strip_start + i_row * BLOCK_M + tl.arange(0, BLOCK_M)
+    return o_row, i_column * BLOCK_N + tl.arange(0, BLOCK_N)
+
+
+@triton.jit
+def _store_gradient(p_strip, b_gradient, o_row_in_strip, o_column, m, m_tile):
+    """A tile of dS into the strip [strip rows, m], in its dtype."""
+    if p_strip.dtype.element_ty != tl.float32:
+        b_gradient = b_gradient.to(p_strip.dtype.element_ty, fp_downcast_rounding="rtne")
+    tl.store(p_strip + o_row_in_strip.to(tl.int64)[:, None] * m + o_column[None, :], b_gradient, mask=m_tile)
+
+
+@triton.jit
 def _softmax_gradient(b_tile, p_softmax, o_row, m_row, o_column, m_column, n, m):
     """Row softmax plus column softmax of a tile, each with its weight: row anchors [n] and factors [n], then column
     anchors [m] and factors [m]."""
@@ -223,16 +249,7 @@ def backward_kernel(
     pairs, row i and column i + offset.
     KEPT: the tiles of S and S° are read where the forward kernel has put them.
     """
-    # Programs of GROUP_ROWS row blocks walk the columns together, so that their text tiles are read from the cache.
-    blocks_m, blocks_n = tl.cdiv(strip_stop - strip_start, BLOCK_M), tl.cdiv(m, BLOCK_N)
-    i_program = tl.program_id(0)
-    i_group = i_program // (GROUP_ROWS * blocks_n)
-    rows_here = tl.minimum(blocks_m - i_group * GROUP_ROWS, GROUP_ROWS)
-    i_row = i_group * GROUP_ROWS + (i_program % (GROUP_ROWS * blocks_n)) % rows_here
-    i_column = (i_program % (GROUP_ROWS * blocks_n)) // rows_here
-
-    o_row = strip_start + i_row * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_column = i_column * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_row, o_column = _tile_of_program(strip_start, strip_stop, m, GROUP_ROWS, BLOCK_M, BLOCK_N)
     m_row, m_column = o_row < strip_stop, o_column < m
     o_safe_row = tl.minimum(o_row, n - 1).to(tl.int64)
     o_safe_column = tl.minimum(o_column, m - 1).to(tl.int64)
@@ -267,10 +284,7 @@ def backward_kernel(
         )
     b_diagonal = tl.load(p_diagonal + o_row, mask=m_row, other=0.0)
     b_gradient = tl.where(o_row[:, None] + offset == o_column[None, :], b_diagonal[:, None], b_gradient)
-    p_out = p_strip + (o_row - strip_start).to(tl.int64)[:, None] * m + o_column[None, :]
-    if p_strip.dtype.element_ty != tl.float32:
-        b_gradient = b_gradient.to(p_strip.dtype.element_ty, fp_downcast_rounding="rtne")
-    tl.store(p_out, b_gradient, mask=m_tile)
+    _store_gradient(p_strip, b_gradient, o_row - strip_start, o_column, m, m_tile)
 
 
 @triton.jit
@@ -298,16 +312,7 @@ def sigmoid_kernel(
 
     p_scalars: s, b and the factor of dS in p_strip, [strip rows, m]. p_sums: [2, programs], of the loss and of dS.
     """
-    # Programs of GROUP_ROWS row blocks walk the columns together, so that their text tiles are read from the cache.
-    blocks_m, blocks_n = tl.cdiv(strip_stop - strip_start, BLOCK_M), tl.cdiv(m, BLOCK_N)
-    i_program = tl.program_id(0)
-    i_group = i_program // (GROUP_ROWS * blocks_n)
-    rows_here = tl.minimum(blocks_m - i_group * GROUP_ROWS, GROUP_ROWS)
-    i_row = i_group * GROUP_ROWS + (i_program % (GROUP_ROWS * blocks_n)) % rows_here
-    i_column = (i_program % (GROUP_ROWS * blocks_n)) // rows_here
-
-    o_row = strip_start + i_row * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_column = i_column * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_row, o_column = _tile_of_program(strip_start, strip_stop, m, GROUP_ROWS, BLOCK_M, BLOCK_N)
     o_safe_row = tl.minimum(o_row, n - 1).to(tl.int64)  # beyond the end: the last row again, masked below
     o_safe_column = tl.minimum(o_column, m - 1).to(tl.int64)
     m_tile = (o_row < strip_stop)[:, None] & (o_column < m)[None, :]
@@ -317,15 +322,13 @@ def sigmoid_kernel(
         BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
     ) * tl.load(p_scalars) + tl.load(p_scalars + 1)  # fmt: skip
     b_loss, b_slope = _softplus(tl.where(m_pair, -b_x, b_x))
-    tl.store(p_sums + i_program, tl.sum(tl.where(m_tile, b_loss, 0.0)))
+    p_sum = p_sums + tl.program_id(0)
+    tl.store(p_sum, tl.sum(tl.where(m_tile, b_loss, 0.0)))
     if GRADIENT:
         b_gradient = tl.where(m_tile, tl.where(m_pair, -b_slope, b_slope), 0.0)
-        tl.store(p_sums + tl.num_programs(0) + i_program, tl.sum(b_gradient))
+        tl.store(p_sum + tl.num_programs(0), tl.sum(b_gradient))
         b_gradient *= tl.load(p_scalars + 2)
-        if p_strip.dtype.element_ty != tl.float32:
-            b_gradient = b_gradient.to(p_strip.dtype.element_ty, fp_downcast_rounding="rtne")
-        p_out = p_strip + (o_row - strip_start).to(tl.int64)[:, None] * m + o_column[None, :]
-        tl.store(p_out, b_gradient, mask=m_tile)
+        _store_gradient(p_strip, b_gradient, o_row - strip_start, o_column, m, m_tile)
 
 
 @triton.jit
