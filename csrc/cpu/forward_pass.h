@@ -117,7 +117,7 @@ inline void forward(const Problem& p, const Forward& out, char* scratch) {
     for (i64 start = 0; start < p.rows; start += layout.strip) {
         const i64 strip = smaller(layout.strip, p.rows - start);
 #pragma omp for schedule(static)
-        for (i64 i = 0; i < strip; i += MR) layout.operands.pack_rows_of(p, start, start + i, smaller(MR, strip - i));
+        for (i64 group = 0; group < RowGroup::in_strip(strip); ++group) layout.operands.pack_rows_of(p, start, {group, strip});
 
 #pragma omp for schedule(dynamic)
         for (i64 block = 0; block < layout.blocks; ++block) {

@@ -13,7 +13,7 @@ struct GradientLayout {
     float* image_panels;  // [strip, width] in panels: the strip of image times scale, for dT
     float* text_panels;   // [columns, width] in panels, for dI
     float* tiles;         // for each thread a tile of S and, with a teacher, one of S°
-    float* ds;            // [blocks, strip, TILE_COLUMNS], if there are gradients
+    float* ds;            // [blocks, strip, TILE_COLUMNS], if there are gradients, and room for what products read beyond them
     float* dots;          // [rows], of dI and I
 
     template <typename Wanted>
@@ -26,7 +26,7 @@ struct GradientLayout {
         image_panels = carver.floats(wanted.grad_text ? strip * width : 0);
         text_panels = carver.floats(wanted.grad_image ? p.columns * width : 0);
         tiles = carver.floats(p.threads * tiles_each * TILE);
-        ds = carver.floats(gradients ? blocks * strip * TILE_COLUMNS : 0);
+        ds = carver.floats(gradients ? (blocks * strip + MR) * TILE_COLUMNS : 0);
         dots = carver.floats(wanted.grad_scale ? p.rows : 0);
     }
 
@@ -61,7 +61,7 @@ inline void pack_text_panels(const Problem& p, float* panels) {
 // dT of one block of columns = or += dSᵀ times the strip of scale * image.
 inline void add_text_gradient(const Problem& p, const GradientLayout& layout, i64 block, i64 strip, float* grad_text, bool add) {
     const i64 column = block * TILE_COLUMNS, columns = smaller(TILE_COLUMNS, p.columns - column);
-    product(columns, p.width, strip, {layout.ds_tile(block, 0), 1, TILE_COLUMNS},
+    product(columns, p.width, strip, Columns<TILE_COLUMNS>{layout.ds_tile(block, 0)},
             {layout.image_panels, layout.strip * NR, 0}, grad_text + column * gradient_stride(p.width),
             gradient_stride(p.width), add);
 }
@@ -78,7 +78,7 @@ inline void write_image_gradient(const Problem& p, const GradientLayout& layout,
         float* to = grad_image + (start + row) * stride + panel * NR;
         for (i64 block = 0; block < layout.blocks; ++block) {
             const i64 column = block * TILE_COLUMNS, depth = smaller(TILE_COLUMNS, p.columns - column);
-            product(rows, width, depth, {layout.ds_tile(block, row), TILE_COLUMNS, 1},
+            product(rows, width, depth, Rows{layout.ds_tile(block, row), TILE_COLUMNS},
                     {layout.text_panels + panel * p.columns * NR, p.columns * NR, column}, to, stride, block > 0);
         }
     }
@@ -107,11 +107,12 @@ inline void pass_over_strips(const Problem& p, const Wanted& wanted, const Gradi
         for (i64 start = 0; start < p.rows; start += layout.strip) {
             const i64 strip = smaller(layout.strip, p.rows - start);
 #pragma omp for schedule(static)
-            for (i64 i = 0; i < strip; i += MR) {
-                const i64 count = smaller(MR, strip - i);
-                if (start + i + count > kept_rows) layout.operands.pack_rows_of(p, start, start + i, count);
+            for (i64 i = 0; i < RowGroup::in_strip(strip); ++i) {
+                const RowGroup group(i, strip);
+                const i64 row = start + group.row;
+                if (row + group.count > kept_rows) layout.operands.pack_rows_of(p, start, group);
                 if (wanted.grad_text)
-                    pack_panels(p.image, start + i, count, p.width, p.scale, layout.image_panels, i, layout.strip);
+                    pack_panels(p.image, row, group.count, p.width, p.scale, layout.image_panels, group.row, layout.strip);
             }
 #pragma omp for schedule(dynamic)
             for (i64 block = 0; block < layout.blocks; ++block) {

@@ -1,4 +1,4 @@
-// Features of any dtype and stride into the layouts that the products read: rows of floats, and panels.
+// Features of any dtype and stride into the layouts that the products read: groups of rows, and panels.
 #pragma once
 
 #include "product.h"
@@ -44,18 +44,16 @@ inline void with_dtype(Dtype dtype, Work work) {
     if (dtype == Dtype::float16) work(static_cast<Float16*>(nullptr));
 }
 
-// out [count, width] = scale * rows of m.
-inline void pack_rows(const Matrix& m, i64 start, i64 count, i64 width, float scale, float* out) {
+// out [width, MR] = scale * `count` rows of m, up to MR, zeros beyond them.
+inline void pack_group(const Matrix& m, i64 start, i64 count, i64 width, float scale, float* out) {
     with_dtype(m.dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        for (i64 i = 0; i < count; ++i) {
-            if (m.column == 1) {
-                const T* from = static_cast<const T*>(m.data) + (start + i) * m.row;
-                for (i64 k = 0; k < width; ++k) out[i * width + k] = scale * to_float(from[k]);
-            } else {
-                for (i64 k = 0; k < width; ++k) out[i * width + k] = scale * element<T>(m, start + i, k);
-            }
-        }
+        const T* row[MR];
+        for (i64 r = 0; r < MR; ++r) row[r] = static_cast<const T*>(m.data) + (start + smaller(r, count - 1)) * m.row;
+        for (i64 k = 0; k < width; ++k)
+            for (i64 r = 0; r < MR; ++r) out[k * MR + r] = scale * to_float(row[r][k * m.column]);
+        for (i64 r = count; r < MR; ++r)
+            for (i64 k = 0; k < width; ++k) out[k * MR + r] = 0;
     });
 }
 

@@ -1,4 +1,4 @@
-// Products of small matrices, C += A B, in float32: A is read where it lies, B from packed panels.
+// Products of small matrices, C += A B, in float32: A is read where it lies or from packed groups of rows, B from packed panels.
 #pragma once
 
 #include "vector.h"
@@ -13,11 +13,28 @@ constexpr int NR = NV * W;
 
 inline i64 round_up(i64 value, i64 to) { return (value + to - 1) / to * to; }
 
-// A matrix [rows, depth] of floats with any strides.
-struct Left {
+// The left matrix [rows, depth] of a product, MR rows at a time. With fewer left, what lies where the others would be is read,
+// and its sums are not stored. `STEP` is from one k to the next.
+struct Rows {  // `stride` floats from one to the next
     const float* data;
-    i64 row, depth;  // strides
-    Left at(i64 i, i64 k) const { return {data + i * row + k * depth, row, depth}; }
+    i64 stride;
+    static constexpr i64 STEP = 1;
+    const float* at(i64 i, i64 k) const { return data + i * stride + k; }
+    i64 row(i64 r) const { return r * stride; }
+};
+template <i64 STRIDE>
+struct Columns {  // the transpose of rows `STRIDE` apart
+    const float* data;
+    static constexpr i64 STEP = STRIDE;
+    const float* at(i64 i, i64 k) const { return data + i + k * STEP; }
+    static i64 row(i64 r) { return r; }
+};
+struct RowGroups {  // [depth, MR] for each MR rows, `stride` floats from one group to the next
+    const float* data;
+    i64 stride;
+    static constexpr i64 STEP = MR;
+    const float* at(i64 i, i64 k) const { return data + i / MR * stride + k * STEP; }
+    static i64 row(i64 r) { return r; }
 };
 
 // B [depth, columns] in panels of NR columns (the last as many vectors as it needs, zeros beyond the columns). A panel
@@ -29,33 +46,31 @@ struct Panels {
     static i64 width(i64 columns, i64 panel) { return smaller(NR, round_up(columns - panel * NR, W)); }
 };
 
-template <int VECTORS>
-inline void tile_product(i64 depth, Left a, i64 rows, const float* b, float* c, i64 c_row, bool add) {
-    const float* row[MR];
+// C [rows, VECTORS * W] = or += A B, one tile in registers. Never inlined, where the loop would lack registers for addresses.
+template <int VECTORS, typename Left>
+__attribute__((noinline)) void tile_product(i64 depth, Left left, const float* a, i64 rows, const float* b, float* c, i64 c_row,
+                                            bool add) {
     Floats total[MR][VECTORS];
-    for (int r = 0; r < MR; ++r) {
-        row[r] = a.data + smaller(r, rows - 1) * a.row;  // beyond the last, its sums are not stored
+    for (int r = 0; r < MR; ++r)
         for (int v = 0; v < VECTORS; ++v) total[r][v] = Floats{};
-    }
     for (i64 k = 0; k < depth; ++k) {
         Floats right[VECTORS];
         for (int v = 0; v < VECTORS; ++v) right[v] = load(b + v * W);
+        for (int r = 0; r < MR; ++r)
+            for (int v = 0; v < VECTORS; ++v) total[r][v] += a[left.row(r)] * right[v];
+        a += Left::STEP;
         b += VECTORS * W;
-        for (int r = 0; r < MR; ++r) {
-            const float left = row[r][k * a.depth];
-            for (int v = 0; v < VECTORS; ++v) total[r][v] += left * right[v];
-        }
     }
-    for (int r = 0; r < MR; ++r) {
-        if (r >= rows) break;
-        for (int v = 0; v < VECTORS; ++v) {
-            float* to = c + r * c_row + v * W;
-            store(to, add ? load(to) + total[r][v] : total[r][v]);
-        }
-    }
+    for (int r = 0; r < MR; ++r)
+        for (int v = 0; v < VECTORS; ++v)
+            if (r < rows) {
+                float* to = c + r * c_row + v * W;
+                store(to, add ? load(to) + total[r][v] : total[r][v]);
+            }
 }
 
 // C [rows, columns] = or += A [rows, depth] B. C has room for `columns` rounded up to whole vectors in each row.
+template <typename Left>
 inline void product(i64 rows, i64 columns, i64 depth, Left a, Panels b, float* c, i64 c_row, bool add) {
     constexpr i64 DEPTH = 256;  // of a panel: 16 KiB, half of the first-level cache
     for (i64 k = 0; k < depth; k += DEPTH) {
@@ -64,13 +79,12 @@ inline void product(i64 rows, i64 columns, i64 depth, Left a, Panels b, float* c
             const i64 width = Panels::width(columns, panel);
             const float* from = b.data + panel * b.stride + (b.start + k) * width;
             for (i64 i = 0; i < rows; i += MR) {
-                const Left left = a.at(i, k);
                 float* to = c + i * c_row + panel * NR;
                 const i64 left_rows = smaller(MR, rows - i);
-                if (width == W) tile_product<1>(now, left, left_rows, from, to, c_row, add || k > 0);
-                if (width == 2 * W) tile_product<2>(now, left, left_rows, from, to, c_row, add || k > 0);
+                if (width == W) tile_product<1>(now, a, a.at(i, k), left_rows, from, to, c_row, add || k > 0);
+                if (width == 2 * W) tile_product<2>(now, a, a.at(i, k), left_rows, from, to, c_row, add || k > 0);
                 if constexpr (NV == 3)
-                    if (width == 3 * W) tile_product<3>(now, left, left_rows, from, to, c_row, add || k > 0);
+                    if (width == 3 * W) tile_product<3>(now, a, a.at(i, k), left_rows, from, to, c_row, add || k > 0);
             }
         }
     }

@@ -108,16 +108,30 @@ inline double entry(const Matrix& left, const Matrix& right, i64 width, float sc
     return static_cast<double>(scale) * dot;
 }
 
+// The groups of MR rows that a strip is packed in; a tile's last one has what is left of the tile. count < 1: none of them are
+// in the strip.
+constexpr i64 TILE_GROUPS = (TILE_ROWS + MR - 1) / MR;
+
+struct RowGroup {
+    i64 index, row, count;
+    RowGroup(i64 group, i64 strip)
+        : index(group),
+          row(group / TILE_GROUPS * TILE_ROWS + group % TILE_GROUPS * MR),
+          count(smaller(smaller(MR, TILE_ROWS - group % TILE_GROUPS * MR), strip - row)) {}
+    static i64 in_strip(i64 strip) { return divide_up(strip, TILE_ROWS) * TILE_GROUPS; }
+};
+
 // What both passes need of a strip of rows and of a block of columns.
 struct Operands {
-    float *image, *teacher_image;  // [strip, width], times the scale
+    float *image, *teacher_image;  // for each tile of the strip TILE_GROUPS of its rows, times the scale
     float *text, *teacher_text;    // panels [width, TILE_COLUMNS] for each thread
     i64 text_floats, teacher_text_floats;
 
     Operands(const Problem& p, i64 strip, Carver& carver) {
         const i64 teacher_width = p.has_teacher ? p.teacher_width : 0;
-        image = carver.floats(strip * p.width);
-        teacher_image = carver.floats(strip * teacher_width);
+        const i64 groups = RowGroup::in_strip(strip);
+        image = carver.floats(groups * MR * p.width);
+        teacher_image = carver.floats(groups * MR * teacher_width);
         text_floats = p.width * round_up(TILE_COLUMNS, NR);
         teacher_text_floats = teacher_width * round_up(TILE_COLUMNS, NR);
         text = carver.floats(p.threads * text_floats);
@@ -126,11 +140,13 @@ struct Operands {
     float* own_text() const { return text + thread() * text_floats; }
     float* own_teacher_text() const { return teacher_text + thread() * teacher_text_floats; }
 
-    void pack_rows_of(const Problem& p, i64 strip_start, i64 row, i64 count) const {
-        pack_rows(p.image, row, count, p.width, p.scale, image + (row - strip_start) * p.width);
+    void pack_rows_of(const Problem& p, i64 strip_start, const RowGroup& group) const {
+        if (group.count < 1) return;
+        const i64 row = strip_start + group.row;
+        pack_group(p.image, row, group.count, p.width, p.scale, image + group.index * MR * p.width);
         if (p.has_teacher)
-            pack_rows(p.teacher_image, row, count, p.teacher_width, p.teacher_scale,
-                      teacher_image + (row - strip_start) * p.teacher_width);
+            pack_group(p.teacher_image, row, group.count, p.teacher_width, p.teacher_scale,
+                       teacher_image + group.index * MR * p.teacher_width);
     }
     void pack_columns_of(const Problem& p, i64 column, i64 columns) const {
         pack_transposed(p.text, column, columns, p.width, own_text());
@@ -138,12 +154,16 @@ struct Operands {
     }
     // A tile of S: rows of the strip from `row` on.
     void student_tile(const Problem& p, i64 row, i64 rows, i64 columns, float* out) const {
-        product(rows, columns, p.width, {image + row * p.width, p.width, 1}, {own_text(), p.width * NR, 0}, out,
-                TILE_COLUMNS, false);
+        product(rows, columns, p.width, groups_at(image, row, p.width), {own_text(), p.width * NR, 0}, out, TILE_COLUMNS, false);
     }
     void teacher_tile(const Problem& p, i64 row, i64 rows, i64 columns, float* out) const {
-        product(rows, columns, p.teacher_width, {teacher_image + row * p.teacher_width, p.teacher_width, 1},
+        product(rows, columns, p.teacher_width, groups_at(teacher_image, row, p.teacher_width),
                 {own_teacher_text(), p.teacher_width * NR, 0}, out, TILE_COLUMNS, false);
+    }
+
+  private:
+    static RowGroups groups_at(const float* packed, i64 row, i64 width) {
+        return {packed + row / TILE_ROWS * TILE_GROUPS * MR * width, MR * width};
     }
 };
 
