@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cliperase_fast.distributed.group import Group, Shards
+from cliperase_fast.distributed.group import Group, Shards, gather_equal, sum_scattered
 
 
 def as_bytes(rows: Tensor) -> Tensor:
@@ -28,9 +28,7 @@ def gather_rows(shards: Shards, *tensors: Tensor | None) -> list[Tensor | None]:
         if len(rows) < largest:  # the collectives want equal shares
             rows = torch.cat((rows, rows.new_zeros(largest - len(rows), *rows.shape[1:])))
         gathered = rows.new_empty(shards.group.size * largest, *rows.shape[1:])
-        work = dist.all_gather_into_tensor(
-            as_bytes(gathered), as_bytes(rows), group=shards.group.process_group, async_op=True
-        )
+        work = gather_equal(as_bytes(gathered), as_bytes(rows), shards.group.process_group, async_op=True)
         started.append((work, gathered))
     results: list[Tensor | None] = []
     for start in started:
@@ -57,7 +55,7 @@ def sum_to_owners(shards: Shards, summands: Tensor) -> Tensor:
     """The sum over all ranks of their [N, D], one's own rows [n, D] of it."""
     if shards.even:
         total = summands.new_empty(shards.own, summands.shape[1])
-        dist.reduce_scatter_tensor(total, summands.contiguous(), group=shards.group.process_group)
+        sum_scattered(total, summands.contiguous(), shards.group.process_group)
         return total
     received = summands.new_empty(shards.group.size * shards.own, summands.shape[1])
     _all_to_all(shards, received, summands.contiguous())
@@ -74,7 +72,7 @@ def _all_to_all(shards: Shards, received: Tensor, sent: Tensor) -> None:
 def total_over_ranks(group: Group, value: Tensor) -> Tensor:
     """The sum of everyone's `value`."""
     shares = value.new_empty(group.size, *value.shape)
-    dist.all_gather_into_tensor(shares, value.contiguous()[None], group=group.process_group)
+    gather_equal(shares, value.contiguous()[None], group.process_group)
     return shares.sum(0)
 
 

@@ -11,11 +11,25 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from cliperase_fast.errors import InputError
 
 GATHER_MODES = ("all", "ring")
 _FAILED = -1  # in the place of a digest
+_RENAMED = hasattr(dist, "all_gather_single")  # by torch 2.14, which warns of the older names
+
+
+def gather_equal(gathered: Tensor, own: Tensor, group: Any, async_op: bool = False) -> Any:
+    """Everyone's `own` [n, ...], in rank order, into `gathered` [ranks * n, ...]."""
+    gather = dist.all_gather_single if _RENAMED else dist.all_gather_into_tensor
+    return gather(gathered, own, group=group, async_op=async_op)
+
+
+def sum_scattered(own: Tensor, summands: Tensor, group: Any) -> None:
+    """This rank's part of the sum over all ranks of `summands` [ranks * n, ...], into `own` [n, ...]."""
+    scatter = dist.reduce_scatter_single if _RENAMED else dist.reduce_scatter_tensor
+    scatter(own, summands, group=group)
 
 
 class Group:
@@ -82,7 +96,7 @@ class Group:
         device = "cpu" if "cpu" in self.backend_of else next(iter(self.backend_of))
         mine = torch.tensor([[digest, *counts]], dtype=torch.int64, device=device)
         found = mine.new_empty(self.size, mine.shape[1])
-        dist.all_gather_into_tensor(found, mine, group=self.process_group)
+        gather_equal(found, mine, self.process_group)
         return found.tolist()
 
     def _objects(self, mine: object) -> list[Any]:

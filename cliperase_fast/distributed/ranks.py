@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cliperase_fast.distributed.collectives import as_bytes, gather_rows
-from cliperase_fast.distributed.group import Group, Shards
+from cliperase_fast.distributed.group import Group, Shards, gather_equal
 from cliperase_fast.errors import InputError, UnlearningError
 
 T = TypeVar("T")
@@ -54,26 +54,25 @@ class Ranks:
         return [slice(start, stop) for start, stop in pairwise(starts)]
 
     def together(self, work: Callable[[], T]) -> T:
-        """What this rank's `work` returns. An InputError of any rank is raised on all, naming the rank."""
+        """What this rank's `work` returns. An error of any rank is raised on all, naming the rank."""
         found: list[T] = []
         self.each(lambda: found.append(work()))
         return found[0]
 
     def each(self, work: Callable[[], T]) -> list[T]:
-        """What every rank's `work` returns, the same list on all. An InputError of any rank is raised on all."""
+        """What every rank's `work` returns, the same list on all. An error of any rank is raised on all."""
         if self.size == 1:
             return [work()]
-        own: InputError | None = None
+        own: Exception | None = None
+        mine: tuple[str, Any]
         try:
-            mine: tuple[bool, Any] = (True, work())
-        except InputError as error:
-            own, mine = error, (False, str(error))
+            mine = ("", work())
+        except Exception as error:  # whatever it is, the others wait
+            own, mine = error, _as_told(error)
         found = self._objects(mine)
         if own is not None:
             raise own
-        stopped = [f"rank {rank} stopped: {text}" for rank, (fine, text) in enumerate(found) if not fine]
-        if stopped:
-            raise InputError("; ".join(stopped))
+        _raise_told({rank: told for rank, told in enumerate(found) if told[0]})
         return [value for _, value in found]
 
     def from_first(self, work: Callable[[], T]) -> T:
@@ -86,29 +85,34 @@ class Ranks:
             try:
                 mine = ("", work())
             except Exception as error:  # whatever it is, the others wait
-                own, mine = error, (type(error).__name__, str(error))
-        kind, value = self._objects(mine)[0]
+                own, mine = error, _as_told(error)
+        told = self._objects(mine)[0]
         if own is not None:
             raise own
-        if kind:
-            raise (InputError if kind == "InputError" else UnlearningError)(f"rank 0 stopped: {value}")
-        return value
+        _raise_told({0: told} if told[0] else {})
+        return told[1]
 
     def agree(self, settings: Mapping[str, object]) -> None:
         """Raise InputError on every rank, naming what differs and where, unless all ranks have the same."""
         if self.group is not None and self.size > 1:
             self.group.agree(settings, (0, 0))
 
-    def put_together(self, parts: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
-        """Everyone's rows in rank order, on the CPU of every rank: counts[rank] from each, [n, D] in `parts` here.
+    def put_together(self, work: Callable[[], Sequence[Tensor]], counts: Sequence[int]) -> Tensor:
+        """Everyone's rows in rank order, on the CPU of every rank: counts[rank] from each, [n, D] in what `work` makes.
 
-        The ranks' rows have one width and dtype; a rank may have none.
+        The ranks' rows have one width and dtype; a rank may have none. An error of any rank is raised on all.
         """
+        parts: list[Tensor] = []
+
+        def form() -> tuple[torch.Size, torch.dtype] | None:
+            parts.extend(work())
+            return (parts[0].shape[1:], parts[0].dtype) if parts else None
+
+        forms = self.each(form)
         if self.group is None or self.size == 1:
-            return torch.cat(list(parts))
-        widths = self._objects((parts[0].shape[1:], parts[0].dtype) if parts else None)
-        shape, dtype = next(form for form in widths if form is not None)
-        rows = torch.cat(list(parts)) if parts else torch.empty(0, *shape, dtype=dtype)
+            return torch.cat(parts)
+        shape, dtype = next(form for form in forms if form is not None)
+        rows = torch.cat(parts) if parts else torch.empty(0, *shape, dtype=dtype)
         shards = Shards(self.group, tuple(counts), "all")
         (gathered,) = gather_rows(shards, rows.to(self._exchange_device))
         assert gathered is not None
@@ -145,7 +149,7 @@ class Ranks:
             return [value]
         mine = torch.tensor([value], dtype=torch.float64, device=self._exchange_device)
         found = mine.new_empty(self.size)
-        dist.all_gather_into_tensor(found, mine, group=self.process_group)
+        gather_equal(found, mine, self.process_group)
         return found.tolist()
 
     def from_first_tensors(self, tensors: dict[str, Tensor] | None) -> dict[str, Tensor]:
@@ -210,6 +214,21 @@ def joined(device: str, seconds: float) -> Iterator[Ranks]:
             dist.destroy_process_group()
 
 
+def _as_told(error: Exception) -> tuple[str, str]:
+    """(kind, text) of an error, for the ranks that it did not happen on."""
+    if isinstance(error, (InputError, UnlearningError)):
+        return type(error).__name__, str(error)
+    return type(error).__name__, f"{type(error).__name__}: {error}"
+
+
+def _raise_told(stopped: Mapping[int, tuple[str, str]]) -> None:
+    """Raise what other ranks have told of their errors, if any has."""
+    if stopped:
+        kinds = {kind for kind, _ in stopped.values()}
+        text = "; ".join(f"rank {rank} stopped: {text}" for rank, (_, text) in stopped.items())
+        raise InputError(text) if kinds == {"InputError"} else UnlearningError(text)
+
+
 def _launched() -> bool:
     given = [name for name in _FROM_LAUNCHER if name in os.environ]
     if not {"RANK", "WORLD_SIZE"} & set(given):
@@ -237,12 +256,18 @@ def _start(device: str, seconds: float) -> None:
             )
         torch.cuda.set_device(local)
     backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+    timeout = timedelta(seconds=seconds)
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=seconds))
+        store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # One torchrun keeps one store for all its restarts, the addresses of ranks that are no more still in it.
+            # (Several of them count restarts each for itself; the c10d rendezvous makes a store for every attempt.)
+            store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
     except (RuntimeError, ValueError) as error:
-        size, address = os.environ["WORLD_SIZE"], f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        others, address = int(os.environ["WORLD_SIZE"]) - 1, f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UnlearningError(
-            f"rank {os.environ['RANK']} did not find the other {int(size) - 1} ranks at {address} within "
+            f"rank {os.environ['RANK']} did not find the other {others} ranks at {address} within "
             f"rank_timeout={seconds:g} seconds: {_first_line(error)}"
         ) from error
 

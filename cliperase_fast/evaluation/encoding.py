@@ -165,16 +165,32 @@ def _encode_images(
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # else starting the loader would draw from the global generator
     )
-    parts: list[Tensor] = []
-    # disable=None: quiet when standard error is no terminal
-    with tqdm(
-        total=sum(map(len, own)), desc="encoding", unit="image", leave=False, disable=None if progress else True
-    ) as bar:
-        for pixels in loader:
-            features = adapter.encode_image(pixels.to(device, non_blocking=True)).float().cpu()  # [B, D]
-            parts.append(features)
-            bar.update(len(features))
-    return ranks.put_together(parts, [sum(map(len, batches[share])) for share in ranks.shares(len(batches))])
+
+    def encoded() -> list[Tensor]:
+        parts: list[Tensor] = []
+        # disable=None: quiet when standard error is no terminal
+        with tqdm(
+            total=sum(map(len, own)), desc="encoding", unit="image", leave=False, disable=None if progress else True
+        ) as bar:
+            for pixels in loader:
+                features = _encode_image(adapter, pixels.to(device, non_blocking=True)).float().cpu()  # [B, D]
+                parts.append(features)
+                bar.update(len(features))
+        return parts
+
+    return ranks.put_together(encoded, [sum(map(len, batches[share])) for share in ranks.shares(len(batches))])
+
+
+def _encode_image(adapter: ClipAdapter, pixels: Tensor) -> Tensor:
+    try:
+        return adapter.encode_image(pixels)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise InputError(
+            f"the model cannot encode images of shape {tuple(pixels.shape[1:])} ({error}): give tensors of the size it "
+            "was made for, or PIL images, which its transform resizes"
+        ) from error
 
 
 class _Pixels(Dataset):

@@ -41,11 +41,11 @@ class SplitAttention(nn.Module):
         need_weights: bool = False,
         attn_mask: Tensor | None = None,
     ) -> tuple[Tensor, None]:
-        """query: [B, L, D] ([L, B, D] unless batch_first); key and value are the same tensor.
+        """query: [B, L, D] ([L, B, D] unless batch_first); key and value are the same tensor (or aliases of it).
 
         attn_mask: added to the logits, [L, L] or [B * heads, L, L].
         """
-        if key is not query or value is not query or need_weights:
+        if need_weights or not (_is_same(key, query) and _is_same(value, query)):
             raise NotImplementedError("only self-attention without returned weights")
         x = query if self.batch_first else query.transpose(0, 1)
         batch, length, width = x.shape
@@ -147,6 +147,11 @@ def _called(adapter: ClipAdapter, layers: list[nn.Module]) -> set[nn.Module]:
         for child in training:
             child.training = True
     return called
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """Whether they are one tensor, maybe under two names: ZeRO-3 hands a module an alias of each of its inputs."""
+    return one is other or (one.data_ptr() == other.data_ptr() and one.stride() == other.stride())
 
 
 def _split_attention(block: nn.Module) -> None:

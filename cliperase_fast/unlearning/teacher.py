@@ -134,9 +134,12 @@ def cache_teacher(
 def _encode_captions(adapter: ClipAdapter, captions: CaptionTable, runtime: Runtime) -> Tensor:
     parts = torch.arange(len(captions)).split(runtime.batch_size)
     shares = runtime.ranks.shares(len(parts))
+    own = parts[shares[runtime.ranks.rank]]
     with runtime.inference(adapter):
-        own = [adapter.encode_text(captions.rows(part)).float().cpu() for part in parts[shares[runtime.ranks.rank]]]
-    return runtime.ranks.put_together(own, [sum(map(len, parts[share])) for share in shares])
+        return runtime.ranks.put_together(
+            lambda: [adapter.encode_text(captions.rows(part)).float().cpu() for part in own],
+            [sum(map(len, parts[share])) for share in shares],
+        )
 
 
 def _encode_images(
@@ -161,12 +164,15 @@ def _encode_images(
     rounds = tqdm(range(max(share.stop - share.start for share in shares)), desc="teacher features", unit="batch",
                   disable=not runtime.progress, leave=False)  # fmt: skip
     own = iter(loader)
+
+    def next_of_own() -> list[Tensor]:
+        return [adapter.encode_image(pixels.to(runtime.device)).float().cpu() for pixels in islice(own, 1)]
+
     with runtime.inference(adapter):
         for turn in rounds:
-            features = [adapter.encode_image(pixels.to(runtime.device)).float().cpu() for pixels in islice(own, 1)]
             parts_of_turn = [parts[share][turn : turn + 1] for share in shares]  # of each rank, the last may have none
             counts = [sum(map(len, part)) for part in parts_of_turn]
-            found = ranks.put_together(features, counts).numpy().astype(np.float32, copy=False)
+            found = ranks.put_together(next_of_own, counts).numpy().astype(np.float32, copy=False)
             for share, rows in zip(shares, np.split(found, np.cumsum(counts)[:-1]), strict=True):
                 if out is not None and len(rows):
                     start = (share.start + turn) * runtime.batch_size

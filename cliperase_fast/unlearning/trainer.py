@@ -249,8 +249,8 @@ class Trainer:
         saved = self.ranks.from_first(lambda: checkpoints.list_checkpoints(self.directory / "checkpoints"))
         kept = f"The last good checkpoint is {saved[-1]}" if saved else "Without output_dir no checkpoint is kept"
         return UnlearningError(
-            f"the {what} is not finite at step {number} ({terms}); training stopped there and nothing of "
-            f"that step is saved. {kept}. Try a lower learning_rate (now "
+            f"the {what} is not finite at step {number} ({terms}); training stopped before "
+            f"that step changed the weights. {kept}. Try a lower learning_rate (now "
             f"{self.config.learning_rate:g}), grad_clip=1, or precision='fp32'"
         )
 

@@ -22,6 +22,7 @@ from cliperase_fast.unlearning.engine import MOMENTS, Engine
 from cliperase_fast.unlearning.runtime import Runtime
 
 _STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
+_OLDEST = "0.19.8"
 
 
 def read_deepspeed(setting: str | Mapping[str, Any], config: UnlearnConfig, ranks: Ranks) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def read_deepspeed(setting: str | Mapping[str, Any], config: UnlearnConfig, rank
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
         "gradient_clipping": config.grad_clip,
-        "bf16": {**given.get("bf16", {}), "enabled": config.precision == "bf16"},
+        "bf16": {**given.get("bf16", {}), "enabled": config.precision == "bf16", "check_grad_overflow": True},
     }
     _try(completed)
     return completed
@@ -65,6 +66,13 @@ def _require_deepspeed() -> None:
         import deepspeed
     except ImportError as error:
         raise InputError(f'deepspeed is not installed ({error}): pip install "cliperase_fast[deepspeed]"') from error
+    from packaging.version import Version  # deepspeed brings it
+
+    if Version(deepspeed.__version__) < Version(_OLDEST):
+        raise InputError(
+            f"deepspeed {deepspeed.__version__} changes the weights by gradients that are not finite, and {_OLDEST} "
+            'does not: pip install --upgrade "cliperase_fast[deepspeed]"'
+        )
     deepspeed.utils.logger.setLevel(logging.WARNING)
 
 
@@ -119,6 +127,8 @@ def _check(given: dict[str, Any], config: UnlearnConfig, ranks: Ranks) -> None:
         "bf16.enabled": (config.precision == "bf16", f"precision={config.precision!r}"),
         "fp16.enabled": (False, f"precision={config.precision!r}"),
         "torch_autocast.enabled": (False, f"precision={config.precision!r}"),
+        "bf16.check_grad_overflow": (True, "leaving out a step whose gradient is not finite"),
+        "zero_optimization.compute_grad_norm": (True, "the gradient's norm in metrics.jsonl"),
         "optimizer.type": (config.optimizer, "optimizer"),
         "optimizer.params.lr": (config.learning_rate, "learning_rate"),
         "optimizer.params.weight_decay": (config.weight_decay, "weight_decay"),

@@ -15,9 +15,11 @@ import torch
 from ranks import COLLECTIVE_TIMEOUT, Ranks
 from runs import features_of, run, run_fatally, run_here, run_with_random_views, told
 
-from cliperase_fast import InputError, UnlearnConfig
+from cliperase_fast import InputError, UnlearnConfig, UnlearningError
 from cliperase_fast import distributed as cfd
-from cliperase_fast.unlearning.zero import read_deepspeed
+from cliperase_fast.unlearning import api
+from cliperase_fast.unlearning.engine import LocalEngine
+from cliperase_fast.unlearning.zero import ZeroEngine, read_deepspeed
 
 
 def assert_same_run(found, alone, tolerance=1e-4):
@@ -121,14 +123,68 @@ def test_a_run_goes_on_with_another_number_of_ranks_and_another_stage(two, tmp_p
         assert_same_run(found, whole)
 
 
+def _with_a_bad_gradient(rank: int, changes: dict) -> tuple[str, list[str]]:
+    """What is said of it, and which weights and moments that step has changed."""
+    changed = []
+
+    class Watched(ZeroEngine if "deepspeed" in changes else LocalEngine):
+        steps = 0
+
+        def _held(self):
+            return {**self.weights(), **self.state()["optimizer"]["exp_avg"]}
+
+        def _backpropagate(self, scalar):
+            super()._backpropagate(scalar * float("nan") if rank == self.steps == 1 else scalar)
+
+        def step(self, rate):
+            before = {name: tensor.clone() for name, tensor in self._held().items()}
+            self.steps += 1
+            found = super().step(rate)
+            if self.steps == 2:
+                changed.extend(name for name, tensor in self._held().items() if not torch.equal(tensor, before[name]))
+            return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(api, Watched.__base__.__name__, Watched)
+        try:
+            run(**changes)
+        except UnlearningError as error:
+            return str(error), changed
+    return "nothing", changed
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"deepspeed": "zero1", "precision": "bf16"},
+        {"deepspeed": {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}},
+        {"deepspeed": "zero3", "grad_clip": 1.0},
+    ],
+    ids=["plain", "1, bf16", "2, offloaded", "3"],
+)
+def test_a_gradient_that_is_not_finite_on_one_rank_changes_no_weights(two, changes):
+    for said, changed in two.run(_with_a_bad_gradient, changes):
+        assert "the gradient is not finite at step 2" in said and "before that step changed the weights" in said
+        assert changed == []
+
+
 def _with_something_else(rank: int, what: str) -> None:
     changes = {"learning_rate": 1e-4} if what == "setting" else {"clip": {"width": 48}} if what == "model" else {}
-    if what == "data":
+    if what in ("data", "sizes"):
         from tiny import QUICK, make_pairs, make_tiny_clip, split_pairs
 
         import cliperase_fast as cf
 
+    if what == "data":
         cf.unlearn(make_tiny_clip(), *split_pairs(make_pairs(6 + rank), "red"), **QUICK)
+    if what == "sizes":  # the second rank's share of the retain test pairs are of another size
+        forget, retain = split_pairs(make_pairs(), "red")
+        retain_test = [
+            (torch.cat([image] * 2, 2) if i >= 12 else image, text) for i, (image, text) in enumerate(retain)
+        ]
+        test = (forget, retain_test)
+        cf.unlearn(make_tiny_clip(), forget, retain, test=test, **{**QUICK, "eval_batch_size": 12})
     if what == "directory" and rank == 0:
         changes = {"output_dir": __file__}
     run(**(changes if rank == 1 or what == "directory" else {}))
@@ -141,6 +197,7 @@ def _with_something_else(rank: int, what: str) -> None:
         ("model", "ranks differ in the model"),
         ("data", "ranks differ in the pairs"),
         ("directory", "test_unlearn_on_ranks.py is a file"),
+        ("sizes", "the model cannot encode images of shape (3, 8, 16)"),
     ],
 )
 def test_ranks_that_differ_are_all_told_at_once(two, what, text):
@@ -203,6 +260,8 @@ FOUR = cfd.Ranks(0, 4, 0, object())  # type: ignore[arg-type]  # a group that no
         ({"optimizer": {"type": "Adam", "params": {"lr": 0.1}}}, "optimizer.params.lr=0.1 contradicts learning_rate"),
         ({"optimizer": {"params": {"betas": [0, 0]}}}, "optimizer.params.betas is not ours to pass on"),
         ({"scheduler": {"type": "WarmupLR"}}, "scheduler contradicts the settings schedule and warmup_steps"),
+        ({"bf16": {"check_grad_overflow": False}}, "bf16.check_grad_overflow=False contradicts leaving out a step"),
+        ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, "zero_optimization.compute_grad_norm=False"),
         ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage is 0 and must be 1, 2 or 3"),
         ({"zero_optimization": {}}, "zero_optimization.stage is None"),
         ({"zero_optimization": {"stage": 2, "nonsense": 1}}, "refuses the configuration"),
@@ -234,6 +293,10 @@ def test_deepspeed_says_what_it_lacks(monkeypatch, tmp_path):
     (tmp_path / "ds.json").write_text("{")
     with pytest.raises(InputError, match=r"ds\.json is not valid JSON"):
         read_deepspeed(str(tmp_path / "ds.json"), UnlearnConfig(), FOUR)
+    with monkeypatch.context() as patch:
+        patch.setattr("deepspeed.__version__", "0.19.7")
+        with pytest.raises(InputError, match=r"deepspeed 0\.19\.7 changes the weights.*and 0\.19\.8 does not"):
+            read_deepspeed("zero1", UnlearnConfig(), FOUR)
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(InputError, match=r'pip install "cliperase_fast\[deepspeed\]"'):
         read_deepspeed("zero1", UnlearnConfig(), FOUR)
@@ -251,4 +314,4 @@ def test_shares_are_contiguous_and_leave_out_nothing():
             parts = [range(count)[part] for part in cfd.Ranks(0, size).shares(count)]
             assert [i for part in parts for i in part] == list(range(count))
             assert max(map(len, parts)) - min(map(len, parts)) <= 1
-    assert torch.equal(cfd.ALONE.put_together([torch.ones(2, 1)], [2]), torch.ones(2, 1))
+    assert torch.equal(cfd.ALONE.put_together(lambda: [torch.ones(2, 1)], [2]), torch.ones(2, 1))
