@@ -9,6 +9,15 @@ from test_transformers import assert_same_curves
 WAYS = {
     "gradient checkpointing": ({"ddp_backend": "gloo", "gradient_checkpointing": True}, "DistributedDataParallel"),
     "accumulation": ({"ddp_backend": "gloo", "gradient_accumulation_steps": 2}, "DistributedDataParallel"),
+    "compiled": (
+        # traced and run as it is, without a C++ compiler in each process
+        {"ddp_backend": "gloo", "torch_compile": True, "torch_compile_backend": "aot_eager"},
+        "OptimizedModule",
+    ),
+    "ZeRO 2, accumulation": (
+        {"deepspeed": trainer_ranks.zero(2), "gradient_accumulation_steps": 2},
+        "DeepSpeedEngine",
+    ),
     **{f"ZeRO {stage}": ({"deepspeed": trainer_ranks.zero(stage)}, "DeepSpeedEngine") for stage in (1, 2, 3)},
 }
 
