@@ -71,6 +71,18 @@ def test_they_are_open_clips_classes_with_the_same_arguments(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_the_constructor_sets_what_open_clips_does(name):
+    arguments = (True, 0, 1, "gather") if name == "SigLipLoss" else (True, True, True, 0, 1, False)
+    words = inspect.signature(getattr(open_clip.loss, name)).parameters
+    keywords = dict(zip(words, arguments, strict=True))
+    made = [kind(*arguments) for kind in (getattr(cf, name), getattr(open_clip.loss, name))]
+    made.append(getattr(cf, name)(**keywords))
+    for ours in (made[0], made[2]):
+        assert {key: getattr(ours, key) for key in keywords} == {key: getattr(made[1], key) for key in keywords}
+        torch.testing.assert_close(ours(**batch(name)), made[1](**batch(name)))
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_positional_arguments_give_the_plain_result(name):
     inputs = batch(name, bias=name == "SigLipLoss")
     ours, stock = (kind()(*inputs.values()) for kind in (getattr(cf, name), getattr(open_clip.loss, name)))
