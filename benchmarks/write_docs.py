@@ -277,8 +277,7 @@ def trainers_table() -> str:
     record = load("trainers")
     rows = []
     for run in record["runs"]:
-        peaks = run.get("memory")
-        memory = [f"{peaks[kind] / 2**20:.0f} MiB" for kind in ("stock", "fused")] if peaks else ["", ""]
+        memory = [f"{run['memory'][kind] / 2**20:.0f} MiB" for kind in ("stock", "fused")]
         rows.append(
             (run["name"], f"{run['first']:.4f}", f"{run['last']:.4f}", f"{run['largest_difference']:.1e}", *memory)
         )
