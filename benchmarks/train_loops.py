@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,6 +30,7 @@ from torch import Tensor
 from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.data import PairDataset, open_source, select
 from cliperase_fast.demo import RECIPES, cached_small_clip
+from cliperase_fast.models import load_model, set_trainable
 from cliperase_fast.unlearning import api
 from cliperase_fast.unlearning.preparation import Split, open_sets, prepare_data
 from cliperase_fast.unlearning.trainer import Trainer
@@ -113,6 +114,13 @@ SETTINGS = {
         quick={"epochs": 1, "batch_size": 16, "eval_batch_size": 16},
     ),
 }
+_vit = SETTINGS["vit-b-32"]
+SETTINGS["vit-b-32-last"] = replace(
+    _vit,
+    title=f"{_vit.title}, the last block of each tower trained",
+    config={**_vit.config, "trainable": "last:1", "epochs": 4, "evaluate_every": 4},
+    quick={**_vit.quick, "epochs": 3},
+)
 
 
 class Timeline:
@@ -182,7 +190,10 @@ def straightforward(
         return _accuracies(student, tokenize, transform, part, config.eval_batch_size)
 
     before, _ = scores(data.test), scores(data.validation)
-    optimizer = torch.optim.Adam(student.parameters(), lr=config.learning_rate)
+    parameters = list(student.parameters())
+    if config.trainable != "all":
+        parameters = [parameter for _, parameter in set_trainable(load_model(student), config.trainable)]
+    optimizer = torch.optim.Adam(parameters, lr=config.learning_rate)
     losses: list[float] = []
     plan = api._plan(config, data.train)
     per_epoch = plan.batches_per_epoch
@@ -283,7 +294,7 @@ def with_unlearn(
 def _instrument(trainer: Any, timeline: Timeline) -> None:
     """Marks around what the trainer calls. A step goes from the request for a batch to the return of `_step`."""
     engine, loader, teacher, step = trainer.engine, trainer.loader, trainer.teacher, trainer._step
-    batches, encode_image, encode_text = loader.batches, engine.student.encode_image, engine.student.encode_text
+    batches = loader.batches
 
     def timed_batches(start: int, stop: int) -> Iterator[Any]:
         source = batches(start, stop)
@@ -308,8 +319,8 @@ def _instrument(trainer: Any, timeline: Timeline) -> None:
         return call
 
     trainer._step, loader.batches = timed_step, timed_batches
-    engine.student.encode_image = timed(encode_image, "image encoder, forward", "image encoder, backward")
-    engine.student.encode_text = timed(encode_text, "text encoder, forward", "text encoder, backward")
+    engine._encode_image = timed(engine._encode_image, "image encoder, forward", "image encoder, backward")
+    engine._encode_text = timed(engine._encode_text, "text encoder, forward", "text encoder, backward")
     if teacher is not None:
         teacher.features = timed(teacher.features, "teacher")
 

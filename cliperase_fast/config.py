@@ -107,7 +107,7 @@ class UnlearnConfig:
     image_cache_mib: int = _option(
         512,
         "memory for transformed images, in MiB, so that each is read and transformed once (deterministic transforms, "
-        "num_workers=0); 0 for none",
+        "num_workers=0), or for what layers that are not trained make of them; 0 for none",
         group="data",
     )
     eval_batch_size: int = _option(256, "images per batch where no gradient is needed", group="data")

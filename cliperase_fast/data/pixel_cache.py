@@ -31,8 +31,25 @@ class PixelCache:
         if isinstance(image, Tensor):
             return image
         pixels = transform(image)
-        size = pixels.numel() * pixels.element_size()
+        size = _size(pixels)
         if size <= self.left:
             self._kept[key] = pixels
             self.left -= size
         return pixels
+
+    def room_without(self, pairs: PairDataset) -> int:
+        """Bytes left if the images of `pairs` were dropped."""
+        return self.left + sum(_size(self._kept[key]) for key in self._keys(pairs))
+
+    def drop(self, pairs: PairDataset, reserve: int) -> None:
+        """Drop the images of `pairs` for something else of `reserve` bytes."""
+        for key in self._keys(pairs):
+            self.left += _size(self._kept.pop(key))
+        self.left -= reserve
+
+    def _keys(self, pairs: PairDataset) -> set[tuple[ImageStore, int]]:
+        return {key for position in pairs.positions if (key := (pairs.store, int(position))) in self._kept}
+
+
+def _size(pixels: Tensor) -> int:
+    return pixels.numel() * pixels.element_size()

@@ -82,8 +82,10 @@ def plain_blocks(adapter: ClipAdapter) -> None:
             block.__class__ = plain
 
 
-def _last_block(adapter: ClipAdapter) -> Any:
-    """The image tower's, if the class token is all that is read of its output."""
+def plain_vision(adapter: ClipAdapter) -> Any:
+    """The image tower, if it is open_clip's vision transformer, run as open_clip runs it and seen by nobody between."""
+    if adapter.kind != "open_clip":
+        return None
     import open_clip
     from open_clip import transformer
 
@@ -94,13 +96,19 @@ def _last_block(adapter: ClipAdapter) -> Any:
         return None
     if type(visual) is not transformer.VisionTransformer or type(visual.transformer) is not transformer.Transformer:
         return None
-    if visual.pool_type != "tok" or visual.attn_pool is not None or visual.output_tokens:
+    if not visual.transformer.batch_first or visual.output_tokens:
         return None
-    if not visual.transformer.batch_first or len(visual.transformer.resblocks) == 0:
+    return None if _watched(visual) else visual
+
+
+def _last_block(adapter: ClipAdapter) -> Any:
+    """The image tower's, if the class token is all that is read of its output."""
+    visual = plain_vision(adapter)
+    if visual is None or visual.pool_type != "tok" or visual.attn_pool is not None:
+        return None
+    if len(visual.transformer.resblocks) == 0:
         return None
     block = visual.transformer.resblocks[-1]
-    if any(_watched(part) for part in (visual, visual.transformer, visual.ln_post)):
-        return None
     fits = isinstance(block.attn, nn.MultiheadAttention) and block.attn.batch_first
     return block if fits else None
 

@@ -28,6 +28,7 @@ from cliperase_fast.models.embedding import merge_rows, train_rows
 from cliperase_fast.ops import choose
 from cliperase_fast.unlearning.batches import BatchLoader, BatchPlan, CaptionTable, seeded
 from cliperase_fast.unlearning.engine import Engine, LocalEngine
+from cliperase_fast.unlearning.front import keep_front
 from cliperase_fast.unlearning.preparation import PreparedData, Split, open_sets, prepare_data
 from cliperase_fast.unlearning.result import UnlearnResult
 from cliperase_fast.unlearning.resuming import check_directory, fixed_settings, resume_from, work_directory
@@ -162,8 +163,9 @@ def _unlearn(
             pixels = loader.pixels[0, 0]
             ranks.together(partial(_try_teacher, settings, frozen, captions, pixels, test_before, runtime))
         work = ranks.from_first(lambda: work_directory(directory, settings, stack))
+        engine = _engine(student, parameters, settings, runtime, zero)
         trainer = Trainer(
-            _engine(student, parameters, settings, runtime, zero),
+            engine,
             _teacher(settings, frozen, data, captions, loader, runtime, work, zero),
             frozen.logit_scale().detach().float().clone(),
             loader,
@@ -176,8 +178,12 @@ def _unlearn(
             resumable=directory is not None,
         )
         del frozen, original  # the student may be all that is left of them
-        if zero is None:  # DeepSpeed follows the order of modules, which recomputing changes
+        if isinstance(engine, LocalEngine):  # DeepSpeed follows the order of modules, which recomputing changes
             thrifty_blocks(student)  # not before: what was measured and cached is the model's as it came
+            if ranks.size == 1 and not random_transform and not live:
+                keep_front(
+                    engine, loader, trainer.total_steps * settings.accumulate, settings.image_cache_mib * 2**20, runtime
+                )
         if checkpoint is not None:
             trainer.restore(checkpoint)
         done = trainer.run()

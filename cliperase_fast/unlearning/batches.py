@@ -84,7 +84,7 @@ def _permutation(size: int, seed: int, which: int, passed: int) -> np.ndarray:
 class Batch:
     """A rank's share of a batch: M forget and N retain pairs, all of them on a single process."""
 
-    pixels: Tensor  # [M + N, 3, H, W], forget pairs first
+    pixels: Tensor  # [M + N, 3, H, W], or what frozen layers make of them; forget pairs first
     tokens: Tensor  # [U, L], the batch's different captions
     text_of_pair: Tensor  # [M + N], row of `tokens` for each pair
     caption_of_pair: np.ndarray  # [M + N], index into the caption table
@@ -182,10 +182,11 @@ class BatchLoader:
         self.ranks = ranks
         self.plan, self.captions, self.group_ids, self.num_workers = plan, captions, group_ids, num_workers
         self.pixels = PixelDataset(pairs, transform, plan.seed if random_transform else None, cache)
+        self.images: Dataset = self.pixels  # what batches hold of them
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         loader = DataLoader(
-            self.pixels,
+            self.images,
             batch_sampler=[self._keys(number) for number in range(start, stop)],
             num_workers=self.num_workers,
             collate_fn=torch.stack,

@@ -148,6 +148,9 @@ class LocalEngine(Engine):
         self, student: ClipAdapter, parameters: list[tuple[str, nn.Parameter]], config: UnlearnConfig, runtime: Runtime
     ) -> None:
         super().__init__(student, parameters, config, runtime)
+        self.encode_image: Callable[[Tensor], Tensor] = (
+            student.encode_image
+        )  # or of what a frozen front makes of images
         self.parameters = [parameter for _, parameter in parameters]
         self.optimizer = self.make_optimizer((parameter, parameter.ndim) for parameter in self.parameters)
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
@@ -205,7 +208,7 @@ class LocalEngine(Engine):
 
     def _encode_image(self, pixels: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, D]
         with self.runtime.autocast():
-            return self.student.encode_image(pixels.to(self.runtime.device, non_blocking=True))
+            return self.encode_image(pixels.to(self.runtime.device, non_blocking=True))
 
     def _encode_text(self, tokens: Tensor) -> Tensor:  # [U, L] -> [U, D]
         with self.runtime.autocast():

@@ -46,6 +46,15 @@ def test_both_loops_see_the_same_batches_and_end_with_the_same_scores(record):
     assert train.faults(record) == []
 
 
+def test_both_loops_train_the_same_parts(tmp_path):
+    setting = replace(
+        SETTINGS["vit-b-32-last"], model=tiny_model, quick={"batch_size": 12, "learning_rate": 1e-3, "epochs": 2}
+    )
+    slow, fast = (run(setting, who, tmp_path, quick=True) for who in WHO)
+    assert slow["losses"] == pytest.approx(fast["losses"], abs=1e-4)
+    assert abs(slow["losses"][0] - slow["losses"][-1]) > 0.01
+
+
 def test_the_phases_make_up_the_step(record):
     for of in record["runs"]:
         assert len(of["step_seconds"]) == len(of["losses"]) - 1

@@ -1,0 +1,56 @@
+"""Training from kept activations: each image goes through the frozen layers once, and nothing else changes."""
+
+import pytest
+import torch
+from open_clip.transformer import VisionTransformer
+from tiny import QUICK, make_pairs, make_tiny_clip, split_pairs
+
+import cliperase_fast as cf
+from cliperase_fast.models import load_model
+
+
+@pytest.fixture
+def embedded(monkeypatch):
+    """How many images have gone through the first layers with the model in training mode."""
+    counts, embed = [], VisionTransformer._embeds
+
+    def counting(self, x):
+        counts.append(len(x) if self.training else 0)
+        return embed(self, x)
+
+    monkeypatch.setattr(VisionTransformer, "_embeds", counting)
+    return counts
+
+
+def run(**changes):
+    forget, retain = split_pairs(make_pairs(), "red")
+    return cf.unlearn(make_tiny_clip(), forget, retain, **{**QUICK, "epochs": 4, "epoch_over": "retain", **changes})
+
+
+@pytest.mark.parametrize("changes", [{}, {"grad_cache_chunk": 3}, {"num_workers": 1}], ids=["", "chunks", "workers"])
+@pytest.mark.parametrize("trainable", ["last:1", "text"])
+def test_each_image_goes_through_the_frozen_layers_once(trainable, changes, embedded):
+    expected = run(trainable=trainable, **changes, image_cache_mib=0)
+    every_epoch = sum(embedded)
+    embedded.clear()
+    found = run(trainable=trainable, **changes)
+    assert 0 < sum(embedded) < 0.6 * every_epoch
+    losses = [[line["total"] for line in result.history if "total" in line] for result in (found, expected)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5, abs=1e-5)
+    # Not the weights: a key's bias has no gradient but rounding, which Adam makes steps of.
+    inputs = torch.randn(4, 3, 8, 8), load_model(found.model).tokenize(["a red square", "a blue square"])
+    with torch.no_grad():
+        for encode, given in zip(("encode_image", "encode_text"), inputs, strict=True):
+            one, other = (getattr(result.model, encode)(given) for result in (found, expected))
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"image_cache_mib": 0}, {"teacher_cache": "off"}, {"epochs": 1}, {"trainable": "all"}],
+    ids=["no room", "teacher reads the images", "one pass", "all trained"],
+)
+def test_images_are_read_as_ever_otherwise(changes, embedded):
+    result = run(**{"trainable": "last:1", **changes})
+    steps = sum("total" in line for line in result.history)
+    assert sum(embedded) >= steps * (result.config.forget_pairs + 1)
