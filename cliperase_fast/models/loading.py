@@ -71,6 +71,11 @@ def load_model(
     if device is not None:
         wanted = torch.empty(0, device=device).device  # with its number: cuda is cuda:0
         if any(parameter.device != wanted for parameter in model.parameters()):
+            if any(parameter.is_meta for parameter in model.parameters()):
+                raise InputError(
+                    f"the {type(model).__name__} has weights on the meta device, where they have no values: load them "
+                    "first, or name the model by a string that says where its weights are"
+                )
             model = copy.deepcopy(model).to(wanted)
     if is_open_clip_model(model):
         return OpenClipAdapter(model, **options)

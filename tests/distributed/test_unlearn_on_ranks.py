@@ -61,7 +61,9 @@ def test_the_curve_and_the_scores_are_those_of_one_process(two, changes):
         {"deepspeed": {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
          "grad_cache_chunk": 2, "accumulate": 2},
         {"deepspeed": "zero3"},
-        {"deepspeed": "zero3", "grad_cache_chunk": 2, "accumulate": 2, "teacher_cache": "off", "eval_batch_size": 3},
+        # Chunks of one: the second rank has a pair of each kind less, and encodes as often as the first.
+        {"deepspeed": "zero3", "grad_cache_chunk": 1, "accumulate": 2, "teacher_cache": "off", "eval_batch_size": 1,
+         "batch_size": 12, "forget_fraction": 0.42},
     ],
     ids=["1", "2, offloaded, in chunks", "3", "3, in chunks, live teacher"],
 )  # fmt: skip

@@ -213,3 +213,5 @@ def test_a_device_copies_an_instance_and_never_moves_it() -> None:
     moved = load_model(model, device="meta").module
     assert next(moved.parameters()).is_meta
     assert not next(model.parameters()).is_meta
+    with pytest.raises(InputError, match="the CLIP has weights on the meta device"):
+        load_model(moved, device="cpu")

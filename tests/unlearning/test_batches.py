@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from cliperase_fast.data import as_pairs
+from cliperase_fast.distributed import Ranks
 from cliperase_fast.unlearning.batches import BatchLoader, BatchPlan, CaptionTable, seeded
 
 
@@ -72,6 +73,18 @@ def test_pixels_are_those_of_the_planned_pairs_with_forget_first():
     forget, retain = plan().batch(4)
     assert batch.pixels[:, 0, 0, 0].tolist() == [*forget, *(10 + retain)]
     assert np.array_equal(batch.retain_indices, retain)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_ranks_share_the_forget_pairs_and_the_retain_pairs_of_a_batch_alike(size):
+    parts = [next(loader(ranks=Ranks(rank, size)).batches(4, 5)) for rank in range(size)]
+    shown = [part.pixels[:, 0, 0, 0].tolist() for part in parts]
+    forget, retain = ([[i for i in pairs if (i < 10) == first] for pairs in shown] for first in (True, False))
+    for side, planned in ((forget, plan().batch(4)[0]), (retain, 10 + plan().batch(4)[1])):
+        assert [i for pairs in side for i in pairs] == planned.tolist()
+        assert max(map(len, side)) - min(map(len, side)) <= 1
+    assert [part.retain_indices.tolist() for part in parts] == [[i - 10 for i in pairs] for pairs in retain]
+    assert loader(ranks=Ranks(0, size)).pairs_of_ranks() == [len(pairs) for pairs in shown]
 
 
 def test_several_captions_of_an_image_take_turns():

@@ -57,6 +57,24 @@ def test_a_half_written_checkpoint_is_not_seen(tmp_path):
     assert ck.load_newest(tmp_path).state["step"] == 2
 
 
+@pytest.mark.parametrize("at", ["_save_tensors", "file_digest", "_flush"])
+def test_a_save_that_is_interrupted_leaves_no_checkpoint(tmp_path, monkeypatch, at):
+    save(tmp_path, 1, 1)
+    working = getattr(ck, at)
+
+    def interrupted(*arguments):
+        working(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ck, at, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, 2, 2)
+    assert [path.name for path in ck.list_checkpoints(tmp_path)] == ["step-00000001"]
+    with pytest.raises(KeyboardInterrupt):
+        ck.save_best(tmp_path, 2, {"weight": torch.ones(2)})
+    assert at == "file_digest" or not list(tmp_path.glob("best-*.safetensors"))
+
+
 def test_only_the_newest_are_kept_with_the_best_weights_they_name(tmp_path):
     weights = {"weight": torch.ones(2)}
     best = None
