@@ -68,12 +68,16 @@ def _watched(adapter):
     adapter.module.visual.ln_post.register_forward_hook(lambda *_: None)
 
 
+def _seldom_random(adapter):
+    adapter.module.visual.patch_dropout = torch.nn.Dropout(1e-9).train()
+
+
 def _checkpointed(adapter):
     adapter.module.visual.set_grad_checkpointing(True)
 
 
-@pytest.mark.parametrize("change", [_first_layer, _watched, _checkpointed])
-def test_nothing_is_frozen_where_a_part_in_front_is_trained_seen_or_computed_again(change):
+@pytest.mark.parametrize("change", [_first_layer, _watched, _seldom_random, _checkpointed])
+def test_nothing_is_frozen_where_a_part_in_front_is_trained_seen_random_or_computed_again(change):
     adapter, pixels = prepared(tiny_open_clip(), "last:1")
     assert FrozenFront.of(adapter, pixels) is not None
     change(adapter)
