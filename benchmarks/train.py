@@ -142,7 +142,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--settings", type=lambda words: words.split(","), default=list(SETTINGS),
                    help=f"some of {','.join(SETTINGS)} (all)")  # fmt: skip
     p.add_argument("--rounds", type=int, help="runs of each loop")
-    p.add_argument("--quick", action="store_true", help="the demo model, two short runs of each loop")
+    p.add_argument("--quick", action="store_true", help="the demo model, less trained, and a short run of each loop")
     p.add_argument("--json", type=Path, metavar="PATH", help="where the record goes (runs/bench/train-cpu.json)")
     p.add_argument("--from", type=Path, dest="source", metavar="JSON", help="measure nothing; show a record")
     p.add_argument("--compare", type=Path, nargs=2, metavar=("A.json", "B.json"), help="what changed from A to B")
@@ -158,8 +158,8 @@ def measure(arguments: argparse.Namespace, command: str) -> dict[str, Any]:
     record |= {"titles": {name: SETTINGS[name].title for name in names}, "runs": []}
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
-            SETTINGS[name].model(Path(folder))  # made once, before anything is timed
-            for number in range(arguments.rounds or (2 if arguments.quick else SETTINGS[name].rounds)):
+            SETTINGS[name].model(Path(folder), arguments.quick)  # made once, before anything is timed
+            for number in range(arguments.rounds or (1 if arguments.quick else SETTINGS[name].rounds)):
                 for who in WHO if number % 2 == 0 else WHO[::-1]:
                     words = (name, who, folder, "quick" if arguments.quick else "full")
                     run = json.loads(run_module("train_loops", *words).splitlines()[-1])

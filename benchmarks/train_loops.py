@@ -57,22 +57,23 @@ class Setting:
     """A model with its data and settings; `title` for people."""
 
     title: str
-    model: Callable[[Path], str]  # a model string for `unlearn()`; files go into the folder
+    model: Callable[[Path, bool], str]  # (folder for files, quick) -> a model string for `unlearn()`
     sets: Callable[[bool], dict[str, Any]]  # (quick) -> forget, retain, test
     config: dict[str, Any]
     rounds: int  # runs of each kind
     quick: dict[str, Any]  # what --quick changes in the config
 
 
-def _demo_model(folder: Path) -> str:
-    return f"local-dir:{cached_small_clip('demo', RECIPES['demo'], cache_dir=folder)}"
+def _demo_model(folder: Path, quick: bool) -> str:
+    recipe = replace(RECIPES["demo"], epochs=5) if quick else RECIPES["demo"]
+    return f"local-dir:{cached_small_clip('demo', recipe, cache_dir=folder)}"
 
 
 def _demo_sets(quick: bool) -> dict[str, Any]:
     return {"forget": "demo#class:seven", "retain": "rest", "test": None}
 
 
-def _vit_model(folder: Path) -> str:
+def _vit_model(folder: Path, quick: bool) -> str:
     """ViT-B-32 with random weights, the same in every run."""
     path = folder / "vit-b-32-random.pt"
     if not path.is_file():
@@ -103,7 +104,7 @@ SETTINGS = {
         _demo_sets,
         {**_SHARED, "batch_size": 64, "learning_rate": 1e-4, "epochs": 60, "evaluate_every": 20},
         rounds=2,
-        quick={"epochs": 20, "evaluate_every": 10},
+        quick={"epochs": 10, "evaluate_every": 10},
     ),
     "vit-b-32": Setting(
         "open_clip ViT-B-32, random weights, shapes at 224 x 224, batch 64",
@@ -337,7 +338,7 @@ def _instrument(trainer: Any, timeline: Timeline) -> None:
 def run(setting: Setting, who: str, folder: Path, quick: bool) -> dict[str, Any]:
     """One run in this process: seconds, memory, scores."""
     config = UnlearnConfig.from_dict({**setting.config, **(setting.quick if quick else {})})
-    model, sets, timeline = setting.model(folder), setting.sets(quick), Timeline()
+    model, sets, timeline = setting.model(folder, quick), setting.sets(quick), Timeline()
     loop = {"straightforward": straightforward, "unlearn": with_unlearn}[who]
     held = resident("VmRSS")
     began = time.perf_counter()

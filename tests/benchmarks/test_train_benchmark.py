@@ -15,7 +15,7 @@ from benchmarks.train_loops import PHASES, SETTINGS, WHO, run
 from cliperase_fast.models import load_model
 
 
-def tiny_model(folder):
+def tiny_model(folder, quick):
     if not (folder / "model").is_dir():
         torch.manual_seed(0)
         model = open_clip.model.CLIP(
