@@ -30,37 +30,33 @@ class FrozenFront:
         pixels: [B, 3, H, W] on the model's device, to try it on, in the mode that the model is in: both ways must give
         the same features, and nothing may be random.
         """
-        if adapter.kind == "generic":  # whose encoders may share parameters
-            return None
-        image = [p for name, p in adapter.module.named_parameters() if adapter.tower(name) == "image"]
-        trained = [parameter for parameter in image if parameter.requires_grad]
-        front = cls(adapter.encode_image, lambda features: features) if not trained else _of_blocks(adapter, trained)
-        return front if front is not None and front._holds(adapter, pixels) else None
+        for front in (cls(adapter.encode_image, lambda features: features), _of_blocks(adapter)):
+            if front is not None and front._holds(adapter, pixels):
+                return front
+        return None
 
     def _holds(self, adapter: ClipAdapter, pixels: Tensor) -> bool:
+        before = _random_states(pixels)
+        with torch.enable_grad():
+            made = self.first(pixels)
+        unchanged = all(torch.equal(*states) for states in zip(before, _random_states(pixels), strict=True))
+        if made.requires_grad or not unchanged:  # a gradient would reach a trained parameter
+            return False
         with torch.no_grad():
-            before = _random_states(pixels)
-            features = self.rest(self.first(pixels))
-            if any(not torch.equal(*states) for states in zip(before, _random_states(pixels), strict=True)):
-                return False
-            return torch.allclose(features, adapter.encode_image(pixels), rtol=1e-5, atol=1e-6)
+            return torch.allclose(self.rest(made), adapter.encode_image(pixels), rtol=1e-5, atol=1e-6)
 
 
-def _of_blocks(adapter: ClipAdapter, trained: list[torch.nn.Parameter]) -> FrozenFront | None:
-    """In front of the first block with a trained parameter, in open_clip's vision transformers."""
+def _of_blocks(adapter: ClipAdapter) -> FrozenFront | None:
+    """Up to the first block with a trained parameter, in open_clip's vision transformers."""
     visual: Any = plain_vision(adapter)
     if visual is None or not all(hasattr(visual, name) for name in ("_embeds", "_pool", "proj")):
         return None
     if visual.transformer.grad_checkpointing:  # which is the transformer's business, not the blocks'
         return None
-    left = {id(parameter) for parameter in trained}
     blocks = list(visual.transformer.resblocks)
-    count = 0  # of frozen blocks
-    while count < len(blocks) and not any(id(parameter) in left for parameter in blocks[count].parameters()):
-        count += 1
-    behind = [*blocks[count:], visual.ln_post, *(part for part in (visual.attn_pool,) if part is not None)]
-    left -= {id(parameter) for part in behind for parameter in part.parameters()} | {id(visual.proj)}
-    if count == 0 or left:
+    trained = [any(parameter.requires_grad for parameter in block.parameters()) for block in blocks]
+    count = trained.index(True) if True in trained else len(blocks)
+    if count == 0:
         return None
 
     def first(pixels: Tensor) -> Tensor:

@@ -151,7 +151,9 @@ def _called(adapter: ClipAdapter, layers: list[nn.Module]) -> set[nn.Module]:
 
 def _is_same(one: Tensor, other: Tensor) -> bool:
     """Whether they are one tensor, maybe under two names: ZeRO-3 hands a module an alias of each of its inputs."""
-    return one is other or (one.data_ptr() == other.data_ptr() and one.stride() == other.stride())
+    return one is other or (
+        one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride()
+    )
 
 
 def _split_attention(block: nn.Module) -> None:
