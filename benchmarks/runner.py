@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from cliperase_fast.errors import is_out_of_memory
+
 from .batches import CHECK_ROWS, DTYPES, Batch, Case, make_batch
 from .loss_memory import measured_apart
 from .loss_report import FLOOR
@@ -154,10 +156,6 @@ class Runner:
 
 def first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), "")
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def cannot_fit(provider: Provider, case: Case, device: str) -> str | None:

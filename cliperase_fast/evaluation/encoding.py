@@ -16,7 +16,7 @@ from tqdm import tqdm
 from cliperase_fast.data import PairDataset, caption_key
 from cliperase_fast.data.pixel_cache import PixelCache
 from cliperase_fast.distributed import ALONE, Ranks
-from cliperase_fast.errors import InputError
+from cliperase_fast.errors import InputError, is_out_of_memory
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.models.runtime import inference
 
@@ -62,8 +62,8 @@ def encode_pairs(
     templates: class prompts instead of `pairs.prompts`, see `class_prompts`.
     cache: of images under the adapter's `transform`; without loader processes only.
 
-    Raises `InputError` for captions the model cannot take and for images of unlike sizes. Features that are
-    NaN or infinite are returned as such, see `require_finite`.
+    Raises `InputError` for captions the model cannot take and for images of unlike sizes, `UnlearningError` where a
+    batch does not fit in memory. Features that are NaN or infinite are returned as such, see `require_finite`.
     """
     device = torch.device(device)
     captions, caption_index = pairs.different_captions()
@@ -184,9 +184,9 @@ def _encode_images(
 def _encode_image(adapter: ClipAdapter, pixels: Tensor) -> Tensor:
     try:
         return adapter.encode_image(pixels)
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        if is_out_of_memory(error):  # which `inference` tells
+            raise
         raise InputError(
             f"the model cannot encode images of shape {tuple(pixels.shape[1:])} ({error}): give tensors of the size it "
             "was made for, or PIL images, which its transform resizes"

@@ -67,7 +67,8 @@ def evaluate(
     without `forget`: see `cliperase_fast.evaluation.score` for what the scores are.
 
     Raises `InputError`, before any encoding, for whatever is wrong with the arguments, unreadable images
-    included; and when the model returns NaN or infinity. The model is left as it was.
+    included; and when the model returns NaN or infinity. `UnlearningError` where a batch does not fit in memory.
+    The model is left as it was.
     """
     chosen = _device(device, model)
     _check_settings(batch_size, num_workers, precision, chosen, long_captions)

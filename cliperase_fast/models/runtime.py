@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import nn
 
-from cliperase_fast.errors import InputError
+from cliperase_fast.errors import InputError, tell_out_of_memory
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -42,15 +42,23 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
+def encoding_fits() -> AbstractContextManager[None]:
+    """Around what encodes without a gradient: that memory runs out is an `UnlearningError` with the remedy."""
+    return tell_out_of_memory("encoding", "give a smaller batch_size (of unlearn(): eval_batch_size)")
+
+
 @contextmanager
 def inference(module: nn.Module, device: torch.device, precision: str) -> Iterator[None]:
-    """Evaluation mode (each submodule's own mode comes back afterwards), no gradients, the given arithmetic."""
+    """Evaluation mode (each submodule's own mode comes back afterwards), no gradients, the given arithmetic.
+
+    Raises `UnlearningError` where memory runs out inside.
+    """
     # no_grad and not inference_mode: a module that builds a mask or a table on first use and keeps it could
     # not be trained afterwards, as inference tensors cannot be saved for a backward pass.
     training = [part for part in module.modules() if part.training]
     module.eval()
     try:
-        with torch.no_grad(), autocast(device, precision):
+        with encoding_fits(), torch.no_grad(), autocast(device, precision):
             yield
     finally:
         for part in training:

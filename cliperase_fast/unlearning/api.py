@@ -20,7 +20,7 @@ from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.data import PairDataset
 from cliperase_fast.data.pixel_cache import PixelCache
 from cliperase_fast.distributed import joined
-from cliperase_fast.errors import InputError
+from cliperase_fast.errors import InputError, UnlearningError
 from cliperase_fast.evaluation import EncodedPairs, encode_pairs, pair_similarities, require_finite, score
 from cliperase_fast.models import ClipAdapter, load_model, merge_lora, set_trainable
 from cliperase_fast.models.blocks import plain_blocks, thrifty_blocks
@@ -373,6 +373,8 @@ def _try_teacher(
             teacher.encode_image(pixels[None].to(runtime.device))
             width = teacher.encode_text(captions.rows([0]).to(runtime.device)).shape[1]
     except RuntimeError as error:
+        if isinstance(error, UnlearningError):
+            raise
         raise InputError(
             f"the teacher cannot encode the model's images and tokens ({error}); it needs the same image size and "
             "tokenizer"

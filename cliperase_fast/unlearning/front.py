@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from cliperase_fast.models.front import FrozenFront
+from cliperase_fast.models.runtime import encoding_fits
 from cliperase_fast.unlearning.batches import BatchLoader
 from cliperase_fast.unlearning.engine import LocalEngine
 from cliperase_fast.unlearning.runtime import Runtime
@@ -26,7 +27,7 @@ def keep_front(engine: LocalEngine, loader: BatchLoader, batches: int, budget: i
         return
     engine.train_mode()  # the mode of the steps, in which nothing of the front may be random
     probe = loader.pixels[0, 0][None].to(runtime.device)
-    with torch.no_grad(), runtime.autocast():
+    with encoding_fits(), torch.no_grad(), runtime.autocast():
         front = FrozenFront.of(engine.student, probe)
         if front is None:
             return

@@ -8,7 +8,7 @@ import os
 import random
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cliperase_fast.config import UnlearnConfig
-from cliperase_fast.errors import UnlearningError
+from cliperase_fast.errors import UnlearningError, tell_out_of_memory
 from cliperase_fast.functional import LossTerms
 from cliperase_fast.losses import CLIPEraseLoss
 from cliperase_fast.unlearning import checkpoints
@@ -100,7 +100,8 @@ class Trainer:
         log = (self.directory / "metrics.jsonl").open("a", encoding="utf-8") if self.ranks.first else None
         with bar, log or nullcontext():
             while self.progress.step < self.total_steps and not self.progress.stopped_early:
-                line = self._step([next(batches) for _ in range(self.config.accumulate)])
+                with self._fits():
+                    line = self._step([next(batches) for _ in range(self.config.accumulate)])
                 self._log(log, line)
                 terms = {name: f"{line[name]:.4f}" for name in ("total", "retain", "forget", "consistency")}
                 bar.set_postfix({**terms, "pairs/s": f"{line['pairs_per_second']:.0f}"}, refresh=False)
@@ -242,6 +243,14 @@ class Trainer:
             checkpoints.save_checkpoint(root, progress.step, weights, trainer, state, keep=keep)
 
         self.ranks.from_first(write)
+
+    def _fits(self) -> AbstractContextManager[None]:
+        chunk = self.config.grad_cache_chunk
+        return tell_out_of_memory(
+            f"training step {self.progress.step + 1}",
+            f"give a smaller batch_size (now {self.config.batch_size}), or a "
+            + (f"smaller grad_cache_chunk (now {chunk})" if chunk else "grad_cache_chunk, which encodes it in parts"),
+        )
 
     def _not_finite(self, number: int, values: list[float], gradient: bool = False) -> UnlearningError:
         what = "gradient" if gradient else "loss"

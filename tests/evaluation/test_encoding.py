@@ -8,7 +8,7 @@ from lookup_model import DIM, LookupModel, as_pixels, directions
 from PIL import Image
 
 from cliperase_fast.data import as_pairs
-from cliperase_fast.errors import InputError
+from cliperase_fast.errors import InputError, UnlearningError
 from cliperase_fast.evaluation import encode_pairs, pair_similarities, require_finite
 from cliperase_fast.models import load_model
 
@@ -110,6 +110,29 @@ def test_it_encodes_in_evaluation_mode_and_puts_each_modules_mode_back(adapter, 
     assert model.training
     assert model.gain.training
     assert not model.table.training
+
+
+def on_the_cpu(_):
+    return torch.empty(2**46)  # 256 TiB
+
+
+def on_a_gpu(_):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 256.00 TiB.")
+
+
+@pytest.mark.parametrize("runs_out", [on_the_cpu, on_a_gpu])
+@pytest.mark.parametrize("tower", ["encode_image", "encode_text"])
+def test_a_batch_beyond_the_memory_is_told_as_that_with_the_remedy(model, tower, runs_out):
+    setattr(model, tower, runs_out)
+    adapter = load_model(model, tokenizer=model.tokenizer)
+    with pytest.raises(UnlearningError, match=r"out of memory while encoding: .*smaller batch_size.*allocate"):
+        encode(adapter, coloured())
+
+
+def test_images_of_a_size_the_model_was_not_made_for_are_an_error_that_says_which(model):
+    model.encode_image = lambda pixels: pixels.flatten(1) @ torch.ones(7, 7)
+    with pytest.raises(InputError, match=r"cannot encode images of shape \(3, 2, 2\)"):
+        encode(load_model(model, tokenizer=model.tokenizer), coloured())
 
 
 def test_modes_come_back_after_an_error(adapter, model):

@@ -14,6 +14,7 @@ from tiny import QUICK, make_pairs, make_tiny_clip, split_pairs
 import cliperase_fast as cf
 from cliperase_fast import InputError, UnlearningError
 from cliperase_fast.models import ClipAdapter, load_model
+from cliperase_fast.unlearning.engine import LocalEngine
 
 TOKEN_ROWS = ("token_embedding.rows", "token_embedding.used")  # all that is trained of the table, and which rows
 
@@ -260,6 +261,27 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_
 
     assert load_newest(output / "checkpoints") is not None
     assert not (output / "result.json").exists()
+
+
+def memory_runs_out(_):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 256.00 TiB.")
+
+
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [({}, r"batch_size \(now 6\), or a grad_cache_chunk"), ({"grad_cache_chunk": 3}, r"grad_cache_chunk \(now 3\)")],
+)
+def test_a_step_beyond_the_memory_is_told_with_the_remedy(monkeypatch, changes, remedy):
+    monkeypatch.setattr(LocalEngine, "_scaled", lambda _, loss: memory_runs_out(loss))
+    with pytest.raises(UnlearningError, match=f"out of memory while training step 1: give a smaller .*{remedy}"):
+        run(**changes)
+
+
+def test_a_teacher_beyond_the_memory_is_not_told_as_one_of_another_shape():
+    teacher = make_tiny_clip()
+    teacher.visual.forward = memory_runs_out
+    with pytest.raises(UnlearningError, match=r"out of memory while encoding: .*eval_batch_size"):
+        run(teacher=teacher)
 
 
 class Broken(torch.nn.Module):
