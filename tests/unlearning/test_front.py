@@ -9,6 +9,7 @@ from tiny import QUICK, make_pairs, make_tiny_clip, split_pairs
 
 import cliperase_fast as cf
 from cliperase_fast.models import load_model
+from cliperase_fast.unlearning.engine import LocalEngine
 
 
 @pytest.fixture
@@ -45,6 +46,30 @@ def test_each_image_goes_through_the_frozen_layers_once(trainable, changes, embe
         for encode, given in zip(("encode_image", "encode_text"), inputs, strict=True):
             one, other = (getattr(result.model, encode)(given) for result in (found, expected))
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_a_run_that_is_interrupted_resumes_to_the_same_bits(tmp_path, monkeypatch, embedded):
+    changes = {"trainable": "last:1", "checkpoint_every": 3}
+    whole = run(**changes, output_dir=tmp_path / "whole")
+    one_run = sum(embedded)
+    step, done = LocalEngine.step, []
+
+    def interrupted(engine, rate):
+        done.append(rate)
+        if len(done) == 5:
+            raise KeyboardInterrupt
+        return step(engine, rate)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(LocalEngine, "step", interrupted)
+        run(**changes, output_dir=tmp_path / "run")
+    embedded.clear()
+    resumed = run(**changes, output_dir=tmp_path / "run", resume=True)
+    assert sum(embedded) == one_run, "each image once, and what is tried to find out"
+    assert [line["step"] for line in resumed.history] == [line["step"] for line in whole.history]
+    for (name, tensor), expected in zip(resumed.model.state_dict().items(), whole.model.state_dict().values(),
+                                        strict=True):  # fmt: skip
+        assert torch.equal(tensor, expected), name
 
 
 @pytest.mark.parametrize(
