@@ -53,7 +53,8 @@ def uninterrupted(tmp_path_factory):
 def test_a_run_killed_by_sigkill_resumes_to_the_same_weights(tmp_path, uninterrupted, lines):
     output = tmp_path / "run"
     script = f"import test_resume; test_resume.run({str(output)!r})"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path}
     process = subprocess.Popen([sys.executable, "-c", script], env=environment, stderr=subprocess.PIPE)
     log = output / "metrics.jsonl"
     while process.poll() is None and not (log.is_file() and log.read_bytes().count(b"\n") >= lines):
