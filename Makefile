@@ -2,6 +2,7 @@
 # make test   set everything up, then lint and test
 # make long-check   the tests that take minutes: every tests/**/long_*.py
 # make native-sanitize   the C++ sweep's tests under the address and undefined-behaviour sanitizers
+# make avx512-check   the C++ sweep's test on an emulated processor with AVX-512 (says which Debian packages it needs)
 # make bench-check   have the losses become slower? ratios to open_clip's against the committed ones
 # make gpu-check   on a machine with a GPU, with the python in PYTHON: the kernels' tests, then the loss benchmark
 PYTHON ?= python3
@@ -9,7 +10,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint long-check bench-check native-sanitize cuda-sanitize gpu-check clean
+.PHONY: demo test lint long-check bench-check native-sanitize cuda-sanitize avx512-check gpu-check clean
 
 demo: $(STAMP)
 	$(BIN)/cliperase-fast demo
@@ -42,6 +43,9 @@ native-sanitize: $(STAMP)
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so.6)" \
 		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED)/python OMP_NUM_THREADS=2 \
 		$(BIN)/pytest tests/ops/test_native_cpu.py tests/ops/test_native_fuzz.py
+
+avx512-check: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" csrc/tests/avx512/run.sh
 
 gpu-check:
 	CLIPERASE_EXTENSION=1 CLIPERASE_CUDA=ON $(PYTHON) setup.py -q build_ext --inplace

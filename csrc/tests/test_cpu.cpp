@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "expect.h"
 #include "sweep.h"
 #include "workspace.h"
 
@@ -23,14 +24,6 @@ using cliperase::Forward;
 using cliperase::Matrix;
 using cliperase::Problem;
 using cliperase::Sigmoid;
-
-int failures = 0;
-
-void expect_close(const char* what, const char* isa, double found, double expected, double tolerance) {
-    if (std::abs(found - expected) <= tolerance * (1 + std::abs(expected))) return;
-    std::printf("%s, %s: %.9g, expected %.9g\n", isa, what, found, expected);
-    ++failures;
-}
 
 struct Data {
     std::int64_t n, m, width;
@@ -166,25 +159,33 @@ void check_sigmoid(const cliperase::Engine& engine, std::int64_t n, std::int64_t
 
 }  // namespace
 
-int main() {
+// Of every engine that runs here; of those named, all of which must run.
+int main(int count, char** names) {
+    const cliperase::Engine *const chosen = cliperase::choose_engine(nullptr), *widest = nullptr;
     std::vector<const cliperase::Engine*> engines;
     for (const char* name : {"portable", "avx2", "avx512"})
-        if (const cliperase::Engine* engine = cliperase::choose_engine(name)) engines.push_back(engine);
+        if (const cliperase::Engine* engine = cliperase::choose_engine(name)) engines.push_back(widest = engine);
+    std::printf("chosen: %s\n", chosen ? chosen->name : "nothing");
+    if (chosen == nullptr || chosen != widest || cliperase::choose_engine("abacus") != nullptr) fail("the choice", "dispatch");
 #if defined(CLIPERASE_X86)
-    if (cliperase::choose_engine("avx2") != nullptr) engines.push_back(&cliperase::wide_engine);
+    if (cliperase::choose_engine("avx2") && !cliperase::choose_engine("avx512")) engines.push_back(&cliperase::wide_engine);
 #endif
-    for (const cliperase::Engine* engine : engines)
+    if (count > 1) engines.clear();
+    for (int at = 1; at < count; ++at) {
+        const cliperase::Engine* const engine = cliperase::choose_engine(names[at]);
+        engine ? engines.push_back(engine) : fail("does not run here", names[at]);
+    }
+    for (const cliperase::Engine* engine : engines) {
         for (const bool keep : {false, true}) {
             check_engine(*engine, 300, 300, 0, keep);   // two tiles of rows, three of columns
             check_engine(*engine, 17, 200, 100, keep);  // own rows among other columns
             check_engine(*engine, 5, 130, 130, keep);   // other columns only
         }
-    for (const cliperase::Engine* engine : engines) {
         check_sigmoid(*engine, 300, 300, 0);
         check_sigmoid(*engine, 17, 200, 100);
         check_sigmoid(*engine, 5, 130, 130);
     }
-    if (engines.empty() || cliperase::choose_engine("abacus") != nullptr) ++failures;
+    check_losses(engines);
     for (const cliperase::Engine* engine : engines) std::printf("%s ", engine->name);
     std::printf("ran, %d failures\n", failures);
     return failures == 0 ? 0 : 1;

@@ -1,0 +1,32 @@
+// What the C++ tests report with.
+#pragma once
+
+#include <cmath>
+#include <cstdio>
+#include <string>
+#include <vector>
+
+#include "sweep.h"
+
+inline int failures = 0;
+inline std::string context;  // the case at hand, for the report
+
+inline void fail(const char* what, const char* isa, const std::string& why = "") {
+    if (++failures > 20) return;
+    std::printf("%s, %s%s%s%s\n", isa, what, context.empty() ? "" : ", ", context.c_str(), why.c_str());
+}
+
+// NaN is never what is expected.
+inline void expect_within(const char* what, const char* isa, double found, double expected, double allowed) {
+    if (std::abs(found - expected) <= allowed) return;
+    char why[99];
+    std::snprintf(why, sizeof why, ": %.9g, expected %.9g within %.3g", found, expected, allowed);
+    fail(what, isa, why);
+}
+
+inline void expect_close(const char* what, const char* isa, double found, double expected, double tolerance) {
+    expect_within(what, isa, found, expected, tolerance * (1 + std::abs(expected)));
+}
+
+// test_losses.cpp
+void check_losses(const std::vector<const cliperase::Engine*>& engines);

@@ -1,0 +1,284 @@
+// The losses of whole batches, the sigmoid loss too, and their gradients, from the sweep of every engine, against the formulas in double precision.
+//
+// The unit of the allowed error is that of tests/ops/accuracy_cases.py: what one rounding of the similarities can do.
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "batch.h"
+#include "checks.h"
+#include "expect.h"
+#include "finish.h"
+#include "workspace.h"
+
+namespace {
+
+using cliperase::Backward;
+using cliperase::Engine;
+using cliperase::Forward;
+using cliperase::Problem;
+using Doubles = std::vector<double>;
+
+constexpr double GRAD_RETENTION = 0.7, GRAD_CONSISTENCY = 1.3;
+constexpr double EPS = 1.0 / (1 << 23), UNDERFLOW = 1e-36;  // float32 ends near 1e-38; what is smaller comes out as 0
+
+struct Outcome {
+    double retention = 0, consistency = 0, scale = 0;
+    Doubles image, text;  // [n, width], the gradients
+};
+
+double log1p_exp(double x) { return x > 40 ? x : std::log1p(std::exp(x)); }
+
+// The softmax of each row of a matrix [n, n], without what groups leave out: log-odds of the rest against the diagonal
+// entry, and what is off the diagonal.
+struct Softmax {
+    Doubles odds, rest;  // [n], [n, n]
+
+    Softmax(const Doubles& s, int64_t n, const std::vector<std::int32_t>& groups) : odds(n, -INFINITY), rest(n * n) {
+        for (int64_t i = 0; i < n; ++i) {
+            const auto included = [&](int64_t j) { return i != j && (groups.empty() || groups[i] != groups[j]); };
+            const double *row = s.data() + i * n, own = row[i];
+            double top = -INFINITY, total = 0;
+            for (int64_t j = 0; j < n; ++j)
+                if (included(j)) top = std::max(top, row[j] - own);
+            for (int64_t j = 0; j < n; ++j)
+                if (included(j)) total += rest[i * n + j] = std::exp(row[j] - own - top);
+            if (total == 0) continue;
+            odds[i] = top + std::log(total);
+            const double shrink = std::exp(top - log1p_exp(odds[i]));
+            for (int64_t j = 0; j < n; ++j) rest[i * n + j] *= shrink;
+        }
+    }
+};
+
+Doubles similarity(const Features& left, const Features& right, double scale) {
+    Doubles s(left.n * right.n);
+    for (int64_t i = 0; i < left.n; ++i)
+        for (int64_t j = 0; j < right.n; ++j) {
+            double sum = 0;
+            for (int64_t k = 0; k < left.width; ++k) sum += left.values[i * left.width + k] * right.values[j * left.width + k];
+            s[i * right.n + j] = scale * sum;
+        }
+    return s;
+}
+
+Doubles transposed(const Doubles& s, int64_t n) {
+    Doubles out(n * n);
+    for (int64_t i = 0; i < n; ++i)
+        for (int64_t j = 0; j < n; ++j) out[j * n + i] = s[i * n + j];
+    return out;
+}
+
+// The formulas, and how far float32 may be from them.
+struct Truth : Outcome {
+    double allowed_loss = 0, allowed_gradient = 0, allowed_scale = 0;
+
+    explicit Truth(const Batch& batch) {
+        const Case& c = batch.of;
+        const int64_t n = c.n;
+        const double of_retention = c.retention * 0.5 * GRAD_RETENTION / static_cast<double>(n);
+        const double of_consistency = c.consistency * GRAD_CONSISTENCY / static_cast<double>(n);
+        const std::vector<std::int32_t> nobody;
+        Doubles s = similarity(batch.image, batch.text, c.scale), ds(n * n), mass(n * n), teacher;
+        if (c.consistency) teacher = similarity(batch.teacher_image, batch.teacher_text, c.teacher_scale);
+        for (const bool columns : {false, true}) {
+            const auto add = [&](double weight, const Softmax& softmax) {
+                for (int64_t i = 0; i < n; ++i) {
+                    for (int64_t j = 0; j < n; ++j) {
+                        const int64_t at = columns ? j * n + i : i * n + j;
+                        ds[at] += weight * softmax.rest[i * n + j], mass[at] += std::abs(weight) * softmax.rest[i * n + j];
+                    }
+                    const double rest = 1 / (1 + std::exp(-softmax.odds[i]));
+                    ds[i * n + i] -= weight * rest, mass[i * n + i] += std::abs(weight) * rest;
+                }
+            };
+            if (c.retention) {
+                const Softmax student(s, n, c.groups ? batch.groups : nobody);
+                for (const double odds : student.odds) retention += 0.5 * log1p_exp(odds) / static_cast<double>(n);
+                add(of_retention, student);
+            }
+            if (c.consistency) {
+                const Softmax student(s, n, nobody), other(teacher, n, nobody);
+                for (int64_t i = 0; i < n; ++i) {
+                    double kl = log1p_exp(student.odds[i]) - log1p_exp(other.odds[i]);
+                    for (int64_t j = i * n; j < (i + 1) * n; ++j)
+                        kl += other.rest[j] * ((teacher[j] - teacher[i * n + i]) - (s[j] - s[i * n + i]));
+                    consistency += kl / static_cast<double>(n);
+                }
+                add(of_consistency, student), add(-of_consistency, other);
+            }
+            s = transposed(s, n);  // twice: itself
+            if (c.consistency) teacher = transposed(teacher, n);
+        }
+        image.assign(n * c.width, 0), text.assign(n * c.width, 0);
+        Doubles row_mass(n), column_mass(n);
+        double total_mass = 0;
+        for (int64_t i = 0; i < n; ++i)
+            for (int64_t j = 0; j < n; ++j) {
+                const double entry = ds[i * n + j], weight = mass[i * n + j];
+                for (int64_t k = 0; k < c.width; ++k) {
+                    image[i * c.width + k] += c.scale * entry * batch.text.values[j * c.width + k];
+                    text[j * c.width + k] += c.scale * entry * batch.image.values[i * c.width + k];
+                }
+                scale += entry * s[i * n + j] / c.scale;
+                allowed_scale += weight * std::abs(s[i * n + j]) / c.scale;
+                row_mass[i] += weight, column_mass[j] += weight, total_mass += weight;
+            }
+        const double unit = 4 * EPS * (1 + c.scale + (c.consistency ? c.teacher_scale : 0.0f));
+        const double worst = std::max(*std::max_element(row_mass.begin(), row_mass.end()),
+                                      *std::max_element(column_mass.begin(), column_mass.end()));
+        allowed_loss = unit * total_mass + EPS * (std::abs(retention) + std::abs(consistency)) + UNDERFLOW;
+        allowed_gradient = unit * c.scale * worst + UNDERFLOW;
+        allowed_scale = unit * allowed_scale + UNDERFLOW;
+    }
+};
+
+// What the engine makes of it, of which it keeps the similarities of so many rows between the passes.
+Outcome run(const Engine& engine, const Batch& batch, int64_t kept_rows, int threads) {
+    const Case& c = batch.of;
+    const int64_t n = c.n, stride = cliperase::gradient_stride(c.width);
+    const Problem p = batch.problem(threads);
+    cliperase::check(p);
+    std::vector<float> sums(2 * cliperase::planes(p) * n, NAN), diagonals(2 * n, NAN), state(cliperase::STATE_PLANES * 2 * n, NAN);
+    const int64_t tiles = (kept_rows + 255) / 256 * ((n + 127) / 128);
+    std::vector<float> kept(tiles * (16 + (c.consistency ? 2 : 1) * 256 * 128), NAN);
+    float shift;
+    const Forward found{diagonals.data(), diagonals.data() + n, sums.data(), sums.data() + sums.size() / 2,
+                        &shift, kept.data(), kept_rows};
+    cliperase::check(p, found);
+    {
+        const cliperase::Workspace scratch(engine.forward_scratch(p));
+        engine.forward(p, found, scratch.data());
+    }
+    const cliperase::Losses losses = cliperase::finish(p, c.retention, found, state.data());
+
+    Outcome out;
+    std::vector<float> terms(cliperase::terms_floats(p), NAN), grad_image(n * stride, NAN), grad_text(n * stride, NAN);
+    Backward b{};
+    cliperase::gradient_terms(p, state.data(), c.retention, 0.5 * GRAD_RETENTION / static_cast<double>(n),
+                              GRAD_CONSISTENCY / static_cast<double>(n), terms.data(), b);
+    b.kept = kept.data(), b.kept_rows = kept_rows;
+    b.grad_image = grad_image.data(), b.grad_text = grad_text.data(), b.grad_scale = &out.scale;
+    cliperase::check(p, b);
+    {
+        const cliperase::Workspace scratch(engine.backward_scratch(p, b));
+        engine.backward(p, b, scratch.data());
+    }
+    out.retention = 0.5 * losses.retention / static_cast<double>(n), out.consistency = losses.consistency / static_cast<double>(n);
+    for (int64_t i = 0; i < n; ++i)
+        for (int64_t k = 0; k < c.width; ++k)
+            out.image.push_back(grad_image[i * stride + k]), out.text.push_back(grad_text[i * stride + k]);
+    return out;
+}
+
+bool same_bits(const Outcome& a, const Outcome& b) {
+    return a.retention == b.retention && a.consistency == b.consistency && a.scale == b.scale && a.image == b.image &&
+           a.text == b.text;
+}
+
+void check(const std::vector<const Engine*>& engines, const Case& c, const std::vector<int64_t>& kept_rows) {
+    const Batch batch(c);
+    const Truth truth(batch);
+    for (const Engine* engine : engines)
+        for (const int64_t kept : kept_rows) {
+            context = c.name() + ", kept " + std::to_string(kept);
+            const Outcome found = run(*engine, batch, kept, 2);
+            expect_within("retention", engine->name, found.retention, truth.retention, truth.allowed_loss);
+            expect_within("consistency", engine->name, found.consistency, truth.consistency, truth.allowed_loss);
+            expect_within("gradient of scale", engine->name, found.scale, truth.scale, truth.allowed_scale);
+            for (std::size_t k = 0; k < truth.image.size(); ++k) {
+                expect_within("gradient of image", engine->name, found.image[k], truth.image[k], truth.allowed_gradient);
+                expect_within("gradient of text", engine->name, found.text[k], truth.text[k], truth.allowed_gradient);
+            }
+            if (kept == kept_rows.back() && !same_bits(found, run(*engine, batch, kept, 1)))
+                fail("two threads give other bits than one", engine->name);
+        }
+}
+
+// The sigmoid loss of a batch with this bias, and its gradients.
+void check_sigmoid(const std::vector<const Engine*>& engines, const Case& c, float bias) {
+    const Batch batch(c);
+    const int64_t n = c.n, stride = cliperase::gradient_stride(c.width);
+    const Doubles s = similarity(batch.image, batch.text, c.scale);
+    Doubles image(n * c.width), text(n * c.width), image_mass(n), text_mass(n);
+    double loss = 0, of_scale = 0, of_bias = 0, mass = 0;
+    for (int64_t i = 0; i < n; ++i)
+        for (int64_t j = 0; j < n; ++j) {
+            const double sign = i == j ? -1 : 1, y = sign * (s[i * n + j] + bias), slope = sign / (1 + std::exp(-y));
+            loss += y > 0 ? y + std::log1p(std::exp(-y)) : std::log1p(std::exp(y));
+            of_bias += slope, of_scale += slope * s[i * n + j] / c.scale, mass += std::abs(slope);
+            image_mass[i] += std::abs(slope), text_mass[j] += std::abs(slope);
+            for (int64_t k = 0; k < c.width; ++k) {
+                image[i * c.width + k] += c.scale * slope * batch.text.values[j * c.width + k];
+                text[j * c.width + k] += c.scale * slope * batch.image.values[i * c.width + k];
+            }
+        }
+    const double unit = 4 * EPS * (1 + c.scale + std::abs(bias));
+    for (const Engine* engine : engines) {
+        context = c.name();
+        std::vector<float> grad_image(n * stride, NAN), grad_text(n * stride, NAN);
+        double found = NAN, grad_scale = NAN, grad_bias = NAN;
+        const cliperase::Sigmoid wanted{bias, &found, grad_image.data(), grad_text.data(), &grad_scale, &grad_bias};
+        const Problem p = batch.problem(2);
+        cliperase::check(p, wanted);
+        {
+            const cliperase::Workspace scratch(engine->sigmoid_scratch(p, wanted));
+            engine->sigmoid(p, wanted, scratch.data());
+        }
+        expect_within("sigmoid loss", engine->name, found, loss, unit * mass + EPS * loss + UNDERFLOW);
+        expect_within("sigmoid gradient of bias", engine->name, grad_bias, of_bias, unit * mass + UNDERFLOW);
+        expect_within("sigmoid gradient of scale", engine->name, grad_scale, of_scale, unit * mass + UNDERFLOW);
+        for (int64_t i = 0; i < n; ++i)
+            for (int64_t k = 0; k < c.width; ++k) {
+                expect_within("sigmoid gradient of image", engine->name, grad_image[i * stride + k], image[i * c.width + k],
+                              c.scale * (unit * image_mass[i] + UNDERFLOW));
+                expect_within("sigmoid gradient of text", engine->name, grad_text[i * stride + k], text[i * c.width + k],
+                              c.scale * (unit * text_mass[i] + UNDERFLOW));
+            }
+    }
+}
+
+}  // namespace
+
+void check_losses(const std::vector<const Engine*>& engines) {
+    // 1 and 2: nothing or one thing off the diagonal; 129: a block of one column; 257: a tile of one row
+    for (const int64_t n : {1, 2, 17, 129, 257})
+        for (const bool groups : {false, true})
+            for (const auto& [retention, consistency] : {std::pair{true, true}, {true, false}, {false, true}}) {
+                if (groups && !retention) continue;  // groups are the retention's
+                Case c;
+                c.n = n, c.groups = groups, c.retention = retention, c.consistency = consistency;
+                check(engines, c, n > 256 ? std::vector<int64_t>{0, 256, n} : std::vector<int64_t>{0, n});
+            }
+    // 300 is more than one panel of depth (256); 1 and 3 less than a vector
+    const std::pair<int64_t, int64_t> widths[] = {{300, 17}, {16, 300}, {1, 3}, {47, 49}, {96, 33}};
+    for (const Dtype dtype : {Dtype::float32, Dtype::bfloat16, Dtype::float16}) {
+        Case c;
+        c.n = 67, c.dtype = dtype;
+        for (const auto& [width, teacher_width] : widths) {
+            c.width = width, c.teacher_width = teacher_width;
+            check(engines, c, {c.n});
+        }
+        c.width = 47, c.teacher_width = 49;
+        for (const Layout layout : {Layout::transposed, Layout::every_other_column, Layout::expanded}) {
+            c.layout = layout;
+            check(engines, c, {0});
+            Case plain = c;
+            plain.consistency = false;
+            check_sigmoid(engines, plain, -3);
+        }
+    }
+    for (const float scale : {1.0f, 100.0f, 1000.0f})
+        for (const Regime regime : {Regime::random, Regime::converged, Regime::anti_aligned, Regime::collapsed,
+                                    Regime::collapsed_teacher, Regime::half_converged, Regime::swapped}) {
+            Case c;
+            c.n = 130, c.width = c.teacher_width = 64;
+            c.regime = regime, c.scale = c.teacher_scale = scale, c.groups = regime == Regime::swapped;
+            check(engines, c, {0, c.n});
+            c.consistency = c.groups = false;
+            check_sigmoid(engines, c, -0.5f * scale);
+        }
+    Case strips;  // a forward strip is 1024 rows
+    strips.n = 1030, strips.width = 20, strips.consistency = false, strips.groups = true;
+    check(engines, strips, {256});
+}
