@@ -2,10 +2,10 @@
 // tests/ops/accuracy_cases.py has them.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 #include <random>
 #include <string>
 #include <vector>

@@ -139,7 +139,8 @@ Outcome run(const Engine& engine, const Batch& batch, int64_t kept_rows, int thr
     const int64_t n = c.n, stride = cliperase::gradient_stride(c.width);
     const Problem p = batch.problem(threads);
     cliperase::check(p);
-    std::vector<float> sums(2 * cliperase::planes(p) * n, NAN), diagonals(2 * n, NAN), state(cliperase::STATE_PLANES * 2 * n, NAN);
+    std::vector<float> sums(2 * cliperase::planes(p) * n, NAN), diagonals(2 * n, NAN);
+    std::vector<float> state(cliperase::STATE_PLANES * 2 * n, NAN);
     const int64_t tiles = (kept_rows + 255) / 256 * ((n + 127) / 128);
     std::vector<float> kept(tiles * (16 + (c.consistency ? 2 : 1) * 256 * 128), NAN);
     float shift;
@@ -164,7 +165,8 @@ Outcome run(const Engine& engine, const Batch& batch, int64_t kept_rows, int thr
         const cliperase::Workspace scratch(engine.backward_scratch(p, b));
         engine.backward(p, b, scratch.data());
     }
-    out.retention = 0.5 * losses.retention / static_cast<double>(n), out.consistency = losses.consistency / static_cast<double>(n);
+    out.retention = 0.5 * losses.retention / static_cast<double>(n);
+    out.consistency = losses.consistency / static_cast<double>(n);
     for (int64_t i = 0; i < n; ++i)
         for (int64_t k = 0; k < c.width; ++k)
             out.image.push_back(grad_image[i * stride + k]), out.text.push_back(grad_text[i * stride + k]);
@@ -204,7 +206,8 @@ void check_sigmoid(const std::vector<const Engine*>& engines, const Case& c, flo
     double loss = 0, of_scale = 0, of_bias = 0, mass = 0;
     for (int64_t i = 0; i < n; ++i)
         for (int64_t j = 0; j < n; ++j) {
-            const double sign = i == j ? -1 : 1, y = sign * (s[i * n + j] + bias), slope = sign / (1 + std::exp(-y));
+            const double sign = i == j ? -1 : 1, y = sign * (s[i * n + j] + bias);
+            const double slope = sign / (1 + std::exp(-y));
             loss += y > 0 ? y + std::log1p(std::exp(-y)) : std::log1p(std::exp(y));
             of_bias += slope, of_scale += slope * s[i * n + j] / c.scale, mass += std::abs(slope);
             image_mass[i] += std::abs(slope), text_mass[j] += std::abs(slope);
