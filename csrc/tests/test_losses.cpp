@@ -1,4 +1,5 @@
-// The losses of whole batches, the sigmoid loss too, and their gradients, from the sweep of every engine, against the formulas in double precision.
+// The losses of whole batches, the sigmoid loss too, and their gradients: the sweep of every engine against the formulas in
+// double precision.
 //
 // The unit of the allowed error is that of tests/ops/accuracy_cases.py: what one rounding of the similarities can do.
 #include <algorithm>
