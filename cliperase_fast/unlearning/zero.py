@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,24 @@ def _initialize(**arguments: Any) -> Any:
     import deepspeed
 
     os.environ.setdefault("LOCAL_RANK", str(dist.get_rank()))  # DeepSpeed asks for it, whoever made the process group
-    return deepspeed.initialize(**arguments, dist_init_required=False)[0]
+    with _without_compiling():
+        return deepspeed.initialize(**arguments, dist_init_required=False)[0]
+
+
+@contextmanager
+def _without_compiling() -> Iterator[None]:
+    """On the CPU DeepSpeed compiles, for a minute at first and where there is a compiler, an all-reduce that only its
+    inference calls; it goes without where it knows the extension to be of no use."""
+    import deepspeed
+
+    known = deepspeed.ops.__compatible_ops__
+    name = "deepspeed_shm_comm"
+    said = known.get(name, False)
+    known[name] = False
+    try:
+        yield
+    finally:
+        known[name] = said
 
 
 def _given(setting: str | Mapping[str, Any]) -> dict[str, Any]:

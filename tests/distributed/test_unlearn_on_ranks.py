@@ -73,6 +73,17 @@ def test_zero_follows_one_process(two, changes):
         assert_same_run(found, alone(**plain))
 
 
+def _compiled(rank: int) -> list[str]:
+    from deepspeed.ops.op_builder.builder import OpBuilder
+
+    run(deepspeed="zero3", epochs=1)
+    return list(OpBuilder._loaded_ops)
+
+
+def test_deepspeed_is_not_let_compile_what_training_does_not_use(two):
+    assert two.run(_compiled) == [[], []]
+
+
 @pytest.mark.parametrize("deepspeed", ["zero1", "zero3"])
 def test_bf16_under_zero_stays_near(two, deepspeed):
     found, _ = two.run(run_here, {"deepspeed": deepspeed, "precision": "bf16", "epochs": 1})
