@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+import torch.multiprocessing  # how tensors pass between processes
+from processes import context
 
 START_SECONDS, ANSWER_SECONDS = 90, 120
 COLLECTIVE_TIMEOUT = timedelta(seconds=45)  # a busy machine imports DeepSpeed for long
@@ -35,12 +36,12 @@ class Ranks:
     """`size` processes, one process group."""
 
     def __init__(self, size: int, folder: Any) -> None:
-        context = mp.get_context("spawn")
+        ours = context()
         self.size = size
-        self._answers = context.Queue()
-        self._tasks = [context.Queue() for _ in range(size)]
+        self._answers = ours.Queue()
+        self._tasks = [ours.Queue() for _ in range(size)]
         self._processes = [
-            context.Process(
+            ours.Process(
                 target=_serve, args=(rank, size, f"{folder}/store", self._tasks[rank], self._answers), daemon=True
             )
             for rank in range(size)
@@ -88,6 +89,7 @@ class Ranks:
                 process.kill()
             else:
                 tasks.put(None)
+        for process in self._processes:
             process.join(20)
             if process.is_alive():
                 process.kill()

@@ -1,15 +1,13 @@
 """A run that is killed and resumed ends with the weights of one that was not, bit for bit."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from processes import context
 from safetensors.torch import load_file
 from tiny import make_pairs, make_tiny_clip, split_pairs
 
@@ -52,15 +50,14 @@ def uninterrupted(tmp_path_factory):
 @pytest.mark.parametrize("lines", [1, 13])
 def test_a_run_killed_by_sigkill_resumes_to_the_same_weights(tmp_path, uninterrupted, lines):
     output = tmp_path / "run"
-    script = f"import test_resume; test_resume.run({str(output)!r})"
-    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": path}
-    process = subprocess.Popen([sys.executable, "-c", script], env=environment, stderr=subprocess.PIPE)
+    process = context().Process(target=run, args=(output,), daemon=True)
+    process.start()
     log = output / "metrics.jsonl"
-    while process.poll() is None and not (log.is_file() and log.read_bytes().count(b"\n") >= lines):
+    while process.is_alive() and not (log.is_file() and log.read_bytes().count(b"\n") >= lines):
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not (output / "result.json").exists(), "the run ended before it could be killed"
 
     run(output, resume=True)
