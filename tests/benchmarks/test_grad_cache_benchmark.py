@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from processes import apart
 
-from benchmarks import grad_cache
+from benchmarks.grad_cache import measure
 
 
 def test_a_batch_in_chunks_takes_much_less_memory_and_has_the_same_gradient():
-    at_once, chunked = grad_cache.measured_apart(1024, 0), grad_cache.measured_apart(1024, 64)
+    at_once, chunked = apart(measure, 1024, 0), apart(measure, 1024, 64)
     assert at_once["peak_bytes"] - chunked["peak_bytes"] > 300 << 20  # the activations of the other 960 pairs
     for name in ("total", "grad_norm"):
         assert chunked[name] == pytest.approx(at_once[name], rel=1e-4)

@@ -1,4 +1,4 @@
-"""Runs of `open_clip_train.main` on a tiny model and tiny data; as a script, one rank of a distributed one."""
+"""Runs of `open_clip_train.main` on a tiny model and tiny data, in this process or on two ranks."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ import io
 import json
 import logging
 import os
-import socket
-import subprocess
-import sys
 import tarfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from processes import free_ports, launched
 
 COLOURS = ["red", "green", "blue", "black", "white", "grey", "pink", "brown"]
 ARCHITECTURE = {
@@ -126,34 +124,14 @@ def run_ranks(folder: Path, cases: dict[str, list[str]]) -> dict[str, list[list[
 
     All in one pair of processes, as importing takes longer than training.
     """
-    (folder / "cases.json").write_text(json.dumps(cases))
-    ports = [str(port) for port in free_ports(2 * len(cases))]
-    with ExitStack() as stack:
-        ranks = []
-        for rank in ("0", "1"):
-            environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "RANK": rank}
-            log = stack.enter_context(open(folder / f"rank-{rank}.log", "w"))
-            command = [sys.executable, __file__, str(folder), *ports]
-            ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
-            stack.callback(ranks[-1].kill)
-        for rank, process in enumerate(ranks):
-            assert process.wait(timeout=120) == 0, (folder / f"rank-{rank}.log").read_text()[-3000:]
-    found = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+    ports = free_ports(2 * len(cases))
+    found = launched(2, folder, run_rank, folder, cases, ports)
     return {name: [*found[0][name], *found[1][name]] for name in cases}
 
 
-def free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-
-
-def run_rank(folder: Path, ports: list[str]) -> None:
+def run_rank(folder: Path, cases: dict[str, list[str]], ports: list[int]) -> dict[str, list[Any]]:
     import open_clip_train.main as trainer
 
-    torch.set_num_threads(1)
     add_architecture(folder)
     parallel = torch.nn.parallel.DistributedDataParallel
 
@@ -164,13 +142,9 @@ def run_rank(folder: Path, ports: list[str]) -> None:
 
     trainer.torch.nn.parallel.DistributedDataParallel = on_the_cpu  # type: ignore[misc, assignment]
     results: dict[str, list[Any]] = {}
-    for name, words in json.loads((folder / "cases.json").read_text()).items():
+    for name, words in cases.items():
         for patched in (False, True):
-            os.environ["MASTER_PORT"] = ports.pop()
+            os.environ["MASTER_PORT"] = str(ports.pop())
             results.setdefault(name, []).append(run(folder, f"{name}-{patched}", patched, words))
             torch.distributed.destroy_process_group()
-    (folder / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(results))
-
-
-if __name__ == "__main__":
-    run_rank(Path(sys.argv[1]), sys.argv[2:])
+    return results
