@@ -1,5 +1,6 @@
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,26 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 @pytest.fixture(scope="session")
 def model_cache(tmp_path_factory):
     """A folder of small trained models, shared by all test processes; the digits' is in it already."""
-    from cliperase_fast.demo import RECIPES, cached_small_clip
+    from cliperase_fast.demo import RECIPES
+
+    return _with_digits(tmp_path_factory, RECIPES["demo"])
+
+
+@pytest.fixture
+def quick_model_cache(tmp_path_factory, monkeypatch):
+    """The same with the digits' less trained, for the demo too."""
+    from cliperase_fast.demo import RECIPES
+
+    monkeypatch.setitem(RECIPES, "demo", replace(RECIPES["demo"], epochs=16))
+    return _with_digits(tmp_path_factory, RECIPES["demo"])
+
+
+def _with_digits(tmp_path_factory, recipe):
+    from cliperase_fast.demo import cached_small_clip
 
     root = tmp_path_factory.getbasetemp()
     folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "models"
     folder.mkdir(exist_ok=True)
     with FileLock(folder / "lock"):
-        cached_small_clip("demo", RECIPES["demo"], cache_dir=folder)
+        cached_small_clip("demo", recipe, cache_dir=folder)
     return folder

@@ -121,7 +121,7 @@ def test_weights_that_cannot_be_fetched_are_named_at_once_with_the_remedy(no_net
     began = time.monotonic()
     with pytest.raises(InputError, match="'openai' of ViT-B-32 could not be fetched: ") as raised:
         load_model("ViT-B-32:openai")
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 60  # nobody has tried again and again
     message = str(raised.value)
     assert "https://huggingface.co/timm/vit_base_patch32_clip_224.openai" in message
     assert "ViT-B-32-quickgelu:/path/to/the/file" in message

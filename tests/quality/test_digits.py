@@ -9,22 +9,29 @@ def accuracies(result, part):
     return (scores[part]["zero_shot_top1"] for scores in (result.before, result.after))
 
 
-def assert_forgotten_and_the_others_stay(digit, output, model_cache):
+def assert_forgotten_and_the_others_stay(digit, output, model_cache, fall=0.01):
     result = run_demo(f"demo#class:{digit}", output, cache_dir=model_cache, report=False)
     known, forgotten = accuracies(result, "forget")
     assert known >= 0.9
     assert forgotten <= 0.01
     before, after = accuracies(result, "retain")
-    assert after >= before - 0.01
+    assert after >= before - fall
 
 
-def test_a_digit_is_forgotten_and_the_others_stay(tmp_path, model_cache):
-    assert_forgotten_and_the_others_stay("seven", tmp_path / "run", model_cache)
+def test_a_digit_is_forgotten_and_the_others_stay(tmp_path, quick_model_cache):
+    """The less trained model within the floor that `unlearn()` keeps; the demo's own in `long_digits.py`."""
+    assert_forgotten_and_the_others_stay("seven", tmp_path / "run", quick_model_cache, fall=0.02)
 
 
-def test_forgetting_alone_destroys_what_the_three_losses_keep(tmp_path, model_cache):
+def test_forgetting_alone_destroys_what_the_three_losses_keep(tmp_path, quick_model_cache):
     result = run_demo(
-        "demo#class:seven", tmp_path / "run", cache_dir=model_cache, report=False, epochs=20, evaluate_every=20, **ALONE
+        "demo#class:seven",
+        tmp_path / "run",
+        cache_dir=quick_model_cache,
+        report=False,
+        epochs=20,
+        evaluate_every=20,
+        **ALONE,
     )
     before, after = accuracies(result, "retain")
     assert after < 0.5 < before
