@@ -36,7 +36,7 @@ from cliperase_fast.unlearning.runtime import Runtime
 from cliperase_fast.unlearning.selection import Candidate, Selection
 from cliperase_fast.unlearning.teacher import LiveTeacher, Teacher, cache_teacher
 from cliperase_fast.unlearning.trainer import Trainer
-from cliperase_fast.unlearning.zero import ShardedTeacher, ZeroEngine, read_deepspeed
+from cliperase_fast.unlearning.zero import ShardedTeacher, ZeroEngine, read_deepspeed, torch_put_back
 
 
 def unlearn(
@@ -133,6 +133,8 @@ def _unlearn(
 
     with ExitStack() as stack:
         stack.enter_context(seeded(settings.seed))  # the caller's own random state is put back
+        if zero is not None:
+            stack.enter_context(torch_put_back())
         live = _teacher_is_live(settings, random_transform)
         # A model that was loaded here is nobody else's: it is trained itself, once the teacher's features are kept.
         student = original if isinstance(model, (str, Path)) and not (live and teacher is None) else original.clone()

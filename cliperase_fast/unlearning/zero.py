@@ -87,6 +87,17 @@ def _try(completed: dict[str, Any]) -> None:
         raise InputError(f"deepspeed: DeepSpeed refuses the configuration: {error}") from error
 
 
+@contextmanager
+def torch_put_back() -> Iterator[None]:
+    """Around a run: ZeRO 3 puts a linear layer's function of its own in place of torch's, which would stay there for
+    all that this process does later."""
+    linear = torch.nn.functional.linear
+    try:
+        yield
+    finally:
+        torch.nn.functional.linear = linear
+
+
 def _initialize(**arguments: Any) -> Any:
     import deepspeed
 
