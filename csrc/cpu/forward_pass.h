@@ -11,6 +11,7 @@ struct ForwardLayout {
     Operands operands;
     float* tiles;         // for each thread a tile of S and one of S°
     float* row_parts;     // [blocks, SCRATCH_PLANES, strip]
+    float* column_parts;  // [STRIP_TILES, SCRATCH_PLANES, padded_columns]
     float* column_state;  // [SCRATCH_PLANES, padded_columns]
     std::size_t bytes;
 
@@ -19,6 +20,9 @@ struct ForwardLayout {
     float* own_tiles() const { return tiles + thread() * 2 * TILE; }
     Sums part(i64 block, const PlaneSet& set) const {
         return sums(row_parts + block * SCRATCH_PLANES * strip, set, strip);
+    }
+    Sums column_part(i64 tile, const PlaneSet& set) const {
+        return sums(column_parts + tile * SCRATCH_PLANES * padded_columns, set, padded_columns);
     }
     Sums columns(const PlaneSet& set) const { return sums(column_state, set, padded_columns); }
 
@@ -33,15 +37,16 @@ struct ForwardLayout {
           operands(p, strip, carver) {
         tiles = carver.floats(p.threads * 2 * TILE);
         row_parts = carver.floats(blocks * SCRATCH_PLANES * strip);
+        column_parts = carver.floats(STRIP_TILES * SCRATCH_PLANES * padded_columns);
         column_state = carver.floats(SCRATCH_PLANES * padded_columns);
         bytes = carver.used();
     }
 };
 
-// The sums of one tile, into the row parts of its block and the state of its columns.
+// The sums of one tile, into the parts of its rows and columns.
 inline void add_tile(const Problem& p, const Forward& out, const ForwardLayout& layout, i64 strip_start, i64 row, i64 rows,
                      i64 block, i64 columns, Groups groups, float* student, float* teacher, KeptTiles::Head* kept) {
-    const i64 in_strip = row - strip_start, column = block * TILE_COLUMNS;
+    const i64 in_strip = row - strip_start, column = block * TILE_COLUMNS, tile = in_strip / TILE_ROWS;
     alignas(64) float row_top[TILE_ROWS], column_top[TILE_COLUMNS];
     each_diagonal(p, row, rows, column, columns, [&](i64 i, i64 j) {
         out.diagonal[row + i] = student[i * TILE_COLUMNS + j];
@@ -53,7 +58,7 @@ inline void add_tile(const Problem& p, const Forward& out, const ForwardLayout& 
         find_largest(teacher, rows, row_top, column_top);
         const Reference c = shared_reference(row_top, rows, column_top);
         const Sums of_rows = layout.part(block, teacher_planes(p)).at(in_strip);
-        const Sums of_columns = layout.columns(teacher_planes(p)).at(column);
+        const Sums of_columns = layout.column_part(tile, teacher_planes(p)).at(column);
         if (!c.shared)
             separate_sums<true>(teacher, student, *out.shift, rows, of_rows, of_columns, row_top, column_top);
         else if (kept)
@@ -73,7 +78,7 @@ inline void add_tile(const Problem& p, const Forward& out, const ForwardLayout& 
         find_largest(masked, rows, masked_row_top, masked_column_top);
         const Reference own = shared_reference(masked_row_top, rows, masked_column_top);
         const Sums of_rows = layout.part(block, masked_planes(p)).at(in_strip);
-        const Sums of_columns = layout.columns(masked_planes(p)).at(column);
+        const Sums of_columns = layout.column_part(tile, masked_planes(p)).at(column);
         if (own.shared)
             shared_sums<false, false>(masked, nullptr, 0, rows, own, of_rows, of_columns, masked_row_top, masked_column_top);
         else
@@ -85,7 +90,7 @@ inline void add_tile(const Problem& p, const Forward& out, const ForwardLayout& 
             masked_within &= masked_column_top[j] == LOWEST || masked_column_top[j] >= c.value - REACH;
     }
     const Sums of_rows = layout.part(block, STUDENT).at(in_strip);
-    const Sums of_columns = layout.columns(STUDENT).at(column);
+    const Sums of_columns = layout.column_part(tile, STUDENT).at(column);
     const bool exponentials = c.shared && masked_within;
     if (!c.shared)
         separate_sums<false>(student, nullptr, 0, rows, of_rows, of_columns, row_top, column_top);
@@ -119,27 +124,37 @@ inline void forward(const Problem& p, const Forward& out, char* scratch) {
 #pragma omp for schedule(static)
         for (i64 group = 0; group < RowGroup::in_strip(strip); ++group) layout.operands.pack_rows_of(p, start, {group, strip});
 
-#pragma omp for schedule(dynamic)
-        for (i64 block = 0; block < layout.blocks; ++block) {
+        const TileShares shares(strip, layout.blocks, p.threads);
+        i64 packed = -1;  // the block whose columns this thread has packed
+#pragma omp for schedule(dynamic, shares.chunk)
+        for (i64 task = 0; task < shares.count; ++task) {
+            const i64 block = task / shares.tiles, i = task % shares.tiles * TILE_ROWS;
             const i64 column = block * TILE_COLUMNS, columns = smaller(TILE_COLUMNS, p.columns - column);
+            const i64 row = start + i, rows = smaller(TILE_ROWS, strip - i);
             std::int32_t own_groups[TILE_COLUMNS];
-            layout.operands.pack_columns_of(p, column, columns);
-            for (i64 i = 0; i < strip; i += TILE_ROWS) {
-                const i64 row = start + i, rows = smaller(TILE_ROWS, strip - i);
-                float *student = layout.own_tiles(), *teacher = student + TILE;
-                KeptTiles::Head* head = nullptr;
-                if (row < out.kept_rows) {
-                    float* tiles = kept.at(row / TILE_ROWS, block);
-                    head = reinterpret_cast<KeptTiles::Head*>(tiles);
-                    student = tiles + KeptTiles::HEAD;
-                    teacher = student + TILE;
-                }
-                layout.operands.student_tile(p, i, rows, columns, student);
-                if (p.has_teacher) layout.operands.teacher_tile(p, i, rows, columns, teacher);
-                add_tile(p, out, layout, start, row, rows, block, columns, block_groups(p, row, column, columns, own_groups),
-                         student, teacher, head);
+            if (block != packed) layout.operands.pack_columns_of(p, column, columns);
+            packed = block;
+            float *student = layout.own_tiles(), *teacher = student + TILE;
+            KeptTiles::Head* head = nullptr;
+            if (row < out.kept_rows) {
+                float* tiles = kept.at(row / TILE_ROWS, block);
+                head = reinterpret_cast<KeptTiles::Head*>(tiles);
+                student = tiles + KeptTiles::HEAD;
+                teacher = student + TILE;
             }
+            layout.operands.student_tile(p, i, rows, columns, student);
+            if (p.has_teacher) layout.operands.teacher_tile(p, i, rows, columns, teacher);
+            add_tile(p, out, layout, start, row, rows, block, columns, block_groups(p, row, column, columns, own_groups),
+                     student, teacher, head);
         }
+
+#pragma omp for schedule(static) nowait
+        for (i64 block = 0; block < layout.blocks; ++block)
+            for (i64 tile = 0; tile < shares.tiles; ++tile)
+                for (const PlaneSet& set : sets)
+                    if (set.used)
+                        merge(layout.columns(set).at(block * TILE_COLUMNS), layout.column_part(tile, set).at(block * TILE_COLUMNS),
+                              TILE_COLUMNS);
 
         // A vector of rows each; beyond the strip's rows are parts that nobody wrote, and nobody reads the sums of.
 #pragma omp for schedule(static)

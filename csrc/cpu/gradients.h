@@ -47,7 +47,7 @@ struct TilePlace {
     i64 row, rows, row_in_strip, column, columns, block;
 };
 
-// What follows is called by every thread of a parallel region, but for `add_text_gradient`.
+// What follows is called by every thread of a parallel region, but for what is of one block.
 
 // text [columns, width] in panels, for dI.
 inline void pack_text_panels(const Problem& p, float* panels) {
@@ -58,28 +58,35 @@ inline void pack_text_panels(const Problem& p, float* panels) {
     }
 }
 
-// dT of one block of columns = or += dSᵀ times the strip of scale * image.
-inline void add_text_gradient(const Problem& p, const GradientLayout& layout, i64 block, i64 strip, float* grad_text, bool add) {
+// A share of the width of a gradient.
+struct PanelGroup {
+    i64 first, width;  // panel, columns
+    PanelGroup(const Problem& p, i64 group)
+        : first(group * PANEL_GROUP), width(smaller(PANEL_GROUP * NR, p.width - first * NR)) {}
+    static i64 count(const Problem& p) { return divide_up(divide_up(p.width, NR), PANEL_GROUP); }
+};
+
+// dT of one block of columns, `width` of it from a panel on, = or += dSᵀ times the strip of scale * image.
+inline void add_text_gradient(const Problem& p, const GradientLayout& layout, i64 block, i64 first, i64 width, i64 strip,
+                              float* grad_text, bool add) {
     const i64 column = block * TILE_COLUMNS, columns = smaller(TILE_COLUMNS, p.columns - column);
-    product(columns, p.width, strip, Columns<TILE_COLUMNS>{layout.ds_tile(block, 0)},
-            {layout.image_panels, layout.strip * NR, 0}, grad_text + column * gradient_stride(p.width),
-            gradient_stride(p.width), add);
+    product(columns, width, strip, Columns<TILE_COLUMNS>{layout.ds_tile(block, 0)},
+            {layout.image_panels + first * layout.strip * NR, layout.strip * NR, 0},
+            grad_text + column * gradient_stride(p.width) + first * NR, gradient_stride(p.width), add);
 }
 
 // dI of a strip, without the factor scale.
 inline void write_image_gradient(const Problem& p, const GradientLayout& layout, i64 start, i64 strip, float* grad_image) {
-    const i64 stride = gradient_stride(p.width), panels = divide_up(p.width, NR);
-    const i64 panel_groups = divide_up(panels, PANEL_GROUP), row_groups = divide_up(strip, ROW_GROUP);
+    const i64 stride = gradient_stride(p.width), panel_groups = PanelGroup::count(p), row_groups = divide_up(strip, ROW_GROUP);
 #pragma omp for schedule(dynamic)
     for (i64 task = 0; task < row_groups * panel_groups; ++task) {
         const i64 row = task / panel_groups * ROW_GROUP, rows = smaller(ROW_GROUP, strip - row);
-        const i64 panel = task % panel_groups * PANEL_GROUP;
-        const i64 width = smaller(PANEL_GROUP * NR, p.width - panel * NR);
-        float* to = grad_image + (start + row) * stride + panel * NR;
+        const PanelGroup panels(p, task % panel_groups);
+        float* to = grad_image + (start + row) * stride + panels.first * NR;
         for (i64 block = 0; block < layout.blocks; ++block) {
             const i64 column = block * TILE_COLUMNS, depth = smaller(TILE_COLUMNS, p.columns - column);
-            product(rows, width, depth, Rows{layout.ds_tile(block, row), TILE_COLUMNS},
-                    {layout.text_panels + panel * p.columns * NR, p.columns * NR, column}, to, stride, block > 0);
+            product(rows, panels.width, depth, Rows{layout.ds_tile(block, row), TILE_COLUMNS},
+                    {layout.text_panels + panels.first * p.columns * NR, p.columns * NR, column}, to, stride, block > 0);
         }
     }
 }
@@ -114,13 +121,26 @@ inline void pass_over_strips(const Problem& p, const Wanted& wanted, const Gradi
                 if (wanted.grad_text)
                     pack_panels(p.image, row, group.count, p.width, p.scale, layout.image_panels, group.row, layout.strip);
             }
-#pragma omp for schedule(dynamic)
-            for (i64 block = 0; block < layout.blocks; ++block) {
+            const TileShares shares(strip, layout.blocks, p.threads);
+            i64 packed = -1;  // the block whose columns this thread has packed
+#pragma omp for schedule(dynamic, shares.chunk)
+            for (i64 task = 0; task < shares.count; ++task) {
+                const i64 block = task / shares.tiles, i = task % shares.tiles * TILE_ROWS;
                 const i64 column = block * TILE_COLUMNS, columns = smaller(TILE_COLUMNS, p.columns - column);
-                if (start + strip > kept_rows) layout.operands.pack_columns_of(p, column, columns);
-                for (i64 i = 0; i < strip; i += TILE_ROWS)
-                    write_tile(TilePlace{start + i, smaller(TILE_ROWS, strip - i), i, column, columns, block});
-                if (wanted.grad_text) add_text_gradient(p, layout, block, strip, wanted.grad_text, start > 0);
+                if (start + strip > kept_rows && block != packed) layout.operands.pack_columns_of(p, column, columns);
+                packed = block;
+                write_tile(TilePlace{start + i, smaller(TILE_ROWS, strip - i), i, column, columns, block});
+                // While dS of the block is near.
+                if (wanted.grad_text && shares.whole_blocks() && i + TILE_ROWS >= strip)
+                    add_text_gradient(p, layout, block, 0, p.width, strip, wanted.grad_text, start > 0);
+            }
+            if (wanted.grad_text && !shares.whole_blocks()) {
+#pragma omp for schedule(dynamic)
+                for (i64 task = 0; task < layout.blocks * PanelGroup::count(p); ++task) {
+                    const PanelGroup panels(p, task % PanelGroup::count(p));
+                    add_text_gradient(p, layout, task / PanelGroup::count(p), panels.first, panels.width, strip,
+                                      wanted.grad_text, start > 0);
+                }
             }
             if (wanted.grad_image) {
                 write_image_gradient(p, layout, start, strip, wanted.grad_image);

@@ -24,10 +24,14 @@ inline Softplus softplus(Floats y) {
 }
 
 struct SigmoidLayout : GradientLayout {
-    double* sums;  // [blocks, 2], of the loss and of dS
+    double* sums;  // [blocks, STRIP_TILES, 2], of the loss and of dS
+
+    double* tile_sums(const TilePlace& at) const {
+        return sums + 2 * (at.block * STRIP_TILES + at.row_in_strip / TILE_ROWS);
+    }
 
     SigmoidLayout(const Problem& p, const Sigmoid& s, Carver& carver)
-        : GradientLayout(p, s, s.gradients(), carver), sums(reinterpret_cast<double*>(carver.floats(4 * blocks))) {}
+        : GradientLayout(p, s, s.gradients(), carver), sums(reinterpret_cast<double*>(carver.floats(4 * blocks * STRIP_TILES))) {}
 };
 
 // Adds the losses of a tile of S to sums[0] and, with GRADIENT, writes dS and adds it to sums[1].
@@ -71,15 +75,15 @@ inline void sigmoid_tile(const Problem& p, const Sigmoid& s, const TilePlace& at
 inline void sigmoid(const Problem& p, const Sigmoid& s, char* scratch) {
     Carver carver(scratch);
     const SigmoidLayout layout(p, s, carver);
-    for (i64 i = 0; i < 2 * layout.blocks; ++i) layout.sums[i] = 0;
+    for (i64 i = 0; i < 2 * layout.blocks * STRIP_TILES; ++i) layout.sums[i] = 0;
     pass_over_strips(p, s, layout, 0, [&](const TilePlace& at) {
         float* tile = layout.own_tiles();
         layout.operands.student_tile(p, at.row_in_strip, at.rows, at.columns, tile);
         float* ds = s.gradients() ? layout.ds_tile(at.block, at.row_in_strip) : nullptr;
-        sigmoid_tile(p, s, at, tile, ds, layout.sums + 2 * at.block);
+        sigmoid_tile(p, s, at, tile, ds, layout.tile_sums(at));
     });
     double loss = 0, bias = 0;
-    for (i64 block = 0; block < layout.blocks; ++block) loss += layout.sums[2 * block], bias += layout.sums[2 * block + 1];
+    for (i64 i = 0; i < layout.blocks * STRIP_TILES; ++i) loss += layout.sums[2 * i], bias += layout.sums[2 * i + 1];
     *s.loss = loss;
     if (s.grad_bias) *s.grad_bias = bias;
 }

@@ -1,9 +1,9 @@
 // What the two passes over the tiles share: how memory is laid out, what a strip and a block need, which entries are left
 // out of all sums.
 //
-// Both passes go strip by strip. Threads own column blocks of a strip, so that a column's sums and its row of dT are added up
-// in one order whatever the number of threads; what they find of the rows is merged, block after block, when the strip is
-// done. That makes the results the same bits for any number of threads.
+// Both passes go strip by strip, and threads take tiles of it. What is found of a tile's rows and columns is a part by itself;
+// the parts are merged, block after block and tile after tile, when the strip is done, and every entry of dT and dI is summed
+// by one thread. That makes the results the same bits for any number of threads.
 #pragma once
 
 #include <type_traits>
@@ -135,6 +135,18 @@ struct RowGroup {
           row(group / TILE_GROUPS * TILE_ROWS + group % TILE_GROUPS * MR),
           count(smaller(smaller(MR, TILE_ROWS - group % TILE_GROUPS * MR), strip - row)) {}
     static i64 in_strip(i64 strip) { return divide_up(strip, TILE_ROWS) * TILE_GROUPS; }
+};
+
+// The tiles of a strip, one block of columns after the other, as threads share them: whole blocks, whose columns are then packed
+// once, or less where that would leave a thread without work.
+struct TileShares {
+    i64 tiles, count, chunk;  // in a block, in all, at a time
+
+    TileShares(i64 strip, i64 blocks, int threads)
+        : tiles(divide_up(strip, TILE_ROWS)),
+          count(blocks * tiles),
+          chunk(smaller(tiles, larger(i64{1}, count / (2 * threads)))) {}
+    bool whole_blocks() const { return chunk == tiles; }
 };
 
 // What both passes need of a strip of rows and of a block of columns.

@@ -94,14 +94,20 @@ inline Reference shared_reference(const float* of_rows, i64 rows, const float* o
     return {top, bottom >= top - REACH};
 }
 
-// Adds a tile's sums to the columns' and writes the rows'.
+template <bool GAP>
+inline void write_columns(Sums of_columns, const float* total, const float* gap) {
+    std::memcpy(of_columns.total, total, TILE_COLUMNS * sizeof *total);
+    if constexpr (GAP) std::memcpy(of_columns.gap, gap, TILE_COLUMNS * sizeof *gap);
+}
+
+// Writes a tile's sums.
 //
 // GAP: `other` is S, and the gap is summed; tile and other are equal where entries are left out. KEEP: the exponentials
 // take the place of the entries, if the reference is shared.
 template <bool GAP, bool KEEP>
 inline void shared_sums(float* tile, const float* other, float shift, i64 rows, Reference c, Sums of_rows, Sums of_columns,
                         const float* row_top, const float* column_top) {
-    alignas(64) float reference[TILE_COLUMNS], total[TILE_COLUMNS] = {}, gap[GAP ? TILE_COLUMNS : W] = {};
+    alignas(64) float total[TILE_COLUMNS] = {}, gap[GAP ? TILE_COLUMNS : W] = {};
     for (i64 i = 0; i < rows; i += 2) {
         const bool second = i + 1 < rows;  // an odd last row is read twice and counted once
         float* row[2] = {tile + i * TILE_COLUMNS, tile + (i + second) * TILE_COLUMNS};
@@ -130,8 +136,8 @@ inline void shared_sums(float* tile, const float* other, float shift, i64 rows, 
             if constexpr (GAP) of_rows.gap[i + r] = sum(gap_of[r]);
         }
     }
-    for (i64 j = 0; j < TILE_COLUMNS; ++j) reference[j] = column_top[j] == LOWEST ? LOWEST : c.value;
-    merge(of_columns, {reference, total, GAP ? gap : nullptr}, TILE_COLUMNS);
+    for (i64 j = 0; j < TILE_COLUMNS; ++j) of_columns.reference[j] = column_top[j] == LOWEST ? LOWEST : c.value;
+    write_columns<GAP>(of_columns, total, gap);
 }
 
 // The same with a reference for each row and column, two exponentials an entry.
@@ -159,7 +165,8 @@ inline void separate_sums(const float* tile, const float* other, float shift, i6
         of_rows.total[i] = sum(row_total);
         if constexpr (GAP) of_rows.gap[i] = sum(row_gap);
     }
-    merge(of_columns, {column_top, total, GAP ? gap : nullptr}, TILE_COLUMNS);
+    std::memcpy(of_columns.reference, column_top, sizeof total);
+    write_columns<GAP>(of_columns, total, gap);
 }
 
 // dS of a tile: for each softmax its anchors and factors [rows] and [TILE_COLUMNS]; null: not there.

@@ -69,11 +69,11 @@ def test_each_instruction_set_that_runs_here(native, monkeypatch, name):
 
 @NATIVE
 def test_the_same_bits_for_any_number_of_threads(native):
-    case = random_case(1100, 700, 700).to(torch.float32)
+    case = random_case(1100, 700, 700, width=150).to(torch.float32)
     before = torch.get_num_threads()
     results = []
     try:
-        for threads in (1, 2, 3, 2):
+        for threads in (1, 2, 7, 2):
             torch.set_num_threads(threads)
             results.append(outcome(native.loss, case))
     finally:
