@@ -78,11 +78,11 @@ void gradient_terms(const Problem& p, const float* state, bool want_retention, d
     const auto plane = [&](int which) { return state + which * count; };
     float* diagonal = memory + 6 * count;
     // The retention rides on the student's softmax unless groups have given it one of its own.
-    const double own = want_retention && !p.has_masked() ? weight_retention : 0;
+    const double of_retention = want_retention ? weight_retention : 0, own = p.has_masked() ? 0 : of_retention;
     const int odds = p.has_teacher ? STUDENT_ODDS : RETENTION_ODDS;
     into.student = softmax(p, plane(DIAGONAL), plane(odds), own + (p.has_teacher ? weight_consistency : 0), memory);
     if (p.has_masked())
-        into.masked = softmax(p, plane(DIAGONAL), plane(RETENTION_ODDS), weight_retention, memory + 2 * count);
+        into.masked = softmax(p, plane(DIAGONAL), plane(RETENTION_ODDS), of_retention, memory + 2 * count);
     if (p.has_teacher)
         into.teacher = softmax(p, plane(TEACHER_DIAGONAL), plane(TEACHER_ODDS), -weight_consistency, memory + 4 * count);
     into.diagonal = diagonal;
