@@ -51,6 +51,7 @@ gpu-check:
 	CLIPERASE_EXTENSION=1 CLIPERASE_CUDA=ON $(PYTHON) setup.py -q build_ext --inplace
 	$(PYTHON) -m pytest tests/ops/gpu_triton.py tests/ops/gpu_native.py tests/ops/gpu_runtime.py
 	$(PYTHON) -m benchmarks.loss --gpu-check
+	$(PYTHON) -m benchmarks.fastest
 
 # The CUDA kernels, emulated on the CPU, under the address and undefined-behaviour sanitizers.
 cuda-sanitize: $(STAMP)

@@ -48,12 +48,17 @@ def describe() -> dict[str, Any]:
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "capability": _capability(),
             "system": platform.system(),
         },
         "versions": installed_versions("torch", "triton", "open_clip_torch", "numpy"),
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
     }
+
+
+def _capability() -> str | None:
+    return ".".join(map(str, torch.cuda.get_device_capability())) if torch.cuda.is_available() else None
 
 
 def _processor() -> str:

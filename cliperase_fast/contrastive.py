@@ -23,7 +23,7 @@ from cliperase_fast.checks import (
 from cliperase_fast.distributed import sharded_sigmoid
 from cliperase_fast.errors import InputError
 from cliperase_fast.functional import agreed, contrast, described
-from cliperase_fast.ops import choose_sigmoid, compute_dtype, no_autocast
+from cliperase_fast.ops import choose, compute_dtype, no_autocast
 from cliperase_fast.ops.rows import row_losses
 
 
@@ -127,7 +127,7 @@ def sigmoid_loss(
         bias = as_scale("logit_bias", 0.0 if logit_bias is None else logit_bias, image_features)
         if negative_only and process_group is not None:
             raise InputError("negative_only is for texts of another rank; with a process_group they come by themselves")
-        choose_sigmoid(backend, image_features, text_features, sharded=process_group is not None)
+        choose(backend, image_features, text_features, sharded=process_group is not None, sigmoid=True)
         return scale, bias
 
     (scale, bias), (shards,) = agreed(
@@ -144,7 +144,7 @@ def sigmoid_loss(
     if (len(image_features) if shards is None else shards.total) == 0:
         zero = image_features.sum(dtype=compute_dtype(image_features, text_features))
         return zero + 0 * (text_features.sum() + scale + bias)
-    chosen = choose_sigmoid(backend, image_features, text_features, sharded=shards is not None).load_sigmoid()
+    chosen = choose(backend, image_features, text_features, sharded=shards is not None, sigmoid=True).load_sigmoid()
     with no_autocast(image_features):
         if shards is None:
             offset = len(text_features) if negative_only else 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cliperase_fast.ops.dispatch import BackendStatus, BackendTable, auto_shards, backends, choose, choose_sigmoid
+from cliperase_fast.ops.dispatch import BackendStatus, BackendTable, auto_shards, backends, choose
 from cliperase_fast.ops.sweep import Sweep, compute_dtype, no_autocast
 
 __all__ = [
@@ -12,7 +12,6 @@ __all__ = [
     "auto_shards",
     "backends",
     "choose",
-    "choose_sigmoid",
     "compute_dtype",
     "no_autocast",
 ]

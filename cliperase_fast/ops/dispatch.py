@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cliperase_fast.errors import InputError
+from cliperase_fast.ops import measured
 from cliperase_fast.ops.engine import Engine
 from cliperase_fast.ops.native import extension
 from cliperase_fast.ops.sigmoid import Sigmoid
@@ -154,6 +155,8 @@ class Backend:
     sigmoid_devices: tuple[str, ...] | None = None  # where it has the sigmoid loss, of those it runs on; None: all
 
 
+_NOT_RUN = "" if measured.TABLE else ", not yet run on a GPU: by name only there"
+
 REGISTRY: dict[str, Backend] = {
     backend.name: backend
     for backend in (
@@ -167,7 +170,7 @@ REGISTRY: dict[str, Backend] = {
         Backend(
             "native",
             _load_native,
-            "C++ on the CPU, CUDA (not yet run on a GPU: by name only); never holds an N x N matrix",
+            f"C++ on the CPU, CUDA on a GPU{_NOT_RUN}; never holds an N x N matrix",
             devices=("cpu",) if _NO_NATIVE_CUDA else ("cpu", "cuda"),
             dtypes=(torch.float16, torch.bfloat16, torch.float32),
             why_missing=lambda: _NO_NATIVE,
@@ -180,7 +183,7 @@ REGISTRY: dict[str, Backend] = {
         Backend(
             "triton",
             _load_triton,
-            "fused GPU kernels, not yet run on a GPU: by name only; never holds an N x N matrix",
+            f"fused GPU kernels{_NOT_RUN}; never holds an N x N matrix",
             devices=("cuda", "cpu") if _interprets_triton() else ("cuda",),
             dtypes=(torch.float16, torch.bfloat16, torch.float32),
             why_missing=_why_no_triton,
@@ -247,10 +250,18 @@ def backends() -> BackendTable:
     return BackendTable(statuses)
 
 
-def choose(requested: str, image: Tensor, text: Tensor, *teacher: Tensor | None, sharded: bool = False) -> Backend:
+def choose(
+    requested: str,
+    image: Tensor,
+    text: Tensor,
+    *teacher: Tensor | None,
+    sharded: bool = False,
+    sigmoid: bool = False,
+) -> Backend:
     """The backend for these features. `requested`: a name, or "auto", which CLIPERASE_BACKEND overrides.
 
-    teacher: the teacher's features, where they are used. sharded: the batch is spread over processes.
+    teacher: the teacher's features, where they are used. sharded: the batch is spread over processes. sigmoid: for that
+    loss, which not every backend has on every device.
 
     Raises InputError when it is unknown, not available here, or cannot take this device or dtype.
     """
@@ -259,7 +270,7 @@ def choose(requested: str, image: Tensor, text: Tensor, *teacher: Tensor | None,
     if requested == "auto":
         from_environment = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
         if from_environment in ("", "auto"):
-            return _automatic(features, sharded)
+            return _automatic(features, sharded, sigmoid)
         requested, origin = from_environment, f"{ENVIRONMENT_VARIABLE}={from_environment}"
     if requested not in REGISTRY:
         raise InputError(f"{origin} is not a backend; use auto, {', '.join(REGISTRY)}")
@@ -279,13 +290,7 @@ def choose(requested: str, image: Tensor, text: Tensor, *teacher: Tensor | None,
     for tensor in features:
         if tensor.dtype not in backend.dtypes:
             raise InputError(f"{origin} does not take {tensor.dtype}; use backend='auto' or convert the features")
-    return backend
-
-
-def choose_sigmoid(requested: str, image: Tensor, text: Tensor, *, sharded: bool = False) -> Backend:
-    """The same for the sigmoid loss, which not every backend has on every device."""
-    backend = choose(requested, image, text, sharded=sharded)
-    if backend.sigmoid_devices is not None and image.device.type not in backend.sigmoid_devices:
+    if sigmoid and backend.sigmoid_devices is not None and image.device.type not in backend.sigmoid_devices:
         raise InputError(
             f"backend {backend.name!r} has the sigmoid loss on {', '.join(backend.sigmoid_devices)} only, not on "
             f"{image.device}; use backend='auto', 'torch' or 'triton'"
@@ -303,12 +308,29 @@ def auto_shards() -> bool:
 # (D = 64 and 512). Beyond, eager is slower (2.6 times at N = 2048, D = 64), and its memory grows as N².
 _EAGER_PAIRS = 256
 
+# As with native's: looked at once, and only where there is a choice.
+_ON_GPU = frozenset(name for name in REGISTRY if measured.TABLE and REGISTRY[name].why_missing() is None)
 
-def _automatic(features: list[Tensor], sharded: bool) -> Backend:
-    # On a GPU neither triton nor native: their kernels have been emulated and compiled, but not run on one yet. They
-    # are there by name. On a CPU native was the fastest at every size.
+
+def _automatic(features: list[Tensor], sharded: bool, sigmoid: bool = False) -> Backend:
+    image = features[0]
+    pairs, kind = image.shape[0], image.device.type
+    if kind == "cuda" and _ON_GPU:
+        widest = max((tensor.dtype for tensor in features), key=lambda dtype: dtype.itemsize)
+        name = measured.fastest(image.device, widest, pairs, image.shape[1])
+        if name in _ON_GPU and _serves(REGISTRY[name], kind, features, sharded, sigmoid):
+            return REGISTRY[name]
+    # On a CPU native was the fastest at every size.
     native = REGISTRY["native"]
-    known = all(tensor.dtype in native.dtypes for tensor in features)
-    if known and features[0].device.type == "cpu" and native.why_missing() is None:
+    if kind == "cpu" and native.why_missing() is None and _serves(native, kind, features, sharded, sigmoid):
         return native
-    return REGISTRY["eager" if features[0].shape[0] <= _EAGER_PAIRS and not sharded else "torch"]
+    return REGISTRY["eager" if pairs <= _EAGER_PAIRS and not sharded else "torch"]
+
+
+def _serves(backend: Backend, kind: str, features: list[Tensor], sharded: bool, sigmoid: bool) -> bool:
+    devices = (backend.devices, backend.sigmoid_devices if sigmoid else None)
+    return (
+        all(kinds is None or kind in kinds for kinds in devices)
+        and all(tensor.dtype in backend.dtypes for tensor in features)
+        and not (sharded and backend.load_engine is None)
+    )

@@ -6,13 +6,14 @@ import importlib.metadata
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from cliperase_fast import functional
 from cliperase_fast.errors import InputError
-from cliperase_fast.ops import dispatch, reference, streaming
+from cliperase_fast.ops import dispatch, measured, reference, streaming
 from cliperase_fast.ops.dispatch import Backend, backends, choose
 
 
@@ -54,6 +55,63 @@ def test_auto_without_native_is_eager_for_few_pairs_and_streams_many(monkeypatch
     monkeypatch.setitem(dispatch.REGISTRY, "native", missing)
     assert choose("auto", *pairs(16)).name == "eager"
     assert choose("auto", *pairs(4096)).name == "torch"
+
+
+def on_a_gpu(n: int, width: int = 768, dtype: torch.dtype = torch.bfloat16) -> SimpleNamespace:
+    return SimpleNamespace(device=torch.device("cuda"), dtype=dtype, shape=(n, width))
+
+
+@pytest.fixture
+def measured_gpu(monkeypatch):
+    """A GPU of capability 9.0, on which some sizes were measured; all backends are there."""
+    sizes = {2048: "eager", 8192: "torch", 32768: "native", 65536: "triton"}
+    monkeypatch.setattr(measured, "TABLE", {"9.0": {"bfloat16": {768: sizes, 1024: {32768: "triton"}}}})
+    monkeypatch.setattr(dispatch, "_ON_GPU", frozenset(dispatch.REGISTRY))
+    native = replace(dispatch.REGISTRY["native"], devices=("cpu", "cuda"))
+    monkeypatch.setitem(dispatch.REGISTRY, "native", native)
+    found = SimpleNamespace(major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("n", "width", "name"),
+    [
+        (512, 768, "eager"),
+        (2048, 768, "eager"),
+        (2049, 768, "torch"),
+        (30_000, 512, "native"),
+        (65_536, 768, "triton"),
+        (1_000_000, 768, "triton"),
+        (2048, 769, "triton"),
+        (2048, 4096, "triton"),
+    ],
+)
+def test_auto_on_a_gpu_is_what_was_fastest_at_the_measured_size_next_above(measured_gpu, n, width, name):
+    features = on_a_gpu(n, width)
+    assert choose("auto", features, features).name == name
+
+
+def test_auto_on_a_gpu_that_was_not_measured_streams(measured_gpu):
+    half, single = on_a_gpu(32_768), on_a_gpu(32_768, dtype=torch.float32)
+    assert choose("auto", single, single).name == "torch"
+    assert choose("auto", half, half, single).name == "torch"  # computed in float32
+    measured_gpu.major = 8
+    assert choose("auto", half, half).name == "torch"
+
+
+def test_auto_on_a_gpu_passes_over_what_cannot_do_it(measured_gpu, monkeypatch):
+    for_native, for_eager = on_a_gpu(32_768), on_a_gpu(2048)
+    assert choose("auto", for_native, for_native, sigmoid=True).name == "torch"
+    assert choose("auto", for_eager, for_eager, sharded=True).name == "torch"
+    monkeypatch.setattr(dispatch, "_ON_GPU", frozenset({"eager", "torch", "triton"}))
+    assert choose("auto", for_native, for_native).name == "torch"
+
+
+def test_auto_goes_by_what_was_measured_also_where_that_is_nothing(monkeypatch):
+    monkeypatch.setattr(measured, "TABLE", {})
+    features = on_a_gpu(32_768)
+    assert choose("auto", features, features).name == "torch"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from sigmoid_checks import Subject, check, outcome, random_case
 
 from cliperase_fast.contrastive import sigmoid_loss
 from cliperase_fast.errors import InputError
-from cliperase_fast.ops import backends, choose_sigmoid, dispatch, reference
+from cliperase_fast.ops import backends, choose, dispatch, reference
 from cliperase_fast.ops.native import extension
 
 NATIVE = pytest.mark.skipif(not backends()["native"].available, reason=backends()["native"].reason)
@@ -137,7 +137,7 @@ def test_backends_that_lack_it_are_refused_by_name(monkeypatch):
     on_a_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
     if backends()["native"].available:
         with pytest.raises(InputError, match=r"'native' has the sigmoid loss on cpu only, not on cuda; use .*'torch'"):
-            choose_sigmoid("native", on_a_gpu, on_a_gpu)
+            choose("native", on_a_gpu, on_a_gpu, sigmoid=True)
 
 
 def test_an_empty_batch_is_zero_and_has_gradients():
