@@ -20,7 +20,7 @@ def test_scaling_weighs_and_times_a_provider_apart_and_says_what_it_skipped(tmp_
     assert scaling.main([*words, "--providers", "ours-native-keep-nothing,open_clip-style,siglip-kernel"]) == 0
     rows = {row["provider"]: row for row in json.loads(path.read_text())["runs"]}
     small, large = (rows[name]["extra_bytes"] / 2**20 for name in ("ours-native-keep-nothing", "open_clip-style"))
-    assert large > 2 * 9 > 2 * small  # which holds several matrices of 9 MiB
+    assert large > 4 * 9 > 2 * small  # several matrices of 9 MiB, and a strip of one with what is packed for it
     assert all(rows[name]["both_ms"]["median"] > 0 for name in ("ours-native-keep-nothing", "open_clip-style"))
     shown = capsys.readouterr().out
     assert "peak extra memory, MiB" in shown and "a step (forward and backward), ms" in shown
