@@ -1,7 +1,7 @@
 """Which backend "auto" takes on a GPU: the fastest in the committed results, into cliperase_fast/ops/measured.json.
 
     python -m benchmarks.fastest            write it, and show it
-    python -m benchmarks.fastest --check    change nothing; exit 1 when it does not follow from benchmarks/results/
+    python -m benchmarks.fastest --check    change nothing; exit 1 when benchmarks/results/ say otherwise
 
 By compute capability, dtype, width and number of pairs; of forward and backward of the whole loss, RM + FM + CM, on
 data like a trained model's. A backend counts by its faster `keep`, and only where its loss and gradients agreed with
