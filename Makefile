@@ -4,7 +4,7 @@
 # make native-sanitize   the C++ sweep's tests under the address and undefined-behaviour sanitizers
 # make avx512-check   the C++ sweep's test on an emulated processor with AVX-512 (says which Debian packages it needs)
 # make bench-check   have the losses become slower? ratios to open_clip's against the committed ones
-# make gpu-check   on a machine with a GPU, with the python in PYTHON: the kernels' tests, then the loss benchmark
+# make gpu-check   on a machine with a GPU, with the python in PYTHON: the kernels' tests, the loss benchmark, auto's choice
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
