@@ -155,7 +155,7 @@ def train_small_clip(pairs: PairDataset, recipe: Recipe, *, seed: int = 0, progr
         model.train()
         with bar:
             for epoch in range(recipe.epochs):
-                order = torch.randperm(len(pairs))
+                order = torch.randperm(len(pairs), dtype=torch.int64, device="cpu")
                 for step in range(steps_per_epoch):
                     chosen = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
                     loss = _contrastive(adapter, pairs, pixels, chosen, epoch, recipe)
@@ -176,7 +176,8 @@ def _contrastive(
     captions = [pairs.captions[i][(i + epoch) % len(pairs.captions[i])] for i in chosen.tolist()]
     unique = sorted(set(captions))
     row = {caption: number for number, caption in enumerate(unique)}
-    text = adapter.encode_text(adapter.tokenize(unique))[torch.tensor([row[caption] for caption in captions])]
+    text_of_pair = torch.tensor([row[caption] for caption in captions], dtype=torch.int64, device="cpu")
+    text = adapter.encode_text(adapter.tokenize(unique))[text_of_pair]
     images = pixels[chosen]
     if recipe.flip_and_shift:
         images = _flip_and_shift(images)
@@ -185,17 +186,17 @@ def _contrastive(
         adapter.encode_image(images),
         text,
         adapter.logit_scale(),
-        group_ids=torch.as_tensor(pairs.labels)[chosen],
+        group_ids=torch.as_tensor(pairs.labels, dtype=torch.int64, device="cpu")[chosen],
     )
 
 
 def _flip_and_shift(images: Tensor) -> Tensor:
     """Mirror half of the images [B, 3, H, W] and shift each by up to an eighth of its side."""
-    flipped = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(-1), images)
+    mirrored = torch.rand(len(images), 1, 1, 1, dtype=torch.float32, device="cpu")
+    flipped = torch.where(mirrored < 0.5, images.flip(-1), images)
     reach = images.shape[-1] // 8
     padded = nn.functional.pad(flipped, (reach, reach, reach, reach), mode="reflect")
-    top, left = torch.randint(0, 2 * reach + 1, (2, len(images)))
-    rows = top[:, None] + torch.arange(images.shape[-2])  # [B, H]
-    columns = left[:, None] + torch.arange(images.shape[-1])  # [B, W]
-    batch = torch.arange(len(images))[:, None, None]
+    top, left = torch.randint(0, 2 * reach + 1, (2, len(images)), dtype=torch.int64, device="cpu")
+    count, height, width = (torch.arange(images.shape[dim], dtype=torch.int64, device="cpu") for dim in (0, -2, -1))
+    rows, columns, batch = top[:, None] + height, left[:, None] + width, count[:, None, None]  # [B, H], [B, W]
     return padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

@@ -283,14 +283,16 @@ def _difference(source: nn.Module, result: nn.Module) -> float:
     clip: Any = source if hasattr(source, "visual") else result  # the one of open_clip knows its sizes
     text = getattr(clip, "text", clip)
     device = next(source.parameters()).device
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     size = clip.visual.image_size
-    pixels = torch.randn(2, 3, *((size, size) if isinstance(size, int) else size), generator=generator)
-    tokens = torch.randint(1, text.vocab_size - 1, (4, text.context_length), generator=generator)
+    shape = (2, 3, *((size, size) if isinstance(size, int) else size))
+    pixels = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+    shape = (4, text.context_length)
+    tokens = torch.randint(1, text.vocab_size - 1, shape, generator=generator, dtype=torch.int64, device="cpu")
     end = text.vocab_size - 1
     if (getattr(text, "pool_type", None) or getattr(text, "text_pool_type", "argmax")) == "eos":
         end = getattr(text, "eos_id", getattr(text, "text_eos_id", end))
-    rows = torch.arange(4)
+    rows = torch.arange(4, dtype=torch.int64, device="cpu")
     tokens[tokens == end] = 1
     tokens[rows, text.context_length // 2 + rows.clamp_max(text.context_length // 2 - 1)] = end
     tokens[0, -1] = end  # the first end mark counts

@@ -206,7 +206,7 @@ def _captions(item: Any, base: Any, index: int, name: str) -> tuple[Any, ...]:
             f"[(image, f'a photo of a {{{known}}}') for image, label in dataset]"
         )
     if isinstance(caption, (Tensor, np.ndarray)):
-        tokens = torch.as_tensor(caption)
+        tokens = torch.as_tensor(caption, device="cpu")
         if tokens.dtype.is_floating_point or tokens.dtype == torch.bool or tokens.ndim > 2 or tokens.numel() == 0:
             raise InputError(f"{where} is a {tokens.dtype} tensor {list(tokens.shape)}: token ids are integers [L]")
         return tuple(tokens.long().reshape(-1, tokens.shape[-1]))

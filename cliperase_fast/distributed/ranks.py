@@ -112,7 +112,7 @@ class Ranks:
         if self.group is None or self.size == 1:
             return torch.cat(parts)
         shape, dtype = next(form for form in forms if form is not None)
-        rows = torch.cat(parts) if parts else torch.empty(0, *shape, dtype=dtype)
+        rows = torch.cat(parts) if parts else torch.empty(0, *shape, dtype=dtype, device="cpu")
         shards = Shards(self.group, tuple(counts), "all")
         (gathered,) = gather_rows(shards, rows.to(self._exchange_device))
         assert gathered is not None
@@ -161,7 +161,7 @@ class Ranks:
         forms = self.from_first(lambda: [(name, tensor.shape, tensor.dtype) for name, tensor in mine.items()])
         received = {}
         for name, shape, dtype in forms:
-            tensor = mine[name] if self.first else torch.empty(shape, dtype=dtype)
+            tensor = mine[name] if self.first else torch.empty(shape, dtype=dtype, device="cpu")
             sent = tensor.to(self._exchange_device).contiguous()
             if sent.numel():
                 dist.broadcast(as_bytes(sent.view(-1)), group=self.process_group, group_src=0)

@@ -163,7 +163,7 @@ def _encode_images(
         num_workers=num_workers,
         collate_fn=_stack,
         pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # else starting the loader would draw from the global generator
+        generator=torch.Generator("cpu"),  # else starting the loader would draw from the global generator
     )
 
     def encoded() -> list[Tensor]:

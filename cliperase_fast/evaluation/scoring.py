@@ -101,10 +101,10 @@ def _wrong_before_right(
     for start in range(0, len(queries), step):
         stop = min(start + step, len(queries))
         first, last = np.searchsorted(query_of, [start, stop])
-        rows = torch.as_tensor(query_of[first:last] - start, device=queries.device)
-        items = torch.as_tensor(item_of[first:last], device=queries.device)
+        rows = torch.as_tensor(query_of[first:last] - start, dtype=torch.int64, device=queries.device)
+        items = torch.as_tensor(item_of[first:last], dtype=torch.int64, device=queries.device)
         similarity = queries[start:stop] @ gallery.T  # [step, G]
-        best = torch.full((stop - start,), -torch.inf, device=queries.device)
+        best = similarity.new_full((stop - start,), -torch.inf)
         best.scatter_reduce_(0, rows, similarity[rows, items], "amax")
         similarity[rows, items] = -torch.inf
         lower = (similarity <= best[:, None] - TIE).sum(1)  # [step], the matching items among them

@@ -100,7 +100,7 @@ class ClipAdapter(ABC):
         """Token ids int64 [B, L] of captions that are all strings (see `tokenize`) or all token ids [L]."""
         if isinstance(captions[0], str):
             return self.tokenize(captions)
-        tokens = [torch.as_tensor(caption) for caption in captions]
+        tokens = [torch.as_tensor(caption, device="cpu") for caption in captions]
         if len({caption.shape for caption in tokens}) > 1:
             lengths = sorted({len(caption) for caption in tokens})
             raise InputError(

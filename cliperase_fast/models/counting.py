@@ -43,8 +43,8 @@ def count_model(name: str, dtype: torch.dtype) -> Model:
         model: Any = build(config).to(dtype)
         size = model.visual.image_size
         height, width = size if isinstance(size, (tuple, list)) else (size, size)
-        images = torch.empty(_PAIRS, 3, height, width, dtype=dtype)
-        tokens = torch.zeros(_PAIRS, model.context_length, dtype=torch.int64)
+        images = torch.empty(_PAIRS, 3, height, width, dtype=dtype, device="meta")
+        tokens = torch.zeros(_PAIRS, model.context_length, dtype=torch.int64, device="meta")
         of_weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
         saved: dict[int, torch.UntypedStorage] = {}  # held, so that no number stands for two
 

@@ -69,7 +69,7 @@ def load_model(
         raise InputError(f"model is a {type(model).__name__}; pass a torch module or one of {_FORMS}")
     model = _unwrapped(model)
     if device is not None:
-        wanted = torch.empty(0, device=device).device  # with its number: cuda is cuda:0
+        wanted = torch.empty(0, dtype=torch.uint8, device=device).device  # with its number: cuda is cuda:0
         if any(parameter.device != wanted for parameter in model.parameters()):
             if any(parameter.is_meta for parameter in model.parameters()):
                 raise InputError(

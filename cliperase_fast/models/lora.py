@@ -64,8 +64,9 @@ class SplitAttention(nn.Module):
         """The nn.MultiheadAttention with these weights (the same parameters, not copies)."""
         width = self.out_proj.out_features
         attention: Any = nn.MultiheadAttention(
-            width, self.heads, dropout=self.dropout, batch_first=self.batch_first, device="meta"
-        )
+            width, self.heads, dropout=self.dropout, batch_first=self.batch_first,
+            dtype=self.in_proj.weight.dtype, device="meta",
+        )  # fmt: skip
         attention.in_proj_weight, attention.in_proj_bias = self.in_proj.weight, self.in_proj.bias
         attention.out_proj.weight, attention.out_proj.bias = self.out_proj.weight, self.out_proj.bias
         return attention.train(self.training)
@@ -163,7 +164,7 @@ def _split_attention(block: nn.Module) -> None:
 
 
 def _linear(weight: Any, bias: Any) -> nn.Linear:
-    layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    layer = nn.Linear(weight.shape[1], weight.shape[0], dtype=weight.dtype, device="meta")
     layer.weight, layer.bias = weight, bias
     return layer
 

@@ -107,23 +107,25 @@ def _fill_causal_masks(twin: nn.Module, device: torch.device) -> None:
             if buffer.is_meta:
                 if name != "attn_mask":
                     raise InputError(f"buffer {name} is neither saved nor known")
-                mask = torch.full(buffer.shape, float("-inf"), device=device).triu_(1)
+                mask = torch.full(buffer.shape, float("-inf"), dtype=buffer.dtype, device=device).triu_(1)
                 owner.register_buffer(name, mask, persistent=False)
 
 
 def random_pixels(module: Any) -> Tensor:  # [2, 3, H, W]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     parameter = next(module.visual.parameters())
-    pixels = torch.randn(2, 3, *_pair(module.visual.image_size), generator=generator)
+    shape = (2, 3, *_pair(module.visual.image_size))
+    pixels = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
     return pixels.to(parameter)
 
 
 def _random_tokens(module: Any) -> Tensor:  # [4, L]; two rows end in padding
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     text = getattr(module, "text", module)
     length, vocabulary = int(text.context_length), int(text.vocab_size)
     length = min(length, 77) if hasattr(text, "config") else length  # Hugging Face towers give their largest
-    tokens = torch.randint(1, max(vocabulary, 2), (4, length), generator=generator)
+    shape = (4, length)
+    tokens = torch.randint(1, max(vocabulary, 2), shape, generator=generator, dtype=torch.int64, device="cpu")
     pad = text.config.pad_token_id if hasattr(text, "config") else getattr(text, "pad_id", 0)
     tokens[:2, length - length // 3 :] = pad
     return tokens.to(next(module.parameters()).device)

@@ -79,7 +79,7 @@ class CausalReader:
         dtype = tower.transformer.get_cast_dtype()
         x = tower.token_embedding(tokens).to(dtype) + tower.positional_embedding[:length].to(dtype)  # [B, L, W]
         x = tower.transformer(x, attn_mask=tower.attn_mask[:length, :length])
-        x = x[torch.arange(len(x), device=x.device), end_position(tokens, self.end)]  # [B, W]
+        x = x[torch.arange(len(x), dtype=torch.int64, device=x.device), end_position(tokens, self.end)]  # [B, W]
         x = tower.ln_final(x)
         projection = tower.text_projection
         if projection is None:

@@ -124,11 +124,11 @@ def _as_tokens(encoded: Any, rows: int) -> Tensor:
         if "input_ids" not in encoded:
             raise InputError(f"the tokenizer returned {', '.join(map(str, encoded))} but no input_ids")
         mask = encoded.get("attention_mask")
-        if mask is not None and rows and (torch.as_tensor(mask)[:, 0] == 0).any():
+        if mask is not None and rows and (torch.as_tensor(mask, device="cpu")[:, 0] == 0).any():
             raise InputError("the tokenizer pads on the left; CLIP needs padding on the right (padding_side='right')")
         encoded = encoded["input_ids"]
     try:
-        tokens = torch.as_tensor(encoded)
+        tokens = torch.as_tensor(encoded, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"the tokenizer returned a {type(encoded).__name__} that is no token table [B, L] ({error}); pad "

@@ -309,7 +309,7 @@ def _check_settings(
 ) -> dict[str, Any] | None:
     """Raise InputError for what can be told of the settings alone; the DeepSpeed configuration, if any."""
     ranks = runtime.ranks
-    probe = torch.empty(1, 1, device=runtime.device)
+    probe = torch.empty(1, 1, dtype=torch.float32, device=runtime.device)
     choose(settings.backend, probe, probe)  # a wrong or missing backend is an error now, not in the first step
     if ranks.size > 1 and settings.backend == "eager":
         raise InputError("backend='eager' does not work on several ranks; use 'auto' or 'torch'")

@@ -109,7 +109,7 @@ class CaptionTable:
         return len(self.tokens)
 
     def rows(self, indices: Sequence[int] | Tensor | np.ndarray) -> Tensor:
-        return self.tokens[torch.as_tensor(indices)].long()
+        return self.tokens[torch.as_tensor(indices, dtype=torch.int64, device="cpu")].long()
 
 
 class PixelDataset(Dataset):
@@ -190,7 +190,7 @@ class BatchLoader:
             batch_sampler=[self._keys(number) for number in range(start, stop)],
             num_workers=self.num_workers,
             collate_fn=torch.stack,
-            generator=torch.Generator(),  # its own, so that starting it leaves the global random state alone
+            generator=torch.Generator("cpu"),  # its own, so that starting it leaves the global random state alone
         )
         for number, pixels in zip(range(start, stop), loader, strict=True):
             yield self._batch(number, pixels)
@@ -216,7 +216,7 @@ class BatchLoader:
         return Batch(
             pixels=pixels,
             tokens=self.captions.rows(unique),
-            text_of_pair=torch.as_tensor(inverse),
+            text_of_pair=torch.as_tensor(inverse, dtype=torch.int64, device="cpu"),
             caption_of_pair=rows,
             retain_indices=retain,
             group_ids=self._groups(retain, rows[len(rows) - len(retain) :]),
@@ -226,5 +226,5 @@ class BatchLoader:
         if self.group_ids is None:
             return None
         if self.group_ids.size == 0:  # no classes: same caption means same group
-            return torch.as_tensor(captions)
-        return torch.as_tensor(self.group_ids[retain])
+            return torch.as_tensor(captions, dtype=torch.int64, device="cpu")
+        return torch.as_tensor(self.group_ids[retain], dtype=torch.int64, device="cpu")

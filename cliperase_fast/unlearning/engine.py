@@ -195,7 +195,7 @@ class LocalEngine(Engine):
         for name, parameter in zip(self.names, self.parameters, strict=True):
             if name in saved[MOMENTS[0]]:
                 self.optimizer.state[parameter] = {
-                    "step": torch.tensor(float(saved["step"]), device=parameter.device),
+                    "step": torch.tensor(float(saved["step"]), dtype=torch.float32, device=parameter.device),
                     **{moment: saved[moment][name].to(parameter, copy=True) for moment in MOMENTS},
                 }
         if state["scaler"]:

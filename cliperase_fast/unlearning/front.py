@@ -35,15 +35,15 @@ def keep_front(engine: LocalEngine, loader: BatchLoader, batches: int, budget: i
         size = len(pairs) * kept.numel() * kept.element_size()
         if size > (budget if cache is None else cache.room_without(pairs)):
             return
-        numbers = torch.arange(len(pairs)).split(runtime.batch_size)
+        numbers = torch.arange(len(pairs), dtype=torch.int64, device="cpu").split(runtime.batch_size)
         images = DataLoader(
             loader.pixels,
             batch_sampler=[[(int(index), 0) for index in part] for part in numbers],
             num_workers=runtime.num_workers,
             collate_fn=torch.stack,
-            generator=torch.Generator(),
+            generator=torch.Generator("cpu"),
         )
-        activations = torch.empty(len(pairs), *kept.shape[1:], dtype=kept.dtype)
+        activations = torch.empty(len(pairs), *kept.shape[1:], dtype=kept.dtype, device="cpu")
         bar = tqdm(images, desc="frozen layers", unit="batch", disable=not runtime.progress, leave=False)
         for part, pixels in zip(numbers, bar, strict=True):
             activations[part] = front.first(pixels.to(runtime.device)).cpu()

@@ -71,7 +71,8 @@ class CachedTeacher:
     def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
         rows = self.row_of_index[batch.retain_indices]
         image = torch.from_numpy(np.ascontiguousarray(self.image[rows]))
-        text = self.text[torch.as_tensor(batch.caption_of_pair[-len(rows) :])]
+        captions = torch.as_tensor(batch.caption_of_pair[-len(rows) :], dtype=torch.int64, device="cpu")
+        text = self.text[captions]
         return image.to(self.device), text.to(self.device)
 
 
@@ -132,7 +133,7 @@ def cache_teacher(
 
 
 def _encode_captions(adapter: ClipAdapter, captions: CaptionTable, runtime: Runtime) -> Tensor:
-    parts = torch.arange(len(captions)).split(runtime.batch_size)
+    parts = torch.arange(len(captions), dtype=torch.int64, device="cpu").split(runtime.batch_size)
     shares = runtime.ranks.shares(len(parts))
     own = parts[shares[runtime.ranks.rank]]
     with runtime.inference(adapter):

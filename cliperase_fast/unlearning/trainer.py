@@ -147,7 +147,7 @@ class Trainer:
         if self.ranks.size > 1:  # dropout differs between ranks and does not hang on how many there were before
             _seed(self.config.seed, number, self.ranks.rank)
         rate = learning_rate(self.config, self.progress.step, self.total_steps)
-        sums = torch.zeros(4, dtype=torch.float64)
+        sums = torch.zeros(4, dtype=torch.float64, device="cpu")
         for batch in batches:
             terms = self.engine.backward(batch, 1 / len(batches), self._terms)
             sums += torch.stack([term.detach().double() for term in terms]).cpu()

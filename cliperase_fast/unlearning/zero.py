@@ -259,7 +259,7 @@ class ZeroEngine(Engine):
         else:
             for gradient in getattr(self._engine.optimizer, "accumulated_grads_in_cpu", {}).values():  # offloaded
                 gradient.zero_()
-        norm = torch.as_tensor(self._engine.get_global_grad_norm())
+        norm = torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32, device=self.runtime.device)
         return norm, bool(torch.isfinite(norm))
 
     def weights(self) -> dict[str, Tensor]:
@@ -325,7 +325,10 @@ class ZeroEngine(Engine):
         # after the first group's step, when those of the other groups would not be there yet.
         for flat in self._flat():
             zeros = {moment: torch.zeros_like(flat) for moment in MOMENTS}
-            inner.state[flat] = {"step": torch.tensor(float(loaded["step"] if loaded else 0)), **zeros}
+            inner.state[flat] = {
+                "step": torch.tensor(float(loaded["step"] if loaded else 0), dtype=torch.float32, device="cpu"),
+                **zeros,
+            }
         if self.stage < 3:
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
         if loaded:

@@ -13,6 +13,7 @@ from emulated_cuda import build
 from kernel_checks import *  # noqa: F403
 from kernel_checks import Subject, check, some_groups
 from sweep_cases import outcome, random_batch
+from torch_defaults import DEFAULTS, assert_independent
 
 from cliperase_fast.errors import InputError
 from cliperase_fast.ops.engine import as_sweep
@@ -68,6 +69,14 @@ def test_the_order_of_threads_between_barriers_does_not_matter(kernels, subject)
         kernels.reverse_threads(False)
     for ours, theirs in zip(plain.tensors(), reversed_.tensors(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("default", DEFAULTS)
+@pytest.mark.parametrize("keep", ["nothing", "similarities"])
+def test_results_do_not_depend_on_the_defaults_of_torch(subject, keep, default):
+    for dtype in (torch.float32, torch.float16):
+        batch = grouped(random_batch(130)).to(dtype)
+        assert_independent(default, lambda batch=batch: outcome(subject.sweep, batch, keep=keep).tensors())
 
 
 ONES = torch.ones(3)  # kept alive: a block has only its address

@@ -56,8 +56,8 @@ class CpuEngine:
     def forward(self, problem: Problem, strip_rows: int, kept_bytes: int) -> tuple[Sums, Tensor]:
         kept = self._workspace(kept_bytes)
         call = Call(self._cpu, self._dtypes, problem)
-        diagonals = torch.empty(2, problem.n)
-        rows, columns = torch.empty(problem.planes, problem.n), torch.empty(problem.planes, problem.m)
+        diagonals = floats(2, problem.n)
+        rows, columns = floats(problem.planes, problem.n), floats(problem.planes, problem.m)
         shift = self._cpu.forward(
             call.problem,
             diagonal=diagonals[0].data_ptr(),
@@ -70,13 +70,13 @@ class CpuEngine:
         )
         diagonal = diagonals[0] if problem.paired else None
         teacher_diagonal = diagonals[1] if problem.paired and problem.want_consistency else None
-        gap_shift = torch.tensor(shift) if problem.want_consistency else None
+        gap_shift = torch.tensor(shift, dtype=torch.float32, device="cpu") if problem.want_consistency else None
         return Sums(rows, columns, diagonal, teacher_diagonal, gap_shift), kept
 
     def losses(self, problem: Problem, strip_rows: int, kept_bytes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`finish.losses_of_sums` in one call."""
         kept = self._workspace(kept_bytes)
-        retention, consistency, state = torch.empty(()), torch.empty(()), torch.empty(5, 2 * problem.n)
+        retention, consistency, state = floats(), floats(), floats(5, 2 * problem.n)
         call = Call(self._cpu, self._dtypes, problem)
         self._cpu.losses(
             call.problem,
@@ -123,7 +123,7 @@ class CpuEngine:
         return (
             image.new_empty(0) if grad_image is None or not need_image else finished(grad_image, image, partial),
             text.new_empty(0) if grad_text is None else finished(grad_text, text, partial),
-            torch.tensor(grad_scale, dtype=problem.scale.dtype),
+            torch.tensor(grad_scale, dtype=problem.scale.dtype, device="cpu"),
         )
 
     def _workspace(self, size: int) -> Tensor:
@@ -139,7 +139,7 @@ class CpuEngine:
                         stacklevel=2,
                     )
                     self._told = True
-        return torch.empty(0, dtype=torch.uint8)
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 class Call:
@@ -192,10 +192,15 @@ def _small_groups(problem: Problem) -> list[Tensor]:
     return [small[: problem.n], small[problem.n :]]
 
 
+def floats(*shape: int) -> Tensor:
+    """Memory that the extension writes float32 into, whatever torch's default dtype and device are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
 def gradient_buffer(features: Tensor) -> Tensor:
     """[rows, width up to the next multiple of 16], as the extension writes it."""
     rows, width = features.shape
-    return torch.empty(rows, -(-width // 16) * 16)
+    return floats(rows, -(-width // 16) * 16)
 
 
 def finished(gradient: Tensor, features: Tensor, partial: bool) -> Tensor:

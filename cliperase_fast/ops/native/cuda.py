@@ -70,15 +70,15 @@ class CudaEngine:
             shift = inputs.shift()
             blocks = _Blocks(self, inputs, strip_rows, kept, shift)
             blocks.kept[..., m:].zero_()  # so that equal calls keep equal bytes
-            diagonals = torch.empty(1 + inputs.teacher, n, device=device)
+            diagonals = torch.empty(1 + inputs.teacher, n, dtype=torch.float32, device=device)
             # maxima in units of log 2
-            of_rows = torch.empty(problem.planes, n, device=device)
-            of_columns = torch.empty(problem.planes, m, device=device)
-            workspace = torch.empty(0, device=device)
+            of_rows = torch.empty(problem.planes, n, dtype=torch.float32, device=device)
+            of_columns = torch.empty(problem.planes, m, dtype=torch.float32, device=device)
+            workspace = torch.empty(0, dtype=torch.float32, device=device)
             for rows, columns, block in blocks:
                 needed = blocks.kernels.forward_workspace(block)
                 if len(workspace) < needed:
-                    workspace = torch.empty(needed, device=device)
+                    workspace = torch.empty(needed, dtype=torch.float32, device=device)
                 blocks.kernels.forward(
                     block,
                     row_sums=of_rows[0, rows].data_ptr(),
@@ -228,10 +228,10 @@ class _Blocks:
         self.kept_rows = self.kept.shape[1]
         # Kept rows are formed where they stay.
         rows = 0 if self.kept_rows >= n else self.rows
-        self.products = torch.empty(matrices, rows, self.columns, device=device)
+        self.products = torch.empty(matrices, rows, self.columns, dtype=torch.float32, device=device)
         self.gradient = torch.empty(self.rows if gradient else 0, self.columns, dtype=dtype, device=device)
         self.form_kept = not gradient
-        self.scalars = torch.zeros(3, device=device)
+        self.scalars = torch.zeros(3, dtype=torch.float32, device=device)
         for place, scalar in enumerate([*inputs.scales, *([] if shift is None else [shift])]):
             self.scalars[place] = scalar
 

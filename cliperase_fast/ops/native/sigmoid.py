@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cliperase_fast.ops.native import extension
-from cliperase_fast.ops.native.cpu import DTYPES, Call, finished, gradient_buffer
+from cliperase_fast.ops.native.cpu import DTYPES, Call, finished, floats, gradient_buffer
 from cliperase_fast.ops.problem import Problem
 from cliperase_fast.ops.sigmoid import SigmoidParts, as_sigmoid
 
@@ -36,11 +36,11 @@ class _CpuSigmoid:
             instruction_set=extension.instruction_set(),
         )
         return SigmoidParts(
-            torch.tensor(loss, dtype=torch.float32),
-            torch.empty(0) if grad_image is None or not need_image else finished(grad_image, problem.image, True),
-            torch.empty(0) if grad_text is None else finished(grad_text, problem.text, True),
-            torch.tensor(grad_scale, dtype=torch.float32),
-            torch.tensor(grad_bias, dtype=torch.float32),
+            torch.tensor(loss, dtype=torch.float32, device="cpu"),
+            floats(0) if grad_image is None or not need_image else finished(grad_image, problem.image, True),
+            floats(0) if grad_text is None else finished(grad_text, problem.text, True),
+            torch.tensor(grad_scale, dtype=torch.float32, device="cpu"),
+            torch.tensor(grad_bias, dtype=torch.float32, device="cpu"),
         )
 
 

@@ -265,17 +265,18 @@ def _merge_into(merged: Tensor, partial: Tensor, first: int, inputs: Inputs, fre
 def _milliseconds(device: torch.device, dtype: torch.dtype, width: int, n: int, configs: Configs, way: str) -> float:
     """Median time of one way of a sweep over random features, with a teacher as wide as the student."""
     generator = torch.Generator(device).manual_seed(0)
-    features = (torch.randn(n, width, generator=generator, device=device) for _ in range(4))
+    features = (torch.randn(n, width, generator=generator, dtype=torch.float32, device=device) for _ in range(4))
     image, text, teacher_image, teacher_text = (
         torch.nn.functional.normalize(each, dim=1).to(dtype) for each in features
     )
-    scale = torch.full((), 50.0, device=device)
-    group_ids = torch.arange(n, device=device) // 2 if way == "backward_groups" else None
+    scale = torch.full((), 50.0, dtype=torch.float32, device=device)
+    group_ids = torch.arange(n, dtype=torch.int64, device=device) // 2 if way == "backward_groups" else None
     problem = Problem(image, text, scale, teacher_image, teacher_text, scale, group_ids, True, True)
     tuned = _TritonEngine(configs)
     if way == "forward":
         return triton.testing.do_bench(lambda: tuned.forward(problem, 0, 0), return_mode="median")
-    weight, state = torch.full((), 1 / n, device=device), State(torch.zeros(5, 2 * n, device=device), n)
+    weight = torch.full((), 1 / n, dtype=torch.float32, device=device)
+    state = State(torch.zeros(5, 2 * n, dtype=torch.float32, device=device), n)
     nothing = torch.empty(0, dtype=torch.uint8, device=device)
     return triton.testing.do_bench(
         lambda: tuned.backward(problem, state, weight, weight, 0, nothing, True, True, True), return_mode="median"
