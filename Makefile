@@ -1,39 +1,70 @@
-# make demo   set everything up, then make a CLIP forget the digit seven (leaves runs/demo/)
-# make test   set everything up, then lint and test
+# make demo   set up what the demo needs, then make a CLIP forget the digit seven (leaves runs/demo/)
+# make test   set up what the tests need too, then lint and test; fails at the end when either failed
+# make lint   ruff and mypy alone
 # make long-check   the tests that take minutes: every tests/**/long_*.py
 # make native-sanitize   the C++ sweep's tests under the address and undefined-behaviour sanitizers
+# make cuda-sanitize   the same for the CUDA kernels, emulated on the CPU
 # make avx512-check   the C++ sweep's test on an emulated processor with AVX-512 (says which Debian packages it needs)
 # make bench-check   have the losses become slower? ratios to open_clip's against the committed ones
 # make gpu-check   on a machine with a GPU, with the python in PYTHON: the kernels' tests, the loss benchmark, auto's choice
+# make clean   remove .venv, builds and caches
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-STAMP  := $(VENV)/.installed
+DEMO   := $(VENV)/.installed-demo
+TEST   := $(VENV)/.installed-test
+
+# What is judged: the repository's own folders, whatever else lies beside them. pytest's are in pyproject.toml.
+JUDGED := cliperase_fast benchmarks tests examples setup.py
+
+# Python without PYTHONPATH, and without this folder at the front of its path: a file or folder of yours here that is
+# called like a module (runs/, random.py) is then not taken for it. Scripts in .venv/bin would be lost in a moved clone.
+RUN  := $(BIN)/python -I -m
+# The tests see the package's defaults, not the caller's CLIPERASE_BACKEND and the like.
+OURS := env -u PYTHONPATH $(foreach name,$(filter CLIPERASE_%,$(.VARIABLES)),-u $(name))
+
+# A clone that was moved or copied has a .venv that points to where it was: install again. One whose Python is gone goes.
+ifneq ($(wildcard $(VENV)),)
+$(shell $(BIN)/python -I -c '' || rm -rf $(VENV))
+$(shell test "$$(cat $(VENV)/.folder 2> /dev/null)" = "$$(pwd -P)" || rm -f $(DEMO) $(TEST))
+endif
 
 .PHONY: demo test lint long-check bench-check native-sanitize cuda-sanitize avx512-check gpu-check clean
 
-demo: $(STAMP)
-	$(BIN)/cliperase-fast demo
+demo: $(DEMO)
+	$(RUN) cliperase_fast.cli demo
 
-test: $(STAMP) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+test: $(TEST)
+	@lint=passed; tests=passed; \
+	$(MAKE) --no-print-directory lint || lint=FAILED; \
+	echo 'pytest: some minutes on two cores'; \
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(OURS) $(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder \
+		|| tests=FAILED; \
+	echo "make test: lint $$lint, tests $$tests"; \
+	test $$lint$$tests = passedpassed
 
-lint: $(STAMP)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+# mypy sees the package alone, through a link, for it would take any folder here for the module of that name.
+lint: $(TEST)
+	@mkdir -p build/lint && ln -sfn ../../cliperase_fast build/lint/cliperase_fast
+	@echo 'ruff and mypy: a minute the first time'; failed=; \
+	$(RUN) ruff check $(JUDGED) || failed="$$failed, ruff check"; \
+	$(RUN) ruff format --check $(JUDGED) || failed="$$failed, ruff format"; \
+	(cd build/lint && env -u MYPYPATH ../../$(RUN) mypy --config-file ../../pyproject.toml \
+		--cache-dir ../../.mypy_cache cliperase_fast) || failed="$$failed, mypy"; \
+	test -z "$$failed" || { echo "make lint: FAILED$${failed#,}"; exit 1; }
 
-long-check: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(shell find tests -name 'long_*.py')
+long-check: $(TEST)
+	@echo 'pytest: the tests that take minutes each'
+	OMP_NUM_THREADS=1 $(OURS) $(RUN) pytest -n 2 --dist loadfile $(shell find tests -name 'long_*.py')
 
-bench-check: $(STAMP)
+bench-check: $(TEST)
 	$(BIN)/python -m benchmarks.check
 
 # The package beside a sanitized extension, ahead of the installed one on the path (pytest, not python -m pytest, which
 # would put this folder first).
 SANITIZED := build/sanitize
-native-sanitize: $(STAMP)
-	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DCLIPERASE_SANITIZE=ON \
+native-sanitize: $(TEST)
+	$(BIN)/cmake --fresh -S . -B $(SANITIZED) -G Ninja "-DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python" -DCLIPERASE_SANITIZE=ON \
 		-DCLIPERASE_CUDA=OFF
 	$(BIN)/cmake --build $(SANITIZED)
 	ASAN_OPTIONS=detect_leaks=1 $(BIN)/ctest --test-dir $(SANITIZED) --output-on-failure
@@ -44,7 +75,7 @@ native-sanitize: $(STAMP)
 		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED)/python OMP_NUM_THREADS=2 \
 		$(BIN)/pytest tests/ops/test_native_cpu.py tests/ops/test_native_fuzz.py
 
-avx512-check: $(STAMP)
+avx512-check: $(TEST)
 	PATH="$(CURDIR)/$(BIN):$$PATH" csrc/tests/avx512/run.sh
 
 gpu-check:
@@ -54,17 +85,28 @@ gpu-check:
 	$(PYTHON) -m benchmarks.fastest
 
 # The CUDA kernels, emulated on the CPU, under the address and undefined-behaviour sanitizers.
-cuda-sanitize: $(STAMP)
+cuda-sanitize: $(TEST)
 	CLIPERASE_SANITIZE=1 OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 	$(BIN)/python -m pytest tests/ops/test_native_cuda_emulated.py -k "not rules and not compiles"
 
-# Everything a user or a developer needs, from the ordinary package index; again only when the metadata changes.
+# From the ordinary package index, and again only when the metadata or the C++ source changes.
 # CUDA kernels for one architecture, whose PTX any newer GPU takes too: six take nvcc a minute. `pip install .` builds all.
-$(STAMP): pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
+$(DEMO): pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
+	@echo 'Setting up .venv: minutes, most of them the download of torch (with its GPU libraries, several GB)'
+	@command -v $(PYTHON) > /dev/null || { echo 'there is no $(PYTHON): make PYTHON=/path/to/python3.10-or-newer'; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	CMAKE_ARGS="-DCLIPERASE_CUDA_ARCHITECTURES=80 $$CMAKE_ARGS" $(BIN)/python -m pip install --editable ".[dev]"
+	$(BIN)/python -I -m pip install --quiet --upgrade pip
+	began=$$(date +%s); \
+	CMAKE_ARGS="-DCLIPERASE_CUDA_ARCHITECTURES=80 $$CMAKE_ARGS" $(BIN)/python -I -m pip install --editable . && \
+	echo "installed in $$(($$(date +%s) - began)) s"
+	pwd -P > $(VENV)/.folder
+	touch $@
+
+# The package is there: only what its extra `dev` names is added.
+$(TEST): $(DEMO)
+	@echo 'Adding what the tests and linters need to .venv: a minute or two'
+	$(BIN)/python -I -m pip install "cliperase_fast[dev]"
 	touch $@
 
 clean:

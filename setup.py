@@ -1,7 +1,7 @@
-"""Installs from pyproject.toml, and builds the compiled extension with CMake where there is a C++17 compiler.
+"""Metadata is in pyproject.toml; this file puts `benchmarks/` into the package and builds the compiled extension.
 
-The extension is optional: where it cannot be built the install goes on, says why, and `cliperase_fast.backends()` says
-it again. In the environment:
+The extension is built with CMake where there is a C++17 compiler, and it is optional: where it cannot be built the
+install goes on, and `cliperase_fast.backends()` says why. In the environment:
 
     CLIPERASE_EXTENSION=0    do not build it; 1: fail when it cannot be built
     CLIPERASE_CUDA=OFF       without the CUDA kernels, though there is an nvcc; ON: fail without one
@@ -15,15 +15,19 @@ import shlex
 import shutil
 import subprocess
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
-NAME = "cliperase_fast._C"
-BENCHMARKS = "cliperase_fast.benchmarks"
+PACKAGE = "cliperase_fast"
+NAME = f"{PACKAGE}._C"
+BENCHMARKS = f"{PACKAGE}.benchmarks"
 REASON_FILE = "_C_missing.txt"  # read by cliperase_fast/ops/native/extension.py
+# What a build leaves in the package: the module under each name that this Python would import, or the reason.
+BUILT = (*(f"_C{suffix}" for suffix in EXTENSION_SUFFIXES), REASON_FILE)
 
 
 class BuildError(Exception):
@@ -42,27 +46,41 @@ class BuildWithBenchmarks(build_py):
             self.packages = [*self.packages, BENCHMARKS]
             self.package_dir = {**self.package_dir, BENCHMARKS: "benchmarks"}
 
+    def run(self) -> None:
+        if not self.editable_mode:  # a wheel takes the whole folder: nothing of an earlier build may be in it
+            shutil.rmtree(Path(self.build_lib) / PACKAGE, ignore_errors=True)
+        super().run()
+
 
 class CMakeBuild(build_ext):
     """Hands the whole build to CMake."""
 
     def build_extension(self, ext: Extension) -> None:
+        wanted = os.environ.get("CLIPERASE_EXTENSION", "")
+        if wanted not in ("", "0", "1"):
+            raise SystemExit(f"CLIPERASE_EXTENSION={wanted} must be 0 (not built) or 1 (fails if it cannot be built)")
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_built(target.parent)
         reason = target.parent / REASON_FILE
-        reason.unlink(missing_ok=True)
-        wanted = os.environ.get("CLIPERASE_EXTENSION", "")
         if wanted == "0":
-            reason.write_text("CLIPERASE_EXTENSION=0 at install; unset it and install again\n")
+            reason.write_text("CLIPERASE_EXTENSION=0 at install; unset it and install again\n", encoding="utf-8")
             return
         try:
             self._build(target)
         except BuildError as error:
             if wanted == "1":
                 raise SystemExit(f"CLIPERASE_EXTENSION=1, but {error}") from error
-            target.unlink(missing_ok=True)  # of an earlier build, older than its source
-            reason.write_text(f"{error}, then install cliperase_fast again\n")
+            reason.write_text(f"{error}, then install cliperase_fast again\n", encoding="utf-8")
             self.warn(f"cliperase_fast is installed without its compiled extension: {error}")
+
+    def copy_extensions_to_source(self) -> None:
+        """For an editable install: the extension, or the reason it is missing, in place of an earlier build's."""
+        package = Path(self.get_finalized_command("build_py").get_package_dir(PACKAGE))
+        _remove_built(package)
+        for path in (Path(self.build_lib) / PACKAGE / name for name in BUILT):
+            if path.exists():
+                shutil.copy2(path, package)
 
     def _build(self, target: Path) -> None:
         compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
@@ -72,9 +90,11 @@ class CMakeBuild(build_ext):
         if cmake is None:
             raise BuildError("there is no cmake: pip install cmake")
         folder = Path(self.build_temp).resolve() / "cmake"
-        folder.mkdir(parents=True, exist_ok=True)
+        # CMake remembers the folder, the compiler and pip's temporary environment of an earlier build.
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
         configure = [
-            cmake, "-S", str(Path(__file__).parent), "-B", str(folder),
+            cmake, "-S", str(Path(__file__).resolve().parent), "-B", str(folder),
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DCLIPERASE_CUDA={os.environ.get('CLIPERASE_CUDA', 'AUTO')}",
             "-DCMAKE_BUILD_TYPE=Release",
@@ -94,6 +114,12 @@ class CMakeBuild(build_ext):
         if done.returncode != 0:
             errors = [line.strip() for line in done.stdout.splitlines() if "rror" in line]
             raise BuildError(f"{failure}: {errors[0]}" if errors else failure)
+
+
+def _remove_built(package: Path) -> None:
+    """Another Python's module stays: it may share this checkout."""
+    for name in BUILT:
+        (package / name).unlink(missing_ok=True)
 
 
 setup(ext_modules=[Extension(NAME, sources=[])], cmdclass={"build_ext": CMakeBuild, "build_py": BuildWithBenchmarks})
