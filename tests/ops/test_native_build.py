@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import zipfile
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
@@ -14,12 +17,38 @@ from cliperase_fast.ops.native import extension
 ROOT = Path(__file__).parents[2]
 
 
-def build(folder: Path, **environment: str) -> subprocess.CompletedProcess:
-    """setup.py build_ext where only python and what is installed beside it are on the path."""
+STALE = f"_C{EXTENSION_SUFFIXES[0]}"  # what an earlier build left
+
+
+def setup(*words: object, source: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    """setup.py where only python and what is installed beside it are on the path."""
     kept = {key: value for key, value in os.environ.items() if key not in ("CXX", "CLIPERASE_EXTENSION")}
     kept["PATH"] = str(Path(sys.executable).parent)
-    command = [sys.executable, "setup.py", "build_ext", "--build-lib", folder / "lib", "--build-temp", folder / "temp"]
-    return subprocess.run(command, cwd=ROOT, env=kept | environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "setup.py", *map(str, words)]
+    return subprocess.run(command, cwd=source, env=kept | environment, capture_output=True, text=True, check=False)
+
+
+def build(folder: Path, **environment: str) -> subprocess.CompletedProcess:
+    return setup("build_ext", "--build-lib", folder / "lib", "--build-temp", folder / "temp", **environment)
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of the source as a user has it, in a folder with a space, without anything built."""
+    folder = tmp_path / "a clone"
+    folder.mkdir()
+    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    for name in ("cliperase_fast", "benchmarks", "csrc"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("_C*", "__pycache__", "results"))
+    return folder
+
+
+def failing_compiler(folder: Path) -> str:
+    compiler = folder / "c++"
+    compiler.write_text("#!/bin/sh\necho 'error: this is no compiler' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    return str(compiler)
 
 
 def test_without_a_compiler_the_install_goes_on_and_leaves_the_reason(tmp_path, monkeypatch):
@@ -34,10 +63,7 @@ def test_without_a_compiler_the_install_goes_on_and_leaves_the_reason(tmp_path, 
 
 
 def test_a_compiler_that_fails_is_named_with_its_first_error(tmp_path):
-    compiler = tmp_path / "c++"
-    compiler.write_text("#!/bin/sh\necho 'error: this is no compiler' >&2\nexit 1\n")
-    compiler.chmod(0o755)
-    done = build(tmp_path, CXX=str(compiler))
+    done = build(tmp_path, CXX=failing_compiler(tmp_path))
     assert done.returncode == 0, done.stderr
     reason = (tmp_path / "lib" / "cliperase_fast" / "_C_missing.txt").read_text()
     assert "could not set the build up" in reason and "rror" in reason
@@ -52,6 +78,63 @@ def test_who_does_without_is_told_so_later(tmp_path):
     done = build(tmp_path, CLIPERASE_EXTENSION="0")
     assert done.returncode == 0
     assert "CLIPERASE_EXTENSION=0 at install" in (tmp_path / "lib" / "cliperase_fast" / "_C_missing.txt").read_text()
+
+
+def test_a_setting_that_means_nothing_is_refused_before_anything_is_built(tmp_path):
+    done = build(tmp_path, CLIPERASE_EXTENSION="off")
+    assert done.returncode != 0 and "CLIPERASE_EXTENSION=off must be 0" in done.stderr
+    assert not (tmp_path / "lib").exists()
+
+
+def names_in(wheels: Path) -> set[str]:
+    (wheel,) = wheels.glob("*.whl")
+    return {Path(name).name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("cliperase_fast/")}
+
+
+@pytest.mark.parametrize("why", ["not wanted", "no compiler", "a compiler that fails"])
+def test_a_wheel_without_the_extension_holds_nothing_of_an_earlier_build(checkout, why):
+    library = checkout / "lib"
+    package = library / "cliperase_fast"
+    package.mkdir(parents=True)
+    for name in (STALE, "_C.so", "removed_since.py"):
+        (package / name).write_text("of an earlier build")
+    environments = {
+        "not wanted": {"CLIPERASE_EXTENSION": "0"},
+        "no compiler": {},
+        "a compiler that fails": {"CXX": failing_compiler(checkout)},
+    }
+    done = setup(
+        "build", "--build-lib", library, "--build-temp", checkout / "temp", "bdist_wheel", "--dist-dir", "wheels",
+        source=checkout, **environments[why],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    names = names_in(checkout / "wheels")
+    assert "functional.py" in names and "_C_missing.txt" in names
+    assert not names & {STALE, "_C.so", "removed_since.py"}
+
+
+def test_a_checkout_without_the_extension_keeps_none_of_an_earlier_build(checkout):
+    """As `pip install --editable` builds: beside the source, where another Python's build stays."""
+    package = checkout / "cliperase_fast"
+    for name in (STALE, "_C.cpython-39-another.so"):
+        (package / name).write_text("of an earlier build")
+    done = setup("build_ext", "--inplace", source=checkout, CXX=failing_compiler(checkout))
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in package.glob("_C*")} == {"_C.cpython-39-another.so", "_C_missing.txt"}
+    assert "could not set the build up" in (package / "_C_missing.txt").read_text()
+
+
+def test_an_editable_install_goes_on_without_a_compiler(checkout):
+    done = setup("-q", "editable_wheel", "--dist-dir", "wheels", source=checkout)
+    assert done.returncode == 0, done.stderr
+    assert "there is no C++ compiler" in (checkout / "cliperase_fast" / "_C_missing.txt").read_text()
+
+
+def test_a_folder_beside_the_package_is_not_packed_for_its_name(checkout):
+    shutil.copytree(checkout / "cliperase_fast", checkout / "cliperase_fast_old")
+    done = setup("-q", "build_py", "--build-lib", checkout / "lib", source=checkout)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in (checkout / "lib").iterdir()] == ["cliperase_fast"]
 
 
 WITHOUT = """
