@@ -18,6 +18,13 @@ from torch import Tensor, nn
 from cliperase_fast.errors import InputError
 from cliperase_fast.models.open_clip_config import Config, build, prove_config
 
+__all__ = ["to_diffusers_text_encoder", "to_open_clip", "to_transformers"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 TOLERANCE = 1e-5  # of a normalised feature
 
 _LEGACY_END = 2  # a transformers eos_token_id that means: pool at the highest id of a row

@@ -44,6 +44,12 @@ from cliperase_fast.checks import (
 from cliperase_fast.distributed import Group, Shards, sharded_sweep, sum_over_ranks
 from cliperase_fast.ops import choose, compute_dtype, no_autocast
 
+__all__ = ["LossTerms", "clip_loss", "cliperase_loss", "similarity_kl"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 class LossTerms(NamedTuple):
     """The weighted sum, and the three terms before their weights; 0-d tensors, all differentiable."""

@@ -155,7 +155,8 @@ class Backend:
     sigmoid_devices: tuple[str, ...] | None = None  # where it has the sigmoid loss, of those it runs on; None: all
 
 
-_NOT_RUN = "" if measured.TABLE else ", not yet run on a GPU: by name only there"
+_NOT_RUN = "" if measured.TABLE else ", not yet run on one: must be selected explicitly there"
+_ON_A_GPU = "" if _NO_NATIVE_CUDA else f", CUDA on a GPU{_NOT_RUN}"
 
 REGISTRY: dict[str, Backend] = {
     backend.name: backend
@@ -163,14 +164,14 @@ REGISTRY: dict[str, Backend] = {
         Backend(
             "eager",
             _load_eager,
-            "plain autograd; holds N x N matrices, fastest for small N",
+            "plain autograd, the readable reference; holds N x N matrices",
             load_sigmoid=_load_eager_sigmoid,
         ),
         Backend("torch", _load_torch, "strips of rows; never holds an N x N matrix", load_engine=_load_torch_engine),
         Backend(
             "native",
             _load_native,
-            f"C++ on the CPU, CUDA on a GPU{_NOT_RUN}; never holds an N x N matrix",
+            f"C++ on the CPU{_ON_A_GPU}; never holds an N x N matrix",
             devices=("cpu",) if _NO_NATIVE_CUDA else ("cpu", "cuda"),
             dtypes=(torch.float16, torch.bfloat16, torch.float32),
             why_missing=lambda: _NO_NATIVE,
@@ -183,7 +184,7 @@ REGISTRY: dict[str, Backend] = {
         Backend(
             "triton",
             _load_triton,
-            f"fused GPU kernels{_NOT_RUN}; never holds an N x N matrix",
+            f"fused kernels for a GPU{_NOT_RUN}; never holds an N x N matrix",
             devices=("cuda", "cpu") if _interprets_triton() else ("cuda",),
             dtypes=(torch.float16, torch.bfloat16, torch.float32),
             why_missing=_why_no_triton,
@@ -245,9 +246,18 @@ def backends() -> BackendTable:
     statuses = {}
     for backend in REGISTRY.values():
         reason = backend.why_missing()
-        devices = ", ".join(backend.devices) if backend.devices else "any"
-        statuses[backend.name] = BackendStatus(backend.name, reason is None, devices, backend.note, reason or "")
+        statuses[backend.name] = BackendStatus(
+            backend.name, reason is None, _devices_here(backend), backend.note, reason or ""
+        )
     return BackendTable(statuses)
+
+
+def _devices_here(backend: Backend) -> str:
+    """Those that this machine has; where it has none of them, what the backend would need."""
+    if backend.devices is None:
+        return "any"
+    here = [kind for kind in backend.devices if kind == "cpu" or torch.cuda.is_available()]
+    return ", ".join(here) if here else f"needs {' or '.join(backend.devices)}"
 
 
 def choose(

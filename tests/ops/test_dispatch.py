@@ -174,7 +174,23 @@ def test_backends_maps_names_to_what_is_known_of_them(broken):
     assert len(table) == 7
     assert table["eager"].available and table["eager"].devices == "any" and not table["eager"].reason
     assert not table["absent"].available and table["absent"].reason == "it needs a moon rock"
-    assert table["picky"].devices == "cuda"
+    assert table["picky"].devices == ("cuda" if torch.cuda.is_available() else "needs cuda")
+
+
+@pytest.mark.parametrize(("gpu", "devices"), [(True, "cpu, cuda"), (False, "cpu")])
+def test_backends_lists_only_devices_that_are_here(monkeypatch, gpu, devices):
+    both = Backend("both", lambda: reference.sweep, "fast", devices=("cpu", "cuda"))
+    monkeypatch.setattr(dispatch, "REGISTRY", {**dispatch.REGISTRY, "both": both})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    table = backends()
+    assert table["both"].devices == devices
+    assert gpu or "cuda" not in table["native"].devices
+
+
+def test_no_note_calls_a_backend_fastest():
+    """`auto` decides that from measurements; a note would outlive them."""
+    assert not [status.name for status in backends().values() if "fast" in status.note]
 
 
 def test_backends_prints_as_a_table(broken):
