@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +20,8 @@ require("lightning", (2, 4), (3, 0), install="cliperase_fast[lightning]")
 
 import lightning  # noqa: E402 - the line above says more than an ImportError
 
+_DIGEST_KEY = "cliperase_fast_teacher"
+
 
 class UnlearningModule(lightning.LightningModule):
     """Trains `model` to forget: batches are {"forget": (images, texts), "retain": (images, texts)}.
@@ -25,9 +29,10 @@ class UnlearningModule(lightning.LightningModule):
     That is what `CombinedLoader({"forget": ..., "retain": ...}, "max_size_cycle")` gives, or a dict of loaders.
     model: a module with `encode_image`, `encode_text` and `logit_scale` (its logarithm), such as open_clip's; its
     features are normalised here. teacher: the frozen original, a copy of `model` now if None; it stays in evaluation
-    mode and out of the checkpoints. loss: a CLIPEraseLoss, its defaults if None.
+    mode and out of the checkpoints, follows this module to its device and dtype, and is recognised by a digest when a
+    checkpoint is loaded. loss: a CLIPEraseLoss, its defaults if None.
     optimizer: parameters -> optimizer, Adam at the paper's 1e-6 if None.
-    With several processes each takes the loss of its own batch.
+    With several processes each takes the loss of its own batch; CLIPEraseLoss(process_group="world") takes that of all.
     """
 
     def __init__(
@@ -43,12 +48,15 @@ class UnlearningModule(lightning.LightningModule):
                 raise InputError(f"{type(model).__name__} has no {name}; wrap it in a module that has")
         self.model = model
         frozen = copy.deepcopy(model) if teacher is None else teacher
+        if {id(tensor) for tensor in frozen.parameters()} & {id(tensor) for tensor in model.parameters()}:
+            raise InputError("teacher shares weights with model, which would be frozen; leave it out, or pass a copy")
         self._teacher = [frozen.eval().requires_grad_(False)]  # in a list: no part of the state dict, nor of DDP
+        self._teacher_digest = _digest(frozen)  # before any change of dtype
         self.loss = CLIPEraseLoss() if loss is None else loss
         self._optimizer = optimizer
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
-        teacher: Any = self._teacher[0].to(self.device)
+        teacher: Any = self._followed()
         forget, retain = (self._features(self.model, batch[part]) for part in ("forget", "retain"))
         with torch.no_grad():
             consistent = self._features(teacher, batch["retain"])
@@ -63,9 +71,75 @@ class UnlearningModule(lightning.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        return torch.optim.Adam(parameters, lr=1e-6) if self._optimizer is None else self._optimizer(parameters)
+        if self._optimizer is not None:
+            optimizer = self._optimizer(parameters)
+            _warn_of_lost_eps(optimizer)
+            return optimizer
+        half = {parameter.dtype for parameter in parameters} & {torch.float16, torch.bfloat16}
+        if half:
+            dtype = str(next(iter(half))).removeprefix("torch.")
+            warnings.warn(
+                f"the weights are {dtype}, in which steps of Adam at 1e-6 are mostly lost to rounding; use a Trainer "
+                "with precision='bf16-mixed' or '32-true', or pass an optimizer with a larger rate",
+                stacklevel=2,
+            )
+        return torch.optim.Adam(parameters, lr=1e-6, eps=1e-4 if half else 1e-8)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[_DIGEST_KEY] = self._teacher_digest
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get(_DIGEST_KEY)
+        if saved is not None and self._teacher_digest is not None and saved != self._teacher_digest:
+            raise InputError(
+                "the teacher is not the one that this checkpoint was trained with; make the UnlearningModule from the "
+                "original model, not from one trained since, or pass the original as teacher="
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> UnlearningModule:
+        """Every .to(), .half() and .cuda() of this module, Lightning's included, takes the teacher along."""
+        super()._apply(fn, recurse)
+        self._teacher[0]._apply(fn)
+        return self
+
+    def _followed(self) -> nn.Module:
+        """The teacher, where the student's tensors are and with their dtypes, also where the model alone was moved."""
+        teacher = self._teacher[0].to(self.device)
+        student = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        for name, tensor in (*teacher.named_parameters(), *teacher.named_buffers()):
+            twin = student.get(name)
+            if twin is not None and tensor.is_floating_point() and tensor.dtype != twin.dtype:
+                tensor.data = tensor.data.to(twin.dtype)
+        return teacher
 
     @staticmethod
     def _features(model: Any, pairs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         images, texts = pairs
         return F.normalize(model.encode_image(images), dim=-1), F.normalize(model.encode_text(texts), dim=-1)
+
+
+def _warn_of_lost_eps(optimizer: torch.optim.Optimizer) -> None:
+    """Adam divides by sqrt(v) + eps: NaN for a weight without gradient where eps is 0 in the weights' dtype."""
+    for group in optimizer.param_groups:
+        eps = group.get("eps", 1.0)
+        if not group.get("fused") and any(eps > 0 and torch.tensor(eps, dtype=p.dtype) == 0 for p in group["params"]):
+            name = type(optimizer).__name__
+            warnings.warn(
+                f"{name}'s eps={eps} is 0 in float16, so weights without a gradient become NaN; pass eps=1e-4, or use "
+                "a Trainer with precision='16-mixed'",
+                stacklevel=3,
+            )
+            return
+
+
+def _digest(model: nn.Module) -> str | None:
+    """Of all weights; None where they hold no data yet (device meta)."""
+    found = hashlib.blake2b(digest_size=16)
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            continue
+        if tensor.is_meta:
+            return None
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -65,3 +68,109 @@ def tensors(ids):
 def test_a_model_without_two_towers_is_refused_by_the_missing_name():
     with pytest.raises(cf.InputError, match="Linear has no encode_image"):
         UnlearningModule(torch.nn.Linear(2, 2))
+
+
+class BufferedTowers(Towers):
+    """With a buffer, which follows too."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("shift", torch.full((8,), 0.25))
+
+    def encode_image(self, images):
+        return self.image(images + self.shift)
+
+
+def losses(module, folder, precision):
+    """(total at the first step, total at the last) in a Trainer of this precision."""
+    seen = []
+    step = module.training_step
+    module.training_step = lambda *batch: seen.append(step(*batch)) or seen[-1]
+    fit(module, folder, precision=precision)
+    return seen[0].item(), seen[-1].item()
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "tolerance"),
+    [
+        ("32-true", torch.float32, 0),
+        ("64-true", torch.float64, 1e-5),
+        ("bf16-true", torch.bfloat16, 5e-2),
+        ("16-true", torch.float16, 1e-2),
+        ("bf16-mixed", torch.float32, 5e-2),
+    ],
+)
+def test_every_precision_of_lightning_trains_with_a_teacher_of_the_modules_dtype(precision, dtype, tolerance, tmp_path):
+    def module():
+        torch.manual_seed(0)
+        return UnlearningModule(BufferedTowers(), optimizer=lambda parameters: torch.optim.SGD(parameters, lr=5e-2))
+
+    exact = losses(module(), tmp_path, "32-true")
+    ours = module()
+    found = losses(ours, tmp_path, precision)
+    assert found == pytest.approx(exact, rel=tolerance, abs=tolerance)
+    assert {tensor.dtype for tensor in ours._teacher[0].state_dict().values()} == {dtype}
+    assert found[1] < found[0] - 1
+
+
+@pytest.mark.parametrize("move", [lambda m: m.double(), lambda m: m.to(torch.float64), lambda m: m.model.double()])
+def test_the_teacher_follows_a_module_or_model_that_is_converted_by_hand(move):
+    module = UnlearningModule(BufferedTowers())
+    module.log_dict = lambda *values, **options: None
+    move(module)
+    forget, retain = ((images.double(), texts) for images, texts in (tensors([7]), tensors(range(7))))
+    total = module.training_step({"forget": forget, "retain": retain}, 0)
+    assert total.dtype == torch.float64
+    assert {tensor.dtype for tensor in module._teacher[0].state_dict().values()} == {torch.float64}
+
+
+def test_a_copy_of_the_module_has_a_teacher_of_its_own():
+    module = UnlearningModule(Towers())
+    twin = copy.deepcopy(module)
+    twin._teacher[0].image.weight.data.zero_()
+    assert module._teacher[0].image.weight.any()
+    again = pickle.loads(pickle.dumps(module))
+    assert torch.equal(again._teacher[0].image.weight, module._teacher[0].image.weight)
+
+
+def test_a_checkpoint_holds_no_teacher_and_goes_on_with_the_original_one_alone(tmp_path):
+    torch.manual_seed(0)
+    original = Towers()
+    first = UnlearningModule(copy.deepcopy(original), optimizer=sgd)
+    trainer = fit(first, tmp_path)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert saved["state_dict"].keys() == first.state_dict().keys()
+    assert {name.split(".")[0] for name in saved["state_dict"]} == {"model"}
+    again = UnlearningModule.load_from_checkpoint(tmp_path / "last.ckpt", model=copy.deepcopy(original), optimizer=sgd)
+    assert torch.equal(again.model.image.weight, first.model.image.weight)
+    assert torch.equal(again._teacher[0].image.weight, original.image.weight)
+    with pytest.raises(cf.InputError, match="not the one that this checkpoint was trained with"):
+        UnlearningModule.load_from_checkpoint(tmp_path / "last.ckpt", model=first.model, optimizer=sgd)
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=5e-2)
+
+
+def test_a_teacher_that_shares_weights_with_the_model_is_refused():
+    model = Towers()
+    with pytest.raises(cf.InputError, match="shares weights with model"):
+        UnlearningModule(model, teacher=model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_the_default_optimizer_stays_finite_in_half_precision_and_says_what_it_loses(precision, tmp_path):
+    module = UnlearningModule(Towers())
+    with pytest.warns(UserWarning, match="mostly lost to rounding; .* precision='bf16-mixed'"):
+        found = losses(module, tmp_path, precision)
+    assert found == pytest.approx([found[0]] * 2, rel=5e-2)
+    assert all(tensor.isfinite().all() for tensor in module.state_dict().values())
+
+
+def test_an_eps_that_is_zero_in_half_precision_is_warned_of(tmp_path):
+    module = UnlearningModule(Towers(), optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-3))
+    module.half()
+    with pytest.warns(UserWarning, match=r"Adam's eps=1e-08 is 0 in float16.*pass eps=1e-4"):
+        module.configure_optimizers()
