@@ -1,7 +1,8 @@
 """transformers: CLIPModel and SiglipModel return their loss fused, by a patch or inside a Trainer.
 
 `model(..., return_loss=True)` then gives the same loss and gradients without an N x N matrix. The logits are what such
-a matrix is, so with return_loss they are None, unless the call says return_logits=True. Calls without return_loss are
+a matrix is, so with return_loss they are formed when they are read (see `transformers_output.py`), or at once where the
+call says return_logits=True or return_dict=False, whose tuple has transformers' order. Calls without return_loss are
 transformers' own and give logits as ever. As in transformers each process takes the loss of its own batch. Under
 autocast the loss is computed in float32, where transformers rounds its logits to half precision.
 """
@@ -31,7 +32,8 @@ check_version()
 
 from transformers import CLIPModel, SiglipModel  # noqa: E402 - the line above says more than an ImportError
 from transformers.models.clip import modeling_clip  # noqa: E402
-from transformers.models.siglip import modeling_siglip  # noqa: E402
+
+from cliperase_fast.integrations import transformers_output as outputs  # noqa: E402
 
 _STOCK: dict[type[nn.Module], Callable[..., Any]] = {kind: kind.forward for kind in (CLIPModel, SiglipModel)}
 
@@ -45,8 +47,15 @@ def _fused_siglip(self: Any, image: Tensor, text: Tensor) -> Tensor:
     return sigmoid_loss(text, image, scale, bias)
 
 
+def _norm(features: Tensor) -> Tensor:
+    return features.norm(p=2, dim=-1, keepdim=True)
+
+
+_clip_norm: Callable[[Tensor], Tensor] = getattr(modeling_clip, "_get_vector_norm", _norm)  # the same rounding
+
+
 def _fused_forward(
-    stock: Callable[..., Any], output: type, loss_of: Callable[[Any, Tensor, Tensor], Tensor]
+    stock: Callable[..., Any], output: Any, loss_of: Callable[[Any, Tensor, Tensor], Tensor]
 ) -> Callable[..., Any]:
     @functools.wraps(stock)
     def forward(
@@ -73,35 +82,24 @@ def _fused_forward(
         written = self.get_text_features(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, return_dict=True, **kwargs
         )
-        image, text = (
-            features / features.norm(p=2, dim=-1, keepdim=True)
-            for features in (vision.pooler_output, written.pooler_output)
-        )
+        norm = _norm if loss_of is _fused_siglip else _clip_norm
+        image, text = (features / norm(features) for features in (vision.pooler_output, written.pooler_output))
         image_here = image.to(text.device)  # the towers may sit on two devices
-        logits = None
-        if return_logits:
-            logits = text @ image_here.T * self.logit_scale.exp().to(text.device)  # [texts, images]
-            if loss_of is _fused_siglip:
-                logits = logits + self.logit_bias.to(text.device)
-        result = output(
-            loss=loss_of(self, image_here, text),
-            logits_per_image=None if logits is None else logits.T,
-            logits_per_text=logits,
-            text_embeds=text,
-            image_embeds=image,
-            text_model_output=written,
-            vision_model_output=vision,
-        )
         if return_dict is None:
             return_dict = getattr(self.config, "return_dict", True)
+        wanted = return_logits or not return_dict
+        result = output.with_logits(
+            self, wanted, loss=loss_of(self, image_here, text), text_embeds=text, image_embeds=image,
+            text_model_output=written, vision_model_output=vision,
+        )  # fmt: skip
         return result if return_dict else result.to_tuple()
 
     return forward
 
 
 _FUSED: dict[type[nn.Module], Callable[..., Any]] = {
-    CLIPModel: _fused_forward(_STOCK[CLIPModel], modeling_clip.CLIPOutput, _fused_clip),
-    SiglipModel: _fused_forward(_STOCK[SiglipModel], modeling_siglip.SiglipOutput, _fused_siglip),
+    CLIPModel: _fused_forward(_STOCK[CLIPModel], outputs.ClipOutput, _fused_clip),
+    SiglipModel: _fused_forward(_STOCK[SiglipModel], outputs.SiglipOutput, _fused_siglip),
 }
 
 
@@ -169,6 +167,7 @@ class FusedLossMixin:
 
     The loss, in training and evaluation, is the model's own contrastive loss, fused; batches need no "return_loss".
     accelerate, DDP and DeepSpeed work as Trainer sets them up, since the loss is computed inside the model's forward.
+    Predictions, for `compute_metrics` and `predict`, are transformers' own, logits first; nothing else forms logits.
     """
 
     def __init__(self, model: nn.Module | None = None, *args: Any, **kwargs: Any) -> None:
@@ -177,6 +176,13 @@ class FusedLossMixin:
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         return fuse_loss(super().call_model_init(trial))  # type: ignore[misc]
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
+    ) -> Any:
+        if not prediction_loss_only:
+            inputs = {**inputs, "return_logits": True}
+        return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)  # type: ignore[misc]
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         return super().compute_loss(model, {**inputs, "return_loss": True}, *args, **kwargs)  # type: ignore[misc]

@@ -49,23 +49,91 @@ def gradients(model, **options):
     return output, [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
 
 
-@pytest.mark.parametrize("kind", [CLIPModel, SiglipModel])
-def test_return_loss_gives_the_same_loss_and_gradients_and_no_logits(kind):
+KINDS = pytest.mark.parametrize("kind", [CLIPModel, SiglipModel])
+
+
+def fields(output):
+    """(name, value) of an output and of those inside it, in their order."""
+    for name, value in output.items():
+        yield from (
+            ((f"{name}.{inner}", part) for inner, part in value.items()) if hasattr(value, "items") else [(name, value)]
+        )
+
+
+def assert_same_outputs(ours, stock):
+    ours, stock = list(fields(ours)), list(fields(stock))
+    assert [name for name, _ in ours] == [name for name, _ in stock]
+    for (name, value), (_, right) in zip(ours, stock, strict=True):
+        torch.testing.assert_close(value, right, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@KINDS
+def test_return_loss_gives_the_same_loss_gradients_and_outputs(kind):
     model = model_of(kind)
     stock, stock_gradients = gradients(model)
     with cf.patch_transformers_clip():
         fused, fused_gradients = gradients(model)
         asked, _ = gradients(model, return_logits=True)
         plain = model(**batch())
-        as_tuple = model(**batch(), return_loss=True, return_dict=False)
     torch.testing.assert_close(fused.loss, stock.loss)
     torch.testing.assert_close(fused_gradients, stock_gradients, rtol=1e-4, atol=1e-5)
-    assert fused.logits_per_image is None and fused.logits_per_text is None
-    torch.testing.assert_close(fused.text_embeds, stock.text_embeds)
-    torch.testing.assert_close(asked.logits_per_image, stock.logits_per_image, rtol=1e-4, atol=1e-5)
+    assert_same_outputs(asked, stock)
     torch.testing.assert_close(plain.logits_per_text, stock.logits_per_text)
     assert plain.loss is None
-    assert as_tuple[0].item() == fused.loss.item()
+
+
+WAYS_TO_READ = {
+    "attribute": lambda output: (output.logits_per_image, output.logits_per_text),
+    "name": lambda output: (output["logits_per_image"], output["logits_per_text"]),
+    "get": lambda output: (output.get("logits_per_image"), output.get("logits_per_text")),
+    "position": lambda output: (output[1], output[2]),
+    "slice": lambda output: output[1:3],
+    "tuple": lambda output: output.to_tuple()[1:3],
+    "copy": lambda output: copy.copy(output)[1:3],
+    "getattr": lambda output: [getattr(output, name) for name in ("logits_per_image", "logits_per_text")],
+}
+
+
+@KINDS
+@pytest.mark.parametrize("way", WAYS_TO_READ)
+def test_logits_are_formed_when_they_are_read_and_not_before(way, kind):
+    model = model_of(kind)
+    stock = model(**batch(), return_loss=True)
+    fused = fuse_loss(model)(**batch(), return_loss=True)
+    assert fused[0] is fused.loss is fused["loss"]
+    assert not {"logits_per_image", "logits_per_text"} & {*fused.keys(), *vars(fused)}
+    torch.testing.assert_close(tuple(WAYS_TO_READ[way](fused)), tuple(WAYS_TO_READ[way](stock)), rtol=1e-5, atol=1e-6)
+    assert_same_outputs(fused, stock)
+
+
+def test_logits_that_are_read_have_gradients_and_the_scale_of_the_forward_pass():
+    model = model_of(CLIPModel)
+    found = []
+    for output in (model(**batch(), return_loss=True), fuse_loss(model)(**batch(), return_loss=True)):
+        (gradient,) = torch.autograd.grad(output.logits_per_text.sum(), [model.logit_scale], retain_graph=True)
+        found.append((output.logits_per_text.detach(), gradient))
+    torch.testing.assert_close(found[1], found[0])
+    output = model(**batch(), return_loss=True)
+    with torch.no_grad():
+        model.logit_scale.zero_()  # an optimizer's step before the reading
+    torch.testing.assert_close(output.logits_per_text, found[0][0], check_stride=False)
+
+
+@KINDS
+def test_a_tuple_has_transformers_order(kind):
+    model = model_of(kind)
+    stock = model(**batch(), return_loss=True, return_dict=False)
+    fused = fuse_loss(model)(**batch(), return_loss=True, return_dict=False)
+    assert len(fused) == len(stock) == 7
+    torch.testing.assert_close(fused[:5], stock[:5], rtol=1e-5, atol=1e-6)
+
+
+def test_under_autocast_logits_that_are_read_after_it_are_those_of_transformers():
+    model = model_of(CLIPModel)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        stock, fused = model(**batch(), return_loss=True), fuse_loss(model)(**batch(), return_loss=True)
+    assert fused.logits_per_image.dtype == stock.logits_per_image.dtype
+    torch.testing.assert_close(fused.logits_per_image, stock.logits_per_image)
 
 
 def test_the_patch_is_undone_idempotent_and_leaves_other_forwards_alone(monkeypatch):
@@ -100,8 +168,8 @@ def test_a_single_model_can_be_fused_and_copied_and_given_back():
     with torch.no_grad():
         twin.logit_scale.zero_()
     assert twin(**batch(), return_loss=True).loss.item() != model(**batch(), return_loss=True).loss.item()
-    assert model(**batch(), return_loss=True).logits_per_image is None
-    assert unfuse_loss(model)(**batch(), return_loss=True).logits_per_image is not None
+    assert "logits_per_image" not in model(**batch(), return_loss=True)
+    assert "logits_per_image" in unfuse_loss(model)(**batch(), return_loss=True)
     with pytest.raises(cf.InputError, match="Linear holds 0"):
         fuse_loss(torch.nn.Linear(2, 2))
 
@@ -163,3 +231,76 @@ def assert_same_curves(found, wrapped):
     assert len(found["Trainer"]) == trainer_ranks.STEPS
     assert found["FusedTrainer"] == pytest.approx(found["Trainer"], rel=1e-4, abs=1e-4)
     assert len(set(found["FusedTrainer"])) == trainer_ranks.STEPS  # it trains
+
+
+def trainer_of(trainer_kind, kind, folder, with_loss=True, compute_metrics=None, **options):
+    """On 21 pairs in batches of 8: the last one is short."""
+    found = {"per_device_eval_batch_size": 8, **options}
+    arguments = TrainingArguments(
+        str(folder), report_to=[], save_strategy="no", seed=3, use_cpu=True, disable_tqdm=True, **found
+    )
+    return trainer_kind(
+        model_of(kind), arguments, eval_dataset=pairs(21), compute_metrics=compute_metrics,
+        data_collator=collate if with_loss else lambda rows: {**collate(rows), "return_loss": None},
+    )  # fmt: skip
+
+
+def assert_same_predictions(ours, stock):
+    assert len(ours) == len(stock) == 6
+    for mine, theirs in zip(ours, stock, strict=True):
+        if hasattr(theirs, "shape"):
+            assert mine.shape == theirs.shape and mine.dtype == theirs.dtype
+            assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-5)
+        else:
+            assert mine.keys() == theirs.keys()
+            assert all(mine[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-5) for name in theirs)
+
+
+@KINDS
+@pytest.mark.parametrize("options", [{}, {"bf16_full_eval": True, "eval_accumulation_steps": 1}])
+@pytest.mark.parametrize("with_loss", [True, False])
+def test_predictions_and_what_metrics_see_are_those_of_the_stock_trainer(with_loss, options, kind, tmp_path):
+    seen = {}
+
+    def metrics_of(name):
+        def metrics(found):
+            seen[name] = found.predictions
+            return {"first": float(found.predictions[0].sum())}
+
+        return metrics
+
+    evaluated, predicted = {}, {}
+    for trainer_kind in (Trainer, FusedTrainer):
+        metrics = metrics_of(trainer_kind)
+        evaluated[trainer_kind] = trainer_of(
+            trainer_kind, kind, tmp_path, with_loss, compute_metrics=metrics, **options
+        ).evaluate()
+        predicted[trainer_kind] = trainer_of(trainer_kind, kind, tmp_path, with_loss, **options).predict(pairs(21))
+    assert_same_predictions(predicted[FusedTrainer].predictions, predicted[Trainer].predictions)
+    if not with_loss:  # of which the stock trainer makes neither a loss nor metrics
+        assert_same_predictions(seen[FusedTrainer], predicted[Trainer].predictions)
+        return
+    assert_same_predictions(seen[FusedTrainer], seen[Trainer])
+    assert predicted[FusedTrainer].label_ids == predicted[Trainer].label_ids
+    assert evaluated[FusedTrainer]["eval_first"] == pytest.approx(evaluated[Trainer]["eval_first"], rel=1e-4)
+    tolerance = 2e-2 if "bf16_full_eval" in options else 1e-5  # transformers rounds its logits to bfloat16
+    assert evaluated[FusedTrainer]["eval_loss"] == pytest.approx(evaluated[Trainer]["eval_loss"], rel=tolerance)
+
+
+@KINDS
+def test_no_logits_are_formed_where_no_predictions_are_wanted(kind, tmp_path, monkeypatch):
+    from cliperase_fast.integrations import transformers_output
+
+    formed = []
+    form = transformers_output._Fused.form_logits
+    monkeypatch.setattr(
+        transformers_output._Fused, "form_logits", lambda self: formed.append("_pending" in vars(self)) or form(self)
+    )
+    trainer = trainer_of(FusedTrainer, kind, tmp_path, per_device_train_batch_size=8, max_steps=2)
+    trainer.train_dataset = pairs(21)
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] > 0
+    trainer_of(FusedTrainer, kind, tmp_path, compute_metrics=lambda found: {}, prediction_loss_only=True).evaluate()
+    assert not any(formed)
+    trainer.predict(pairs(21))
+    assert sum(formed) == 3
