@@ -32,11 +32,11 @@ def pairs(ids):
     return [(F.one_hot(torch.tensor(i % 8), 8).float(), torch.tensor(i)) for i in ids]
 
 
-def fit(module, folder, **options):
+def fit(module, folder, max_steps=40, **options):
     torch.manual_seed(0)
     loaders = {"forget": DataLoader(pairs([7] * 4), 4), "retain": DataLoader(pairs(range(7)), 7)}
     trainer = Trainer(
-        max_steps=40, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        max_steps=max_steps, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, default_root_dir=folder, **options,
     )  # fmt: skip
     trainer.fit(module, loaders)
@@ -86,7 +86,7 @@ def losses(module, folder, precision):
     seen = []
     step = module.training_step
     module.training_step = lambda *batch: seen.append(step(*batch)) or seen[-1]
-    fit(module, folder, precision=precision)
+    fit(module, folder, max_steps=8, precision=precision)
     return seen[0].item(), seen[-1].item()
 
 
@@ -110,7 +110,7 @@ def test_every_precision_of_lightning_trains_with_a_teacher_of_the_modules_dtype
     found = losses(ours, tmp_path, precision)
     assert found == pytest.approx(exact, rel=tolerance, abs=tolerance)
     assert {tensor.dtype for tensor in ours._teacher[0].state_dict().values()} == {dtype}
-    assert found[1] < found[0] - 1
+    assert found[1] < found[0] - 0.3
 
 
 @pytest.mark.parametrize("move", [lambda m: m.double(), lambda m: m.to(torch.float64), lambda m: m.model.double()])
@@ -137,7 +137,7 @@ def test_a_checkpoint_holds_no_teacher_and_goes_on_with_the_original_one_alone(t
     torch.manual_seed(0)
     original = Towers()
     first = UnlearningModule(copy.deepcopy(original), optimizer=sgd)
-    trainer = fit(first, tmp_path)
+    trainer = fit(first, tmp_path, max_steps=2)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert saved["state_dict"].keys() == first.state_dict().keys()
