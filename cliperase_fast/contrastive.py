@@ -20,7 +20,7 @@ from cliperase_fast.checks import (
     check_teacher,
     shape_of,
 )
-from cliperase_fast.distributed import sharded_sigmoid
+from cliperase_fast.distributed import LOCAL, resolve_group, sharded_sigmoid
 from cliperase_fast.errors import InputError
 from cliperase_fast.functional import agreed, contrast, described
 from cliperase_fast.ops import choose, compute_dtype, no_autocast
@@ -35,7 +35,7 @@ def distill_clip_loss(
     teacher_text: Tensor,
     teacher_logit_scale: Tensor | float,
     *,
-    process_group: Any = None,
+    process_group: Any = LOCAL,
     own_values: bool = False,
     gather: str = "all",
     backend: str = "auto",
@@ -103,7 +103,7 @@ def sigmoid_loss(
     logit_bias: Tensor | float | None = None,
     *,
     negative_only: bool = False,
-    process_group: Any = None,
+    process_group: Any = LOCAL,
     own_values: bool = False,
     gather: str = "ring",
     backend: str = "auto",
@@ -118,6 +118,7 @@ def sigmoid_loss(
     backend: see `functional.cliperase_loss`.
     Returns a 0-d tensor, 0 for n = 0; differentiable in all four. What is kept for the backward pass is the gradients.
     """
+    process_group = resolve_group(process_group)
     check_rows = _check_rows if negative_only else check_pairs
 
     def check() -> tuple[Tensor, Tensor]:

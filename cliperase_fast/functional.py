@@ -14,12 +14,13 @@ Formulas: CLIPErase (arXiv 2410.23330), with S = s I Tᵀ [N, N] and S° the sam
                     + mean_j KL(softmax_col(S°)_j || softmax_col(S)_j)
     total           = lambda_retain RM + lambda_forget FM + lambda_consistency CM
 
-process_group: the batch lies on the ranks of a torch.distributed group, each giving its own pairs, as many as it has,
-or none. Every rank calls the loss, with the same options, and its backward, with the same incoming gradient. The values
-are those of the whole batch on every rank. The gradients of a rank's features are those of the whole batch's loss times
-the number of ranks; that of a scale is such that its mean over the ranks is right. So after DistributedDataParallel's
-averaging the gradients of parameters are those of one process with the whole batch. gather: "all": each rank holds the
-texts of all; "ring": texts and their gradients go round in blocks, at most two are held. What differs between ranks is
+process_group: "local", the batch is here, also where there are several processes; "world" or a torch.distributed group:
+it lies on the ranks of the group, each giving its own pairs, as many as it has, or none. All ranks call the loss, with
+the same options, and its backward, with the same incoming gradient. The values are those of the whole batch on every
+rank. The gradients of a rank's features are those of the whole batch's loss times the number of ranks; that of a scale
+is such that its mean over the ranks is right. So after DistributedDataParallel's averaging the gradients of parameters
+are those of one process with the whole batch. gather: "all": each rank holds the texts of all; "ring": texts and their
+gradients go round in blocks, at most two are held. What differs between ranks is
 an InputError on all of them.
 """
 
@@ -41,7 +42,7 @@ from cliperase_fast.checks import (
     check_pairs,
     check_teacher,
 )
-from cliperase_fast.distributed import Group, Shards, sharded_sweep, sum_over_ranks
+from cliperase_fast.distributed import LOCAL, Group, Shards, resolve_group, sharded_sweep, sum_over_ranks
 from cliperase_fast.ops import choose, compute_dtype, no_autocast
 
 __all__ = ["LossTerms", "clip_loss", "cliperase_loss", "similarity_kl"]
@@ -77,7 +78,7 @@ def cliperase_loss(
     margin: float = 0.0,
     consistency: str = "logits",
     group_ids: Tensor | None = None,
-    process_group: Any = None,
+    process_group: Any = LOCAL,
     gather: str = "all",
     backend: str = "auto",
     keep: str = "auto",
@@ -98,8 +99,9 @@ def cliperase_loss(
         term of CM for the similarities s I Iᵀ inside the images (teacher s° I° I°ᵀ), plus the same inside the
         texts; the diagonals, each feature with itself, stay in.
     group_ids: int64 [N]; retain pairs of equal id are no negatives of each other in RM (CM keeps them).
-    process_group: a torch.distributed.ProcessGroup over whose ranks the batch is spread, M and N as they are on this
-        one; None: the batch is here.
+    process_group: "local": the batch is here; "world" or a torch.distributed.ProcessGroup: it is spread over these
+        ranks, M and N as they are on this one. None is what torch.distributed.group.WORLD is before
+        init_process_group(): "local" for a single process, an InputError among several.
     gather: "all" or "ring", see the head of this module.
     backend: see `cliperase_fast.backends()`; "eager" takes no process_group.
     keep: speed against memory, the same results to rounding: "similarities" lets the forward pass keep them, within
@@ -109,6 +111,7 @@ def cliperase_loss(
     Returns LossTerms(total, retain, forget, consistency). An empty batch gives 0 with zero gradients.
     Raises InputError before computing anything when an argument is not as above.
     """
+    process_group = resolve_group(process_group)
     arguments = (
         forget_image, forget_text, retain_image, retain_text, teacher_image, teacher_text, logit_scale,
         teacher_logit_scale, lambda_retain, lambda_forget, lambda_consistency, forget, margin, consistency, group_ids,
@@ -157,7 +160,7 @@ def clip_loss(
     logit_scale: Tensor | float,
     *,
     group_ids: Tensor | None = None,
-    process_group: Any = None,
+    process_group: Any = LOCAL,
     gather: str = "all",
     backend: str = "auto",
     keep: str = "auto",
@@ -184,7 +187,7 @@ def similarity_kl(
     teacher_text: Tensor,
     teacher_logit_scale: Tensor | float,
     *,
-    process_group: Any = None,
+    process_group: Any = LOCAL,
     gather: str = "all",
     backend: str = "auto",
     keep: str = "auto",
@@ -212,7 +215,7 @@ def contrast(
     *,
     want_retention: bool = True,
     group_ids: Tensor | None = None,
-    process_group: Any = None,
+    process_group: Any = LOCAL,
     own_values: bool = False,
     gather: str = "all",
     backend: str = "auto",
@@ -224,6 +227,7 @@ def contrast(
     own rows and columns, whose mean over equal ranks is the batch's; the gradients are those of the batch as ever.
     The other arguments and the errors are those of `clip_loss` and `similarity_kl`.
     """
+    process_group = resolve_group(process_group)
     frozen: tuple[Any, Any] = (None, None) if teacher is None else teacher[:2]
 
     def check() -> tuple[Tensor, Tensor | None]:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cliperase_fast.checks import check_gather, check_keep, check_options
+from cliperase_fast.distributed import LOCAL, check_process_group
 from cliperase_fast.functional import LossTerms, cliperase_loss
 
 
@@ -14,8 +15,13 @@ class CLIPEraseLoss(nn.Module):
     """CLIPErase's loss (arXiv 2410.23330) with its options fixed; it has no parameters or state.
 
     The options are those of `functional.cliperase_loss`, where the formulas and shapes stand too. A wrong one
-    raises InputError here. With a process_group every rank has such a module and calls it with its part of the batch;
-    gradients are right after DistributedDataParallel's averaging, see `cliperase_fast.functional`.
+    raises InputError here.
+
+    process_group: "local", the batch is what this process gives; "world", it is spread over all processes of
+    torch.distributed, which must be initialised when the loss is called, not yet here; or a ProcessGroup. Every rank
+    has such a module and calls it with its part of the batch; gradients are right after DistributedDataParallel's
+    averaging, see `cliperase_fast.functional`. Under torchrun too "local" is each process's own loss.
+    torch.distributed.group.WORLD is None before init_process_group(): None is an InputError among several processes.
     """
 
     def __init__(
@@ -27,7 +33,7 @@ class CLIPEraseLoss(nn.Module):
         forget: str = "cosine",
         margin: float = 0.0,
         consistency: str = "logits",
-        process_group: Any = None,
+        process_group: Any = LOCAL,
         gather: str = "all",
         backend: str = "auto",
         keep: str = "auto",
@@ -36,6 +42,7 @@ class CLIPEraseLoss(nn.Module):
         check_options(lambda_retain, lambda_forget, lambda_consistency, forget, margin, consistency)
         check_keep(keep)
         check_gather(gather)
+        check_process_group(process_group)
         self.lambda_retain = lambda_retain
         self.lambda_forget = lambda_forget
         self.lambda_consistency = lambda_consistency
@@ -76,10 +83,11 @@ class CLIPEraseLoss(nn.Module):
 
     def extra_repr(self) -> str:
         margin = f", margin={self.margin}" if self.forget == "hinge" else ""
-        gather = f", gather={self.gather!r}" if self.process_group is not None else ""
+        group = self.process_group
+        shared = "" if group in (None, LOCAL) else f", process_group={group!r}, gather={self.gather!r}"
         return (
             f"lambda_retain={self.lambda_retain}, lambda_forget={self.lambda_forget}, "
             f"lambda_consistency={self.lambda_consistency}, forget={self.forget!r}{margin}, "
             f"consistency={self.consistency!r}, backend={self.backend!r}, keep={self.keep!r}"
-            f"{gather}"
+            f"{shared}"
         )

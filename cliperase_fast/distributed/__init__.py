@@ -6,7 +6,15 @@
 from __future__ import annotations
 
 from cliperase_fast.distributed.collectives import sum_over_ranks
-from cliperase_fast.distributed.group import GATHER_MODES, Group, Shards
+from cliperase_fast.distributed.group import (
+    GATHER_MODES,
+    LOCAL,
+    WORLD,
+    Group,
+    Shards,
+    check_process_group,
+    resolve_group,
+)
 from cliperase_fast.distributed.ranks import ALONE, Ranks, joined
 from cliperase_fast.distributed.sigmoid import sharded_sigmoid
 from cliperase_fast.distributed.sweep import sharded_sweep
@@ -14,10 +22,14 @@ from cliperase_fast.distributed.sweep import sharded_sweep
 __all__ = [
     "ALONE",
     "GATHER_MODES",
+    "LOCAL",
+    "WORLD",
     "Group",
     "Ranks",
     "Shards",
+    "check_process_group",
     "joined",
+    "resolve_group",
     "sharded_sigmoid",
     "sharded_sweep",
     "sum_over_ranks",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from torch import Tensor
 from cliperase_fast.errors import InputError
 
 GATHER_MODES = ("all", "ring")
+LOCAL, WORLD = "local", "world"  # words for a process_group
 _FAILED = -1  # in the place of a digest
 _RENAMED = hasattr(dist, "all_gather_single")  # by torch 2.14, which warns of the older names
 
@@ -32,23 +34,66 @@ def sum_scattered(own: Tensor, summands: Tensor, group: Any) -> None:
     scatter(own, summands, group=group)
 
 
+def check_process_group(process_group: Any) -> None:
+    """Raise InputError for a process_group that is wrong whatever happens until the loss is called.
+
+    torch.distributed.group.WORLD is None before init_process_group(), so None is accepted where there is one process,
+    and refused where there are several: it would be the loss of this process's pairs alone.
+    """
+    if process_group is None and _ranks() > 1:
+        raise InputError(
+            f"process_group=None among {_ranks()} processes: torch.distributed.group.WORLD is None until "
+            "init_process_group() has been called; pass process_group='world' for the batch of all processes, or "
+            "'local' for a loss of each process's own pairs"
+        )
+    if isinstance(process_group, str) and process_group not in (LOCAL, WORLD):
+        raise InputError(
+            f"process_group={process_group!r} is not known; use 'local' (this process's own pairs), 'world' (the pairs "
+            "of all processes) or a torch.distributed.ProcessGroup, not another str"
+        )
+
+
+def resolve_group(process_group: Any) -> Any:
+    """The torch.distributed group whose ranks share the batch, as of now; None where it is this process's own."""
+    if isinstance(process_group, str) and process_group == LOCAL:
+        return None
+    check_process_group(process_group)
+    if not isinstance(process_group, str):
+        return process_group
+    if not dist.is_available() or not dist.is_initialized():
+        _not_initialised("process_group='world'")
+    return dist.group.WORLD if dist.get_world_size() > 1 else None
+
+
+def _not_initialised(what: str) -> NoReturn:
+    raise InputError(
+        f"{what}: torch.distributed is not initialised; call torch.distributed.init_process_group() "
+        "first (under torchrun it needs no more), or leave process_group out"
+    )
+
+
+def _ranks() -> int:
+    """How many processes there are, also where they have not been joined yet."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    size = os.environ.get("WORLD_SIZE", "1")
+    return int(size) if size.isdecimal() else 1
+
+
 class Group:
     """A process group that has been looked at. Raises InputError when it cannot be used from this process."""
 
     def __init__(self, process_group: Any) -> None:
         if not dist.is_available():
-            raise InputError("process_group: this build of torch has no torch.distributed; leave process_group=None")
+            raise InputError("process_group: this build of torch has no torch.distributed; leave process_group out")
         if not dist.is_initialized():
-            raise InputError(
-                "process_group: torch.distributed is not initialised; call torch.distributed.init_process_group() "
-                "first (under torchrun it needs no more), or leave process_group=None"
-            )
+            _not_initialised("process_group")
         if process_group == dist.GroupMember.NON_GROUP_MEMBER:
             raise InputError("process_group: this process is no member of the group; call the loss on its members only")
         if not isinstance(process_group, dist.ProcessGroup):
             raise InputError(
                 f"process_group must be a torch.distributed.ProcessGroup, not {type(process_group).__name__}; "
-                "for all processes pass torch.distributed.group.WORLD"
+                "for all processes pass process_group='world'"
             )
         self.process_group = process_group
         try:

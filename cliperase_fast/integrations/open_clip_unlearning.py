@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from cliperase_fast.distributed import LOCAL, WORLD
 from cliperase_fast.errors import InputError
 from cliperase_fast.integrations.open_clip import import_trainer
 from cliperase_fast.losses import CLIPEraseLoss
@@ -26,7 +26,7 @@ class UnlearningLoss(nn.Module):
 
     forget_pairs: how many rows at the head of each batch are pairs to forget; the rest is kept.
     loss: the weights and options. Its weighted terms come back as `forget_loss`, `retain_loss` and
-    `consistency_loss`, which sum to its total. With its process_group the batch is that of all ranks.
+    `consistency_loss`, which sum to its total. With its process_group="world" the batch is that of all ranks.
     """
 
     def __init__(self, forget_pairs: int, loss: CLIPEraseLoss) -> None:
@@ -121,9 +121,9 @@ def unlearning(
 
     def create(args: Any) -> nn.Module:
         chosen = loss
-        if args.world_size > 1 and loss.process_group is None:
+        if args.world_size > 1 and loss.process_group in (None, LOCAL):
             chosen = copy.copy(loss)
-            chosen.process_group = dist.group.WORLD
+            chosen.process_group = WORLD
         return UnlearningLoss(forget_pairs, chosen)
 
     def data(args: Any, *rest: Any, **options: Any) -> dict[str, Any]:

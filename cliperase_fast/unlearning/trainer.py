@@ -77,7 +77,7 @@ class Trainer:
             margin=config.margin,
             consistency=config.consistency,
             backend=config.backend,
-            process_group=self.ranks.process_group,
+            process_group=self.ranks.process_group or "local",
         )
         self.steps_per_epoch = loader.plan.steps_per_epoch(config.accumulate)
         self.total_steps = config.epochs * self.steps_per_epoch

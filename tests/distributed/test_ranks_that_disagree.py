@@ -140,7 +140,7 @@ def _not_a_group(rank: int) -> str:
 
 
 def test_something_that_is_no_group_is_named(two):
-    assert all("must be a torch.distributed.ProcessGroup, not str" in text for text in two.run(_not_a_group))
+    assert all("torch.distributed.ProcessGroup, not another str" in text for text in two.run(_not_a_group))
 
 
 def test_an_unknown_way_to_gather_is_named_without_a_group_too():
