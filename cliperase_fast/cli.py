@@ -101,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(evaluate)
     evaluate.add_argument("--data", required=True, metavar="SOURCE", help="what to measure on, see below")
     evaluate.add_argument("--forget", metavar="SELECTOR", help="report these pairs and the others apart")
+    evaluate.add_argument("--json", action="store_true", help="print all scores as JSON, every class, for programs")
     evaluate.add_argument("--output", metavar="FILE", help="also write the scores there, as JSON")
     evaluate.add_argument("--batch-size", type=int, default=256, metavar="N", help="images per batch (default: 256)")
     evaluate.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
@@ -226,6 +227,7 @@ def _unlearn(arguments: argparse.Namespace) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     from cliperase_fast.evaluation import evaluate
+    from cliperase_fast.report import class_table, text_table
 
     scores = evaluate(
         arguments.model,
@@ -237,7 +239,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         progress=sys.stderr.isatty(),
     )
     text = json.dumps(scores, indent=2)
-    print(text)
+    if arguments.json:
+        print(text)
+    else:
+        print("\n\n".join(part for part in (text_table(scores), class_table(scores["per_class"])) if part))
     if arguments.output:
         Path(arguments.output).write_text(text + "\n", encoding="utf-8")
     return 0
@@ -299,9 +304,10 @@ def _backends(arguments: argparse.Namespace) -> int:
 
 def _print_result(result: Any, output: Path) -> None:
     print(result.summary())
-    print(f"\nmodel   {output / 'model'}")
+    print(f"\nmodel    {output / 'model'}")
     if result.config.report:
-        print(f"report  {output / 'report.html'}")
+        print(f"report   {output / 'report.html'}")
+    print(f"verdict  {result.verdict.short}")
 
 
 if __name__ == "__main__":

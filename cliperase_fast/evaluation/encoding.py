@@ -104,14 +104,17 @@ def pair_similarities(encoded: EncodedPairs) -> np.ndarray:
 def require_finite(encoded: EncodedPairs, pairs: PairDataset) -> None:
     """Raise `InputError` when a feature is NaN or infinite, naming the first such image."""
     if not encoded.caption_features.isfinite().all():
-        raise InputError("the model's text features are not finite (NaN or infinity): its weights are damaged")
+        raise InputError(
+            "the model's text features are not finite (NaN or infinity): its weights are damaged, its arithmetic "
+            "overflows, or it normalises features that are all zero"
+        )
     finite = encoded.image_features.isfinite().all(-1)  # [n]
     if not finite.all():
         first = int(finite.long().argmin())
         raise InputError(
             f"{int((~finite).sum())} of the {len(finite)} image features are not finite (NaN or infinity), "
             f"the first that of {pairs.ids[first]!r} in {pairs.name}: the model's weights or these images' "
-            "pixels hold such values"
+            "pixels hold such values, its arithmetic overflows, or it normalises features that are all zero"
         )
 
 

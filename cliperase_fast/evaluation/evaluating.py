@@ -24,7 +24,9 @@ from cliperase_fast.errors import InputError
 from cliperase_fast.evaluation.encoding import encode_pairs, require_finite
 from cliperase_fast.evaluation.scoring import score
 from cliperase_fast.models import ClipAdapter, load_model
+from cliperase_fast.models.precision import in_float32
 from cliperase_fast.models.runtime import check_precision, pick_device
+from cliperase_fast.models.soundness import check_weights
 
 
 def evaluate(
@@ -59,7 +61,8 @@ def evaluate(
     batch_size: images in a forward pass.
     device: "auto" is where a given module stands, and the GPU, if there is one, for a model named by a
         string.
-    precision: arithmetic of the encoders: fp32, bf16, or fp16 (GPU only).
+    precision: arithmetic of the encoders: fp32, bf16, or fp16 (GPU only). Weights in another type are widened (float64:
+        rounded) to float32 in a copy first.
     num_workers: processes that load images.
     progress: show a bar on a terminal.
 
@@ -75,9 +78,11 @@ def evaluate(
     templates = check_templates(templates)
     pairs, forget_mask = _pairs(data, forget, templates)
     check_images(pairs, on_error="raise", progress=progress)
-    adapter = load_model(
+    given = load_model(
         model, tokenizer=tokenizer, transform=transform, device=chosen, truncate=long_captions == "truncate"
     )
+    check_weights(given, "model")
+    adapter = in_float32(given)
     encoded = encode_pairs(
         adapter,
         pairs,

@@ -4,7 +4,7 @@ else."""
 from cliperase_fast.report.data import ReportData
 from cliperase_fast.report.html import write_html
 from cliperase_fast.report.plots import write_plots
-from cliperase_fast.report.table import text_table
-from cliperase_fast.report.wording import verdict
+from cliperase_fast.report.table import class_table, text_table
+from cliperase_fast.report.wording import Verdict, verdict
 
-__all__ = ["ReportData", "text_table", "verdict", "write_html", "write_plots"]
+__all__ = ["ReportData", "Verdict", "class_table", "text_table", "verdict", "write_html", "write_plots"]

@@ -27,7 +27,9 @@ from cliperase_fast.report.wording import (
 
 # No scripts and no fetches, should a name ever slip through unescaped.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-_LEVELS = {"good": "Success", "mixed": "Mixed result", "bad": "Failure", "unknown": "No scores"}
+_LEVELS = {
+    "good": "Success", "mixed": "Mixed result", "bad": "Failure", "nothing": "No result", "unknown": "No scores",
+}  # fmt: skip
 
 
 def write_html(run: ReportData, path: str | Path) -> Path:
@@ -43,7 +45,7 @@ def page(run: ReportData) -> str:
     """The page's HTML. Every text that comes from the run is escaped."""
     result = run.result
     judgement = verdict(result)
-    sentence = f"<b>{_LEVELS[judgement.level]}.</b> {_text(judgement.sentence)}"
+    sentence = f"<b>{_LEVELS[judgement.level]}.</b> {_text(judgement.text)}"
     parts = [
         "<header>",
         f'<p class="kind">CLIPErase unlearning report</p><h1>{_text(run.title)}</h1>',
@@ -52,6 +54,7 @@ def page(run: ReportData) -> str:
         _meters(headline(result)),
         _scores(result),
         _selection(result),
+        _notes(result),
         _figures(run),
         _classes(run),
         _origin(result),
@@ -145,6 +148,11 @@ def _selection(result: Mapping[str, Any]) -> str:
         return ""
     early = " The run stopped early, as no better checkpoint came." if selection.get("stopped_early") else ""
     return f"<section><h2>Why this checkpoint</h2><p>{_text(selection['reason'])}{early}</p></section>"
+
+
+def _notes(result: Mapping[str, Any]) -> str:
+    notes = "".join(f"<p>{_text(note)}.</p>" for note in result.get("notes") or [])
+    return f"<section><h2>To know</h2>{notes}</section>" if notes else ""
 
 
 def _figures(run: ReportData) -> str:

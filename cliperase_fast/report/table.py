@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from cliperase_fast.report.wording import METRICS, cell, change, number, shown_metrics
+from cliperase_fast.report.wording import METRICS, cell, change, number, percent, shown_metrics
 
 _ASCII = str.maketrans({"−": "-", "–": "-", "─": "-", "→": ">"})
 
@@ -52,6 +52,31 @@ def text_table(
     lines.insert(2, rule)
     text = "\n".join(line.rstrip() for line in lines)
     return text if unicode else text.translate(_ASCII)
+
+
+def class_table(per_class: Mapping[str, Mapping[str, Any]], *, limit: int = 20, unicode: bool | None = None) -> str:
+    """Accuracy by class: forget classes first, then the lowest; at most `limit` rows, and how many there are more.
+
+    per_class: of what `evaluate()` returns. Empty for data without classes.
+    """
+    order = {"forget": 0, "mixed": 1}
+    rows = sorted(per_class.items(), key=lambda item: (order.get(item[1]["set"], 2), item[1]["accuracy"], item[0]))
+    texts = [("class", "set", "pairs", "accuracy")]
+    texts += [(name, row["set"], str(row["pairs"]), percent(row["accuracy"])) for name, row in rows[:limit]]
+    if len(texts) == 1:
+        return ""
+    widths = [max(len(text[column]) for text in texts) for column in range(4)]
+    lines = [
+        f"{name.ljust(widths[0])}   {which.ljust(widths[1])}   {pairs.rjust(widths[2])}   {share.rjust(widths[3])}"
+        for name, which, pairs, share in texts
+    ]
+    lines.insert(1, "─" * max(map(len, lines)))
+    if len(rows) > limit:
+        lines.append(f"and {len(rows) - limit} more classes (--json lists all)")
+    if unicode is None:
+        unicode = _encodable("".join(lines), getattr(sys.stdout, "encoding", None))
+    text = "\n".join(lines)
+    return text if unicode else text.translate(_ASCII).encode("ascii", "backslashreplace").decode("ascii")
 
 
 def _widths(block: list[list[str]], heading: str) -> list[int]:

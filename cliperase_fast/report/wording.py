@@ -79,8 +79,24 @@ def shown_metrics(*sets: Mapping[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class Verdict:
+    """What came of a run: the same words in the terminal, in result.json and on the page.
+
+    opening: the judgement alone, "Not forgotten". sentence: with the scores. advice: what to change, empty where all is
+    well.
+    """
+
+    opening: str
     sentence: str
-    level: str  # "good", "mixed", "bad" or "unknown"
+    level: str  # "good", "mixed", "bad", "nothing" (there was nothing to forget) or "unknown"
+    advice: str = ""
+
+    @property
+    def text(self) -> str:
+        return f"{self.sentence} {self.advice}".rstrip()
+
+    @property
+    def short(self) -> str:
+        return f"{self.opening}. {self.advice}".rstrip()
 
 
 @dataclass(frozen=True)
@@ -91,6 +107,7 @@ class Headline:
     action: str  # what the model does with a share of the images
     forget: tuple[float, float]  # before, after
     retain: tuple[float, float] | None
+    chance: float  # what guessing scores; 0 where that is not known
 
 
 def headline(result: Mapping[str, Any]) -> Headline | None:
@@ -99,8 +116,16 @@ def headline(result: Mapping[str, Any]) -> Headline | None:
     for metric, action in actions.items():
         forget, retain = before_after(result, "forget", metric), before_after(result, "retain", metric)
         if forget is not None:
-            return Headline(metric, action, forget, retain)
+            return Headline(metric, action, forget, retain, _chance(result, metric))
     return None
+
+
+def _chance(result: Mapping[str, Any], metric: str) -> float:
+    if metric == "zero_shot_top1":
+        choices = float(len(result.get("per_class") or {}))
+    else:
+        choices = number(((result.get("before") or {}).get("forget") or {}).get("gallery_captions")) or 0.0
+    return 1 / choices if choices >= 2 else 0.0
 
 
 def before_after(result: Mapping[str, Any], which: str, metric: str) -> tuple[float, float] | None:
@@ -109,47 +134,110 @@ def before_after(result: Mapping[str, Any], which: str, metric: str) -> tuple[fl
 
 
 def verdict(result: Mapping[str, Any]) -> Verdict:
-    """What came of it, in one sentence, with the failures said as plainly as the success.
+    """What came of it, in one sentence, with the failures said as plainly as the success, and what to change.
 
-    Forgotten: at most 1 % left. Almost, partly: at most a tenth, at most three quarters of what there was.
-    The retain pairs were kept when they lost no more than the configuration's `retain_floor` (2 points
-    without one).
+    Forgotten: at most 1 % left. Almost, partly: at most a tenth, at most three quarters of what there was. There was
+    nothing to forget where the model scored at most 1 % before, and little where it did no better than chance. The
+    retain pairs were kept when they lost no more than the configuration's `retain_floor` (2 points without one).
     """
     head = headline(result)
     if head is None:
-        return Verdict(
-            "There are no scores of the forget pairs, so nothing can be said about the forgetting.", "unknown"
-        )
+        nothing = "There are no scores of the forget pairs, so nothing can be said about the forgetting"
+        return Verdict(nothing, f"{nothing}.", "unknown")
     before, after = head.forget
     forgotten = after <= FORGOTTEN
     almost = not forgotten and after <= 0.1 * before
     partly = not forgotten and not almost and after <= 0.75 * before
-    little = before <= FORGOTTEN  # nothing was there to forget
+    little = before <= max(FORGOTTEN, head.chance)
 
-    floor = number((result.get("config") or {}).get("retain_floor"))
+    floor = _floor(result)
     drop = 0.0 if head.retain is None else head.retain[0] - head.retain[1]
-    kept = drop <= (RETAIN_FLOOR if floor is None else floor) + 1e-9  # the rounding of a fraction is no drop
+    kept = drop <= floor + 1e-9  # the rounding of a fraction is no drop
     heavy = drop > 0.1
+    wrong_way = little and after > max(FORGOTTEN, before)
 
-    if little:
-        opening = "There was nothing to forget" if after <= FORGOTTEN else "The forgetting went the wrong way"
+    if wrong_way:
+        opening = "The forgetting went the wrong way"
+    elif little:
+        opening = f"There was {'nothing' if before <= FORGOTTEN else 'little'} to forget"
     elif forgotten or almost:
         opening = "Forgotten" if forgotten else "Almost forgotten"
     else:
         opening = "Only partly forgotten" if partly else "Not forgotten"
     if not kept:
         joined = ", but at a heavy price" if heavy else ", but at a price"
-        opening += joined if forgotten or almost else ", and the rest suffered" + (" badly" if heavy else "")
+        done = (forgotten or almost) and not little
+        opening += joined if done else ", and the rest suffered" + (" badly" if heavy else "")
     elif head.retain is not None and forgotten and not little:
         opening += ", and the rest kept"
 
-    verb = "now" if forgotten or almost else "still"
-    sentence = f"{opening}: the model {verb} {head.action} {percent(after)} of the forget images"
-    sentence += f" ({percent(before)} before)"
+    if little and not wrong_way:
+        sentence = f"{opening}: the model already scored {percent(before)} on the forget pairs before the run"
+        if before > FORGOTTEN:
+            sentence += f", no better than chance ({percent(head.chance)})"
+        sentence += f", and scores {percent(after)} after it"
+    else:
+        verb = "now" if forgotten or almost or wrong_way else "still"
+        sentence = f"{opening}: the model {verb} {head.action} {percent(after)} of the forget images"
+        sentence += f" ({percent(before)} before)"
     if head.retain is not None:
         rest = f"{percent(head.retain[1])} of the others ({percent(head.retain[0])} before)"
         sentence += f" and {rest}" if kept else f" and only {rest}, {100 * drop:.1f} points fewer"
-    level = "good" if (forgotten or almost) and kept and not little else "bad"
-    if (partly and kept) or (little and kept) or ((forgotten or almost) and not kept and not heavy):
+        sentence += "" if kept else f" where retain_floor allows {100 * floor:g}"
+
+    good = (forgotten or almost) and not little
+    if little and kept and not wrong_way:
+        level = "nothing"
+    elif good and kept:
+        level = "good"
+    elif not little and ((partly and kept) or (good and not heavy)):
         level = "mixed"
-    return Verdict(sentence + ".", level)
+    else:
+        level = "bad"
+    advice = _of_little(head) if little else "" if level == "good" else _advice(result, good, kept)
+    return Verdict(opening, sentence + ".", level, advice)
+
+
+def _floor(result: Mapping[str, Any]) -> float:
+    floor = number((result.get("config") or {}).get("retain_floor"))
+    return RETAIN_FLOOR if floor is None else floor
+
+
+def _of_little(head: Headline) -> str:
+    if head.retain is not None and head.retain[0] <= max(FORGOTTEN, head.chance):
+        return (
+            "The other pairs score no better than chance either: check that the model, its transform and the captions "
+            "belong together."
+        )
+    return "Choose forget pairs that the model gets right."
+
+
+def _advice(result: Mapping[str, Any], forgotten: bool, kept: bool) -> str:
+    """What to change where something is left to be wished for."""
+    config = result.get("config") or {}
+
+    def now(name: str) -> str:
+        value = number(config.get(name))
+        return name if value is None else f"{name} (now {value:g})"
+
+    if not forgotten and number(config.get("lambda_forget")) == 0:
+        return "With lambda_forget=0 nothing pushes the forget pairs apart: set it above 0 (default 3)."
+    if forgotten:
+        return f"Lower {now('learning_rate')} or {now('epochs')}, or raise lambda_retain or lambda_consistency."
+    if not kept:
+        return (
+            f"Lower {now('learning_rate')} and raise {now('epochs')}, or raise lambda_retain, lambda_consistency or "
+            "batch_size."
+        )
+    selection = result.get("selection") or {}
+    lowest, chosen = selection.get("lowest") or {}, selection.get("validation") or {}
+    least, ours = number(lowest.get("forget")), number(chosen.get("forget"))
+    if config.get("select") != "last" and least is not None and ours is not None and least < 0.75 * ours:
+        return (
+            f"On the validation split epoch {lowest.get('epoch')} forgot more (forget {percent(least)}) but kept less "
+            f"(retain {percent(number(lowest.get('retain')))}) than retain_floor allows: raise {now('retain_floor')}, "
+            "lambda_retain, lambda_consistency or batch_size."
+        )
+    unchanged = result.get("before") is not None and result.get("before") == result.get("after")
+    start = "The scores are exactly as before: raise" if unchanged else "Raise"
+    return f"{start} {now('learning_rate')} or {now('epochs')}, or {now('lambda_forget')}."

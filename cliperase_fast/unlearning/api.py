@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,20 +21,27 @@ from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.data import PairDataset
 from cliperase_fast.data.pixel_cache import PixelCache
 from cliperase_fast.distributed import joined
-from cliperase_fast.errors import InputError, UnlearningError
-from cliperase_fast.evaluation import EncodedPairs, encode_pairs, pair_similarities, require_finite, score
-from cliperase_fast.models import ClipAdapter, load_model, merge_lora, set_trainable
+from cliperase_fast.errors import InputError
+from cliperase_fast.evaluation import pair_similarities
+from cliperase_fast.models import ClipAdapter, load_model, set_trainable
 from cliperase_fast.models.blocks import plain_blocks, thrifty_blocks
 from cliperase_fast.models.embedding import merge_rows, train_rows
+from cliperase_fast.models.precision import in_float32, weight_dtypes
+from cliperase_fast.models.soundness import check_weights
 from cliperase_fast.ops import choose
+from cliperase_fast.report import verdict
 from cliperase_fast.unlearning.batches import BatchLoader, BatchPlan, CaptionTable, seeded
 from cliperase_fast.unlearning.engine import Engine, LocalEngine
+from cliperase_fast.unlearning.examining import Examiner, by_set, embeddings, lowest, per_class
 from cliperase_fast.unlearning.front import keep_front
+from cliperase_fast.unlearning.giving_back import give_back
 from cliperase_fast.unlearning.preparation import PreparedData, Split, open_sets, prepare_data
+from cliperase_fast.unlearning.probing import check_features, check_gradient, check_teacher
+from cliperase_fast.unlearning.resolution import merge_lora, notes
 from cliperase_fast.unlearning.result import UnlearnResult
 from cliperase_fast.unlearning.resuming import check_directory, fixed_settings, resume_from, work_directory
 from cliperase_fast.unlearning.runtime import Runtime
-from cliperase_fast.unlearning.selection import Candidate, Selection
+from cliperase_fast.unlearning.selection import Selection
 from cliperase_fast.unlearning.teacher import LiveTeacher, Teacher, cache_teacher
 from cliperase_fast.unlearning.trainer import Trainer
 from cliperase_fast.unlearning.zero import ShardedTeacher, ZeroEngine, read_deepspeed, torch_put_back
@@ -59,7 +67,8 @@ def unlearn(
 
     model: an open_clip model, a transformers CLIPModel, a module with encode_image, encode_text and logit_scale, or a
         string ("ViT-B-32:openai", "ARCH:/path/to/checkpoint", "local-dir:DIR", a transformers folder). It is left
-        untouched.
+        untouched. Training is in float32 whatever the weights are; those of an instance in another type are rounded to
+        that type once at the end, unless that would undo the forgetting (result.record["weights"] says which).
     forget, retain: map-style datasets of (image, caption) pairs, or source strings: forget "SOURCE#SELECTOR" such as
         "cifar10:/data#class:airplane", retain "rest", "SOURCE" or "SOURCE#SELECTOR". An image is a PIL image or a
         tensor [3, H, W] that is passed on as it is; a caption is a string, a list of strings, or token ids [L].
@@ -112,7 +121,7 @@ def _unlearn(
     zero = ranks.together(lambda: _check_settings(settings, directory, resume, runtime))
     sets = ranks.together(lambda: open_sets(forget, retain, test, settings, templates=templates))
     ranks.agree({**settings.to_dict(), "the pairs": sets.fingerprint()})
-    original, frozen = ranks.together(lambda: _models(model, teacher, tokenizer, settings, runtime))
+    given, original, frozen = ranks.together(lambda: _models(model, teacher, tokenizer, settings, runtime))
     data = prepare_data(sets, settings, progress=runtime.progress, ranks=ranks)
     train_transform, random_transform = _transforms(original, transform, data.train.pairs)
     if random_transform and settings.teacher_cache in ("memory", "disk"):
@@ -123,7 +132,7 @@ def _unlearn(
     frozen.transform = original.transform
 
     identity = {
-        "model": original.identity(),
+        "model": given.identity(),
         "teacher": frozen.identity(),
         "data": data.fingerprint(),
         "config": fixed_settings(settings),
@@ -136,16 +145,18 @@ def _unlearn(
         if zero is not None:
             stack.enter_context(torch_put_back())
         live = _teacher_is_live(settings, random_transform)
-        # A model that was loaded here is nobody else's: it is trained itself, once the teacher's features are kept.
-        student = original if isinstance(model, (str, Path)) and not (live and teacher is None) else original.clone()
+        # A model made here is nobody else's: it is trained itself, once the teacher's features are kept.
+        ours = original is not given or isinstance(model, (str, Path))
+        student = original if ours and not (live and teacher is None) else original.clone()
         parameters = set_trainable(student, settings.trainable, settings.lora_rank, settings.lora_alpha)
         captions = CaptionTable(data.train.pairs, original.token_ids)
         if settings.weight_decay == 0:
             parameters = train_rows(student, parameters, captions.tokens)
 
         cache = PixelCache(settings.image_cache_mib * 2**20) if settings.num_workers == 0 else None
-        examiner = _Examiner(runtime, cache)
+        examiner = Examiner(runtime, cache)
         test_before = examiner.encode(original, data.test, finite=True)
+        check_features(test_before, data.test.pairs)
         scores_before = examiner.score(test_before, data.test)
         validation_before = examiner.candidate(original, data.validation, 0, 0)
 
@@ -161,9 +172,10 @@ def _unlearn(
             ranks=ranks,
             cache=cache,
         )
+        pixels, tokens = loader.pixels[0, 0], captions.rows([0])
+        ranks.together(partial(check_gradient, student, parameters, pixels, tokens, settings, runtime))
         if settings.lambda_consistency > 0:
-            pixels = loader.pixels[0, 0]
-            ranks.together(partial(_try_teacher, settings, frozen, captions, pixels, test_before, runtime))
+            ranks.together(partial(check_teacher, settings, frozen, captions, pixels, test_before, runtime))
         work = ranks.from_first(lambda: work_directory(directory, settings, stack))
         engine = _engine(student, parameters, settings, runtime, zero)
         trainer = Trainer(
@@ -179,7 +191,9 @@ def _unlearn(
             identity,
             resumable=directory is not None,
         )
-        del frozen, original  # the student may be all that is left of them
+        weights = {"given": weight_dtypes(given), "trained": "float32"}
+        rounded_to = None if given is original else given
+        del frozen, original, given  # the student may be all that is left of them
         if isinstance(engine, LocalEngine):  # DeepSpeed follows the order of modules, which recomputing changes
             thrifty_blocks(student)  # not before: what was measured and cached is the model's as it came
             if ranks.size == 1 and not random_transform and not live:
@@ -193,16 +207,16 @@ def _unlearn(
         merge_rows(student)
         plain_blocks(student)
         if settings.trainable == "lora":
-            merge_lora(student)
-        student.module.requires_grad_(True)  # what was frozen for this run is the caller's to train again
-        test_after = examiner.encode(student, data.test)
-        scores_after = examiner.score(test_after, data.test)
+            merge_lora(student, settings)
+        for parameter in student.module.parameters():  # what was frozen for this run is the caller's to train again
+            parameter.requires_grad_(parameter.is_floating_point())
+        back = give_back(student, rounded_to, test_before, examiner, data.test)
 
     assert done.best is not None
     record = {
         "before": {name: scores_before[name] for name in ("forget", "retain")},
-        "after": {name: scores_after[name] for name in ("forget", "retain")},
-        "per_class": _per_class(scores_before["per_class"], scores_after["per_class"]),
+        "after": {name: back.scores[name] for name in ("forget", "retain")},
+        "per_class": per_class(scores_before["per_class"], back.scores["per_class"]),
         "selection": {
             "epoch": done.best.epoch,
             "step": done.best.step,
@@ -214,8 +228,11 @@ def _unlearn(
                 "forget_before": validation_before.forget,
                 "retain_before": validation_before.retain,
             },
+            "lowest": lowest(done.looks),
             "stopped_early": done.stopped_early,
         },
+        "notes": [*notes(done.metrics, settings.to_dict()), *([back.note] if back.note else [])],
+        "weights": {**weights, "returned": weight_dtypes(back.adapter)},
         "model": str(model) if isinstance(model, (str, Path)) else type(model).__name__,
         "data": {
             **data.names,
@@ -235,61 +252,23 @@ def _unlearn(
         "versions": installed_versions("torch", "open_clip_torch", "transformers", "numpy"),
         "seed": settings.seed,
     }
+    record["verdict"] = asdict(verdict(record))
     result = UnlearnResult(
-        adapter=student,
+        adapter=back.adapter,
         config=settings,
         history=done.metrics,
         record=record,
         similarities={
-            "before": _by_set(pair_similarities(test_before), data.test),
-            "after": _by_set(pair_similarities(test_after), data.test),
+            "before": by_set(pair_similarities(test_before), data.test),
+            "after": by_set(pair_similarities(back.encoded), data.test),
         },
-        **_embeddings(test_before, test_after, data.test, settings.seed),
+        **embeddings(test_before, back.encoded, data.test, settings.seed),
     )
     if directory is not None:
         ranks.from_first(lambda: str(result.save(directory)))
     if ranks.local_rank == 0:
         shutil.rmtree(work / "cache", ignore_errors=True)  # the teacher's features, of no more use
     return result
-
-
-class _Examiner:
-    """Scores models on a split and counts the seconds it takes."""
-
-    def __init__(self, runtime: Runtime, cache: PixelCache | None) -> None:
-        self.runtime, self.cache, self.seconds = runtime, cache, 0.0
-
-    def encode(self, adapter: ClipAdapter, part: Split, finite: bool = False) -> EncodedPairs:
-        began = time.perf_counter()
-        encoded = encode_pairs(
-            adapter,
-            part.pairs,
-            batch_size=self.runtime.batch_size,
-            device=self.runtime.device,
-            precision=self.runtime.precision,
-            num_workers=self.runtime.num_workers,
-            progress=self.runtime.progress,
-            ranks=self.runtime.ranks,
-            cache=self.cache,
-        )
-        if finite:
-            require_finite(encoded, part.pairs)
-        self.seconds += time.perf_counter() - began
-        return encoded
-
-    def score(self, encoded: EncodedPairs, part: Split) -> dict[str, Any]:
-        began = time.perf_counter()
-        scores = self.runtime.ranks.from_first(
-            lambda: score(encoded, part.pairs, part.forget_mask, device=self.runtime.device)
-        )
-        self.seconds += time.perf_counter() - began
-        return scores
-
-    def candidate(self, adapter: ClipAdapter, part: Split, step: int, epoch: int) -> Candidate:
-        scores = self.score(self.encode(adapter, part), part)
-        name = "zero_shot_top1" if part.pairs.classes is not None else "image_to_text_r@1"
-        forget, retain = scores["forget"], scores["retain"]
-        return Candidate(step, epoch, forget[name], retain[name], forget["pair_similarity"])
 
 
 def _settings(
@@ -351,41 +330,21 @@ def _models(
     tokenizer: Callable[[Sequence[str]], Tensor] | None,
     settings: UnlearnConfig,
     runtime: Runtime,
-) -> tuple[ClipAdapter, ClipAdapter]:
-    """The model, and the teacher, which reads the same tokens and pixels; its width may differ."""
+) -> tuple[ClipAdapter, ClipAdapter, ClipAdapter]:
+    """The model as it was given and in float32 (the same object where it is), and the teacher in float32, which reads
+    the same tokens and pixels; its width may differ."""
     cut = settings.long_captions == "truncate"
-    original = load_model(model, tokenizer=tokenizer, truncate=cut, device=runtime.device)
+    given = load_model(model, tokenizer=tokenizer, truncate=cut, device=runtime.device)
+    check_weights(given, "model")
+    original = in_float32(given)
     original.check_saveable()
+    if isinstance(model, (str, Path)):
+        given = original
     if teacher is None:
-        return original, original
-    return original, load_model(teacher, tokenizer=original.tokenize, device=runtime.device)
-
-
-def _try_teacher(
-    config: UnlearnConfig,
-    teacher: ClipAdapter,
-    captions: CaptionTable,
-    pixels: Tensor,
-    student: EncodedPairs,
-    runtime: Runtime,
-) -> None:
-    """Encode one pair, so that a teacher that cannot is an error before anything is written."""
-    try:
-        with runtime.inference(teacher):
-            teacher.encode_image(pixels[None].to(runtime.device))
-            width = teacher.encode_text(captions.rows([0]).to(runtime.device)).shape[1]
-    except RuntimeError as error:
-        if isinstance(error, UnlearningError):
-            raise
-        raise InputError(
-            f"the teacher cannot encode the model's images and tokens ({error}); it needs the same image size and "
-            "tokenizer"
-        ) from error
-    if config.consistency == "features" and width != student.image_features.shape[1]:
-        raise InputError(
-            f"consistency='features' compares features directly, and the teacher's are {width} wide and the model's "
-            f"{student.image_features.shape[1]}; use 'logits' or 'intra' with a teacher like this"
-        )
+        return given, original, original
+    frozen = load_model(teacher, tokenizer=original.tokenize, device=runtime.device)
+    check_weights(frozen, "teacher")
+    return given, original, in_float32(frozen)
 
 
 def _plan(config: UnlearnConfig, train: Split) -> BatchPlan:
@@ -455,35 +414,3 @@ def _teacher(
         directory=work / "cache",
         pixels=loader.pixels.cache,
     )
-
-
-def _per_class(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: {"set": row["set"], "pairs": row["pairs"], "before": row["accuracy"], "after": after[name]["accuracy"]}
-        for name, row in before.items()
-    }
-
-
-def _by_set(values: np.ndarray, part: Split) -> dict[str, np.ndarray]:
-    return {"forget": values[part.forget_mask], "retain": values[~part.forget_mask]}
-
-
-def _embeddings(before: EncodedPairs, after: EncodedPairs, part: Split, seed: int) -> dict[str, Any]:
-    """Image features of at most 600 test images, a third of them forget pairs where there are as many."""
-    generator = np.random.default_rng(seed)
-    forget = generator.permutation(part.n_forget)[:200]
-    retain = part.n_forget + generator.permutation(len(part.pairs) - part.n_forget)[: 600 - len(forget)]
-    chosen = np.sort(np.concatenate([forget, retain]))
-    labels, classes = part.pairs.labels, part.pairs.classes
-    if labels is None or classes is None:
-        names = [part.pairs.ids[index] for index in chosen]
-    else:
-        names = [classes[labels[index]] for index in chosen]
-    return {
-        "embeddings": {
-            "before": np.asarray(before.image_features)[chosen],
-            "after": np.asarray(after.image_features)[chosen],
-        },
-        "embedding_sets": ["forget" if index < part.n_forget else "retain" for index in chosen],
-        "embedding_labels": names,
-    }

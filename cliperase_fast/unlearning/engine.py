@@ -40,11 +40,7 @@ class Engine(ABC):
         self.saved: dict[str, Tensor] = {**dict(parameters), **dict(student.module.named_buffers())}
 
     def train_mode(self) -> None:
-        """Dropout on; batch norms keep the original's statistics, which batches rich in forget pairs would shift."""
-        self.training.module.train()
-        for module in self.training.module.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
+        train_mode(self.training.module)
 
     def backward(self, batch: Batch, share: float, terms_of: Terms) -> LossTerms:
         """Add `share` of the batch's gradient to the parameters'; the terms are the whole batch's."""
@@ -78,6 +74,10 @@ class Engine(ABC):
     @abstractmethod
     def step(self, rate: float) -> tuple[Tensor, bool]:
         """(norm of the gathered gradient before clipping, whether it is fit for going on); the gradient is used up."""
+
+    @abstractmethod
+    def stepped(self) -> list[tuple[Tensor, Tensor | None]]:
+        """What this rank's optimizer steps: float32 weights and, after a step, Adam's first moment of each."""
 
     @abstractmethod
     def weights(self) -> dict[str, Tensor]:
@@ -136,6 +136,14 @@ class Engine(ABC):
         return [-(-count // self.config.grad_cache_chunk) for count in rows]
 
 
+def train_mode(module: nn.Module) -> None:
+    """Dropout on; batch norms keep the original's statistics, which batches rich in forget pairs would shift."""
+    module.train()
+    for part in module.modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm):
+            part.eval()
+
+
 class LocalEngine(Engine):
     """The whole student on every rank.
 
@@ -169,6 +177,10 @@ class LocalEngine(Engine):
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return norm, True
+
+    def stepped(self) -> list[tuple[Tensor, Tensor | None]]:
+        state = self.optimizer.state
+        return [(p, state[p][MOMENTS[0]] if p in state else None) for p in self.parameters]
 
     def weights(self) -> dict[str, Tensor]:
         return self.saved

@@ -12,7 +12,7 @@ from torch import nn
 
 from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.models import ClipAdapter
-from cliperase_fast.report import ReportData, text_table, write_html, write_plots
+from cliperase_fast.report import ReportData, Verdict, text_table, verdict, write_html, write_plots
 from cliperase_fast.unlearning.checkpoints import write_text_atomically
 
 
@@ -50,9 +50,15 @@ class UnlearnResult:
     def selection(self) -> dict[str, Any]:
         return self.record["selection"]
 
+    @property
+    def verdict(self) -> Verdict:
+        """What came of it in words, and what to change; report.html and result.json say the same."""
+        return verdict(self.record)
+
     def summary(self) -> str:
-        """A before/after table in plain text, and why this checkpoint was chosen."""
-        return f"{text_table(self.before, self.after)}\n\n{self.selection['reason']}"
+        """What came of it, a before/after table in plain text, why this checkpoint was chosen, and what to know."""
+        table, reason = text_table(self.before, self.after), self.selection["reason"]
+        return "\n\n".join([self.verdict.text, table, reason, *(f"{note}." for note in self.record["notes"])])
 
     def save(self, directory: str | Path) -> Path:
         """Write config.json, metrics.jsonl, result.json, model/, plots/ and report.html; returns the folder.

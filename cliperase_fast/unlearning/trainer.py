@@ -25,6 +25,7 @@ from cliperase_fast.losses import CLIPEraseLoss
 from cliperase_fast.unlearning import checkpoints
 from cliperase_fast.unlearning.batches import Batch, BatchLoader
 from cliperase_fast.unlearning.engine import Engine
+from cliperase_fast.unlearning.resolution import ChangeMeter
 from cliperase_fast.unlearning.runtime import Runtime
 from cliperase_fast.unlearning.selection import Candidate, Selection
 from cliperase_fast.unlearning.teacher import Teacher
@@ -82,6 +83,7 @@ class Trainer:
         self.steps_per_epoch = loader.plan.steps_per_epoch(config.accumulate)
         self.total_steps = config.epochs * self.steps_per_epoch
         self.progress = Progress()
+        self.meter = ChangeMeter(config, self.steps_per_epoch, self.total_steps, self.ranks)
 
     def run(self) -> Progress:
         """Train to the end (or to the early stop) and leave the chosen weights in the student."""
@@ -140,6 +142,7 @@ class Trainer:
             looks_without_better=state["looks_without_better"],
             stopped_early=state["stopped_early"],
         )
+        self.meter.resume(self.progress.metrics)
 
     def _step(self, batches: list[Batch]) -> dict[str, Any]:
         began = time.perf_counter()
@@ -154,19 +157,22 @@ class Trainer:
         values = [value / len(batches) for value in sums.tolist()]
         if not math.isfinite(values[0]):
             raise self._not_finite(number, values)
+        self.meter.before(self.progress.step, self.engine)
         norm, fine = self.engine.step(rate)
         if not fine:
             raise self._not_finite(number, values, gradient=True)
+        measured = self.meter.after(self.progress.step, self.engine, rate, norm)
         self.progress.step = number
         seconds = self.ranks.numbers(time.perf_counter() - began)
         self.progress.seconds += seconds[0]
         plan = self.loader.plan
-        line = {
+        line: dict[str, Any] = {
             "step": number,
             "epoch": (number - 1) // self.steps_per_epoch,
             **dict(zip(LossTerms._fields, values, strict=True)),
             "learning_rate": rate,
             "grad_norm": float(norm),
+            **measured,
             "pairs_per_second": len(batches) * (plan.forget_pairs + plan.retain_pairs) / seconds[0],
         }
         if self.ranks.size > 1:

@@ -262,6 +262,10 @@ class ZeroEngine(Engine):
         norm = torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32, device=self.runtime.device)
         return norm, bool(torch.isfinite(norm))
 
+    def stepped(self) -> list[tuple[Tensor, Tensor | None]]:
+        inner = self._engine.optimizer.optimizer
+        return [(flat, inner.state[flat][MOMENTS[0]]) for flat in self._flat()]
+
     def weights(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param
 

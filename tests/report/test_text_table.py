@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from report_sample import sample_result, scores
 
-from cliperase_fast.report import text_table
+from cliperase_fast.report import class_table, text_table
 
 
 def test_the_table_holds_every_metric_before_after_and_change():
@@ -68,3 +68,21 @@ def test_an_evaluation_by_itself_has_one_column():
     lines = text_table({"all": scores(360, 0.9, 0.5, 0.3), "per_class": {}}, unicode=True).splitlines()
     assert lines[1].split() == ["score"]
     assert lines[3].split() == ["Zero-shot", "accuracy", "90.0%"]
+
+
+def test_the_classes_that_matter_most_come_first_and_the_others_are_counted():
+    rows = {f"c{number:03d}": {"set": "retain", "pairs": 9, "accuracy": number / 100} for number in range(100)}
+    rows["zebra"] = {"set": "forget", "pairs": 4, "accuracy": 1.0}
+    lines = class_table(rows, limit=3, unicode=False).splitlines()
+    assert lines[0].split() == ["class", "set", "pairs", "accuracy"]
+    assert [line.split() for line in lines[2:5]] == [
+        ["zebra", "forget", "4", "100.0%"], ["c000", "retain", "9", "0.0%"], ["c001", "retain", "9", "1.0%"],
+    ]  # fmt: skip
+    assert lines[5].startswith("and 98 more classes")
+    assert class_table({}) == ""
+
+
+def test_class_names_a_terminal_cannot_show_are_escaped():
+    rows = {"café": {"set": "all", "pairs": 1, "accuracy": 0.5}}
+    assert class_table(rows, unicode=False).isascii()
+    assert "café" in class_table(rows, unicode=True)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 from report_sample import sample_result, scores
 
@@ -24,8 +26,10 @@ from cliperase_fast.report.wording import before_after, change, percent, shown_m
         ((0.98, 0.0), (0.97, 0.22), "bad", ["Forgotten, but at a heavy price", "75.0 points fewer"]),
         ((0.98, 0.99), (0.97, 0.22), "bad", ["Not forgotten, and the rest suffered badly"]),
         ((0.98, 0.5), (0.97, 0.92), "bad", ["Only partly forgotten, and the rest suffered"]),
-        ((0.0, 0.0), (0.97, 0.97), "mixed", ["There was nothing to forget"]),
-        ((0.0, 0.3), (0.97, 0.97), "mixed", ["went the wrong way"]),
+        ((0.0, 0.0), (0.97, 0.97), "nothing", ["There was nothing to forget: the model already scored 0.0%"]),
+        ((0.25, 0.0), (0.97, 0.97), "nothing", ["There was little to forget", "no better than chance (25.0%)"]),
+        ((0.0, 0.0), (0.97, 0.5), "bad", ["There was nothing to forget, and the rest suffered badly"]),
+        ((0.0, 0.3), (0.97, 0.97), "bad", ["went the wrong way"]),
     ],
 )
 def test_the_verdict_says_what_the_numbers_say(forget, retain, level, words):
@@ -34,6 +38,46 @@ def test_the_verdict_says_what_the_numbers_say(forget, retain, level, words):
     for word in words:
         assert word in found.sentence
     assert found.sentence.count(". ") == 0  # one sentence
+
+
+@pytest.mark.parametrize(
+    ("forget", "retain", "changes", "advice"),
+    [
+        ((0.98, 0.0), (0.97, 0.965), {}, None),
+        ((0.98, 0.97), (0.97, 0.97), {}, r"Raise learning_rate \(now 0.0001\) or epochs \(now 20\)"),
+        ((0.98, 0.97), (0.97, 0.97), {"lambda_forget": 0.0}, "lambda_forget=0 nothing pushes"),
+        ((0.98, 0.0), (0.97, 0.92), {}, r"Lower learning_rate \(now 0.0001\)"),
+        ((0.98, 0.97), (0.97, 0.5), {}, "Lower learning_rate .* raise epochs"),
+        ((0.0, 0.0), (0.97, 0.97), {}, "Choose forget pairs that the model gets right"),
+        ((0.2, 0.2), (0.25, 0.25), {}, "model, its transform and the captions belong together"),
+    ],
+)
+def test_the_advice_says_what_to_change(forget, retain, changes, advice):
+    result = sample_result(forget, retain)
+    result["config"].update({"epochs": 20, **changes})
+    found = verdict(result)
+    if advice is None:
+        assert found.advice == ""
+    else:
+        assert re.search(advice, found.advice)
+    assert found.text.startswith(found.sentence)
+    assert found.text.endswith(found.advice)
+    assert found.short.startswith(found.opening)
+
+
+def test_a_floor_that_stood_in_the_way_is_named():
+    result = sample_result((0.98, 0.97), (0.97, 0.97))
+    result["selection"] = {
+        "validation": {"forget": 0.97, "retain": 0.97},
+        "lowest": {"epoch": 7, "forget": 0.1, "retain": 0.8},
+    }
+    assert re.search(r"epoch 7 forgot more \(forget 10.0%\).*raise retain_floor \(now 0.02\)", verdict(result).advice)
+
+
+def test_scores_that_did_not_move_at_all_are_said_to_be_so():
+    result = sample_result((0.98, 0.98), (0.97, 0.97))
+    result["after"] = result["before"]
+    assert "exactly as before: raise learning_rate" in verdict(result).advice
 
 
 def test_the_retain_floor_of_the_configuration_decides_what_a_drop_is():

@@ -1,5 +1,6 @@
 """`cliperase-fast unlearn` and `evaluate` from end to end, on a tiny CLIP and a folder of flat colours."""
 
+import html
 import json
 
 import pytest
@@ -37,6 +38,10 @@ def test_unlearn_then_evaluate(tmp_path, model, data, capsys):
     assert call(*words) == 0
     told = capsys.readouterr()
     assert "Zero-shot accuracy" in told.out
+    verdict = json.loads((output / "result.json").read_text())["verdict"]
+    assert told.out.startswith(verdict["sentence"])
+    assert told.out.splitlines()[-1] == f"verdict  {verdict['opening']}. {verdict['advice']}".rstrip()
+    assert html.escape(verdict["sentence"]) in (output / "report.html").read_text()
     assert str(output / "report.html") in told.out
     assert "step/s" not in told.err, "no progress bar where standard error is no terminal"
     assert {path.name for path in output.iterdir()} >= {
@@ -50,6 +55,10 @@ def test_unlearn_then_evaluate(tmp_path, model, data, capsys):
     scores = tmp_path / "scores.json"
     evaluate = ["evaluate", "--model", f"local-dir:{output / 'model'}", "--data", data, "--forget", "class:red"]
     assert call(*evaluate, "--output", scores) == 0
+    table = capsys.readouterr().out
+    assert "Zero-shot accuracy" in table
+    assert table.splitlines()[-3].split()[:3] == ["red", "forget", "10"]
+    assert call(*evaluate, "--json") == 0
     assert json.loads(capsys.readouterr().out) == json.loads(scores.read_text())
     assert json.loads(scores.read_text())["forget"]["pairs"] == 10
 

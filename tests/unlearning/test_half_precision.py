@@ -1,0 +1,152 @@
+"""Models whose weights are not float32: trained in float32, given back in their own types where these can hold it."""
+
+import json
+
+import open_clip
+import pytest
+import torch
+from open_clip.model import convert_weights_to_lp
+from tiny import QUICK, make_pairs, make_tiny_clip, split_pairs
+
+import cliperase_fast as cf
+from cliperase_fast.models import load_model
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float64]
+RED, REST = split_pairs(make_pairs(), "red")
+
+
+def run(model, **changes):
+    return cf.unlearn(model, RED, REST, **{**QUICK, "select": "last", **changes})
+
+
+def forget_change(result):
+    return result.after["forget"]["pair_similarity"] - result.before["forget"]["pair_similarity"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_instance_comes_out_like_the_same_weights_in_float32(dtype):
+    model = make_tiny_clip().to(dtype)
+    same = make_tiny_clip().to(dtype).float()
+    here, there = run(model, learning_rate=1e-5), run(same, learning_rate=1e-5)
+    assert here.before == there.before
+    assert forget_change(here) == pytest.approx(forget_change(there), rel=0.1)
+    assert forget_change(there) < -1e-4
+    assert next(model.parameters()).dtype == dtype, "the caller's model stays as it was"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weights_come_back_in_the_type_given_and_the_scores_are_theirs(dtype, tmp_path):
+    model = make_tiny_clip().to(dtype)
+    result = run(model, learning_rate=3e-3, output_dir=tmp_path / "run")
+    assert {parameter.dtype for parameter in result.model.parameters()} == {dtype}
+    name = str(dtype).removeprefix("torch.")
+    assert result.record["weights"] == {"given": name, "trained": "float32", "returned": name}
+    assert result.record["notes"] == []
+    test = split_pairs(make_pairs(seed=5), "red")
+    scored = run(model, learning_rate=3e-3, test=test)
+    again = cf.evaluate(scored.model, test[0] + test[1], forget=[True] * 12 + [False] * 24, progress=False)
+    assert again["forget"] == scored.after["forget"]
+    saved, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'run' / 'model'}")
+    for parameter, mine in zip(saved.parameters(), result.model.parameters(), strict=True):
+        assert torch.equal(parameter, mine.float())
+
+
+def test_a_weight_that_was_not_trained_keeps_its_bits_in_float64():
+    model = make_tiny_clip().double()
+    with torch.no_grad():
+        model.visual.proj.add_(1e-12)
+    result = run(model, trainable="text")
+    assert torch.equal(result.model.visual.proj, model.visual.proj)
+    assert not torch.equal(result.model.text_projection, model.text_projection)
+
+
+def test_rounding_that_would_undo_the_change_is_left_out_and_said():
+    result = run(make_tiny_clip().bfloat16(), learning_rate=1e-6, epochs=1)
+    assert {parameter.dtype for parameter in result.model.parameters()} == {torch.float32}
+    assert result.record["weights"]["returned"] == "float32"
+    assert "given back in float32: rounded to bfloat16" in result.record["notes"][0]
+    assert "given back in float32" in result.summary()
+    assert forget_change(result) < 0
+
+
+def test_weights_of_several_types_each_come_back_in_their_own():
+    model = make_tiny_clip()
+    convert_weights_to_lp(model, torch.float16)
+    before = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    assert set(before.values()) == {torch.float16, torch.float32}
+    result = run(model, learning_rate=3e-3)
+    assert {name: parameter.dtype for name, parameter in result.model.named_parameters()} == before
+
+
+def test_lora_and_a_half_precision_teacher_train_in_float32_too():
+    result = run(make_tiny_clip().bfloat16(), teacher=make_tiny_clip(1).half(), trainable="lora", learning_rate=3e-2)
+    assert {parameter.dtype for parameter in result.model.parameters()} == {torch.bfloat16}
+    assert result.model.state_dict().keys() == make_tiny_clip().state_dict().keys()
+
+
+def test_a_half_precision_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path):
+    model = make_tiny_clip().bfloat16()
+    whole = run(model, learning_rate=3e-3, epochs=4)
+    settings = {"learning_rate": 3e-3, "epochs": 4, "output_dir": tmp_path / "run"}
+    from cliperase_fast.unlearning.trainer import Trainer
+
+    step, calls = Trainer._step, []
+
+    def stopping(trainer, batches):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return step(trainer, batches)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "_step", stopping)
+        run(model, **settings)
+    again = run(model, **settings, resume=True)
+    for mine, theirs in zip(again.model.state_dict().values(), whole.model.state_dict().values(), strict=True):
+        assert mine.dtype == theirs.dtype
+        assert torch.equal(mine, theirs)
+
+
+def test_a_transformers_checkpoint_gives_the_same_as_instance_and_as_folder(tmp_path):
+    from transformers import CLIPConfig, CLIPModel
+
+    tower = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = CLIPModel(
+        CLIPConfig(
+            text_config={**tower, "vocab_size": 64, "max_position_embeddings": 8, "eos_token_id": 63},
+            vision_config={**tower, "image_size": 8, "patch_size": 4},
+            projection_dim=16,
+        )
+    ).bfloat16()  # fmt: skip
+    model.save_pretrained(tmp_path / "hf")
+
+    def tokenize(captions):
+        return torch.tensor([[1 + ord(letter) % 60 for letter in caption[2:8]] + [63] for caption in captions])
+
+    instance = CLIPModel.from_pretrained(tmp_path / "hf", dtype="auto")
+    assert instance.dtype == torch.bfloat16
+    here = run(instance, tokenizer=tokenize, learning_rate=1e-5)
+    there = run(str(tmp_path / "hf"), tokenizer=tokenize, learning_rate=1e-5)
+    assert here.before == there.before
+    assert forget_change(here) == pytest.approx(forget_change(there), rel=0.1)
+    out = run(instance, tokenizer=tokenize, learning_rate=1e-2, output_dir=tmp_path / "run")
+    assert CLIPModel.from_pretrained(tmp_path / "run" / "model").dtype == out.model.dtype == torch.bfloat16
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["weights"]["returned"] == "bfloat16"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_evaluate_scores_weights_of_any_type_in_float32(dtype):
+    model = make_tiny_clip().to(dtype)
+    options = {"forget": [True] * 12 + [False] * 24, "progress": False}
+    assert cf.evaluate(model, RED + REST, **options) == cf.evaluate(
+        make_tiny_clip().to(dtype).float(), RED + REST, **options
+    )
+    assert next(model.parameters()).dtype == dtype
+
+
+def test_the_adapter_of_float32_weights_is_not_copied():
+    from cliperase_fast.models.precision import in_float32
+
+    adapter = load_model(make_tiny_clip())
+    assert in_float32(adapter) is adapter
