@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,16 +18,44 @@ MAX_DERIVED_CLASSES = 1000
 
 @dataclass(frozen=True)
 class ClassSpace:
-    """Class names and, for each, the captions that stand for it in zero-shot classification."""
+    """Class names and, for each, the captions that stand for it in zero-shot classification.
+
+    Raises `InputError` for names of the data's own that are empty, or that selectors could not tell apart.
+    """
 
     names: tuple[str, ...]
     prompts: tuple[tuple[str, ...], ...]
     derived: bool = False  # read off the captions, not named by the data
 
+    def __post_init__(self) -> None:
+        if not self.derived:
+            check_names(self.names)
+
     @classmethod
     def from_templates(cls, names: Sequence[str], templates: Sequence[str]) -> ClassSpace:
         prompts = tuple(tuple(template.replace("{}", name) for template in templates) for name in names)
         return cls(tuple(names), prompts)
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise `InputError` where a class name is empty, or where two read the same (case, spaces, underscores)."""
+    alike: dict[str, list[str]] = {}
+    for number, name in enumerate(names):
+        if not name.strip():
+            raise InputError(f"class {number} of {len(names)} has an empty name: give each class a name of its own")
+        alike.setdefault(folded(readable(name)), []).append(name)
+    double = next((group for group in alike.values() if len(group) > 1), None)
+    if double is not None:
+        shown = " and ".join(dict.fromkeys(repr(name) for name in double))
+        raise InputError(
+            f"{len(double)} classes are called {shown}, which a selector cannot tell apart: give each class a name of "
+            "its own"
+        )
+
+
+def folded(text: str) -> str:
+    """Equal for texts that differ only in case or in how accents are encoded."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
 
 
 def check_templates(templates: Sequence[str] | str | None) -> tuple[str, ...] | None:

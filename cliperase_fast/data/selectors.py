@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import difflib
 import re
-import unicodedata
 from pathlib import Path
 
 import numpy as np
 
-from cliperase_fast.data.classes import readable
+from cliperase_fast.data.classes import folded, readable
 from cliperase_fast.data.pairs import PairDataset
 from cliperase_fast.errors import InputError
 
@@ -63,11 +62,6 @@ def _usage() -> str:
     return ", ".join(_KINDS.values())
 
 
-def _folded(text: str) -> str:
-    """Equal for texts that differ only in case or in how accents are encoded."""
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
-
-
 def _by_class(pairs: PairDataset, value: str) -> np.ndarray:
     if pairs.space is None or pairs.labels is None:
         raise InputError(
@@ -76,16 +70,16 @@ def _by_class(pairs: PairDataset, value: str) -> np.ndarray:
     names = pairs.space.names
     by_name: dict[str, list[int]] = {}
     for number, name in enumerate(names):
-        by_name.setdefault(_folded(readable(name)), []).append(number)
-    by_prompt = {_folded(prompt): number for number, prompts in enumerate(pairs.space.prompts) for prompt in prompts}
+        by_name.setdefault(folded(readable(name)), []).append(number)
+    by_prompt = {folded(prompt): number for number, prompts in enumerate(pairs.space.prompts) for prompt in prompts}
 
     def find(text: str) -> int | None:
         if text in names:
             return names.index(text)
-        same = by_name.get(_folded(readable(text)), [])
+        same = by_name.get(folded(readable(text)), [])
         if len(same) > 1:
             raise InputError(f"{text!r} could be any of the classes {_listed([names[number] for number in same])}")
-        return same[0] if same else by_prompt.get(_folded(text))
+        return same[0] if same else by_prompt.get(folded(text))
 
     whole = find(value.strip())  # a class name may hold a comma
     wanted: list[int] = []
@@ -100,10 +94,10 @@ def _by_class(pairs: PairDataset, value: str) -> np.ndarray:
 
 
 def _nearest(text: str, names: tuple[str, ...]) -> str:
-    folded = {_folded(readable(name)): name for name in names}
-    near = difflib.get_close_matches(_folded(readable(text)), folded, n=3, cutoff=0.5)
+    by_text = {folded(readable(name)): name for name in names}
+    near = difflib.get_close_matches(folded(readable(text)), by_text, n=3, cutoff=0.5)
     if near:
-        return f"did you mean {_listed([folded[name] for name in near])}?"
+        return f"did you mean {_listed([by_text[name] for name in near])}?"
     shown = names[:20]
     return f"there are {_listed(shown)}" + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")
 
@@ -113,7 +107,7 @@ def _listed(names: list[str] | tuple[str, ...]) -> str:
 
 
 def _by_caption(pairs: PairDataset, value: str) -> np.ndarray:
-    phrases = [r"\s+".join(map(re.escape, _folded(part).split())) for part in value.split(",") if part.strip()]
+    phrases = [r"\s+".join(map(re.escape, folded(part).split())) for part in value.split(",") if part.strip()]
     # Not \b: it would never match at the end of a phrase like "c++".
     pattern = re.compile(rf"(?<!\w)(?:{'|'.join(phrases)})(?!\w)")
     known: dict[str, bool] = {}
@@ -124,7 +118,7 @@ def _by_caption(pairs: PairDataset, value: str) -> np.ndarray:
                 f"captions of {pairs.name} are token ids, which 'caption:{value}' cannot search; use ids:FILE"
             )
         if caption not in known:
-            known[caption] = pattern.search(_folded(caption)) is not None
+            known[caption] = pattern.search(folded(caption)) is not None
         return known[caption]
 
     return np.array([any(matches(caption) for caption in captions) for captions in pairs.captions], dtype=bool)

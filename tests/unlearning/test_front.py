@@ -80,7 +80,7 @@ def test_a_run_that_is_interrupted_resumes_to_the_same_bits(tmp_path, monkeypatc
 def test_images_are_read_as_ever_otherwise(changes, embedded):
     result = run(**{"trainable": "last:1", **changes})
     steps = sum("total" in line for line in result.history)
-    tried = 4 if "image_cache_mib" in changes else int("trainable" in changes)  # times one image, to find out
+    tried = 5 if "image_cache_mib" in changes else 1 + int("trainable" in changes)  # times one image, to find out
     assert sum(embedded) == steps * (result.config.forget_pairs + result.config.retain_pairs) + tried
 
 
@@ -93,4 +93,4 @@ def test_an_image_that_is_another_one_each_time_is_read_each_time(embedded):
 
     result = run(pairs, trainable="last:1", lambda_consistency=0, transform=jitter)
     steps = sum("total" in line for line in result.history)
-    assert sum(embedded) == steps * (result.config.forget_pairs + result.config.retain_pairs)
+    assert sum(embedded) == steps * (result.config.forget_pairs + result.config.retain_pairs) + 1  # to find out
