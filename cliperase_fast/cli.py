@@ -103,6 +103,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--forget", metavar="SELECTOR", help="report these pairs and the others apart")
     evaluate.add_argument("--json", action="store_true", help="print all scores as JSON, every class, for programs")
     evaluate.add_argument("--output", metavar="FILE", help="also write the scores there, as JSON")
+    evaluate.add_argument(
+        "--on-error",
+        default="raise",
+        choices=("raise", "skip"),
+        help="pairs that cannot be used, such as unreadable images: raise, or skip and count (default: raise)",
+    )
     evaluate.add_argument("--batch-size", type=int, default=256, metavar="N", help="images per batch (default: 256)")
     evaluate.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
     evaluate.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="default: fp32")
@@ -233,6 +239,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         arguments.model,
         arguments.data,
         forget=arguments.forget,
+        on_error=arguments.on_error,
         batch_size=arguments.batch_size,
         device=arguments.device,
         precision=arguments.precision,

@@ -6,12 +6,14 @@ import dataclasses
 import difflib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from cliperase_fast.errors import InputError
+from cliperase_fast.reading import read_text
 
 CONSISTENCY_MODES = ("logits", "features", "intra")
 FORGET_LOSSES = ("cosine", "hinge", "contrastive")
@@ -96,7 +98,12 @@ class UnlearnConfig:
     )
 
     # the data
-    on_error: str = _option("raise", "unreadable images: raise, or skip and count", ("raise", "skip"), group="data")
+    on_error: str = _option(
+        "raise",
+        "pairs that cannot be used, such as unreadable images: raise, or skip and count",
+        ("raise", "skip"),
+        group="data",
+    )
     overlap: str = _option(
         "error", "pairs in both sets: an error, or dropped from retain", ("error", "drop"), group="data"
     )
@@ -216,19 +223,56 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     import yaml
 
     path = Path(path)
+    text = read_text(path, _MAX_CONFIG, "the config file ")
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot read the config file {path}: {error.strerror or error}") from error
-    try:
-        settings = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (yaml.YAMLError, json.JSONDecodeError) as error:
-        raise InputError(f"the config file {path} is neither valid YAML nor JSON: {error}") from error
+        if path.suffix == ".json":
+            settings = json.loads(text, object_pairs_hook=_once_each)
+        else:
+            settings = yaml.load(text, _yaml_loader())
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise InputError(f"the config file {path} {error}") from error
+        said = " ".join(str(error).split())
+        raise InputError(f"the config file {path} is neither valid YAML nor JSON: {said}") from error
     if settings is None:
         return {}
     if not isinstance(settings, dict):
         raise InputError(f"the config file {path} must hold `name: value` lines, not a {type(settings).__name__}")
     return settings
+
+
+_MAX_CONFIG = 1 << 20
+
+
+def _once_each(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+    mapping: dict[Any, Any] = {}
+    for key, value in pairs:
+        if key in mapping:
+            raise InputError(f"sets {key!r} twice: keep one")
+        mapping[key] = value
+    return mapping
+
+
+@cache
+def _yaml_loader() -> Any:
+    """yaml's safe loader, without what it does in silence: keys that win over others, and aliases.
+
+    Aliases can stand for gigabytes in a few lines.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.events.AliasEvent):
+                raise InputError("holds an alias (*name): write the value out")
+            return super().compose_node(parent, index)
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            _once_each((key, None) for key in keys)
+            return dict(super().construct_mapping(node, deep))
+
+    return Loader
 
 
 def _coerce(spec: dataclasses.Field[Any], value: Any) -> Any:
@@ -243,24 +287,32 @@ def _coerce(spec: dataclasses.Field[Any], value: Any) -> Any:
     if wanted == "bool":
         if isinstance(value, bool):
             return value
-        raise InputError(f"{spec.name}={value!r} must be true or false")
+        raise InputError(f"{spec.name}={_shortly(value)} must be true or false")
     if wanted == "str":
         if isinstance(value, str):
             return value
         if value is False and "off" in (spec.metadata["choices"] or ()):  # YAML reads a bare `off` as false
             return "off"
-        raise InputError(f"{spec.name}={value!r} must be a string")
+        raise InputError(f"{spec.name}={_shortly(value)} must be a string")
     number: type = int if wanted == "int" else float
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise InputError(f"{spec.name}={value!r} must be a number")
+        raise InputError(f"{spec.name}={_shortly(value)} must be a number")
     try:
         converted = number(value)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise InputError(
-            f"{spec.name}={value!r} must be {'a whole number' if number is int else 'a number'}"
+            f"{spec.name}={_shortly(value)} must be {'a whole number' if number is int else 'a number'}"
         ) from error
     if not math.isfinite(converted):
         raise InputError(f"{spec.name}={value!r} must be finite")
     if number is int and isinstance(value, float) and value != converted:
         raise InputError(f"{spec.name}={value!r} must be a whole number")
     return converted
+
+
+def _shortly(value: Any) -> str:
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits, lists thousands deep
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 100 else f"{text[:100]}..."

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cliperase_fast.data.images import pixel_bytes, tensor_fault
+from cliperase_fast.data.decoding import tensor_fault
+from cliperase_fast.data.images import pixel_bytes
+from cliperase_fast.data.intake import ON_ERROR, ItemError
 from cliperase_fast.data.pairs import PairDataset, caption_key
 from cliperase_fast.errors import InputError
 
@@ -46,6 +48,13 @@ def split(pairs: PairDataset, fraction: float, seed: int) -> tuple[np.ndarray, n
     return np.setdiff1d(np.arange(n), held_out), np.sort(held_out)
 
 
+class BadImage(NamedTuple):
+    """An image that cannot be used: why in general, and what is wrong with this one, with its name."""
+
+    reason: str
+    message: str
+
+
 def check_images(
     pairs: PairDataset, *, on_error: str = "raise", progress: bool = False
 ) -> tuple[np.ndarray, list[str]]:
@@ -57,11 +66,19 @@ def check_images(
     on_error: "raise" makes bad images an `InputError` that names the first one and says how many there are;
     "skip" leaves them to the caller.
     """
-    if on_error not in ("raise", "skip"):
+    good, bad = find_bad_images(pairs, on_error=on_error, progress=progress)
+    return good, [image.message for image in bad]
+
+
+def find_bad_images(
+    pairs: PairDataset, *, on_error: str = "raise", progress: bool = False
+) -> tuple[np.ndarray, list[BadImage]]:
+    """`check_images` with the reason for each bad image."""
+    if on_error not in ON_ERROR:
         raise InputError(f"on_error={on_error!r} is not one of raise, skip")
     todo = [index for index in range(len(pairs)) if not pairs.store.decoded(int(pairs.positions[index]))]
     good = np.ones(len(pairs), dtype=bool)
-    bad: list[str] = []
+    bad: list[BadImage] = []
     forms: dict[str, int] = {}  # every form seen, and where first
     with tqdm(
         total=len(todo),
@@ -87,7 +104,7 @@ def check_images(
         )
     if bad and on_error == "raise":
         raise InputError(
-            f"{bad[0]} ({len(bad)} of the {len(pairs)} images of {pairs.name} are bad); repair or remove "
+            f"{bad[0].message} ({len(bad)} of the {len(pairs)} images of {pairs.name} are bad); repair or remove "
             "them, or pass on_error='skip' to leave them out"
         )
     return np.flatnonzero(good), bad
@@ -98,14 +115,16 @@ _PIL = "a PIL image"
 
 class _Seen(NamedTuple):
     form: str = ""  # what kind of image it is
-    fault: str | None = None  # why it cannot be used
+    fault: BadImage | None = None  # why it cannot be used
 
 
 def _look(pairs: PairDataset, index: int) -> _Seen:
     try:
         image = pairs.image(index)
+    except ItemError as error:
+        return _Seen(fault=BadImage(error.reason, str(error)))
     except InputError as error:
-        return _Seen(fault=str(error))
+        return _Seen(fault=BadImage("image cannot be read", str(error)))
     if not isinstance(image, Tensor):
         return _Seen(_PIL)
     which = f"image {pairs.ids[index]!r} of {pairs.name}"
@@ -113,7 +132,8 @@ def _look(pairs: PairDataset, index: int) -> _Seen:
     if fault is not None:
         raise InputError(f"{which} {fault}")
     if not bool(torch.isfinite(image).all()):
-        return _Seen(fault=f"{which} has pixels that are not finite (NaN or infinite)")
+        message = f"{which} has pixels that are not finite (NaN or infinite)"
+        return _Seen(fault=BadImage("pixels are not finite", message))
     dtype = str(image.dtype).removeprefix("torch.")
     return _Seen(f"a {dtype} tensor {list(image.shape)} on {image.device}")
 

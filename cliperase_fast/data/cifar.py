@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from cliperase_fast.errors import InputError
+from cliperase_fast.reading import in_bytes, open_regular
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,17 @@ def class_names(folder: Path, layout: Layout) -> list[str]:
     names = _read(path).get(layout.names)
     if not isinstance(names, list) or not names or not all(isinstance(name, (str, bytes)) for name in names):
         raise InputError(f"{path} has no list of class names under {layout.names!r}: is it a CIFAR file?")
-    return [_text(name) for name in names]
+    try:
+        texts = [_text(name) for name in names]
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} has a class name that is not UTF-8: {error}; unpack it again") from error
+    empty = next((number for number, text in enumerate(texts) if not text.strip()), None)
+    if empty is not None:
+        raise InputError(f"{path} has an empty name for class {empty}: unpack it again")
+    double = next((text for text in texts if texts.count(text) > 1), None)
+    if double is not None:
+        raise InputError(f"{path} has {texts.count(double)} classes called {double!r}: unpack it again")
+    return texts
 
 
 def read_batches(folder: Path, files: tuple[str, ...], layout: Layout, classes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -90,9 +101,14 @@ def read_batches(folder: Path, files: tuple[str, ...], layout: Layout, classes: 
     return planes.transpose(0, 2, 3, 1), np.concatenate(labels)
 
 
+_MAX_FILE = 512 << 20  # CIFAR-100's largest has 155 MB
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
+            if os.fstat(file.fileno()).st_size > _MAX_FILE:
+                raise InputError(f"{path} is larger than {in_bytes(_MAX_FILE)}: is it a CIFAR file?")
             content = _Unpickler(file, path).load()
     except InputError:
         raise

@@ -13,7 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cliperase_fast.data.decoding import MAX_IMAGE_BYTES, decode, item_image
+from cliperase_fast.data.intake import ItemError
 from cliperase_fast.errors import InputError
+from cliperase_fast.reading import open_regular
 
 
 class ImageStore:
@@ -65,16 +68,16 @@ class ArrayStore(ImageStore):
 
 
 class FileStore(ImageStore):
-    """Image files."""
+    """Image files. remedy: what to do where one does not exist."""
 
-    def __init__(self, paths: Sequence[str], origin: str) -> None:
-        self.paths, self._origin = list(paths), origin
+    def __init__(self, paths: Sequence[str], origin: str, remedy: str = "") -> None:
+        self.paths, self._origin, self.remedy = list(paths), origin, remedy
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def image(self, position: int) -> Image.Image:
-        return decode(self.paths[position], self.paths[position])
+        return decode(self.paths[position], self.paths[position], self.remedy)
 
     def origin(self, position: int) -> str:
         return self._origin
@@ -104,11 +107,11 @@ class TarStore(ImageStore):
     def image(self, position: int) -> Image.Image:
         shard, name = self.shards[self.shard_of[position]], self.members[position]
         try:
-            with open(shard, "rb") as file:
+            with open_regular(shard) as file:
                 file.seek(self.offsets[position])
-                data = file.read(self.sizes[position])
+                data = file.read(min(int(self.sizes[position]), MAX_IMAGE_BYTES))
         except OSError as error:
-            raise InputError(f"cannot read {name} from the shard {shard}: {error.strerror or error}") from error
+            raise ItemError(f"cannot read {name} from the shard {shard}: {error.strerror or error}") from error
         return decode(io.BytesIO(data), f"{name} in the shard {shard}")
 
     def origin(self, position: int) -> str:
@@ -130,20 +133,14 @@ class ItemStore(ImageStore):
     def image(self, position: int) -> Image.Image | Tensor:
         try:
             image = self.items[position][0]
-            if isinstance(image, Image.Image):
-                return image.convert("RGB")
         except InputError:
             raise
-        except Exception as error:  # the caller's code and lazily opened images may raise anything
+        except Exception as error:  # the caller's code may raise anything
             reason = f"{type(error).__name__}: {error}"
-            raise InputError(f"cannot read image {position} of {self.name}: {reason}") from error
-        if isinstance(image, Tensor):
-            return image
-        raise InputError(
-            f"image {position} of {self.name} is a {type(image).__name__}: give a PIL image, or a float "
-            "tensor [3, H, W] "
-            "that is already transformed"
-        )
+            raise ItemError(
+                f"cannot read image {position} of {self.name}: {reason}", "the dataset raised an error"
+            ) from error
+        return item_image(image, f"image {position} of {self.name}")
 
     def origin(self, position: int) -> str:
         return f"object {id(self.items)}"
@@ -189,27 +186,6 @@ class JoinedStore(ImageStore):
 
     def thread_safe(self) -> bool:
         return all(store.thread_safe() for store in self.stores)
-
-
-def decode(file: str | io.BytesIO, name: str) -> Image.Image:
-    """The whole image in RGB; `InputError` with its name when it is missing, damaged or truncated."""
-    try:
-        with Image.open(file) as image:
-            return image.convert("RGB")
-    except FileNotFoundError as error:
-        raise InputError(f"the image {name} does not exist") from error
-    except Exception as error:  # on damaged files decoders raise anything from OSError to struct.error
-        raise InputError(f"cannot read the image {name}: {error}") from error
-
-
-def tensor_fault(image: Tensor) -> str | None:
-    """What is wrong with the form of an already transformed image, or None. Values are not looked at."""
-    if not image.dtype.is_floating_point:
-        dtype = str(image.dtype).removeprefix("torch.")
-        return f"is a {dtype} tensor; tensor images must be float and already transformed"
-    if image.ndim != 3 or image.shape[0] != 3 or image.numel() == 0:
-        return f"is a tensor {list(image.shape)}; tensor images must be [3, H, W]"
-    return None
 
 
 def pixel_bytes(image: Image.Image | Tensor) -> bytes:

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 
 from cliperase_fast.data.classes import ClassSpace, derive_classes, merge_classes
 from cliperase_fast.data.images import ImageStore, ItemStore, JoinedStore
+from cliperase_fast.data.intake import Intake, caption_fault
 from cliperase_fast.errors import InputError
 
 
@@ -29,6 +30,7 @@ class PairDataset(Dataset):
     captions: a tuple for each image, of str or of token ids (int64 [L], all of one length).
     ids: the stable id of each image, by which `ids:FILE` selects.
     labels: int64 [n], index into `classes`; None without classes.
+    intake: what the source holds beside these pairs, counted; subsets share it.
     """
 
     def __init__(
@@ -41,8 +43,10 @@ class PairDataset(Dataset):
         labels: np.ndarray | None = None,
         space: ClassSpace | None = None,
         positions: np.ndarray | None = None,
+        intake: Intake | None = None,
     ) -> None:
         self.name, self.store = name, store
+        self.intake = Intake() if intake is None else intake
         self.captions, self.ids = list(captions), list(ids)
         self.positions = np.arange(len(store)) if positions is None else positions  # [n], into the store
         self.labels, self.space = labels, space
@@ -109,6 +113,7 @@ class PairDataset(Dataset):
             labels=None if self.labels is None else self.labels[chosen],
             space=self.space,
             positions=self.positions[chosen],
+            intake=self.intake,
         )
 
     def fingerprint(self) -> str:
@@ -143,14 +148,17 @@ def concat(parts: Sequence[PairDataset]) -> PairDataset:
         labels=labels,
         space=space,
         positions=np.concatenate([part.positions + starts[id(part.store)] for part in parts]),
+        intake=Intake.merged(part.intake for part in parts),
     )
 
 
-def as_pairs(dataset: Any, name: str) -> PairDataset:
+def as_pairs(dataset: Any, name: str, *, on_error: str = "raise") -> PairDataset:
     """Wrap a map-style dataset or sequence of (image, caption).
 
-    image: a PIL image, or a float tensor [3, H, W] that is already transformed.
+    image: a PIL image, a uint8 array [H, W, 3], or a float tensor [3, H, W] that is already transformed.
     caption: a str, a list of str, or token ids as an integer tensor [L] (or [k, L] for k captions).
+    on_error: "raise" refuses the first item that cannot be used, "skip" leaves such items out and counts them in
+    the result's `intake`.
     A `PairDataset` passes through, and a torch `Subset` of one keeps all it knows. Captions are read here
     once, through `dataset[i]` for every i: a dataset that decodes images decodes them all. Captions that are
     few and repeated (at most 1000 different ones, and at most half as many as pairs) become classes.
@@ -165,12 +173,49 @@ def as_pairs(dataset: Any, name: str) -> PairDataset:
         )
     if isinstance(base, (str, bytes, dict, Tensor, np.ndarray)):
         raise InputError(f"{name} is a {type(base).__name__}: give a dataset or list of (image, caption) pairs")
-    positions = np.arange(len(base)) if indices is None else indices
-    captions = [_captions(_item(base, int(i), name), base, int(i), name) for i in positions]
+    intake = Intake(on_error)
+    wanted = np.arange(_length(base, name)) if indices is None else indices
+    captions: list[tuple[Any, ...]] = []
+    kept: list[int] = []
+    for index in map(int, wanted):
+        found = _read_captions(base, index, name, intake)
+        if found is not None:
+            captions.append(found)
+            kept.append(index)
+    if len(wanted):
+        intake.require_some(len(kept), name, "has no item that can be used")
+    positions = np.array(kept, dtype=np.int64)
     _check_one_kind(captions, positions, name)
     labels, space = derive_classes(captions) or (None, None)
     ids = [str(i) for i in positions]
-    return PairDataset(name, ItemStore(base, name), captions, ids, labels=labels, space=space, positions=positions)
+    store = ItemStore(base, name)
+    return PairDataset(name, store, captions, ids, labels=labels, space=space, positions=positions, intake=intake)
+
+
+def _length(base: Any, name: str) -> int:
+    try:
+        return len(base)
+    except Exception as error:  # the caller's code may raise anything, and Python refuses a length below 0
+        raise InputError(
+            f"the length of {name} cannot be told: len() raised {type(error).__name__}: {error}; __len__ must return "
+            "the number of items, a whole number of at least 0"
+        ) from error
+
+
+def _read_captions(base: Any, index: int, name: str, intake: Intake) -> tuple[Any, ...] | None:
+    """The captions of an item, None where it was left out."""
+    try:
+        item = base[index]
+    except Exception as error:  # the caller's code may raise anything
+        if isinstance(error, InputError) and intake.on_error == "raise":
+            raise
+        said = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+        intake.fault("the dataset raised an error", f"item {index} of {name} cannot be read: {said}")
+        return None
+    if not isinstance(item, (tuple, list)) or len(item) != 2:
+        size = f" of {len(item)}" if isinstance(item, (tuple, list)) else ""
+        raise InputError(f"item {index} of {name} is a {type(item).__name__}{size}: each item must be (image, caption)")
+    return _captions(item[1], base, f"the caption of item {index} of {name}", intake)
 
 
 def _unwrap(dataset: Any) -> tuple[Any, np.ndarray | None]:
@@ -183,42 +228,45 @@ def _unwrap(dataset: Any) -> tuple[Any, np.ndarray | None]:
     return dataset, indices
 
 
-def _item(base: Any, index: int, name: str) -> Any:
-    try:
-        item = base[index]
-    except InputError:
-        raise
-    except Exception as error:  # the caller's code may raise anything
-        raise InputError(f"item {index} of {name} cannot be read: {type(error).__name__}: {error}") from error
-    if not isinstance(item, (tuple, list)) or len(item) != 2:
-        size = f" of {len(item)}" if isinstance(item, (tuple, list)) else ""
-        raise InputError(f"item {index} of {name} is a {type(item).__name__}{size}: each item must be (image, caption)")
-    return item
-
-
-def _captions(item: Any, base: Any, index: int, name: str) -> tuple[Any, ...]:
-    caption = item[1]
-    where = f"the caption of item {index} of {name}"
+def _captions(caption: Any, base: Any, where: str, intake: Intake) -> tuple[Any, ...] | None:
     if isinstance(caption, (int, np.integer)) or (isinstance(caption, Tensor) and caption.ndim == 0):
         known = "dataset.classes[label]" if hasattr(base, "classes") else "class_names[label]"
+        number = "" if isinstance(caption, Tensor) and caption.is_meta else f" {int(caption)}"
         raise InputError(
-            f"{where} is the number {int(caption)}, a class label: give captions, for example "
+            f"{where} is the number{number}, a class label: give captions, for example "
             f"[(image, f'a photo of a {{{known}}}') for image, label in dataset]"
         )
+    if isinstance(caption, np.ndarray) and caption.dtype.kind in "OUT":  # texts
+        caption = caption.reshape(-1).tolist()
     if isinstance(caption, (Tensor, np.ndarray)):
-        tokens = torch.as_tensor(caption, device="cpu")
-        if tokens.dtype.is_floating_point or tokens.dtype == torch.bool or tokens.ndim > 2 or tokens.numel() == 0:
-            raise InputError(f"{where} is a {tokens.dtype} tensor {list(tokens.shape)}: token ids are integers [L]")
-        return tuple(tokens.long().reshape(-1, tokens.shape[-1]))
+        return _token_captions(caption, where, intake)
     texts = caption if isinstance(caption, (list, tuple)) else (caption,)
     if not texts:
-        raise InputError(f"{where} is an empty list: give at least one caption")
+        intake.fault("empty caption", f"{where} is an empty list: give at least one caption")
+        return None
     for text in texts:
-        if not isinstance(text, str):
-            raise InputError(f"{where} is a {type(text).__name__}: give a str, a list of str, or token ids as a tensor")
-        if not text.strip():
-            raise InputError(f"{where} is empty: give a text, or leave the pair out")
+        fault = caption_fault(text)
+        if fault is not None:
+            remedy = "give a text" if isinstance(text, str) else "give a str, a list of str, or token ids as a tensor"
+            intake.fault(fault[0], f"{where} {fault[1]}: {remedy}")
+            return None
     return tuple(str(text) for text in texts)
+
+
+def _token_captions(caption: Tensor | np.ndarray, where: str, intake: Intake) -> tuple[Tensor, ...] | None:
+    if isinstance(caption, np.ndarray) and caption.dtype.kind not in "iu":
+        raise InputError(f"{where} is a {caption.dtype} array {list(caption.shape)}: token ids are integers [L]")
+    if isinstance(caption, Tensor) and (caption.is_nested or caption.layout != torch.strided or caption.is_meta):
+        kind = "nested" if caption.is_nested else "meta" if caption.is_meta else "sparse"
+        raise InputError(f"{where} is a {kind} tensor: token ids are integers [L] in memory, dense")
+    tokens = torch.as_tensor(caption, device="cpu")
+    if tokens.dtype.is_floating_point or tokens.dtype == torch.bool or tokens.ndim > 2 or tokens.numel() == 0:
+        raise InputError(f"{where} is a {tokens.dtype} tensor {list(tokens.shape)}: token ids are integers [L]")
+    tokens = tokens.long()
+    if int(tokens.min()) < 0:
+        intake.fault("token ids out of range", f"{where} holds the token id {int(tokens.min())}: ids are at least 0")
+        return None
+    return tuple(tokens.reshape(-1, tokens.shape[-1]))
 
 
 def _check_one_kind(captions: list[tuple[Any, ...]], positions: np.ndarray, name: str) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from pathlib import Path
 
 import numpy as np
 
 from cliperase_fast.data.classes import folded, readable
 from cliperase_fast.data.pairs import PairDataset
 from cliperase_fast.errors import InputError
+from cliperase_fast.reading import read_lines, user_path
 
 _KINDS = {"class": "class:NAME,NAME", "caption": "caption:WORD,SYNONYM", "ids": "ids:FILE"}
 
@@ -125,13 +125,9 @@ def _by_caption(pairs: PairDataset, value: str) -> np.ndarray:
 
 
 def _by_ids(pairs: PairDataset, value: str, other: PairDataset | None) -> np.ndarray:
-    path = Path(value).expanduser()
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"cannot read the file of ids {path}: {reason}") from error
-    wanted = list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
+    path = user_path(value)
+    lines = read_lines(path, "the file of ids ")
+    wanted = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not wanted:
         raise InputError(f"the file of ids {path} is empty: put one id on each line")
     have = set(pairs.ids)

@@ -7,64 +7,88 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any
+from typing import BinaryIO
 
 import numpy as np
 
 from cliperase_fast.data.classes import derive_classes
+from cliperase_fast.data.decoding import MAX_IMAGE_BYTES, image_suffixes, is_other_image
+from cliperase_fast.data.folders import is_system_file
 from cliperase_fast.data.images import TarStore
+from cliperase_fast.data.intake import MAX_CAPTION, Intake, caption_fault
 from cliperase_fast.data.pairs import PairDataset
 from cliperase_fast.errors import InputError
+from cliperase_fast.reading import decode_text, in_bytes, open_regular, printable
 
-_IMAGES = ("jpg", "jpeg", "png", "webp")
+_MAX_SHARDS = 100_000
+_SHOWN = "(.jpg, .jpeg, .png, .webp and what else Pillow reads)"
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd"}
 
 
-def open_shards(pattern: str, name: str) -> PairDataset:
+@dataclass
+class _Sample:
+    """The members of one key: where its image lies, and its caption."""
+
+    key: str
+    where: str  # for messages
+    images: dict[str, tuple[int, int]] = field(default_factory=dict)  # suffix: (offset, size)
+    caption: str | None = None
+    others: list[str] = field(default_factory=list)  # suffixes that are not read
+    fault: tuple[str, str] | None = None  # (reason, message) of one of its members
+
+
+def open_shards(pattern: str, name: str, intake: Intake) -> PairDataset:
     """Local tar shards, named with webdataset's braces, holding KEY.jpg/.jpeg/.png/.webp and KEY.txt.
 
-    One pass over the shards reads keys, captions and the place of each image; images stay on disk. Other
-    members, such as .cls or .json, are left alone: classes are read off the captions. An id is the sample's
-    key, with the shard's name before it when keys repeat between shards.
+    One pass over the shards reads keys, captions and the place of each image; images stay on disk. As in webdataset,
+    a key ends at the first dot of a file's name; unlike there, the members of a key may lie anywhere in their shard.
+    Other members, such as .cls or .json, are left alone: classes are read off the captions. An id is the sample's key,
+    with the shard's name before it when keys repeat between shards.
     """
-    shardlists, tariterators = _webdataset()
-    shards = _expand(pattern, shardlists)
+    shards = _expand(pattern, _shardlists())
     captions: list[tuple[str, ...]] = []
     keys: list[str] = []
     members: list[str] = []
     places: list[tuple[int, int, int]] = []
     for number, shard in enumerate(shards):
-        for sample in _samples(shard, tariterators):
-            key = sample["__key__"]
-            kind = next((suffix for suffix in _IMAGES if suffix in sample), None)
-            if kind is None or "txt" not in sample:
-                missing = "caption (.txt)" if kind else f"image ({', '.join('.' + suffix for suffix in _IMAGES)})"
-                raise InputError(f"sample {key!r} in {shard} has no {missing}: complete or remove it")
-            if not sample["txt"]:
-                raise InputError(f"the caption of sample {key!r} in {shard} is empty: complete or remove it")
-            captions.append((sample["txt"],))
-            keys.append(key)
-            members.append(f"{key}.{kind}")
-            places.append((number, *sample[kind]))
+        for sample in _samples(shard, intake):
+            if not _is_pair(sample):
+                continue
+            fault = sample.fault or _incomplete(sample)
+            if fault is not None:
+                intake.fault(*fault, count=max(1, _dotted_images(sample)))
+                continue
+            ((suffix, place),) = sample.images.items()
+            assert sample.caption is not None
+            captions.append((sample.caption,))
+            keys.append(printable(sample.key))
+            members.append(f"{printable(sample.key)}.{suffix}")
+            places.append((number, *place))
     if not keys:
-        raise InputError(f"there are no samples in {name}")
+        intake.require_some(0, f"there are no samples in {name}", "that can be used")
     shard_of, offsets, sizes = np.array(places, dtype=np.int64).T
     labels, space = derive_classes(captions) or (None, None)
     store = TarStore(shards, shard_of, offsets, sizes, members)
-    return PairDataset(name, store, captions, _ids(keys, shards, shard_of), labels=labels, space=space)
+    ids = _ids(keys, shards, shard_of)
+    return PairDataset(name, store, captions, ids, labels=labels, space=space, intake=intake)
 
 
-def _webdataset() -> tuple[ModuleType, ModuleType]:
+def _shardlists() -> ModuleType:
     try:
-        from webdataset import shardlists, tariterators
+        from webdataset import shardlists
     except ImportError as error:
         raise InputError(
             f"'wds:' needs the webdataset library ({error}): pip install \"cliperase_fast[webdataset]\""
         ) from error
-    return shardlists, tariterators
+    return shardlists
 
 
 def _expand(pattern: str, shardlists: ModuleType) -> list[str]:
+    count = _count_braces(os.path.expandvars(pattern))
+    if count > _MAX_SHARDS:
+        raise InputError(f"the braces in {pattern[:200]!r} name {count} shards, more than {_MAX_SHARDS}: name fewer")
     try:
         urls = shardlists.expand_urls(pattern)
     except (
@@ -78,7 +102,7 @@ def _expand(pattern: str, shardlists: ModuleType) -> list[str]:
                 f"{url} is not a local file: 'wds:' reads single images out of shards, so download them first"
             )
     shards = [os.path.expanduser(url.removeprefix("file:")) for url in urls]
-    missing = [shard for shard in shards if not os.path.isfile(shard)]
+    missing = [shard for shard in shards if not os.path.lexists(shard)]
     if missing:
         raise InputError(
             f"{len(missing)} of the {len(shards)} shards of {pattern!r} do not exist, the first is "
@@ -88,47 +112,175 @@ def _expand(pattern: str, shardlists: ModuleType) -> list[str]:
     return shards
 
 
-def _samples(shard: str, tariterators: ModuleType) -> Iterator[dict[str, Any]]:
-    """Samples as webdataset groups them; images are (offset, size) in the shard, captions text."""
+def _count_braces(pattern: str) -> int:
+    """How many names braces give, at most: nested lists are counted as a product."""
+    count = 1
+    for inner in re.findall(r"\{([^{}]*)\}", pattern):
+        ends = re.fullmatch(r"(-?\d{1,18})\.\.(-?\d{1,18})(?:\.\.(-?\d{1,18}))?", inner)
+        if ends:
+            step = max(1, abs(int(ends[3] or 1)))
+            count *= abs(int(ends[2]) - int(ends[1])) // step + 1
+        elif re.fullmatch(r"-?\d+\.\.-?\d+(?:\.\.-?\d+)?", inner):  # numbers longer than any count of shards
+            return 10**18
+        else:
+            count *= inner.count(",") + 1
+    return count
+
+
+def _samples(shard: str, intake: Intake) -> list[_Sample]:
+    """The samples of a shard, in the order of their first members."""
+    samples: dict[str, _Sample] = {}
     try:
-        yield from tariterators.group_by_keys(_members(shard))
+        with open_regular(shard) as file:
+            _refuse_compressed(file, shard)
+            for member, data in _members(file):
+                _take(member, data, samples, shard, intake)
     except tarfile.TarError as error:
         raise InputError(f"the shard {shard} is damaged or not an uncompressed tar file: {error}") from error
     except OSError as error:
         raise InputError(f"cannot read the shard {shard}: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, OverflowError, RecursionError, MemoryError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"the shard {shard} cannot be read: {error.args[0]}") from error
+        raise InputError(f"the shard {shard} is damaged: {type(error).__name__}: {error}") from error
+    return list(samples.values())
 
 
-def _members(shard: str) -> Iterator[dict[str, Any]]:
+def _refuse_compressed(file: BinaryIO, shard: str) -> None:
+    start = file.read(8)
+    file.seek(0)
+    kind = next((kind for magic, kind in _COMPRESSED.items() if start.startswith(magic)), None)
+    if kind is not None:
+        raise InputError(
+            f"the shard {shard} is damaged or not an uncompressed tar file: it is compressed with {kind}, so that "
+            "single images cannot be read out of it; decompress it first"
+        )
+
+
+def _members(file: BinaryIO) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
     end = 0
-    with tarfile.open(shard, mode="r:") as tar:
+    with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
             end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-            if member.isreg() and not re.match(r"__[^/]*__($|/)", member.name):  # webdataset's own names for metadata
-                suffix = member.name.rpartition(".")[2].lower()
-                content: Any = (member.offset_data, member.size)
-                if suffix == "txt":
-                    content = _caption(tar, member, shard)
-                yield {"fname": member.name, "data": content, "__url__": shard}
+            yield member, tar
             tar.members = []  # type: ignore[attr-defined]  # or it keeps every header of the shard
         # tarfile takes a damaged header for the end of the archive; the real end is a block of zeros, or no
         # more bytes.
-        assert tar.fileobj is not None
-        tar.fileobj.seek(end)
-        if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
+        file.seek(end)
+        if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
             raise tarfile.ReadError(f"unreadable header at byte {end}")
 
 
-def _caption(tar: tarfile.TarFile, member: tarfile.TarInfo, shard: str) -> str:
+def _take(
+    member: tarfile.TarInfo, tar: tarfile.TarFile, samples: dict[str, _Sample], shard: str, intake: Intake
+) -> None:
+    name = re.sub(r"^(?:\./+)+", "", member.name)
+    parts = name.split("/")
+    if member.isdir() or re.match(r"__[^/]*__($|/)", name):  # webdataset's own names for metadata
+        return
+    if is_system_file(parts[-1]) or any(is_system_file(part) and not part.startswith(".") for part in parts):
+        intake.ignored.add("hidden or system file", f"{printable(name)} in {shard}")
+        return
+    stem, dot, suffix = parts[-1].partition(".")
+    if not dot:
+        intake.ignored.add("member without a suffix", f"{printable(name)} in {shard}")
+        return
+    key, suffix = "/".join([*parts[:-1], stem]), suffix.lower()
+    where = f"sample {printable(key)!r} in {shard}"
+    sample = samples.setdefault(key, _Sample(key, where))
+    if suffix == "txt":
+        if sample.caption is not None:
+            sample.fault = "key that occurs twice", f"{where} has two captions (.txt): keys must be unique in a shard"
+        elif sample.fault is None:
+            sample.caption, sample.fault = _caption(member, tar, where)
+    elif f".{suffix}" in image_suffixes():
+        fault = _image_fault(member, where)
+        if suffix in sample.images:
+            fault = "key that occurs twice", f"{where} has two images (.{suffix}): keys must be unique in a shard"
+        sample.images[suffix] = (member.offset_data, member.size)
+        sample.fault = sample.fault or fault
+    else:
+        sample.others.append(suffix)
+        if not is_other_image(f".{suffix}"):
+            intake.ignored.add(f"member .{suffix}, which is not read", f"{printable(name)} in {shard}")
+
+
+def _irregular(member: tarfile.TarInfo) -> str | None:
+    if member.issym() or member.islnk():
+        return "a link"
+    if member.issparse() or not member.isreg():
+        return "a sparse file" if member.issparse() else "a device or pipe"
+    return None
+
+
+def _image_fault(member: tarfile.TarInfo, where: str) -> tuple[str, str] | None:
+    kind = _irregular(member)
+    if kind is not None:
+        return "member is not a plain file", f"{where} has an image that is {kind}: pack plain files"
+    if member.size > MAX_IMAGE_BYTES:
+        limit = in_bytes(MAX_IMAGE_BYTES)
+        return "image too large", f"{where} has an image of {in_bytes(member.size)}, more than {limit}: make it smaller"
+    return None
+
+
+def _caption(member: tarfile.TarInfo, tar: tarfile.TarFile, where: str) -> tuple[str | None, tuple[str, str] | None]:
+    """The caption in a member, or (reason, message) of what is wrong with it."""
+    kind = _irregular(member)
+    if kind is not None:
+        return None, ("member is not a plain file", f"{where} has a caption that is {kind}: pack plain files")
+    if member.size > MAX_CAPTION:
+        said = f"{where} has a caption of {in_bytes(member.size)}, more than {in_bytes(MAX_CAPTION)}: shorten it"
+        return None, ("caption too long", said)
     file = tar.extractfile(member)
     assert file is not None
     try:
-        return file.read().decode("utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{member.name} in {shard} is not UTF-8 text: {error}") from error
+        text = decode_text(file.read()).strip()
+    except ValueError as error:
+        said = f"the caption of {where} ({printable(member.name)}) is unusable: {error}"
+        return None, ("caption is not Unicode", said)
+    fault = caption_fault(text)
+    if fault is not None:
+        return None, (fault[0], f"the caption of {where} {fault[1]}: complete or remove it")
+    return text, None
+
+
+def _is_pair(sample: _Sample) -> bool:
+    """Whether a sample is meant to be a pair, and not something else that lies in the shard."""
+    images = any(is_other_image(f".{suffix}") for suffix in sample.others) or _dotted_images(sample)
+    return bool(sample.images or sample.fault or images or sample.caption is not None)
+
+
+def _incomplete(sample: _Sample) -> tuple[str, str] | None:
+    if len(sample.images) > 1:
+        which = ", ".join(f".{suffix}" for suffix in sample.images)
+        return "sample with several images", f"{sample.where} has {len(sample.images)} images ({which}): keep one"
+    if sample.images and sample.caption is not None:
+        return None
+    dotted = [suffix for suffix in sample.others if "." in suffix]
+    if dotted and _dotted_images(sample):
+        name = f"{printable(sample.key)}.{dotted[0]}"
+        return (
+            "name with dots",
+            f"{sample.where} has members such as {name}: webdataset ends a key at the first dot, so rename files with "
+            "more dots",
+        )
+    unread = next((suffix for suffix in sample.others if is_other_image(f".{suffix}")), None)
+    if unread is not None and not sample.images:
+        return (
+            f".{unread} images are not read",
+            f"{sample.where} has an image (.{unread}) that Pillow does not read: convert it",
+        )
+    there = f"; there is .{', .'.join(sample.others)}, which is not read" if sample.others else ""
+    if sample.images:
+        return "image without a caption", f"{sample.where} has no caption (.txt{there}): complete or remove it"
+    return "caption without an image", f"{sample.where} has no image {_SHOWN[:-1]}{there}): complete or remove it"
+
+
+def _dotted_images(sample: _Sample) -> int:
+    """Images among members whose names have more dots; 0 where the sample has an image of its own."""
+    if sample.images:
+        return 0
+    return sum("." in suffix and f".{suffix.rpartition('.')[2]}" in image_suffixes() for suffix in sample.others)
 
 
 def _ids(keys: list[str], shards: list[str], shard_of: np.ndarray) -> list[str]:

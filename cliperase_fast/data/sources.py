@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from urllib.parse import unquote
 
 import numpy as np
@@ -15,11 +14,15 @@ import numpy as np
 from cliperase_fast.data import cifar, shapes
 from cliperase_fast.data.checks import split
 from cliperase_fast.data.classes import DEFAULT_TEMPLATES, ClassSpace, check_templates, readable
-from cliperase_fast.data.files import open_csv, open_flickr30k, open_folder
+from cliperase_fast.data.flickr import open_flickr30k
+from cliperase_fast.data.folders import open_folder
 from cliperase_fast.data.images import ArrayStore
+from cliperase_fast.data.intake import Intake
 from cliperase_fast.data.pairs import PairDataset
 from cliperase_fast.data.shards import open_shards
+from cliperase_fast.data.tables import open_csv
 from cliperase_fast.errors import InputError
+from cliperase_fast.reading import printable, user_path
 
 
 @dataclass
@@ -38,6 +41,11 @@ class _Request:
     options: Mapping[str, str]
     templates: tuple[str, ...] | None
     seed: int
+    intake: Intake
+
+    @property
+    def name(self) -> str:
+        return printable(self.spec)
 
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -98,7 +106,7 @@ def _shapes(request: _Request) -> Source:
 
 
 def _cifar(request: _Request, layout: cifar.Layout) -> Source:
-    folder = cifar.find_folder(Path(request.path).expanduser(), layout)
+    folder = cifar.find_folder(user_path(request.path), layout)
     names = [readable(name) for name in cifar.class_names(folder, layout)]
     space = ClassSpace.from_templates(names, request.templates or DEFAULT_TEMPLATES)
     parts = []
@@ -106,7 +114,7 @@ def _cifar(request: _Request, layout: cifar.Layout) -> Source:
         pixels, labels = cifar.read_batches(folder, files, layout, len(names))
         parts.append(
             PairDataset(
-                f"{request.spec} {split_name}",
+                f"{request.name} {split_name}",
                 ArrayStore(pixels, f"{os.path.realpath(folder)}/{split_name}"),
                 [space.prompts[label] for label in labels],
                 [f"{split_name}/{index}" for index in range(len(labels))],
@@ -114,24 +122,27 @@ def _cifar(request: _Request, layout: cifar.Layout) -> Source:
                 space=space,
             )
         )
-    return Source(request.spec, *parts)
+    return Source(request.name, *parts)
 
 
 def _folder(request: _Request) -> Source:
-    return Source(request.spec, *open_folder(request.path, request.spec, request.templates or DEFAULT_TEMPLATES))
+    templates = request.templates or DEFAULT_TEMPLATES
+    return Source(request.name, *open_folder(request.path, request.name, templates, request.intake, **request.options))
 
 
 def _csv(request: _Request) -> Source:
-    return Source(request.spec, _prompted(open_csv(request.path, request.spec, **request.options), request), None)
+    pairs = open_csv(request.path, request.name, request.intake, **request.options)
+    return Source(request.name, _prompted(pairs, request), None)
 
 
 def _flickr30k(request: _Request) -> Source:
-    train, test = open_flickr30k(request.path, request.spec)
-    return Source(request.spec, _prompted(train, request), test)
+    train, test = open_flickr30k(request.path, request.name, request.intake)
+    return Source(request.name, _prompted(train, request), test)
 
 
 def _wds(request: _Request) -> Source:
-    return Source(request.spec, _prompted(open_shards(request.path, request.spec), request), None)
+    pairs = open_shards(request.path, request.name, request.intake)
+    return Source(request.name, _prompted(pairs, request), None)
 
 
 def _prompted(pairs: PairDataset, request: _Request) -> PairDataset:
@@ -160,14 +171,16 @@ _KINDS = {
     "shapes": _Kind("shapes", _shapes, ("train", "test", "size", "seed")),
     "cifar10": _Kind("cifar10:DIR", lambda request: _cifar(request, cifar.CIFAR10)),
     "cifar100": _Kind("cifar100:DIR", lambda request: _cifar(request, cifar.CIFAR100)),
-    "folder": _Kind("folder:DIR", _folder),
-    "csv": _Kind("csv:FILE", _csv, ("sep", "img", "caption")),
+    "folder": _Kind("folder:DIR", _folder, ("classnames",)),
+    "csv": _Kind("csv:FILE", _csv, ("sep", "img", "caption", "root", "quotes")),
     "flickr30k": _Kind("flickr30k:DIR", _flickr30k),
     "wds": _Kind("wds:SHARDS", _wds),
 }
 
 
-def open_source(spec: str, *, templates: Sequence[str] | str | None = None, seed: int = 0) -> Source:
+def open_source(
+    spec: str, *, templates: Sequence[str] | str | None = None, seed: int = 0, on_error: str = "raise"
+) -> Source:
     """Open a source by name. `InputError` says what is missing or malformed, and where.
 
     demo            scikit-learn's handwritten digits, classes zero to nine
@@ -176,16 +189,23 @@ def open_source(spec: str, *, templates: Sequence[str] | str | None = None, seed
                     &size=32 (pixels), &seed=0 (default: `seed`)
     cifar10:DIR     the python version, unpacked; DIR may be the folder above. Likewise cifar100:DIR (fine
     labels)
-    folder:DIR      DIR/CLASS/*.jpg, or DIR/train/CLASS/*.jpg with DIR/test or DIR/val
+    folder:DIR      DIR/CLASS/*.jpg, or DIR/train/CLASS/*.jpg with DIR/test or DIR/val; option ?classnames=FILE
     csv:FILE        a table, by default tab-separated with columns filepath and title;
-                    options ?sep=,&img=COLUMN&caption=COLUMN (%26 for '&')
-    flickr30k:DIR   dataset_flickr30k.json or results.csv, images in DIR/flickr30k_images or DIR
-    wds:SHARDS      local webdataset shards with braces; jpg, jpeg, png or webp + txt
+                    options ?sep=,&img=COLUMN&caption=COLUMN&root=DIR&quotes=none (%26 for '&')
+    flickr30k:DIR   dataset_flickr30k.json, flickr_annotations_30k.csv, results.csv, captions.txt or a .token file;
+                    images in DIR/flickr30k_images, DIR/Images or DIR
+    wds:SHARDS      local webdataset shards with braces; jpg, png, webp ... + txt
+
+    docs/data.md shows the layouts.
 
     templates: caption templates with "{}" for the class name. Where the data has classes but no captions they
     make the captions; where captions come with the data they only make the prompts of zero-shot
     classification.
+    on_error: "raise" refuses the first item that cannot be used, "skip" leaves such items out and counts them in the
+    `intake` of the pairs.
     """
+    if "\0" in spec:
+        raise InputError(f"the source {spec!r} holds a NUL character, which no path can")
     match = re.fullmatch(r"([^:?]*)(:?)(.*)", spec, flags=re.DOTALL)
     assert match is not None
     kind, colon, rest = match.groups()
@@ -199,7 +219,7 @@ def open_source(spec: str, *, templates: Sequence[str] | str | None = None, seed
     path, options = _options(rest, found, spec) if found.options else (rest, {})
     if found.needs_path != bool(path) or found.needs_path != bool(colon):
         raise InputError(f"{spec!r} is not a source: write {found.usage}")
-    return found.open(_Request(spec, path, options, check_templates(templates), seed))
+    return found.open(_Request(spec, path, options, check_templates(templates), seed, Intake(on_error)))
 
 
 def _options(rest: str, kind: _Kind, spec: str) -> tuple[str, dict[str, str]]:

@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from cliperase_fast.data import (
     PairDataset,
     as_pairs,
-    check_images,
     concat,
     open_source,
     overlap,
     parse_reference,
     select,
 )
+from cliperase_fast.data.checks import find_bad_images
 from cliperase_fast.data.classes import check_templates
+from cliperase_fast.data.intake import Tally
 from cliperase_fast.errors import InputError
 from cliperase_fast.evaluation.encoding import encode_pairs, require_finite
 from cliperase_fast.evaluation.scoring import score
@@ -38,6 +39,7 @@ def evaluate(
     transform: Callable[[Any], Tensor] | None = None,
     templates: Sequence[str] | None = None,
     long_captions: str = "error",
+    on_error: str = "raise",
     batch_size: int = 256,
     device: str | torch.device = "auto",
     precision: str = "fp32",
@@ -58,6 +60,8 @@ def evaluate(
     templates: captions that stand for a class, "a photo of a {}"; the data's own otherwise.
     long_captions: what happens to captions longer than the model's context: "error", or "truncate" to cut
         them.
+    on_error: what happens to pairs that cannot be used, such as unreadable images: "raise", or "skip" to leave them
+        out; the result then says under "skipped" how many, and why.
     batch_size: images in a forward pass.
     device: "auto" is where a given module stands, and the GPU, if there is one, for a model named by a
         string.
@@ -67,7 +71,8 @@ def evaluate(
     progress: show a bar on a terminal.
 
     Returns {"forget": scores, "retain": scores, "per_class": ...}, or {"all": scores, "per_class": ...}
-    without `forget`: see `cliperase_fast.evaluation.score` for what the scores are.
+    without `forget`, and "skipped" where pairs were left out: see `cliperase_fast.evaluation.score` for what the
+    scores are.
 
     Raises `InputError`, before any encoding, for whatever is wrong with the arguments, unreadable images
     included; and when the model returns NaN or infinity. `UnlearningError` where a batch does not fit in memory.
@@ -76,8 +81,14 @@ def evaluate(
     chosen = _device(device, model)
     _check_settings(batch_size, num_workers, precision, chosen, long_captions)
     templates = check_templates(templates)
-    pairs, forget_mask = _pairs(data, forget, templates)
-    check_images(pairs, on_error="raise", progress=progress)
+    pairs, forget_mask = _pairs(data, forget, templates, on_error)
+    good, bad = find_bad_images(pairs, on_error=on_error, progress=progress)
+    skipped = Tally()
+    skipped.update(pairs.intake.skipped)
+    for image in bad:
+        skipped.add(image.reason, image.message)
+    if bad:
+        pairs, forget_mask = _readable(pairs, forget_mask, good, bad[0].message)
     given = load_model(
         model, tokenizer=tokenizer, transform=transform, device=chosen, truncate=long_captions == "truncate"
     )
@@ -94,7 +105,18 @@ def evaluate(
         templates=templates,
     )
     require_finite(encoded, pairs)
-    return score(encoded, pairs, forget_mask, device=chosen)
+    scores = score(encoded, pairs, forget_mask, device=chosen)
+    return {**scores, "skipped": skipped.to_dict()} if len(skipped) else scores
+
+
+def _readable(
+    pairs: PairDataset, forget_mask: np.ndarray | None, good: np.ndarray, first: str
+) -> tuple[PairDataset, np.ndarray | None]:
+    """The pairs whose images can be read, of both sets some."""
+    mask = None if forget_mask is None else forget_mask[good]
+    if len(good) == 0 or (mask is not None and (mask.all() or not mask.any())):
+        raise InputError(f"the images left of {pairs.name} are not enough to score each set (first bad one: {first})")
+    return pairs.subset(good), mask
 
 
 def _device(device: str | torch.device, model: Any) -> torch.device:
@@ -118,9 +140,11 @@ def _check_settings(
         raise InputError(f"long_captions={long_captions!r} is not one of error, truncate")
 
 
-def _pairs(data: Any, forget: Any, templates: Sequence[str] | None) -> tuple[PairDataset, np.ndarray | None]:
+def _pairs(
+    data: Any, forget: Any, templates: Sequence[str] | None, on_error: str
+) -> tuple[PairDataset, np.ndarray | None]:
     """The pairs to score and which of them are the forget pairs (bool [n], or None)."""
-    pairs = _open(data, templates)
+    pairs = _open(data, templates, on_error)
     if len(pairs) == 0:
         raise InputError(f"{pairs.name} is empty: give at least one (image, caption) pair")
     if templates is not None and pairs.classes is None:
@@ -132,7 +156,7 @@ def _pairs(data: Any, forget: Any, templates: Sequence[str] | None) -> tuple[Pai
     flags = isinstance(forget, (list, tuple)) and {type(one) for one in forget} <= {bool, np.bool_}
     if isinstance(forget, (np.ndarray, Tensor)) or (flags and len(forget) > 0):
         return pairs, _mask(forget, pairs)
-    forget_pairs = as_pairs(forget, "forget")
+    forget_pairs = as_pairs(forget, "forget", on_error=on_error)
     if len(forget_pairs) == 0:
         raise InputError("the forget set is empty: give at least one (image, caption) pair, or forget=None")
     retain = np.setdiff1d(np.arange(len(pairs)), overlap(forget_pairs, pairs))
@@ -142,11 +166,11 @@ def _pairs(data: Any, forget: Any, templates: Sequence[str] | None) -> tuple[Pai
     return both, np.arange(len(both)) < len(forget_pairs)
 
 
-def _open(data: Any, templates: Sequence[str] | None) -> PairDataset:
+def _open(data: Any, templates: Sequence[str] | None, on_error: str) -> PairDataset:
     if not isinstance(data, str):
-        return as_pairs(data, "data")
+        return as_pairs(data, "data", on_error=on_error)
     spec, selector = parse_reference(data)
-    source = open_source(spec, templates=templates)
+    source = open_source(spec, templates=templates, on_error=on_error)
     pairs = source.train if source.test is None else source.test
     return pairs if selector is None else pairs.subset(np.flatnonzero(select(pairs, selector)))
 

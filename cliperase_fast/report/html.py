@@ -18,6 +18,7 @@ from cliperase_fast.report.wording import (
     cell,
     change,
     headline,
+    left_out_lines,
     number,
     percent,
     shown_metrics,
@@ -234,13 +235,13 @@ def _classes(run: ReportData) -> str:
 
 def _origin(result: Mapping[str, Any]) -> str:
     data, seconds = result.get("data") or {}, result.get("seconds") or {}
-    skipped = data.get("skipped") or []
+    skipped = data.get("skipped") or {}
     facts: list[tuple[str, Any]] = [
         ("Model", result.get("model")),
         ("Forget", _with_pairs(data.get("forget"), data.get("forget_pairs"))),
         ("Retain", _with_pairs(data.get("retain"), data.get("retain_pairs"))),
         ("Test", data.get("test")),
-        ("Skipped images", f"{len(skipped)}: {_shortened(skipped)}" if skipped else None),
+        ("Left out", _left_out(skipped)),
         ("Time", _durations(seconds)),
         ("Speed", _speed(number(result.get("pairs_per_second")))),
         ("Seed", result.get("seed")),
@@ -265,9 +266,8 @@ def _with_pairs(name: Any, pairs: Any) -> str | None:
     return str(name) if pairs is None else f"{name} ({_count(pairs)} training pairs)"
 
 
-def _shortened(names: Sequence[Any], most: int = 8) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(str(name) for name in names[:most]) + more
+def _left_out(skipped: Mapping[str, Any]) -> str | None:
+    return "; ".join(left_out_lines(skipped)) or None
 
 
 def _durations(seconds: Mapping[str, Any]) -> str:

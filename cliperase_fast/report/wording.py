@@ -241,3 +241,8 @@ def _advice(result: Mapping[str, Any], forgotten: bool, kept: bool) -> str:
     unchanged = result.get("before") is not None and result.get("before") == result.get("after")
     start = "The scores are exactly as before: raise" if unchanged else "Raise"
     return f"{start} {now('learning_rate')} or {now('epochs')}, or {now('lambda_forget')}."
+
+
+def left_out_lines(skipped: Mapping[str, Any]) -> list[str]:
+    """A line for each reason why items were left out: how many, and the first of them."""
+    return [f"{row['count']} x {reason} (the first: {row['example']})" for reason, row in skipped.items()]

@@ -239,7 +239,8 @@ def _unlearn(
             "fingerprint": data.fingerprint(),
             "forget_pairs": data.train.n_forget,
             "retain_pairs": len(data.train.pairs) - data.train.n_forget,
-            "skipped": data.skipped,
+            "skipped": data.intake.skipped.to_dict(),
+            "ignored": data.intake.ignored.to_dict(),
         },
         "config": settings.to_dict(),
         "seconds": {

@@ -15,7 +15,6 @@ from cliperase_fast.data import (
     Source,
     as_pairs,
     caption_key,
-    check_images,
     concat,
     open_source,
     overlap,
@@ -23,6 +22,8 @@ from cliperase_fast.data import (
     select,
     split,
 )
+from cliperase_fast.data.checks import find_bad_images
+from cliperase_fast.data.intake import Intake
 from cliperase_fast.distributed import ALONE, Ranks
 from cliperase_fast.errors import InputError
 
@@ -48,7 +49,7 @@ class PreparedData:
     train: Split
     validation: Split
     test: Split
-    skipped: list[str]  # unreadable images left out
+    intake: Intake  # what was left out, and what lies beside the pairs
     names: dict[str, str]  # what the caller called each set
 
     def fingerprint(self) -> str:
@@ -80,7 +81,7 @@ def open_sets(
     test: None (the source's own test split, else `test_fraction` of the pairs), a dataset or "SOURCE" of both
     kinds, or a pair (forget test, retain test).
     """
-    opener = _Opener(templates, config.seed)
+    opener = _Opener(templates, config.seed, config.on_error)
     forget_pairs, selector, source = _forget_set(forget, opener)
     retain_pairs = _retain_set(retain, forget, selector, source, opener)
     for pairs, name in ((forget_pairs, "forget"), (retain_pairs, "retain")):
@@ -100,22 +101,22 @@ def prepare_data(sets: PairSets, config: UnlearnConfig, *, progress: bool, ranks
     """Read every image once, on one of the ranks, leave out or refuse what cannot be read, and hold out validation and
     test pairs.
     """
-    skipped: list[str] = []
-    forget_train = _readable(sets.forget, "forget", config, skipped, progress, ranks)
-    retain_train = _readable(sets.retain, "retain", config, skipped, progress, ranks)
+    intake = Intake.merged(part.intake for part in (sets.forget, sets.retain, *(sets.test or ())))
+    forget_train = _readable(sets.forget, "forget", config, intake, progress, ranks)
+    retain_train = _readable(sets.retain, "retain", config, intake, progress, ranks)
     if sets.test is None:
         forget_train, forget_test = _hold_out(forget_train, config.test_fraction, config.seed + 1)
         retain_train, retain_test = _hold_out(retain_train, config.test_fraction, config.seed + 1)
     else:
-        forget_test = _readable(sets.test[0], "forget test", config, skipped, progress, ranks)
-        retain_test = _readable(sets.test[1], "retain test", config, skipped, progress, ranks)
+        forget_test = _readable(sets.test[0], "forget test", config, intake, progress, ranks)
+        retain_test = _readable(sets.test[1], "retain test", config, intake, progress, ranks)
     forget_train, forget_val = _hold_out(forget_train, config.val_fraction, config.seed)
     retain_train, retain_val = _hold_out(retain_train, config.val_fraction, config.seed)
     return PreparedData(
         train=Split.of(forget_train, retain_train),
         validation=Split.of(forget_val, retain_val),
         test=Split.of(forget_test, retain_test),
-        skipped=skipped,
+        intake=intake,
         names=sets.names,
     )
 
@@ -123,19 +124,22 @@ def prepare_data(sets: PairSets, config: UnlearnConfig, *, progress: bool, ranks
 class _Opener:
     """Opens each source once, however often it is named."""
 
-    def __init__(self, templates: Sequence[str] | None, seed: int) -> None:
-        self.templates, self.seed = templates, seed
+    def __init__(self, templates: Sequence[str] | None, seed: int, on_error: str) -> None:
+        self.templates, self.seed, self.on_error = templates, seed, on_error
         self.opened: dict[str, Source] = {}
 
     def __call__(self, spec: str) -> Source:
         if spec not in self.opened:
-            self.opened[spec] = open_source(spec, templates=self.templates, seed=self.seed)
+            self.opened[spec] = open_source(spec, templates=self.templates, seed=self.seed, on_error=self.on_error)
         return self.opened[spec]
+
+    def pairs(self, dataset: Any, name: str) -> PairDataset:
+        return as_pairs(dataset, name, on_error=self.on_error)
 
 
 def _forget_set(forget: Any, opener: _Opener) -> tuple[PairDataset, str | None, Source | None]:
     if not isinstance(forget, str):
-        return as_pairs(forget, "forget"), None, None
+        return opener.pairs(forget, "forget"), None, None
     spec, selector = parse_reference(forget)
     if selector is None:
         raise InputError(f"forget={forget!r} selects nothing: add what to forget, for example '{forget}#class:apple'")
@@ -146,7 +150,7 @@ def _forget_set(forget: Any, opener: _Opener) -> tuple[PairDataset, str | None, 
 
 def _retain_set(retain: Any, forget: Any, selector: str | None, source: Source | None, opener: _Opener) -> PairDataset:
     if not isinstance(retain, str):
-        return as_pairs(retain, "retain")
+        return opener.pairs(retain, "retain")
     if retain == "rest":
         if source is None or selector is None:
             raise InputError("retain='rest' needs forget as 'SOURCE#SELECTOR'; give the retain pairs as a dataset")
@@ -170,6 +174,8 @@ def _without_overlap(forget: PairDataset, retain: PairDataset, policy: str) -> P
     kept = np.setdiff1d(np.arange(len(retain)), shared)
     if len(kept) == 0:
         raise InputError("every retain pair is also a forget pair: nothing is left to retain")
+    example = f"{retain.ids[int(shared[0])]} of {retain.name}"
+    retain.intake.skipped.add("retain pair that is also a forget pair", example, len(shared))
     return retain.subset(kept)
 
 
@@ -186,7 +192,7 @@ def _test_sets(
             return None
         pairs = source.test
     elif isinstance(test, tuple) and len(test) == 2 and not isinstance(test[0], (tuple, str)):
-        return as_pairs(test[0], "forget test"), as_pairs(test[1], "retain test")
+        return opener.pairs(test[0], "forget test"), opener.pairs(test[1], "retain test")
     elif isinstance(test, str):
         spec, test_selector = parse_reference(test)
         opened = opener(spec)
@@ -194,7 +200,7 @@ def _test_sets(
         if test_selector is not None:
             pairs = pairs.subset(np.flatnonzero(select(pairs, test_selector)))
     else:
-        pairs = as_pairs(test, "test")
+        pairs = opener.pairs(test, "test")
     if selector is None:
         mask = _by_captions(pairs, forget, retain)
     else:
@@ -221,16 +227,17 @@ def _captions(pairs: PairDataset) -> set[Any]:
 
 
 def _readable(
-    pairs: PairDataset, name: str, config: UnlearnConfig, skipped: list[str], progress: bool, ranks: Ranks
+    pairs: PairDataset, name: str, config: UnlearnConfig, intake: Intake, progress: bool, ranks: Ranks
 ) -> PairDataset:
     own = np.arange(len(pairs))[ranks.share(len(pairs))]
-    found = ranks.each(lambda: check_images(pairs.subset(own), on_error=config.on_error, progress=progress))
+    found = ranks.each(lambda: find_bad_images(pairs.subset(own), on_error=config.on_error, progress=progress))
     firsts = [share.start for share in ranks.shares(len(pairs))]
     good = np.concatenate([first + of_rank for first, (of_rank, _) in zip(firsts, found, strict=True)])
-    bad = [name for _, of_rank in found for name in of_rank]
-    skipped.extend(bad)
+    bad = [image for _, of_rank in found for image in of_rank]
+    for image in bad:
+        intake.skipped.add(image.reason, image.message)
     if len(good) == 0:
-        raise InputError(f"none of the {len(pairs)} images of the {name} set can be read (first: {bad[0]})")
+        raise InputError(f"none of the {len(pairs)} images of the {name} set can be read (first: {bad[0].message})")
     return pairs if len(good) == len(pairs) else pairs.subset(good)
 
 

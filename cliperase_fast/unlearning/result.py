@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from torch import nn
 
 from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.models import ClipAdapter
+from cliperase_fast.reading import printable_data
 from cliperase_fast.report import ReportData, Verdict, text_table, verdict, write_html, write_plots
+from cliperase_fast.report.wording import left_out_lines
 from cliperase_fast.unlearning.checkpoints import write_text_atomically
 
 
@@ -33,6 +36,7 @@ class UnlearnResult:
     embeddings: dict[str, np.ndarray]
     embedding_sets: list[str]
     embedding_labels: list[str]
+    report_failure: str | None = None  # why plots or report.html could not be written
 
     @property
     def model(self) -> nn.Module:
@@ -58,10 +62,18 @@ class UnlearnResult:
     def summary(self) -> str:
         """What came of it, a before/after table in plain text, why this checkpoint was chosen, and what to know."""
         table, reason = text_table(self.before, self.after), self.selection["reason"]
-        return "\n\n".join([self.verdict.text, table, reason, *(f"{note}." for note in self.record["notes"])])
+        parts = [self.verdict.text, table, reason, *(f"{note}." for note in self.record["notes"])]
+        skipped = self.record["data"]["skipped"]
+        if skipped:
+            parts.append("\n".join(["Left out:", *(f"  {line}" for line in left_out_lines(skipped))]))
+        if self.report_failure is not None:
+            parts.append(f"Warning: the report is missing: {self.report_failure}")
+        return "\n\n".join(parts)
 
     def save(self, directory: str | Path) -> Path:
-        """Write config.json, metrics.jsonl, result.json, model/, plots/ and report.html; returns the folder.
+        """Write config.json, metrics.jsonl, model/, result.json, plots/ and report.html; returns the folder.
+
+        What fails in plots/ and report.html costs the result nothing: it becomes a warning in `summary()`.
 
         model/ loads in the library the model came from: `open_clip.create_model_and_transforms("local-dir:.../model")`
         or `CLIPModel.from_pretrained(".../model")`.
@@ -72,18 +84,27 @@ class UnlearnResult:
         write_text_atomically(directory / "config.json", json.dumps(self.config.to_dict(), indent=2) + "\n")
         lines = "".join(json.dumps(line) + "\n" for line in self.history)
         write_text_atomically(directory / "metrics.jsonl", lines)
+        record = printable_data(self.record)
+        # After all that is needed to use it: its presence says that the result is there.
+        write_text_atomically(directory / "result.json", json.dumps(record, indent=2) + "\n")
         if self.config.report:
+            self._try_report(record, directory)
+        return directory
+
+    def _try_report(self, record: dict[str, Any], directory: Path) -> None:
+        self.report_failure = None
+        try:
             report = ReportData(
-                title=f"Forgetting {self.record['data']['forget']}",
-                result=self.record,
+                title=f"Forgetting {record['data']['forget']}",
+                result=record,
                 metrics=self.history,
                 similarities=self.similarities,
                 embeddings=self.embeddings,
                 embedding_sets=self.embedding_sets,
-                embedding_labels=self.embedding_labels,
+                embedding_labels=printable_data(self.embedding_labels),
             )
             write_plots(report, directory / "plots")
             write_html(report, directory / "report.html")
-        # Last: its presence says that everything else is there.
-        write_text_atomically(directory / "result.json", json.dumps(self.record, indent=2) + "\n")
-        return directory
+        except Exception as error:  # the work is done and saved: what draws it may fail in any way
+            self.report_failure = f"{type(error).__name__}: {error}"
+            warnings.warn(f"plots and report.html are incomplete: {self.report_failure}", stacklevel=3)

@@ -113,7 +113,10 @@ def test_keys_that_repeat_between_shards_get_the_shards_name(tmp_path: Path, sha
         ({"__key__": "k", "png": pixels(1)}, r"sample 'k' in .*bad\.tar has no caption"),
         ({"__key__": "k", "txt": "a dog"}, r"sample 'k' in .*bad\.tar has no image \(\.jpg, "),
         ({"__key__": "k", "png": pixels(1), "txt": "  "}, r"caption of sample 'k' in .*bad\.tar is empty"),
-        ({"__key__": "k", "png": pixels(1), "txt": b"\xff\xfe"}, r"k\.txt in .*bad\.tar is not UTF-8"),
+        (
+            {"__key__": "k", "png": pixels(1), "txt": b"\xff\xfe"},
+            r"sample 'k' in .*bad\.tar \(k\.txt\) is unusable: it is UTF-16",
+        ),
     ],
 )
 def test_an_incomplete_sample_is_named(shard, sample: Sample, message: str) -> None:

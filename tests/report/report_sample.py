@@ -47,7 +47,7 @@ def sample_result(
             "fingerprint": "c0ffee",
             "forget_pairs": 120,
             "retain_pairs": 1100,
-            "skipped": [],
+            "skipped": {},
         },
         "config": {"lambda_forget": 3.0, "learning_rate": 1e-4, "retain_floor": 0.02},
         "seconds": {"total": 41.2, "train": 7200.0, "evaluate": 4.1},

@@ -118,7 +118,7 @@ def test_names_captions_and_everything_else_from_outside_are_escaped():
     result["selection"]["reason"] = f"because {EVIL}"
     result["model"] = f"model {EVIL}"
     result["data"] = {**result["data"], "forget": EVIL, "retain": EVIL, "test": EVIL, "fingerprint": EVIL}
-    result["data"]["skipped"] = [EVIL]
+    result["data"]["skipped"] = {EVIL: {"count": 1, "example": EVIL}}
     result["config"] = {EVIL: EVIL}
     result["versions"] = {EVIL: EVIL}
     result["seed"] = EVIL
@@ -174,10 +174,12 @@ def test_failure_is_said_in_the_first_line():
     assert '<p class="verdict bad"><b>Failure.</b> Not forgotten, and the rest suffered badly' in text
 
 
-def test_skipped_images_are_listed_but_not_by_the_thousand():
+def test_items_left_out_are_counted_by_reason_with_an_example():
     result = sample_result()
-    result["data"]["skipped"] = [f"image{i}.jpg" for i in range(1000)]
+    result["data"]["skipped"] = {
+        "image cannot be decoded": {"count": 1000, "example": "image0.jpg"},
+        "empty caption": {"count": 2, "example": "line 3"},
+    }
     text = Reader(page(sample_run(result, metrics=[], similarities={}, embeddings={}))).text
-    assert "1000: image0.jpg" in text
-    assert "and 992 more" in text
-    assert "image8.jpg" not in text
+    assert "1000 x image cannot be decoded (the first: image0.jpg)" in text
+    assert "2 x empty caption (the first: line 3)" in text

@@ -365,8 +365,9 @@ def test_unreadable_images_are_named_or_skipped_and_counted(tmp_path):
     with pytest.raises(InputError, match=r"bad\.png"):
         cf.unlearn(*arguments, **QUICK)
     result = cf.unlearn(*arguments, on_error="skip", **QUICK)
-    assert len(result.record["data"]["skipped"]) == 1
-    assert "bad.png" in result.record["data"]["skipped"][0]
+    ((reason, row),) = result.record["data"]["skipped"].items()
+    assert reason == "image cannot be decoded" and row["count"] == 1 and "bad.png" in row["example"]
+    assert "1 x image cannot be decoded" in result.summary() and "bad.png" in result.summary()
 
 
 def test_a_generic_two_tower_module_is_unlearned_too():

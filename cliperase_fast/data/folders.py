@@ -1,0 +1,211 @@
+"""Class folders: DIR/CLASS/**/*.jpg, with or without splits."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from cliperase_fast.data.classes import ClassSpace, readable
+from cliperase_fast.data.decoding import image_suffixes, is_other_image
+from cliperase_fast.data.images import FileStore
+from cliperase_fast.data.intake import Intake
+from cliperase_fast.data.pairs import PairDataset
+from cliperase_fast.errors import InputError
+from cliperase_fast.reading import has_surrogates, printable, read_text, user_path
+
+_SYSTEM = frozenset({"__macosx", "thumbs.db", "desktop.ini", "ehthumbs.db"})
+_SHOWN = ".jpg, .png, .webp and what else Pillow reads"
+
+
+def is_system_file(name: str) -> bool:
+    """Whether a file or folder belongs to the system rather than to the data."""
+    return name.startswith(".") or name.casefold() in _SYSTEM
+
+
+def open_folder(
+    path: str, name: str, templates: Sequence[str], intake: Intake, *, classnames: str | None = None
+) -> tuple[PairDataset, PairDataset | None]:
+    """DIR/CLASS/**/*.jpg, or DIR/train/CLASS/... with DIR/test (else DIR/val) beside it.
+
+    classnames: a file that names each class folder, see `_read_names`; by default folders are named by themselves.
+    """
+    root = user_path(path)
+    if not root.is_dir():
+        raise InputError(f"{root} is not a directory: 'folder:' needs one that holds a folder of images for each class")
+    train_root, test_root = _find_splits(root, intake)
+    folders = _class_folders(train_root, intake)
+    if not folders:
+        raise InputError(f"{train_root} has no folders: put the images of each class into {train_root}/CLASS/")
+    names = _named(folders, train_root, None if classnames is None else _read_names(classnames, root))
+    found = [_find_images(train_root / folder, intake) for folder in folders]
+    for folder in [folder for folder, images in zip(folders, found, strict=True) if not images]:
+        intake.fault(
+            "class folder without images", f"{train_root / folder} holds no images ({_SHOWN}): fill or remove it"
+        )
+    kept = [number for number, images in enumerate(found) if images]
+    intake.require_some(len(kept), str(train_root), "has no images")
+    folders, found = [folders[number] for number in kept], [found[number] for number in kept]
+    space = ClassSpace.from_templates([names[number] for number in kept], templates)
+    train = _pairs(found, root, f"{name} train" if test_root else name, space, intake)
+    if test_root is None:
+        return train, None
+    unknown = [folder for folder in _class_folders(test_root, intake) if folder not in folders]
+    for folder in unknown:
+        intake.fault(
+            "test class that is not trained on",
+            f"{test_root} has the class {printable(folder)!r}, which {train_root} has not: rename or remove it",
+        )
+    tested = [_find_images(test_root / folder, intake) if (test_root / folder).is_dir() else [] for folder in folders]
+    if not any(tested):
+        raise InputError(f"{test_root} holds no images: fill or remove it")
+    return train, _pairs(tested, root, f"{name} {test_root.name}", space, intake)
+
+
+def _find_splits(root: Path, intake: Intake) -> tuple[Path, Path | None]:
+    # A class called "train" would hold images, not folders.
+    if not ((root / "train").is_dir() and _class_folders(root / "train", Intake())):
+        return root, None
+    test = next((part for part in ("test", "val") if (root / part).is_dir()), None)
+    for entry in _entries(root):
+        if entry.name not in ("train", test):
+            intake.ignored.add("beside the splits that are used", entry.path)
+    return root / "train", None if test is None else root / test
+
+
+def _entries(folder: Path | str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise InputError(f"cannot list the folder {printable(str(folder))}: {error.strerror or error}") from error
+
+
+def _class_folders(folder: Path, intake: Intake) -> list[str]:
+    """Names of the class folders, sorted; what else lies beside them is counted."""
+    names = []
+    for entry in _entries(folder):
+        if is_system_file(entry.name):
+            intake.ignored.add("hidden or system file", entry.path)
+        elif entry.is_dir():
+            names.append(entry.name)
+        else:
+            intake.ignored.add("file outside of the class folders", entry.path)
+    return names
+
+
+_WORDNET = re.compile(r"n\d{8}")
+
+
+def _named(folders: list[str], root: Path, known: dict[str, str] | None) -> list[str]:
+    """The class name of each folder; InputError where one says nothing or stands for another as well."""
+    names = []
+    for folder in folders:
+        if known is not None and folder not in known:
+            raise InputError(f"the file of class names has no line for the folder {printable(folder)!r} in {root}")
+        name = readable(folder if known is None else known[folder])
+        shown = printable(folder)
+        if has_surrogates(name):
+            raise InputError(f"the name of the folder {shown!r} in {root} is not UTF-8: rename it")
+        if not name:
+            raise InputError(f"the folder {shown!r} in {root} names no class: rename it")
+        if known is None and _WORDNET.fullmatch(folder):
+            raise InputError(
+                f"the folder {shown!r} in {root} is named by a WordNet id, which would stand in the captions: say what "
+                "the classes are called with '?classnames=FILE' after the folder (a line 'n01440764 tench' for each)"
+            )
+        names.append(name)
+    double = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
+    if double is not None:
+        raise InputError(f"two folders in {root} stand for the class {double!r}: rename one")
+    return names
+
+
+def _read_names(file: str, root: Path) -> dict[str, str]:
+    """Folder names and what their classes are called: lines "FOLDER NAME", or JSON {folder: name}.
+
+    A tab or a comma right after the folder's name may stand for the space. JSON as ImageNet's class index has it,
+    {"0": [folder, name]}, is read too.
+    """
+    path = user_path(file)
+    if not path.exists() and (root / path).exists():
+        path = root / path
+    text = read_text(path, 16 << 20, "the file of class names ")
+    if path.suffix.lower() == ".json":
+        try:
+            content = json.loads(text)
+            pairs = [(key, one) if isinstance(one, str) else tuple(one) for key, one in content.items()]
+            if not all(len(pair) == 2 and all(isinstance(part, str) for part in pair) for pair in pairs):
+                raise ValueError("a value is neither a name nor [folder, name]")
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise InputError(f"the file of class names {path} is not JSON {{folder: name}}: {error}") from error
+    else:
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        pairs = [tuple(re.split(r"\t|,|\s", line, maxsplit=1)) for line in lines]
+        bad = next((line for line, pair in zip(lines, pairs, strict=True) if len(pair) != 2), None)
+        if bad is not None:
+            raise InputError(f"the file of class names {path} has the line {bad!r}: write 'FOLDER NAME'")
+    known: dict[str, str] = {}
+    for folder, name in pairs:
+        if known.setdefault(folder, name.strip()) != name.strip():
+            raise InputError(f"the file of class names {path} names the folder {folder!r} twice: keep one")
+    return known
+
+
+def _find_images(folder: Path, intake: Intake) -> list[Path]:
+    """The images in a class folder and below, sorted; everything else is counted.
+
+    Each directory is read once, and links to folders above are not followed.
+    """
+    resolved = folder.resolve()
+    seen = {_identity(parent) for parent in (resolved, *resolved.parents)}
+    found: list[Path] = []
+    todo = [str(folder)]
+    while todo:
+        for entry in _entries(todo.pop()):
+            suffix = os.path.splitext(entry.name)[1].lower()
+            if is_system_file(entry.name):
+                intake.ignored.add("hidden or system file", entry.path)
+            elif entry.is_dir():
+                identity = _identity(entry.path)
+                if identity in seen:
+                    intake.ignored.add("link to a folder that is read already", entry.path)
+                else:
+                    seen.add(identity)
+                    todo.append(entry.path)
+            elif suffix in image_suffixes():
+                found.append(Path(entry.path))
+            elif is_other_image(suffix):
+                intake.fault(
+                    f"{suffix} images are not read",
+                    f"{printable(entry.path)} is an image that Pillow does not read here: convert it to .png or .jpg",
+                )
+            else:
+                intake.ignored.add(f"not an image by its suffix ({suffix or 'none'})", entry.path)
+    return sorted(found)
+
+
+def _identity(path: Path | str) -> tuple[int, int]:
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise InputError(f"cannot read the folder {printable(str(path))}: {error.strerror or error}") from error
+    return status.st_dev, status.st_ino
+
+
+def _pairs(found: list[list[Path]], root: Path, name: str, space: ClassSpace, intake: Intake) -> PairDataset:
+    paths = [path for images in found for path in images]
+    labels = np.repeat(np.arange(len(found)), [len(images) for images in found])
+    return PairDataset(
+        name,
+        FileStore([str(path) for path in paths], os.path.realpath(root)),
+        [space.prompts[label] for label in labels],
+        [printable(path.relative_to(root).as_posix()) for path in paths],
+        labels=labels.astype(np.int64),
+        space=space,
+        intake=intake,
+    )

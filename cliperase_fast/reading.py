@@ -1,0 +1,149 @@
+"""Reading files that others made: regular ones only, a bounded amount, as UTF-8. And names that are not UTF-8."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from cliperase_fast.errors import InputError
+
+MAX_LINE = 1 << 20  # characters in a line of a table
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+_KINDS = (
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a file for reading; `OSError` for anything that is not a regular file, which might block or never end."""
+    try:
+        _require_regular(os.stat(path).st_mode)  # before opening: opening a device can have effects
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except ValueError as error:
+        raise OSError(errno.EINVAL, "the path holds a NUL or a character that no file name can hold") from error
+    try:
+        _require_regular(os.fstat(handle).st_mode)
+    except OSError:
+        os.close(handle)
+        raise
+    return os.fdopen(handle, "rb")
+
+
+def _require_regular(mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        kind = next((name for test, name in _KINDS if test(mode)), "a special file")
+        raise OSError(errno.EINVAL, f"it is {kind}, not a regular file")
+
+
+def read_bytes(path: str | os.PathLike[str], limit: int, what: str = "") -> bytes:
+    """The content of a regular file of at most `limit` bytes; `InputError` starts with "cannot read {what}{path}"."""
+    subject = f"cannot read {what}{path}"
+    try:
+        with open_regular(path) as file:
+            data = file.read(limit + 1)
+    except OSError as error:
+        raise InputError(f"{subject}: {error.strerror or error}") from error
+    if len(data) > limit:
+        raise InputError(f"{subject}: it is larger than {in_bytes(limit)}; is it the right file?")
+    return data
+
+
+def read_text(path: str | os.PathLike[str], limit: int, what: str = "") -> str:
+    """The text of a UTF-8 file, with or without a byte order mark; see `read_bytes`."""
+    data = read_bytes(path, limit, what)
+    try:
+        return decode_text(data)
+    except ValueError as error:
+        raise InputError(f"cannot read {what}{path}: {error}") from error
+
+
+def decode_text(data: bytes) -> str:
+    """UTF-8 bytes as text, without a byte order mark; `ValueError` says what they are instead."""
+    if data.startswith(_UTF_16):
+        raise ValueError("it is UTF-16 text; save it as UTF-8")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+
+
+def read_lines(path: str | os.PathLike[str], what: str = "") -> Iterator[str]:
+    """The lines of a UTF-8 file with their ends (LF, CRLF or CR), one at a time.
+
+    `InputError` for what cannot be read, names the line that is not UTF-8, holds a NUL or is too long.
+    """
+    subject = f"cannot read {what}{path}"
+    try:
+        with open_regular(path) as file:
+            if file.read(2) in _UTF_16:
+                raise InputError(f"{subject}: it is UTF-16 text; save it as UTF-8")
+            file.seek(0)
+            with io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
+                number = 0
+                while line := stream.readline(MAX_LINE + 1):
+                    number += 1
+                    fault = _line_fault(line)
+                    if fault:
+                        raise InputError(f"{subject}: {fault} (line {number})")
+                    yield line
+    except OSError as error:
+        raise InputError(f"{subject}: {error.strerror or error}") from error
+
+
+def _line_fault(line: str) -> str | None:
+    if "\0" in line:
+        return "it holds NUL characters; if it is UTF-16 text, save it as UTF-8"
+    if len(line) > MAX_LINE:
+        return f"a line has more than {MAX_LINE} characters; is it the right file?"
+    if not line.isascii() and has_surrogates(line):
+        return "not UTF-8 text; save it as UTF-8"
+    return None
+
+
+def has_surrogates(text: str) -> bool:
+    """Whether text holds lone surrogates: bytes of a name that are not UTF-8, or half a character of a JSON escape."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def printable(text: str) -> str:
+    """Text that every file and terminal can take: lone surrogates as backslash escapes, all else as it is."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def printable_data(value: Any) -> Any:
+    """`printable` for every text inside mappings and lists; what is printable already stays equal."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, Mapping):
+        return {printable_data(key): printable_data(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [printable_data(one) for one in value]
+    return value
+
+
+def in_bytes(count: int) -> str:
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count >= size:
+            return f"{count / size:.4g} {unit}"
+    return f"{count} bytes"
+
+
+def user_path(path: str) -> Path:
+    """A path as the user wrote it, with "~" for the home directory."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:  # no such user
+        raise InputError(f"{path!r} is not a path: {error}") from error
