@@ -58,7 +58,7 @@ def open_flickr30k(path: str, name: str, intake: Intake) -> tuple[PairDataset, P
 def _caption_files(root: Path) -> list[tuple[Path, Callable[[Path, Intake], Parts]]]:
     """Every caption file that is there with what reads it, the preferred first: those that have splits."""
     places = [root, *(root / folder for folder in _FOLDERS)]
-    found = []
+    found: list[tuple[Path, Callable[[Path, Intake], Parts]]] = []
     for pattern, read in _READERS.items():
         for place in places:
             files = [file for file in sorted(place.glob(pattern)) if "lemma" not in file.name and file.is_file()]

@@ -70,8 +70,11 @@ def read_table(
     file: Path, separator: str, columns: Sequence[str], intake: Intake, *, quoted: bool = True
 ) -> Iterator[tuple[int, list[str]]]:
     """(line, the cells of some columns) of each row below the header; what does not fit the header is a fault."""
-    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
-    reader = csv.reader(read_lines(file), delimiter=separator, quoting=quoting, strict=True)
+    lines = read_lines(file)
+    if quoted:
+        reader = csv.reader(lines, delimiter=separator, strict=True)
+    else:
+        reader = csv.reader(lines, delimiter=separator, strict=True, quoting=csv.QUOTE_NONE)
     header: list[str] | None = None
     at: list[int] = []
     line = 1
