@@ -144,11 +144,10 @@ def _fitted(
         )
         return None
     if len(cells) < len(header):
-        missing = "no caption" if at[0] < len(cells) else "no image"
-        which = f" has {missing} for {cells[at[0]]}:" if at[0] < len(cells) <= at[-1] else ""
+        no_caption = f" has no caption for {cells[at[0]]}:" if at[0] < len(cells) <= at[-1] else ""
         intake.fault(
             "row with too few cells",
-            f"{where}{which} has {len(cells)} cells and the header has {len(header)}: complete or remove the line",
+            f"{where}{no_caption} has {len(cells)} cells and the header has {len(header)}: complete or remove the line",
         )
         return None
     return [cells[column] for column in at]
