@@ -67,16 +67,9 @@ def class_names(folder: Path, layout: Layout) -> list[str]:
     if not isinstance(names, list) or not names or not all(isinstance(name, (str, bytes)) for name in names):
         raise InputError(f"{path} has no list of class names under {layout.names!r}: is it a CIFAR file?")
     try:
-        texts = [_text(name) for name in names]
+        return [_text(name) for name in names]
     except UnicodeDecodeError as error:
         raise InputError(f"{path} has a class name that is not UTF-8: {error}; unpack it again") from error
-    empty = next((number for number, text in enumerate(texts) if not text.strip()), None)
-    if empty is not None:
-        raise InputError(f"{path} has an empty name for class {empty}: unpack it again")
-    double = next((text for text in texts if texts.count(text) > 1), None)
-    if double is not None:
-        raise InputError(f"{path} has {texts.count(double)} classes called {double!r}: unpack it again")
-    return texts
 
 
 def read_batches(folder: Path, files: tuple[str, ...], layout: Layout, classes: int) -> tuple[np.ndarray, np.ndarray]:
