@@ -73,7 +73,7 @@ native-sanitize: $(TEST)
 	rm -f $(SANITIZED)/python/cliperase_fast/_C*.so && cp $(SANITIZED)/_C*.so $(SANITIZED)/python/cliperase_fast/
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so.6)" \
 		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED)/python OMP_NUM_THREADS=2 \
-		$(BIN)/pytest tests/ops/test_native_cpu.py tests/ops/test_native_fuzz.py
+		$(BIN)/pytest tests/ops/test_native_cpu.py tests/ops/test_native_buffers.py tests/ops/test_native_fuzz.py
 
 avx512-check: $(TEST)
 	PATH="$(CURDIR)/$(BIN):$$PATH" csrc/tests/avx512/run.sh

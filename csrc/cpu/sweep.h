@@ -8,7 +8,7 @@
 
 namespace cliperase {
 
-enum class Dtype : int { float32, bfloat16, float16 };
+enum class Dtype : int { float32, bfloat16, float16 };  // of features
 
 struct Matrix {
     const void* data;
@@ -80,6 +80,12 @@ struct Sigmoid {
 
 // What a forward pass keeps is, for each tile of this size, a head and a tile of S and, with a teacher, one of S°.
 constexpr std::int64_t KEPT_TILE_ROWS = 256, KEPT_TILE_COLUMNS = 128, KEPT_TILE_HEAD = 16;  // in elements of 4 bytes
+
+// Bytes that are kept of each KEPT_TILE_ROWS rows.
+inline std::int64_t kept_row_bytes(const Problem& p) {
+    const std::int64_t blocks = (p.columns + KEPT_TILE_COLUMNS - 1) / KEPT_TILE_COLUMNS;
+    return 4 * blocks * (KEPT_TILE_HEAD + (1 + p.has_teacher) * KEPT_TILE_ROWS * KEPT_TILE_COLUMNS);
+}
 
 std::int64_t gradient_stride(std::int64_t width);
 

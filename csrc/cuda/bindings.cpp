@@ -1,73 +1,128 @@
-// What Python sees of the CUDA kernels: cliperase_fast._C.cuda. Device addresses and the stream's handle come as integers.
+// What Python sees of the CUDA kernels: cliperase_fast._C.cuda. Tensors come as buffers (csrc/buffer.h), each of which is
+// checked against what the call is going to read or write; the stream's handle comes as an integer.
 #include <pybind11/pybind11.h>
 
-#include "sweep.h"
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "bind_buffer.h"
+#include "launch.h"
 
 namespace py = pybind11;
 
 namespace {
 
 using namespace cliperase::cuda;
-using Address = std::uintptr_t;
+using cliperase::at_least;
+using cliperase::checked;
+using cliperase::Layout;
+using cliperase::OwnedBuffer;
+using cliperase::Size;
+using Sizes = std::initializer_list<Size>;
+
+// A block, and what owns the memory that it has the addresses of.
+struct HeldBlock : Block {
+    std::vector<py::object> owners;
+};
+
+constexpr std::size_t VECTOR_BYTES = VECTOR * sizeof(float);
+
+// What the kernels read and write of a row: whole vectors.
+std::int64_t whole_vectors(std::int64_t columns) { return (columns + VECTOR - 1) / VECTOR * VECTOR; }
 
 template <typename T>
-T* pointer(Address address) {
-    return reinterpret_cast<T*>(address);
+T* dense(const char* name, const char* dtype, const OwnedBuffer& buffer, Sizes sizes) {
+    return static_cast<T*>(checked(buffer, {name, {dtype}, sizes, Layout::dense, device()}));
 }
 
-Block make_block(std::int64_t rows, std::int64_t columns, std::int64_t leading, std::int64_t diagonal, Address student,
-                 Address teacher, Address scalars, Address row_groups, Address column_groups) {
-    return {pointer<const float>(student),          pointer<const float>(teacher), rows, columns, leading, diagonal,
-            pointer<const float>(scalars),          pointer<const std::int64_t>(row_groups),
-            pointer<const std::int64_t>(column_groups)};
+float* planes_of(const char* name, const OwnedBuffer& buffer, std::int64_t planes, std::int64_t positions) {
+    return static_cast<float*>(checked(buffer, {name, {"float32"}, {planes, positions}, Layout::rows, device()}));
+}
+
+const float* products(const char* name, const OwnedBuffer& buffer, std::int64_t rows, std::int64_t columns) {
+    const Sizes sizes{rows, at_least(whole_vectors(columns))};
+    return static_cast<const float*>(checked(buffer, {name, {"float32"}, sizes, Layout::rows, device(), VECTOR_BYTES}));
+}
+
+// From row to row, in elements.
+std::int64_t leading(const OwnedBuffer& matrix) { return matrix.sizes[0] > 1 ? matrix.strides[0] : whole_vectors(matrix.sizes[1]); }
+
+HeldBlock make_block(std::int64_t columns, std::int64_t diagonal, const OwnedBuffer& student, const OwnedBuffer* teacher,
+                     const OwnedBuffer& scalars, const OwnedBuffer* row_groups, const OwnedBuffer* column_groups) {
+    if (columns < 1 || columns > INT64_MAX / 64) throw std::invalid_argument("columns = " + std::to_string(columns) + " cannot be");
+    if ((row_groups == nullptr) != (column_groups == nullptr))
+        throw std::invalid_argument("row_groups and column_groups come together or not at all");
+    HeldBlock block{};
+    block.rows = student.dimensions == 2 ? student.sizes[0] : 0, block.columns = columns, block.diagonal = diagonal;
+    block.student = products("student", student, block.rows, columns), block.leading = leading(student);
+    if (teacher != nullptr) {
+        block.teacher = products("teacher", *teacher, block.rows, columns);
+        if (leading(*teacher) != block.leading)
+            throw std::invalid_argument("student and teacher must have the same stride from row to row");
+    }
+    block.scalars = dense<const float>("scalars", "float32", scalars, {3});
+    if (row_groups != nullptr) {
+        block.row_groups = dense<const std::int64_t>("row_groups", "int64", *row_groups, {block.rows});
+        block.column_groups = dense<const std::int64_t>("column_groups", "int64", *column_groups, {columns});
+    }
+    check(block);
+    for (const OwnedBuffer* buffer : {&student, teacher, &scalars, row_groups, column_groups})
+        if (buffer != nullptr) block.owners.push_back(buffer->owner);
+    return block;
+}
+
+void run_forward(const HeldBlock& block, const OwnedBuffer& row_sums, bool row_fresh, const OwnedBuffer& column_sums,
+                 bool column_fresh, const OwnedBuffer& diagonal, const OwnedBuffer* teacher_diagonal,
+                 const OwnedBuffer& workspace, std::uintptr_t stream) {
+    if (block.teacher != nullptr && teacher_diagonal == nullptr)
+        throw std::invalid_argument("teacher_diagonal is needed where there is a teacher");
+    const std::int64_t of_planes = planes(block);
+    const Sums rows{planes_of("row_sums", row_sums, of_planes, block.rows), row_sums.strides[0], row_fresh};
+    const Sums columns{planes_of("column_sums", column_sums, of_planes, block.columns), column_sums.strides[0], column_fresh};
+    float* const to_diagonal = dense<float>("diagonal", "float32", diagonal, {block.rows});
+    float* const to_teacher_diagonal =
+        teacher_diagonal == nullptr ? nullptr : dense<float>("teacher_diagonal", "float32", *teacher_diagonal, {block.rows});
+    float* const work = dense<float>("workspace", "float32", workspace, {at_least(forward_workspace(block))});
+    forward(block, {rows, columns, to_diagonal, to_teacher_diagonal, work, workspace.sizes[0]}, stream);
+}
+
+void run_backward(const HeldBlock& block, const OwnedBuffer& row_terms, const OwnedBuffer& column_terms,
+                  const OwnedBuffer& diagonal, const OwnedBuffer& gradient, std::uintptr_t stream) {
+    const Format format = gradient.dtype == "bfloat16"  ? Format::bfloat16
+                          : gradient.dtype == "float16" ? Format::float16
+                                                        : Format::float32;
+    const std::int64_t terms = 2 * kinds(block);
+    const std::size_t vector_bytes = format == Format::float32 ? VECTOR_BYTES : VECTOR_BYTES / 2;
+    Backward out{};
+    out.row_terms = planes_of("row_terms", row_terms, terms, block.rows), out.row_stride = row_terms.strides[0];
+    out.column_terms = planes_of("column_terms", column_terms, terms, block.columns), out.column_stride = column_terms.strides[0];
+    out.diagonal = dense<const float>("diagonal", "float32", diagonal, {block.rows});
+    out.gradient = checked(gradient, {"gradient", {"float32", "bfloat16", "float16"}, {block.rows, at_least(whole_vectors(block.columns))},
+                                      Layout::rows, device(), vector_bytes});
+    out.gradient_leading = leading(gradient), out.format = format;
+    backward(block, out, stream);
 }
 
 }  // namespace
 
+// The parent has the type Buffer.
 void bind_cuda(py::module_& parent) {
     py::module_ module = parent.def_submodule("cuda", "The parts of the similarity sweep between its matrix products.");
+    module.attr("Buffer") = parent.attr("Buffer");
 
-    // Local to the module: the emulated kernels of the tests have the same types.
-    py::enum_<Format>(module, "Format", py::module_local())
-        .value("float32", Format::float32)
-        .value("bfloat16", Format::bfloat16)
-        .value("float16", Format::float16);
-
-    py::class_<Block>(module, "Block", "Products [rows, columns] of S and S°; see csrc/cuda/sweep.h.", py::module_local())
-        .def(py::init(&make_block), py::kw_only(), py::arg("rows"), py::arg("columns"), py::arg("leading"),
-             py::arg("diagonal"), py::arg("student"), py::arg("teacher") = 0, py::arg("scalars"), py::arg("row_groups") = 0,
-             py::arg("column_groups") = 0);
-
-    module.def("forward_workspace", &forward_workspace, py::arg("block"), "How many floats `forward` works with.");
+    // Local to the module: the emulated kernels of the tests have the same type.
+    py::class_<HeldBlock>(module, "Block", "Products [rows, columns] of S and S°; see csrc/cuda/sweep.h.", py::module_local())
+        .def(py::init(&make_block), py::kw_only(), py::arg("columns"), py::arg("diagonal"), py::arg("student"),
+             py::arg("teacher") = py::none(), py::arg("scalars"), py::arg("row_groups") = py::none(),
+             py::arg("column_groups") = py::none());
 
     module.def(
-        "forward",
-        [](const Block& block, Address row_sums, std::int64_t row_stride, bool row_fresh, Address column_sums,
-           std::int64_t column_stride, bool column_fresh, Address diagonal, Address teacher_diagonal, Address workspace,
-           std::int64_t workspace_size, Address stream) {
-            forward(block,
-                    {{pointer<float>(row_sums), row_stride, row_fresh},
-                     {pointer<float>(column_sums), column_stride, column_fresh},
-                     pointer<float>(diagonal),
-                     pointer<float>(teacher_diagonal),
-                     pointer<float>(workspace),
-                     workspace_size},
-                    stream);
-        },
-        py::arg("block"), py::kw_only(), py::arg("row_sums"), py::arg("row_stride"), py::arg("row_fresh"),
-        py::arg("column_sums"), py::arg("column_stride"), py::arg("column_fresh"), py::arg("diagonal"),
-        py::arg("teacher_diagonal") = 0, py::arg("workspace"), py::arg("workspace_size"), py::arg("stream"));
-
-    module.def(
-        "backward",
-        [](const Block& block, Address row_terms, std::int64_t row_stride, Address column_terms, std::int64_t column_stride,
-           Address diagonal, Address gradient, std::int64_t gradient_leading, Format format, Address stream) {
-            backward(block,
-                     {pointer<const float>(row_terms), pointer<const float>(column_terms), row_stride, column_stride,
-                      pointer<const float>(diagonal), pointer<void>(gradient), gradient_leading, format},
-                     stream);
-        },
-        py::arg("block"), py::kw_only(), py::arg("row_terms"), py::arg("row_stride"), py::arg("column_terms"),
-        py::arg("column_stride"), py::arg("diagonal"), py::arg("gradient"), py::arg("gradient_leading"), py::arg("format"),
-        py::arg("stream"));
+        "forward_workspace", [](const HeldBlock& block) { return forward_workspace(block); }, py::arg("block"),
+        "How many floats `forward` works with.");
+    module.def("forward", &run_forward, py::arg("block"), py::kw_only(), py::arg("row_sums"), py::arg("row_fresh"),
+               py::arg("column_sums"), py::arg("column_fresh"), py::arg("diagonal"), py::arg("teacher_diagonal") = py::none(),
+               py::arg("workspace"), py::arg("stream"));
+    module.def("backward", &run_backward, py::arg("block"), py::kw_only(), py::arg("row_terms"), py::arg("column_terms"),
+               py::arg("diagonal"), py::arg("gradient"), py::arg("stream"));
 }

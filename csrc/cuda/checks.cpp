@@ -21,6 +21,17 @@ void check(const Block& block) {
             throw std::invalid_argument("the products must begin at a multiple of 16 bytes");
 }
 
+std::string device() {
+#if defined(CLIPERASE_EMULATION)  // csrc/tests/emulation: the kernels run on the CPU
+    return "cpu";
+#else
+    int number = 0;
+    const cudaError_t error = cudaGetDevice(&number);
+    if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA names no device: ") + cudaGetErrorString(error));
+    return "cuda:" + std::to_string(number);
+#endif
+}
+
 unsigned grid_size(std::int64_t blocks) {
     if (blocks > INT_MAX) throw std::invalid_argument("the block is too large for one launch; use fewer rows");
     return static_cast<unsigned>(blocks);

@@ -22,10 +22,6 @@ struct Tiling {
     }
 };
 
-int planes(const Block& block) {
-    return 2 * (int(block.plain()) + int(block.masked())) + 3 * int(block.teacher != nullptr);
-}
-
 struct TileArguments {
     Block block;
     float *diagonal, *teacher_diagonal;

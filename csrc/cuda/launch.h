@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 #include "sweep.h"
 
@@ -23,6 +24,8 @@ struct Form {
 
 // std::invalid_argument for what would make a kernel read or write where it must not.
 void check(const Block& block);
+// The one that launches go to, as torch calls it; where its memory must lie.
+std::string device();
 unsigned grid_size(std::int64_t blocks);
 // std::runtime_error
 void check_launch(cudaError_t error, const char* kernel);

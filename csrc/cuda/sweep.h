@@ -22,6 +22,10 @@ struct Block {
     bool plain() const { return teacher != nullptr || !masked(); }
 };
 
+// Softmaxes of a block: of S, of S without the masked pairs, of S°.
+inline int kinds(const Block& block) { return int(block.plain()) + int(block.masked()) + int(block.teacher != nullptr); }
+inline int planes(const Block& block) { return 2 * kinds(block) + int(block.teacher != nullptr); }
+
 // Sums off the diagonal of rows or columns, planes of `stride` floats: (maximum, total of exp(entry - maximum)) of S where
 // the block is plain, the same of S without the masked pairs where it is masked, and of S° with a third, the total of
 // exp(S° - maximum) (S° - S - shift). Maxima and gaps are in units of log 2.

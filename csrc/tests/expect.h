@@ -30,3 +30,6 @@ inline void expect_close(const char* what, const char* isa, double found, double
 
 // test_losses.cpp
 void check_losses(const std::vector<const cliperase::Engine*>& engines);
+
+// test_buffers.cpp
+void check_buffers();

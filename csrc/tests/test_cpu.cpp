@@ -175,6 +175,7 @@ int main(int count, char** names) {
         const cliperase::Engine* const engine = cliperase::choose_engine(names[at]);
         engine ? engines.push_back(engine) : fail("does not run here", names[at]);
     }
+    check_buffers();
     for (const cliperase::Engine* engine : engines) {
         for (const bool keep : {false, true}) {
             check_engine(*engine, 300, 300, 0, keep);   // two tiles of rows, three of columns

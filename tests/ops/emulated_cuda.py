@@ -13,7 +13,7 @@ from types import ModuleType
 import pybind11
 
 CSRC = Path(__file__).parents[2] / "csrc"
-SOURCES = (*sorted((CSRC / "cuda").glob("*.c*")), CSRC / "tests" / "emulated_cuda.cpp")
+SOURCES = (*sorted((CSRC / "cuda").glob("*.c*")), CSRC / "buffer.cpp", CSRC / "tests" / "emulated_cuda.cpp")
 SOURCES = tuple(source for source in SOURCES if source.suffix in (".cpp", ".cu"))
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g")
 
@@ -21,8 +21,9 @@ SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g")
 def build(folder: Path) -> ModuleType:
     """The module with the kernels' Python interface, working on CPU tensors. CLIPERASE_SANITIZE=1: under sanitizers."""
     flags = [
-        "-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fno-strict-aliasing",
-        f"-I{CSRC / 'tests' / 'emulation'}", f"-I{CSRC / 'cuda'}", f"-I{pybind11.get_include()}",
+        "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden",
+        "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fno-strict-aliasing",
+        f"-I{CSRC / 'tests' / 'emulation'}", f"-I{CSRC / 'cuda'}", f"-I{CSRC}", f"-I{pybind11.get_include()}",
         f"-I{sysconfig.get_paths()['include']}",
     ]  # fmt: skip
     if os.environ.get("CLIPERASE_SANITIZE") == "1":

@@ -12,12 +12,14 @@ import torch
 from emulated_cuda import build
 from kernel_checks import *  # noqa: F403
 from kernel_checks import Subject, check, some_groups
+from native_buffers import CANARY, FAULTS, UNREADABLE, as_buffers, forged, written
 from sweep_cases import outcome, random_batch
 from torch_defaults import DEFAULTS, assert_independent
 
 from cliperase_fast.errors import InputError
 from cliperase_fast.ops.engine import as_sweep
 from cliperase_fast.ops.native import cuda
+from cliperase_fast.ops.native.buffers import as_buffer
 from cliperase_fast.ops.native.cuda import CudaEngine, block_shape
 from cliperase_fast.ops.problem import Problem
 
@@ -79,22 +81,18 @@ def test_results_do_not_depend_on_the_defaults_of_torch(subject, keep, default):
         assert_independent(default, lambda batch=batch: outcome(subject.sweep, batch, keep=keep).tensors())
 
 
-ONES = torch.ones(3)  # kept alive: a block has only its address
-
-
-def as_block(kernels, student, **options):
-    arguments = {
-        "rows": len(student), "columns": student.shape[1], "leading": student.stride(0), "diagonal": 0,
-        "student": student.data_ptr(), "scalars": ONES.data_ptr(), **options,
-    }  # fmt: skip
-    return kernels.Block(**arguments)
+def as_block(kernels, student, columns=None, diagonal=0, **tensors):
+    """student: [rows, columns and their padding]."""
+    tensors = {"student": student, "scalars": torch.ones(3, dtype=torch.float32), **tensors}
+    columns = student.shape[1] if columns is None else columns
+    return kernels.Block(columns=columns, diagonal=diagonal, **as_buffers(kernels, tensors))
 
 
 def padded(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
-    """[rows, columns] random numbers, NaN behind each row."""
+    """[rows, columns and their padding] random numbers, NaN behind each row."""
     full = torch.full((rows, -(-columns // 4) * 4), torch.nan)
     full[:, :columns] = 5 * torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
-    return full[:, :columns]
+    return full
 
 
 # 17,000 rows are more tiles than programs, so that each program walks all three tiles of columns; -7 and 295: only some
@@ -103,16 +101,16 @@ def padded(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
 def test_a_rectangle_of_own_rows_and_all_columns(kernels, rows, columns, diagonal):
     student, teacher = padded(rows, columns), padded(rows, columns, seed=1)
     scalars = torch.tensor([0.5, 2.0, 0.25])
-    block = as_block(kernels, student, diagonal=diagonal, teacher=teacher.data_ptr(), scalars=scalars.data_ptr())
+    block = as_block(kernels, student, columns, diagonal, teacher=teacher, scalars=scalars)
+    student, teacher = student[:, :columns], teacher[:, :columns]
     row_sums, column_sums = torch.full((5, rows), torch.nan), torch.full((5, columns + 3), torch.nan)
     diagonals = torch.full((2, rows), torch.nan)
     workspace = torch.full((kernels.forward_workspace(block) + 1,), torch.nan)
-    kernels.forward(
-        block, row_sums=row_sums.data_ptr(), row_stride=rows, row_fresh=True,
-        column_sums=column_sums.data_ptr(), column_stride=columns + 3, column_fresh=True,
-        diagonal=diagonals[0].data_ptr(), teacher_diagonal=diagonals[1].data_ptr(),
-        workspace=workspace.data_ptr(), workspace_size=len(workspace) - 1, stream=0,
-    )  # fmt: skip
+    outputs = {
+        "row_sums": row_sums, "column_sums": column_sums[:, :columns], "diagonal": diagonals[0],
+        "teacher_diagonal": diagonals[1], "workspace": workspace[:-1],
+    }  # fmt: skip
+    kernels.forward(block, row_fresh=True, column_fresh=True, stream=0, **as_buffers(kernels, outputs))
     assert workspace[-1].isnan() and column_sums[:, columns:].isnan().all()
     s, t = 0.5 * student.double(), 2.0 * teacher.double()
     paired = torch.arange(rows)[:, None] + diagonal == torch.arange(columns)
@@ -131,46 +129,90 @@ def test_a_rectangle_of_own_rows_and_all_columns(kernels, rows, columns, diagona
         torch.testing.assert_close(sums[4] / sums[3] * 0.6931471805599453, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_what_would_read_or_write_astray_is_refused(kernels):
-    student = padded(8, 8)
-    block = as_block(kernels, student)
-    for options, message in (
-        ({"rows": 0}, "at least 1"),
-        ({"scalars": 0}, "address of the student's products or of the scalars"),
-        ({"teacher": student.data_ptr() + 4}, "multiple of 16 bytes"),
-        ({"leading": 7}, "leading must be a multiple of 4"),
-        ({"columns": 9}, "leading must be a multiple of 4"),
-        ({"rows": 2**61}, "overflows 64 bits"),
-        ({"row_groups": student.data_ptr()}, "come together"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            kernels.forward_workspace(as_block(kernels, student, **options))
-    memory = torch.zeros(4096)
-    good = {
-        "row_sums": memory.data_ptr(), "row_stride": 8, "row_fresh": True, "column_sums": memory.data_ptr(),
-        "column_stride": 8, "column_fresh": True, "diagonal": memory.data_ptr(), "workspace": memory.data_ptr(),
-        "workspace_size": 4096, "stream": 0,
+ROWS, COLUMNS, PADDED = 8, 6, 8
+
+
+def of_block():
+    ids = torch.arange(ROWS) // 2
+    return {
+        "student": padded(ROWS, COLUMNS), "teacher": padded(ROWS, COLUMNS, seed=1), "scalars": torch.ones(3),
+        "row_groups": ids, "column_groups": ids[:COLUMNS].clone(),
     }  # fmt: skip
-    for options, message in (
-        ({"workspace_size": kernels.forward_workspace(block) - 1}, "workspace is too small"),
-        ({"row_sums": 0}, "address of the sums"),
-        ({"column_stride": 7}, "planes of the sums overlap"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            kernels.forward(block, **{**good, **options})
-    good = {
-        "row_terms": memory.data_ptr(), "row_stride": 8, "column_terms": memory.data_ptr(), "column_stride": 8,
-        "diagonal": memory.data_ptr(), "gradient": memory.data_ptr(), "gradient_leading": 8,
-        "format": kernels.Format.bfloat16, "stream": 0,
+
+
+def of_forward(kernels):
+    workspace = kernels.forward_workspace(kernels.Block(columns=COLUMNS, diagonal=0, **as_buffers(kernels, of_block())))
+    return {
+        "row_sums": torch.full((7, ROWS), CANARY), "column_sums": torch.full((7, COLUMNS), CANARY),
+        "diagonal": torch.full((ROWS,), CANARY), "teacher_diagonal": torch.full((ROWS,), CANARY),
+        "workspace": torch.full((workspace,), CANARY),
     }  # fmt: skip
-    for options, message in (
-        ({"gradient_leading": 6}, "rows of the gradient"),
-        ({"gradient": memory.data_ptr() + 2}, "rows of the gradient"),
-        ({"row_terms": 0}, "address of the terms"),
-        ({"row_stride": 7}, "planes of the terms overlap"),
-    ):
+
+
+def of_backward(kernels):
+    return {
+        "row_terms": torch.zeros(6, ROWS), "column_terms": torch.zeros(6, COLUMNS), "diagonal": torch.zeros(ROWS),
+        "gradient": torch.full((ROWS, PADDED), CANARY, dtype=torch.bfloat16),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", of_block())
+def test_a_block_of_what_cannot_be_read_as_such_is_refused(kernels, name):
+    tensors = of_block()
+    for change in FAULTS.values():
+        changed = {**as_buffers(kernels, tensors), name: as_buffer(kernels, change(tensors[name]))}
+        with pytest.raises(ValueError, match=r"^(student|teacher|scalars|row_groups|column_groups) must be"):
+            kernels.Block(columns=COLUMNS, diagonal=0, **changed)
+    for address in (*UNREADABLE.values(), lambda address: address + 4):
+        if name == "scalars" and address(0) == 4:
+            continue  # is aligned
+        changed = {**as_buffers(kernels, tensors), name: forged(kernels, tensors[name], address)}
+        with pytest.raises(ValueError, match=f"^{name} (must begin|is a null pointer|reaches beyond)"):
+            kernels.Block(columns=COLUMNS, diagonal=0, **changed)
+
+
+@pytest.mark.parametrize(("call", "buffers"), [("forward", of_forward), ("backward", of_backward)])
+def test_a_buffer_that_is_not_what_the_kernels_need_is_refused_and_nothing_is_written(kernels, call, buffers):
+    tensors = buffers(kernels)
+    block = kernels.Block(columns=COLUMNS, diagonal=0, **as_buffers(kernels, of_block()))
+    fresh = {"row_fresh": True, "column_fresh": True} if call == "forward" else {}
+
+    def run(changed):
+        getattr(kernels, call)(block, stream=0, **fresh, **{**as_buffers(kernels, tensors), **changed})
+
+    run({})  # as it should be
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        bad = {fault: as_buffer(kernels, change(tensor)) for fault, change in FAULTS.items()}
+        bad |= {fault: forged(kernels, tensor, address) for fault, address in UNREADABLE.items()}
+        if name == "workspace":
+            del bad["too large"]
+        for buffer in bad.values():
+            with pytest.raises(ValueError, match=f"^{name} (must|is a null|reaches)"):
+                run({name: buffer})
+        assert written(tensors, before) == []
+
+
+def test_what_the_kernels_cannot_count_or_find_is_refused(kernels):
+    tensors = of_block()
+    for columns, message in ((0, "columns = 0"), (9, "student must be"), (2**60, "columns = 1152921504606846976")):
         with pytest.raises(ValueError, match=message):
-            kernels.backward(block, **{**good, **options})
+            kernels.Block(columns=columns, diagonal=0, **as_buffers(kernels, tensors))
+    for missing in ("row_groups", "column_groups"):
+        some = {name: tensor for name, tensor in tensors.items() if name != missing}
+        with pytest.raises(ValueError, match="come together"):
+            kernels.Block(columns=COLUMNS, diagonal=0, **as_buffers(kernels, some))
+    far = {**tensors, "teacher": padded(ROWS, 12)[:, :PADDED]}
+    with pytest.raises(ValueError, match="the same stride"):
+        kernels.Block(columns=COLUMNS, diagonal=0, **as_buffers(kernels, far))
+    huge = kernels.Buffer(16, "float32", (2**61, PADDED), (PADDED, 1), "cpu")
+    with pytest.raises(ValueError, match="student reaches beyond 64 bits"):
+        kernels.Block(columns=COLUMNS, diagonal=0, student=huge, scalars=as_buffer(kernels, tensors["scalars"]))
+    block = kernels.Block(columns=COLUMNS, diagonal=0, **as_buffers(kernels, tensors))
+    outputs = of_forward(kernels)
+    del outputs["teacher_diagonal"]
+    with pytest.raises(ValueError, match="teacher_diagonal is needed"):
+        kernels.forward(block, row_fresh=True, column_fresh=True, stream=0, **as_buffers(kernels, outputs))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -187,11 +229,8 @@ def test_the_emulated_rounding_is_that_of_torch(kernels, dtype):
     student, row_terms, diagonal = torch.zeros(1, n), torch.zeros(2, 1), torch.zeros(1)
     column_terms = torch.stack((torch.zeros(n), values))
     gradient = torch.empty(1, n, dtype=dtype)
-    kernels.backward(
-        as_block(kernels, student, diagonal=n), row_terms=row_terms.data_ptr(), row_stride=1,
-        column_terms=column_terms.data_ptr(), column_stride=n, diagonal=diagonal.data_ptr(),
-        gradient=gradient.data_ptr(), gradient_leading=n, format=getattr(kernels.Format, str(dtype)[6:]), stream=0,
-    )  # fmt: skip
+    tensors = {"row_terms": row_terms, "column_terms": column_terms, "diagonal": diagonal, "gradient": gradient}
+    kernels.backward(as_block(kernels, student, diagonal=n), stream=0, **as_buffers(kernels, tensors))
     assert torch.equal(gradient[0], values.to(dtype))
 
 
@@ -212,7 +251,9 @@ def test_a_million_pairs_fit_one_gpu(kernels):
     n, width, budget = 1 << 20, 768, 128 << 20
     features, gradients = 4 * n * width * 2, 2 * n * width * 2
     rows, columns = block_shape(n, n, 2 * 4, budget)
-    block = kernels.Block(rows=rows, columns=columns, leading=columns, diagonal=0, student=16, teacher=16, scalars=16)
+    products = kernels.Buffer(16, "float32", (rows, columns), (columns, 1), "cpu")
+    scalars = kernels.Buffer(16, "float32", (3,), (1,), "cpu")
+    block = kernels.Block(columns=columns, diagonal=0, student=products, teacher=products, scalars=scalars)
     workspace = 4 * kernels.forward_workspace(block)
     assert workspace < budget / 8
     forward = budget + workspace + 4 * n * (2 * 5 + 2)

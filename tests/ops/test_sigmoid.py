@@ -91,19 +91,6 @@ def test_memory_of_the_pool_that_is_not_cleared_does_not_show(native):
     assert all(map(torch.equal, first, outcome(native.loss, case)))
 
 
-@NATIVE
-def test_the_extension_refuses_what_does_not_go_with_the_sigmoid_loss():
-    cpu = extension.load().cpu
-    features, ids = torch.ones(4, 3), torch.zeros(4, dtype=torch.int32)
-    matrix = cpu.Matrix(features.data_ptr(), 3, 1, cpu.Dtype.float32)
-    options = {"rows": 4, "columns": 4, "first": 0, "width": 3, "scale": 1.0, "image": matrix, "text": matrix}
-    with pytest.raises(ValueError, match="needs grad_image"):
-        cpu.sigmoid(cpu.Problem(**options), bias=0.0, need_scale=True)
-    groups = {"row_groups": ids.data_ptr(), "column_groups": ids.data_ptr()}
-    with pytest.raises(ValueError, match="neither a teacher nor groups"):
-        cpu.sigmoid(cpu.Problem(**options, **groups), bias=0.0)
-
-
 def watched(monkeypatch):
     """The names of the backends that the public loss loads."""
     seen = []

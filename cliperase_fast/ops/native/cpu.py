@@ -14,9 +14,9 @@ from torch import Tensor
 
 from cliperase_fast.ops.engine import keep_bytes
 from cliperase_fast.ops.native import extension
+from cliperase_fast.ops.native.buffers import as_buffer_or_none
 from cliperase_fast.ops.problem import Problem, State, Sums
 
-DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _FLOAT = 4  # bytes
 
 
@@ -31,7 +31,6 @@ class CpuEngine:
         self._tile_rows: int = self._cpu.TILE_ROWS
         self._tile_columns: int = self._cpu.TILE_COLUMNS
         self._tile_head: int = self._cpu.TILE_HEAD
-        self._dtypes = {dtype: getattr(self._cpu.Dtype, name) for dtype, name in DTYPES.items()}
         self._told = False
 
     def check(self, problem: Problem) -> None:
@@ -50,22 +49,18 @@ class CpuEngine:
         blocks = -(-problem.m // self._tile_columns)
         return _FLOAT * blocks * (self._tile_head + tiles * self._tile_rows * self._tile_columns)
 
-    def _kept_rows(self, problem: Problem, kept: Tensor) -> int:
-        return min(problem.n, kept.numel() // self._tile_row_bytes(problem) * self._tile_rows)
-
     def forward(self, problem: Problem, strip_rows: int, kept_bytes: int) -> tuple[Sums, Tensor]:
         kept = self._workspace(kept_bytes)
-        call = Call(self._cpu, self._dtypes, problem)
+        call = Call(self._cpu, problem)
         diagonals = floats(2, problem.n)
         rows, columns = floats(problem.planes, problem.n), floats(problem.planes, problem.m)
         shift = self._cpu.forward(
             call.problem,
-            diagonal=diagonals[0].data_ptr(),
-            teacher_diagonal=diagonals[1].data_ptr(),
-            row_sums=rows.data_ptr(),
-            column_sums=columns.data_ptr(),
-            kept=kept.data_ptr() if kept.numel() else 0,
-            kept_rows=self._kept_rows(problem, kept),
+            diagonal=call.buffer(diagonals[0]),
+            teacher_diagonal=call.buffer(diagonals[1]),
+            row_sums=call.buffer(rows),
+            column_sums=call.buffer(columns),
+            kept=call.buffer(kept),
             instruction_set=extension.instruction_set(),
         )
         diagonal = diagonals[0] if problem.paired else None
@@ -77,15 +72,14 @@ class CpuEngine:
         """`finish.losses_of_sums` in one call."""
         kept = self._workspace(kept_bytes)
         retention, consistency, state = floats(), floats(), floats(5, 2 * problem.n)
-        call = Call(self._cpu, self._dtypes, problem)
+        call = Call(self._cpu, problem)
         self._cpu.losses(
             call.problem,
             want_retention=problem.want_retention,
-            retention=retention.data_ptr(),
-            consistency=consistency.data_ptr(),
-            state=state.data_ptr(),
-            kept=kept.data_ptr() if kept.numel() else 0,
-            kept_rows=self._kept_rows(problem, kept),
+            retention=call.buffer(retention),
+            consistency=call.buffer(consistency),
+            state=call.buffer(state),
+            kept=call.buffer(kept),
             instruction_set=extension.instruction_set(),
         )
         return retention, consistency, state, kept
@@ -103,20 +97,19 @@ class CpuEngine:
         need_scale: bool,
         partial: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        call = Call(self._cpu, self._dtypes, problem)
+        call = Call(self._cpu, problem)
         image, text = problem.image, problem.text
         grad_image = gradient_buffer(image) if need_image or need_scale else None
         grad_text = gradient_buffer(text) if need_text else None
         grad_scale = self._cpu.backward(
             call.problem,
-            state=call.address(state.both.contiguous()),
+            state=call.buffer(state.both.contiguous()),
             want_retention=problem.want_retention,
             weight_retention=weight_retention.item(),
             weight_consistency=weight_consistency.item(),
-            kept=kept.data_ptr() if kept.numel() else 0,
-            kept_rows=self._kept_rows(problem, kept),
-            grad_image=0 if grad_image is None else grad_image.data_ptr(),
-            grad_text=0 if grad_text is None else grad_text.data_ptr(),
+            kept=call.buffer(kept),
+            grad_image=call.buffer(grad_image),
+            grad_text=call.buffer(grad_text),
             need_scale=need_scale,
             instruction_set=extension.instruction_set(),
         )
@@ -143,29 +136,24 @@ class CpuEngine:
 
 
 class Call:
-    """A problem as the extension takes it; holds the tensors that it has only addresses of."""
+    """A problem as the extension takes it."""
 
-    def __init__(self, cpu: Any, dtypes: dict[torch.dtype, Any], problem: Problem) -> None:
-        self._cpu, self._dtypes = cpu, dtypes
-        self._held: list[Tensor] = []
-        row_groups = column_groups = 0
+    def __init__(self, cpu: Any, problem: Problem) -> None:
+        self._cpu = cpu
+        row_groups = column_groups = None
         if problem.group_ids is not None:
-            row_groups, column_groups = map(self.address, _small_groups(problem))
+            row_groups, column_groups = map(self.buffer, _small_groups(problem))
         teacher: dict[str, Any] = {}
         if problem.teacher_image is not None and problem.teacher_text is not None and problem.teacher_scale is not None:
             teacher = {
-                "teacher_width": problem.teacher_image.shape[1],
-                "teacher_image": self._matrix(problem.teacher_image),
-                "teacher_text": self._matrix(problem.teacher_text),
+                "teacher_image": self.buffer(problem.teacher_image),
+                "teacher_text": self.buffer(problem.teacher_text),
                 "teacher_scale": problem.teacher_scale.item(),
             }
         self.problem = cpu.Problem(
-            rows=problem.n,
-            columns=problem.m,
+            image=self.buffer(problem.image),
+            text=self.buffer(problem.text),
             first=problem.offset,
-            width=problem.image.shape[1],
-            image=self._matrix(problem.image),
-            text=self._matrix(problem.text),
             scale=problem.scale.item(),
             row_groups=row_groups,
             column_groups=column_groups,
@@ -173,12 +161,8 @@ class Call:
             **teacher,
         )
 
-    def address(self, tensor: Tensor) -> int:
-        self._held.append(tensor)
-        return tensor.data_ptr()
-
-    def _matrix(self, features: Tensor) -> Any:
-        return self._cpu.Matrix(self.address(features), *features.stride(), self._dtypes[features.dtype])
+    def buffer(self, tensor: Tensor | None) -> Any:
+        return as_buffer_or_none(self._cpu, tensor)
 
 
 def _small_groups(problem: Problem) -> list[Tensor]:

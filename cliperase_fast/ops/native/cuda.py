@@ -19,15 +19,17 @@ from cliperase_fast.errors import InputError
 from cliperase_fast.ops import finish
 from cliperase_fast.ops.engine import keep_bytes, strip_bytes
 from cliperase_fast.ops.native import extension
+from cliperase_fast.ops.native.buffers import as_buffer_or_none
 from cliperase_fast.ops.problem import Problem, State, Sums
 from cliperase_fast.ops.products import add_product, as_pair, product
 
 _FLOAT = 4  # bytes
 _LN_2 = 0.6931471805599453
-_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ROWS = 64  # blocks have a multiple of these rows: what both kernels work on at once
 _COLUMNS = 128
 _KEPT_ROWS = 256
+_VECTOR = 4  # entries that a kernel reads and writes at once
 _ALIGNMENT = 8  # entries: a row of every dtype begins at a multiple of 16 bytes
 
 
@@ -81,16 +83,13 @@ class CudaEngine:
                     workspace = torch.empty(needed, dtype=torch.float32, device=device)
                 blocks.kernels.forward(
                     block,
-                    row_sums=of_rows[0, rows].data_ptr(),
-                    row_stride=n,
+                    row_sums=blocks.buffer(of_rows[:, rows]),
                     row_fresh=columns.start == 0,
-                    column_sums=of_columns[0, columns].data_ptr(),
-                    column_stride=m,
+                    column_sums=blocks.buffer(of_columns[:, columns]),
                     column_fresh=rows.start == 0,
-                    diagonal=diagonals[0, rows].data_ptr(),
-                    teacher_diagonal=diagonals[1, rows].data_ptr() if inputs.teacher else 0,
-                    workspace=workspace.data_ptr(),
-                    workspace_size=len(workspace),
+                    diagonal=blocks.buffer(diagonals[0, rows]),
+                    teacher_diagonal=blocks.buffer(diagonals[1, rows] if inputs.teacher else None),
+                    workspace=blocks.buffer(workspace),
                     stream=_stream(device),
                 )
             maxima = [0] * problem.plain + [2 * problem.plain] * problem.masked
@@ -122,8 +121,8 @@ class CudaEngine:
                 problem, state, weight_retention.float(), weight_consistency.float(),
                 lift=2.0**13 if inputs.image.dtype == torch.float16 else 1.0,
             )  # fmt: skip
-            # anchors and factors: [terms, 2 n] and [terms, 2 m]
-            row_terms, column_terms = softmaxes[:, : 2 * n].contiguous(), softmaxes[:, 2 * n :].contiguous()
+            # anchors and factors: [2 terms, n] and [2 terms, m]
+            row_terms, column_terms = softmaxes[:, : 2 * n].reshape(-1, n), softmaxes[:, 2 * n :].reshape(-1, m)
             image_dtype, text_dtype, scale_dtype = image.dtype, text.dtype, problem.scale.dtype
             if partial:
                 image_dtype = text_dtype = scale_dtype = torch.float32
@@ -133,17 +132,14 @@ class CudaEngine:
             blocks = _Blocks(self, inputs, strip_rows, kept, None, gradient=True)
             kernels = blocks.kernels
             for rows, columns, block in blocks:
-                gradient = blocks.gradient_block(rows, columns)
+                padded = blocks.gradient_block(rows, columns)
+                gradient = padded[:, : columns.stop - columns.start]
                 kernels.backward(
                     block,
-                    row_terms=row_terms[0, rows].data_ptr(),
-                    row_stride=n,
-                    column_terms=column_terms[0, columns].data_ptr(),
-                    column_stride=m,
-                    diagonal=diagonal[rows].data_ptr(),
-                    gradient=gradient.data_ptr(),
-                    gradient_leading=gradient.stride(0),
-                    format=getattr(kernels.Format, _DTYPES[gradient.dtype]),
+                    row_terms=blocks.buffer(row_terms[:, rows]),
+                    column_terms=blocks.buffer(column_terms[:, columns]),
+                    diagonal=blocks.buffer(diagonal[rows]),
+                    gradient=blocks.buffer(padded),
                     stream=_stream(image.device),
                 )
                 image_rows = inputs.image[rows]
@@ -236,7 +232,11 @@ class _Blocks:
             self.scalars[place] = scalar
 
     def gradient_block(self, rows: slice, columns: slice) -> Tensor:
-        return self.gradient[: rows.stop - rows.start, : columns.stop - columns.start]
+        """[rows, columns and their padding]."""
+        return self.gradient[: rows.stop - rows.start, : _round_up(columns.stop - columns.start, _VECTOR)]
+
+    def buffer(self, tensor: Tensor | None) -> Any:
+        return as_buffer_or_none(self.kernels, tensor)
 
     def __iter__(self) -> Iterator[tuple[slice, slice, Any]]:
         n, m = self.inputs.n, self.inputs.m
@@ -248,24 +248,24 @@ class _Blocks:
                     yield rows, columns, self._block(rows, columns, rows.start < self.kept_rows)
 
     def _block(self, rows: slice, columns: slice, kept: bool) -> Any:
+        count, width = rows.stop - rows.start, columns.stop - columns.start
+        padded = _round_up(width, _VECTOR)  # kernels read and write whole vectors
         if kept:
-            matrices = self.kept[:, rows, columns]
+            matrices = self.kept[:, rows, columns.start : columns.start + padded]
         else:
-            matrices = self.products[:, : rows.stop - rows.start, : columns.stop - columns.start]
+            matrices = self.products[:, :count, :padded]
         if self.form_kept or not kept:
             for out, (left, right) in zip(matrices, self.inputs.pairs, strict=True):
-                product(left[rows], right[columns].T, out=out)
+                product(left[rows], right[columns].T, out=out[:, :width])
         row_groups, column_groups = self.inputs.row_groups, self.inputs.column_groups
         return self.kernels.Block(
-            rows=rows.stop - rows.start,
-            columns=columns.stop - columns.start,
-            leading=matrices.stride(1),
+            columns=width,
             diagonal=rows.start + self.inputs.offset - columns.start,
-            student=matrices[0].data_ptr(),
-            teacher=matrices[1].data_ptr() if self.inputs.teacher else 0,
-            scalars=self.scalars.data_ptr(),
-            row_groups=0 if row_groups is None else row_groups[rows].data_ptr(),
-            column_groups=0 if column_groups is None else column_groups[columns].data_ptr(),
+            student=self.buffer(matrices[0]),
+            teacher=self.buffer(matrices[1] if self.inputs.teacher else None),
+            scalars=self.buffer(self.scalars),
+            row_groups=self.buffer(None if row_groups is None else row_groups[rows]),
+            column_groups=self.buffer(None if column_groups is None else column_groups[columns]),
         )
 
 

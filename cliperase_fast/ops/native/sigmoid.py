@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cliperase_fast.ops.native import extension
-from cliperase_fast.ops.native.cpu import DTYPES, Call, finished, floats, gradient_buffer
+from cliperase_fast.ops.native.cpu import Call, finished, floats, gradient_buffer
 from cliperase_fast.ops.problem import Problem
 from cliperase_fast.ops.sigmoid import SigmoidParts, as_sigmoid
 
@@ -18,19 +18,18 @@ class _CpuSigmoid:
 
     def __init__(self) -> None:
         self._cpu = extension.load().cpu
-        self._dtypes = {dtype: getattr(self._cpu.Dtype, name) for dtype, name in DTYPES.items()}
 
     def sigmoid(
         self, problem: Problem, bias: Tensor, need_image: bool, need_text: bool, need_scalars: bool, strip_rows: int
     ) -> SigmoidParts:
-        call = Call(self._cpu, self._dtypes, problem)
+        call = Call(self._cpu, problem)
         grad_image = gradient_buffer(problem.image) if need_image or need_scalars else None
         grad_text = gradient_buffer(problem.text) if need_text else None
         loss, grad_scale, grad_bias = self._cpu.sigmoid(
             call.problem,
             bias=bias.item(),
-            grad_image=0 if grad_image is None else grad_image.data_ptr(),
-            grad_text=0 if grad_text is None else grad_text.data_ptr(),
+            grad_image=call.buffer(grad_image),
+            grad_text=call.buffer(grad_text),
             need_scale=need_scalars,
             need_bias=need_scalars,
             instruction_set=extension.instruction_set(),

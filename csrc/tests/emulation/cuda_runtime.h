@@ -13,6 +13,7 @@
 #include <stdexcept>
 #include <vector>
 
+#define CLIPERASE_EMULATION
 #define __device__
 #define __host__
 #define __global__
