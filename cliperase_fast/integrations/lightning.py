@@ -122,7 +122,9 @@ def _warn_of_lost_eps(optimizer: torch.optim.Optimizer) -> None:
     """Adam divides by sqrt(v) + eps: NaN for a weight without gradient where eps is 0 in the weights' dtype."""
     for group in optimizer.param_groups:
         eps = group.get("eps", 1.0)
-        if not group.get("fused") and any(eps > 0 and torch.tensor(eps, dtype=p.dtype) == 0 for p in group["params"]):
+        dtypes = {parameter.dtype for parameter in group["params"]}
+        lost = any(eps > 0 and torch.tensor(eps, dtype=dtype, device="cpu") == 0 for dtype in dtypes)
+        if not group.get("fused") and lost:
             name = type(optimizer).__name__
             warnings.warn(
                 f"{name}'s eps={eps} is 0 in float16, so weights without a gradient become NaN; pass eps=1e-4, or use "

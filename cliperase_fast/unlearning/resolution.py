@@ -79,8 +79,9 @@ class _Tally:
 
     @classmethod
     def of(cls, before: list[Tensor], after: list[tuple[Tensor, Tensor | None]], ranks: Ranks) -> _Tally:
-        counts = torch.zeros(2, 2, dtype=torch.float64)  # of weights that were 0, and of the others: reached, changed
-        resolution = [torch.zeros(0)]
+        # of weights that were 0, and of the others: reached, changed
+        counts = torch.zeros(2, 2, dtype=torch.float64, device="cpu")
+        resolution = [torch.zeros(0, dtype=torch.float32, device="cpu")]
         for old, (weights, moment) in zip(before, after, strict=True):
             if moment is None or not len(old):
                 continue
@@ -88,7 +89,8 @@ class _Tally:
             has_gradient, changed = _sample(moment) != 0, _sample(weights) != old
             for row, members in enumerate((old == 0, old != 0)):
                 mine = has_gradient & members
-                counts[row] += share * torch.tensor([int(mine.sum()), int((mine & changed).sum())])
+                counts[row, 0] += share * int(mine.sum())
+                counts[row, 1] += share * int((mine & changed).sum())
             resolution.append(_half_step(old[has_gradient & (old != 0)]).cpu())
         steps = torch.cat(resolution)
         median = max(ranks.numbers(float(steps.median()) if len(steps) else 0.0))
