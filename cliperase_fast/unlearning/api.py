@@ -35,11 +35,12 @@ from cliperase_fast.unlearning.engine import Engine, LocalEngine
 from cliperase_fast.unlearning.examining import Examiner, by_set, embeddings, lowest, per_class
 from cliperase_fast.unlearning.front import keep_front
 from cliperase_fast.unlearning.giving_back import give_back
+from cliperase_fast.unlearning.identity import tokenizer_identity, transform_identity
 from cliperase_fast.unlearning.preparation import PreparedData, Split, open_sets, prepare_data
 from cliperase_fast.unlearning.probing import check_features, check_gradient, check_teacher
 from cliperase_fast.unlearning.resolution import merge_lora, notes
 from cliperase_fast.unlearning.result import UnlearnResult
-from cliperase_fast.unlearning.resuming import check_directory, fixed_settings, resume_from, work_directory
+from cliperase_fast.unlearning.resuming import RunDirectory, fixed_settings, resume_from
 from cliperase_fast.unlearning.runtime import Runtime
 from cliperase_fast.unlearning.selection import Selection
 from cliperase_fast.unlearning.teacher import LiveTeacher, Teacher, cache_teacher
@@ -92,11 +93,11 @@ def unlearn(
     """
     settings = _settings(config, overrides)
     show = sys.stderr.isatty() if progress is None else progress
-    directory = Path(output_dir) if output_dir is not None else None
-    with joined(settings.device, settings.rank_timeout) as ranks:
+    directory = RunDirectory(Path(output_dir) if output_dir is not None else None, resume)
+    with joined(settings.device, settings.rank_timeout) as ranks, directory:
         runtime = ranks.together(lambda: Runtime.from_config(settings, show, ranks))
         return _unlearn(
-            model, forget, retain, test, teacher, tokenizer, transform, templates, settings, directory, resume, runtime
+            model, forget, retain, test, teacher, tokenizer, transform, templates, settings, directory, runtime
         )
 
 
@@ -110,15 +111,14 @@ def _unlearn(
     transform: Callable[[Any], Tensor] | None,
     templates: Sequence[str] | None,
     settings: UnlearnConfig,
-    directory: Path | None,
-    resume: bool,
+    directory: RunDirectory,
     runtime: Runtime,
 ) -> UnlearnResult:
     ranks = runtime.ranks
     began = time.perf_counter()
 
     # Cheap to get wrong, so looked at before a model is fetched or an image read.
-    zero = ranks.together(lambda: _check_settings(settings, directory, resume, runtime))
+    zero = ranks.together(lambda: _check_settings(settings, directory, runtime))
     sets = ranks.together(lambda: open_sets(forget, retain, test, settings, templates=templates))
     ranks.agree({**settings.to_dict(), "the pairs": sets.fingerprint()})
     given, original, frozen = ranks.together(lambda: _models(model, teacher, tokenizer, settings, runtime))
@@ -130,15 +130,20 @@ def _unlearn(
             "use 'auto' or 'off'"
         )
     frozen.transform = original.transform
+    captions = ranks.together(partial(CaptionTable, data.train.pairs, original.token_ids))
 
     identity = {
         "model": given.identity(),
         "teacher": frozen.identity(),
         "data": data.fingerprint(),
+        "transform": transform_identity([train_transform, original.transform], data.train.pairs)
+        if directory.path
+        else "",
+        "tokenizer": tokenizer_identity(original, captions, data.test.pairs),
         "config": fixed_settings(settings),
     }
-    ranks.agree({"the model": identity["model"], "the teacher": identity["teacher"], "the data": identity["data"]})
-    checkpoint = resume_from(directory, identity, ranks) if resume else None
+    ranks.agree({f"the {name}": value for name, value in identity.items() if name != "config"})
+    checkpoint = resume_from(directory.path, identity, ranks) if directory.resume else None
 
     with ExitStack() as stack:
         stack.enter_context(seeded(settings.seed))  # the caller's own random state is put back
@@ -149,9 +154,9 @@ def _unlearn(
         ours = original is not given or isinstance(model, (str, Path))
         student = original if ours and not (live and teacher is None) else original.clone()
         parameters = set_trainable(student, settings.trainable, settings.lora_rank, settings.lora_alpha)
-        captions = CaptionTable(data.train.pairs, original.token_ids)
         if settings.weight_decay == 0:
             parameters = train_rows(student, parameters, captions.tokens)
+        ranks.from_first(partial(directory.check_room, parameters, student, original, settings.keep_checkpoints))
 
         cache = PixelCache(settings.image_cache_mib * 2**20) if settings.num_workers == 0 else None
         examiner = Examiner(runtime, cache)
@@ -176,7 +181,7 @@ def _unlearn(
         ranks.together(partial(check_gradient, student, parameters, pixels, tokens, settings, runtime))
         if settings.lambda_consistency > 0:
             ranks.together(partial(check_teacher, settings, frozen, captions, pixels, test_before, runtime))
-        work = ranks.from_first(lambda: work_directory(directory, settings, stack))
+        work = ranks.from_first(lambda: directory.open(settings))
         engine = _engine(student, parameters, settings, runtime, zero)
         trainer = Trainer(
             engine,
@@ -189,7 +194,7 @@ def _unlearn(
             lambda step, epoch: examiner.candidate(student, data.validation, step, epoch),
             work,
             identity,
-            resumable=directory is not None,
+            resumable=directory.path is not None,
         )
         weights = {"given": weight_dtypes(given), "trained": "float32"}
         rounded_to = None if given is original else given
@@ -265,8 +270,8 @@ def _unlearn(
         },
         **embeddings(test_before, back.encoded, data.test, settings.seed),
     )
-    if directory is not None:
-        ranks.from_first(lambda: str(result.save(directory)))
+    if directory.path is not None:
+        ranks.from_first(lambda: directory.save(result))
     if ranks.local_rank == 0:
         shutil.rmtree(work / "cache", ignore_errors=True)  # the teacher's features, of no more use
     return result
@@ -284,9 +289,7 @@ def _settings(
     return UnlearnConfig.from_dict({**config.to_dict(), **overrides})
 
 
-def _check_settings(
-    settings: UnlearnConfig, directory: Path | None, resume: bool, runtime: Runtime
-) -> dict[str, Any] | None:
+def _check_settings(settings: UnlearnConfig, directory: RunDirectory, runtime: Runtime) -> dict[str, Any] | None:
     """Raise InputError for what can be told of the settings alone; the DeepSpeed configuration, if any."""
     ranks = runtime.ranks
     probe = torch.empty(1, 1, dtype=torch.float32, device=runtime.device)
@@ -301,7 +304,7 @@ def _check_settings(
             "batch_size or start fewer ranks"
         )
     if ranks.first:
-        check_directory(directory, resume)
+        directory.check()
     return read_deepspeed(settings.deepspeed, settings, ranks) if settings.deepspeed else None
 
 

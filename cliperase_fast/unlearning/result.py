@@ -16,7 +16,7 @@ from cliperase_fast.models import ClipAdapter
 from cliperase_fast.reading import printable_data
 from cliperase_fast.report import ReportData, Verdict, text_table, verdict, write_html, write_plots
 from cliperase_fast.report.wording import left_out_lines
-from cliperase_fast.unlearning.checkpoints import write_text_atomically
+from cliperase_fast.storage import write_text_atomically
 
 
 @dataclass
@@ -80,6 +80,7 @@ class UnlearnResult:
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
+        (directory / "result.json").unlink(missing_ok=True)  # of an earlier call
         self.adapter.save(directory / "model")
         write_text_atomically(directory / "config.json", json.dumps(self.config.to_dict(), indent=2) + "\n")
         lines = "".join(json.dumps(line) + "\n" for line in self.history)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import warnings
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -20,8 +20,9 @@ from cliperase_fast.data.pixel_cache import PixelCache
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.models.runtime import inference
 from cliperase_fast.unlearning.batches import Batch, CaptionTable, PixelDataset
-from cliperase_fast.unlearning.checkpoints import write_text_atomically
 from cliperase_fast.unlearning.engine import pad_rows
+from cliperase_fast.unlearning.feature_file import FeatureFile
+from cliperase_fast.unlearning.identity import transform_identity
 from cliperase_fast.unlearning.runtime import Runtime
 from cliperase_fast.unlearning.zero import ShardedTeacher
 
@@ -60,10 +61,12 @@ class LiveTeacher:
 
 
 class CachedTeacher:
-    """Features encoded once for the retain pairs a run will visit, in memory or in a memory-mapped file."""
+    """Features encoded once for the retain pairs a run will visit, in memory or in a file."""
 
-    def __init__(self, image: np.ndarray, text: Tensor, row_of_index: np.ndarray, device: torch.device) -> None:
-        self.image = image  # [rows, D°] float32, perhaps a memory map
+    def __init__(
+        self, image: np.ndarray | FeatureFile, text: Tensor, row_of_index: np.ndarray, device: torch.device
+    ) -> None:
+        self.image = image  # [rows, D°] float32
         self.text = text  # [U, D°] float32
         self.row_of_index = row_of_index
         self.device = device
@@ -101,35 +104,43 @@ def cache_teacher(
     row_of_index[used] = np.arange(len(used))
     large = shape[0] * shape[1] * 4 > MEMORY_LIMIT
     if directory is None or where == "memory" or (where == "auto" and not large):
-        image: np.ndarray = np.empty(shape, dtype=np.float32)
-        _encode_images(adapter, retain, used, image, transform, runtime, pixels)
+        image = np.empty(shape, dtype=np.float32)
+
+        def keep(start: int, rows: np.ndarray) -> None:
+            image[start : start + len(rows)] = rows
+
+        _encode_images(adapter, retain, used, keep, transform, runtime, pixels)
         return CachedTeacher(image, text, row_of_index, runtime.device)
 
-    directory.mkdir(parents=True, exist_ok=True)
     writes = ranks.local_rank == 0
     name = "teacher_image_features" if ranks.size == 1 else f"teacher_image_features-{ranks.rank - ranks.local_rank}"
-    file, note = directory / f"{name}.f32", directory / f"{name}.json"
     made_from = {
         "model": adapter.identity(),
         "data": retain.fingerprint(),
-        "transform": repr(transform),
+        "transform": transform_identity([transform], retain),
         "precision": runtime.precision,
         "shape": list(shape),
         "used": hashlib.sha256(used.tobytes()).hexdigest(),
     }
-    complete = ranks.each(
-        lambda: not writes or (note.is_file() and json.loads(note.read_text(encoding="utf-8")) == made_from)
-    )
-    if not all(complete):
-        if writes:
-            note.unlink(missing_ok=True)
-        mapped = np.memmap(file, dtype=np.float32, mode="w+", shape=shape) if writes else None
-        _encode_images(adapter, retain, used, mapped, transform, runtime, pixels)
-        if mapped is not None:
-            mapped.flush()
-            write_text_atomically(note, json.dumps(made_from))  # its presence says that the file is complete
-        ranks.each(lambda: None)  # nobody opens it before
-    return CachedTeacher(np.memmap(file, dtype=np.float32, mode="r", shape=shape), text, row_of_index, runtime.device)
+    file = FeatureFile(directory / f"{name}.f32", shape, made_from)
+
+    def usable() -> bool:
+        state = file.state()
+        if state == "damaged":
+            warnings.warn(f"{file.path} is damaged or missing; the teacher's features are computed again", stacklevel=2)
+        if state != "whole":
+            file.create()
+        return state == "whole"
+
+    if not all(ranks.each(lambda: not writes or usable())):
+        try:
+            _encode_images(adapter, retain, used, file.write if writes else None, transform, runtime, pixels)
+            ranks.each(lambda: file.finish() if writes else None)  # nobody opens it before
+        except BaseException:
+            if writes:
+                file.discard()
+            raise
+    return CachedTeacher(file, text, row_of_index, runtime.device)
 
 
 def _encode_captions(adapter: ClipAdapter, captions: CaptionTable, runtime: Runtime) -> Tensor:
@@ -147,12 +158,12 @@ def _encode_images(
     adapter: ClipAdapter,
     retain: PairDataset,
     used: np.ndarray,
-    out: np.ndarray | None,
+    keep: Callable[[int, np.ndarray], None] | None,
     transform: Callable[[Any], Tensor] | None,
     runtime: Runtime,
     cache: PixelCache | None,
 ) -> None:
-    """Into the rows of `out`, or where it is None merely for the other ranks."""
+    """Give each part to `keep` with its first row's number; where that is None, encode merely for the other ranks."""
     ranks = runtime.ranks
     parts = np.split(used, range(runtime.batch_size, len(used), runtime.batch_size))
     shares = ranks.shares(len(parts))
@@ -175,6 +186,5 @@ def _encode_images(
             counts = [sum(map(len, part)) for part in parts_of_turn]
             found = ranks.put_together(next_of_own, counts).numpy().astype(np.float32, copy=False)
             for share, rows in zip(shares, np.split(found, np.cumsum(counts)[:-1]), strict=True):
-                if out is not None and len(rows):
-                    start = (share.start + turn) * runtime.batch_size
-                    out[start : start + len(rows)] = rows
+                if keep is not None and len(rows):
+                    keep((share.start + turn) * runtime.batch_size, rows)

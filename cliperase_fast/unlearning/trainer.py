@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import random
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,16 +17,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cliperase_fast.config import UnlearnConfig
-from cliperase_fast.errors import UnlearningError, tell_out_of_memory
+from cliperase_fast.errors import InputError, UnlearningError, tell_out_of_memory
 from cliperase_fast.functional import LossTerms
 from cliperase_fast.losses import CLIPEraseLoss
+from cliperase_fast.storage import writing
 from cliperase_fast.unlearning import checkpoints
 from cliperase_fast.unlearning.batches import Batch, BatchLoader
 from cliperase_fast.unlearning.engine import Engine
 from cliperase_fast.unlearning.resolution import ChangeMeter
+from cliperase_fast.unlearning.resuming import MetricsLog
 from cliperase_fast.unlearning.runtime import Runtime
 from cliperase_fast.unlearning.selection import Candidate, Selection
 from cliperase_fast.unlearning.teacher import Teacher
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -40,7 +42,7 @@ class Progress:
     metrics: list[dict[str, Any]] = field(default_factory=list)  # the lines of metrics.jsonl
     looks: list[Candidate] = field(default_factory=list)
     best: Candidate | None = None
-    best_weights: dict[str, str] | None = None
+    best_weights: str | None = None  # their digest
     looks_without_better: int = 0
     stopped_early: bool = False
 
@@ -99,7 +101,9 @@ class Trainer:
         )
         first = self.progress.step * self.config.accumulate
         batches = self.loader.batches(first, self.total_steps * self.config.accumulate)
-        log = (self.directory / "metrics.jsonl").open("a", encoding="utf-8") if self.ranks.first else None
+        opened: list[MetricsLog] = []
+        self._on_first(lambda: opened.append(MetricsLog(self.directory / "metrics.jsonl", self.progress.metrics)))
+        log = opened[0] if opened else None
         with bar, log or nullcontext():
             while self.progress.step < self.total_steps and not self.progress.stopped_early:
                 with self._fits():
@@ -121,24 +125,32 @@ class Trainer:
         self.engine.close()
         best = self.progress.best_weights
         assert best is not None
-        found = checkpoints.load_best(self.directory / "checkpoints", best) if self.ranks.first else None
+        found: dict[str, Tensor] = {}
+        self._on_first(lambda: found.update(checkpoints.load_best(self.directory / "checkpoints", best)))
         self.engine.load_weights(self.ranks.from_first_tensors(found))
 
     def restore(self, checkpoint: checkpoints.Checkpoint) -> None:
-        """Go on from a checkpoint: weights, optimizer, random states, metrics."""
-        self.engine.load_weights(checkpoint.student)
-        self.engine.load_state(checkpoint.trainer)
-        _set_random_states(checkpoint.trainer["random"])
+        """Go on from a checkpoint: weights, optimizer, random states, metrics. Raises InputError if it does not fit."""
         state, best = checkpoint.state, checkpoint.state["best"]
+        try:
+            self.engine.load_weights(checkpoint.student)
+            self.engine.load_state(checkpoint.trainer)
+            _set_random_states(checkpoint.trainer["random"])
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            if isinstance(error, (InputError, UnlearningError)):
+                raise
+            raise InputError(
+                f"cannot resume from {checkpoint.path}: its files do not fit this run "
+                f"({type(error).__name__}: {str(error).partition(chr(10))[0]}); remove it to go on from the one before"
+            ) from error
+        self._on_first(lambda: checkpoints.restore_best(checkpoint))
         self.progress = Progress(
             step=state["step"],
             seconds=state["seconds"],
-            metrics=self.ranks.from_first(
-                lambda: _keep_metrics(self.directory / "metrics.jsonl", state["metrics_bytes"])
-            ),
+            metrics=checkpoint.metrics,
             looks=[Candidate(**look) for look in state["looks"]],
             best=Candidate(**best["candidate"]) if best else None,
-            best_weights=best["weights"] if best else None,
+            best_weights=best["sha256"] if best else None,
             looks_without_better=state["looks_without_better"],
             stopped_early=state["stopped_early"],
         )
@@ -198,7 +210,7 @@ class Trainer:
             group_ids=None if batch.group_ids is None else batch.group_ids.to(device),
         )
 
-    def _look(self, log: Any, epoch: int) -> None:
+    def _look(self, log: MetricsLog | None, epoch: int) -> None:
         self.engine.update_student()
         progress, candidate = self.progress, self.validate(self.progress.step, epoch)
         progress.looks.append(candidate)
@@ -216,15 +228,14 @@ class Trainer:
         if self.selection.better(candidate, progress.best):
             progress.best = candidate
             weights = self.engine.weights()
-            progress.best_weights = self.ranks.from_first(
-                lambda: checkpoints.save_best(self.directory / "checkpoints", candidate.step, weights)
-            )
+            root = self.directory / "checkpoints"
+            progress.best_weights = self._on_first(lambda: checkpoints.save_best(root, weights))
 
-    def _log(self, log: Any, line: dict[str, Any]) -> None:
+    def _log(self, log: MetricsLog | None, line: dict[str, Any]) -> None:
         self.progress.metrics.append(line)
         if log is not None:
-            log.write(json.dumps(line) + "\n")
-            log.flush()
+            with self._saves():
+                log.append(line)
 
     def _checkpoint(self) -> None:
         if not self.resumable:
@@ -232,23 +243,39 @@ class Trainer:
         progress = self.progress
         best = None
         if progress.best is not None:
-            best = {"candidate": progress.best.to_dict(), "weights": progress.best_weights}
+            best = {"candidate": progress.best.to_dict(), "sha256": progress.best_weights}
         weights, trainer = self.engine.weights(), {**self.engine.state(), "random": _random_states()}
 
         def write() -> None:
             state = {
                 "identity": self.identity,
                 "seconds": progress.seconds,
-                "metrics_bytes": _flushed_size(self.directory / "metrics.jsonl"),
                 "looks": [look.to_dict() for look in progress.looks],
                 "best": best,
                 "looks_without_better": progress.looks_without_better,
                 "stopped_early": progress.stopped_early,
             }
             root, keep = self.directory / "checkpoints", self.config.keep_checkpoints
-            checkpoints.save_checkpoint(root, progress.step, weights, trainer, state, keep=keep)
+            checkpoints.save_checkpoint(root, progress.step, weights, trainer, state, progress.metrics, keep=keep)
 
-        self.ranks.from_first(write)
+        self._on_first(write)
+
+    def _on_first(self, work: Callable[[], T]) -> T:
+        def guarded() -> T:
+            with self._saves():
+                return work()
+
+        return self.ranks.from_first(guarded)
+
+    @contextmanager
+    def _saves(self) -> Iterator[None]:
+        """Say in one line what a disk that fails costs, which is nothing that was saved before."""
+        then = "what was saved before stays: go on with resume=True" if self.resumable else ""
+        try:
+            with writing(self.directory, then):
+                yield
+        except checkpoints.DamagedCheckpoint as damage:
+            raise UnlearningError(f"{damage}; {then or 'start again'}") from damage
 
     def _fits(self) -> AbstractContextManager[None]:
         chunk = self.config.grad_cache_chunk
@@ -278,21 +305,6 @@ def learning_rate(config: UnlearnConfig, step: int, total: int) -> float:
         return config.learning_rate
     done = (step - config.warmup_steps) / max(1, total - config.warmup_steps)
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-
-
-def _flushed_size(path: Path) -> int:
-    """Bytes of metrics.jsonl, on disk for good: the checkpoint that names them must find them again."""
-    path.touch()
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-    return path.stat().st_size
-
-
-def _keep_metrics(path: Path, size: int) -> list[dict[str, Any]]:
-    """The first `size` bytes of metrics.jsonl, parsed; the lines of steps that will be done again go."""
-    text = path.read_bytes()[:size].decode("utf-8")
-    checkpoints.write_text_atomically(path, text)
-    return [json.loads(line) for line in text.splitlines()]
 
 
 def _seed(*entropy: int) -> None:

@@ -1,0 +1,311 @@
+"""Files that are whole or absent, locks between processes, and plain words for what the system refuses to write."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from cliperase_fast.errors import InputError, UnlearningError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where nothing is locked
+    fcntl = None  # type: ignore[assignment]
+
+_REMEDIES = {
+    errno.ENOSPC: "free some space, or use a folder on another disk",
+    errno.EDQUOT: "free some of your quota, or use a folder on another disk",
+    errno.EFBIG: "raise the limit on the size of a file (ulimit -f), or use another file system",
+    errno.EACCES: "use a folder that you may write to",
+    errno.EPERM: "use a folder that you may write to",
+    errno.EROFS: "use a folder on a file system that can be written",
+    errno.ENOTDIR: "a part of the path is a file; use another folder",
+    errno.EEXIST: "a part of the path is a file; use another folder",
+    errno.ENOENT: "a part of the path is missing; was the folder removed?",
+    errno.ENAMETOOLONG: "use a shorter path",
+    errno.ELOOP: "a symbolic link in the path points to itself; use another folder",
+    errno.EMFILE: "raise the limit on open files (ulimit -n), or use fewer num_workers",
+    errno.ENFILE: "raise the limit on open files (ulimit -n), or use fewer num_workers",
+    errno.EIO: "check the disk",
+    errno.ESTALE: "check the connection to the file server",
+}
+
+
+def explain(error: BaseException, path: str | Path) -> str:
+    """One line for an error of the system: what it says about `path`, and the remedy."""
+    number = _number(error)
+    if number is None:
+        said = str(error).partition("\n")[0]
+    else:
+        said = os.strerror(number)
+        if number == errno.ENOSPC:
+            said += _free_in_words(Path(path))
+    remedy = _REMEDIES.get(number) if number is not None else None
+    return f"{path}: {said}" + (f"; {remedy}" if remedy else "")
+
+
+@contextmanager
+def writing(path: str | Path, then: str = "") -> Iterator[None]:
+    """Make an UnlearningError of a failure to write `path` inside; `then` says how to go on after the remedy."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UnlearningError(f"cannot write {explain(error, path)}" + (f"; {then}" if then else "")) from error
+
+
+def write_file(path: Path, chunks: Iterable[Any]) -> str:
+    """Write the chunks (bytes or buffers) to disk for good; returns their SHA-256. After a failure nothing stays."""
+    digest = hashlib.sha256()
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        try:
+            for chunk in chunks:
+                digest.update(chunk)
+                write_all(handle, chunk)
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    return digest.hexdigest()
+
+
+def write_all(handle: int, chunk: Any) -> None:
+    """All of a buffer: the system may take less at a time."""
+    rest = memoryview(chunk).cast("B")
+    while len(rest):
+        rest = rest[os.write(handle, rest) :]
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Replace a file's text as a whole: a crash leaves the old or the new one."""
+    draft = draft_of(path)
+    write_file(draft, [text.encode("utf-8")])
+    os.replace(draft, path)
+    flush_folder(path.parent)
+
+
+def draft_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
+
+
+def flush_folder(folder: Path) -> None:
+    """Make names in a folder last, where the file system can."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
+
+
+def file_digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def reserve(handle: int, size: int) -> None:
+    """Take `size` bytes of the disk for a file now, so that a full disk is an error now and not while it is filled."""
+    fallocate = getattr(os, "posix_fallocate", None)
+    if size == 0:
+        return
+    if fallocate is not None:
+        try:
+            fallocate(handle, 0, size)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+                raise
+    block = bytes(min(size, 1 << 20))  # no such call here: zeros take the space as well
+    os.lseek(handle, 0, os.SEEK_SET)
+    for start in range(0, size, len(block)):
+        write_all(handle, block[: size - start])
+
+
+def free_space(folder: Path) -> int:
+    return shutil.disk_usage(existing_part(folder)).free
+
+
+def in_words(size: float) -> str:
+    """A number of bytes for a reader."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def existing_part(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that exists."""
+    path = path.absolute()
+    while not os.path.lexists(path) and path != path.parent:
+        path = path.parent
+    return path
+
+
+def check_writable(folder: Path, name: str) -> None:
+    """Raise InputError unless files can be made in `folder`, or where it does not exist in the part that does.
+
+    name: of the argument. Nothing stays behind.
+    """
+    try:
+        within = existing_part(folder)
+        with tempfile.NamedTemporaryFile(prefix=".probe-", suffix=".tmp", dir=within) as probe:
+            write_all(probe.fileno(), b"a line that must reach the disk\n" * 32)
+            os.fsync(probe.fileno())
+        os.stat(folder) if folder.exists() else _check_names(folder, within)
+    except OSError as error:
+        raise InputError(f"{name}={explain(error, folder)}") from error
+
+
+def check_room(folder: Path, size: int, largest: int, remedy: str) -> None:
+    """Raise InputError unless the disk has `size` bytes left, and files may have `largest`."""
+    free = free_space(folder)
+    if free < size:
+        raise InputError(f"{folder} needs {in_words(size)} and the disk has {in_words(free)} left: {remedy}")
+    limit = _limit_of_a_file()
+    if limit is not None and limit < largest:
+        raise InputError(
+            f"{folder} needs files of {in_words(largest)} and this process may write {in_words(limit)} into one "
+            "(RLIMIT_FSIZE): raise the limit (ulimit -f)"
+        )
+
+
+class Locked(Exception):
+    """Another process holds the lock; says which."""
+
+
+_HELD: set[str] = set()  # by this process, whose own locks the system does not hold against it
+
+
+@contextmanager
+def lock(path: Path, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Hold the lock file `path`; the system releases it when the process ends, however it ends.
+
+    waiting: told who holds it, before it is waited for; without it that is a `Locked`. Where the file system has no
+    locks (some network mounts), a warning says so and nothing is held.
+    """
+    key = os.path.realpath(path)
+    if key in _HELD:
+        raise Locked(f"process {os.getpid()} on {socket.gethostname()}")
+    handle = _locked(path, waiting)
+    _HELD.add(key)
+    try:
+        yield
+    finally:
+        _HELD.discard(key)
+        if handle is not None:
+            with suppress(OSError):  # what matters is that it is released
+                path.unlink(
+                    missing_ok=True
+                )  # while it is held: whoever waits sees that it is gone, and makes a new one
+            os.close(handle)
+
+
+def _locked(path: Path, waiting: Callable[[str], None] | None) -> int | None:
+    if fcntl is None:
+        return None
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _take(handle, waiting)
+            if _is_at(handle, path):
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+                return handle
+        except OSError as error:
+            os.close(handle)
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
+                raise
+            warnings.warn(
+                f"the file system of {path.parent} has no locks ({error.strerror}): see to it that no other process "
+                "works there at the same time",
+                stacklevel=2,
+            )
+            return None
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)  # it was removed by the one who held it
+
+
+def _take(handle: int, waiting: Callable[[str], None] | None) -> None:
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise
+        holder = _holder(handle)
+        if waiting is None:
+            raise Locked(holder) from error
+        waiting(holder)
+        fcntl.lockf(handle, fcntl.LOCK_EX)
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _holder(handle: int) -> str:
+    try:
+        told = json.loads(os.pread(handle, 4096, 0))
+        return f"process {int(told['pid'])} on {told['host']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"  # which has not yet written who it is
+
+
+def _number(error: BaseException) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"os error (\d+)", str(error))  # as safetensors tells it
+    return int(found[1]) if found else None
+
+
+def _free_in_words(path: Path) -> str:
+    try:
+        return f" ({in_words(free_space(path))} free)"
+    except OSError:
+        return ""
+
+
+def _check_names(folder: Path, within: Path) -> None:
+    """Whether the missing folders' names can be used at all; a name that is too long is told by looking it up."""
+    folder = folder.absolute()
+    for part in (folder, *folder.parents):
+        if part == within:
+            return
+        try:
+            os.lstat(part)
+        except FileNotFoundError:
+            continue
+
+
+def _limit_of_a_file() -> int | None:
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    soft, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    return None if soft == resource.RLIM_INFINITY else soft

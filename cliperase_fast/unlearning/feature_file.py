@@ -1,0 +1,105 @@
+"""Rows of float32 features in a file that says whether it is whole, made of the same things, and unaltered.
+
+The file is read and written, not mapped into memory: a full disk or a file that is cut short is then an error and not
+the end of the process (SIGBUS).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cliperase_fast.errors import UnlearningError
+from cliperase_fast.storage import file_digest, reserve, write_all, write_text_atomically, writing
+
+_REMEDY = "or keep the features in memory (teacher_cache='memory'), or compute them in every step (teacher_cache='off')"
+
+
+class FeatureFile:
+    """Features [rows, D] in `path`, beside which a note says what they were made from and what they are."""
+
+    def __init__(self, path: Path, shape: tuple[int, int], made_from: dict[str, Any]) -> None:
+        self.path, self.shape, self.made_from = path, shape, made_from
+        self.note = path.with_suffix(".json")
+        self._handle: int | None = None
+
+    @property
+    def size(self) -> int:
+        return self.shape[0] * self._row
+
+    @property
+    def _row(self) -> int:  # bytes
+        return self.shape[1] * 4
+
+    def state(self) -> str:
+        """ "whole", "absent" (or made from other things), or "damaged"."""
+        try:
+            note = json.loads(self.note.read_text(encoding="utf-8"))
+            if not isinstance(note, dict) or "sha256" not in note:
+                return "damaged"
+            if note.get("made_from") != self.made_from:
+                return "absent"
+            return "whole" if file_digest(self.path) == note["sha256"] else "damaged"
+        except FileNotFoundError:
+            return "damaged" if self.note.exists() else "absent"  # without a note it was never finished
+        except (OSError, ValueError, RecursionError):
+            return "damaged"
+
+    def create(self) -> None:
+        """Begin anew, with all the room on the disk taken."""
+        with writing(self.path, _REMEDY):
+            self.note.unlink(missing_ok=True)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+            try:
+                reserve(self._handle, self.size)
+            except BaseException:
+                self.discard()
+                raise
+
+    def write(self, start: int, rows: np.ndarray) -> None:
+        """Put rows [n, D] at row `start`; in any order, each row once."""
+        assert self._handle is not None
+        with writing(self.path, _REMEDY):
+            os.lseek(self._handle, start * self._row, os.SEEK_SET)
+            write_all(self._handle, np.ascontiguousarray(rows, dtype=np.float32).reshape(-1).view(np.uint8).data)
+
+    def finish(self) -> None:
+        """Say that all rows are there, for good."""
+        assert self._handle is not None
+        with writing(self.path, _REMEDY):
+            os.fsync(self._handle)
+            note = {"made_from": self.made_from, "sha256": file_digest(self.path)}
+            write_text_atomically(self.note, json.dumps(note))
+        os.close(self._handle)
+        self._handle = None
+
+    def discard(self) -> None:
+        """Give the room back."""
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+        self.path.unlink(missing_ok=True)
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        """Rows [n] as features [n, D]."""
+        if self._handle is None:
+            self._handle = os.open(self.path, os.O_RDONLY)
+        out = np.empty((len(rows), self.shape[1]), dtype=np.float32)
+        for row, target in zip(rows.tolist(), out, strict=True):
+            found = os.pread(self._handle, self._row, row * self._row)
+            if len(found) < self._row:
+                raise UnlearningError(
+                    f"{self.path} was cut short while it was used: see to it that nothing else writes there, and go on "
+                    "with resume=True"
+                )
+            target[:] = np.frombuffer(found, dtype=np.float32)
+        return out
+
+    def __del__(self) -> None:
+        if self._handle is not None:
+            os.close(self._handle)

@@ -1,0 +1,85 @@
+"""What a resumed run must share with the one that wrote the checkpoint, beyond the model's weights and the settings.
+
+Transforms and tokenizers are told apart by what they do: to the images and captions at hand, whose names belong to the
+identity already, and to a fixed picture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cliperase_fast.data import PairDataset
+from cliperase_fast.evaluation import class_prompts
+from cliperase_fast.models import ClipAdapter
+from cliperase_fast.unlearning.batches import CaptionTable, seeded
+
+_IMAGES = 4  # of the data, beside the fixed one
+_SEED = 20241030
+
+
+def transform_identity(transforms: Sequence[Callable[[Any], Tensor] | None], pairs: PairDataset) -> str:
+    """Hex digest of what the transforms make of a fixed picture and of some images of `pairs`.
+
+    A random transform is given the same seed every time. One that then still gives other pixels draws from a generator
+    of its own, and is told by its name.
+    """
+    first = pairs.image(0)
+    if isinstance(first, Tensor):  # passed on as they are
+        return "none"
+    chosen = np.unique(np.linspace(0, len(pairs) - 1, _IMAGES).astype(int))
+    probes = [_picture(first.size), *(pairs.image(int(index)) for index in chosen)]
+    digest = hashlib.sha256()
+    for transform in transforms:
+        if transform is None:
+            digest.update(b"none")
+            continue
+        once, again = (_seen(transform, probes) for _ in range(2))
+        digest.update(once if once == again else _name(transform).encode())
+    return digest.hexdigest()
+
+
+def tokenizer_identity(adapter: ClipAdapter, captions: CaptionTable, pairs: PairDataset) -> str:
+    """Hex digest of the token ids of the captions trained on, and of the prompts for the classes of `pairs`."""
+    prompts = [prompt for of_class in class_prompts(pairs) or () for prompt in of_class]
+    digest = hashlib.sha256()
+    for tokens in (captions.tokens, *([adapter.token_ids(prompts)] if prompts else [])):  # [U, L], [X, L]
+        digest.update(f"{list(tokens.shape)};".encode())
+        digest.update(tokens.to("cpu", torch.int64).contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _seen(transform: Callable[[Any], Tensor], probes: Sequence[Any]) -> bytes:
+    digest = hashlib.sha256()
+    for number, probe in enumerate(probes):
+        with seeded(_SEED, number):
+            try:
+                pixels = transform(probe)
+            except Exception as error:  # the fixed picture may be none that this transform is made for
+                if number > 0:
+                    raise
+                digest.update(type(error).__name__.encode())
+                continue
+        digest.update(f"{pixels.dtype} {list(pixels.shape)};".encode())
+        digest.update(pixels.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.digest()
+
+
+def _picture(size: tuple[int, int]) -> Image.Image:
+    """Colours that no flip, turn, crop, or change of colours leaves as they are."""
+    width, height = size
+    pixels = np.random.default_rng(_SEED).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def _name(transform: Any) -> str:
+    """How it is written, without the addresses that change from process to process."""
+    named = getattr(transform, "__qualname__", None) or repr(transform)
+    return f"{type(transform).__module__}.{type(transform).__qualname__} {re.sub(r' at 0x[0-9a-fA-F]+', '', named)}"
