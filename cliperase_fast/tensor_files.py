@@ -75,7 +75,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
             if start != end or stop - start != prod(shape) * dtype.itemsize or stop > size - 8 - length:
                 raise ValueError(f"{path.name} does not hold what its header says of {name!r}")
             end = stop
-            tensors[name] = torch.empty(shape, dtype=dtype)
+            tensors[name] = torch.empty(shape, dtype=dtype, device="cpu")
             if start < stop:
                 raw = _bytes_of(tensors[name])
                 if file.readinto(raw) < len(raw):
