@@ -20,6 +20,7 @@ from cliperase_fast.data.images import TarStore
 from cliperase_fast.data.intake import MAX_CAPTION, Intake, caption_fault
 from cliperase_fast.data.pairs import PairDataset
 from cliperase_fast.errors import InputError
+from cliperase_fast.extras import import_extra
 from cliperase_fast.reading import decode_text, in_bytes, open_regular, printable
 
 _MAX_SHARDS = 100_000
@@ -76,13 +77,7 @@ def open_shards(pattern: str, name: str, intake: Intake) -> PairDataset:
 
 
 def _shardlists() -> ModuleType:
-    try:
-        from webdataset import shardlists
-    except ImportError as error:
-        raise InputError(
-            f"'wds:' needs the webdataset library ({error}): pip install \"cliperase_fast[webdataset]\""
-        ) from error
-    return shardlists
+    return import_extra("webdataset", "'wds:'", "webdataset.shardlists")
 
 
 def _expand(pattern: str, shardlists: ModuleType) -> list[str]:

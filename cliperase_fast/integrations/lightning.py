@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cliperase_fast.errors import InputError
-from cliperase_fast.integrations.versions import require
+from cliperase_fast.extras import require_version
 from cliperase_fast.losses import CLIPEraseLoss
 
-require("lightning", (2, 4), (3, 0), install="cliperase_fast[lightning]")
+require_version("lightning", (2, 4), (3, 0), extra="lightning")
 
 import lightning  # noqa: E402 - the line above says more than an ImportError
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cliperase_fast.errors import InputError
+from cliperase_fast.extras import import_extra
 from cliperase_fast.integrations import open_clip_losses as fused
 from cliperase_fast.integrations.patching import Patch
 
@@ -49,13 +50,7 @@ def unpatch_open_clip() -> None:
 
 def import_trainer() -> Any:
     """`open_clip_train.main`; InputError with what to install where it cannot be imported."""
-    try:
-        from open_clip_train import main as trainer
-    except ImportError as error:
-        raise InputError(
-            f'open_clip\'s trainer cannot be imported ({error}): pip install "cliperase_fast[open-clip-training]"'
-        ) from error
-    return trainer
+    return import_extra("open-clip-training", "open_clip's trainer")
 
 
 def train_open_clip(arguments: Sequence[str]) -> int:

@@ -25,14 +25,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cliperase_fast.contrastive import distill_clip_loss, local_clip_loss, sigmoid_loss
+from cliperase_fast.extras import require_version
 from cliperase_fast.functional import contrast
-from cliperase_fast.integrations.versions import require
 from cliperase_fast.ops import auto_shards
 
 
 def check_version() -> None:
     """InputError where open_clip is missing or not of the versions these losses were written for."""
-    require("open_clip_torch", (3, 0), (4, 0), install="open_clip_torch")
+    require_version("open_clip_torch", (3, 0), (5, 0))
 
 
 check_version()

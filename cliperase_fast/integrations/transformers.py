@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from cliperase_fast.contrastive import sigmoid_loss
 from cliperase_fast.errors import InputError
+from cliperase_fast.extras import require_version
 from cliperase_fast.functional import clip_loss
 from cliperase_fast.integrations.patching import Patch
-from cliperase_fast.integrations.versions import require
 
 
 def check_version() -> None:
     """InputError where transformers is missing or not of the versions this was written for."""
-    require("transformers", (5, 0), (6, 0), install="cliperase_fast[transformers]")
+    require_version("transformers", (5, 0), (6, 0), extra="transformers")
 
 
 check_version()

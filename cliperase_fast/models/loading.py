@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cliperase_fast.errors import InputError
+from cliperase_fast.extras import import_extra
 from cliperase_fast.models.adapter import ClipAdapter, GenericAdapter
 from cliperase_fast.models.hub import offline_if_unreachable
 from cliperase_fast.models.open_clip_adapter import OpenClipAdapter, is_open_clip_model
@@ -235,12 +236,7 @@ def _open_clip_adapter(module: nn.Module, name: str, config: dict[str, Any], opt
 
 
 def _transformers_folder(folder: Path, options: dict[str, Any]) -> ClipAdapter:
-    try:
-        import transformers
-    except ImportError as error:
-        raise InputError(
-            f'{folder} holds a transformers model, which needs that library: pip install "cliperase_fast[transformers]"'
-        ) from error
+    transformers: Any = import_extra("transformers", f"{folder} holds a model that")
     try:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError) as error:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cliperase_fast.errors import InputError
+from cliperase_fast.extras import import_extra
 from cliperase_fast.models.adapter import ClipAdapter
 from cliperase_fast.models.open_clip_config import random_pixels
 
@@ -78,10 +79,7 @@ def inject_lora(adapter: ClipAdapter, rank: int, alpha: float) -> None:
     Attention and MLP layers; a convolutional tower's convolutions where its blocks have no linear layer. The
     update of a weight W is (alpha / rank) B A with B = 0 at first, so that the features do not change yet.
     """
-    try:
-        import peft
-    except ImportError as error:
-        raise InputError('trainable="lora" needs the peft library: pip install "cliperase_fast[lora]"') from error
+    peft: Any = import_extra("lora", 'trainable="lora"')
     for tower, blocks in zip(("image", "text"), adapter.blocks(), strict=True):
         if not blocks:
             raise InputError(f'trainable="lora" needs the blocks of the {tower} tower, and this model has none we know')

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.distributed import Ranks
 from cliperase_fast.errors import InputError
+from cliperase_fast.extras import import_extra
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.unlearning.engine import MOMENTS, Engine
 from cliperase_fast.unlearning.runtime import Runtime
@@ -63,16 +64,13 @@ def read_deepspeed(setting: str | Mapping[str, Any], config: UnlearnConfig, rank
 def _require_deepspeed() -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    try:
-        import deepspeed
-    except ImportError as error:
-        raise InputError(f'deepspeed is not installed ({error}): pip install "cliperase_fast[deepspeed]"') from error
+    deepspeed: Any = import_extra("deepspeed", "deepspeed=")
     from packaging.version import Version  # deepspeed brings it
 
     if Version(deepspeed.__version__) < Version(_OLDEST):
         raise InputError(
             f"deepspeed {deepspeed.__version__} changes the weights by gradients that are not finite, and {_OLDEST} "
-            'does not: pip install --upgrade "cliperase_fast[deepspeed]"'
+            f'does not: pip install "deepspeed>={_OLDEST}"'
         )
     deepspeed.utils.logger.setLevel(logging.WARNING)
 

@@ -194,5 +194,5 @@ def test_shards_without_samples_are_an_error(shard) -> None:
 def test_without_the_library_the_install_line_is_given(monkeypatch: pytest.MonkeyPatch, shard) -> None:
     path = shard("a.tar", pets(0, 2))
     monkeypatch.setitem(sys.modules, "webdataset", None)
-    with pytest.raises(InputError, match=r'pip install "cliperase_fast\[webdataset\]"'):
+    with pytest.raises(InputError, match=r"pip install '\.\[webdataset\]'"):
         open_source(f"wds:{path}")

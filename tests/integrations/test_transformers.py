@@ -175,9 +175,9 @@ def test_a_single_model_can_be_fused_and_copied_and_given_back():
 
 
 def test_an_unsupported_version_is_refused_by_the_range(monkeypatch):
-    from cliperase_fast.integrations import versions
+    from cliperase_fast import extras
 
-    monkeypatch.setattr(versions.importlib.metadata, "version", lambda package: "4.40.1")
+    monkeypatch.setattr(extras.importlib.metadata, "version", lambda package: "4.40.1")
     with pytest.raises(cf.InputError, match=r"transformers 4\.40\.1 .* transformers >=5\.0,<6\.0"):
         cf.patch_transformers_clip()
 

@@ -1,0 +1,49 @@
+"""Libraries that are missing, and what is said of them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cliperase_fast import extras
+from cliperase_fast.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("extra", extras.EXTRAS)
+def test_a_missing_library_is_an_input_error_that_names_the_extra(extra, monkeypatch):
+    library = extras.EXTRAS[extra].partition(".")[0]
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(InputError, match=re.escape(f"this needs {library}")) as caught:
+        extras.import_extra(extra, "this")
+    assert f"pip install '.[{extra}]'" in str(caught.value)
+    with pytest.raises(SystemExit, match=re.escape(f"pip install '.[{extra}]'")) as ended:
+        extras.exit_without(extra)
+    assert "\n" not in str(ended.value.code)
+
+
+def test_every_hint_in_code_docs_and_examples_names_an_extra_that_exists():
+    known = set(importlib.metadata.metadata("cliperase_fast").get_all("Provides-Extra"))
+    assert set(extras.EXTRAS) <= known
+    for folder in ("cliperase_fast", "docs", "examples"):
+        for path in (ROOT / folder).rglob("*.*"):
+            if path.suffix in (".py", ".md"):
+                text = path.read_text()
+                assert not re.search(r"pip install ['\"]?cliperase", text), f"{path} names a package of no index"
+                for named in re.findall(r"pip install '\.\[([a-z,-]+)\]'", text):
+                    assert set(named.split(",")) <= known, path
+
+
+def test_the_losses_need_no_optional_library():
+    code = "import sys\n" + "".join(
+        f"sys.modules[{name.partition('.')[0]!r}] = None\n" for name in extras.EXTRAS.values()
+    )
+    code += "import cliperase_fast as cf, torch\nassert cf.functional.clip_loss(torch.eye(2), torch.eye(2), 1.0) > 0"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
