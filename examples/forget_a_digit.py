@@ -1,8 +1,12 @@
-"""Forget the digit seven: the model comes from the demo's cache, or is trained at the first call (seconds)."""
+"""Forget the digit seven: the model comes from the demo's cache, or is trained at the first call (seconds).
+
+Needs: no extra.
+"""
 
 import cliperase_fast as cf
 from cliperase_fast.demo import RECIPES, cached_small_clip
 
+print("A small CLIP of handwritten digits forgets the seven.")
 model = cached_small_clip("demo", RECIPES["demo"])
 result = cf.unlearn(f"local-dir:{model}", "demo#class:seven", "rest", epochs=5, batch_size=64, learning_rate=1e-4)
 print(result.summary())

@@ -1,10 +1,17 @@
-"""Any two-tower module and any (image, caption) pairs: here random towers and flat colours."""
+"""Any two-tower module and any (image, caption) pairs: towers that learn six colours, and then forget red.
+
+Needs: no extra.
+"""
 
 import torch
+import torch.nn.functional as F
 
 import cliperase_fast as cf
 
-COLOURS = {"red": (1.0, 0.0, 0.0), "green": (0.0, 1.0, 0.0), "blue": (0.0, 0.0, 1.0)}
+COLOURS = {
+    "red": (1.0, 0.0, 0.0), "green": (0.0, 1.0, 0.0), "blue": (0.0, 0.0, 1.0),
+    "yellow": (1.0, 1.0, 0.0), "purple": (1.0, 0.0, 1.0), "cyan": (0.0, 1.0, 1.0),
+}  # fmt: skip
 WORDS = ["a", "square", *COLOURS]
 
 
@@ -16,7 +23,7 @@ class TwoTowers(torch.nn.Module):
         self.logit_scale = torch.nn.Parameter(torch.tensor(2.0))  # the log of the scale, as in CLIP
 
     def encode_image(self, pixels):
-        return self.visual(pixels.flatten(1))
+        return self.visual(pixels.flatten(1) - 0.5)
 
     def encode_text(self, tokens):
         return self.text(tokens)
@@ -33,13 +40,20 @@ def pairs(*colours):
 
 
 torch.manual_seed(0)
-result = cf.unlearn(
-    TwoTowers(),
-    pairs("red"),
-    pairs("green", "blue"),
-    tokenizer=tokenize,
-    epochs=20,
-    learning_rate=1e-2,
-    retain_floor=1.0,
-)
+model = TwoTowers()
+forget, retain = pairs("red"), pairs(*list(COLOURS)[1:])
+
+images = torch.stack([image for image, _ in forget + retain])
+tokens = tokenize([caption for _, caption in forget + retain])
+same_caption = tokens[:, 1]  # the colour: pairs of one caption are not each other's negatives
+optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+for _ in range(100):
+    features = [F.normalize(part, dim=-1) for part in (model.encode_image(images), model.encode_text(tokens))]
+    loss = cf.functional.clip_loss(*features, model.logit_scale.exp(), group_ids=same_caption)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+print(f"Two towers have learned {', '.join(COLOURS)} (loss {loss.item():.3f}). Now they forget red.")
+
+result = cf.unlearn(model, forget, retain, tokenizer=tokenize, epochs=30, batch_size=32, learning_rate=3e-3)
 print(result.summary())

@@ -1,4 +1,7 @@
-"""CLIPErase in a plain PyTorch loop: forget the digit seven."""
+"""CLIPErase in a plain PyTorch loop: forget the digit seven.
+
+Needs: no extra.
+"""
 
 import copy
 
@@ -26,15 +29,21 @@ def features(model, images, texts):
     return F.normalize(model.encode_image(images), dim=-1), F.normalize(model.encode_text(texts), dim=-1)
 
 
+def accuracy():
+    scores = cf.evaluate(model, "demo", forget="class:seven", tokenizer=tokenize, transform=transform, progress=False)
+    return {part: f"{scores[part]['zero_shot_top1']:.0%}" for part in ("forget", "retain")}
+
+
 torch.manual_seed(0)
 forget_batches = batches(pairs.subset(is_seven), 16)
 retain_batches = batches(pairs.subset(~is_seven), 64)
+print("zero-shot accuracy on the test digits before:", accuracy())
 
 # The recipe itself
 teacher = copy.deepcopy(model).eval().requires_grad_(False)
 optimizer = torch.optim.Adam(model.parameters(), lr=2e-4)
 loss_of = cf.CLIPEraseLoss(lambda_retain=1.0, lambda_forget=3.0, lambda_consistency=3.0)
-for epoch in range(2):
+for epoch in range(4):
     for forget, retain in zip(forget_batches, retain_batches, strict=False):
         with torch.no_grad():
             frozen = features(teacher, *retain)
@@ -44,3 +53,4 @@ for epoch in range(2):
         terms.total.backward()
         optimizer.step()
     print(epoch, {name: round(float(value.detach()), 3) for name, value in terms._asdict().items()})
+print("zero-shot accuracy on the test digits after:", accuracy())
