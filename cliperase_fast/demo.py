@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from cliperase_fast import functional
 from cliperase_fast.data import PairDataset, open_source, parse_reference, select
+from cliperase_fast.data.drawing import seeded
 from cliperase_fast.models import load_model
 from cliperase_fast.unlearning.api import unlearn
-from cliperase_fast.unlearning.batches import seeded
 from cliperase_fast.unlearning.result import UnlearnResult
 
 

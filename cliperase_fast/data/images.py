@@ -44,6 +44,10 @@ class ImageStore:
     def thread_safe(self) -> bool:
         return True
 
+    def redrawn(self) -> bool:
+        """Whether images come out differently each time they are read."""
+        return False
+
 
 class ArrayStore(ImageStore):
     """uint8 pixels [n, H, W, 3] in memory."""
@@ -124,6 +128,8 @@ class TarStore(ImageStore):
 class ItemStore(ImageStore):
     """The first element of each item of a map-style dataset or sequence."""
 
+    is_redrawn = False  # `as_pairs` finds out
+
     def __init__(self, items: Any, name: str) -> None:
         self.items, self.name = items, name
 
@@ -150,6 +156,9 @@ class ItemStore(ImageStore):
 
     def thread_safe(self) -> bool:
         return False
+
+    def redrawn(self) -> bool:
+        return self.is_redrawn
 
 
 class JoinedStore(ImageStore):
@@ -186,6 +195,9 @@ class JoinedStore(ImageStore):
 
     def thread_safe(self) -> bool:
         return all(store.thread_safe() for store in self.stores)
+
+    def redrawn(self) -> bool:
+        return any(store.redrawn() for store in self.stores)
 
 
 def pixel_bytes(image: Image.Image | Tensor) -> bytes:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset
 
 from cliperase_fast.data.classes import ClassSpace, derive_classes, merge_classes
+from cliperase_fast.data.drawing import is_redrawn, seeded
 from cliperase_fast.data.images import ImageStore, ItemStore, JoinedStore
 from cliperase_fast.data.intake import Intake, caption_fault
 from cliperase_fast.errors import InputError
@@ -74,9 +75,17 @@ class PairDataset(Dataset):
     def __len__(self) -> int:
         return len(self.ids)
 
-    def image(self, index: int) -> Image.Image | Tensor:
-        """Image `index`, decoded, not transformed: PIL in RGB, or a tensor where the caller gave tensors."""
-        return self.store.image(int(self.positions[index]))
+    def image(self, index: int, *, fixed: bool = True) -> Image.Image | Tensor:
+        """Image `index`, decoded, not transformed: PIL in RGB, or a tensor where the caller gave tensors.
+
+        fixed: of a dataset that draws its images anew each time give always the same one; else one that follows the
+        global generators.
+        """
+        position = int(self.positions[index])
+        if fixed and self.store.redrawn():
+            with seeded(position, gpus=False):
+                return self.store.image(position)
+        return self.store.image(position)
 
     def __getitem__(self, index: int) -> tuple[Image.Image | Tensor, Any]:
         if not -len(self) <= index < len(self):
@@ -152,6 +161,7 @@ def concat(parts: Sequence[PairDataset]) -> PairDataset:
     )
 
 
+@seeded(0, gpus=False)  # a dataset that draws something must not draw it from the caller's generators
 def as_pairs(dataset: Any, name: str, *, on_error: str = "raise") -> PairDataset:
     """Wrap a map-style dataset or sequence of (image, caption).
 
@@ -160,7 +170,8 @@ def as_pairs(dataset: Any, name: str, *, on_error: str = "raise") -> PairDataset
     on_error: "raise" refuses the first item that cannot be used, "skip" leaves such items out and counts them in
     the result's `intake`.
     A `PairDataset` passes through, and a torch `Subset` of one keeps all it knows. Captions are read here
-    once, through `dataset[i]` for every i: a dataset that decodes images decodes them all. Captions that are
+    once, through `dataset[i]` for every i: a dataset that decodes images decodes them all. A dataset that augments
+    its images gives other ones in every step of training and always the same one elsewhere. Captions that are
     few and repeated (at most 1000 different ones, and at most half as many as pairs) become classes.
     """
     base, indices = _unwrap(dataset)
@@ -189,6 +200,7 @@ def as_pairs(dataset: Any, name: str, *, on_error: str = "raise") -> PairDataset
     labels, space = derive_classes(captions) or (None, None)
     ids = [str(i) for i in positions]
     store = ItemStore(base, name)
+    store.is_redrawn = is_redrawn(base, positions, name)
     return PairDataset(name, store, captions, ids, labels=labels, space=space, positions=positions, intake=intake)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from cliperase_fast._version import installed_versions
 from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.data import PairDataset
+from cliperase_fast.data.drawing import seeded
 from cliperase_fast.data.pixel_cache import PixelCache
 from cliperase_fast.distributed import joined
 from cliperase_fast.errors import InputError
@@ -30,7 +31,7 @@ from cliperase_fast.models.precision import in_float32, weight_dtypes
 from cliperase_fast.models.soundness import check_weights
 from cliperase_fast.ops import choose
 from cliperase_fast.report import verdict
-from cliperase_fast.unlearning.batches import BatchLoader, BatchPlan, CaptionTable, seeded
+from cliperase_fast.unlearning.batches import BatchLoader, BatchPlan, CaptionTable
 from cliperase_fast.unlearning.engine import Engine, LocalEngine
 from cliperase_fast.unlearning.examining import Examiner, by_set, embeddings, lowest, per_class
 from cliperase_fast.unlearning.front import keep_front
@@ -94,7 +95,8 @@ def unlearn(
     settings = _settings(config, overrides)
     show = sys.stderr.isatty() if progress is None else progress
     directory = RunDirectory(Path(output_dir) if output_dir is not None else None, resume)
-    with joined(settings.device, settings.rank_timeout) as ranks, directory:
+    # What reading data and trying a transform draws must not come from the caller's generators.
+    with joined(settings.device, settings.rank_timeout) as ranks, directory, seeded(settings.seed, gpus=False):
         runtime = ranks.together(lambda: Runtime.from_config(settings, show, ranks))
         return _unlearn(
             model, forget, retain, test, teacher, tokenizer, transform, templates, settings, directory, runtime
@@ -126,8 +128,8 @@ def _unlearn(
     train_transform, random_transform = _transforms(original, transform, data.train.pairs)
     if random_transform and settings.teacher_cache in ("memory", "disk"):
         raise InputError(
-            f"teacher_cache={settings.teacher_cache!r} needs a deterministic transform and the one given is random; "
-            "use 'auto' or 'off'"
+            f"teacher_cache={settings.teacher_cache!r} needs a deterministic transform and the one given is random (or "
+            "the dataset draws its images anew each time); use 'auto' or 'off'"
         )
     frozen.transform = original.transform
     captions = ranks.together(partial(CaptionTable, data.train.pairs, original.token_ids))
@@ -311,21 +313,24 @@ def _check_settings(settings: UnlearnConfig, directory: RunDirectory, runtime: R
 def _transforms(
     adapter: ClipAdapter, transform: Callable[[Any], Tensor] | None, pairs: PairDataset
 ) -> tuple[Callable[[Any], Tensor] | None, bool]:
-    """(transform for training, whether it is random). Evaluation uses the model's own when the given one is random."""
-    image = pairs.image(0)
+    """(transform for training, whether images are other ones in every step: by it, or by the dataset).
+
+    Evaluation uses the model's own when the given one is random.
+    """
+    image, redrawn = pairs.image(0), pairs.store.redrawn()
     if isinstance(image, Tensor):
-        return None, False
+        return None, redrawn
     if transform is None:
         if adapter.transform is None:
             raise InputError("the images need a transform and the model brings none: pass transform=")
-        return adapter.transform, False
+        return adapter.transform, redrawn
     views = [transform(image) for _ in range(8)]
     if not isinstance(views[0], Tensor) or views[0].ndim != 3:
         raise InputError("transform must turn an image into a tensor [3, H, W]")
     is_random = any(not torch.equal(view, views[0]) for view in views[1:])
     if not is_random or adapter.transform is None:
         adapter.transform = transform
-    return transform, is_random
+    return transform, is_random or redrawn
 
 
 def _models(

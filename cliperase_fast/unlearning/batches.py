@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cliperase_fast.data import PairDataset
+from cliperase_fast.data.drawing import seeded
 from cliperase_fast.data.pixel_cache import PixelCache
 from cliperase_fast.distributed import ALONE, Ranks
 
@@ -113,7 +113,10 @@ class CaptionTable:
 
 
 class PixelDataset(Dataset):
-    """Transformed images by (index, draw): `draw` seeds a random transform, so its result depends on nothing else."""
+    """Transformed images by (index, draw): `draw` seeds what is random, so the result depends on nothing else.
+
+    seed: None where nothing is random, neither the transform nor what the data set gives.
+    """
 
     def __init__(
         self,
@@ -132,32 +135,16 @@ class PixelDataset(Dataset):
         index, draw = key
         if self.cache is not None and self.transform is not None:
             return self.cache.pixels(self.pairs, index, self.transform)
-        image = self.pairs.image(index)
+        if self.seed is None:
+            return self._transformed(self.pairs.image(index))
+        with seeded(self.seed, index, draw, gpus=False):
+            return self._transformed(self.pairs.image(index, fixed=False))
+
+    def _transformed(self, image: Any) -> Tensor:
         if isinstance(image, Tensor):
             return image
         assert self.transform is not None, "PIL images were found to have a transform before training"
-        if self.seed is None:
-            return self.transform(image)
-        with seeded(self.seed, index, draw):
-            return self.transform(image)
-
-
-class seeded:
-    """Run a block with the three global generators seeded from some integers, and put their states back."""
-
-    def __init__(self, *entropy: int) -> None:
-        self.seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
-
-    def __enter__(self) -> None:
-        self.states = torch.get_rng_state(), random.getstate(), np.random.get_state()
-        torch.manual_seed(self.seed)
-        random.seed(self.seed)
-        np.random.seed(self.seed)
-
-    def __exit__(self, *exc: object) -> None:
-        torch.set_rng_state(self.states[0])
-        random.setstate(self.states[1])
-        np.random.set_state(self.states[2])
+        return self.transform(image)
 
 
 class BatchLoader:

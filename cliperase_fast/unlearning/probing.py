@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.data import PairDataset
+from cliperase_fast.data.drawing import seeded
 from cliperase_fast.data.images import pixel_bytes
 from cliperase_fast.errors import InputError, UnlearningError
 from cliperase_fast.evaluation import EncodedPairs
 from cliperase_fast.models import ClipAdapter
-from cliperase_fast.unlearning.batches import CaptionTable, seeded
+from cliperase_fast.unlearning.batches import CaptionTable
 from cliperase_fast.unlearning.engine import train_mode
 from cliperase_fast.unlearning.runtime import Runtime
 

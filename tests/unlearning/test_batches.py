@@ -3,8 +3,9 @@ import pytest
 import torch
 
 from cliperase_fast.data import as_pairs
+from cliperase_fast.data.drawing import seeded
 from cliperase_fast.distributed import Ranks
-from cliperase_fast.unlearning.batches import BatchLoader, BatchPlan, CaptionTable, seeded
+from cliperase_fast.unlearning.batches import BatchLoader, BatchPlan, CaptionTable
 
 
 def plan(**changes):
