@@ -260,5 +260,13 @@ def tensor_fault(image: Tensor) -> str | None:
         dtype = str(image.dtype).removeprefix("torch.")
         return f"is a {dtype} tensor; tensor images must be float and already transformed"
     if image.ndim != 3 or image.shape[0] != 3 or image.numel() == 0:
-        return f"is a tensor {list(image.shape)}; tensor images must be [3, H, W]"
+        return f"is a tensor {list(image.shape)}; tensor images must be [3, H, W]{_reshaped(image)}"
     return None
+
+
+def _reshaped(image: Tensor) -> str:
+    if image.ndim == 3 and image.shape[0] == 1:
+        return ": give image.expand(3, -1, -1) for one of a single channel"
+    if image.ndim == 3 and image.shape[2] == 3:
+        return ": give image.permute(2, 0, 1)"
+    return ": give image.expand(3, -1, -1) for a gray one" if image.ndim == 2 else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,6 +85,8 @@ class Intake:
 
 def caption_fault(caption: Any) -> tuple[str, str] | None:
     """(reason, what is wrong) for a text that cannot be a caption, else None."""
+    if isinstance(caption, float) and math.isnan(caption):
+        return "caption is missing", "is NaN, by which pandas marks a missing text (dropna() leaves such rows out)"
     if not isinstance(caption, str):
         return "caption is not text", f"is a {type(caption).__name__}"
     if not caption.strip():

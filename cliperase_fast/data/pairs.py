@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -224,10 +224,23 @@ def _read_captions(base: Any, index: int, name: str, intake: Intake) -> tuple[An
         said = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
         intake.fault("the dataset raised an error", f"item {index} of {name} cannot be read: {said}")
         return None
+    if isinstance(item, Mapping):
+        raise InputError(f"item {index} of {name} is a {type(item).__name__} {_rows(item)}")
     if not isinstance(item, (tuple, list)) or len(item) != 2:
         size = f" of {len(item)}" if isinstance(item, (tuple, list)) else ""
         raise InputError(f"item {index} of {name} is a {type(item).__name__}{size}: each item must be (image, caption)")
     return _captions(item[1], base, f"the caption of item {index} of {name}", intake)
+
+
+def _rows(item: Mapping[Any, Any]) -> str:
+    """What to make of a row of named values."""
+    image = next((key for key in item if str(key).lower() in ("image", "img", "pixel_values")), "image")
+    words = ("text", "caption", "captions", "sentence", "sentences", "title")
+    caption = next((key for key in item if str(key).lower() in words), "caption")
+    return (
+        f"with the keys {', '.join(map(repr, item))}: each item must be (image, caption), for example "
+        f"[(row[{image!r}], row[{caption!r}]) for row in dataset]"
+    )
 
 
 def _unwrap(dataset: Any) -> tuple[Any, np.ndarray | None]:

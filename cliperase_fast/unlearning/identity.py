@@ -17,9 +17,10 @@ from PIL import Image
 from torch import Tensor
 
 from cliperase_fast.data import PairDataset
+from cliperase_fast.data.drawing import seeded
 from cliperase_fast.evaluation import class_prompts
 from cliperase_fast.models import ClipAdapter
-from cliperase_fast.unlearning.batches import CaptionTable, seeded
+from cliperase_fast.unlearning.batches import CaptionTable
 
 _IMAGES = 4  # of the data, beside the fixed one
 _SEED = 20241030
