@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import importlib
 import json
+import logging
 import os
 import sys
 import time
@@ -45,28 +46,113 @@ examples:
 """
 
 
+_WITH_DATA = ("unlearn", "evaluate", "demo")
+_EXAMPLES_OF = {
+    "unlearn": """\
+examples:
+  cliperase-fast unlearn --model ViT-B-32:openai --data cifar100:/data --forget class:apple --output runs/apple
+  cliperase-fast unlearn --model local-dir:my-clip --data folder:/photos --forget class:cat,dog --output runs/pets \\
+      --epochs 5 --learning-rate 1e-5
+  cliperase-fast unlearn ... the same ... --resume          (after an interruption)
+""",
+    "evaluate": """\
+examples:
+  cliperase-fast evaluate --model local-dir:runs/apple/model --data cifar100:/data --forget class:apple
+  cliperase-fast evaluate --model ViT-B-32:openai --data folder:/photos --output scores.json
+""",
+    "demo": """\
+examples:
+  cliperase-fast demo
+  cliperase-fast demo --forget class:three --output runs/three
+  cliperase-fast demo --data shapes --forget 'class:red circle' --output runs/shapes
+
+A run that was interrupted goes on when the same command is given again.
+""",
+    "train-open-clip": """\
+examples:
+  cliperase-fast train-open-clip -- --model ViT-B-32 --train-data 'data/{000..099}.tar' --batch-size 1024
+  torchrun --nproc_per_node 8 -m cliperase_fast.cli train-open-clip -- --model ViT-B-32 ...
+""",
+    "plan": """\
+examples:
+  cliperase-fast plan --batch 32768 --gpus 64 --model ViT-B-32
+  cliperase-fast plan --batch 32768 --gpus 8 --model ViT-L-14 --chunk 256 --zero 2
+
+Nothing is run or measured: docs/scaling.md says what the figures rest on.
+""",
+    "bench": """\
+examples:
+  cliperase-fast bench loss --quick
+  cliperase-fast bench memory
+  cliperase-fast bench loss --help          (what is measured, and how)
+
+With --quick it takes a minute at most.
+""",
+    "backends": """\
+examples:
+  cliperase-fast backends
+""",
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Exit code 0: done; 1: the work failed; 2: something given was wrong."""
-    parser = _parser()
-    arguments = parser.parse_args(argv)
-    if arguments.command is None:
-        parser.print_help()
-        return 2
+    """Run a command. Exit code 0: done; 1: the work failed; 2: something given was wrong; 130: interrupted."""
+    command = None
     try:
-        return arguments.run(arguments)
+        try:
+            parser = _parser()
+            arguments = parser.parse_args(argv)
+            command = arguments.command
+            if command is None:
+                parser.print_help()
+                return 2
+            _set_up_logging(arguments)
+            return arguments.run(arguments)
+        finally:
+            sys.stdout.flush()  # a reader that went away, or a full disk, is told here and not at the very end
     except InputError as error:
-        print(f"cliperase-fast: {error}", file=sys.stderr)
-        return 2
+        return _fail(str(error), 2)
     except UnlearningError as error:
-        print(f"cliperase-fast: {error}", file=sys.stderr)
-        return 1
+        return _fail(str(error), 1)
     except KeyboardInterrupt:
-        how = "; go on with the same command and --resume" if arguments.command in ("unlearn", "demo") else ""
-        print(f"cliperase-fast: interrupted{how}", file=sys.stderr)
-        return 1
+        how = {"unlearn": "; the same command with --resume goes on", "demo": "; the same command goes on"}
+        return _fail(f"interrupted{how.get(command or '', '')}", 130)
     except BrokenPipeError:  # the reader of our output went away, as with `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 1
+    except OSError as error:
+        from cliperase_fast.storage import explain
+
+        _drop_output()
+        return _fail(explain(error, error.filename or "standard output") if error.errno else str(error), 1)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"cliperase-fast: {message.strip().partition(chr(10))[0] or 'failed'}", file=sys.stderr)
+    return code
+
+
+def _drop_output() -> None:
+    """What is still to be printed goes nowhere; else Python would try again when it ends, and say so in many lines."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _set_up_logging(arguments: argparse.Namespace) -> None:
+    """Lines of the package's logger on standard error, where no bars are drawn; of several ranks the first writes."""
+    shown = _progress(arguments) == "lines" and os.environ.get("RANK", "0") == "0"
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    logger = logging.getLogger("cliperase_fast")
+    logger.handlers = [handler]  # of an earlier call none
+    logger.setLevel(logging.INFO if shown else logging.WARNING)
+
+
+def _progress(arguments: argparse.Namespace) -> str:
+    """bars, lines or none."""
+    wanted = "none" if getattr(arguments, "quiet", False) else getattr(arguments, "progress", "none")
+    if wanted == "auto":
+        return "bars" if sys.stderr.isatty() else "lines"
+    return wanted
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -95,7 +181,8 @@ def _parser() -> argparse.ArgumentParser:
     unlearn.add_argument(
         "--paper", choices=("cifar100", "cc12m", "flickr30k"), help="start from the paper's settings for this data"
     )
-    _add_settings(unlearn)
+    _add_progress(unlearn)
+    _add_settings(unlearn, {})
 
     evaluate = _command(commands, "evaluate", "zero-shot accuracy and retrieval of a model", _evaluate)
     _add_model(evaluate)
@@ -113,21 +200,22 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
     evaluate.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="default: fp32")
 
+    _add_progress(evaluate)
+
     demo = _command(commands, "demo", "train a small CLIP and make it forget, from nothing", _demo)
     demo.usage = "cliperase-fast demo [--data SOURCE] [--forget SELECTOR] [--output DIR] [settings]"
     demo.add_argument("--data", default="demo", metavar="SOURCE", help="what to train on (default: demo, the digits)")
     demo.add_argument("--forget", default="class:seven", metavar="SELECTOR", help="default: class:seven")
     demo.add_argument("--test-data", metavar="SOURCE", help="where to measure (default: the source's test split)")
     demo.add_argument("--output", default="runs/demo", metavar="DIR", help="the run directory (default: runs/demo)")
-    _add_settings(demo)
+    _add_progress(demo)
+    _add_settings(demo, _demo_defaults())
 
     train = _command(commands, "train-open-clip", "open_clip's own trainer, with the fused losses", _train_open_clip)
     train.usage = "cliperase-fast train-open-clip -- ARGUMENTS OF open_clip_train.main"
-    train.epilog = "Under torchrun: torchrun --nproc_per_node 8 -m cliperase_fast.cli train-open-clip -- ARGUMENTS"
     train.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS", help="passed on as they are")
 
     plan = _command(commands, "plan", "memory and time of a step on many GPUs, computed", _plan)
-    plan.epilog = "Nothing is run or measured: docs/scaling.md says what the figures rest on."
     plan.add_argument("--batch", type=int, required=True, metavar="N", help="pairs of a step, on all GPUs together")
     plan.add_argument("--gpus", type=int, required=True, metavar="R", help="how many GPUs")
     plan.add_argument("--model", required=True, metavar="ARCH", help="an architecture of open_clip: ViT-B-32")
@@ -142,7 +230,6 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = _command(commands, "bench", "measure the losses and unlearn(), beside others", _bench)
     bench.usage = "cliperase-fast bench {" + ",".join(_BENCHMARKS) + "} ..."
-    bench.epilog = "cliperase-fast bench loss --help says what is measured and how; --quick takes a minute at most."
     bench.add_argument("what", choices=_BENCHMARKS, metavar="{" + ",".join(_BENCHMARKS) + "}", help="what to measure")
     bench.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS", help="passed on as they are")
 
@@ -155,7 +242,7 @@ def _command(commands: Any, name: str, description: str, run: Any) -> argparse.A
         name,
         help=description,
         description=description[0].upper() + description[1:] + ".",
-        epilog=_SOURCES if name != "backends" else None,
+        epilog="\n".join(part for part in (_EXAMPLES_OF[name], _SOURCES if name in _WITH_DATA else "") if part),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
@@ -171,19 +258,48 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_settings(parser: argparse.ArgumentParser) -> None:
-    """A flag for every field of UnlearnConfig. Without a value it stays out, so that a config file can speak."""
+def _add_progress(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--progress",
+        default="auto",
+        choices=("auto", "bars", "lines", "none"),
+        help="on standard error: bars, a line now and then, or none; auto: bars on a terminal, else lines "
+        "(default: auto)",
+    )
+    parser.add_argument("--quiet", action="store_true", help="the same as --progress none")
+
+
+def _demo_defaults() -> dict[str, str]:
+    """The demo's own defaults, of the digits and of each other recipe that differs."""
+    from cliperase_fast.recipes import RECIPES
+
+    told: dict[str, str] = {}
+    for name in dict.fromkeys(name for recipe in RECIPES.values() for name in recipe.unlearning):
+        usual = UnlearnConfig.__dataclass_fields__[name].default
+        values = {kind: recipe.unlearning.get(name, usual) for kind, recipe in RECIPES.items()}
+        words = {"shapes": "for shapes", "images": "for pictures"}
+        others = [f"{words[kind]} {value}" for kind, value in values.items() if value != values["demo"]]
+        told[name] = "; ".join([str(values["demo"]), *others])
+    return told
+
+
+def _add_settings(parser: argparse.ArgumentParser, own_defaults: dict[str, str]) -> None:
+    """A flag for every field of UnlearnConfig. Without a value it stays out, so that a config file can speak.
+
+    own_defaults: what the command takes in place of UnlearnConfig's, in words.
+    """
     groups: dict[str, Any] = {}
     for spec in dataclasses.fields(UnlearnConfig):
         name = spec.metadata["group"]
         if name not in groups:
             groups[name] = parser.add_argument_group(f"settings: {name}")
         flag = "--" + spec.name.replace("_", "-")
-        text = f"{spec.metadata['help']} (default: {spec.default})".replace("%", "%%")
+        default = own_defaults.get(spec.name, spec.default)
         if spec.type == "bool":
-            groups[name].add_argument(
-                flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=spec.metadata["help"]
-            )
+            default = "yes" if default else "no"
+        text = f"{spec.metadata['help']} (default: {default if default != '' else 'none'})".replace("%", "%%")
+        if spec.type == "bool":
+            groups[name].add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         else:
             groups[name].add_argument(
                 flag,
@@ -225,6 +341,7 @@ def _unlearn(arguments: argparse.Namespace) -> int:
         config=config,
         output_dir=arguments.output,
         resume=arguments.resume,
+        progress=_progress(arguments) == "bars",
     )
     if os.environ.get("RANK", "0") == "0":  # of several ranks the first
         _print_result(result, Path(arguments.output))
@@ -234,7 +351,12 @@ def _unlearn(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from cliperase_fast.evaluation import evaluate
     from cliperase_fast.report import class_table, text_table
+    from cliperase_fast.storage import check_writable, write_text_atomically, writing
 
+    if arguments.output:  # which is found out before it takes minutes
+        if Path(arguments.output).is_dir():
+            raise InputError(f"--output={arguments.output} is a folder; give a file")
+        check_writable(Path(arguments.output).parent, "--output")
     scores = evaluate(
         arguments.model,
         arguments.data,
@@ -243,7 +365,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size,
         device=arguments.device,
         precision=arguments.precision,
-        progress=sys.stderr.isatty(),
+        progress=_progress(arguments) == "bars",
     )
     text = json.dumps(scores, indent=2)
     if arguments.json:
@@ -251,7 +373,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     else:
         print("\n\n".join(part for part in (text_table(scores), class_table(scores["per_class"])) if part))
     if arguments.output:
-        Path(arguments.output).write_text(text + "\n", encoding="utf-8")
+        with writing(arguments.output):
+            Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
+            write_text_atomically(Path(arguments.output), text + "\n")
     return 0
 
 
@@ -267,6 +391,7 @@ def _demo(arguments: argparse.Namespace) -> int:
         output,
         test=arguments.test_data,
         resume=interrupted,
+        progress=_progress(arguments) == "bars",
         **_settings(arguments),
     )
     _print_result(result, output)

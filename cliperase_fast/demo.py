@@ -7,70 +7,28 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from cliperase_fast import functional
 from cliperase_fast.data import PairDataset, open_source, parse_reference, select
 from cliperase_fast.data.drawing import seeded
 from cliperase_fast.models import load_model
+from cliperase_fast.progress import Steps, say
+from cliperase_fast.recipes import Recipe, recipe_for
+from cliperase_fast.storage import Locked, lock, writing
 from cliperase_fast.unlearning.api import unlearn
 from cliperase_fast.unlearning.result import UnlearnResult
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train the small model on a source, and settings of `unlearn()` that suit it."""
-
-    image_size: int
-    vision: Mapping[str, Any]  # open_clip's vision_cfg, without the image size
-    epochs: int
-    batch_size: int = 128
-    learning_rate: float = 1e-3
-    flip_and_shift: bool = False  # natural images: mirror and shift by a few pixels
-    unlearning: Mapping[str, Any] = field(default_factory=dict)
-
+from cliperase_fast.unlearning.resuming import RunDirectory
 
 _MARK = ".cliperase-demo"
-_TRANSFORMER = {"patch_size": 4, "width": 96, "layers": 3, "head_width": 32}
-# A quarter of a million parameters, and no batch statistics that training on forget pairs would shift.
-_CONVOLUTION = {
-    "timm_model_name": "test_convnext",
-    "timm_model_pretrained": False,
-    "timm_pool": "",
-    "timm_proj": "linear",
-}
-_UNLEARNING = {"epochs": 10, "batch_size": 64, "learning_rate": 1e-4}
-RECIPES = {
-    "demo": Recipe(16, _TRANSFORMER, epochs=25, unlearning=_UNLEARNING),
-    "shapes": Recipe(
-        32,
-        _CONVOLUTION,
-        epochs=12,
-        learning_rate=2e-3,
-        # One class of a hundred: an epoch over it is short, and what shares its words needs time to settle.
-        unlearning={
-            "epochs": 100,
-            "batch_size": 128,
-            "forget_fraction": 0.25,
-            "learning_rate": 3e-4,
-            "evaluate_every": 10,
-        },
-    ),
-    "images": Recipe(32, _CONVOLUTION, epochs=60, learning_rate=2e-3, flip_and_shift=True, unlearning=_UNLEARNING),
-}
-
-
-def recipe_for(spec: str) -> Recipe:
-    """The recipe of a source: the digits, the shapes, or small photographs."""
-    return RECIPES.get(spec.partition(":")[0].partition("?")[0], RECIPES["images"])
 
 
 def run_demo(
@@ -89,22 +47,29 @@ def run_demo(
     spec, selector = parse_reference(forget)
     if selector is not None:
         select(open_source(spec, seed=seed).train, selector)  # a mistyped class is an error before training
+    with RunDirectory(Path(output_dir), resume) as directory:
+        directory.check()  # now, for `unlearn` asks only after the training
     recipe = recipe_for(spec)
     model = cached_small_clip(spec, recipe, seed=seed, progress=show, cache_dir=cache_dir)
     settings = {**recipe.unlearning, "seed": seed, **overrides}
     result = unlearn(
         f"local-dir:{model}", forget, "rest", test=test, output_dir=output_dir, resume=resume, progress=show, **settings
     )
-    (Path(output_dir) / _MARK).write_text(
-        "A run of `cliperase-fast demo`: the next one replaces it.\n", encoding="utf-8"
-    )
+    with writing(output_dir):
+        (Path(output_dir) / _MARK).write_text(
+            "A run of `cliperase-fast demo`: the next one replaces it.\n", encoding="utf-8"
+        )
     return result
 
 
 def clear_demo_run(output_dir: Path) -> None:
     """Remove an earlier demo's folder, and only a demo's: any other folder stays and `unlearn` refuses it."""
-    if (output_dir / _MARK).is_file():
-        shutil.rmtree(output_dir)
+    try:
+        if (output_dir / _MARK).is_file():
+            with lock(output_dir / ".lock"):
+                shutil.rmtree(output_dir)
+    except (Locked, FileNotFoundError):  # another demo is at it, which `unlearn` tells
+        return
 
 
 def cached_small_clip(
@@ -119,9 +84,21 @@ def cached_small_clip(
     digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
     root = Path(cache_dir or os.environ.get("CLIPERASE_CACHE") or Path.home() / ".cache" / "cliperase_fast")
     path = root / f"small-clip-{digest}"
-    if not path.is_dir():  # saved by one rename, so it is whole when it is there
+    if path.is_dir():  # saved by one rename, so it is whole when it is there
+        return path
+    remedy = "or name another folder for small models with CLIPERASE_CACHE"
+    with ExitStack() as stack:
+        with writing(root, remedy):
+            root.mkdir(parents=True, exist_ok=True)
+            waiting = partial(say, "waiting for %s, which trains the same model")
+            stack.enter_context(lock(root / f".{path.name}.lock", waiting))
+        if path.is_dir():  # the one that was waited for has trained it
+            return path
         model = train_small_clip(source.train, recipe, seed=seed, progress=progress)
-        load_model(model).save(path)
+        with writing(root, remedy):
+            for draft in root.glob(f".{path.name}.*.tmp"):  # of a process that was killed
+                shutil.rmtree(draft)
+            load_model(model).save(path)
     return path
 
 
@@ -151,9 +128,9 @@ def train_small_clip(pairs: PairDataset, recipe: Recipe, *, seed: int = 0, progr
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, recipe.learning_rate, total_steps=total, pct_start=0.1
         )
-        bar = tqdm(total=total, desc="training a small CLIP", unit="step", disable=not progress)
+        say("training a small CLIP on %d pairs: %d steps", len(pairs), total)
         model.train()
-        with bar:
+        with Steps(total, "training a small CLIP", "step", bar=progress, leave=True) as steps:
             for epoch in range(recipe.epochs):
                 order = torch.randperm(len(pairs), dtype=torch.int64, device="cpu")
                 for step in range(steps_per_epoch):
@@ -165,8 +142,7 @@ def train_small_clip(pairs: PairDataset, recipe: Recipe, *, seed: int = 0, progr
                     schedule.step()
                     with torch.no_grad():
                         model.logit_scale.clamp_(max=float(np.log(100.0)))
-                    bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-                    bar.update()
+                    steps.update(note=f"loss {loss.item():.3f}")
     return model.eval()
 
 

@@ -10,6 +10,7 @@ import re
 import shutil
 import socket
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -205,8 +206,10 @@ def lock(path: Path, waiting: Callable[[str], None] | None = None) -> Iterator[N
     locks (some network mounts), a warning says so and nothing is held.
     """
     key = os.path.realpath(path)
-    if key in _HELD:
-        raise Locked(f"process {os.getpid()} on {socket.gethostname()}")
+    while key in _HELD:
+        if waiting is None:
+            raise Locked(f"process {os.getpid()} on {socket.gethostname()}")
+        time.sleep(0.05)
     handle = _locked(path, waiting)
     _HELD.add(key)
     try:

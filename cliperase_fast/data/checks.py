@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from cliperase_fast.data.decoding import tensor_fault
 from cliperase_fast.data.images import pixel_bytes
 from cliperase_fast.data.intake import ON_ERROR, ItemError
 from cliperase_fast.data.pairs import PairDataset, caption_key
 from cliperase_fast.errors import InputError
+from cliperase_fast.progress import Steps
 
 
 def split(pairs: PairDataset, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -80,19 +80,14 @@ def find_bad_images(
     good = np.ones(len(pairs), dtype=bool)
     bad: list[BadImage] = []
     forms: dict[str, int] = {}  # every form seen, and where first
-    with tqdm(
-        total=len(todo),
-        desc=f"checking {pairs.name}",
-        unit="image",
-        disable=None if progress and todo else True,
-    ) as bar:
+    with Steps(len(todo), f"checking {pairs.name}", "image", bar=progress, leave=True) as steps:
         for index, seen in zip(todo, _looked_at(pairs, todo), strict=True):
             if seen.fault is not None:
                 good[index] = False
                 bad.append(seen.fault)
             else:
                 forms.setdefault(seen.form, index)
-            bar.update()
+            steps.update()
     if len(todo) < len(pairs):
         forms.setdefault(_PIL, int(np.setdiff1d(np.arange(len(pairs)), todo)[0]))
     if len(forms) > 1:

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from cliperase_fast.data import PairDataset, caption_key
 from cliperase_fast.data.pixel_cache import PixelCache
@@ -19,6 +18,7 @@ from cliperase_fast.distributed import ALONE, Ranks
 from cliperase_fast.errors import InputError, is_out_of_memory
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.models.runtime import inference
+from cliperase_fast.progress import Steps
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def encode_pairs(
     batch_size: images (or captions) in a forward pass.
     precision: arithmetic of the encoders, fp32 (the parameters' own), bf16 or fp16 (autocast).
     num_workers: processes that load images. The global random generators are not touched.
-    progress: show a bar on a terminal.
+    progress: show a bar; otherwise a line is logged now and then.
     ranks: several processes that call this together encode a part of the images each, in the batches of one process;
         all get all.
     templates: class prompts instead of `pairs.prompts`, see `class_prompts`.
@@ -171,14 +171,11 @@ def _encode_images(
 
     def encoded() -> list[Tensor]:
         parts: list[Tensor] = []
-        # disable=None: quiet when standard error is no terminal
-        with tqdm(
-            total=sum(map(len, own)), desc="encoding", unit="image", leave=False, disable=None if progress else True
-        ) as bar:
+        with Steps(sum(map(len, own)), "encoding", "image", bar=progress) as steps:
             for pixels in loader:
                 features = _encode_image(adapter, pixels.to(device, non_blocking=True)).float().cpu()  # [B, D]
                 parts.append(features)
-                bar.update(len(features))
+                steps.update(len(features))
         return parts
 
     return ranks.put_together(encoded, [sum(map(len, batches[share])) for share in ranks.shares(len(batches))])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,7 +45,7 @@ def evaluate(
     device: str | torch.device = "auto",
     precision: str = "fp32",
     num_workers: int = 0,
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> dict[str, Any]:
     """Zero-shot accuracy and retrieval recall of a CLIP model, for forget and retain pairs apart.
 
@@ -68,7 +69,7 @@ def evaluate(
     precision: arithmetic of the encoders: fp32, bf16, or fp16 (GPU only). Weights in another type are widened (float64:
         rounded) to float32 in a copy first.
     num_workers: processes that load images.
-    progress: show a bar on a terminal.
+    progress: show bars; by default when standard error is a terminal. Otherwise a line is logged now and then.
 
     Returns {"forget": scores, "retain": scores, "per_class": ...}, or {"all": scores, "per_class": ...}
     without `forget`, and "skipped" where pairs were left out: see `cliperase_fast.evaluation.score` for what the
@@ -78,6 +79,7 @@ def evaluate(
     included; and when the model returns NaN or infinity. `UnlearningError` where a batch does not fit in memory.
     The model is left as it was.
     """
+    progress = sys.stderr.isatty() if progress is None else progress
     chosen = _device(device, model)
     _check_settings(batch_size, num_workers, precision, chosen, long_captions)
     templates = check_templates(templates)

@@ -30,6 +30,7 @@ from cliperase_fast.models.embedding import merge_rows, train_rows
 from cliperase_fast.models.precision import in_float32, weight_dtypes
 from cliperase_fast.models.soundness import check_weights
 from cliperase_fast.ops import choose
+from cliperase_fast.progress import say
 from cliperase_fast.report import verdict
 from cliperase_fast.unlearning.batches import BatchLoader, BatchPlan, CaptionTable
 from cliperase_fast.unlearning.engine import Engine, LocalEngine
@@ -83,7 +84,8 @@ def unlearn(
     resume: go on from the last checkpoint in output_dir. On the CPU the weights come out as those of an uninterrupted
         run, bit for bit.
     templates: caption templates ("a photo of a {}") of class sources.
-    progress: progress bars; by default when standard error is a terminal.
+    progress: progress bars; by default when standard error is a terminal. Without them the logger "cliperase_fast" has
+        a line for each phase and every few seconds (`logging.basicConfig(level=logging.INFO)` shows them).
 
     Under torchrun or the deepspeed launcher, or where torch.distributed is initialised, every process calls it with the
     same arguments: each has its share of every batch, all get the result, the first shows progress and writes files
@@ -121,9 +123,13 @@ def _unlearn(
 
     # Cheap to get wrong, so looked at before a model is fetched or an image read.
     zero = ranks.together(lambda: _check_settings(settings, directory, runtime))
+    tell = say if ranks.first else _nothing
+    tell("opening the data")
     sets = ranks.together(lambda: open_sets(forget, retain, test, settings, templates=templates))
     ranks.agree({**settings.to_dict(), "the pairs": sets.fingerprint()})
+    tell("loading the model")
     given, original, frozen = ranks.together(lambda: _models(model, teacher, tokenizer, settings, runtime))
+    tell("checking the images")
     data = prepare_data(sets, settings, progress=runtime.progress, ranks=ranks)
     train_transform, random_transform = _transforms(original, transform, data.train.pairs)
     if random_transform and settings.teacher_cache in ("memory", "disk"):
@@ -162,6 +168,7 @@ def _unlearn(
 
         cache = PixelCache(settings.image_cache_mib * 2**20) if settings.num_workers == 0 else None
         examiner = Examiner(runtime, cache)
+        tell("measuring the model as it is, on %d test pairs", len(data.test.pairs))
         test_before = examiner.encode(original, data.test, finite=True)
         check_features(test_before, data.test.pairs)
         scores_before = examiner.score(test_before, data.test)
@@ -217,6 +224,7 @@ def _unlearn(
             merge_lora(student, settings)
         for parameter in student.module.parameters():  # what was frozen for this run is the caller's to train again
             parameter.requires_grad_(parameter.is_floating_point())
+        tell("measuring the unlearned model")
         back = give_back(student, rounded_to, test_before, examiner, data.test)
 
     assert done.best is not None
@@ -273,10 +281,15 @@ def _unlearn(
         **embeddings(test_before, back.encoded, data.test, settings.seed),
     )
     if directory.path is not None:
+        tell("writing the model and the result to %s", directory.path)
         ranks.from_first(lambda: directory.save(result))
     if ranks.local_rank == 0:
         shutil.rmtree(work / "cache", ignore_errors=True)  # the teacher's features, of no more use
     return result
+
+
+def _nothing(*words: object) -> None:
+    """The other ranks are silent."""
 
 
 def _settings(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from cliperase_fast.models.front import FrozenFront
 from cliperase_fast.models.runtime import encoding_fits
+from cliperase_fast.progress import Steps
 from cliperase_fast.unlearning.batches import BatchLoader
 from cliperase_fast.unlearning.engine import LocalEngine
 from cliperase_fast.unlearning.runtime import Runtime
@@ -44,9 +44,10 @@ def keep_front(engine: LocalEngine, loader: BatchLoader, batches: int, budget: i
             generator=torch.Generator("cpu"),
         )
         activations = torch.empty(len(pairs), *kept.shape[1:], dtype=kept.dtype, device="cpu")
-        bar = tqdm(images, desc="frozen layers", unit="batch", disable=not runtime.progress, leave=False)
-        for part, pixels in zip(numbers, bar, strict=True):
-            activations[part] = front.first(pixels.to(runtime.device)).cpu()
+        with Steps(len(numbers), "frozen layers", "batch", bar=runtime.progress) as steps:
+            for part, pixels in zip(numbers, images, strict=True):
+                activations[part] = front.first(pixels.to(runtime.device)).cpu()
+                steps.update()
     if cache is not None:
         cache.drop(pairs, reserve=size)
     loader.images = _Activations(activations)

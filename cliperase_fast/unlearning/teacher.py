@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from cliperase_fast.data import PairDataset
 from cliperase_fast.data.pixel_cache import PixelCache
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.models.runtime import inference
+from cliperase_fast.progress import Steps, say
 from cliperase_fast.unlearning.batches import Batch, CaptionTable, PixelDataset
 from cliperase_fast.unlearning.engine import pad_rows
 from cliperase_fast.unlearning.feature_file import FeatureFile
@@ -98,6 +98,8 @@ def cache_teacher(
     same things.
     """
     ranks = runtime.ranks
+    if ranks.first:
+        say("computing the teacher's features of %d pairs", len(used))
     text = _encode_captions(adapter, captions, runtime)  # [U, D°]
     shape = (len(used), text.shape[1])
     row_of_index = np.full(len(retain), -1, dtype=np.int64)
@@ -173,18 +175,18 @@ def _encode_images(
         num_workers=runtime.num_workers,
         collate_fn=torch.stack,
     )
-    rounds = tqdm(range(max(share.stop - share.start for share in shares)), desc="teacher features", unit="batch",
-                  disable=not runtime.progress, leave=False)  # fmt: skip
+    rounds = max(share.stop - share.start for share in shares)
     own = iter(loader)
 
     def next_of_own() -> list[Tensor]:
         return [adapter.encode_image(pixels.to(runtime.device)).float().cpu() for pixels in islice(own, 1)]
 
-    with runtime.inference(adapter):
-        for turn in rounds:
+    with runtime.inference(adapter), Steps(rounds, "teacher's features", "batch", bar=runtime.progress) as steps:
+        for turn in range(rounds):
             parts_of_turn = [parts[share][turn : turn + 1] for share in shares]  # of each rank, the last may have none
             counts = [sum(map(len, part)) for part in parts_of_turn]
             found = ranks.put_together(next_of_own, counts).numpy().astype(np.float32, copy=False)
             for share, rows in zip(shares, np.split(found, np.cumsum(counts)[:-1]), strict=True):
                 if keep is not None and len(rows):
                     keep((share.start + turn) * runtime.batch_size, rows)
+            steps.update()

@@ -14,12 +14,12 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.errors import InputError, UnlearningError, tell_out_of_memory
 from cliperase_fast.functional import LossTerms
 from cliperase_fast.losses import CLIPEraseLoss
+from cliperase_fast.progress import Steps, say
 from cliperase_fast.storage import writing
 from cliperase_fast.unlearning import checkpoints
 from cliperase_fast.unlearning.batches import Batch, BatchLoader
@@ -92,12 +92,12 @@ class Trainer:
         self.engine.train_mode()
         if self.progress.step == 0:
             self._checkpoint()
-        bar = tqdm(
-            total=self.total_steps,
-            initial=self.progress.step,
-            desc="unlearning",
-            unit="step",
-            disable=not self.runtime.progress,
+        if self.ranks.first:
+            plan = self.loader.plan
+            pairs = self.config.accumulate * (plan.forget_pairs + plan.retain_pairs)
+            say("unlearning: %d steps of %d pairs, %d done", self.total_steps, pairs, self.progress.step)
+        bar = Steps(
+            self.total_steps, "unlearning", "step", bar=self.runtime.progress, initial=self.progress.step, leave=True
         )
         first = self.progress.step * self.config.accumulate
         batches = self.loader.batches(first, self.total_steps * self.config.accumulate)
@@ -109,9 +109,8 @@ class Trainer:
                 with self._fits():
                     line = self._step([next(batches) for _ in range(self.config.accumulate)])
                 self._log(log, line)
-                terms = {name: f"{line[name]:.4f}" for name in ("total", "retain", "forget", "consistency")}
-                bar.set_postfix({**terms, "pairs/s": f"{line['pairs_per_second']:.0f}"}, refresh=False)
-                bar.update()
+                terms = [f"{name} {line[name]:.4f}" for name in ("total", "retain", "forget", "consistency")]
+                bar.update(note=", ".join([*terms, f"{line['pairs_per_second']:.0f} pairs/s"]))
                 epoch, rest = divmod(self.progress.step, self.steps_per_epoch)
                 last = self.progress.step == self.total_steps
                 if rest == 0 and (epoch % self.config.evaluate_every == 0 or last):
@@ -220,6 +219,9 @@ class Trainer:
             "validation": {"forget": candidate.forget, "retain": candidate.retain},
         }
         self._log(log, line)
+        if self.ranks.first:
+            say("epoch %d, step %d: validation forget %.1f %%, retain %.1f %%", candidate.epoch, candidate.step,
+                100 * candidate.forget, 100 * candidate.retain)  # fmt: skip
         if self.selection.progresses(candidate, progress.best):
             progress.looks_without_better = 0
         else:

@@ -1,0 +1,54 @@
+"""How the demo's small CLIP models are trained, and the settings of `unlearn()` that suit them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train the small model on a source, and settings of `unlearn()` that suit it."""
+
+    image_size: int
+    vision: Mapping[str, Any]  # open_clip's vision_cfg, without the image size
+    epochs: int
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    flip_and_shift: bool = False  # natural images: mirror and shift by a few pixels
+    unlearning: Mapping[str, Any] = field(default_factory=dict)
+
+
+_TRANSFORMER = {"patch_size": 4, "width": 96, "layers": 3, "head_width": 32}
+# A quarter of a million parameters, and no batch statistics that training on forget pairs would shift.
+_CONVOLUTION = {
+    "timm_model_name": "test_convnext",
+    "timm_model_pretrained": False,
+    "timm_pool": "",
+    "timm_proj": "linear",
+}
+_UNLEARNING = {"epochs": 10, "batch_size": 64, "learning_rate": 1e-4}
+RECIPES = {
+    "demo": Recipe(16, _TRANSFORMER, epochs=25, unlearning=_UNLEARNING),
+    "shapes": Recipe(
+        32,
+        _CONVOLUTION,
+        epochs=12,
+        learning_rate=2e-3,
+        # One class of a hundred: an epoch over it is short, and what shares its words needs time to settle.
+        unlearning={
+            "epochs": 100,
+            "batch_size": 128,
+            "forget_fraction": 0.25,
+            "learning_rate": 3e-4,
+            "evaluate_every": 10,
+        },
+    ),
+    "images": Recipe(32, _CONVOLUTION, epochs=60, learning_rate=2e-3, flip_and_shift=True, unlearning=_UNLEARNING),
+}
+
+
+def recipe_for(spec: str) -> Recipe:
+    """The recipe of a source: the digits, the shapes, or small photographs."""
+    return RECIPES.get(spec.partition(":")[0].partition("?")[0], RECIPES["images"])

@@ -1,0 +1,171 @@
+"""What the command line says when it is asked for help, interrupted, or refused by the system: one line, a code."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from processes import context
+
+from cliperase_fast import UnlearnConfig, cli, demo
+from cliperase_fast.recipes import RECIPES
+from cliperase_fast.storage import lock
+
+COMMANDS = {
+    "unlearn": ["--model", "m", "--data", "demo", "--forget", "class:one", "--output", "o"],
+    "evaluate": ["--model", "m", "--data", "demo"],
+    "demo": [],
+    "train-open-clip": [],
+    "plan": ["--batch", "2", "--gpus", "1", "--model", "ViT-B-32"],
+    "bench": ["loss"],
+    "backends": [],
+}
+ADVICE = {"unlearn": "; the same command with --resume goes on", "demo": "; the same command goes on"}
+
+
+def help_of(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    assert stop.value.code == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_shows_examples_of_itself(command, capsys):
+    assert f"examples: cliperase-fast {command}" in help_of(command, capsys)
+
+
+@pytest.mark.parametrize("name", ["epochs", "batch_size", "learning_rate", "forget_fraction", "evaluate_every"])
+def test_help_shows_the_defaults_that_a_command_has(name, capsys):
+    usual = getattr(UnlearnConfig(), name)
+    digits, shapes = (RECIPES[kind].unlearning.get(name, usual) for kind in ("demo", "shapes"))
+    told = f"(default: {digits})" if digits == shapes else f"(default: {digits}; for shapes {shapes})"
+    text = help_of("demo", capsys)
+    assert told in text[text.index("--" + name.replace("_", "-")) :][:250]
+    text = help_of("unlearn", capsys)
+    assert f"(default: {usual})" in text[text.index("--" + name.replace("_", "-") + " ") :][:250]
+
+
+@pytest.mark.parametrize(("output", "says"), [("file/scores.json", "Not a directory"), ("folder", "is a folder")])
+def test_scores_that_could_not_be_written_are_an_error_before_they_are_measured(tmp_path, capsys, output, says):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    assert cli.main(["evaluate", *COMMANDS["evaluate"], "--output", str(tmp_path / output)]) == 2
+    told = capsys.readouterr().err
+    assert f"--output={tmp_path}" in told and says in told and told.count("\n") == 1
+
+
+def stop_with(monkeypatch, command, error):
+    def stop(arguments):
+        raise error
+
+    monkeypatch.setattr(cli, "_" + command.replace("-", "_"), stop)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_interrupted_command_says_how_it_goes_on_and_exits_with_130(command, monkeypatch, capsys):
+    stop_with(monkeypatch, command, KeyboardInterrupt())
+    assert cli.main([command, *COMMANDS[command]]) == 130
+    assert capsys.readouterr().err == f"cliperase-fast: interrupted{ADVICE.get(command, '')}\n"
+
+
+@pytest.mark.parametrize("command", ["unlearn", "demo"])
+def test_the_advice_after_an_interruption_is_a_command_that_is_taken(command):
+    words = ["--resume"] if "--resume" in ADVICE[command] else []
+    cli._parser().parse_args([command, *COMMANDS[command], *words])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x"), OSError(errno.EROFS, os.strerror(errno.EROFS), "a"),
+        PermissionError(errno.EACCES, os.strerror(errno.EACCES), "a"), FileNotFoundError(errno.ENOENT, "gone", "a"),
+        OSError("the hub says\nmany lines"), TimeoutError(errno.ETIMEDOUT, "x"), OSError(),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_whatever_the_system_refuses_is_one_line(error, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "_drop_output", lambda: None)  # pytest's own
+    stop_with(monkeypatch, "evaluate", error)
+    assert cli.main(["evaluate", *COMMANDS["evaluate"]]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("cliperase-fast: ") and told.count("\n") == 1
+    assert error.filename is None or error.filename in told
+
+
+def start(*words, **options):
+    return subprocess.Popen([sys.executable, "-m", "cliperase_fast.cli", *words], stderr=subprocess.PIPE, **options)
+
+
+def test_output_that_nobody_can_take_is_no_traceback():
+    with open("/dev/full", "wb") as full:
+        onto_full = start("backends", stdout=full)
+    reader, writer = os.pipe()
+    os.close(reader)
+    gone = [start(*words, stdout=writer) for words in (["backends"], ["unlearn", "--help"])]
+    os.close(writer)
+    told = onto_full.communicate()[1].decode()
+    assert (onto_full.returncode, told.count("\n")) == (1, 1)
+    assert "No space left on device" in told
+    assert [process.communicate()[1] for process in gone] == [b"", b""]
+    assert gone[0].returncode == 1
+
+
+@pytest.mark.parametrize("option", [["--progress", "lines"], ["--quiet"], ["--progress", "none"], []])
+def test_progress_is_told_as_asked(option, monkeypatch, capsys):
+    from cliperase_fast.progress import say
+
+    told = []
+
+    def work(arguments):
+        say("a line")
+        told.append(cli._progress(arguments))
+        return 0
+
+    monkeypatch.setattr(cli, "_demo", work)
+    assert cli.main(["demo", *option]) == 0
+    lines = capsys.readouterr().err
+    wanted = "none" if option in (["--quiet"], ["--progress", "none"]) else "lines"  # auto: no terminal here
+    assert told == [wanted]
+    assert ("a line" in lines) == (wanted == "lines")
+
+
+def _fill_cache(folder, number):
+    import open_clip
+
+    def train(pairs, recipe, **options):
+        (folder / f"trained-{number}").write_text("")
+        time.sleep(0.3)
+        text = {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+        vision = {"image_size": 8, "patch_size": 4, "width": 32, "layers": 1, "head_width": 16}
+        return open_clip.model.CLIP(16, vision, text).eval()
+
+    demo.train_small_clip = train
+    path = demo.cached_small_clip("demo", RECIPES["demo"], cache_dir=folder / "cache")
+    (folder / f"path-{number}").write_text(str(path))
+
+
+def test_of_two_demos_that_need_one_model_one_trains_it(tmp_path):
+    processes = [context().Process(target=_fill_cache, args=(tmp_path, number), daemon=True) for number in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert len(list(tmp_path.glob("trained-*"))) == 1
+    (path,) = {file.read_text() for file in tmp_path.glob("path-*")}
+    assert [entry.name for entry in (tmp_path / "cache").iterdir()] == [os.path.basename(path)]
+    assert json.loads((Path(path) / "open_clip_config.json").read_text())
+
+
+def test_a_demos_folder_in_use_is_not_cleared(tmp_path):
+    (tmp_path / demo._MARK).write_text("")
+    with lock(tmp_path / ".lock"):
+        demo.clear_demo_run(tmp_path)
+        assert (tmp_path / demo._MARK).exists()
+    demo.clear_demo_run(tmp_path)
+    assert not tmp_path.exists()

@@ -1,0 +1,70 @@
+"""What is said of work that takes long: bars on a terminal, lines in a log."""
+
+import logging
+import subprocess
+import sys
+
+import pytest
+
+from cliperase_fast import progress
+
+
+class Clock:
+    def __init__(self, monkeypatch):
+        self.now = 1000.0
+        monkeypatch.setattr(progress.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(progress, "_said", self.now)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return Clock(monkeypatch)
+
+
+def test_long_work_has_a_line_now_and_then_with_what_is_left(clock, caplog):
+    caplog.set_level(logging.INFO, "cliperase_fast")
+    with progress.Steps(100, "unlearning", "step", bar=False) as steps:
+        for number in range(100):
+            clock.now += 1
+            steps.update(note=f"loss {number}")
+    assert [record.message for record in caplog.records] == [
+        f"unlearning: step {done} of 100, loss {done - 1}, about {100 - done} s left" for done in range(15, 100, 15)
+    ]
+
+
+def test_short_work_has_no_line_of_its_own_and_many_short_ones_have_some(clock, caplog):
+    caplog.set_level(logging.INFO, "cliperase_fast")
+    for _ in range(30):
+        with progress.Steps(1, "encoding", "image", bar=False) as steps:
+            clock.now += 1
+            steps.update()
+    assert len(caplog.records) == 2
+
+
+def test_where_a_bar_is_drawn_no_line_is_written(clock, caplog, capfd):
+    caplog.set_level(logging.INFO, "cliperase_fast")
+    with progress.Steps(3, "unlearning", "step", bar=True) as steps:
+        for _ in range(3):
+            clock.now += 100
+            steps.update(note="loss 1")
+    assert caplog.records == []
+    assert "unlearning" in capfd.readouterr().err
+
+
+def test_the_library_is_silent_until_logging_is_set_up():
+    code = (
+        "from cliperase_fast.progress import Steps, say\nimport cliperase_fast.progress as p\np.SECONDS = 0\nsay('a')\n"
+    )
+    code += "s = Steps(2, 'w', 'u', bar=False)\ns.update()\n{}\nsay('b')\ns.update()"
+    set_up = "import logging; logging.basicConfig(level=logging.INFO)"
+    quiet = subprocess.run([sys.executable, "-c", code.format("")], capture_output=True, text=True)
+    heard = subprocess.run([sys.executable, "-c", code.format(set_up)], capture_output=True, text=True)
+    assert (quiet.returncode, quiet.stderr) == (0, "")
+    assert heard.stderr == "INFO:cliperase_fast:b\nINFO:cliperase_fast:w: u 2 of 2\n"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.4, "0 s"), (99, "99 s"), (150, "2 min"), (5999, "100 min"), (7200, "2.0 h")]
+)
+def test_time_is_told_in_units_of_a_reader(seconds, words):
+    assert progress.duration(seconds) == words
