@@ -1,9 +1,11 @@
 """What changed between two records of one kind of measurement.
 
 A row's numbers are those with quartiles, {"median", "q1", "q3"}, and those called *_bytes; its words and whole numbers
-say which case it is. The band is half the quartiles' spread of both, at least 3 % (memory: 3 % and 1 MiB), and what
-lies within it is called the same. Times are also compared over the floor of their own run, where there is one: a slower
-machine changes the times, not those.
+say which case it is. The band is the noise of both: half the quartiles' spread, or half of what the medians of repeated
+runs lie apart where that is more. It is at least 3 % (memory: 3 % and 1 MiB), and 10 % for times of one process each,
+which do not show how much processes differ; what lies within it is called the same. A time with a single sample has no
+noise that is known, and gets no verdict. Times are also compared over the floor of their own run, where there is one: a
+slower machine changes the times, not those.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ Table = tuple[Sequence[str], list[Sequence[str]]]
 FLOOR = "floor"
 MIB = 1 << 20
 _LEAST_BAND = 0.03  # a change smaller than this is never called one
+_LEAST_OF_ONE_RUN = 0.10
 _NO_CASE = ("status", "reason", "note")
 _PARTS = ("forward_ms", "backward_ms")  # of both_ms, which says enough
 _HEAD = ("case", "provider", "of", "before", "after", "after/before", "of their floors", "band", "")
@@ -51,7 +54,10 @@ def _rows(record: Mapping[str, Any]) -> Sequence[Row]:
         {
             "provider": who,
             "setting": setting,
-            "step_ms": summary([seconds for run in runs for seconds in run["step_seconds"]]),
+            "step_ms": {
+                **summary([seconds for run in runs for seconds in run["step_seconds"]]),
+                "runs": [1e3 * statistics.median(run["step_seconds"]) for run in runs],
+            },
             "peak_bytes": statistics.median(run["peak_bytes"] for run in runs),
         }
         for (who, setting), runs in together.items()
@@ -67,7 +73,7 @@ def _changes(key: tuple[Any, ...], then: dict[Any, Row], now: dict[Any, Row]) ->
             yield (case, name, "", *states, "", "", "", "changed")
         return
     for measure in [name for name in old if name in new and _measured(name, old) and _measured(name, new)]:
-        middle, band = _middle(old, measure), max(_LEAST_BAND, _spread(old, measure) + _spread(new, measure))
+        middle, band = _middle(old, measure), _band(old, new, measure)
         change = _middle(new, measure) / middle if middle else float("inf")
         if measure.endswith("_bytes"):
             band = max(band, MIB / middle) if middle else float("inf")
@@ -77,8 +83,11 @@ def _changes(key: tuple[Any, ...], then: dict[Any, Row], now: dict[Any, Row]) ->
             relative = f"{change * _middle(floors[0], measure) / _middle(floors[1], measure):.3f}"
         word = "same" if abs(change - 1) <= band else "more" if change > 1 else "less"
         word = {"more": "slower", "less": "faster"}.get(word, word) if measure.endswith(("_ms", "_seconds")) else word
+        noise = f"±{100 * band:.0f} %"
+        if any(_single(row, measure) for row in (old, new)):
+            noise, word = "not known", "measured once"
         shown = [_shown(row, measure) for row in (old, new)]
-        yield (case, name, measure, *shown, f"{change:.3f}", relative, f"±{100 * band:.0f} %", word)
+        yield (case, name, measure, *shown, f"{change:.3f}", relative, noise, word)
 
 
 def _measured(name: str, row: Row) -> bool:
@@ -103,9 +112,23 @@ def _middle(row: Row, measure: str) -> float:
     return value["median"] if isinstance(value, Mapping) else value
 
 
+def _band(old: Row, new: Row, measure: str) -> float:
+    timed = isinstance(old[measure], Mapping)
+    repeated = all(len(row[measure].get("runs", ())) > 1 for row in (old, new)) if timed else True
+    return max(_LEAST_BAND if repeated else _LEAST_OF_ONE_RUN, _spread(old, measure) + _spread(new, measure))
+
+
 def _spread(row: Row, measure: str) -> float:
     value = row[measure]
-    return (value["q3"] - value["q1"]) / 2 / value["median"] if isinstance(value, Mapping) and value["median"] else 0.0
+    if not isinstance(value, Mapping) or not value["median"]:
+        return 0.0
+    runs = value.get("runs") or [value["median"]]
+    return max(value["q3"] - value["q1"], max(runs) - min(runs)) / 2 / value["median"]
+
+
+def _single(row: Row, measure: str) -> bool:
+    value = row[measure]
+    return isinstance(value, Mapping) and value.get("samples") == 1
 
 
 def _shown(row: Row, measure: str) -> str:

@@ -3,9 +3,10 @@
 python -m benchmarks.loss_memory PROVIDER LOSS DATA DTYPE N WIDTH DEVICE THREADS SECONDS        prints JSON
 
 A small step loads what is loaded on first use; the first one at this size is weighed. It also touches its memory for
-the first time, which takes a while: with SECONDS > 0 more are timed for about so long, at least one; only where the
-weighed one took twenty times as long it is the one sample there is. Whether the provider is right is the caller's to
-check, in another process: what the check leaves behind would hide a part of the need.
+the first time, which can take longer than the step itself, so it is not timed: with SECONDS > 0 a second one warms up,
+and more are timed for about so long, at least three. Where a step takes many times SECONDS, the second is the one
+sample there is. Whether the provider is right is the caller's to check, in another process: what the check leaves
+behind would hide a part of the need.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ import torch
 from .batches import Case, gradients, make_batch
 from .machine import run_module
 from .providers import every_provider
-from .timing import Clock, PeakMemory, Step, Times, loss_step, timed
+from .timing import LEAST_ROUNDS, Clock, PeakMemory, Step, Times, loss_step, timed
 
 _SMALL = 320  # pairs
-_LONG = 20  # times the seconds to spend
+_LONG = 10  # times the seconds to spend: such a step is timed once
 
 
 def resident(field: str) -> int:
@@ -46,7 +47,7 @@ def measured_apart(
 
 
 def measure(name: str, case: Case, device: str, seconds: float) -> dict[str, Any]:
-    """extra_bytes, and times as `timing.timed` has them: of the weighed step, or of the more that were asked for."""
+    """extra_bytes, and times as `timing.timed` has them: of the weighed step where seconds is 0, else of later ones."""
     provider = every_provider()[name]
     batch = make_batch(case, device)
     function = provider.make(case)
@@ -56,12 +57,19 @@ def measure(name: str, case: Case, device: str, seconds: float) -> dict[str, Any
     gradients(function, make_batch(small, device))
     step = loss_step(function, batch, Clock(device))
     first, extra = PeakMemory().measure(name, step) if device == "cuda" else _weighed(step)
-    samples = [first]
-    if first.both < _LONG * seconds:
-        samples, began = [], time.perf_counter()
-        while not samples or time.perf_counter() - began < seconds:
-            samples.append(step())
+    samples = timed_steps(step, seconds) if seconds else [first]
     return {"extra_bytes": extra, **timed(samples)}
+
+
+def timed_steps(step: Step, seconds: float) -> list[Times]:
+    """Samples of a step that has run once before: after one more that is not counted, unless it is so long."""
+    second = step()
+    if second.both > _LONG * seconds:
+        return [second]
+    samples, began = [], time.perf_counter()
+    while len(samples) < LEAST_ROUNDS or time.perf_counter() - began < seconds:
+        samples.append(step())
+    return samples
 
 
 def _weighed(step: Step) -> tuple[Times, int]:

@@ -7,12 +7,14 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cliperase_fast._version import installed_versions
+from cliperase_fast.ops.native import extension
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"  # what is committed; there in a checkout only
@@ -45,6 +47,9 @@ def describe() -> dict[str, Any]:
     return {
         "machine": {
             "processor": _processor(),
+            "abilities": _abilities(),
+            "native": _instruction_set(),
+            "torch_cpu": torch.backends.cpu.get_cpu_capability(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -61,13 +66,45 @@ def _capability() -> str | None:
     return ".".join(map(str, torch.cuda.get_device_capability())) if torch.cuda.is_available() else None
 
 
+# Linux's names of the instructions that decide how fast matrix products are.
+_DECISIVE = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "asimd", "sve", "bf16", "i8mm")
+
+
+def abilities_text(machine: Mapping[str, Any]) -> str:
+    """For a table's foot: what the processor can do, and whose code ran. Older records do not say."""
+    if "abilities" not in machine:
+        return "processor's abilities not recorded"
+    able = " ".join(machine["abilities"]) or "none of those that matter"
+    return (
+        f"{able}; native: {machine['native']}; torch: {machine['torch_cpu']}; "
+        f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
+    )
+
+
+def _abilities() -> list[str]:
+    there = _cpu_field("flags").split() or _cpu_field("Features").split()
+    return [name for name in _DECISIVE if name in there]
+
+
+def _instruction_set() -> str:
+    """That of the extension's code which runs here, or why none does."""
+    if extension.why_missing() is not None:
+        return "not available"
+    return extension.load().cpu.instruction_set(extension.instruction_set())
+
+
 def _processor() -> str:
+    return _cpu_field("model name") or platform.processor() or platform.machine()
+
+
+def _cpu_field(name: str) -> str:
+    """Of the first processor, as Linux says it; empty elsewhere."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text().splitlines():
-            if line.startswith("model name"):
+            if line.partition(":")[0].strip() == name:
                 return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return ""
 
 
 def _commit() -> str:

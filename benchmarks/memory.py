@@ -38,16 +38,20 @@ def measure(
     sizes: Sequence[int],
     widths: Sequence[int],
     names: Sequence[str] | None,
+    repeats: int = 1,
 ) -> tuple[options.Record, int]:
     """The record, saved after every size, and the exit status: 1 when one of our own providers failed.
 
-    names: None for all that compute the loss.
+    names: None for all that compute the loss. repeats: processes for each point, where times are measured.
     """
     if arguments.device == "cpu" and sys.platform != "linux":
         raise SystemExit("memory is read from /proc, so on the CPU this needs Linux")
-    settings = {"device": arguments.device, "threads": arguments.threads, "seconds": seconds, "cap": arguments.cap}
+    settings = {
+        "device": arguments.device, "threads": arguments.threads, "seconds": seconds, "cap": arguments.cap,
+        "repeats": repeats,
+    }  # fmt: skip
     record = options.begin(what, arguments, words, settings)
-    points = Points(every_provider(), arguments.device, arguments.threads, seconds, arguments.cap)
+    points = Points(every_provider(), arguments.device, arguments.threads, seconds, arguments.cap, repeats)
     record["runs"] = points.rows
     for loss in arguments.loss:
         for data in arguments.data:

@@ -9,16 +9,19 @@ import re
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cliperase_fast.ops.engine import KEEP_VARIABLE, keep_bytes
+
 from .batches import DATA, DTYPES, LOSSES
 from .compare import comparison
 from .loss_report import text
-from .machine import IN_CHECKOUT, RESULTS, describe, own_folder
+from .machine import IN_CHECKOUT, RESULTS, abilities_text, describe, own_folder
 from .providers import every_provider, version
 
 PEERS = ("inf-cl", "memeff", "cut-cross-entropy", "liger-kernel", "siglip-kernel")
@@ -46,6 +49,7 @@ def parser(what: str, description: str | None) -> argparse.ArgumentParser:
 
 def add_output(p: argparse.ArgumentParser, what: str) -> None:
     """Where results go, and what to do in place of measuring."""
+    p.set_defaults(what=what)
     place = "benchmarks/results" if IN_CHECKOUT else "the current folder"
     p.add_argument("--json", type=Path, nargs="?", const=True, metavar="PATH",
                    help=f"where to write the record; without PATH into {place}; "
@@ -54,7 +58,7 @@ def add_output(p: argparse.ArgumentParser, what: str) -> None:
     p.add_argument("--no-plots", action="store_true", help="draw none")
     p.add_argument("--from", type=Path, dest="source", metavar="JSON", help="measure nothing; show (and plot) a record")
     p.add_argument("--compare", type=Path, nargs=2, metavar=("A.json", "B.json"), help="what changed from A to B")
-    p.add_argument("--quick", action="store_true", help="a few small cases, under a minute on two cores")
+    p.add_argument("--quick", action="store_true", help="a few small cases, a minute or two on two cores")
 
 
 def begin(what: str, arguments: argparse.Namespace, words: Sequence[str], settings: dict[str, Any]) -> Record:
@@ -66,6 +70,7 @@ def begin(what: str, arguments: argparse.Namespace, words: Sequence[str], settin
     record = {"benchmark": what, "command": command, **describe(), "device": device_slug(arguments.device)}
     record["versions"].update({name: found for name in PEERS if (found := version(name)) is not None})
     record["versions"]["cuda"] = torch.version.cuda if arguments.device == "cuda" else None
+    record["keep_mib"] = keep_bytes(torch.device(arguments.device)) >> 20
     return {**record, "settings": settings, "runs": []}
 
 
@@ -100,17 +105,34 @@ def run(
         record, status = _read(arguments.source), 0
         plots = arguments.plots
     else:
+        began = time.perf_counter()
+        print(f"{arguments.what}: the record goes to {path}", file=sys.stderr, flush=True)
         record, status = measure(path)
         save(record, path)
-        print(f"written to {path}", file=sys.stderr)
+        how = "done" if status == 0 else "done, but something failed, see above,"
+        print(f"{arguments.what}: {how} in {time.perf_counter() - began:.0f} s; written to {path}", file=sys.stderr)
         plots = None if arguments.no_plots else arguments.plots or path.with_suffix("")
     if plots is not None:
         from .plots import draw
 
         for picture in draw(record, plots):
             print(f"drawn {picture}", file=sys.stderr)
-    print(shown(record))
+    print(f"{shown(record)}\n\n{circumstances(record)}")
     return status
+
+
+def circumstances(record: Record) -> str:
+    """What the figures hold for: the processor, whose code ran, and how much `keep` may keep."""
+    machine = record["machine"]
+    words = f"{machine['processor']} ({abilities_text(machine)})"
+    if machine["gpu"]:
+        words += f", {machine['gpu']}"
+    if "keep_mib" in record:
+        words += (
+            f"\nkeep budget {record['keep_mib']:,} MiB ({KEEP_VARIABLE}): memory grows linearly with N, plus what "
+            "keep='similarities', or 'auto' where it saves time, keeps within it"
+        )
+    return words
 
 
 def _read(path: Path) -> Record:

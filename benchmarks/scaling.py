@@ -1,13 +1,15 @@
 """How time and memory of the loss grow with N, from 2^10 to 2^17 pairs: time as N², memory as N.
 
-    cliperase-fast bench scaling --quick                    up to 2^13
-    cliperase-fast bench scaling                            up to 2^17, about ten minutes on two cores
+    cliperase-fast bench scaling --quick                    up to 2^12, about two minutes on two cores
+    cliperase-fast bench scaling                            up to 2^17, about half an hour on two cores
     cliperase-fast bench scaling --widths 256 --cap 900     a wider one, in longer
     cliperase-fast bench scaling --compare before.json after.json
 
-Each provider and size runs in a process of its own: its first step is weighed (see `bench memory --help`), more of them
-are timed, for --seconds; where that one took twenty times as long, it is the sample. What cannot fit, and what would
-take more than --cap seconds a step, is skipped and named. "grows as" is fitted over the larger half of the sizes.
+Each provider and size runs in --repeats processes of its own: the first step is weighed (see `bench memory --help`),
+the second warms up, and more of them are timed, for --seconds; where a step takes ten times as long, the second is the
+sample. How far the processes' medians lie apart is the noise that --compare goes by. What cannot fit, and what would
+take more than --cap seconds a step, is skipped and named; a point of minutes is measured by one process. "grows as" is
+fitted over the larger half of the sizes.
 """
 
 from __future__ import annotations
@@ -29,17 +31,21 @@ def main(words: Sequence[str] | None = None) -> int:
     p = options.parser("scaling", __doc__)
     p.add_argument("--seconds", type=float, default=1.0, help="to spend on timing a point (1)")
     p.add_argument("--cap", type=float, default=240.0, help="seconds: a slower step is skipped (240)")
+    p.add_argument("--repeats", type=int, help="processes for each point (3; 2 with --quick)")
     arguments = p.parse_args(words)
+    if arguments.repeats is not None and arguments.repeats < 1:
+        p.error(f"--repeats {arguments.repeats}: must be at least 1")
     names = [*_NAMES, next(name for name in BASELINES if name in default_names("cliperase"))]
     sizes, widths = _SIZES, [_WIDTH[arguments.device]]
     if arguments.quick:
-        sizes, widths = _SIZES[1:4], [32]
+        sizes, widths = _SIZES[:3], [32]
     return options.run(
         arguments,
         options.record_path("scaling", arguments),
         lambda path: measure(
             "scaling", arguments, words, path, min(arguments.seconds, 0.5) if arguments.quick else arguments.seconds,
             arguments.sizes or sizes, arguments.widths or widths, arguments.providers or names,
+            arguments.repeats or (2 if arguments.quick else 3),
         ),
         points_report.full_text,
     )  # fmt: skip

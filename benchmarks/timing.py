@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -165,6 +165,23 @@ def timed(times: list[Times]) -> dict[str, dict[str, float]]:
         "forward_ms": lambda t: t.forward, "backward_ms": lambda t: t.backward, "both_ms": lambda t: t.both,
     }  # fmt: skip
     return {name: summary([part(sample) for sample in times]) for name, part in parts.items()}
+
+
+def joined(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One row of the rows of several processes that measured the same: of each figure the median over them.
+
+    Beside a time's median and quartiles stand the runs' medians: how far they lie apart is the noise of a comparison.
+    """
+    row: dict[str, Any] = {}
+    for name, first in runs[0].items():
+        if not isinstance(first, Mapping):
+            row[name] = statistics.median_low(run[name] for run in runs)
+            continue
+        parts = ("median", "q1", "q3")
+        row[name] = {part: statistics.median(run[name][part] for run in runs) for part in parts}
+        row[name]["samples"] = sum(run[name]["samples"] for run in runs)
+        row[name]["runs"] = [run[name]["median"] for run in runs]
+    return row
 
 
 class PeakMemory:

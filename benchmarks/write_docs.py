@@ -21,7 +21,7 @@ from cliperase_fast.distributed.plan import step_cost
 from cliperase_fast.planning import step_of
 
 from . import loss_report, points_report
-from .machine import RESULTS, ROOT
+from .machine import RESULTS, ROOT, abilities_text
 from .product_bound import bound_table
 from .providers import BASELINES, every_provider
 
@@ -347,10 +347,12 @@ def load(name: str) -> dict[str, Any]:
 
 def provenance(record: dict[str, Any]) -> str:
     machine, versions = record["machine"], record["versions"]
-    where = f"{machine['processor']}, {machine['cores']} cores" + (f", {machine['gpu']}" if machine["gpu"] else "")
+    where = f"{machine['processor']} ({abilities_text(machine)}), {machine['cores']} cores"
+    where += f", {machine['gpu']}" if machine["gpu"] else ""
+    budget = f", keep budget {record['keep_mib']:,} MiB" if "keep_mib" in record else ""
     return (
-        f"`{record['command']}` on {record['date']}, {where}, Python {versions['python']}, torch {versions['torch']}, "
-        f"commit {record['commit']}."
+        f"`{record['command']}` on {record['date']}, {where}{budget}, Python {versions['python']}, "
+        f"torch {versions['torch']}, commit {record['commit']}."
     )
 
 

@@ -8,8 +8,11 @@ import pytest
 
 from benchmarks import memory, points_report, scaling
 from benchmarks.batches import Case
+from benchmarks.compare import comparison
+from benchmarks.loss_memory import timed_steps
 from benchmarks.points import Points
 from benchmarks.providers import Provider, every_provider
+from benchmarks.timing import Times, timed
 
 CASE = Case("cliperase", "peaked", "float32", 512, 16)
 
@@ -17,12 +20,17 @@ CASE = Case("cliperase", "peaked", "float32", 512, 16)
 def test_scaling_weighs_and_times_a_provider_apart_and_says_what_it_skipped(tmp_path, capsys):
     path = tmp_path / "mine.json"
     words = ["--sizes", "1536", "--widths", "16", "--seconds", "0.01", "--json", str(path), "--device", "cpu"]
+    words += ["--repeats", "1"]
     assert scaling.main([*words, "--providers", "ours-native-keep-nothing,open_clip-style,siglip-kernel"]) == 0
-    rows = {row["provider"]: row for row in json.loads(path.read_text())["runs"]}
+    record = json.loads(path.read_text())
+    assert record["keep_mib"] > 0 and record["machine"]["native"] and record["machine"]["torch_cpu"]
+    rows = {row["provider"]: row for row in record["runs"]}
     small, large = (rows[name]["extra_bytes"] / 2**20 for name in ("ours-native-keep-nothing", "open_clip-style"))
     assert large > 4 * 9 > 2 * small  # several matrices of 9 MiB, and a strip of one with what is packed for it
     assert all(rows[name]["both_ms"]["median"] > 0 for name in ("ours-native-keep-nothing", "open_clip-style"))
-    shown = capsys.readouterr().out
+    shown, told = capsys.readouterr()
+    assert f"keep budget {record['keep_mib']:,} MiB (CLIPERASE_KEEP_MIB)" in shown
+    assert f"scaling: the record goes to {path}" in told and "scaling: done in" in told
     assert "peak extra memory, MiB" in shown and "a step (forward and backward), ms" in shown
     assert "siglip-kernel: does not compute cliperase, only siglip" in shown
     assert {p.name for p in (tmp_path / "mine").iterdir()} == {
@@ -49,9 +57,68 @@ def test_growth_is_the_exponent_over_the_larger_sizes():
 
 def test_memory_has_no_times(monkeypatch, tmp_path):
     monkeypatch.setattr(
-        "benchmarks.points.measured_apart", lambda *a: {"extra_bytes": 1 << 20, "both_ms": {"median": 1}}
+        "benchmarks.points.measured_apart", lambda *a: {"extra_bytes": 1 << 20, **timed([Times(1.0, 0.0)])}
     )
     path = tmp_path / "m.json"
     words = ["--sizes", "64,128", "--widths", "16", "--providers", "ours-eager", "--json", str(path), "--no-plots"]
     assert memory.main([*words, "--device", "cpu"]) == 0
     assert all(row["extra_bytes"] == 1 << 20 and "both_ms" not in row for row in json.loads(path.read_text())["runs"])
+
+
+def scripted(*seconds: float):
+    """A step that takes these seconds, one after the other, then the last of them for ever."""
+    left = list(seconds)
+    return lambda: Times(left.pop(0) if len(left) > 1 else left[0], 0.0)
+
+
+def test_the_step_after_the_weighed_one_warms_up_and_is_not_timed():
+    samples = timed_steps(scripted(0.9, 0.25), seconds=0.1)
+    assert {sample.forward for sample in samples} == {0.25} and len(samples) >= 3
+
+
+def test_a_step_that_takes_long_is_timed_once():
+    assert [sample.forward for sample in timed_steps(scripted(7.0), seconds=0.1)] == [7.0]
+
+
+def measured_in_turn(monkeypatch, *medians: float) -> Points:
+    left = list(medians)
+
+    def measured(*_):
+        return {"extra_bytes": 1 << 20, **timed([Times(left.pop(0) / 1e3, 0.0)] * 3)}
+
+    monkeypatch.setattr("benchmarks.points.measured_apart", measured)
+    points = Points(every_provider(), "cpu", 1, 0.1, cap=10.0, repeats=len(medians))
+    points.run(CASE, ["ours-eager"])
+    return points
+
+
+def test_a_point_is_the_median_of_its_processes_and_shows_how_far_they_lie_apart(monkeypatch, capsys):
+    (row,) = measured_in_turn(monkeypatch, 100.0, 160.0, 110.0).rows
+    assert row["both_ms"]["median"] == pytest.approx(110.0) and row["both_ms"]["samples"] == 9
+    assert row["both_ms"]["runs"] == pytest.approx([100.0, 160.0, 110.0])
+    assert "110.0 ms a step (100.0 to 160.0 in 3 runs)" in capsys.readouterr().err
+
+
+def test_what_lies_within_the_noise_of_repeated_runs_is_not_called_slower(monkeypatch):
+    def words(before, after):
+        records = [{"benchmark": "scaling", "runs": measured_in_turn(monkeypatch, *of).rows} for of in (before, after)]
+        return {line[2]: line[-1] for line in comparison(*records)[1]}["both_ms"]
+
+    assert words((100, 160, 110), (150, 130, 140)) == "same"
+    assert words((100, 101, 102), (110, 111, 112)) == "slower"
+    assert words((100, 101, 102), (102, 103, 104)) == "same"
+
+
+def test_a_time_with_one_sample_gets_no_verdict(monkeypatch):
+    monkeypatch.setattr(
+        "benchmarks.points.measured_apart",
+        lambda *_: {"extra_bytes": 1 << 20, **timed([Times(next(seconds), 0.0)])},
+    )
+    seconds = iter((1.0, 9.0))
+    records = []
+    for _ in range(2):
+        points = Points(every_provider(), "cpu", 1, 0.1, cap=10.0)
+        points.run(CASE, ["ours-eager"])
+        records.append({"benchmark": "scaling", "runs": points.rows})
+    lines = {line[2]: line for line in comparison(*records)[1]}
+    assert lines["both_ms"][-2:] == ("not known", "measured once")

@@ -20,6 +20,7 @@ from cliperase_fast import functional
 from cliperase_fast.ops import backends, choose, reference
 from cliperase_fast.ops.native import extension
 from cliperase_fast.ops.native.sweep import engine, sweep
+from cliperase_fast.ops.problem import Problem
 
 FORMS = {"both": (True, True), "rm": (True, False), "kl": (False, True)}
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")
@@ -344,3 +345,24 @@ def test_float64_is_left_to_the_other_backends():
 
 def test_the_extension_is_built_wherever_there_is_a_compiler():
     assert backends()["native"].available, backends()["native"].reason
+
+
+def kept_mib(keep: str, width: int, teacher_width: int = 0, n: int = 8192) -> float:
+    image, teacher = torch.empty(n, width), torch.empty(n, teacher_width) if teacher_width else None
+    scale = torch.ones(())
+    problem = Problem(image, image, scale, teacher, teacher, scale, None, True, teacher is not None)
+    return engine.kept_bytes(problem, keep) / 2**20
+
+
+@pytest.mark.parametrize("teacher_width", [0, 16, 32])
+def test_auto_keeps_no_matrix_of_narrow_features_which_are_cheap_to_form_again(teacher_width):
+    assert kept_mib("similarities", 32, teacher_width) > 250
+    assert kept_mib("auto", 32, teacher_width) <= 16
+    assert kept_mib("auto", 32, teacher_width, n=512) == kept_mib("similarities", 32, teacher_width, n=512)
+
+
+@pytest.mark.parametrize(("width", "teacher_width"), [(64, 0), (512, 512), (32, 512)])
+def test_auto_keeps_what_fits_the_budget_of_wide_features(monkeypatch, width, teacher_width):
+    assert kept_mib("auto", width, teacher_width) == kept_mib("similarities", width, teacher_width) > 250
+    monkeypatch.setenv("CLIPERASE_KEEP_MIB", "8")
+    assert kept_mib("auto", width, teacher_width) <= 8 and kept_mib("auto", 16) <= 8
