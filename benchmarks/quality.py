@@ -1,10 +1,12 @@
 """How well unlearning works, on data that needs no download: forget something, measure what went and what stayed.
 
-    python -m benchmarks.quality digits      several digits, and each loss left out in turn
-    python -m benchmarks.quality shapes      "red circle": the association goes, red things and circles stay
+    python -m benchmarks.quality digits      several digits, and each loss left out in turn; two minutes on two cores
+    python -m benchmarks.quality rates       digits under several learning rates; a minute
+    python -m benchmarks.quality shapes      "red circle": the association goes, red things and circles stay; 4 minutes
     python -m benchmarks.quality cifar10 --shards '/data/train-{00000..00003}.tar' --test-shards /data/test-00000.tar
 
-Each writes benchmarks/results/quality-NAME.json; `python -m benchmarks.write_docs` puts the figures into the docs.
+The first run of each trains a small CLIP before, which takes seconds for digits and minutes for the others. Each writes
+benchmarks/results/quality-NAME.json; `python -m benchmarks.write_docs` puts the figures into the docs.
 """
 
 from __future__ import annotations
@@ -43,6 +45,18 @@ def digits() -> list[dict[str, Any]]:
         for name, weights in ABLATION.items()
     ]
     return runs
+
+
+def rates() -> list[dict[str, Any]]:
+    """The last checkpoint of each, whatever it lost: the choice among checkpoints would hide what the rate does."""
+    return [
+        measure(
+            f"{rate:g}, {epochs} epochs",
+            "demo#class:seven",
+            {"learning_rate": rate, "epochs": epochs, "evaluate_every": epochs, "select": "last"},
+        )
+        for rate, epochs in ((1e-6, 10), (1e-5, 10), (1e-5, 100), (1e-4, 10), (1e-3, 10))
+    ]
 
 
 def shapes() -> list[dict[str, Any]]:
@@ -106,21 +120,22 @@ def kinship(per_class: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=("digits", "shapes", "cifar10"))
+    parser.add_argument("name", choices=("digits", "rates", "shapes", "cifar10"))
     parser.add_argument("--shards", help="cifar10: webdataset shards to train on")
     parser.add_argument("--test-shards", help="cifar10: webdataset shards to measure on")
     arguments = parser.parse_args()
+    began = time.perf_counter()
     if arguments.name == "cifar10":
         if not (arguments.shards and arguments.test_shards):
             parser.error("cifar10 needs --shards and --test-shards")
         runs = cifar10(arguments.shards, arguments.test_shards)
     else:
-        runs = {"digits": digits, "shapes": shapes}[arguments.name]()
+        runs = {"digits": digits, "rates": rates, "shapes": shapes}[arguments.name]()
     record = {**describe(), "command": f"python -m benchmarks.quality {arguments.name}", "runs": runs}
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"quality-{arguments.name}.json"
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(f"written to {path}")
+    print(f"quality {arguments.name}: done in {time.perf_counter() - began:.0f} s; written to {path}")
 
 
 if __name__ == "__main__":

@@ -46,6 +46,13 @@ def ablation_table() -> str:
     return f"{_quality_table(rows)}\n\n{provenance(record)}"
 
 
+def rates_table() -> str:
+    if not (RESULTS / "quality-rates.json").exists():
+        return "Not measured yet: `python -m benchmarks.quality rates`."
+    record = load("quality-rates")
+    return f"{_quality_table([(run['name'], run) for run in record['runs']])}\n\n{provenance(record)}"
+
+
 def shapes_table() -> str:
     record = load("quality-shapes")
     rows = []
@@ -307,6 +314,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "digits": digits_table,
     "ablation": ablation_table,
     "shapes": shapes_table,
+    "rates": rates_table,
     "cifar10": cifar10_table,
     "kernels": kernels_table,
     "train": train_tables,
