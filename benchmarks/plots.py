@@ -18,6 +18,7 @@ from .points_report import KINDS, groups, title, value
 
 Series = dict[str, list[tuple[int, float]]]  # (N, y) of each provider
 _FLOOR = {"color": "black", "linestyle": ":", "marker": "x"}
+_FLOOR_NAME = "the floor: products alone"
 _GUIDES = {"time": 2, "memory": 1}  # what a scaling run is expected to grow as
 
 
@@ -53,6 +54,8 @@ def _series(sizes: Mapping[int, Mapping[str, Row]], measure: str) -> Series:
 
 
 def _against_n(series: Series, label: str, guide: int | None) -> Any:
+    if len({n for points in series.values() for n, _ in points}) == 1:
+        return _bars({label: series})
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     _lines(axes, series, label)
     axes.set_yscale("log")
@@ -78,6 +81,8 @@ def _roofline(group: Case, sizes: Mapping[int, Mapping[str, Row]]) -> Any:
                 rates.setdefault(name, []).append((n, flop / ms / 1e9))
                 if floor is not None and name != FLOOR:
                     shares.setdefault(name, []).append((n, 100 * floor / ms))
+    if len(sizes) == 1:
+        return _bars({"TFLOP/s of the products needed": rates, "floor / time, %": shares})
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     _lines(left, rates, "TFLOP/s of the products needed")
     left.set_ylim(bottom=0)
@@ -88,12 +93,32 @@ def _roofline(group: Case, sizes: Mapping[int, Mapping[str, Row]]) -> Any:
     return figure
 
 
+def _bars(panels: Mapping[str, Series]) -> Any:
+    """One size, which no line can be drawn through: a bar for each provider, with its figure."""
+    names = list(dict.fromkeys(name for series in panels.values() for name in series))
+    size = (1.5 + 5.5 * len(panels), 1.2 + 0.4 * len(names))
+    figure, row = plt.subplots(1, len(panels), figsize=size, layout="constrained", sharey=True, squeeze=False)
+    for axes, (label, series) in zip(row[0], panels.items(), strict=True):
+        for place, name in enumerate(names):
+            if name in series:
+                ((_, y),) = series[name]
+                colour = _FLOOR["color"] if name == FLOOR else f"C{[n for n in names if n != FLOOR].index(name)}"
+                axes.bar_label(axes.barh(place, y, color=colour), labels=[f"{y:,.4g}"], padding=3)
+        (n,) = {n for points in series.values() for n, _ in points}
+        axes.set(xlabel=f"{label} (N = {n:,})")
+        axes.margins(x=0.15)
+        axes.grid(alpha=0.3, axis="x")
+    row[0][0].set_yticks(range(len(names)), [_FLOOR_NAME if name == FLOOR else name for name in names])
+    row[0][0].invert_yaxis()
+    return figure
+
+
 def _lines(axes: Any, series: Series, label: str) -> None:
     names = [name for name in series if name != FLOOR]
     for name, points in series.items():
         x, y = zip(*points, strict=True)
         style = {"color": f"C{names.index(name)}", "marker": "o"} if name in names else _FLOOR
-        axes.plot(x, y, label="the floor: products alone" if name == FLOOR else name, **style)
+        axes.plot(x, y, label=_FLOOR_NAME if name == FLOOR else name, **style)
     axes.set_xscale("log", base=2)
     axes.set(xlabel="N, pairs", ylabel=label)
     axes.grid(alpha=0.3)

@@ -28,6 +28,7 @@ from cliperase_fast.report.wording import (
 
 # No scripts and no fetches, should a name ever slip through unescaped.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+_LONG_WORD = 18  # letters that a class name may have in one piece beside the numbers, on a phone
 _LEVELS = {
     "good": "Success", "mixed": "Mixed result", "bad": "Failure", "nothing": "No result", "unknown": "No scores",
 }  # fmt: skip
@@ -319,11 +320,17 @@ def _table(
     for position, row in enumerate(rows):
         name = row_classes[position] if row_classes else ""
         cells = "".join(
-            f'<th scope="row">{_text(text)}</th>' if index == 0 else f"<td{kind(index)}>{_text(text)}</td>"
+            f'<th scope="row">{_breakable(text)}</th>' if index == 0 else f"<td{kind(index)}>{_text(text)}</td>"
             for index, text in enumerate(row)
         )
         body.append(f'<tr class="{name}">{cells}</tr>' if name else f"<tr>{cells}</tr>")
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+
+
+def _breakable(name: str) -> str:
+    """Escaped. Lines break at spaces, and inside a word only where it is too long for a phone."""
+    words = ([word[at : at + _LONG_WORD] for at in range(0, len(word), _LONG_WORD)] for word in str(name).split(" "))
+    return " ".join("<wbr>".join(map(_text, pieces)) for pieces in words)
 
 
 def _text(value: Any) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cliperase_fast.report.data import ReportData
+from cliperase_fast.report.placement import moved_apart
 from cliperase_fast.report.wording import number, signed
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ class Theme:
     forget: str
     retain: str
 
+
+_MAP_ROOM = (430.0, 370.0)  # pixels of a map inside its frame, about
 
 LIGHT = Theme("#ffffff", "#1d2330", "#667085", "#e7e9ee", "#a3abb8", "#c8481a", "#0b6cb0")
 DARK = Theme("#181b22", "#e8eaf0", "#98a2b3", "#2b303b", "#727c8c", "#ff8a57", "#58b0f0")
@@ -249,9 +252,9 @@ def draw_embeddings(run: ReportData, theme: Theme, moments: Sequence[str] = ("be
                 linewidths=0,
                 zorder=order,
             )
-        _name_groups(axes, points, labels, forget, theme)
         axes.set_xlim(middle[0] - reach[0], middle[0] + reach[0])
         axes.set_ylim(middle[1] - reach[1], middle[1] + reach[1])
+        _name_groups(axes, points, labels, forget, theme)
         axes.set_xticks([])
         axes.set_yticks([])
         for spine in axes.spines.values():
@@ -412,25 +415,34 @@ def _mark_mean(axes: Axes, mean: float, when: str, colour: str, edges: np.ndarra
 
 
 def _name_groups(axes: Axes, points: np.ndarray, labels: np.ndarray, forget: np.ndarray, theme: Theme) -> None:
-    """Class names at the middle of their points, where there are few enough to read."""
+    """Class names at the middle of their points or beside it, where there are few enough to read."""
     names = [name for name in dict.fromkeys(labels.tolist()) if name] if len(labels) == len(points) else []
     if len(names) > MOST_LABELS:
         names = []
-    for name in names:
-        member = labels == name
-        x, y = np.median(points[member], axis=0)
-        forgets = bool(forget[member].all())
+    if not names:
+        return
+    forgets = [bool(forget[labels == name].all()) for name in names]
+    heights = [12 if bold else 11 for bold in forgets]  # pixels
+    shown = [_plain(name, 16) for name in names]
+    low, high = (np.array(ends) for ends in zip(axes.get_xlim(), axes.get_ylim(), strict=True))
+    scale = np.array(_MAP_ROOM) / (high - low)
+    middles = np.array([np.median(points[labels == name], axis=0) for name in names])
+    sizes = np.array([(0.6 * tall * len(text) + 4, 1.3 * tall) for text, tall in zip(shown, heights, strict=True)])
+    places = moved_apart((middles - low) * scale, sizes, _MAP_ROOM) / scale + low
+    for text, bold, tall, middle, place, size in zip(shown, forgets, heights, middles, places, sizes, strict=True):
+        colour = theme.forget if bold else theme.ink
+        if (np.abs(place - middle) * scale > size / 2).any():
+            axes.plot(*zip(middle, place, strict=True), color=colour, linewidth=0.7, zorder=4)
         axes.text(
-            x,
-            y,
-            _plain(name, 16),
+            *place,
+            text,
             ha="center",
             va="center",
-            fontsize=_pt(12 if forgets else 11),
-            fontweight="bold" if forgets else "normal",
-            color=theme.forget if forgets else theme.ink,
+            fontsize=_pt(tall),
+            fontweight="bold" if bold else "normal",
+            color=colour,
             path_effects=_halo(theme),
-            zorder=6 if forgets else 5,
+            zorder=6 if bold else 5,
         )
 
 

@@ -61,7 +61,6 @@ th:first-child, td:first-child {{ padding-left: 0; }}
 thead th {{ color: var(--muted); font-size: 13px; border-top: 0; padding-top: 2px; }}
 .card thead th {{ position: sticky; top: 0; background: var(--surface); }}
 .n {{ text-align: right; white-space: nowrap; }}
-tbody th {{ overflow-wrap: anywhere; }}
 tr.forget th, tr.forget td {{ color: var(--forget); font-weight: 600; }}
 figure {{ padding: 8px 8px 14px; overflow: hidden; }}
 img {{ display: block; width: 100%; height: auto; }}

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import loss, loss_report, options, providers
+from benchmarks import loss, loss_report, options, plots, points_report, providers
 from benchmarks.batches import Case, errors, functional_loss, make_batch, truth
 from benchmarks.compare import comparison
 
@@ -213,3 +213,18 @@ def test_wrong_options_are_named(words, says, capsys):
     with pytest.raises(SystemExit):
         loss.main(words)
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("sizes", [[1024], [1024, 2048]])
+def test_one_size_is_drawn_as_bars_and_several_as_lines(sizes):
+    rows = []
+    for n in sizes:
+        for row in record_of(floor=(5, 0), ours=(10, 0), other=(20, 0))["runs"]:
+            rows.append({**row, "n": n})
+    for kind, measure in (("time", "both_ms"), ("memory", "extra_bytes")):
+        found = points_report.groups({"runs": rows}).popitem()[1]
+        figure = plots._against_n(plots._series(found, measure), kind, None)
+        (axes,) = figure.axes
+        assert [len(line.get_xdata()) for line in axes.lines] == ([] if len(sizes) == 1 else [len(sizes)] * 3)
+        assert len(axes.patches) == (3 if len(sizes) == 1 else 0)
+        plots.plt.close(figure)

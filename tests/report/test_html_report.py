@@ -16,7 +16,7 @@ from cliperase_fast.report.html import page
 class Reader(html.parser.HTMLParser):
     """Collects tags with their attributes, and the text, of a page whose tags must be properly nested."""
 
-    VOID = frozenset({"meta", "img", "source"})
+    VOID = frozenset({"meta", "img", "source", "wbr"})
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -183,3 +183,12 @@ def test_items_left_out_are_counted_by_reason_with_an_example():
     text = Reader(page(sample_run(result, metrics=[], similarities={}, embeddings={}))).text
     assert "1000 x image cannot be decoded (the first: image0.jpg)" in text
     assert "2 x empty caption (the first: line 3)" in text
+
+
+def test_a_class_name_breaks_at_its_spaces_and_only_a_very_long_word_inside():
+    long = "n02099601_golden_retriever"
+    rows = {name: {"set": "retain", "pairs": 3, "before": 1.0, "after": 0.5} for name in ("sweet pepper", long)}
+    text = page(sample_run({**sample_result(), "per_class": rows}))
+    assert '<th scope="row">sweet pepper</th>' in text
+    assert f'<th scope="row">{long[:18]}<wbr>{long[18:]}</th>' in text
+    assert "tbody th { overflow-wrap" not in text

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 
@@ -278,3 +279,13 @@ def test_before_and_after_share_their_axes_and_name_their_classes():
 def test_without_after_only_before_is_mapped():
     figure = drawn("embeddings", embeddings={"before": sample_run().embeddings["before"]})
     assert len(figure.axes) == 1
+
+
+def test_names_of_classes_that_lie_together_do_not_cover_each_other():
+    names = [["zero", "one", "two", "seven"][i % 4] for i in range(40)]
+    figure = drawn("embeddings", embedding_labels=names)
+    figure.canvas.draw()
+    for axes in figure.axes:
+        boxes = [text.get_window_extent() for text in axes.texts if text.get_text() in names]
+        assert len(boxes) == 4
+        assert not [pair for pair in itertools.combinations(boxes, 2) if pair[0].overlaps(pair[1])]
