@@ -51,7 +51,8 @@ def why_no_cuda() -> str | None:
 def _reason(error: ImportError) -> str:
     again = "then install cliperase_fast again"
     if not isinstance(error, ModuleNotFoundError):
-        return f"the extension does not load ({error}); build it on this machine: pip install --force-reinstall"
+        how = "pip install --force-reinstall --no-deps . in the source folder"
+        return f"the extension does not load ({error}); build it on this machine: {how}"
     if _REASON_FILE.exists():
         return f"the extension was not built: {_REASON_FILE.read_text().strip()}"
     if not any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
