@@ -12,7 +12,7 @@ from torch import Tensor
 from cliperase_fast.config import CONSISTENCY_MODES, FORGET_LOSSES
 from cliperase_fast.distributed import GATHER_MODES
 from cliperase_fast.errors import InputError
-from cliperase_fast.ops import choose, compute_dtype
+from cliperase_fast.ops import choose, compute_dtype, savable
 
 _KEEP_MODES = ("auto", "nothing", "similarities")
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -119,6 +119,8 @@ def check_features(name: str, features: Tensor) -> None:
         raise InputError(f"{name} has shape {shape_of(features)}; it must be two-dimensional, [rows, width]")
     if features.shape[1] == 0:
         raise InputError(f"{name} has shape {shape_of(features)}: features of width 0; pass the encoder's output")
+    if features.layout != torch.strided:
+        raise InputError(f"{name} is of layout {features.layout}; pass a dense tensor, {name}.to_dense()")
     if features.dtype not in _FLOATING:
         raise InputError(f"{name} has dtype {features.dtype}; convert it to float32, float64, float16 or bfloat16")
 
@@ -162,7 +164,7 @@ def check_teacher(
         )
     scale = as_scale("teacher_logit_scale", scale, student)
     for name, tensor in (("teacher_image", image), ("teacher_text", text), ("teacher_logit_scale", scale)):
-        if tensor.requires_grad:
+        if tensor.requires_grad and torch.is_grad_enabled():
             raise InputError(
                 f"{name} requires grad, but the teacher is frozen and gets no gradient: "
                 f"compute it under torch.no_grad(), or pass {name}.detach()"
@@ -189,7 +191,7 @@ def as_scale(name: str, scale: Tensor | float, features: Tensor) -> Tensor:
                 f"{name} must be a number or one floating-point element, not {scale.dtype} of shape {shape_of(scale)}"
             )
         check_device(name, scale, "the features", features)
-        return scale.reshape(()).to(compute_dtype(scale))
+        return savable(scale.reshape(()).to(compute_dtype(scale)))
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not -math.inf < scale < math.inf:
         raise InputError(f"{name}={scale!r} must be a finite number or a tensor of one element")
     return torch.full((), scale, dtype=compute_dtype(features), device=features.device)

@@ -23,7 +23,7 @@ from cliperase_fast.checks import (
 from cliperase_fast.distributed import LOCAL, resolve_group, sharded_sigmoid
 from cliperase_fast.errors import InputError
 from cliperase_fast.functional import agreed, contrast, described
-from cliperase_fast.ops import choose, compute_dtype, no_autocast
+from cliperase_fast.ops import choose, compute_dtype, no_autocast, savable
 from cliperase_fast.ops.rows import row_losses
 
 
@@ -93,7 +93,8 @@ def local_clip_loss(
         zero = query.sum(dtype=compute_dtype(query, keys)) + 0 * (keys.sum() + scale)
         return zero, zero.detach()
     with no_autocast(query):
-        return row_losses(query, keys, scale, teacher_query, teacher_keys, teacher_scale, first_key)
+        tensors = map(savable, (query, keys, scale, teacher_query, teacher_keys, teacher_scale))
+        return row_losses(*tensors, first_key)
 
 
 def sigmoid_loss(
@@ -142,6 +143,7 @@ def sigmoid_loss(
         (image_features,),
         own_values,
     )  # fmt: skip
+    image_features, text_features = savable(image_features), savable(text_features)
     if (len(image_features) if shards is None else shards.total) == 0:
         zero = image_features.sum(dtype=compute_dtype(image_features, text_features))
         return zero + 0 * (text_features.sum() + scale + bias)

@@ -43,7 +43,7 @@ from cliperase_fast.checks import (
     check_teacher,
 )
 from cliperase_fast.distributed import LOCAL, Group, Shards, resolve_group, sharded_sweep, sum_over_ranks
-from cliperase_fast.ops import choose, compute_dtype, no_autocast
+from cliperase_fast.ops import choose, compute_dtype, no_autocast, savable
 
 __all__ = ["LossTerms", "clip_loss", "cliperase_loss", "similarity_kl"]
 
@@ -129,6 +129,9 @@ def cliperase_loss(
         gather,
         (retain_image, forget_image),
     )  # fmt: skip
+    forget_image, forget_text, retain_image, retain_text, teacher_image, teacher_text, group_ids = map(
+        savable, (forget_image, forget_text, retain_image, retain_text, teacher_image, teacher_text, group_ids)
+    )
     zero = retain_image.new_zeros((), dtype=compute_dtype(retain_image, retain_text))
     retain_term = forget_term = consistency_term = zero
     fused = lambda_consistency > 0 and consistency == "logits"
@@ -251,9 +254,10 @@ def contrast(
         (image_features,),
         own_values,
     )  # fmt: skip
+    tensors = map(savable, (image_features, text_features, scale, *frozen, teacher_scale, group_ids))
     with no_autocast(image_features):
         return _sweep(
-            image_features, text_features, scale, *frozen, teacher_scale, group_ids, want_retention,
+            *tensors, want_retention,
             teacher is not None, backend, keep, shards,
         )  # fmt: skip
 

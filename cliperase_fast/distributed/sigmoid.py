@@ -20,6 +20,7 @@ from cliperase_fast.distributed.sweep import column_blocks, zeros
 from cliperase_fast.ops import no_autocast
 from cliperase_fast.ops.problem import Problem
 from cliperase_fast.ops.sigmoid import SigmoidEngine, SigmoidParts, sigmoid_problem
+from cliperase_fast.ops.transforms import first_derivative_only
 
 
 def sharded_sigmoid(
@@ -47,7 +48,7 @@ class _Sigmoid(torch.autograd.Function):
         return total_over_ranks(shards.group, parts.loss) / shards.total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         engine, shards = ctx.fixed
         tensors, units = ctx.saved_tensors[:4], ctx.saved_tensors[4:]

@@ -26,6 +26,7 @@ from cliperase_fast.distributed.group import Shards
 from cliperase_fast.ops import finish, no_autocast
 from cliperase_fast.ops.engine import Engine
 from cliperase_fast.ops.problem import Problem, State
+from cliperase_fast.ops.transforms import first_derivative_only
 
 
 def sharded_sweep(
@@ -78,7 +79,7 @@ class _Sweep(torch.autograd.Function):
         return retention, consistency
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad_retention: Tensor, grad_consistency: Tensor) -> tuple[Any, ...]:
         engine, shards, *wants = ctx.fixed
         *inputs, rows, columns, kept = ctx.saved_tensors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cliperase_fast.ops.dispatch import BackendStatus, BackendTable, auto_shards, backends, choose
 from cliperase_fast.ops.sweep import Sweep, compute_dtype, no_autocast
+from cliperase_fast.ops.transforms import savable
 
 __all__ = [
     "BackendStatus",
@@ -14,4 +15,5 @@ __all__ = [
     "choose",
     "compute_dtype",
     "no_autocast",
+    "savable",
 ]

@@ -19,6 +19,7 @@ from cliperase_fast.ops.engine import Engine
 from cliperase_fast.ops.native import extension
 from cliperase_fast.ops.sigmoid import Sigmoid
 from cliperase_fast.ops.sweep import FeaturesKl, Sweep
+from cliperase_fast.ops.transforms import transformed
 
 ENVIRONMENT_VARIABLE = "CLIPERASE_BACKEND"
 
@@ -271,11 +272,24 @@ def choose(
     """The backend for these features. `requested`: a name, or "auto", which CLIPERASE_BACKEND overrides.
 
     teacher: the teacher's features, where they are used. sharded: the batch is spread over processes. sigmoid: for that
-    loss, which not every backend has on every device.
+    loss, which not every backend has on every device. Under transforms of `torch.func` every one gives way to "eager".
 
     Raises InputError when it is unknown, not available here, or cannot take this device or dtype.
     """
     features = [tensor for tensor in (image, text, *teacher) if tensor is not None]
+    backend = _asked_for(requested, features, sharded, sigmoid)
+    if backend.name == "eager" or not transformed(*features):
+        return backend
+    if sharded:
+        raise InputError(
+            "a process_group does not work under transforms of torch.func or forward-mode AD; use backward() or "
+            "torch.autograd.grad, or give the whole batch to one process"
+        )
+    return REGISTRY["eager"]
+
+
+def _asked_for(requested: str, features: list[Tensor], sharded: bool, sigmoid: bool) -> Backend:
+    image = features[0]
     origin = f"backend={requested!r}"
     if requested == "auto":
         from_environment = os.environ.get(ENVIRONMENT_VARIABLE, "auto")

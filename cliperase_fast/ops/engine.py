@@ -17,6 +17,7 @@ from cliperase_fast.errors import InputError
 from cliperase_fast.ops import finish
 from cliperase_fast.ops.problem import Problem, State, Sums
 from cliperase_fast.ops.sweep import Sweep, no_autocast
+from cliperase_fast.ops.transforms import batched, refuse_second_derivative
 
 STRIP_VARIABLE = "CLIPERASE_STRIP_MIB"  # memory of the strips of a sweep on a GPU
 KEEP_VARIABLE = "CLIPERASE_KEEP_MIB"  # most that keep="similarities" keeps
@@ -126,6 +127,7 @@ def as_sweep(engine: Engine) -> Sweep:
     )
     forward_op.register_fake(_fake_forward)
     backward_op.register_fake(_fake_backward)
+    refuse_second_derivative(backward_op)
 
     forward_op.register_autograd(
         lambda ctx, *gradients: _gradients(ctx, backward_op, *gradients), setup_context=_keep_for_backward
@@ -140,8 +142,9 @@ def as_sweep(engine: Engine) -> Sweep:
 
         @staticmethod
         def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-            # With create_graph the op, which refuses to be differentiated.
-            return _gradients(ctx, backward_op if torch.is_grad_enabled() else run_backward, *gradients)
+            # With create_graph the op, which refuses to be differentiated; with batched gradients too, as it knows them.
+            by_op = torch.is_grad_enabled() or batched(*gradients)
+            return _gradients(ctx, backward_op if by_op else run_backward, *gradients)
 
     def sweep(
         image: Tensor,

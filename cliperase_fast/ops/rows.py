@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cliperase_fast.ops import finish
+from cliperase_fast.ops import finish, reference
 from cliperase_fast.ops.streaming import Similarity, strip_height
 from cliperase_fast.ops.sweep import compute_dtype, no_autocast
+from cliperase_fast.ops.transforms import refuse_second_derivative, transformed
 
 _OWN, _TEACHER_OWN, _ODDS, _TEACHER_ODDS = range(4)  # the rows of the state [4, n]; the teacher's are 0 without one
 
@@ -170,6 +171,7 @@ def _differentiate(ctx: Any, grad_contrastive: Tensor, grad_distill: Tensor, _st
 
 
 _forward_op.register_autograd(_differentiate, setup_context=_keep)
+refuse_second_derivative(_backward_op, "compute the whole batch with clip_loss(..., backend='eager')")
 
 
 def row_losses(
@@ -187,7 +189,8 @@ def row_losses(
     query: [n, D], n >= 1; keys: [N, D] with offset + n <= N; teacher_*: [n, D°] and [N, D°], or all None (distill is
     then 0), without gradient. Scales: 0-d. Differentiable in query, keys and logit_scale. The caller has checked.
     """
-    contrastive, distill, _ = _forward_op(
-        query, keys, logit_scale, teacher_query, teacher_keys, teacher_logit_scale, offset, strip_rows
-    )
+    tensors = (query, keys, logit_scale, teacher_query, teacher_keys, teacher_logit_scale)
+    if transformed(*tensors):
+        return reference.row_losses(*tensors, offset)
+    contrastive, distill, _ = _forward_op(*tensors, offset, strip_rows)
     return contrastive, distill

@@ -22,6 +22,7 @@ from cliperase_fast.ops.engine import watched
 from cliperase_fast.ops.problem import Problem
 from cliperase_fast.ops.streaming import Similarity, strip_height
 from cliperase_fast.ops.sweep import compute_dtype, no_autocast
+from cliperase_fast.ops.transforms import first_derivative_only
 
 
 class SigmoidParts(NamedTuple):
@@ -102,23 +103,6 @@ _SCHEMA = (
 )
 
 
-@torch.library.custom_op(
-    "cliperase_fast::sigmoid_gradients", mutates_args=(), schema="(Tensor grad, Tensor[] units) -> Tensor[]"
-)
-def _times(grad: Tensor, units: list[Tensor]) -> list[Tensor]:
-    """grad times each. An op, not arithmetic, so that a second derivative is refused and not taken for 0."""
-    return _times_plainly(grad, units)
-
-
-def _times_plainly(grad: Tensor, units: list[Tensor]) -> list[Tensor]:
-    return [unit * grad for unit in units]
-
-
-@_times.register_fake
-def _(grad: Tensor, units: list[Tensor]) -> list[Tensor]:
-    return [torch.empty_like(unit) for unit in units]
-
-
 def as_sigmoid(engine: SigmoidEngine) -> Sigmoid:
     """Register the custom op `cliperase_fast::NAME_sigmoid`; returns the loss on it. Called once an engine."""
 
@@ -130,7 +114,7 @@ def as_sigmoid(engine: SigmoidEngine) -> Sigmoid:
 
     op = torch.library.custom_op(f"cliperase_fast::{engine.name}_sigmoid", run, mutates_args=(), schema=_SCHEMA)
     op.register_fake(_fake)
-    op.register_autograd(lambda ctx, grad, *_: _gradients(ctx, _times, grad), setup_context=_keep)
+    op.register_autograd(lambda ctx, grad, *_: _gradients(ctx, grad), setup_context=_keep)
 
     class Directly(torch.autograd.Function):
         """Without the op, which costs a small batch more than its loss does."""
@@ -143,8 +127,7 @@ def as_sigmoid(engine: SigmoidEngine) -> Sigmoid:
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
-            # With create_graph the op, which refuses to be differentiated.
-            return _gradients(ctx, _times if torch.is_grad_enabled() else _times_plainly, grad)
+            return _gradients(ctx, grad)
 
     def loss(
         image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int, strip_rows: int = 0
@@ -177,18 +160,18 @@ def _fake(
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.dtypes = [tensor.dtype for tensor in inputs[:4]]
     ctx.set_materialize_grads(False)  # else autograd makes zeros as large as what is kept
-    ctx.save_for_backward(*output[1:])
+    ctx.save_for_backward(*output[1:], *inputs[:4])  # the inputs only for what `first_derivative_only` asks of them
 
 
-def _gradients(ctx: Any, times: Callable[..., list[Tensor]], grad: Tensor | None) -> tuple[Any, ...]:
+@first_derivative_only
+def _gradients(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
     """Of each argument of the op."""
-    if grad is None:
-        return (None,) * 9
-    wanted = [place for place in range(4) if ctx.needs_input_grad[place]]
-    units = [ctx.saved_tensors[place] for place in wanted]
-    gradients = zip(wanted, times(grad, units), strict=True)
-    found = {place: gradient.to(ctx.dtypes[place]) for place, gradient in gradients}
-    return *(found.get(place) for place in range(4)), None, None, None, None, None
+    found: list[Tensor | None] = [None] * 9
+    if grad is not None:
+        for place in range(4):
+            if ctx.needs_input_grad[place]:
+                found[place] = (ctx.saved_tensors[place] * grad).to(ctx.dtypes[place])
+    return tuple(found)
 
 
 sigmoid = as_sigmoid(_TorchSigmoid())

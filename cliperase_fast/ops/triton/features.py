@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 from cliperase_fast.ops import reference
+from cliperase_fast.ops.transforms import refuse_second_derivative
 from cliperase_fast.ops.triton.kernels import features_kl_kernel
 
 WIDEST = 8192  # a row is held in registers
@@ -76,3 +77,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
 
 
 _forward.register_autograd(_backward, setup_context=_keep_for_backward)
+refuse_second_derivative(_gradient)
