@@ -242,7 +242,7 @@ PYBIND11_MODULE(_C, module) {
     bind_cuda(module);
 #endif
     // One more whenever an argument here changes its meaning; cliperase_fast/ops/native/extension.py asks for the same.
-    module.attr("INTERFACE") = 4;
+    module.attr("INTERFACE") = 5;
     py::dict info;
     info["compiler"] = CLIPERASE_COMPILER;
     info["openmp"] = bool(CLIPERASE_OPENMP);

@@ -49,9 +49,9 @@ class _Sigmoid(torch.autograd.Function):
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Any, ...]:
         engine, shards = ctx.fixed
-        tensors, units = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+        tensors, units = saved[:4], saved[4:]
         weight = grad * (shards.group.size / shards.total)
         gradients = [
             unit * weight if needed else None for unit, needed in zip(units, ctx.needs_input_grad[3:], strict=True)

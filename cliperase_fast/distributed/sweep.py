@@ -2,7 +2,7 @@
 
 Forward: own rows meet everyone's texts, gathered at once or block by block round a ring. What is found of the rows is
 complete; what is found of the columns goes to their owners, who merge it in rank order, finish their pairs and tell
-everyone the state [5, N] of the columns. Backward: a rank forms its rows of dS; dI and ds of its rows are complete, dT
+everyone the state [9, N] of the columns. Backward: a rank forms its rows of dS; dI and ds of its rows are complete, dT
 is summed to its owners. Nothing is N x N; the similarities are formed once in all, not once for each side.
 
 Gradients are those of the loss of the whole batch times the number of ranks, so that their mean over the ranks, which
@@ -80,11 +80,13 @@ class _Sweep(torch.autograd.Function):
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx: Any, grad_retention: Tensor, grad_consistency: Tensor) -> tuple[Any, ...]:
+    def backward(
+        ctx: Any, saved: tuple[Tensor, ...], grad_retention: Tensor, grad_consistency: Tensor
+    ) -> tuple[Any, ...]:
         engine, shards, *wants = ctx.fixed
-        *inputs, rows, columns, kept = ctx.saved_tensors
+        *inputs, rows, columns, kept = saved
         arguments = (*inputs[:7], *wants)
-        local, gathered = Problem(*arguments), inputs[7:]
+        local, gathered = Problem(*arguments), list[Tensor | None](inputs[7:])
         ranks = shards.group.size
         weights = finish.weights(ranks * grad_retention, ranks * grad_consistency, shards.total)
         need = ctx.needs_input_grad[5:8]
@@ -135,7 +137,7 @@ def column_blocks(
 def _forward(
     engine: Engine, shards: Shards, local: Problem, gathered: list[Tensor | None], keep: str
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], Tensor]:
-    """(retention, consistency, states of own rows [5, n] and of all columns [5, N], what is kept)."""
+    """(retention, consistency, states of own rows [9, n] and of all columns [9, N], what is kept)."""
     rows = diagonal = teacher_diagonal = shift = None
     columns = finish.nothing(local, shards.total)
     shifts = columns.new_zeros(1, shards.total)
@@ -157,14 +159,14 @@ def _forward(
             diagonal, teacher_diagonal = sums.diagonal, sums.teacher_diagonal
 
     parts = to_owners(shards, torch.cat((columns, shifts)))  # [ranks, planes + 1, n]
-    row_state = column_state = columns.new_zeros(5, 0)
+    row_state = column_state = columns.new_zeros(finish.PLANES, 0)
     totals = columns.new_zeros(2)
     if rows is not None and diagonal is not None:
-        row_state, row_gap = finish.state(local, rows, diagonal, teacher_diagonal)
+        row_state, row_gap = finish.state(local, rows, diagonal, teacher_diagonal, shift)
         merged = finish.merge(local, parts[:, :-1], parts[:, -1], shift)
-        column_state, column_gap = finish.state(local, merged, diagonal, teacher_diagonal)
+        column_state, column_gap = finish.state(local, merged, diagonal, teacher_diagonal, shift)
         gaps = None if row_gap is None or column_gap is None else torch.cat((row_gap, column_gap))
-        totals = torch.stack(finish.totals(local, torch.cat((row_state, column_state), 1), gaps, shift))
+        totals = torch.stack(finish.totals(local, torch.cat((row_state, column_state), 1), gaps))
     (column_states,) = gather_rows(shards, column_state.T)
     assert column_states is not None
     pairs = shards.total

@@ -43,7 +43,7 @@ class Engine(Protocol):
         ...
 
     def losses(self, problem: Problem, strip_rows: int, kept_bytes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(retention, consistency, state [5, 2 n], what is kept) of a batch in one piece.
+        """(retention, consistency, state [9, 2 n], what is kept) of a batch in one piece.
 
         `finish.losses_of_sums`, unless the backend has something faster.
         """
@@ -102,7 +102,7 @@ _PROBLEM = 9  # how many of the arguments make the problem
 def as_sweep(engine: Engine) -> Sweep:
     """Register the custom ops `cliperase_fast::NAME_sweep` and `..._backward`; returns the sweep on them.
 
-    The ops return (retention, consistency, state [5, 2 N], kept uint8) and the gradients. Called once an engine.
+    The ops return (retention, consistency, state [9, 2 N], kept uint8) and the gradients. Called once an engine.
     """
 
     def run_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -142,7 +142,7 @@ def as_sweep(engine: Engine) -> Sweep:
 
         @staticmethod
         def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-            # With create_graph the op, which refuses to be differentiated; with batched gradients too, as it knows them.
+            # With create_graph the op, which refuses to be differentiated; for batched gradients too, as vmap knows it.
             by_op = torch.is_grad_enabled() or batched(*gradients)
             return _gradients(ctx, backward_op if by_op else run_backward, *gradients)
 
@@ -186,7 +186,7 @@ def watched(tensors: tuple[Tensor | None, ...]) -> bool:
 
 def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     problem = Problem(*arguments[:_PROBLEM])
-    state = problem.image.new_empty((5, 2 * problem.n), dtype=problem.compute_dtype())
+    state = problem.image.new_empty((finish.PLANES, 2 * problem.n), dtype=problem.compute_dtype())
     return state.new_empty(()), state.new_empty(()), state, state.new_empty(arguments[-1], dtype=torch.uint8)
 
 

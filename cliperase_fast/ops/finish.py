@@ -1,14 +1,15 @@
 """From the sums of a sweep to its losses, and from the incoming gradients to the terms of dS: O(N), for any backend.
 
-The state [5, n] of rows, and likewise that of columns, is what a backward pass needs of the forward one:
+The state [9, n] of rows, and likewise that of columns, is what a backward pass needs of the forward one:
 
-    0  d, the entry of S of the row's own pair
-    1  d°, that of S° (0 without a teacher)
-    2  r for the retention, without the pairs left out by group_ids
-    3  r of S
-    4  r of S° (0 without a teacher)
+    0, 1, 2  r for the retention, without the pairs left out by group_ids; r of S; r of S°
+    3, 4, 5  the anchors of the three softmaxes
+    6, 7, 8  their factors
 
-with r the log-odds of the rest of a row or column against its own pair's entry (see `ops/sweep.py`).
+with r the log-odds of the rest of a row or column against its own pair's entry (see `ops/sweep.py`), and a softmax
+rebuilt as P_ij = exp(S_ij - anchor_i) factor_i. The anchor is about the log-sum-exp, so that nothing overflows. The
+factor is made from the anchor as it was rounded, not from r: of large logits r is so coarse that the softmax would not
+add up to 1. What belongs to S° is 0 without a teacher.
 """
 
 from __future__ import annotations
@@ -21,12 +22,21 @@ from torch import Tensor
 
 from cliperase_fast.ops.problem import Problem, State, Sums
 
-DIAGONAL, TEACHER_DIAGONAL, RETENTION, STUDENT, TEACHER = range(5)
+RETENTION, STUDENT, TEACHER = range(3)
+_SOFTMAXES = 3
+PLANES = 3 * _SOFTMAXES
 
 
 def log_odds(maximum: Tensor, total: Tensor, diagonal: Tensor) -> Tensor:
     """r, from the largest off-diagonal entry and the sum of exp(entry - maximum). The large numbers meet first."""
     return (maximum - diagonal) + total.log()
+
+
+def anchored(maximum: Tensor, total: Tensor, diagonal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(r, anchor, factor) of a softmax, from the arguments of `log_odds`."""
+    anchor = torch.maximum(diagonal, maximum + total.log())
+    factor = (total * (maximum - anchor).exp() + (diagonal - anchor).exp()).reciprocal()
+    return log_odds(maximum, total, diagonal), anchor, factor
 
 
 def nothing(problem: Problem, count: int) -> Tensor:
@@ -59,41 +69,44 @@ def _maxima(problem: Problem) -> list[int]:
 
 
 def state(
-    problem: Problem, planes: Tensor, diagonal: Tensor, teacher_diagonal: Tensor | None
+    problem: Problem, planes: Tensor, diagonal: Tensor, teacher_diagonal: Tensor | None, shift: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """(state [5, n], mean gap [n]) of rows or of columns, from their planes of `Sums` and their own pairs' entries.
+    """(state [9, n], gap [n]) of rows or of columns, from their planes of `Sums` and their own pairs' entries.
 
-    The gap is S° - S - shift; its mean is off the diagonal under the teacher's softmax, None without a teacher.
+    The gap is the mean of S° - S off the diagonal, under the teacher's softmax, minus S° - S on it; None without a
+    teacher.
     """
-    found = diagonal.new_zeros(5, len(diagonal))
-    found[DIAGONAL] = diagonal
+    found = diagonal.new_zeros(PLANES, len(diagonal))
+
+    def put(plane: int, maximum: Tensor, total: Tensor, own: Tensor) -> None:
+        found[plane::_SOFTMAXES] = torch.stack(anchored(maximum, total, own))
+
     if problem.plain:
-        found[STUDENT] = found[RETENTION] = log_odds(planes[0], planes[1], diagonal)
+        put(STUDENT, planes[0], planes[1], diagonal)
+        found[RETENTION::_SOFTMAXES] = found[STUDENT::_SOFTMAXES]
     if problem.masked:
         first = 2 * problem.plain
-        found[RETENTION] = log_odds(planes[first], planes[first + 1], diagonal)
+        put(RETENTION, planes[first], planes[first + 1], diagonal)
     if not problem.want_consistency:
         return found, None
-    assert teacher_diagonal is not None
+    assert teacher_diagonal is not None and shift is not None
     maximum, total, gap = planes[-3:]
-    found[TEACHER_DIAGONAL] = teacher_diagonal
-    found[TEACHER] = log_odds(maximum, total, teacher_diagonal)
-    return found, gap / total
+    put(TEACHER, maximum, total, teacher_diagonal)
+    return found, gap / total - ((teacher_diagonal - diagonal) - shift)
 
 
-def totals(problem: Problem, state: Tensor, mean_gap: Tensor | None, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+def totals(problem: Problem, state: Tensor, gap: Tensor | None) -> tuple[Tensor, Tensor]:
     """(retention, consistency), summed over rows and columns; neither halved nor averaged.
 
-    state, mean_gap: of any rows and columns side by side, as `state` gives them.
+    state, gap: of any rows and columns side by side, as `state` gives them.
     """
     retention = consistency = state.new_zeros(())
-    log1p = log1p_exp(state[RETENTION:])  # [3, n]
+    log1p = log1p_exp(state[:_SOFTMAXES])  # [3, n]
     if problem.want_retention:
-        retention = log1p[0].sum()
+        retention = log1p[RETENTION].sum()
     if problem.want_consistency:
-        assert mean_gap is not None and shift is not None
-        gap = mean_gap - ((state[TEACHER_DIAGONAL] - state[DIAGONAL]) - shift)  # [n]
-        consistency = (rest(state[TEACHER]) * gap - log1p[2] + log1p[1]).sum()
+        assert gap is not None
+        consistency = (rest(state[TEACHER]) * gap - log1p[TEACHER] + log1p[STUDENT]).sum()
     return retention, consistency
 
 
@@ -111,8 +124,8 @@ def losses_of_sums(
     diagonal, teacher_diagonal = sums.diagonal.repeat(2), sums.teacher_diagonal
     if teacher_diagonal is not None:
         teacher_diagonal = teacher_diagonal.repeat(2)
-    found, mean_gap = state(problem, planes, diagonal, teacher_diagonal)
-    retention, consistency = totals(problem, found, mean_gap, sums.shift)
+    found, gap = state(problem, planes, diagonal, teacher_diagonal, sums.shift)
+    retention, consistency = totals(problem, found, gap)
     return 0.5 * retention / problem.n, consistency / problem.n, found, kept
 
 
@@ -124,8 +137,7 @@ def weights(grad_retention: Tensor, grad_consistency: Tensor, n: int) -> tuple[T
 class Softmax(NamedTuple):
     """A weight times (row softmax + column softmax) of a matrix, as what rebuilds it from the entries.
 
-    w P_ij = exp(S_ij - anchor_i) * factor_i. The anchor is about the larger of d_i and the log-sum-exp of the
-    rest, so that nothing overflows; its rounding is undone by the factor, w exp(anchor_i - d_i) / (1 + exp(r_i)).
+    w P_ij = exp(S_ij - anchor_i) * factor_i, see the head of this file.
     """
 
     rows: tuple[Tensor, Tensor]  # anchor and factor, [n] each
@@ -143,13 +155,10 @@ class Terms(NamedTuple):
 
 def gradient_terms(problem: Problem, state: State, weight_retention: Tensor, weight_consistency: Tensor) -> Terms:
     """dS in its parts. weight_retention: of each row's and column's retention; weight_consistency: of each KL."""
-    r = state.both[RETENTION:]  # [3, n + m]
-    diagonals = torch.stack((state.both[DIAGONAL], state.both[DIAGONAL], state.both[TEACHER_DIAGONAL]))
-    anchors = diagonals + r.clamp_min(0)
-    factors = ((anchors - diagonals) - log1p_exp(r)).exp()
+    r, anchors, factors = state.both.split(_SOFTMAXES)  # [3, n + m]
 
     def softmax(plane: int, weight: Tensor) -> Softmax:
-        anchor, factor = anchors[plane - RETENTION], weight * factors[plane - RETENTION]
+        anchor, factor = anchors[plane], weight * factors[plane]
         n = state.n
         return Softmax((anchor[:n], factor[:n]), (anchor[n:], factor[n:]))
 

@@ -89,17 +89,17 @@ class Sums(NamedTuple):
 
 
 class State(NamedTuple):
-    """What a backward sweep needs of the forward ones; the five planes are in `ops/finish.py`."""
+    """What a backward sweep needs of the forward ones; the planes are in `ops/finish.py`."""
 
-    both: Tensor  # [5, n + m], of the rows and of the columns
+    both: Tensor  # [finish.PLANES, n + m], of the rows and of the columns
     n: int
 
     @property
     def rows(self) -> Tensor:
-        """[5, n]."""
+        """[planes, n]."""
         return self.both[:, : self.n]
 
     @property
     def columns(self) -> Tensor:
-        """[5, m]."""
+        """[planes, m]."""
         return self.both[:, self.n :]

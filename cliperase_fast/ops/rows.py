@@ -20,7 +20,8 @@ from cliperase_fast.ops.streaming import Similarity, strip_height
 from cliperase_fast.ops.sweep import compute_dtype, no_autocast
 from cliperase_fast.ops.transforms import refuse_second_derivative, transformed
 
-_OWN, _TEACHER_OWN, _ODDS, _TEACHER_ODDS = range(4)  # the rows of the state [4, n]; the teacher's are 0 without one
+# The rows of the state [6, n]: r, anchor and factor as in `ops/finish.py`, of S and of S°, 0 without a teacher.
+_STUDENT, _TEACHER = slice(0, 3), slice(3, 6)
 
 _ARGUMENTS = (
     "Tensor query, Tensor keys, Tensor logit_scale, Tensor? teacher_query, Tensor? teacher_keys, "
@@ -76,18 +77,17 @@ class _Rows:
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     with no_autocast(arguments[0]):
         problem = _Rows(*arguments)
-        state = problem.student.text.new_zeros(4, problem.n)
+        state = problem.student.text.new_zeros(6, problem.n)
         distill = state.new_zeros(problem.n)
         for rows, strip, own, teacher_strip, teacher_own in problem:
-            state[_OWN, rows], state[_ODDS, rows] = own, _log_odds(strip, own)
+            state[_STUDENT, rows] = _anchored(strip, own)
             if teacher_strip is not None:
-                odds = _log_odds(teacher_strip, teacher_own)
-                state[_TEACHER_OWN, rows], state[_TEACHER_ODDS, rows] = teacher_own, odds
-                p_teacher = _softmax(teacher_strip, state[_TEACHER_OWN, rows], odds, torch.ones_like(odds))
+                state[_TEACHER, rows] = _anchored(teacher_strip, teacher_own)
+                p_teacher = _softmax(teacher_strip, state[_TEACHER, rows])
                 problem.own(strip, rows).copy_(own)  # weighed by a probability of 0
                 expected = p_teacher.mul_(strip.sub_(own[:, None])).sum(1)  # [h]
-                distill[rows] = finish.log1p_exp(state[_ODDS, rows]) - expected
-        contrastive = finish.log1p_exp(state[_ODDS])
+                distill[rows] = finish.log1p_exp(state[0, rows]) - expected
+        contrastive = finish.log1p_exp(state[0])
         return contrastive.mean(), distill.mean(), state
 
 
@@ -100,17 +100,15 @@ def _backward(
         student = problem.student
         weight_distill = grad_distill / problem.n if problem.teacher is not None else torch.zeros_like(grad_distill)
         weight_contrastive = grad_contrastive / problem.n
-        rest, teacher_rest = finish.rest(state[_ODDS]), finish.rest(state[_TEACHER_ODDS])  # [n]
+        rest, teacher_rest = finish.rest(state[_STUDENT][0]), finish.rest(state[_TEACHER][0])  # [n]
         of_own = weight_distill * (teacher_rest - rest) - weight_contrastive * rest  # [n]
-        both = (weight_contrastive + weight_distill).expand(problem.n)
         grad_query = query.new_empty(query.shape)
         grad_keys = torch.zeros_like(student.text)
         grad_scale = state.new_zeros(())
-        for rows, strip, own, teacher_strip, teacher_own in problem:
-            gradient = _softmax(strip, own, state[_ODDS, rows], both[rows])  # [h, N]
+        for rows, strip, _, teacher_strip, _ in problem:
+            gradient = _softmax(strip, state[_STUDENT, rows], weight_contrastive + weight_distill)  # [h, N]
             if teacher_strip is not None:
-                weight = weight_distill.expand(len(own))
-                gradient -= _softmax(teacher_strip, teacher_own, state[_TEACHER_ODDS, rows], weight)
+                gradient -= _softmax(teacher_strip, state[_TEACHER, rows], weight_distill)
             problem.own(gradient, rows).copy_(of_own[rows])
             query_rows = student.image_rows(rows.start, rows.stop)
             product = gradient @ student.text  # [h, D]
@@ -120,16 +118,16 @@ def _backward(
         return grad_query, grad_keys.mul_(student.scale).to(keys.dtype), grad_scale.to(scale.dtype)
 
 
-def _log_odds(strip: Tensor, own: Tensor) -> Tensor:
+def _anchored(strip: Tensor, own: Tensor) -> Tensor:
+    """[3, h], see `finish.anchored`."""
     maximum = strip.amax(1)
-    return finish.log_odds(maximum, (strip - maximum[:, None]).exp_().sum(1), own)
+    return torch.stack(finish.anchored(maximum, (strip - maximum[:, None]).exp_().sum(1), own))
 
 
-def _softmax(strip: Tensor, own: Tensor, odds: Tensor, weight: Tensor) -> Tensor:
-    """Each row's weight times its softmax, 0 at its own entry; in place of the strip."""
-    anchor = own + odds.clamp_min(0)  # as in `finish.Softmax`
-    factor = weight * ((anchor - own) - finish.log1p_exp(odds)).exp()
-    return strip.sub_(anchor[:, None]).exp_().mul_(factor[:, None])
+def _softmax(strip: Tensor, state: Tensor, weight: Tensor | float = 1.0) -> Tensor:
+    """The weight times each row's softmax, 0 at its own entry; in place of the strip. state: [3, h]."""
+    _, anchor, factor = state
+    return strip.sub_(anchor[:, None]).exp_().mul_((weight * factor)[:, None])
 
 
 _forward_op = torch.library.custom_op(
@@ -148,7 +146,7 @@ _backward_op = torch.library.custom_op(
 
 @_forward_op.register_fake
 def _(query: Tensor, keys: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    state = query.new_empty((4, len(query)), dtype=compute_dtype(query, keys, *rest[1:3]))
+    state = query.new_empty((6, len(query)), dtype=compute_dtype(query, keys, *rest[1:3]))
     return state.new_empty(()), state.new_empty(()), state
 
 

@@ -164,13 +164,13 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 @first_derivative_only
-def _gradients(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
+def _gradients(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor | None) -> tuple[Any, ...]:
     """Of each argument of the op."""
     found: list[Tensor | None] = [None] * 9
     if grad is not None:
         for place in range(4):
             if ctx.needs_input_grad[place]:
-                found[place] = (ctx.saved_tensors[place] * grad).to(ctx.dtypes[place])
+                found[place] = (saved[place] * grad).to(ctx.dtypes[place])
     return tuple(found)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,13 +17,15 @@ from torch.autograd import forward_ad
 
 from cliperase_fast.errors import UnlearningError
 
+MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
+
 _REMEDY = "use backend='eager' (or CLIPERASE_BACKEND=eager) without a process_group"
 
 
-def savable(tensor: Any) -> Any:
+def savable(tensor: MaybeTensor) -> MaybeTensor:
     """The tensor itself, or an equal one that autograd can save and that lies in memory as it reads."""
     # torch.compile traces neither question, and its graphs resolve negated views themselves.
-    if not isinstance(tensor, Tensor) or torch.compiler.is_compiling():
+    if tensor is None or torch.compiler.is_compiling():
         return tensor
     if tensor.is_neg():
         tensor = tensor.resolve_neg()
@@ -69,19 +71,20 @@ class _Refusing(torch.autograd.Function):
 
 
 def first_derivative_only(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
-    """Decorate the backward of an autograd function whose inputs are among what it saved.
+    """Decorate the backward of an autograd function whose inputs are among what it saved: (ctx, saved, *gradients).
 
-    As torch's `once_differentiable`, but with an error that helps; and torch.autograd.grad too meets it, where the
-    other leaves the second derivative out without a word.
+    What is saved is unpacked once, as checkpointing wants it. As torch's `once_differentiable`, but with an error that
+    helps; and torch.autograd.grad meets it too, where the other leaves the second derivative out without a word.
     """
 
     @wraps(backward)
     def run(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors
         with torch.no_grad():
-            found = backward(ctx, *gradients)
+            found = backward(ctx, saved, *gradients)
         if not torch.is_grad_enabled():
             return found
-        sources = [t for t in (*ctx.saved_tensors, *gradients) if t is not None and t.requires_grad]
+        sources = [t for t in (*saved, *gradients) if t is not None and t.requires_grad]
         return _Refusing.apply(len(found), *found, *sources) if sources else found
 
     return run

@@ -6,8 +6,10 @@
 
 namespace cliperase {
 
-// The planes of a state [STATE_PLANES, rows + columns], rows first.
-enum StatePlane : int { DIAGONAL, TEACHER_DIAGONAL, RETENTION_ODDS, STUDENT_ODDS, TEACHER_ODDS, STATE_PLANES };
+// The softmaxes of a state [STATE_PLANES, rows + columns], rows first: planes of their log-odds, of their anchors and of
+// their factors.
+enum StateSoftmax : int { RETENTION, STUDENT_SOFTMAX, TEACHER, STATE_SOFTMAXES };
+constexpr int STATE_PLANES = 3 * STATE_SOFTMAXES;
 
 struct Losses {
     double retention, consistency;  // summed over rows and columns

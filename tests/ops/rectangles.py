@@ -59,11 +59,11 @@ def in_pieces(
     states, gaps = [], []
     for parts in (row_parts, column_parts):
         merged = finish.merge(whole, torch.stack(parts), torch.stack(shifts)[:, None], shifts[0])
-        state, gap = finish.state(whole, merged, diagonal, teacher_diagonal)
+        state, gap = finish.state(whole, merged, diagonal, teacher_diagonal, shifts[0])
         states.append(state)
         gaps.append(gap)
-    mean_gap = None if gaps[0] is None else torch.cat(gaps)
-    retention, consistency = finish.totals(whole, torch.cat(states, 1), mean_gap, shifts[0])
+    gap = None if gaps[0] is None else torch.cat(gaps)
+    retention, consistency = finish.totals(whole, torch.cat(states, 1), gap)
     weights = finish.weights(diagonal.new_full((), 0.7), diagonal.new_full((), 1.3), n)
     gradients = [diagonal.new_zeros(tensor.shape) for tensor in (batch.image, batch.text, batch.scale)]
     for (problem, rows, columns), stored in zip(pieces, kept, strict=True):

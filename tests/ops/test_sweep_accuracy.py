@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from accuracy_cases import REGIMES, allowed_errors, errors, regime, rounding_unit
-from sweep_cases import BACKENDS, CPU_BACKENDS, naive_sweep, outcome, random_batch
+from sweep_cases import BACKENDS, CPU_BACKENDS, Batch, naive_sweep, outcome, random_batch
 
 from cliperase_fast.ops import reference, streaming
 from cliperase_fast.ops.dispatch import REGISTRY
@@ -32,6 +32,40 @@ def test_float32_is_as_good_as_the_rounding_of_the_similarities_allows(backend, 
     allowed = allowed_errors(batch, truth, torch.float32)
     for key, error in errors(result, truth).items():
         assert error <= allowed[key], (key, error, allowed[key])
+
+
+def without_norm(batch: Batch) -> Batch:
+    """The same similarities from features that are not normalised, at a scale of 1."""
+    grown = replace(batch, image=batch.image * batch.scale, scale=torch.ones_like(batch.scale))
+    if batch.teacher_image is None:
+        return grown
+    factor = batch.teacher_scale
+    return replace(grown, teacher_image=batch.teacher_image * factor, teacher_scale=torch.ones_like(factor))
+
+
+# Here a softmax is one entry and the rest vanishes, whatever a rounding of the similarities does: each gradient is as
+# good as its own arithmetic, sums of N products. A softmax that does not add up to 1 is off by the last digit of a
+# logit, 6e-2 for 1e6.
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("scale", [1e6, 1e7, 1e8, 1e10])
+@pytest.mark.parametrize("name", ["random", "half converged"])
+@pytest.mark.parametrize("variant", ["retention", "consistency", "groups", "not normalised", "kept"])
+def test_large_logits_cost_no_digits_of_the_gradients(backend, scale, name, variant):
+    batch = regime(name, scale, N)
+    if variant == "retention":
+        batch = batch.without_teacher()
+    elif variant == "groups":
+        batch = replace(batch, group_ids=torch.arange(N) // 2)
+    elif variant == "consistency":
+        batch = replace(batch, want_retention=False)
+    elif variant == "not normalised":
+        batch = without_norm(batch).to(torch.float32).to(torch.float64)
+    truth = outcome(reference.sweep, batch)
+    options = {"keep": "similarities"} if variant == "kept" else {}
+    result = outcome(REGISTRY[backend].load(), batch.to(torch.float32), **options)
+    for key in ("image", "text", "scale"):
+        largest = getattr(truth, key).abs().max().item()
+        assert errors(result, truth)[key] <= N * 2.0**-23 * largest, key
 
 
 @pytest.mark.parametrize("scale", [30.0, 100.0])

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cliperase_fast.ops import finish
 from cliperase_fast.ops.engine import keep_bytes
 from cliperase_fast.ops.native import extension
 from cliperase_fast.ops.native.buffers import as_buffer_or_none
@@ -80,7 +81,7 @@ class CpuEngine:
     def losses(self, problem: Problem, strip_rows: int, kept_bytes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`finish.losses_of_sums` in one call."""
         kept = self._workspace(kept_bytes)
-        retention, consistency, state = floats(), floats(), floats(5, 2 * problem.n)
+        retention, consistency, state = floats(), floats(), floats(finish.PLANES, 2 * problem.n)
         call = Call(self._cpu, problem)
         self._cpu.losses(
             call.problem,

@@ -276,7 +276,7 @@ def _milliseconds(device: torch.device, dtype: torch.dtype, width: int, n: int, 
     if way == "forward":
         return triton.testing.do_bench(lambda: tuned.forward(problem, 0, 0), return_mode="median")
     weight = torch.full((), 1 / n, dtype=torch.float32, device=device)
-    state = State(torch.zeros(5, 2 * n, dtype=torch.float32, device=device), n)
+    state = State(torch.zeros(finish.PLANES, 2 * n, dtype=torch.float32, device=device), n)
     nothing = torch.empty(0, dtype=torch.uint8, device=device)
     return triton.testing.do_bench(
         lambda: tuned.backward(problem, state, weight, weight, 0, nothing, True, True, True), return_mode="median"
