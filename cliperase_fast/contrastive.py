@@ -93,8 +93,9 @@ def local_clip_loss(
         zero = query.sum(dtype=compute_dtype(query, keys)) + 0 * (keys.sum() + scale)
         return zero, zero.detach()
     with no_autocast(query):
-        tensors = map(savable, (query, keys, scale, teacher_query, teacher_keys, teacher_scale))
-        return row_losses(*tensors, first_key)
+        query, keys = savable(query), savable(keys)
+        teacher_query, teacher_keys = savable(teacher_query), savable(teacher_keys)
+        return row_losses(query, keys, scale, teacher_query, teacher_keys, teacher_scale, first_key)
 
 
 def sigmoid_loss(

@@ -129,9 +129,9 @@ def cliperase_loss(
         gather,
         (retain_image, forget_image),
     )  # fmt: skip
-    forget_image, forget_text, retain_image, retain_text, teacher_image, teacher_text, group_ids = map(
-        savable, (forget_image, forget_text, retain_image, retain_text, teacher_image, teacher_text, group_ids)
-    )
+    forget_image, forget_text = savable(forget_image), savable(forget_text)
+    retain_image, retain_text, group_ids = savable(retain_image), savable(retain_text), savable(group_ids)
+    teacher_image, teacher_text = savable(teacher_image), savable(teacher_text)
     zero = retain_image.new_zeros((), dtype=compute_dtype(retain_image, retain_text))
     retain_term = forget_term = consistency_term = zero
     fused = lambda_consistency > 0 and consistency == "logits"
@@ -254,10 +254,10 @@ def contrast(
         (image_features,),
         own_values,
     )  # fmt: skip
-    tensors = map(savable, (image_features, text_features, scale, *frozen, teacher_scale, group_ids))
     with no_autocast(image_features):
         return _sweep(
-            *tensors, want_retention,
+            savable(image_features), savable(text_features), scale, savable(frozen[0]), savable(frozen[1]),
+            teacher_scale, savable(group_ids), want_retention,
             teacher is not None, backend, keep, shards,
         )  # fmt: skip
 
