@@ -11,8 +11,11 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from sweep_cases import Batch, Outcome, random_batch
+from sweep_cases import Batch, Outcome, outcome, random_batch
 from torch import Tensor
+
+from cliperase_fast.ops import reference
+from cliperase_fast.ops.sweep import Sweep
 
 UNDERFLOW = 1e-36  # float32 ends near 1e-38; what is smaller comes out as 0
 
@@ -101,3 +104,17 @@ def errors(result: Outcome, truth: Outcome) -> dict[str, float]:
         "scale": (result.scale, truth.scale),
     }
     return {name: (a.double() - b).abs().max().item() for name, (a, b) in pairs.items()}
+
+
+def assert_no_divergence(sweep: Sweep, batch: Batch, **options: int) -> None:
+    """For a float32 batch whose student is its teacher: neither a loss nor a gradient beyond rounding.
+
+    Not exactly 0: a library's product may round the same numbers differently from one call to the next, with the place
+    of its operands in memory.
+    """
+    batch = replace(batch, want_retention=False)
+    truth = outcome(reference.sweep, batch.to(torch.float64))
+    found = outcome(sweep, batch, **options)
+    allowed = allowed_errors(batch.to(torch.float64), truth, torch.float32)
+    for key, error in errors(found, truth).items():
+        assert error <= allowed[key], (key, error, allowed[key])

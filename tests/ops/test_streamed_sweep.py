@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accuracy_cases import assert_no_divergence
 from sweep_cases import outcome, random_batch
 from torch import Tensor
 
@@ -116,7 +117,7 @@ def test_the_gradient_of_a_gradient_is_refused_not_wrong():
     batch = random_batch(5)
     image = batch.image.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(sum(streaming.sweep(image, *batch.arguments()[1:])), image, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula"):
+    with pytest.raises(RuntimeError, match="second derivatives of this loss are not"):
         gradient.square().sum().backward()
 
 
@@ -166,9 +167,7 @@ def test_two_runs_are_bitwise_equal():
 def test_student_equal_to_its_teacher_has_no_divergence():
     batch = random_batch(17, teacher_width=40).to(torch.float32)
     batch = replace(batch, teacher_image=batch.image, teacher_text=batch.text, teacher_scale=batch.scale)
-    result = outcome(streaming.sweep, replace(batch, want_retention=False), strip_rows=7)
-    assert result.consistency == 0
-    assert max(gradient.abs().max() for gradient in (result.image, result.text, result.scale)) < 1e-7
+    assert_no_divergence(streaming.sweep, batch, strip_rows=7)
 
 
 def test_nan_and_infinity_come_out_as_nan_not_as_a_plausible_number():
@@ -202,7 +201,7 @@ def test_autocast_around_either_direction_changes_nothing(active):
     with torch.autocast("cpu", torch.bfloat16, enabled=active == "backward"):
         total.backward()
     assert total.dtype == torch.float32
-    assert torch.equal(image.grad, expected.image)
+    torch.testing.assert_close(image.grad, expected.image)  # bfloat16 would be off by 1e-3
 
 
 VARIANTS = {
