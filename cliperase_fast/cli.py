@@ -351,6 +351,7 @@ def _unlearn(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from cliperase_fast.evaluation import evaluate
     from cliperase_fast.report import class_table, text_table
+    from cliperase_fast.report.wording import left_out_lines
     from cliperase_fast.storage import check_writable, write_text_atomically, writing
 
     if arguments.output:  # which is found out before it takes minutes
@@ -371,7 +372,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(text)
     else:
-        print("\n\n".join(part for part in (text_table(scores), class_table(scores["per_class"])) if part))
+        left_out = "\n".join(f"Left out: {line}" for line in left_out_lines(scores.get("skipped", {})))
+        print("\n\n".join(part for part in (text_table(scores), class_table(scores["per_class"]), left_out) if part))
     if arguments.output:
         with writing(arguments.output):
             Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)

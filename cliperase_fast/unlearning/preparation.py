@@ -26,6 +26,7 @@ from cliperase_fast.data.checks import find_bad_images
 from cliperase_fast.data.intake import Intake
 from cliperase_fast.distributed import ALONE, Ranks
 from cliperase_fast.errors import InputError
+from cliperase_fast.reading import printable_data
 
 
 @dataclass
@@ -94,7 +95,7 @@ def open_sets(
         "retain": retain if isinstance(retain, str) else retain_pairs.name,
         "test": test if isinstance(test, str) else _test_name(test, test_sets, config),
     }
-    return PairSets(forget_pairs, retain_pairs, test_sets, names)
+    return PairSets(forget_pairs, retain_pairs, test_sets, printable_data(names))
 
 
 def prepare_data(sets: PairSets, config: UnlearnConfig, *, progress: bool, ranks: Ranks = ALONE) -> PreparedData:
