@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import math
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -283,7 +284,7 @@ def _coerce(spec: dataclasses.Field[Any], value: Any) -> Any:
             return dict(value)
         if isinstance(value, (str, Path)):
             return str(value)
-        raise InputError(f"{spec.name}={value!r} must be a string or a mapping")
+        raise InputError(f"{spec.name}={_shortly(value)} must be a string or a mapping")
     if wanted == "bool":
         if isinstance(value, bool):
             return value
@@ -311,8 +312,11 @@ def _coerce(spec: dataclasses.Field[Any], value: Any) -> Any:
 
 
 def _shortly(value: Any) -> str:
+    """repr, cut short and a few levels deep: lists can hold each other or be endlessly nested."""
+    brief = reprlib.Repr()
+    brief.maxlevel = 3
+    brief.maxstring = brief.maxother = brief.maxlong = 100
     try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # a number of thousands of digits, lists thousands deep
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= 100 else f"{text[:100]}..."
+        return brief.repr(value)
+    except ValueError:  # a number of thousands of digits
+        return f"a {type(value).__name__}"

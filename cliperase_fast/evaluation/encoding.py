@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cliperase_fast.data import PairDataset, caption_key
+from cliperase_fast.data.loading import load_batches
 from cliperase_fast.data.pixel_cache import PixelCache
 from cliperase_fast.distributed import ALONE, Ranks
 from cliperase_fast.errors import InputError, is_out_of_memory
@@ -142,8 +143,19 @@ def class_prompts(pairs: PairDataset, templates: Sequence[str] | None = None) ->
 
 
 def _encode_text(adapter: ClipAdapter, tokens: Tensor, batch_size: int) -> Tensor:
-    features = [adapter.encode_text(part).float().cpu() for part in tokens.split(batch_size)]
-    return torch.cat(features)  # [U, D]
+    return torch.cat([_encode_tokens(adapter, part).float().cpu() for part in tokens.split(batch_size)])  # [U, D]
+
+
+def _encode_tokens(adapter: ClipAdapter, tokens: Tensor) -> Tensor:
+    try:
+        return adapter.encode_text(tokens)
+    except (RuntimeError, IndexError) as error:
+        if is_out_of_memory(error):  # which `inference` tells
+            raise
+        raise InputError(
+            f"the model cannot encode captions of {tokens.shape[1]} tokens with ids from {int(tokens.min())} to "
+            f"{int(tokens.max())} ({error}): use its own tokenizer"
+        ) from error
 
 
 def _encode_images(
@@ -172,7 +184,7 @@ def _encode_images(
     def encoded() -> list[Tensor]:
         parts: list[Tensor] = []
         with Steps(sum(map(len, own)), "encoding", "image", bar=progress) as steps:
-            for pixels in loader:
+            for pixels in load_batches(loader):
                 features = _encode_image(adapter, pixels.to(device, non_blocking=True)).float().cpu()  # [B, D]
                 parts.append(features)
                 steps.update(len(features))

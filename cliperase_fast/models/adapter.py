@@ -52,6 +52,7 @@ class ClipAdapter(ABC):
         self.module = module
         self.transform = transform
         self.truncate = truncate
+        self.cut_captions: dict[str, int] = {}  # captions that were cut to the context, with their number of tokens
         self.tokenizer = None if tokenizer is None else CaptionTokenizer(tokenizer, self.context_length)
 
     @property
@@ -84,16 +85,17 @@ class ClipAdapter(ABC):
             raise InputError("the captions need a tokenizer and the model brings none: pass tokenizer=")
         tokens = self.tokenizer(captions)
         self._check_tokens(tokens)
-        if not (self.truncate if truncate is None else truncate):
-            too_long = self.tokenizer.overlong(captions, tokens)
-            if too_long:
-                caption, count = too_long[0]
-                raise InputError(
-                    f"caption {_shortened(caption)!r} has {count} tokens (begin and end marks included) and "
-                    f"the model's context holds {self.tokenizer.context_length}; {len(too_long)} of "
-                    f"{len(captions)} captions are too long. "
-                    'Shorten them, or pass long_captions="truncate" to cut them'
-                )
+        too_long = self.tokenizer.overlong(captions, tokens)
+        if self.truncate if truncate is None else truncate:
+            self.cut_captions.update(too_long)
+        elif too_long:
+            caption, count = too_long[0]
+            raise InputError(
+                f"caption {_shortened(caption)!r} has {count} tokens (begin and end marks included) and "
+                f"the model's context holds {self.tokenizer.context_length}; {len(too_long)} of "
+                f"{len(captions)} captions are too long. "
+                'Shorten them, or pass long_captions="truncate" to cut them'
+            )
         return tokens
 
     def token_ids(self, captions: Sequence[Any]) -> Tensor:
@@ -106,7 +108,13 @@ class ClipAdapter(ABC):
             raise InputError(
                 f"token captions have different lengths ({lengths[0]} to {lengths[-1]}): pad them to one length"
             )
-        return torch.stack(tokens)
+        stacked = torch.stack(tokens)
+        try:
+            self._check_tokens(stacked)
+        except InputError as error:
+            said = str(error).replace("the tokenizer returned", "there are")
+            raise InputError(f"the token captions do not fit the model: {said}") from error
+        return stacked
 
     def encode_image(self, pixels: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, D]
         """L2-normalised image features, float32 (float64 for a float64 model); differentiable."""

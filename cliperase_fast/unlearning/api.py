@@ -39,7 +39,7 @@ from cliperase_fast.unlearning.front import keep_front
 from cliperase_fast.unlearning.giving_back import give_back
 from cliperase_fast.unlearning.identity import tokenizer_identity, transform_identity
 from cliperase_fast.unlearning.preparation import PreparedData, Split, open_sets, prepare_data
-from cliperase_fast.unlearning.probing import check_features, check_gradient, check_teacher
+from cliperase_fast.unlearning.probing import check_captions, check_features, check_gradient, check_teacher
 from cliperase_fast.unlearning.resolution import merge_lora, notes
 from cliperase_fast.unlearning.result import UnlearnResult
 from cliperase_fast.unlearning.resuming import RunDirectory, fixed_settings, resume_from
@@ -139,6 +139,7 @@ def _unlearn(
         )
     frozen.transform = original.transform
     captions = ranks.together(partial(CaptionTable, data.train.pairs, original.token_ids))
+    ranks.together(partial(check_captions, original, captions, runtime))
 
     identity = {
         "model": given.identity(),
@@ -246,7 +247,7 @@ def _unlearn(
             "lowest": lowest(done.looks),
             "stopped_early": done.stopped_early,
         },
-        "notes": [*notes(done.metrics, settings.to_dict()), *([back.note] if back.note else [])],
+        "notes": [*notes(done.metrics, settings.to_dict()), *([back.note] if back.note else []), *_cut(student)],
         "weights": {**weights, "returned": weight_dtypes(back.adapter)},
         "model": str(model) if isinstance(model, (str, Path)) else type(model).__name__,
         "data": {
@@ -256,6 +257,7 @@ def _unlearn(
             "retain_pairs": len(data.train.pairs) - data.train.n_forget,
             "skipped": data.intake.skipped.to_dict(),
             "ignored": data.intake.ignored.to_dict(),
+            "cut_captions": len(student.cut_captions),
         },
         "config": settings.to_dict(),
         "seconds": {
@@ -436,3 +438,14 @@ def _teacher(
         directory=work / "cache",
         pixels=loader.pixels.cache,
     )
+
+
+def _cut(adapter: ClipAdapter) -> list[str]:
+    """A note where captions were cut to the model's context."""
+    if not adapter.cut_captions:
+        return []
+    caption, count = next(iter(adapter.cut_captions.items()))
+    return [
+        f"{len(adapter.cut_captions)} different captions were cut to the {adapter.context_length} tokens of the "
+        f"model's context (the first has {count}: {caption[:80]!r})"
+    ]

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cliperase_fast.data import PairDataset
 from cliperase_fast.data.drawing import seeded
+from cliperase_fast.data.loading import load_batches
 from cliperase_fast.data.pixel_cache import PixelCache
 from cliperase_fast.distributed import ALONE, Ranks
 
@@ -108,6 +109,11 @@ class CaptionTable:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def highest(self) -> int:
+        """The row that holds the highest token id, which a model with a smaller vocabulary cannot read."""
+        return int(self.tokens.amax(1).argmax())
+
     def rows(self, indices: Sequence[int] | Tensor | np.ndarray) -> Tensor:
         return self.tokens[torch.as_tensor(indices, dtype=torch.int64, device="cpu")].long()
 
@@ -179,7 +185,7 @@ class BatchLoader:
             collate_fn=torch.stack,
             generator=torch.Generator("cpu"),  # its own, so that starting it leaves the global random state alone
         )
-        for number, pixels in zip(range(start, stop), loader, strict=True):
+        for number, pixels in zip(range(start, stop), load_batches(loader), strict=True):
             yield self._batch(number, pixels)
 
     def pairs_of_ranks(self) -> list[int]:

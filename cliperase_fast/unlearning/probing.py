@@ -53,6 +53,21 @@ def check_features(encoded: EncodedPairs, pairs: PairDataset) -> None:
             )
 
 
+def check_captions(model: ClipAdapter, captions: CaptionTable, runtime: Runtime) -> None:
+    """Encode the caption with the highest token id, so that ids the model does not know are an error now."""
+    tokens = captions.rows([captions.highest])  # [1, L]
+    try:
+        with runtime.inference(model):
+            model.encode_text(tokens)
+    except (RuntimeError, IndexError) as error:
+        if isinstance(error, UnlearningError):
+            raise
+        raise InputError(
+            f"the model cannot encode a caption of {tokens.shape[1]} tokens with ids up to {int(tokens.max())} "
+            f"({error}): use its own tokenizer"
+        ) from error
+
+
 def check_gradient(
     student: ClipAdapter,
     parameters: list[tuple[str, nn.Parameter]],
@@ -104,8 +119,8 @@ def check_teacher(
     try:
         with runtime.inference(teacher):
             image = teacher.encode_image(pixels[None].to(runtime.device))
-            text = teacher.encode_text(captions.rows([0]).to(runtime.device))
-    except RuntimeError as error:
+            text = teacher.encode_text(captions.rows([captions.highest]).to(runtime.device))
+    except (RuntimeError, IndexError) as error:
         if isinstance(error, UnlearningError):
             raise
         raise InputError(

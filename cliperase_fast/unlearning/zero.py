@@ -8,7 +8,6 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from cliperase_fast.distributed import Ranks
 from cliperase_fast.errors import InputError
 from cliperase_fast.extras import import_extra
 from cliperase_fast.models import ClipAdapter
+from cliperase_fast.reading import read_text
 from cliperase_fast.unlearning.engine import MOMENTS, Engine
 from cliperase_fast.unlearning.runtime import Runtime
 
@@ -126,13 +126,14 @@ def _given(setting: str | Mapping[str, Any]) -> dict[str, Any]:
     if setting in _STAGES:
         return {"zero_optimization": {"stage": _STAGES[setting]}}
     try:
-        given = json.loads(Path(setting).read_text(encoding="utf-8"))
-    except OSError as error:
+        text = read_text(setting, 1 << 20)
+    except InputError as error:
         raise InputError(
-            f"deepspeed={setting!r} is none of {', '.join(_STAGES)} and no file that can be read "
-            f"({error.strerror or error})"
+            f"deepspeed={setting!r} is none of {', '.join(_STAGES)} and no file that can be read ({error})"
         ) from error
-    except json.JSONDecodeError as error:
+    try:
+        given = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise InputError(f"the DeepSpeed configuration {setting} is not valid JSON: {error}") from error
     if not isinstance(given, dict):
         raise InputError(f"the DeepSpeed configuration {setting} must be a JSON object, not a {type(given).__name__}")
