@@ -96,6 +96,11 @@ def main(words: Sequence[str] | None = None) -> int:
     settings = Settings("cpu", arguments.seconds, None, 30.0, None, False, torch.get_num_threads(), quiet=True)
     if arguments.write:
         return _write(arguments.against, settings, arguments.tries)
+    print(
+        "bench-check: half a minute on two cores, more where something has to be tried again",
+        file=sys.stderr,
+        flush=True,
+    )
     record = json.loads(arguments.against.read_text(encoding="utf-8"))
     lines = checked({run["name"]: run["ratio"] for run in record["runs"]}, settings, arguments.tries)
     shown = [

@@ -28,6 +28,7 @@ import shlex
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from typing import Any
 from .compare import comparison
 from .loss_report import text
 from .machine import describe, own_folder, run_module
+from .options import circumstances
 from .train_loops import PHASES, SETTINGS, WHO
 
 LOSS_TOLERANCE = 1e-3  # between the two loops, of a step's total loss
@@ -181,12 +183,14 @@ def main(words: Sequence[str] | None = None) -> int:
     else:
         if sys.platform != "linux":
             raise SystemExit("memory is read from /proc, so this needs Linux")
-        record = measure(arguments, shlex.join(["cliperase-fast", "bench", "train", *words]))
         path = arguments.json or own_folder() / "train-cpu.json"
+        began = time.perf_counter()
+        print(f"train: the record goes to {path}; a line for each run", file=sys.stderr, flush=True)
+        record = measure(arguments, shlex.join(["cliperase-fast", "bench", "train", *words]))
         os.makedirs(path.parent, exist_ok=True)
         path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        print(f"written to {path}", file=sys.stderr)
-    print(full_text(record))
+        print(f"train: done in {time.perf_counter() - began:.0f} s; written to {path}", file=sys.stderr)
+    print(f"{full_text(record)}\n\n{circumstances(record)}")
     for fault in faults(record):
         print(f"NOT COMPARABLE: {fault}")
     return int(bool(faults(record)))
