@@ -27,8 +27,9 @@ def measure(batch: int, chunk: int) -> dict[str, Any]:
     """One step of `unlearn()`; peak resident bytes of the process."""
     from cliperase_fast import unlearn
     from cliperase_fast.data import open_source
-    from cliperase_fast.demo import RECIPES, train_small_clip
+    from cliperase_fast.demo import train_small_clip
     from cliperase_fast.models import load_model
+    from cliperase_fast.recipes import RECIPES
 
     digits = open_source("demo").train
     model = train_small_clip(digits, replace(RECIPES["demo"], epochs=1))  # its weights do not matter here

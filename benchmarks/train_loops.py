@@ -29,8 +29,9 @@ from torch import Tensor
 
 from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.data import PairDataset, open_source, select
-from cliperase_fast.demo import RECIPES, cached_small_clip
+from cliperase_fast.demo import cached_small_clip
 from cliperase_fast.models import load_model, set_trainable
+from cliperase_fast.recipes import RECIPES
 from cliperase_fast.unlearning import api
 from cliperase_fast.unlearning.preparation import Split, open_sets, prepare_data
 from cliperase_fast.unlearning.trainer import Trainer

@@ -19,7 +19,7 @@ sys.path.append(ROOT)
 @pytest.fixture(scope="session")
 def model_cache(tmp_path_factory):
     """A folder of small trained models, shared by all test processes; the digits' is in it already."""
-    from cliperase_fast.demo import RECIPES
+    from cliperase_fast.recipes import RECIPES
 
     return _with_digits(tmp_path_factory, RECIPES["demo"])
 
@@ -27,7 +27,7 @@ def model_cache(tmp_path_factory):
 @pytest.fixture
 def quick_model_cache(tmp_path_factory, monkeypatch):
     """The same with the digits' less trained, for the demo too."""
-    from cliperase_fast.demo import RECIPES
+    from cliperase_fast.recipes import RECIPES
 
     monkeypatch.setitem(RECIPES, "demo", replace(RECIPES["demo"], epochs=16))
     return _with_digits(tmp_path_factory, RECIPES["demo"])

@@ -92,7 +92,8 @@ def run_with_random_views(rank: int, changes: dict[str, Any]) -> dict[str, Any]:
 
 def run_on_digits(rank: int, cache: Path, deepspeed: str) -> dict[str, Any]:
     """The demo's run."""
-    from cliperase_fast.demo import RECIPES, cached_small_clip
+    from cliperase_fast.demo import cached_small_clip
+    from cliperase_fast.recipes import RECIPES
 
     recipe = RECIPES["demo"]
     model = f"local-dir:{cached_small_clip('demo', recipe, cache_dir=cache)}"
