@@ -79,10 +79,10 @@ avx512-check: $(TEST)
 	PATH="$(CURDIR)/$(BIN):$$PATH" csrc/tests/avx512/run.sh
 
 gpu-check:
-	CLIPERASE_EXTENSION=1 CLIPERASE_CUDA=ON $(PYTHON) setup.py -q build_ext --inplace
-	$(PYTHON) -m pytest tests/ops/gpu_triton.py tests/ops/gpu_native.py tests/ops/gpu_runtime.py
-	$(PYTHON) -m benchmarks.loss --gpu-check
-	$(PYTHON) -m benchmarks.fastest
+	CLIPERASE_EXTENSION=1 CLIPERASE_CUDA=ON '$(PYTHON)' setup.py -q build_ext --inplace
+	'$(PYTHON)' -m pytest tests/ops/gpu_triton.py tests/ops/gpu_native.py tests/ops/gpu_runtime.py
+	'$(PYTHON)' -m benchmarks.loss --gpu-check
+	'$(PYTHON)' -m benchmarks.fastest
 
 # The CUDA kernels, emulated on the CPU, under the address and undefined-behaviour sanitizers.
 cuda-sanitize: $(TEST)
@@ -94,8 +94,8 @@ cuda-sanitize: $(TEST)
 # CUDA kernels for one architecture, whose PTX any newer GPU takes too: six take nvcc a minute. `pip install .` builds all.
 $(DEMO): pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 	@echo 'Setting up .venv: minutes, most of them the download of torch (with its GPU libraries, several GB)'
-	@command -v $(PYTHON) > /dev/null || { echo 'there is no $(PYTHON): make PYTHON=/path/to/python3.10-or-newer'; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	@command -v '$(PYTHON)' > /dev/null || { echo 'there is no $(PYTHON): make PYTHON=/path/to/python3.10-or-newer'; exit 1; }
+	'$(PYTHON)' -m venv $(VENV)
 	$(BIN)/python -I -m pip install --quiet --upgrade pip
 	began=$$(date +%s); \
 	CMAKE_ARGS="-DCLIPERASE_CUDA_ARCHITECTURES=80 $$CMAKE_ARGS" $(BIN)/python -I -m pip install --editable . && \

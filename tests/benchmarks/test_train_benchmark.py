@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks import train
+from benchmarks.machine import describe
 from benchmarks.train_loops import PHASES, SETTINGS, WHO, run
 from cliperase_fast.models import load_model
 
@@ -34,7 +35,7 @@ def record(tmp_path_factory):
         vit, model=tiny_model, config={**vit.config, "batch_size": 12, "learning_rate": 1e-3, "epochs": 3}, quick={}
     )
     runs = [{"setting": "vit-b-32", **run(setting, who, folder, quick=True)} for who in WHO]
-    return {"settings": ["vit-b-32"], "titles": {"vit-b-32": vit.title}, "runs": runs}
+    return {**describe(), "settings": ["vit-b-32"], "titles": {"vit-b-32": vit.title}, "runs": runs}
 
 
 def test_both_loops_see_the_same_batches_and_end_with_the_same_scores(record):
