@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from cliperase_fast import functional
 from cliperase_fast.data import PairDataset, open_source, parse_reference, select
 from cliperase_fast.data.drawing import seeded
+from cliperase_fast.defaults import torch_defaults
 from cliperase_fast.models import load_model
 from cliperase_fast.progress import Steps, say
 from cliperase_fast.recipes import Recipe, recipe_for
@@ -31,6 +32,7 @@ from cliperase_fast.unlearning.resuming import RunDirectory
 _MARK = ".cliperase-demo"
 
 
+@torch_defaults()
 def run_demo(
     forget: str = "demo#class:seven",
     output_dir: str | Path = "runs/demo",
@@ -72,6 +74,7 @@ def clear_demo_run(output_dir: Path) -> None:
         return
 
 
+@torch_defaults()
 def cached_small_clip(
     spec: str, recipe: Recipe, *, seed: int = 0, progress: bool = False, cache_dir: str | Path | None = None
 ) -> Path:
@@ -102,6 +105,7 @@ def cached_small_clip(
     return path
 
 
+@torch_defaults()
 def train_small_clip(pairs: PairDataset, recipe: Recipe, *, seed: int = 0, progress: bool = False) -> nn.Module:
     """Train an open_clip model of a few million parameters on `pairs` with the contrastive loss.
 

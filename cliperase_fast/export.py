@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cliperase_fast.defaults import torch_defaults
 from cliperase_fast.errors import InputError
 from cliperase_fast.models.open_clip_config import Config, build, prove_config
 
@@ -48,6 +49,7 @@ _PARTS = ("q_proj", "k_proj", "v_proj")
 State = dict[str, Tensor]
 
 
+@torch_defaults()
 def to_transformers(model: nn.Module) -> Any:
     """An open_clip CLIP or CustomTextCLIP of plain transformers as a transformers `CLIPModel`.
 
@@ -91,6 +93,7 @@ def to_transformers(model: nn.Module) -> Any:
     return _filled(result, _transformers_state(state), model)
 
 
+@torch_defaults()
 def to_open_clip(model: nn.Module) -> Any:
     """A transformers `CLIPModel` as an open_clip `CLIP`, with the same activation and pooling of texts.
 
@@ -129,6 +132,7 @@ def to_open_clip(model: nn.Module) -> Any:
     return _filled(result, _open_clip_state(model.state_dict()), model)
 
 
+@torch_defaults()
 def to_diffusers_text_encoder(model: nn.Module, *, projection: bool = False) -> Any:
     """The text tower for a Stable-Diffusion-style pipeline: `pipeline.text_encoder = to_diffusers_text_encoder(model)`.
 

@@ -22,6 +22,7 @@ from cliperase_fast.data import (
 from cliperase_fast.data.checks import find_bad_images
 from cliperase_fast.data.classes import check_templates
 from cliperase_fast.data.intake import Tally
+from cliperase_fast.defaults import torch_defaults
 from cliperase_fast.errors import InputError
 from cliperase_fast.evaluation.encoding import encode_pairs, require_finite
 from cliperase_fast.evaluation.scoring import score
@@ -31,6 +32,7 @@ from cliperase_fast.models.runtime import check_precision, pick_device
 from cliperase_fast.models.soundness import check_weights
 
 
+@torch_defaults()
 def evaluate(
     model: Any,
     data: Any,

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cliperase_fast.defaults import torch_defaults
 from cliperase_fast.errors import InputError
 from cliperase_fast.models.saving import save_weights, write_directory
 from cliperase_fast.models.tokenizing import CaptionTokenizer
@@ -73,6 +74,7 @@ class ClipAdapter(ABC):
     def device(self) -> torch.device:
         return next(self.module.parameters()).device
 
+    @torch_defaults()
     def tokenize(self, captions: Sequence[str], *, truncate: bool | None = None) -> Tensor:
         """Token ids int64 [B, L] of `captions`, on the CPU.
 
@@ -116,12 +118,14 @@ class ClipAdapter(ABC):
             raise InputError(f"the token captions do not fit the model: {said}") from error
         return stacked
 
+    @torch_defaults()
     def encode_image(self, pixels: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, D]
         """L2-normalised image features, float32 (float64 for a float64 model); differentiable."""
         if pixels.ndim != 4:
             raise InputError(f"images must be [B, 3, H, W], not {list(pixels.shape)}")
         return normalise(self._image_features(pixels))
 
+    @torch_defaults()
     def encode_text(self, tokens: Tensor) -> Tensor:  # [B, L] -> [B, D]
         """L2-normalised text features, float32 (float64 for a float64 model); differentiable.
 
@@ -147,6 +151,7 @@ class ClipAdapter(ABC):
         twin.module = copy.deepcopy(self.module)
         return twin
 
+    @torch_defaults()
     def save(self, directory: str | Path) -> None:
         """Write the model to a folder its own library loads, all of it or nothing. After `merge_lora`."""
         if any(".lora_A." in name for name, _ in self.module.named_parameters()):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cliperase_fast.defaults import torch_defaults
 from cliperase_fast.errors import InputError
 from cliperase_fast.extras import import_extra
 from cliperase_fast.models.adapter import ClipAdapter, GenericAdapter
@@ -34,6 +35,7 @@ _FORMS = (
 )
 
 
+@torch_defaults()
 def load_model(
     model: Any,
     *,

@@ -21,6 +21,7 @@ from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.data import PairDataset
 from cliperase_fast.data.drawing import seeded
 from cliperase_fast.data.pixel_cache import PixelCache
+from cliperase_fast.defaults import torch_defaults
 from cliperase_fast.distributed import joined
 from cliperase_fast.errors import InputError
 from cliperase_fast.evaluation import pair_similarities
@@ -50,6 +51,7 @@ from cliperase_fast.unlearning.trainer import Trainer
 from cliperase_fast.unlearning.zero import ShardedTeacher, ZeroEngine, read_deepspeed, torch_put_back
 
 
+@torch_defaults()
 def unlearn(
     model: Any,
     forget: Any,

@@ -12,6 +12,7 @@ import numpy as np
 from torch import nn
 
 from cliperase_fast.config import UnlearnConfig
+from cliperase_fast.defaults import torch_defaults
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.reading import printable_data
 from cliperase_fast.report import ReportData, Verdict, text_table, verdict, write_html, write_plots
@@ -70,6 +71,7 @@ class UnlearnResult:
             parts.append(f"Warning: the report is missing: {self.report_failure}")
         return "\n\n".join(parts)
 
+    @torch_defaults()
     def save(self, directory: str | Path) -> Path:
         """Write config.json, metrics.jsonl, model/, result.json, plots/ and report.html; returns the folder.
 
