@@ -64,7 +64,7 @@ def row_losses(
     """See `ops/rows.py`. Memory: about six n x N matrices."""
     dtype = compute_dtype(query, keys, teacher_query, teacher_keys)
     similarity = _similarity(query, keys, logit_scale, dtype)  # [n, N]
-    places = torch.arange(len(keys), device=keys.device)  # [N]
+    places = torch.arange(len(keys), dtype=torch.int64, device=keys.device)  # [N]
     own = places == offset + places[: len(query), None]  # [n, N]
     shifted = _against_diagonal(similarity, own, own)  # [n, N]
     normaliser = _log1p_exp(shifted.logsumexp(1))  # [n]
