@@ -59,7 +59,7 @@ def test_a_length_that_is_none_is_refused(length: Any) -> None:
         ((PICTURE, []), "is an empty list", "empty caption"),
         ((PICTURE, ["a dog", ""]), "is empty", "empty caption"),
         ((PICTURE, None), "is a NoneType: give a str", "caption is not text"),
-        ((PICTURE, float("nan")), "is NaN, .* give a str", "caption is not text"),
+        ((PICTURE, float("nan")), "is NaN, .* give a str", "caption is missing"),
         ((PICTURE, b"a dog"), "is a bytes: give a str", "caption is not text"),
         ((PICTURE, ["a dog", None]), "is a NoneType", "caption is not text"),
         ((PICTURE, {"text": "a dog"}), "is a dict", "caption is not text"),
