@@ -65,3 +65,13 @@ def _floating(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in named:
             if tensor.is_floating_point():
                 yield name, tensor
+
+
+def remedy_for_types(error: Exception) -> str:
+    """What to do about an error of an encoder that runs in float32, where it is about types; else nothing."""
+    if not any(word in str(error) for word in ("dtype", "Half", "BFloat16", "Double")):
+        return ""
+    return (
+        "the weights are float32 here, whatever they were given in, so the encoders must follow the type of the "
+        "weights instead of converting to one of their own"
+    )

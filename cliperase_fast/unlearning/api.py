@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -347,6 +348,12 @@ def _transforms(
     is_random = any(not torch.equal(view, views[0]) for view in views[1:])
     if not is_random or adapter.transform is None:
         adapter.transform = transform
+    if is_random and not torch.equal(*(seeded(0, gpus=False)(transform)(image) for _ in range(2))):
+        warnings.warn(
+            "the transform does not follow the seeds of torch, random and numpy: another run draws other views, and a "
+            "resumed one does not end in the same weights",
+            stacklevel=2,
+        )
     return transform, is_random or redrawn
 
 

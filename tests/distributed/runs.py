@@ -51,6 +51,23 @@ def run_here(rank: int, changes: dict[str, Any]) -> dict[str, Any]:
     return told(run(**changes))
 
 
+def run_half(rank: int, changes: dict[str, Any]) -> dict[str, Any]:
+    """A run of the same model in bfloat16."""
+    forget, retain = split_pairs(make_pairs(per_colour=18), "red")
+    model = make_tiny_clip().bfloat16()
+    result = cf.unlearn(model, forget, retain, **{**SETTINGS, "epochs": 1, "learning_rate": 3e-3, **changes})
+    shares = [line["weights_changed"] for line in result.history if "weights_changed" in line]
+    return {**told(result, features=False), "weights": result.record["weights"], "shares": shares}
+
+
+def run_below_the_resolution(rank: int, deepspeed: str) -> str:
+    try:
+        run(learning_rate=1e-20, deepspeed=deepspeed)
+    except cf.UnlearningError as error:
+        return str(error)
+    return "it ran"
+
+
 class Fatal(torch.utils.data.Dataset):
     """The pairs of a colour; once its `left` images are read after `armed`, this process is killed."""
 

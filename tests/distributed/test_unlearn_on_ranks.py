@@ -13,7 +13,16 @@ import open_clip
 import pytest
 import torch
 from ranks import COLLECTIVE_TIMEOUT, Ranks
-from runs import features_of, run, run_fatally, run_here, run_with_random_views, told
+from runs import (
+    features_of,
+    run,
+    run_below_the_resolution,
+    run_fatally,
+    run_half,
+    run_here,
+    run_with_random_views,
+    told,
+)
 
 from cliperase_fast import InputError, UnlearnConfig, UnlearningError
 from cliperase_fast import distributed as cfd
@@ -89,6 +98,16 @@ def test_bf16_under_zero_stays_near(two, deepspeed):
     found, _ = two.run(run_here, {"deepspeed": deepspeed, "precision": "bf16", "epochs": 1})
     assert np.allclose(found["losses"], alone(epochs=1)["losses"], atol=0.1)
     assert not np.allclose(found["losses"], alone(epochs=1)["losses"], atol=1e-4)
+
+
+@pytest.mark.parametrize("deepspeed", ["", "zero2", "zero3"])
+def test_half_precision_weights_and_tiny_steps_are_as_on_one_process(two, deepspeed):
+    expected = run_half(0, {})
+    for found in two.run(run_half, {"deepspeed": deepspeed}):
+        assert np.allclose(found["losses"], expected["losses"], rtol=0, atol=1e-4)
+        assert found["weights"] == {"given": "bfloat16", "trained": "float32", "returned": "bfloat16"}
+        assert found["shares"] == pytest.approx(expected["shares"], abs=1e-3)
+    assert all("changed none of the weights" in text for text in two.run(run_below_the_resolution, deepspeed))
 
 
 def test_random_views_are_those_of_one_process(two):

@@ -4,12 +4,13 @@ import base64
 import html.parser
 import io
 import re
+from html import escape
 
 import pytest
 from PIL import Image
 from report_sample import EVIL, sample_result, sample_run
 
-from cliperase_fast.report import ReportData, write_html
+from cliperase_fast.report import ReportData, verdict, write_html
 from cliperase_fast.report.html import page
 
 
@@ -167,6 +168,20 @@ def test_scores_that_are_none_are_dashes():
     reader = Reader(page(sample_run(result, metrics=[], similarities={}, embeddings={})))
     assert "Retain" in reader.text
     assert "finds the right caption of 10.0%" in reader.text
+
+
+def test_the_page_says_what_the_terminal_says():
+    result = sample_result((0.98, 0.97), (0.97, 0.97))
+    result["notes"] = ["The weights are given back in <float32>"]
+    del result["per_class"]  # no figures, which take long
+    text = page(ReportData("x", result))
+    found = verdict(result)
+    assert escape(found.sentence) in text and escape(found.advice) in text
+    assert "<p>The weights are given back in &lt;float32&gt;.</p>" in text
+    nothing = sample_result((0.0, 0.0), (0.97, 0.97))
+    del nothing["per_class"]
+    nothing = page(ReportData("x", nothing))
+    assert "<b>No result.</b> There was nothing to forget: the model already scored 0.0%" in nothing
 
 
 def test_failure_is_said_in_the_first_line():

@@ -23,7 +23,7 @@ def forget_change(result):
     return result.after["forget"]["pair_similarity"] - result.before["forget"]["pair_similarity"]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[::2], ids=str)
 def test_an_instance_comes_out_like_the_same_weights_in_float32(dtype):
     model = make_tiny_clip().to(dtype)
     same = make_tiny_clip().to(dtype).float()
@@ -37,15 +37,14 @@ def test_an_instance_comes_out_like_the_same_weights_in_float32(dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_weights_come_back_in_the_type_given_and_the_scores_are_theirs(dtype, tmp_path):
     model = make_tiny_clip().to(dtype)
-    result = run(model, learning_rate=3e-3, output_dir=tmp_path / "run")
+    test = split_pairs(make_pairs(seed=5), "red")
+    result = run(model, learning_rate=3e-3, output_dir=tmp_path / "run", test=test)
     assert {parameter.dtype for parameter in result.model.parameters()} == {dtype}
     name = str(dtype).removeprefix("torch.")
     assert result.record["weights"] == {"given": name, "trained": "float32", "returned": name}
     assert result.record["notes"] == []
-    test = split_pairs(make_pairs(seed=5), "red")
-    scored = run(model, learning_rate=3e-3, test=test)
-    again = cf.evaluate(scored.model, test[0] + test[1], forget=[True] * 12 + [False] * 24, progress=False)
-    assert again["forget"] == scored.after["forget"]
+    again = cf.evaluate(result.model, test[0] + test[1], forget=[True] * 12 + [False] * 24, progress=False)
+    assert again["forget"] == result.after["forget"]
     saved, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'run' / 'model'}")
     for parameter, mine in zip(saved.parameters(), result.model.parameters(), strict=True):
         assert torch.equal(parameter, mine.float())
@@ -86,8 +85,8 @@ def test_lora_and_a_half_precision_teacher_train_in_float32_too():
 
 def test_a_half_precision_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path):
     model = make_tiny_clip().bfloat16()
-    whole = run(model, learning_rate=3e-3, epochs=4)
-    settings = {"learning_rate": 3e-3, "epochs": 4, "output_dir": tmp_path / "run"}
+    whole = run(model, learning_rate=3e-3)
+    settings = {"learning_rate": 3e-3, "output_dir": tmp_path / "run"}
     from cliperase_fast.unlearning.trainer import Trainer
 
     step, calls = Trainer._step, []

@@ -120,6 +120,12 @@ CANNOT_FORGET = {
     "scale that is not a logarithm": ({"model": TwoTowers(scale=100.0)}, "logit_scale is 100.*exponential, is inf"),
     "teacher's scale": ({"teacher": TwoTowers(scale=100.0)}, "the teacher's logit_scale is 100"),
     "teacher's weights": ({"teacher": broken("visual.bias", torch.nan)}, r"the teacher's .* visual\.bias"),
+    "images in a type of its own": (
+        {"model": TwoTowers(image=lambda features: features.half() @ torch.eye(8))}, "encoders must follow the type",
+    ),
+    "texts in a type of its own": (
+        {"model": TwoTowers(text=lambda features: features.half() @ torch.eye(8))}, "encode a caption.*must follow",
+    ),
     "rate of zero": ({"learning_rate": 0}, "learning_rate=0"),
 }  # fmt: skip
 

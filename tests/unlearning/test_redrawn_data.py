@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -87,6 +88,18 @@ def test_two_runs_and_a_resumed_one_have_the_same_bits(tmp_path, monkeypatch):
 def test_evaluation_sees_the_same_view_each_time():
     scores = [cf.evaluate(make_tiny_clip(), Augmented("retain", False), progress=False) for _ in range(2)]
     assert scores[0] == scores[1]
+
+
+def test_a_transform_with_a_generator_of_its_own_is_warned_of():
+    generator = torch.Generator()
+    rows = [Augmented(part, as_tensor=False) for part in ROWS]
+    plain = [[of_part[index] for index in range(len(of_part))] for of_part in rows]
+
+    def jitter(image):
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 + torch.randn(3, 1, 1, generator=generator)
+
+    with pytest.warns(UserWarning, match="does not follow the seeds"):
+        cf.unlearn(make_tiny_clip(), *plain, transform=jitter, **{**QUICK, "epochs": 1})
 
 
 def test_features_of_such_a_dataset_cannot_be_kept():
