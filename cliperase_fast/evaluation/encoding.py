@@ -80,7 +80,7 @@ def encode_pairs(
     # All captions are checked before anything is encoded; U of them, then X prompts.
     parts = [adapter.token_ids(part) for part in (captions, extra) if part]  # [U, L], [X, L]
     with inference(adapter.module, device, precision):
-        text = torch.cat([_encode_text(adapter, part, batch_size) for part in parts])  # [U + X, D]
+        text = torch.cat([_encode_text(adapter, part, batch_size, progress) for part in parts])  # [U + X, D]
         image = _encode_images(adapter, pairs, batch_size, device, num_workers, progress, ranks, cache)  # [n, D]
     class_features = None
     if prompts is not None:
@@ -143,8 +143,13 @@ def class_prompts(pairs: PairDataset, templates: Sequence[str] | None = None) ->
     return [tuple(template.replace("{}", name) for template in templates) for name in pairs.classes]
 
 
-def _encode_text(adapter: ClipAdapter, tokens: Tensor, batch_size: int) -> Tensor:
-    return torch.cat([_encode_tokens(adapter, part).float().cpu() for part in tokens.split(batch_size)])  # [U, D]
+def _encode_text(adapter: ClipAdapter, tokens: Tensor, batch_size: int, progress: bool) -> Tensor:
+    features: list[Tensor] = []
+    with Steps(len(tokens), "encoding", "caption", bar=progress) as steps:
+        for part in tokens.split(batch_size):
+            features.append(_encode_tokens(adapter, part).float().cpu())
+            steps.update(len(part))
+    return torch.cat(features)  # [U, D]
 
 
 def _encode_tokens(adapter: ClipAdapter, tokens: Tensor) -> Tensor:

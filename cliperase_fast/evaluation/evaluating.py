@@ -30,6 +30,7 @@ from cliperase_fast.models import ClipAdapter, load_model
 from cliperase_fast.models.precision import in_float32
 from cliperase_fast.models.runtime import check_precision, pick_device
 from cliperase_fast.models.soundness import check_weights
+from cliperase_fast.progress import say
 
 
 @torch_defaults()
@@ -86,6 +87,7 @@ def evaluate(
     _check_settings(batch_size, num_workers, precision, chosen, long_captions)
     templates = check_templates(templates)
     pairs, forget_mask = _pairs(data, forget, templates, on_error)
+    say("checking the %d images of %s", len(pairs), pairs.name)
     good, bad = find_bad_images(pairs, on_error=on_error, progress=progress)
     skipped = Tally()
     skipped.update(pairs.intake.skipped)
@@ -93,11 +95,13 @@ def evaluate(
         skipped.add(image.reason, image.message)
     if bad:
         pairs, forget_mask = _readable(pairs, forget_mask, good, bad[0].message)
+    say("loading the model")
     given = load_model(
         model, tokenizer=tokenizer, transform=transform, device=chosen, truncate=long_captions == "truncate"
     )
     check_weights(given, "model")
     adapter = in_float32(given)
+    say("encoding %d images and their captions", len(pairs))
     encoded = encode_pairs(
         adapter,
         pairs,

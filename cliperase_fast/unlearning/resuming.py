@@ -71,6 +71,8 @@ class RunDirectory:
             if self.resume:
                 raise InputError("resume=True needs output_dir, the run directory to go on with")
             return
+        if "\0" in str(self.path):
+            raise InputError(f"output_dir={str(self.path)!r} has a NUL in it; give another folder")
         with _readable(self.path):
             if self.path.exists() and not self.path.is_dir():
                 raise InputError(f"output_dir={self.path} is a file; give a folder")

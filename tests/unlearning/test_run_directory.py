@@ -167,7 +167,10 @@ def test_of_two_processes_on_one_folder_one_is_told_who_has_it(tmp_path):
 @pytest.mark.parametrize("resume", [False, True])
 def test_an_output_dir_that_cannot_be_made_is_told_before_the_data_are_looked_at(tmp_path, resume):
     (tmp_path / "file").write_text("")
-    for path, says in ((tmp_path / "file" / "run", "Not a directory"), (tmp_path / "file", "is a file")):
+    for path, says in (
+        (tmp_path / "file" / "run", "Not a directory"), (tmp_path / "file", "is a file"), (tmp_path / "a\0b", "a NUL"),
+        (tmp_path / ("x" * 300), "File name too long"),
+    ):  # fmt: skip
         with pytest.raises(InputError, match=f"output_dir=.*{says}"):
             run(path, resume, pairs=("nothing", "of the kind"))
 
