@@ -219,7 +219,12 @@ def open_source(
     path, options = _options(rest, found, spec) if found.options else (rest, {})
     if found.needs_path != bool(path) or found.needs_path != bool(colon):
         raise InputError(f"{spec!r} is not a source: write {found.usage}")
-    return found.open(_Request(spec, path, options, check_templates(templates), seed, Intake(on_error)))
+    request = _Request(spec, path, options, check_templates(templates), seed, Intake(on_error))
+    try:
+        return found.open(request)
+    except OSError as error:  # a folder without permission, a name that is too long, a disk that fails
+        where = "" if error.filename is None else f": {printable(os.fsdecode(error.filename))[:200]}"
+        raise InputError(f"cannot open {request.name[:200]!r}: {error.strerror or error}{where}") from error
 
 
 def _options(rest: str, kind: _Kind, spec: str) -> tuple[str, dict[str, str]]:

@@ -93,6 +93,22 @@ def test_paths_that_cannot_exist_are_input_errors(tmp_path: Path) -> None:
             open_source(spec)
 
 
+@pytest.mark.parametrize("kind", ["folder", "csv", "flickr30k", "wds", "cifar100"])
+def test_names_that_the_system_refuses_are_input_errors(kind: str) -> None:
+    with pytest.raises(InputError, match=r"File name too long|do not exist|is not a directory"):
+        open_source(f"{kind}:/tmp/{'x' * 5000}")
+
+
+def test_a_folder_without_permission_is_an_input_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    for kind in ("folder", "flickr30k", "cifar10"):
+        with pytest.raises(InputError, match=rf"cannot open '{kind}:.*Permission denied: .*{tmp_path.name}"):
+            open_source(f"{kind}:{tmp_path}")
+
+
 def test_files_larger_than_their_kind_are_refused_unread(tmp_path: Path, picture) -> None:
     path = picture(tmp_path / "c" / "x.png")
     with open(path, "r+b") as file:
