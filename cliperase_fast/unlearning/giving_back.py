@@ -57,7 +57,8 @@ def give_back(
 
 
 def _unfit(rounded: ClipAdapter, given: ClipAdapter) -> str:
-    pairs = list(zip(rounded.module.parameters(), given.module.parameters(), strict=True))
+    originals = dict(given.module.named_parameters())
+    pairs = [(mine, originals[name]) for name, mine in rounded.module.named_parameters() if name in originals]
     if not all(bool(torch.isfinite(mine).all()) for mine, _ in pairs if mine.is_floating_point()):
         return "some would overflow"
     if all(torch.equal(mine, theirs) for mine, theirs in pairs):

@@ -112,9 +112,12 @@ def few_changed(share: float, rate: float) -> str:
 
 
 def notes(metrics: list[dict[str, Any]], settings: Mapping[str, Any]) -> list[str]:
-    """What the result should say of it."""
+    """What the result should say of its steps."""
     share = changed_share(metrics)
-    return [] if share is None or share >= FEW else [few_changed(share, settings["learning_rate"])]
+    found = [] if share is None or share >= FEW else [few_changed(share, settings["learning_rate"])]
+    if settings["lambda_forget"] == 0:
+        found.append("With lambda_forget=0 no loss pushed the forget pairs apart: what they lost is a side effect")
+    return found
 
 
 def merge_lora(student: ClipAdapter, config: UnlearnConfig) -> None:

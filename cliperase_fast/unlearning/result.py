@@ -24,9 +24,10 @@ from cliperase_fast.storage import write_text_atomically
 class UnlearnResult:
     """The unlearned model and the evidence.
 
-    model: a copy of the caller's model with the chosen weights. history: the lines of metrics.jsonl. before, after:
-    scores on the test split, fractions from 0 to 1, under "forget" and "retain". selection: why this checkpoint.
-    record: all of result.json.
+    model: a copy of the caller's model with the chosen weights, in the types of the caller's, or in float32 where
+    rounding to those would undo the forgetting (record["weights"] says which). history: the lines of metrics.jsonl.
+    before, after: scores of these weights on the test split, fractions from 0 to 1, under "forget" and "retain".
+    selection: why this checkpoint. record: all of result.json.
     """
 
     adapter: ClipAdapter

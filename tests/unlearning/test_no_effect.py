@@ -238,6 +238,7 @@ def test_a_run_that_forgets_nothing_says_so_and_what_to_change():
     assert result.record["verdict"]["level"] == "bad"
     result = run(knowing(), lambda_forget=0, learning_rate=1e-7)
     assert "lambda_forget=0 nothing pushes the forget pairs apart" in result.summary()
+    assert "what they lost is a side effect" in result.record["notes"][0]
 
 
 def test_a_run_that_forgets_says_so_too():
