@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from cliperase_fast.defaults import torch_defaults
 from cliperase_fast.errors import InputError
 from cliperase_fast.models.open_clip_config import Config, build, prove_config
+from cliperase_fast.models.requirements import require_no_parametrizations, require_trainable, require_weights
+from cliperase_fast.models.tuners import fold_tuners
+from cliperase_fast.models.unwrapping import unwrap
 
 __all__ = ["to_diffusers_text_encoder", "to_open_clip", "to_transformers"]
 
@@ -34,6 +37,7 @@ _TEXT_KEYS = {
     "context_length", "vocab_size", "width", "layers", "heads", "mlp_ratio", "act_kwargs", "norm_kwargs",
     "pool_type", "eos_id", "pad_id",
 }  # fmt: skip
+_MODEL_KEYS = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "nonscalar_logit_scale"}
 _ACTIVATIONS = ("gelu", "quick_gelu", "gelu_pytorch_tanh")
 
 # open_clip's name in a block, transformers' name; the attention's packed projection is split apart
@@ -58,11 +62,12 @@ def to_transformers(model: nn.Module) -> Any:
     Raises InputError for what CLIPModel has no place for: ResNets, timm and Hugging Face towers, attention pooling, ...
     """
     transformers = _transformers()
+    model = _plain(model)
     config = prove_config(model)
     embed_dim, vision, text = config["embed_dim"], config["vision_cfg"], config["text_cfg"]
     _refuse_others("vision_cfg", vision, _VISION_KEYS)
     _refuse_others("text_cfg", text, _TEXT_KEYS)
-    _refuse_others("the model", config, {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text"})
+    _refuse_others("the model", config, _MODEL_KEYS)
     quick = config.get("quick_gelu", False)
     pool = text.get("pool_type", "argmax")
     if pool not in ("argmax", "eos") or (pool == "eos" and text.get("eos_id", 2) == _LEGACY_END):
@@ -99,6 +104,7 @@ def to_open_clip(model: nn.Module) -> Any:
 
     Raises InputError where open_clip has no place for it: towers of two activations, say.
     """
+    model = _plain(model)
     config = _transformers_config(model)
     vision, text = config.vision_config, config.text_config
     if vision.hidden_act != text.hidden_act or text.hidden_act not in _ACTIVATIONS:
@@ -140,6 +146,7 @@ def to_diffusers_text_encoder(model: nn.Module, *, projection: bool = False) -> 
     a `CLIPTextModelWithProjection` (the second encoder of SDXL). Its width must be what the pipeline's denoiser reads.
     """
     transformers = _transformers()
+    model = _plain(model)
     clip: Any = model if isinstance(model, transformers.CLIPModel) else to_transformers(model)
     config = copy.deepcopy(clip.config.text_config)
     config.projection_dim = clip.config.projection_dim
@@ -149,6 +156,15 @@ def to_diffusers_text_encoder(model: nn.Module, *, projection: bool = False) -> 
         encoder.text_projection.load_state_dict(clip.text_projection.state_dict())
     weight = next(clip.parameters())
     return encoder.to(device=weight.device, dtype=weight.dtype).eval()
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """The model without wrappers, its adapters folded in."""
+    model = unwrap(model)
+    require_weights(model)
+    require_trainable(model)
+    require_no_parametrizations(model)
+    return fold_tuners(model)
 
 
 def _transformers() -> Any:
@@ -268,7 +284,7 @@ def _open_clip_state(state: State) -> State:
             result[f"{ours}in_proj_{kind}"] = torch.cat([state[f"{theirs}{part}.{kind}"] for part in _PARTS])
     result["visual.proj"] = state["visual_projection.weight"].T
     result["text_projection"] = state["text_projection.weight"].T
-    result["logit_scale"] = state["logit_scale"]
+    result["logit_scale"] = state["logit_scale"].reshape(())
     return result
 
 

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from cliperase_fast.defaults import torch_defaults
 from cliperase_fast.errors import InputError
+from cliperase_fast.models.requirements import require_trainable
 from cliperase_fast.models.saving import save_weights, write_directory
 from cliperase_fast.models.tokenizing import CaptionTokenizer
+from cliperase_fast.models.verifying import verify_saved
 
 Tower = Literal["image", "text", "scale"]
 
@@ -54,7 +56,15 @@ class ClipAdapter(ABC):
         self.transform = transform
         self.truncate = truncate
         self.cut_captions: dict[str, int] = {}  # captions that were cut to the context, with their number of tokens
-        self.tokenizer = None if tokenizer is None else CaptionTokenizer(tokenizer, self.context_length)
+        self.tokenizer = None
+        if tokenizer is not None:
+            self.tokenizer = CaptionTokenizer(tokenizer, self.context_length, self.unread_id)
+        self._widths: dict[str, int] = {}
+
+    @property
+    def unread_id(self) -> int | None:
+        """A token id that captions can be padded with and that is never read; None where none is known."""
+        return None
 
     @property
     def context_length(self) -> int | None:
@@ -123,7 +133,7 @@ class ClipAdapter(ABC):
         """L2-normalised image features, float32 (float64 for a float64 model); differentiable."""
         if pixels.ndim != 4:
             raise InputError(f"images must be [B, 3, H, W], not {list(pixels.shape)}")
-        return normalise(self._image_features(pixels))
+        return normalise(self._checked(self._image_features(pixels), "encode_image", len(pixels)))
 
     @torch_defaults()
     def encode_text(self, tokens: Tensor) -> Tensor:  # [B, L] -> [B, D]
@@ -139,7 +149,7 @@ class ClipAdapter(ABC):
             first = next(self.module.parameters(), None)
             if first is not None:
                 tokens = tokens.to(first.device, non_blocking=True)
-        return normalise(self._text_features(tokens))
+        return normalise(self._checked(self._text_features(tokens), "encode_text", len(tokens)))
 
     def logit_scale(self) -> Tensor:
         """exp of the model's `logit_scale` parameter, a differentiable 0-d tensor."""
@@ -148,19 +158,44 @@ class ClipAdapter(ABC):
     def clone(self) -> ClipAdapter:
         """An independent copy with weights of its own; tokenizer and transform are shared."""
         twin = copy.copy(self)
-        twin.module = copy.deepcopy(self.module)
+        try:
+            twin.module = copy.deepcopy(self.module)
+        except (RuntimeError, TypeError, NotImplementedError) as error:
+            raise InputError(
+                f"the {type(self.module).__name__} cannot be copied, and it is a copy that is changed "
+                f"({str(error).strip().partition(chr(10))[0]}): build a fresh one and load its state dict"
+            ) from error
         return twin
 
     @torch_defaults()
     def save(self, directory: str | Path) -> None:
-        """Write the model to a folder its own library loads, all of it or nothing. After `merge_lora`."""
+        """Write the model to a folder its own library loads, all of it or nothing. After `merge_lora`.
+
+        What was written is loaded back and compared before the folder appears: every tensor's bits, and the features
+        on random input (of models up to 2 GiB; see `models/verifying.py`). `UnlearningError` where it differs.
+        """
         if any(".lora_A." in name for name, _ in self.module.named_parameters()):
             raise InputError("the model holds LoRA layers: fold them in with merge_lora(adapter) before saving it")
         self.check_saveable()
-        write_directory(directory, self._marker, self._write)
+        directory = Path(directory)
 
-    def check_saveable(self) -> None:  # noqa: B027 - most kinds always are
+        def write(work: Path) -> None:
+            self._write(work, directory)
+            verify_saved(self, work, directory)
+
+        write_directory(directory, self._marker, write)
+
+    def check_saveable(self) -> None:
         """Raise `InputError` now if `save` could not work later. Call it before long work."""
+        require_trainable(self.module)
+
+    def saved_state(self) -> dict[str, Tensor]:
+        """The state dict as it is saved: what the model's own library expects it to be called and shaped."""
+        return self.module.state_dict()
+
+    def probe(self) -> tuple[Tensor, Tensor] | None:
+        """Random pixels [2, 3, H, W] and token ids [4, L] that the model can encode; None where that is unknown."""
+        return None
 
     def identity(self) -> str:
         """Hex digest of the class name and of every parameter's and saved buffer's name, shape and values."""
@@ -196,8 +231,32 @@ class ClipAdapter(ABC):
     @abstractmethod
     def _text_features(self, tokens: Tensor) -> Tensor: ...
 
+    def reload(self, directory: Path) -> ClipAdapter | None:
+        """The model saved in `directory`, as its own library loads it; None where only the caller can build it."""
+        return None
+
     @abstractmethod
-    def _write(self, directory: Path) -> None: ...
+    def _write(self, directory: Path, final: Path) -> None:
+        """Write the files into `directory`, which is moved to `final` afterwards."""
+
+    def _checked(self, features: Any, method: str, rows: int) -> Tensor:
+        """The features, if they are [rows, D] floating-point numbers with one D for both encoders."""
+        name = f"{type(self.module).__name__}.{method}"
+        if not isinstance(features, Tensor) or features.ndim != 2:
+            what = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise InputError(f"{name} must return features [B, D], not {what}")
+        if len(features) != rows:
+            raise InputError(f"{name} returned {len(features)} rows for {rows} inputs; it must return one row for each")
+        if not features.is_floating_point():
+            raise InputError(f"{name} returned {features.dtype} values; features must be floating-point numbers")
+        self._widths[method] = features.shape[1]
+        if len(set(self._widths.values())) > 1:
+            raise InputError(
+                f"the encoders of the {type(self.module).__name__} disagree: encode_image returns "
+                f"{self._widths['encode_image']} features and encode_text {self._widths['encode_text']}; both must "
+                "have the same width"
+            )
+        return features
 
     def _check_tokens(self, tokens: Tensor) -> None:
         limit, size = self.context_length, self.vocabulary_size
@@ -259,19 +318,13 @@ class GenericAdapter(ClipAdapter):
         return longest_stack(child for name, child in self.module.named_modules() if self.tower(name) == tower)
 
     def _image_features(self, pixels: Tensor) -> Tensor:
-        return self._checked(self._model.encode_image(pixels), "encode_image")
+        return self._model.encode_image(pixels)
 
     def _text_features(self, tokens: Tensor) -> Tensor:
-        return self._checked(self._model.encode_text(tokens), "encode_text")
+        return self._model.encode_text(tokens)
 
-    def _checked(self, features: Any, method: str) -> Tensor:
-        if not isinstance(features, Tensor) or features.ndim != 2:
-            what = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
-            raise InputError(f"{type(self.module).__name__}.{method} must return features [B, D], not {what}")
-        return features
-
-    def _write(self, directory: Path) -> None:
-        save_weights(self.module, directory / "model.safetensors")
+    def _write(self, directory: Path, final: Path) -> None:
+        save_weights(self.saved_state(), directory / "model.safetensors")
 
 
 def normalise(features: Tensor) -> Tensor:  # [B, D] -> [B, D]

@@ -7,6 +7,7 @@ import difflib
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ from cliperase_fast.extras import import_extra
 from cliperase_fast.models.adapter import ClipAdapter, GenericAdapter
 from cliperase_fast.models.hub import offline_if_unreachable
 from cliperase_fast.models.open_clip_adapter import OpenClipAdapter, is_open_clip_model
-from cliperase_fast.models.transformers_adapter import (
-    TransformersAdapter,
-    is_transformers_model,
-    load_image_processor,
-    load_tokenizer,
-    quiet,
-)
+from cliperase_fast.models.open_clip_files import load_folder, load_weights
+from cliperase_fast.models.proving import feature_difference, tolerance
+from cliperase_fast.models.requirements import require_weights
+from cliperase_fast.models.runtime import pick_device
+from cliperase_fast.models.transformers_adapter import TransformersAdapter, is_transformers_model
+from cliperase_fast.models.transformers_files import load_clip_model, load_image_processor, load_tokenizer
+from cliperase_fast.models.tuners import fold_tuners, refuse_inexact
+from cliperase_fast.models.unwrapping import holder_of, unwrap
 
 _WEIGHT_FILES = (".pt", ".pth", ".bin", ".safetensors", ".npz", ".npy")
 _FORMS = (
@@ -64,27 +66,45 @@ def load_model(
         adapter = _from_string(str(model), options)
         adapter.module.eval()
         if device is not None:
-            adapter.module.to(device)
+            adapter.module.to(pick_device(device))
         return adapter
     if isinstance(model, ClipAdapter):
         model, options = model.module, _given_or_kept(model, options)
     if not isinstance(model, nn.Module):
         raise InputError(f"model is a {type(model).__name__}; pass a torch module or one of {_FORMS}")
-    model = _unwrapped(model)
+    return _from_module(model, options, None if device is None else pick_device(device))
+
+
+def _from_module(model: nn.Module, options: dict[str, Any], device: torch.device | None) -> ClipAdapter:
+    model = unwrap(model)
+    require_weights(model)
+    folded = fold_tuners(model)
+    if folded is not model:
+        difference = feature_difference(_adapter(model, options), _adapter(folded, options))
+        if difference is not None and difference > 10 * tolerance(model):  # adding weights up rounds otherwise
+            raise refuse_inexact(model, difference)
     if device is not None:
         wanted = torch.empty(0, dtype=torch.uint8, device=device).device  # with its number: cuda is cuda:0
-        if any(parameter.device != wanted for parameter in model.parameters()):
-            if any(parameter.is_meta for parameter in model.parameters()):
+        if any(tensor.device != wanted for tensor in chain(folded.parameters(), folded.buffers())):
+            if len(set((getattr(folded, "hf_device_map", None) or {}).values())) > 1:
                 raise InputError(
-                    f"the {type(model).__name__} has weights on the meta device, where they have no values: load them "
-                    "first, or name the model by a string that says where its weights are"
+                    f"the {type(folded).__name__} is spread over several devices: load it without device_map"
                 )
-            model = copy.deepcopy(model).to(wanted)
+            folded = copy.deepcopy(folded).to(wanted)
+    return _adapter(folded, options)
+
+
+def _adapter(model: nn.Module, options: dict[str, Any]) -> ClipAdapter:
     if is_open_clip_model(model):
         return OpenClipAdapter(model, **options)
+    options = {name: value for name, value in options.items() if name != "model_cfg"}
     if is_transformers_model(model):
         return TransformersAdapter(model, **options)
-    options.pop("model_cfg", None)
+    held = holder_of(model, lambda inner: is_open_clip_model(inner) or is_transformers_model(inner))
+    if held is not None and not (hasattr(model, "encode_image") and hasattr(model, "encode_text")):
+        raise InputError(
+            f"the {type(model).__name__} is not a CLIP model itself but holds one: pass its attribute, model.{held}"
+        )
     return GenericAdapter(model, **options)
 
 
@@ -96,15 +116,6 @@ def _given_or_kept(adapter: ClipAdapter, options: dict[str, Any]) -> dict[str, A
         "truncate": options["truncate"] or adapter.truncate,
     }
     return kept | ({"model_cfg": adapter.model_cfg} if isinstance(adapter, OpenClipAdapter) else {})
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's or DistributedDataParallel's wrapper."""
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    if isinstance(model, wrappers):
-        return model.module
-    inner = getattr(model, "_orig_mod", None)
-    return inner if isinstance(inner, nn.Module) else model
 
 
 def _from_string(text: str, options: dict[str, Any]) -> ClipAdapter:
@@ -150,8 +161,10 @@ def _open_clip_architecture(text: str, options: dict[str, Any]) -> ClipAdapter:
     path = Path(weights).expanduser()
     if path.is_file():
         try:
-            module = open_clip.create_model(arch, pretrained=str(path), require_pretrained=True)
-        except Exception as error:  # unpickling, key and shape errors of every sort
+            module = load_weights(config, path, arch)
+        except InputError:
+            raise
+        except Exception as error:  # of the libraries that build the towers
             raise InputError(f"the checkpoint {path} does not load as {arch}: {_cause(error)}") from error
         return _open_clip_adapter(module, arch, config, options)
     if "/" in weights or "\\" in weights or path.suffix in _WEIGHT_FILES:
@@ -205,8 +218,6 @@ def _open_clip_hub(text: str, options: dict[str, Any]) -> ClipAdapter:
 
 
 def _open_clip_folder(folder: Path, options: dict[str, Any]) -> ClipAdapter:
-    import open_clip
-
     folder = folder.expanduser()
     config_file = folder / "open_clip_config.json"
     if not config_file.is_file():
@@ -215,9 +226,12 @@ def _open_clip_folder(folder: Path, options: dict[str, Any]) -> ClipAdapter:
         raise InputError(f"{folder} holds no weights (open_clip_model.safetensors), so the model would be random")
     name = f"local-dir:{folder}"
     try:
-        module = open_clip.create_model(name, require_pretrained=True)
-        config = json.loads(config_file.read_text(encoding="utf-8"))["model_cfg"]
-    except Exception as error:  # bad JSON, wrong keys, wrong shapes, damaged weights
+        module, config = load_folder(folder)
+    except InputError:
+        raise
+    except KeyError as error:
+        raise InputError(f"{config_file} has no {error}: it must be what open_clip saves") from error
+    except Exception as error:  # bad JSON, wrong settings
         raise InputError(f"the open_clip model in {folder} does not load: {_cause(error)}") from error
     return _open_clip_adapter(module, name, config, options)
 
@@ -231,14 +245,16 @@ def _open_clip_adapter(module: nn.Module, name: str, config: dict[str, Any], opt
             with offline_if_unreachable() if config["text_cfg"].get("hf_tokenizer_name") else nullcontext():
                 options = {**options, "tokenizer": open_clip.get_tokenizer(name)}
         except Exception as error:  # network, cache and file errors of several libraries
+            folder = name.removeprefix("local-dir:")
+            by_hand = f", or put its files (tokenizer.save_pretrained) into {folder}" if folder != name else ""
             raise InputError(
-                f"the tokenizer of {name} could not be loaded: {_cause(error)}. Pass one with tokenizer="
+                f"the tokenizer of {name} could not be loaded: {_cause(error)}. Pass one with tokenizer={by_hand}"
             ) from error
     return OpenClipAdapter(module, model_cfg=config, **options)
 
 
 def _transformers_folder(folder: Path, options: dict[str, Any]) -> ClipAdapter:
-    transformers: Any = import_extra("transformers", f"{folder} holds a model that")
+    import_extra("transformers", f"{folder} holds a model that")
     try:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError) as error:
@@ -246,24 +262,15 @@ def _transformers_folder(folder: Path, options: dict[str, Any]) -> ClipAdapter:
     if kind != "clip":
         raise InputError(f"{folder} holds a transformers model of type {kind!r}; only CLIPModel ('clip') is supported")
     try:
-        with quiet():
-            loaded: Any = transformers.CLIPModel.from_pretrained(
-                folder, local_files_only=True, output_loading_info=True
-            )
-        module, found = loaded
+        module = load_clip_model(folder)
         if options["tokenizer"] is None:
             options = {**options, "tokenizer": load_tokenizer(folder)}
         if options["transform"] is None:
             options = {**options, "transform": load_image_processor(folder)}
+    except InputError:
+        raise
     except Exception as error:  # missing or damaged files, wrong shapes
         raise InputError(f"the transformers model in {folder} does not load: {_cause(error)}") from error
-    missing = sorted(found["missing_keys"])
-    if missing:
-        raise InputError(
-            f"the weights in {folder} lack {len(missing)} parameters (first: {missing[0]}), which would be "
-            "random; it must hold a whole CLIPModel"
-        )
-    module.float()  # half-precision files widen exactly; training needs float32 weights
     return TransformersAdapter(module, **options)
 
 

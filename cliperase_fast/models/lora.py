@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from collections import Counter
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from cliperase_fast.errors import InputError
 from cliperase_fast.extras import import_extra
 from cliperase_fast.models.adapter import ClipAdapter
-from cliperase_fast.models.open_clip_config import random_pixels
+from cliperase_fast.models.open_clip_config import probe_pixels
 
 # These read the weights of the layers inside them and (the second one: where no gradient is asked for) never
 # call those layers, so that an update wrapped around one would be lost.
 _READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+_WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd)
+_log = logging.getLogger(__name__)
 
 
 class SplitAttention(nn.Module):
@@ -112,6 +117,8 @@ def merge_lora(adapter: ClipAdapter) -> None:
 
 def _target_names(adapter: ClipAdapter) -> list[str]:
     names = {child: name for name, child in adapter.module.named_modules()}
+    held = Counter(id(weight) for owner in adapter.module.modules() for weight in owner._parameters.values())
+    shared = {weight for weight, owners in held.items() if owners > 1}  # folding in would change its other owner too
     targets: list[str] = []
     for tower, blocks in zip(("image", "text"), adapter.blocks(), strict=True):
         inside = [child for block in blocks for child in block.modules()]
@@ -120,15 +127,24 @@ def _target_names(adapter: ClipAdapter) -> list[str]:
         if tower == "image" and hasattr(getattr(adapter.module, "visual", None), "trunk"):
             called = _called(adapter, usable)
             usable = [child for child in usable if child in called]
+        usable = [child for child in usable if not parametrize.is_parametrized(child) and not shared & _weights(child)]
         layers: list[nn.Module] = [child for child in usable if isinstance(child, nn.Linear)]
-        layers = layers or [child for child in usable if isinstance(child, nn.Conv2d)]
+        # An update of low rank mixes all channels, and a grouped convolution keeps its groups apart.
+        layers = layers or [child for child in usable if isinstance(child, nn.Conv2d) and child.groups == 1]
         if not layers:
             raise InputError(
-                f'trainable="lora": the blocks of the {tower} tower have no linear layer or convolution '
-                "of their own to adapt"
+                f'trainable="lora": the blocks of the {tower} tower have no linear layer or ungrouped 2-D convolution '
+                'of their own to adapt; use trainable="all" or "last:K"'
             )
+        left = len({id(child) for child in inside if isinstance(child, _WEIGHTED)}) - len(layers)
+        kinds = ", ".join(sorted({type(layer).__name__ for layer in layers}))
+        _log.info("LoRA adapts %d layers of the %s tower (%s) and leaves %d out", len(layers), tower, kinds, left)
         targets += [names[layer] for layer in layers]
     return targets
+
+
+def _weights(layer: nn.Module) -> set[int]:
+    return {id(weight) for weight in layer._parameters.values() if weight is not None}
 
 
 @torch.no_grad()
@@ -139,7 +155,7 @@ def _called(adapter: ClipAdapter, layers: list[nn.Module]) -> set[nn.Module]:
     training = [child for child in adapter.module.modules() if child.training]
     adapter.module.eval()
     try:
-        adapter.encode_image(random_pixels(adapter.module))
+        adapter.encode_image(probe_pixels(adapter.module))
     finally:
         for hook in hooks:
             hook.remove()

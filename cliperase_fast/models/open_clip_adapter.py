@@ -15,13 +15,22 @@ from torch import Tensor, nn
 
 from cliperase_fast.errors import InputError
 from cliperase_fast.models.adapter import ClipAdapter, Tower, longest_stack
-from cliperase_fast.models.open_clip_config import Config, prove_config
+from cliperase_fast.models.open_clip_config import (
+    TEXT_CONFIG,
+    Config,
+    probe_pixels,
+    probe_tokens,
+    prove_config,
+    saved_state,
+    text_limit,
+)
+from cliperase_fast.models.open_clip_files import load_folder
 from cliperase_fast.models.padding import CausalReader, read_length
+from cliperase_fast.models.requirements import require_no_parametrizations
 from cliperase_fast.models.saving import save_weights
 from cliperase_fast.models.tokenizing import is_hugging_face, is_open_clip, is_simple
 
 CLIP_VOCABULARY = 49408  # entries of CLIP's byte-pair vocabulary, which open_clip carries with it
-DEFAULT_CONTEXT = 77  # open_clip's, where a configuration names none
 
 _TAIL = re.compile(
     r"visual\.(ln_post|proj|attn_pool|attn_pool_contrastive|attnpool|head"
@@ -64,7 +73,7 @@ class OpenClipAdapter(ClipAdapter):
         self.model_cfg = model_cfg
         self.module = module
         self._reader: tuple[nn.Module, Tensor | None, CausalReader | None] | None = None
-        self._given_context = getattr(tokenizer, "context_length", None)
+        self._given_context = tokenizer.context_length if is_open_clip(tokenizer) else None
         if transform is None:
             transform = image_transform_v2(PreprocessCfg(**self.preprocess_cfg()), is_train=False)
         if tokenizer is None and self.vocabulary_size == CLIP_VOCABULARY:
@@ -77,10 +86,18 @@ class OpenClipAdapter(ClipAdapter):
 
     @property
     def context_length(self) -> int:
+        limit = text_limit(self._text)
         if hasattr(self._text, "config"):  # Hugging Face towers only know the most they could take
-            known = (self.model_cfg or {}).get("text_cfg", {}).get("context_length", DEFAULT_CONTEXT)
+            known = (self.model_cfg or {}).get("text_cfg", {}).get("context_length", limit)
             return int(self._given_context or known)
-        return int(self._text.context_length)
+        return limit
+
+    @property
+    def unread_id(self) -> int | None:
+        if hasattr(self._text, "config"):
+            return self._text.config.pad_token_id
+        reader = self._causal_reader()
+        return None if reader is None else 0 if reader.end != 0 else 1
 
     @property
     def vocabulary_size(self) -> int:
@@ -101,6 +118,8 @@ class OpenClipAdapter(ClipAdapter):
 
     def check_saveable(self) -> None:
         """Work out the configuration of a bare instance; `InputError` where none rebuilds it."""
+        super().check_saveable()
+        require_no_parametrizations(self.module)
         if self.model_cfg is None:
             self.model_cfg = prove_config(self.module)
 
@@ -160,15 +179,42 @@ class OpenClipAdapter(ClipAdapter):
                 f"{self.context_length} (its context length), padded on the right"
             )
 
-    def _write(self, directory: Path) -> None:
+    def saved_state(self) -> dict[str, Tensor]:
+        self.check_saveable()
+        assert self.model_cfg is not None
+        return saved_state(self.module, self.model_cfg)
+
+    def probe(self) -> tuple[Tensor, Tensor]:
+        return probe_pixels(self.module), probe_tokens(self.module, self.context_length)
+
+    def reload(self, directory: Path) -> OpenClipAdapter:
+        assert self.model_cfg is not None
+        if "hf_model_name" in self.model_cfg["text_cfg"]:  # open_clip would look for its configuration elsewhere
+            module, _ = load_folder(directory)
+        else:
+            import open_clip
+
+            module = open_clip.create_model(f"local-dir:{directory}", require_pretrained=True)
+        return OpenClipAdapter(module, model_cfg=self.model_cfg, transform=self.transform)
+
+    def _write(self, directory: Path, final: Path) -> None:
         model_cfg = copy.deepcopy(self.model_cfg)
         assert model_cfg is not None  # check_saveable came first
+        text_cfg = model_cfg["text_cfg"]
         source = self.tokenizer.source if self.tokenizer is not None else None
         if source is not None:
-            _describe_tokenizer(model_cfg["text_cfg"], source)
-            if model_cfg["text_cfg"].get("hf_tokenizer_name") and hasattr(source, "save_pretrained"):
-                source.save_pretrained(directory)  # where open_clip looks for the tokenizer of a local folder
-        save_weights(self.module, directory / "open_clip_model.safetensors")
+            _describe_tokenizer(text_cfg, source)
+            if text_cfg.get("hf_tokenizer_name"):  # open_clip looks for the tokenizer of a local folder inside it
+                inner: Any = source if hasattr(source, "save_pretrained") else getattr(source, "tokenizer", None)
+                if hasattr(inner, "save_pretrained"):
+                    inner.save_pretrained(directory)
+        if "hf_model_name" in text_cfg:
+            text_cfg["context_length"] = self.context_length
+            self._text.config.save_pretrained(directory / TEXT_CONFIG)
+            name = text_cfg["hf_model_name"]
+            if name == TEXT_CONFIG or Path(name).is_absolute() or Path(name).exists():  # no name of the hub
+                text_cfg["hf_model_name"] = str(final.absolute() / TEXT_CONFIG)
+        save_weights(self.saved_state(), directory / "open_clip_model.safetensors")
         config = {"model_cfg": model_cfg, "preprocess_cfg": self.preprocess_cfg()}
         (directory / self._marker).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

@@ -8,19 +8,21 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
+import tempfile
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cliperase_fast.errors import InputError
-from cliperase_fast.models.hub import offline_if_unreachable
+from cliperase_fast.models.proving import evaluating, random_pixels, tolerance
 
 Config = dict[str, Any]
 
-TOLERANCE = 1e-5  # of a normalised feature, between the model and the one rebuilt
+TEXT_CONFIG = "text_config"  # folder beside a saved model with Hugging Face's configuration of its text tower
 
 
 def prove_config(module: nn.Module) -> Config:
@@ -35,7 +37,7 @@ def prove_config(module: nn.Module) -> Config:
         except Exception as error:  # a wrong guess: open_clip, timm and transformers fail in their own ways
             tried.append(f"{label}: {type(error).__name__}: {_first_line(error)}")
             continue
-        if difference <= TOLERANCE:
+        if difference <= tolerance(module):
             return config
         tried.append(f"{label}: its features differ by {difference:.1e}")
     reasons = "; ".join(tried) or "none is known"
@@ -64,7 +66,7 @@ def build(config: Config) -> nn.Module:
 @torch.no_grad()
 def _difference(module: nn.Module, config: Config) -> float:
     """Largest difference between the features of `module` and of one built from `config` with its weights."""
-    state = module.state_dict()
+    state = saved_state(module, config)
     parameter = next(module.parameters())
     is_native = not {"timm_model_name", "hf_model_name"} & {*config["vision_cfg"], *config["text_cfg"]}
     with torch.random.fork_rng(devices=[]):  # building draws random weights; the caller's seed stays
@@ -74,25 +76,50 @@ def _difference(module: nn.Module, config: Config) -> float:
             twin.load_state_dict(state, strict=True, assign=True)
             _fill_causal_masks(twin, parameter.device)
         else:
-            with offline_if_unreachable() if "hf_model_name" in config["text_cfg"] else nullcontext():
-                twin = build(config)
+            with text_config_at_hand(module, config) as found:
+                twin = build(found)
             twin.load_state_dict(state, strict=True)
             twin.to(device=parameter.device, dtype=parameter.dtype)
-    training = [child for child in module.modules() if child.training]
-    twin.eval()
-    module.eval()
-    try:
-        worst = 0.0
+    worst = 0.0
+    with evaluating(module), evaluating(twin):
         for method, inputs in (
-            ("encode_image", random_pixels(module)),
-            ("encode_text", _random_tokens(module)),
+            ("encode_image", probe_pixels(module)),
+            ("encode_text", probe_tokens(module).to(parameter.device)),
         ):
             ours, theirs = (_features(getattr(model, method)(inputs)) for model in (module, twin))
             worst = max(worst, (ours - theirs).abs().max().item())
-    finally:
-        for child in training:
-            child.training = True
     return worst
+
+
+def saved_state(module: nn.Module, config: Config) -> dict[str, Tensor]:
+    """The state dict as the model that `config` describes takes it.
+
+    Scales of one element get that model's number of dimensions. The pooler that Hugging Face builds into a text tower,
+    and that open_clip's own pooling does not read, is left out.
+    """
+    state = module.state_dict()
+    shape = [1] if config.get("nonscalar_logit_scale") else []
+    for name in ("logit_scale", "logit_bias"):
+        if name in state and state[name].numel() == 1:
+            state[name] = state[name].reshape(shape)
+    if "hf_model_name" in config["text_cfg"] and config["text_cfg"].get("hf_pooler_type") != "cls_pooler":
+        state = {key: value for key, value in state.items() if not key.startswith("text.transformer.pooler.")}
+    return state
+
+
+@contextmanager
+def text_config_at_hand(module: Any, config: Config) -> Iterator[Config]:
+    """`config` that names its Hugging Face text tower by a folder with the tower's configuration, not by the hub."""
+    if "hf_model_name" not in config["text_cfg"]:
+        yield config
+        return
+    with tempfile.TemporaryDirectory(prefix="cliperase-") as folder:
+        module.text.config.save_pretrained(folder)
+        yield with_text_config(config, Path(folder))
+
+
+def with_text_config(config: Config, folder: Path) -> Config:
+    return {**config, "text_cfg": {**config["text_cfg"], "hf_model_name": str(folder)}}
 
 
 def _features(output: Any) -> Tensor:
@@ -111,24 +138,31 @@ def _fill_causal_masks(twin: nn.Module, device: torch.device) -> None:
                 owner.register_buffer(name, mask, persistent=False)
 
 
-def random_pixels(module: Any) -> Tensor:  # [2, 3, H, W]
-    generator = torch.Generator("cpu").manual_seed(0)
-    parameter = next(module.visual.parameters())
-    shape = (2, 3, *_pair(module.visual.image_size))
-    pixels = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
-    return pixels.to(parameter)
+def probe_pixels(module: Any) -> Tensor:  # [2, 3, H, W]
+    return random_pixels(_pair(module.visual.image_size), next(module.visual.parameters()))
 
 
-def _random_tokens(module: Any) -> Tensor:  # [4, L]; two rows end in padding
+def probe_tokens(module: Any, length: int | None = None) -> Tensor:  # [4, L]; two rows end in padding
+    """length: how many tokens a caption has, where the model itself does not say."""
     generator = torch.Generator("cpu").manual_seed(0)
     text = getattr(module, "text", module)
-    length, vocabulary = int(text.context_length), int(text.vocab_size)
-    length = min(length, 77) if hasattr(text, "config") else length  # Hugging Face towers give their largest
-    shape = (4, length)
-    tokens = torch.randint(1, max(vocabulary, 2), shape, generator=generator, dtype=torch.int64, device="cpu")
+    length = length or min(int(text.context_length), text_limit(text))
+    tokens = torch.randint(
+        1, max(int(text.vocab_size), 2), (4, length), generator=generator, dtype=torch.int64, device="cpu"
+    )
     pad = text.config.pad_token_id if hasattr(text, "config") else getattr(text, "pad_id", 0)
-    tokens[:2, length - length // 3 :] = pad
-    return tokens.to(next(module.parameters()).device)
+    tokens[:2, length - length // 3 :] = 0 if pad is None else pad
+    return tokens
+
+
+def text_limit(text: Any) -> int:
+    """The most tokens that a text tower reads; for Hugging Face's at most 77, open_clip's default."""
+    if not hasattr(text, "config"):
+        return int(text.context_length)
+    positions = int(getattr(text.config, "max_position_embeddings", 0) or 0)
+    if "roberta" in text.config.model_type:  # its positions are counted from behind the padding's
+        positions -= int(text.config.pad_token_id) + 1
+    return min(positions, 77) if positions > 0 else 77
 
 
 def _candidates(module: nn.Module) -> Iterator[tuple[str, Config]]:
@@ -169,7 +203,7 @@ def _inferred(module: Any) -> Iterator[Config]:
         if is_custom:
             config["custom_text"] = True
         if getattr(module, "logit_bias", None) is not None:
-            config["init_logit_bias"] = float(module.logit_bias.detach().reshape(()))
+            config["init_logit_bias"] = float(module.logit_bias.detach().flatten()[0])
         if module.logit_scale.ndim:
             config["nonscalar_logit_scale"] = True
         yield config
@@ -286,12 +320,12 @@ def _transformer(transformer: Any, width: int) -> Config:
 
 
 def _hf_text(text: Any) -> Config:
-    """A text tower from transformers; rebuilding it looks its configuration up by name."""
+    """A text tower from transformers; its configuration is saved beside the model, in `TEXT_CONFIG`."""
     projection = {nn.Linear: "linear", nn.Sequential: "mlp"}.get(type(text.proj))
-    name = text.config._name_or_path
+    name = text.config._name_or_path or TEXT_CONFIG
     return {
         "hf_model_name": name,
-        "hf_tokenizer_name": name,
+        "hf_tokenizer_name": text.config._name_or_path or ".",
         "hf_proj_type": projection,
         "hf_pooler_type": re.sub(r"(?<!^)(?=[A-Z])", "_", type(text.pooler).__name__).lower(),
         "output_tokens": text.output_tokens,

@@ -20,7 +20,9 @@ def pick_device(device: str | torch.device) -> torch.device:
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
-        raise InputError(f"device={device!r} is no device: use auto, cpu, cuda or cuda:N") from error
+        raise InputError(f"device={str(device)!r} is not a device: use auto, cpu, cuda or cuda:N") from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise InputError(f"device={str(device)!r} is not supported: use auto, cpu, cuda or cuda:N")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise InputError(
             f"device={str(device)!r} is not here: torch sees {torch.cuda.device_count()} GPUs; use cpu or auto"

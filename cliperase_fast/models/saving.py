@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from cliperase_fast.errors import InputError
 
@@ -40,20 +40,25 @@ def write_directory(directory: str | Path, marker: str, write: Callable[[Path], 
         shutil.rmtree(work, ignore_errors=True)
 
 
-def save_weights(module: nn.Module, path: Path) -> None:
-    """The state dict as safetensors; tensors that share memory are written apart."""
+def save_weights(state: Mapping[str, Tensor], path: Path) -> None:
+    """A state dict as safetensors; tensors that share memory are written apart."""
     from safetensors.torch import save_file
 
+    save_file(apart(state), path, metadata={"format": "pt"})
+
+
+def apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, contiguous, no two of them sharing memory."""
     seen: set[int] = set()
     tensors: dict[str, Tensor] = {}
-    for name, tensor in module.state_dict().items():
+    for name, tensor in state.items():
         tensor = tensor.detach().cpu().contiguous()
-        storage = tensor.untyped_storage().data_ptr()
-        if storage in seen:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != tensor.numel() * tensor.element_size():
             tensor = tensor.clone()
-        seen.add(storage)
+        seen.add(storage.data_ptr())
         tensors[name] = tensor
-    save_file(tensors, path, metadata={"format": "pt"})
+    return tensors
 
 
 def _umask() -> int:

@@ -24,8 +24,8 @@ def check_weights(adapter: ClipAdapter, what: str) -> None:
         )
     _check_scale(adapter, what)
     for name, parameter in parameters:
-        if not parameter.is_floating_point() or bool(torch.isfinite(parameter).all()):
-            continue
+        if not parameter.is_floating_point() or parameter.itemsize == 1 or bool(torch.isfinite(parameter).all()):
+            continue  # what is quantized to a byte is refused where it would be trained
         count = int((~torch.isfinite(parameter)).sum())
         raise InputError(
             f"the {what}'s weights are damaged: {count} of the {parameter.numel()} values of {name} are not finite "

@@ -36,10 +36,11 @@ class CaptionTokenizer:
     """Wraps a tokenizer and pads or cuts to `context_length` where the tokenizer lets us say so.
 
     source: the tokenizer as given. context_length: tokens a caption may have, begin and end marks included;
-    None where unknown.
+    None where unknown. unread_id: what a tokenizer without a padding token pads with, an id that the model does not
+    read behind a caption's end; None where there is no such id.
     """
 
-    def __init__(self, source: Any, context_length: int | None) -> None:
+    def __init__(self, source: Any, context_length: int | None, unread_id: int | None = None) -> None:
         open_clip = sys.modules.get("open_clip")
         if open_clip is not None and source is open_clip.tokenize:
             source = open_clip.SimpleTokenizer()  # what the function calls, and its tokens can be counted
@@ -50,10 +51,13 @@ class CaptionTokenizer:
                 "token ids [B, L], an open_clip tokenizer or a transformers tokenizer"
             )
         self.source = source
+        self.unread_id = unread_id
         self.context_length = context_length if context_length is not None else _own_limit(source)
 
     def __call__(self, captions: Sequence[str]) -> Tensor:  # -> int64 [B, L]
         captions = list(captions)
+        if _lacks_padding(self.source):
+            return self._padded(captions)
         if is_hugging_face(self.source):
             # Causal text towers pool at the end mark and never see what follows: padding goes right.
             encoded = self.source(
@@ -69,6 +73,20 @@ class CaptionTokenizer:
         else:
             encoded = self.source(captions)
         return _as_tokens(encoded, len(captions))
+
+    def _padded(self, captions: list[str]) -> Tensor:
+        """Token ids of a tokenizer that has no token to pad with."""
+        if self.unread_id is None or not is_hugging_face(self.source):
+            name = "tokenizer" if is_hugging_face(self.source) else "tokenizer.tokenizer"
+            raise InputError(
+                "the tokenizer has no padding token, and captions of different lengths need one: set it first, for "
+                f"example {name}.pad_token = {name}.eos_token, to a token that the model does not read as text"
+            )
+        limit = self.context_length
+        rows = self.source(captions, truncation=limit is not None, max_length=limit, padding=False)["input_ids"]
+        length = limit or max(map(len, rows), default=0)
+        padded = [list(row) + [self.unread_id] * (length - len(row)) for row in rows]
+        return torch.tensor(padded, dtype=torch.int64).reshape(len(rows), length)
 
     def overlong(self, captions: Sequence[str], tokens: Tensor) -> list[tuple[str, int]]:
         """(caption, its number of tokens) for those that do not fit; empty where that cannot be told.
@@ -91,6 +109,12 @@ class CaptionTokenizer:
         else:
             return []
         return [(caption, count) for caption, count in counts if count > limit]
+
+
+def _lacks_padding(source: Any) -> bool:
+    """Whether it is Hugging Face's, or open_clip's around one, and has no token to pad with."""
+    inner = source if is_hugging_face(source) else getattr(source, "tokenizer", None) if is_open_clip(source) else None
+    return is_hugging_face(inner) and inner.pad_token_id is None  # type: ignore[union-attr]
 
 
 def _own_limit(source: Any) -> int | None:

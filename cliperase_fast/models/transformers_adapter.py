@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,11 @@ from cliperase_fast.errors import InputError
 from cliperase_fast.models.adapter import ClipAdapter, Tower
 from cliperase_fast.models.open_clip_adapter import CLIP_VOCABULARY
 from cliperase_fast.models.padding import read_length
+from cliperase_fast.models.proving import feature_difference, random_pixels, tolerance
+from cliperase_fast.models.requirements import require_no_parametrizations
+from cliperase_fast.models.saving import apart
 from cliperase_fast.models.tokenizing import is_hugging_face
+from cliperase_fast.models.transformers_files import quiet
 
 _END_OF_TEXT = 49407  # the last id of CLIP's own vocabulary
 _LEGACY_END = 2  # in old configurations; such models pool at the highest id of a row, which is the end mark's
@@ -60,6 +64,7 @@ class TransformersAdapter(ClipAdapter):
         truncate: bool = False,
     ) -> None:
         self.module = module
+        self._proved: nn.Module | None = None  # the module whose form was found to be saveable
         if transform is None:
             transform = _default_image_processor(module)
         if tokenizer is None and self._has_clip_vocabulary:
@@ -84,6 +89,14 @@ class TransformersAdapter(ClipAdapter):
     @property
     def vocabulary_size(self) -> int:
         return int(self._config.text_config.vocab_size)
+
+    @property
+    def unread_id(self) -> int | None:
+        """Padding stands behind the end mark, where a causal tower does not look: any id but the end mark's will do."""
+        text = self._config.text_config
+        if not isinstance(text.eos_token_id, int) or getattr(text, "is_causal", True) is False:
+            return None
+        return 0 if text.eos_token_id != 0 else 1
 
     def tower(self, name: str) -> Tower | None:
         if name == "logit_scale":
@@ -120,13 +133,82 @@ class TransformersAdapter(ClipAdapter):
                 "caption's features there; use the tokenizer the model was trained with"
             )
 
-    def _write(self, directory: Path) -> None:
+    def check_saveable(self) -> None:
+        """`InputError` where no CLIPModel of this configuration holds the weights and computes the same features."""
+        super().check_saveable()
+        require_no_parametrizations(self.module)
+        if self._proved is not self.module:
+            _prove(self)
+            self._proved = self.module
+
+    def saved_state(self) -> dict[str, Tensor]:
+        """As `CLIPModel.from_pretrained` reads it: logit_scale has no dimensions there."""
+        state = self.module.state_dict()
+        state["logit_scale"] = state["logit_scale"].reshape(())
+        return state
+
+    def probe(self) -> tuple[Tensor, Tensor]:
+        text, vision = self._config.text_config, self._config.vision_config
+        generator = torch.Generator("cpu").manual_seed(0)
+        shape = (4, self.context_length)
+        tokens = torch.randint(0, text.vocab_size, shape, generator=generator, dtype=torch.int64, device="cpu")
+        if isinstance(text.eos_token_id, int) and text.eos_token_id < text.vocab_size:
+            tokens[:, -1] = text.eos_token_id
+        like = next(self.module.parameters())
+        return random_pixels(int(vision.image_size), like, int(vision.num_channels)), tokens
+
+    def _write(self, directory: Path, final: Path) -> None:
         with quiet():
-            self._model.save_pretrained(directory)
+            self._model.save_pretrained(directory, state_dict=apart(self.saved_state()))
         if self.tokenizer is not None and is_hugging_face(self.tokenizer.source):
             self.tokenizer.source.save_pretrained(directory)
         if isinstance(self.transform, ImageProcessorTransform):
             self.transform.processor.save_pretrained(directory)
+
+    def reload(self, directory: Path) -> TransformersAdapter:
+        import transformers
+
+        with quiet():
+            module = transformers.CLIPModel.from_pretrained(directory, local_files_only=True)
+        return TransformersAdapter(module, transform=self.transform)
+
+
+@torch.no_grad()
+def _prove(adapter: TransformersAdapter) -> None:
+    """Raise InputError unless a fresh CLIPModel takes the weights and computes the same features."""
+    import transformers
+
+    module, name = adapter.module, type(adapter.module).__name__
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        twin: Any = transformers.CLIPModel(copy.deepcopy(adapter._config))
+    expected, state = twin.state_dict(), adapter.saved_state()
+    wrong = [f"{key}, which it has beside the configuration's" for key in state if key not in expected]
+    wrong += [f"{key}, which it lacks" for key in expected if key not in state]
+    wrong += [
+        f"{key}, which is {list(state[key].shape)} where the configuration says {list(tensor.shape)}"
+        for key, tensor in expected.items()
+        if key in state and state[key].shape != tensor.shape
+    ]
+    remedy = "update model.config, or save it yourself and wrap it in a module with encode_image and encode_text"
+    if wrong:
+        raise InputError(
+            f"this {name} cannot be saved as a CLIPModel: its weights are not those of its configuration ({wrong[0]}"
+            + (f", and {len(wrong) - 1} more" if len(wrong) > 1 else "")
+            + f"); {remedy}"
+        )
+    twin.load_state_dict(state, assign=True)
+    device = next(module.parameters()).device
+    for owner in twin.modules():
+        for key, buffer in owner.named_buffers(recurse=False):
+            if buffer.is_meta:  # numbers of positions: rebuilt, not saved
+                numbers = torch.arange(buffer.shape[-1], device=device, dtype=buffer.dtype).expand(buffer.shape)
+                owner.register_buffer(key, numbers, persistent=False)
+    difference = feature_difference(adapter, TransformersAdapter(twin, transform=adapter.transform))
+    if difference is not None and difference > tolerance(module):
+        raise InputError(
+            f"this {name} cannot be saved as a CLIPModel: a CLIPModel with its weights computes other features (they "
+            f"differ by {difference:.1e}); {remedy}"
+        )
 
 
 def as_transform(transform: Any) -> Callable[[Any], Tensor]:
@@ -137,39 +219,6 @@ def as_transform(transform: Any) -> Callable[[Any], Tensor]:
     if hasattr(transform, "image_mean") and callable(getattr(transform, "save_pretrained", None)):
         return ImageProcessorTransform(transform)
     return transform
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' progress bars, which it shows even where there is no terminal."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-def load_tokenizer(directory: Path) -> Any:
-    """The tokenizer saved beside a model, or None."""
-    import transformers
-
-    if not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        return None
-    return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
-
-
-def load_image_processor(directory: Path) -> Any:
-    """The image processor saved beside a model, or None."""
-    import transformers
-
-    names = ("preprocessor_config.json", "processor_config.json")
-    if not any((directory / name).is_file() for name in names):
-        return None
-    return transformers.CLIPImageProcessor.from_pretrained(directory, local_files_only=True)
 
 
 def _default_image_processor(module: Any) -> Any:

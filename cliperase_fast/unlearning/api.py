@@ -30,6 +30,7 @@ from cliperase_fast.models import ClipAdapter, load_model, set_trainable
 from cliperase_fast.models.blocks import plain_blocks, thrifty_blocks
 from cliperase_fast.models.embedding import merge_rows, train_rows
 from cliperase_fast.models.precision import in_float32, weight_dtypes
+from cliperase_fast.models.requirements import require_trainable
 from cliperase_fast.models.soundness import check_weights
 from cliperase_fast.ops import choose
 from cliperase_fast.progress import say
@@ -369,6 +370,7 @@ def _models(
     cut = settings.long_captions == "truncate"
     given = load_model(model, tokenizer=tokenizer, truncate=cut, device=runtime.device)
     check_weights(given, "model")
+    require_trainable(given.module)
     original = in_float32(given)
     original.check_saveable()
     if isinstance(model, (str, Path)):

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from tiny_models import CAPTIONS, picture, pixels_for, tiny_config, tiny_open_clip
 
 from cliperase_fast.errors import InputError
-from cliperase_fast.models import hub, load_model
+from cliperase_fast.models import hub, load_model, loading
 
 
 @pytest.fixture
@@ -164,7 +164,7 @@ def test_folders_that_hold_no_whole_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no weights"):
         load_model(tmp_path)
     save_file({"logit_scale": torch.zeros(())}, tmp_path / "open_clip_model.safetensors")
-    with pytest.raises(InputError, match=r"does not load: .*Missing key"):
+    with pytest.raises(InputError, match=r"does not load as .*Missing"):
         load_model(tmp_path)
     (tmp_path / "open_clip_config.json").write_text("{")
     with pytest.raises(InputError, match="does not load"):
@@ -206,7 +206,8 @@ def test_given_tokenizer_and_transform_win_and_an_adapter_keeps_its_own(tmp_path
             load_model(tmp_path, **{option: "words"})
 
 
-def test_a_device_copies_an_instance_and_never_moves_it() -> None:
+def test_a_device_copies_an_instance_and_never_moves_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "pick_device", torch.device)  # the meta device stands for another one
     model = tiny_open_clip()
     assert load_model(model).module is model
     assert load_model(model, device="cpu").module is model

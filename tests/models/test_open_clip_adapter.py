@@ -10,7 +10,17 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from tiny_models import CAPTIONS, RESNET, TIMM, picture, pixels_for, randomised, tiny_config, tiny_open_clip
+from tiny_models import (
+    CAPTIONS,
+    RESNET,
+    TIMM,
+    picture,
+    pixels_for,
+    randomised,
+    tiny_config,
+    tiny_open_clip,
+    word_tokenizer,
+)
 from torch import nn
 
 from cliperase_fast.errors import InputError
@@ -267,26 +277,41 @@ def test_a_replaced_tower_is_refused_by_name() -> None:
         load_model(model).check_saveable()
 
 
-def test_a_hugging_face_text_tower_works_and_says_why_it_cannot_be_saved(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("family", "pooler", "projection"),
+    [("roberta", "mean_pooler", "linear"), ("bert", "cls_pooler", None), ("bert", "mean_pooler", "mlp")],
+)
+def test_a_hugging_face_text_tower_is_saved_with_all_that_loading_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, pooler: str, projection: str | None
 ) -> None:
     import huggingface_hub
+    import transformers
     from open_clip.hf_model import HFTextEncoder
-    from transformers import RobertaConfig
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     model = tiny_open_clip(custom_text=True)
-    config = RobertaConfig(
-        vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-        max_position_embeddings=40,
+    kind = {"roberta": transformers.RobertaConfig, "bert": transformers.BertConfig}[family]
+    config = kind(
+        vocab_size=99, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32,
+        max_position_embeddings=20, pad_token_id=0,
     )  # fmt: skip
     config._name_or_path = "nobody/no-such-model"
-    model.text = HFTextEncoder("", output_dim=24, config=config, pooler_type="mean_pooler", proj_type="linear")
-    adapter = load_model(model.eval(), tokenizer=lambda captions: torch.full((len(captions), 12), 5))
-    assert adapter.encode_text(adapter.tokenize(CAPTIONS)).shape == (3, 24)
+    model.text = HFTextEncoder("", output_dim=24, config=config, pooler_type=pooler, proj_type=projection)
+    adapter = load_model(randomised(model.eval()), tokenizer=word_tokenizer())
+    length = 19 if family == "roberta" else 20  # its positions begin behind the padding's
+    assert adapter.context_length == length
     assert [len(blocks) for blocks in adapter.blocks()] == [2, 2]
-    with pytest.raises(InputError, match="worked out from the model with nobody/no-such-model"):
-        adapter.check_saveable()
+
+    adapter.save(tmp_path / "saved")
+    (tmp_path / "saved").rename(tmp_path / "moved")
+    again = load_model(f"local-dir:{tmp_path / 'moved'}")
+
+    assert again.context_length == length
+    captions = ["a photo of a dog", "red"]
+    assert torch.equal(again.tokenize(captions), adapter.tokenize(captions))
+    tokens = adapter.tokenize(captions)
+    torch.testing.assert_close(again.encode_text(tokens), adapter.encode_text(tokens))
+    torch.testing.assert_close(again.encode_image(pixels_for(model)), adapter.encode_image(pixels_for(model)))
 
 
 def test_coca_is_loaded_saved_and_trained_without_its_decoder(tmp_path: Path) -> None:

@@ -1,0 +1,90 @@
+"""open_clip models from folders and checkpoint files, whatever wrapped them when they were saved."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cliperase_fast.errors import InputError
+from cliperase_fast.models.checkpoint_files import read_checkpoint
+from cliperase_fast.models.hub import offline_if_unreachable
+from cliperase_fast.models.open_clip_config import TEXT_CONFIG, Config, build, with_text_config
+from cliperase_fast.models.state_names import match_names
+
+_OWN_FORMATS = (".npz", ".npy")  # big_vision's arrays, which open_clip reads without running code
+
+
+def load_folder(folder: Path) -> tuple[nn.Module, Config]:
+    """The model in a folder with open_clip_config.json, and its `model_cfg`.
+
+    Hugging Face's configuration of the text tower is taken from the folder itself where it was saved there.
+    """
+    from open_clip import factory
+
+    saved = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
+    config: Config = saved["model_cfg"]
+    if (folder / TEXT_CONFIG / "config.json").is_file():
+        config = with_text_config(config, folder / TEXT_CONFIG)
+    path = factory._find_checkpoint_in_dir(folder)
+    assert path is not None  # the caller has looked
+    module = load_weights(config, Path(path), f"the model of {folder}", saved.get("preprocess_cfg"))
+    return module, config
+
+
+def load_weights(config: Config, path: Path, name: str, preprocess: dict[str, Any] | None = None) -> nn.Module:
+    """A model of `config` with the weights in the file `path`, in evaluation mode.
+
+    name: the architecture, for errors. preprocess: what is known of its preprocessing, in open_clip's terms.
+    """
+    from open_clip import factory
+    from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+
+    content = None if path.suffix in _OWN_FORMATS else read_checkpoint(path, name)  # before a model is built
+    needs_hub = "hf_model_name" in config["text_cfg"] and not Path(config["text_cfg"]["hf_model_name"]).is_dir()
+    with torch.random.fork_rng(devices=[]), offline_if_unreachable() if needs_hub else nullcontext():
+        module: Any = build(config)
+    if content is None or _is_mobile_clip(content):
+        factory.load_checkpoint(module, str(path))
+    else:
+        module.load_state_dict(_matched(module, content, path, name))
+    settings = merge_preprocess_dict(PreprocessCfg(), preprocess or {})
+    settings["size"] = getattr(module.visual, "image_size", settings["size"])
+    factory.set_model_preprocess_cfg(module, settings)
+    return module.eval()
+
+
+def _matched(module: Any, content: Any, path: Path, name: str) -> dict[str, Tensor]:
+    expected = module.state_dict()
+    optional = frozenset({"logit_bias"} & set(expected))
+    renamed = {key.removeprefix("text."): key for key in expected}
+    try:
+        state = match_names(content, expected, path, name, optional)
+    except InputError:
+        # The text tower's weights stood beside the image tower's in older checkpoints of models that now have `text.`.
+        if "text.positional_embedding" not in expected or len(renamed) < len(expected):
+            raise
+        older = {key.removeprefix("text."): tensor for key, tensor in expected.items()}
+        try:
+            found = match_names(content, older, path, name, optional)
+        except InputError:
+            found = None
+        if found is None:
+            raise
+        state = {renamed[key]: tensor for key, tensor in found.items()}
+    if "logit_bias" in optional and "logit_bias" not in state:
+        state["logit_bias"] = torch.zeros_like(state["logit_scale"]).reshape(expected["logit_bias"].shape)
+    return state
+
+
+def _is_mobile_clip(content: Any) -> bool:
+    """Apple's own names, which open_clip converts."""
+    names = (
+        "image_encoder.model.patch_embed.0.rbr_conv.0.conv.weight",
+        "image_encoder.model.patch_emb.0.block.conv.weight",
+    )
+    return isinstance(content, dict) and any(name in content for name in names)
