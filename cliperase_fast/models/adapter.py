@@ -18,7 +18,7 @@ from cliperase_fast.defaults import torch_defaults
 from cliperase_fast.errors import InputError
 from cliperase_fast.models.requirements import require_trainable
 from cliperase_fast.models.saving import save_weights, write_directory
-from cliperase_fast.models.tokenizing import CaptionTokenizer
+from cliperase_fast.models.tokenizing import CaptionTokenizer, lacks_padding
 from cliperase_fast.models.verifying import verify_saved
 
 Tower = Literal["image", "text", "scale"]
@@ -58,7 +58,8 @@ class ClipAdapter(ABC):
         self.cut_captions: dict[str, int] = {}  # captions that were cut to the context, with their number of tokens
         self.tokenizer = None
         if tokenizer is not None:
-            self.tokenizer = CaptionTokenizer(tokenizer, self.context_length, self.unread_id)
+            unread = self.unread_id if lacks_padding(tokenizer) else None
+            self.tokenizer = CaptionTokenizer(tokenizer, self.context_length, unread)
         self._widths: dict[str, int] = {}
 
     @property

@@ -56,7 +56,7 @@ class CaptionTokenizer:
 
     def __call__(self, captions: Sequence[str]) -> Tensor:  # -> int64 [B, L]
         captions = list(captions)
-        if _lacks_padding(self.source):
+        if lacks_padding(self.source):
             return self._padded(captions)
         if is_hugging_face(self.source):
             # Causal text towers pool at the end mark and never see what follows: padding goes right.
@@ -111,9 +111,10 @@ class CaptionTokenizer:
         return [(caption, count) for caption, count in counts if count > limit]
 
 
-def _lacks_padding(source: Any) -> bool:
+def lacks_padding(source: Any) -> bool:
     """Whether it is Hugging Face's, or open_clip's around one, and has no token to pad with."""
-    inner = source if is_hugging_face(source) else getattr(source, "tokenizer", None) if is_open_clip(source) else None
+    wraps = is_open_clip(source) or _is_processor(source)
+    inner = source if is_hugging_face(source) else getattr(source, "tokenizer", None) if wraps else None
     return is_hugging_face(inner) and inner.pad_token_id is None  # type: ignore[union-attr]
 
 

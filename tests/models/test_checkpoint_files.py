@@ -213,7 +213,9 @@ def test_a_torchscript_archive_is_read_without_being_run(
     read = read_checkpoint(tmp_path / "model.pt", "tiny")
     expected = model.state_dict()
     assert set(read) == set(expected)
-    assert all(torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype for name, tensor in expected.items())
+    assert all(
+        torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype for name, tensor in expected.items()
+    )
 
 
 class Holder(nn.Module):
@@ -254,7 +256,12 @@ def test_damaged_cut_short_and_inflated_files_are_one_line(tmp_path: Path, state
     (tmp_path / "pickle.pt").write_bytes(pickle.dumps({"a": 1}))
     with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as bomb:
         bomb.writestr("archive/data.pkl", bytes(10_000_000))
-    says = {"cut.pt": "cut short", "cut.safetensors": "cut short", "text.pt": "git lfs pull", "bomb.pt": "is compressed"}
+    says = {
+        "cut.pt": "cut short",
+        "cut.safetensors": "cut short",
+        "text.pt": "git lfs pull",
+        "bomb.pt": "is compressed",
+    }
     for name in ("cut.pt", "cut.safetensors", "empty.pt", "text.pt", "pickle.pt", "bomb.pt"):
         with pytest.raises(InputError, match=f"{name} does not load as tiny: .*{says.get(name, '')}") as raised:
             load_model(f"tiny:{tmp_path / name}")

@@ -181,7 +181,7 @@ def test_folders_that_hold_no_whole_clip_model_are_refused(tmp_path: Path) -> No
 
     settings = json.loads((tmp_path / "whole" / "config.json").read_text())
     (tmp_path / "vision" / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(InputError, match="which would be random"):
+    with pytest.raises(InputError, match="none of its 39 tensors has a name of this architecture"):
         load_model(tmp_path / "vision")
     (tmp_path / "vision" / "config.json").write_text("{")
     with pytest.raises(InputError, match="not readable JSON"):

@@ -53,7 +53,9 @@ WRAPPERS: dict[str, Wrap] = {
 
 
 @pytest.mark.parametrize("how", WRAPPERS)
-@pytest.mark.parametrize("make", [lambda: tiny_open_clip(**SMALL), tiny_clip, TwoTowers], ids=["open_clip", "hf", "own"])
+@pytest.mark.parametrize(
+    "make", [lambda: tiny_open_clip(**SMALL), tiny_clip, TwoTowers], ids=["open_clip", "hf", "own"]
+)
 def test_every_nesting_of_wrappers_is_opened(how: str, make: Callable[[], nn.Module]) -> None:
     model = make()
     adapter = load_model(WRAPPERS[how](model))
