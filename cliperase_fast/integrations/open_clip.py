@@ -33,7 +33,7 @@ def patch_open_clip() -> Patch:
     fused.check_version()
     for name, stock in _STOCK.items():
         for method in ("__init__", "forward"):
-            if _parameters(stock, method) != _parameters(_FUSED[name], method):
+            if not _takes_all(_parameters(_FUSED[name], method), _parameters(stock, method)):
                 raise InputError(
                     f"open_clip's {name}.{method} takes other arguments than that of open_clip_torch 3.0 to 3.3, for "
                     'which this was written: pip install "open_clip_torch>=3.0,<=3.3"'
@@ -74,9 +74,19 @@ def _reader_marks_shard_ends() -> bool:
     return marks and hasattr(data, "group_by_keys_nothrow")
 
 
-def _parameters(kind: type, method: str) -> list[tuple[str, object]]:
-    parameters = inspect.signature(getattr(kind, method)).parameters.values()
-    return [(parameter.name, parameter.default) for parameter in parameters]
+def _parameters(kind: type, method: str) -> list[inspect.Parameter]:
+    return list(inspect.signature(getattr(kind, method)).parameters.values())
+
+
+def _takes_all(ours: list[inspect.Parameter], theirs: list[inspect.Parameter]) -> bool:
+    """Whether `ours` takes what `theirs` does: the same, or fewer where **options pass on what has a default there."""
+    named = [parameter for parameter in ours if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
+    same = [(parameter.name, parameter.default) for parameter in named] == [
+        (parameter.name, parameter.default) for parameter in theirs[: len(named)]
+    ]
+    added = theirs[len(named) :]
+    optional = all(parameter.default is not inspect.Parameter.empty for parameter in added)
+    return same and (not added or (len(named) < len(ours) and optional))
 
 
 def _swap(found: dict[str, type], replacement: dict[str, type]) -> list[str]:

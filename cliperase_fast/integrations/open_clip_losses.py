@@ -1,7 +1,8 @@
 """open_clip's losses, fused: subclasses with the same arguments and results, and no N x N matrix.
 
-They compute in float32 at least, also under autocast, where open_clip rounds its similarities to half precision; the
-losses come back in float32 then. The teacher gets no gradient. CLIPERASE_BACKEND chooses the backend.
+Arguments that these do not know, of a newer open_clip, are left to open_clip's own forward. They compute in float32 at
+least, also under autocast, where open_clip rounds its similarities to half precision; the losses come back in float32
+then. The teacher gets no gradient. CLIPERASE_BACKEND chooses the backend.
 
 Several ranks: with L the loss of the whole batch, F a rank's features and W the number of ranks, open_clip's ways are
 
@@ -87,7 +88,7 @@ class GatheredFeatures:
     world_size: int
     local_loss: bool
     gather_with_grad: bool
-    use_horovod: bool
+    use_horovod: bool = False  # which open_clip 4 no longer has
 
     def _shared(self) -> dict[str, Any]:
         """The options that shard the sweep over these ranks with open_clip's values; none where it must not be."""
@@ -112,7 +113,7 @@ class GatheredFeatures:
             gather_with_grad=self.gather_with_grad,
             rank=self.rank,
             world_size=self.world_size,
-            use_horovod=self.use_horovod,
+            **({"use_horovod": True} if self.use_horovod else {}),
         )
 
     @property
@@ -155,10 +156,12 @@ class ClipLoss(GatheredFeatures, StockClipLoss):
         logit_scale: Tensor | float,
         logit_bias: Tensor | float | None = None,
         output_dict: bool = False,
+        **options: Any,
     ) -> Any:
         """The loss, 0-d, or {"contrastive_loss": loss}. Features [n, D]; logit_scale already exponentiated."""
-        if _overridden(self, StockClipLoss, "get_logits", "get_ground_truth") or not _is_constant(logit_bias):
-            return super().forward(image_features, text_features, logit_scale, logit_bias, output_dict)
+        own = _overridden(self, StockClipLoss, "get_logits", "get_ground_truth")
+        if own or options or not _is_constant(logit_bias):
+            return super().forward(image_features, text_features, logit_scale, logit_bias, output_dict, **options)
         if shared := self._shared():
             features = self._with_gradients(image_features, text_features)
             loss = contrast("clip_loss", *features, logit_scale, **shared)[0]
@@ -187,12 +190,13 @@ class DistillClipLoss(GatheredFeatures, StockDistillClipLoss):
         dist_text_features: Tensor,
         dist_logit_scale: Tensor | float,
         output_dict: bool = False,
+        **options: Any,
     ) -> Any:
         """(contrastive, distill), or {"contrastive_loss": ..., "distill_loss": ...}. dist_*: the frozen teacher's."""
         student = (image_features, text_features)
         teacher = (dist_image_features, dist_text_features)
-        if _overridden(self, StockDistillClipLoss, "get_logits", "get_ground_truth", "dist_loss"):
-            return super().forward(*student, logit_scale, *teacher, dist_logit_scale, output_dict)
+        if options or _overridden(self, StockDistillClipLoss, "get_logits", "get_ground_truth", "dist_loss"):
+            return super().forward(*student, logit_scale, *teacher, dist_logit_scale, output_dict, **options)
         if shared := self._shared():
             image, text = self._with_gradients(*student)
             contrastive, distill = distill_clip_loss(image, text, logit_scale, *teacher, dist_logit_scale, **shared)
@@ -220,11 +224,12 @@ class SigLipLoss(StockSigLipLoss):
         logit_scale: Tensor | float,
         logit_bias: Tensor | float | None,
         output_dict: bool = False,
+        **options: Any,
     ) -> Any:
         """The loss of this rank's images, 0-d, or {"contrastive_loss": loss}. Features [n, D]; scale exponentiated."""
         shared = _sharding(self, own_values=True, gather="all" if self.dist_impl == "gather" else "ring")
-        if not shared or not self._fuses(logit_bias) or _overridden(self, SigLipLoss, "_loss"):
-            return super().forward(image_features, text_features, logit_scale, logit_bias, output_dict)
+        if not shared or options or not self._fuses(logit_bias) or _overridden(self, SigLipLoss, "_loss"):
+            return super().forward(image_features, text_features, logit_scale, logit_bias, output_dict, **options)
         loss = sigmoid_loss(image_features, text_features, logit_scale, logit_bias, **shared)
         return {"contrastive_loss": loss} if output_dict else loss
 

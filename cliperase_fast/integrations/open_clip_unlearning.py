@@ -1,8 +1,8 @@
 """CLIPErase inside open_clip's own training loop: forget shards beside the training data, a frozen teacher, our loss.
 
 The loop stays open_clip's. Two of its seams change for the time of a `with` block: `get_data` gives batches whose first
-rows are pairs to forget, and `create_loss` gives a loss that tells them apart. The teacher is open_clip's own, from
-`--distill-model` and `--distill-pretrained`: the checkpoint that the training starts from.
+rows are pairs to forget, and `create_loss`, or `create_task` in open_clip 4, gives a loss that tells them apart. The
+teacher is open_clip's own, from `--distill-model` and `--distill-pretrained`: the checkpoint that training starts from.
 """
 
 from __future__ import annotations
@@ -58,8 +58,17 @@ class UnlearningLoss(nn.Module):
         }
 
 
+def _joined(forget: Any, retain: Any) -> Any:
+    """One batch of both, in the form that open_clip's loader gives: tuples until version 3, dicts from 4 on."""
+    if isinstance(retain, dict):
+        return {name: _joined(forget[name], part) for name, part in retain.items()}
+    if isinstance(retain, Tensor):
+        return torch.cat([forget, retain])
+    return tuple(map(_joined, forget, retain))
+
+
 class _Mixed:
-    """A loader of (images, texts) whose first rows come from `forget`, begun again whenever it ends."""
+    """A loader of batches whose first rows come from `forget`, begun again whenever it ends."""
 
     def __init__(self, forget: Any, retain: Any) -> None:
         self.forget, self.retain, self.epoch = forget, retain, 0
@@ -74,13 +83,12 @@ class _Mixed:
     def __len__(self) -> int:
         return self.num_batches
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[Any]:
         forget = self._endless()
-        for images, texts in self.retain.dataloader:
-            forget_images, forget_texts = next(forget)
-            yield torch.cat([forget_images, images]), torch.cat([forget_texts, texts])
+        for batch in self.retain.dataloader:
+            yield _joined(next(forget), batch)
 
-    def _endless(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _endless(self) -> Iterator[Any]:
         rounds = self.epoch * max(1, self.num_batches)  # no order twice
         while True:
             self.forget.set_epoch(rounds)
@@ -106,25 +114,31 @@ def unlearning(
     forget_samples: pairs in the forget shards, where they do not say.
 
     Raises InputError where open_clip_train has no such seams, or the arguments lack the teacher or ask for what the
-    loss cannot do (--local-loss, --siglip, --horovod).
+    loss cannot do (--local-loss, --siglip, --horovod, and batches of several widths: --use-naflex, --variable-text).
     """
     trainer = import_trainer()
-    for seam in ("create_loss", "get_data"):
+    making = "create_task" if hasattr(trainer, "create_task") else "create_loss"
+    for seam in (making, "get_data"):
         if not hasattr(trainer, seam):
             raise InputError(
-                f"this open_clip_train.main has no {seam} to put the forget pairs in; use open_clip_torch 3.x"
+                f'this open_clip_train.main has no {seam} to put the forget pairs in: pip install "open_clip_torch<4"'
             )
     if forget_pairs < 1:
         raise InputError(f"forget_pairs={forget_pairs} must be at least 1")
-    create_loss, get_data = trainer.create_loss, trainer.get_data
+    create, get_data = getattr(trainer, making), trainer.get_data
     loss = CLIPEraseLoss() if loss is None else loss
 
-    def create(args: Any) -> nn.Module:
+    def create_loss(args: Any) -> nn.Module:
         chosen = loss
         if args.world_size > 1 and loss.process_group in (None, LOCAL):
             chosen = copy.copy(loss)
             chosen.process_group = WORLD
         return UnlearningLoss(forget_pairs, chosen)
+
+    def create_task(args: Any, *rest: Any, **options: Any) -> nn.Module:
+        task = create(args, *rest, **options)
+        task.loss = create_loss(args)
+        return task
 
     def data(args: Any, *rest: Any, **options: Any) -> dict[str, Any]:
         _check(args)
@@ -139,11 +153,13 @@ def unlearning(
         changed.val_data = changed.imagenet_val = changed.imagenet_v2 = None
         return get_data(changed, *rest, **options)["train"]
 
-    trainer.create_loss, trainer.get_data = create, data
+    setattr(trainer, making, create_loss if making == "create_loss" else create_task)
+    trainer.get_data = data
     try:
         yield
     finally:
-        trainer.create_loss, trainer.get_data = create_loss, get_data
+        setattr(trainer, making, create)
+        trainer.get_data = get_data
 
 
 def _check(args: Any) -> None:
@@ -154,6 +170,6 @@ def _check(args: Any) -> None:
         )
     if args.train_data is None:
         raise InputError("unlearning needs the pairs to keep: pass --train-data")
-    for flag in ("local_loss", "siglip", "horovod"):
+    for flag in ("local_loss", "siglip", "horovod", "use_naflex", "variable_text"):
         if getattr(args, flag, False):
             raise InputError(f"unlearning does not go with --{flag.replace('_', '-')}; leave it out")

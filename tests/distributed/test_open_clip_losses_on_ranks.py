@@ -101,6 +101,9 @@ def test_the_sigmoid_loss_has_open_clips_values_and_gradients_in_each_of_its_way
                 torch.testing.assert_close(mine, theirs, rtol=0, atol=tolerance * max(1, theirs.abs().max().item()))
 
 
+DISTILLING = {"distill": True, "local_loss": False, "gather_with_grad": False, "torchcompile": False}
+
+
 def unlearning_step(rank, rows, ranks):
     """What open_clip's loop gets from the recipe's loss for some rows of a batch of 3 pairs to forget, 6 to keep."""
     import open_clip_train.main as trainer
@@ -111,7 +114,11 @@ def unlearning_step(rank, rows, ranks):
     leaves = image.requires_grad_(), text.requires_grad_()
     pairs = forget[rank].stop - forget[rank].start
     with unlearning("unused", pairs, cf.CLIPEraseLoss(0.5, 2.0, 1.5)):
-        loss = trainer.create_loss(SimpleNamespace(rank=rank, world_size=ranks))
+        arguments = SimpleNamespace(rank=rank, world_size=ranks, **DISTILLING)
+        if hasattr(trainer, "create_task"):  # open_clip 4
+            loss = trainer.create_task(arguments, torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)).loss
+        else:
+            loss = trainer.create_loss(arguments)
     terms = loss(image, text, 14.0, *teacher, 9.0, output_dict=True)
     return {key: value.detach() for key, value in terms.items()}, torch.autograd.grad(sum(terms.values()), leaves)
 

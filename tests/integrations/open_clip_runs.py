@@ -85,21 +85,23 @@ def recording() -> Iterator[list[dict[str, float]]]:
     import open_clip_train.main as trainer
 
     losses: list[dict[str, float]] = []
-    create = trainer.create_loss
+    making = "create_task" if hasattr(trainer, "create_task") else "create_loss"  # of open_clip 4 and 3
+    create = getattr(trainer, making)
 
-    def create_and_watch(args: Any) -> torch.nn.Module:
-        loss = create(args)
+    def create_and_watch(*args: Any, **options: Any) -> torch.nn.Module:
+        made = create(*args, **options)
+        loss = made.loss if making == "create_task" else made
         loss.register_forward_hook(
             lambda module, inputs, output: losses.append({key: value.item() for key, value in output.items()})
         )
         loss.register_forward_hook(lambda module, inputs, output: kinds.add(type(module).__module__.split(".")[0]))
-        return loss
+        return made
 
     kinds: set[str] = set()
     expand = data.tar_file_expander
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(logging.root, "handlers", [])  # the trainer sets its own, on captured streams
-        patch.setattr(trainer, "create_loss", create_and_watch)
+        patch.setattr(trainer, making, create_and_watch)
         patch.setattr(data, "_SAMPLE_SHUFFLE_SIZE", 1)
         patch.setattr(data, "_SAMPLE_SHUFFLE_INITIAL", 1)
         if "eof_value" in inspect.signature(expand).parameters:  # newer than open_clip's shard reader takes

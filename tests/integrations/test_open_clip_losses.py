@@ -63,7 +63,11 @@ def test_they_are_open_clips_classes_with_the_same_arguments(name):
     assert isinstance(ours(), stock)
     for method in ("__init__", "forward"):
         mine, theirs = (
-            [(p.name, p.kind, p.default) for p in inspect.signature(getattr(kind, method)).parameters.values()]
+            [
+                (p.name, p.kind, p.default)
+                for p in inspect.signature(getattr(kind, method)).parameters.values()
+                if p.kind is not p.VAR_KEYWORD  # for what a newer open_clip may add
+            ]
             for kind in (ours, stock)
         )
         assert mine == theirs
@@ -72,8 +76,9 @@ def test_they_are_open_clips_classes_with_the_same_arguments(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_constructor_sets_what_open_clips_does(name):
     arguments = (True, 0, 1, "gather") if name == "SigLipLoss" else (True, True, True, 0, 1, False)
-    words = inspect.signature(getattr(open_clip.loss, name)).parameters
-    keywords = dict(zip(words, arguments, strict=True))
+    words = list(inspect.signature(getattr(open_clip.loss, name)).parameters)
+    keywords = dict(zip(words, arguments, strict=False))  # open_clip 4 has other last ones
+    arguments = tuple(keywords.values())
     made = [kind(*arguments) for kind in (getattr(cf, name), getattr(open_clip.loss, name))]
     made.append(getattr(cf, name)(**keywords))
     for ours in (made[0], made[2]):
@@ -108,6 +113,45 @@ def test_a_bias_that_is_no_constant_and_overridden_logits_are_left_to_open_clip(
     ours = type("Mine", (cf.ClipLoss,), {"get_logits": halved})()(**inputs)
     stock = type("Theirs", (open_clip.loss.ClipLoss,), {"get_logits": halved})()(**inputs)
     assert ours.item() == stock.item()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_argument_that_a_newer_open_clip_adds_is_left_to_open_clip(name, monkeypatch):
+    stock = getattr(open_clip.loss, name)
+    forward = stock.forward
+    seen = []
+
+    def newer(self, *features, temperature=1.0, **options):
+        seen.append(temperature)
+        return forward(self, *features, **options)
+
+    newer.__signature__ = inspect.signature(forward).replace(
+        parameters=[
+            *inspect.signature(forward).parameters.values(),
+            inspect.Parameter("temperature", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=1.0),
+        ]
+    )
+    monkeypatch.setattr(stock, "forward", newer)
+    inputs = batch(name)
+    with cf.patch_open_clip() as patch:
+        assert f"open_clip.loss.{name}" in patch.replaced
+    plain = getattr(cf, name)()(**inputs)
+    before = len(seen)
+    torch.testing.assert_close(getattr(cf, name)()(**inputs, temperature=2.0), plain)
+    assert seen[before:] == [2.0]
+
+
+def test_features_are_gathered_with_the_arguments_that_open_clip_takes(monkeypatch):
+    def gather(image, text, local_loss=False, gather_with_grad=False, rank=0, world_size=1):
+        return torch.cat([image, image]), torch.cat([text, text])
+
+    monkeypatch.setattr(open_clip.loss, "gather_features", gather)
+    monkeypatch.setenv("CLIPERASE_BACKEND", "eager")
+    loss = cf.ClipLoss(rank=0, world_size=2)
+    vars(loss).pop("use_horovod", None)  # as with open_clip 4
+    inputs = {key: value.detach() for key, value in batch("ClipLoss", bias=False).items()}
+    doubled = {key: torch.cat([value, value]) if value.ndim else value for key, value in inputs.items()}
+    torch.testing.assert_close(loss(**inputs), cf.ClipLoss()(**doubled))
 
 
 def test_scales_may_be_numbers_or_tensors_of_one_element():

@@ -152,13 +152,11 @@ def test_an_unsupported_version_is_refused_by_the_range(version, monkeypatch):
 
 
 def test_the_command_line_runs_the_trainer_patched(folder, monkeypatch, capfd):
-    import open_clip_train.main as trainer
-
     words = runs.arguments(folder, "csv", "--name", "command-line", "--epochs", 1)
     with runs.recording() as losses:
         assert cli.main(["train-open-clip", "--", *words]) == 0
     assert losses[-1] == {"package": "cliperase_fast"}
-    assert trainer.create_loss.__globals__["ClipLoss"] is STOCK["ClipLoss"]  # and it cleaned up
+    assert found(open_clip.factory)["ClipLoss"] is open_clip.loss.ClipLoss is STOCK["ClipLoss"]  # and it cleaned up
     assert (folder / "logs" / "command-line" / "checkpoints" / "epoch_1.pt").is_file()
 
 
@@ -181,23 +179,65 @@ def test_unlearning_inside_open_clips_loop_forgets_and_keeps(folder):
         "--pretrained", folder / "teacher.pt", "--epochs", 4,
     )  # fmt: skip
     with runs.recording() as losses, unlearning(str(folder / "forget.csv"), 4, cf.CLIPEraseLoss(1.0, 3.0, 3.0)):
-        create = trainer.create_loss
+        making = "create_task" if hasattr(trainer, "create_task") else "create_loss"  # of open_clip 4 and 3
+        create = getattr(trainer, making)
         seen = []
 
-        def watched(args):
-            loss = create(args)
+        def watched(*args, **options):
+            made = create(*args, **options)
+            loss = made.loss if making == "create_task" else made
             loss.register_forward_hook(
                 lambda module, inputs, output: seen.append({k: v.item() for k, v in output.items()})
             )
-            return loss
+            return made
 
-        trainer.create_loss = watched
+        setattr(trainer, making, watched)
         assert trainer.main(words) is None
     assert len(losses) == 1  # of the recorder itself: open_clip's own losses were not asked
     assert len(seen) == 20 and seen[0].keys() == {"forget_loss", "retain_loss", "consistency_loss"}
     assert seen[0]["consistency_loss"] == pytest.approx(0, abs=1e-5)  # the student starts as the teacher
     assert seen[-1]["forget_loss"] < seen[0]["forget_loss"] - 0.3
     assert seen[-1]["retain_loss"] < seen[0]["retain_loss"] + 0.2
+
+
+class Loader(list):
+    """As open_clip's loaders, of batches in its newer form."""
+
+    def __init__(self, marks, count):
+        super().__init__(
+            {"image": torch.full((count, 2), float(mark)), "text": torch.full((count, 3), mark)} for mark in marks
+        )
+        self.num_batches, self.num_samples = len(self), count * len(self)
+
+
+def test_a_trainer_that_makes_tasks_of_dict_batches_unlearns_too(monkeypatch):
+    """open_clip 4: `create_task` instead of `create_loss`, and batches by name."""
+    from types import SimpleNamespace
+
+    from cliperase_fast.integrations import open_clip_unlearning
+
+    def get_data(args, transforms, epoch=0, tokenizer=None, naflex_data_config=None):
+        loader = Loader([7], 2) if args.train_data == "forget.csv" else Loader([0, 1], 3)
+        return {"train": SimpleNamespace(dataloader=loader, set_epoch=lambda epoch: None)}
+
+    def create_task(args, model, dist_model=None, naflex_data_config=None):
+        return SimpleNamespace(loss=None, model=model)
+
+    trainer = SimpleNamespace(create_task=create_task, get_data=get_data)
+    monkeypatch.setattr(open_clip_unlearning, "import_trainer", lambda: trainer)
+    args = SimpleNamespace(distill=True, train_data="retain.csv", world_size=1, use_naflex=False)
+    with open_clip_unlearning.unlearning("forget.csv", 2):
+        task = trainer.create_task(args, "student", dist_model="teacher")
+        found = trainer.get_data(args, (None, None), epoch=0, tokenizer=None, naflex_data_config=None)["train"]
+    assert (trainer.create_task, trainer.get_data) == (create_task, get_data)
+    assert task.model == "student" and isinstance(task.loss, open_clip_unlearning.UnlearningLoss)
+    assert task.loss.forget_pairs == 2
+    batches = list(found.dataloader)
+    assert [batch["text"][:, 0].tolist() for batch in batches] == [[7, 7, 0, 0, 0], [7, 7, 1, 1, 1]]
+    assert [batch["image"][:, 0].tolist() for batch in batches] == [[7, 7, 0, 0, 0], [7, 7, 1, 1, 1]]
+    args.use_naflex = True
+    with open_clip_unlearning.unlearning("forget.csv", 2), pytest.raises(cf.InputError, match="--use-naflex"):
+        trainer.get_data(args, (None, None))
 
 
 def test_the_unlearning_loss_takes_the_head_of_the_batch_as_forget_pairs():
