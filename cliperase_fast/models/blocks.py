@@ -96,7 +96,7 @@ def plain_vision(adapter: ClipAdapter) -> Any:
         return None
     if type(visual) is not transformer.VisionTransformer or type(visual.transformer) is not transformer.Transformer:
         return None
-    if not visual.transformer.batch_first or visual.output_tokens:
+    if not getattr(visual.transformer, "batch_first", True) or visual.output_tokens:
         return None
     return None if _watched(visual) else visual
 

@@ -306,7 +306,7 @@ def _transformer(transformer: Any, width: int) -> Config:
         "ls_init_value": 1e-5 if hasattr(block.ls_1, "gamma") else None,  # the value itself is in the weights
         "act_kwargs": {"approximate": "tanh"} if getattr(block.mlp.gelu, "approximate", "none") == "tanh" else None,
     }
-    if not isinstance(block.attn, nn.MultiheadAttention):
+    if hasattr(block, "ln_attn"):  # a custom block; open_clip 4's plain ones have their own attention too
         config |= {
             "block_type": "custom",
             "qk_norm": not isinstance(block.attn.ln_q, nn.Identity),
