@@ -52,8 +52,8 @@ def explain(error: BaseException, path: str | Path) -> str:
         said = str(error).partition("\n")[0]
     else:
         said = os.strerror(number)
-        if number == errno.ENOSPC:
-            said += _free_in_words(Path(path))
+        if number == errno.ENOSPC and isinstance(path, Path):
+            said += _free_in_words(path)
     remedy = _REMEDIES.get(number) if number is not None else None
     return f"{path}: {said}" + (f"; {remedy}" if remedy else "")
 

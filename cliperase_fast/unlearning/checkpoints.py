@@ -155,15 +155,14 @@ def load_best(root: Path, sha256: str) -> dict[str, Tensor]:
     raise DamagedCheckpoint(f"the best weights are missing or altered in {root / BEST} and in every checkpoint")
 
 
-def restore_best(checkpoint: Checkpoint) -> None:
-    """Put a checkpoint's best weights back to where the run that goes on from it looks for them."""
-    best = checkpoint.state["best"]
-    if best is None:
-        return
-    root = checkpoint.path.parent
-    draft = draft_of(root / BEST)
-    _copy_best(root, best["sha256"], draft)
-    os.replace(draft, root / BEST)
+def take_up(checkpoint: Checkpoint, *, keep: int) -> None:
+    """Make the folder what it was once this checkpoint was written: its best weights in place, no older ones left."""
+    root, best = checkpoint.path.parent, checkpoint.state["best"]
+    if best is not None:
+        draft = draft_of(root / BEST)
+        _copy_best(root, best["sha256"], draft)
+        os.replace(draft, root / BEST)
+    _prune(root, checkpoint.state["step"], keep)
 
 
 def remove_drafts(root: Path) -> None:

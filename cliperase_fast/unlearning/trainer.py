@@ -142,7 +142,7 @@ class Trainer:
                 f"cannot resume from {checkpoint.path}: its files do not fit this run "
                 f"({type(error).__name__}: {str(error).partition(chr(10))[0]}); remove it to go on from the one before"
             ) from error
-        self._on_first(lambda: checkpoints.restore_best(checkpoint))
+        self._on_first(lambda: checkpoints.take_up(checkpoint, keep=self.config.keep_checkpoints))
         self.progress = Progress(
             step=state["step"],
             seconds=state["seconds"],

@@ -206,9 +206,12 @@ def test_features_that_are_not_finite_are_traced_to_their_image(adapter):
         require_finite(encoded, pairs)
 
 
-def test_progress_is_quiet_where_there_is_no_terminal(adapter, capfd):
-    encode(adapter, coloured(), progress=True)
+def test_progress_is_quiet_unless_a_bar_is_asked_for(adapter, capfd):
+    encode(adapter, coloured(), progress=False)
     assert capfd.readouterr() == ("", "")
+    encode(adapter, coloured(), progress=True)
+    told = capfd.readouterr()
+    assert told.out == "" and "encoding" in told.err
 
 
 def test_no_pairs_are_an_error(adapter):

@@ -349,6 +349,13 @@ def test_metrics_that_were_altered_come_back_from_the_checkpoint(tmp_path, whole
     assert (output / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
 
 
+def test_a_run_that_is_done_keeps_no_more_checkpoints_than_asked_for(tmp_path, whole):
+    run(tmp_path / "run", **{**CRASHING, "keep_checkpoints": 3})
+    assert len(list((tmp_path / "run").glob("checkpoints/step-*"))) == 3
+    run(tmp_path / "run", resume=True, **CRASHING)
+    assert_same_run(tmp_path / "run", whole)
+
+
 def test_what_is_no_checkpoint_is_named_and_left_alone(tmp_path, whole):
     output = tmp_path / "run"
     shutil.copytree(whole, output)
