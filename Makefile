@@ -20,8 +20,9 @@ JUDGED := cliperase_fast benchmarks tests examples setup.py
 # Python without PYTHONPATH, and without this folder at the front of its path: a file or folder of yours here that is
 # called like a module (runs/, random.py) is then not taken for it. Scripts in .venv/bin would be lost in a moved clone.
 RUN  := $(BIN)/python -I -m
-# The tests see the package's defaults, not the caller's CLIPERASE_BACKEND and the like.
-OURS := env -u PYTHONPATH $(foreach name,$(filter CLIPERASE_%,$(.VARIABLES)),-u $(name))
+# The tests see the package's defaults, not the caller's CLIPERASE_BACKEND and the like. PYTHONSAFEPATH does for pytest's
+# workers what -I does for itself; tests/conftest.py takes it back for the processes that tests start.
+OURS := env -u PYTHONPATH $(foreach name,$(filter CLIPERASE_%,$(.VARIABLES)),-u $(name)) PYTHONSAFEPATH=1
 
 # A clone that was moved or copied has a .venv that points to where it was: install again. One whose Python is gone goes.
 ifneq ($(wildcard $(VENV)),)

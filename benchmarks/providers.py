@@ -118,7 +118,9 @@ def default_names(loss: str) -> list[str]:
 
 
 def _own() -> list[Provider]:
-    providers = [_ours("auto", "", {}, None, "what users get: the backend and keep= are chosen by device and size")]
+    providers = [
+        _ours("auto", "", {}, None, "what users get: the backend and keep= are chosen by device, size and width")
+    ]
     for name, backend in REGISTRY.items():
         if backend.keeps:
             providers += [

@@ -86,7 +86,7 @@ examples:
   cliperase-fast bench memory
   cliperase-fast bench loss --help          (what is measured, and how)
 
-With --quick it takes a minute at most.
+With --quick it takes a minute or two.
 """,
     "backends": """\
 examples:

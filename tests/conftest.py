@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+os.environ.pop("PYTHONSAFEPATH", None)  # see the Makefile
 ROOT = str(Path(__file__).parents[1])
 # benchmarks/ is not installed; the tests use its measurements. From then on the folder is asked last: a file of the
 # user's there, say random.py, is not the module of that name.

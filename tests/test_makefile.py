@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 RECORDER = """#!/bin/sh
-echo "threads=$OMP_NUM_THREADS backend=$CLIPERASE_BACKEND path=$PYTHONPATH python $*" >> "$RECORD"
+echo "threads=$OMP_NUM_THREADS backend=$CLIPERASE_BACKEND path=$PYTHONPATH safe=$PYTHONSAFEPATH python $*" >> "$RECORD"
 case "$*" in *"-m venv "*) mkdir -p .venv/bin && cp "$0" .venv/bin/python;; esac
 for failing in $FAILING; do case "$*" in *"-m $failing"*) exit 1;; esac; done
 exit 0
@@ -90,7 +90,7 @@ def test_neither_lint_nor_tests_hide_the_other(clone, failing, verdict):
 def test_the_callers_settings_do_not_reach_the_tests_but_the_number_of_threads_does(clone):
     given = {"CLIPERASE_BACKEND": "eager", "PYTHONPATH": "/elsewhere"}
     (call,) = (call for call in clone.make("test", **given)[1] if "-m pytest" in call)
-    assert call.startswith("threads=1 backend= path= python -I -m pytest")
+    assert call.startswith("threads=1 backend= path= safe=1 python -I -m pytest")
     (call,) = (call for call in clone.make("test", OMP_NUM_THREADS="8")[1] if "-m pytest" in call)
     assert call.startswith("threads=8 ")
 

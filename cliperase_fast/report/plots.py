@@ -434,7 +434,8 @@ def _name_groups(axes: Axes, points: np.ndarray, labels: np.ndarray, forget: np.
         if (np.abs(place - middle) * scale > size / 2).any():
             axes.plot(*zip(middle, place, strict=True), color=colour, linewidth=0.7, zorder=4)
         axes.text(
-            *place,
+            float(place[0]),
+            float(place[1]),
             text,
             ha="center",
             va="center",

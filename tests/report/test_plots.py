@@ -284,7 +284,7 @@ def test_without_after_only_before_is_mapped():
 def test_names_of_classes_that_lie_together_do_not_cover_each_other():
     names = [["zero", "one", "two", "seven"][i % 4] for i in range(40)]
     figure = drawn("embeddings", embedding_labels=names)
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     for axes in figure.axes:
         boxes = [text.get_window_extent() for text in axes.texts if text.get_text() in names]
         assert len(boxes) == 4
