@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-os.environ.pop("PYTHONSAFEPATH", None)  # see the Makefile
+if "PYTEST_XDIST_WORKER" in os.environ:  # was for this process, see the Makefile; pytest's own passes it on to workers
+    os.environ.pop("PYTHONSAFEPATH", None)
 ROOT = str(Path(__file__).parents[1])
 # benchmarks/ is not installed; the tests use its measurements. From then on the folder is asked last: a file of the
 # user's there, say random.py, is not the module of that name.
