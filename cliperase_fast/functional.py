@@ -14,6 +14,10 @@ Formulas: CLIPErase (arXiv 2410.23330), with S = s I Tᵀ [N, N] and S° the sam
                     + mean_j KL(softmax_col(S°)_j || softmax_col(S)_j)
     total           = lambda_retain RM + lambda_forget FM + lambda_consistency CM
 
+Under transforms of `torch.func` (grad, vmap, jvp, ...) and forward-mode AD every backend computes as "eager" does, with
+N x N matrices. Second derivatives: "eager" only, an UnlearningError elsewhere. Features made in inference mode are
+copied where they are to be saved for backward. Features or scales that are not finite give losses that are not.
+
 process_group: "local", the batch is here, also where there are several processes; "world" or a torch.distributed group:
 it lies on the ranks of the group, each giving its own pairs, as many as it has, or none. All ranks call the loss, with
 the same options, and its backward, with the same incoming gradient. The values are those of the whole batch on every
