@@ -47,7 +47,7 @@ from cliperase_fast.checks import (
     check_teacher,
 )
 from cliperase_fast.distributed import LOCAL, Group, Shards, resolve_group, sharded_sweep, sum_over_ranks
-from cliperase_fast.ops import choose, compute_dtype, no_autocast, savable
+from cliperase_fast.ops import choose, compute_dtype, no_autocast, refuse_on_ranks, savable
 
 __all__ = ["LossTerms", "clip_loss", "cliperase_loss", "similarity_kl"]
 
@@ -284,6 +284,7 @@ def agreed(
     """
     if process_group is None:
         return check(), [None] * len(batches)
+    refuse_on_ranks(*(batch for batch in batches if isinstance(batch, Tensor)))  # before the ranks talk
     group = Group(process_group)
     with group.telling_the_others():
         checked = check()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cliperase_fast.ops.dispatch import BackendStatus, BackendTable, auto_shards, backends, choose
 from cliperase_fast.ops.sweep import Sweep, compute_dtype, no_autocast
-from cliperase_fast.ops.transforms import savable
+from cliperase_fast.ops.transforms import refuse_on_ranks, savable
 
 __all__ = [
     "BackendStatus",
@@ -15,5 +15,6 @@ __all__ = [
     "choose",
     "compute_dtype",
     "no_autocast",
+    "refuse_on_ranks",
     "savable",
 ]

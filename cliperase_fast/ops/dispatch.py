@@ -19,7 +19,7 @@ from cliperase_fast.ops.engine import Engine
 from cliperase_fast.ops.native import extension
 from cliperase_fast.ops.sigmoid import Sigmoid
 from cliperase_fast.ops.sweep import FeaturesKl, Sweep
-from cliperase_fast.ops.transforms import transformed
+from cliperase_fast.ops.transforms import refuse_on_ranks, transformed
 
 ENVIRONMENT_VARIABLE = "CLIPERASE_BACKEND"
 
@@ -281,10 +281,7 @@ def choose(
     if backend.name == "eager" or not transformed(*features):
         return backend
     if sharded:
-        raise InputError(
-            "a process_group does not work under transforms of torch.func or forward-mode AD; use backward() or "
-            "torch.autograd.grad, or give the whole batch to one process"
-        )
+        refuse_on_ranks(*features)
     return REGISTRY["eager"]
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from cliperase_fast.errors import UnlearningError
+from cliperase_fast.errors import InputError, UnlearningError
 
 MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
@@ -41,6 +41,15 @@ def transformed(*tensors: Tensor | None) -> bool:
     if forward_ad._current_level < 0:
         return False
     return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def refuse_on_ranks(*tensors: Tensor | None) -> None:
+    """Raise InputError where these are computed under a transform: ranks cannot exchange what has no values yet."""
+    if transformed(*tensors):
+        raise InputError(
+            "a process_group does not work under transforms of torch.func or forward-mode AD; use backward() or "
+            "torch.autograd.grad, or give the whole batch to one process"
+        )
 
 
 def batched(*tensors: Tensor | None) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from loss_cases import BACKENDS, WIDTH, N, gradients, inputs, losses, rows
@@ -10,10 +12,9 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from cliperase_fast.contrastive import distill_clip_loss
+from cliperase_fast.contrastive import distill_clip_loss, sigmoid_loss
 from cliperase_fast.errors import InputError, UnlearningError
 from cliperase_fast.functional import clip_loss, similarity_kl
-from cliperase_fast.ops import choose
 
 STREAMED = [name for name in BACKENDS if name != "eager"]
 
@@ -61,13 +62,27 @@ def test_gradients_may_come_in_batches(backend):
             assert_near(found, torch.stack((single, -2.5 * single)))
 
 
-def test_a_batch_on_several_ranks_is_refused_under_a_transform():
-    def loss(image: Tensor) -> Tensor:
-        choose("torch", image, image, sharded=True)
-        return image.sum()
+@pytest.fixture
+def group(tmp_path):
+    """A process group of one rank."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+    yield torch.distributed.group.WORLD
+    torch.distributed.destroy_process_group()
 
-    with pytest.raises(InputError, match=r"process_group does not work under transforms of torch\.func"):
-        torch.func.grad(loss)(rows(1))
+
+def test_a_process_group_refuses_transforms_and_second_derivatives_and_takes_inference_tensors(group):
+    with torch.inference_mode():
+        text = rows(2)
+    for loss in (clip_loss, partial(sigmoid_loss, logit_bias=-3.0)):
+        alone, shared = (partial(loss, text_features=text, logit_scale=10.0, process_group=of) for of in (None, group))
+        with pytest.raises(InputError, match=r"process_group does not work under transforms of torch\.func"):
+            torch.func.grad(shared)(rows(1))
+        image = rows(1).requires_grad_()
+        value = shared(image)
+        (gradient,) = torch.autograd.grad(value, image, create_graph=True)
+        assert_near(gradient.detach(), torch.autograd.grad(alone(image), image)[0])
+        with pytest.raises(UnlearningError, match="second derivatives .* without a process_group"):  # noqa: RUF043
+            torch.autograd.grad(value + gradient.square().sum(), image)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
