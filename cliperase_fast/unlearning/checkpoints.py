@@ -156,7 +156,7 @@ def load_best(root: Path, sha256: str) -> dict[str, Tensor]:
 
 
 def take_up(checkpoint: Checkpoint, *, keep: int) -> None:
-    """Make the folder what it was once this checkpoint was written: its best weights in place, no older ones left."""
+    """Make the folder what it was once this checkpoint was written: its best weights there, older ones dropped."""
     root, best = checkpoint.path.parent, checkpoint.state["best"]
     if best is not None:
         draft = draft_of(root / BEST)
