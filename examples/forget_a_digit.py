@@ -4,7 +4,8 @@ Needs: no extra.
 """
 
 import cliperase_fast as cf
-from cliperase_fast.demo import RECIPES, cached_small_clip
+from cliperase_fast.demo import cached_small_clip
+from cliperase_fast.recipes import RECIPES
 
 print("A small CLIP of handwritten digits forgets the seven.")
 model = cached_small_clip("demo", RECIPES["demo"])

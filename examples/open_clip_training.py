@@ -18,8 +18,9 @@ from open_clip_train.main import main as train
 
 import cliperase_fast as cf
 from cliperase_fast.data import open_source
-from cliperase_fast.demo import RECIPES, cached_small_clip
+from cliperase_fast.demo import cached_small_clip
 from cliperase_fast.integrations.open_clip_unlearning import unlearning
+from cliperase_fast.recipes import RECIPES
 
 folder = cached_small_clip("demo", RECIPES["demo"])
 work = Path(tempfile.mkdtemp())

@@ -15,8 +15,9 @@ from transformers import Trainer, TrainingArguments
 
 import cliperase_fast as cf
 from cliperase_fast.data import open_source
-from cliperase_fast.demo import RECIPES, cached_small_clip
+from cliperase_fast.demo import cached_small_clip
 from cliperase_fast.integrations.transformers import FusedLossMixin
+from cliperase_fast.recipes import RECIPES
 
 
 class ClipTrainer(FusedLossMixin, Trainer):
