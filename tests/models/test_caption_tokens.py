@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import open_clip
 import pytest
 import torch
-from tiny_models import tiny_open_clip, word_tokenizer
+from tiny_models import TwoTowers, tiny_clip, tiny_open_clip, word_tokenizer
 
 from cliperase_fast.errors import InputError
 from cliperase_fast.models import ClipAdapter, load_model
@@ -131,3 +132,42 @@ def test_functions_may_return_tables_of_several_kinds(output: Any) -> None:
 def test_output_that_is_no_token_table_is_refused(output: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         CaptionTokenizer(lambda captions: output, 16)(["a", "b"])
+
+
+def without_padding() -> Any:
+    tokenizer = word_tokenizer()
+    tokenizer.pad_token = None
+    return tokenizer
+
+
+def test_a_tokenizer_without_a_padding_token_pads_with_an_id_that_a_causal_tower_never_reads() -> None:
+    captions = ["a dog", "a photo of a red cat"]
+    for model in (tiny_clip(pad_token_id=1), tiny_clip(eos_token_id=2, pad_token_id=1)):
+        tokenizer, adapter = without_padding(), load_model(model, tokenizer=word_tokenizer())
+        bare = load_model(model, tokenizer=tokenizer)
+        tokens = bare.tokenize(captions)
+        assert tokens.shape == (2, 16) and tokenizer.pad_token is None
+        torch.testing.assert_close(bare.encode_text(tokens), adapter.encode_text(adapter.tokenize(captions)))
+        with pytest.raises(InputError, match="has 18 tokens"):
+            bare.tokenize(["a dog " * 8])
+
+
+def test_own_towers_with_a_tokenizer_without_a_padding_token_are_told_how_to_set_one() -> None:
+    tokenizer = without_padding()
+    with pytest.raises(InputError, match=r"tokenizer\.pad_token = tokenizer\.eos_token"):
+        load_model(TwoTowers(), tokenizer=tokenizer).tokenize(["a dog", "red"])
+    tokenizer.pad_token = tokenizer.eos_token
+    tokens = load_model(TwoTowers(), tokenizer=tokenizer).tokenize(["a dog", "red"])
+    assert tokens.tolist() == [[8, 2, 5, 9], [8, 6, 9, 9]]
+
+
+def test_a_folder_without_its_tokenizer_loads_once_the_files_are_put_there(tmp_path: Path) -> None:
+    model = tiny_open_clip(text_cfg={"vocab_size": 10})
+    load_model(model, tokenizer=word_tokenizer()).save(tmp_path / "model")
+    for path in (tmp_path / "model").glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(InputError, match=r"or put its files \(tokenizer\.save_pretrained\) into .*model"):
+        load_model(f"local-dir:{tmp_path / 'model'}")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    tokens = load_model(f"local-dir:{tmp_path / 'model'}").tokenize(["a dog"])
+    assert tokens[0, :4].tolist() == [8, 2, 5, 9]

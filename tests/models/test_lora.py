@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -208,3 +209,43 @@ def test_a_timm_layer_whose_weight_is_only_read_is_not_adapted() -> None:
     assert any("blocks.0.attn.inner.qkv.lora_A" in name for name in names)
     assert not any("blocks.0.attn.qkv" in name for name in names)
     assert model.training
+
+
+class Convolutions(nn.Module):
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(12, 12, 1, groups=groups)
+        self.pointwise = nn.Conv2d(12, 12, 1) if groups == 12 else nn.Identity()
+        self.up = nn.ConvTranspose2d(12, 12, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.up(self.pointwise(self.depthwise(x[:, :, None, None])))[:, :, 0, 0]
+
+
+def test_grouped_and_transposed_convolutions_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    model = TwoTowers()
+    model.image_blocks = nn.ModuleList(Convolutions(12) for _ in range(2))
+    start = model.encode_image(torch.ones(2, 3, 8, 8))
+    adapter = load_model(model)
+    with caplog.at_level(logging.INFO, "cliperase_fast"):
+        names = {name.split(".lora_")[0] for name, _ in set_trainable(adapter, "lora", 8, 16.0)}
+    assert {name for name in names if "image" in name} == {"image_blocks.0.pointwise", "image_blocks.1.pointwise"}
+    assert "adapts 2 layers of the image tower (Conv2d) and leaves 4 out" in caplog.text
+    torch.testing.assert_close(adapter.module.encode_image(torch.ones(2, 3, 8, 8)), start)
+    merge_lora(adapter)
+    assert list(adapter.module.state_dict()) == list(model.state_dict())
+
+    model = TwoTowers()
+    model.image_blocks = nn.ModuleList(Convolutions(4) for _ in range(2))
+    with pytest.raises(
+        InputError, match=r"blocks of the image tower have no linear layer or ungrouped 2-D convolution"
+    ):
+        set_trainable(load_model(model), "lora")
+
+
+def test_layers_that_share_their_weights_or_compute_them_are_not_adapted() -> None:
+    model = TwoTowers()
+    model.image_blocks[0].linear.weight = model.text_proj.weight
+    torch.nn.utils.parametrizations.weight_norm(model.image_blocks[1].linear)
+    names = {name.split(".lora_")[0] for name, _ in set_trainable(load_model(model), "lora", 2, 4.0)}
+    assert names == {"image_blocks.2.linear", "text_blocks.0.linear", "text_blocks.1.linear"}
