@@ -165,7 +165,8 @@ class _ScriptedUnpickler(pickle.Unpickler):
         if key not in self.storages:
             raw = bytearray(self.archive.read(f"{self.root}data/{key}"))
             dtype = _STORAGES[kind]
-            self.storages[key] = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+            empty = torch.empty(0, dtype=dtype, device="cpu")
+            self.storages[key] = torch.frombuffer(raw, dtype=dtype) if raw else empty
         return self.storages[key]
 
 

@@ -86,7 +86,7 @@ class CaptionTokenizer:
         rows = self.source(captions, truncation=limit is not None, max_length=limit, padding=False)["input_ids"]
         length = limit or max(map(len, rows), default=0)
         padded = [list(row) + [self.unread_id] * (length - len(row)) for row in rows]
-        return torch.tensor(padded, dtype=torch.int64).reshape(len(rows), length)
+        return torch.tensor(padded, dtype=torch.int64, device="cpu").reshape(len(rows), length)
 
     def overlong(self, captions: Sequence[str], tokens: Tensor) -> list[tuple[str, int]]:
         """(caption, its number of tokens) for those that do not fit; empty where that cannot be told.
