@@ -10,7 +10,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if command is None:
                 parser.print_help()
                 return 2
-            _set_up_logging(arguments)
-            return arguments.run(arguments)
+            with _logging(arguments):
+                return arguments.run(arguments)
         finally:
             sys.stdout.flush()  # a reader that went away, or a full disk, is told here and not at the very end
     except InputError as error:
@@ -137,14 +138,22 @@ def _drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _set_up_logging(arguments: argparse.Namespace) -> None:
+@contextmanager
+def _logging(arguments: argparse.Namespace) -> Iterator[None]:
     """Lines of the package's logger on standard error, where no bars are drawn; of several ranks the first writes."""
     shown = _progress(arguments) == "lines" and os.environ.get("RANK", "0") == "0"
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     logger = logging.getLogger("cliperase_fast")
-    logger.handlers = [handler]  # of an earlier call none
+    before = logger.handlers, logger.level, logger.propagate
+    # Not passed on: libraries give the root logger a handler on first use, and each line would appear twice.
+    logger.handlers, logger.propagate = [handler], False
     logger.setLevel(logging.INFO if shown else logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.handlers, level, logger.propagate = before
+        logger.setLevel(level)
 
 
 def _progress(arguments: argparse.Namespace) -> str:

@@ -21,7 +21,7 @@ PICTURE = Image.new("RGB", (4, 4))
         ({"image": PICTURE, "text": "a dog"}, r"\[\(row\['image'\], row\['text'\]\) for row in dataset\]"),
         ({"img": PICTURE, "label": 3}, r"item 1 of data is a dict with the keys 'img', 'label'.*row\['img'\]"),
     ],
-    ids=str,
+    ids=["nan", "none", "label", "three parts", "dict", "dict of image and label"],
 )
 def test_a_pair_that_is_something_else_is_named_with_the_remedy(item, says):
     with pytest.raises(InputError, match=says):
