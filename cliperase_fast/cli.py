@@ -26,7 +26,7 @@ data sources:
   cifar10:DIR cifar100:DIR the python pickles
   folder:DIR               a folder per class (torchvision's ImageFolder); DIR/train and DIR/test when there
   csv:FILE                 tab-separated, columns filepath and title, as open_clip reads it
-  flickr30k:DIR            results.csv, or Karpathy's dataset_flickr30k.json
+  flickr30k:DIR            Karpathy's dataset_flickr30k.json, results.csv, captions.txt and others, see docs/data.md
   wds:SHARDS               webdataset shards, for example 'wds:/data/{00000..00099}.tar'
 
 selectors:
