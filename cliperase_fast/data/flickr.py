@@ -42,7 +42,7 @@ def open_flickr30k(path: str, name: str, intake: Intake) -> tuple[PairDataset, P
     if not found:
         raise InputError(
             f"there is neither dataset_flickr30k.json nor results.csv in {root}, nor flickr_annotations_30k.csv, "
-            "captions.txt or a .token file"
+            "captions.txt, a .token file or Karpathy's dataset_coco.json; other captions are read as a table (csv:FILE)"
         )
     (file, read), *others = found
     for other, _ in others:
@@ -156,10 +156,11 @@ def _karpathy(file: Path, intake: Intake) -> Parts:
             texts = None if part is None else _sentences(image, file, intake)
             if part is None or texts is None:
                 continue
-            if image["filename"] in parts["train"] or image["filename"] in parts["test"]:
+            name = _file_name(image)
+            if name in parts["train"] or name in parts["test"]:
                 intake.fault("image named twice", f"{file} names the image {printable(name)} twice: keep one")
                 continue
-            parts[part][image["filename"]] = texts
+            parts[part][name] = texts
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
@@ -168,6 +169,14 @@ def _karpathy(file: Path, intake: Intake) -> Parts:
             f"{type(error).__name__}: {error}"
         ) from error
     return _checked(parts["train"], parts["test"], file)
+
+
+def _file_name(image: dict[str, Any]) -> str:
+    """The path below the folder of images; COCO's file names its subfolder apart."""
+    folder = image.get("filepath", "")
+    if not isinstance(folder, str) or "\0" in folder:
+        raise TypeError(f"a filepath is {folder!r}")
+    return os.path.join(folder, image["filename"])
 
 
 def _part(split: Any, where: str, intake: Intake) -> str | None:
@@ -205,6 +214,7 @@ def _sentences(image: dict[str, Any], file: Path, intake: Intake) -> tuple[str, 
 # By what they are called, the preferred first.
 _READERS: dict[str, Callable[[Path, Intake], Parts]] = {
     "dataset_flickr*.json": _karpathy,
+    "dataset_coco.json": _karpathy,
     "flickr_annotations_*.csv": _annotations,
     "results.csv": _delimited,
     "captions.txt": _delimited,

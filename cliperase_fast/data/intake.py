@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,13 +84,18 @@ class Intake:
         return whole
 
 
+def _is_invisible(text: str) -> bool:
+    """Whether nothing of a text can be seen: spaces, zero-width and control characters."""
+    return all(char.isspace() or unicodedata.category(char) in ("Cc", "Cf") for char in text)
+
+
 def caption_fault(caption: Any) -> tuple[str, str] | None:
     """(reason, what is wrong) for a text that cannot be a caption, else None."""
     if isinstance(caption, float) and math.isnan(caption):
         return "caption is missing", "is NaN, by which pandas marks a missing text (dropna() leaves such rows out)"
     if not isinstance(caption, str):
         return "caption is not text", f"is a {type(caption).__name__}"
-    if not caption.strip():
+    if not caption.strip() or (not caption.isascii() and _is_invisible(caption)):
         return "empty caption", "is empty"
     if len(caption) > MAX_CAPTION:
         return "caption too long", f"has {len(caption)} characters, more than {MAX_CAPTION}"

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from cliperase_fast.data.classes import derive_classes
 from cliperase_fast.data.images import FileStore
@@ -61,16 +62,27 @@ def open_csv(
     labels, space = derive_classes(list(captions.values())) or (None, None)
     remedy = "; paths count from the table's folder: add '?root=DIR' to the source if the images lie elsewhere"
     store = FileStore(
-        [os.path.join(folder, image) for image in captions], os.path.realpath(file), remedy if root is None else ""
+        [_local_path(image, folder) for image in captions], os.path.realpath(file), remedy if root is None else ""
     )
     return PairDataset(name, store, list(captions.values()), list(captions), labels=labels, space=space, intake=intake)
+
+
+def _local_path(image: str, folder: Path) -> str:
+    """The file that a cell means: relative to `folder`, with "~", as a file: URL, or with the separators of Windows."""
+    if image.lower().startswith("file://"):
+        image = unquote(image[len("file://") :].removeprefix("localhost"))
+    path = os.path.join(folder, os.path.expanduser(image))
+    if "\\" in image and os.sep != "\\" and not os.path.exists(path):
+        other = os.path.join(folder, image.replace("\\", "/"))
+        return other if os.path.exists(other) else path
+    return path
 
 
 def read_table(
     file: Path, separator: str, columns: Sequence[str], intake: Intake, *, quoted: bool = True
 ) -> Iterator[tuple[int, list[str]]]:
     """(line, the cells of some columns) of each row below the header; what does not fit the header is a fault."""
-    lines = read_lines(file)
+    lines = _without_excels_hint(read_lines(file))
     if quoted:
         reader = csv.reader(lines, delimiter=separator, strict=True)
     else:
@@ -86,8 +98,9 @@ def read_table(
         if row is None:
             break
         started, line = line, reader.line_num + 1
-        if any("\n" in cell or "\r" in cell for cell in row):
+        if any(_may_be_rows(cell.strip(), separator) for cell in row):
             raise InputError(f"{file} line {started}: {_quoting_fault(True, None)}")
+        row = [" ".join(cell.split()) if "\n" in cell or "\r" in cell else cell for cell in row]
         if header is None:
             header = [cell.strip() for cell in row]
             at = _find_columns(header, columns, file, separator)
@@ -99,11 +112,26 @@ def read_table(
         _find_columns([], columns, file, separator)
 
 
+def _without_excels_hint(lines: Iterator[str]) -> Iterator[str]:
+    """The lines without a first one such as "sep=;", which Excel and its exports put before the header."""
+    for number, line in enumerate(lines):
+        if number > 0 or not re.fullmatch(r'"?sep=."?\s*', line, flags=re.IGNORECASE):
+            yield line
+
+
+def _may_be_rows(text: str, separator: str) -> bool:
+    """Whether the lines of a quoted text may be rows of the table, which a quote that is not closed swallows."""
+    return separator in text and ("\n" in text or "\r" in text)
+
+
 def _quoting_fault(several_lines: bool, error: csv.Error | None) -> str:
     if error is not None and "field limit" in str(error):
         return f"a cell is longer than {csv.field_size_limit()} characters; is a quote not closed?"
     what = "quoted text over several lines; is a quote not closed?" if several_lines else f"bad quotes ({error});"
-    return f"{what} double the quotes inside quoted text, or add '?quotes=none' to the source if all are part of texts"
+    return (
+        f"{what} double the quotes inside quoted text, put each text that holds the separator onto one line, or add "
+        "'?quotes=none' to the source if all quotes are part of texts"
+    )
 
 
 def _find_columns(header: list[str], columns: Sequence[str], file: Path, separator: str) -> list[int]:
@@ -121,6 +149,8 @@ def _listed(header: list[str]) -> str:
 
 
 def _csv_hint(header: list[str], separator: str) -> str:
+    if header and header[0].startswith(("{", "[")):
+        return "; this is JSON: write its images and captions as a table, a line for each caption"
     other = next((sign for sign in (",", ";", "\t", "|") if sign != separator and sign in "".join(header)), None)
     if len(header) == 1 and other:
         named = "tab" if other == "\t" else other
@@ -201,7 +231,7 @@ def _has_joined_texts(cell: str) -> bool:
     return any(one == other == tokenize.STRING for one, other in pairwise(kinds))
 
 
-_REMOTE = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
+_REMOTE = re.compile(r"(?!file://)[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 
 def group_rows(rows: Iterable[Row], file: Path, intake: Intake) -> dict[str, tuple[str, ...]]:

@@ -38,6 +38,11 @@ HEAD = "filepath,title\n"
         (HEAD + "1.png,[blurred] a dog [left]\n", [("[blurred] a dog [left]",)]),
         (HEAD + "1.png,[a dog]\n", [("[a dog]",)]),
         (HEAD + f"1.png,{'[' * 60_000}{']' * 60_000}\n", [("[" * 60_000 + "]" * 60_000,)]),
+        ("\ufeffsep=,\r\n" + HEAD + "1.png,a dog\r\n", [("a dog",)]),
+        ('"SEP=,"\n' + HEAD + "1.png,a dog\nsep=,a cat\n", [("a dog",), ("a cat",)]),
+        (HEAD + '1.png,"a dog, sitting\n"\n', [("a dog, sitting",)]),
+        (HEAD + '1.png,"a cat\n on  grass\r\n\r\nasleep"\n2.png,x\n', [("a cat on grass asleep",), ("x",)]),
+        (HEAD + '1.png,"a\u2028dog, x"\n', [("a\u2028dog, x",)]),
     ],
 )  # fmt: skip
 def test_captions_are_read_whole(tmp_path: Path, text: str, captions: Captions) -> None:
@@ -69,6 +74,11 @@ def test_captions_are_read_whole(tmp_path: Path, text: str, captions: Captions) 
         (HEAD + "1.png,[]\n", "line 2 holds a list in which a caption is empty"),
         (HEAD + '1.png,"[""a"", ""\\ud800""]"\n', "holds half of a character"),
         (HEAD + ",,\n", "line 2 names no image"),
+        (HEAD + '1.png,"a dog\n2.png,a cat\n3.png,6"\n', "line 2: quoted text over several lines"),
+        (HEAD + '1.png,"a cat,\nasleep"\n', "line 2: quoted text over several lines.* separator onto one line"),
+        (HEAD + "1.png,\"['a dog'\n 'a cat']\"\n", "line 2 holds a list of texts without commas"),
+        (HEAD + "1.png,\u200b\u200d \ufeff\n", r"line 2 has a caption that is empty, for 1\.png"),
+        ('{"images": [{"file_name": "1.png"}]}', "no column 'filepath'.*this is JSON: write .* as a table"),
     ],
 )  # fmt: skip
 def test_rows_that_cannot_be_read_whole_are_named(tmp_path: Path, text: str | bytes, message: str) -> None:
@@ -109,6 +119,21 @@ def test_paths_count_from_the_root_that_is_given(tmp_path: Path, picture) -> Non
     assert image.getpixel((0, 0))[0] == 7
     with pytest.raises(InputError, match=r"root='/gone' is not a directory"):
         table(tmp_path, text, "?sep=,&root=/gone")
+
+
+def test_paths_may_be_written_as_urls_from_home_or_for_windows(
+    tmp_path: Path, picture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    picture(tmp_path / "home" / "1.png", shade=1)
+    picture(tmp_path / "a b" / "2.png", shade=2)
+    picture(tmp_path / "a b" / "3\\3.png", shade=3)  # a name that holds a backslash stays what it is
+    rows = ["~/1.png", f"file://{tmp_path}/a%20b/2.png", f"FILE://localhost{tmp_path}/a b/2.png", "a b\\2.png"]
+    rows += ["a b/3\\3.png"]
+    pairs = table(tmp_path, HEAD + "".join(f"{path},a dog {number}\n" for number, path in enumerate(rows)))
+    assert [pairs.image(index).getpixel((0, 0))[0] for index in range(5)] == [1, 2, 2, 2, 3]
+    with pytest.raises(InputError, match=r"a b\\4\.png does not exist"):
+        check_images(table(tmp_path, HEAD + "a b\\4.png,a dog\n"))
 
 
 # --- Flickr30k
@@ -191,3 +216,22 @@ def test_the_folder_with_most_images_is_taken_and_other_files_are_counted(tmp_pa
     pairs = flickr("results.csv", "0.jpg| 0| a\n1.jpg| 0| b\n2.jpg| 0| c\n").train
     assert check_images(pairs)[0].tolist() == [0, 1, 2]
     assert pairs.intake.ignored.counts["caption file that is not used"] == 1
+
+
+@pytest.mark.parametrize("name", ["dataset_coco.json", "dataset_flickr30k.json"])
+def test_karpathys_subfolders_are_part_of_the_path(tmp_path: Path, flickr, picture, name: str) -> None:
+    picture(tmp_path / "val2014" / "0.jpg", shade=40)
+    images = [
+        {"filepath": "val2014", "filename": "0.jpg", "split": "train", "sentences": [{"raw": "a dog"}]},
+        {"filepath": "Images", "filename": "0.jpg", "split": "restval", "sentences": [{"raw": "a cat"}]},
+    ]
+    pairs = flickr(name, json.dumps({"images": images})).train
+    assert pairs.ids == ["val2014/0.jpg", "Images/0.jpg"]
+    assert len(check_images(pairs)[0]) == 2
+
+
+def test_cocos_own_captions_are_refused_with_what_is_read(flickr) -> None:
+    with pytest.raises(
+        InputError, match=r"Karpathy's dataset_coco\.json; other captions are read as a table \(csv:FILE"
+    ):
+        flickr("captions_val2014.json", "{}")
