@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,9 @@ from cliperase_fast.errors import InputError
 from cliperase_fast.reading import has_surrogates, printable, read_text, user_path
 
 _SYSTEM = frozenset({"__macosx", "thumbs.db", "desktop.ini", "ehthumbs.db"})
+# What the folders of splits are called, the preferred first.
+_TRAIN = ("train", "training")
+_TEST = ("test", "testing", "val", "valid", "validation")
 _SHOWN = ".jpg, .png, .webp and what else Pillow reads"
 
 
@@ -30,7 +33,7 @@ def is_system_file(name: str) -> bool:
 def open_folder(
     path: str, name: str, templates: Sequence[str], intake: Intake, *, classnames: str | None = None
 ) -> tuple[PairDataset, PairDataset | None]:
-    """DIR/CLASS/**/*.jpg, or DIR/train/CLASS/... with DIR/test (else DIR/val) beside it.
+    """DIR/CLASS/**/*.jpg, or DIR/train/CLASS/... with DIR/test (else DIR/val) beside it, in any case.
 
     classnames: a file that names each class folder, see `_read_names`; by default folders are named by themselves.
     """
@@ -68,13 +71,41 @@ def open_folder(
 
 def _find_splits(root: Path, intake: Intake) -> tuple[Path, Path | None]:
     # A class called "train" would hold images, not folders.
-    if not ((root / "train").is_dir() and _class_folders(root / "train", Intake())):
+    there = {name.casefold(): name for name in _class_folders(root, Intake())}
+    train = next(
+        (there[name] for name in _TRAIN if name in there and _class_folders(root / there[name], Intake())), None
+    )
+    test = next((there[name] for name in _TEST if name in there), None)
+    if train is None:
+        _refuse_other_levels(root, there)
         return root, None
-    test = next((part for part in ("test", "val") if (root / part).is_dir()), None)
     for entry in _entries(root):
-        if entry.name not in ("train", test):
+        if entry.name not in (train, test):
             intake.ignored.add("beside the splits that are used", entry.path)
-    return root / "train", None if test is None else root / test
+    return root / train, None if test is None else root / test
+
+
+def _refuse_other_levels(root: Path, there: Mapping[str, str]) -> None:
+    """Raise `InputError` where the classes lie a level deeper, or their folders' parents would become the classes."""
+    if there and set(there) <= {*_TRAIN, *_TEST}:
+        split = next((name for name in there.values() if _holds_folders_only(root / name)), None)
+        if split is not None:
+            raise InputError(
+                f"{root} holds the split {split!r} and none called 'train', so that the splits would be the classes: "
+                f"give the folder of the classes, folder:{printable(str(root / split))}"
+            )
+    if len(there) == 1 and _holds_folders_only(only := root / next(iter(there.values()))):
+        raise InputError(
+            f"{root} holds the single folder {printable(only.name)!r}, which holds folders: give the folder of the "
+            f"classes, folder:{printable(str(only))}"
+        )
+
+
+def _holds_folders_only(folder: Path) -> bool:
+    """Whether there are several folders and no images in a folder."""
+    entries = [entry for entry in _entries(folder) if not is_system_file(entry.name)]
+    images = any(os.path.splitext(entry.name)[1].lower() in image_suffixes() for entry in entries)
+    return not images and sum(entry.is_dir() for entry in entries) > 1
 
 
 def _entries(folder: Path | str) -> list[os.DirEntry[str]]:

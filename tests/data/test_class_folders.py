@@ -143,3 +143,36 @@ def test_file_names_that_are_not_utf_8_are_read_under_an_escaped_id(tmp_path: Pa
     pairs = open_source(f"folder:{tmp_path}").train
     assert pairs.ids == ["cat/caf\\udce9.png"]
     assert pairs.image(0).getpixel((0, 0))[0] == 5
+
+
+@pytest.mark.parametrize(
+    ("train", "test"), [("Train", "Test"), ("Training", "Testing"), ("train", "valid"), ("TRAIN", "validation")]
+)
+def test_folders_of_splits_go_by_several_names(tmp_path: Path, picture, train: str, test: str) -> None:
+    for path in (f"{train}/dog/1.png", f"{train}/cat/1.png", f"{test}/dog/2.png"):
+        picture(tmp_path / path)
+    source = open_source(f"folder:{tmp_path}")
+    assert source.train.classes == ("cat", "dog") and source.test is not None
+    assert source.train.ids == [f"{train}/cat/1.png", f"{train}/dog/1.png"] and source.test.ids == [f"{test}/dog/2.png"]
+
+
+@pytest.mark.parametrize(
+    ("above", "named"),
+    [("val", "split 'val' and none called 'train'"), ("Test", "split 'Test'"), ("data", "the single folder 'data'")],
+)
+def test_a_folder_above_the_classes_is_refused_with_the_right_one(
+    tmp_path: Path, picture, above: str, named: str
+) -> None:
+    for name in ("dog", "cat"):
+        picture(tmp_path / above / name / "1.png")
+    (tmp_path / ".DS_Store").write_bytes(b"")
+    with pytest.raises(InputError, match=rf"{named}.* give the folder of the classes, (folder:.*/{above})$") as caught:
+        open_source(f"folder:{tmp_path}")
+    advice = str(caught.value).rpartition(", ")[2]
+    assert open_source(advice).train.classes == ("cat", "dog")
+
+
+def test_classes_may_be_called_like_splits(tmp_path: Path, picture) -> None:
+    for path in ("train/1.png", "test/1.png", "bus/1.png"):
+        picture(tmp_path / path)
+    assert open_source(f"folder:{tmp_path}").train.classes == ("bus", "test", "train")
