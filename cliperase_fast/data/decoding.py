@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from functools import cache
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from cliperase_fast.data.intake import ItemError
@@ -32,6 +33,12 @@ _OTHER_IMAGES = frozenset(
         ".jxr", ".nef", ".orf", ".ps", ".psb", ".raf", ".raw", ".rw2", ".svg", ".wdp", ".webp", ".wmf", ".xcf",
     )
 )  # fmt: skip
+_STARTS = (
+    (rb"version https://git-lfs", "is a pointer of Git LFS, not the image: run 'git lfs pull'"),
+    (rb"(\xef\xbb\xbf)?\s*(<\?xml.*)?<svg", "is an SVG drawing, which Pillow does not read: convert it to .png"),
+    (rb"(\xef\xbb\xbf)?\s*<(!doctype )?html", "is a web page, not an image: fetch it again"),
+    (rb".{4}ftyp(hei|hev|mif|msf)", "is a HEIC image, which Pillow does not read here: convert it to .png or .jpg"),
+)  # of files that are named like images
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -86,8 +93,13 @@ def decode(file: str | io.BytesIO, name: str, remedy: str = "") -> Image.Image:
     remedy: what to do where the file does not exist.
     """
     try:
-        with _opened(file) as stream, Image.open(stream, formats=_formats()) as image:
-            return to_rgb(image)
+        with _opened(file) as stream:
+            try:
+                opened = Image.open(stream, formats=_formats())
+            except UnidentifiedImageError as error:
+                raise _Unusable("image cannot be decoded", _what_it_is(stream)) from error
+            with opened as image:
+                return to_rgb(image)
     except FileNotFoundError as error:
         raise ItemError(f"the image {name} does not exist{remedy}", "image does not exist") from error
     except _Unusable as error:
@@ -97,8 +109,18 @@ def decode(file: str | io.BytesIO, name: str, remedy: str = "") -> Image.Image:
     except InputError:
         raise
     except Exception as error:  # on damaged files decoders raise anything from OSError to struct.error
-        said = str(error).replace(repr(file), "").strip() or type(error).__name__
+        said = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
         raise ItemError(f"cannot read the image {name}: {said}", "image cannot be decoded") from error
+
+
+def _what_it_is(stream: BinaryIO) -> str:
+    """What a file that Pillow does not know is by how it begins, and what to do."""
+    stream.seek(0)
+    start = stream.read(512)
+    if not start:
+        return "is an empty file: fetch it again"
+    known = next((found for pattern, found in _STARTS if re.match(pattern, start, re.DOTALL | re.IGNORECASE)), None)
+    return known or "is damaged, or of a format that Pillow does not read here: convert it to .png or .jpg"
 
 
 def _opened(file: str | io.BytesIO) -> Any:
@@ -258,7 +280,9 @@ def tensor_fault(image: Tensor) -> str | None:
         return "is on the meta device and has no values; give a tensor on the CPU"
     if image.dtype not in _TENSORS:
         dtype = str(image.dtype).removeprefix("torch.")
-        return f"is a {dtype} tensor; tensor images must be float and already transformed"
+        pixels = image.dtype == torch.uint8 and image.ndim == 3 and image.shape[0] in (1, 3, 4)
+        other = ": give image.permute(1, 2, 0).numpy() for pixels that are to be transformed here" if pixels else ""
+        return f"is a {dtype} tensor; tensor images must be float and already transformed{other}"
     if image.ndim != 3 or image.shape[0] != 3 or image.numel() == 0:
         return f"is a tensor {list(image.shape)}; tensor images must be [3, H, W]{_reshaped(image)}"
     return None

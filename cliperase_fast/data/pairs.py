@@ -182,6 +182,12 @@ def as_pairs(dataset: Any, name: str, *, on_error: str = "raise") -> PairDataset
             f"{name} is a {type(base).__name__}: give a map-style dataset (with __len__ and __getitem__) of "
             "(image, caption) pairs"
         )
+    if hasattr(base, "itertuples") and hasattr(base, "columns"):  # pandas
+        columns = _example_columns(list(base.columns))
+        raise InputError(
+            f"{name} is a table ({type(base).__name__}) with the columns {', '.join(map(repr, base.columns))}: give a "
+            f"list of (image, caption) pairs, for example list(zip({name}[{columns[0]!r}], {name}[{columns[1]!r}]))"
+        )
     if isinstance(base, (str, bytes, dict, Tensor, np.ndarray)):
         raise InputError(f"{name} is a {type(base).__name__}: give a dataset or list of (image, caption) pairs")
     intake = Intake(on_error)
@@ -234,13 +240,18 @@ def _read_captions(base: Any, index: int, name: str, intake: Intake) -> tuple[An
 
 def _rows(item: Mapping[Any, Any]) -> str:
     """What to make of a row of named values."""
-    image = next((key for key in item if str(key).lower() in ("image", "img", "pixel_values")), "image")
-    words = ("text", "caption", "captions", "sentence", "sentences", "title")
-    caption = next((key for key in item if str(key).lower() in words), "caption")
+    image, caption = _example_columns(list(item))
     return (
         f"with the keys {', '.join(map(repr, item))}: each item must be (image, caption), for example "
         f"[(row[{image!r}], row[{caption!r}]) for row in dataset]"
     )
+
+
+def _example_columns(names: list[Any]) -> tuple[Any, Any]:
+    """Those of some names that seem to hold images and captions."""
+    image = next((name for name in names if str(name).lower() in ("image", "img", "pixel_values")), "image")
+    words = ("text", "caption", "captions", "sentence", "sentences", "title")
+    return image, next((name for name in names if str(name).lower() in words), "caption")
 
 
 def _unwrap(dataset: Any) -> tuple[Any, np.ndarray | None]:

@@ -267,6 +267,9 @@ def _incomplete(sample: _Sample) -> tuple[str, str] | None:
         )
     there = f"; there is .{', .'.join(sample.others)}, which is not read" if sample.others else ""
     if sample.images:
+        text = next((suffix for suffix in sample.others if suffix in ("caption", "text", "cap", "captions")), None)
+        if text is not None:
+            there = f"; there is .{text}: call such members .txt"
         return "image without a caption", f"{sample.where} has no caption (.txt{there}): complete or remove it"
     return "caption without an image", f"{sample.where} has no image {_SHOWN[:-1]}{there}): complete or remove it"
 

@@ -211,7 +211,7 @@ def open_source(
     kind, colon, rest = match.groups()
     if kind not in _KINDS:
         near = difflib.get_close_matches(kind, _KINDS, n=1)
-        hint = f"did you mean {_KINDS[near[0]].usage!r}? " if near else ""
+        hint = f"did you mean {_KINDS[near[0]].usage!r}? " if near else _path_hint(spec)
         raise InputError(
             f"unknown source {spec!r}; {hint}There are {', '.join(known.usage for known in _KINDS.values())}"
         )
@@ -225,6 +225,18 @@ def open_source(
     except OSError as error:  # a folder without permission, a name that is too long, a disk that fails
         where = "" if error.filename is None else f": {printable(os.fsdecode(error.filename))[:200]}"
         raise InputError(f"cannot open {request.name[:200]!r}: {error.strerror or error}{where}") from error
+
+
+def _path_hint(spec: str) -> str:
+    """What a path without a kind before it may be."""
+    file = spec.partition("?")[0].lower()
+    if file.endswith(".tar"):
+        kind = "wds"
+    elif file.endswith((".csv", ".tsv", ".txt")):
+        kind = "csv"
+    else:
+        kind = "folder" if os.path.isdir(os.path.expanduser(spec)) else ""
+    return f"did you mean '{kind}:{printable(spec)}'? " if kind else ""
 
 
 def _options(rest: str, kind: _Kind, spec: str) -> tuple[str, dict[str, str]]:

@@ -213,8 +213,33 @@ def test_huge_metadata_are_refused_with_the_file(tmp_path: Path) -> None:
 def test_postscript_under_another_name_is_not_run(tmp_path: Path) -> None:
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "x.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
-    with pytest.raises(InputError, match=r"cannot read the image .*x\.png: cannot identify"):
+    with pytest.raises(InputError, match=r"the image .*x\.png is damaged, or of a format"):
         open_source(f"folder:{tmp_path}").train.image(0)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", r"is an empty file: fetch it again"),
+        (b"<!DOCTYPE html><html>404</html>", "is a web page, not an image: fetch it again"),
+        (b"\xef\xbb\xbf\n<html>", "is a web page, not an image: fetch it again"),
+        (b'<?xml version="1.0"?>\n<svg xmlns="x"/>', r"is an SVG drawing, .*: convert it to \.png"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "is a pointer of Git LFS, .*: run 'git lfs pull'"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", r"is a HEIC image, .*: convert it to \.png or \.jpg"),
+        (b"anything", r"is damaged, or of a format that Pillow does not read here: convert it to \.png or \.jpg"),
+    ],
+)
+def test_what_is_named_like_an_image_and_is_none_is_told(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "x.jpg").write_bytes(content)
+    with pytest.raises(InputError, match=rf"^the image .*x\.jpg {said}$"):
+        open_source(f"folder:{tmp_path}").train.image(0)
+
+
+def test_a_directory_named_as_an_image_is_told_without_numbers(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("filepath\ttitle\n.\ta dog\n")
+    with pytest.raises(InputError, match=r"^cannot read the image .*: it is a directory, not a regular file$"):
+        open_source(f"csv:{tmp_path / 't.csv'}").train.image(0)
 
 
 # --- arrays and tensors

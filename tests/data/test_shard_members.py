@@ -87,6 +87,7 @@ def test_what_belongs_to_no_pair_is_counted(shard) -> None:
     ("members", "message", "reason"),
     [
         ([("k.png", b"?")], r"sample 'k' in .*x\.tar has no caption", "image without a caption"),
+        ([("k.png", b"?"), ("k.text", b"x")], r"is \.text: call such members \.txt", "image without a caption"),
         ([("k.png", b"?"), ("k.json", b"{}")], r"no caption \(\.txt; there is \.json", "image without a caption"),
         ([("k.txt", b"x")], "has no image", "caption without an image"),
         ([("k.heic", b"?"), ("k.txt", b"x")], r"has an image \(\.heic\) that Pillow", ".heic images are not read"),

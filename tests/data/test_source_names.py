@@ -14,6 +14,9 @@ from cliperase_fast.errors import InputError
     [
         ("cifar:/data", "unknown source 'cifar:/data'; did you mean 'cifar10:DIR'"),
         ("/data/images", "unknown source.* There are demo, shapes, cifar10:DIR"),
+        ("/", "unknown source '/'; did you mean 'folder:/'"),
+        ("/data/pairs.TSV?sep=,", r"did you mean 'csv:/data/pairs.TSV\?sep=,'"),
+        ("/data/{0..9}.tar", r"did you mean 'wds:/data/\{0\.\.9\}\.tar'"),
         ("", "unknown source"),
         ("cifar10", "write cifar10:DIR"),
         ("folder:", "write folder:DIR"),
