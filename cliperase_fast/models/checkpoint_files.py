@@ -21,6 +21,16 @@ from cliperase_fast.errors import InputError
 
 _SLACK = 2**20  # bytes that small compressed entries may grow by
 _SAVE = "torch.save(model.state_dict(), PATH)"
+_OLDER = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # what torch.save began a file with before it wrote archives
+_CLASSES = 100  # unknown ones in an older file; more would be no checkpoint of a trainer
+_GLOBAL = re.compile(r"GLOBAL (\S+)")  # in torch's refusal of a class
+# What stands where a checkpoint should, by its first bytes, and what to do about it.
+_MISTAKEN = (
+    (b"version http", "it is a Git LFS pointer: fetch the file with git lfs pull"),
+    (b"<", "it is a web page: download the file itself (on Hugging Face its address has /resolve/, not /blob/)"),
+    (b"\x1f\x8b", "it is compressed with gzip: unpack it first"),
+    (b"\x93NUMPY", "it is a single NumPy array"),
+)
 
 
 def read_checkpoint(path: Path, name: str) -> Any:
@@ -36,24 +46,32 @@ def read_checkpoint(path: Path, name: str) -> Any:
     except OSError as error:
         raise InputError(f"{failed}: {error.strerror or error}") from error
     try:
-        if path.suffix == ".safetensors" or head[8:9] == b"{":
+        if head[8:9] == b"{":
             return _read_safetensors(path)
         if head.startswith(b"PK"):
             return _read_archive(path)
-        if head.startswith(b"\x80"):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        if head.startswith(_OLDER):
+            return _read_older(path)
+        raise InputError(_told_of_other(path, head))
     except InputError as error:
         raise InputError(f"{failed}: {error}") from error
     except pickle.UnpicklingError as error:
         raise InputError(f"{failed}: {_refused(error)}") from error
     except Exception as error:  # damaged files, in the words of several libraries
         raise InputError(f"{failed}: it is damaged or cut short ({_line(error)})") from error
+
+
+def _told_of_other(path: Path, head: bytes) -> str:
+    """What the file is, where it is none of the formats."""
+    if not head:
+        return "it is empty: copy or download it again"
+    if head.startswith(b"\x80"):
+        return f"it is a plain pickle, which can only be read by running code: load it where it was made and {_SAVE}"
+    for start, told in _MISTAKEN:
+        if head.lstrip().startswith(start):
+            return told
     size = path.stat().st_size
-    raise InputError(
-        f"{failed}: it ({size} bytes) is neither a safetensors file nor one that torch.save or torch.jit.save "
-        "wrote"
-        + ("; it is a Git LFS pointer: fetch the file with git lfs pull" if head.startswith(b"version http") else "")
-    )
+    return f"it ({size} bytes) is neither a safetensors file nor one that torch.save or torch.jit.save wrote"
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -73,10 +91,30 @@ def _read_archive(path: Path) -> Any:
         names = [entry.filename for entry in entries]
         if any(name.endswith("/constants.pkl") for name in names):
             return _read_torchscript(archive, next(name for name in names if name.endswith("/constants.pkl")))
-    unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    return _read_with_stand_ins(path, torch.serialization.get_unsafe_globals_in_checkpoint(path))
+
+
+def _read_older(path: Path) -> Any:
+    """Such files have no list of their classes: each is found when it stops the reader."""
+    unknown: list[str] = []
+    told: pickle.UnpicklingError | None = None  # the last refusal that names a class
+    while True:
+        try:
+            return _read_with_stand_ins(path, unknown)
+        except pickle.UnpicklingError as error:
+            found = _GLOBAL.search(str(error))
+            if found is None:
+                raise told or error from error
+            if found[1] in unknown or len(unknown) >= _CLASSES:
+                raise
+            unknown.append(found[1])
+            told = error
+
+
+def _read_with_stand_ins(path: Path, unknown: list[str]) -> Any:
     stand_ins: list[Any] = [(type(name, (StandIn,), {}), name) for name in unknown]
-    with torch.serialization.safe_globals(stand_ins):
-        return torch.load(path, map_location="cpu", weights_only=True)
+    with path.open("rb") as file, torch.serialization.safe_globals(stand_ins):  # a path it would judge by its name
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 class StandIn(list):
@@ -96,6 +134,10 @@ class StandIn(list):
 
     def __hash__(self) -> int:  # type: ignore[override]
         return id(self)
+
+    @property
+    def is_array(self) -> bool:
+        return type(self).__name__.startswith("numpy.") and type(self).__name__.endswith("._reconstruct")
 
     @property
     def is_module(self) -> bool:
@@ -186,7 +228,7 @@ def _first(value: Any, *others: Any) -> Any:
 
 
 def _refused(error: Exception) -> str:
-    found = re.search(r"GLOBAL (\S+)", str(error))
+    found = _GLOBAL.search(str(error))
     what = f"it holds {found[1]}, which is not a tensor" if found else _line(error)
     return f"it cannot be read without running code ({what}); save the weights alone where it was made, {_SAVE}"
 

@@ -78,6 +78,8 @@ def load_model(
 def _from_module(model: nn.Module, options: dict[str, Any], device: torch.device | None) -> ClipAdapter:
     model = unwrap(model)
     require_weights(model)
+    if any(tensor.is_inference() for tensor in chain(model.parameters(), model.buffers())):
+        model = copy.deepcopy(model)  # what was built under inference_mode can neither be trained nor assigned
     folded = fold_tuners(model)
     if folded is not model:
         difference = feature_difference(_adapter(model, options), _adapter(folded, options))
@@ -167,13 +169,19 @@ def _open_clip_architecture(text: str, options: dict[str, Any]) -> ClipAdapter:
         except Exception as error:  # of the libraries that build the towers
             raise InputError(f"the checkpoint {path} does not load as {arch}: {_cause(error)}") from error
         return _open_clip_adapter(module, arch, config, options)
+    if path.is_dir():
+        raise InputError(
+            f"the checkpoint {weights} for {arch} is a folder: name the file of weights in it, or pass the folder alone if "
+            "it is a saved model (what torch.distributed.checkpoint wrote becomes a file with "
+            f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {weights} weights.pt)"
+        )
     if "/" in weights or "\\" in weights or path.suffix in _WEIGHT_FILES:
         raise InputError(f"there is no checkpoint {weights!r} for {arch}: no such file")
     near = difflib.get_close_matches(weights, tags, n=1)
     raise InputError(
         f"open_clip has no weights {weights!r} for {arch}; "
         + (f"did you mean {near[0]!r}? " if near else "")
-        + (f"Its tags are {', '.join(tags)}" if tags else "It has none; pass a checkpoint file")
+        + (f"its tags are {', '.join(tags)}" if tags else "it has none at all: pass a checkpoint file")
     )
 
 

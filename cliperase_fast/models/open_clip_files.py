@@ -44,11 +44,14 @@ def load_weights(config: Config, path: Path, name: str, preprocess: dict[str, An
     from open_clip import factory
     from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
-    content = None if path.suffix in _OWN_FORMATS else read_checkpoint(path, name)  # before a model is built
+    own = path.suffix in _OWN_FORMATS
+    if own:
+        _require_arrays(config, path, name)
+    content = None if own else read_checkpoint(path, name)  # before a model is built
     needs_hub = "hf_model_name" in config["text_cfg"] and not Path(config["text_cfg"]["hf_model_name"]).is_dir()
     with torch.random.fork_rng(devices=[]), offline_if_unreachable() if needs_hub else nullcontext():
         module: Any = build(config)
-    if content is None or _is_mobile_clip(content):
+    if own or _is_mobile_clip(content):
         factory.load_checkpoint(module, str(path))
     else:
         module.load_state_dict(_matched(module, content, path, name))
@@ -56,6 +59,19 @@ def load_weights(config: Config, path: Path, name: str, preprocess: dict[str, An
     settings["size"] = getattr(module.visual, "image_size", settings["size"])
     factory.set_model_preprocess_cfg(module, settings)
     return module.eval()
+
+
+def _require_arrays(config: Config, path: Path, name: str) -> None:
+    """Raise InputError unless it is an archive of arrays, for a model that open_clip reads such for."""
+    failed = f"the checkpoint {path} does not load as {name}"
+    if "timm_model_name" not in config["vision_cfg"]:
+        raise InputError(
+            f"{failed}: open_clip reads {path.suffix} files for big_vision's SigLIP models only; write the weights as "
+            "tensors, torch.save(model.state_dict(), PATH)"
+        )
+    with path.open("rb") as file:
+        if not file.read(2) == b"PK":
+            raise InputError(f"{failed}: it is not an archive of NumPy arrays (.npz): copy or download it again")
 
 
 def _matched(module: Any, content: Any, path: Path, name: str) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from cliperase_fast.models.adapter import ClipAdapter
 LARGEST_SCALE = 1e4  # exp(logit_scale) of trained models stays near 100; beyond this float32 losses lose their digits
 
 
+@torch.no_grad()
 def check_weights(adapter: ClipAdapter, what: str) -> None:
     """Raise `InputError` that names a parameter which is not finite, or a `logit_scale` that cannot be used.
 

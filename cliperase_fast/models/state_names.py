@@ -69,7 +69,8 @@ def match_names(
         raise InputError(
             f"{failed}: it also holds {extra[0]!r}"
             + (f" and {len(extra) - 1} more names" if len(extra) > 1 else "")
-            + " that this architecture does not have; name the architecture it was made with"
+            + " that this architecture does not have; name the architecture it was made with, or save the model's own "
+            "weights alone"
         )
     return {key: _shaped(state[key], expected[key], key, path, name) for key in expected if key in state}
 
@@ -141,6 +142,11 @@ def _values(content: Any, depth: int) -> Iterator[Any]:
 def _shaped(tensor: Tensor, like: Tensor, key: str, path: Path, name: str) -> Tensor:
     if tensor.layout != like.layout or tensor.is_meta:
         raise InputError(f"the checkpoint {path} does not load as {name}: {key} has no values of its own in it")
+    if like.is_floating_point() and not tensor.is_floating_point():
+        raise InputError(
+            f"the checkpoint {path} does not load as {name}: {key} holds {tensor.dtype} values where the model has real "
+            "numbers, so that it is quantized or of another model; save the weights as they are before quantization"
+        )
     if tensor.shape == like.shape:
         return tensor
     if tensor.numel() == like.numel() == 1:  # a scale, with or without a dimension
@@ -177,6 +183,11 @@ def _missing(content: Any, found: list[_Found], needed: list[str]) -> str:
         return "its names are those of an open_clip model (visual.…): pass 'ARCH:PATH', such as 'ViT-B-32:/weights.pt'"
     if any(name.startswith(("vision_model.", "text_model.", "text.")) for name in names) and not found:
         return f"its names ({names[0]}, ...) are those of another library's model"
+    if any(isinstance(value, StandIn) and value.is_array for value in _values(content, _DEPTH)) and not names:
+        return (
+            "its weights are NumPy arrays, and only tensors are read: write "
+            "torch.save({name: torch.from_numpy(array) for name, array in weights.items()}, PATH)"
+        )
     if not names:
         return f"it holds no tensors under names ({_described(content)}); write torch.save(model.state_dict(), PATH)"
     if not found:

@@ -152,6 +152,10 @@ REFUSED: dict[str, tuple[Callable[[State], Any], str]] = {
     "an optimizer alone": (lambda s: {"step": 3, "lr": 0.1}, "holds no tensors under names .*step"),
     "a list": (lambda s: [1, 2], "it is a list"),
     "nothing": (lambda s: {}, "it is empty"),
+    "numpy arrays": (lambda s: {"model": {name: t.numpy() for name, t in s.items()}}, r"torch\.from_numpy\(array\)"),
+    "complex values": (lambda s: {**s, "logit_scale": s["logit_scale"].to(torch.complex64)}, "complex64 values"),
+    "integers": (lambda s: {**s, "ln_final.weight": s["ln_final.weight"].to(torch.int8)}, "int8 values .* quantized"),
+    "None": (lambda s: None, "it is a NoneType"),
     "another model": (lambda s: nn.Linear(2, 2).state_dict(), "none of its 2 tensors has a name"),
 }
 
@@ -165,6 +169,50 @@ def test_what_does_not_fit_is_named_in_one_line(tmp_path: Path, state: State, fo
         load_model(f"tiny:{path}")
     assert f"the checkpoint {path} does not load as tiny: " in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_other_classes_in_an_older_file_are_left_out(tmp_path: Path, state: State) -> None:
+    content = {"state_dict": state, "epoch": np.int64(3), "args": argparse.Namespace(lr=1), "trainer": Trainer()}
+    torch.save(content, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    loaded = load_model(f"tiny:{tmp_path}/old.pth").module.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
+    torch.save(tiny_open_clip(**SMALL), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    with pytest.raises(InputError, match=r"without running code \(it holds open_clip\.model\.CLIP"):
+        load_model(f"tiny:{tmp_path}/old.pth")
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
+MISTAKEN: dict[str, tuple[bytes, str]] = {
+    "pointer.safetensors": (LFS, "git lfs pull"),
+    "pointer.npz": (LFS, "big_vision"),
+    "page.safetensors": (b"\n<!DOCTYPE html><html>", "web page: .*/resolve/"),
+    "page.pt": (b"<html><body>", "web page"),
+    "empty.safetensors": (b"", "it is empty"),
+    "packed.pt": (b"\x1f\x8b\x08\x00\x00", "gzip"),
+    "pickled.pt": (pickle.dumps({"a": 1}), "plain pickle"),
+    "array.pt": (b"\x93NUMPY\x01\x00", "NumPy array"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKEN)
+def test_what_stands_in_the_place_of_a_checkpoint_is_told(tmp_path: Path, name: str) -> None:
+    content, says = MISTAKEN[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=f"{name} does not load as tiny: .*{says}"):
+        load_model(f"tiny:{tmp_path / name}")
+
+
+def test_a_file_is_read_by_its_content_not_its_name(tmp_path: Path, state: State) -> None:
+    torch.save(state, tmp_path / "weights.safetensors")
+    save_file(state, tmp_path / "weights.bin")
+    for name in ("weights.safetensors", "weights.bin"):
+        loaded = load_model(f"tiny:{tmp_path / name}").module.state_dict()
+        assert all(torch.equal(loaded[key], tensor) for key, tensor in state.items())
+
+
+def test_a_folder_in_the_place_of_a_checkpoint_is_called_one(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"is a folder: name the file .* dcp_to_torch"):
+        load_model(f"tiny:{tmp_path}")
 
 
 class Attack:

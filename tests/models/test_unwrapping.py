@@ -122,3 +122,19 @@ def test_a_method_that_keeps_the_model_is_refused_before_training() -> None:
     model.encode_image = lambda pixels: encode(pixels)
     with pytest.raises(InputError, match=r"encode_image of the TwoTowers was replaced .*\(del model\.encode_image\)"):
         load_model(model).check_saveable()
+
+
+@pytest.mark.parametrize("make", [tiny_open_clip, tiny_clip])
+def test_a_model_built_under_inference_mode_is_copied_so_that_it_can_be_trained(make: Any) -> None:
+    with torch.inference_mode():
+        model = make()
+    adapter = load_model(model)
+    adapter.check_saveable()
+    adapter.encode_image(pixels_for(model)).sum().backward()
+    assert any(parameter.grad is not None for parameter in adapter.module.parameters())
+    assert all(parameter.is_inference() for parameter in model.parameters())
+
+
+def test_a_torchscript_program_is_refused_with_the_way_to_load_its_weights() -> None:
+    with pytest.raises(InputError, match=r"TorchScript program.*torch\.jit\.save\(model, 'clip\.pt'\)"):
+        load_model(torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)))
