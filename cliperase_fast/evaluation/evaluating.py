@@ -30,6 +30,7 @@ from cliperase_fast.models import ClipAdapter, load_model
 from cliperase_fast.models.precision import in_float32
 from cliperase_fast.models.runtime import check_precision, pick_device
 from cliperase_fast.models.soundness import check_weights
+from cliperase_fast.models.transforming import try_transform
 from cliperase_fast.progress import say
 
 
@@ -100,6 +101,8 @@ def evaluate(
         model, tokenizer=tokenizer, transform=transform, device=chosen, truncate=long_captions == "truncate"
     )
     check_weights(given, "model")
+    if transform is not None and len(pairs) and not isinstance(first := pairs.image(0), Tensor):
+        try_transform(given.transform, first)
     adapter = in_float32(given)
     say("encoding %d images and their captions", len(pairs))
     encoded = encode_pairs(

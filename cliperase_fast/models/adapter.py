@@ -19,12 +19,14 @@ from cliperase_fast.errors import InputError
 from cliperase_fast.models.requirements import require_trainable
 from cliperase_fast.models.saving import save_weights, write_directory
 from cliperase_fast.models.tokenizing import CaptionTokenizer, lacks_padding
+from cliperase_fast.models.transforming import as_transform
 from cliperase_fast.models.verifying import verify_saved
 
 Tower = Literal["image", "text", "scale"]
 
 # Shorter features are scaled as if this long, so that a zero vector has finite values and gradients.
 SMALLEST_NORM = 1e-6
+_OTHER_FLOATS = (torch.float16, torch.bfloat16, torch.float64)
 
 
 class ClipAdapter(ABC):
@@ -48,6 +50,7 @@ class ClipAdapter(ABC):
         transform: Callable[[Any], Tensor] | None = None,
         truncate: bool = False,
     ) -> None:
+        transform = as_transform(transform)
         if transform is not None and not callable(transform):
             raise InputError(
                 f"transform is a {type(transform).__name__}; pass a function from a PIL image to [3, H, W]"
@@ -134,6 +137,9 @@ class ClipAdapter(ABC):
         """L2-normalised image features, float32 (float64 for a float64 model); differentiable."""
         if pixels.ndim != 4:
             raise InputError(f"images must be [B, 3, H, W], not {list(pixels.shape)}")
+        first = next(self.module.parameters(), None)
+        if pixels.dtype in _OTHER_FLOATS and first is not None and first.dtype == torch.float32:
+            pixels = pixels.float()  # of a transform or a dataset with a type of its own
         return normalise(self._checked(self._image_features(pixels), "encode_image", len(pixels)))
 
     @torch_defaults()

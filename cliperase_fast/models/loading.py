@@ -171,8 +171,8 @@ def _open_clip_architecture(text: str, options: dict[str, Any]) -> ClipAdapter:
         return _open_clip_adapter(module, arch, config, options)
     if path.is_dir():
         raise InputError(
-            f"the checkpoint {weights} for {arch} is a folder: name the file of weights in it, or pass the folder alone if "
-            "it is a saved model (what torch.distributed.checkpoint wrote becomes a file with "
+            f"the checkpoint {weights} for {arch} is a folder: name the file of weights in it, or pass the folder "
+            "alone if it is a saved model (what torch.distributed.checkpoint wrote becomes a file with "
             f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {weights} weights.pt)"
         )
     if "/" in weights or "\\" in weights or path.suffix in _WEIGHT_FILES:

@@ -144,8 +144,8 @@ def _shaped(tensor: Tensor, like: Tensor, key: str, path: Path, name: str) -> Te
         raise InputError(f"the checkpoint {path} does not load as {name}: {key} has no values of its own in it")
     if like.is_floating_point() and not tensor.is_floating_point():
         raise InputError(
-            f"the checkpoint {path} does not load as {name}: {key} holds {tensor.dtype} values where the model has real "
-            "numbers, so that it is quantized or of another model; save the weights as they are before quantization"
+            f"the checkpoint {path} does not load as {name}: {key} holds {tensor.dtype} values where the model has "
+            "real numbers, so that it is quantized or of another model; save the weights as they were before that"
         )
     if tensor.shape == like.shape:
         return tensor

@@ -45,6 +45,8 @@ class CaptionTokenizer:
         if open_clip is not None and source is open_clip.tokenize:
             source = open_clip.SimpleTokenizer()  # what the function calls, and its tokens can be counted
         source = getattr(source, "tokenizer", source) if _is_processor(source) else source
+        if isinstance(source, type):
+            raise InputError(f"tokenizer is the class {source.__name__}; pass an instance of it")
         if not callable(source):
             raise InputError(
                 f"tokenizer is a {type(source).__name__}; pass a function that turns a list of captions into "
@@ -71,8 +73,20 @@ class CaptionTokenizer:
         elif is_open_clip(self.source) and self.context_length:
             encoded = self.source(captions, context_length=self.context_length)
         else:
-            encoded = self.source(captions)
+            encoded = self._called(captions)
         return _as_tokens(encoded, len(captions))
+
+    def _called(self, captions: list[str]) -> Any:
+        try:
+            return self.source(captions)
+        except InputError:
+            raise
+        except Exception as error:  # the caller's own code
+            said = str(error).strip().partition("\n")[0]
+            raise InputError(
+                f"the tokenizer fails on a list of {len(captions)} captions ({type(error).__name__}: {said}); it must "
+                "turn a list of strings into token ids [B, L]"
+            ) from error
 
     def _padded(self, captions: list[str]) -> Tensor:
         """Token ids of a tokenizer that has no token to pad with."""
@@ -152,6 +166,8 @@ def _as_tokens(encoded: Any, rows: int) -> Tensor:
         if mask is not None and rows and (torch.as_tensor(mask, device="cpu")[:, 0] == 0).any():
             raise InputError("the tokenizer pads on the left; CLIP needs padding on the right (padding_side='right')")
         encoded = encoded["input_ids"]
+    if isinstance(encoded, list | tuple):
+        encoded = [row.tolist() if isinstance(row, Tensor) else row for row in encoded]
     try:
         tokens = torch.as_tensor(encoded, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from cliperase_fast.models.requirements import require_no_parametrizations
 from cliperase_fast.models.saving import apart
 from cliperase_fast.models.tokenizing import is_hugging_face
 from cliperase_fast.models.transformers_files import quiet
+from cliperase_fast.models.transforming import ImageProcessorTransform
 
 _END_OF_TEXT = 49407  # the last id of CLIP's own vocabulary
 _LEGACY_END = 2  # in old configurations; such models pool at the highest id of a row, which is the end mark's
@@ -31,16 +31,6 @@ _TAIL = re.compile(r"(vision_model\.post_layernorm|visual_projection|text_model\
 def is_transformers_model(module: nn.Module) -> bool:
     transformers = sys.modules.get("transformers")
     return transformers is not None and isinstance(module, transformers.CLIPModel)
-
-
-class ImageProcessorTransform:
-    """A transformers image processor as a function of one PIL image; picklable, for loader processes."""
-
-    def __init__(self, processor: Any) -> None:
-        self.processor = processor
-
-    def __call__(self, image: Any) -> Tensor:  # -> float32 [3, H, W]
-        return self.processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
 
 
 class TransformersAdapter(ClipAdapter):
@@ -71,7 +61,7 @@ class TransformersAdapter(ClipAdapter):
             import open_clip
 
             tokenizer = open_clip.SimpleTokenizer(context_length=self.context_length)
-        super().__init__(module, tokenizer=tokenizer, transform=as_transform(transform), truncate=truncate)
+        super().__init__(module, tokenizer=tokenizer, transform=transform, truncate=truncate)
 
     @property
     def _config(self) -> Any:
@@ -209,16 +199,6 @@ def _prove(adapter: TransformersAdapter) -> None:
             f"this {name} cannot be saved as a CLIPModel: a CLIPModel with its weights computes other features (they "
             f"differ by {difference:.1e}); {remedy}"
         )
-
-
-def as_transform(transform: Any) -> Callable[[Any], Tensor]:
-    """A transformers image processor, or a processor with one, as a function of one image; others pass."""
-    transformers = sys.modules["transformers"]
-    if isinstance(transform, transformers.ProcessorMixin):
-        transform = transform.image_processor
-    if hasattr(transform, "image_mean") and callable(getattr(transform, "save_pretrained", None)):
-        return ImageProcessorTransform(transform)
-    return transform
 
 
 def _default_image_processor(module: Any) -> Any:

@@ -69,8 +69,8 @@ def _step(model: nn.Module) -> nn.Module:
     if isinstance(model, torch.jit.ScriptModule):
         raise InputError(
             "the model is a TorchScript program, which cannot be copied and trained as a module: save it, "
-            "torch.jit.save(model, 'clip.pt'), and pass its architecture with that file, such as 'ViT-B-32:clip.pt' (weights "
-            "of OpenAI: 'ViT-B-32-quickgelu:clip.pt'), or load it without jit"
+            "torch.jit.save(model, 'clip.pt'), and pass its architecture with that file, such as 'ViT-B-32:clip.pt' "
+            "(weights of OpenAI: 'ViT-B-32-quickgelu:clip.pt'), or load it without jit"
         )
     classes = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(model).__mro__}
     if "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel" in classes:

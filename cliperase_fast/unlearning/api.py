@@ -32,6 +32,7 @@ from cliperase_fast.models.embedding import merge_rows, train_rows
 from cliperase_fast.models.precision import in_float32, weight_dtypes
 from cliperase_fast.models.requirements import require_trainable
 from cliperase_fast.models.soundness import check_weights
+from cliperase_fast.models.transforming import as_transform, try_transform
 from cliperase_fast.ops import choose
 from cliperase_fast.progress import say
 from cliperase_fast.report import verdict
@@ -343,9 +344,8 @@ def _transforms(
         if adapter.transform is None:
             raise InputError("the images need a transform and the model brings none: pass transform=")
         return adapter.transform, redrawn
-    views = [transform(image) for _ in range(8)]
-    if not isinstance(views[0], Tensor) or views[0].ndim != 3:
-        raise InputError("transform must turn an image into a tensor [3, H, W]")
+    transform = as_transform(transform)
+    views = [try_transform(transform, image) for _ in range(8)]
     is_random = any(not torch.equal(view, views[0]) for view in views[1:])
     if not is_random or adapter.transform is None:
         adapter.transform = transform

@@ -171,3 +171,16 @@ def test_a_folder_without_its_tokenizer_loads_once_the_files_are_put_there(tmp_p
     word_tokenizer().save_pretrained(tmp_path / "model")
     tokens = load_model(f"local-dir:{tmp_path / 'model'}").tokenize(["a dog"])
     assert tokens[0, :4].tolist() == [8, 2, 5, 9]
+
+
+def test_a_tokenizer_that_fails_or_is_a_class_is_named() -> None:
+    adapter = load_model(tiny_open_clip(), tokenizer=lambda captions: captions.lower())
+    with pytest.raises(InputError, match=r"fails on a list of 2 captions \(AttributeError: .*list of strings"):
+        adapter.tokenize(["a", "b"])
+    with pytest.raises(InputError, match="tokenizer is the class SimpleTokenizer; pass an instance"):
+        load_model(tiny_open_clip(), tokenizer=open_clip.SimpleTokenizer)
+
+
+def test_a_list_of_token_tensors_is_a_table() -> None:
+    adapter = load_model(tiny_open_clip(), tokenizer=lambda captions: list(torch.ones(len(captions), 16).long()))
+    assert adapter.tokenize(["a", "b"]).tolist() == [[1] * 16] * 2
