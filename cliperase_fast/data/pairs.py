@@ -191,7 +191,8 @@ def as_pairs(dataset: Any, name: str, *, on_error: str = "raise") -> PairDataset
     if isinstance(base, (str, bytes, dict, Tensor, np.ndarray)):
         raise InputError(f"{name} is a {type(base).__name__}: give a dataset or list of (image, caption) pairs")
     intake = Intake(on_error)
-    wanted = np.arange(_length(base, name)) if indices is None else indices
+    length = _length(base, name)
+    wanted = np.arange(length) if indices is None else np.where(indices < 0, indices + length, indices)
     captions: list[tuple[Any, ...]] = []
     kept: list[int] = []
     for index in map(int, wanted):
@@ -227,7 +228,9 @@ def _read_captions(base: Any, index: int, name: str, intake: Intake) -> tuple[An
     except Exception as error:  # the caller's code may raise anything
         if isinstance(error, InputError) and intake.on_error == "raise":
             raise
-        said = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+        said = (
+            str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {' '.join(str(error).split())}"
+        )
         intake.fault("the dataset raised an error", f"item {index} of {name} cannot be read: {said}")
         return None
     if isinstance(item, Mapping):

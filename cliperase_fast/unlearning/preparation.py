@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.data import (
@@ -105,12 +106,14 @@ def prepare_data(sets: PairSets, config: UnlearnConfig, *, progress: bool, ranks
     intake = Intake.merged(part.intake for part in (sets.forget, sets.retain, *(sets.test or ())))
     forget_train = _readable(sets.forget, "forget", config, intake, progress, ranks)
     retain_train = _readable(sets.retain, "retain", config, intake, progress, ranks)
+    _require_one_kind(forget_train, retain_train)
     if sets.test is None:
         forget_train, forget_test = _hold_out(forget_train, config.test_fraction, config.seed + 1)
         retain_train, retain_test = _hold_out(retain_train, config.test_fraction, config.seed + 1)
     else:
         forget_test = _readable(sets.test[0], "forget test", config, intake, progress, ranks)
         retain_test = _readable(sets.test[1], "retain test", config, intake, progress, ranks)
+        _require_one_kind(forget_test, retain_test)
     forget_train, forget_val = _hold_out(forget_train, config.val_fraction, config.seed)
     retain_train, retain_val = _hold_out(retain_train, config.val_fraction, config.seed)
     return PreparedData(
@@ -240,6 +243,28 @@ def _readable(
     if len(good) == 0:
         raise InputError(f"none of the {len(pairs)} images of the {name} set can be read (first: {bad[0].message})")
     return pairs if len(good) == len(pairs) else pairs.subset(good)
+
+
+def _require_one_kind(forget: PairDataset, retain: PairDataset) -> None:
+    """Raise `InputError` where pairs that stand in one batch differ in what their images or captions are."""
+    for what, kind, remedy in (
+        ("images", _image_kind, "PIL images in both, or tensors of one shape"),
+        ("captions", _caption_kind, "texts in both, or token ids of one length"),
+    ):
+        first, second = kind(forget), kind(retain)
+        if first != second:
+            raise InputError(
+                f"the {what} of {forget.name} are {first} and those of {retain.name} are {second}: give {remedy}"
+            )
+
+
+def _image_kind(pairs: PairDataset) -> str:
+    return "tensors" if isinstance(pairs.image(0), Tensor) else "PIL images"
+
+
+def _caption_kind(pairs: PairDataset) -> str:
+    caption = pairs.captions[0][0]
+    return "texts" if isinstance(caption, str) else f"{len(caption)} token ids"
 
 
 def _hold_out(pairs: PairDataset, fraction: float, seed: int) -> tuple[PairDataset, PairDataset]:

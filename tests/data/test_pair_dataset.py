@@ -231,3 +231,24 @@ def test_pairs_travel_to_loader_processes(tmp_path, picture) -> None:
         (batch,) = loader
         assert [caption for _, caption in batch] == [captions[0] for captions in pairs.captions]
         assert batch[5][0].tobytes() == pairs.image(5).tobytes()
+
+
+def test_negative_indices_of_a_subset_count_from_the_end() -> None:
+    parts = [as_pairs(Subset(cats_and_dogs(), indices), "pets") for indices in ([-1, 0], [-2, 3])]
+    assert parts[0].ids == ["5", "0"]
+    joined = concat(parts)
+    assert [joined.image(index).getpixel((0, 0))[0] for index in range(4)] == [5, 0, 4, 3]
+    with pytest.raises(InputError, match="item 6 of pets cannot be read: IndexError"):
+        as_pairs(Subset(cats_and_dogs(), [6]), "pets")
+
+
+def test_an_error_of_the_dataset_is_told_in_one_line() -> None:
+    class Failing(Dataset):
+        def __len__(self) -> int:
+            return 1
+
+        def __getitem__(self, index: int) -> None:
+            raise RuntimeError("gone\n  for good")
+
+    with pytest.raises(InputError, match=r"^item 0 of data cannot be read: RuntimeError: gone for good, or pass"):
+        as_pairs(Failing(), "data")
