@@ -55,6 +55,8 @@ from cliperase_fast.unlearning.zero import ShardedTeacher, ZeroEngine, read_deep
 
 
 @torch_defaults()
+@torch.inference_mode(False)
+@torch.enable_grad()
 def unlearn(
     model: Any,
     forget: Any,

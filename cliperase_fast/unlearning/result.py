@@ -13,6 +13,7 @@ from torch import nn
 
 from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.defaults import torch_defaults
+from cliperase_fast.errors import InputError
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.reading import printable_data
 from cliperase_fast.report import ReportData, Verdict, text_table, verdict, write_html, write_plots
@@ -82,7 +83,12 @@ class UnlearnResult:
         or `CLIPModel.from_pretrained(".../model")`.
         """
         directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"the result cannot be saved to {directory} ({error.strerror}): give a folder that can be written to"
+            ) from error
         (directory / "result.json").unlink(missing_ok=True)  # of an earlier call
         self.adapter.save(directory / "model")
         write_text_atomically(directory / "config.json", json.dumps(self.config.to_dict(), indent=2) + "\n")

@@ -61,3 +61,14 @@ def test_what_is_no_transform_is_named_before_any_work(transform: Any, says: str
         cf.unlearn(tiny_open_clip(), FORGET, RETAIN, transform=transform, **QUICK)
     with pytest.raises(InputError, match=says):
         cf.evaluate(tiny_open_clip(), FORGET, transform=transform, progress=False)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_run_without_gradients_around_it_trains_and_is_not_saved_over_a_file(mode: Any, tmp_path: Any) -> None:
+    plain = cf.unlearn(tiny_open_clip(), FORGET, RETAIN, **QUICK)
+    with mode():
+        result = cf.unlearn(tiny_open_clip(), FORGET, RETAIN, **QUICK)
+    assert result.after == plain.after
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(InputError, match=r"cannot be saved to \S+taken \(File exists\)"):
+        result.save(tmp_path / "taken")
