@@ -129,7 +129,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"cliperase-fast: {message.strip().partition(chr(10))[0] or 'failed'}", file=sys.stderr)
+    """Print one line, which names what is an argument in Python by its flag."""
+    line = message.strip().partition("\n")[0] or "failed"
+    line = line.replace("output_dir=", "--output ").replace("output_dir", "--output").replace("resume=True", "--resume")
+    print(f"cliperase-fast: {line}", file=sys.stderr)
     return code
 
 
@@ -392,11 +395,12 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 def _demo(arguments: argparse.Namespace) -> int:
     from cliperase_fast.demo import clear_demo_run, run_demo
+    from cliperase_fast.unlearning.resuming import holds_run
 
     began = time.perf_counter()
     output = Path(arguments.output)
     clear_demo_run(output)
-    interrupted = output.is_dir() and any(output.iterdir())
+    interrupted = output.is_dir() and holds_run(output)
     result = run_demo(
         f"{arguments.data}#{arguments.forget}",
         output,

@@ -69,7 +69,10 @@ def clear_demo_run(output_dir: Path) -> None:
     try:
         if (output_dir / _MARK).is_file():
             with lock(output_dir / ".lock"):
-                shutil.rmtree(output_dir)
+                folder = output_dir.resolve()  # for a symbolic link stays, and leads to an empty folder
+                shutil.rmtree(folder)
+                if output_dir.is_symlink():
+                    folder.mkdir()
     except (Locked, FileNotFoundError):  # another demo is at it, which `unlearn` tells
         return
 

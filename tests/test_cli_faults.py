@@ -15,6 +15,7 @@ from processes import context
 from cliperase_fast import UnlearnConfig, cli, demo
 from cliperase_fast.recipes import RECIPES
 from cliperase_fast.storage import lock
+from cliperase_fast.unlearning.resuming import RunDirectory
 
 COMMANDS = {
     "unlearn": ["--model", "m", "--data", "demo", "--forget", "class:one", "--output", "o"],
@@ -171,3 +172,29 @@ def test_a_demos_folder_in_use_is_not_cleared(tmp_path):
         assert (tmp_path / demo._MARK).exists()
     demo.clear_demo_run(tmp_path)
     assert not tmp_path.exists()
+
+
+def test_a_demo_is_replaced_where_a_symbolic_link_leads_to_it(tmp_path):
+    folder, link = tmp_path / "folder", tmp_path / "link"
+    folder.mkdir()
+    link.symlink_to(folder)
+    (folder / demo._MARK).write_text("")
+    demo.clear_demo_run(link)
+    assert list(folder.iterdir()) == []
+    RunDirectory(link, resume=False).check()
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "config.json"])
+def test_a_demo_does_not_touch_a_folder_of_somebody_else(tmp_path, capsys, name):
+    (tmp_path / name).write_text("{}")
+    assert cli.main(["demo", "--output", str(tmp_path), "--quiet"]) == 2
+    told = capsys.readouterr().err
+    assert "already used: give another folder" in told and "resume" not in told
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_errors_name_arguments_by_their_flags(capsys, tmp_path):
+    (tmp_path / "config.json").write_text('{"lambda_forget": 3.0, "lambda_consistency": 3.0}')
+    words = ["--model", "local-dir:x", "--data", "demo", "--forget", "class:one", "--quiet"]
+    assert cli.main(["unlearn", *words, "--output", str(tmp_path)]) == 2
+    assert f"--output {tmp_path} is already used: give another folder, or --resume to go on" in capsys.readouterr().err

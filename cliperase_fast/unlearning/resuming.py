@@ -136,10 +136,14 @@ class RunDirectory:
         assert path is not None
         with _readable(path):
             used = path.is_dir() and any(not _is_draft(entry.name) for entry in path.iterdir())
+            ours = used and holds_run(path)
         if used and not self.resume:
-            raise InputError(f"output_dir={path} is already used: give another folder, or resume=True to go on with it")
-        if used and not (path / "config.json").is_file():
-            raise InputError(f"output_dir={path} holds no run (no config.json), so there is nothing to resume")
+            go_on = ", or resume=True to go on with it" if ours else ""
+            raise InputError(f"output_dir={path} is already used: give another folder{go_on}")
+        if used and not ours:
+            raise InputError(
+                f"output_dir={path} holds other files and no run, so there is nothing to resume; give another folder"
+            )
 
     def _clean(self) -> None:
         """Remove the drafts of a run that was killed; the lock says that nobody is at them."""
@@ -172,6 +176,20 @@ class MetricsLog:
 
 def _bytes_of(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def holds_run(path: Path) -> bool:
+    """Whether a folder is a run's: it has checkpoints, or the settings of one that was killed before the first.
+
+    Many other folders have a config.json, those of transformers models among them, and must not be written to.
+    """
+    if any((path / "checkpoints").glob("step-*/state.json")):
+        return True
+    try:
+        settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(settings, dict) and {"lambda_forget", "lambda_consistency"} <= settings.keys()
 
 
 def _is_draft(name: str) -> bool:

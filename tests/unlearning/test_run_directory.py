@@ -363,3 +363,19 @@ def test_what_is_no_checkpoint_is_named_and_left_alone(tmp_path, whole):
         run(output, resume=True, **CRASHING)
     assert (output / "checkpoints" / "step-99999999").is_dir()
     assert weights(output).keys() == weights(whole).keys()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_of_somebody_else_is_left_as_it_is(tmp_path, resume):
+    (tmp_path / "config.json").write_text('{"model_type": "clip", "projection_dim": 16}')  # a transformers model's
+    with pytest.raises(InputError, match=r"give another folder$"):
+        run(tmp_path, resume)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert "model_type" in (tmp_path / "config.json").read_text()
+
+
+def test_a_run_without_its_config_goes_on_from_its_checkpoints(tmp_path, whole):
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / "config.json").unlink()
+    run(tmp_path / "run", resume=True, **CRASHING)
+    assert_same_run(whole, tmp_path / "run")
