@@ -8,7 +8,9 @@ import importlib
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -96,6 +98,10 @@ examples:
 }
 
 
+# How to go on with a command that was stopped.
+_GOES_ON = {"unlearn": "; the same command with --resume goes on", "demo": "; the same command goes on"}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Exit code 0: done; 1: the work failed; 2: something given was wrong; 130: interrupted."""
     command = None
@@ -107,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if command is None:
                 parser.print_help()
                 return 2
-            with _logging(arguments):
+            with _logging(arguments), _termination(command):
                 return arguments.run(arguments)
         finally:
             sys.stdout.flush()  # a reader that went away, or a full disk, is told here and not at the very end
@@ -116,8 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UnlearningError as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
-        how = {"unlearn": "; the same command with --resume goes on", "demo": "; the same command goes on"}
-        return _fail(f"interrupted{how.get(command or '', '')}", 130)
+        return _fail(f"interrupted{_GOES_ON.get(command or '', '')}", 130)
     except BrokenPipeError:  # the reader of our output went away, as with `| head`
         _drop_output()
         return 1
@@ -139,6 +144,28 @@ def _fail(message: str, code: int) -> int:
 def _drop_output() -> None:
     """What is still to be printed goes nowhere; else Python would try again when it ends, and say so in many lines."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def _termination(command: str) -> Iterator[None]:
+    """SIGTERM, as a batch system sends it, ends the process as it would anyway, and a line says how to go on."""
+    before = signal.getsignal(signal.SIGTERM)
+    ours = command in _GOES_ON and before is signal.SIG_DFL and threading.current_thread() is threading.main_thread()
+    process = os.getpid()
+
+    def end(number: int, frame: object) -> None:
+        if os.getpid() == process:  # a data loader's process inherits the handler
+            os.write(2, f"cliperase-fast: stopped by SIGTERM{_GOES_ON[command]}\n".encode())
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    if ours:
+        signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -73,6 +74,28 @@ def test_an_interrupted_command_says_how_it_goes_on_and_exits_with_130(command, 
     stop_with(monkeypatch, command, KeyboardInterrupt())
     assert cli.main([command, *COMMANDS[command]]) == 130
     assert capsys.readouterr().err == f"cliperase-fast: interrupted{ADVICE.get(command, '')}\n"
+
+
+@pytest.mark.parametrize("command", ["unlearn", "evaluate"])
+def test_sigterm_ends_a_command_and_a_line_says_how_it_goes_on(command, tmp_path):
+    process = context().Process(target=_terminate_itself, args=(command, tmp_path / "stderr"))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGTERM
+    advice = f"cliperase-fast: stopped by SIGTERM{ADVICE[command]}\n" if command in ADVICE else ""
+    assert (tmp_path / "stderr").read_text() == advice
+
+
+def _terminate_itself(command, path):
+    with open(path, "wb") as stderr:
+        os.dup2(stderr.fileno(), 2)
+
+    def work(arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    setattr(cli, f"_{command}", work)
+    cli.main([command, *COMMANDS[command]])
 
 
 @pytest.mark.parametrize("command", ["unlearn", "demo"])

@@ -21,7 +21,7 @@ from cliperase_fast.report.wording import left_out_lines
 from cliperase_fast.storage import write_text_atomically
 
 
-@dataclass
+@dataclass(repr=False)
 class UnlearnResult:
     """The unlearned model and the evidence.
 
@@ -40,6 +40,9 @@ class UnlearnResult:
     embedding_sets: list[str]
     embedding_labels: list[str]
     report_failure: str | None = None  # why plots or report.html could not be written
+
+    def __repr__(self) -> str:
+        return f"<UnlearnResult of {type(self.model).__name__}: {self.verdict.text}>"
 
     @property
     def model(self) -> nn.Module:

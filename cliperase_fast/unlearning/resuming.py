@@ -18,6 +18,7 @@ from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.distributed import Ranks
 from cliperase_fast.errors import InputError
 from cliperase_fast.models import ClipAdapter
+from cliperase_fast.progress import say
 from cliperase_fast.storage import (
     Locked,
     check_room,
@@ -80,6 +81,8 @@ class RunDirectory:
         if self.path.is_dir():
             self._lock()
         self._check_use()
+        if self.resume and not holds_run(self.path):
+            say("nothing to resume in %s yet: starting from the beginning", self.path)
 
     def check_room(
         self, parameters: list[tuple[str, nn.Parameter]], student: ClipAdapter, original: ClipAdapter, keep: int

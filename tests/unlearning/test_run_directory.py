@@ -379,3 +379,13 @@ def test_a_run_without_its_config_goes_on_from_its_checkpoints(tmp_path, whole):
     (tmp_path / "run" / "config.json").unlink()
     run(tmp_path / "run", resume=True, **CRASHING)
     assert_same_run(whole, tmp_path / "run")
+
+
+def test_going_on_where_nothing_has_begun_is_said(tmp_path, caplog):
+    caplog.set_level("INFO", logger="cliperase_fast")
+    run(tmp_path / "run", resume=True)
+    said = f"nothing to resume in {tmp_path / 'run'} yet: starting from the beginning"
+    assert caplog.messages.count(said) == 1
+    caplog.clear()
+    run(tmp_path / "run", resume=True)
+    assert said not in caplog.messages

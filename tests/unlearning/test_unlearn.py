@@ -75,6 +75,7 @@ def test_the_saved_model_loads_in_open_clip_with_the_same_features(tmp_path):
 def test_a_result_kept_in_memory_saves_the_same_folder_later(tmp_path):
     result = run()
     result.save(tmp_path / "later")
+    assert repr(result) == f"<UnlearnResult of CLIP: {result.verdict.text}>"
     assert json.loads((tmp_path / "later" / "result.json").read_text())["after"] == result.after
     assert (tmp_path / "later" / "metrics.jsonl").read_text().count("\n") == len(result.history)
 
