@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from numbers import Real
 from typing import Any
 
 import torch
@@ -82,8 +83,8 @@ def check_options(
         "lambda_consistency": lambda_consistency,
     }
     for name, weight in weights.items():
-        if not 0 <= weight < math.inf:  # false for NaN as well
-            raise InputError(f"{name}={weight} must be a finite number, 0 or larger")
+        if not _is_number(weight) or not 0 <= weight < math.inf:  # false for NaN as well
+            raise InputError(f"{name}={weight!r} must be a finite number, 0 or larger")
     if not any(weights.values()):
         raise InputError(f"{', '.join(weights)} are all 0: nothing would be trained")
     for name, value, known in (
@@ -94,8 +95,12 @@ def check_options(
             near = difflib.get_close_matches(str(value), known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(known)}"
             raise InputError(f"{name}={value!r} is not known; {hint}")
-    if not -1 <= margin <= 1:
-        raise InputError(f"margin={margin} is a cosine: it must lie between -1 and 1")
+    if not _is_number(margin) or not -1 <= margin <= 1:
+        raise InputError(f"margin={margin!r} is a cosine: it must lie between -1 and 1")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex())
 
 
 def check_keep(keep: str) -> None:
@@ -183,6 +188,11 @@ def check_group_ids(group_ids: Tensor | None, name: str, image: Tensor) -> None:
     check_device("group_ids", group_ids, name, image)
 
 
+def _shortened(number: Any) -> str:
+    text = str(number)
+    return text if len(text) <= 30 else f"{text[:20]}... ({len(text)} characters)"
+
+
 def as_scale(name: str, scale: Tensor | float, features: Tensor) -> Tensor:
     """`scale` as a 0-d tensor, at least float32, so that the gradients of several terms add up unrounded."""
     if isinstance(scale, Tensor):
@@ -192,6 +202,9 @@ def as_scale(name: str, scale: Tensor | float, features: Tensor) -> Tensor:
             )
         check_device(name, scale, "the features", features)
         return savable(scale.reshape(()).to(compute_dtype(scale)))
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not -math.inf < scale < math.inf:
+    if isinstance(scale, bool) or not isinstance(scale, Real) or not -math.inf < scale < math.inf:
         raise InputError(f"{name}={scale!r} must be a finite number or a tensor of one element")
-    return torch.full((), scale, dtype=compute_dtype(features), device=features.device)
+    dtype = compute_dtype(features)
+    if abs(scale) > torch.finfo(dtype).max:
+        raise InputError(f"{name}={_shortened(scale)} is too large for {dtype}; pass exp of the logit_scale parameter")
+    return torch.full((), float(scale), dtype=dtype, device=features.device)

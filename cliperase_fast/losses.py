@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from cliperase_fast.checks import check_gather, check_keep, check_options
 from cliperase_fast.distributed import LOCAL, check_process_group
 from cliperase_fast.functional import LossTerms, cliperase_loss
+from cliperase_fast.ops import check_backend_name
 
 
 class CLIPEraseLoss(nn.Module):
@@ -43,6 +44,7 @@ class CLIPEraseLoss(nn.Module):
         check_keep(keep)
         check_gather(gather)
         check_process_group(process_group)
+        check_backend_name(backend)
         self.lambda_retain = lambda_retain
         self.lambda_forget = lambda_forget
         self.lambda_consistency = lambda_consistency

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -375,6 +376,9 @@ I64 = torch.int64
         wrong("logit_scale=nan must be a finite number", logit_scale=float("nan")),
         wrong("logit_scale=inf must be a finite", logit_scale=float("inf")),
         wrong("logit_scale='14' must be", logit_scale="14"),
+        wrong("logit_scale=1e.39 is too large for torch.float32; pass exp of", logit_scale=1e39),
+        wrong("logit_scale=1000.* .401 characters. is too large", logit_scale=10**400),
+        wrong("backend=.'torch'. is not a backend", backend=["torch"]),
         wrong("logit_scale=None must be", logit_scale=None),
         wrong("teacher_logit_scale=-inf must be", teacher_logit_scale=float("-inf")),
         wrong("retain_text is on meta and retain_image on cpu; move them",
@@ -427,3 +431,17 @@ def test_wrong_input_of_the_smaller_functions_is_named_with_their_own_names():
     ):
         with pytest.raises(InputError, match="keep='x' is not known"):
             call()
+
+
+@pytest.mark.parametrize("n", [5, 300])
+def test_features_on_device_meta_give_a_loss_of_the_right_form(n):
+    image, text = (torch.empty(n, 6, device="meta", requires_grad=True) for _ in range(2))
+    loss = clip_loss(image, text, 10.0)
+    loss.backward()
+    assert (loss.device.type, loss.dtype, loss.shape) == ("meta", torch.float32, ())
+    assert image.grad is not None and image.grad.shape == image.shape
+
+
+def test_the_scale_may_be_a_number_of_numpy():
+    image, text = F.normalize(torch.randn(2, 5, 6), dim=-1)
+    assert torch.equal(clip_loss(image, text, numpy.float32(14)), clip_loss(image, text, 14.0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cliperase_fast.ops.dispatch import BackendStatus, BackendTable, auto_shards, backends, choose
+from cliperase_fast.ops.dispatch import BackendStatus, BackendTable, auto_shards, backends, check_backend_name, choose
 from cliperase_fast.ops.sweep import Sweep, compute_dtype, no_autocast
 from cliperase_fast.ops.transforms import refuse_on_ranks, savable
 
@@ -12,6 +12,7 @@ __all__ = [
     "Sweep",
     "auto_shards",
     "backends",
+    "check_backend_name",
     "choose",
     "compute_dtype",
     "no_autocast",

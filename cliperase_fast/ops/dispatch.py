@@ -293,7 +293,7 @@ def _asked_for(requested: str, features: list[Tensor], sharded: bool, sigmoid: b
         if from_environment in ("", "auto"):
             return _automatic(features, sharded, sigmoid)
         requested, origin = from_environment, f"{ENVIRONMENT_VARIABLE}={from_environment}"
-    if requested not in REGISTRY:
+    if not isinstance(requested, str) or requested not in REGISTRY:
         raise InputError(f"{origin} is not a backend; use auto, {', '.join(REGISTRY)}")
     backend = REGISTRY[requested]
     reason = backend.why_missing()
@@ -317,6 +317,12 @@ def _asked_for(requested: str, features: list[Tensor], sharded: bool, sigmoid: b
             f"{image.device}; use backend='auto', 'torch' or 'triton'"
         )
     return backend
+
+
+def check_backend_name(requested: object) -> None:
+    """Raise InputError unless this names a backend, be it available here or not."""
+    if not isinstance(requested, str) or requested not in ("auto", *REGISTRY):
+        raise InputError(f"backend={requested!r} is not a backend; use auto, {', '.join(REGISTRY)}")
 
 
 def auto_shards() -> bool:

@@ -76,6 +76,7 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     """A context in which products keep the dtype of their inputs, whatever autocast is active around it."""
     device_type = tensor.device.type
-    if not torch.is_autocast_enabled(device_type):
-        return nullcontext()  # a small batch feels the cost of the other
+    # A small batch feels the cost of the other, and device "meta" has no autocast.
+    if tensor.is_meta or not torch.is_autocast_enabled(device_type):
+        return nullcontext()
     return torch.autocast(device_type, enabled=False)

@@ -169,3 +169,34 @@ def test_rectangles_of_half_precision_give_summands_in_float32(form):
     for ours, theirs in zip(found[2:4], (exact.image, exact.text), strict=True):
         assert ours.dtype == torch.float32
         assert (ours.double() - theirs).norm() <= 4e-3 * theirs.norm()
+
+
+@pytest.mark.parametrize("scale", [1e4, 1e6, 1e8])
+def test_saturated_softmaxes_are_exact_however_large_the_logits(scale):
+    image, text, *teacher = (unit_features(37, 24, seed) for seed in range(4))
+
+    def gradients(dtype: torch.dtype, backend: str) -> list[torch.Tensor]:
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in (image, text)]
+        frozen = [tensor.to(dtype) for tensor in teacher]
+        loss = functional.clip_loss(*leaves, scale, backend=backend)
+        loss = loss + functional.similarity_kl(*leaves, scale, *frozen, 10.0, backend=backend)
+        return [gradient.double() for gradient in torch.autograd.grad(loss, leaves)]
+
+    # Where the largest entries of a softmax lie far apart it is 0 and 1: no rounding of the logits shows.
+    for found, truth in zip(gradients(torch.float32, "triton"), gradients(torch.float64, "eager"), strict=True):
+        assert (found - truth).abs().max() <= 1e-5 * truth.abs().max()
+
+
+@pytest.mark.parametrize("factor", [1e2, 1e4, 1e6])
+def test_the_divergence_of_features_far_apart_is_finite_and_right(factor):
+    student, teacher = (factor * unit_features(7, 24, seed) for seed in range(2))
+    leaves = student.clone().requires_grad_(), student.double().requires_grad_()
+    losses = features.features_kl(leaves[0], teacher), reference.features_kl(leaves[1], teacher.double())
+    found, truth = (torch.autograd.grad(loss, leaf)[0] for loss, leaf in zip(losses, leaves, strict=True))
+    torch.testing.assert_close(losses[0].double(), losses[1], rtol=1e-5, atol=0)
+    torch.testing.assert_close(found.double(), truth, rtol=0, atol=2e-5 * truth.abs().max().item())
+
+
+def unit_features(n: int, width: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.nn.functional.normalize(torch.randn(n, width, generator=generator), dim=1)

@@ -1,6 +1,7 @@
 """The Triton kernels of the sweep: a tile of S and S° is formed once and used for everything.
 
-Logits are in units of log 2 inside the kernels (exp2 is the hardware's), in natural units outside. Names: b_ a block of
+Logits are in natural units, and only their differences go over to those of exp2, which is the hardware's: a large
+logit that is multiplied by log2(e) is rounded again, and an anchor made of it no longer meets it. Names: b_ a block of
 values, p_ a pointer, o_ an offset, m_ a mask, i_ an index. What the numbers mean (d, r, anchors, factors) is said in
 `ops/sweep.py` and `ops/finish.py`.
 """
@@ -41,10 +42,15 @@ def _similarity_tile(
 
 
 @triton.jit
+def _exp(b_x):
+    return tl.exp2(b_x * _LOG2_E)
+
+
+@triton.jit
 def _merge(b_max, b_sum, b_gap, b_more_max, b_more_sum, b_more_gap):
-    """Two partial (maximum, sum of exp2, sum of exp2 times gap) become one."""
+    """Two partial (maximum, sum of exp, sum of exp times gap) become one."""
     b_new = tl.maximum(b_max, b_more_max)
-    b_keep, b_add = tl.exp2(b_max - b_new), tl.exp2(b_more_max - b_new)
+    b_keep, b_add = _exp(b_max - b_new), _exp(b_more_max - b_new)
     return b_new, b_sum * b_keep + b_more_sum * b_add, b_gap * b_keep + b_more_gap * b_add
 
 
@@ -52,7 +58,7 @@ def _merge(b_max, b_sum, b_gap, b_more_max, b_more_sum, b_more_gap):
 def _along(b_tile, b_gap, AXIS: tl.constexpr, HAS_GAP: tl.constexpr):
     """Partial (maximum, sum, gap) of a tile's rows (AXIS 1) or columns (AXIS 0)."""
     b_max = tl.max(b_tile, AXIS)
-    b_exp = tl.exp2(b_tile - tl.expand_dims(b_max, AXIS))
+    b_exp = _exp(b_tile - tl.expand_dims(b_max, AXIS))
     b_sum = tl.sum(b_exp, AXIS)
     if HAS_GAP:
         return b_max, b_sum, tl.sum(b_exp * b_gap, AXIS)
@@ -80,22 +86,22 @@ def forward_kernel(
 ):  # fmt: skip
     """Off-diagonal statistics of a strip of rows: of each row in a chunk of columns, of each column in a block of rows.
 
-    p_scalars: s, s° and the gap's shift, natural units. p_row: [chunks, PLANES, strip rows]; p_column: [row blocks,
+    p_scalars: s, s° and the gap's shift. p_row: [chunks, PLANES, strip rows]; p_column: [row blocks,
     PLANES, m]. Row i and column i + offset are a pair. Planes, in this order and as far as asked for: PLAIN student
-    (max, sum), MASKED student (max, sum; pairs of one group left out), TEACHER (max, sum, sum of exp2 times
+    (max, sum), MASKED student (max, sum; pairs of one group left out), TEACHER (max, sum, sum of exp times
     S° - S - shift). KEEP: the tiles themselves go to p_kept and p_kept_teacher, [kept rows, m].
     """
     i_block, i_chunk = tl.program_id(0), tl.program_id(1)
     o_row = strip_start + i_block * BLOCK_M + tl.arange(0, BLOCK_M)
     m_row = o_row < strip_stop
     o_safe_row = tl.minimum(o_row, n - 1).to(tl.int64)  # beyond the end: the last row again, masked below
-    b_scale = tl.load(p_scalars) * _LOG2_E
+    b_scale = tl.load(p_scalars)
     o_image = o_safe_row * stride_image
     if MASKED:
         b_row_group = tl.load(p_row_group + o_safe_row)
     if TEACHER:
-        b_teacher_scale = tl.load(p_scalars + 1) * _LOG2_E
-        b_shift = tl.load(p_scalars + 2) * _LOG2_E
+        b_teacher_scale = tl.load(p_scalars + 1)
+        b_shift = tl.load(p_scalars + 2)
         o_teacher_image = o_safe_row * stride_teacher_image
 
     b_zero = tl.zeros([BLOCK_M], tl.float32)
@@ -226,12 +232,12 @@ def _store_gradient(p_strip, b_gradient, o_row_in_strip, o_column, m, m_tile):
 def _softmax_gradient(b_tile, p_softmax, o_row, m_row, o_column, m_column, n, m):
     """Row softmax plus column softmax of a tile, each with its weight: row anchors [n] and factors [n], then column
     anchors [m] and factors [m]."""
-    b_row_anchor = tl.load(p_softmax + o_row, mask=m_row, other=0.0) * _LOG2_E
-    b_column_anchor = tl.load(p_softmax + 2 * n + o_column, mask=m_column, other=0.0) * _LOG2_E
+    b_row_anchor = tl.load(p_softmax + o_row, mask=m_row, other=0.0)
+    b_column_anchor = tl.load(p_softmax + 2 * n + o_column, mask=m_column, other=0.0)
     b_row_factor = tl.load(p_softmax + n + o_row, mask=m_row, other=0.0)
     b_column_factor = tl.load(p_softmax + 2 * n + m + o_column, mask=m_column, other=0.0)
-    b_row = tl.exp2(b_tile - b_row_anchor[:, None]) * b_row_factor[:, None]
-    return b_row + tl.exp2(b_tile - b_column_anchor[None, :]) * b_column_factor[None, :]
+    b_row = _exp(b_tile - b_row_anchor[:, None]) * b_row_factor[:, None]
+    return b_row + _exp(b_tile - b_column_anchor[None, :]) * b_column_factor[None, :]
 
 
 @triton.jit(do_not_specialize=["strip_start", "strip_stop", "offset"])
@@ -262,7 +268,7 @@ def backward_kernel(
         b_s = _similarity_tile(
             p_image, p_text, o_safe_row * stride_image, o_safe_column * stride_text, width,
             BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
-        ) * (tl.load(p_scalars) * _LOG2_E)  # fmt: skip
+        ) * tl.load(p_scalars)  # fmt: skip
     b_gradient = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if PLAIN:
         b_gradient = _softmax_gradient(b_s, p_softmax, o_row, m_row, o_column, m_column, n, m)
@@ -278,7 +284,7 @@ def backward_kernel(
                 p_teacher_image, p_teacher_text, o_safe_row * stride_teacher_image,
                 o_safe_column * stride_teacher_text, teacher_width,
                 BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K_TEACHER, PRECISION,
-            ) * (tl.load(p_scalars + 1) * _LOG2_E)  # fmt: skip
+            ) * tl.load(p_scalars + 1)  # fmt: skip
         b_gradient += _softmax_gradient(
             b_t, p_softmax + (PLAIN + MASKED) * (2 * n + 2 * m), o_row, m_row, o_column, m_column, n, m
         )
@@ -378,7 +384,8 @@ def features_kl_kernel(
         KL(p° || p) = E[g] + log E[exp(-g)] = log(1 + E[exp(-c) - 1 + c])
 
     where every term of the last mean is positive: nothing cancels, though KLs of normalised features are tiny. The
-    gradient with respect to x_j is p_j - p°_j = p°_j (exp(-c_j - KL) - 1).
+    gradient with respect to x_j is p_j - p°_j = p°_j (exp(-c_j - KL) - 1). Both overflow, and p° underflows,
+    where the two are far apart; there stand E[g] + log Σ exp(x) - log Σ exp(x°) and p_j - p°_j.
     """
     o_row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     o_k = tl.arange(0, BLOCK).to(tl.int64)
@@ -387,19 +394,30 @@ def features_kl_kernel(
     p_s = p_student + o_row[:, None] * stride_student + (o_k * stride_student_k)[None, :]
     p_t = p_teacher + o_row[:, None] * stride_teacher + (o_k * stride_teacher_k)[None, :]
     b_s = tl.load(p_s, mask=m_tile, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
+    b_student_max = tl.max(tl.where(m_k, b_s, float("-inf")), 1)
+    b_student_total = tl.sum(tl.where(m_k, _exp(b_s - b_student_max[:, None]), 0.0), 1)
     b_t = tl.load(p_t, mask=m_tile, other=0.0).to(tl.float32)
     b_max = tl.max(tl.where(m_k, b_t, float("-inf")), 1)
-    b_exp = tl.where(m_k, tl.exp2((b_t - b_max[:, None]) * _LOG2_E), 0.0)
-    b_p = b_exp / tl.sum(b_exp, 1)[:, None]
+    b_exp = tl.where(m_k, _exp(b_t - b_max[:, None]), 0.0)
+    b_total = tl.sum(b_exp, 1)
+    b_p = b_exp / b_total[:, None]
     b_gap = b_t - b_s
-    b_c = b_gap - tl.sum(b_p * b_gap, 1)[:, None]
+    b_mean_gap = tl.sum(b_p * b_gap, 1)
+    b_c = b_gap - b_mean_gap[:, None]
     # a term so small that its weight vanishes in float32 may be infinite: its product is 0, not NaN
     b_mean = tl.sum(tl.where(b_p > 0, b_p * _excess(-b_c), 0.0), 1)
     # log(1 + mean), the mean's digits kept where it is small: log(u) mean / (u - 1) with u the rounded 1 + mean
     b_u = 1 + b_mean
     b_kl = tl.where(b_u == 1, b_mean, tl.log(b_u) * (b_mean / tl.where(b_u == 1, 1.0, b_u - 1)))
+    b_plain = b_mean_gap + (b_student_max - b_max) + (tl.log(b_student_total) - tl.log(b_total))
+    b_kl = tl.where(tl.max(tl.where(m_k, tl.abs(b_c), 0.0), 1) < 40, b_kl, b_plain)
     if BACKWARD:
-        b_gradient = tl.load(p_weight) * b_p * _expm1(-b_c - b_kl[:, None])
+        b_apart = -b_c - b_kl[:, None]
+        # loaded again: to hold it from above takes more registers than there are
+        b_again = tl.load(p_s, mask=m_tile, other=0.0).to(tl.float32)
+        b_student_p = _exp(b_again - b_student_max[:, None]) / b_student_total[:, None]
+        b_change = tl.where(tl.abs(b_apart) < 1, b_p * _expm1(b_apart), b_student_p - b_p)
+        b_gradient = tl.load(p_weight) * b_change
         p_out = p_gradient + o_row[:, None] * width + o_k[None, :]
         tl.store(p_out, b_gradient.to(p_gradient.dtype.element_ty), mask=m_tile)
     else:

@@ -30,7 +30,6 @@ _GROUP_ROWS = 8
 _TUNING_PAIRS = 16384
 _MERGE_BLOCK = 256
 _OPTIONS = {"enable_fp_fusion": True}  # said, as Triton's default changes in 3.10
-_LN_2 = 0.6931471805599453
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _KEPT_ROWS = 256  # kept rows come in multiples of this, which every block of rows divides
 
@@ -83,10 +82,6 @@ class _TritonEngine:
                     shift = _pair_dot(inputs.teacher_image[:1], inputs.teacher_text[:1], inputs.teacher_scale) - entry
                     shift = shift.reshape(())
             rows, columns = _off_diagonal_sums(inputs, inputs.scalars(shift), strip_rows, kept)
-            logits = [0] * inputs.plain + [2 * inputs.plain] * inputs.masked  # the planes in units of log 2
-            for plane in [*logits, *(inputs.planes - 3, inputs.planes - 1) * inputs.teacher]:
-                rows[plane] *= _LN_2
-                columns[plane] *= _LN_2
             return Sums(rows, columns, diagonal, teacher_diagonal, shift), kept
 
     losses = finish.losses_of_sums
@@ -201,7 +196,7 @@ class Inputs:
         return len(kept) // (4 * self.m * (1 + self.teacher))
 
     def kept(self, kept: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The kept rows of S and of S° in units of log 2, [kept rows, m] each."""
+        """The kept rows of S and of S°, [kept rows, m] each."""
         if len(kept) == 0:
             return None, None
         parts = kept.view(torch.float32).view(1 + self.teacher, -1, self.m)
@@ -230,7 +225,7 @@ def _pair_dot(left: Tensor, right: Tensor, scale: Tensor) -> Tensor:
 
 
 def _off_diagonal_sums(inputs: Inputs, scalars: Tensor, strip_rows: int, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """What `forward_kernel` leaves, merged: [planes, n] of rows, [planes, m] of columns, in units of log 2."""
+    """What `forward_kernel` leaves, merged: [planes, n] of rows, [planes, m] of columns."""
     n, m, planes, config = inputs.n, inputs.m, inputs.planes, inputs.configs.forward
     rows, columns = scalars.new_empty(planes, n), scalars.new_empty(planes, m)
     tiles = triton.cdiv(m, config.block_n)
