@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from cliperase_fast.ops.triton.configs import TABLE, Config
-from cliperase_fast.ops.triton.features import WIDEST, features_kl_launch, features_kl_warps
+from cliperase_fast.ops.triton.features_kl import WIDEST, features_kl_launch, features_kl_warps
 from cliperase_fast.ops.triton.kernels import (
     backward_kernel,
     features_kl_kernel,

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from cliperase_fast.ops.engine import KEEP_VARIABLE, keep_bytes
+from cliperase_fast.ops.autograd import KEEP_VARIABLE, cache_budget
 
 from .batches import DATA, DTYPES, LOSSES
 from .compare import comparison
@@ -70,7 +70,7 @@ def begin(what: str, arguments: argparse.Namespace, words: Sequence[str], settin
     record = {"benchmark": what, "command": command, **describe(), "device": device_slug(arguments.device)}
     record["versions"].update({name: found for name in PEERS if (found := version(name)) is not None})
     record["versions"]["cuda"] = torch.version.cuda if arguments.device == "cuda" else None
-    record["keep_mib"] = keep_bytes(torch.device(arguments.device)) >> 20
+    record["keep_mib"] = cache_budget(torch.device(arguments.device)) >> 20
     return {**record, "settings": settings, "runs": []}
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cliperase_fast.ops.dispatch import REGISTRY
+from cliperase_fast.ops.registry import REGISTRY
 
 from .batches import (
     CHECK_ROWS,

@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cliperase_fast.distributed.plan import Sweep
 from cliperase_fast.functional import cliperase_loss
 from cliperase_fast.ops.streaming import strip_height
+from cliperase_fast.planning.cost_model import Sweep
 
 from .machine import RESULTS, describe
 

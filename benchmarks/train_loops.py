@@ -33,7 +33,7 @@ from cliperase_fast.demo import cached_small_clip
 from cliperase_fast.models import load_model, set_trainable
 from cliperase_fast.recipes import RECIPES
 from cliperase_fast.unlearning import api
-from cliperase_fast.unlearning.preparation import Split, open_sets, prepare_data
+from cliperase_fast.unlearning.splits import Split, open_sets, prepare_data
 from cliperase_fast.unlearning.trainer import Trainer
 
 from .loss_memory import resident

@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cliperase_fast.distributed.plan import step_cost
-from cliperase_fast.planning import step_of
+from cliperase_fast.planning.cost_model import step_cost
+from cliperase_fast.planning.report import step_of
 
 from . import loss_report, points_report
 from .machine import RESULTS, ROOT, abilities_text

@@ -422,7 +422,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 def _demo(arguments: argparse.Namespace) -> int:
     from cliperase_fast.demo import clear_demo_run, run_demo
-    from cliperase_fast.unlearning.resuming import holds_run
+    from cliperase_fast.unlearning.run_directory import holds_run
 
     began = time.perf_counter()
     output = Path(arguments.output)
@@ -453,7 +453,7 @@ def _passed_on(arguments: argparse.Namespace) -> list[str]:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from cliperase_fast.planning import plan_text, step_of
+    from cliperase_fast.planning.report import plan_text, step_of
 
     given = vars(arguments)
     print(plan_text(step_of(**{name: given[name] for name in given.keys() - {"run", "command", "local_rank"}})))

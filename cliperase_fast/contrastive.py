@@ -11,7 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cliperase_fast.checks import (
+from cliperase_fast.distributed import LOCAL, resolve_group, sharded_sigmoid
+from cliperase_fast.errors import InputError
+from cliperase_fast.functional import agreed, contrast, described
+from cliperase_fast.ops import choose, compute_dtype, no_autocast, savable
+from cliperase_fast.ops.rows import row_losses
+from cliperase_fast.validation import (
     as_scale,
     check_device,
     check_features,
@@ -20,11 +25,6 @@ from cliperase_fast.checks import (
     check_teacher,
     shape_of,
 )
-from cliperase_fast.distributed import LOCAL, resolve_group, sharded_sigmoid
-from cliperase_fast.errors import InputError
-from cliperase_fast.functional import agreed, contrast, described
-from cliperase_fast.ops import choose, compute_dtype, no_autocast, savable
-from cliperase_fast.ops.rows import row_losses
 
 
 def distill_clip_loss(

@@ -27,7 +27,7 @@ from cliperase_fast.recipes import Recipe, recipe_for
 from cliperase_fast.storage import Locked, lock, writing
 from cliperase_fast.unlearning.api import unlearn
 from cliperase_fast.unlearning.result import UnlearnResult
-from cliperase_fast.unlearning.resuming import RunDirectory
+from cliperase_fast.unlearning.run_directory import RunDirectory
 
 _MARK = ".cliperase-demo"
 

@@ -37,7 +37,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cliperase_fast.checks import (
+from cliperase_fast.distributed import LOCAL, Group, Shards, resolve_group, sharded_sweep, sum_over_ranks
+from cliperase_fast.ops import choose, compute_dtype, no_autocast, refuse_on_ranks, savable
+from cliperase_fast.validation import (
     as_scale,
     check_cliperase,
     check_gather,
@@ -46,8 +48,6 @@ from cliperase_fast.checks import (
     check_pairs,
     check_teacher,
 )
-from cliperase_fast.distributed import LOCAL, Group, Shards, resolve_group, sharded_sweep, sum_over_ranks
-from cliperase_fast.ops import choose, compute_dtype, no_autocast, refuse_on_ranks, savable
 
 __all__ = ["LossTerms", "clip_loss", "cliperase_loss", "similarity_kl"]
 
@@ -286,7 +286,7 @@ def agreed(
         return check(), [None] * len(batches)
     refuse_on_ranks(*(batch for batch in batches if isinstance(batch, Tensor)))  # before the ranks talk
     group = Group(process_group)
-    with group.telling_the_others():
+    with group.propagate_errors():
         checked = check()
         group.check_device(batches[0].device)
         said = describe(checked)
@@ -350,9 +350,9 @@ def _sweep(
         zero = image.sum(dtype=dtype) + text.sum(dtype=dtype) + 0 * scale.to(dtype)
         return zero, zero
     if shards is not None:
-        assert chosen.load_engine is not None
+        assert chosen.load_kernels is not None
         return sharded_sweep(
-            chosen.load_engine(), shards, image, text, scale, teacher_image, teacher_text, teacher_scale, group_ids,
+            chosen.load_kernels(), shards, image, text, scale, teacher_image, teacher_text, teacher_scale, group_ids,
             want_retention, want_consistency, keep,
         )  # fmt: skip
     return chosen.load()(

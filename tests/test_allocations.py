@@ -20,7 +20,7 @@ LEGACY = {"Tensor", "FloatTensor", "DoubleTensor", "HalfTensor", "BFloat16Tensor
 # The dtype that the user's own tokens come with is looked at, and refused where it is not one of integers.
 DTYPE_LOOKED_AT = {
     ("data/pairs.py", "as_tensor"),
-    ("models/adapter.py", "as_tensor"),
+    ("models/adapters/base.py", "as_tensor"),
     ("models/tokenizing.py", "as_tensor"),
 }
 

@@ -16,7 +16,7 @@ from processes import context
 from cliperase_fast import UnlearnConfig, cli, demo
 from cliperase_fast.recipes import RECIPES
 from cliperase_fast.storage import lock
-from cliperase_fast.unlearning.resuming import RunDirectory
+from cliperase_fast.unlearning.run_directory import RunDirectory
 
 COMMANDS = {
     "unlearn": ["--model", "m", "--data", "demo", "--forget", "class:one", "--output", "o"],

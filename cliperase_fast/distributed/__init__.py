@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from cliperase_fast.distributed.collectives import sum_over_ranks
-from cliperase_fast.distributed.group import (
+from cliperase_fast.distributed.process_group import (
     GATHER_MODES,
     LOCAL,
     WORLD,
@@ -15,20 +15,20 @@ from cliperase_fast.distributed.group import (
     check_process_group,
     resolve_group,
 )
-from cliperase_fast.distributed.ranks import ALONE, Ranks, joined
-from cliperase_fast.distributed.sigmoid import sharded_sigmoid
-from cliperase_fast.distributed.sweep import sharded_sweep
+from cliperase_fast.distributed.sharded_sigmoid import sharded_sigmoid
+from cliperase_fast.distributed.sharded_softmax import sharded_sweep
+from cliperase_fast.distributed.world import SINGLE_PROCESS, Ranks, init_distributed
 
 __all__ = [
-    "ALONE",
     "GATHER_MODES",
     "LOCAL",
+    "SINGLE_PROCESS",
     "WORLD",
     "Group",
     "Ranks",
     "Shards",
     "check_process_group",
-    "joined",
+    "init_distributed",
     "resolve_group",
     "sharded_sigmoid",
     "sharded_sweep",

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from cliperase_fast.data import PairDataset, caption_key
 from cliperase_fast.data.loading import load_batches
 from cliperase_fast.data.pixel_cache import PixelCache
-from cliperase_fast.distributed import ALONE, Ranks
+from cliperase_fast.distributed import SINGLE_PROCESS, Ranks
 from cliperase_fast.errors import InputError, is_out_of_memory
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.models.precision import remedy_for_types
@@ -49,7 +49,7 @@ def encode_pairs(
     num_workers: int = 0,
     progress: bool = False,
     templates: Sequence[str] | None = None,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
     cache: PixelCache | None = None,
 ) -> EncodedPairs:
     """Encode all images and captions, in evaluation mode (each module's own mode comes back afterwards).
@@ -196,7 +196,7 @@ def _encode_images(
                 steps.update(len(features))
         return parts
 
-    return ranks.put_together(encoded, [sum(map(len, batches[share])) for share in ranks.shares(len(batches))])
+    return ranks.all_gather_rows(encoded, [sum(map(len, batches[share])) for share in ranks.shares(len(batches))])
 
 
 def _encode_image(adapter: ClipAdapter, pixels: Tensor) -> Tensor:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from cliperase_fast.models.adapter import ClipAdapter, GenericAdapter
+from cliperase_fast.models.adapters.base import ClipAdapter, GenericAdapter
+from cliperase_fast.models.adapters.open_clip import OpenClipAdapter
+from cliperase_fast.models.adapters.transformers import TransformersAdapter
 from cliperase_fast.models.loading import load_model
 from cliperase_fast.models.lora import merge_lora
-from cliperase_fast.models.open_clip_adapter import OpenClipAdapter
 from cliperase_fast.models.trainable import set_trainable
-from cliperase_fast.models.transformers_adapter import TransformersAdapter
 
 __all__ = [
     "ClipAdapter",

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from cliperase_fast.defaults import torch_defaults
 from cliperase_fast.errors import InputError
 from cliperase_fast.extras import import_extra
-from cliperase_fast.models.adapter import ClipAdapter, GenericAdapter
+from cliperase_fast.models.adapters.base import ClipAdapter, GenericAdapter
+from cliperase_fast.models.adapters.open_clip import OpenClipAdapter, is_open_clip_model
+from cliperase_fast.models.adapters.transformers import TransformersAdapter, is_transformers_model
 from cliperase_fast.models.hub import offline_if_unreachable
-from cliperase_fast.models.open_clip_adapter import OpenClipAdapter, is_open_clip_model
 from cliperase_fast.models.open_clip_files import load_folder, load_weights
 from cliperase_fast.models.proving import feature_difference, tolerance
 from cliperase_fast.models.requirements import require_weights
 from cliperase_fast.models.runtime import pick_device
-from cliperase_fast.models.transformers_adapter import TransformersAdapter, is_transformers_model
 from cliperase_fast.models.transformers_files import load_clip_model, load_image_processor, load_tokenizer
 from cliperase_fast.models.tuners import fold_tuners, refuse_inexact
 from cliperase_fast.models.unwrapping import holder_of, unwrap

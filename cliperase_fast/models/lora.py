@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from cliperase_fast.errors import InputError
 from cliperase_fast.extras import import_extra
-from cliperase_fast.models.adapter import ClipAdapter
+from cliperase_fast.models.adapters.base import ClipAdapter
 from cliperase_fast.models.open_clip_config import probe_pixels
 
 # These read the weights of the layers inside them and (the second one: where no gradient is asked for) never
@@ -66,7 +66,7 @@ class SplitAttention(nn.Module):
         out = self.out_proj(mixed.transpose(1, 2).reshape(batch, length, width))
         return (out if self.batch_first else out.transpose(0, 1)), None
 
-    def joined(self) -> nn.MultiheadAttention:
+    def init_distributed(self) -> nn.MultiheadAttention:
         """The nn.MultiheadAttention with these weights (the same parameters, not copies)."""
         width = self.out_proj.out_features
         attention: Any = nn.MultiheadAttention(
@@ -110,7 +110,7 @@ def merge_lora(adapter: ClipAdapter) -> None:
         _replace(module, name, layer.get_base_layer())
     split = {name: child for name, child in module.named_modules() if isinstance(child, SplitAttention)}
     for name, attention in split.items():
-        _replace(module, name, attention.joined())
+        _replace(module, name, attention.init_distributed())
     if wrapped and hasattr(module, "peft_config"):
         del module.peft_config
 

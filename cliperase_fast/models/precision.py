@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from cliperase_fast.models.adapter import ClipAdapter
+from cliperase_fast.models.adapters.base import ClipAdapter
 
 
 def in_float32(adapter: ClipAdapter) -> ClipAdapter:

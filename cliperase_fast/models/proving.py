@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from cliperase_fast.models.adapter import ClipAdapter
+    from cliperase_fast.models.adapters.base import ClipAdapter
 
 _TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 3e-3}
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cliperase_fast.errors import InputError
-from cliperase_fast.models.adapter import ClipAdapter
+from cliperase_fast.models.adapters.base import ClipAdapter
 
 LARGEST_SCALE = 1e4  # exp(logit_scale) of trained models stays near 100; beyond this float32 losses lose their digits
 

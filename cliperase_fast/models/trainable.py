@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from cliperase_fast.errors import InputError
-from cliperase_fast.models.adapter import ClipAdapter, Tower
+from cliperase_fast.models.adapters.base import ClipAdapter, Tower
 from cliperase_fast.models.lora import inject_lora
 
 

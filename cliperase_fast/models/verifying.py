@@ -13,7 +13,7 @@ from cliperase_fast.models.proving import feature_difference, tolerance
 from cliperase_fast.models.saving import save_weights
 
 if TYPE_CHECKING:
-    from cliperase_fast.models.adapter import ClipAdapter
+    from cliperase_fast.models.adapters.base import ClipAdapter
 
 # Bytes of weights up to which the folder is also loaded as a whole, as its library does it, for its features. Beyond
 # that a second model in memory would be the larger risk; the files' bits are compared tensor by tensor all the same.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from cliperase_fast.ops.dispatch import BackendStatus, BackendTable, auto_shards, backends, check_backend_name, choose
-from cliperase_fast.ops.sweep import Sweep, compute_dtype, no_autocast
+from cliperase_fast.ops.registry import BackendStatus, BackendTable, auto_shards, backends, check_backend_name, choose
+from cliperase_fast.ops.spec import Sweep, compute_dtype, no_autocast
 from cliperase_fast.ops.transforms import refuse_on_ranks, savable
 
 __all__ = [

@@ -1,6 +1,6 @@
 """Cross-entropies of rectangular similarities [n, N], by row, in strips of rows: a rank's own pairs against everyone's.
 
-With S = s Q Kᵀ and pair i's own key in column offset + i, per row and as in `ops/sweep.py` (r: log-odds of the rest):
+With S = s Q Kᵀ and pair i's own key in column offset + i, per row and as in `ops/spec.py` (r: log-odds of the rest):
 
     contrastive  -log softmax(S_i)_own = log(1 + exp(r_i))
     distill      -Σ_j P°_ij log P_ij = log(1 + exp(r_i)) - Σ_{j≠own} P°_ij (S_ij - S_i,own)
@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cliperase_fast.ops import finish, reference
+from cliperase_fast.ops import eager, softmax_stats
+from cliperase_fast.ops.spec import compute_dtype, no_autocast
 from cliperase_fast.ops.streaming import Similarity, strip_height
-from cliperase_fast.ops.sweep import compute_dtype, no_autocast
 from cliperase_fast.ops.transforms import refuse_second_derivative, transformed
 
-# The rows of the state [6, n]: r, anchor and factor as in `ops/finish.py`, of S and of S°, 0 without a teacher.
+# The rows of the state [6, n]: r, anchor and factor as in `ops/softmax_stats.py`, of S and of S°, 0 without a teacher.
 _STUDENT, _TEACHER = slice(0, 3), slice(3, 6)
 
 _ARGUMENTS = (
@@ -86,8 +86,8 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
                 p_teacher = _softmax(teacher_strip, state[_TEACHER, rows])
                 problem.own(strip, rows).copy_(own)  # weighed by a probability of 0
                 expected = p_teacher.mul_(strip.sub_(own[:, None])).sum(1)  # [h]
-                distill[rows] = finish.log1p_exp(state[0, rows]) - expected
-        contrastive = finish.log1p_exp(state[0])
+                distill[rows] = softmax_stats.log1p_exp(state[0, rows]) - expected
+        contrastive = softmax_stats.log1p_exp(state[0])
         return contrastive.mean(), distill.mean(), state
 
 
@@ -100,7 +100,7 @@ def _backward(
         student = problem.student
         weight_distill = grad_distill / problem.n if problem.teacher is not None else torch.zeros_like(grad_distill)
         weight_contrastive = grad_contrastive / problem.n
-        rest, teacher_rest = finish.rest(state[_STUDENT][0]), finish.rest(state[_TEACHER][0])  # [n]
+        rest, teacher_rest = softmax_stats.rest(state[_STUDENT][0]), softmax_stats.rest(state[_TEACHER][0])  # [n]
         of_own = weight_distill * (teacher_rest - rest) - weight_contrastive * rest  # [n]
         grad_query = query.new_empty(query.shape)
         grad_keys = torch.zeros_like(student.text)
@@ -119,9 +119,9 @@ def _backward(
 
 
 def _anchored(strip: Tensor, own: Tensor) -> Tensor:
-    """[3, h], see `finish.anchored`."""
+    """[3, h], see `softmax_stats.anchored`."""
     maximum = strip.amax(1)
-    return torch.stack(finish.anchored(maximum, (strip - maximum[:, None]).exp_().sum(1), own))
+    return torch.stack(softmax_stats.anchored(maximum, (strip - maximum[:, None]).exp_().sum(1), own))
 
 
 def _softmax(strip: Tensor, state: Tensor, weight: Tensor | float = 1.0) -> Tensor:
@@ -189,6 +189,6 @@ def row_losses(
     """
     tensors = (query, keys, logit_scale, teacher_query, teacher_keys, teacher_logit_scale)
     if transformed(*tensors):
-        return reference.row_losses(*tensors, offset)
+        return eager.row_losses(*tensors, offset)
     contrastive, distill, _ = _forward_op(*tensors, offset, strip_rows)
     return contrastive, distill

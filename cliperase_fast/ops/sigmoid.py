@@ -18,15 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cliperase_fast.ops.engine import watched
-from cliperase_fast.ops.problem import Problem
+from cliperase_fast.ops.autograd import watched
+from cliperase_fast.ops.spec import SimilarityInputs, compute_dtype, no_autocast
 from cliperase_fast.ops.streaming import Similarity, strip_height
-from cliperase_fast.ops.sweep import compute_dtype, no_autocast
 from cliperase_fast.ops.transforms import first_derivative_only
 
 
 class SigmoidParts(NamedTuple):
-    """Sums over all entries, not divided by n, in the computing dtype; of a gradient not needed an empty tensor."""
+    """Stats over all entries, not divided by n, in the computing dtype; of a gradient not needed an empty tensor."""
 
     loss: Tensor  # []
     grad_image: Tensor  # [n, D]
@@ -35,13 +34,19 @@ class SigmoidParts(NamedTuple):
     grad_bias: Tensor  # []
 
 
-class SigmoidEngine(Protocol):
+class SigmoidKernels(Protocol):
     """What a streamed backend does itself."""
 
     name: str
 
     def sigmoid(
-        self, problem: Problem, bias: Tensor, need_image: bool, need_text: bool, need_scalars: bool, strip_rows: int
+        self,
+        problem: SimilarityInputs,
+        bias: Tensor,
+        need_image: bool,
+        need_text: bool,
+        need_scalars: bool,
+        strip_rows: int,
     ) -> SigmoidParts:
         """problem: image, text, scale and offset count. need_scalars: of scale and bias. strip_rows: 0, any."""
         ...
@@ -51,12 +56,12 @@ class Sigmoid(NamedTuple):
     """What a backend brings. engine: what computes the shards of a batch; None: it cannot."""
 
     loss: Callable[..., Tensor]  # (image, text, logit_scale, logit_bias, offset, strip_rows=0) -> 0-d, see `as_sigmoid`
-    engine: SigmoidEngine | None = None
+    engine: SigmoidKernels | None = None
 
 
-def sigmoid_problem(image: Tensor, text: Tensor, scale: Tensor, offset: int) -> Problem:
+def sigmoid_problem(image: Tensor, text: Tensor, scale: Tensor, offset: int) -> SimilarityInputs:
     """offset: row i and column i + offset are a pair; m: there are no pairs."""
-    return Problem(image, text, scale, None, None, None, None, True, False, None, offset)
+    return SimilarityInputs(image, text, scale, None, None, None, None, True, False, None, offset)
 
 
 class _TorchSigmoid:
@@ -65,7 +70,13 @@ class _TorchSigmoid:
     name = "torch"
 
     def sigmoid(
-        self, problem: Problem, bias: Tensor, need_image: bool, need_text: bool, need_scalars: bool, strip_rows: int
+        self,
+        problem: SimilarityInputs,
+        bias: Tensor,
+        need_image: bool,
+        need_text: bool,
+        need_scalars: bool,
+        strip_rows: int,
     ) -> SigmoidParts:
         n, m, dtype = problem.n, problem.m, problem.compute_dtype()
         similarity = Similarity(problem.image, problem.text, problem.scale, dtype)
@@ -103,7 +114,7 @@ _SCHEMA = (
 )
 
 
-def as_sigmoid(engine: SigmoidEngine) -> Sigmoid:
+def as_sigmoid(engine: SigmoidKernels) -> Sigmoid:
     """Register the custom op `cliperase_fast::NAME_sigmoid`; returns the loss on it. Called once an engine."""
 
     def run(

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cliperase_fast.ops import finish
-from cliperase_fast.ops.engine import as_sweep
-from cliperase_fast.ops.problem import Problem, State, Sums
+from cliperase_fast.ops import softmax_stats
+from cliperase_fast.ops.autograd import as_sweep
+from cliperase_fast.ops.spec import SavedStats, SimilarityInputs, Stats
 
 # Bytes of one strip matrix; four are alive at once. Small strips stay in a CPU's cache; a GPU wants fewer
 # launches.
@@ -42,7 +42,7 @@ class _OffDiagonal:
     With a second matrix `gap`, also its sum under each row's and column's exponentials.
     """
 
-    def __init__(self, problem: Problem, like: Tensor, with_gap: bool) -> None:
+    def __init__(self, problem: SimilarityInputs, like: Tensor, with_gap: bool) -> None:
         n, m = problem.n, problem.m
         self.row_max, self.row_sum, self.column_sum = like.new_empty(n), like.new_empty(n), like.new_zeros(m)
         self.column_max = like.new_full((m,), torch.finfo(like.dtype).min)
@@ -73,17 +73,17 @@ class _OffDiagonal:
 
 
 class _TorchEngine:
-    """See `ops.engine.Engine`. Memory: four strips [h, m]; it keeps nothing for the backward pass."""
+    """See `ops.autograd.SweepKernels`. Memory: four strips [h, m]; it keeps nothing for the backward pass."""
 
     name = "torch"
 
-    def check(self, problem: Problem) -> None:
+    def check(self, problem: SimilarityInputs) -> None:
         """Takes everything."""
 
-    def kept_bytes(self, problem: Problem, keep: str) -> int:
+    def cache_size(self, problem: SimilarityInputs, keep: str) -> int:
         return 0
 
-    def forward(self, problem: Problem, strip_rows: int, kept_bytes: int) -> tuple[Sums, Tensor]:
+    def forward(self, problem: SimilarityInputs, strip_rows: int, cache_size: int) -> tuple[Stats, Tensor]:
         n, m, dtype = problem.n, problem.m, problem.compute_dtype()
         lowest = torch.finfo(dtype).min
         student, teacher = Similarity(problem.image, problem.text, problem.scale, dtype), _teacher(problem, dtype)
@@ -122,7 +122,7 @@ class _TorchEngine:
                 masked.add(s.masked_fill_(_same_group(problem, rows), lowest), start, work[:h])
 
         parts = [part for part in (plain, masked, teacher_sums) if part is not None]
-        sums = Sums(
+        sums = Stats(
             torch.stack([plane for part in parts for plane in part.rows()]),
             torch.stack([plane for part in parts for plane in part.columns()]),
             diagonal,
@@ -131,12 +131,12 @@ class _TorchEngine:
         )
         return sums, torch.empty(0, dtype=torch.uint8, device=strip.device)
 
-    losses = finish.losses_of_sums
+    losses = softmax_stats.losses_of_sums
 
     def backward(
         self,
-        problem: Problem,
-        state: State,
+        problem: SimilarityInputs,
+        state: SavedStats,
         weight_retention: Tensor,
         weight_consistency: Tensor,
         strip_rows: int,
@@ -154,7 +154,7 @@ class _TorchEngine:
         strip, gradient, work = _buffers(3, height, m, student.text)
         if teacher is not None:
             (teacher_strip,) = _buffers(1, height, m, student.text)
-        terms = finish.gradient_terms(problem, state, weight_retention, weight_consistency)
+        terms = softmax_stats.gradient_terms(problem, state, weight_retention, weight_consistency)
 
         grad_image = image.new_empty(image.shape if need_image else (0,), dtype=dtype if partial else image.dtype)
         grad_text = student.text.new_zeros(text.shape if need_text else (0,))
@@ -189,19 +189,19 @@ class _TorchEngine:
         return grad_image, grad_text, grad_scale.to(dtype if partial else problem.scale.dtype)
 
 
-def _teacher(problem: Problem, dtype: torch.dtype) -> Similarity | None:
+def _teacher(problem: SimilarityInputs, dtype: torch.dtype) -> Similarity | None:
     if problem.teacher_image is None or problem.teacher_text is None or problem.teacher_scale is None:
         return None
     return Similarity(problem.teacher_image, problem.teacher_text, problem.teacher_scale, dtype)
 
 
-def _same_group(problem: Problem, rows: slice) -> Tensor:
+def _same_group(problem: SimilarityInputs, rows: slice) -> Tensor:
     row_groups, column_groups = problem.row_groups, problem.column_groups
     assert row_groups is not None and column_groups is not None
     return row_groups[rows, None] == column_groups  # [h, m]
 
 
-def _add_softmax(gradient: Tensor, strip: Tensor, rows: slice, work: Tensor, softmax: finish.Softmax) -> None:
+def _add_softmax(gradient: Tensor, strip: Tensor, rows: slice, work: Tensor, softmax: softmax_stats.Softmax) -> None:
     anchor, factor = softmax.rows
     torch.sub(strip, anchor[rows, None], out=work).exp_()
     gradient.addcmul_(work, factor[rows, None])

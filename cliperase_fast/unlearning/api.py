@@ -23,12 +23,12 @@ from cliperase_fast.data import PairDataset
 from cliperase_fast.data.drawing import seeded
 from cliperase_fast.data.pixel_cache import PixelCache
 from cliperase_fast.defaults import torch_defaults
-from cliperase_fast.distributed import joined
+from cliperase_fast.distributed import init_distributed
 from cliperase_fast.errors import InputError
 from cliperase_fast.evaluation import pair_similarities
 from cliperase_fast.models import ClipAdapter, load_model, set_trainable
-from cliperase_fast.models.blocks import plain_blocks, thrifty_blocks
-from cliperase_fast.models.embedding import merge_rows, train_rows
+from cliperase_fast.models.fast_paths.blocks import disable_recompute, enable_recompute
+from cliperase_fast.models.fast_paths.embedding import merge_rows, train_rows
 from cliperase_fast.models.precision import in_float32, weight_dtypes
 from cliperase_fast.models.requirements import require_trainable
 from cliperase_fast.models.soundness import check_weights
@@ -37,21 +37,22 @@ from cliperase_fast.ops import choose
 from cliperase_fast.progress import say
 from cliperase_fast.report import verdict
 from cliperase_fast.unlearning.batches import BatchLoader, BatchPlan, CaptionTable
-from cliperase_fast.unlearning.engine import Engine, LocalEngine
-from cliperase_fast.unlearning.examining import Examiner, by_set, embeddings, lowest, per_class
-from cliperase_fast.unlearning.front import keep_front
-from cliperase_fast.unlearning.giving_back import give_back
+from cliperase_fast.unlearning.engines.base import Engine
+from cliperase_fast.unlearning.engines.deepspeed import ShardedTeacher, ZeroEngine, read_deepspeed, restore_torch_linear
+from cliperase_fast.unlearning.engines.frozen_features import keep_front
+from cliperase_fast.unlearning.engines.local import LocalEngine
+from cliperase_fast.unlearning.evaluator import Evaluator, by_set, embeddings, lowest, per_class
 from cliperase_fast.unlearning.identity import tokenizer_identity, transform_identity
-from cliperase_fast.unlearning.preparation import PreparedData, Split, open_sets, prepare_data
-from cliperase_fast.unlearning.probing import check_captions, check_features, check_gradient, check_teacher
-from cliperase_fast.unlearning.resolution import merge_lora, notes
+from cliperase_fast.unlearning.output_model import give_back
+from cliperase_fast.unlearning.preflight import check_captions, check_features, check_gradient, check_teacher
 from cliperase_fast.unlearning.result import UnlearnResult
-from cliperase_fast.unlearning.resuming import RunDirectory, fixed_settings, resume_from
+from cliperase_fast.unlearning.run_directory import RunDirectory, fixed_settings, resume_from
 from cliperase_fast.unlearning.runtime import Runtime
 from cliperase_fast.unlearning.selection import Selection
+from cliperase_fast.unlearning.splits import PreparedData, Split, open_sets, prepare_data
+from cliperase_fast.unlearning.step_effect import merge_lora, notes
 from cliperase_fast.unlearning.teacher import LiveTeacher, Teacher, cache_teacher
 from cliperase_fast.unlearning.trainer import Trainer
-from cliperase_fast.unlearning.zero import ShardedTeacher, ZeroEngine, read_deepspeed, torch_put_back
 
 
 @torch_defaults()
@@ -105,8 +106,12 @@ def unlearn(
     show = sys.stderr.isatty() if progress is None else progress
     directory = RunDirectory(Path(output_dir) if output_dir is not None else None, resume)
     # What reading data and trying a transform draws must not come from the caller's generators.
-    with joined(settings.device, settings.rank_timeout) as ranks, directory, seeded(settings.seed, gpus=False):
-        runtime = ranks.together(lambda: Runtime.from_config(settings, show, ranks))
+    with (
+        init_distributed(settings.device, settings.rank_timeout) as ranks,
+        directory,
+        seeded(settings.seed, gpus=False),
+    ):
+        runtime = ranks.run_on_all(lambda: Runtime.from_config(settings, show, ranks))
         return _unlearn(
             model, forget, retain, test, teacher, tokenizer, transform, templates, settings, directory, runtime
         )
@@ -129,13 +134,13 @@ def _unlearn(
     began = time.perf_counter()
 
     # Cheap to get wrong, so looked at before a model is fetched or an image read.
-    zero = ranks.together(lambda: _check_settings(settings, directory, runtime))
+    zero = ranks.run_on_all(lambda: _check_settings(settings, directory, runtime))
     tell = say if ranks.first else _nothing
     tell("opening the data")
-    sets = ranks.together(lambda: open_sets(forget, retain, test, settings, templates=templates))
+    sets = ranks.run_on_all(lambda: open_sets(forget, retain, test, settings, templates=templates))
     ranks.agree({**settings.to_dict(), "the pairs": sets.fingerprint()})
     tell("loading the model")
-    given, original, frozen = ranks.together(lambda: _models(model, teacher, tokenizer, settings, runtime))
+    given, original, frozen = ranks.run_on_all(lambda: _models(model, teacher, tokenizer, settings, runtime))
     tell("checking the images")
     data = prepare_data(sets, settings, progress=runtime.progress, ranks=ranks)
     train_transform, random_transform = _transforms(original, transform, data.train.pairs)
@@ -145,8 +150,8 @@ def _unlearn(
             "the dataset draws its images anew each time); use 'auto' or 'off'"
         )
     frozen.transform = original.transform
-    captions = ranks.together(partial(CaptionTable, data.train.pairs, original.token_ids))
-    ranks.together(partial(check_captions, original, captions, runtime))
+    captions = ranks.run_on_all(partial(CaptionTable, data.train.pairs, original.token_ids))
+    ranks.run_on_all(partial(check_captions, original, captions, runtime))
 
     identity = {
         "model": given.identity(),
@@ -164,7 +169,7 @@ def _unlearn(
     with ExitStack() as stack:
         stack.enter_context(seeded(settings.seed))  # the caller's own random state is put back
         if zero is not None:
-            stack.enter_context(torch_put_back())
+            stack.enter_context(restore_torch_linear())
         live = _teacher_is_live(settings, random_transform)
         # A model made here is nobody else's: it is trained itself, once the teacher's features are kept.
         ours = original is not given or isinstance(model, (str, Path))
@@ -175,7 +180,7 @@ def _unlearn(
         ranks.from_first(partial(directory.check_room, parameters, student, original, settings.keep_checkpoints))
 
         cache = PixelCache(settings.image_cache_mib * 2**20) if settings.num_workers == 0 else None
-        examiner = Examiner(runtime, cache)
+        examiner = Evaluator(runtime, cache)
         tell("measuring the model as it is, on %d test pairs", len(data.test.pairs))
         test_before = examiner.encode(original, data.test, finite=True)
         check_features(test_before, data.test.pairs)
@@ -195,9 +200,9 @@ def _unlearn(
             cache=cache,
         )
         pixels, tokens = loader.pixels[0, 0], captions.rows([0])
-        ranks.together(partial(check_gradient, student, parameters, pixels, tokens, settings, runtime))
+        ranks.run_on_all(partial(check_gradient, student, parameters, pixels, tokens, settings, runtime))
         if settings.lambda_consistency > 0:
-            ranks.together(partial(check_teacher, settings, frozen, captions, pixels, test_before, runtime))
+            ranks.run_on_all(partial(check_teacher, settings, frozen, captions, pixels, test_before, runtime))
         work = ranks.from_first(lambda: directory.open(settings))
         engine = _engine(student, parameters, settings, runtime, zero)
         trainer = Trainer(
@@ -217,7 +222,7 @@ def _unlearn(
         rounded_to = None if given is original else given
         del frozen, original, given  # the student may be all that is left of them
         if isinstance(engine, LocalEngine):  # DeepSpeed follows the order of modules, which recomputing changes
-            thrifty_blocks(student)  # not before: what was measured and cached is the model's as it came
+            enable_recompute(student)  # not before: what was measured and cached is the model's as it came
             if ranks.size == 1 and not random_transform and not live:
                 keep_front(
                     engine, loader, trainer.total_steps * settings.accumulate, settings.image_cache_mib * 2**20, runtime
@@ -227,7 +232,7 @@ def _unlearn(
         done = trainer.run()
         trainer.load_chosen()
         merge_rows(student)
-        plain_blocks(student)
+        disable_recompute(student)
         if settings.trainable == "lora":
             merge_lora(student, settings)
         for parameter in student.module.parameters():  # what was frozen for this run is the caller's to train again

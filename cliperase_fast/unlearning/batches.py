@@ -15,7 +15,7 @@ from cliperase_fast.data import PairDataset
 from cliperase_fast.data.drawing import seeded
 from cliperase_fast.data.loading import load_batches
 from cliperase_fast.data.pixel_cache import PixelCache
-from cliperase_fast.distributed import ALONE, Ranks
+from cliperase_fast.distributed import SINGLE_PROCESS, Ranks
 
 _FORGET, _RETAIN = 0, 1
 
@@ -169,7 +169,7 @@ class BatchLoader:
         random_transform: bool,
         group_ids: np.ndarray | None,
         num_workers: int = 0,
-        ranks: Ranks = ALONE,
+        ranks: Ranks = SINGLE_PROCESS,
         cache: PixelCache | None = None,
     ) -> None:
         self.ranks = ranks

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from cliperase_fast.config import UnlearnConfig
-from cliperase_fast.distributed import ALONE, Ranks
+from cliperase_fast.distributed import SINGLE_PROCESS, Ranks
 from cliperase_fast.errors import InputError
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.models.runtime import autocast, check_precision, inference, pick_device
@@ -21,7 +21,7 @@ class Runtime:
     batch_size: int  # where no gradient is needed
     num_workers: int
     progress: bool
-    ranks: Ranks = ALONE
+    ranks: Ranks = SINGLE_PROCESS
 
     @classmethod
     def from_config(cls, config: UnlearnConfig, progress: bool, ranks: Ranks) -> Runtime:

@@ -20,11 +20,11 @@ from cliperase_fast.models import ClipAdapter
 from cliperase_fast.models.runtime import inference
 from cliperase_fast.progress import Steps, say
 from cliperase_fast.unlearning.batches import Batch, CaptionTable, PixelDataset
-from cliperase_fast.unlearning.engine import pad_rows
+from cliperase_fast.unlearning.engines.base import pad_rows
+from cliperase_fast.unlearning.engines.deepspeed import ShardedTeacher
 from cliperase_fast.unlearning.feature_file import FeatureFile
 from cliperase_fast.unlearning.identity import transform_identity
 from cliperase_fast.unlearning.runtime import Runtime
-from cliperase_fast.unlearning.zero import ShardedTeacher
 
 MEMORY_LIMIT = 2**30  # bytes of cached features above which `auto` keeps them in a file
 
@@ -150,7 +150,7 @@ def _encode_captions(adapter: ClipAdapter, captions: CaptionTable, runtime: Runt
     shares = runtime.ranks.shares(len(parts))
     own = parts[shares[runtime.ranks.rank]]
     with runtime.inference(adapter):
-        return runtime.ranks.put_together(
+        return runtime.ranks.all_gather_rows(
             lambda: [adapter.encode_text(captions.rows(part)).float().cpu() for part in own],
             [sum(map(len, parts[share])) for share in shares],
         )
@@ -185,7 +185,7 @@ def _encode_images(
         for turn in range(rounds):
             parts_of_turn = [parts[share][turn : turn + 1] for share in shares]  # of each rank, the last may have none
             counts = [sum(map(len, part)) for part in parts_of_turn]
-            found = ranks.put_together(next_of_own, counts).numpy().astype(np.float32, copy=False)
+            found = ranks.all_gather_rows(next_of_own, counts).numpy().astype(np.float32, copy=False)
             for share, rows in zip(shares, np.split(found, np.cumsum(counts)[:-1]), strict=True):
                 if keep is not None and len(rows):
                     keep((share.start + turn) * runtime.batch_size, rows)

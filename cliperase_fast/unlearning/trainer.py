@@ -23,11 +23,11 @@ from cliperase_fast.progress import Steps, say
 from cliperase_fast.storage import writing
 from cliperase_fast.unlearning import checkpoints
 from cliperase_fast.unlearning.batches import Batch, BatchLoader
-from cliperase_fast.unlearning.engine import Engine
-from cliperase_fast.unlearning.resolution import ChangeMeter
-from cliperase_fast.unlearning.resuming import MetricsLog
+from cliperase_fast.unlearning.engines.base import Engine
+from cliperase_fast.unlearning.run_directory import MetricsLog
 from cliperase_fast.unlearning.runtime import Runtime
 from cliperase_fast.unlearning.selection import Candidate, Selection
+from cliperase_fast.unlearning.step_effect import ChangeMeter
 from cliperase_fast.unlearning.teacher import Teacher
 
 T = TypeVar("T")

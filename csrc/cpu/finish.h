@@ -1,5 +1,5 @@
 // From the sums of a sweep to its losses, and from the incoming gradients to the terms of dS: the arithmetic of
-// cliperase_fast/ops/finish.py, where the formulas are, in one pass in place of dozens of small tensor operations.
+// cliperase_fast/ops/softmax_stats.py, where the formulas are, in one pass in place of dozens of small tensor operations.
 #pragma once
 
 #include "sweep.h"

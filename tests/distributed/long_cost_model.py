@@ -6,7 +6,7 @@ import pytest
 from ranks import Ranks
 
 from benchmarks import sharded_products
-from cliperase_fast.distributed.plan import sweep_cost
+from cliperase_fast.planning.cost_model import sweep_cost
 
 PAIRS = 2048  # a rank
 

@@ -74,7 +74,7 @@ def sharded_step(
     return step(own, weights, process_group=dist.group.WORLD, **options)
 
 
-def put_together(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def all_gather_rows(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """As one process would have it: the mean over ranks of what each has added, rows in rank order."""
     together = {}
     for name in parts[0]:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from shared_batches import EVEN, UNEVEN, features
 
 from cliperase_fast.contrastive import sigmoid_loss
-from cliperase_fast.distributed import ring
+from cliperase_fast.distributed import collectives
 from cliperase_fast.errors import InputError
 from cliperase_fast.ops import backends
 
@@ -104,7 +104,7 @@ def test_the_texts_go_round_share_by_share(two):
 def ring_shares(rank, tensors, sizes):
     """Rows of each block of texts that one's own images met."""
     met = []
-    blocks = ring.blocks
+    blocks = collectives.blocks
 
     def watched(shards, *own):
         for owner, held in blocks(shards, *own):
@@ -112,7 +112,7 @@ def ring_shares(rank, tensors, sizes):
             yield owner, held
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ring, "blocks", watched)
+        patch.setattr(collectives, "blocks", watched)
         sharded_step(rank, tensors, sizes, ONES, {})
     return met
 

@@ -27,8 +27,8 @@ from runs import (
 from cliperase_fast import InputError, UnlearnConfig, UnlearningError
 from cliperase_fast import distributed as cfd
 from cliperase_fast.unlearning import api
-from cliperase_fast.unlearning.engine import LocalEngine
-from cliperase_fast.unlearning.zero import ZeroEngine, read_deepspeed
+from cliperase_fast.unlearning.engines.deepspeed import ZeroEngine, read_deepspeed
+from cliperase_fast.unlearning.engines.local import LocalEngine
 
 
 def assert_same_run(found, alone, tolerance=1e-4):
@@ -40,15 +40,15 @@ def assert_same_run(found, alone, tolerance=1e-4):
     assert np.allclose(found["features"], alone["features"], atol=1e-3)
 
 
-ALONE: dict[str, dict] = {}
+SINGLE_PROCESS: dict[str, dict] = {}
 
 
 def alone(**changes):
     """The run of one process, once for all tests that compare with it."""
     key = repr(sorted(changes.items()))
-    if key not in ALONE:
-        ALONE[key] = told(run(**changes))
-    return ALONE[key]
+    if key not in SINGLE_PROCESS:
+        SINGLE_PROCESS[key] = told(run(**changes))
+    return SINGLE_PROCESS[key]
 
 
 @pytest.mark.parametrize(
@@ -346,4 +346,4 @@ def test_shares_are_contiguous_and_leave_out_nothing():
             parts = [range(count)[part] for part in cfd.Ranks(0, size).shares(count)]
             assert [i for part in parts for i in part] == list(range(count))
             assert max(map(len, parts)) - min(map(len, parts)) <= 1
-    assert torch.equal(cfd.ALONE.put_together(lambda: [torch.ones(2, 1)], [2]), torch.ones(2, 1))
+    assert torch.equal(cfd.SINGLE_PROCESS.all_gather_rows(lambda: [torch.ones(2, 1)], [2]), torch.ones(2, 1))

@@ -6,8 +6,9 @@ import pytest
 import torch
 from tiny_models import RESNET, TIMM, TwoTowers, pixels_for, tiny_clip, tiny_open_clip
 
-from cliperase_fast.models import blocks, load_model, set_trainable
-from cliperase_fast.models.blocks import plain_blocks, thrifty_blocks
+from cliperase_fast.models import load_model, set_trainable
+from cliperase_fast.models.fast_paths import blocks
+from cliperase_fast.models.fast_paths.blocks import disable_recompute, enable_recompute
 
 FITTING = {
     "CLIP": tiny_open_clip,
@@ -36,7 +37,7 @@ def test_features_and_gradients_are_those_of_plain_blocks(make, monkeypatch):
     length = part._read_length(part.tokenize(["a cat"]))
     last = part.module.visual.transformer.resblocks[-1]
     tokens_out, computed = [], []
-    thrifty_blocks(part)
+    enable_recompute(part)
     assert [name for name, _ in part.module.named_parameters()] == names
     pixels = pixels_for(whole.module).double()
     last.ln_2.register_forward_hook(lambda module, inputs, output: tokens_out.append(output.shape[1]))
@@ -57,14 +58,14 @@ def test_features_and_gradients_are_those_of_plain_blocks(make, monkeypatch):
     assert computed == ["activation", "product", "activation"]  # the product was not computed again
     part._reader = None  # as in a copy of the adapter: what is known of the text tower is found again
     assert part._read_length(part.tokenize(["a cat"])) == length < 16
-    plain_blocks(part)
+    disable_recompute(part)
     assert type(last) is type(whole.module.visual.transformer.resblocks[-1])
 
 
 @pytest.mark.parametrize("make", OTHERS.values(), ids=OTHERS.keys())
 def test_models_that_may_read_other_tokens_are_left_alone(make):
     adapter = load_model(make())
-    thrifty_blocks(adapter)
+    enable_recompute(adapter)
     first_token = blocks.block_kinds()[2]
     assert not any(type(module) is first_token for module in adapter.module.modules())
     adapter.encode_image(pixels_for(adapter.module) if adapter.kind != "generic" else torch.randn(2, 3, 8, 8))
@@ -75,11 +76,11 @@ def test_a_block_that_somebody_watches_or_lora_wraps_is_left_alone():
     seen = []
     block = watched.module.visual.transformer.resblocks[-1]
     block.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
-    thrifty_blocks(watched)
+    enable_recompute(watched)
     watched.encode_image(pixels_for(watched.module))
     assert seen == [17]
     pytest.importorskip("peft")
     lora = load_model(tiny_open_clip())
     set_trainable(lora, "lora", 2)
-    thrifty_blocks(lora)
+    enable_recompute(lora)
     lora.encode_image(pixels_for(lora.module)).sum().backward()

@@ -7,7 +7,7 @@ import torch
 from tiny_models import CAPTIONS, TwoTowers, tiny_clip, tiny_open_clip
 
 from cliperase_fast.models import load_model, set_trainable
-from cliperase_fast.models.embedding import RowsOfEmbedding, merge_rows, train_rows
+from cliperase_fast.models.fast_paths.embedding import RowsOfEmbedding, merge_rows, train_rows
 
 
 def trained(adapter, tokens, rows):

@@ -7,8 +7,8 @@ import torch
 from tiny_models import RESNET, TIMM, TwoTowers, pixels_for, tiny_clip, tiny_open_clip
 
 from cliperase_fast.models import load_model, set_trainable
-from cliperase_fast.models.blocks import thrifty_blocks
-from cliperase_fast.models.front import FrozenFront
+from cliperase_fast.models.fast_paths.blocks import enable_recompute
+from cliperase_fast.models.fast_paths.frozen_front import FrozenFront
 
 VISION = {
     "class token": lambda: tiny_open_clip(),
@@ -29,7 +29,7 @@ WHOLE = {
 def prepared(model, trainable):
     adapter = load_model(model.double())
     set_trainable(adapter, trainable)
-    thrifty_blocks(adapter)
+    enable_recompute(adapter)
     adapter.module.train()
     for module in adapter.module.modules():
         if isinstance(module, torch.nn.BatchNorm2d):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cliperase_fast.errors import InputError
 from cliperase_fast.models import GenericAdapter, load_model
-from cliperase_fast.models.adapter import normalise
+from cliperase_fast.models.adapters.base import normalise
 
 
 def test_features_are_the_modules_normalised() -> None:

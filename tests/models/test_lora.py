@@ -116,7 +116,7 @@ def test_split_attention_computes_what_multihead_attention_does(batch_first: boo
     for mask in (None, causal, per_head):
         expected = attention(x, x, x, need_weights=False, attn_mask=mask)[0]
         torch.testing.assert_close(split(x, x, x, need_weights=False, attn_mask=mask)[0], expected)
-    joined = split.joined()
+    joined = split.init_distributed()
     assert list(joined.state_dict()) == list(attention.state_dict())
     assert joined.in_proj_weight is attention.in_proj_weight
     alias = x.view(x.shape)  # as ZeRO-3 hands a module its inputs

@@ -25,6 +25,7 @@ from torch import nn
 
 from cliperase_fast.errors import InputError
 from cliperase_fast.models import OpenClipAdapter, load_model
+from cliperase_fast.models.adapters import open_clip as adapter_module
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -357,13 +358,12 @@ def test_saving_over_a_saved_model_replaces_it_and_keeps_other_files(tmp_path: P
 
 
 def test_a_crash_while_saving_leaves_no_half_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cliperase_fast.models import open_clip_adapter
 
     def stops(module: nn.Module, path: Path) -> None:
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(open_clip_adapter, "save_weights", stops)
+    monkeypatch.setattr(adapter_module, "save_weights", stops)
     with pytest.raises(KeyboardInterrupt):
         load_model(tiny_open_clip()).save(tmp_path / "model")
     assert not any(tmp_path.iterdir())

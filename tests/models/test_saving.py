@@ -21,7 +21,7 @@ import cliperase_fast as cf
 from cliperase_fast import export
 from cliperase_fast.errors import InputError, UnlearningError
 from cliperase_fast.models import load_model, verifying
-from cliperase_fast.models.adapter import ClipAdapter
+from cliperase_fast.models.adapters.base import ClipAdapter
 
 SMALL: dict[str, Any] = {"text_cfg": {"vocab_size": 60}}
 MAKE: dict[str, Callable[[], Any]] = {

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from sweep_cases import Batch, Outcome, outcome, random_batch
 from torch import Tensor
 
-from cliperase_fast.ops import reference
-from cliperase_fast.ops.sweep import Sweep
+from cliperase_fast.ops import eager
+from cliperase_fast.ops.spec import Sweep
 
 UNDERFLOW = 1e-36  # float32 ends near 1e-38; what is smaller comes out as 0
 
@@ -113,7 +113,7 @@ def assert_no_divergence(sweep: Sweep, batch: Batch, **options: int) -> None:
     of its operands in memory.
     """
     batch = replace(batch, want_retention=False)
-    truth = outcome(reference.sweep, batch.to(torch.float64))
+    truth = outcome(eager.sweep, batch.to(torch.float64))
     found = outcome(sweep, batch, **options)
     allowed = allowed_errors(batch.to(torch.float64), truth, torch.float32)
     for key, error in errors(found, truth).items():

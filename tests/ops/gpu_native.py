@@ -14,15 +14,15 @@ from kernel_checks import *  # noqa: F403
 from kernel_checks import Subject
 from sweep_cases import moved, outcome, random_batch
 
-from cliperase_fast.ops.engine import as_sweep
+from cliperase_fast.ops.autograd import as_sweep
 from cliperase_fast.ops.native import cuda
-from cliperase_fast.ops.native.cuda import CudaEngine
+from cliperase_fast.ops.native.cuda import CudaKernels
 from cliperase_fast.ops.streaming import sweep as streamed
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for torch's deterministic mode
 NAME = "native_cuda_checked"
-on_gpu = as_sweep(CudaEngine(name=NAME, block_columns=128))
-whole = as_sweep(CudaEngine(name=f"{NAME}_whole"))
+on_gpu = as_sweep(CudaKernels(name=NAME, block_columns=128))
+whole = as_sweep(CudaKernels(name=f"{NAME}_whole"))
 
 
 def sweep(*arguments, **options):
@@ -37,7 +37,7 @@ def subject():
         sweep,
         NAME,
         cuda,
-        CudaEngine,
+        CudaKernels,
         kept_row_bytes=lambda batch: 4 * -(-len(batch.image) // 8) * 8 * (1 + batch.want_consistency),
         device="cuda",
     )
@@ -65,7 +65,7 @@ def test_blocks_and_kept_rows_of_more_entries_than_32_bits_count(monkeypatch, ke
     monkeypatch.setenv("CLIPERASE_STRIP_MIB", "40000")
     monkeypatch.setenv("CLIPERASE_KEEP_MIB", "40000")
     student, rest = large_batch(50_048, 32)
-    engine = as_sweep(CudaEngine(name=f"{NAME}_one_block_{keep}", block_columns=50_048))
+    engine = as_sweep(CudaKernels(name=f"{NAME}_one_block_{keep}", block_columns=50_048))
     for ours, theirs in zip(run(engine, student, rest, keep=keep), run(streamed, student, rest), strict=True):
         assert ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item() < 2e-2
 

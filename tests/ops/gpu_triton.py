@@ -11,7 +11,7 @@ import torch
 from accuracy_cases import rounding_unit
 from sweep_cases import Batch, moved, outcome, random_batch
 
-from cliperase_fast.ops import reference
+from cliperase_fast.ops import eager
 from cliperase_fast.ops.triton.sigmoid import sigmoid
 from cliperase_fast.ops.triton.sweep import sweep
 
@@ -26,7 +26,7 @@ DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 def test_losses_and_gradients(dtype, groups, width, n):
     batch = replace(random_batch(n, width, 96, scale=50.0), group_ids=torch.arange(n) // 2 if groups else None)
     batch = batch.to(dtype).to(torch.float64)
-    truth = outcome(reference.sweep, batch)
+    truth = outcome(eager.sweep, batch)
     unit = rounding_unit(batch, truth, torch.finfo(torch.float32).eps)
     mass = rounding_unit(batch, truth, 1 / (1 + batch.scale.item() + batch.teacher_scale.item()))
     runs = [moved_outcome(batch.to(dtype)) for _ in range(2)]

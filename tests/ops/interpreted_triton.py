@@ -16,8 +16,8 @@ from sweep_cases import outcome, random_batch
 
 from cliperase_fast import functional
 from cliperase_fast.errors import InputError
-from cliperase_fast.ops import backends, choose, reference
-from cliperase_fast.ops.triton import features
+from cliperase_fast.ops import backends, choose, eager
+from cliperase_fast.ops.triton import features_kl
 from cliperase_fast.ops.triton import sweep as triton_sweep
 from cliperase_fast.ops.triton.sweep import sweep
 
@@ -62,7 +62,7 @@ def test_the_divergence_of_features_is_exact_where_it_is_tiny_too(dtype, size, n
     factor = 30.0 if size == "large" else 1.0
     student, teacher = ((tensor * factor).to(dtype) for tensor in (batch.image, batch.teacher_image))
     losses, gradients = [], []
-    for function, tensor in ((features.features_kl, student), (reference.features_kl, student.double())):
+    for function, tensor in ((features_kl.features_kl, student), (eager.features_kl, student.double())):
         leaf = tensor.clone().requires_grad_()
         loss = function(leaf, teacher.to(leaf.dtype))
         (2.5 * loss).backward()
@@ -81,17 +81,19 @@ def test_the_divergence_of_features_takes_any_strides(kind):
     full = random_batch(24, width=24, teacher_width=24).to(torch.float32)
     student = {"transposed": full.image.T, "expanded": full.image[:1].expand(24, 24), "sliced": full.image[::2, 1::2]}
     teacher = full.teacher_image[: len(student[kind]), : student[kind].shape[1]]
-    expected = reference.features_kl(student[kind].double(), teacher.double())
-    torch.testing.assert_close(features.features_kl(student[kind], teacher).double(), expected, rtol=1e-5, atol=1e-12)
+    expected = eager.features_kl(student[kind].double(), teacher.double())
+    torch.testing.assert_close(
+        features_kl.features_kl(student[kind], teacher).double(), expected, rtol=1e-5, atol=1e-12
+    )
 
 
 def test_the_divergence_of_equal_features_is_zero_and_of_wide_ones_is_left_to_torch():
     student = torch.randn(3, 40, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    loss = features.features_kl(student, student.detach())
+    loss = features_kl.features_kl(student, student.detach())
     loss.backward()
     assert loss == 0 and student.grad.abs().max() < 1e-8
     wide = torch.randn(2, 20000, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(features.features_kl(wide, wide.flip(0)), reference.features_kl(wide, wide.flip(0)))
+    torch.testing.assert_close(features_kl.features_kl(wide, wide.flip(0)), eager.features_kl(wide, wide.flip(0)))
 
 
 def test_the_divergence_of_features_keeps_the_rules_of_torch_library_and_compiles_into_one_graph():
@@ -99,15 +101,15 @@ def test_the_divergence_of_features_keeps_the_rules_of_torch_library_and_compile
     ops = torch.ops.cliperase_fast
     torch.library.opcheck(ops.triton_features_kl.default, (student.clone().requires_grad_(), teacher))
     torch.library.opcheck(ops.triton_features_kl_backward.default, (torch.tensor(2.0), student, teacher))
-    compiled = torch.compile(features.features_kl, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(student, teacher), features.features_kl(student, teacher))
+    compiled = torch.compile(features_kl.features_kl, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(student, teacher), features_kl.features_kl(student, teacher))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_nan_and_infinity_show_in_the_divergence_of_features(bad):
     student, teacher = (t.to(torch.float32) for t in (random_batch(5).image, random_batch(5, seed=1).image))
     student[3, 2] = bad
-    assert not features.features_kl(student, teacher).isfinite()
+    assert not features_kl.features_kl(student, teacher).isfinite()
 
 
 def test_autocast_around_the_losses_changes_nothing():
@@ -155,7 +157,7 @@ def test_float64_is_refused_in_words():
 @pytest.mark.parametrize("keep", ["nothing", "similarities"])
 def test_rectangles_add_up_to_the_whole(keep, groups, cuts):
     batch = replace(random_batch(65), group_ids=some_groups(65) if groups else None)
-    exact = outcome(reference.sweep, batch, (0.7, 1.3))
+    exact = outcome(eager.sweep, batch, (0.7, 1.3))
     found = in_pieces(triton_sweep.engine, batch.to(torch.float32), *cuts, strip_rows=1, keep=keep)
     for ours, theirs in zip(found, exact.tensors(), strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=2e-5, atol=2e-6)
@@ -164,7 +166,7 @@ def test_rectangles_add_up_to_the_whole(keep, groups, cuts):
 @pytest.mark.parametrize("form", FORMS)
 def test_rectangles_of_half_precision_give_summands_in_float32(form):
     batch = formed(random_batch(40), form).to(torch.bfloat16)
-    exact = outcome(reference.sweep, batch.to(torch.float64), (0.7, 1.3))
+    exact = outcome(eager.sweep, batch.to(torch.float64), (0.7, 1.3))
     found = in_pieces(triton_sweep.engine, batch, [0, 7, 40], [0, 7, 40])
     for ours, theirs in zip(found[2:4], (exact.image, exact.text), strict=True):
         assert ours.dtype == torch.float32
@@ -191,7 +193,7 @@ def test_saturated_softmaxes_are_exact_however_large_the_logits(scale):
 def test_the_divergence_of_features_far_apart_is_finite_and_right(factor):
     student, teacher = (factor * unit_features(7, 24, seed) for seed in range(2))
     leaves = student.clone().requires_grad_(), student.double().requires_grad_()
-    losses = features.features_kl(leaves[0], teacher), reference.features_kl(leaves[1], teacher.double())
+    losses = features_kl.features_kl(leaves[0], teacher), eager.features_kl(leaves[1], teacher.double())
     found, truth = (torch.autograd.grad(loss, leaf)[0] for loss, leaf in zip(losses, leaves, strict=True))
     torch.testing.assert_close(losses[0].double(), losses[1], rtol=1e-5, atol=0)
     torch.testing.assert_close(found.double(), truth, rtol=0, atol=2e-5 * truth.abs().max().item())

@@ -19,8 +19,8 @@ from accuracy_cases import REGIMES, UNDERFLOW, assert_no_divergence, errors, reg
 from sweep_cases import Batch, Outcome, moved, naive_sweep, outcome, random_batch
 from torch import Tensor
 
-from cliperase_fast.ops import reference
-from cliperase_fast.ops.sweep import Sweep
+from cliperase_fast.ops import eager
+from cliperase_fast.ops.spec import Sweep
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Subject:
 
     sweep: Sweep  # takes CPU tensors
     name: str  # of its operators
-    module: ModuleType  # where its engine looks up keep_bytes and _KEPT_ROWS
+    module: ModuleType  # where its engine looks up cache_budget and _KEPT_ROWS
     engine: type
     kept_row_bytes: Callable[[Batch], int]
     few_programs: Callable[[pytest.MonkeyPatch], None] = lambda monkeypatch: None  # several tiles for each of them
@@ -63,7 +63,7 @@ def margins(batch: Batch, truth: Outcome, dtype: torch.dtype) -> dict[str, float
 def check(subject: Subject, batch: Batch, dtype: torch.dtype = torch.float32, **options: int | str) -> Outcome:
     """`batch` in `dtype` against float64; what was found."""
     batch = batch.to(dtype).to(torch.float64)
-    truth = outcome(reference.sweep, batch)
+    truth = outcome(eager.sweep, batch)
     result = outcome(subject.sweep, batch.to(dtype), **options)
     assert result.image.dtype == result.text.dtype == dtype
     assert result.retention.dtype == result.consistency.dtype == result.scale.dtype == torch.float32
@@ -117,7 +117,7 @@ def test_several_strips_of_several_blocks_and_chunks_of_several_tiles(subject, m
 def test_kept_similarities_give_what_forming_them_again_gives(subject, monkeypatch, dtype, form, kept_rows):
     batch = formed(replace(random_batch(130), group_ids=some_groups(130)), form)
     row_bytes = subject.kept_row_bytes(batch)
-    monkeypatch.setattr(subject.module, "keep_bytes", lambda device: row_bytes * (kept_rows + 31))
+    monkeypatch.setattr(subject.module, "cache_budget", lambda device: row_bytes * (kept_rows + 31))
     monkeypatch.setattr(subject.module, "_KEPT_ROWS", 32)
     kept = watch_kept(subject, monkeypatch)
     stored = check(subject, batch, dtype, strip_rows=64, keep="similarities")
@@ -204,12 +204,12 @@ def test_strides_do_not_matter(subject, kind):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_incoming_gradients_other_than_one(subject, weights, dtype):
     batch = random_batch(33).to(dtype)
-    exact = outcome(reference.sweep, batch.to(torch.float64), weights)
+    exact = outcome(eager.sweep, batch.to(torch.float64), weights)
     leaves = [tensor.float().to(dtype).requires_grad_() for tensor in (batch.image, batch.text)]
     scale = batch.scale.clone().requires_grad_()
     losses = subject.sweep(*leaves, scale, *batch.arguments()[3:])
     if dtype == torch.float16 and max(map(abs, weights)) > 1e4:  # their gradients do not fit float16 themselves
-        weights, exact = (1.0, 3.0), outcome(reference.sweep, batch.to(torch.float64), (1.0, 3.0))
+        weights, exact = (1.0, 3.0), outcome(eager.sweep, batch.to(torch.float64), (1.0, 3.0))
     (weights[0] * losses[0] + weights[1] * losses[1]).backward()
     tolerance = 2e-6 if dtype == torch.float32 else 2e-3
     for ours, theirs in ((leaves[0].grad, exact.image), (leaves[1].grad, exact.text), (scale.grad, exact.scale)):
@@ -285,7 +285,7 @@ def test_mixed_dtypes_are_promoted_and_each_gradient_keeps_its_own(subject):
         teacher_text=batch.teacher_text.to(torch.float16),
         scale=batch.scale,
     )
-    exact, result = outcome(reference.sweep, mixed.to(torch.float64)), outcome(subject.sweep, mixed)
+    exact, result = outcome(eager.sweep, mixed.to(torch.float64)), outcome(subject.sweep, mixed)
     assert (result.image.dtype, result.text.dtype, result.scale.dtype) == (torch.bfloat16, torch.float32, torch.float64)
     torch.testing.assert_close(result.retention.double(), exact.retention, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(result.consistency.double(), exact.consistency, rtol=1e-6, atol=1e-6)
@@ -295,7 +295,7 @@ def test_mixed_dtypes_are_promoted_and_each_gradient_keeps_its_own(subject):
 def test_one_tensor_as_image_and_text(subject):
     batch = random_batch(17, teacher_width=40).to(torch.float32)
     gradients = []
-    for run in (subject.sweep, reference.sweep):
+    for run in (subject.sweep, eager.sweep):
         both = batch.image.clone().requires_grad_()
         sum(run(both, both, batch.scale, batch.teacher_image, batch.teacher_image, *batch.arguments()[5:])).backward()
         gradients.append(both.grad)
@@ -314,10 +314,10 @@ def test_the_operator_keeps_the_rules_of_torch_library(subject, variant):
     batch = moved(batch, subject.device)
     leaves = [tensor.clone().requires_grad_() for tensor in (batch.image, batch.text, batch.scale)]
     problem = (*leaves, *batch.arguments()[3:])
-    kept_bytes = 5 * subject.kept_row_bytes(batch)
+    cache_size = 5 * subject.kept_row_bytes(batch)
     forward, backward = subject.operators()
-    torch.library.opcheck(forward, (*problem, 1, kept_bytes))
-    _, _, state, kept = (output.detach() for output in forward(*problem, 1, kept_bytes))
+    torch.library.opcheck(forward, (*problem, 1, cache_size))
+    _, _, state, kept = (output.detach() for output in forward(*problem, 1, cache_size))
     ones = [torch.ones((), device=subject.device)] * 2
     frozen = [leaf.detach() for leaf in leaves]
     for need in ((True, True, True), (False, True, False)):

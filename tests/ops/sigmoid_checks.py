@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cliperase_fast.errors import UnlearningError
-from cliperase_fast.ops import reference
+from cliperase_fast.ops import eager
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -71,7 +71,7 @@ def check(
     subject: Subject, case: Case, dtype: torch.dtype = torch.float32, weight: float = 1.7, **options: int
 ) -> None:
     case = case.to(dtype).to(torch.float64)
-    found, truth = outcome(subject.loss, case.to(dtype), weight, **options), outcome(reference.sigmoid, case, weight)
+    found, truth = outcome(subject.loss, case.to(dtype), weight, **options), outcome(eager.sigmoid, case, weight)
     assert [tensor.dtype for tensor in found] == [torch.float32, dtype, dtype, torch.float32, torch.float32]
     logits = (case.scale * case.image @ case.text.T + case.bias).clone()
     logits.diagonal(case.offset).neg_()
@@ -116,7 +116,7 @@ def test_nearly_perfect_pairs_keep_their_digits(subject):
     """The losses of all entries are near exp(-40) then, far below the rounding of 1."""
     image = torch.eye(20, 24, dtype=torch.float64)
     case = Case(image, image.clone(), torch.tensor(80.0).double(), torch.tensor(-40.0).double(), 0)
-    (loss, *_), (exact, *_) = outcome(subject.loss, case.to(torch.float32)), outcome(reference.sigmoid, case)
+    (loss, *_), (exact, *_) = outcome(subject.loss, case.to(torch.float32)), outcome(eager.sigmoid, case)
     assert 0 < exact < 1e-15
     assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
     check(subject, case)
@@ -171,7 +171,7 @@ def test_two_runs_give_the_same_bits_and_backward_twice_adds(subject):
 def test_one_tensor_as_image_and_text(subject):
     case = random_case(37).to(torch.float32)
     gradients = []
-    for loss in (subject.loss, reference.sigmoid):
+    for loss in (subject.loss, eager.sigmoid):
         both = case.image.clone().requires_grad_()
         loss(both, both, case.scale, case.bias, 0).backward()
         gradients.append(both.grad)
@@ -181,7 +181,7 @@ def test_one_tensor_as_image_and_text(subject):
 def test_mixed_dtypes_are_promoted_and_each_gradient_keeps_its_own(subject):
     case = random_case(37)
     mixed = replace(case.to(torch.float32), image=case.image.to(torch.bfloat16), scale=case.scale)
-    found, truth = outcome(subject.loss, mixed), outcome(reference.sigmoid, mixed.to(torch.float64))
+    found, truth = outcome(subject.loss, mixed), outcome(eager.sigmoid, mixed.to(torch.float64))
     assert [tensor.dtype for tensor in found[1:4]] == [torch.bfloat16, torch.float32, torch.float64]
     for place in (0, 2, 3, 4):
         torch.testing.assert_close(found[place].double(), truth[place], rtol=1e-5, atol=1e-6)

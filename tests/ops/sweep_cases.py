@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cliperase_fast.ops import backends
-from cliperase_fast.ops.sweep import Sweep
+from cliperase_fast.ops.spec import Sweep
 
 # those that run everywhere and in float64
 BACKENDS = tuple(name for name, status in backends().items() if status.available and status.devices == "any")

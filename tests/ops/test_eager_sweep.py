@@ -8,8 +8,8 @@ import pytest
 import torch
 from sweep_cases import BACKENDS, naive_sweep, outcome, random_batch
 
-from cliperase_fast.ops.dispatch import REGISTRY
-from cliperase_fast.ops.reference import sweep
+from cliperase_fast.ops.eager import sweep
+from cliperase_fast.ops.registry import REGISTRY
 
 GROUPS = {
     "no groups": None,

@@ -9,7 +9,7 @@ import torch
 from native_buffers import CANARY, FAULTS, UNREADABLE, as_buffers, forged, written
 from torch import Tensor
 
-from cliperase_fast.ops import finish
+from cliperase_fast.ops import softmax_stats
 from cliperase_fast.ops.native import extension
 from cliperase_fast.ops.native.buffers import as_buffer
 
@@ -71,10 +71,11 @@ ENTRY_POINTS: dict[Callable, Callable[[], dict[str, Tensor]]] = {
         "column_sums": floats(PLANES, N), "kept": kept(),
     },
     losses: lambda: {
-        "retention": floats(), "consistency": floats(), "state": floats(finish.PLANES, 2 * N), "kept": kept(),
+        "retention": floats(), "consistency": floats(), "state": floats(softmax_stats.PLANES, 2 * N), "kept": kept(),
     },
     backward: lambda: {
-        "state": floats(finish.PLANES, 2 * N), "grad_image": floats(N, 32), "grad_text": floats(N, 32), "kept": kept(),
+        "state": floats(softmax_stats.PLANES, 2 * N), "grad_image": floats(N, 32),
+        "grad_text": floats(N, 32), "kept": kept(),
     },
     sigmoid: lambda: {"grad_image": floats(N, 32), "grad_text": floats(N, 32)},
 }  # fmt: skip

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cliperase_fast import functional
-from cliperase_fast.ops import backends, choose, reference
+from cliperase_fast.ops import backends, choose, eager
 from cliperase_fast.ops.native import extension
 from cliperase_fast.ops.native.sweep import engine, sweep
-from cliperase_fast.ops.problem import Problem
+from cliperase_fast.ops.spec import SimilarityInputs
 
 FORMS = {"both": (True, True), "rm": (True, False), "kl": (False, True)}
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")
@@ -34,7 +34,7 @@ def formed(batch: Batch, form: str) -> Batch:
 def check(batch: Batch, dtype: torch.dtype = torch.float32, **options: int | str) -> Outcome:
     """`batch` in `dtype` against float64; returns what the sweep gave."""
     batch = batch.to(dtype).to(torch.float64)
-    truth = outcome(reference.sweep, batch)
+    truth = outcome(eager.sweep, batch)
     result = outcome(sweep, batch.to(dtype), **options)
     assert result.image.dtype == result.text.dtype == dtype
     allowed = allowed_errors(batch, truth, dtype)
@@ -122,23 +122,23 @@ def test_rows_and_columns_that_differ_by_orders_of_magnitude():
 def test_part_of_the_similarities_is_kept(monkeypatch, kept_tiles):
     batch = replace(random_batch(700), group_ids=some_groups(700))
     tile_rows = 4 * 6 * (16 + 2 * 256 * 128)  # six blocks of columns
-    monkeypatch.setattr("cliperase_fast.ops.native.cpu.keep_bytes", lambda device: kept_tiles * tile_rows + 100)
+    monkeypatch.setattr("cliperase_fast.ops.native.cpu.cache_budget", lambda device: kept_tiles * tile_rows + 100)
     sizes = watch_workspaces(monkeypatch)
     check(batch, keep="similarities")
     assert sizes == [kept_tiles * tile_rows]
 
 
 def watch_workspaces(monkeypatch) -> list[int]:
-    from cliperase_fast.ops.native.cpu import CpuEngine
+    from cliperase_fast.ops.native.cpu import CpuKernels
 
     sizes = []
-    original = CpuEngine._workspace
+    original = CpuKernels._workspace
 
     def watched(self, size):
         sizes.append(size)
         return original(self, size)
 
-    monkeypatch.setattr(CpuEngine, "_workspace", watched)
+    monkeypatch.setattr(CpuKernels, "_workspace", watched)
     return sizes
 
 
@@ -157,7 +157,7 @@ def test_nothing_is_kept_without_a_backward_pass(monkeypatch):
 @pytest.mark.parametrize("keep", ["nothing", "similarities"])
 def test_rectangles_add_up_to_the_whole(keep, groups, cuts):
     batch = replace(random_batch(300), group_ids=some_groups(300) if groups else None)
-    exact = outcome(reference.sweep, batch, (0.7, 1.3))
+    exact = outcome(eager.sweep, batch, (0.7, 1.3))
     found = in_pieces(engine, batch.to(torch.float32), *cuts, keep=keep)
     for ours, theirs in zip(found, exact.tensors(), strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=2e-5, atol=2e-6)
@@ -228,7 +228,7 @@ def test_a_single_input_may_need_the_gradient(needed, keep):
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (-2.5, 1e4), (1e-20, 1e-20)])
 def test_incoming_gradients_other_than_one(weights):
     batch = random_batch(140)
-    truth, result = outcome(reference.sweep, batch, weights), outcome(sweep, batch.to(torch.float32), weights)
+    truth, result = outcome(eager.sweep, batch, weights), outcome(sweep, batch.to(torch.float32), weights)
     for ours, theirs in zip(result.tensors()[2:], truth.tensors()[2:], strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-6 * theirs.abs().max().item())
 
@@ -273,7 +273,7 @@ def test_what_is_not_finite_comes_out_as_nan(value):
 def test_no_memory_for_the_similarities_is_one_warning_and_the_same_gradients(monkeypatch):
     from cliperase_fast.ops.native import cpu
 
-    half = cpu.CpuEngine()
+    half = cpu.CpuKernels()
 
     class NoMemory:
         def __getattr__(self, name):
@@ -283,13 +283,13 @@ def test_no_memory_for_the_similarities_is_one_warning_and_the_same_gradients(mo
             raise MemoryError
 
     half._cpu = NoMemory()
-    problem = cpu.Problem(*random_batch(140).to(torch.float32).arguments())
+    problem = cpu.SimilarityInputs(*random_batch(140).to(torch.float32).arguments())
     with pytest.warns(UserWarning, match="no memory to keep the similarities, .* MiB.*CLIPERASE_KEEP_MIB"):
-        _, kept = half.forward(problem, 0, half.kept_bytes(problem, "similarities"))
+        _, kept = half.forward(problem, 0, half.cache_size(problem, "similarities"))
     assert kept.numel() == 0
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        half.forward(problem, 0, half.kept_bytes(problem, "similarities"))
+        half.forward(problem, 0, half.cache_size(problem, "similarities"))
 
 
 def test_opcheck_and_a_full_graph():
@@ -350,8 +350,8 @@ def test_the_extension_is_built_wherever_there_is_a_compiler():
 def kept_mib(keep: str, width: int, teacher_width: int = 0, n: int = 8192) -> float:
     image, teacher = torch.empty(n, width), torch.empty(n, teacher_width) if teacher_width else None
     scale = torch.ones(())
-    problem = Problem(image, image, scale, teacher, teacher, scale, None, True, teacher is not None)
-    return engine.kept_bytes(problem, keep) / 2**20
+    problem = SimilarityInputs(image, image, scale, teacher, teacher, scale, None, True, teacher is not None)
+    return engine.cache_size(problem, keep) / 2**20
 
 
 @pytest.mark.parametrize("teacher_width", [0, 16, 32])

@@ -17,11 +17,11 @@ from sweep_cases import outcome, random_batch
 from torch_defaults import DEFAULTS, assert_independent
 
 from cliperase_fast.errors import InputError
-from cliperase_fast.ops.engine import as_sweep
+from cliperase_fast.ops.autograd import as_sweep
 from cliperase_fast.ops.native import cuda
 from cliperase_fast.ops.native.buffers import as_buffer
-from cliperase_fast.ops.native.cuda import CudaEngine, block_shape
-from cliperase_fast.ops.problem import Problem
+from cliperase_fast.ops.native.cuda import CudaKernels, block_shape
+from cliperase_fast.ops.spec import SimilarityInputs
 
 NAME = "native_cuda_emulated"
 
@@ -33,7 +33,7 @@ def kernels(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sweep(kernels):
-    return as_sweep(CudaEngine(kernels, NAME, block_columns=128))
+    return as_sweep(CudaKernels(kernels, NAME, block_columns=128))
 
 
 @pytest.fixture
@@ -42,14 +42,14 @@ def subject(sweep):
         sweep,
         NAME,
         cuda,
-        CudaEngine,
+        CudaKernels,
         kept_row_bytes=lambda batch: 4 * -(-len(batch.image) // 8) * 8 * (1 + batch.want_consistency),
     )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_one_block_and_many_agree_with_float64(kernels, subject, dtype):
-    whole = as_sweep(CudaEngine(kernels, f"{NAME}_whole_{str(dtype)[6:]}"))
+    whole = as_sweep(CudaKernels(kernels, f"{NAME}_whole_{str(dtype)[6:]}"))
     batch = grouped(random_batch(300))
     check(subject, batch, dtype, strip_rows=64)
     first, second = (outcome(run, batch.to(dtype)) for run in (whole, subject.sweep))
@@ -266,7 +266,7 @@ def test_a_million_pairs_fit_one_gpu(kernels):
 def test_float64_and_other_devices_are_refused_in_words(kernels):
     batch = random_batch(4)
     with pytest.raises(InputError, match=r"'native' does not take torch\.float64 on a GPU; use backend='torch'"):
-        as_sweep(CudaEngine(kernels, f"{NAME}_refusing"))(*batch.arguments())
-    problem = Problem(*batch.to(torch.float32).arguments())
+        as_sweep(CudaKernels(kernels, f"{NAME}_refusing"))(*batch.arguments())
+    problem = SimilarityInputs(*batch.to(torch.float32).arguments())
     with pytest.raises(InputError, match="do not take features on cpu; move them to a GPU"):
-        CudaEngine().check(problem)
+        CudaKernels().check(problem)

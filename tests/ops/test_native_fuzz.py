@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sweep_cases import Batch, Outcome, outcome, random_batch
 from torch import Tensor
 
-from cliperase_fast.ops import reference
+from cliperase_fast.ops import eager
 from cliperase_fast.ops.native.sweep import sweep
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -83,7 +83,7 @@ def test_any_shape_stride_and_dtype_gives_the_float64_result(data, batch, keep, 
     finally:
         torch.set_num_threads(before)
     exact = replace(batch.to(torch.float64), image=batch.image.detach().double(), text=batch.text.detach().double())
-    truth = outcome(reference.sweep, exact)
+    truth = outcome(eager.sweep, exact)
     coarsest = max((batch.image.dtype, batch.text.dtype), key=lambda dtype: torch.finfo(dtype).eps)
     allowed = allowed_errors(exact, truth, coarsest)
     for key, error in errors(result, truth).items():

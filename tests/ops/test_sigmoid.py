@@ -12,7 +12,7 @@ from sigmoid_checks import Subject, check, outcome, random_case
 
 from cliperase_fast.contrastive import sigmoid_loss
 from cliperase_fast.errors import InputError
-from cliperase_fast.ops import backends, choose, dispatch, reference
+from cliperase_fast.ops import backends, choose, eager, registry
 from cliperase_fast.ops.native import extension
 
 NATIVE = pytest.mark.skipif(not backends()["native"].available, reason=backends()["native"].reason)
@@ -20,12 +20,12 @@ NATIVE = pytest.mark.skipif(not backends()["native"].available, reason=backends(
 
 @pytest.fixture(params=["torch", pytest.param("native", marks=NATIVE)])
 def subject(request):
-    return Subject(dispatch.REGISTRY[request.param].load_sigmoid().loss, request.param)
+    return Subject(registry.REGISTRY[request.param].load_sigmoid().loss, request.param)
 
 
 @pytest.fixture
 def native():
-    return Subject(dispatch.REGISTRY["native"].load_sigmoid().loss, "native")
+    return Subject(registry.REGISTRY["native"].load_sigmoid().loss, "native")
 
 
 @pytest.mark.parametrize("n", [1, 7])
@@ -35,15 +35,15 @@ def test_the_reference_is_the_formula(n, negative_only):
     logits = case.scale * case.image @ case.text.T + case.bias
     z = -torch.ones_like(logits) if negative_only else 2 * torch.eye(n).double() - 1
     truth = torch.log1p(torch.exp(-z * logits)).sum() / n
-    found = reference.sigmoid(case.image, case.text, case.scale, case.bias, n if negative_only else 0)
+    found = eager.sigmoid(case.image, case.text, case.scale, case.bias, n if negative_only else 0)
     assert found.item() == pytest.approx(truth.item(), rel=1e-12)
 
 
 def test_float64_is_exact_in_strips():
-    loss = dispatch.REGISTRY["torch"].load_sigmoid().loss
+    loss = registry.REGISTRY["torch"].load_sigmoid().loss
     for scale, bias in ((10.0, -4.0), (1000.0, 30.0)):
         case = random_case(7, scale=scale, bias=bias)
-        found, truth = outcome(loss, case, strip_rows=3), outcome(reference.sigmoid, case)
+        found, truth = outcome(loss, case, strip_rows=3), outcome(eager.sigmoid, case)
         torch.testing.assert_close(found, truth, rtol=1e-11, atol=1e-13)
 
 
@@ -94,10 +94,10 @@ def test_memory_of_the_pool_that_is_not_cleared_does_not_show(native):
 def watched(monkeypatch):
     """The names of the backends that the public loss loads."""
     seen = []
-    for name, backend in dispatch.REGISTRY.items():
+    for name, backend in registry.REGISTRY.items():
         load = backend.load_sigmoid
-        changed = dispatch.Backend(**{**vars(backend), "load_sigmoid": lambda n=name, f=load: seen.append(n) or f()})
-        monkeypatch.setitem(dispatch.REGISTRY, name, changed)
+        changed = registry.Backend(**{**vars(backend), "load_sigmoid": lambda n=name, f=load: seen.append(n) or f()})
+        monkeypatch.setitem(registry.REGISTRY, name, changed)
     return seen
 
 
@@ -119,8 +119,8 @@ def test_backends_that_lack_it_are_refused_by_name(monkeypatch):
     features = torch.ones(2, 3)
     with pytest.raises(InputError, match=r"backend='abacus' is not a backend"):
         sigmoid_loss(features, features, 1.0, backend="abacus")
-    built_with_cuda = dispatch.Backend(**{**vars(dispatch.REGISTRY["native"]), "devices": ("cpu", "cuda")})
-    monkeypatch.setitem(dispatch.REGISTRY, "native", built_with_cuda)
+    built_with_cuda = registry.Backend(**{**vars(registry.REGISTRY["native"]), "devices": ("cpu", "cuda")})
+    monkeypatch.setitem(registry.REGISTRY, "native", built_with_cuda)
     on_a_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
     if backends()["native"].available:
         with pytest.raises(InputError, match=r"'native' has the sigmoid loss on cpu only, not on cuda; use .*'torch'"):

@@ -10,13 +10,13 @@ from accuracy_cases import assert_no_divergence
 from sweep_cases import outcome, random_batch
 from torch import Tensor
 
-from cliperase_fast.ops import reference, streaming
+from cliperase_fast.ops import eager, streaming
 
 
 def assert_same(batch, strip_rows: int = 0, weights: tuple[float, float] = (0.7, 1.3)) -> None:
     streamed = outcome(streaming.sweep, batch, weights, strip_rows=strip_rows)
-    eager = outcome(reference.sweep, batch, weights)
-    for ours, theirs in zip(streamed.tensors(), eager.tensors(), strict=True):
+    exact = outcome(eager.sweep, batch, weights)
+    for ours, theirs in zip(streamed.tensors(), exact.tensors(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
@@ -67,7 +67,7 @@ def test_strides_do_not_matter(kind):
     odd = {name: strided(getattr(batch, name), kind) for name in ("image", "text", "teacher_image", "teacher_text")}
     assert not any(tensor.is_contiguous() for tensor in odd.values())
     plain = replace(batch, **{name: tensor.contiguous() for name, tensor in odd.items()})
-    expected = outcome(reference.sweep, plain)
+    expected = outcome(eager.sweep, plain)
     leaves = [odd["image"].requires_grad_(), odd["text"].requires_grad_()]
     losses = streaming.sweep(*leaves, *replace(batch, **odd).arguments()[2:], strip_rows=7)
     gradients = torch.autograd.grad(sum(losses), leaves)
@@ -78,7 +78,7 @@ def test_strides_do_not_matter(kind):
 @pytest.mark.parametrize("needed", ["image", "text", "scale"])
 def test_a_single_input_may_need_the_gradient(needed):
     batch = random_batch(17)
-    expected = outcome(reference.sweep, batch)
+    expected = outcome(eager.sweep, batch)
     inputs = {name: getattr(batch, name).clone() for name in ("image", "text", "scale")}
     inputs[needed].requires_grad_()
     losses = streaming.sweep(*inputs.values(), *batch.arguments()[3:], strip_rows=7)
@@ -96,7 +96,7 @@ def test_only_one_of_the_two_losses_is_used():
     batch = random_batch(17)
     for used in (0, 1):
         gradients = []
-        for sweep in (streaming.sweep, reference.sweep):
+        for sweep in (streaming.sweep, eager.sweep):
             image = batch.image.clone().requires_grad_()
             sweep(image, *batch.arguments()[1:])[used].backward()
             gradients.append(image.grad)
@@ -124,7 +124,7 @@ def test_the_gradient_of_a_gradient_is_refused_not_wrong():
 def test_one_tensor_as_image_and_text_and_used_elsewhere_too():
     batch = random_batch(17, teacher_width=40)
     gradients = []
-    for sweep in (streaming.sweep, reference.sweep):
+    for sweep in (streaming.sweep, eager.sweep):
         both = batch.image.clone().requires_grad_()
         first = sweep(
             both,

@@ -9,8 +9,8 @@ import torch
 from accuracy_cases import REGIMES, allowed_errors, errors, regime, rounding_unit
 from sweep_cases import BACKENDS, CPU_BACKENDS, Batch, naive_sweep, outcome, random_batch
 
-from cliperase_fast.ops import reference, streaming
-from cliperase_fast.ops.dispatch import REGISTRY
+from cliperase_fast.ops import eager, streaming
+from cliperase_fast.ops.registry import REGISTRY
 
 N = 150
 
@@ -27,7 +27,7 @@ def _several_strips(monkeypatch):
 def test_float32_is_as_good_as_the_rounding_of_the_similarities_allows(backend, name, scale, wanted):
     batch = regime(name, scale, N)
     batch = replace(batch, want_retention=wanted[0]) if wanted[1] else batch.without_teacher()
-    truth = outcome(reference.sweep, batch)
+    truth = outcome(eager.sweep, batch)
     result = outcome(REGISTRY[backend].load(), batch.to(torch.float32))
     allowed = allowed_errors(batch, truth, torch.float32)
     for key, error in errors(result, truth).items():
@@ -60,7 +60,7 @@ def test_large_logits_cost_no_digits_of_the_gradients(backend, scale, name, vari
         batch = replace(batch, want_retention=False)
     elif variant == "not normalised":
         batch = without_norm(batch).to(torch.float32).to(torch.float64)
-    truth = outcome(reference.sweep, batch)
+    truth = outcome(eager.sweep, batch)
     options = {"keep": "similarities"} if variant == "kept" else {}
     result = outcome(REGISTRY[backend].load(), batch.to(torch.float32), **options)
     for key in ("image", "text", "scale"):
@@ -72,7 +72,7 @@ def test_large_logits_cost_no_digits_of_the_gradients(backend, scale, name, vari
 def test_the_bound_would_notice_one_minus_p(scale):
     # P_ii - 1 taken from a softmax: what the bound is there for
     batch = regime("converged", scale, N).without_teacher()
-    truth = outcome(reference.sweep, batch)
+    truth = outcome(eager.sweep, batch)
     assert truth.retention < 1e-8
     naive = errors(outcome(naive_sweep, batch.to(torch.float32)), truth)
     unit = rounding_unit(batch, truth, torch.finfo(torch.float32).eps)
@@ -87,7 +87,7 @@ def test_half_precision_features_cost_one_rounding_of_the_gradient(backend, dtyp
     # computed in float32, so that only the rounding of the gradients to `dtype` comes on top, and nothing for
     # the losses or the gradient of the (float32) scale; a sweep written in `dtype` has many times that error
     batch = regime(name, scale, N).to(dtype).to(torch.float64)
-    truth = outcome(reference.sweep, batch)
+    truth = outcome(eager.sweep, batch)
     result = outcome(REGISTRY[backend].load(), batch.to(dtype))
     assert result.image.dtype == result.text.dtype == dtype
     assert result.retention.dtype == result.consistency.dtype == torch.float32
@@ -108,7 +108,7 @@ def test_mixed_dtypes_are_promoted_and_each_gradient_keeps_its_own(backend):
         text=batch.text.to(torch.float32),
         teacher_image=batch.teacher_image.to(torch.float16),
     )
-    exact = outcome(reference.sweep, mixed.to(torch.float64))
+    exact = outcome(eager.sweep, mixed.to(torch.float64))
     result = outcome(REGISTRY[backend].load(), mixed)
     assert (result.image.dtype, result.text.dtype, result.retention.dtype) == (
         torch.bfloat16, torch.float32, torch.float64,

@@ -2,7 +2,7 @@
 
 from cliperase_fast.demo import run_demo
 
-ALONE = {"lambda_retain": 0.0, "lambda_consistency": 0.0, "select": "last"}
+SINGLE_PROCESS = {"lambda_retain": 0.0, "lambda_consistency": 0.0, "select": "last"}
 
 
 def accuracies(result, part):
@@ -31,7 +31,7 @@ def test_forgetting_alone_destroys_what_the_three_losses_keep(tmp_path, quick_mo
         report=False,
         epochs=20,
         evaluate_every=20,
-        **ALONE,
+        **SINGLE_PROCESS,
     )
     before, after = accuracies(result, "retain")
     assert after < 0.5 < before

@@ -9,7 +9,7 @@ from tiny import QUICK, make_pairs, make_tiny_clip, split_pairs
 
 import cliperase_fast as cf
 from cliperase_fast.models import load_model
-from cliperase_fast.unlearning.engine import LocalEngine
+from cliperase_fast.unlearning.engines.local import LocalEngine
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from torch import nn
 import cliperase_fast as cf
 from cliperase_fast import CLIPEraseLoss, InputError
 from cliperase_fast.models import load_model
-from cliperase_fast.unlearning.chunks import ChunkedFeatures
+from cliperase_fast.unlearning.engines.grad_cache import ChunkedFeatures
 
 CPU = torch.device("cpu")
 

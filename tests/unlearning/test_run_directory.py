@@ -124,7 +124,7 @@ def test_after_a_kill_between_any_two_file_operations_the_run_goes_on_to_the_sam
 @pytest.mark.parametrize("left", [".config.json.tmp", ".lock", ".model.abc.tmp", ".probe-1.tmp"])
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_folder_in_which_nothing_was_begun_can_be_used(tmp_path, left, resume):
-    from cliperase_fast.unlearning.resuming import RunDirectory
+    from cliperase_fast.unlearning.run_directory import RunDirectory
 
     output = tmp_path / "run"
     output.mkdir()

@@ -14,7 +14,7 @@ from tiny import QUICK, make_pairs, make_tiny_clip, split_pairs
 import cliperase_fast as cf
 from cliperase_fast import InputError, UnlearningError
 from cliperase_fast.models import ClipAdapter, load_model
-from cliperase_fast.unlearning.engine import LocalEngine
+from cliperase_fast.unlearning.engines.local import LocalEngine
 
 TOKEN_ROWS = ("token_embedding.rows", "token_embedding.used")  # all that is trained of the table, and which rows
 

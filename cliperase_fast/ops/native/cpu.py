@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cliperase_fast.ops import finish
-from cliperase_fast.ops.engine import keep_bytes
+from cliperase_fast.ops import softmax_stats
+from cliperase_fast.ops.autograd import cache_budget
 from cliperase_fast.ops.native import extension
 from cliperase_fast.ops.native.buffers import as_buffer_or_none
-from cliperase_fast.ops.problem import Problem, State, Sums
+from cliperase_fast.ops.spec import SavedStats, SimilarityInputs, Stats
 
 _FLOAT = 4  # bytes
 # What "auto" keeps depends on what forming it again would cost, which grows with the width. CPU time of a step of 8192
@@ -27,40 +27,40 @@ _NARROW = 48  # widths below
 _KEPT_OF_NARROW = 16 << 20
 
 
-class CpuEngine:
-    """See `ops.engine.Engine`. Memory: O(N D), a strip of dS of at most 16 MiB (N up to 16,384), and what is kept."""
+class CpuKernels:
+    """See `ops.autograd.SweepKernels`. Memory: O(N D), a strip of dS, at most 16 MiB (N up to 16,384), what is kept."""
 
     name = "native"
 
     def __init__(self) -> None:
         self._cpu = extension.load().cpu
-        # plain numbers, so that torch.compile can trace kept_bytes
+        # plain numbers, so that torch.compile can trace cache_size
         self._tile_rows: int = self._cpu.TILE_ROWS
         self._tile_columns: int = self._cpu.TILE_COLUMNS
         self._tile_head: int = self._cpu.TILE_HEAD
         self._told = False
 
-    def check(self, problem: Problem) -> None:
+    def check(self, problem: SimilarityInputs) -> None:
         """Takes everything that the backend's record allows."""
 
-    def kept_bytes(self, problem: Problem, keep: str) -> int:
+    def cache_size(self, problem: SimilarityInputs, keep: str) -> int:
         if keep == "nothing":
             return 0
         row_bytes = self._tile_row_bytes(problem)
         tile_rows = -(-problem.n // self._tile_rows)
-        budget = keep_bytes(problem.image.device)
+        budget = cache_budget(problem.image.device)
         if keep == "auto" and _narrow(problem):
             budget = min(budget, _KEPT_OF_NARROW)
         return row_bytes * min(tile_rows, budget // row_bytes)
 
-    def _tile_row_bytes(self, problem: Problem) -> int:
+    def _tile_row_bytes(self, problem: SimilarityInputs) -> int:
         """What is kept of each `_tile_rows` rows."""
         tiles = 2 if problem.want_consistency else 1
         blocks = -(-problem.m // self._tile_columns)
         return _FLOAT * blocks * (self._tile_head + tiles * self._tile_rows * self._tile_columns)
 
-    def forward(self, problem: Problem, strip_rows: int, kept_bytes: int) -> tuple[Sums, Tensor]:
-        kept = self._workspace(kept_bytes)
+    def forward(self, problem: SimilarityInputs, strip_rows: int, cache_size: int) -> tuple[Stats, Tensor]:
+        kept = self._workspace(cache_size)
         call = Call(self._cpu, problem)
         diagonals = floats(2, problem.n)
         rows, columns = floats(problem.planes, problem.n), floats(problem.planes, problem.m)
@@ -76,12 +76,14 @@ class CpuEngine:
         diagonal = diagonals[0] if problem.paired else None
         teacher_diagonal = diagonals[1] if problem.paired and problem.want_consistency else None
         gap_shift = torch.tensor(shift, dtype=torch.float32, device="cpu") if problem.want_consistency else None
-        return Sums(rows, columns, diagonal, teacher_diagonal, gap_shift), kept
+        return Stats(rows, columns, diagonal, teacher_diagonal, gap_shift), kept
 
-    def losses(self, problem: Problem, strip_rows: int, kept_bytes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`finish.losses_of_sums` in one call."""
-        kept = self._workspace(kept_bytes)
-        retention, consistency, state = floats(), floats(), floats(finish.PLANES, 2 * problem.n)
+    def losses(
+        self, problem: SimilarityInputs, strip_rows: int, cache_size: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`softmax_stats.losses_of_sums` in one call."""
+        kept = self._workspace(cache_size)
+        retention, consistency, state = floats(), floats(), floats(softmax_stats.PLANES, 2 * problem.n)
         call = Call(self._cpu, problem)
         self._cpu.losses(
             call.problem,
@@ -96,8 +98,8 @@ class CpuEngine:
 
     def backward(
         self,
-        problem: Problem,
-        state: State,
+        problem: SimilarityInputs,
+        state: SavedStats,
         weight_retention: Tensor,
         weight_consistency: Tensor,
         strip_rows: int,
@@ -148,7 +150,7 @@ class CpuEngine:
 class Call:
     """A problem as the extension takes it."""
 
-    def __init__(self, cpu: Any, problem: Problem) -> None:
+    def __init__(self, cpu: Any, problem: SimilarityInputs) -> None:
         self._cpu = cpu
         row_groups = column_groups = None
         if problem.group_ids is not None:
@@ -175,14 +177,14 @@ class Call:
         return as_buffer_or_none(self._cpu, tensor)
 
 
-def _narrow(problem: Problem) -> bool:
+def _narrow(problem: SimilarityInputs) -> bool:
     widths = [problem.image.shape[1]]
     if problem.want_consistency and problem.teacher_image is not None:
         widths.append(problem.teacher_image.shape[1])
     return sum(widths) < _NARROW * len(widths)
 
 
-def _small_groups(problem: Problem) -> list[Tensor]:
+def _small_groups(problem: SimilarityInputs) -> list[Tensor]:
     """The ids of rows and columns as int32 numbers, equal where the ids are."""
     rows, columns = problem.row_groups, problem.column_groups
     assert rows is not None and columns is not None

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from cliperase_fast.errors import InputError
-from cliperase_fast.ops import finish
-from cliperase_fast.ops.engine import keep_bytes, strip_bytes
+from cliperase_fast.ops import softmax_stats
+from cliperase_fast.ops.autograd import cache_budget, strip_bytes
+from cliperase_fast.ops.matmul import add_product, as_pair, product
 from cliperase_fast.ops.native import extension
 from cliperase_fast.ops.native.buffers import as_buffer_or_none
-from cliperase_fast.ops.problem import Problem, State, Sums
-from cliperase_fast.ops.products import add_product, as_pair, product
+from cliperase_fast.ops.spec import SavedStats, SimilarityInputs, Stats
 
 _FLOAT = 4  # bytes
 _LN_2 = 0.6931471805599453
@@ -33,8 +33,8 @@ _VECTOR = 4  # entries that a kernel reads and writes at once
 _ALIGNMENT = 8  # entries: a row of every dtype begins at a multiple of 16 bytes
 
 
-class CudaEngine:
-    """See `ops.engine.Engine`; not float64.
+class CudaKernels:
+    """See `ops.autograd.SweepKernels`; not float64.
 
     Features in half precision: products accumulate in float32, but dS is rounded to the features' dtype. Features
     whose last dimension is not contiguous are copied. Memory: a block of CLIPERASE_STRIP_MIB, O(N D), and what is kept.
@@ -46,7 +46,7 @@ class CudaEngine:
         self._kernels = kernels
         self._block_columns = block_columns
 
-    def check(self, problem: Problem) -> None:
+    def check(self, problem: SimilarityInputs) -> None:
         for features in (problem.image, problem.text, problem.teacher_image, problem.teacher_text):
             if features is not None and features.dtype not in _DTYPES:
                 raise InputError(f"backend 'native' does not take {features.dtype} on a GPU; use backend='torch'")
@@ -57,18 +57,18 @@ class CudaEngine:
             if reason is not None:
                 raise InputError(f"the CUDA kernels are not available here: {reason}")
 
-    def kept_bytes(self, problem: Problem, keep: str) -> int:
+    def cache_size(self, problem: SimilarityInputs, keep: str) -> int:
         """float32 products, the teacher's too where there is one, of the first rows; "auto" keeps nothing."""
         if keep != "similarities":
             return 0
         row_bytes = _kept_row_bytes(problem)
-        rows = keep_bytes(problem.image.device) // row_bytes
+        rows = cache_budget(problem.image.device) // row_bytes
         return row_bytes * (problem.n if rows >= problem.n else rows // _KEPT_ROWS * _KEPT_ROWS)
 
-    def forward(self, problem: Problem, strip_rows: int, kept_bytes: int) -> tuple[Sums, Tensor]:
+    def forward(self, problem: SimilarityInputs, strip_rows: int, cache_size: int) -> tuple[Stats, Tensor]:
         with torch.cuda.device_of(problem.image):
             inputs, n, m, device = _Inputs(problem), problem.n, problem.m, problem.image.device
-            kept = torch.empty(kept_bytes, dtype=torch.uint8, device=device)
+            kept = torch.empty(cache_size, dtype=torch.uint8, device=device)
             shift = inputs.shift()
             blocks = _Blocks(self, inputs, strip_rows, kept, shift)
             blocks.kept[..., m:].zero_()  # so that equal calls keep equal bytes
@@ -98,14 +98,14 @@ class CudaEngine:
                 of_columns[plane] *= _LN_2
             diagonal = diagonals[0] if problem.paired else None
             teacher_diagonal = diagonals[1] if problem.paired and inputs.teacher else None
-            return Sums(of_rows, of_columns, diagonal, teacher_diagonal, shift), kept
+            return Stats(of_rows, of_columns, diagonal, teacher_diagonal, shift), kept
 
-    losses = finish.losses_of_sums
+    losses = softmax_stats.losses_of_sums
 
     def backward(
         self,
-        problem: Problem,
-        state: State,
+        problem: SimilarityInputs,
+        state: SavedStats,
         weight_retention: Tensor,
         weight_consistency: Tensor,
         strip_rows: int,
@@ -117,7 +117,7 @@ class CudaEngine:
     ) -> tuple[Tensor, Tensor, Tensor]:
         with torch.cuda.device_of(problem.image):
             inputs, image, text, n, m = _Inputs(problem), problem.image, problem.text, problem.n, problem.m
-            softmaxes, diagonal, unit = finish.unit_terms(
+            softmaxes, diagonal, unit = softmax_stats.unit_terms(
                 problem, state, weight_retention.float(), weight_consistency.float(),
                 lift=2.0**13 if inputs.image.dtype == torch.float16 else 1.0,
             )  # fmt: skip
@@ -175,7 +175,7 @@ def block_shape(n: int, m: int, pair_bytes: int, budget: int, strip_rows: int = 
 class _Inputs:
     """The inputs as the products and kernels take them."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: SimilarityInputs) -> None:
         self.n, self.m, self.offset = problem.n, problem.m, problem.offset
         self.image, self.text = as_pair(problem.image, problem.text)
         self.scale = problem.scale.float()
@@ -207,7 +207,7 @@ class _Blocks:
 
     def __init__(
         self,
-        engine: CudaEngine,
+        engine: CudaKernels,
         inputs: _Inputs,
         strip_rows: int,
         kept: Tensor,
@@ -269,7 +269,7 @@ class _Blocks:
         )
 
 
-def _kept_row_bytes(problem: Problem) -> int:
+def _kept_row_bytes(problem: SimilarityInputs) -> int:
     return _FLOAT * _leading(problem.m) * (1 + problem.want_consistency)
 
 

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from cliperase_fast.ops.native import extension
 from cliperase_fast.ops.native.cpu import Call, finished, floats, gradient_buffer
-from cliperase_fast.ops.problem import Problem
 from cliperase_fast.ops.sigmoid import SigmoidParts, as_sigmoid
+from cliperase_fast.ops.spec import SimilarityInputs
 
 
 class _CpuSigmoid:
-    """See `ops.sigmoid.SigmoidEngine`; float32 inside, not float64. It chooses its own strips."""
+    """See `ops.sigmoid.SigmoidKernels`; float32 inside, not float64. It chooses its own strips."""
 
     name = "native"
 
@@ -20,7 +20,13 @@ class _CpuSigmoid:
         self._cpu = extension.load().cpu
 
     def sigmoid(
-        self, problem: Problem, bias: Tensor, need_image: bool, need_text: bool, need_scalars: bool, strip_rows: int
+        self,
+        problem: SimilarityInputs,
+        bias: Tensor,
+        need_image: bool,
+        need_text: bool,
+        need_scalars: bool,
+        strip_rows: int,
     ) -> SigmoidParts:
         call = Call(self._cpu, problem)
         grad_image = gradient_buffer(problem.image) if need_image or need_scalars else None

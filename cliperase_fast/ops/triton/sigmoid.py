@@ -1,7 +1,7 @@
 """The sigmoid loss of the backend "triton": one kernel forms a tile of S, sums its losses and leaves dS.
 
 A strip of dS is formed in the dtype of the features, within the memory for strips, and multiplied by the features as in
-the sweep. Sums of tiles are added in a fixed order, without atomics. No n x m tensor, no host synchronisation.
+the sweep. Stats of tiles are added in a fixed order, without atomics. No n x m tensor, no host synchronisation.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import torch
 import triton
 from torch import Tensor
 
-from cliperase_fast.ops.problem import Problem
-from cliperase_fast.ops.products import add_product, product
+from cliperase_fast.ops.matmul import add_product, product
 from cliperase_fast.ops.sigmoid import SigmoidParts, as_sigmoid
+from cliperase_fast.ops.spec import SimilarityInputs
 from cliperase_fast.ops.triton.kernels import sigmoid_kernel
 from cliperase_fast.ops.triton.sweep import _GROUP_ROWS, Inputs
 
@@ -21,12 +21,18 @@ _FLOAT16_LIFT = 2.0**13
 
 
 class _TritonSigmoid:
-    """See `ops.sigmoid.SigmoidEngine`; not float64. dS is rounded to the features' dtype."""
+    """See `ops.sigmoid.SigmoidKernels`; not float64. dS is rounded to the features' dtype."""
 
     name = "triton"
 
     def sigmoid(
-        self, problem: Problem, bias: Tensor, need_image: bool, need_text: bool, need_scalars: bool, strip_rows: int
+        self,
+        problem: SimilarityInputs,
+        bias: Tensor,
+        need_image: bool,
+        need_text: bool,
+        need_scalars: bool,
+        strip_rows: int,
     ) -> SigmoidParts:
         with torch.cuda.device_of(problem.image):
             inputs, n, m = Inputs(problem, None), problem.n, problem.m

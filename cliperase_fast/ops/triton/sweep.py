@@ -17,10 +17,10 @@ import triton
 from torch import Tensor
 
 from cliperase_fast.errors import InputError
-from cliperase_fast.ops import finish
-from cliperase_fast.ops.engine import as_sweep, keep_bytes, strip_bytes
-from cliperase_fast.ops.problem import Problem, State, Sums
-from cliperase_fast.ops.products import add_product, as_pair, float32_precision, product
+from cliperase_fast.ops import softmax_stats
+from cliperase_fast.ops.autograd import as_sweep, cache_budget, strip_bytes
+from cliperase_fast.ops.matmul import add_product, as_pair, float32_precision, product
+from cliperase_fast.ops.spec import SavedStats, SimilarityInputs, Stats
 from cliperase_fast.ops.triton import autotune
 from cliperase_fast.ops.triton.configs import INTERPRETER, Config, Configs, configs_for
 from cliperase_fast.ops.triton.kernels import backward_kernel, forward_kernel, merge_kernel, pair_dot_kernel
@@ -35,7 +35,7 @@ _KEPT_ROWS = 256  # kept rows come in multiples of this, which every block of ro
 
 
 class _TritonEngine:
-    """See `ops.engine.Engine`; not float64.
+    """See `ops.autograd.SweepKernels`; not float64.
 
     Features in half precision: products accumulate in float32, but dS is rounded to the features' dtype. Features
     whose last dimension is not contiguous are copied.
@@ -47,23 +47,23 @@ class _TritonEngine:
         """configs: None for those of the GPU, dtype and width at hand."""
         self.configs = configs
 
-    def check(self, problem: Problem) -> None:
+    def check(self, problem: SimilarityInputs) -> None:
         for features in (problem.image, problem.text, problem.teacher_image, problem.teacher_text):
             if features is not None and features.dtype not in _DTYPES:
                 raise InputError(f"backend 'triton' does not take {features.dtype}; use backend='torch'")
 
-    def kept_bytes(self, problem: Problem, keep: str) -> int:
+    def cache_size(self, problem: SimilarityInputs, keep: str) -> int:
         """float32 S, and S° where there is a teacher, of the first rows; "auto" keeps nothing."""
         if keep != "similarities":
             return 0
         row_bytes = 4 * problem.m * (1 + problem.want_consistency)
-        rows = keep_bytes(problem.image.device) // row_bytes
+        rows = cache_budget(problem.image.device) // row_bytes
         return row_bytes * (problem.n if rows >= problem.n else rows // _KEPT_ROWS * _KEPT_ROWS)
 
-    def forward(self, problem: Problem, strip_rows: int, kept_bytes: int) -> tuple[Sums, Tensor]:
+    def forward(self, problem: SimilarityInputs, strip_rows: int, cache_size: int) -> tuple[Stats, Tensor]:
         with torch.cuda.device_of(problem.image):
             inputs = Inputs(problem, self.configs)
-            kept = torch.empty(kept_bytes, dtype=torch.uint8, device=problem.image.device)
+            kept = torch.empty(cache_size, dtype=torch.uint8, device=problem.image.device)
             diagonal = teacher_diagonal = shift = None
             own = slice(problem.offset, problem.offset + problem.n)
             if problem.paired:
@@ -82,14 +82,14 @@ class _TritonEngine:
                     shift = _pair_dot(inputs.teacher_image[:1], inputs.teacher_text[:1], inputs.teacher_scale) - entry
                     shift = shift.reshape(())
             rows, columns = _off_diagonal_sums(inputs, inputs.scalars(shift), strip_rows, kept)
-            return Sums(rows, columns, diagonal, teacher_diagonal, shift), kept
+            return Stats(rows, columns, diagonal, teacher_diagonal, shift), kept
 
-    losses = finish.losses_of_sums
+    losses = softmax_stats.losses_of_sums
 
     def backward(
         self,
-        problem: Problem,
-        state: State,
+        problem: SimilarityInputs,
+        state: SavedStats,
         weight_retention: Tensor,
         weight_consistency: Tensor,
         strip_rows: int,
@@ -103,7 +103,7 @@ class _TritonEngine:
             inputs, n, m = Inputs(problem, self.configs), problem.n, problem.m
             image, text = problem.image, problem.text
             config = inputs.configs.backward_groups if inputs.masked else inputs.configs.backward
-            softmaxes, diagonal, unit = finish.unit_terms(
+            softmaxes, diagonal, unit = softmax_stats.unit_terms(
                 problem, state, weight_retention.float(), weight_consistency.float(),
                 lift=2.0**13 if inputs.image.dtype == torch.float16 else 1.0,
             )  # fmt: skip
@@ -142,7 +142,7 @@ class _TritonEngine:
 class Inputs:
     """The inputs as the kernels take them, and which of the forms of the kernels they need."""
 
-    def __init__(self, problem: Problem, configs: Configs | None) -> None:
+    def __init__(self, problem: SimilarityInputs, configs: Configs | None) -> None:
         self.n, self.m, self.offset = problem.n, problem.m, problem.offset
         self.image, self.text = as_pair(problem.image, problem.text)
         self.scale = problem.scale.float()
@@ -266,12 +266,12 @@ def _milliseconds(device: torch.device, dtype: torch.dtype, width: int, n: int, 
     )
     scale = torch.full((), 50.0, dtype=torch.float32, device=device)
     group_ids = torch.arange(n, dtype=torch.int64, device=device) // 2 if way == "backward_groups" else None
-    problem = Problem(image, text, scale, teacher_image, teacher_text, scale, group_ids, True, True)
+    problem = SimilarityInputs(image, text, scale, teacher_image, teacher_text, scale, group_ids, True, True)
     tuned = _TritonEngine(configs)
     if way == "forward":
         return triton.testing.do_bench(lambda: tuned.forward(problem, 0, 0), return_mode="median")
     weight = torch.full((), 1 / n, dtype=torch.float32, device=device)
-    state = State(torch.zeros(finish.PLANES, 2 * n, dtype=torch.float32, device=device), n)
+    state = SavedStats(torch.zeros(softmax_stats.PLANES, 2 * n, dtype=torch.float32, device=device), n)
     nothing = torch.empty(0, dtype=torch.uint8, device=device)
     return triton.testing.do_bench(
         lambda: tuned.backward(problem, state, weight, weight, 0, nothing, True, True, True), return_mode="median"

@@ -1,0 +1,282 @@
+"""The processes a run is spread over: joining them, sharing work, hearing of an error or a loss of any of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import pairwise
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cliperase_fast.distributed.collectives import as_bytes, gather_rows
+from cliperase_fast.distributed.process_group import Group, Shards, gather_equal
+from cliperase_fast.errors import InputError, UnlearningError
+
+T = TypeVar("T")
+
+_BUCKET = 2**25  # numbers averaged in one all-reduce
+_FROM_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all: rank `rank` of `size`, the `local_rank`-th on its machine. One process has no group."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    group: Group | None = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that shows progress and writes files."""
+        return self.rank == 0
+
+    @property
+    def process_group(self) -> Any:
+        """What a loss takes: None where there is nothing to exchange."""
+        return self.group.process_group if self.group is not None and self.size > 1 else None
+
+    def share(self, count: int) -> slice:
+        """This rank's contiguous part of `count` things; the first ranks have one more where it does not divide."""
+        return self.shares(count)[self.rank]
+
+    def shares(self, count: int) -> list[slice]:
+        """Every rank's part, in rank order."""
+        each, more = divmod(count, self.size)
+        starts = [rank * each + min(rank, more) for rank in range(self.size + 1)]
+        return [slice(start, stop) for start, stop in pairwise(starts)]
+
+    def run_on_all(self, work: Callable[[], T]) -> T:
+        """What this rank's `work` returns. An error of any rank is raised on all, naming the rank."""
+        found: list[T] = []
+        self.each(lambda: found.append(work()))
+        return found[0]
+
+    def each(self, work: Callable[[], T]) -> list[T]:
+        """What every rank's `work` returns, the same list on all. An error of any rank is raised on all."""
+        if self.size == 1:
+            return [work()]
+        own: Exception | None = None
+        mine: tuple[str, Any]
+        try:
+            mine = ("", work())
+        except Exception as error:  # whatever it is, the others wait
+            own, mine = error, _as_told(error)
+        found = self._objects(mine)
+        if own is not None:
+            raise own
+        _raise_told({rank: told for rank, told in enumerate(found) if told[0]})
+        return [value for _, value in found]
+
+    def from_first(self, work: Callable[[], T]) -> T:
+        """What `work` returns on the first rank, where alone it runs. An error there is raised on all."""
+        if self.size == 1:
+            return work()
+        own: Exception | None = None
+        mine: tuple[str, Any] = ("", None)
+        if self.first:
+            try:
+                mine = ("", work())
+            except Exception as error:  # whatever it is, the others wait
+                own, mine = error, _as_told(error)
+        told = self._objects(mine)[0]
+        if own is not None:
+            raise own
+        _raise_told({0: told} if told[0] else {})
+        return told[1]
+
+    def agree(self, settings: Mapping[str, object]) -> None:
+        """Raise InputError on every rank, naming what differs and where, unless all ranks have the same."""
+        if self.group is not None and self.size > 1:
+            self.group.agree(settings, (0, 0))
+
+    def all_gather_rows(self, work: Callable[[], Sequence[Tensor]], counts: Sequence[int]) -> Tensor:
+        """Everyone's rows in rank order, on the CPU of every rank: counts[rank] from each, [n, D] in what `work` makes.
+
+        The ranks' rows have one width and dtype; a rank may have none. An error of any rank is raised on all.
+        """
+        parts: list[Tensor] = []
+
+        def form() -> tuple[torch.Size, torch.dtype] | None:
+            parts.extend(work())
+            return (parts[0].shape[1:], parts[0].dtype) if parts else None
+
+        forms = self.each(form)
+        if self.group is None or self.size == 1:
+            return torch.cat(parts)
+        shape, dtype = next(form for form in forms if form is not None)
+        rows = torch.cat(parts) if parts else torch.empty(0, *shape, dtype=dtype, device="cpu")
+        shards = Shards(self.group, tuple(counts), "all")
+        (gathered,) = gather_rows(shards, rows.to(self._exchange_device))
+        assert gathered is not None
+        return gathered.cpu()
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Put the mean over the ranks in place of each tensor; all ranks then hold the same bits."""
+        if self.size == 1:
+            return
+        bucket: list[Tensor] = []
+        for index, tensor in enumerate(tensors):
+            bucket.append(tensor)
+            following = tensors[index + 1] if index + 1 < len(tensors) else None
+            filled = sum(t.numel() for t in bucket) >= _BUCKET
+            if filled or following is None or following.dtype != tensor.dtype:
+                flat = torch.cat([t.reshape(-1) for t in bucket])
+                dist.all_reduce(flat, group=self.process_group)
+                flat /= self.size
+                for t, mean in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+                    t.copy_(mean.view_as(t))
+                bucket = []
+
+    def largest(self, *values: int) -> list[int]:
+        """The largest that any rank gives, of each."""
+        if self.size == 1:
+            return list(values)
+        found = torch.tensor(values, dtype=torch.int64, device=self._exchange_device)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.process_group)
+        return found.tolist()
+
+    def numbers(self, value: float) -> list[float]:
+        """Every rank's number, in rank order."""
+        if self.size == 1:
+            return [value]
+        mine = torch.tensor([value], dtype=torch.float64, device=self._exchange_device)
+        found = mine.new_empty(self.size)
+        gather_equal(found, mine, self.process_group)
+        return found.tolist()
+
+    def from_first_tensors(self, tensors: dict[str, Tensor] | None) -> dict[str, Tensor]:
+        """The first rank's tensors, by name, on the CPU of every rank."""
+        if self.size == 1:
+            assert tensors is not None
+            return tensors
+        mine = tensors or {}
+        forms = self.from_first(lambda: [(name, tensor.shape, tensor.dtype) for name, tensor in mine.items()])
+        received = {}
+        for name, shape, dtype in forms:
+            tensor = mine[name] if self.first else torch.empty(shape, dtype=dtype, device="cpu")
+            sent = tensor.to(self._exchange_device).contiguous()
+            if sent.numel():
+                dist.broadcast(as_bytes(sent.view(-1)), group=self.process_group, group_src=0)
+            received[name] = sent.cpu().view(shape)
+        return received
+
+    @property
+    def _exchange_device(self) -> torch.device:
+        assert self.group is not None
+        return torch.device("cpu" if "cpu" in self.group.backend_of else torch.cuda.current_device())
+
+    def _objects(self, mine: object) -> list[Any]:
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, mine, group=self.process_group)
+        return found
+
+
+SINGLE_PROCESS = Ranks()
+
+
+@contextmanager
+def init_distributed(device: str, seconds: float) -> Iterator[Ranks]:
+    """The ranks of this run: torch.distributed's where it is initialised, a launcher's (torchrun, deepspeed), or one.
+
+    device: the setting of that name, by which the backend is chosen. seconds: how long a rank that does not answer is
+    waited for. A rank that is lost inside is an UnlearningError. Raises InputError where the environment is half set.
+    """
+    ours = False
+    if not (dist.is_available() and dist.is_initialized()):
+        if not _launched():
+            yield SINGLE_PROCESS
+            return
+        ours = True
+        _start(device, seconds)
+    group = Group(dist.group.WORLD)
+    local = os.environ.get("LOCAL_RANK", str(group.rank))
+    ranks = Ranks(group.rank, group.size, int(local), group)
+    try:
+        yield ranks
+    except RuntimeError as error:
+        if isinstance(error, UnlearningError) or ranks.size == 1 or not _is_loss(error):
+            raise
+        raise UnlearningError(
+            f"rank {ranks.rank} of {ranks.size} no longer hears from another: it was killed, stopped with an error of "
+            f"its own, or did not answer for rank_timeout={seconds:g} seconds ({_first_line(error)}). What was saved "
+            "stays: start again with resume"
+        ) from error
+    finally:
+        if ours:
+            dist.destroy_process_group()
+
+
+def _as_told(error: Exception) -> tuple[str, str]:
+    """(kind, text) of an error, for the ranks that it did not happen on."""
+    if isinstance(error, (InputError, UnlearningError)):
+        return type(error).__name__, str(error)
+    return type(error).__name__, f"{type(error).__name__}: {error}"
+
+
+def _raise_told(stopped: Mapping[int, tuple[str, str]]) -> None:
+    """Raise what other ranks have told of their errors, if any has."""
+    if stopped:
+        kinds = {kind for kind, _ in stopped.values()}
+        text = "; ".join(f"rank {rank} stopped: {text}" for rank, (_, text) in stopped.items())
+        raise InputError(text) if kinds == {"InputError"} else UnlearningError(text)
+
+
+def _launched() -> bool:
+    given = [name for name in _FROM_LAUNCHER if name in os.environ]
+    if not {"RANK", "WORLD_SIZE"} & set(given):
+        return False
+    missing = [name for name in _FROM_LAUNCHER if name not in os.environ]
+    if missing:
+        raise InputError(
+            f"the environment has {' and '.join(given)} but no {' and no '.join(missing)}, so the ranks cannot find "
+            "each other: start them with torchrun or deepspeed, or unset these for a single process"
+        )
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
+        if not os.environ[name].isdigit():
+            raise InputError(f"the environment has {name}={os.environ[name]!r}, which is no number")
+    return True
+
+
+def _start(device: str, seconds: float) -> None:
+    gpu = str(device).startswith("cuda") or (str(device) == "auto" and torch.cuda.is_available())
+    if gpu:
+        local = int(os.environ["LOCAL_RANK"])
+        if local >= torch.cuda.device_count():
+            raise InputError(
+                f"this is process {local + 1} of its machine and torch sees {torch.cuda.device_count()} GPUs: start "
+                "one process for each GPU (--nproc_per_node), or use device='cpu'"
+            )
+        torch.cuda.set_device(local)
+    backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+    timeout = timedelta(seconds=seconds)
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # One torchrun keeps one store for all its restarts, the addresses of ranks that are no more still in it.
+            # (Several of them count restarts each for itself; the c10d rendezvous makes a store for every attempt.)
+            store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
+    except (RuntimeError, ValueError) as error:
+        others, address = int(os.environ["WORLD_SIZE"]) - 1, f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UnlearningError(
+            f"rank {os.environ['RANK']} did not find the other {others} ranks at {address} within "
+            f"rank_timeout={seconds:g} seconds: {_first_line(error)}"
+        ) from error
+
+
+def _is_loss(error: RuntimeError) -> bool:
+    """gloo says so in plain RuntimeErrors."""
+    words = ("gloo", "Connection closed", "Connection reset", "Timed out", "timed out", "NCCL")
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,1 @@
+"""One interface over each kind of model."""

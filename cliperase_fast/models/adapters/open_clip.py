@@ -1,0 +1,252 @@
+"""open_clip models: CLIP, CustomTextCLIP, CoCa."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from cliperase_fast.errors import InputError
+from cliperase_fast.models.adapters.base import ClipAdapter, Tower, longest_stack
+from cliperase_fast.models.fast_paths.padding import CausalReader, read_length
+from cliperase_fast.models.open_clip_config import (
+    TEXT_CONFIG,
+    Config,
+    probe_pixels,
+    probe_tokens,
+    prove_config,
+    saved_state,
+    text_limit,
+)
+from cliperase_fast.models.open_clip_files import load_folder
+from cliperase_fast.models.requirements import require_no_parametrizations
+from cliperase_fast.models.saving import save_weights
+from cliperase_fast.models.tokenizing import is_hugging_face, is_open_clip, is_simple
+
+CLIP_VOCABULARY = 49408  # entries of CLIP's byte-pair vocabulary, which open_clip carries with it
+
+_TAIL = re.compile(
+    r"visual\.(ln_post|proj|attn_pool|attn_pool_contrastive|attnpool|head"
+    r"|trunk\.(norm|fc_norm|norm_head|final_conv|attn_pool|head))\b"
+    r"|(text\.)?(ln_final|text_projection|proj|pooler|transformer\.pooler)\b"
+)
+
+
+def is_open_clip_model(module: nn.Module) -> bool:
+    open_clip = sys.modules.get("open_clip")
+    if open_clip is None:
+        return False
+    return isinstance(module, (open_clip.CLIP, open_clip.CustomTextCLIP, open_clip.CoCa))
+
+
+class OpenClipAdapter(ClipAdapter):
+    """An open_clip model.
+
+    model_cfg: the configuration it was built from, where known; for a bare instance it is worked out and
+    proved by rebuilding the model when `check_saveable` or `save` first needs it. Without `tokenizer`, a
+    model with CLIP's own vocabulary gets open_clip's SimpleTokenizer and any other none; without `transform`,
+    open_clip's evaluation transform for the model's `preprocess_cfg`.
+    """
+
+    kind = "open_clip"
+    _marker = "open_clip_config.json"
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        tokenizer: Any = None,
+        transform: Callable[[Any], Tensor] | None = None,
+        truncate: bool = False,
+        model_cfg: Config | None = None,
+    ) -> None:
+        import open_clip
+        from open_clip.transform import PreprocessCfg, image_transform_v2
+
+        self.model_cfg = model_cfg
+        self.module = module
+        self._reader: tuple[nn.Module, Tensor | None, CausalReader | None] | None = None
+        self._given_context = tokenizer.context_length if is_open_clip(tokenizer) else None
+        if transform is None:
+            transform = image_transform_v2(PreprocessCfg(**self.preprocess_cfg()), is_train=False)
+        if tokenizer is None and self.vocabulary_size == CLIP_VOCABULARY:
+            tokenizer = open_clip.SimpleTokenizer(context_length=self.context_length)
+        super().__init__(module, tokenizer=tokenizer, transform=transform, truncate=truncate)
+
+    @property
+    def _text(self) -> Any:
+        return getattr(self.module, "text", self.module)
+
+    @property
+    def context_length(self) -> int:
+        limit = text_limit(self._text)
+        if hasattr(self._text, "config"):  # Hugging Face towers only know the most they could take
+            known = (self.model_cfg or {}).get("text_cfg", {}).get("context_length", limit)
+            return int(self._given_context or known)
+        return limit
+
+    @property
+    def unread_id(self) -> int | None:
+        if hasattr(self._text, "config"):
+            return self._text.config.pad_token_id
+        reader = self._causal_reader()
+        return None if reader is None else 0 if reader.end != 0 else 1
+
+    @property
+    def vocabulary_size(self) -> int:
+        return int(self._text.vocab_size)
+
+    def preprocess_cfg(self) -> dict[str, Any]:
+        """The model's preprocessing in open_clip's terms: size, mean, std, interpolation, resize_mode, ..."""
+        from open_clip.transform import PreprocessCfg
+
+        visual: Any = self.module.visual
+        known = dict(getattr(visual, "preprocess_cfg", None) or {})
+        for key, attribute in (("mean", "image_mean"), ("std", "image_std"), ("size", "image_size")):
+            if getattr(visual, attribute, None) is not None:
+                known.setdefault(key, getattr(visual, attribute))
+        fields = {field.name for field in dataclasses.fields(PreprocessCfg)}
+        known = {key: value for key, value in known.items() if key in fields}
+        return dataclasses.asdict(PreprocessCfg(**known))
+
+    def check_saveable(self) -> None:
+        """Work out the configuration of a bare instance; `InputError` where none rebuilds it."""
+        super().check_saveable()
+        require_no_parametrizations(self.module)
+        if self.model_cfg is None:
+            self.model_cfg = prove_config(self.module)
+
+    def tower(self, name: str) -> Tower | None:
+        if name == "logit_scale":
+            return "scale"
+        if name.startswith("visual."):
+            return "image"
+        return None if name.startswith(("logit_bias", "text_decoder.")) else "text"
+
+    def is_tail(self, name: str) -> bool:
+        return _TAIL.match(name) is not None
+
+    def _blocks_of(self, tower: Tower) -> list[nn.Module]:
+        if tower == "text":
+            transformer = self._text.transformer
+            known = hasattr(transformer, "resblocks")
+            return list(transformer.resblocks) if known else longest_stack(transformer.modules())
+        visual: Any = self.module.visual
+        if hasattr(visual, "transformer"):
+            return list(visual.transformer.resblocks)
+        trunk = getattr(visual, "trunk", visual)
+        for name in ("blocks", "stages", "layers"):
+            if isinstance(getattr(trunk, name, None), (nn.Sequential, nn.ModuleList)):
+                return list(getattr(trunk, name))
+        if hasattr(trunk, "layer4"):
+            return [trunk.layer1, trunk.layer2, trunk.layer3, trunk.layer4]
+        return longest_stack(trunk.modules())
+
+    def _image_features(self, pixels: Tensor) -> Tensor:
+        return _first(self._model.encode_image(pixels))
+
+    def _text_features(self, tokens: Tensor) -> Tensor:
+        if tokens.shape[1] < self.context_length:
+            reader = self._causal_reader()
+            if reader is not None:
+                return reader(tokens)
+        return _first(self._model.encode_text(tokens))
+
+    def _read_length(self, tokens: Tensor) -> int:
+        reader = self._causal_reader()
+        return tokens.shape[1] if reader is None else read_length(tokens, reader.end)
+
+    def _causal_reader(self) -> CausalReader | None:
+        """Looked for once for each module and mask: a copy of the adapter has others."""
+        mask = getattr(self._text, "attn_mask", None)
+        known = self._reader
+        if known is None or known[0] is not self.module or known[1] is not mask:
+            known = self._reader = (self.module, mask, CausalReader.of(self.module))
+        return known[2]
+
+    def _check_tokens(self, tokens: Tensor) -> None:
+        super()._check_tokens(tokens)
+        if self._text is self.module and tokens.shape[1] != self.context_length:
+            raise InputError(
+                f"the tokenizer returned {tokens.shape[1]} tokens a caption; this model needs exactly "
+                f"{self.context_length} (its context length), padded on the right"
+            )
+
+    def saved_state(self) -> dict[str, Tensor]:
+        self.check_saveable()
+        assert self.model_cfg is not None
+        return saved_state(self.module, self.model_cfg)
+
+    def probe(self) -> tuple[Tensor, Tensor]:
+        return probe_pixels(self.module), probe_tokens(self.module, self.context_length)
+
+    def reload(self, directory: Path) -> OpenClipAdapter:
+        assert self.model_cfg is not None
+        if "hf_model_name" in self.model_cfg["text_cfg"]:  # open_clip would look for its configuration elsewhere
+            module, _ = load_folder(directory)
+        else:
+            import open_clip
+
+            module = open_clip.create_model(f"local-dir:{directory}", require_pretrained=True)
+        return OpenClipAdapter(module, model_cfg=self.model_cfg, transform=self.transform)
+
+    def _write(self, directory: Path, final: Path) -> None:
+        model_cfg = copy.deepcopy(self.model_cfg)
+        assert model_cfg is not None  # check_saveable came first
+        text_cfg = model_cfg["text_cfg"]
+        source = self.tokenizer.source if self.tokenizer is not None else None
+        if source is not None:
+            _describe_tokenizer(text_cfg, source)
+            if text_cfg.get("hf_tokenizer_name"):  # open_clip looks for the tokenizer of a local folder inside it
+                inner: Any = source if hasattr(source, "save_pretrained") else getattr(source, "tokenizer", None)
+                if hasattr(inner, "save_pretrained"):
+                    inner.save_pretrained(directory)
+        if "hf_model_name" in text_cfg:
+            text_cfg["context_length"] = self.context_length
+            self._text.config.save_pretrained(directory / TEXT_CONFIG)
+            name = text_cfg["hf_model_name"]
+            if name == TEXT_CONFIG or Path(name).is_absolute() or Path(name).exists():  # no name of the hub
+                text_cfg["hf_model_name"] = str(final.absolute() / TEXT_CONFIG)
+        save_weights(self.saved_state(), directory / "open_clip_model.safetensors")
+        config = {"model_cfg": model_cfg, "preprocess_cfg": self.preprocess_cfg()}
+        (directory / self._marker).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _describe_tokenizer(text_cfg: Config, source: Any) -> None:
+    """Settings with which `open_clip.get_tokenizer` makes the same tokenizer; none for a plain function."""
+    from open_clip.tokenizer import get_clean_fn
+
+    if not is_open_clip(source) and not is_hugging_face(source):
+        return
+    options = dict(text_cfg.get("tokenizer_kwargs") or {})
+    cleaners = {get_clean_fn(name): name for name in ("lower", "whitespace", "canonicalize")}
+    clean = cleaners.get(getattr(source, "clean_fn", None))
+    if is_simple(source):
+        text_cfg.pop("hf_tokenizer_name", None)
+        if clean not in (None, "lower") or "clean" in options:
+            options["clean"] = clean
+    else:
+        inner = source if is_hugging_face(source) else source.tokenizer
+        text_cfg["hf_tokenizer_name"] = text_cfg.get("hf_tokenizer_name") or inner.name_or_path or "."
+        if clean is not None:
+            options["clean"] = clean
+        elif is_open_clip(source):  # SigLIP's, which names no cleaning of its own
+            options["clean"] = "canonicalize"
+        if getattr(source, "strip_sep_token", False):
+            options["strip_sep_token"] = True
+        if getattr(source, "tokenizer_mode", ""):
+            text_cfg["tokenizer_mode"] = source.tokenizer_mode
+    if options:
+        text_cfg["tokenizer_kwargs"] = options
+
+
+def _first(output: Any) -> Tensor:
+    """The pooled features of towers that also return their tokens."""
+    return output[0] if isinstance(output, tuple) else output

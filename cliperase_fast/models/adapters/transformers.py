@@ -1,0 +1,213 @@
+"""transformers' CLIPModel."""
+
+from __future__ import annotations
+
+import copy
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cliperase_fast.errors import InputError
+from cliperase_fast.models.adapters.base import ClipAdapter, Tower
+from cliperase_fast.models.adapters.open_clip import CLIP_VOCABULARY
+from cliperase_fast.models.fast_paths.padding import read_length
+from cliperase_fast.models.proving import feature_difference, random_pixels, tolerance
+from cliperase_fast.models.requirements import require_no_parametrizations
+from cliperase_fast.models.saving import apart
+from cliperase_fast.models.tokenizing import is_hugging_face
+from cliperase_fast.models.transformers_files import quiet
+from cliperase_fast.models.transforming import ImageProcessorTransform
+
+_END_OF_TEXT = 49407  # the last id of CLIP's own vocabulary
+_LEGACY_END = 2  # in old configurations; such models pool at the highest id of a row, which is the end mark's
+
+_TAIL = re.compile(r"(vision_model\.post_layernorm|visual_projection|text_model\.final_layer_norm|text_projection)\b")
+
+
+def is_transformers_model(module: nn.Module) -> bool:
+    transformers = sys.modules.get("transformers")
+    return transformers is not None and isinstance(module, transformers.CLIPModel)
+
+
+class TransformersAdapter(ClipAdapter):
+    """A transformers CLIPModel.
+
+    Without `transform`: CLIPImageProcessor at the model's image size with CLIP's mean and standard deviation.
+    Without `tokenizer`: a model with CLIP's own vocabulary (49,408 entries, end mark 49407) gets open_clip's
+    SimpleTokenizer, whose ids give the same features; any other gets none. No attention mask is passed: the
+    text tower is causal, pools at the first end mark and so never sees the padding right of it.
+    """
+
+    kind = "transformers"
+    _marker = "config.json"
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        tokenizer: Any = None,
+        transform: Any = None,
+        truncate: bool = False,
+    ) -> None:
+        self.module = module
+        self._proved: nn.Module | None = None  # the module whose form was found to be saveable
+        if transform is None:
+            transform = _default_image_processor(module)
+        if tokenizer is None and self._has_clip_vocabulary:
+            import open_clip
+
+            tokenizer = open_clip.SimpleTokenizer(context_length=self.context_length)
+        super().__init__(module, tokenizer=tokenizer, transform=transform, truncate=truncate)
+
+    @property
+    def _config(self) -> Any:
+        return self._model.config
+
+    @property
+    def _has_clip_vocabulary(self) -> bool:
+        text = self._config.text_config
+        return text.vocab_size == CLIP_VOCABULARY and text.eos_token_id in (_END_OF_TEXT, _LEGACY_END)
+
+    @property
+    def context_length(self) -> int:
+        return int(self._config.text_config.max_position_embeddings)
+
+    @property
+    def vocabulary_size(self) -> int:
+        return int(self._config.text_config.vocab_size)
+
+    @property
+    def unread_id(self) -> int | None:
+        """Padding stands behind the end mark, where a causal tower does not look: any id but the end mark's will do."""
+        text = self._config.text_config
+        if not isinstance(text.eos_token_id, int) or getattr(text, "is_causal", True) is False:
+            return None
+        return 0 if text.eos_token_id != 0 else 1
+
+    def tower(self, name: str) -> Tower | None:
+        if name == "logit_scale":
+            return "scale"
+        return "image" if name.startswith(("vision_model.", "visual_projection.")) else "text"
+
+    def is_tail(self, name: str) -> bool:
+        return _TAIL.match(name) is not None
+
+    def _blocks_of(self, tower: Tower) -> list[nn.Module]:
+        owner = self._model.vision_model if tower == "image" else self._model.text_model
+        return list(owner.encoder.layers)
+
+    def _image_features(self, pixels: Tensor) -> Tensor:
+        return _pooled(self._model.get_image_features(pixel_values=pixels))
+
+    def _text_features(self, tokens: Tensor) -> Tensor:
+        return _pooled(self._model.get_text_features(input_ids=tokens))
+
+    def _read_length(self, tokens: Tensor) -> int:
+        if type(self._model).get_text_features is not sys.modules["transformers"].CLIPModel.get_text_features:
+            return tokens.shape[1]
+        end = self._config.text_config.eos_token_id
+        if not isinstance(end, int) or getattr(self._config.text_config, "is_causal", True) is False:
+            return tokens.shape[1]
+        return read_length(tokens, None if end == _LEGACY_END else end)
+
+    def _check_tokens(self, tokens: Tensor) -> None:
+        super()._check_tokens(tokens)
+        end = self._config.text_config.eos_token_id
+        if end != _LEGACY_END and isinstance(end, int) and not (tokens == end).any(dim=1).all():
+            raise InputError(
+                f"the tokenizer left the end mark (id {end}) out of a caption, and the model reads a "
+                "caption's features there; use the tokenizer the model was trained with"
+            )
+
+    def check_saveable(self) -> None:
+        """`InputError` where no CLIPModel of this configuration holds the weights and computes the same features."""
+        super().check_saveable()
+        require_no_parametrizations(self.module)
+        if self._proved is not self.module:
+            _prove(self)
+            self._proved = self.module
+
+    def saved_state(self) -> dict[str, Tensor]:
+        """As `CLIPModel.from_pretrained` reads it: logit_scale has no dimensions there."""
+        state = self.module.state_dict()
+        state["logit_scale"] = state["logit_scale"].reshape(())
+        return state
+
+    def probe(self) -> tuple[Tensor, Tensor]:
+        text, vision = self._config.text_config, self._config.vision_config
+        generator = torch.Generator("cpu").manual_seed(0)
+        shape = (4, self.context_length)
+        tokens = torch.randint(0, text.vocab_size, shape, generator=generator, dtype=torch.int64, device="cpu")
+        if isinstance(text.eos_token_id, int) and text.eos_token_id < text.vocab_size:
+            tokens[:, -1] = text.eos_token_id
+        like = next(self.module.parameters())
+        return random_pixels(int(vision.image_size), like, int(vision.num_channels)), tokens
+
+    def _write(self, directory: Path, final: Path) -> None:
+        with quiet():
+            self._model.save_pretrained(directory, state_dict=apart(self.saved_state()))
+        if self.tokenizer is not None and is_hugging_face(self.tokenizer.source):
+            self.tokenizer.source.save_pretrained(directory)
+        if isinstance(self.transform, ImageProcessorTransform):
+            self.transform.processor.save_pretrained(directory)
+
+    def reload(self, directory: Path) -> TransformersAdapter:
+        import transformers
+
+        with quiet():
+            module = transformers.CLIPModel.from_pretrained(directory, local_files_only=True)
+        return TransformersAdapter(module, transform=self.transform)
+
+
+@torch.no_grad()
+def _prove(adapter: TransformersAdapter) -> None:
+    """Raise InputError unless a fresh CLIPModel takes the weights and computes the same features."""
+    import transformers
+
+    module, name = adapter.module, type(adapter.module).__name__
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        twin: Any = transformers.CLIPModel(copy.deepcopy(adapter._config))
+    expected, state = twin.state_dict(), adapter.saved_state()
+    wrong = [f"{key}, which it has beside the configuration's" for key in state if key not in expected]
+    wrong += [f"{key}, which it lacks" for key in expected if key not in state]
+    wrong += [
+        f"{key}, which is {list(state[key].shape)} where the configuration says {list(tensor.shape)}"
+        for key, tensor in expected.items()
+        if key in state and state[key].shape != tensor.shape
+    ]
+    remedy = "update model.config, or save it yourself and wrap it in a module with encode_image and encode_text"
+    if wrong:
+        raise InputError(
+            f"this {name} cannot be saved as a CLIPModel: its weights are not those of its configuration ({wrong[0]}"
+            + (f", and {len(wrong) - 1} more" if len(wrong) > 1 else "")
+            + f"); {remedy}"
+        )
+    twin.load_state_dict(state, assign=True)
+    device = next(module.parameters()).device
+    for owner in twin.modules():
+        for key, buffer in owner.named_buffers(recurse=False):
+            if buffer.is_meta:  # numbers of positions: rebuilt, not saved
+                numbers = torch.arange(buffer.shape[-1], device=device, dtype=buffer.dtype).expand(buffer.shape)
+                owner.register_buffer(key, numbers, persistent=False)
+    difference = feature_difference(adapter, TransformersAdapter(twin, transform=adapter.transform))
+    if difference is not None and difference > tolerance(module):
+        raise InputError(
+            f"this {name} cannot be saved as a CLIPModel: a CLIPModel with its weights computes other features (they "
+            f"differ by {difference:.1e}); {remedy}"
+        )
+
+
+def _default_image_processor(module: Any) -> Any:
+    import transformers
+
+    size = int(module.config.vision_config.image_size)
+    return transformers.CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+
+
+def _pooled(output: Any) -> Tensor:  # -> [B, D]
+    """transformers 4 returns the projected features, 5 an output that holds them."""
+    return output if isinstance(output, torch.Tensor) else output.pooler_output

@@ -1,0 +1,1 @@
+"""Parts of an encoder computed with less work or memory, with the same features."""

@@ -1,0 +1,118 @@
+"""open_clip's transformer blocks, with the same values and gradients for less work and less memory.
+
+FirstTokenBlock: where an image's features are those of the class token, the other tokens of the last block's output
+go nowhere. They are keys and values there, but need no query, no output projection and no MLP: 10 of a block's 12
+products.
+
+RecomputeBlock: a block keeps about 17 numbers for each of its inputs until the backward pass, 5 of which are outputs of
+the second norm and of the activation. Those are computed again from what stands before them; no product is.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cliperase_fast.models.adapters.base import ClipAdapter
+
+_SMALL = 1 << 20  # numbers in a block's hidden layer below which keeping them costs less than the bookkeeping
+
+
+@cache
+def block_kinds() -> tuple[type, type, type]:
+    """open_clip's block and our two of it."""
+    from open_clip.transformer import ResidualAttentionBlock
+
+    class RecomputeBlock(ResidualAttentionBlock):
+        def forward(
+            self, q_x: Tensor, k_x: Tensor | None = None, v_x: Tensor | None = None, attn_mask: Tensor | None = None
+        ) -> Tensor:  # [B, L, W] -> [B, L, W]
+            if not torch.is_grad_enabled() or q_x.numel() * self.mlp.c_fc.out_features < _SMALL * q_x.shape[-1]:
+                return super().forward(q_x, k_x, v_x, attn_mask)
+            x = q_x + self.ls_1(self.attention(self.ln_1(q_x), attn_mask=attn_mask))
+            # Computing again ends where the last tensor to be kept is known: before the linear layer's product.
+            hidden = checkpoint(self._widen, x, use_reentrant=False, preserve_rng_state=False)  # [B, L, 4 W]
+            narrowed = checkpoint(self._narrow, hidden, use_reentrant=False, preserve_rng_state=False)
+            return x + self.ls_2(narrowed)
+
+        def _widen(self, x: Tensor) -> Tensor:
+            return self.mlp.c_fc(self.ln_2(x))
+
+        def _narrow(self, hidden: Tensor) -> Tensor:
+            return self.mlp.c_proj(self.mlp.gelu(hidden))
+
+    class FirstTokenBlock(ResidualAttentionBlock):
+        def forward(
+            self, q_x: Tensor, k_x: Tensor | None = None, v_x: Tensor | None = None, attn_mask: Tensor | None = None
+        ) -> Tensor:  # [B, L, W] -> [B, 1, W]
+            normed = self.ln_1(q_x)
+            x = q_x[:, :1] + self.ls_1(self.attention(normed[:, :1], normed, normed))
+            return x + self.ls_2(self.mlp(self.ln_2(x)))
+
+    return ResidualAttentionBlock, RecomputeBlock, FirstTokenBlock
+
+
+def enable_recompute(adapter: ClipAdapter) -> None:
+    """Turn the blocks of an open_clip model into those above, in place, where that changes nothing that is read.
+
+    Parameters and their names stay. Other models are left alone. `disable_recompute` undoes it.
+    """
+    if adapter.kind != "open_clip":
+        return
+    plain, lean, first_token = block_kinds()
+    last = _last_block(adapter)
+    for block in adapter.module.modules():
+        if type(block) is plain and not _watched(block) and not hasattr(block, "ln_1_kv"):
+            if block is last:
+                block.__class__ = first_token
+            elif isinstance(block.mlp, nn.Sequential) and list(block.mlp._modules) == ["c_fc", "gelu", "c_proj"]:
+                block.__class__ = lean
+
+
+def disable_recompute(adapter: ClipAdapter) -> None:
+    if adapter.kind != "open_clip":
+        return
+    plain, *ours = block_kinds()
+    for block in adapter.module.modules():
+        if type(block) in ours:
+            block.__class__ = plain
+
+
+def plain_vision(adapter: ClipAdapter) -> Any:
+    """The image tower, if it is open_clip's vision transformer, run as open_clip runs it and seen by nobody between."""
+    if adapter.kind != "open_clip":
+        return None
+    import open_clip
+    from open_clip import transformer
+
+    model: Any = adapter.module
+    encoders = (open_clip.CLIP.encode_image, open_clip.CustomTextCLIP.encode_image)
+    visual = model.visual
+    if "encode_image" in vars(model) or type(model).encode_image not in encoders:
+        return None
+    if type(visual) is not transformer.VisionTransformer or type(visual.transformer) is not transformer.Transformer:
+        return None
+    if not getattr(visual.transformer, "batch_first", True) or visual.output_tokens:
+        return None
+    return None if _watched(visual) else visual
+
+
+def _last_block(adapter: ClipAdapter) -> Any:
+    """The image tower's, if the class token is all that is read of its output."""
+    visual = plain_vision(adapter)
+    if visual is None or visual.pool_type != "tok" or visual.attn_pool is not None:
+        return None
+    if len(visual.transformer.resblocks) == 0:
+        return None
+    block = visual.transformer.resblocks[-1]
+    fits = isinstance(block.attn, nn.MultiheadAttention) and block.attn.batch_first
+    return block if fits else None
+
+
+def _watched(module: nn.Module) -> bool:
+    """Whether somebody sees what goes in or comes out of the module or a part of it."""
+    return any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in module.modules())

@@ -1,0 +1,79 @@
+"""The front of an image tower that a training leaves alone: from pixels to what the first trained block reads.
+
+Where an image is the same in every epoch, so is that, and computing it once is enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cliperase_fast.models.adapters.base import ClipAdapter, normalise
+from cliperase_fast.models.fast_paths.blocks import plain_vision
+
+
+@dataclass(frozen=True)
+class FrozenFront:
+    """Image features in two parts: `rest(first(pixels))` is `encode_image(pixels)`."""
+
+    first: Callable[[Tensor], Tensor]  # [B, 3, H, W] -> [B, ...], without a trained parameter
+    rest: Callable[[Tensor], Tensor]  # -> [B, D]
+
+    @classmethod
+    def of(cls, adapter: ClipAdapter, pixels: Tensor) -> FrozenFront | None:
+        """The most that is frozen of the image tower; None where that is not known to be anything.
+
+        pixels: [B, 3, H, W] on the model's device, to try it on, in the mode that the model is in: both ways must give
+        the same features, and nothing may be random.
+        """
+        for front in (cls(adapter.encode_image, lambda features: features), _of_blocks(adapter)):
+            if front is not None and front._holds(adapter, pixels):
+                return front
+        return None
+
+    def _holds(self, adapter: ClipAdapter, pixels: Tensor) -> bool:
+        before = _random_states(pixels)
+        with torch.enable_grad():
+            made = self.first(pixels)
+        unchanged = all(torch.equal(*states) for states in zip(before, _random_states(pixels), strict=True))
+        if made.requires_grad or not unchanged:  # a gradient would reach a trained parameter
+            return False
+        with torch.no_grad():
+            return torch.allclose(self.rest(made), adapter.encode_image(pixels), rtol=1e-5, atol=1e-6)
+
+
+def _of_blocks(adapter: ClipAdapter) -> FrozenFront | None:
+    """Up to the first block with a trained parameter, in open_clip's vision transformers."""
+    visual: Any = plain_vision(adapter)
+    if visual is None or not all(hasattr(visual, name) for name in ("_embeds", "_pool", "proj")):
+        return None
+    if visual.transformer.grad_checkpointing:  # which is the transformer's business, not the blocks'
+        return None
+    blocks = list(visual.transformer.resblocks)
+    trained = [any(parameter.requires_grad for parameter in block.parameters()) for block in blocks]
+    count = trained.index(True) if True in trained else len(blocks)
+    if count == 0:
+        return None
+
+    def first(pixels: Tensor) -> Tensor:
+        x = visual._embeds(pixels)
+        for block in blocks[:count]:
+            x = block(x)
+        return x
+
+    def rest(x: Tensor) -> Tensor:
+        for block in blocks[count:]:
+            x = block(x)
+        pooled = visual._pool(x)[0]
+        return normalise(pooled if visual.proj is None else pooled @ visual.proj)
+
+    return FrozenFront(first, rest)
+
+
+def _random_states(like: Tensor) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(like.device)] if like.is_cuda else states

@@ -1,0 +1,1 @@
+"""What a step on many GPUs needs, computed before it is run."""

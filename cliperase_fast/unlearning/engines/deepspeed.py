@@ -1,0 +1,410 @@
+"""DeepSpeed ZeRO: the student sharded over the ranks with its gradients and optimizer, a live teacher without one."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from cliperase_fast.config import UnlearnConfig
+from cliperase_fast.distributed import Ranks
+from cliperase_fast.errors import InputError
+from cliperase_fast.extras import import_extra
+from cliperase_fast.models import ClipAdapter
+from cliperase_fast.reading import read_text
+from cliperase_fast.unlearning.engines.base import MOMENTS, Engine
+from cliperase_fast.unlearning.runtime import Runtime
+
+_STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
+_OLDEST = "0.19.8"
+
+
+def read_deepspeed(setting: str | Mapping[str, Any], config: UnlearnConfig, ranks: Ranks) -> dict[str, Any]:
+    """The DeepSpeed configuration of a run: of a stage's name, a JSON file or a mapping, completed from `config`.
+
+    Raises InputError when DeepSpeed is missing, no launcher has started the ranks, or a key contradicts `config`; the
+    message names the key.
+    """
+    _require_deepspeed()
+    if ranks.group is None:
+        raise InputError(
+            "deepspeed needs a process group, and this process was started alone: start it with "
+            "`torchrun --nproc_per_node N` or `deepspeed --num_gpus N` (N=1 for one process), or call "
+            "torch.distributed.init_process_group() first"
+        )
+    given = _given(setting)
+    _check(given, config, ranks)
+    for key in ("optimizer", "train_batch_size"):
+        given.pop(key, None)
+    zero = given["zero_optimization"]
+    completed = {
+        "zero_force_ds_cpu_optimizer": False,  # ours is torch's, which runs on the CPU as well
+        "steps_per_print": 2**31,
+        **given,
+        "zero_optimization": {"overlap_comm": False, **zero} if zero["stage"] < 3 else zero,
+        # Batches are ours: any number of backward passes makes a step, each already has its share of the gradient.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": config.grad_clip,
+        "bf16": {**given.get("bf16", {}), "enabled": config.precision == "bf16", "check_grad_overflow": True},
+    }
+    _try(completed)
+    return completed
+
+
+def _require_deepspeed() -> None:
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    deepspeed: Any = import_extra("deepspeed", "deepspeed=")
+    from packaging.version import Version  # deepspeed brings it
+
+    if Version(deepspeed.__version__) < Version(_OLDEST):
+        raise InputError(
+            f"deepspeed {deepspeed.__version__} changes the weights by gradients that are not finite, and {_OLDEST} "
+            f'does not: pip install "deepspeed>={_OLDEST}"'
+        )
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+
+
+def _try(completed: dict[str, Any]) -> None:
+    """What DeepSpeed would say of it once everything is loaded."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    try:
+        DeepSpeedConfig(copy.deepcopy(completed))
+    except (ValueError, TypeError, AssertionError) as error:
+        raise InputError(f"deepspeed: DeepSpeed refuses the configuration: {error}") from error
+
+
+@contextmanager
+def restore_torch_linear() -> Iterator[None]:
+    """Around a run: ZeRO 3 puts a linear layer's function of its own in place of torch's, which would stay there for
+    all that this process does later."""
+    linear = torch.nn.functional.linear
+    try:
+        yield
+    finally:
+        torch.nn.functional.linear = linear
+
+
+def _initialize(**arguments: Any) -> Any:
+    import deepspeed
+
+    os.environ.setdefault("LOCAL_RANK", str(dist.get_rank()))  # DeepSpeed asks for it, whoever made the process group
+    with _without_compiling():
+        return deepspeed.initialize(**arguments, dist_init_required=False)[0]
+
+
+@contextmanager
+def _without_compiling() -> Iterator[None]:
+    """On the CPU DeepSpeed compiles, for a minute at first and where there is a compiler, an all-reduce that only its
+    inference calls; it goes without where it knows the extension to be of no use."""
+    import deepspeed
+
+    known = deepspeed.ops.__compatible_ops__
+    name = "deepspeed_shm_comm"
+    said = known.get(name, False)
+    known[name] = False
+    try:
+        yield
+    finally:
+        known[name] = said
+
+
+def _given(setting: str | Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(setting, Mapping):
+        return copy.deepcopy(dict(setting))
+    if setting in _STAGES:
+        return {"zero_optimization": {"stage": _STAGES[setting]}}
+    try:
+        text = read_text(setting, 1 << 20)
+    except InputError as error:
+        raise InputError(
+            f"deepspeed={setting!r} is none of {', '.join(_STAGES)} and no file that can be read ({error})"
+        ) from error
+    try:
+        given = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"the DeepSpeed configuration {setting} is not valid JSON: {error}") from error
+    if not isinstance(given, dict):
+        raise InputError(f"the DeepSpeed configuration {setting} must be a JSON object, not a {type(given).__name__}")
+    return given
+
+
+def _check(given: dict[str, Any], config: UnlearnConfig, ranks: Ranks) -> None:
+    if config.precision == "fp16":
+        raise InputError("precision='fp16' does not go with deepspeed: use 'bf16' or 'fp32'")
+    zero = given.get("zero_optimization")
+    stage = zero.get("stage") if isinstance(zero, dict) else None
+    if stage not in (1, 2, 3) or isinstance(stage, bool):
+        raise InputError(f"deepspeed: zero_optimization.stage is {stage!r} and must be 1, 2 or 3")
+    ours: dict[str, tuple[Any, str]] = {
+        "train_batch_size": (config.batch_size * config.accumulate, "batch_size x accumulate"),
+        "gradient_accumulation_steps": (config.accumulate, "accumulate"),
+        "gradient_clipping": (config.grad_clip, "grad_clip"),
+        "managed_gradient_accumulation": (False, "steps of its own"),
+        "bf16.enabled": (config.precision == "bf16", f"precision={config.precision!r}"),
+        "fp16.enabled": (False, f"precision={config.precision!r}"),
+        "torch_autocast.enabled": (False, f"precision={config.precision!r}"),
+        "bf16.check_grad_overflow": (True, "leaving out a step whose gradient is not finite"),
+        "zero_optimization.compute_grad_norm": (True, "the gradient's norm in metrics.jsonl"),
+        "optimizer.type": (config.optimizer, "optimizer"),
+        "optimizer.params.lr": (config.learning_rate, "learning_rate"),
+        "optimizer.params.weight_decay": (config.weight_decay, "weight_decay"),
+    }
+    micro = given.get("train_micro_batch_size_per_gpu", "auto")
+    if micro != "auto" and micro * ranks.size != config.batch_size:
+        raise InputError(
+            f"deepspeed: train_micro_batch_size_per_gpu={micro} on {ranks.size} ranks makes batches of "
+            f"{micro * ranks.size} pairs, and batch_size={config.batch_size}; leave the key out"
+        )
+    for key, (value, setting) in ours.items():
+        found = _lookup(given, key)
+        same = str(found).lower() == value if isinstance(value, str) else found == value
+        if found not in (None, "auto") and not same:
+            raise InputError(
+                f"deepspeed: {key}={found!r} contradicts {setting}, by which it is {value!r}; leave the key out"
+            )
+    known = {"optimizer": {"type", "params"}, "optimizer.params": {"lr", "weight_decay"}}
+    for section, keys in known.items():
+        for key in (_lookup(given, section) or {}).keys() - keys:
+            raise InputError(f"deepspeed: {section}.{key} is not ours to pass on; leave the key out")
+    for part in ("offload_optimizer", "offload_param"):
+        if _lookup(given, f"zero_optimization.{part}.device") == "nvme":
+            raise InputError(f"deepspeed: zero_optimization.{part}.device='nvme' is not supported; use 'cpu'")
+    if stage == 1 and _lookup(given, "data_types.grad_accum_dtype") not in (None, "auto"):
+        raise InputError("deepspeed: data_types.grad_accum_dtype is not supported with stage 1; use stage 2")
+    if "scheduler" in given:
+        raise InputError("deepspeed: scheduler contradicts the settings schedule and warmup_steps; leave the key out")
+
+
+def _lookup(given: Mapping[str, Any], key: str) -> Any:
+    found: Any = given
+    for part in key.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return found
+
+
+class _Encoders(nn.Module):
+    """Encoding as a forward pass, which is where ZeRO-3 gathers parameters."""
+
+    def __init__(self, adapter: ClipAdapter) -> None:
+        super().__init__()
+        self.module, self.adapter = adapter.module, adapter
+
+    def forward(
+        self, pixels: Tensor | None = None, tokens: Tensor | None = None, scale: bool = False
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return (
+            None if pixels is None else self.adapter.encode_image(pixels),
+            None if tokens is None else self.adapter.encode_text(tokens),
+            self.adapter.logit_scale() if scale else None,
+        )
+
+
+def _wrapped(adapter: ClipAdapter, stage: int) -> _Encoders:
+    import deepspeed
+
+    encoders = _Encoders(adapter)
+    for parameter in adapter.module.parameters():
+        if parameter.ndim == 0:  # DeepSpeed's broadcast and partitions want at least one dimension
+            parameter.data = parameter.data.reshape(1)
+    if stage == 3:
+        for parameter in adapter.module.parameters(recurse=False):  # used without a forward pass of the model's own
+            deepspeed.zero.register_external_parameter(encoders, parameter)
+    return encoders
+
+
+class ZeroEngine(Engine):
+    """Trains a sharded copy of `student`, whose own weights follow when they are asked for.
+
+    parameters: the trained ones of `student`, by name. zero: a configuration of `read_deepspeed`.
+    """
+
+    def __init__(
+        self,
+        student: ClipAdapter,
+        parameters: list[tuple[str, nn.Parameter]],
+        config: UnlearnConfig,
+        runtime: Runtime,
+        zero: dict[str, Any],
+    ) -> None:
+        super().__init__(student, parameters, config, runtime)
+        self.zero, self.stage = zero, zero["zero_optimization"]["stage"]
+        self._loaded: dict[str, Any] | None = None
+        self._engine: Any = None
+
+    def train_mode(self) -> None:
+        self._start()
+        super().train_mode()
+
+    def step(self, rate: float) -> tuple[Tensor, bool]:
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = rate
+        self._engine.step()
+        # DeepSpeed 0.19 takes over a gradient that the step's first backward pass brings and adds those of later ones,
+        # to the last step's where the first brought none (as with cached gradients).
+        if self.stage == 3:
+            self._engine.optimizer.grad_partitions_flat_buffer.zero_()
+        else:
+            for gradient in getattr(self._engine.optimizer, "accumulated_grads_in_cpu", {}).values():  # offloaded
+                gradient.zero_()
+        norm = torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32, device=self.runtime.device)
+        return norm, bool(torch.isfinite(norm))
+
+    def stepped(self) -> list[tuple[Tensor, Tensor | None]]:
+        inner = self._engine.optimizer.optimizer
+        return [(flat, inner.state[flat][MOMENTS[0]]) for flat in self._flat()]
+
+    def weights(self) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        if self._engine is None:
+            return self.saved
+        found = {}
+        for name, tensor in self.saved.items():
+            if name in self.sharded:
+                whole = safe_get_full_fp32_param(self.sharded[name])
+                found[name] = whole.detach().reshape(tensor.shape).cpu()
+            else:
+                found[name] = tensor
+        return found
+
+    def update_student(self) -> None:
+        if self._engine is not None:
+            super().load_weights(self.weights())
+
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        assert self._engine is None, "weights are loaded before the sharded copy is made of them, or after `close`"
+        super().load_weights(weights)
+
+    def state(self) -> dict[str, Any]:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        assert self._engine is not None
+        moments = {
+            moment: {
+                name: safe_get_full_optimizer_state(parameter, moment).reshape(self.saved[name].shape).cpu()
+                for name, parameter in self.sharded.items()
+            }
+            for moment in MOMENTS
+        }
+        step = next(iter(self._engine.optimizer.optimizer.state.values()))["step"]
+        return {"optimizer": {"step": int(step), **moments}, "scaler": {}}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._loaded = state["optimizer"]
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.destroy()
+            self._engine = None
+            self.training = self.student
+
+    def _start(self) -> None:
+        if self._engine is not None:
+            return
+        self.training = self.student.clone()
+        module = self.training.module
+        encoders = _wrapped(self.training, self.stage)
+        named = dict(module.named_parameters())
+        self.sharded = {name: named[name] for name in self.names}
+        optimizer = self.make_optimizer(
+            ((self.sharded[name], self.saved[name].ndim) for name in self.names), fused=False
+        )
+        self._engine = _initialize(model=encoders, optimizer=optimizer, config=copy.deepcopy(self.zero))
+        inner = self._engine.optimizer.optimizer
+        loaded = self._loaded
+        # Made here, before the first step makes them: DeepSpeed 0.19 links what `safe_get_full_optimizer_state` reads
+        # after the first group's step, when those of the other groups would not be there yet.
+        for flat in self._flat():
+            zeros = {moment: torch.zeros_like(flat) for moment in MOMENTS}
+            inner.state[flat] = {
+                "step": torch.tensor(float(loaded["step"] if loaded else 0), dtype=torch.float32, device="cpu"),
+                **zeros,
+            }
+        if self.stage < 3:
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+        if loaded:
+            for moment in MOMENTS:
+                for name, parameter in self.sharded.items():
+                    if name in loaded[moment]:
+                        self._set_moment(parameter, moment, loaded[moment][name])
+        self._loaded = None
+
+    def _set_moment(self, parameter: nn.Parameter, moment: str, whole: Tensor) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        value = whole.to(self.runtime.device, torch.float32).reshape(-1)
+        if self.stage < 3:
+            safe_set_full_optimizer_state(parameter, value, moment)
+            return
+        # Its counterpart for whole values does not know of the padding at the end of the last rank's part.
+        count, rank = parameter.ds_tensor.numel(), self.runtime.ranks.rank  # type: ignore[attr-defined]
+        padded = nn.functional.pad(value, (0, max(0, count * (rank + 1) - value.numel())))
+        safe_set_local_optimizer_state(parameter, padded[count * rank : count * (rank + 1)], moment)
+
+    def _flat(self) -> Iterator[Tensor]:
+        """The flat parts of the master weights that this rank's optimizer steps."""
+        optimizer = self._engine.optimizer
+        if self.stage == 3:
+            yield from optimizer.fp32_partitioned_groups_flat
+        else:
+            yield from optimizer.single_partition_of_fp32_groups
+
+    def _encode_image(self, pixels: Tensor) -> Tensor:
+        return self._run(pixels=self._pixels(pixels))[0]
+
+    def _encode_text(self, tokens: Tensor) -> Tensor:
+        return self._run(tokens=tokens.to(self.runtime.device, non_blocking=True))[1]
+
+    def _encode(self, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self._run(self._pixels(pixels), tokens.to(self.runtime.device, non_blocking=True), True)
+
+    def _logit_scale(self) -> Tensor:
+        return self._run(scale=True)[2]
+
+    def _run(self, *inputs: Any, **named: Any) -> Any:
+        return self._engine(*inputs, **named)
+
+    def _pixels(self, pixels: Tensor) -> Tensor:
+        dtype = torch.bfloat16 if self.config.precision == "bf16" else pixels.dtype
+        return pixels.to(self.runtime.device, dtype, non_blocking=True)
+
+    def _backpropagate(self, scalar: Tensor) -> None:
+        self._engine.backward(scalar, scale_wrt_gas=False)
+
+    def _chunks(self, *rows: int) -> list[int]:
+        """The same on every rank: each chunk gathers parameters from all, or reduces gradients with all."""
+        return self.runtime.ranks.largest(*super()._chunks(*rows))
+
+
+class ShardedTeacher:
+    """A frozen model whose parameters lie on all ranks (ZeRO-3, no optimizer), encoding as its adapter does."""
+
+    def __init__(self, adapter: ClipAdapter, zero: dict[str, Any]) -> None:
+        adapter = adapter.clone()
+        adapter.module.requires_grad_(False)
+        self.module = adapter.module
+        offload = {key: value for key, value in zero["zero_optimization"].items() if key == "offload_param"}
+        config = {
+            "zero_optimization": {"stage": 3, **offload},
+            "train_micro_batch_size_per_gpu": 1,
+            "steps_per_print": 2**31,
+        }
+        self._engine = _initialize(model=_wrapped(adapter, 3), config=config)
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        return self._engine(pixels=pixels)[0]
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        return self._engine(tokens=tokens)[1]

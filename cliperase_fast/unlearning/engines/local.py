@@ -1,0 +1,107 @@
+"""The whole student on every rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cliperase_fast.config import UnlearnConfig
+from cliperase_fast.models import ClipAdapter
+from cliperase_fast.unlearning.engines.base import MOMENTS, Engine
+from cliperase_fast.unlearning.runtime import Runtime
+
+
+class LocalEngine(Engine):
+    """The whole student on every rank.
+
+    The ranks' gradients are averaged once, when a step has been accumulated: one pass of buckets over what is there.
+    DistributedDataParallel would overlap that with the last backward pass, but with cached gradients no backward pass
+    is the last for all parameters, and encoders are reached through methods, which it does not wrap.
+    """
+
+    def __init__(
+        self, student: ClipAdapter, parameters: list[tuple[str, nn.Parameter]], config: UnlearnConfig, runtime: Runtime
+    ) -> None:
+        super().__init__(student, parameters, config, runtime)
+        self.encode_image: Callable[[Tensor], Tensor] = (
+            student.encode_image
+        )  # or of what a frozen front makes of images
+        self.parameters = [parameter for _, parameter in parameters]
+        self.optimizer = self.make_optimizer((parameter, parameter.ndim) for parameter in self.parameters)
+        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
+
+    def step(self, rate: float) -> tuple[Tensor, bool]:
+        """As the base says. A gradient that is not finite changes no weights; in fp16, where it happens now and then,
+        the step is left out."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.runtime.ranks.average([p.grad for p in self.parameters if p.grad is not None])
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip or math.inf)
+        if not self.scaler.is_enabled() and not torch.isfinite(norm):
+            return norm, False
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm, True
+
+    def stepped(self) -> list[tuple[Tensor, Tensor | None]]:
+        state = self.optimizer.state
+        return [(p, state[p][MOMENTS[0]] if p in state else None) for p in self.parameters]
+
+    def weights(self) -> dict[str, Tensor]:
+        return self.saved
+
+    def update_student(self) -> None:
+        """It is what is trained."""
+
+    def close(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Any]:
+        known = {
+            name: self.optimizer.state[parameter]
+            for name, parameter in zip(self.names, self.parameters, strict=True)
+            if parameter in self.optimizer.state
+        }
+        steps = [int(of_parameter["step"]) for of_parameter in known.values()]
+        moments = {moment: {name: known[name][moment] for name in known} for moment in MOMENTS}
+        return {"optimizer": {"step": max(steps, default=0), **moments}, "scaler": self.scaler.state_dict()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        saved = state["optimizer"]
+        self.optimizer.state.clear()
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            if name in saved[MOMENTS[0]]:
+                self.optimizer.state[parameter] = {
+                    "step": torch.tensor(float(saved["step"]), dtype=torch.float32, device=parameter.device),
+                    **{moment: saved[moment][name].to(parameter, copy=True) for moment in MOMENTS},
+                }
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+
+    # An autocast of their own for each call: it would otherwise hand the weights it cast without a graph to the
+    # encoding that needs one.
+    def _encode(self, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self._encode_image(pixels), self._encode_text(tokens), self._logit_scale()
+
+    def _encode_image(self, pixels: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, D]
+        with self.runtime.autocast():
+            return self.encode_image(pixels.to(self.runtime.device, non_blocking=True))
+
+    def _encode_text(self, tokens: Tensor) -> Tensor:  # [U, L] -> [U, D]
+        with self.runtime.autocast():
+            return self.student.encode_text(tokens)
+
+    def _logit_scale(self) -> Tensor:
+        return self.student.logit_scale()
+
+    def _backpropagate(self, scalar: Tensor) -> None:
+        scalar.backward()
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        return self.scaler.scale(loss)

@@ -1,0 +1,93 @@
+"""Scores of a model on a split, and what the scores of a run are put together to."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from cliperase_fast.data.pixel_cache import PixelCache
+from cliperase_fast.evaluation import EncodedPairs, encode_pairs, require_finite, score
+from cliperase_fast.models import ClipAdapter
+from cliperase_fast.unlearning.runtime import Runtime
+from cliperase_fast.unlearning.selection import Candidate
+from cliperase_fast.unlearning.splits import Split
+
+
+class Evaluator:
+    """Scores models on a split and counts the seconds it takes."""
+
+    def __init__(self, runtime: Runtime, cache: PixelCache | None) -> None:
+        self.runtime, self.cache, self.seconds = runtime, cache, 0.0
+
+    def encode(self, adapter: ClipAdapter, part: Split, finite: bool = False) -> EncodedPairs:
+        began = time.perf_counter()
+        encoded = encode_pairs(
+            adapter,
+            part.pairs,
+            batch_size=self.runtime.batch_size,
+            device=self.runtime.device,
+            precision=self.runtime.precision,
+            num_workers=self.runtime.num_workers,
+            progress=self.runtime.progress,
+            ranks=self.runtime.ranks,
+            cache=self.cache,
+        )
+        if finite:
+            require_finite(encoded, part.pairs)
+        self.seconds += time.perf_counter() - began
+        return encoded
+
+    def score(self, encoded: EncodedPairs, part: Split) -> dict[str, Any]:
+        began = time.perf_counter()
+        scores = self.runtime.ranks.from_first(
+            lambda: score(encoded, part.pairs, part.forget_mask, device=self.runtime.device)
+        )
+        self.seconds += time.perf_counter() - began
+        return scores
+
+    def candidate(self, adapter: ClipAdapter, part: Split, step: int, epoch: int) -> Candidate:
+        scores = self.score(self.encode(adapter, part), part)
+        name = "zero_shot_top1" if part.pairs.classes is not None else "image_to_text_r@1"
+        forget, retain = scores["forget"], scores["retain"]
+        return Candidate(step, epoch, forget[name], retain[name], forget["pair_similarity"])
+
+
+def lowest(looks: Sequence[Candidate]) -> dict[str, Any]:
+    """The scores of the look at the validation split that forgot most, whatever became of the retain pairs."""
+    least = min(looks, key=lambda look: (look.forget, -look.retain))
+    return {"epoch": least.epoch, "forget": least.forget, "retain": least.retain}
+
+
+def per_class(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: {"set": row["set"], "pairs": row["pairs"], "before": row["accuracy"], "after": after[name]["accuracy"]}
+        for name, row in before.items()
+    }
+
+
+def by_set(values: np.ndarray, part: Split) -> dict[str, np.ndarray]:
+    return {"forget": values[part.forget_mask], "retain": values[~part.forget_mask]}
+
+
+def embeddings(before: EncodedPairs, after: EncodedPairs, part: Split, seed: int) -> dict[str, Any]:
+    """Image features of at most 600 test images, a third of them forget pairs where there are as many."""
+    generator = np.random.default_rng(seed)
+    forget = generator.permutation(part.n_forget)[:200]
+    retain = part.n_forget + generator.permutation(len(part.pairs) - part.n_forget)[: 600 - len(forget)]
+    chosen = np.sort(np.concatenate([forget, retain]))
+    labels, classes = part.pairs.labels, part.pairs.classes
+    if labels is None or classes is None:
+        names = [part.pairs.ids[index] for index in chosen]
+    else:
+        names = [classes[labels[index]] for index in chosen]
+    return {
+        "embeddings": {
+            "before": np.asarray(before.image_features)[chosen],
+            "after": np.asarray(after.image_features)[chosen],
+        },
+        "embedding_sets": ["forget" if index < part.n_forget else "retain" for index in chosen],
+        "embedding_labels": names,
+    }

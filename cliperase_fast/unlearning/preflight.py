@@ -1,0 +1,157 @@
+"""Models that cannot forget anything, told from a few features before training and before anything is written."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from cliperase_fast.config import UnlearnConfig
+from cliperase_fast.data import PairDataset
+from cliperase_fast.data.drawing import seeded
+from cliperase_fast.data.images import pixel_bytes
+from cliperase_fast.errors import InputError, UnlearningError
+from cliperase_fast.evaluation import EncodedPairs
+from cliperase_fast.models import ClipAdapter
+from cliperase_fast.models.precision import remedy_for_types
+from cliperase_fast.unlearning.batches import CaptionTable
+from cliperase_fast.unlearning.engines.base import train_mode
+from cliperase_fast.unlearning.runtime import Runtime
+
+SAME = 1e-6  # features closer than this in every component are one and the same
+
+
+def check_features(encoded: EncodedPairs, pairs: PairDataset) -> None:
+    """Raise `InputError` where all images, or all captions, have features of zero or the same features.
+
+    encoded: of `pairs`.
+    """
+    for features, what, method in (
+        (encoded.image_features, "images", "encode_image"),
+        (encoded.caption_features, "captions", "encode_text"),
+    ):
+        if len(features) == 0:
+            continue
+        zero = features.abs().amax(-1) == 0  # [n]
+        if zero.all():
+            raise InputError(
+                f"{method} gives features of zero for all {len(features)} {what}, so there is no similarity to change: "
+                "check the model's weights and what it does with its input"
+            )
+        if zero.any():
+            warnings.warn(
+                f"{method} gives features of zero for {int(zero.sum())} of {len(features)} {what}; they match nothing",
+                stacklevel=2,
+            )
+        same = len(features) > 1 and bool(((features - features[0]).abs() < SAME).all())
+        if same and (what == "captions" or _differ(pairs)):
+            raise InputError(
+                f"{method} gives all {len(features)} {what} the same features, so it does not tell them apart and "
+                f"there is nothing to forget: check that {method} uses its input"
+            )
+
+
+def check_captions(model: ClipAdapter, captions: CaptionTable, runtime: Runtime) -> None:
+    """Encode the caption with the highest token id, so that ids the model does not know are an error now."""
+    tokens = captions.rows([captions.highest])  # [1, L]
+    try:
+        with runtime.inference(model):
+            model.encode_text(tokens)
+    except (RuntimeError, IndexError) as error:
+        if isinstance(error, UnlearningError):
+            raise
+        raise InputError(
+            f"the model cannot encode a caption of {tokens.shape[1]} tokens with ids up to {int(tokens.max())} "
+            f"({error}): {remedy_for_types(error) or 'use its own tokenizer'}"
+        ) from error
+
+
+def check_gradient(
+    student: ClipAdapter,
+    parameters: list[tuple[str, nn.Parameter]],
+    pixels: Tensor,  # [3, H, W]
+    tokens: Tensor,  # [1, L]
+    config: UnlearnConfig,
+    runtime: Runtime,
+) -> None:
+    """Raise `InputError` unless a gradient reaches trained parameters through the features that `trainable` is about.
+
+    In the mode of training; the modules' modes, the buffers and the random state are as before afterwards.
+    """
+    if not parameters:
+        raise InputError(
+            f"trainable={config.trainable!r} leaves nothing to train in this {type(student.module).__name__}: none of "
+            "its parameters is a floating-point one of that part"
+        )
+    with seeded(config.seed), _training(student.module), torch.enable_grad(), runtime.autocast():
+        reached = {
+            "image": student.encode_image(pixels[None].to(runtime.device)).requires_grad,
+            "text": student.encode_text(tokens).requires_grad,
+        }
+    wanted = [config.trainable] if config.trainable in reached else list(reached)
+    missing = [f"encode_{tower}" for tower in wanted if not reached[tower]]
+    if len(missing) == len(wanted):
+        raise InputError(
+            f"no gradient reaches the trained parameters through {' and '.join(missing)}: nothing would be trained. "
+            "The features are detached (torch.no_grad, torch.inference_mode, .detach(), numpy) or do not depend on "
+            "these parameters; let them carry a gradient"
+        )
+    if missing:
+        other = "text" if missing == ["encode_image"] else "image"
+        warnings.warn(
+            f"no gradient goes through {missing[0]}, so only the {other} tower is trained; where that is meant, "
+            f"trainable={other!r} says it",
+            stacklevel=2,
+        )
+
+
+def check_teacher(
+    config: UnlearnConfig,
+    teacher: ClipAdapter,
+    captions: CaptionTable,
+    pixels: Tensor,
+    student: EncodedPairs,
+    runtime: Runtime,
+) -> None:
+    """Encode one pair, so that a teacher that cannot is an error before anything is written."""
+    try:
+        with runtime.inference(teacher):
+            image = teacher.encode_image(pixels[None].to(runtime.device))
+            text = teacher.encode_text(captions.rows([captions.highest]).to(runtime.device))
+    except (RuntimeError, IndexError) as error:
+        if isinstance(error, UnlearningError):
+            raise
+        raise InputError(
+            f"the teacher cannot encode the model's images and tokens ({error}); it needs the same image size and "
+            "tokenizer"
+        ) from error
+    if not (image.isfinite().all() and text.isfinite().all()):
+        raise InputError(
+            "the teacher's features are not finite (NaN or infinity): its arithmetic overflows or divides by zero; use "
+            "another teacher, or precision='fp32'"
+        )
+    width = text.shape[1]
+    if config.consistency == "features" and width != student.image_features.shape[1]:
+        raise InputError(
+            f"consistency='features' compares features directly, and the teacher's are {width} wide and the model's "
+            f"{student.image_features.shape[1]}; use 'logits' or 'intra' with a teacher like this"
+        )
+
+
+def _differ(pairs: PairDataset) -> bool:
+    first = pixel_bytes(pairs.image(0))
+    return any(pixel_bytes(pairs.image(index)) != first for index in range(1, len(pairs)))
+
+
+@contextmanager
+def _training(module: nn.Module) -> Iterator[None]:
+    before = [(part, part.training) for part in module.modules()]
+    train_mode(module)
+    try:
+        yield
+    finally:
+        for part, training in before:
+            part.training = training

@@ -1,0 +1,273 @@
+"""The run directory, and whether an interrupted run in it can go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from cliperase_fast.config import UnlearnConfig
+from cliperase_fast.distributed import Ranks
+from cliperase_fast.errors import InputError
+from cliperase_fast.models import ClipAdapter
+from cliperase_fast.progress import say
+from cliperase_fast.storage import (
+    Locked,
+    check_room,
+    check_writable,
+    explain,
+    lock,
+    write_all,
+    write_text_atomically,
+    writing,
+)
+from cliperase_fast.unlearning.checkpoints import (
+    Checkpoint,
+    OtherFormat,
+    list_damaged,
+    list_foreign,
+    load_newest,
+    metric_lines,
+    remove_drafts,
+)
+from cliperase_fast.unlearning.engines.base import MOMENTS
+
+_LOCK = ".lock"
+_DRAFTS = (".config.json.", ".metrics.jsonl.", ".result.json.", ".report.html.", ".model.", ".probe-")
+
+# Settings that a resumed run may change: they do not touch the weights that come out.
+_FREE = {
+    "num_workers", "report", "keep_checkpoints", "checkpoint_every", "deepspeed", "rank_timeout", "image_cache_mib",
+}  # fmt: skip
+
+
+class RunDirectory:
+    """The folder that a run writes to, None for none: checked, held against other processes, and cleaned of drafts.
+
+    A context manager: the lock goes with the block, and with the process. On several ranks it is the first one's.
+    """
+
+    def __init__(self, path: Path | None, resume: bool) -> None:
+        self.path, self.resume = path, resume
+        self._stack = ExitStack()
+        self._locked = False
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    def check(self) -> None:
+        """Raise InputError where the folder cannot serve; nothing stays behind that was not there."""
+        if self.path is None:
+            if self.resume:
+                raise InputError("resume=True needs output_dir, the run directory to go on with")
+            return
+        if "\0" in str(self.path):
+            raise InputError(f"output_dir={str(self.path)!r} has a NUL in it; give another folder")
+        with _readable(self.path):
+            if self.path.exists() and not self.path.is_dir():
+                raise InputError(f"output_dir={self.path} is a file; give a folder")
+        check_writable(self.path, "output_dir")
+        if self.path.is_dir():
+            self._lock()
+        self._check_use()
+        if self.resume and not holds_run(self.path):
+            say("nothing to resume in %s yet: starting from the beginning", self.path)
+
+    def check_room(
+        self, parameters: list[tuple[str, nn.Parameter]], student: ClipAdapter, original: ClipAdapter, keep: int
+    ) -> None:
+        """Raise InputError unless the disk has room for what the run will leave at most.
+
+        parameters: the trained ones. keep: checkpoints kept, beside which one is being written.
+        """
+        if self.path is None:
+            return
+        trained = _bytes_of(parameter for _, parameter in parameters)
+        weights = trained + _bytes_of(student.module.buffers())
+        model = _bytes_of(original.module.state_dict().values())
+        checkpoint = 2 * weights + 2 * trained  # the best weights, and two moments
+        there = sum(file.stat().st_size for file in self.path.glob("checkpoints/*/*") if file.is_file())
+        needed = max(checkpoint, (keep + 1) * checkpoint - there) + 2 * weights + model
+        remedy = f"free some space, use an output_dir on another disk, or fewer keep_checkpoints (now {keep})"
+        check_room(self.path, needed, max(weights, 2 * trained, model), remedy)
+
+    def open(self, settings: UnlearnConfig) -> Path:
+        """The folder to work in, made now; without one of the caller's a temporary one, gone with the block."""
+        if self.path is None:
+            with writing(tempfile.gettempdir(), "TMPDIR names the folder for temporary files"):
+                return Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="cliperase-")))
+        with writing(self.path, "or give another output_dir"):
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not self._locked:  # another process may have been as fast
+                self._lock()
+                self._check_use()
+            self._clean()
+            write_text_atomically(self.path / "config.json", json.dumps(settings.to_dict(), indent=2) + "\n")
+        return self.path
+
+    def save(self, result: Any) -> None:
+        """Write the result beside what the run has left; a disk that fails costs none of the training."""
+        assert self.path is not None
+        with writing(self.path, "the training is done and saved: go on with resume=True"):
+            result.save(self.path)
+
+    def _lock(self) -> None:
+        assert self.path is not None
+        try:
+            with writing(self.path / _LOCK):
+                self._stack.enter_context(lock(self.path / _LOCK))
+        except Locked as holder:
+            raise InputError(
+                f"output_dir={self.path} is in use by {holder}: wait for it to end, or give another folder"
+            ) from None
+        self._locked = True
+
+    def _check_use(self) -> None:
+        """A folder with anything in it is a run to resume, or somebody's; what a kill leaves first is neither."""
+        path = self.path
+        assert path is not None
+        with _readable(path):
+            used = path.is_dir() and any(not _is_draft(entry.name) for entry in path.iterdir())
+            ours = used and holds_run(path)
+        if used and not self.resume:
+            go_on = ", or resume=True to go on with it" if ours else ""
+            raise InputError(f"output_dir={path} is already used: give another folder{go_on}")
+        if used and not ours:
+            raise InputError(
+                f"output_dir={path} holds other files and no run, so there is nothing to resume; give another folder"
+            )
+
+    def _clean(self) -> None:
+        """Remove the drafts of a run that was killed; the lock says that nobody is at them."""
+        assert self.path is not None
+        for entry in self.path.iterdir():
+            if _is_draft(entry.name) and entry.name != _LOCK:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        remove_drafts(self.path / "checkpoints")
+        for foreign in list_foreign(self.path / "checkpoints"):
+            warnings.warn(f"{foreign} is not a checkpoint and is left alone", stacklevel=2)
+
+
+class MetricsLog:
+    """metrics.jsonl: the lines of the steps done, and each further one as it comes. A context manager."""
+
+    def __init__(self, path: Path, done: list[dict[str, Any]]) -> None:
+        write_text_atomically(path, "".join(metric_lines(done)))
+        self._handle = os.open(path, os.O_WRONLY | os.O_APPEND)
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        os.close(self._handle)
+
+    def append(self, line: dict[str, Any]) -> None:
+        for text in metric_lines([line]):
+            write_all(self._handle, text.encode("utf-8"))
+
+
+def _bytes_of(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def holds_run(path: Path) -> bool:
+    """Whether a folder is a run's: it has checkpoints, or the settings of one that was killed before the first.
+
+    Many other folders have a config.json, those of transformers models among them, and must not be written to.
+    """
+    if any((path / "checkpoints").glob("step-*/state.json")):
+        return True
+    try:
+        settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(settings, dict) and {"lambda_forget", "lambda_consistency"} <= settings.keys()
+
+
+def _is_draft(name: str) -> bool:
+    return name == _LOCK or (name.startswith(_DRAFTS) and name.endswith(".tmp"))
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"output_dir={explain(error, path)}") from error
+
+
+def fixed_settings(settings: UnlearnConfig) -> dict[str, Any]:
+    return {key: value for key, value in settings.to_dict().items() if key not in _FREE}
+
+
+def resume_from(directory: Path | None, identity: dict[str, Any], ranks: Ranks) -> Checkpoint | None:
+    """The newest whole checkpoint, read by the first rank, on all."""
+    found: list[Checkpoint] = []
+
+    def read() -> tuple[Path, dict[str, Any], dict[str, Any], list[dict[str, Any]]] | None:
+        checkpoint = _newest(directory, identity)
+        if checkpoint is None:
+            return None
+        found.append(checkpoint)
+        small = {**checkpoint.trainer, "optimizer": {"step": checkpoint.trainer["optimizer"]["step"]}}
+        return checkpoint.path, checkpoint.state, small, checkpoint.metrics
+
+    told = ranks.from_first(read)
+    if told is None:
+        return None
+    path, state, trainer, metrics = told
+    own = found[0] if found else None
+    student = ranks.from_first_tensors(own.student if own else None)
+    for moment in MOMENTS:
+        trainer["optimizer"][moment] = ranks.from_first_tensors(own.trainer["optimizer"][moment] if own else None)
+    return Checkpoint(path, state, student, trainer, metrics)
+
+
+def _newest(directory: Path | None, identity: dict[str, Any]) -> Checkpoint | None:
+    """The newest whole checkpoint, or None when the run was stopped before it wrote one."""
+    assert directory is not None
+    root = directory / "checkpoints"
+    try:
+        checkpoint = load_newest(root)
+    except OtherFormat:
+        raise InputError(
+            f"the checkpoints in {root} were written by another version; start again in another output_dir"
+        ) from None
+    if checkpoint is None:
+        if list_damaged(root):
+            raise InputError(f"every checkpoint in {root} is damaged; start again in another folder")
+        return None
+    saved = checkpoint.state["identity"]
+    for name, remedy in (
+        ("model", "it was made with another model"),
+        ("teacher", "it was made with another teacher"),
+        ("data", "it was made with other data"),
+        ("tokenizer", "it was made with another tokenizer (the captions give other tokens)"),
+        ("transform", "it was made with another transform (an image gives other pixels)"),
+    ):
+        if saved.get(name) != identity[name]:
+            raise InputError(f"cannot resume from {checkpoint.path}: {remedy}; start again in another output_dir")
+    settings = saved.get("config")
+    settings = settings if isinstance(settings, dict) else {}
+    differing = [
+        f"{key} {settings.get(key)!r} -> {value!r}"
+        for key, value in identity["config"].items()
+        if settings.get(key) != value
+    ]
+    if differing:
+        raise InputError(
+            f"cannot resume from {checkpoint.path}: the settings differ ({'; '.join(differing)}); give the old ones, "
+            "or start again in another output_dir"
+        )
+    return checkpoint

@@ -1,0 +1,167 @@
+"""Whether steps are large enough for the weights to hold them: measured once, in the first step at the full rate."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cliperase_fast.config import UnlearnConfig
+from cliperase_fast.distributed import Ranks
+from cliperase_fast.errors import UnlearningError
+from cliperase_fast.models import ClipAdapter, lora
+from cliperase_fast.unlearning.engines.base import Engine
+
+KEY = "weights_changed"  # of a line of metrics.jsonl
+FEW = 0.1  # share of the weights below which a step counts as hardly one
+_SAMPLE = 1 << 16  # weights looked at in each tensor
+
+
+class ChangeMeter:
+    """Measures which share of the weights changes, of those that a gradient has reached.
+
+    In the first step at the full learning rate (after the warm-up) whose gradient is not zero. A share of 0 is an
+    `UnlearningError`, as is a gradient that stays zero for an epoch; a small one is a warning.
+    """
+
+    def __init__(self, config: UnlearnConfig, steps_per_epoch: int, total_steps: int, ranks: Ranks) -> None:
+        self.config, self.ranks = config, ranks
+        self.first = min(max(config.warmup_steps - 1, 0), total_steps - 1)
+        self.patience = max(self.first, min(steps_per_epoch, total_steps) - 1)
+        self.done = False
+        self._before: list[Tensor] | None = None
+
+    def before(self, step: int, engine: Engine) -> None:
+        """step: how many are done."""
+        self._before = None
+        if not self.done and step >= self.first:
+            self._before = [_sample(weights) for weights, _ in engine.stepped()]
+
+    def after(self, step: int, engine: Engine, rate: float, norm: Tensor) -> dict[str, float]:
+        """What to add to the step's line of metrics: empty unless this was the step that is measured."""
+        if self._before is None or not torch.isfinite(norm):  # a step that fp16 left out
+            return {}
+        found = _Tally.of(self._before, engine.stepped(), self.ranks)
+        self._before = None
+        if found.reached == 0:
+            if step >= self.patience:
+                why = _no_gradient(self.config)
+                raise UnlearningError(f"the gradient was zero in each of {step + 1} steps: {why}")
+            return {}
+        self.done = True
+        if found.changed == 0:
+            why = _too_small(rate, found.median, float(norm))
+            raise UnlearningError(f"step {step + 1} changed none of the weights: {why}")
+        share = found.changed / found.reached
+        if share < FEW and self.ranks.first:
+            warnings.warn(few_changed(share, rate), stacklevel=2)
+        return {KEY: share}
+
+    def resume(self, metrics: list[dict[str, Any]]) -> None:
+        self.done = changed_share(metrics) is not None
+
+
+@dataclass
+class _Tally:
+    """How many weights a gradient has reached, how many of them changed, and from which change on half of them would.
+
+    A weight of exactly 0 holds any change, however small, so such weights count only where a gradient reaches no others
+    (as in the first step of LoRA).
+    """
+
+    reached: float
+    changed: float
+    median: float
+
+    @classmethod
+    def of(cls, before: list[Tensor], after: list[tuple[Tensor, Tensor | None]], ranks: Ranks) -> _Tally:
+        # of weights that were 0, and of the others: reached, changed
+        counts = torch.zeros(2, 2, dtype=torch.float64, device="cpu")
+        resolution = [torch.zeros(0, dtype=torch.float32, device="cpu")]
+        for old, (weights, moment) in zip(before, after, strict=True):
+            if moment is None or not len(old):
+                continue
+            share = weights.numel() / len(old)  # of how many weights each of the sample speaks
+            has_gradient, changed = _sample(moment) != 0, _sample(weights) != old
+            for row, members in enumerate((old == 0, old != 0)):
+                mine = has_gradient & members
+                counts[row, 0] += share * int(mine.sum())
+                counts[row, 1] += share * int((mine & changed).sum())
+            resolution.append(_half_step(old[has_gradient & (old != 0)]).cpu())
+        steps = torch.cat(resolution)
+        median = max(ranks.numbers(float(steps.median()) if len(steps) else 0.0))
+        zeros, others = ([sum(ranks.numbers(float(value))) for value in row] for row in counts)
+        reached, changed_count = others if others[0] else zeros
+        return cls(reached, changed_count, median)
+
+
+def changed_share(metrics: list[dict[str, Any]]) -> float | None:
+    """What was measured, out of the lines of metrics.jsonl."""
+    return next((line[KEY] for line in metrics if KEY in line), None)
+
+
+def few_changed(share: float, rate: float) -> str:
+    return (
+        f"one step changes only {100 * share:.2g}% of the weights that it has a gradient for: learning_rate={rate:g} "
+        "is close to the resolution of float32; raise it if too little is forgotten"
+    )
+
+
+def notes(metrics: list[dict[str, Any]], settings: Mapping[str, Any]) -> list[str]:
+    """What the result should say of its steps."""
+    share = changed_share(metrics)
+    found = [] if share is None or share >= FEW else [few_changed(share, settings["learning_rate"])]
+    if settings["lambda_forget"] == 0:
+        found.append("With lambda_forget=0 no loss pushed the forget pairs apart: what they lost is a side effect")
+    return found
+
+
+def merge_lora(student: ClipAdapter, config: UnlearnConfig) -> None:
+    """Fold LoRA's updates in. `UnlearningError` where they are too small to change a weight."""
+    layers: list[Any] = [layer for layer in student.module.modules() if hasattr(layer, "lora_A")]
+    weights = [layer.get_base_layer().weight for layer in layers]
+    before = [_sample(weight) for weight in weights]
+    lora.merge_lora(student)
+    if weights and all(torch.equal(_sample(weight), old) for weight, old in zip(weights, before, strict=True)):
+        raise UnlearningError(
+            "LoRA's update is below the resolution of the weights, so that folding it in changes none of them: raise "
+            f"learning_rate (now {config.learning_rate:g}), epochs or lora_alpha"
+        )
+
+
+def _sample(values: Tensor) -> Tensor:
+    flat = values.detach().reshape(-1)
+    return flat[:: max(1, len(flat) // _SAMPLE)].clone()
+
+
+def _half_step(weights: Tensor) -> Tensor:
+    """Half the distance to the next float32: what is added must be more to change anything."""
+    size = weights.abs()
+    return (torch.nextafter(size, torch.full_like(size, torch.inf)) - size) / 2
+
+
+def _too_small(rate: float, median: float, norm: float) -> str:
+    if rate < median:
+        return (
+            f"learning_rate={rate:g} is below the resolution of these float32 weights; half of them would change from "
+            f"{median:.1g} on, and 1e-8 to 1e-4 are usual: raise learning_rate"
+        )
+    return (
+        f"the gradient's norm is {norm:g}, which Adam takes for zero: raise lambda_forget and the other weights of the "
+        "loss, or check that the model's features depend on its weights"
+    )
+
+
+def _no_gradient(config: UnlearnConfig) -> str:
+    if config.lambda_forget == 0:
+        return "with lambda_forget=0 nothing pushes the forget pairs apart; set it above 0"
+    if config.forget_loss == "hinge":
+        return (
+            f"every forget pair's cosine is below margin={config.margin:g} already, so the hinge loss has nothing to "
+            "push; lower margin, or use forget_loss='cosine'"
+        )
+    return "the losses do not depend on the trained weights; check the model's encoders and trainable"

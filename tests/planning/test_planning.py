@@ -1,0 +1,53 @@
+"""`cliperase-fast plan`."""
+
+import pytest
+
+from cliperase_fast import cli
+from cliperase_fast.planning.cost_model import step_cost
+from cliperase_fast.planning.report import step_of
+
+
+def call(**options):
+    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    return cli.main(["plan", *words])
+
+
+def test_memory_and_time_are_printed_and_said_to_be_computed(capsys):
+    assert call(batch=65536, gpus=64, model="ViT-B-32", chunk=256) == 0
+    told = capsys.readouterr().out
+    assert "memory of a GPU" in told and "time of a step" in told and "Computed, not measured" in told
+    assert "does not fit" not in told
+
+
+def test_what_does_not_fit_is_said_with_a_remedy(capsys):
+    assert call(batch=1 << 20, gpus=64, model="ViT-B-32") == 0
+    assert "does not fit" in (told := capsys.readouterr().out) and "smaller --chunk" in told
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"batch": 1000}, "960 or 1024"),
+        ({"gpus": 0}, "gpus=0"),
+        ({"model": "ViT-B-31"}, "ViT-B-32"),
+        ({"gpu": "v100"}, "a100, h100, h200"),
+        ({"chunk": 17}, "share of 16"),
+        ({"zero": 4}, "zero=4"),
+        ({"efficiency": 0}, "efficiency=0"),
+        ({"gather": "some"}, "ring"),
+        ({"precision": "fp8"}, "bf16"),
+        ({"strip_mib": -1}, "strip"),
+    ],
+)
+def test_bad_input_is_refused_by_name(capsys, wrong, says):
+    assert call(**{"batch": 1024, "gpus": 64, "model": "ViT-B-32", **wrong}) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_ring_takes_less_memory_and_zero_shards_the_student():
+    usual, ring, zero = (
+        step_cost(step_of(batch=1 << 20, gpus=512, model="ViT-B-32", **options))
+        for options in ({}, {"gather": "ring"}, {"zero": 3})
+    )
+    assert ring.memory["loss"] < usual.memory["loss"] / 5
+    assert zero.memory["student"] == pytest.approx(usual.memory["student"] / 512)
