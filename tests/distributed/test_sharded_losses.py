@@ -16,7 +16,7 @@ OPTIONS = list(itertools.product(("cosine", "hinge", "contrastive"), ("logits", 
 BACKENDS = [
     name
     for name, backend in REGISTRY.items()
-    if backend.load_engine is not None
+    if backend.load_kernels is not None
     and backend.why_missing() is None
     and (backend.devices is None or "cpu" in backend.devices)
 ]
