@@ -18,6 +18,7 @@ from cliperase_fast.reading import read_text
 
 CONSISTENCY_MODES = ("logits", "features", "intra")
 FORGET_LOSSES = ("cosine", "hinge", "contrastive")
+LOGGERS = ("none", "tensorboard", "wandb")  # beside metrics.jsonl; see unlearning/loggers.py
 
 
 def _option(default: Any, help: str, choices: tuple[str, ...] | None = None, group: str = "training") -> Any:
@@ -133,6 +134,12 @@ class UnlearnConfig:
     )
     keep_checkpoints: int = _option(2, "checkpoints kept", group="run")
     report: bool = _option(True, "write plots and report.html", group="run")
+    logger: str = _option(
+        "none",
+        "where metrics go besides metrics.jsonl: tensorboard, wandb (Weights & Biases) or none",
+        LOGGERS,
+        group="run",
+    )
 
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
@@ -140,7 +147,7 @@ class UnlearnConfig:
             object.__setattr__(self, spec.name, value)
             choices = spec.metadata["choices"]
             if choices and value not in choices:
-                raise InputError(f"{spec.name}={value!r} is not one of {', '.join(choices)}")
+                raise InputError(f"{spec.name}={value!r} is not one of {', '.join(choices)}{_nearest(value, choices)}")
         for name in ("epochs", "batch_size", "accumulate", "eval_batch_size", "evaluate_every", "lora_rank",
                      "checkpoint_every", "keep_checkpoints"):  # fmt: skip
             self._require(getattr(self, name) >= 1, name, "must be at least 1")
@@ -205,8 +212,7 @@ class UnlearnConfig:
         known = [spec.name for spec in dataclasses.fields(cls)]
         for name in settings:
             if name not in known:
-                near = difflib.get_close_matches(str(name), known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+                hint = _nearest(name, known) or f"; known are {', '.join(known)}"
                 raise InputError(f"unknown setting {name!r}{hint}")
         return cls(**settings)
 
@@ -309,6 +315,11 @@ def _coerce(spec: dataclasses.Field[Any], value: Any) -> Any:
     if number is int and isinstance(value, float) and value != converted:
         raise InputError(f"{spec.name}={value!r} must be a whole number")
     return converted
+
+
+def _nearest(name: Any, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(str(name), known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _shortly(value: Any) -> str:

@@ -18,6 +18,8 @@ EXTRAS = {
     "open-clip-training": "open_clip_train.main",
     "lightning": "lightning",
     "diffusers": "diffusers",
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
 }
 
 

@@ -43,6 +43,7 @@ from cliperase_fast.unlearning.engines.frozen_features import keep_front
 from cliperase_fast.unlearning.engines.local import LocalEngine
 from cliperase_fast.unlearning.evaluator import Evaluator, by_set, embeddings, lowest, per_class
 from cliperase_fast.unlearning.identity import tokenizer_identity, transform_identity
+from cliperase_fast.unlearning.loggers import require_logger
 from cliperase_fast.unlearning.output_model import give_back
 from cliperase_fast.unlearning.preflight import check_captions, check_features, check_gradient, check_teacher
 from cliperase_fast.unlearning.result import UnlearnResult
@@ -332,6 +333,7 @@ def _check_settings(settings: UnlearnConfig, directory: RunDirectory, runtime: R
             f"{settings.retain_pairs} retain pairs, and each of the {ranks.size} ranks needs one of both: raise "
             "batch_size or start fewer ranks"
         )
+    require_logger(settings.logger, directory.path)
     if ranks.first:
         directory.check()
     return read_deepspeed(settings.deepspeed, settings, ranks) if settings.deepspeed else None

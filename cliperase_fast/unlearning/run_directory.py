@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 import warnings
@@ -25,7 +24,6 @@ from cliperase_fast.storage import (
     check_writable,
     explain,
     lock,
-    write_all,
     write_text_atomically,
     writing,
 )
@@ -35,7 +33,6 @@ from cliperase_fast.unlearning.checkpoints import (
     list_damaged,
     list_foreign,
     load_newest,
-    metric_lines,
     remove_drafts,
 )
 from cliperase_fast.unlearning.engines.base import MOMENTS
@@ -46,6 +43,7 @@ _DRAFTS = (".config.json.", ".metrics.jsonl.", ".result.json.", ".report.html.",
 # Settings that a resumed run may change: they do not touch the weights that come out.
 _FREE = {
     "num_workers", "report", "keep_checkpoints", "checkpoint_every", "deepspeed", "rank_timeout", "image_cache_mib",
+    "logger",
 }  # fmt: skip
 
 
@@ -157,24 +155,6 @@ class RunDirectory:
         remove_drafts(self.path / "checkpoints")
         for foreign in list_foreign(self.path / "checkpoints"):
             warnings.warn(f"{foreign} is not a checkpoint and is left alone", stacklevel=2)
-
-
-class MetricsLog:
-    """metrics.jsonl: the lines of the steps done, and each further one as it comes. A context manager."""
-
-    def __init__(self, path: Path, done: list[dict[str, Any]]) -> None:
-        write_text_atomically(path, "".join(metric_lines(done)))
-        self._handle = os.open(path, os.O_WRONLY | os.O_APPEND)
-
-    def __enter__(self) -> MetricsLog:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        os.close(self._handle)
-
-    def append(self, line: dict[str, Any]) -> None:
-        for text in metric_lines([line]):
-            write_all(self._handle, text.encode("utf-8"))
 
 
 def _bytes_of(tensors: Iterable[Tensor]) -> int:

@@ -24,7 +24,7 @@ from cliperase_fast.storage import writing
 from cliperase_fast.unlearning import checkpoints
 from cliperase_fast.unlearning.batches import Batch, BatchLoader
 from cliperase_fast.unlearning.engines.base import Engine
-from cliperase_fast.unlearning.run_directory import MetricsLog
+from cliperase_fast.unlearning.loggers import MetricsLog
 from cliperase_fast.unlearning.runtime import Runtime
 from cliperase_fast.unlearning.selection import Candidate, Selection
 from cliperase_fast.unlearning.step_effect import ChangeMeter
@@ -102,7 +102,8 @@ class Trainer:
         first = self.progress.step * self.config.accumulate
         batches = self.loader.batches(first, self.total_steps * self.config.accumulate)
         opened: list[MetricsLog] = []
-        self._on_first(lambda: opened.append(MetricsLog(self.directory / "metrics.jsonl", self.progress.metrics)))
+        settings, done = self.config.to_dict(), self.progress.metrics
+        self._on_first(lambda: opened.append(MetricsLog(self.directory, self.config.logger, settings, done)))
         log = opened[0] if opened else None
         with bar, log or nullcontext():
             while self.progress.step < self.total_steps and not self.progress.stopped_early:

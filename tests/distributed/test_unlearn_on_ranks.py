@@ -125,7 +125,9 @@ def test_dropout_draws_are_those_of_the_step_not_of_the_run(two):
 @pytest.mark.parametrize("deepspeed", ["", "zero3"])
 def test_one_rank_writes_and_the_model_loads_alone(two, tmp_path, deepspeed):
     output = tmp_path / "run"
-    found, _ = two.run(run_here, {"output_dir": output, "deepspeed": deepspeed, "teacher_cache": "disk", "epochs": 1})
+    changes = {"deepspeed": deepspeed, "teacher_cache": "disk", "epochs": 1, "logger": "tensorboard"}
+    found, _ = two.run(run_here, {"output_dir": output, **changes})
+    assert len(list((output / "tensorboard").iterdir())) == 1
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "total" in line]
     assert [line["step"] for line in steps] == list(range(1, len(steps) + 1)), "every step stands there once"
