@@ -1,7 +1,7 @@
 # make demo   set up what the demo needs, then make a CLIP forget the digit seven (leaves runs/demo/)
 # make test   set up what the tests need too, then lint and test; fails at the end when either failed
 # make lint   ruff and mypy alone
-# make long-check   the tests that take minutes: every tests/**/long_*.py
+# make long-check   the tests that take minutes: those marked `long`
 # make native-sanitize   the C++ sweep's tests under the address and undefined-behaviour sanitizers
 # make cuda-sanitize   the same for the CUDA kernels, emulated on the CPU
 # make avx512-check   the C++ sweep's test on an emulated processor with AVX-512 (says which Debian packages it needs)
@@ -56,7 +56,7 @@ lint: $(TEST)
 
 long-check: $(TEST)
 	@echo 'pytest: the tests that take minutes each'
-	OMP_NUM_THREADS=1 $(OURS) $(RUN) pytest -n 2 --dist loadfile $(shell find tests -name 'long_*.py')
+	OMP_NUM_THREADS=1 $(OURS) $(RUN) pytest -n 2 --dist loadfile -m long
 
 bench-check: $(TEST)
 	$(BIN)/python -m benchmarks.check
@@ -79,9 +79,10 @@ native-sanitize: $(TEST)
 avx512-check: $(TEST)
 	PATH="$(CURDIR)/$(BIN):$$PATH" csrc/tests/avx512/run.sh
 
+# pytest imports only the files that hold such tests: those need torch, triton and pytest, and not the extra `dev`.
 gpu-check:
 	CLIPERASE_EXTENSION=1 CLIPERASE_CUDA=ON '$(PYTHON)' setup.py -q build_ext --inplace
-	'$(PYTHON)' -m pytest tests/ops/gpu_triton.py tests/ops/gpu_native.py tests/ops/gpu_runtime.py
+	'$(PYTHON)' -m pytest -m gpu $(shell grep -rl --include='test_*.py' 'pytest.mark.gpu' tests)
 	'$(PYTHON)' -m benchmarks.loss --gpu-check
 	'$(PYTHON)' -m benchmarks.fastest
 

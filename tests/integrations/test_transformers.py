@@ -222,7 +222,7 @@ def test_a_compiled_and_checkpointed_model_has_the_same_loss():
 
 
 def test_two_ranks_of_a_trainer_follow_the_stock_curve(tmp_path):
-    """DDP as Trainer sets it up; ZeRO, gradient checkpointing and compiled models are in `long_trainers.py`."""
+    """DDP as Trainer sets it up."""
     assert_same_curves(trainer_ranks.curves(tmp_path, "CLIPModel", ddp_backend="gloo"), "DistributedDataParallel")
 
 
@@ -231,6 +231,30 @@ def assert_same_curves(found, wrapped):
     assert len(found["Trainer"]) == trainer_ranks.STEPS
     assert found["FusedTrainer"] == pytest.approx(found["Trainer"], rel=1e-4, abs=1e-4)
     assert len(set(found["FusedTrainer"])) == trainer_ranks.STEPS  # it trains
+
+
+WRAPPINGS = {
+    "gradient checkpointing": ({"ddp_backend": "gloo", "gradient_checkpointing": True}, "DistributedDataParallel"),
+    "accumulation": ({"ddp_backend": "gloo", "gradient_accumulation_steps": 2}, "DistributedDataParallel"),
+    "compiled": (
+        # traced and run as it is, without a C++ compiler in each process
+        {"ddp_backend": "gloo", "torch_compile": True, "torch_compile_backend": "aot_eager"},
+        "OptimizedModule",
+    ),
+    "ZeRO 2, accumulation": (
+        {"deepspeed": trainer_ranks.zero(2), "gradient_accumulation_steps": 2},
+        "DeepSpeedEngine",
+    ),
+    **{f"ZeRO {stage}": ({"deepspeed": trainer_ranks.zero(stage)}, "DeepSpeedEngine") for stage in (1, 2, 3)},
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("model", ["CLIPModel", "SiglipModel"])
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_two_ranks_follow_the_stock_curve_however_the_trainer_wraps_the_model(wrapping, model, tmp_path):
+    options, wrapped = WRAPPINGS[wrapping]
+    assert_same_curves(trainer_ranks.curves(tmp_path, model, **options), wrapped)
 
 
 def trainer_of(trainer_kind, kind, folder, with_loss=True, compute_metrics=None, **options):

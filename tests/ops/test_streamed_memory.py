@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from processes import apart, peak
@@ -37,9 +38,9 @@ def test_forward_and_backward_stay_under_a_twentieth_of_one_similarity_matrix():
     assert 0 < extra < ALLOWED, f"{extra / 2**20:.1f} MiB"
 
 
-def test_pure_pytorch_does_so_at_half_the_pairs():
-    """At all of them in `long_streamed_memory.py`."""
-    extra = apart(extra_memory, "torch", "nothing", N // 2)
+@pytest.mark.parametrize("pairs", [N // 2, pytest.param(N, marks=pytest.mark.long)])
+def test_pure_pytorch_does_so_too(pairs):
+    extra = apart(extra_memory, "torch", "nothing", pairs)
     assert 0 < extra < ALLOWED, f"{extra / 2**20:.1f} MiB"
 
 

@@ -113,10 +113,11 @@ def go_on_from(state: Path) -> None:
 CRASHING = {"teacher_cache": "disk", "keep_checkpoints": 1}
 
 
-def test_after_a_kill_between_any_two_file_operations_the_run_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+@pytest.mark.parametrize("resumed", [6, pytest.param(None, marks=pytest.mark.long)], ids=["six", "every"])
+def test_after_a_kill_between_any_two_file_operations_the_run_goes_on_to_the_same_bits(tmp_path, monkeypatch, resumed):
     states = crashes_of(tmp_path, monkeypatch, **CRASHING)
     assert len(states) > 60
-    for state in states[:: max(1, len(states) // 6)]:  # long_kills.py goes on from every one
+    for state in states[:: len(states) // resumed if resumed else 1]:
         go_on_from(state)
         assert_same_run(state, tmp_path / "run")
 

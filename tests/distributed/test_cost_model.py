@@ -1,4 +1,4 @@
-"""What `distributed.plan` computes is what ranks are seen to do."""
+"""The cost model of `cliperase-fast plan` against what ranks are seen to do."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from ranks import Ranks
 from benchmarks import sharded_products
 from cliperase_fast.planning.cost_model import sweep_cost
 
+pytestmark = pytest.mark.long
 PAIRS = 2048  # a rank
 
 

@@ -1,4 +1,4 @@
-"""What only a GPU shows of the fused backends: streams, graphs, devices, precisions, offsets; for `make gpu-check`."""
+"""Tests of the fused backends that need a GPU: streams, graphs, devices, precisions, offsets (`make gpu-check`)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from cliperase_fast import functional
 from cliperase_fast.ops import backends
 
+pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
 BACKENDS = [name for name in ("triton", "native") if name in backends() and "cuda" in backends()[name].devices]
 

@@ -1,4 +1,4 @@
-"""The Triton sweep on a GPU against float64; run by `make gpu-check`. The interpreter's tests have the odd cases."""
+"""Tests of the Triton sweep on a GPU, against float64 (`make gpu-check`). The interpreter tests the odd cases."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from cliperase_fast.ops import eager
 from cliperase_fast.ops.triton.sigmoid import sigmoid
 from cliperase_fast.ops.triton.sweep import sweep
 
+pytestmark = pytest.mark.gpu
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
 

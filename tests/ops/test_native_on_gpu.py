@@ -1,6 +1,6 @@
-"""The CUDA half of the backend "native" on a GPU against float64; run by `make gpu-check`.
+"""Tests of the CUDA half of the backend "native" on a GPU, against float64 (`make gpu-check`).
 
-Needs the extension, built with nvcc. What streams, graphs and devices ask for is in `gpu_runtime.py`, for all backends.
+Needs the extension, built with nvcc. `test_runtime_on_gpu.py` tests streams, graphs and devices for all backends.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from cliperase_fast.ops.native import cuda
 from cliperase_fast.ops.native.cuda import CudaKernels
 from cliperase_fast.ops.streaming import sweep as streamed
 
+pytestmark = pytest.mark.gpu
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for torch's deterministic mode
 NAME = "native_cuda_checked"
 on_gpu = as_sweep(CudaKernels(name=NAME, block_columns=128))

@@ -1,9 +1,12 @@
 """An association goes, and neither of the things it is made of. On rendered shapes, seeded."""
 
+import pytest
+
 from benchmarks.quality import kinship
 from cliperase_fast.demo import run_demo
 
 
+@pytest.mark.long
 def test_an_association_goes_and_neither_its_colour_nor_its_shape(tmp_path, model_cache):
     source = "shapes?train=60&test=20"
     result = run_demo(f"{source}#class:red circle", tmp_path / "run", cache_dir=model_cache, report=False)

@@ -16,6 +16,7 @@ import pytest
 from runs import run_here, run_kind, run_on_digits
 from test_unlearn_on_ranks import alone, assert_same_run
 
+pytestmark = pytest.mark.long
 HERE = Path(__file__).parent
 BIN = Path(sys.executable).parent
 
