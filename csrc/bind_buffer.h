@@ -1,4 +1,4 @@
-// Python's side of `Buffer`, for the module and for the emulated kernels of the tests.
+// The Python class Buffer, for the extension and for the emulated kernels of the tests.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -11,15 +11,15 @@
 
 namespace cliperase {
 
-// Holds on to what owns the memory for as long as it is described.
+// Keeps the owner of the memory alive.
 struct OwnedBuffer : Buffer {
     pybind11::object owner;
 };
 
 inline OwnedBuffer make_buffer(std::uintptr_t address, std::string dtype, const pybind11::tuple& sizes,
                                const pybind11::tuple& strides, std::string device, pybind11::object owner) {
-    if (sizes.size() != strides.size() || sizes.size() > MOST_DIMENSIONS)
-        throw std::invalid_argument("a buffer has as many strides as sizes, and at most " + std::to_string(MOST_DIMENSIONS));
+    if (sizes.size() != strides.size() || sizes.size() > MAX_DIMENSIONS)
+        throw std::invalid_argument("a buffer must have as many strides as sizes, and at most " + std::to_string(MAX_DIMENSIONS));
     OwnedBuffer out{{address, std::move(dtype), static_cast<int>(sizes.size()), {}, {}, std::move(device)}, std::move(owner)};
     for (std::size_t at = 0; at < sizes.size(); ++at) {
         out.sizes[at] = sizes[at].cast<std::int64_t>(), out.strides[at] = strides[at].cast<std::int64_t>();
@@ -30,8 +30,8 @@ inline OwnedBuffer make_buffer(std::uintptr_t address, std::string dtype, const 
 
 inline void bind_buffer(pybind11::module_& module) {
     namespace py = pybind11;
-    // Local to the module: the emulated kernels of the tests have the same type.
-    py::class_<OwnedBuffer>(module, "Buffer", "Memory: where, of what type, sizes, strides in elements, and on which device.",
+    // Local to the module, as the emulated kernels of the tests define the same type.
+    py::class_<OwnedBuffer>(module, "Buffer", "Memory: address, dtype, sizes, strides in elements, and device.",
                             py::module_local())
         .def(py::init(&make_buffer), py::arg("address"), py::arg("dtype"), py::arg("sizes"), py::arg("strides"),
              py::arg("device"), py::arg("owner") = py::none());

@@ -1,6 +1,7 @@
 #include "buffer.h"
 
 #include <algorithm>
+#include <iterator>
 #include <stdexcept>
 
 namespace cliperase {
@@ -15,7 +16,7 @@ std::string listed(const Numbers& numbers, const Text& text) {
     return out + "]";
 }
 
-std::string listed(const std::array<std::int64_t, MOST_DIMENSIONS>& numbers, int dimensions) {
+std::string listed(const std::array<std::int64_t, MAX_DIMENSIONS>& numbers, int dimensions) {
     std::string out = "[";
     for (int at = 0; at < dimensions; ++at) out += (at > 0 ? ", " : "") + std::to_string(numbers[at]);
     return out + "]";
@@ -27,14 +28,14 @@ std::string described(const Buffer& b) {
 
 std::string described(const Expected& e) {
     std::string out = e.layout == Layout::dense ? "contiguous " : "";
-    for (const char* const* dtype = e.dtypes.begin(); dtype != e.dtypes.end(); ++dtype)
-        out += (dtype == e.dtypes.begin() ? "" : dtype + 1 == e.dtypes.end() ? " or " : ", ") + std::string(*dtype);
+    for (const Dtype* dtype = e.dtypes.begin(); dtype != e.dtypes.end(); ++dtype)
+        out += std::string(dtype == e.dtypes.begin() ? "" : dtype + 1 == e.dtypes.end() ? " or " : ", ") + info(*dtype).name;
     out += " " + listed(e.sizes, [](const Size& size) { return (size.exact ? "" : "at least ") + std::to_string(size.value); });
     return out + (e.layout == Layout::rows ? " with contiguous rows" : "") + " on " + e.device;
 }
 
 bool has_expected_dtype(const Buffer& b, const Expected& e) {
-    return std::any_of(e.dtypes.begin(), e.dtypes.end(), [&](const char* dtype) { return b.dtype == dtype; });
+    return std::any_of(e.dtypes.begin(), e.dtypes.end(), [&](Dtype dtype) { return b.dtype == info(dtype).name; });
 }
 
 bool has_expected_sizes(const Buffer& b, const Expected& e) {
@@ -51,7 +52,7 @@ bool has_expected_strides(const Buffer& b, const Expected& e) {
     std::int64_t dense = 1;
     for (int at = b.dimensions - 1; at >= 0; --at) {
         const std::int64_t size = b.sizes[at], stride = b.strides[at];
-        if (size > 1) {  // else the stride is never used
+        if (size > 1) {  // otherwise the stride is never used
             if (stride < 0) return false;
             const bool row = e.layout == Layout::rows && at == 0;
             if (e.layout != Layout::any && (row ? stride < dense : stride != dense)) return false;
@@ -62,7 +63,7 @@ bool has_expected_strides(const Buffer& b, const Expected& e) {
     return true;
 }
 
-// Whether the address of the last element's end is one at all.
+// Whether the end of the last element has an address at all.
 bool fits_address_space(const Buffer& b, std::size_t bytes) {
     std::int64_t last = 0;
     for (int at = 0; at < b.dimensions; ++at) {
@@ -72,9 +73,9 @@ bool fits_address_space(const Buffer& b, std::size_t bytes) {
             return false;
     }
     std::int64_t end;
-    std::uintptr_t behind;
+    std::uintptr_t past;
     return !__builtin_add_overflow(last, 1, &last) && !__builtin_mul_overflow(last, static_cast<std::int64_t>(bytes), &end) &&
-           !__builtin_add_overflow(b.address, static_cast<std::uintptr_t>(end), &behind);
+           !__builtin_add_overflow(b.address, static_cast<std::uintptr_t>(end), &past);
 }
 
 bool is_aligned(const Buffer& b, const Expected& e, std::size_t bytes, std::size_t alignment) {
@@ -85,11 +86,10 @@ bool is_aligned(const Buffer& b, const Expected& e, std::size_t bytes, std::size
 
 }  // namespace
 
-std::size_t element_bytes(const std::string& dtype) {
-    if (dtype == "uint8") return 1;
-    if (dtype == "bfloat16" || dtype == "float16") return 2;
-    if (dtype == "float32" || dtype == "int32") return 4;
-    return dtype == "int64" ? 8 : 0;
+Dtype dtype_of(const Buffer& b) {
+    for (std::size_t at = 0; at < std::size(DTYPES); ++at)
+        if (b.dtype == DTYPES[at].name) return static_cast<Dtype>(at);
+    refuse(b.dtype + " is not a known dtype");
 }
 
 void* checked(const Buffer& b, const Expected& e) {
@@ -97,7 +97,7 @@ void* checked(const Buffer& b, const Expected& e) {
     if (b.device != e.device || !has_expected_dtype(b, e) || !has_expected_sizes(b, e) || !has_expected_strides(b, e))
         refuse(name + " must be " + described(e) + ", not " + described(b));
     if (b.address == 0) refuse(name + " is a null pointer");
-    const std::size_t bytes = element_bytes(b.dtype), alignment = std::max(bytes, e.alignment);
+    const std::size_t bytes = info(dtype_of(b)).bytes, alignment = std::max(bytes, e.alignment);
     if (!is_aligned(b, e, bytes, alignment))
         refuse(name + " must begin" + (e.layout == Layout::rows ? ", and each of its rows," : "") + " at a multiple of " +
                std::to_string(alignment) + " bytes, not " + described(b));

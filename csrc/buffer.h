@@ -1,5 +1,5 @@
-// Memory as its owner describes it, and the one check that stands before every read and write of it: on the CPU and on GPUs
-// alike. Nothing here knows of torch or of Python.
+// Memory as its owner describes it, and the check before every read and write of it, on CPUs and GPUs. Depends on neither
+// torch nor Python.
 #pragma once
 
 #include <array>
@@ -10,20 +10,38 @@
 
 namespace cliperase {
 
-constexpr int MOST_DIMENSIONS = 4;
+// Element types, by their names in torch.
+enum class Dtype : int { float16, bfloat16, float32, float64, uint8, int32, int64 };
+
+struct DtypeInfo {
+    const char* name;
+    std::size_t bytes;  // of an element
+};
+
+constexpr DtypeInfo DTYPES[] = {{"float16", 2}, {"bfloat16", 2}, {"float32", 4}, {"float64", 8},
+                                {"uint8", 1},   {"int32", 4},    {"int64", 8}};  // in the order of Dtype
+
+constexpr const DtypeInfo& info(Dtype dtype) { return DTYPES[static_cast<int>(dtype)]; }
+
+constexpr std::initializer_list<Dtype> FEATURE_DTYPES = {Dtype::float32, Dtype::bfloat16, Dtype::float16};
+
+constexpr int MAX_DIMENSIONS = 4;
 
 struct Buffer {
     std::uintptr_t address;  // of the first element
-    std::string dtype;       // as torch calls it: "float32"
+    std::string dtype;       // its name in torch, known here or not
     int dimensions;
-    std::array<std::int64_t, MOST_DIMENSIONS> sizes, strides;  // in elements
-    std::string device;                                        // "cpu", "cuda:0"
+    std::array<std::int64_t, MAX_DIMENSIONS> sizes, strides;  // in elements
+    std::string device;                                       // "cpu", "cuda:0"
 };
 
+// The dtype of a buffer; std::invalid_argument where it is not in DTYPES.
+Dtype dtype_of(const Buffer& buffer);
+
 enum class Layout {
-    dense,  // no gaps, the last dimension's elements side by side
-    rows,   // two dimensions; a row is dense, and rows may lie further apart
-    any,    // strides of 0 and more: for what is only read
+    dense,  // contiguous
+    rows,   // two dimensions; rows are contiguous, but may be further apart
+    any,    // any strides of 0 or more; for inputs only
 };
 
 struct Size {
@@ -35,20 +53,17 @@ struct Size {
 
 constexpr Size at_least(std::int64_t value) { return {value, false}; }
 
-// What a call is going to read or write.
+// What a call is about to read or write.
 struct Expected {
     const char* name;
-    std::initializer_list<const char*> dtypes;
+    std::initializer_list<Dtype> dtypes;
     std::initializer_list<Size> sizes;
     Layout layout;
     const std::string& device;
     std::size_t alignment = 0;  // of the first element and of every row, in bytes; 0: that of the element
 };
 
-// Bytes of an element; 0: not a type that is known here.
-std::size_t element_bytes(const std::string& dtype);
-
-// The address. std::invalid_argument that says what was expected and what came, before anything is read or written.
+// Returns the address. Throws std::invalid_argument, with what was expected and what was given, before any read or write.
 void* checked(const Buffer& buffer, const Expected& expected);
 
 }  // namespace cliperase

@@ -1,4 +1,4 @@
-// The backward pass: dS strip by strip, and the gradients from it.
+// The backward pass: dS, one strip at a time, and the gradients from it.
 #pragma once
 
 #include "gradients.h"
@@ -12,7 +12,7 @@ inline TileSoftmax part_of(const Softmax& softmax, i64 row, i64 column) {
             softmax.column_factor + column};
 }
 
-// The tile of one similarity in the backward pass: its entries, or their exponentials under a reference.
+// A tile of S or S° in the backward pass: its entries, or their exponentials relative to a reference.
 struct Source {
     const float* tile;
     bool exponentials, shared;
@@ -20,8 +20,8 @@ struct Source {
 };
 
 inline Source source_of(const float* tile, const TileSoftmax& softmax, i64 rows, i64 columns, bool exponentials,
-                        float kept_reference) {
-    if (exponentials) return {tile, true, true, kept_reference};
+                        float cached_reference) {
+    if (exponentials) return {tile, true, true, cached_reference};
     const Reference c = shared_anchor(softmax, rows, columns);
     return {tile, false, c.shared, c.value};
 }
@@ -42,16 +42,16 @@ inline void add_softmax(const Source& from, const TileSoftmax& softmax, i64 rows
 }
 
 // dS of one tile.
-inline void write_gradient(const Problem& p, const Backward& b, const TilePlace& at, Groups groups, float* student,
-                           float* teacher, const KeptTiles::Head* kept, float* ds) {
+inline void write_gradient(const SimilarityInputs& in, const Backward& b, const TilePlace& at, Groups groups, float* student,
+                           float* teacher, const TileCache::Header* head, float* ds) {
     const i64 row = at.row, rows = at.rows, column = at.column, columns = at.columns;
     const TileSoftmax terms = part_of(b.student, row, column);
-    const Source from = source_of(student, terms, rows, columns, kept && kept->student_exponentials,
-                                  kept ? kept->student_reference : 0);
-    if (p.has_teacher) {
+    const Source from = source_of(student, terms, rows, columns, head && head->student_exponentials,
+                                  head ? head->student_reference : 0);
+    if (in.has_teacher) {
         const TileSoftmax teacher_terms = part_of(b.teacher, row, column);
-        const Source other = source_of(teacher, teacher_terms, rows, columns, kept && kept->teacher_exponentials,
-                                       kept ? kept->teacher_reference : 0);
+        const Source other = source_of(teacher, teacher_terms, rows, columns, head && head->teacher_exponentials,
+                                       head ? head->teacher_reference : 0);
         if (from.shared && other.shared && from.exponentials == other.exponentials) {
             Factors factors, teacher_factors;
             factors.move(terms, rows, columns, from.reference);
@@ -64,44 +64,44 @@ inline void write_gradient(const Problem& p, const Backward& b, const TilePlace&
             add_softmax<false>(from, terms, rows, columns, groups, ds, false);
             add_softmax<false>(other, teacher_terms, rows, columns, groups, ds, true);
         }
-        if (p.has_masked()) add_softmax<true>(from, part_of(b.masked, row, column), rows, columns, groups, ds, true);
+        if (in.has_masked()) add_softmax<true>(from, part_of(b.masked, row, column), rows, columns, groups, ds, true);
     } else {
         add_softmax<false>(from, terms, rows, columns, groups, ds, false);
     }
-    each_diagonal(p, row, rows, column, columns, [&](i64 i, i64 j) { ds[i * TILE_COLUMNS + j] = b.diagonal[row + i]; });
+    for_each_pair(in, row, rows, column, columns, [&](i64 i, i64 j) { ds[i * TILE_COLUMNS + j] = b.diagonal[row + i]; });
 }
 
-inline void backward(const Problem& p, const Backward& b, char* scratch) {
-    Carver carver(scratch);
-    const GradientLayout layout(p, b, true, carver);
-    const KeptTiles kept(b.kept, p);
-    pass_over_strips(p, b, layout, b.kept_rows, [&](const TilePlace& at) {
+inline void backward(const SimilarityInputs& in, const Backward& b, char* scratch) {
+    BumpAllocator allocator(scratch);
+    const GradientLayout layout(in, b, true, allocator);
+    const TileCache cache(b.cache, in);
+    pass_over_strips(in, b, layout, b.cached_rows, [&](const TilePlace& at) {
         std::int32_t own_groups[TILE_COLUMNS];
-        const Groups groups = block_groups(p, at.row, at.column, at.columns, own_groups);
-        const Groups excluded = p.excludes() ? groups : Groups{nullptr, nullptr};
+        const Groups groups = block_groups(in, at.row, at.column, at.columns, own_groups);
+        const Groups excluded = in.excludes() ? groups : Groups{nullptr, nullptr};
         float *student = layout.own_tiles(), *teacher = student + TILE;
-        const KeptTiles::Head* head = nullptr;
-        if (at.row < b.kept_rows) {
-            float* tiles = kept.at(at.row / TILE_ROWS, at.block);
-            head = reinterpret_cast<const KeptTiles::Head*>(tiles);
-            student = tiles + KeptTiles::HEAD;
+        const TileCache::Header* head = nullptr;
+        if (at.row < b.cached_rows) {
+            float* tiles = cache.at(at.row / TILE_ROWS, at.block);
+            head = reinterpret_cast<const TileCache::Header*>(tiles);
+            student = tiles + TileCache::HEADER;
             teacher = student + TILE;
         } else {
-            layout.operands.student_tile(p, at.row_in_strip, at.rows, at.columns, student);
-            leave_out(p, at.row, at.rows, at.column, at.columns, excluded, student);
-            if (p.has_teacher) {
-                layout.operands.teacher_tile(p, at.row_in_strip, at.rows, at.columns, teacher);
-                leave_out(p, at.row, at.rows, at.column, at.columns, {nullptr, nullptr}, teacher);
+            layout.operands.student_tile(in, at.row_in_strip, at.rows, at.columns, student);
+            exclude(in, at.row, at.rows, at.column, at.columns, excluded, student);
+            if (in.has_teacher) {
+                layout.operands.teacher_tile(in, at.row_in_strip, at.rows, at.columns, teacher);
+                exclude(in, at.row, at.rows, at.column, at.columns, {nullptr, nullptr}, teacher);
             }
         }
-        write_gradient(p, b, at, groups, student, teacher, head, layout.ds_tile(at.block, at.row_in_strip));
+        write_gradient(in, b, at, groups, student, teacher, head, layout.ds_tile(at.block, at.row_in_strip));
     });
 }
 
-inline std::size_t backward_scratch(const Problem& p, const Backward& b) {
-    Carver carver(nullptr);
-    const GradientLayout layout(p, b, true, carver);
-    return carver.used();
+inline std::size_t backward_scratch(const SimilarityInputs& in, const Backward& b) {
+    BumpAllocator allocator(nullptr);
+    const GradientLayout layout(in, b, true, allocator);
+    return allocator.used();
 }
 
 }  // namespace CLIPERASE_ISA

@@ -6,28 +6,28 @@
 namespace cliperase {
 namespace {
 
-bool runs(const Engine* engine) {
+bool runs(const IsaKernels* kernels) {
 #if defined(CLIPERASE_X86)
-    if (engine == &avx512_engine)
+    if (kernels == &avx512_kernels)
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
-    if (engine == &avx2_engine) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (kernels == &avx2_kernels) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
-    return engine == &portable_engine;
+    return kernels == &portable_kernels;
 }
 
 }  // namespace
 
-const Engine* choose_engine(const char* name) {
-    const Engine* const widest_first[] = {
+const IsaKernels* choose_kernels(const char* name) {
+    const IsaKernels* const widest_first[] = {
 #if defined(CLIPERASE_X86)
-        &avx512_engine,
-        &avx2_engine,
+        &avx512_kernels,
+        &avx2_kernels,
 #endif
-        &portable_engine,
+        &portable_kernels,
     };
-    for (const Engine* engine : widest_first)
-        if ((name == nullptr || std::strcmp(name, engine->name) == 0) && runs(engine)) return engine;
+    for (const IsaKernels* kernels : widest_first)
+        if ((name == nullptr || std::strcmp(name, kernels->name) == 0) && runs(kernels)) return kernels;
     return nullptr;
 }
 

@@ -1,4 +1,4 @@
-// The forward pass: the sums of all rows and columns.
+// The forward pass: the statistics of all rows and columns.
 #pragma once
 
 #include "strips.h"
@@ -10,186 +10,186 @@ struct ForwardLayout {
     i64 strip, blocks, padded_columns;
     Operands operands;
     float* tiles;         // for each thread a tile of S and one of S°
-    float* row_parts;     // [blocks, SCRATCH_PLANES, strip]
-    float* column_parts;  // [STRIP_TILES, SCRATCH_PLANES, padded_columns]
-    float* column_state;  // [SCRATCH_PLANES, padded_columns]
+    float* row_parts;     // [blocks, SCRATCH_STATS, strip]
+    float* column_parts;  // [STRIP_TILES, SCRATCH_STATS, padded_columns]
+    float* column_stats;  // [SCRATCH_STATS, padded_columns]
     std::size_t bytes;
 
-    ForwardLayout(const Problem& p, char* scratch) : ForwardLayout(p, Carver(scratch)) {}
+    ForwardLayout(const SimilarityInputs& in, char* scratch) : ForwardLayout(in, BumpAllocator(scratch)) {}
 
     float* own_tiles() const { return tiles + thread() * 2 * TILE; }
-    Sums part(i64 block, const PlaneSet& set) const {
-        return sums(row_parts + block * SCRATCH_PLANES * strip, set, strip);
+    Stats part(i64 block, const StatSet& set) const {
+        return sums(row_parts + block * SCRATCH_STATS * strip, set, strip);
     }
-    Sums column_part(i64 tile, const PlaneSet& set) const {
-        return sums(column_parts + tile * SCRATCH_PLANES * padded_columns, set, padded_columns);
+    Stats column_part(i64 tile, const StatSet& set) const {
+        return sums(column_parts + tile * SCRATCH_STATS * padded_columns, set, padded_columns);
     }
-    Sums columns(const PlaneSet& set) const { return sums(column_state, set, padded_columns); }
+    Stats columns(const StatSet& set) const { return sums(column_stats, set, padded_columns); }
 
   private:
-    static Sums sums(float* base, const PlaneSet& set, i64 n) {
+    static Stats sums(float* base, const StatSet& set, i64 n) {
         return {base + set.reference * n, base + set.total * n, set.gap < 0 ? nullptr : base + set.gap * n};
     }
-    ForwardLayout(const Problem& p, Carver carver)
-        : strip(smaller(round_up(p.rows, W), STRIP_TILES * TILE_ROWS)),
-          blocks(divide_up(p.columns, TILE_COLUMNS)),
+    ForwardLayout(const SimilarityInputs& in, BumpAllocator allocator)
+        : strip(smaller(round_up(in.rows, W), STRIP_TILES * TILE_ROWS)),
+          blocks(divide_up(in.columns, TILE_COLUMNS)),
           padded_columns(blocks * TILE_COLUMNS),
-          operands(p, strip, carver) {
-        tiles = carver.floats(p.threads * 2 * TILE);
-        row_parts = carver.floats(blocks * SCRATCH_PLANES * strip);
-        column_parts = carver.floats(STRIP_TILES * SCRATCH_PLANES * padded_columns);
-        column_state = carver.floats(SCRATCH_PLANES * padded_columns);
-        bytes = carver.used();
+          operands(in, strip, allocator) {
+        tiles = allocator.floats(in.threads * 2 * TILE);
+        row_parts = allocator.floats(blocks * SCRATCH_STATS * strip);
+        column_parts = allocator.floats(STRIP_TILES * SCRATCH_STATS * padded_columns);
+        column_stats = allocator.floats(SCRATCH_STATS * padded_columns);
+        bytes = allocator.used();
     }
 };
 
-// The sums of one tile, into the parts of its rows and columns.
-inline void add_tile(const Problem& p, const Forward& out, const ForwardLayout& layout, i64 strip_start, i64 row, i64 rows,
-                     i64 block, i64 columns, Groups groups, float* student, float* teacher, KeptTiles::Head* kept) {
+// Writes the statistics of one tile to the parts of its rows and columns.
+inline void add_tile(const SimilarityInputs& in, const Forward& out, const ForwardLayout& layout, i64 strip_start, i64 row, i64 rows,
+                     i64 block, i64 columns, Groups groups, float* student, float* teacher, TileCache::Header* head) {
     const i64 in_strip = row - strip_start, column = block * TILE_COLUMNS, tile = in_strip / TILE_ROWS;
     alignas(64) float row_top[TILE_ROWS], column_top[TILE_COLUMNS];
-    each_diagonal(p, row, rows, column, columns, [&](i64 i, i64 j) {
+    for_each_pair(in, row, rows, column, columns, [&](i64 i, i64 j) {
         out.diagonal[row + i] = student[i * TILE_COLUMNS + j];
-        if (p.has_teacher) out.teacher_diagonal[row + i] = teacher[i * TILE_COLUMNS + j];
+        if (in.has_teacher) out.teacher_diagonal[row + i] = teacher[i * TILE_COLUMNS + j];
     });
-    leave_out(p, row, rows, column, columns, p.excludes() ? groups : Groups{nullptr, nullptr}, student);
-    if (p.has_teacher) {
-        leave_out(p, row, rows, column, columns, {nullptr, nullptr}, teacher);
+    exclude(in, row, rows, column, columns, in.excludes() ? groups : Groups{nullptr, nullptr}, student);
+    if (in.has_teacher) {
+        exclude(in, row, rows, column, columns, {nullptr, nullptr}, teacher);
         find_largest(teacher, rows, row_top, column_top);
         const Reference c = shared_reference(row_top, rows, column_top);
-        const Sums of_rows = layout.part(block, teacher_planes(p)).at(in_strip);
-        const Sums of_columns = layout.column_part(tile, teacher_planes(p)).at(column);
+        const Stats of_rows = layout.part(block, teacher_set(in)).at(in_strip);
+        const Stats of_columns = layout.column_part(tile, teacher_set(in)).at(column);
         if (!c.shared)
-            separate_sums<true>(teacher, student, *out.shift, rows, of_rows, of_columns, row_top, column_top);
-        else if (kept)
-            shared_sums<true, true>(teacher, student, *out.shift, rows, c, of_rows, of_columns, row_top, column_top);
+            write_separate_stats<true>(teacher, student, *out.shift, rows, of_rows, of_columns, row_top, column_top);
+        else if (head)
+            write_shared_stats<true, true>(teacher, student, *out.shift, rows, c, of_rows, of_columns, row_top, column_top);
         else
-            shared_sums<true, false>(teacher, student, *out.shift, rows, c, of_rows, of_columns, row_top, column_top);
-        if (kept) kept->teacher_reference = c.value, kept->teacher_exponentials = c.shared;
+            write_shared_stats<true, false>(teacher, student, *out.shift, rows, c, of_rows, of_columns, row_top, column_top);
+        if (head) head->teacher_reference = c.value, head->teacher_exponentials = c.shared;
     }
     bool masked_within = true;
     find_largest(student, rows, row_top, column_top);
     const Reference c = shared_reference(row_top, rows, column_top);
-    if (p.has_masked()) {
+    if (in.has_masked()) {
         alignas(64) float masked_row_top[TILE_ROWS], masked_column_top[TILE_COLUMNS];
-        float* masked = layout.own_tiles() + TILE;  // what held the teacher's tile, now used, or nothing
+        float* masked = layout.own_tiles() + TILE;  // the teacher's tile is no longer needed, if there was one
         std::memcpy(masked, student, static_cast<std::size_t>(rows) * TILE_COLUMNS * sizeof(float));
-        leave_out(p, row, rows, column, columns, groups, masked);
+        exclude(in, row, rows, column, columns, groups, masked);
         find_largest(masked, rows, masked_row_top, masked_column_top);
         const Reference own = shared_reference(masked_row_top, rows, masked_column_top);
-        const Sums of_rows = layout.part(block, masked_planes(p)).at(in_strip);
-        const Sums of_columns = layout.column_part(tile, masked_planes(p)).at(column);
+        const Stats of_rows = layout.part(block, masked_set(in)).at(in_strip);
+        const Stats of_columns = layout.column_part(tile, masked_set(in)).at(column);
         if (own.shared)
-            shared_sums<false, false>(masked, nullptr, 0, rows, own, of_rows, of_columns, masked_row_top, masked_column_top);
+            write_shared_stats<false, false>(masked, nullptr, 0, rows, own, of_rows, of_columns, masked_row_top, masked_column_top);
         else
-            separate_sums<false>(masked, nullptr, 0, rows, of_rows, of_columns, masked_row_top, masked_column_top);
-        // The backward pass takes the student's exponentials for these rows and columns too.
+            write_separate_stats<false>(masked, nullptr, 0, rows, of_rows, of_columns, masked_row_top, masked_column_top);
+        // The backward pass uses the student's exponentials for these rows and columns too.
         for (i64 i = 0; i < rows; ++i)
             masked_within &= masked_row_top[i] == LOWEST || masked_row_top[i] >= c.value - REACH;
         for (i64 j = 0; j < TILE_COLUMNS; ++j)
             masked_within &= masked_column_top[j] == LOWEST || masked_column_top[j] >= c.value - REACH;
     }
-    const Sums of_rows = layout.part(block, STUDENT).at(in_strip);
-    const Sums of_columns = layout.column_part(tile, STUDENT).at(column);
+    const Stats of_rows = layout.part(block, STUDENT_SET).at(in_strip);
+    const Stats of_columns = layout.column_part(tile, STUDENT_SET).at(column);
     const bool exponentials = c.shared && masked_within;
     if (!c.shared)
-        separate_sums<false>(student, nullptr, 0, rows, of_rows, of_columns, row_top, column_top);
-    else if (kept && exponentials)
-        shared_sums<false, true>(student, nullptr, 0, rows, c, of_rows, of_columns, row_top, column_top);
+        write_separate_stats<false>(student, nullptr, 0, rows, of_rows, of_columns, row_top, column_top);
+    else if (head && exponentials)
+        write_shared_stats<false, true>(student, nullptr, 0, rows, c, of_rows, of_columns, row_top, column_top);
     else
-        shared_sums<false, false>(student, nullptr, 0, rows, c, of_rows, of_columns, row_top, column_top);
-    if (kept) kept->student_reference = c.value, kept->student_exponentials = exponentials;
+        write_shared_stats<false, false>(student, nullptr, 0, rows, c, of_rows, of_columns, row_top, column_top);
+    if (head) head->student_reference = c.value, head->student_exponentials = exponentials;
 }
 
-// A row or column without entries.
-inline void finish_sums(Sums sums, i64 count) {
+// Sets the total of rows or columns without entries.
+inline void finish_stats(Stats sums, i64 count) {
     for (i64 i = 0; i < count; ++i)
         if (sums.reference[i] == LOWEST && sums.total[i] == 0) sums.total[i] = 1;
 }
 
-inline void forward(const Problem& p, const Forward& out, char* scratch) {
-    const ForwardLayout layout(p, scratch);
-    const KeptTiles kept(out.kept, p);
+inline void forward(const SimilarityInputs& in, const Forward& out, char* scratch) {
+    const ForwardLayout layout(in, scratch);
+    const TileCache cache(out.cache, in);
     *out.shift = 0;
-    if (p.has_teacher)
-        *out.shift = static_cast<float>(entry(p.teacher_image, p.teacher_text, p.teacher_width, p.teacher_scale, 0, 0) -
-                                        entry(p.image, p.text, p.width, p.scale, 0, 0));
-    const PlaneSet sets[3] = {STUDENT, masked_planes(p), teacher_planes(p)};
-    for (const PlaneSet& set : sets)
+    if (in.has_teacher)
+        *out.shift = static_cast<float>(entry(in.teacher_image, in.teacher_text, in.teacher_width, in.teacher_scale, 0, 0) -
+                                        entry(in.image, in.text, in.width, in.scale, 0, 0));
+    const StatSet sets[3] = {STUDENT_SET, masked_set(in), teacher_set(in)};
+    for (const StatSet& set : sets)
         if (set.used) clear(layout.columns(set), layout.padded_columns);
 
-#pragma omp parallel num_threads(p.threads)
-    for (i64 start = 0; start < p.rows; start += layout.strip) {
-        const i64 strip = smaller(layout.strip, p.rows - start);
+#pragma omp parallel num_threads(in.threads)
+    for (i64 start = 0; start < in.rows; start += layout.strip) {
+        const i64 strip = smaller(layout.strip, in.rows - start);
 #pragma omp for schedule(static)
-        for (i64 group = 0; group < RowGroup::in_strip(strip); ++group) layout.operands.pack_rows_of(p, start, {group, strip});
+        for (i64 group = 0; group < RowGroup::in_strip(strip); ++group) layout.operands.pack_rows_of(in, start, {group, strip});
 
-        const TileShares shares(strip, layout.blocks, p.threads);
+        const TileShares shares(strip, layout.blocks, in.threads);
         i64 packed = -1;  // the block whose columns this thread has packed
 #pragma omp for schedule(dynamic, shares.chunk)
         for (i64 task = 0; task < shares.count; ++task) {
             const i64 block = task / shares.tiles, i = task % shares.tiles * TILE_ROWS;
-            const i64 column = block * TILE_COLUMNS, columns = smaller(TILE_COLUMNS, p.columns - column);
+            const i64 column = block * TILE_COLUMNS, columns = smaller(TILE_COLUMNS, in.columns - column);
             const i64 row = start + i, rows = smaller(TILE_ROWS, strip - i);
             std::int32_t own_groups[TILE_COLUMNS];
-            if (block != packed) layout.operands.pack_columns_of(p, column, columns);
+            if (block != packed) layout.operands.pack_columns_of(in, column, columns);
             packed = block;
             float *student = layout.own_tiles(), *teacher = student + TILE;
-            KeptTiles::Head* head = nullptr;
-            if (row < out.kept_rows) {
-                float* tiles = kept.at(row / TILE_ROWS, block);
-                head = reinterpret_cast<KeptTiles::Head*>(tiles);
-                student = tiles + KeptTiles::HEAD;
+            TileCache::Header* head = nullptr;
+            if (row < out.cached_rows) {
+                float* tiles = cache.at(row / TILE_ROWS, block);
+                head = reinterpret_cast<TileCache::Header*>(tiles);
+                student = tiles + TileCache::HEADER;
                 teacher = student + TILE;
             }
-            layout.operands.student_tile(p, i, rows, columns, student);
-            if (p.has_teacher) layout.operands.teacher_tile(p, i, rows, columns, teacher);
-            add_tile(p, out, layout, start, row, rows, block, columns, block_groups(p, row, column, columns, own_groups),
+            layout.operands.student_tile(in, i, rows, columns, student);
+            if (in.has_teacher) layout.operands.teacher_tile(in, i, rows, columns, teacher);
+            add_tile(in, out, layout, start, row, rows, block, columns, block_groups(in, row, column, columns, own_groups),
                      student, teacher, head);
         }
 
 #pragma omp for schedule(static) nowait
         for (i64 block = 0; block < layout.blocks; ++block)
             for (i64 tile = 0; tile < shares.tiles; ++tile)
-                for (const PlaneSet& set : sets)
+                for (const StatSet& set : sets)
                     if (set.used)
                         merge(layout.columns(set).at(block * TILE_COLUMNS), layout.column_part(tile, set).at(block * TILE_COLUMNS),
                               TILE_COLUMNS);
 
-        // A vector of rows each; beyond the strip's rows are parts that nobody wrote, and nobody reads the sums of.
+        // One vector of rows at a time. Parts beyond the last row of the strip are uninitialised; their statistics are not used.
 #pragma omp for schedule(static)
         for (i64 i = 0; i < strip; i += W) {
-            for (const PlaneSet& set : sets) {
+            for (const StatSet& set : sets) {
                 if (!set.used) continue;
                 alignas(64) float reference[W], total[W], gap[W];
-                const Sums merged{reference, total, set.gap < 0 ? nullptr : gap};
+                const Stats merged{reference, total, set.gap < 0 ? nullptr : gap};
                 clear(merged, W);
                 for (i64 block = 0; block < layout.blocks; ++block)
                     merge(merged, layout.part(block, set).at(i), W);
-                finish_sums(merged, W);
-                float* to = out.row_sums + set.result * p.rows + start + i;
+                finish_stats(merged, W);
+                float* to = out.row_stats + set.result * in.rows + start + i;
                 for (i64 lane = 0; lane < smaller(W, strip - i); ++lane) {
                     to[lane] = reference[lane];
-                    to[p.rows + lane] = total[lane];
-                    if (merged.gap) to[2 * p.rows + lane] = gap[lane];
+                    to[in.rows + lane] = total[lane];
+                    if (merged.gap) to[2 * in.rows + lane] = gap[lane];
                 }
             }
         }
     }
 
-    for (const PlaneSet& set : sets) {
+    for (const StatSet& set : sets) {
         if (!set.used) continue;
-        const Sums sums = layout.columns(set);
-        finish_sums(sums, p.columns);
-        const auto bytes = static_cast<std::size_t>(p.columns) * sizeof(float);
-        float* to = out.column_sums + set.result * p.columns;
+        const Stats sums = layout.columns(set);
+        finish_stats(sums, in.columns);
+        const auto bytes = static_cast<std::size_t>(in.columns) * sizeof(float);
+        float* to = out.column_stats + set.result * in.columns;
         std::memcpy(to, sums.reference, bytes);
-        std::memcpy(to + p.columns, sums.total, bytes);
-        if (sums.gap) std::memcpy(to + 2 * p.columns, sums.gap, bytes);
+        std::memcpy(to + in.columns, sums.total, bytes);
+        if (sums.gap) std::memcpy(to + 2 * in.columns, sums.gap, bytes);
     }
 }
 
-inline std::size_t forward_scratch(const Problem& p) { return ForwardLayout(p, nullptr).bytes; }
+inline std::size_t forward_scratch(const SimilarityInputs& in) { return ForwardLayout(in, nullptr).bytes; }
 
 }  // namespace CLIPERASE_ISA
 }  // namespace cliperase

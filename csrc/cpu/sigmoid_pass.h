@@ -19,8 +19,8 @@ inline Softplus softplus(Floats y) {
     const Floats e = exp(y < 0.0f ? y : -y);
     const Floats one = 1.0f + e, two = 2.0f + e, inverse = 1.0f / (one * two);
     const Floats z = e * one * inverse, t = z * z, half = z + z * t * (0.333332082f + t * (0.200107606f + t * (0.140009576f + t * 0.14005699f)));
-    const Floats rest = two * inverse;  // 1 / (1 + e)
-    return {larger(y, Floats{}) + (half + half), y < 0.0f ? e * rest : rest};
+    const Floats quotient = two * inverse;  // 1 / (1 + e)
+    return {larger(y, Floats{}) + (half + half), y < 0.0f ? e * quotient : quotient};
 }
 
 struct SigmoidLayout : GradientLayout {
@@ -30,8 +30,8 @@ struct SigmoidLayout : GradientLayout {
         return sums + 2 * (at.block * STRIP_TILES + at.row_in_strip / TILE_ROWS);
     }
 
-    SigmoidLayout(const Problem& p, const Sigmoid& s, Carver& carver)
-        : GradientLayout(p, s, s.gradients(), carver), sums(reinterpret_cast<double*>(carver.floats(4 * blocks * STRIP_TILES))) {}
+    SigmoidLayout(const SimilarityInputs& in, const Sigmoid& s, BumpAllocator& allocator)
+        : GradientLayout(in, s, s.gradients(), allocator), sums(reinterpret_cast<double*>(allocator.floats(4 * blocks * STRIP_TILES))) {}
 };
 
 // Adds the losses of a tile of S to sums[0] and, with GRADIENT, writes dS and adds it to sums[1].
@@ -53,17 +53,17 @@ inline void softplus_tile(const float* tile, i64 rows, float bias, float* ds, do
 }
 
 // The same of a whole tile: pairs enter with the other sign.
-inline void sigmoid_tile(const Problem& p, const Sigmoid& s, const TilePlace& at, float* tile, float* ds, double* sums) {
+inline void sigmoid_tile(const SimilarityInputs& in, const Sigmoid& s, const TilePlace& at, float* tile, float* ds, double* sums) {
     const i64 row = at.row, rows = at.rows, column = at.column, columns = at.columns;
     alignas(64) float own[TILE_ROWS];
     for (i64 i = 0; i < rows; ++i) own[i] = LOWEST;
-    each_diagonal(p, row, rows, column, columns, [&](i64 i, i64 j) { own[i] = -(tile[i * TILE_COLUMNS + j] + s.bias); });
-    leave_out(p, row, rows, column, columns, {nullptr, nullptr}, tile);
+    for_each_pair(in, row, rows, column, columns, [&](i64 i, i64 j) { own[i] = -(tile[i * TILE_COLUMNS + j] + s.bias); });
+    exclude(in, row, rows, column, columns, {nullptr, nullptr}, tile);
     if (ds)
         softplus_tile<true>(tile, rows, s.bias, ds, sums);
     else
         softplus_tile<false>(tile, rows, s.bias, ds, sums);
-    each_diagonal(p, row, rows, column, columns, [&](i64 i, i64 j) {
+    for_each_pair(in, row, rows, column, columns, [&](i64 i, i64 j) {
         const Softplus found = softplus(all(own[i]));
         sums[0] += static_cast<double>(found.value[0]);
         if (ds == nullptr) return;
@@ -72,15 +72,15 @@ inline void sigmoid_tile(const Problem& p, const Sigmoid& s, const TilePlace& at
     });
 }
 
-inline void sigmoid(const Problem& p, const Sigmoid& s, char* scratch) {
-    Carver carver(scratch);
-    const SigmoidLayout layout(p, s, carver);
+inline void sigmoid(const SimilarityInputs& in, const Sigmoid& s, char* scratch) {
+    BumpAllocator allocator(scratch);
+    const SigmoidLayout layout(in, s, allocator);
     for (i64 i = 0; i < 2 * layout.blocks * STRIP_TILES; ++i) layout.sums[i] = 0;
-    pass_over_strips(p, s, layout, 0, [&](const TilePlace& at) {
+    pass_over_strips(in, s, layout, 0, [&](const TilePlace& at) {
         float* tile = layout.own_tiles();
-        layout.operands.student_tile(p, at.row_in_strip, at.rows, at.columns, tile);
+        layout.operands.student_tile(in, at.row_in_strip, at.rows, at.columns, tile);
         float* ds = s.gradients() ? layout.ds_tile(at.block, at.row_in_strip) : nullptr;
-        sigmoid_tile(p, s, at, tile, ds, layout.tile_sums(at));
+        sigmoid_tile(in, s, at, tile, ds, layout.tile_sums(at));
     });
     double loss = 0, bias = 0;
     for (i64 i = 0; i < layout.blocks * STRIP_TILES; ++i) loss += layout.sums[2 * i], bias += layout.sums[2 * i + 1];
@@ -88,10 +88,10 @@ inline void sigmoid(const Problem& p, const Sigmoid& s, char* scratch) {
     if (s.grad_bias) *s.grad_bias = bias;
 }
 
-inline std::size_t sigmoid_scratch(const Problem& p, const Sigmoid& s) {
-    Carver carver(nullptr);
-    const SigmoidLayout layout(p, s, carver);
-    return carver.used();
+inline std::size_t sigmoid_scratch(const SimilarityInputs& in, const Sigmoid& s) {
+    BumpAllocator allocator(nullptr);
+    const SigmoidLayout layout(in, s, allocator);
+    return allocator.used();
 }
 
 }  // namespace CLIPERASE_ISA

@@ -1,9 +1,8 @@
-// What the two passes over the tiles share: how memory is laid out, what a strip and a block need, which entries are left
-// out of all sums.
+// Shared by the two passes over the tiles: memory layout, operands of a strip and a block, and excluded entries.
 //
-// Both passes go strip by strip, and threads take tiles of it. What is found of a tile's rows and columns is a part by itself;
-// the parts are merged, block after block and tile after tile, when the strip is done, and every entry of dT and dI is summed
-// by one thread. That makes the results the same bits for any number of threads.
+// Both passes process one strip at a time, whose tiles the threads share. The statistics of a tile's rows and columns are
+// stored as a part. When the strip is done, the parts are merged in a fixed order, and every entry of dT and dI is summed by
+// one thread. The results are therefore bitwise equal for any number of threads.
 #pragma once
 
 #include <type_traits>
@@ -25,10 +24,10 @@ constexpr i64 ALIGNED = 16;                  // floats
 
 inline i64 divide_up(i64 value, i64 by) { return (value + by - 1) / by; }
 
-// Hands out consecutive parts of the scratch memory; with a null base it only counts.
-class Carver {
+// Hands out consecutive parts of the scratch memory. With a null base it only counts.
+class BumpAllocator {
   public:
-    explicit Carver(char* base) : base_(base) {}
+    explicit BumpAllocator(char* base) : base_(base) {}
     float* floats(i64 count) {
         const i64 at = used_;
         used_ += round_up(count, ALIGNED) * static_cast<i64>(sizeof(float));
@@ -49,39 +48,39 @@ inline int thread() {
 #endif
 }
 
-// Where the tiles that the forward pass keeps lie: a head and one or two tiles for each (row tile, column block).
-struct KeptTiles {
-    struct Head {
+// The tiles that the forward pass caches: a header and one or two tiles for each (row tile, column block).
+struct TileCache {
+    struct Header {
         float student_reference, teacher_reference;
-        std::int32_t student_exponentials, teacher_exponentials;  // else the entries themselves
+        std::int32_t student_exponentials, teacher_exponentials;  // otherwise the entries themselves
     };
-    static constexpr i64 HEAD = KEPT_TILE_HEAD;
-    static_assert(sizeof(Head) <= HEAD * sizeof(float));
+    static constexpr i64 HEADER = CACHE_TILE_HEADER;
+    static_assert(sizeof(Header) <= HEADER * sizeof(float));
     char* data;
     i64 blocks, tiles;
 
-    KeptTiles(const void* kept, const Problem& p)
-        : data(static_cast<char*>(const_cast<void*>(kept))),
-          blocks(divide_up(p.columns, TILE_COLUMNS)),
-          tiles(p.has_teacher ? 2 : 1) {}
-    i64 floats_each() const { return HEAD + tiles * TILE; }
+    TileCache(const void* cache, const SimilarityInputs& in)
+        : data(static_cast<char*>(const_cast<void*>(cache))),
+          blocks(divide_up(in.columns, TILE_COLUMNS)),
+          tiles(in.has_teacher ? 2 : 1) {}
+    i64 floats_each() const { return HEADER + tiles * TILE; }
     float* at(i64 row_tile, i64 block) const {
         return reinterpret_cast<float*>(data) + (row_tile * blocks + block) * floats_each();
     }
 };
 
-// Row `i` of a tile that starts at column `column` has its diagonal entry at this column of the tile, if within it.
-inline i64 diagonal_column(const Problem& p, i64 row, i64 column) { return p.first + row - column; }
+// The column, within a tile that starts at `column`, of the pair of `row`; may be outside of the tile.
+inline i64 diagonal_column(const SimilarityInputs& in, i64 row, i64 column) { return in.pair_offset + row - column; }
 
 template <typename Visit>
-inline void each_diagonal(const Problem& p, i64 row, i64 rows, i64 column, i64 columns, Visit visit) {
-    const i64 begin = larger(i64{0}, column - p.first - row), end = smaller(rows, column + columns - p.first - row);
-    for (i64 i = begin; i < end; ++i) visit(i, diagonal_column(p, row + i, column));
+inline void for_each_pair(const SimilarityInputs& in, i64 row, i64 rows, i64 column, i64 columns, Visit visit) {
+    const i64 begin = larger(i64{0}, column - in.pair_offset - row), end = smaller(rows, column + columns - in.pair_offset - row);
+    for (i64 i = begin; i < end; ++i) visit(i, diagonal_column(in, row + i, column));
 }
 
-// Entries that are left out of all sums: the diagonal, what lies beyond the columns and, if EXCLUDES, equal groups.
-inline void leave_out(const Problem& p, i64 row, i64 rows, i64 column, i64 columns, Groups groups, float* tile) {
-    each_diagonal(p, row, rows, column, columns, [&](i64 i, i64 j) { tile[i * TILE_COLUMNS + j] = LOWEST; });
+// Excludes entries from all statistics: pairs, those beyond the last column and, where given, those of equal groups.
+inline void exclude(const SimilarityInputs& in, i64 row, i64 rows, i64 column, i64 columns, Groups groups, float* tile) {
+    for_each_pair(in, row, rows, column, columns, [&](i64 i, i64 j) { tile[i * TILE_COLUMNS + j] = LOWEST; });
     if (columns < TILE_COLUMNS)
         for (i64 i = 0; i < rows; ++i)
             for (i64 j = columns; j < TILE_COLUMNS; ++j) tile[i * TILE_COLUMNS + j] = LOWEST;
@@ -94,8 +93,8 @@ inline void leave_out(const Problem& p, i64 row, i64 rows, i64 column, i64 colum
         }
 }
 
-// An entry of scale * left rightᵀ, summed in double in eight parts: a chain of single additions would take longer than all
-// else that is done to a row of dI.
+// An entry of scale * left rightᵀ, summed in double in eight parts: one chain of additions would take longer than the rest of
+// the work on a row of dI.
 template <typename L, typename R, bool PLAIN>
 inline double dot(const L* left, i64 left_stride, const R* right, i64 right_stride, i64 width) {
     constexpr i64 PARTS = 8;
@@ -124,8 +123,7 @@ inline double entry(const Matrix& left, const Matrix& right, i64 width, float sc
     return static_cast<double>(scale) * found;
 }
 
-// The groups of MR rows that a strip is packed in; a tile's last one has what is left of the tile. count < 1: none of them are
-// in the strip.
+// A strip is packed in groups of MR rows; the last group of a tile may be smaller. count < 1: the group is beyond the strip.
 constexpr i64 TILE_GROUPS = (TILE_ROWS + MR - 1) / MR;
 
 struct RowGroup {
@@ -137,10 +135,10 @@ struct RowGroup {
     static i64 in_strip(i64 strip) { return divide_up(strip, TILE_ROWS) * TILE_GROUPS; }
 };
 
-// The tiles of a strip, one block of columns after the other, as threads share them: whole blocks, whose columns are then packed
+// How threads share the tiles of a strip, in order of column blocks: a whole block at a time, whose columns are then packed
 // once, or less where that would leave a thread without work.
 struct TileShares {
-    i64 tiles, count, chunk;  // in a block, in all, at a time
+    i64 tiles, count, chunk;  // in a block, in total, taken at a time
 
     TileShares(i64 strip, i64 blocks, int threads)
         : tiles(divide_up(strip, TILE_ROWS)),
@@ -149,44 +147,44 @@ struct TileShares {
     bool whole_blocks() const { return chunk == tiles; }
 };
 
-// What both passes need of a strip of rows and of a block of columns.
+// The packed features of a strip of rows and of a block of columns.
 struct Operands {
-    float *image, *teacher_image;  // for each tile of the strip TILE_GROUPS of its rows, times the scale
+    float *image, *teacher_image;  // TILE_GROUPS groups of rows for each tile of the strip, times the scale
     float *text, *teacher_text;    // panels [width, TILE_COLUMNS] for each thread
     i64 text_floats, teacher_text_floats;
 
-    Operands(const Problem& p, i64 strip, Carver& carver) {
-        const i64 teacher_width = p.has_teacher ? p.teacher_width : 0;
+    Operands(const SimilarityInputs& in, i64 strip, BumpAllocator& allocator) {
+        const i64 teacher_width = in.has_teacher ? in.teacher_width : 0;
         const i64 groups = RowGroup::in_strip(strip);
-        image = carver.floats(groups * MR * p.width);
-        teacher_image = carver.floats(groups * MR * teacher_width);
-        text_floats = p.width * round_up(TILE_COLUMNS, NR);
+        image = allocator.floats(groups * MR * in.width);
+        teacher_image = allocator.floats(groups * MR * teacher_width);
+        text_floats = in.width * round_up(TILE_COLUMNS, NR);
         teacher_text_floats = teacher_width * round_up(TILE_COLUMNS, NR);
-        text = carver.floats(p.threads * text_floats);
-        teacher_text = carver.floats(p.threads * teacher_text_floats);
+        text = allocator.floats(in.threads * text_floats);
+        teacher_text = allocator.floats(in.threads * teacher_text_floats);
     }
     float* own_text() const { return text + thread() * text_floats; }
     float* own_teacher_text() const { return teacher_text + thread() * teacher_text_floats; }
 
-    void pack_rows_of(const Problem& p, i64 strip_start, const RowGroup& group) const {
+    void pack_rows_of(const SimilarityInputs& in, i64 strip_start, const RowGroup& group) const {
         if (group.count < 1) return;
         const i64 row = strip_start + group.row;
-        pack_group(p.image, row, group.count, p.width, p.scale, image + group.index * MR * p.width);
-        if (p.has_teacher)
-            pack_group(p.teacher_image, row, group.count, p.teacher_width, p.teacher_scale,
-                       teacher_image + group.index * MR * p.teacher_width);
+        pack_group(in.image, row, group.count, in.width, in.scale, image + group.index * MR * in.width);
+        if (in.has_teacher)
+            pack_group(in.teacher_image, row, group.count, in.teacher_width, in.teacher_scale,
+                       teacher_image + group.index * MR * in.teacher_width);
     }
-    void pack_columns_of(const Problem& p, i64 column, i64 columns) const {
-        pack_transposed(p.text, column, columns, p.width, own_text());
-        if (p.has_teacher) pack_transposed(p.teacher_text, column, columns, p.teacher_width, own_teacher_text());
+    void pack_columns_of(const SimilarityInputs& in, i64 column, i64 columns) const {
+        pack_transposed(in.text, column, columns, in.width, own_text());
+        if (in.has_teacher) pack_transposed(in.teacher_text, column, columns, in.teacher_width, own_teacher_text());
     }
     // A tile of S: rows of the strip from `row` on.
-    void student_tile(const Problem& p, i64 row, i64 rows, i64 columns, float* out) const {
-        product(rows, columns, p.width, groups_at(image, row, p.width), {own_text(), p.width * NR, 0}, out, TILE_COLUMNS, false);
+    void student_tile(const SimilarityInputs& in, i64 row, i64 rows, i64 columns, float* out) const {
+        product(rows, columns, in.width, groups_at(image, row, in.width), {own_text(), in.width * NR, 0}, out, TILE_COLUMNS, false);
     }
-    void teacher_tile(const Problem& p, i64 row, i64 rows, i64 columns, float* out) const {
-        product(rows, columns, p.teacher_width, groups_at(teacher_image, row, p.teacher_width),
-                {own_teacher_text(), p.teacher_width * NR, 0}, out, TILE_COLUMNS, false);
+    void teacher_tile(const SimilarityInputs& in, i64 row, i64 rows, i64 columns, float* out) const {
+        product(rows, columns, in.teacher_width, groups_at(teacher_image, row, in.teacher_width),
+                {own_teacher_text(), in.teacher_width * NR, 0}, out, TILE_COLUMNS, false);
     }
 
   private:
@@ -195,25 +193,25 @@ struct Operands {
     }
 };
 
-// The column groups of a block, a whole tile wide; `own` is the thread's room for the last block, which is narrower.
-inline Groups block_groups(const Problem& p, i64 row, i64 column, i64 columns, std::int32_t* own) {
-    if (p.row_groups == nullptr) return {nullptr, nullptr};
-    if (columns == TILE_COLUMNS) return {p.row_groups + row, p.column_groups + column};
-    for (i64 j = 0; j < TILE_COLUMNS; ++j) own[j] = j < columns ? p.column_groups[column + j] : 0;
-    return {p.row_groups + row, own};
+// The groups of a tile, padded to TILE_COLUMNS columns in `own` where the block is narrower.
+inline Groups block_groups(const SimilarityInputs& in, i64 row, i64 column, i64 columns, std::int32_t* own) {
+    if (in.row_groups == nullptr) return {nullptr, nullptr};
+    if (columns == TILE_COLUMNS) return {in.row_groups + row, in.column_groups + column};
+    for (i64 j = 0; j < TILE_COLUMNS; ++j) own[j] = j < columns ? in.column_groups[column + j] : 0;
+    return {in.row_groups + row, own};
 }
 
-// Where the sums of one kind are in the scratch memory, and their first plane in the results.
-struct PlaneSet {
+// The indices of the statistics of one softmax in the scratch memory, and of the first one in the results.
+struct StatSet {
     int reference, total, gap, result;  // gap -1: none
     bool used;
 };
 
-constexpr int SCRATCH_PLANES = 7;
-constexpr PlaneSet STUDENT{0, 1, -1, 0, true};
+constexpr int SCRATCH_STATS = 7;
+constexpr StatSet STUDENT_SET{0, 1, -1, 0, true};
 
-inline PlaneSet masked_planes(const Problem& p) { return {2, 3, -1, 2, p.has_masked()}; }
-inline PlaneSet teacher_planes(const Problem& p) { return {4, 5, 6, p.has_masked() ? 4 : 2, p.has_teacher}; }
+inline StatSet masked_set(const SimilarityInputs& in) { return {2, 3, -1, 2, in.has_masked()}; }
+inline StatSet teacher_set(const SimilarityInputs& in) { return {4, 5, 6, in.has_masked() ? 4 : 2, in.has_teacher}; }
 
 }  // namespace CLIPERASE_ISA
 }  // namespace cliperase

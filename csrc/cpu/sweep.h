@@ -1,23 +1,24 @@
-// The similarity sweep on CPUs. S = scale * image textᵀ [rows, columns]; the pair of row i is column first + i, and that
-// entry, the diagonal, stays out of all sums; first = columns: the rows' pairs are not among the columns. Everything is plain
-// C++: pointers, sizes, strides.
+// The similarity sweep on CPUs, in plain C++: pointers, sizes and strides.
+//
+// S = scale * image textᵀ, [rows, columns]. Row i and column i + pair_offset are a pair. The entries of pairs, the diagonal,
+// are excluded from all statistics. pair_offset = columns: the columns hold no row's pair.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
-namespace cliperase {
+#include "buffer.h"
 
-enum class Dtype : int { float32, bfloat16, float16 };  // of features
+namespace cliperase {
 
 struct Matrix {
     const void* data;
     std::int64_t row, column;  // strides, in elements
-    Dtype dtype;
+    Dtype dtype;               // float16, bfloat16 or float32
 };
 
-struct Problem {
-    std::int64_t rows, columns, first;
+struct SimilarityInputs {
+    std::int64_t rows, columns, pair_offset;
     std::int64_t width;
     Matrix image, text;  // [rows, width], [columns, width]
     float scale;
@@ -25,88 +26,96 @@ struct Problem {
     std::int64_t teacher_width;
     Matrix teacher_image, teacher_text;  // [rows, teacher_width], [columns, teacher_width]
     float teacher_scale;
-    // Ids, or null. Pairs of equal id leave the student's sums; with a teacher they leave sums of their own, "masked".
+    // Group ids, or null. Without a teacher, entries of equal ids are excluded from the student's statistics. With a teacher,
+    // they are excluded from separate "masked" statistics of the student.
     const std::int32_t* row_groups;     // [rows]
     const std::int32_t* column_groups;  // [columns]
     int threads;
 
-    bool paired() const { return first < columns; }
+    bool paired() const { return pair_offset < columns; }
     bool excludes() const { return row_groups != nullptr && !has_teacher; }
     bool has_masked() const { return row_groups != nullptr && has_teacher; }
 };
 
-// The sums of a row or column, as far as there are any: the student's reference, near its largest entry, and the total of
-// exp(entry - reference); the same masked; of the teacher reference, total and gap, the sum of
-// exp(S° - reference) (S° - S - shift). A row without entries has reference -FLT_MAX and total 1.
-inline int planes(const Problem& p) { return 2 + 2 * p.has_masked() + 3 * p.has_teacher; }
+// The number of statistics of a row or column, in this order and where present: of the student, its reference (near the
+// largest entry) and the total of exp(entry - reference); the same, masked; of the teacher, reference, total and gap, the sum
+// of exp(S° - reference) (S° - S - shift). A row without entries has reference -FLT_MAX and total 1.
+inline int stat_count(const SimilarityInputs& in) { return 2 + 2 * in.has_masked() + 3 * in.has_teacher; }
 
 struct Forward {
-    float* diagonal;          // [rows], of S; unused without pairs, like the next
-    float* teacher_diagonal;  // [rows], of S°
-    float* row_sums;          // [planes, rows]
-    float* column_sums;       // [planes, columns]
-    float* shift;             // one, any constant near S° - S: the gap of the first row and column; 0 without a teacher
-    void* kept;             // tiles for the backward pass, `kept_bytes` of them
-    std::int64_t kept_rows;  // the first rows; a whole number of tiles, or all
+    float* diagonal;           // [rows], of S; unused without pairs
+    float* teacher_diagonal;   // [rows], of S°; unused without pairs
+    float* row_stats;          // [stat_count, rows]
+    float* column_stats;       // [stat_count, columns]
+    float* shift;              // [], S° - S of the first row and column: any constant near S° - S would do; 0 without a teacher
+    void* cache;               // tiles for the backward pass
+    std::int64_t cached_rows;  // the first rows, whose tiles are cached; a multiple of CACHE_TILE_ROWS, or all
 };
 
-// w P_ij = exp(S_ij - anchor) * factor, summed over the softmax of the row and that of the column; null: not there.
+// A weighted softmax: w P_ij = exp(S_ij - anchor) * factor, summed over the softmax of the row and that of the column; null:
+// absent.
 struct Softmax {
     const float *row_anchor, *column_anchor, *row_factor, *column_factor;
 };
 
 struct Backward {
     Softmax student, masked, teacher;
-    const float* diagonal;  // [rows], dS there; unused without pairs
-    const void* kept;
-    std::int64_t kept_rows;
-    // Each may be null where it is not needed. Rows of `gradient_stride` floats, the width rounded up to 16.
+    const float* diagonal;  // [rows], dS of the pairs; unused without pairs
+    const void* cache;
+    std::int64_t cached_rows;
+    // Null where not needed. Rows are `gradient_stride` floats apart: the width rounded up to a multiple of 16.
     float* grad_image;  // [rows, width]
     float* grad_text;   // [columns, width]
     double* grad_scale;
 };
 
-// The sigmoid loss: with X = S + bias and Y = X, but -X at the pairs, the sum of log(1 + exp(Y)) and its gradients. Neither a
+// The sigmoid loss: the sum of log(1 + exp(Y)) and its gradients, where Y = S + bias, negated for pairs. Takes neither a
 // teacher nor groups.
 struct Sigmoid {
     float bias;
     double* loss;
-    // As those of Backward.
-    float *grad_image, *grad_text;
+    float *grad_image, *grad_text;  // as in Backward
     double *grad_scale, *grad_bias;
 
     bool gradients() const { return grad_image != nullptr || grad_text != nullptr || grad_bias != nullptr; }
 };
 
-// What a forward pass keeps is, for each tile of this size, a head and a tile of S and, with a teacher, one of S°.
-constexpr std::int64_t KEPT_TILE_ROWS = 256, KEPT_TILE_COLUMNS = 128, KEPT_TILE_HEAD = 16;  // in elements of 4 bytes
+// Each throws std::invalid_argument, with the name of the argument, for what would make a sweep read or write out of bounds.
+void check(const SimilarityInputs& inputs);
+void check(const SimilarityInputs& inputs, const Forward& forward);
+void check(const SimilarityInputs& inputs, const Backward& backward);
+void check(const SimilarityInputs& inputs, const Sigmoid& sigmoid);
 
-// Bytes that are kept of each KEPT_TILE_ROWS rows.
-inline std::int64_t kept_row_bytes(const Problem& p) {
-    const std::int64_t blocks = (p.columns + KEPT_TILE_COLUMNS - 1) / KEPT_TILE_COLUMNS;
-    return 4 * blocks * (KEPT_TILE_HEAD + (1 + p.has_teacher) * KEPT_TILE_ROWS * KEPT_TILE_COLUMNS);
+// The cache holds, for each tile of this size, a header, the tile of S and, with a teacher, that of S°.
+constexpr std::int64_t CACHE_TILE_ROWS = 256, CACHE_TILE_COLUMNS = 128, CACHE_TILE_HEADER = 16;  // in elements of 4 bytes
+
+// Bytes of the cache for each CACHE_TILE_ROWS rows.
+inline std::int64_t cache_row_bytes(const SimilarityInputs& in) {
+    const std::int64_t blocks = (in.columns + CACHE_TILE_COLUMNS - 1) / CACHE_TILE_COLUMNS;
+    return 4 * blocks * (CACHE_TILE_HEADER + (1 + in.has_teacher) * CACHE_TILE_ROWS * CACHE_TILE_COLUMNS);
 }
 
 std::int64_t gradient_stride(std::int64_t width);
 
-// One instruction set's code. Scratch: as many bytes as the function beside says, aligned to 64.
-struct Engine {
+// The kernels compiled for one instruction set. Scratch memory: the bytes that the function above returns, aligned to 64.
+struct IsaKernels {
     const char* name;
-    std::size_t (*forward_scratch)(const Problem&);
-    void (*forward)(const Problem&, const Forward&, char* scratch);
-    std::size_t (*backward_scratch)(const Problem&, const Backward&);
-    void (*backward)(const Problem&, const Backward&, char* scratch);
-    std::size_t (*sigmoid_scratch)(const Problem&, const Sigmoid&);
-    void (*sigmoid)(const Problem&, const Sigmoid&, char* scratch);
+    std::size_t (*forward_scratch)(const SimilarityInputs&);
+    void (*forward)(const SimilarityInputs&, const Forward&, char* scratch);
+    std::size_t (*backward_scratch)(const SimilarityInputs&, const Backward&);
+    void (*backward)(const SimilarityInputs&, const Backward&, char* scratch);
+    std::size_t (*sigmoid_scratch)(const SimilarityInputs&, const Sigmoid&);
+    void (*sigmoid)(const SimilarityInputs&, const Sigmoid&, char* scratch);
 };
 
-extern const Engine portable_engine;
+extern const IsaKernels portable_kernels;
 #if defined(CLIPERASE_X86)
-extern const Engine avx2_engine;
-extern const Engine avx512_engine;
+extern const IsaKernels avx2_kernels;
+extern const IsaKernels avx512_kernels;
 #endif
 
-// The widest this processor runs, or the one named; null when that is unknown or does not run here.
-const Engine* choose_engine(const char* name);
+// The kernels of the widest instruction set that this processor runs, or of the named one; null where it is unknown or does
+// not run here.
+const IsaKernels* choose_kernels(const char* name);
 
 }  // namespace cliperase

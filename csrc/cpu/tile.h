@@ -11,7 +11,7 @@
 namespace cliperase {
 namespace CLIPERASE_ISA {
 
-constexpr i64 TILE_ROWS = KEPT_TILE_ROWS, TILE_COLUMNS = KEPT_TILE_COLUMNS, TILE = TILE_ROWS * TILE_COLUMNS;
+constexpr i64 TILE_ROWS = CACHE_TILE_ROWS, TILE_COLUMNS = CACHE_TILE_COLUMNS, TILE = TILE_ROWS * TILE_COLUMNS;
 
 // exp(-60) is 1e-26: what is 27 below it, 1e-12 of it, still is a normal number.
 constexpr float REACH = 60.0f;
@@ -21,13 +21,13 @@ struct Groups {
     const std::int32_t *rows, *columns;
 };
 
-// Sums of rows or columns, in arrays of one element each.
-struct Sums {
+// Stats of rows or columns, in arrays of one element each.
+struct Stats {
     float *reference, *total, *gap;
-    Sums at(i64 i) const { return {reference + i, total + i, gap ? gap + i : nullptr}; }
+    Stats at(i64 i) const { return {reference + i, total + i, gap ? gap + i : nullptr}; }
 };
 
-inline void clear(Sums sums, i64 count) {
+inline void clear(Stats sums, i64 count) {
     for (i64 i = 0; i < count; ++i) {
         sums.reference[i] = LOWEST;
         sums.total[i] = 0;
@@ -36,7 +36,7 @@ inline void clear(Sums sums, i64 count) {
 }
 
 // into += part, element by element. `count` is a whole number of vectors.
-inline void merge(Sums into, Sums part, i64 count) {
+inline void merge(Stats into, Stats part, i64 count) {
     for (i64 i = 0; i < count; i += W) {
         const Floats ours = load(into.reference + i), theirs = load(part.reference + i);
         const Floats reference = larger(ours, theirs);
@@ -95,7 +95,7 @@ inline Reference shared_reference(const float* of_rows, i64 rows, const float* o
 }
 
 template <bool GAP>
-inline void write_columns(Sums of_columns, const float* total, const float* gap) {
+inline void write_columns(Stats of_columns, const float* total, const float* gap) {
     std::memcpy(of_columns.total, total, TILE_COLUMNS * sizeof *total);
     if constexpr (GAP) std::memcpy(of_columns.gap, gap, TILE_COLUMNS * sizeof *gap);
 }
@@ -105,7 +105,7 @@ inline void write_columns(Sums of_columns, const float* total, const float* gap)
 // GAP: `other` is S, and the gap is summed; tile and other are equal where entries are left out. KEEP: the exponentials
 // take the place of the entries, if the reference is shared.
 template <bool GAP, bool KEEP>
-inline void shared_sums(float* tile, const float* other, float shift, i64 rows, Reference c, Sums of_rows, Sums of_columns,
+inline void write_shared_stats(float* tile, const float* other, float shift, i64 rows, Reference c, Stats of_rows, Stats of_columns,
                         const float* row_top, const float* column_top) {
     alignas(64) float total[TILE_COLUMNS] = {}, gap[GAP ? TILE_COLUMNS : W] = {};
     for (i64 i = 0; i < rows; i += 2) {
@@ -142,7 +142,7 @@ inline void shared_sums(float* tile, const float* other, float shift, i64 rows, 
 
 // The same with a reference for each row and column, two exponentials an entry.
 template <bool GAP>
-inline void separate_sums(const float* tile, const float* other, float shift, i64 rows, Sums of_rows, Sums of_columns,
+inline void write_separate_stats(const float* tile, const float* other, float shift, i64 rows, Stats of_rows, Stats of_columns,
                           float* row_top, float* column_top) {
     alignas(64) float total[TILE_COLUMNS] = {}, gap[TILE_COLUMNS] = {};
     for (i64 i = 0; i < rows; ++i) {

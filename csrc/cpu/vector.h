@@ -69,10 +69,10 @@ inline float largest(Floats v) {
 inline Floats exp(Floats x) {
     constexpr float SHIFT = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
     constexpr float LOG2_E = 1.44269504f, LN_2_HIGH = 0.693359375f, LN_2_LOW = -2.12194440e-4f;
-    const Floats kept = x < -87.0f ? all(-87.0f) : x;
-    const Floats shifted = kept * LOG2_E + SHIFT;
+    const Floats clamped = x < -87.0f ? all(-87.0f) : x;
+    const Floats shifted = clamped * LOG2_E + SHIFT;
     const Floats k = shifted - SHIFT;
-    const Floats r = (kept - k * LN_2_HIGH) - k * LN_2_LOW;
+    const Floats r = (clamped - k * LN_2_HIGH) - k * LN_2_LOW;
     Floats p = all(0.00138146f);
     p = p * r + 0.00836871f;
     p = p * r + 0.04166839f;

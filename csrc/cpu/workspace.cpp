@@ -22,7 +22,7 @@ struct Block {
 struct Pool {
     std::mutex mutex;
     std::vector<Block> blocks;
-    std::size_t limit = CACHED_BYTES;
+    std::size_t limit = POOL_BYTES;
 
     std::size_t cached() const {
         std::size_t total = 0;
@@ -88,12 +88,12 @@ Workspace::~Workspace() {
     to.shrink_to(to.limit);
 }
 
-std::size_t cached_bytes() {
+std::size_t pooled_bytes() {
     const std::lock_guard<std::mutex> lock(pool().mutex);
     return pool().cached();
 }
 
-void limit_cached_bytes(std::size_t most) {
+void limit_pooled_bytes(std::size_t most) {
     const std::lock_guard<std::mutex> lock(pool().mutex);
     pool().limit = most;
     pool().shrink_to(most);

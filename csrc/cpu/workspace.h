@@ -22,8 +22,8 @@ class Workspace {
     std::size_t bytes_, capacity_;
 };
 
-std::size_t cached_bytes();                     // in the pool now, unused
-void limit_cached_bytes(std::size_t most);      // and frees what is over it
-constexpr std::size_t CACHED_BYTES = std::size_t{2} << 30;  // unless limited otherwise
+std::size_t pooled_bytes();                     // in the pool now, unused
+void limit_pooled_bytes(std::size_t most);      // and frees what is over it
+constexpr std::size_t POOL_BYTES = std::size_t{2} << 30;  // unless limited otherwise
 
 }  // namespace cliperase

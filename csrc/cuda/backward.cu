@@ -1,4 +1,4 @@
-// A block of dL/dS from the products and the softmaxes' terms, rounded to the dtype that the next products take.
+// A block of dL/dS from the products and the terms of the softmaxes, rounded to the dtype of the next products.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -18,10 +18,10 @@ struct GradientArguments {
 };
 
 __device__ void store(const Backward& out, std::int64_t offset, const float (&values)[VECTOR]) {
-    if (out.format == Format::float32) {
+    if (out.dtype == Dtype::float32) {
         *reinterpret_cast<float4*>(static_cast<float*>(out.gradient) + offset) =
             make_float4(values[0], values[1], values[2], values[3]);
-    } else if (out.format == Format::bfloat16) {
+    } else if (out.dtype == Dtype::bfloat16) {
         alignas(8) __nv_bfloat162 pairs[2];
         pairs[0] = __floats2bfloat162_rn(values[0], values[1]);
         pairs[1] = __floats2bfloat162_rn(values[2], values[3]);
@@ -49,7 +49,7 @@ struct ColumnTerms {
     }
 };
 
-// One softmax, of rows and columns, of the entries of a row.
+// Adds one softmax, of the row and of the columns, for the entries of a row.
 __device__ void add_softmax(float (&sum)[VECTOR], const float (&entry)[VECTOR], const ColumnTerms& columns,
                             const GradientArguments& a, int term, std::int64_t row, const bool (&counts)[VECTOR]) {
     const float* from = a.out.row_terms + 2 * term * a.out.row_stride + row;
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(const GradientArgumen
             add_softmax(sum, student.entry[r], masked_columns, a, masked_term, i, others);
         }
         if (F::teacher) add_softmax(sum, teacher.entry[r], teacher_columns, a, teacher_term, i, all);
-        const std::int64_t ahead = i + block.diagonal - column;  // of the diagonal, from the first of these columns
+        const std::int64_t ahead = i + block.pair_offset - column;  // of the pair, from the first of these columns
         if (ahead >= 0 && ahead < VECTOR) {
 #pragma unroll
             for (int c = 0; c < VECTOR; ++c)
@@ -107,10 +107,10 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(const GradientArgumen
 void backward(const Block& block, const Backward& out, std::uintptr_t stream) {
     check(block);
     if (out.row_terms == nullptr || out.column_terms == nullptr || out.diagonal == nullptr || out.gradient == nullptr)
-        throw std::invalid_argument("the address of the terms, of the diagonal or of the gradient is 0");
+        throw std::invalid_argument("the address of the terms, the diagonal or the gradient is null");
     if (out.row_stride < block.rows || out.column_stride < block.columns)
-        throw std::invalid_argument("the planes of the terms overlap: their stride is less than the block's rows or columns");
-    const std::uintptr_t vector_bytes = out.format == Format::float32 ? 16 : 8;
+        throw std::invalid_argument("the terms overlap: their stride must be at least the block's rows or columns");
+    const std::uintptr_t vector_bytes = out.dtype == Dtype::float32 ? 16 : 8;
     if (out.gradient_leading % VECTOR != 0 || out.gradient_leading < divide_up(block.columns, VECTOR) * VECTOR ||
         reinterpret_cast<std::uintptr_t>(out.gradient) % vector_bytes != 0)
         throw std::invalid_argument("rows of the gradient must begin at multiples of 4 entries and hold the columns");

@@ -1,4 +1,4 @@
-// What would make a kernel read or write where it must not is refused before a launch.
+// Refuses, before a launch, what would make a kernel read or write out of bounds.
 #include <climits>
 #include <stdexcept>
 #include <string>
@@ -10,9 +10,9 @@ namespace cliperase::cuda {
 void check(const Block& block) {
     if (block.rows < 1 || block.columns < 1) throw std::invalid_argument("rows and columns must be at least 1");
     if (block.student == nullptr || block.scalars == nullptr)
-        throw std::invalid_argument("the address of the student's products or of the scalars is 0");
+        throw std::invalid_argument("the address of the student's products or of the scalars is null");
     if ((block.row_groups == nullptr) != (block.column_groups == nullptr))
-        throw std::invalid_argument("row_groups and column_groups come together or not at all");
+        throw std::invalid_argument("row_groups and column_groups must be given together");
     if (block.leading % VECTOR != 0 || block.leading < block.columns)
         throw std::invalid_argument("leading must be a multiple of 4 and at least the number of columns");
     if (block.rows > INT64_MAX / 16 / block.leading) throw std::invalid_argument("rows times leading overflows 64 bits");
@@ -27,7 +27,7 @@ std::string device() {
 #else
     int number = 0;
     const cudaError_t error = cudaGetDevice(&number);
-    if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA names no device: ") + cudaGetErrorString(error));
+    if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA has no current device: ") + cudaGetErrorString(error));
     return "cuda:" + std::to_string(number);
 #endif
 }

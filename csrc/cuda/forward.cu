@@ -1,4 +1,4 @@
-// Sums of rows and columns of a block in one reading of it, then their merging; no atomics, always the same order.
+// Statistics of the rows and columns of a block, from one read of it, and their merging: no atomics, always in the same order.
 #include <algorithm>
 #include <stdexcept>
 
@@ -25,47 +25,47 @@ struct Tiling {
 struct TileArguments {
     Block block;
     float *diagonal, *teacher_diagonal;
-    float* row_partials;     // [chunks, planes, rows]
-    float* column_partials;  // [row tiles, planes, columns]
+    float* row_partials;     // [chunks, stat_count, rows]
+    float* column_partials;  // [row tiles, stat_count, columns]
     int chunks, tiles_per_chunk, column_tiles;
 };
 
-// Shared memory: the columns' partials of the warps, [kinds, 3, WARPS, TILE_COLUMNS], then, for a kind at a time, the rows'
-// partials of the lanes, [3, TILE_ROWS, PADDED_WARP].
+// Shared memory: the warps' partials of columns, [kinds, 3, WARPS, TILE_COLUMNS]; then, one kind at a time, the lanes'
+// partials of rows, [3, TILE_ROWS, PADDED_WARP].
 template <typename F>
 constexpr std::size_t shared_floats() {
     return std::max(F::kinds * 3 * WARPS * TILE_COLUMNS, 3 * TILE_ROWS * PADDED_WARP);
 }
 
-__device__ void store(float* partials, std::int64_t part, int of_planes, std::int64_t positions, std::int64_t position,
+__device__ void store(float* partials, std::int64_t part, int stats, std::int64_t positions, std::int64_t position,
                       int kind, bool has_gap, const Partial& partial) {
-    float* plane = partials + (part * of_planes + 2 * kind) * positions + position;
-    plane[0] = partial.maximum;
-    plane[positions] = partial.total;
-    if (has_gap) plane[2 * positions] = partial.gap;
+    float* to = partials + (part * stats + 2 * kind) * positions + position;
+    to[0] = partial.maximum;
+    to[positions] = partial.total;
+    if (has_gap) to[2 * positions] = partial.gap;
 }
 
-// Partials from planes of shared memory become one.
+// Merges partials in shared memory, whose maxima, totals and gaps are `stride` floats apart.
 template <int Parts, int Stride>
-__device__ Partial gather(const float* from, int plane, bool has_gap) {
+__device__ Partial gather(const float* from, int stride, bool has_gap) {
     Partial merged;
 #pragma unroll
     for (int part = 0; part < Parts; ++part) merged.maximum = fmaxf(merged.maximum, from[part * Stride]);
 #pragma unroll
     for (int part = 0; part < Parts; ++part) {
         const float take = exp2f(from[part * Stride] - merged.maximum);
-        merged.total += from[plane + part * Stride] * take;
-        if (has_gap) merged.gap += from[2 * plane + part * Stride] * take;
+        merged.total += from[stride + part * Stride] * take;
+        if (has_gap) merged.gap += from[2 * stride + part * Stride] * take;
     }
     return merged;
 }
 
-// The rows' running sums of a thread over its own columns.
+// A thread's running statistics of its rows, over its own columns.
 template <bool HasGap>
-struct RowSums {
+struct RowStats {
     float maximum[ROWS], total[ROWS], gap[HasGap ? ROWS : 1];
 
-    __device__ RowSums() {
+    __device__ RowStats() {
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
             maximum[r] = LOWEST, total[r] = 0.0F;
@@ -73,7 +73,7 @@ struct RowSums {
         }
     }
 
-    // `student` and `shift` are there for the gaps.
+    // `student` and `shift` are used for the gaps only.
     __device__ void add(const Tile& piece, const Tile& student, float shift) {
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
@@ -93,7 +93,7 @@ struct RowSums {
     }
 };
 
-// A thread's columns over its own rows, to shared memory.
+// Writes a thread's statistics of its columns, over its own rows, to shared memory.
 template <bool HasGap>
 __device__ void share_columns(float* shared, int kind, const Tile& piece, const Tile& student, float shift) {
     float maximum[VECTOR], total[VECTOR], gap[VECTOR];
@@ -111,13 +111,13 @@ __device__ void share_columns(float* shared, int kind, const Tile& piece, const 
     }
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     float4* to = reinterpret_cast<float4*>(shared + (kind * 3 * WARPS + warp) * TILE_COLUMNS) + lane;
-    constexpr int plane = WARPS * TILE_COLUMNS / VECTOR;
+    constexpr int stride = WARPS * TILE_COLUMNS / VECTOR;
     to[0] = make_float4(maximum[0], maximum[1], maximum[2], maximum[3]);
-    to[plane] = make_float4(total[0], total[1], total[2], total[3]);
-    if (HasGap) to[2 * plane] = make_float4(gap[0], gap[1], gap[2], gap[3]);
+    to[stride] = make_float4(total[0], total[1], total[2], total[3]);
+    if (HasGap) to[2 * stride] = make_float4(gap[0], gap[1], gap[2], gap[3]);
 }
 
-// The warps' shared columns to the partials of this tile of rows.
+// Merges the warps' column statistics in shared memory into the partials of this tile of rows.
 template <typename F>
 __device__ void store_columns(const float* shared, const TileArguments& a, int row_tile, int tile) {
     for (int task = threadIdx.x; task < F::kinds * TILE_COLUMNS; task += THREADS) {
@@ -131,37 +131,37 @@ __device__ void store_columns(const float* shared, const TileArguments& a, int r
     }
 }
 
-// The lanes' rows to the partials of this chunk of columns.
+// Merges the lanes' row statistics into the partials of this chunk of columns.
 template <typename F, bool HasGap>
-__device__ void store_rows(float* shared, const RowSums<HasGap>& rows, const TileArguments& a, int row_tile, int chunk,
+__device__ void store_rows(float* shared, const RowStats<HasGap>& rows, const TileArguments& a, int row_tile, int chunk,
                            int kind) {
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    constexpr int plane = TILE_ROWS * PADDED_WARP;
-    __syncthreads();  // what was in the shared memory has been read
+    constexpr int stride = TILE_ROWS * PADDED_WARP;
+    __syncthreads();  // shared memory is no longer in use
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
         float* to = shared + (warp * ROWS + r) * PADDED_WARP + lane;
         to[0] = rows.maximum[r];
-        to[plane] = rows.total[r];
-        if (HasGap) to[2 * plane] = rows.gap[r];
+        to[stride] = rows.total[r];
+        if (HasGap) to[2 * stride] = rows.gap[r];
     }
     __syncthreads();
     const std::int64_t row = std::int64_t{row_tile} * TILE_ROWS + threadIdx.x;
     if (threadIdx.x >= TILE_ROWS || row >= a.block.rows) return;
-    const Partial merged = gather<WARP, 1>(shared + threadIdx.x * PADDED_WARP, plane, HasGap);
+    const Partial merged = gather<WARP, 1>(shared + threadIdx.x * PADDED_WARP, stride, HasGap);
     store(a.row_partials, chunk, 2 * F::kinds + int(F::teacher), a.block.rows, row, kind, HasGap, merged);
 }
 
-// Leaves out what is not in the block, and the diagonal, after writing it down.
+// Excludes entries outside of the block, and the diagonal, which is written first.
 template <bool Teacher>
-__device__ void leave_out(Tile& student, Tile& teacher, const TileArguments& a, std::int64_t row, std::int64_t column) {
+__device__ void exclude(Tile& student, Tile& teacher, const TileArguments& a, std::int64_t row, std::int64_t column) {
     const Block& block = a.block;
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
 #pragma unroll
         for (int c = 0; c < VECTOR; ++c) {
             const std::int64_t i = row + r, j = column + c;
-            const bool inside = i < block.rows && j < block.columns, paired = j == i + block.diagonal;
+            const bool inside = i < block.rows && j < block.columns, paired = j == i + block.pair_offset;
             if (inside && paired) {
                 a.diagonal[i] = block.student[i * block.leading + j] * block.scalars[0];
                 if (Teacher) a.teacher_diagonal[i] = block.teacher[i * block.leading + j] * block.scalars[1];
@@ -174,8 +174,8 @@ __device__ void leave_out(Tile& student, Tile& teacher, const TileArguments& a, 
     }
 }
 
-// In place: what follows needs the entries of other groups only.
-__device__ void leave_out_groups(Tile& student, const Block& block, std::int64_t row, std::int64_t column) {
+// In place: what follows uses only the entries of different groups.
+__device__ void exclude_groups(Tile& student, const Block& block, std::int64_t row, std::int64_t column) {
     std::int64_t ids[VECTOR];
 #pragma unroll
     for (int c = 0; c < VECTOR; ++c) ids[c] = column + c < block.columns ? block.column_groups[column + c] : 0;
@@ -198,8 +198,8 @@ __global__ void __launch_bounds__(THREADS, F::kinds == 3 ? 1 : 2) forward_kernel
     const float scale = block.scalars[0] * LOG2_E;
     const float teacher_scale = F::teacher ? block.scalars[1] * LOG2_E : 0.0F;
     const float shift = F::teacher ? block.scalars[2] * LOG2_E : 0.0F;
-    RowSums<false> plain, masked;
-    RowSums<true> with_gap;
+    RowStats<false> plain, masked;
+    RowStats<true> with_gap;
     const int first = chunk * a.tiles_per_chunk;
     const int last = min(first + a.tiles_per_chunk, a.column_tiles);
     for (int tile = first; tile < last; ++tile) {
@@ -207,10 +207,10 @@ __global__ void __launch_bounds__(THREADS, F::kinds == 3 ? 1 : 2) forward_kernel
         Tile student, teacher;
         student.load(block.student, block.leading, row, column, block, scale);
         if (F::teacher) teacher.load(block.teacher, block.leading, row, column, block, teacher_scale);
-        const std::int64_t ahead = column - (row + block.diagonal);  // of the first entry of the pieces
+        const std::int64_t ahead = column - (row + block.pair_offset);  // of the first column, from the pair of the first row
         const bool crossed = ahead > -VECTOR && ahead < ROWS;
         if (crossed || row + ROWS > block.rows || column + VECTOR > block.columns)
-            leave_out<F::teacher>(student, teacher, a, row, column);
+            exclude<F::teacher>(student, teacher, a, row, column);
         __syncthreads();  // the last tile's columns have been stored
         if (F::teacher) {
             with_gap.add(teacher, student, shift);
@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(THREADS, F::kinds == 3 ? 1 : 2) forward_kernel
             share_columns<false>(shared, 0, student, student, 0.0F);
         }
         if (F::masked) {
-            leave_out_groups(student, block, row, column);
+            exclude_groups(student, block, row, column);
             masked.add(student, student, 0.0F);
             share_columns<false>(shared, int(F::plain), student, student, 0.0F);
         }
@@ -233,17 +233,17 @@ __global__ void __launch_bounds__(THREADS, F::kinds == 3 ? 1 : 2) forward_kernel
     if (F::teacher) store_rows<F>(shared, with_gap, a, row_tile, chunk, F::students);
 }
 
-// Partials [parts, planes, positions] into sums, those of the rows and those of the columns.
+// Merges partials [parts, stat_count, positions] into statistics, of the rows and of the columns.
 struct MergeSide {
     const float* partials;
     std::int64_t parts, positions;
-    Sums sums;
+    Stats stats;
 };
 
 struct MergeArguments {
     MergeSide rows, columns;
     int students;  // kinds before the teacher's, which has a gap
-    int planes;
+    int stat_count;
 };
 
 __global__ void __launch_bounds__(THREADS) merge_kernel(const MergeArguments a) {
@@ -252,11 +252,11 @@ __global__ void __launch_bounds__(THREADS) merge_kernel(const MergeArguments a) 
     const std::int64_t positions = of_rows ? a.rows.positions : a.columns.positions;
     if (position >= positions) return;
     const std::int64_t parts = of_rows ? a.rows.parts : a.columns.parts;
-    const std::int64_t stride = of_rows ? a.rows.sums.stride : a.columns.sums.stride;
-    const bool fresh = of_rows ? a.rows.sums.fresh : a.columns.sums.fresh;
+    const std::int64_t stride = of_rows ? a.rows.stats.stride : a.columns.stats.stride;
+    const bool fresh = of_rows ? a.rows.stats.fresh : a.columns.stats.fresh;
     const int kind = blockIdx.z;
     const bool has_gap = kind == a.students;
-    float* const to = (of_rows ? a.rows.sums.data : a.columns.sums.data) + 2 * kind * stride + position;
+    float* const to = (of_rows ? a.rows.stats.data : a.columns.stats.data) + 2 * kind * stride + position;
     Partial merged;
     if (!fresh) {
         merged.maximum = to[0];
@@ -264,7 +264,7 @@ __global__ void __launch_bounds__(THREADS) merge_kernel(const MergeArguments a) 
         if (has_gap) merged.gap = to[2 * stride];
     }
     const float* from = (of_rows ? a.rows.partials : a.columns.partials) + 2 * kind * positions + position;
-    for (std::int64_t part = 0; part < parts; ++part, from += a.planes * positions) {
+    for (std::int64_t part = 0; part < parts; ++part, from += a.stat_count * positions) {
         Partial more;
         more.maximum = from[0];
         more.total = from[positions];
@@ -281,7 +281,7 @@ __global__ void __launch_bounds__(THREADS) merge_kernel(const MergeArguments a) 
 std::int64_t forward_workspace(const Block& block) {
     check(block);
     const Tiling tiling(block);
-    return planes(block) * (tiling.chunks * block.rows + tiling.row_tiles * block.columns);
+    return stat_count(block) * (tiling.chunks * block.rows + tiling.row_tiles * block.columns);
 }
 
 void forward(const Block& block, const Forward& out, std::uintptr_t stream) {
@@ -291,13 +291,13 @@ void forward(const Block& block, const Forward& out, std::uintptr_t stream) {
         throw std::invalid_argument("workspace is too small for this block; see forward_workspace");
     if (out.rows.data == nullptr || out.columns.data == nullptr || out.diagonal == nullptr ||
         (teacher && out.teacher_diagonal == nullptr))
-        throw std::invalid_argument("the address of the sums or of a diagonal is 0");
+        throw std::invalid_argument("the address of the statistics or of a diagonal is null");
     if (out.rows.stride < block.rows || out.columns.stride < block.columns)
-        throw std::invalid_argument("the planes of the sums overlap: their stride is less than the block's rows or columns");
+        throw std::invalid_argument("the statistics overlap: their stride must be at least the block's rows or columns");
     const Tiling tiling(block);
-    const int of_planes = planes(block);
+    const int stats = stat_count(block);
     float* const row_partials = out.workspace;
-    float* const column_partials = row_partials + of_planes * tiling.chunks * block.rows;
+    float* const column_partials = row_partials + stats * tiling.chunks * block.rows;
     grid_size(tiling.column_tiles + tiling.tiles_per_chunk);  // counted in 32 bits
     const TileArguments tile{block,
                              out.diagonal,
@@ -315,9 +315,9 @@ void forward(const Block& block, const Forward& out, std::uintptr_t stream) {
     const MergeArguments merge{{row_partials, tiling.chunks, block.rows, out.rows},
                                {column_partials, tiling.row_tiles, block.columns, out.columns},
                                int(block.plain()) + int(block.masked()),
-                               of_planes};
+                               stats};
     const unsigned blocks = grid_size(divide_up(std::max(block.rows, block.columns), THREADS));
-    launch(merge_kernel, "merge_kernel", dim3(blocks, 2, static_cast<unsigned>(of_planes / 2)), 0, stream, merge);
+    launch(merge_kernel, "merge_kernel", dim3(blocks, 2, static_cast<unsigned>(stats / 2)), 0, stream, merge);
 }
 
 }  // namespace cliperase::cuda

@@ -1,4 +1,4 @@
-// The host's side of a launch.
+// The host side of a launch.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,7 +14,7 @@ namespace cliperase::cuda {
 constexpr int WARP = 32, WARPS = 8, THREADS = WARP * WARPS;
 constexpr int VECTOR = 4;  // entries that are read and written at once
 
-// Which sums a kernel is compiled for.
+// The statistics that a kernel is compiled for.
 template <bool Plain, bool Masked, bool Teacher>
 struct Form {
     static constexpr bool plain = Plain, masked = Masked, teacher = Teacher;
@@ -22,12 +22,12 @@ struct Form {
     static constexpr int kinds = students + int(Teacher);
 };
 
-// std::invalid_argument for what would make a kernel read or write where it must not.
+// Throws std::invalid_argument for what would make a kernel read or write out of bounds.
 void check(const Block& block);
-// The one that launches go to, as torch calls it; where its memory must lie.
+// The current device, by its name in torch; all memory must be there.
 std::string device();
 unsigned grid_size(std::int64_t blocks);
-// std::runtime_error
+// Throws std::runtime_error.
 void check_launch(cudaError_t error, const char* kernel);
 
 template <typename Arguments>

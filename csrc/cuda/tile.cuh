@@ -1,5 +1,5 @@
-// What the kernels share. A block of threads has a tile of 128 columns; each of its 8 warps has some rows of it, and each
-// thread 4 neighbouring columns of these.
+// Shared by the kernels. A block of threads processes a tile of 128 columns; each of its 8 warps some rows of it, and each
+// thread 4 adjacent columns of these.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -38,7 +38,7 @@ struct Piece {
     }
 };
 
-// (maximum, total, gap), see `Sums`.
+// (maximum, total, gap), see `Stats`.
 struct Partial {
     float maximum = LOWEST, total = 0.0F, gap = 0.0F;
 

@@ -102,17 +102,17 @@ class Batch {
 
     explicit Batch(const Case& c) : Batch(c, Directions(c)) {}
 
-    cliperase::Problem problem(int threads) const {
-        cliperase::Problem p{};
-        p.rows = p.columns = of.n, p.width = of.width, p.scale = of.scale, p.threads = threads;
-        p.image = image.matrix(), p.text = text.matrix();
-        p.has_teacher = of.consistency;
+    cliperase::SimilarityInputs inputs(int threads) const {
+        cliperase::SimilarityInputs in{};
+        in.rows = in.columns = of.n, in.width = of.width, in.scale = of.scale, in.threads = threads;
+        in.image = image.matrix(), in.text = text.matrix();
+        in.has_teacher = of.consistency;
         if (of.consistency) {
-            p.teacher_width = of.teacher_width, p.teacher_scale = of.teacher_scale;
-            p.teacher_image = teacher_image.matrix(), p.teacher_text = teacher_text.matrix();
+            in.teacher_width = of.teacher_width, in.teacher_scale = of.teacher_scale;
+            in.teacher_image = teacher_image.matrix(), in.teacher_text = teacher_text.matrix();
         }
-        if (of.groups) p.row_groups = p.column_groups = groups.data();
-        return p;
+        if (of.groups) in.row_groups = in.column_groups = groups.data();
+        return in;
     }
 
   private:

@@ -29,7 +29,7 @@ inline void expect_close(const char* what, const char* isa, double found, double
 }
 
 // test_losses.cpp
-void check_losses(const std::vector<const cliperase::Engine*>& engines);
+void check_losses(const std::vector<const cliperase::IsaKernels*>& all_kernels);
 
 // test_buffers.cpp
 void check_buffers();

@@ -1,4 +1,4 @@
-// What is refused before it is read or written, and in which words.
+// Which buffers are refused before they are read or written, and the message.
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -11,6 +11,7 @@ namespace {
 using cliperase::at_least;
 using cliperase::Buffer;
 using cliperase::checked;
+using cliperase::Dtype;
 using cliperase::Expected;
 using cliperase::Layout;
 
@@ -43,14 +44,14 @@ void check_buffers() {
         change(out);
         return out;
     };
-    const Expected dense{"sums", {"float32"}, {3, 5}, Layout::dense, CPU};
-    const Expected rows{"sums", {"float32"}, {3, at_least(4)}, Layout::rows, CPU, 16};
-    const Expected any{"sums", {"float32", "bfloat16", "float16"}, {3, 5}, Layout::any, CPU};
+    const Expected dense{"sums", {Dtype::float32}, {3, 5}, Layout::dense, CPU};
+    const Expected rows{"sums", {Dtype::float32}, {3, at_least(4)}, Layout::rows, CPU, 16};
+    const Expected any{"sums", cliperase::FEATURE_DTYPES, {3, 5}, Layout::any, CPU};
     expect_taken(good, dense), expect_taken(good, any);
     expect_taken(changed([](Buffer& b) { b.strides = {8, 1}; }), rows);
     expect_taken(changed([](Buffer& b) { b.strides = {0, 7}; }), any);  // rows that are all the same
-    expect_taken(changed([](Buffer& b) { b.sizes = {3, 1}, b.strides = {1, -9}; }), {"sums", {"float32"}, {3, 1}, Layout::dense, CPU});
-    expect_taken({8, "float32", 0, {}, {}, CPU}, {"loss", {"float32"}, {}, Layout::dense, CPU});
+    expect_taken(changed([](Buffer& b) { b.sizes = {3, 1}, b.strides = {1, -9}; }), {"sums", {Dtype::float32}, {3, 1}, Layout::dense, CPU});
+    expect_taken({8, "float32", 0, {}, {}, CPU}, {"loss", {Dtype::float32}, {}, Layout::dense, CPU});
 
     expect_refused(changed([](Buffer& b) { b.dtype = "float64"; }), dense,
                    "sums must be contiguous float32 [3, 5] on cpu, not float64 [3, 5] with strides [5, 1] on cpu");
@@ -73,5 +74,5 @@ void check_buffers() {
         expect_refused(changed([=](Buffer& b) { b.strides = {stride, 1}; }), any, "sums reaches beyond 64 bits");
     expect_refused(changed([](Buffer& b) { b.address = UINTPTR_MAX - 15; }), dense, "sums reaches beyond 64 bits");
     const std::int64_t wide = std::int64_t{1} << 40;
-    expect_refused({4096, "float32", 2, {wide, wide}, {wide, 1}, CPU}, {"sums", {"float32"}, {wide, wide}, Layout::dense, CPU}, "sums");
+    expect_refused({4096, "float32", 2, {wide, wide}, {wide, 1}, CPU}, {"sums", {Dtype::float32}, {wide, wide}, Layout::dense, CPU}, "sums");
 }

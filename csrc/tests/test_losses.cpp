@@ -1,4 +1,4 @@
-// The losses of whole batches, the sigmoid loss too, and their gradients: the sweep of every engine against the formulas in
+// The losses of whole batches, the sigmoid loss too, and their gradients: the sweep of every kernels against the formulas in
 // double precision.
 //
 // The unit of the allowed error is that of tests/ops/accuracy_cases.py: what one rounding of the similarities can do.
@@ -7,17 +7,16 @@
 #include <vector>
 
 #include "batch.h"
-#include "checks.h"
 #include "expect.h"
-#include "finish.h"
+#include "softmax_stats.h"
 #include "workspace.h"
 
 namespace {
 
 using cliperase::Backward;
-using cliperase::Engine;
+using cliperase::IsaKernels;
 using cliperase::Forward;
-using cliperase::Problem;
+using cliperase::SimilarityInputs;
 using Doubles = std::vector<double>;
 
 constexpr double GRAD_RETENTION = 0.7, GRAD_CONSISTENCY = 1.3;
@@ -33,9 +32,9 @@ double log1p_exp(double x) { return x > 40 ? x : std::log1p(std::exp(x)); }
 // The softmax of each row of a matrix [n, n], without what groups leave out: log-odds of the rest against the diagonal
 // entry, and what is off the diagonal.
 struct Softmax {
-    Doubles odds, rest;  // [n], [n, n]
+    Doubles odds, off_diagonal;  // [n], [n, n]
 
-    Softmax(const Doubles& s, int64_t n, const std::vector<std::int32_t>& groups) : odds(n, -INFINITY), rest(n * n) {
+    Softmax(const Doubles& s, int64_t n, const std::vector<std::int32_t>& groups) : odds(n, -INFINITY), off_diagonal(n * n) {
         for (int64_t i = 0; i < n; ++i) {
             const auto included = [&](int64_t j) { return i != j && (groups.empty() || groups[i] != groups[j]); };
             const double *row = s.data() + i * n, own = row[i];
@@ -43,11 +42,11 @@ struct Softmax {
             for (int64_t j = 0; j < n; ++j)
                 if (included(j)) top = std::max(top, row[j] - own);
             for (int64_t j = 0; j < n; ++j)
-                if (included(j)) total += rest[i * n + j] = std::exp(row[j] - own - top);
+                if (included(j)) total += off_diagonal[i * n + j] = std::exp(row[j] - own - top);
             if (total == 0) continue;
             odds[i] = top + std::log(total);
             const double shrink = std::exp(top - log1p_exp(odds[i]));
-            for (int64_t j = 0; j < n; ++j) rest[i * n + j] *= shrink;
+            for (int64_t j = 0; j < n; ++j) off_diagonal[i * n + j] *= shrink;
         }
     }
 };
@@ -87,10 +86,10 @@ struct Truth : Outcome {
                 for (int64_t i = 0; i < n; ++i) {
                     for (int64_t j = 0; j < n; ++j) {
                         const int64_t at = columns ? j * n + i : i * n + j;
-                        ds[at] += weight * softmax.rest[i * n + j], mass[at] += std::abs(weight) * softmax.rest[i * n + j];
+                        ds[at] += weight * softmax.off_diagonal[i * n + j], mass[at] += std::abs(weight) * softmax.off_diagonal[i * n + j];
                     }
-                    const double rest = 1 / (1 + std::exp(-softmax.odds[i]));
-                    ds[i * n + i] -= weight * rest, mass[i * n + i] += std::abs(weight) * rest;
+                    const double one_minus_p = 1 / (1 + std::exp(-softmax.odds[i]));
+                    ds[i * n + i] -= weight * one_minus_p, mass[i * n + i] += std::abs(weight) * one_minus_p;
                 }
             };
             if (c.retention) {
@@ -103,7 +102,7 @@ struct Truth : Outcome {
                 for (int64_t i = 0; i < n; ++i) {
                     double kl = log1p_exp(student.odds[i]) - log1p_exp(other.odds[i]);
                     for (int64_t j = i * n; j < (i + 1) * n; ++j)
-                        kl += other.rest[j] * ((teacher[j] - teacher[i * n + i]) - (s[j] - s[i * n + i]));
+                        kl += other.off_diagonal[j] * ((teacher[j] - teacher[i * n + i]) - (s[j] - s[i * n + i]));
                     consistency += kl / static_cast<double>(n);
                 }
                 add(of_consistency, student), add(-of_consistency, other);
@@ -134,37 +133,37 @@ struct Truth : Outcome {
     }
 };
 
-// What the engine makes of it, of which it keeps the similarities of so many rows between the passes.
-Outcome run(const Engine& engine, const Batch& batch, int64_t kept_rows, int threads) {
+// What the kernels makes of it, of which it keeps the similarities of so many rows between the passes.
+Outcome run(const IsaKernels& kernels, const Batch& batch, int64_t cached_rows, int threads) {
     const Case& c = batch.of;
     const int64_t n = c.n, stride = cliperase::gradient_stride(c.width);
-    const Problem p = batch.problem(threads);
-    cliperase::check(p);
-    std::vector<float> sums(2 * cliperase::planes(p) * n, NAN), diagonals(2 * n, NAN);
-    std::vector<float> state(cliperase::STATE_PLANES * 2 * n, NAN);
-    const int64_t tiles = (kept_rows + 255) / 256 * ((n + 127) / 128);
-    std::vector<float> kept(tiles * (16 + (c.consistency ? 2 : 1) * 256 * 128), NAN);
+    const SimilarityInputs in = batch.inputs(threads);
+    cliperase::check(in);
+    std::vector<float> sums(2 * cliperase::stat_count(in) * n, NAN), diagonals(2 * n, NAN);
+    std::vector<float> saved_stats(cliperase::SAVED_STATS * 2 * n, NAN);
+    const int64_t tiles = (cached_rows + 255) / 256 * ((n + 127) / 128);
+    std::vector<float> cache(tiles * (16 + (c.consistency ? 2 : 1) * 256 * 128), NAN);
     float shift;
     const Forward found{diagonals.data(), diagonals.data() + n, sums.data(), sums.data() + sums.size() / 2,
-                        &shift, kept.data(), kept_rows};
-    cliperase::check(p, found);
+                        &shift, cache.data(), cached_rows};
+    cliperase::check(in, found);
     {
-        const cliperase::Workspace scratch(engine.forward_scratch(p));
-        engine.forward(p, found, scratch.data());
+        const cliperase::Workspace scratch(kernels.forward_scratch(in));
+        kernels.forward(in, found, scratch.data());
     }
-    const cliperase::Losses losses = cliperase::finish(p, c.retention, found, state.data());
+    const cliperase::Losses losses = cliperase::compute_losses(in, c.retention, found, saved_stats.data());
 
     Outcome out;
-    std::vector<float> terms(cliperase::terms_floats(p), NAN), grad_image(n * stride, NAN), grad_text(n * stride, NAN);
+    std::vector<float> terms(cliperase::terms_size(in), NAN), grad_image(n * stride, NAN), grad_text(n * stride, NAN);
     Backward b{};
-    cliperase::gradient_terms(p, state.data(), c.retention, 0.5 * GRAD_RETENTION / static_cast<double>(n),
+    cliperase::gradient_terms(in, saved_stats.data(), c.retention, 0.5 * GRAD_RETENTION / static_cast<double>(n),
                               GRAD_CONSISTENCY / static_cast<double>(n), terms.data(), b);
-    b.kept = kept.data(), b.kept_rows = kept_rows;
+    b.cache = cache.data(), b.cached_rows = cached_rows;
     b.grad_image = grad_image.data(), b.grad_text = grad_text.data(), b.grad_scale = &out.scale;
-    cliperase::check(p, b);
+    cliperase::check(in, b);
     {
-        const cliperase::Workspace scratch(engine.backward_scratch(p, b));
-        engine.backward(p, b, scratch.data());
+        const cliperase::Workspace scratch(kernels.backward_scratch(in, b));
+        kernels.backward(in, b, scratch.data());
     }
     out.retention = 0.5 * losses.retention / static_cast<double>(n);
     out.consistency = losses.consistency / static_cast<double>(n);
@@ -179,30 +178,30 @@ bool same_bits(const Outcome& a, const Outcome& b) {
            a.text == b.text;
 }
 
-void check(const std::vector<const Engine*>& engines, const Case& c, const std::vector<int64_t>& kept_rows) {
+void check(const std::vector<const IsaKernels*>& all_kernels, const Case& c, const std::vector<int64_t>& cached_rows) {
     const Batch batch(c);
     const Truth truth(batch);
-    for (const Engine* engine : engines)
-        for (const int64_t kept : kept_rows) {
-            context = c.name() + ", kept " + std::to_string(kept);
-            const Outcome found = run(*engine, batch, kept, 2);
-            expect_within("retention", engine->name, found.retention, truth.retention, truth.allowed_loss);
-            expect_within("consistency", engine->name, found.consistency, truth.consistency, truth.allowed_loss);
-            expect_within("gradient of scale", engine->name, found.scale, truth.scale, truth.allowed_scale);
+    for (const IsaKernels* kernels : all_kernels)
+        for (const int64_t cached : cached_rows) {
+            context = c.name() + ", cached " + std::to_string(cached);
+            const Outcome found = run(*kernels, batch, cached, 2);
+            expect_within("retention", kernels->name, found.retention, truth.retention, truth.allowed_loss);
+            expect_within("consistency", kernels->name, found.consistency, truth.consistency, truth.allowed_loss);
+            expect_within("gradient of scale", kernels->name, found.scale, truth.scale, truth.allowed_scale);
             for (std::size_t k = 0; k < truth.image.size(); ++k) {
-                expect_within("gradient of image", engine->name, found.image[k], truth.image[k], truth.allowed_gradient);
-                expect_within("gradient of text", engine->name, found.text[k], truth.text[k], truth.allowed_gradient);
+                expect_within("gradient of image", kernels->name, found.image[k], truth.image[k], truth.allowed_gradient);
+                expect_within("gradient of text", kernels->name, found.text[k], truth.text[k], truth.allowed_gradient);
             }
-            if (kept == kept_rows.back() && !same_bits(found, run(*engine, batch, kept, 1)))
-                fail("two threads give other bits than one", engine->name);
+            if (cached == cached_rows.back() && !same_bits(found, run(*kernels, batch, cached, 1)))
+                fail("two threads give other bits than one", kernels->name);
             // too many for each to have blocks of its own, of a gradient of several panel groups
-            if (c.n > 256 && c.width > 144 && !same_bits(found, run(*engine, batch, kept, 7)))
-                fail("two threads give other bits than seven", engine->name);
+            if (c.n > 256 && c.width > 144 && !same_bits(found, run(*kernels, batch, cached, 7)))
+                fail("two threads give other bits than seven", kernels->name);
         }
 }
 
 // The sigmoid loss of a batch with this bias, and its gradients.
-void check_sigmoid(const std::vector<const Engine*>& engines, const Case& c, float bias) {
+void check_sigmoid(const std::vector<const IsaKernels*>& all_kernels, const Case& c, float bias) {
     const Batch batch(c);
     const int64_t n = c.n, stride = cliperase::gradient_stride(c.width);
     const Doubles s = similarity(batch.image, batch.text, c.scale);
@@ -221,25 +220,25 @@ void check_sigmoid(const std::vector<const Engine*>& engines, const Case& c, flo
             }
         }
     const double unit = 4 * EPS * (1 + c.scale + std::abs(bias));
-    for (const Engine* engine : engines) {
+    for (const IsaKernels* kernels : all_kernels) {
         context = c.name();
         std::vector<float> grad_image(n * stride, NAN), grad_text(n * stride, NAN);
         double found = NAN, grad_scale = NAN, grad_bias = NAN;
         const cliperase::Sigmoid wanted{bias, &found, grad_image.data(), grad_text.data(), &grad_scale, &grad_bias};
-        const Problem p = batch.problem(2);
-        cliperase::check(p, wanted);
+        const SimilarityInputs in = batch.inputs(2);
+        cliperase::check(in, wanted);
         {
-            const cliperase::Workspace scratch(engine->sigmoid_scratch(p, wanted));
-            engine->sigmoid(p, wanted, scratch.data());
+            const cliperase::Workspace scratch(kernels->sigmoid_scratch(in, wanted));
+            kernels->sigmoid(in, wanted, scratch.data());
         }
-        expect_within("sigmoid loss", engine->name, found, loss, unit * mass + EPS * loss + UNDERFLOW);
-        expect_within("sigmoid gradient of bias", engine->name, grad_bias, of_bias, unit * mass + UNDERFLOW);
-        expect_within("sigmoid gradient of scale", engine->name, grad_scale, of_scale, unit * mass + UNDERFLOW);
+        expect_within("sigmoid loss", kernels->name, found, loss, unit * mass + EPS * loss + UNDERFLOW);
+        expect_within("sigmoid gradient of bias", kernels->name, grad_bias, of_bias, unit * mass + UNDERFLOW);
+        expect_within("sigmoid gradient of scale", kernels->name, grad_scale, of_scale, unit * mass + UNDERFLOW);
         for (int64_t i = 0; i < n; ++i)
             for (int64_t k = 0; k < c.width; ++k) {
-                expect_within("sigmoid gradient of image", engine->name, grad_image[i * stride + k], image[i * c.width + k],
+                expect_within("sigmoid gradient of image", kernels->name, grad_image[i * stride + k], image[i * c.width + k],
                               c.scale * (unit * image_mass[i] + UNDERFLOW));
-                expect_within("sigmoid gradient of text", engine->name, grad_text[i * stride + k], text[i * c.width + k],
+                expect_within("sigmoid gradient of text", kernels->name, grad_text[i * stride + k], text[i * c.width + k],
                               c.scale * (unit * text_mass[i] + UNDERFLOW));
             }
     }
@@ -247,14 +246,14 @@ void check_sigmoid(const std::vector<const Engine*>& engines, const Case& c, flo
 
 }  // namespace
 
-void check_losses(const std::vector<const Engine*>& engines) {
+void check_losses(const std::vector<const IsaKernels*>& all_kernels) {
     // 1 and 2: nothing or one thing off the diagonal; 129: a block of one column; 257: a tile of one row
     for (const int64_t n : {1, 2, 17, 129, 257})
         for (const bool groups : {false, true})
             for (const auto& [retention, consistency] : {std::pair{true, true}, {true, false}, {false, true}}) {
                 Case c;
                 c.n = n, c.groups = groups, c.retention = retention, c.consistency = consistency;
-                check(engines, c, n > 256 ? std::vector<int64_t>{0, 256, n} : std::vector<int64_t>{0, n});
+                check(all_kernels, c, n > 256 ? std::vector<int64_t>{0, 256, n} : std::vector<int64_t>{0, n});
             }
     // 300 is more than one panel of depth (256); 1 and 3 less than a vector
     const std::pair<int64_t, int64_t> widths[] = {{300, 17}, {16, 300}, {1, 3}, {47, 49}, {96, 33}};
@@ -263,15 +262,15 @@ void check_losses(const std::vector<const Engine*>& engines) {
         c.n = 67, c.dtype = dtype;
         for (const auto& [width, teacher_width] : widths) {
             c.width = width, c.teacher_width = teacher_width;
-            check(engines, c, {c.n});
+            check(all_kernels, c, {c.n});
         }
         c.width = 47, c.teacher_width = 49;
         for (const Layout layout : {Layout::transposed, Layout::every_other_column, Layout::expanded}) {
             c.layout = layout;
-            check(engines, c, {0});
+            check(all_kernels, c, {0});
             Case plain = c;
             plain.consistency = false;
-            check_sigmoid(engines, plain, -3);
+            check_sigmoid(all_kernels, plain, -3);
         }
     }
     for (const float scale : {1.0f, 100.0f, 1000.0f})
@@ -280,14 +279,14 @@ void check_losses(const std::vector<const Engine*>& engines) {
             Case c;
             c.n = 130, c.width = c.teacher_width = 64;
             c.regime = regime, c.scale = c.teacher_scale = scale, c.groups = regime == Regime::swapped;
-            check(engines, c, {0, c.n});
+            check(all_kernels, c, {0, c.n});
             c.consistency = c.groups = false;
-            check_sigmoid(engines, c, -0.5f * scale);
+            check_sigmoid(all_kernels, c, -0.5f * scale);
         }
     Case shared;
     shared.n = 257, shared.width = 150, shared.groups = true;
-    check(engines, shared, {shared.n});
+    check(all_kernels, shared, {shared.n});
     Case strips;  // a forward strip is 1024 rows
     strips.n = 1030, strips.width = 20, strips.consistency = false, strips.groups = true;
-    check(engines, strips, {256});
+    check(all_kernels, strips, {256});
 }

@@ -6,7 +6,7 @@
 #include "sigmoid_pass.h"
 
 namespace cliperase {
-extern const Engine wide_engine;
-const Engine wide_engine = {"wide", wide::forward_scratch, wide::forward, wide::backward_scratch,
+extern const IsaKernels wide_kernels;
+const IsaKernels wide_kernels = {"wide", wide::forward_scratch, wide::forward, wide::backward_scratch,
     wide::backward, wide::sigmoid_scratch, wide::sigmoid};
 }  // namespace cliperase

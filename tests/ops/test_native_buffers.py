@@ -14,8 +14,8 @@ from cliperase_fast.ops.native import extension
 from cliperase_fast.ops.native.buffers import as_buffer
 
 N, WIDTH, TEACHER_WIDTH = 300, 24, 17
-PLANES = 2 + 2 + 3  # of the student, masked, of the teacher
-KEPT_BYTES = 2 * 4 * 3 * (16 + 2 * 256 * 128)  # two by three tiles of S and S°
+STATS = 2 + 2 + 3  # of the student, masked, of the teacher
+CACHE_SIZE = 2 * 4 * 3 * (16 + 2 * 256 * 128)  # two by three tiles of S and S°
 FEATURES = ("image", "text", "teacher_image", "teacher_text")
 
 
@@ -32,7 +32,7 @@ def features(width: int, rows: int = N) -> Tensor:
     return torch.randn(rows, width, generator=torch.Generator("cpu").manual_seed(width), dtype=torch.float32)
 
 
-def of_problem() -> dict[str, Tensor]:
+def of_inputs() -> dict[str, Tensor]:
     ids = (torch.arange(N) // 2).to(torch.int32)
     return {
         "image": features(WIDTH), "text": features(WIDTH), "teacher_image": features(TEACHER_WIDTH),
@@ -40,12 +40,12 @@ def of_problem() -> dict[str, Tensor]:
     }  # fmt: skip
 
 
-def problem(cpu, buffers, first: int = 0, threads: int = 1):
-    return cpu.Problem(**buffers, first=first, scale=10.0, teacher_scale=8.0, threads=threads)
+def inputs(cpu, buffers, pair_offset: int = 0, threads: int = 1):
+    return cpu.SimilarityInputs(**buffers, pair_offset=pair_offset, scale=10.0, teacher_scale=8.0, threads=threads)
 
 
-def kept() -> Tensor:
-    return torch.zeros(KEPT_BYTES, dtype=torch.uint8)
+def cache() -> Tensor:
+    return torch.zeros(CACHE_SIZE, dtype=torch.uint8)
 
 
 def losses(cpu, of, buffers):
@@ -61,21 +61,22 @@ def backward(cpu, of, buffers):
 
 
 def sigmoid(cpu, of, buffers):
-    plain = {name: as_buffer(cpu, tensor) for name, tensor in of_problem().items() if name in FEATURES[:2]}
-    cpu.sigmoid(problem(cpu, plain), bias=0.0, need_scale=True, need_bias=True, **buffers)
+    plain = {name: as_buffer(cpu, tensor) for name, tensor in of_inputs().items() if name in FEATURES[:2]}
+    cpu.sigmoid(inputs(cpu, plain), bias=0.0, need_scale=True, need_bias=True, **buffers)
 
 
 ENTRY_POINTS: dict[Callable, Callable[[], dict[str, Tensor]]] = {
     forward: lambda: {
-        "diagonal": floats(N), "teacher_diagonal": floats(N), "row_sums": floats(PLANES, N),
-        "column_sums": floats(PLANES, N), "kept": kept(),
+        "diagonal": floats(N), "teacher_diagonal": floats(N), "row_stats": floats(STATS, N),
+        "column_stats": floats(STATS, N), "cache": cache(),
     },
     losses: lambda: {
-        "retention": floats(), "consistency": floats(), "state": floats(softmax_stats.PLANES, 2 * N), "kept": kept(),
+        "retention": floats(), "consistency": floats(), "saved_stats": floats(softmax_stats.PLANES, 2 * N),
+        "cache": cache(),
     },
     backward: lambda: {
-        "state": floats(softmax_stats.PLANES, 2 * N), "grad_image": floats(N, 32),
-        "grad_text": floats(N, 32), "kept": kept(),
+        "saved_stats": floats(softmax_stats.PLANES, 2 * N), "grad_image": floats(N, 32),
+        "grad_text": floats(N, 32), "cache": cache(),
     },
     sigmoid: lambda: {"grad_image": floats(N, 32), "grad_text": floats(N, 32)},
 }  # fmt: skip
@@ -84,14 +85,14 @@ ENTRY_POINTS: dict[Callable, Callable[[], dict[str, Tensor]]] = {
 @pytest.mark.parametrize("call", ENTRY_POINTS)
 def test_a_buffer_that_is_not_what_the_call_needs_is_refused_and_nothing_is_written(cpu, call):
     tensors = ENTRY_POINTS[call]()
-    of = problem(cpu, as_buffers(cpu, of_problem()))
+    of = inputs(cpu, as_buffers(cpu, of_inputs()))
     call(cpu, of, as_buffers(cpu, tensors))  # as it should be
     before = {name: tensor.clone() for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         bad = {fault: as_buffer(cpu, change(tensor)) for fault, change in FAULTS.items()}
         bad |= {fault: forged(cpu, tensor, address) for fault, address in UNREADABLE.items()}
         for fault, buffer in bad.items():
-            if name == "kept" and fault == "too large":
+            if name == "cache" and fault == "too large":
                 continue  # below: what is too large for the problem
             with pytest.raises(ValueError, match=f"^{name} (must|is a null|has|reaches)") as error:
                 call(cpu, of, {**as_buffers(cpu, tensors), name: buffer})
@@ -104,64 +105,66 @@ def test_a_diagonal_that_is_needed_is_not_left_out(cpu, missing):
     tensors = ENTRY_POINTS[forward]()
     del tensors[missing]
     with pytest.raises(ValueError, match=f"^{missing} is a null pointer"):
-        forward(cpu, problem(cpu, as_buffers(cpu, of_problem())), as_buffers(cpu, tensors))
+        forward(cpu, inputs(cpu, as_buffers(cpu, of_inputs())), as_buffers(cpu, tensors))
 
 
-@pytest.mark.parametrize("name", of_problem())
+@pytest.mark.parametrize("name", of_inputs())
 def test_features_and_groups_that_cannot_be_read_as_such_are_refused(cpu, name):
-    tensors = of_problem()
+    tensors = of_inputs()
     for fault, change in FAULTS.items():
         changed = {**as_buffers(cpu, tensors), name: as_buffer(cpu, change(tensors[name]))}
         if name in FEATURES and fault in ("with gaps", "transposed", "all one element"):
-            problem(cpu, changed)  # features may have any strides
+            inputs(cpu, changed)  # features may have any strides
             continue
         # one that sets the size is taken at its word, and the other does not go with it
         with pytest.raises(
             ValueError, match=r"^(image|text|teacher_image|teacher_text|row_groups|column_groups) must be"
         ):
-            problem(cpu, changed)
+            inputs(cpu, changed)
     for address in UNREADABLE.values():
         with pytest.raises(ValueError, match=f"^{name} (must begin|is a null pointer|reaches beyond)"):
-            problem(cpu, {**as_buffers(cpu, tensors), name: forged(cpu, tensors[name], address)})
+            inputs(cpu, {**as_buffers(cpu, tensors), name: forged(cpu, tensors[name], address)})
 
 
-@pytest.mark.parametrize("fault", [1, 3 * 4, KEPT_BYTES // 2 + 4, 2 * KEPT_BYTES])
+@pytest.mark.parametrize("fault", [1, 3 * 4, CACHE_SIZE // 2 + 4, 2 * CACHE_SIZE])
 def test_memory_for_what_is_kept_has_whole_tiles_and_no_more_than_the_problem(cpu, fault):
-    of = problem(cpu, as_buffers(cpu, of_problem()))
-    tensors = {**ENTRY_POINTS[losses](), "kept": torch.zeros(fault, dtype=torch.uint8)}
-    with pytest.raises(ValueError, match=r"^kept (has|must be)"):
+    of = inputs(cpu, as_buffers(cpu, of_inputs()))
+    tensors = {**ENTRY_POINTS[losses](), "cache": torch.zeros(fault, dtype=torch.uint8)}
+    with pytest.raises(ValueError, match=r"^cache (has|must be)"):
         losses(cpu, of, as_buffers(cpu, tensors))
 
 
 def test_fewer_kept_tiles_than_rows_are_fine(cpu):
-    of = problem(cpu, as_buffers(cpu, of_problem()))
+    of = inputs(cpu, as_buffers(cpu, of_inputs()))
     whole, half, none = (ENTRY_POINTS[losses]() for _ in range(3))
-    half["kept"] = torch.zeros(KEPT_BYTES // 2, dtype=torch.uint8)
-    del none["kept"]
+    half["cache"] = torch.zeros(CACHE_SIZE // 2, dtype=torch.uint8)
+    del none["cache"]
     for tensors in (whole, half, none):
         losses(cpu, of, as_buffers(cpu, tensors))
-    assert torch.equal(whole["state"], half["state"]) and torch.equal(whole["state"], none["state"])
+    assert torch.equal(whole["saved_stats"], half["saved_stats"]) and torch.equal(
+        whole["saved_stats"], none["saved_stats"]
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"first": 1}, "first = 1 must lie between 0 and 0"),
-        ({"first": -1}, "first = -1 must lie between 0 and 0"),
+        ({"pair_offset": 1}, "pair_offset = 1 must lie between 0 and 0"),
+        ({"pair_offset": -1}, "pair_offset = -1 must lie between 0 and 0"),
         ({"threads": 0}, "threads = 0"),
     ],
 )
 def test_numbers_that_cannot_be_are_refused(cpu, change, message):
     with pytest.raises(ValueError, match=message):
-        problem(cpu, as_buffers(cpu, of_problem()), **change)
+        inputs(cpu, as_buffers(cpu, of_inputs()), **change)
 
 
 @pytest.mark.parametrize("missing", ["teacher_text", "column_groups", "row_groups"])
 def test_what_comes_in_pairs_is_not_taken_alone(cpu, missing):
-    tensors = of_problem()
+    tensors = of_inputs()
     del tensors[missing]
-    with pytest.raises(ValueError, match="come together or not at all"):
-        problem(cpu, as_buffers(cpu, tensors))
+    with pytest.raises(ValueError, match="must be given together"):
+        inputs(cpu, as_buffers(cpu, tensors))
 
 
 @pytest.mark.parametrize(
@@ -185,7 +188,7 @@ def test_sizes_and_strides_that_cannot_be_addressed_are_refused(cpu, sizes, stri
         buffer = cpu.Buffer(image.data_ptr(), "float32", sizes, strides, "cpu")
         if sizes[-1] == 2**21:
             text = cpu.Buffer(image.data_ptr(), "float32", sizes, strides, "cpu")
-        cpu.Problem(image=buffer, text=text, first=0, scale=1.0)
+        cpu.SimilarityInputs(image=buffer, text=text, pair_offset=0, scale=1.0)
 
 
 def test_a_problem_keeps_its_memory_alive(cpu):
@@ -193,7 +196,9 @@ def test_a_problem_keeps_its_memory_alive(cpu):
 
     image = features(WIDTH)
     gone = weakref.ref(image)
-    of = cpu.Problem(image=as_buffer(cpu, image), text=as_buffer(cpu, features(WIDTH)), first=0, scale=1.0)
+    of = cpu.SimilarityInputs(
+        image=as_buffer(cpu, image), text=as_buffer(cpu, features(WIDTH)), pair_offset=0, scale=1.0
+    )
     del image
     assert gone() is not None
     del of
@@ -201,9 +206,9 @@ def test_a_problem_keeps_its_memory_alive(cpu):
 
 
 def test_the_sigmoid_loss_takes_neither_a_teacher_nor_groups(cpu):
-    tensors = of_problem()
+    tensors = of_inputs()
     for left_out in (("row_groups", "column_groups"), FEATURES[2:]):
-        of = problem(cpu, as_buffers(cpu, {name: tensor for name, tensor in tensors.items() if name not in left_out}))
+        of = inputs(cpu, as_buffers(cpu, {name: tensor for name, tensor in tensors.items() if name not in left_out}))
         with pytest.raises(ValueError, match="takes neither a teacher nor groups"):
             cpu.sigmoid(of, bias=0.0)
 
@@ -211,9 +216,11 @@ def test_the_sigmoid_loss_takes_neither_a_teacher_nor_groups(cpu):
 def test_the_gradient_of_the_scale_needs_that_of_the_image(cpu):
     tensors = ENTRY_POINTS[backward]()
     del tensors["grad_image"]
-    of = problem(cpu, as_buffers(cpu, of_problem()))
+    of = inputs(cpu, as_buffers(cpu, of_inputs()))
     with pytest.raises(ValueError, match="the gradient of scale needs grad_image"):
         backward(cpu, of, as_buffers(cpu, tensors))
-    plain = cpu.Problem(image=as_buffer(cpu, features(WIDTH)), text=as_buffer(cpu, features(WIDTH)), first=0, scale=1.0)
+    plain = cpu.SimilarityInputs(
+        image=as_buffer(cpu, features(WIDTH)), text=as_buffer(cpu, features(WIDTH)), pair_offset=0, scale=1.0
+    )
     with pytest.raises(ValueError, match="the gradient of scale needs grad_image"):
         cpu.sigmoid(plain, bias=0.0, need_scale=True)

@@ -185,7 +185,7 @@ def test_memory_that_is_not_cleared_does_not_show():
         block = torch.frombuffer(cpu.Workspace(size), dtype=torch.float32)
         block.fill_(torch.nan)
         del block
-    assert cpu.cached_bytes() > 0
+    assert cpu.pooled_bytes() > 0
     assert same_bits(first, outcome(sweep, batch, keep="similarities"))
     assert same_bits(first, outcome(sweep, batch, keep="similarities"))
 

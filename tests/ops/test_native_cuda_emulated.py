@@ -81,11 +81,11 @@ def test_results_do_not_depend_on_the_defaults_of_torch(subject, keep, default):
         assert_independent(default, lambda batch=batch: outcome(subject.sweep, batch, keep=keep).tensors())
 
 
-def as_block(kernels, student, columns=None, diagonal=0, **tensors):
+def as_block(kernels, student, columns=None, pair_offset=0, **tensors):
     """student: [rows, columns and their padding]."""
     tensors = {"student": student, "scalars": torch.ones(3, dtype=torch.float32), **tensors}
     columns = student.shape[1] if columns is None else columns
-    return kernels.Block(columns=columns, diagonal=diagonal, **as_buffers(kernels, tensors))
+    return kernels.Block(columns=columns, pair_offset=pair_offset, **as_buffers(kernels, tensors))
 
 
 def padded(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -97,28 +97,28 @@ def padded(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
 
 # 17,000 rows are more tiles than programs, so that each program walks all three tiles of columns; -7 and 295: only some
 # rows have their pair in the block
-@pytest.mark.parametrize(("rows", "columns", "diagonal"), [(17_000, 301, -7), (37, 301, 295), (3, 5, 9), (40, 1, 0)])
-def test_a_rectangle_of_own_rows_and_all_columns(kernels, rows, columns, diagonal):
+@pytest.mark.parametrize(("rows", "columns", "pair_offset"), [(17_000, 301, -7), (37, 301, 295), (3, 5, 9), (40, 1, 0)])
+def test_a_rectangle_of_own_rows_and_all_columns(kernels, rows, columns, pair_offset):
     student, teacher = padded(rows, columns), padded(rows, columns, seed=1)
     scalars = torch.tensor([0.5, 2.0, 0.25])
-    block = as_block(kernels, student, columns, diagonal, teacher=teacher, scalars=scalars)
+    block = as_block(kernels, student, columns, pair_offset, teacher=teacher, scalars=scalars)
     student, teacher = student[:, :columns], teacher[:, :columns]
-    row_sums, column_sums = torch.full((5, rows), torch.nan), torch.full((5, columns + 3), torch.nan)
+    row_stats, column_stats = torch.full((5, rows), torch.nan), torch.full((5, columns + 3), torch.nan)
     diagonals = torch.full((2, rows), torch.nan)
     workspace = torch.full((kernels.forward_workspace(block) + 1,), torch.nan)
     outputs = {
-        "row_sums": row_sums, "column_sums": column_sums[:, :columns], "diagonal": diagonals[0],
+        "row_stats": row_stats, "column_stats": column_stats[:, :columns], "diagonal": diagonals[0],
         "teacher_diagonal": diagonals[1], "workspace": workspace[:-1],
     }  # fmt: skip
     kernels.forward(block, row_fresh=True, column_fresh=True, stream=0, **as_buffers(kernels, outputs))
-    assert workspace[-1].isnan() and column_sums[:, columns:].isnan().all()
+    assert workspace[-1].isnan() and column_stats[:, columns:].isnan().all()
     s, t = 0.5 * student.double(), 2.0 * teacher.double()
-    paired = torch.arange(rows)[:, None] + diagonal == torch.arange(columns)
+    paired = torch.arange(rows)[:, None] + pair_offset == torch.arange(columns)
     for found, of in zip(diagonals, (s, t), strict=True):
         expected = of.masked_fill(~paired, 0).sum(1).float()
         torch.testing.assert_close(found[paired.any(1)], expected[paired.any(1)])
         assert found[~paired.any(1)].isnan().all()
-    for dim, sums in ((1, row_sums), (0, column_sums[:, :columns])):
+    for dim, sums in ((1, row_stats), (0, column_stats[:, :columns])):
         some = (~paired).any(dim)  # something off the diagonal
         sums = sums.double()[:, some]
         for maximum, total, of in ((sums[0], sums[1], s), (sums[2], sums[3], t)):
@@ -141,9 +141,11 @@ def of_block():
 
 
 def of_forward(kernels):
-    workspace = kernels.forward_workspace(kernels.Block(columns=COLUMNS, diagonal=0, **as_buffers(kernels, of_block())))
+    workspace = kernels.forward_workspace(
+        kernels.Block(columns=COLUMNS, pair_offset=0, **as_buffers(kernels, of_block()))
+    )
     return {
-        "row_sums": torch.full((7, ROWS), CANARY), "column_sums": torch.full((7, COLUMNS), CANARY),
+        "row_stats": torch.full((7, ROWS), CANARY), "column_stats": torch.full((7, COLUMNS), CANARY),
         "diagonal": torch.full((ROWS,), CANARY), "teacher_diagonal": torch.full((ROWS,), CANARY),
         "workspace": torch.full((workspace,), CANARY),
     }  # fmt: skip
@@ -162,19 +164,19 @@ def test_a_block_of_what_cannot_be_read_as_such_is_refused(kernels, name):
     for change in FAULTS.values():
         changed = {**as_buffers(kernels, tensors), name: as_buffer(kernels, change(tensors[name]))}
         with pytest.raises(ValueError, match=r"^(student|teacher|scalars|row_groups|column_groups) must be"):
-            kernels.Block(columns=COLUMNS, diagonal=0, **changed)
+            kernels.Block(columns=COLUMNS, pair_offset=0, **changed)
     for address in (*UNREADABLE.values(), lambda address: address + 4):
         if name == "scalars" and address(0) == 4:
             continue  # is aligned
         changed = {**as_buffers(kernels, tensors), name: forged(kernels, tensors[name], address)}
         with pytest.raises(ValueError, match=f"^{name} (must begin|is a null pointer|reaches beyond)"):
-            kernels.Block(columns=COLUMNS, diagonal=0, **changed)
+            kernels.Block(columns=COLUMNS, pair_offset=0, **changed)
 
 
 @pytest.mark.parametrize(("call", "buffers"), [("forward", of_forward), ("backward", of_backward)])
 def test_a_buffer_that_is_not_what_the_kernels_need_is_refused_and_nothing_is_written(kernels, call, buffers):
     tensors = buffers(kernels)
-    block = kernels.Block(columns=COLUMNS, diagonal=0, **as_buffers(kernels, of_block()))
+    block = kernels.Block(columns=COLUMNS, pair_offset=0, **as_buffers(kernels, of_block()))
     fresh = {"row_fresh": True, "column_fresh": True} if call == "forward" else {}
 
     def run(changed):
@@ -197,18 +199,18 @@ def test_what_the_kernels_cannot_count_or_find_is_refused(kernels):
     tensors = of_block()
     for columns, message in ((0, "columns = 0"), (9, "student must be"), (2**60, "columns = 1152921504606846976")):
         with pytest.raises(ValueError, match=message):
-            kernels.Block(columns=columns, diagonal=0, **as_buffers(kernels, tensors))
+            kernels.Block(columns=columns, pair_offset=0, **as_buffers(kernels, tensors))
     for missing in ("row_groups", "column_groups"):
         some = {name: tensor for name, tensor in tensors.items() if name != missing}
-        with pytest.raises(ValueError, match="come together"):
-            kernels.Block(columns=COLUMNS, diagonal=0, **as_buffers(kernels, some))
+        with pytest.raises(ValueError, match="must be given together"):
+            kernels.Block(columns=COLUMNS, pair_offset=0, **as_buffers(kernels, some))
     far = {**tensors, "teacher": padded(ROWS, 12)[:, :PADDED]}
     with pytest.raises(ValueError, match="the same stride"):
-        kernels.Block(columns=COLUMNS, diagonal=0, **as_buffers(kernels, far))
+        kernels.Block(columns=COLUMNS, pair_offset=0, **as_buffers(kernels, far))
     huge = kernels.Buffer(16, "float32", (2**61, PADDED), (PADDED, 1), "cpu")
     with pytest.raises(ValueError, match="student reaches beyond 64 bits"):
-        kernels.Block(columns=COLUMNS, diagonal=0, student=huge, scalars=as_buffer(kernels, tensors["scalars"]))
-    block = kernels.Block(columns=COLUMNS, diagonal=0, **as_buffers(kernels, tensors))
+        kernels.Block(columns=COLUMNS, pair_offset=0, student=huge, scalars=as_buffer(kernels, tensors["scalars"]))
+    block = kernels.Block(columns=COLUMNS, pair_offset=0, **as_buffers(kernels, tensors))
     outputs = of_forward(kernels)
     del outputs["teacher_diagonal"]
     with pytest.raises(ValueError, match="teacher_diagonal is needed"):
@@ -230,7 +232,7 @@ def test_the_emulated_rounding_is_that_of_torch(kernels, dtype):
     column_terms = torch.stack((torch.zeros(n), values))
     gradient = torch.empty(1, n, dtype=dtype)
     tensors = {"row_terms": row_terms, "column_terms": column_terms, "diagonal": diagonal, "gradient": gradient}
-    kernels.backward(as_block(kernels, student, diagonal=n), stream=0, **as_buffers(kernels, tensors))
+    kernels.backward(as_block(kernels, student, pair_offset=n), stream=0, **as_buffers(kernels, tensors))
     assert torch.equal(gradient[0], values.to(dtype))
 
 
@@ -253,7 +255,7 @@ def test_a_million_pairs_fit_one_gpu(kernels):
     rows, columns = block_shape(n, n, 2 * 4, budget)
     products = kernels.Buffer(16, "float32", (rows, columns), (columns, 1), "cpu")
     scalars = kernels.Buffer(16, "float32", (3,), (1,), "cpu")
-    block = kernels.Block(columns=columns, diagonal=0, student=products, teacher=products, scalars=scalars)
+    block = kernels.Block(columns=columns, pair_offset=0, student=products, teacher=products, scalars=scalars)
     workspace = 4 * kernels.forward_workspace(block)
     assert workspace < budget / 8
     forward = budget + workspace + 4 * n * (2 * 5 + 2)

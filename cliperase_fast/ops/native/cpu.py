@@ -37,7 +37,7 @@ class CpuKernels:
         # plain numbers, so that torch.compile can trace cache_size
         self._tile_rows: int = self._cpu.TILE_ROWS
         self._tile_columns: int = self._cpu.TILE_COLUMNS
-        self._tile_head: int = self._cpu.TILE_HEAD
+        self._tile_head: int = self._cpu.TILE_HEADER
         self._told = False
 
     def check(self, problem: SimilarityInputs) -> None:
@@ -68,9 +68,9 @@ class CpuKernels:
             call.problem,
             diagonal=call.buffer(diagonals[0]),
             teacher_diagonal=call.buffer(diagonals[1]),
-            row_sums=call.buffer(rows),
-            column_sums=call.buffer(columns),
-            kept=call.buffer(kept),
+            row_stats=call.buffer(rows),
+            column_stats=call.buffer(columns),
+            cache=call.buffer(kept),
             instruction_set=extension.instruction_set(),
         )
         diagonal = diagonals[0] if problem.paired else None
@@ -90,8 +90,8 @@ class CpuKernels:
             want_retention=problem.want_retention,
             retention=call.buffer(retention),
             consistency=call.buffer(consistency),
-            state=call.buffer(state),
-            kept=call.buffer(kept),
+            saved_stats=call.buffer(state),
+            cache=call.buffer(kept),
             instruction_set=extension.instruction_set(),
         )
         return retention, consistency, state, kept
@@ -115,11 +115,11 @@ class CpuKernels:
         grad_text = gradient_buffer(text) if need_text else None
         grad_scale = self._cpu.backward(
             call.problem,
-            state=call.buffer(state.both.contiguous()),
+            saved_stats=call.buffer(state.both.contiguous()),
             want_retention=problem.want_retention,
             weight_retention=weight_retention.item(),
             weight_consistency=weight_consistency.item(),
-            kept=call.buffer(kept),
+            cache=call.buffer(kept),
             grad_image=call.buffer(grad_image),
             grad_text=call.buffer(grad_text),
             need_scale=need_scale,
@@ -162,10 +162,10 @@ class Call:
                 "teacher_text": self.buffer(problem.teacher_text),
                 "teacher_scale": problem.teacher_scale.item(),
             }
-        self.problem = cpu.Problem(
+        self.problem = cpu.SimilarityInputs(
             image=self.buffer(problem.image),
             text=self.buffer(problem.text),
-            first=problem.offset,
+            pair_offset=problem.offset,
             scale=problem.scale.item(),
             row_groups=row_groups,
             column_groups=column_groups,

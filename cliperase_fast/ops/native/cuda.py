@@ -83,9 +83,9 @@ class CudaKernels:
                     workspace = torch.empty(needed, dtype=torch.float32, device=device)
                 blocks.kernels.forward(
                     block,
-                    row_sums=blocks.buffer(of_rows[:, rows]),
+                    row_stats=blocks.buffer(of_rows[:, rows]),
                     row_fresh=columns.start == 0,
-                    column_sums=blocks.buffer(of_columns[:, columns]),
+                    column_stats=blocks.buffer(of_columns[:, columns]),
                     column_fresh=rows.start == 0,
                     diagonal=blocks.buffer(diagonals[0, rows]),
                     teacher_diagonal=blocks.buffer(diagonals[1, rows] if inputs.teacher else None),
@@ -260,7 +260,7 @@ class _Blocks:
         row_groups, column_groups = self.inputs.row_groups, self.inputs.column_groups
         return self.kernels.Block(
             columns=width,
-            diagonal=rows.start + self.inputs.offset - columns.start,
+            pair_offset=rows.start + self.inputs.offset - columns.start,
             student=self.buffer(matrices[0]),
             teacher=self.buffer(matrices[1] if self.inputs.teacher else None),
             scalars=self.buffer(self.scalars),

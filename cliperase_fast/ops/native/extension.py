@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 INSTRUCTIONS_VARIABLE = "CLIPERASE_CPU"  # avx512, avx2 or portable, in place of the widest there is
-_INTERFACE = 5  # that of csrc/bindings.cpp
+_INTERFACE = 6  # that of csrc/bindings.cpp
 # setup.py leaves its reason here when it could not build the extension.
 _REASON_FILE = Path(__file__).parents[2] / "_C_missing.txt"
 
