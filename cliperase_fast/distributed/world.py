@@ -56,10 +56,10 @@ class Ranks:
     def run_on_all(self, work: Callable[[], T]) -> T:
         """What this rank's `work` returns. An error of any rank is raised on all, naming the rank."""
         found: list[T] = []
-        self.each(lambda: found.append(work()))
+        self.gather_results(lambda: found.append(work()))
         return found[0]
 
-    def each(self, work: Callable[[], T]) -> list[T]:
+    def gather_results(self, work: Callable[[], T]) -> list[T]:
         """What every rank's `work` returns, the same list on all. An error of any rank is raised on all."""
         if self.size == 1:
             return [work()]
@@ -68,14 +68,14 @@ class Ranks:
         try:
             mine = ("", work())
         except Exception as error:  # whatever it is, the others wait
-            own, mine = error, _as_told(error)
-        found = self._objects(mine)
+            own, mine = error, _describe_error(error)
+        found = self._all_gather_objects(mine)
         if own is not None:
             raise own
-        _raise_told({rank: told for rank, told in enumerate(found) if told[0]})
+        _raise_remote_errors({rank: told for rank, told in enumerate(found) if told[0]})
         return [value for _, value in found]
 
-    def from_first(self, work: Callable[[], T]) -> T:
+    def run_on_first(self, work: Callable[[], T]) -> T:
         """What `work` returns on the first rank, where alone it runs. An error there is raised on all."""
         if self.size == 1:
             return work()
@@ -85,11 +85,11 @@ class Ranks:
             try:
                 mine = ("", work())
             except Exception as error:  # whatever it is, the others wait
-                own, mine = error, _as_told(error)
-        told = self._objects(mine)[0]
+                own, mine = error, _describe_error(error)
+        told = self._all_gather_objects(mine)[0]
         if own is not None:
             raise own
-        _raise_told({0: told} if told[0] else {})
+        _raise_remote_errors({0: told} if told[0] else {})
         return told[1]
 
     def agree(self, settings: Mapping[str, object]) -> None:
@@ -108,7 +108,7 @@ class Ranks:
             parts.extend(work())
             return (parts[0].shape[1:], parts[0].dtype) if parts else None
 
-        forms = self.each(form)
+        forms = self.gather_results(form)
         if self.group is None or self.size == 1:
             return torch.cat(parts)
         shape, dtype = next(form for form in forms if form is not None)
@@ -118,7 +118,7 @@ class Ranks:
         assert gathered is not None
         return gathered.cpu()
 
-    def average(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce_mean(self, tensors: Sequence[Tensor]) -> None:
         """Put the mean over the ranks in place of each tensor; all ranks then hold the same bits."""
         if self.size == 1:
             return
@@ -135,7 +135,7 @@ class Ranks:
                     t.copy_(mean.view_as(t))
                 bucket = []
 
-    def largest(self, *values: int) -> list[int]:
+    def all_reduce_max(self, *values: int) -> list[int]:
         """The largest that any rank gives, of each."""
         if self.size == 1:
             return list(values)
@@ -143,7 +143,7 @@ class Ranks:
         dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.process_group)
         return found.tolist()
 
-    def numbers(self, value: float) -> list[float]:
+    def all_gather_numbers(self, value: float) -> list[float]:
         """Every rank's number, in rank order."""
         if self.size == 1:
             return [value]
@@ -152,13 +152,13 @@ class Ranks:
         gather_equal(found, mine, self.process_group)
         return found.tolist()
 
-    def from_first_tensors(self, tensors: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    def broadcast_tensors(self, tensors: dict[str, Tensor] | None) -> dict[str, Tensor]:
         """The first rank's tensors, by name, on the CPU of every rank."""
         if self.size == 1:
             assert tensors is not None
             return tensors
         mine = tensors or {}
-        forms = self.from_first(lambda: [(name, tensor.shape, tensor.dtype) for name, tensor in mine.items()])
+        forms = self.run_on_first(lambda: [(name, tensor.shape, tensor.dtype) for name, tensor in mine.items()])
         received = {}
         for name, shape, dtype in forms:
             tensor = mine[name] if self.first else torch.empty(shape, dtype=dtype, device="cpu")
@@ -173,7 +173,7 @@ class Ranks:
         assert self.group is not None
         return torch.device("cpu" if "cpu" in self.group.backend_of else torch.cuda.current_device())
 
-    def _objects(self, mine: object) -> list[Any]:
+    def _all_gather_objects(self, mine: object) -> list[Any]:
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, mine, group=self.process_group)
         return found
@@ -202,7 +202,7 @@ def init_distributed(device: str, seconds: float) -> Iterator[Ranks]:
     try:
         yield ranks
     except RuntimeError as error:
-        if isinstance(error, UnlearningError) or ranks.size == 1 or not _is_loss(error):
+        if isinstance(error, UnlearningError) or ranks.size == 1 or not _is_lost_connection(error):
             raise
         raise UnlearningError(
             f"rank {ranks.rank} of {ranks.size} no longer hears from another: it was killed, stopped with an error of "
@@ -214,14 +214,14 @@ def init_distributed(device: str, seconds: float) -> Iterator[Ranks]:
             dist.destroy_process_group()
 
 
-def _as_told(error: Exception) -> tuple[str, str]:
+def _describe_error(error: Exception) -> tuple[str, str]:
     """(kind, text) of an error, for the ranks that it did not happen on."""
     if isinstance(error, (InputError, UnlearningError)):
         return type(error).__name__, str(error)
     return type(error).__name__, f"{type(error).__name__}: {error}"
 
 
-def _raise_told(stopped: Mapping[int, tuple[str, str]]) -> None:
+def _raise_remote_errors(stopped: Mapping[int, tuple[str, str]]) -> None:
     """Raise what other ranks have told of their errors, if any has."""
     if stopped:
         kinds = {kind for kind, _ in stopped.values()}
@@ -272,7 +272,7 @@ def _start(device: str, seconds: float) -> None:
         ) from error
 
 
-def _is_loss(error: RuntimeError) -> bool:
+def _is_lost_connection(error: RuntimeError) -> bool:
     """gloo says so in plain RuntimeErrors."""
     words = ("gloo", "Connection closed", "Connection reset", "Timed out", "timed out", "NCCL")
     return isinstance(error, dist.DistError) or any(word in str(error) for word in words)

@@ -178,7 +178,7 @@ def _unlearn(
         parameters = set_trainable(student, settings.trainable, settings.lora_rank, settings.lora_alpha)
         if settings.weight_decay == 0:
             parameters = train_rows(student, parameters, captions.tokens)
-        ranks.from_first(partial(directory.check_room, parameters, student, original, settings.keep_checkpoints))
+        ranks.run_on_first(partial(directory.check_room, parameters, student, original, settings.keep_checkpoints))
 
         cache = PixelCache(settings.image_cache_mib * 2**20) if settings.num_workers == 0 else None
         examiner = Evaluator(runtime, cache)
@@ -204,7 +204,7 @@ def _unlearn(
         ranks.run_on_all(partial(check_gradient, student, parameters, pixels, tokens, settings, runtime))
         if settings.lambda_consistency > 0:
             ranks.run_on_all(partial(check_teacher, settings, frozen, captions, pixels, test_before, runtime))
-        work = ranks.from_first(lambda: directory.open(settings))
+        work = ranks.run_on_first(lambda: directory.open(settings))
         engine = _engine(student, parameters, settings, runtime, zero)
         trainer = Trainer(
             engine,
@@ -249,7 +249,7 @@ def _unlearn(
         "selection": {
             "epoch": done.best.epoch,
             "step": done.best.step,
-            "reason": trainer.selection.reason(done.best, len(done.looks)),
+            "reason": trainer.selection.reason(done.best, len(done.evaluations)),
             "within_floor": trainer.selection.within(done.best),
             "validation": {
                 "forget": done.best.forget,
@@ -257,7 +257,7 @@ def _unlearn(
                 "forget_before": validation_before.forget,
                 "retain_before": validation_before.retain,
             },
-            "lowest": lowest(done.looks),
+            "lowest": lowest(done.evaluations),
             "stopped_early": done.stopped_early,
         },
         "notes": [*notes(done.metrics, settings.to_dict()), *([back.note] if back.note else []), *_cut(student)],
@@ -297,7 +297,7 @@ def _unlearn(
     )
     if directory.path is not None:
         tell("writing the model and the result to %s", directory.path)
-        ranks.from_first(lambda: directory.save(result))
+        ranks.run_on_first(lambda: directory.save(result))
     if ranks.local_rank == 0:
         shutil.rmtree(work / "cache", ignore_errors=True)  # the teacher's features, of no more use
     return result

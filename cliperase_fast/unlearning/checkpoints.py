@@ -1,14 +1,14 @@
-"""Checkpoints that are complete or absent: written beside, flushed, renamed; checked by digest when read.
+"""Checkpoints that are complete or absent: written beside, flushed, renamed; verified by digest when read.
 
 checkpoints/step-00000120/   student.safetensors    trained parameters and buffers
                              optimizer.safetensors  its moments, as MOMENT/PARAMETER
-                             trainer.pt             scaler, random states; read with weights_only=True
+                             trainer.pt             optimizer step, scaler, random states; read with weights_only=True
                              metrics.jsonl          the lines of the steps so far
-                             best.safetensors       the best weights so far, where these are not the student's own
-                             state.json             everything else, the digest of each file, and its own
-checkpoints/best.safetensors  the best weights of the run that is at work
+                             best.safetensors       the best weights so far, unless they are the student's own
+                             state.json             all other fields, the digest of each file, and its own
+checkpoints/best.safetensors  the best weights of the run in progress
 
-Each checkpoint stands for itself: what happens to another file does not cost it.
+`TrainState` names every field. A checkpoint does not depend on files of another one.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,66 +34,103 @@ from cliperase_fast.storage import draft_of, file_digest, flush_folder, write_fi
 from cliperase_fast.tensor_files import read_tensors, write_tensors
 from cliperase_fast.unlearning.selection import Candidate
 
-FORMAT = 3
+FORMAT = 4
 STUDENT, OPTIMIZER, TRAINER, METRICS = "student.safetensors", "optimizer.safetensors", "trainer.pt", "metrics.jsonl"
 BEST, STATE = "best.safetensors", "state.json"
 _FILES = {STUDENT, OPTIMIZER, TRAINER, METRICS, BEST, STATE}
 _NAME = re.compile(r"step-(\d{8,})")
 _TYPES = {
-    "step": int, "seconds": float, "identity": dict, "looks": list, "looks_without_better": int, "stopped_early": bool,
+    "step": int, "seconds": float, "identity": dict, "evaluations": list, "evaluations_without_improvement": int,
+    "stopped_early": bool,
 }  # fmt: skip
 
 
 class DamagedCheckpoint(Exception):
-    """A checkpoint whose files are missing, cut short or altered."""
+    """A checkpoint whose files are missing, truncated or altered."""
 
 
-class OtherFormat(Exception):
-    """A checkpoint that another version wrote."""
+class UnsupportedFormat(Exception):
+    """A checkpoint in a format that this version cannot read. The message names the format and the remedy."""
+
+    def __init__(self, path: Path, found: object) -> None:
+        newer = isinstance(found, int) and found > FORMAT
+        remedy = "upgrade cliperase_fast" if newer else "resume with the version that wrote it"
+        super().__init__(
+            f"the checkpoint {path} has format {found!r} and this version reads {_READABLE}: {remedy}, or start again "
+            "in another output_dir"
+        )
+
+
+@dataclass
+class OptimizerState:
+    """State of the optimizer and of the gradient scaler, whole and by parameter name."""
+
+    step: int = 0
+    moments: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # by moment, then by parameter
+    scaler: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class TrainState:
+    """All that a run needs to continue from a step.
+
+    The trainer updates the scalar fields in place. `weights`, `optimizer` and `random` are filled in when a checkpoint
+    is written or read.
+    """
+
+    step: int = 0  # optimizer steps done, or edits of a method without training
+    seconds: float = 0.0  # spent on them
+    identity: dict[str, Any] = field(default_factory=dict)  # what a run that resumes must share
+    metrics: list[dict[str, Any]] = field(default_factory=list)  # the lines of metrics.jsonl
+    evaluations: list[Candidate] = field(default_factory=list)  # on the validation split
+    evaluations_without_improvement: int = 0
+    stopped_early: bool = False
+    best: Candidate | None = None
+    best_weights: str | None = None  # their SHA-256
+    weights: dict[str, Tensor] = field(default_factory=dict)  # trained parameters and buffers
+    optimizer: OptimizerState = field(default_factory=OptimizerState)
+    random: dict[str, Any] = field(default_factory=dict)  # states of the global generators
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields that state.json holds."""
+        best = None
+        if self.best is not None:
+            best = {"candidate": self.best.to_dict(), "sha256": self.best_weights}
+        found = {name: getattr(self, name) for name in _TYPES}
+        return {**found, "evaluations": [candidate.to_dict() for candidate in self.evaluations], "best": best}
+
+    @classmethod
+    def from_json(cls, state: dict[str, Any]) -> TrainState:
+        """Build from the fields of state.json, whose types have been checked."""
+        best = state["best"] or {"candidate": None, "sha256": None}
+        found = {name: state[name] for name in _TYPES}
+        return cls(
+            **{**found, "evaluations": [Candidate(**candidate) for candidate in state["evaluations"]]},
+            best=Candidate(**best["candidate"]) if best["candidate"] else None,
+            best_weights=best["sha256"],
+        )
 
 
 @dataclass
 class Checkpoint:
-    """state: step, seconds, identity, looks, best ({"candidate", "sha256"} or None), looks_without_better,
-    stopped_early, of these types when it comes from a file."""
+    """A `TrainState` and the folder that it was read from."""
 
     path: Path
-    state: dict[str, Any]
-    student: dict[str, Tensor]
-    trainer: dict[str, Any]
-    metrics: list[dict[str, Any]]
+    state: TrainState
 
 
-def save_checkpoint(
-    root: Path,
-    step: int,
-    student: dict[str, Tensor],
-    trainer: dict[str, Any],
-    state: dict[str, Any],
-    metrics: list[dict[str, Any]],
-    *,
-    keep: int,
-) -> Path:
-    """Write checkpoint `step` under `root`, then drop the run's own older ones but the newest `keep`.
+def save_checkpoint(root: Path, state: TrainState, *, keep: int) -> Path:
+    """Write a checkpoint under `root`, then remove this run's older ones except for the newest `keep`.
 
-    trainer: {"optimizer": {"step", MOMENT: tensors by name}, ...}. state["best"] names weights that `save_best` wrote.
+    state.best_weights names weights that `save_best` wrote. Returns the checkpoint's folder.
     """
     root.mkdir(parents=True, exist_ok=True)
-    final = root / f"step-{step:08d}"
+    final = root / f"step-{state.step:08d}"
     draft = draft_of(final)
     shutil.rmtree(draft, ignore_errors=True)
     try:
         draft.mkdir()
-        digests = {STUDENT: write_tensors(draft / STUDENT, student)}
-        moments, rest = _without_moments(trainer)
-        digests[OPTIMIZER] = write_tensors(draft / OPTIMIZER, moments)
-        digests[TRAINER] = _write_trainer(draft / TRAINER, rest)
-        digests[METRICS] = write_file(draft / METRICS, (line.encode("utf-8") for line in metric_lines(metrics)))
-        if state["best"] is not None and state["best"]["sha256"] != digests[STUDENT]:
-            digests[BEST] = _copy_best(root, state["best"]["sha256"], draft / BEST)
-        files = {name: {"sha256": digest, "bytes": (draft / name).stat().st_size} for name, digest in digests.items()}
-        write_file(draft / STATE, [_sealed({**state, "format": FORMAT, "step": step, "files": files})])
-        flush_folder(draft)
+        _write(root, draft, state)
         _make_way(final)
         os.replace(draft, final)
     except BaseException:
@@ -101,15 +138,14 @@ def save_checkpoint(
         raise
     flush_folder(root)
     remove_drafts(root)
-    _prune(root, step, keep)
+    _prune(root, state.step, keep)
     return final
 
 
 def load_newest(root: Path) -> Checkpoint | None:
-    """The newest checkpoint that is whole, None where there is none.
+    """Read the newest undamaged checkpoint, None if there is none.
 
-    A damaged one is named in a warning and the one before it is tried; so is what is no checkpoint. Raises OtherFormat
-    for one that another version wrote.
+    Warns about a damaged one and tries the one before. Raises UnsupportedFormat for one in another format.
     """
     for path in sorted(_entries(root), key=_number, reverse=True):
         try:
@@ -120,22 +156,22 @@ def load_newest(root: Path) -> Checkpoint | None:
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """The checkpoints that are whole as far as their state and the sizes of their files tell, oldest first."""
+    """Return the checkpoints whose state is valid and whose files have the right sizes, oldest first."""
     return [path for path in sorted(_entries(root), key=_number) if _is_whole(path)]
 
 
 def list_damaged(root: Path) -> list[Path]:
-    """What was a checkpoint once: folders of that name that hold any of its files."""
+    """Return the damaged checkpoints: folders with a checkpoint's name and some of its files."""
     return [path for path in _entries(root) if not _is_whole(path) and not _is_foreign(path)]
 
 
 def list_foreign(root: Path) -> list[Path]:
-    """What has a checkpoint's name and none of its files; it is left alone and does not count as one."""
+    """Return what has a checkpoint's name but none of its files; it is ignored."""
     return sorted(path for path in root.glob("step-*") if _is_foreign(path))
 
 
 def save_best(root: Path, weights: dict[str, Tensor]) -> str:
-    """Write the best weights so far; returns the SHA-256 by which a checkpoint's state names them."""
+    """Write the best weights so far; return their SHA-256, by which `TrainState.best_weights` names them."""
     root.mkdir(parents=True, exist_ok=True)
     draft = draft_of(root / BEST)
     digest = write_tensors(draft, weights)
@@ -144,7 +180,7 @@ def save_best(root: Path, weights: dict[str, Tensor]) -> str:
 
 
 def load_best(root: Path, sha256: str) -> dict[str, Tensor]:
-    """The weights of that digest, from wherever they are still whole."""
+    """Read the weights with that digest from the first undamaged copy."""
     for path in _places_of_best(root):
         try:
             weights, digest = read_tensors(path)
@@ -155,18 +191,18 @@ def load_best(root: Path, sha256: str) -> dict[str, Tensor]:
     raise DamagedCheckpoint(f"the best weights are missing or altered in {root / BEST} and in every checkpoint")
 
 
-def take_up(checkpoint: Checkpoint, *, keep: int) -> None:
-    """Make the folder what it was once this checkpoint was written: its best weights there, older ones dropped."""
-    root, best = checkpoint.path.parent, checkpoint.state["best"]
+def rewind_to(checkpoint: Checkpoint, *, keep: int) -> None:
+    """Bring the folder back to when this checkpoint was written: restore its best weights, remove older checkpoints."""
+    root, best = checkpoint.path.parent, checkpoint.state.best_weights
     if best is not None:
         draft = draft_of(root / BEST)
-        _copy_best(root, best["sha256"], draft)
+        _copy_best(root, best, draft)
         os.replace(draft, root / BEST)
-    _prune(root, checkpoint.state["step"], keep)
+    _prune(root, checkpoint.state.step, keep)
 
 
 def remove_drafts(root: Path) -> None:
-    """Remove what a run that was killed was about to write, or to drop."""
+    """Remove files that a killed run was writing or removing."""
     for path in root.glob(".step-*.tmp"):
         shutil.rmtree(path)
     for path in (draft_of(root / BEST), *root.glob("best-*.tmp")):
@@ -174,37 +210,65 @@ def remove_drafts(root: Path) -> None:
 
 
 def metric_lines(metrics: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield the lines of metrics.jsonl."""
     return (json.dumps(line) + "\n" for line in metrics)
+
+
+def _write(root: Path, draft: Path, state: TrainState) -> None:
+    """Write all files of a checkpoint into the folder `draft`."""
+    moments = {
+        f"{moment}/{name}": tensor
+        for moment, tensors in state.optimizer.moments.items()
+        for name, tensor in tensors.items()
+    }
+    trainer = {
+        "optimizer": {"step": state.optimizer.step},
+        "scaler": state.optimizer.scaler,
+        "random": state.random,
+    }
+    digests = {
+        STUDENT: write_tensors(draft / STUDENT, state.weights),
+        OPTIMIZER: write_tensors(draft / OPTIMIZER, moments),
+        TRAINER: _write_trainer(draft / TRAINER, trainer),
+        METRICS: write_file(draft / METRICS, (line.encode("utf-8") for line in metric_lines(state.metrics))),
+    }
+    if state.best_weights is not None and state.best_weights != digests[STUDENT]:
+        digests[BEST] = _copy_best(root, state.best_weights, draft / BEST)
+    files = {name: {"sha256": digest, "bytes": (draft / name).stat().st_size} for name, digest in digests.items()}
+    write_file(draft / STATE, [_sealed({**state.to_json(), "format": FORMAT, "files": files})])
+    flush_folder(draft)
 
 
 def _load(path: Path) -> Checkpoint:
     try:
-        state = _read_state(path)
-        student = _read_tensors(path, STUDENT, state)
-        best = state["best"]
-        if best is not None and BEST in state["files"]:
-            _require(BEST, file_digest(path / BEST), state)
-        elif best is not None and best["sha256"] != state["files"][STUDENT]["sha256"]:
+        fields = _read_state(path)
+        state = TrainState.from_json(fields)
+        state.weights = _read_tensors(path, STUDENT, fields)
+        if state.best_weights is not None and BEST in fields["files"]:
+            _require(BEST, file_digest(path / BEST), fields)
+        elif state.best_weights not in (None, fields["files"][STUDENT]["sha256"]):
             raise DamagedCheckpoint(f"{BEST} is missing")
-        trainer = torch.load(io.BytesIO(_read_checked(path, TRAINER, state)), map_location="cpu", weights_only=True)
-        for name, tensor in _read_tensors(path, OPTIMIZER, state).items():
-            moment, _, parameter = name.partition("/")
-            trainer["optimizer"][moment][parameter] = tensor
-        lines = _read_checked(path, METRICS, state).decode("utf-8").splitlines()
-        metrics = [json.loads(line) for line in lines]
+        trainer = torch.load(io.BytesIO(_read_checked(path, TRAINER, fields)), map_location="cpu", weights_only=True)
         for name in ("random", "scaler"):
             if not isinstance(trainer[name], dict):
                 raise DamagedCheckpoint(f"{TRAINER} holds no {name} state")
-    except (DamagedCheckpoint, OtherFormat):
+        state.random = trainer["random"]
+        state.optimizer = OptimizerState(trainer["optimizer"]["step"], scaler=trainer["scaler"])
+        for name, tensor in _read_tensors(path, OPTIMIZER, fields).items():
+            moment, _, parameter = name.partition("/")
+            state.optimizer.moments.setdefault(moment, {})[parameter] = tensor
+        lines = _read_checked(path, METRICS, fields).decode("utf-8").splitlines()
+        state.metrics = [json.loads(line) for line in lines]
+    except (DamagedCheckpoint, UnsupportedFormat):
         raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError,
             pickle.UnpicklingError) as error:  # fmt: skip
         raise DamagedCheckpoint(str(error).partition("\n")[0] or type(error).__name__) from error
-    return Checkpoint(path, state, student, trainer, metrics)
+    return Checkpoint(path, state)
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    """state.json, checked: its digest, and that every field is there and of its type."""
+    """Read state.json in today's format, and check its digest and the type of every field."""
     try:
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -213,14 +277,34 @@ def _read_state(path: Path) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{STATE} cannot be read: {str(error).partition(chr(10))[0]}") from error
     if not isinstance(state, dict):
         raise DamagedCheckpoint(f"{STATE} holds no state")
-    if "digest" not in state and "format" in state and state["format"] != FORMAT:
-        raise OtherFormat
+    if "digest" not in state and "format" in state and state["format"] not in _readers():
+        raise UnsupportedFormat(path, state["format"])
     if json.loads(_sealed({key: value for key, value in state.items() if key != "digest"})) != state:
         raise DamagedCheckpoint(f"{STATE} does not match its digest")
-    if state["format"] != FORMAT:
-        raise OtherFormat
+    if state["format"] not in _readers():
+        raise UnsupportedFormat(path, state["format"])
+    state = _readers()[state["format"]](state)
     _check_fields(path, state)
     return state
+
+
+def _from_format_3(state: dict[str, Any]) -> dict[str, Any]:
+    """Rename the fields of format 3, and name the method, which was always CLIPErase."""
+    renamed = {"looks": "evaluations", "looks_without_better": "evaluations_without_improvement"}
+    state = {renamed.get(name, name): value for name, value in state.items()}
+    identity = state.get("identity")
+    config = identity.get("config") if isinstance(identity, dict) else None
+    if isinstance(identity, dict) and isinstance(config, dict):
+        state["identity"] = {**identity, "config": {"method": "cliperase", "method_options": {}, **config}}
+    return state
+
+
+def _readers() -> dict[object, Callable[[dict[str, Any]], dict[str, Any]]]:
+    """What brings the fields of state.json up to date, by format. Formats before 3 named other files."""
+    return {3: _from_format_3, FORMAT: lambda state: state}
+
+
+_READABLE = "formats 3 and 4"
 
 
 def _check_fields(path: Path, state: dict[str, Any]) -> None:
@@ -237,22 +321,22 @@ def _check_fields(path: Path, state: dict[str, Any]) -> None:
         raise DamagedCheckpoint(f"{STATE} does not name its files")
     if best is not None and (not isinstance(best, dict) or not isinstance(best.get("sha256"), str)):
         raise DamagedCheckpoint(f"{STATE} has best={best!r}")
-    for look in (*state["looks"], *([best["candidate"]] if best is not None else ())):
-        if not _is_candidate(look):
-            raise DamagedCheckpoint(f"{STATE} has the look {look!r}")
+    for found in (*state["evaluations"], *([best["candidate"]] if best is not None else ())):
+        if not _is_candidate(found):
+            raise DamagedCheckpoint(f"{STATE} has the evaluation {found!r}")
 
 
-def _is_candidate(look: Any) -> bool:
+def _is_candidate(found: Any) -> bool:
     fields = dataclasses.fields(Candidate)
     return (
-        isinstance(look, dict)
-        and look.keys() == {field.name for field in fields}
-        and all(type(look[field.name]) in ((int,) if field.type == "int" else (int, float)) for field in fields)
+        isinstance(found, dict)
+        and found.keys() == {spec.name for spec in fields}
+        and all(type(found[spec.name]) in ((int,) if spec.type == "int" else (int, float)) for spec in fields)
     )
 
 
 def _sealed(state: dict[str, Any]) -> bytes:
-    """state.json with its own digest in it."""
+    """Encode state.json with its own digest."""
     digest = hashlib.sha256(json.dumps(state, sort_keys=True).encode("utf-8")).hexdigest()
     return json.dumps({**state, "digest": digest}).encode("utf-8")
 
@@ -274,22 +358,14 @@ def _require(name: str, digest: str, state: dict[str, Any]) -> None:
         raise DamagedCheckpoint(f"{name} does not match its digest")
 
 
-def _without_moments(trainer: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(all moments as MOMENT/PARAMETER, the trainer's state without them)."""
-    optimizer = trainer["optimizer"]
-    moments = {key: value for key, value in optimizer.items() if isinstance(value, dict)}
-    flat = {f"{key}/{name}": tensor for key, of_moment in moments.items() for name, tensor in of_moment.items()}
-    return flat, {**trainer, "optimizer": {**optimizer, **{key: {} for key in moments}}}
-
-
 def _write_trainer(path: Path, trainer: dict[str, Any]) -> str:
-    packed = io.BytesIO()  # torch's own writer ends in a RuntimeError, and more, where the disk is full
+    packed = io.BytesIO()  # torch's own writer raises a RuntimeError, among others, on a full disk
     torch.save(trainer, packed)
     return write_file(path, [packed.getbuffer()])
 
 
 def _copy_best(root: Path, sha256: str, target: Path) -> str:
-    """Copy the weights of that digest to `target`, from wherever they are still whole."""
+    """Copy the weights with that digest to `target` from the first undamaged copy."""
     for path in _places_of_best(root):
         if not path.is_file():
             continue
@@ -306,7 +382,7 @@ def _places_of_best(root: Path) -> list[Path]:
 
 
 def _entries(root: Path) -> list[Path]:
-    """Folders with a checkpoint's name and something of a checkpoint in them."""
+    """Return the folders with a checkpoint's name and any of its files."""
     return [path for path in root.glob("step-*") if not _is_foreign(path)]
 
 
@@ -322,16 +398,16 @@ def _number(path: Path) -> int:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether the state and the files' sizes are right; the files' digests are looked at when it is loaded."""
+    """Check the state and the sizes of the files; their digests are verified on loading."""
     try:
         files = _read_state(path)["files"]
         return all((path / name).stat().st_size == files[name]["bytes"] for name in files)
-    except (DamagedCheckpoint, OtherFormat, OSError, LookupError, TypeError):
+    except (DamagedCheckpoint, UnsupportedFormat, OSError, LookupError, TypeError):
         return False
 
 
 def _make_way(final: Path) -> None:
-    """Take away what has the name of the checkpoint to be written: a damaged or older one of that step."""
+    """Move away what already has the name of the checkpoint to be written."""
     if not os.path.lexists(final):
         return
     ours = final.is_dir() and not final.is_symlink() and {path.name for path in final.iterdir()} <= _FILES
@@ -346,7 +422,7 @@ def _make_way(final: Path) -> None:
 
 
 def _prune(root: Path, step: int, keep: int) -> None:
-    """Drop this run's own older checkpoints; each leaves by a rename, so that a crash does not leave half of it."""
+    """Remove this run's older checkpoints, each by a rename first, so that a crash leaves no half of one."""
     for path in [path for path in list_checkpoints(root) if _number(path) <= step][:-keep]:
         aside = draft_of(path)
         shutil.rmtree(aside, ignore_errors=True)

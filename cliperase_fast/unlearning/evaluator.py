@@ -42,7 +42,7 @@ class Evaluator:
 
     def score(self, encoded: EncodedPairs, part: Split) -> dict[str, Any]:
         began = time.perf_counter()
-        scores = self.runtime.ranks.from_first(
+        scores = self.runtime.ranks.run_on_first(
             lambda: score(encoded, part.pairs, part.forget_mask, device=self.runtime.device)
         )
         self.seconds += time.perf_counter() - began
@@ -55,9 +55,9 @@ class Evaluator:
         return Candidate(step, epoch, forget[name], retain[name], forget["pair_similarity"])
 
 
-def lowest(looks: Sequence[Candidate]) -> dict[str, Any]:
-    """The scores of the look at the validation split that forgot most, whatever became of the retain pairs."""
-    least = min(looks, key=lambda look: (look.forget, -look.retain))
+def lowest(evaluations: Sequence[Candidate]) -> dict[str, Any]:
+    """Return the scores of the evaluation with the lowest forget score, whatever its retain score."""
+    least = min(evaluations, key=lambda candidate: (candidate.forget, -candidate.retain))
     return {"epoch": least.epoch, "forget": least.forget, "retain": least.retain}
 
 

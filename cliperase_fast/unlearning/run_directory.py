@@ -8,6 +8,7 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from cliperase_fast.storage import (
 )
 from cliperase_fast.unlearning.checkpoints import (
     Checkpoint,
-    OtherFormat,
+    UnsupportedFormat,
     list_damaged,
     list_foreign,
     load_newest,
@@ -195,23 +196,25 @@ def resume_from(directory: Path | None, identity: dict[str, Any], ranks: Ranks) 
     """The newest whole checkpoint, read by the first rank, on all."""
     found: list[Checkpoint] = []
 
-    def read() -> tuple[Path, dict[str, Any], dict[str, Any], list[dict[str, Any]]] | None:
+    def read() -> Checkpoint | None:
+        """Return the checkpoint without its large tensors."""
         checkpoint = _newest(directory, identity)
         if checkpoint is None:
             return None
         found.append(checkpoint)
-        small = {**checkpoint.trainer, "optimizer": {"step": checkpoint.trainer["optimizer"]["step"]}}
-        return checkpoint.path, checkpoint.state, small, checkpoint.metrics
+        small = replace(checkpoint.state.optimizer, moments={})
+        return Checkpoint(checkpoint.path, replace(checkpoint.state, weights={}, optimizer=small))
 
-    told = ranks.from_first(read)
-    if told is None:
+    checkpoint = ranks.run_on_first(read)
+    if checkpoint is None:
         return None
-    path, state, trainer, metrics = told
-    own = found[0] if found else None
-    student = ranks.from_first_tensors(own.student if own else None)
+    own = found[0].state if found else None
+    checkpoint.state.weights = ranks.broadcast_tensors(own.weights if own else None)
     for moment in MOMENTS:
-        trainer["optimizer"][moment] = ranks.from_first_tensors(own.trainer["optimizer"][moment] if own else None)
-    return Checkpoint(path, state, student, trainer, metrics)
+        checkpoint.state.optimizer.moments[moment] = ranks.broadcast_tensors(
+            own.optimizer.moments.get(moment, {}) if own else None
+        )
+    return checkpoint
 
 
 def _newest(directory: Path | None, identity: dict[str, Any]) -> Checkpoint | None:
@@ -220,15 +223,13 @@ def _newest(directory: Path | None, identity: dict[str, Any]) -> Checkpoint | No
     root = directory / "checkpoints"
     try:
         checkpoint = load_newest(root)
-    except OtherFormat:
-        raise InputError(
-            f"the checkpoints in {root} were written by another version; start again in another output_dir"
-        ) from None
+    except UnsupportedFormat as error:
+        raise InputError(str(error)) from None
     if checkpoint is None:
         if list_damaged(root):
             raise InputError(f"every checkpoint in {root} is damaged; start again in another folder")
         return None
-    saved = checkpoint.state["identity"]
+    saved = checkpoint.state.identity
     for name, remedy in (
         ("model", "it was made with another model"),
         ("teacher", "it was made with another teacher"),

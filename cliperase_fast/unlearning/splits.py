@@ -236,7 +236,9 @@ def _readable(
     pairs: PairDataset, name: str, config: UnlearnConfig, intake: Intake, progress: bool, ranks: Ranks
 ) -> PairDataset:
     own = np.arange(len(pairs))[ranks.share(len(pairs))]
-    found = ranks.each(lambda: find_bad_images(pairs.subset(own), on_error=config.on_error, progress=progress))
+    found = ranks.gather_results(
+        lambda: find_bad_images(pairs.subset(own), on_error=config.on_error, progress=progress)
+    )
     firsts = [share.start for share in ranks.shares(len(pairs))]
     good = np.concatenate([first + of_rank for first, (of_rank, _) in zip(firsts, found, strict=True)])
     bad = [image for _, of_rank in found for image in of_rank]

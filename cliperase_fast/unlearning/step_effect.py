@@ -93,8 +93,8 @@ class _Tally:
                 counts[row, 1] += share * int((mine & changed).sum())
             resolution.append(_half_step(old[has_gradient & (old != 0)]).cpu())
         steps = torch.cat(resolution)
-        median = max(ranks.numbers(float(steps.median()) if len(steps) else 0.0))
-        zeros, others = ([sum(ranks.numbers(float(value))) for value in row] for row in counts)
+        median = max(ranks.all_gather_numbers(float(steps.median()) if len(steps) else 0.0))
+        zeros, others = ([sum(ranks.all_gather_numbers(float(value))) for value in row] for row in counts)
         reached, changed_count = others if others[0] else zeros
         return cls(reached, changed_count, median)
 

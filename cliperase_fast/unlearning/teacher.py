@@ -55,7 +55,7 @@ class LiveTeacher:
     def _encode(self, encode: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:  # [B, ...] -> [B, D°]
         count = -(-len(inputs) // self.runtime.batch_size)
         if self.together:
-            (count,) = self.runtime.ranks.largest(count)
+            (count,) = self.runtime.ranks.all_reduce_max(count)
         parts = pad_rows(inputs, count).tensor_split(count)
         return torch.cat([encode(part.to(self.runtime.device)).float() for part in parts])[: len(inputs)]
 
@@ -134,10 +134,10 @@ def cache_teacher(
             file.create()
         return state == "whole"
 
-    if not all(ranks.each(lambda: not writes or usable())):
+    if not all(ranks.gather_results(lambda: not writes or usable())):
         try:
             _encode_images(adapter, retain, used, file.write if writes else None, transform, runtime, pixels)
-            ranks.each(lambda: file.finish() if writes else None)  # nobody opens it before
+            ranks.gather_results(lambda: file.finish() if writes else None)  # nobody opens it before
         except BaseException:
             if writes:
                 file.discard()

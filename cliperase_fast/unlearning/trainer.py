@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ from cliperase_fast.progress import Steps, say
 from cliperase_fast.storage import writing
 from cliperase_fast.unlearning import checkpoints
 from cliperase_fast.unlearning.batches import Batch, BatchLoader
+from cliperase_fast.unlearning.checkpoints import OptimizerState, TrainState
 from cliperase_fast.unlearning.engines.base import Engine
 from cliperase_fast.unlearning.loggers import MetricsLog
 from cliperase_fast.unlearning.runtime import Runtime
@@ -31,20 +32,6 @@ from cliperase_fast.unlearning.step_effect import ChangeMeter
 from cliperase_fast.unlearning.teacher import Teacher
 
 T = TypeVar("T")
-
-
-@dataclass
-class Progress:
-    """What a run has done; goes into every checkpoint."""
-
-    step: int = 0  # optimizer steps done
-    seconds: float = 0.0
-    metrics: list[dict[str, Any]] = field(default_factory=list)  # the lines of metrics.jsonl
-    looks: list[Candidate] = field(default_factory=list)
-    best: Candidate | None = None
-    best_weights: str | None = None  # their digest
-    looks_without_better: int = 0
-    stopped_early: bool = False
 
 
 class Trainer:
@@ -84,58 +71,58 @@ class Trainer:
         )
         self.steps_per_epoch = loader.plan.steps_per_epoch(config.accumulate)
         self.total_steps = config.epochs * self.steps_per_epoch
-        self.progress = Progress()
+        self.state = TrainState(identity=identity)
         self.meter = ChangeMeter(config, self.steps_per_epoch, self.total_steps, self.ranks)
 
-    def run(self) -> Progress:
+    def run(self) -> TrainState:
         """Train to the end (or to the early stop) and leave the chosen weights in the student."""
         self.engine.train_mode()
-        if self.progress.step == 0:
+        if self.state.step == 0:
             self._checkpoint()
         if self.ranks.first:
             plan = self.loader.plan
             pairs = self.config.accumulate * (plan.forget_pairs + plan.retain_pairs)
-            say("unlearning: %d steps of %d pairs, %d done", self.total_steps, pairs, self.progress.step)
+            say("unlearning: %d steps of %d pairs, %d done", self.total_steps, pairs, self.state.step)
         bar = Steps(
-            self.total_steps, "unlearning", "step", bar=self.runtime.progress, initial=self.progress.step, leave=True
+            self.total_steps, "unlearning", "step", bar=self.runtime.progress, initial=self.state.step, leave=True
         )
-        first = self.progress.step * self.config.accumulate
+        first = self.state.step * self.config.accumulate
         batches = self.loader.batches(first, self.total_steps * self.config.accumulate)
         opened: list[MetricsLog] = []
-        settings, done = self.config.to_dict(), self.progress.metrics
+        settings, done = self.config.to_dict(), self.state.metrics
         self._on_first(lambda: opened.append(MetricsLog(self.directory, self.config.logger, settings, done)))
         log = opened[0] if opened else None
         with bar, log or nullcontext():
-            while self.progress.step < self.total_steps and not self.progress.stopped_early:
+            while self.state.step < self.total_steps and not self.state.stopped_early:
                 with self._fits():
                     line = self._step([next(batches) for _ in range(self.config.accumulate)])
                 self._log(log, line)
                 terms = [f"{name} {line[name]:.4f}" for name in ("total", "retain", "forget", "consistency")]
                 bar.update(note=", ".join([*terms, f"{line['pairs_per_second']:.0f} pairs/s"]))
-                epoch, rest = divmod(self.progress.step, self.steps_per_epoch)
-                last = self.progress.step == self.total_steps
+                epoch, rest = divmod(self.state.step, self.steps_per_epoch)
+                last = self.state.step == self.total_steps
                 if rest == 0 and (epoch % self.config.evaluate_every == 0 or last):
-                    self._look(log, epoch)
-                if rest == 0 or last or self.progress.step % self.config.checkpoint_every == 0:
+                    self._evaluate(log, epoch)
+                if rest == 0 or last or self.state.step % self.config.checkpoint_every == 0:
                     self._checkpoint()
-        return self.progress
+        return self.state
 
     def load_chosen(self) -> None:
         """Put the weights of the chosen checkpoint into the student; training is over then."""
         self.engine.close()
-        best = self.progress.best_weights
+        best = self.state.best_weights
         assert best is not None
         found: dict[str, Tensor] = {}
         self._on_first(lambda: found.update(checkpoints.load_best(self.directory / "checkpoints", best)))
-        self.engine.load_weights(self.ranks.from_first_tensors(found))
+        self.engine.load_weights(self.ranks.broadcast_tensors(found))
 
     def restore(self, checkpoint: checkpoints.Checkpoint) -> None:
         """Go on from a checkpoint: weights, optimizer, random states, metrics. Raises InputError if it does not fit."""
-        state, best = checkpoint.state, checkpoint.state["best"]
+        state = checkpoint.state
         try:
-            self.engine.load_weights(checkpoint.student)
-            self.engine.load_state(checkpoint.trainer)
-            _set_random_states(checkpoint.trainer["random"])
+            self.engine.load_weights(state.weights)
+            self.engine.load_state(state.optimizer)
+            _set_random_states(state.random)
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             if isinstance(error, (InputError, UnlearningError)):
                 raise
@@ -143,25 +130,16 @@ class Trainer:
                 f"cannot resume from {checkpoint.path}: its files do not fit this run "
                 f"({type(error).__name__}: {str(error).partition(chr(10))[0]}); remove it to go on from the one before"
             ) from error
-        self._on_first(lambda: checkpoints.take_up(checkpoint, keep=self.config.keep_checkpoints))
-        self.progress = Progress(
-            step=state["step"],
-            seconds=state["seconds"],
-            metrics=checkpoint.metrics,
-            looks=[Candidate(**look) for look in state["looks"]],
-            best=Candidate(**best["candidate"]) if best else None,
-            best_weights=best["sha256"] if best else None,
-            looks_without_better=state["looks_without_better"],
-            stopped_early=state["stopped_early"],
-        )
-        self.meter.resume(self.progress.metrics)
+        self._on_first(lambda: checkpoints.rewind_to(checkpoint, keep=self.config.keep_checkpoints))
+        self.state = replace(state, identity=self.identity, weights={}, optimizer=OptimizerState(), random={})
+        self.meter.resume(self.state.metrics)
 
     def _step(self, batches: list[Batch]) -> dict[str, Any]:
         began = time.perf_counter()
-        number = self.progress.step + 1
+        number = self.state.step + 1
         if self.ranks.size > 1:  # dropout differs between ranks and does not hang on how many there were before
             _seed(self.config.seed, number, self.ranks.rank)
-        rate = learning_rate(self.config, self.progress.step, self.total_steps)
+        rate = learning_rate(self.config, self.state.step, self.total_steps)
         sums = torch.zeros(4, dtype=torch.float64, device="cpu")
         for batch in batches:
             terms = self.engine.backward(batch, 1 / len(batches), self._terms)
@@ -169,14 +147,14 @@ class Trainer:
         values = [value / len(batches) for value in sums.tolist()]
         if not math.isfinite(values[0]):
             raise self._not_finite(number, values)
-        self.meter.before(self.progress.step, self.engine)
+        self.meter.before(self.state.step, self.engine)
         norm, fine = self.engine.step(rate)
         if not fine:
             raise self._not_finite(number, values, gradient=True)
-        measured = self.meter.after(self.progress.step, self.engine, rate, norm)
-        self.progress.step = number
-        seconds = self.ranks.numbers(time.perf_counter() - began)
-        self.progress.seconds += seconds[0]
+        measured = self.meter.after(self.state.step, self.engine, rate, norm)
+        self.state.step = number
+        seconds = self.ranks.all_gather_numbers(time.perf_counter() - began)
+        self.state.seconds += seconds[0]
         plan = self.loader.plan
         line: dict[str, Any] = {
             "step": number,
@@ -210,10 +188,10 @@ class Trainer:
             group_ids=None if batch.group_ids is None else batch.group_ids.to(device),
         )
 
-    def _look(self, log: MetricsLog | None, epoch: int) -> None:
+    def _evaluate(self, log: MetricsLog | None, epoch: int) -> None:
         self.engine.update_student()
-        progress, candidate = self.progress, self.validate(self.progress.step, epoch)
-        progress.looks.append(candidate)
+        state, candidate = self.state, self.validate(self.state.step, epoch)
+        state.evaluations.append(candidate)
         line = {
             "step": candidate.step,
             "epoch": epoch - 1,
@@ -223,19 +201,19 @@ class Trainer:
         if self.ranks.first:
             say("epoch %d, step %d: validation forget %.1f %%, retain %.1f %%", candidate.epoch, candidate.step,
                 100 * candidate.forget, 100 * candidate.retain)  # fmt: skip
-        if self.selection.progresses(candidate, progress.best):
-            progress.looks_without_better = 0
+        if self.selection.progresses(candidate, state.best):
+            state.evaluations_without_improvement = 0
         else:
-            progress.looks_without_better += 1
-            progress.stopped_early = 0 < self.config.early_stop <= progress.looks_without_better
-        if self.selection.better(candidate, progress.best):
-            progress.best = candidate
+            state.evaluations_without_improvement += 1
+            state.stopped_early = 0 < self.config.early_stop <= state.evaluations_without_improvement
+        if self.selection.better(candidate, state.best):
+            state.best = candidate
             weights = self.engine.weights()
             root = self.directory / "checkpoints"
-            progress.best_weights = self._on_first(lambda: checkpoints.save_best(root, weights))
+            state.best_weights = self._on_first(lambda: checkpoints.save_best(root, weights))
 
     def _log(self, log: MetricsLog | None, line: dict[str, Any]) -> None:
-        self.progress.metrics.append(line)
+        self.state.metrics.append(line)
         if log is not None:
             with self._saves():
                 log.append(line)
@@ -243,32 +221,18 @@ class Trainer:
     def _checkpoint(self) -> None:
         if not self.resumable:
             return
-        progress = self.progress
-        best = None
-        if progress.best is not None:
-            best = {"candidate": progress.best.to_dict(), "sha256": progress.best_weights}
-        weights, trainer = self.engine.weights(), {**self.engine.state(), "random": _random_states()}
-
-        def write() -> None:
-            state = {
-                "identity": self.identity,
-                "seconds": progress.seconds,
-                "looks": [look.to_dict() for look in progress.looks],
-                "best": best,
-                "looks_without_better": progress.looks_without_better,
-                "stopped_early": progress.stopped_early,
-            }
-            root, keep = self.directory / "checkpoints", self.config.keep_checkpoints
-            checkpoints.save_checkpoint(root, progress.step, weights, trainer, state, progress.metrics, keep=keep)
-
-        self._on_first(write)
+        state = replace(
+            self.state, weights=self.engine.weights(), optimizer=self.engine.state(), random=_random_states()
+        )
+        root, keep = self.directory / "checkpoints", self.config.keep_checkpoints
+        self._on_first(lambda: checkpoints.save_checkpoint(root, state, keep=keep))
 
     def _on_first(self, work: Callable[[], T]) -> T:
         def guarded() -> T:
             with self._saves():
                 return work()
 
-        return self.ranks.from_first(guarded)
+        return self.ranks.run_on_first(guarded)
 
     @contextmanager
     def _saves(self) -> Iterator[None]:
@@ -283,7 +247,7 @@ class Trainer:
     def _fits(self) -> AbstractContextManager[None]:
         chunk = self.config.grad_cache_chunk
         return tell_out_of_memory(
-            f"training step {self.progress.step + 1}",
+            f"training step {self.state.step + 1}",
             f"give a smaller batch_size (now {self.config.batch_size}), or a "
             + (f"smaller grad_cache_chunk (now {chunk})" if chunk else "grad_cache_chunk, which encodes it in parts"),
         )
@@ -291,7 +255,7 @@ class Trainer:
     def _not_finite(self, number: int, values: list[float], gradient: bool = False) -> UnlearningError:
         what = "gradient" if gradient else "loss"
         terms = ", ".join(f"{name} {value:g}" for name, value in zip(LossTerms._fields, values, strict=True))
-        saved = self.ranks.from_first(lambda: checkpoints.list_checkpoints(self.directory / "checkpoints"))
+        saved = self.ranks.run_on_first(lambda: checkpoints.list_checkpoints(self.directory / "checkpoints"))
         kept = f"The last good checkpoint is {saved[-1]}" if saved else "Without output_dir no checkpoint is kept"
         return UnlearningError(
             f"the {what} is not finite at step {number} ({terms}); training stopped before "

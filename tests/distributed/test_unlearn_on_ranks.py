@@ -165,7 +165,7 @@ def _with_a_bad_gradient(rank: int, changes: dict) -> tuple[str, list[str]]:
         steps = 0
 
         def _held(self):
-            return {**self.weights(), **self.state()["optimizer"]["exp_avg"]}
+            return {**self.weights(), **self.state().moments["exp_avg"]}
 
         def _backpropagate(self, scalar):
             super()._backpropagate(scalar * float("nan") if rank == self.steps == 1 else scalar)

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import warnings
 
@@ -5,28 +6,33 @@ import pytest
 import torch
 
 from cliperase_fast.unlearning import checkpoints as ck
+from cliperase_fast.unlearning.selection import Candidate
 
-STATE = {
-    "identity": {}, "seconds": 0.5, "looks": [], "best": None, "looks_without_better": 0, "stopped_early": False,
-}  # fmt: skip
-LOOK = {"step": 1, "epoch": 1, "forget": 0.5, "retain": 0.5, "forget_similarity": 0.1}
+CANDIDATE = {"step": 1, "epoch": 1, "forget": 0.5, "retain": 0.5, "forget_similarity": 0.1}
 FILES = ["student.safetensors", "optimizer.safetensors", "trainer.pt", "metrics.jsonl", "state.json"]
 
 
-def save(root, step, value, keep=2, best=None):
-    student = {"weight": torch.full((3,), float(value)), "scale": torch.tensor(float(value))}
+def save(root, step, value, keep=2, best=None, **fields):
+    """best: what `best_of` returned."""
+    weights = {"weight": torch.full((3,), float(value)), "scale": torch.tensor(float(value))}
     moments = {moment: {"weight": torch.full((3,), value / 2)} for moment in ("exp_avg", "exp_avg_sq")}
-    trainer = {"optimizer": {"step": step, **moments}, "scaler": {}, "random": {"torch": torch.get_rng_state()}}
-    state = {**STATE, "seconds": float(value), "best": best}
-    return ck.save_checkpoint(root, step, student, trainer, state, [{"step": step, "total": value / 3}], keep=keep)
+    state = ck.TrainState(
+        step=step,
+        seconds=float(value),
+        metrics=[{"step": step, "total": value / 3}],
+        best=best and best[0],
+        best_weights=best and best[1],
+        weights=weights,
+        optimizer=ck.OptimizerState(step, moments),
+        random={"torch": torch.get_rng_state()},
+        **fields,
+    )
+    return ck.save_checkpoint(root, state, keep=keep)
 
 
 def best_of(root, value, step=1):
-    """Weights saved as the best, as a checkpoint's state names them."""
-    return {
-        "sha256": ck.save_best(root, {"weight": torch.full((2,), float(value))}),
-        "candidate": {**LOOK, "step": step},
-    }
+    """The best candidate so far and the digest of its weights, which are saved."""
+    return Candidate(**{**CANDIDATE, "step": step}), ck.save_best(root, {"weight": torch.full((2,), float(value))})
 
 
 def damage(path, how):
@@ -53,13 +59,13 @@ def test_the_newest_checkpoint_comes_back_as_it_was(tmp_path):
     save(tmp_path, 1, 1)
     save(tmp_path, 12, 2)
     loaded = ck.load_newest(tmp_path)
-    assert loaded.state["step"] == 12
-    assert loaded.state["seconds"] == 2
-    assert loaded.metrics == [{"step": 12, "total": 2 / 3}]
-    assert torch.equal(loaded.student["weight"], torch.full((3,), 2.0))
-    optimizer = loaded.trainer["optimizer"]
-    assert optimizer["step"] == 12
-    assert torch.equal(optimizer["exp_avg"]["weight"], torch.full((3,), 1.0))
+    assert loaded.state.step == 12
+    assert loaded.state.seconds == 2
+    assert loaded.state.metrics == [{"step": 12, "total": 2 / 3}]
+    assert torch.equal(loaded.state.weights["weight"], torch.full((3,), 2.0))
+    optimizer = loaded.state.optimizer
+    assert optimizer.step == 12
+    assert torch.equal(optimizer.moments["exp_avg"]["weight"], torch.full((3,), 1.0))
 
 
 def test_nothing_saved_means_nothing_loaded(tmp_path):
@@ -74,11 +80,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, file
     damage(save(tmp_path, 2, 2, best=best) / file, how)
     with pytest.warns(UserWarning, match="step-00000002 is damaged"):
         loaded = ck.load_newest(tmp_path)
-    assert loaded.state["step"] == 1
-    assert torch.equal(ck.load_best(tmp_path, best["sha256"])["weight"], torch.zeros(2))
+    assert loaded.state.step == 1
+    assert torch.equal(ck.load_best(tmp_path, best[1])["weight"], torch.zeros(2))
 
 
-@pytest.mark.parametrize("field", ["step", "seconds", "looks", "best", "stopped_early", "identity"])
+@pytest.mark.parametrize("field", ["step", "seconds", "evaluations", "best", "stopped_early", "identity"])
 def test_an_edited_state_does_not_match_its_digest(tmp_path, field):
     path = save(tmp_path, 1, 1)
     state = json.loads((path / "state.json").read_text())
@@ -90,10 +96,11 @@ def test_an_edited_state_does_not_match_its_digest(tmp_path, field):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"step": 7}, {"step": "1"}, {"step": True}, {"seconds": None}, {"seconds": "1"}, {"looks": {}}, {"looks": [3]},
-        {"looks": [{**LOOK, "forget": "x"}]}, {"looks": [{"step": 1}]}, {"best": 3}, {"best": {"sha256": "0" * 64}},
-        {"best": {"sha256": "0" * 64, "candidate": LOOK}}, {"identity": []}, {"files": {}}, {"files": None},
-        {"files": dict.fromkeys(FILES[:-1], 1)}, {"stopped_early": 1}, {"looks_without_better": 0.5},
+        {"step": 7}, {"step": "1"}, {"step": True}, {"seconds": None}, {"seconds": "1"}, {"evaluations": {}},
+        {"evaluations": [3]}, {"evaluations": [{**CANDIDATE, "forget": "x"}]}, {"evaluations": [{"step": 1}]},
+        {"best": 3}, {"best": {"sha256": "0" * 64}},
+        {"best": {"sha256": "0" * 64, "candidate": CANDIDATE}}, {"identity": []}, {"files": {}}, {"files": None},
+        {"files": dict.fromkeys(FILES[:-1], 1)}, {"stopped_early": 1}, {"evaluations_without_improvement": 0.5},
     ],
     ids=str,
 )  # fmt: skip
@@ -110,9 +117,56 @@ def test_a_state_that_is_no_state_counts_as_damaged(tmp_path, text):
         assert ck.load_newest(tmp_path) is None
 
 
-def test_a_checkpoint_of_another_version_is_told_from_a_damaged_one(tmp_path):
-    (save(tmp_path, 1, 1) / "state.json").write_text(json.dumps({"format": 2, "step": 1, "digests": {}}))
-    with pytest.raises(ck.OtherFormat):
+def test_every_field_survives_a_round_trip(tmp_path):
+    best = best_of(tmp_path, 3)
+    fields = {
+        "identity": {"model": "m"}, "evaluations": [best[0], Candidate(2, 1, 0.25, 0.75, -0.5)],
+        "evaluations_without_improvement": 1, "stopped_early": True,
+    }  # fmt: skip
+    save(tmp_path, 5, 2, best=best, **fields)
+    state = ck.load_newest(tmp_path).state
+    expected = {"step": 5, "seconds": 2.0, "metrics": [{"step": 5, "total": 2 / 3}], "best": best[0], **fields}
+    assert {name: getattr(state, name) for name in expected} == expected
+    assert state.best_weights == best[1]
+    assert state.optimizer.step == 5
+    assert torch.equal(state.random["torch"], torch.get_rng_state())
+    filled = {spec.name for spec in dataclasses.fields(state) if getattr(state, spec.name)}
+    assert filled == {spec.name for spec in dataclasses.fields(ck.TrainState)}, "a field is not written or not read"
+
+
+def as_format_3(path):
+    """Write the state as format 3 had it."""
+    state = json.loads((path / "state.json").read_text())
+    del state["digest"]
+    state["looks"] = state.pop("evaluations")
+    state["looks_without_better"] = state.pop("evaluations_without_improvement")
+    (path / "state.json").write_bytes(ck._sealed({**state, "format": 3}))
+
+
+def test_format_3_is_migrated(tmp_path):
+    best = best_of(tmp_path, 3)
+    identity = {"model": "m", "config": {"epochs": 2}}
+    as_format_3(save(tmp_path, 1, 1, best=best, identity=identity, evaluations=[best[0]],
+                     evaluations_without_improvement=4))  # fmt: skip
+    assert len(ck.list_checkpoints(tmp_path)) == 1
+    state = ck.load_newest(tmp_path).state
+    assert (state.evaluations, state.evaluations_without_improvement) == ([best[0]], 4)
+    assert state.identity == {"model": "m", "config": {"method": "cliperase", "method_options": {}, "epochs": 2}}
+    assert torch.equal(state.weights["weight"], torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("found", "says"),
+    [(2, "has format 2 and this version reads formats 3 and 4: resume with the version that wrote it, or start again"),
+     (5, "has format 5 and this version reads formats 3 and 4: upgrade cliperase_fast, or start again"),
+     ("4", "has format '4'")],
+)  # fmt: skip
+@pytest.mark.parametrize("sealed", [True, False])
+def test_an_unreadable_format_is_an_error_with_the_remedy(tmp_path, found, says, sealed):
+    path = save(tmp_path, 1, 1)
+    state = {"format": found, "step": 1, "digests": {}}
+    (path / "state.json").write_bytes(ck._sealed(state) if sealed else json.dumps(state).encode())
+    with pytest.raises(ck.UnsupportedFormat, match=says):
         ck.load_newest(tmp_path)
 
 
@@ -122,9 +176,9 @@ def test_a_half_written_checkpoint_is_not_seen(tmp_path):
     (tmp_path / ".step-00000002.tmp" / "student.safetensors").write_bytes(b"half")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert ck.load_newest(tmp_path).state["step"] == 1
+        assert ck.load_newest(tmp_path).state.step == 1
     save(tmp_path, 2, 2)  # and does not stand in the way of the next one
-    assert ck.load_newest(tmp_path).state["step"] == 2
+    assert ck.load_newest(tmp_path).state.step == 2
 
 
 @pytest.mark.parametrize("at", ["write_tensors", "write_file", "flush_folder", "_make_way"])
@@ -151,7 +205,7 @@ def test_only_the_newest_are_kept_each_with_the_best_weights_so_far(tmp_path):
     assert [path.name for path in kept] == ["step-00000003", "step-00000004"]
     (tmp_path / "best.safetensors").unlink()
     damage(kept[0] / "best.safetensors", "flip")
-    assert torch.equal(ck.load_best(tmp_path, best["sha256"])["weight"], torch.full((2,), 3.0))
+    assert torch.equal(ck.load_best(tmp_path, best[1])["weight"], torch.full((2,), 3.0))
 
 
 def test_best_weights_that_are_altered_everywhere_are_an_error(tmp_path):
@@ -159,7 +213,7 @@ def test_best_weights_that_are_altered_everywhere_are_an_error(tmp_path):
     damage(save(tmp_path, 1, 1, best=best) / "best.safetensors", "flip")
     damage(tmp_path / "best.safetensors", "flip")
     with pytest.raises(ck.DamagedCheckpoint, match="best weights are missing or altered"):
-        ck.load_best(tmp_path, best["sha256"])
+        ck.load_best(tmp_path, best[1])
     with pytest.raises(ck.DamagedCheckpoint, match="best weights are missing or altered"):
         save(tmp_path, 2, 2, best=best)
 
@@ -174,7 +228,7 @@ def test_what_is_no_checkpoint_neither_counts_nor_goes(tmp_path):
     assert len(ck.list_foreign(tmp_path)) == 3
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert ck.load_newest(tmp_path).state["step"] == 3
+        assert ck.load_newest(tmp_path).state.step == 3
 
 
 def test_what_stands_where_a_checkpoint_goes_is_kept_under_another_name(tmp_path):
@@ -182,7 +236,7 @@ def test_what_stands_where_a_checkpoint_goes_is_kept_under_another_name(tmp_path
     (tmp_path / "step-00000001" / "notes.txt").write_text("mine")
     with pytest.warns(UserWarning, match="is not a checkpoint of this run"):
         save(tmp_path, 1, 1)
-    assert ck.load_newest(tmp_path).state["step"] == 1
+    assert ck.load_newest(tmp_path).state.step == 1
     assert (tmp_path / "old-1-step-00000001" / "notes.txt").read_text() == "mine"
 
 

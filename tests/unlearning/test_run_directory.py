@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from processes import context
 from safetensors.torch import load_file
+from test_checkpoints import as_format_3
 from tiny import make_pairs, make_tiny_clip, split_pairs
 
 from cliperase_fast import InputError, UnlearningError, storage, unlearn
@@ -332,13 +333,25 @@ def test_resume_knows_the_transform_and_the_tokenizer_by_what_they_do(tmp_path, 
         run(tmp_path / "run", True, **{**first, "tokenizer": lambda texts: words(texts, end=10)})
 
 
-def test_checkpoints_of_another_version_are_told(tmp_path, whole):
+def test_checkpoints_of_an_older_format_are_an_error(tmp_path, whole):
     output = tmp_path / "run"
     shutil.copytree(whole, output)
     for path in output.glob("checkpoints/step-*"):
         (path / "state.json").write_text(json.dumps({"format": 2, "step": 1, "digests": {}}))
-    with pytest.raises(InputError, match="written by another version; start again in another output_dir"):
+    with pytest.raises(InputError, match=r"has format 2 and this version reads .* start again in another output_dir"):
         run(output, resume=True, **CRASHING)
+
+
+def test_a_run_of_format_3_continues_to_the_same_bits(tmp_path, whole):
+    output = tmp_path / "run"
+    run(output, **{**CRASHING, "keep_checkpoints": 9})
+    shutil.rmtree(output / "model")
+    for path in sorted(output.glob("checkpoints/step-*"))[2:]:
+        shutil.rmtree(path)
+    for path in output.glob("checkpoints/step-*"):
+        as_format_3(path)
+    run(output, resume=True, **CRASHING)
+    assert_same_run(output, whole)
 
 
 def test_metrics_that_were_altered_come_back_from_the_checkpoint(tmp_path, whole):

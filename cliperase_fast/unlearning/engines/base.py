@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +12,14 @@ from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.functional import LossTerms
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.unlearning.batches import Batch
+from cliperase_fast.unlearning.checkpoints import OptimizerState
 from cliperase_fast.unlearning.engines.grad_cache import ChunkedFeatures
 from cliperase_fast.unlearning.runtime import Runtime
 
 # The losses of image features [M + N, D] and of text features [U, D] of the batch's different captions, at this scale.
 Terms = Callable[[Batch, Tensor, Tensor, Tensor], LossTerms]
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam remembers of each parameter
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of each parameter in Adam
 
 
 class Engine(ABC):
@@ -83,11 +83,11 @@ class Engine(ABC):
         """Trained parameters and all buffers, whole."""
 
     @abstractmethod
-    def state(self) -> dict[str, Any]:
-        """What the optimizer and the scaler remember: the step's number, the moments by parameter name."""
+    def state(self) -> OptimizerState:
+        """Return the state of the optimizer and of the gradient scaler."""
 
     @abstractmethod
-    def load_state(self, state: dict[str, Any]) -> None: ...
+    def load_state(self, state: OptimizerState) -> None: ...
 
     @abstractmethod
     def update_student(self) -> None:

@@ -20,6 +20,7 @@ from cliperase_fast.errors import InputError
 from cliperase_fast.extras import import_extra
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.reading import read_text
+from cliperase_fast.unlearning.checkpoints import OptimizerState
 from cliperase_fast.unlearning.engines.base import MOMENTS, Engine
 from cliperase_fast.unlearning.runtime import Runtime
 
@@ -240,7 +241,7 @@ class ZeroEngine(Engine):
     ) -> None:
         super().__init__(student, parameters, config, runtime)
         self.zero, self.stage = zero, zero["zero_optimization"]["stage"]
-        self._loaded: dict[str, Any] | None = None
+        self._loaded: OptimizerState | None = None
         self._engine: Any = None
 
     def train_mode(self) -> None:
@@ -287,7 +288,7 @@ class ZeroEngine(Engine):
         assert self._engine is None, "weights are loaded before the sharded copy is made of them, or after `close`"
         super().load_weights(weights)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> OptimizerState:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         assert self._engine is not None
@@ -299,10 +300,10 @@ class ZeroEngine(Engine):
             for moment in MOMENTS
         }
         step = next(iter(self._engine.optimizer.optimizer.state.values()))["step"]
-        return {"optimizer": {"step": int(step), **moments}, "scaler": {}}
+        return OptimizerState(int(step), moments)
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        self._loaded = state["optimizer"]
+    def load_state(self, state: OptimizerState) -> None:
+        self._loaded = state
 
     def close(self) -> None:
         if self._engine is not None:
@@ -329,7 +330,7 @@ class ZeroEngine(Engine):
         for flat in self._flat():
             zeros = {moment: torch.zeros_like(flat) for moment in MOMENTS}
             inner.state[flat] = {
-                "step": torch.tensor(float(loaded["step"] if loaded else 0), dtype=torch.float32, device="cpu"),
+                "step": torch.tensor(float(loaded.step if loaded else 0), dtype=torch.float32, device="cpu"),
                 **zeros,
             }
         if self.stage < 3:
@@ -337,8 +338,8 @@ class ZeroEngine(Engine):
         if loaded:
             for moment in MOMENTS:
                 for name, parameter in self.sharded.items():
-                    if name in loaded[moment]:
-                        self._set_moment(parameter, moment, loaded[moment][name])
+                    if name in loaded.moments.get(moment, {}):
+                        self._set_moment(parameter, moment, loaded.moments[moment][name])
         self._loaded = None
 
     def _set_moment(self, parameter: nn.Parameter, moment: str, whole: Tensor) -> None:
@@ -385,7 +386,7 @@ class ZeroEngine(Engine):
 
     def _chunks(self, *rows: int) -> list[int]:
         """The same on every rank: each chunk gathers parameters from all, or reduces gradients with all."""
-        return self.runtime.ranks.largest(*super()._chunks(*rows))
+        return self.runtime.ranks.all_reduce_max(*super()._chunks(*rows))
 
 
 class ShardedTeacher:

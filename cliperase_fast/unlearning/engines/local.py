@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.models import ClipAdapter
+from cliperase_fast.unlearning.checkpoints import OptimizerState
 from cliperase_fast.unlearning.engines.base import MOMENTS, Engine
 from cliperase_fast.unlearning.runtime import Runtime
 
@@ -39,7 +39,7 @@ class LocalEngine(Engine):
         the step is left out."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.runtime.ranks.average([p.grad for p in self.parameters if p.grad is not None])
+        self.runtime.ranks.all_reduce_mean([p.grad for p in self.parameters if p.grad is not None])
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip or math.inf)
         if not self.scaler.is_enabled() and not torch.isfinite(norm):
@@ -62,7 +62,7 @@ class LocalEngine(Engine):
     def close(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> OptimizerState:
         known = {
             name: self.optimizer.state[parameter]
             for name, parameter in zip(self.names, self.parameters, strict=True)
@@ -70,19 +70,18 @@ class LocalEngine(Engine):
         }
         steps = [int(of_parameter["step"]) for of_parameter in known.values()]
         moments = {moment: {name: known[name][moment] for name in known} for moment in MOMENTS}
-        return {"optimizer": {"step": max(steps, default=0), **moments}, "scaler": self.scaler.state_dict()}
+        return OptimizerState(max(steps, default=0), moments, self.scaler.state_dict())
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        saved = state["optimizer"]
+    def load_state(self, state: OptimizerState) -> None:
         self.optimizer.state.clear()
         for name, parameter in zip(self.names, self.parameters, strict=True):
-            if name in saved[MOMENTS[0]]:
+            if name in state.moments.get(MOMENTS[0], {}):
                 self.optimizer.state[parameter] = {
-                    "step": torch.tensor(float(saved["step"]), dtype=torch.float32, device=parameter.device),
-                    **{moment: saved[moment][name].to(parameter, copy=True) for moment in MOMENTS},
+                    "step": torch.tensor(float(state.step), dtype=torch.float32, device=parameter.device),
+                    **{moment: state.moments[moment][name].to(parameter, copy=True) for moment in MOMENTS},
                 }
-        if state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
+        if state.scaler:
+            self.scaler.load_state_dict(state.scaler)
 
     # An autocast of their own for each call: it would otherwise hand the weights it cast without a graph to the
     # encoding that needs one.
