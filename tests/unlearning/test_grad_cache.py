@@ -108,7 +108,11 @@ def test_a_run_in_chunks_follows_the_run_without(changes):
 
 
 def test_mixed_precision_is_that_of_the_whole_batch():
-    single, plain, chunked = run(), run(precision="bf16"), run(precision="bf16", grad_cache_chunk=2)
+    # At a small rate: the weights' own rounding differs between chunks, and large steps would let that grow.
+    single, plain, chunked = (
+        run(learning_rate=1e-5, **changes)
+        for changes in ({}, {"precision": "bf16"}, {"precision": "bf16", "grad_cache_chunk": 2})
+    )
     first, alike, other = (steps(result)[0]["total"] for result in (plain, chunked, single))
     assert alike == pytest.approx(first, rel=1e-6)
     assert other != pytest.approx(first, rel=1e-5)
