@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from cliperase_fast.defaults import torch_defaults
 from cliperase_fast.errors import InputError
-from cliperase_fast.models.open_clip_config import Config, build, prove_config
+from cliperase_fast.models.adapters.open_clip_config import Config, build, prove_config
 from cliperase_fast.models.requirements import require_no_parametrizations, require_trainable, require_weights
-from cliperase_fast.models.tuners import fold_tuners
-from cliperase_fast.models.unwrapping import unwrap
+from cliperase_fast.models.unwrapping import fold_tuners, unwrap
 
 __all__ = ["to_diffusers_text_encoder", "to_open_clip", "to_transformers"]
 

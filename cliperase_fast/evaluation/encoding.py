@@ -18,8 +18,7 @@ from cliperase_fast.data.pixel_cache import PixelCache
 from cliperase_fast.distributed import SINGLE_PROCESS, Ranks
 from cliperase_fast.errors import InputError, is_out_of_memory
 from cliperase_fast.models import ClipAdapter
-from cliperase_fast.models.precision import remedy_for_types
-from cliperase_fast.models.runtime import inference
+from cliperase_fast.models.runtime import dtype_hint, inference
 from cliperase_fast.progress import Steps
 
 
@@ -160,7 +159,7 @@ def _encode_tokens(adapter: ClipAdapter, tokens: Tensor) -> Tensor:
             raise
         raise InputError(
             f"the model cannot encode captions of {tokens.shape[1]} tokens with ids from {int(tokens.min())} to "
-            f"{int(tokens.max())} ({error}): {remedy_for_types(error) or 'use its own tokenizer'}"
+            f"{int(tokens.max())} ({error}): {dtype_hint(error) or 'use its own tokenizer'}"
         ) from error
 
 
@@ -206,8 +205,7 @@ def _encode_image(adapter: ClipAdapter, pixels: Tensor) -> Tensor:
         if is_out_of_memory(error):  # which `inference` tells
             raise
         remedy = (
-            remedy_for_types(error)
-            or "give tensors of the size it was made for, or PIL images, which its transform resizes"
+            dtype_hint(error) or "give tensors of the size it was made for, or PIL images, which its transform resizes"
         )
         raise InputError(
             f"the model cannot encode images of shape {tuple(pixels.shape[1:])} ({error}): {remedy}"

@@ -27,10 +27,9 @@ from cliperase_fast.errors import InputError
 from cliperase_fast.evaluation.encoding import encode_pairs, require_finite
 from cliperase_fast.evaluation.scoring import score
 from cliperase_fast.models import ClipAdapter, load_model
-from cliperase_fast.models.precision import in_float32
-from cliperase_fast.models.runtime import check_precision, pick_device
-from cliperase_fast.models.soundness import check_weights
-from cliperase_fast.models.transforming import try_transform
+from cliperase_fast.models.preprocessing import try_transform
+from cliperase_fast.models.requirements import check_weights
+from cliperase_fast.models.runtime import check_precision, in_float32, pick_device
 from cliperase_fast.progress import say
 
 

@@ -1,8 +1,9 @@
-"""CLIP models of every supported kind behind one small interface: `load_model` gives a `ClipAdapter`."""
+"""Load, adapt, train and save CLIP models of every supported kind: `load_model` returns a `ClipAdapter`."""
 
 from __future__ import annotations
 
-from cliperase_fast.models.adapters.base import ClipAdapter, GenericAdapter
+from cliperase_fast.models.adapters.base import ClipAdapter
+from cliperase_fast.models.adapters.generic import GenericAdapter
 from cliperase_fast.models.adapters.open_clip import OpenClipAdapter
 from cliperase_fast.models.adapters.transformers import TransformersAdapter
 from cliperase_fast.models.loading import load_model

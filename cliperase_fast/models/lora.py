@@ -1,4 +1,4 @@
-"""LoRA (Hu et al. 2021, arXiv 2106.09685) through `peft`, and folding it back into plain weights."""
+"""Add LoRA (Hu et al. 2021, arXiv 2106.09685) with `peft`, and fold it back into plain weights."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from torch.nn.utils import parametrize
 from cliperase_fast.errors import InputError
 from cliperase_fast.extras import import_extra
 from cliperase_fast.models.adapters.base import ClipAdapter
-from cliperase_fast.models.open_clip_config import probe_pixels
+from cliperase_fast.models.adapters.open_clip_config import probe_pixels
+from cliperase_fast.models.runtime import evaluating
 
-# These read the weights of the layers inside them and (the second one: where no gradient is asked for) never
-# call those layers, so that an update wrapped around one would be lost.
+# These read the weights of their inner layers without calling them (the second one only without gradients), so an
+# update wrapped around such a layer would be lost.
 _READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 _WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd)
 _log = logging.getLogger(__name__)
 
 
 class SplitAttention(nn.Module):
-    """Self-attention of nn.MultiheadAttention with two ordinary linear layers, which LoRA can wrap.
+    """Compute nn.MultiheadAttention's self-attention with two ordinary linear layers, which LoRA can wrap.
 
     peft's own class for nn.MultiheadAttention adds the output layer's update twice and rewrites the base
     weights in every forward pass.
@@ -66,8 +67,8 @@ class SplitAttention(nn.Module):
         out = self.out_proj(mixed.transpose(1, 2).reshape(batch, length, width))
         return (out if self.batch_first else out.transpose(0, 1)), None
 
-    def init_distributed(self) -> nn.MultiheadAttention:
-        """The nn.MultiheadAttention with these weights (the same parameters, not copies)."""
+    def to_multihead_attention(self) -> nn.MultiheadAttention:
+        """Return the nn.MultiheadAttention with these weights (the same parameters, not copies)."""
         width = self.out_proj.out_features
         attention: Any = nn.MultiheadAttention(
             width, self.heads, dropout=self.dropout, batch_first=self.batch_first,
@@ -79,27 +80,29 @@ class SplitAttention(nn.Module):
 
 
 def inject_lora(adapter: ClipAdapter, rank: int, alpha: float) -> None:
-    """Wrap the linear layers in both towers' blocks with LoRA updates, in place; freeze everything else.
+    """Wrap the linear layers in both towers' blocks with LoRA updates, in place, and freeze everything else.
 
-    Attention and MLP layers; a convolutional tower's convolutions where its blocks have no linear layer. The
-    update of a weight W is (alpha / rank) B A with B = 0 at first, so that the features do not change yet.
+    These are attention and MLP layers, or the convolutions of a tower whose blocks have no linear layer. The update of
+    a weight W is (alpha / rank) B A with B = 0 at first, so the features do not change yet.
     """
     peft: Any = import_extra("lora", 'trainable="lora"')
     for tower, blocks in zip(("image", "text"), adapter.blocks(), strict=True):
         if not blocks:
-            raise InputError(f'trainable="lora" needs the blocks of the {tower} tower, and this model has none we know')
+            raise InputError(
+                f'trainable="lora" needs the blocks of the {tower} tower, which are unknown for this model'
+            )
         if adapter.kind == "open_clip":
             for block in blocks:
                 _split_attention(block)
     targets = _target_names(adapter)
-    pattern = "|".join(re.escape(name) for name in targets)  # full names: a suffix could match elsewhere too
-    scale: Any = alpha  # declared as int, used as a number
+    pattern = "|".join(re.escape(name) for name in targets)  # full names, because a suffix could match other layers too
+    scale: Any = alpha  # peft declares an int but accepts any number
     config = peft.LoraConfig(r=rank, lora_alpha=scale, target_modules=pattern, lora_dropout=0.0, bias="none")
     peft.inject_adapter_in_model(config, adapter.module)
 
 
 def merge_lora(adapter: ClipAdapter) -> None:
-    """Fold LoRA updates into the weights, in place: the original layers and state-dict keys are back.
+    """Fold LoRA updates into the weights, in place; this restores the original layers and state-dict keys.
 
     Does nothing to a model without LoRA layers.
     """
@@ -110,7 +113,7 @@ def merge_lora(adapter: ClipAdapter) -> None:
         _replace(module, name, layer.get_base_layer())
     split = {name: child for name, child in module.named_modules() if isinstance(child, SplitAttention)}
     for name, attention in split.items():
-        _replace(module, name, attention.init_distributed())
+        _replace(module, name, attention.to_multihead_attention())
     if wrapped and hasattr(module, "peft_config"):
         del module.peft_config
 
@@ -118,7 +121,7 @@ def merge_lora(adapter: ClipAdapter) -> None:
 def _target_names(adapter: ClipAdapter) -> list[str]:
     names = {child: name for name, child in adapter.module.named_modules()}
     held = Counter(id(weight) for owner in adapter.module.modules() for weight in owner._parameters.values())
-    shared = {weight for weight, owners in held.items() if owners > 1}  # folding in would change its other owner too
+    shared = {weight for weight, owners in held.items() if owners > 1}  # folding would change the other owner too
     targets: list[str] = []
     for tower, blocks in zip(("image", "text"), adapter.blocks(), strict=True):
         inside = [child for block in blocks for child in block.modules()]
@@ -129,7 +132,7 @@ def _target_names(adapter: ClipAdapter) -> list[str]:
             usable = [child for child in usable if child in called]
         usable = [child for child in usable if not parametrize.is_parametrized(child) and not shared & _weights(child)]
         layers: list[nn.Module] = [child for child in usable if isinstance(child, nn.Linear)]
-        # An update of low rank mixes all channels, and a grouped convolution keeps its groups apart.
+        # A low-rank update mixes all channels, which a grouped convolution keeps apart.
         layers = layers or [child for child in usable if isinstance(child, nn.Conv2d) and child.groups == 1]
         if not layers:
             raise InputError(
@@ -138,7 +141,7 @@ def _target_names(adapter: ClipAdapter) -> list[str]:
             )
         left = len({id(child) for child in inside if isinstance(child, _WEIGHTED)}) - len(layers)
         kinds = ", ".join(sorted({type(layer).__name__ for layer in layers}))
-        _log.info("LoRA adapts %d layers of the %s tower (%s) and leaves %d out", len(layers), tower, kinds, left)
+        _log.info("LoRA adapts %d layers of the %s tower (%s) and skips %d", len(layers), tower, kinds, left)
         targets += [names[layer] for layer in layers]
     return targets
 
@@ -149,23 +152,20 @@ def _weights(layer: nn.Module) -> set[int]:
 
 @torch.no_grad()
 def _called(adapter: ClipAdapter, layers: list[nn.Module]) -> set[nn.Module]:
-    """Those of `layers` that the image tower calls: some timm blocks only read a layer's weight."""
+    """Return the `layers` that the image tower calls: some timm blocks only read a layer's weight."""
     called: set[nn.Module] = set()
     hooks = [layer.register_forward_hook(lambda layer, *_: called.add(layer)) for layer in layers]
-    training = [child for child in adapter.module.modules() if child.training]
-    adapter.module.eval()
     try:
-        adapter.encode_image(probe_pixels(adapter.module))
+        with evaluating(adapter.module):
+            adapter.encode_image(probe_pixels(adapter.module))
     finally:
         for hook in hooks:
             hook.remove()
-        for child in training:
-            child.training = True
     return called
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:
-    """Whether they are one tensor, maybe under two names: ZeRO-3 hands a module an alias of each of its inputs."""
+    """Return whether both are one tensor or aliases of it: ZeRO-3 passes a module an alias of each input."""
     return one is other or (
         one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride()
     )

@@ -1,10 +1,10 @@
-"""What a model must be so that it can be encoded with, trained and saved; said before any of that begins."""
+"""Check before any work that a model can encode, be trained and be saved."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from types import FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,36 +13,40 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cliperase_fast.errors import InputError
 
+if TYPE_CHECKING:
+    from cliperase_fast.models.adapters.base import ClipAdapter
+
+LARGEST_SCALE = 1e4  # trained models have an exp(logit_scale) near 100; above this, float32 losses lose their digits
 _TRAINED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _ENCODERS = ("encode_image", "encode_text", "get_image_features", "get_text_features", "forward")
 
 
 def require_weights(model: nn.Module) -> None:
-    """Raise InputError unless every parameter and buffer has its values in this process."""
+    """Raise `InputError` unless all values of every parameter and buffer are in this process."""
     name = type(model).__name__
     for key, tensor in _tensors(model):
         if nn.parameter.is_lazy(tensor):
-            raise InputError(f"{key} of the {name} has no shape yet: run the model once before you pass it")
+            raise InputError(f"{key} of the {name} has no shape yet; run the model once before you pass it")
         if hasattr(tensor, "ds_id"):
             raise InputError(
-                f"{key} of the {name} is sharded by DeepSpeed's ZeRO-3: write the whole model with "
-                "engine.save_16bit_model(DIR) or DeepSpeed's zero_to_fp32.py, and load a plain model from that"
+                f"{key} of the {name} is sharded by DeepSpeed's ZeRO-3; write the whole model with "
+                "engine.save_16bit_model(DIR) or DeepSpeed's zero_to_fp32.py and load a plain model from it"
             )
         if hasattr(tensor, "device_mesh") and hasattr(tensor, "full_tensor"):
             raise InputError(
-                f"{key} of the {name} is a DTensor, of which each process holds a part: gather the weights with "
+                f"{key} of the {name} is a DTensor, of which each process holds a part; gather the weights with "
                 "torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
-                "options=StateDictOptions(full_state_dict=True)), load them into a plain model and pass that"
+                "options=StateDictOptions(full_state_dict=True)), load them into a plain model and pass that one"
             )
         if tensor.is_meta:
             raise InputError(
-                f"the {name} has weights on the meta device ({key}), where they have no values: load them first "
-                "(without device_map), or name the model by a string that says where its weights are"
+                f"the {name} has weights on the meta device ({key}), where they have no values; load them first "
+                "(without device_map), or pass a string that names the model and its weights"
             )
 
 
 def require_trainable(model: nn.Module) -> None:
-    """Raise InputError for weights that cannot be trained or written to a file as they are: quantized ones, say."""
+    """Raise `InputError` for weights that cannot be trained or saved as they are, such as quantized ones."""
     name = type(model).__name__
     for key, part in model.named_modules():
         kind = type(part)
@@ -52,8 +56,8 @@ def require_trainable(model: nn.Module) -> None:
             if _is_bound_elsewhere(vars(part).get(method)):
                 where = f"{key}.{method}" if key else method
                 raise InputError(
-                    f"{where} of the {name} was replaced by a function around the model, so a copy would not train "
-                    f"its own weights: delete the replacement (del model.{where}) or subclass {kind.__name__}"
+                    f"{where} of the {name} was replaced by a function that calls the model, so a copy would not "
+                    f"train its own weights; delete the replacement (del model.{where}) or subclass {kind.__name__}"
                 )
     for key, tensor in _tensors(model):
         if is_traceable_wrapper_subclass(tensor) or tensor.is_quantized:
@@ -63,34 +67,57 @@ def require_trainable(model: nn.Module) -> None:
     for key, value in model.state_dict().items():
         if not isinstance(value, Tensor):
             raise InputError(
-                f"{key} in the state dict of the {name} is a {type(value).__name__} and only tensors can be saved: "
-                "replace the module that it comes from with a plain one"
+                f"{key} in the state dict of the {name} is a {type(value).__name__} and only tensors can be saved; "
+                "replace the module it comes from with a plain one"
             )
         if value.layout != torch.strided:
-            raise InputError(f"{key} of the {name} is a sparse tensor ({value.layout}): make it dense, .to_dense()")
+            raise InputError(f"{key} of the {name} is a sparse tensor ({value.layout}); make it dense with .to_dense()")
 
 
 def require_no_parametrizations(model: nn.Module) -> None:
-    """Raise InputError for weights that are computed from others, which another library would not rebuild."""
+    """Raise `InputError` for weights computed from other weights, which another library would not rebuild."""
     for key, part in model.named_modules():
         found: list[str] = list(part.parametrizations) if parametrize.is_parametrized(part) else []  # type: ignore[arg-type]
         if found:
             raise InputError(
-                f"{key}.{found[0]} is parametrized ({type(part.parametrizations[found[0]][0]).__name__}), and what is "  # type: ignore[index]
-                f"saved would not load as a {type(model).__name__}: make it a plain parameter first, "
+                f"{key}.{found[0]} is parametrized ({type(part.parametrizations[found[0]][0]).__name__}), so "  # type: ignore[index]
+                f"a saved copy would not load as a {type(model).__name__}; make it a plain parameter first: "
                 f"torch.nn.utils.parametrize.remove_parametrizations(model.get_submodule({key!r}), {found[0]!r})"
             )
 
 
+@torch.no_grad()
+def check_weights(adapter: ClipAdapter, what: str) -> None:
+    """Raise `InputError` for a parameter with NaN or infinite values, or for an unusable `logit_scale`.
+
+    what: "model" or "teacher", for the message.
+    """
+    parameters = list(adapter.module.named_parameters())
+    if not parameters:
+        raise InputError(
+            f"the {what} is a {type(adapter.module).__name__} without parameters; pass a module that has its encoders "
+            "as submodules, so that their weights are found"
+        )
+    _check_scale(adapter, what)
+    for name, parameter in parameters:
+        if not parameter.is_floating_point() or parameter.itemsize == 1 or bool(torch.isfinite(parameter).all()):
+            continue  # `require_trainable` refuses weights quantized to a byte
+        count = int((~torch.isfinite(parameter)).sum())
+        raise InputError(
+            f"the {what}'s weights are damaged: {count} of the {parameter.numel()} values of {name} are not finite "
+            "(NaN or infinity); load the weights again, or use an earlier checkpoint"
+        )
+
+
 def _quantized(model: str, key: str, kind: str) -> InputError:
     return InputError(
-        f"{key} of the {model} is quantized ({kind}), which can neither be trained nor saved as plain weights: load "
-        "the model without quantization (for a transformers model also: model.dequantize())"
+        f"{key} of the {model} is quantized ({kind}) and can neither be trained nor saved as plain weights; load "
+        "the model without quantization (or, for a transformers model, call model.dequantize())"
     )
 
 
 def _is_bound_elsewhere(method: Any) -> bool:
-    """Whether it is a function with a model in its closure, which copying a module would not copy."""
+    """Return whether `method` is a function with a model in its closure, which a copy of the module would share."""
     if not isinstance(method, FunctionType):
         return False
     held = [cell.cell_contents for cell in method.__closure__ or () if _is_filled(cell)]
@@ -99,7 +126,7 @@ def _is_bound_elsewhere(method: Any) -> bool:
 
 def _is_filled(cell: Any) -> bool:
     try:
-        cell.cell_contents  # noqa: B018 - raises where it is empty
+        cell.cell_contents  # noqa: B018 - raises if it is empty
     except ValueError:
         return False
     return True
@@ -108,3 +135,17 @@ def _is_filled(cell: Any) -> bool:
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters()
     yield from model.named_buffers()
+
+
+def _check_scale(adapter: ClipAdapter, what: str) -> None:
+    raw: Tensor = adapter._model.logit_scale.detach()
+    if raw.numel() != 1:
+        raise InputError(f"the {what}'s logit_scale has shape {list(raw.shape)}; it must be a single number")
+    value = float(raw)
+    scale = float(raw.float().exp())
+    if not 0 < scale <= LARGEST_SCALE:  # false for NaN
+        raise InputError(
+            f"the {what}'s logit_scale is {value:g}, so the scale of the logits, exp(logit_scale), is {scale:g}; it "
+            f"must be between 0 and {LARGEST_SCALE:g}. logit_scale is the logarithm of the scale, 2.66 to 4.61 in "
+            "trained models (scale 14.3 to 100)"
+        )

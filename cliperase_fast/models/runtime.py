@@ -1,31 +1,38 @@
-"""Where and how encoders run: device, arithmetic, evaluation mode."""
+"""Where and how encoders run: device, arithmetic, evaluation mode, and the dtypes of the weights."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cliperase_fast.errors import InputError, tell_out_of_memory
+
+if TYPE_CHECKING:
+    from cliperase_fast.models.adapters.base import ClipAdapter
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(device: str | torch.device) -> torch.device:
-    """The device of that name, "auto" being the GPU when there is one. `InputError` when it is not here."""
+    """Return the device with that name; "auto" is the GPU if there is one.
+
+    Raises `InputError` if the device is not valid or not available.
+    """
     if str(device) == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
-        raise InputError(f"device={str(device)!r} is not a device: use auto, cpu, cuda or cuda:N") from error
+        raise InputError(f"device={str(device)!r} is not a valid device; use auto, cpu, cuda or cuda:N") from error
     if chosen.type not in ("cpu", "cuda"):
-        raise InputError(f"device={str(device)!r} is not supported: use auto, cpu, cuda or cuda:N")
+        raise InputError(f"device={str(device)!r} is not supported; use auto, cpu, cuda or cuda:N")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise InputError(
-            f"device={str(device)!r} is not here: torch sees {torch.cuda.device_count()} GPUs; use cpu or auto"
+            f"device={str(device)!r} is not available (torch sees {torch.cuda.device_count()} GPUs); use cpu or auto"
         )
     return chosen
 
@@ -35,33 +42,103 @@ def check_precision(precision: str, device: torch.device) -> None:
     if precision not in PRECISIONS:
         raise InputError(f"precision={precision!r} is not one of {', '.join(PRECISIONS)}")
     if precision == "fp16" and device.type != "cuda":
-        raise InputError(f"precision='fp16' needs a GPU and the device is {device}: use 'bf16' or 'fp32'")
+        raise InputError(f"precision='fp16' needs a GPU and the device is {device}; use 'bf16' or 'fp32'")
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Mixed precision of the encoders; "fp32" leaves the parameters' own."""
+    """Return the autocast context of that precision; "fp32" keeps the dtype of the parameters."""
     dtype = PRECISIONS[precision]
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 def encoding_fits() -> AbstractContextManager[None]:
-    """Around what encodes without a gradient: that memory runs out is an `UnlearningError` with the remedy."""
-    return tell_out_of_memory("encoding", "give a smaller batch_size (of unlearn(): eval_batch_size)")
+    """Turn running out of memory while encoding without gradients into an `UnlearningError` that names the fix."""
+    return tell_out_of_memory("encoding", "use a smaller batch_size (in unlearn(): eval_batch_size)")
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put the module into evaluation mode; restore the mode of each submodule on exit."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 @contextmanager
 def inference(module: nn.Module, device: torch.device, precision: str) -> Iterator[None]:
-    """Evaluation mode (each submodule's own mode comes back afterwards), no gradients, the given arithmetic.
+    """Evaluation mode, no gradients and the given arithmetic. Raises `UnlearningError` if memory runs out inside."""
+    # no_grad and not inference_mode: a module that builds a mask or a table on first use and keeps it could not be
+    # trained afterwards, because inference tensors cannot be saved for a backward pass.
+    with evaluating(module), encoding_fits(), torch.no_grad(), autocast(device, precision):
+        yield
 
-    Raises `UnlearningError` where memory runs out inside.
+
+def in_float32(adapter: ClipAdapter) -> ClipAdapter:
+    """Return an adapter whose floating-point weights are float32: the same one, or a copy if some are not.
+
+    float16 and bfloat16 widen exactly; float64 is rounded.
     """
-    # no_grad and not inference_mode: a module that builds a mask or a table on first use and keeps it could
-    # not be trained afterwards, as inference tensors cannot be saved for a backward pass.
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        with encoding_fits(), torch.no_grad(), autocast(device, precision):
-            yield
-    finally:
-        for part in training:
-            part.training = True
+    if all(tensor.dtype == torch.float32 for _, tensor in _floating(adapter.module)):
+        return adapter
+    twin = adapter.clone()
+    twin.module.float()
+    return twin
+
+
+def weight_dtypes(adapter: ClipAdapter) -> str:
+    """Return the dtypes of the floating-point parameters, the most frequent first: "float16 and float32"."""
+    counts: dict[str, int] = {}
+    for parameter in adapter.module.parameters():
+        if parameter.is_floating_point():
+            name = str(parameter.dtype).removeprefix("torch.")
+            counts[name] = counts.get(name, 0) + parameter.numel()
+    return " and ".join(sorted(counts, key=lambda name: -counts[name]))
+
+
+def in_dtypes_of(given: ClipAdapter, adapter: ClipAdapter) -> ClipAdapter:
+    """Return a copy of `adapter` with each weight rounded to the dtype it has in `given`.
+
+    adapter: of the same structure, in float32. A value equal to the float32 of `given`'s gets `given`'s own bits back,
+    so that untrained weights are unchanged in float64 too.
+    """
+    twin = adapter.clone()
+    originals = dict(_floating(given.module))
+    with torch.no_grad():
+        for name, parameter in twin.module.named_parameters():
+            if name in originals:
+                parameter.data = _rounded(parameter.data, originals[name])
+        for prefix, owner in twin.module.named_modules():
+            for name, buffer in owner._buffers.items():
+                key = f"{prefix}.{name}" if prefix else name
+                if buffer is not None and key in originals:
+                    owner._buffers[name] = _rounded(buffer, originals[key])
+    return twin
+
+
+def dtype_hint(error: Exception) -> str:
+    """Return what to do about an encoder's error that mentions dtypes; else an empty string."""
+    if not any(word in str(error) for word in ("dtype", "Half", "BFloat16", "Double")):
+        return ""
+    return (
+        "the weights are float32 here, whatever dtype they were given in, so the encoders must follow the dtype of "
+        "their weights instead of converting to a fixed one"
+    )
+
+
+def _rounded(value: Tensor, original: Tensor) -> Tensor:
+    original = original.detach()
+    if value.dtype == original.dtype:
+        return value
+    return torch.where(value == original.to(value.dtype), original, value.to(original.dtype))
+
+
+def _floating(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the floating-point parameters and buffers by name."""
+    for named in (module.named_parameters(), module.named_buffers()):
+        for name, tensor in named:
+            if tensor.is_floating_point():
+                yield name, tensor

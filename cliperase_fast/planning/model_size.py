@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cliperase_fast.errors import InputError
-from cliperase_fast.models.open_clip_config import build
+from cliperase_fast.models.adapters.open_clip_config import build
 from cliperase_fast.planning.cost_model import Model
 
 _PAIRS = 2

@@ -29,10 +29,9 @@ from cliperase_fast.evaluation import pair_similarities
 from cliperase_fast.models import ClipAdapter, load_model, set_trainable
 from cliperase_fast.models.fast_paths.blocks import disable_recompute, enable_recompute
 from cliperase_fast.models.fast_paths.embedding import merge_rows, train_rows
-from cliperase_fast.models.precision import in_float32, weight_dtypes
-from cliperase_fast.models.requirements import require_trainable
-from cliperase_fast.models.soundness import check_weights
-from cliperase_fast.models.transforming import as_transform, try_transform
+from cliperase_fast.models.preprocessing import as_transform, try_transform
+from cliperase_fast.models.requirements import check_weights, require_trainable
+from cliperase_fast.models.runtime import in_float32, weight_dtypes
 from cliperase_fast.ops import choose
 from cliperase_fast.progress import say
 from cliperase_fast.report import verdict

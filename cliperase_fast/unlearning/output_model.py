@@ -9,7 +9,7 @@ import torch
 
 from cliperase_fast.evaluation import EncodedPairs, pair_similarities
 from cliperase_fast.models import ClipAdapter
-from cliperase_fast.models.precision import in_dtypes_of, in_float32, weight_dtypes
+from cliperase_fast.models.runtime import in_dtypes_of, in_float32, weight_dtypes
 from cliperase_fast.unlearning.evaluator import Evaluator
 from cliperase_fast.unlearning.splits import Split
 

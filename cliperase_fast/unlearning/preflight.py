@@ -16,7 +16,7 @@ from cliperase_fast.data.images import pixel_bytes
 from cliperase_fast.errors import InputError, UnlearningError
 from cliperase_fast.evaluation import EncodedPairs
 from cliperase_fast.models import ClipAdapter
-from cliperase_fast.models.precision import remedy_for_types
+from cliperase_fast.models.runtime import dtype_hint
 from cliperase_fast.unlearning.batches import CaptionTable
 from cliperase_fast.unlearning.engines.base import train_mode
 from cliperase_fast.unlearning.runtime import Runtime
@@ -65,7 +65,7 @@ def check_captions(model: ClipAdapter, captions: CaptionTable, runtime: Runtime)
             raise
         raise InputError(
             f"the model cannot encode a caption of {tokens.shape[1]} tokens with ids up to {int(tokens.max())} "
-            f"({error}): {remedy_for_types(error) or 'use its own tokenizer'}"
+            f"({error}): {dtype_hint(error) or 'use its own tokenizer'}"
         ) from error
 
 

@@ -13,7 +13,7 @@ from tiny_models import TwoTowers, tiny_clip, tiny_open_clip, word_tokenizer
 
 from cliperase_fast.errors import InputError
 from cliperase_fast.models import ClipAdapter, load_model
-from cliperase_fast.models.tokenizing import CaptionTokenizer
+from cliperase_fast.models.preprocessing import CaptionTokenizer
 
 LONG = "a photo of a very small dog that chases two round red balls over the green grass of the park"
 
@@ -124,7 +124,7 @@ def test_functions_may_return_tables_of_several_kinds(output: Any) -> None:
         (torch.ones(16, dtype=torch.long), r"shape \[16\] for 2 captions"),
         (torch.ones(3, 16, dtype=torch.long), r"must be \[2, L\]"),
         ([[1, 2], [1]], "pad its rows"),
-        ("words", "no token table"),
+        ("words", r"not a \[B, L\] table"),
         ({"tokens": [1]}, "tokens but no input_ids"),
         ({"input_ids": [[0, 1], [1, 1]], "attention_mask": [[0, 1], [1, 1]]}, "pads on the left"),
     ],
@@ -166,7 +166,7 @@ def test_a_folder_without_its_tokenizer_loads_once_the_files_are_put_there(tmp_p
     load_model(model, tokenizer=word_tokenizer()).save(tmp_path / "model")
     for path in (tmp_path / "model").glob("tokenizer*"):
         path.unlink()
-    with pytest.raises(InputError, match=r"or put its files \(tokenizer\.save_pretrained\) into .*model"):
+    with pytest.raises(InputError, match=r"or save its files into .*model with tokenizer\.save_pretrained"):
         load_model(f"local-dir:{tmp_path / 'model'}")
     word_tokenizer().save_pretrained(tmp_path / "model")
     tokens = load_model(f"local-dir:{tmp_path / 'model'}").tokenize(["a dog"])
@@ -175,7 +175,7 @@ def test_a_folder_without_its_tokenizer_loads_once_the_files_are_put_there(tmp_p
 
 def test_a_tokenizer_that_fails_or_is_a_class_is_named() -> None:
     adapter = load_model(tiny_open_clip(), tokenizer=lambda captions: captions.lower())
-    with pytest.raises(InputError, match=r"fails on a list of 2 captions \(AttributeError: .*list of strings"):
+    with pytest.raises(InputError, match=r"fails for a list of 2 captions \(AttributeError: .*list of strings"):
         adapter.tokenize(["a", "b"])
     with pytest.raises(InputError, match="tokenizer is the class SimpleTokenizer; pass an instance"):
         load_model(tiny_open_clip(), tokenizer=open_clip.SimpleTokenizer)

@@ -211,7 +211,7 @@ def test_a_file_is_read_by_its_content_not_its_name(tmp_path: Path, state: State
 
 
 def test_a_folder_in_the_place_of_a_checkpoint_is_called_one(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"is a folder: name the file .* dcp_to_torch"):
+    with pytest.raises(InputError, match=r"is a folder; name the file .* dcp_to_torch"):
         load_model(f"tiny:{tmp_path}")
 
 

@@ -116,7 +116,7 @@ def test_split_attention_computes_what_multihead_attention_does(batch_first: boo
     for mask in (None, causal, per_head):
         expected = attention(x, x, x, need_weights=False, attn_mask=mask)[0]
         torch.testing.assert_close(split(x, x, x, need_weights=False, attn_mask=mask)[0], expected)
-    joined = split.init_distributed()
+    joined = split.to_multihead_attention()
     assert list(joined.state_dict()) == list(attention.state_dict())
     assert joined.in_proj_weight is attention.in_proj_weight
     alias = x.view(x.shape)  # as ZeRO-3 hands a module its inputs
@@ -230,7 +230,7 @@ def test_grouped_and_transposed_convolutions_are_left_out(caplog: pytest.LogCapt
     with caplog.at_level(logging.INFO, "cliperase_fast"):
         names = {name.split(".lora_")[0] for name, _ in set_trainable(adapter, "lora", 8, 16.0)}
     assert {name for name in names if "image" in name} == {"image_blocks.0.pointwise", "image_blocks.1.pointwise"}
-    assert "adapts 2 layers of the image tower (Conv2d) and leaves 4 out" in caplog.text
+    assert "adapts 2 layers of the image tower (Conv2d) and skips 4" in caplog.text
     torch.testing.assert_close(adapter.module.encode_image(torch.ones(2, 3, 8, 8)), start)
     merge_lora(adapter)
     assert list(adapter.module.state_dict()) == list(model.state_dict())

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from tiny_models import CAPTIONS, picture, pixels_for, tiny_config, tiny_open_clip
 
 from cliperase_fast.errors import InputError
-from cliperase_fast.models import hub, load_model, loading
+from cliperase_fast.models import load_model, loading
+from cliperase_fast.models.adapters import open_clip_files
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def architecture(monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(hub, "answers", lambda address: False)
+    monkeypatch.setattr(open_clip_files, "is_reachable", lambda address: False)
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         if hasattr(huggingface_hub.constants, name):
             monkeypatch.setattr(huggingface_hub.constants, name, str(tmp_path / "empty-cache"))
@@ -103,7 +104,7 @@ def test_weights_of_a_tag_bring_their_activation_and_preprocessing(
     tag = {"hf_hub": "some/where/", "quick_gelu": True, "mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}
     monkeypatch.setitem(pretrained._PRETRAINED, "tiny-vit", {"mine": tag})
     monkeypatch.setattr(factory, "download_pretrained", lambda cfg, cache_dir=None: str(tmp_path / "weights.pt"))
-    monkeypatch.setattr(hub, "answers", lambda address: True)
+    monkeypatch.setattr(open_clip_files, "is_reachable", lambda address: True)
 
     adapter = load_model(f"{architecture}:mine")
 
@@ -131,24 +132,24 @@ def test_weights_that_cannot_be_fetched_are_named_at_once_with_the_remedy(no_net
 
 def test_looking_at_an_unreachable_hub_is_undone(no_network: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    with hub.offline_if_unreachable():
+    with open_clip_files.offline_if_unreachable():
         assert huggingface_hub.constants.HF_HUB_OFFLINE
     assert not huggingface_hub.constants.HF_HUB_OFFLINE
-    assert not hub.answers("http://127.0.0.1:9")
+    assert not open_clip_files.is_reachable("http://127.0.0.1:9")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("ViT-B-32", "would be random: pass 'ViT-B-32:openai'"),
+        ("ViT-B-32", "would be random; pass 'ViT-B-32:openai'"),
         ("ViT-B-32:", "would be random"),
         ("ViT-B-23:openai", "no architecture 'ViT-B-23'; did you mean .*ViT-B-32"),
         ("ViT-B-32:opnai", "no weights 'opnai' for ViT-B-32; did you mean 'openai'.*laion400m_e31"),
         ("ViT-B-32:/nowhere/weights.pt", "no checkpoint '/nowhere/weights.pt' for ViT-B-32: no such file"),
         ("ViT-B-32:weights.safetensors", "no checkpoint 'weights.safetensors'"),
-        ("/nowhere/model", "no model at '/nowhere/model'"),
+        ("/nowhere/model", "no model '/nowhere/model'; pass 'ViT-B-32:openai'"),
         ("local-dir:/nowhere/model", "there is no /nowhere/model/open_clip_config.json"),
-        ("zzzzzzzz", "list_models"),
+        ("zzzzzzzz", "no model 'zzzzzzzz'; pass .*, or a folder with a transformers CLIPModel"),
     ],
 )
 def test_a_string_that_names_no_model_says_what_would(text: str, message: str) -> None:

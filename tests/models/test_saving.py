@@ -20,7 +20,7 @@ from transformers import CLIPModel
 import cliperase_fast as cf
 from cliperase_fast import export
 from cliperase_fast.errors import InputError, UnlearningError
-from cliperase_fast.models import load_model, verifying
+from cliperase_fast.models import equivalence, load_model
 from cliperase_fast.models.adapters.base import ClipAdapter
 
 SMALL: dict[str, Any] = {"text_cfg": {"vocab_size": 60}}
@@ -72,7 +72,9 @@ def test_a_folder_that_is_not_the_model_is_never_reported_as_saved(
 ) -> None:
     spoil(monkeypatch, kind, change)
     model = MAKE[kind]()
-    with pytest.raises(UnlearningError, match=r"was not saved to .*model: the folder (holds another|lacks)") as raised:
+    with pytest.raises(
+        UnlearningError, match=r"was not saved to .*model: the folder (holds a different|lacks)"
+    ) as raised:
         load_model(model).save(tmp_path / "model")
     safe = tmp_path / "model-state-dict.safetensors"
     assert str(safe) in str(raised.value)
@@ -101,12 +103,12 @@ def test_a_folder_whose_configuration_is_another_models_is_not_reported_as_saved
 
 
 def test_large_models_are_compared_without_a_second_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verifying, "LOADED_WHOLE", 0)
+    monkeypatch.setattr(equivalence, "LOADED_WHOLE", 0)
     adapter = load_model(tiny_clip())
     monkeypatch.setattr(type(adapter), "reload", lambda *arguments: pytest.fail("a second model was built"))
     adapter.save(tmp_path / "model")
     spoil(monkeypatch, "transformers", flip_a_bit)
-    with pytest.raises(UnlearningError, match="holds another"):
+    with pytest.raises(UnlearningError, match="holds a different"):
         adapter.save(tmp_path / "other")
 
 
@@ -178,11 +180,11 @@ def partitioned(model: Any) -> Any:
     [
         (quantized, "text_proj of the TwoTowers is quantized .* without quantization"),
         (float8, "text_proj.weight of the TwoTowers is quantized .*float8"),
-        (lazy, "text_proj.weight of the TwoTowers has no shape yet: run the model once"),
+        (lazy, "text_proj.weight of the TwoTowers has no shape yet; run the model once"),
         (on_meta, r"weights on the meta device \(table\)"),
         (sparse, "table of the TwoTowers is a sparse tensor"),
         (with_state, "text_proj._extra_state in the state dict .* is a dict"),
-        (partitioned, r"sharded by DeepSpeed's ZeRO-3: .*save_16bit_model"),
+        (partitioned, r"sharded by DeepSpeed's ZeRO-3; .*save_16bit_model"),
     ],
 )
 def test_weights_that_cannot_be_trained_or_saved_are_refused_before_training(
@@ -224,11 +226,11 @@ def test_a_clip_model_that_its_configuration_does_not_describe_is_refused_before
             return getattr(output, "pooler_output", output) ** 3
 
     other: Any = Doubled(tiny_clip().config).eval()
-    with pytest.raises(InputError, match="computes other features"):
+    with pytest.raises(InputError, match="computes features that differ by"):
         load_model(other).check_saveable()
     more: Any = tiny_clip()
     more.bridge = nn.Linear(2, 2)
-    with pytest.raises(InputError, match=r"bridge\.weight, which it has beside the configuration's, and 1 more"):
+    with pytest.raises(InputError, match=r"bridge\.weight, which the configuration does not have, and 1 more"):
         load_model(more).check_saveable()
     wide: Any = tiny_clip()
     wide.text_projection = nn.Linear(32, 12, bias=False)

@@ -102,7 +102,7 @@ def test_another_vocabulary_needs_a_tokenizer() -> None:
 
 def test_tokens_without_the_end_mark_are_refused() -> None:
     adapter = load_model(tiny_clip(), tokenizer=lambda captions: torch.tensor([[8, 2, 9], [8, 2, 2]]))
-    with pytest.raises(InputError, match=r"end mark \(id 9\)"):
+    with pytest.raises(InputError, match=r"without the end token \(id 9\)"):
         adapter.tokenize(["a", "b"])
 
 

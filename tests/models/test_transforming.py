@@ -53,7 +53,7 @@ def test_images_of_another_floating_type_are_encoded(dtype: torch.dtype) -> None
         (lambda image: as_tensor(image).numpy(), "returned a ndarray"),
         (lambda image: as_tensor(image)[None], r"returned a float32 tensor \[1, 3, 16, 16\]"),
         (lambda image: as_tensor(image).byte(), r"returned a uint8 tensor"),
-        (lambda image: image.no_such_method(), r"fails on an image \(AttributeError"),
+        (lambda image: image.no_such_method(), r"fails for an image \(AttributeError"),
     ],
 )
 def test_what_is_no_transform_is_named_before_any_work(transform: Any, says: str) -> None:

@@ -102,7 +102,7 @@ def test_a_peft_model_in_other_wrappers_is_opened() -> None:
 def test_a_wrapper_that_holds_itself_ends_the_search() -> None:
     wrapper = nn.DataParallel(tiny_open_clip(**SMALL))
     object.__setattr__(wrapper, "_modules", {"module": wrapper})
-    with pytest.raises(InputError, match="DataParallel is neither"):
+    with pytest.raises(InputError, match="DataParallel is none of the supported models"):
         load_model(wrapper)
 
 
@@ -112,7 +112,7 @@ def test_a_module_that_holds_a_clip_model_names_the_attribute() -> None:
             super().__init__()
             self.student, self.head = nn.DataParallel(tiny_open_clip(**SMALL)), nn.Linear(2, 2)
 
-    with pytest.raises(InputError, match=r"Task is not a CLIP model itself but holds one: pass .* model\.student"):
+    with pytest.raises(InputError, match=r"Task is not a CLIP model but holds one; pass .* model\.student"):
         load_model(Task())
 
 

@@ -145,7 +145,7 @@ def test_evaluate_scores_weights_of_any_type_in_float32(dtype):
 
 
 def test_the_adapter_of_float32_weights_is_not_copied():
-    from cliperase_fast.models.precision import in_float32
+    from cliperase_fast.models.runtime import in_float32
 
     adapter = load_model(make_tiny_clip())
     assert in_float32(adapter) is adapter

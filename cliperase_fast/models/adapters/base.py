@@ -1,12 +1,12 @@
-"""One interface over open_clip models, transformers' CLIPModel and any module with two encoders."""
+"""`ClipAdapter`, the interface of every model, and `Family`, what a kind of model says of itself."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -16,31 +16,29 @@ from torch import Tensor, nn
 
 from cliperase_fast.defaults import torch_defaults
 from cliperase_fast.errors import InputError
+from cliperase_fast.models.equivalence import verify_saved
+from cliperase_fast.models.preprocessing import CaptionTokenizer, as_transform, lacks_padding
 from cliperase_fast.models.requirements import require_trainable
-from cliperase_fast.models.saving import save_weights, write_directory
-from cliperase_fast.models.tokenizing import CaptionTokenizer, lacks_padding
-from cliperase_fast.models.transforming import as_transform
-from cliperase_fast.models.verifying import verify_saved
+from cliperase_fast.models.saving import write_directory
 
 Tower = Literal["image", "text", "scale"]
 
-# Shorter features are scaled as if this long, so that a zero vector has finite values and gradients.
+# Shorter features are divided by this norm instead of their own, so that a zero vector has finite gradients.
 SMALLEST_NORM = 1e-6
 _OTHER_FLOATS = (torch.float16, torch.bfloat16, torch.float64)
 
 
 class ClipAdapter(ABC):
-    """A CLIP model with its tokenizer and its evaluation transform; not a module itself.
+    """Give a CLIP model, its tokenizer and its evaluation transform one interface. Not a module itself.
 
-    module: the wrapped model; its device, dtype and training mode are the caller's business.
-    transform: PIL image -> float tensor [3, H, W], deterministic; None where unknown (images must then be
-    tensors).
-    tokenizer: captions -> int64 [B, L]; None where unknown (captions must then be token ids).
-    truncate: cut captions longer than the model's context instead of refusing them.
+    module: the wrapped model; the caller controls its device, dtype and training mode.
+    transform: PIL image -> float tensor [3, H, W], deterministic; None if unknown (then images must be tensors).
+    tokenizer: captions -> int64 [B, L]; None if unknown (then captions must be token ids).
+    truncate: truncate captions longer than the model's context instead of raising an error.
     """
 
-    kind: ClassVar[Literal["open_clip", "transformers", "generic"]]
-    _marker: ClassVar[str]  # the file without which a folder is no saved model of this kind
+    kind: ClassVar[str]  # the name of its family
+    _marker: ClassVar[str]  # the file that makes a folder a saved model of this kind
 
     def __init__(
         self,
@@ -58,7 +56,7 @@ class ClipAdapter(ABC):
         self.module = module
         self.transform = transform
         self.truncate = truncate
-        self.cut_captions: dict[str, int] = {}  # captions that were cut to the context, with their number of tokens
+        self.cut_captions: dict[str, int] = {}  # truncated captions and their number of tokens
         self.tokenizer = None
         if tokenizer is not None:
             unread = self.unread_id if lacks_padding(tokenizer) else None
@@ -67,12 +65,12 @@ class ClipAdapter(ABC):
 
     @property
     def unread_id(self) -> int | None:
-        """A token id that captions can be padded with and that is never read; None where none is known."""
+        """A token id to pad captions with, which the model never reads; None if unknown."""
         return None
 
     @property
     def context_length(self) -> int | None:
-        """Tokens a caption may have, begin and end marks included; None where unknown."""
+        """The most tokens of a caption, start and end tokens included; None if unknown."""
         return None
 
     @property
@@ -81,7 +79,7 @@ class ClipAdapter(ABC):
 
     @property
     def _model(self) -> Any:
-        """The module, for what its own class has and nn.Module has not."""
+        """The module, typed so that attributes of its own class can be used."""
         return self.module
 
     @property
@@ -90,15 +88,14 @@ class ClipAdapter(ABC):
 
     @torch_defaults()
     def tokenize(self, captions: Sequence[str], *, truncate: bool | None = None) -> Tensor:
-        """Token ids int64 [B, L] of `captions`, on the CPU.
+        """Return the token ids int64 [B, L] of `captions`, on the CPU.
 
-        truncate: overrides the adapter's own. Raises `InputError` for a caption longer than the context
-        (unless it is to be cut, and where the tokenizer's tokens can be counted), and for tokens the model
-        cannot read.
+        truncate: overrides the adapter's own setting. Raises `InputError` for a caption longer than the context (unless
+        it may be truncated, and if its tokens can be counted) and for ids outside the vocabulary.
         """
         captions = list(captions)
         if self.tokenizer is None:
-            raise InputError("the captions need a tokenizer and the model brings none: pass tokenizer=")
+            raise InputError("the captions need a tokenizer and the model has none; pass tokenizer=")
         tokens = self.tokenizer(captions)
         self._check_tokens(tokens)
         too_long = self.tokenizer.overlong(captions, tokens)
@@ -107,22 +104,22 @@ class ClipAdapter(ABC):
         elif too_long:
             caption, count = too_long[0]
             raise InputError(
-                f"caption {_shortened(caption)!r} has {count} tokens (begin and end marks included) and "
+                f"caption {_shortened(caption)!r} has {count} tokens (start and end tokens included) and "
                 f"the model's context holds {self.tokenizer.context_length}; {len(too_long)} of "
                 f"{len(captions)} captions are too long. "
-                'Shorten them, or pass long_captions="truncate" to cut them'
+                'Shorten them, or pass long_captions="truncate" to truncate them'
             )
         return tokens
 
     def token_ids(self, captions: Sequence[Any]) -> Tensor:
-        """Token ids int64 [B, L] of captions that are all strings (see `tokenize`) or all token ids [L]."""
+        """Return the token ids int64 [B, L] of captions that are all strings (see `tokenize`) or all token ids [L]."""
         if isinstance(captions[0], str):
             return self.tokenize(captions)
         tokens = [torch.as_tensor(caption, device="cpu") for caption in captions]
         if len({caption.shape for caption in tokens}) > 1:
             lengths = sorted({len(caption) for caption in tokens})
             raise InputError(
-                f"token captions have different lengths ({lengths[0]} to {lengths[-1]}): pad them to one length"
+                f"token captions have different lengths ({lengths[0]} to {lengths[-1]}); pad them to one length"
             )
         stacked = torch.stack(tokens)
         try:
@@ -134,24 +131,24 @@ class ClipAdapter(ABC):
 
     @torch_defaults()
     def encode_image(self, pixels: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, D]
-        """L2-normalised image features, float32 (float64 for a float64 model); differentiable."""
+        """Return L2-normalised image features, float32 (float64 for a float64 model); differentiable."""
         if pixels.ndim != 4:
             raise InputError(f"images must be [B, 3, H, W], not {list(pixels.shape)}")
         first = next(self.module.parameters(), None)
         if pixels.dtype in _OTHER_FLOATS and first is not None and first.dtype == torch.float32:
-            pixels = pixels.float()  # of a transform or a dataset with a type of its own
+            pixels = pixels.float()  # from a transform or a dataset with another dtype
         return normalise(self._checked(self._image_features(pixels), "encode_image", len(pixels)))
 
     @torch_defaults()
     def encode_text(self, tokens: Tensor) -> Tensor:  # [B, L] -> [B, D]
-        """L2-normalised text features, float32 (float64 for a float64 model); differentiable.
+        """Return L2-normalised text features, float32 (float64 for a float64 model); differentiable.
 
-        Give `tokens` on the CPU: where padding cannot matter it is then left out, and the rest goes to the model's
+        Pass `tokens` on the CPU: padding that cannot matter is then dropped, and the rest is moved to the model's
         device.
         """
         if tokens.ndim != 2:
             raise InputError(f"token ids must be [B, L], not {list(tokens.shape)}")
-        if tokens.device.type == "cpu":  # elsewhere, finding the longest caption would wait for the device
+        if tokens.device.type == "cpu":  # on a GPU, finding the longest caption would synchronise
             tokens = tokens[:, : self._read_length(tokens)]
             first = next(self.module.parameters(), None)
             if first is not None:
@@ -159,30 +156,30 @@ class ClipAdapter(ABC):
         return normalise(self._checked(self._text_features(tokens), "encode_text", len(tokens)))
 
     def logit_scale(self) -> Tensor:
-        """exp of the model's `logit_scale` parameter, a differentiable 0-d tensor."""
+        """Return exp of the model's `logit_scale` parameter, a differentiable 0-d tensor."""
         return self._model.logit_scale.exp().reshape(())
 
     def clone(self) -> ClipAdapter:
-        """An independent copy with weights of its own; tokenizer and transform are shared."""
+        """Return a copy with its own weights; tokenizer and transform are shared."""
         twin = copy.copy(self)
         try:
             twin.module = copy.deepcopy(self.module)
         except (RuntimeError, TypeError, NotImplementedError) as error:
             raise InputError(
-                f"the {type(self.module).__name__} cannot be copied, and it is a copy that is changed "
-                f"({str(error).strip().partition(chr(10))[0]}): build a fresh one and load its state dict"
+                f"the {type(self.module).__name__} cannot be copied, and only a copy is ever changed "
+                f"({str(error).strip().partition(chr(10))[0]}); build a new one and load its state dict"
             ) from error
         return twin
 
     @torch_defaults()
     def save(self, directory: str | Path) -> None:
-        """Write the model to a folder its own library loads, all of it or nothing. After `merge_lora`.
+        """Write the model to a folder that its own library loads: all of it or nothing. Call `merge_lora` first.
 
-        What was written is loaded back and compared before the folder appears: every tensor's bits, and the features
-        on random input (of models up to 2 GiB; see `models/verifying.py`). `UnlearningError` where it differs.
+        The files are loaded back and compared before the folder appears: the bits of every tensor, and, for models up
+        to 2 GiB, the features of random input. Raises `UnlearningError` if anything differs.
         """
         if any(".lora_A." in name for name, _ in self.module.named_parameters()):
-            raise InputError("the model holds LoRA layers: fold them in with merge_lora(adapter) before saving it")
+            raise InputError("the model holds LoRA layers; fold them in with merge_lora(adapter) before saving it")
         self.check_saveable()
         directory = Path(directory)
 
@@ -193,19 +190,19 @@ class ClipAdapter(ABC):
         write_directory(directory, self._marker, write)
 
     def check_saveable(self) -> None:
-        """Raise `InputError` now if `save` could not work later. Call it before long work."""
+        """Raise `InputError` if `save` would fail later. Call it before long work."""
         require_trainable(self.module)
 
     def saved_state(self) -> dict[str, Tensor]:
-        """The state dict as it is saved: what the model's own library expects it to be called and shaped."""
+        """Return the state dict with the names and shapes that the model's own library expects."""
         return self.module.state_dict()
 
     def probe(self) -> tuple[Tensor, Tensor] | None:
-        """Random pixels [2, 3, H, W] and token ids [4, L] that the model can encode; None where that is unknown."""
+        """Return random pixels [2, 3, H, W] and token ids [4, L] that the model can encode; None if unknown."""
         return None
 
     def identity(self) -> str:
-        """Hex digest of the class name and of every parameter's and saved buffer's name, shape and values."""
+        """Return a hex digest of the class name and of each parameter's and saved buffer's name, shape and values."""
         digest = hashlib.sha256(type(self.module).__name__.encode())
         for name, tensor in self.module.state_dict().items():
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
@@ -213,23 +210,27 @@ class ClipAdapter(ABC):
             digest.update(raw.numpy().data)
         return digest.hexdigest()
 
+    def own_options(self) -> dict[str, Any]:
+        """Return what another adapter of the same module must be given besides tokenizer, transform and truncate."""
+        return {}
+
     def blocks(self) -> tuple[list[nn.Module], list[nn.Module]]:
-        """The repeated blocks of (image tower, text tower), in order; empty where none are known."""
+        """Return the repeated blocks of (image tower, text tower) in order; empty if unknown."""
         return self._blocks_of("image"), self._blocks_of("text")
 
     @abstractmethod
     def tower(self, name: str) -> Tower | None:
-        """Which part the parameter of that name belongs to; None for parts the two encoders do not use."""
+        """Return the part that the parameter belongs to; None if neither encoder uses it."""
 
     @abstractmethod
     def is_tail(self, name: str) -> bool:
-        """Whether that parameter comes after its tower's blocks: final norm, pooling, projection."""
+        """Return whether the parameter comes after its tower's blocks: final norm, pooling, projection."""
 
     @abstractmethod
     def _blocks_of(self, tower: Tower) -> list[nn.Module]: ...
 
     def _read_length(self, tokens: Tensor) -> int:
-        """How many positions of these captions [B, L] can change their features or gradients."""
+        """Return how many positions of these captions [B, L] can affect their features or gradients."""
         return tokens.shape[1]
 
     @abstractmethod
@@ -239,15 +240,15 @@ class ClipAdapter(ABC):
     def _text_features(self, tokens: Tensor) -> Tensor: ...
 
     def reload(self, directory: Path) -> ClipAdapter | None:
-        """The model saved in `directory`, as its own library loads it; None where only the caller can build it."""
+        """Load the model saved in `directory` with its own library; None if only the caller can build it."""
         return None
 
     @abstractmethod
     def _write(self, directory: Path, final: Path) -> None:
-        """Write the files into `directory`, which is moved to `final` afterwards."""
+        """Write the files into `directory`, which is then moved to `final`."""
 
     def _checked(self, features: Any, method: str, rows: int) -> Tensor:
-        """The features, if they are [rows, D] floating-point numbers with one D for both encoders."""
+        """Check that the features are floating-point [rows, D], with the same D for both encoders."""
         name = f"{type(self.module).__name__}.{method}"
         if not isinstance(features, Tensor) or features.ndim != 2:
             what = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
@@ -259,9 +260,9 @@ class ClipAdapter(ABC):
         self._widths[method] = features.shape[1]
         if len(set(self._widths.values())) > 1:
             raise InputError(
-                f"the encoders of the {type(self.module).__name__} disagree: encode_image returns "
+                f"the encoders of the {type(self.module).__name__} have different widths: encode_image returns "
                 f"{self._widths['encode_image']} features and encode_text {self._widths['encode_text']}; both must "
-                "have the same width"
+                "return the same number"
             )
         return features
 
@@ -269,8 +270,8 @@ class ClipAdapter(ABC):
         limit, size = self.context_length, self.vocabulary_size
         if limit is not None and tokens.shape[1] > limit:
             raise InputError(
-                f"the tokenizer returned {tokens.shape[1]} tokens a caption and the model's context holds "
-                f"{limit}; give it that context length"
+                f"the tokenizer returned {tokens.shape[1]} tokens per caption and the model's context holds "
+                f"{limit}; set its context length to that"
             )
         if tokens.numel() and (tokens.min() < 0 or (size is not None and tokens.max() >= size)):
             raise InputError(
@@ -279,70 +280,15 @@ class ClipAdapter(ABC):
             )
 
 
-_IMAGE_WORDS = {"visual", "vision", "image", "images", "img", "pixel", "pixels"}
-_TEXT_WORDS = {"text", "texts", "txt", "token", "tokens", "transformer", "language", "caption", "captions"}
-_TAIL_WORDS = {"proj", "projection", "head", "norm", "ln", "layernorm", "final", "post", "pool", "pooler"}
-_BODY_WORDS = {"pre", "embed", "embedding", "embeddings", "pos", "position", "positional", "patch", "stem"}
-
-
-class GenericAdapter(ClipAdapter):
-    """Any module with `encode_image(pixels)`, `encode_text(tokens)` (both -> [B, D]) and `logit_scale`.
-
-    logit_scale: the log of the scale, a parameter, buffer or plain tensor. Towers and blocks are guessed from
-    parameter names when they are asked for.
-    """
-
-    kind = "generic"
-    _marker = "model.safetensors"
-
-    def __init__(self, module: nn.Module, **options: Any) -> None:
-        methods = ("encode_image", "encode_text")
-        missing = [f"{name}()" for name in methods if not callable(getattr(module, name, None))]
-        if not isinstance(getattr(module, "logit_scale", None), Tensor):
-            missing.append("logit_scale (a parameter or tensor that holds the log of the scale)")
-        if missing:
-            raise InputError(
-                f"{type(module).__name__} is neither an open_clip model nor a transformers CLIPModel, and it "
-                f"has no {' and no '.join(missing)}; wrap it in a module that has"
-            )
-        super().__init__(module, **options)
-
-    def tower(self, name: str) -> Tower | None:
-        if name in ("logit_scale", "logit_bias"):
-            return "scale" if name == "logit_scale" else None
-        for word in _words(name):  # the outermost one decides: image_encoder.transformer is the image's
-            if word in _IMAGE_WORDS:
-                return "image"
-            if word in _TEXT_WORDS:
-                return "text"
-        return None
-
-    def is_tail(self, name: str) -> bool:
-        words = set(_words(name))
-        return bool(words & _TAIL_WORDS) and not words & _BODY_WORDS
-
-    def _blocks_of(self, tower: Tower) -> list[nn.Module]:
-        return longest_stack(child for name, child in self.module.named_modules() if self.tower(name) == tower)
-
-    def _image_features(self, pixels: Tensor) -> Tensor:
-        return self._model.encode_image(pixels)
-
-    def _text_features(self, tokens: Tensor) -> Tensor:
-        return self._model.encode_text(tokens)
-
-    def _write(self, directory: Path, final: Path) -> None:
-        save_weights(self.saved_state(), directory / "model.safetensors")
-
-
 def normalise(features: Tensor) -> Tensor:  # [B, D] -> [B, D]
-    """Rows of length 1. Half-precision rows are widened to float32 first; a zero row stays zero."""
+    """Scale rows to length 1. Half-precision rows are widened to float32 first; a zero row stays zero."""
     if features.dtype in (torch.float16, torch.bfloat16):
         features = features.float()
     return F.normalize(features, dim=-1, eps=SMALLEST_NORM)
 
 
 def longest_stack(modules: Iterator[nn.Module]) -> list[nn.Module]:
-    """The longest list of same-class children with parameters among `modules`: a tower's repeated blocks."""
+    """Return the longest list of children of one class with parameters in `modules`: a tower's repeated blocks."""
     best: list[nn.Module] = []
     for module in modules:
         if not isinstance(module, (nn.ModuleList, nn.Sequential)):
@@ -356,9 +302,33 @@ def longest_stack(modules: Iterator[nn.Module]) -> list[nn.Module]:
     return best
 
 
-def _words(name: str) -> list[str]:
-    return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)]
-
-
 def _shortened(caption: str, length: int = 60) -> str:
     return caption if len(caption) <= length else caption[: length - 1] + "…"
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of model that `load_model` accepts.
+
+    name: as in `ClipAdapter.kind`. instance: what to call one of its models in a message.
+    strings: the strings that name its models, each with an example where it has one. marker: the file that makes a
+    folder one of its saved models. model_type: of a transformers folder, the "model_type" in its config.json.
+    matches: whether a module is one of its models. wrap: the adapter of such a module; takes tokenizer, transform and
+    truncate as keywords. opens: whether a string names one of its models. load: the adapter of that string.
+    """
+
+    name: str
+    instance: str
+    strings: tuple[str, ...]
+    marker: str
+    matches: Callable[[nn.Module], bool]
+    wrap: Callable[..., ClipAdapter]
+    opens: Callable[[str], bool]
+    load: Callable[[str, dict[str, Any]], ClipAdapter]
+    model_type: str | None = None
+
+
+def first_lines(error: BaseException) -> str:
+    """Return the first three lines of an error's text; some libraries add long lists after them."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:3])[:400].rstrip(".") or type(error).__name__

@@ -1,4 +1,4 @@
-"""open_clip models: CLIP, CustomTextCLIP, CoCa."""
+"""The adapter of open_clip models: CLIP, CustomTextCLIP, CoCa."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,7 @@ from torch import Tensor, nn
 
 from cliperase_fast.errors import InputError
 from cliperase_fast.models.adapters.base import ClipAdapter, Tower, longest_stack
-from cliperase_fast.models.fast_paths.padding import CausalReader, read_length
-from cliperase_fast.models.open_clip_config import (
+from cliperase_fast.models.adapters.open_clip_config import (
     TEXT_CONFIG,
     Config,
     probe_pixels,
@@ -25,12 +23,13 @@ from cliperase_fast.models.open_clip_config import (
     saved_state,
     text_limit,
 )
-from cliperase_fast.models.open_clip_files import load_folder
+from cliperase_fast.models.adapters.open_clip_files import load_folder
+from cliperase_fast.models.fast_paths.padding import CausalReader, read_length
+from cliperase_fast.models.preprocessing import is_hugging_face, is_open_clip, is_simple
 from cliperase_fast.models.requirements import require_no_parametrizations
 from cliperase_fast.models.saving import save_weights
-from cliperase_fast.models.tokenizing import is_hugging_face, is_open_clip, is_simple
 
-CLIP_VOCABULARY = 49408  # entries of CLIP's byte-pair vocabulary, which open_clip carries with it
+CLIP_VOCABULARY = 49408  # entries of CLIP's byte-pair vocabulary, which open_clip includes
 
 _TAIL = re.compile(
     r"visual\.(ln_post|proj|attn_pool|attn_pool_contrastive|attnpool|head"
@@ -39,20 +38,13 @@ _TAIL = re.compile(
 )
 
 
-def is_open_clip_model(module: nn.Module) -> bool:
-    open_clip = sys.modules.get("open_clip")
-    if open_clip is None:
-        return False
-    return isinstance(module, (open_clip.CLIP, open_clip.CustomTextCLIP, open_clip.CoCa))
-
-
 class OpenClipAdapter(ClipAdapter):
-    """An open_clip model.
+    """Wrap an open_clip model.
 
-    model_cfg: the configuration it was built from, where known; for a bare instance it is worked out and
-    proved by rebuilding the model when `check_saveable` or `save` first needs it. Without `tokenizer`, a
-    model with CLIP's own vocabulary gets open_clip's SimpleTokenizer and any other none; without `transform`,
-    open_clip's evaluation transform for the model's `preprocess_cfg`.
+    model_cfg: the configuration it was built from, if known; for a bare instance it is inferred, and proved by
+    rebuilding the model, when `check_saveable` or `save` first needs it. Without `tokenizer`, a model with CLIP's own
+    vocabulary gets open_clip's SimpleTokenizer and any other model gets none. Without `transform` it gets open_clip's
+    evaluation transform for the model's `preprocess_cfg`.
     """
 
     kind = "open_clip"
@@ -87,7 +79,7 @@ class OpenClipAdapter(ClipAdapter):
     @property
     def context_length(self) -> int:
         limit = text_limit(self._text)
-        if hasattr(self._text, "config"):  # Hugging Face towers only know the most they could take
+        if hasattr(self._text, "config"):  # Hugging Face towers only say how many tokens they could read
             known = (self.model_cfg or {}).get("text_cfg", {}).get("context_length", limit)
             return int(self._given_context or known)
         return limit
@@ -104,7 +96,7 @@ class OpenClipAdapter(ClipAdapter):
         return int(self._text.vocab_size)
 
     def preprocess_cfg(self) -> dict[str, Any]:
-        """The model's preprocessing in open_clip's terms: size, mean, std, interpolation, resize_mode, ..."""
+        """Return the model's preprocessing in open_clip's terms: size, mean, std, interpolation, resize_mode, ..."""
         from open_clip.transform import PreprocessCfg
 
         visual: Any = self.module.visual
@@ -117,11 +109,14 @@ class OpenClipAdapter(ClipAdapter):
         return dataclasses.asdict(PreprocessCfg(**known))
 
     def check_saveable(self) -> None:
-        """Work out the configuration of a bare instance; `InputError` where none rebuilds it."""
+        """Infer the configuration of a bare instance; raise `InputError` if none rebuilds it."""
         super().check_saveable()
         require_no_parametrizations(self.module)
         if self.model_cfg is None:
             self.model_cfg = prove_config(self.module)
+
+    def own_options(self) -> dict[str, Any]:
+        return {"model_cfg": self.model_cfg}
 
     def tower(self, name: str) -> Tower | None:
         if name == "logit_scale":
@@ -164,7 +159,7 @@ class OpenClipAdapter(ClipAdapter):
         return tokens.shape[1] if reader is None else read_length(tokens, reader.end)
 
     def _causal_reader(self) -> CausalReader | None:
-        """Looked for once for each module and mask: a copy of the adapter has others."""
+        """Return the reader, built once for each module and mask: a copy of the adapter has other ones."""
         mask = getattr(self._text, "attn_mask", None)
         known = self._reader
         if known is None or known[0] is not self.module or known[1] is not mask:
@@ -175,8 +170,8 @@ class OpenClipAdapter(ClipAdapter):
         super()._check_tokens(tokens)
         if self._text is self.module and tokens.shape[1] != self.context_length:
             raise InputError(
-                f"the tokenizer returned {tokens.shape[1]} tokens a caption; this model needs exactly "
-                f"{self.context_length} (its context length), padded on the right"
+                f"the tokenizer returned {tokens.shape[1]} tokens per caption; this model needs exactly "
+                f"{self.context_length} (its context length), with padding on the right"
             )
 
     def saved_state(self) -> dict[str, Tensor]:
@@ -189,7 +184,7 @@ class OpenClipAdapter(ClipAdapter):
 
     def reload(self, directory: Path) -> OpenClipAdapter:
         assert self.model_cfg is not None
-        if "hf_model_name" in self.model_cfg["text_cfg"]:  # open_clip would look for its configuration elsewhere
+        if "hf_model_name" in self.model_cfg["text_cfg"]:  # open_clip would read its configuration from elsewhere
             module, _ = load_folder(directory)
         else:
             import open_clip
@@ -204,7 +199,7 @@ class OpenClipAdapter(ClipAdapter):
         source = self.tokenizer.source if self.tokenizer is not None else None
         if source is not None:
             _describe_tokenizer(text_cfg, source)
-            if text_cfg.get("hf_tokenizer_name"):  # open_clip looks for the tokenizer of a local folder inside it
+            if text_cfg.get("hf_tokenizer_name"):  # open_clip reads the tokenizer of a local folder from that folder
                 inner: Any = source if hasattr(source, "save_pretrained") else getattr(source, "tokenizer", None)
                 if hasattr(inner, "save_pretrained"):
                     inner.save_pretrained(directory)
@@ -212,7 +207,7 @@ class OpenClipAdapter(ClipAdapter):
             text_cfg["context_length"] = self.context_length
             self._text.config.save_pretrained(directory / TEXT_CONFIG)
             name = text_cfg["hf_model_name"]
-            if name == TEXT_CONFIG or Path(name).is_absolute() or Path(name).exists():  # no name of the hub
+            if name == TEXT_CONFIG or Path(name).is_absolute() or Path(name).exists():  # not a name on the hub
                 text_cfg["hf_model_name"] = str(final.absolute() / TEXT_CONFIG)
         save_weights(self.saved_state(), directory / "open_clip_model.safetensors")
         config = {"model_cfg": model_cfg, "preprocess_cfg": self.preprocess_cfg()}
@@ -220,7 +215,7 @@ class OpenClipAdapter(ClipAdapter):
 
 
 def _describe_tokenizer(text_cfg: Config, source: Any) -> None:
-    """Settings with which `open_clip.get_tokenizer` makes the same tokenizer; none for a plain function."""
+    """Add the settings from which `open_clip.get_tokenizer` makes the same tokenizer; none for a plain function."""
     from open_clip.tokenizer import get_clean_fn
 
     if not is_open_clip(source) and not is_hugging_face(source):
@@ -237,7 +232,7 @@ def _describe_tokenizer(text_cfg: Config, source: Any) -> None:
         text_cfg["hf_tokenizer_name"] = text_cfg.get("hf_tokenizer_name") or inner.name_or_path or "."
         if clean is not None:
             options["clean"] = clean
-        elif is_open_clip(source):  # SigLIP's, which names no cleaning of its own
+        elif is_open_clip(source):  # SigLIP's tokenizer, which has no clean_fn
             options["clean"] = "canonicalize"
         if getattr(source, "strip_sep_token", False):
             options["strip_sep_token"] = True
@@ -248,5 +243,5 @@ def _describe_tokenizer(text_cfg: Config, source: Any) -> None:
 
 
 def _first(output: Any) -> Tensor:
-    """The pooled features of towers that also return their tokens."""
+    """Return the pooled features of towers that also return their tokens."""
     return output[0] if isinstance(output, tuple) else output

@@ -1,10 +1,13 @@
-"""transformers' CLIPModel."""
+"""The adapter of transformers' CLIPModel, and loading one from a folder."""
 
 from __future__ import annotations
 
 import copy
+import json
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from cliperase_fast.errors import InputError
-from cliperase_fast.models.adapters.base import ClipAdapter, Tower
+from cliperase_fast.extras import import_extra
+from cliperase_fast.models.adapters.base import ClipAdapter, Family, Tower, first_lines
 from cliperase_fast.models.adapters.open_clip import CLIP_VOCABULARY
+from cliperase_fast.models.checkpoint_files import read_checkpoint
+from cliperase_fast.models.equivalence import feature_difference, random_pixels, tolerance
 from cliperase_fast.models.fast_paths.padding import read_length
-from cliperase_fast.models.proving import feature_difference, random_pixels, tolerance
+from cliperase_fast.models.preprocessing import ImageProcessorTransform, is_hugging_face
 from cliperase_fast.models.requirements import require_no_parametrizations
 from cliperase_fast.models.saving import apart
-from cliperase_fast.models.tokenizing import is_hugging_face
-from cliperase_fast.models.transformers_files import quiet
-from cliperase_fast.models.transforming import ImageProcessorTransform
+from cliperase_fast.models.state_names import match_names
 
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _END_OF_TEXT = 49407  # the last id of CLIP's own vocabulary
-_LEGACY_END = 2  # in old configurations; such models pool at the highest id of a row, which is the end mark's
+_LEGACY_END = 2  # in old configurations; such models pool at the highest id of a row, which is the end token
 
 _TAIL = re.compile(r"(vision_model\.post_layernorm|visual_projection|text_model\.final_layer_norm|text_projection)\b")
 
@@ -34,12 +39,12 @@ def is_transformers_model(module: nn.Module) -> bool:
 
 
 class TransformersAdapter(ClipAdapter):
-    """A transformers CLIPModel.
+    """Wrap a transformers CLIPModel.
 
-    Without `transform`: CLIPImageProcessor at the model's image size with CLIP's mean and standard deviation.
-    Without `tokenizer`: a model with CLIP's own vocabulary (49,408 entries, end mark 49407) gets open_clip's
-    SimpleTokenizer, whose ids give the same features; any other gets none. No attention mask is passed: the
-    text tower is causal, pools at the first end mark and so never sees the padding right of it.
+    Without `transform` it gets CLIPImageProcessor at the model's image size with CLIP's mean and standard deviation.
+    Without `tokenizer`, a model with CLIP's own vocabulary (49,408 entries, end token 49407) gets open_clip's
+    SimpleTokenizer, whose ids give the same features; any other model gets none. No attention mask is passed: the text
+    tower is causal and pools at the first end token, so it never sees the padding after it.
     """
 
     kind = "transformers"
@@ -54,7 +59,7 @@ class TransformersAdapter(ClipAdapter):
         truncate: bool = False,
     ) -> None:
         self.module = module
-        self._proved: nn.Module | None = None  # the module whose form was found to be saveable
+        self._proved: nn.Module | None = None  # the module that was found to be saveable
         if transform is None:
             transform = _default_image_processor(module)
         if tokenizer is None and self._has_clip_vocabulary:
@@ -82,7 +87,7 @@ class TransformersAdapter(ClipAdapter):
 
     @property
     def unread_id(self) -> int | None:
-        """Padding stands behind the end mark, where a causal tower does not look: any id but the end mark's will do."""
+        """Any id but the end token's: padding follows the end token, where a causal tower does not look."""
         text = self._config.text_config
         if not isinstance(text.eos_token_id, int) or getattr(text, "is_causal", True) is False:
             return None
@@ -119,12 +124,12 @@ class TransformersAdapter(ClipAdapter):
         end = self._config.text_config.eos_token_id
         if end != _LEGACY_END and isinstance(end, int) and not (tokens == end).any(dim=1).all():
             raise InputError(
-                f"the tokenizer left the end mark (id {end}) out of a caption, and the model reads a "
-                "caption's features there; use the tokenizer the model was trained with"
+                f"the tokenizer returned a caption without the end token (id {end}), where the model reads a "
+                "caption's features; use the tokenizer the model was trained with"
             )
 
     def check_saveable(self) -> None:
-        """`InputError` where no CLIPModel of this configuration holds the weights and computes the same features."""
+        """Raise `InputError` unless a CLIPModel of this configuration with these weights computes the same features."""
         super().check_saveable()
         require_no_parametrizations(self.module)
         if self._proved is not self.module:
@@ -132,7 +137,7 @@ class TransformersAdapter(ClipAdapter):
             self._proved = self.module
 
     def saved_state(self) -> dict[str, Tensor]:
-        """As `CLIPModel.from_pretrained` reads it: logit_scale has no dimensions there."""
+        """Return the state dict as `CLIPModel.from_pretrained` reads it: with a 0-d logit_scale."""
         state = self.module.state_dict()
         state["logit_scale"] = state["logit_scale"].reshape(())
         return state
@@ -148,7 +153,7 @@ class TransformersAdapter(ClipAdapter):
         return random_pixels(int(vision.image_size), like, int(vision.num_channels)), tokens
 
     def _write(self, directory: Path, final: Path) -> None:
-        with quiet():
+        with _quiet():
             self._model.save_pretrained(directory, state_dict=apart(self.saved_state()))
         if self.tokenizer is not None and is_hugging_face(self.tokenizer.source):
             self.tokenizer.source.save_pretrained(directory)
@@ -158,21 +163,21 @@ class TransformersAdapter(ClipAdapter):
     def reload(self, directory: Path) -> TransformersAdapter:
         import transformers
 
-        with quiet():
+        with _quiet():
             module = transformers.CLIPModel.from_pretrained(directory, local_files_only=True)
         return TransformersAdapter(module, transform=self.transform)
 
 
 @torch.no_grad()
 def _prove(adapter: TransformersAdapter) -> None:
-    """Raise InputError unless a fresh CLIPModel takes the weights and computes the same features."""
+    """Raise `InputError` unless a new CLIPModel takes the weights and computes the same features."""
     import transformers
 
     module, name = adapter.module, type(adapter.module).__name__
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         twin: Any = transformers.CLIPModel(copy.deepcopy(adapter._config))
     expected, state = twin.state_dict(), adapter.saved_state()
-    wrong = [f"{key}, which it has beside the configuration's" for key in state if key not in expected]
+    wrong = [f"{key}, which the configuration does not have" for key in state if key not in expected]
     wrong += [f"{key}, which it lacks" for key in expected if key not in state]
     wrong += [
         f"{key}, which is {list(state[key].shape)} where the configuration says {list(tensor.shape)}"
@@ -182,7 +187,7 @@ def _prove(adapter: TransformersAdapter) -> None:
     remedy = "update model.config, or save it yourself and wrap it in a module with encode_image and encode_text"
     if wrong:
         raise InputError(
-            f"this {name} cannot be saved as a CLIPModel: its weights are not those of its configuration ({wrong[0]}"
+            f"this {name} cannot be saved as a CLIPModel: its weights do not fit its configuration ({wrong[0]}"
             + (f", and {len(wrong) - 1} more" if len(wrong) > 1 else "")
             + f"); {remedy}"
         )
@@ -190,14 +195,14 @@ def _prove(adapter: TransformersAdapter) -> None:
     device = next(module.parameters()).device
     for owner in twin.modules():
         for key, buffer in owner.named_buffers(recurse=False):
-            if buffer.is_meta:  # numbers of positions: rebuilt, not saved
+            if buffer.is_meta:  # position ids: rebuilt, not saved
                 numbers = torch.arange(buffer.shape[-1], device=device, dtype=buffer.dtype).expand(buffer.shape)
                 owner.register_buffer(key, numbers, persistent=False)
     difference = feature_difference(adapter, TransformersAdapter(twin, transform=adapter.transform))
     if difference is not None and difference > tolerance(module):
         raise InputError(
-            f"this {name} cannot be saved as a CLIPModel: a CLIPModel with its weights computes other features (they "
-            f"differ by {difference:.1e}); {remedy}"
+            f"this {name} cannot be saved as a CLIPModel: a CLIPModel with its weights computes features that "
+            f"differ by {difference:.1e}; {remedy}"
         )
 
 
@@ -209,5 +214,123 @@ def _default_image_processor(module: Any) -> Any:
 
 
 def _pooled(output: Any) -> Tensor:  # -> [B, D]
-    """transformers 4 returns the projected features, 5 an output that holds them."""
+    """Return the projected features: transformers 4 returns them, 5 an output that holds them."""
     return output if isinstance(output, torch.Tensor) else output.pooler_output
+
+
+def model_type(text: str) -> str | None:
+    """Return the "model_type" in a folder's config.json; None if the string names no folder with that file."""
+    file = Path(text).expanduser() / TransformersAdapter._marker
+    if not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{file} is not readable JSON: {error}") from error
+
+
+def load(text: str, options: dict[str, Any]) -> ClipAdapter:
+    """Load the CLIPModel in a folder. options: tokenizer, transform and truncate."""
+    folder = Path(text).expanduser()
+    import_extra("transformers", f"{folder} holds a model that")
+    try:
+        module = _load_clip_model(folder)
+        if options["tokenizer"] is None:
+            options = {**options, "tokenizer": _load_tokenizer(folder)}
+        if options["transform"] is None:
+            options = {**options, "transform": _load_image_processor(folder)}
+    except InputError:
+        raise
+    except Exception as error:  # missing or damaged files, wrong shapes
+        raise InputError(f"the transformers model in {folder} does not load: {first_lines(error)}") from error
+    return TransformersAdapter(module, **options)
+
+
+def _load_clip_model(folder: Path) -> nn.Module:
+    """Load the CLIPModel of a folder in float32, whatever wrapped it when it was saved."""
+    import transformers
+
+    content = _read_weights(folder)
+    with _quiet():
+        config = transformers.CLIPConfig.from_pretrained(folder, local_files_only=True)
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            expected = transformers.CLIPModel(config).state_dict()
+        state = match_names(content, expected, folder, "CLIPModel")
+        # Half-precision files widen exactly; training needs float32 weights.
+        state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+        module: Any = transformers.CLIPModel.from_pretrained(None, config=config, state_dict=state)
+    return module.float().eval()
+
+
+def _read_weights(folder: Path) -> dict[str, Any]:
+    for name in _WEIGHTS:
+        if (folder / name).is_file():
+            return read_checkpoint(folder / name, "CLIPModel")
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            return _read_shards(folder, index)
+    raise InputError(
+        f"the transformers model in {folder} does not load: it has neither {' nor '.join(_WEIGHTS)} nor an index of "
+        "their shards"
+    )
+
+
+def _read_shards(folder: Path, index: Path) -> dict[str, Any]:
+    try:
+        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index} is not a readable index of shards: {error}") from error
+    state: dict[str, Any] = {}
+    for name in files:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise InputError(f"{index} names the shard {name!r}, which is not a file of its folder")
+        if not (folder / name).is_file():
+            raise InputError(f"{index} names the shard {name!r}, which is missing; copy it into {folder}")
+        state.update(read_checkpoint(folder / name, "CLIPModel"))
+    return state
+
+
+def _load_tokenizer(directory: Path) -> Any:
+    """Load the tokenizer saved beside a model; None if there is none."""
+    import transformers
+
+    if not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        return None
+    return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+
+
+def _load_image_processor(directory: Path) -> Any:
+    """Load the image processor saved beside a model; None if there is none."""
+    import transformers
+
+    names = ("preprocessor_config.json", "processor_config.json")
+    if not any((directory / name).is_file() for name in names):
+        return None
+    return transformers.CLIPImageProcessor.from_pretrained(directory, local_files_only=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide transformers' progress bars, which it shows even without a terminal."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+FAMILY = Family(
+    name="transformers",
+    instance="a transformers CLIPModel",
+    strings=("a folder with a transformers CLIPModel",),
+    marker=TransformersAdapter._marker,
+    matches=is_transformers_model,
+    wrap=TransformersAdapter,
+    opens=lambda text: model_type(text) == "clip",
+    load=load,
+    model_type="clip",
+)

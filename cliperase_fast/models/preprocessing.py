@@ -1,9 +1,9 @@
-"""Any tokenizer (open_clip's, Hugging Face's, a plain function) as one from captions to int64 [B, L]."""
+"""Wrap tokenizers (captions -> int64 [B, L]) and transforms (PIL image -> float [3, H, W]) of any library."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,13 +13,13 @@ from cliperase_fast.errors import InputError
 
 
 def is_simple(tokenizer: Any) -> bool:
-    """Whether it is open_clip's byte-pair tokenizer."""
+    """Return whether it is open_clip's byte-pair tokenizer."""
     open_clip = sys.modules.get("open_clip")
     return open_clip is not None and isinstance(tokenizer, open_clip.SimpleTokenizer)
 
 
 def is_open_clip(tokenizer: Any) -> bool:
-    """Whether it is one of open_clip's: those take a context length when called."""
+    """Return whether it is one of open_clip's tokenizers, which take a context length when called."""
     open_clip = sys.modules.get("open_clip")
     if open_clip is None:
         return False
@@ -33,17 +33,17 @@ def is_hugging_face(tokenizer: Any) -> bool:
 
 
 class CaptionTokenizer:
-    """Wraps a tokenizer and pads or cuts to `context_length` where the tokenizer lets us say so.
+    """Wrap a tokenizer; pad or truncate to `context_length` if the tokenizer supports it.
 
-    source: the tokenizer as given. context_length: tokens a caption may have, begin and end marks included;
-    None where unknown. unread_id: what a tokenizer without a padding token pads with, an id that the model does not
-    read behind a caption's end; None where there is no such id.
+    source: the tokenizer as given. context_length: the most tokens of a caption, start and end tokens included; None if
+    unknown. unread_id: the id to pad with if the tokenizer has no padding token, one that the model does not read after
+    the end of a caption; None if there is none.
     """
 
     def __init__(self, source: Any, context_length: int | None, unread_id: int | None = None) -> None:
         open_clip = sys.modules.get("open_clip")
         if open_clip is not None and source is open_clip.tokenize:
-            source = open_clip.SimpleTokenizer()  # what the function calls, and its tokens can be counted
+            source = open_clip.SimpleTokenizer()  # the function calls one, and its tokens can be counted
         source = getattr(source, "tokenizer", source) if _is_processor(source) else source
         if isinstance(source, type):
             raise InputError(f"tokenizer is the class {source.__name__}; pass an instance of it")
@@ -84,17 +84,17 @@ class CaptionTokenizer:
         except Exception as error:  # the caller's own code
             said = str(error).strip().partition("\n")[0]
             raise InputError(
-                f"the tokenizer fails on a list of {len(captions)} captions ({type(error).__name__}: {said}); it must "
+                f"the tokenizer fails for a list of {len(captions)} captions ({type(error).__name__}: {said}); it must "
                 "turn a list of strings into token ids [B, L]"
             ) from error
 
     def _padded(self, captions: list[str]) -> Tensor:
-        """Token ids of a tokenizer that has no token to pad with."""
+        """Return the token ids [B, L] of a tokenizer that has no padding token."""
         if self.unread_id is None or not is_hugging_face(self.source):
             name = "tokenizer" if is_hugging_face(self.source) else "tokenizer.tokenizer"
             raise InputError(
-                "the tokenizer has no padding token, and captions of different lengths need one: set it first, for "
-                f"example {name}.pad_token = {name}.eos_token, to a token that the model does not read as text"
+                "the tokenizer has no padding token, and captions of different lengths need one; set it to a token "
+                f"that the model does not read as text, for example {name}.pad_token = {name}.eos_token"
             )
         limit = self.context_length
         rows = self.source(captions, truncation=limit is not None, max_length=limit, padding=False)["input_ids"]
@@ -103,15 +103,15 @@ class CaptionTokenizer:
         return torch.tensor(padded, dtype=torch.int64, device="cpu").reshape(len(rows), length)
 
     def overlong(self, captions: Sequence[str], tokens: Tensor) -> list[tuple[str, int]]:
-        """(caption, its number of tokens) for those that do not fit; empty where that cannot be told.
+        """Return (caption, number of tokens) of each caption that does not fit; empty if that cannot be counted.
 
-        tokens: int64 [B, L], what calling the tokenizer gave for these captions.
+        tokens: int64 [B, L], the tokenizer's output for these captions.
         """
         limit = self.context_length
         if limit is None:
             return []
         if is_simple(self.source) and self.source.reduction_fn is None:
-            # It pads with 0, so only a full row can come from a caption that was cut.
+            # It pads with 0, so only a row without padding can come from a truncated caption.
             full = [caption for caption, row in zip(captions, tokens, strict=True) if row[-1] != 0]
             counts = [(caption, len(self.source.encode(caption)) + 2) for caption in full]
         elif is_hugging_face(self.source):
@@ -126,15 +126,15 @@ class CaptionTokenizer:
 
 
 def lacks_padding(source: Any) -> bool:
-    """Whether it is Hugging Face's, or open_clip's around one, and has no token to pad with."""
+    """Return whether it is a Hugging Face tokenizer, or open_clip's wrapper of one, without a padding token."""
     wraps = is_open_clip(source) or _is_processor(source)
     inner = source if is_hugging_face(source) else getattr(source, "tokenizer", None) if wraps else None
     return is_hugging_face(inner) and inner.pad_token_id is None  # type: ignore[union-attr]
 
 
 def _own_limit(source: Any) -> int | None:
-    """The length a tokenizer cuts captions to by itself, where it says."""
-    if is_hugging_face(source):  # which gives an enormous number when none was set
+    """Return the length that the tokenizer itself truncates captions to, or None if unknown."""
+    if is_hugging_face(source):  # an enormous number stands for no limit
         return source.model_max_length if source.model_max_length < 10**6 else None
     return source.context_length if is_open_clip(source) else None
 
@@ -158,7 +158,7 @@ def _is_processor(source: Any) -> bool:
 
 
 def _as_tokens(encoded: Any, rows: int) -> Tensor:
-    """int64 [B, L] out of a tensor, an array, nested lists, or a mapping with `input_ids`."""
+    """Convert a tensor, an array, nested lists or a mapping with `input_ids` to int64 [B, L]."""
     if isinstance(encoded, Mapping):
         if "input_ids" not in encoded:
             raise InputError(f"the tokenizer returned {', '.join(map(str, encoded))} but no input_ids")
@@ -172,8 +172,8 @@ def _as_tokens(encoded: Any, rows: int) -> Tensor:
         tokens = torch.as_tensor(encoded, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
-            f"the tokenizer returned a {type(encoded).__name__} that is no token table [B, L] ({error}); pad "
-            "its rows to one length"
+            f"the tokenizer returned a {type(encoded).__name__} that is not a [B, L] table of token ids "
+            f"({error}); pad its rows to one length"
         ) from error
     if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
         raise InputError(f"the tokenizer returned {tokens.dtype} values; token ids must be integers")
@@ -182,3 +182,43 @@ def _as_tokens(encoded: Any, rows: int) -> Tensor:
             f"the tokenizer returned shape {list(tokens.shape)} for {rows} captions; it must be [{rows}, L]"
         )
     return tokens.to(device="cpu", dtype=torch.int64)
+
+
+class ImageProcessorTransform:
+    """Wrap a transformers image processor as a function of one PIL image; picklable, for loader processes."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    def __call__(self, image: Any) -> Tensor:  # -> float32 [3, H, W]
+        return self.processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+
+
+def as_transform(transform: Any) -> Any:
+    """Wrap a transformers image processor, or the one of a processor; return anything else as it is."""
+    transformers = sys.modules.get("transformers")
+    if transformers is not None and isinstance(transform, transformers.ProcessorMixin):
+        transform = transform.image_processor
+    if hasattr(transform, "image_mean") and callable(getattr(transform, "save_pretrained", None)):
+        return ImageProcessorTransform(transform)
+    return transform
+
+
+def try_transform(transform: Callable[[Any], Any] | None, image: Any) -> Tensor:
+    """Apply `transform` to one PIL image; raise `InputError` unless the result is a float tensor [3, H, W]."""
+    wanted = "it must turn a PIL image into a float tensor [3, H, W]"
+    assert transform is not None
+    try:
+        pixels: Any = transform(image)
+    except InputError:
+        raise
+    except Exception as error:  # the caller's own code
+        said = str(error).strip().partition("\n")[0]
+        raise InputError(f"the transform fails for an image ({type(error).__name__}: {said}); {wanted}") from error
+    if not isinstance(pixels, Tensor):
+        raise InputError(f"the transform returned a {type(pixels).__name__}; {wanted}")
+    if pixels.ndim != 3 or not pixels.is_floating_point():
+        kind = str(pixels.dtype).removeprefix("torch.")
+        scaled = "" if pixels.is_floating_point() else ", normalised with the model's mean and standard deviation"
+        raise InputError(f"the transform returned a {kind} tensor {list(pixels.shape)}; {wanted}{scaled}")
+    return pixels

@@ -1,9 +1,12 @@
-"""open_clip models from folders and checkpoint files, whatever wrapped them when they were saved."""
+"""Build open_clip models from folders and checkpoint files, whatever wrapped them when they were saved."""
 
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from cliperase_fast.errors import InputError
+from cliperase_fast.models.adapters.open_clip_config import TEXT_CONFIG, Config, build, with_text_config
 from cliperase_fast.models.checkpoint_files import read_checkpoint
-from cliperase_fast.models.hub import offline_if_unreachable
-from cliperase_fast.models.open_clip_config import TEXT_CONFIG, Config, build, with_text_config
 from cliperase_fast.models.state_names import match_names
 
-_OWN_FORMATS = (".npz", ".npy")  # big_vision's arrays, which open_clip reads without running code
+_OWN_FORMATS = (".npz", ".npy")  # big_vision's arrays; open_clip reads them without running code
+_PROBE_SECONDS = 5.0  # to wait for the hub
 
 
 def load_folder(folder: Path) -> tuple[nn.Module, Config]:
-    """The model in a folder with open_clip_config.json, and its `model_cfg`.
+    """Load the model in a folder with open_clip_config.json; also returns its `model_cfg`.
 
-    Hugging Face's configuration of the text tower is taken from the folder itself where it was saved there.
+    A Hugging Face text tower is configured from the folder itself if its configuration was saved there.
     """
     from open_clip import factory
 
@@ -31,15 +34,15 @@ def load_folder(folder: Path) -> tuple[nn.Module, Config]:
     if (folder / TEXT_CONFIG / "config.json").is_file():
         config = with_text_config(config, folder / TEXT_CONFIG)
     path = factory._find_checkpoint_in_dir(folder)
-    assert path is not None  # the caller has looked
+    assert path is not None  # the caller has checked
     module = load_weights(config, Path(path), f"the model of {folder}", saved.get("preprocess_cfg"))
     return module, config
 
 
 def load_weights(config: Config, path: Path, name: str, preprocess: dict[str, Any] | None = None) -> nn.Module:
-    """A model of `config` with the weights in the file `path`, in evaluation mode.
+    """Build a model of `config` with the weights in the file `path`, in evaluation mode.
 
-    name: the architecture, for errors. preprocess: what is known of its preprocessing, in open_clip's terms.
+    name: the architecture, for errors. preprocess: its known preprocessing, in open_clip's terms.
     """
     from open_clip import factory
     from open_clip.transform import PreprocessCfg, merge_preprocess_dict
@@ -47,7 +50,7 @@ def load_weights(config: Config, path: Path, name: str, preprocess: dict[str, An
     own = path.suffix in _OWN_FORMATS
     if own:
         _require_arrays(config, path, name)
-    content = None if own else read_checkpoint(path, name)  # before a model is built
+    content = None if own else read_checkpoint(path, name)  # fail before a model is built
     needs_hub = "hf_model_name" in config["text_cfg"] and not Path(config["text_cfg"]["hf_model_name"]).is_dir()
     with torch.random.fork_rng(devices=[]), offline_if_unreachable() if needs_hub else nullcontext():
         module: Any = build(config)
@@ -62,16 +65,16 @@ def load_weights(config: Config, path: Path, name: str, preprocess: dict[str, An
 
 
 def _require_arrays(config: Config, path: Path, name: str) -> None:
-    """Raise InputError unless it is an archive of arrays, for a model that open_clip reads such for."""
+    """Raise `InputError` unless it is an archive of arrays and open_clip reads such files for this model."""
     failed = f"the checkpoint {path} does not load as {name}"
     if "timm_model_name" not in config["vision_cfg"]:
         raise InputError(
-            f"{failed}: open_clip reads {path.suffix} files for big_vision's SigLIP models only; write the weights as "
-            "tensors, torch.save(model.state_dict(), PATH)"
+            f"{failed}: open_clip reads {path.suffix} files only for big_vision's SigLIP models; save the weights as "
+            "tensors with torch.save(model.state_dict(), PATH)"
         )
     with path.open("rb") as file:
         if not file.read(2) == b"PK":
-            raise InputError(f"{failed}: it is not an archive of NumPy arrays (.npz): copy or download it again")
+            raise InputError(f"{failed}: it is not an archive of NumPy arrays (.npz); copy or download it again")
 
 
 def _matched(module: Any, content: Any, path: Path, name: str) -> dict[str, Tensor]:
@@ -81,7 +84,7 @@ def _matched(module: Any, content: Any, path: Path, name: str) -> dict[str, Tens
     try:
         state = match_names(content, expected, path, name, optional)
     except InputError:
-        # The text tower's weights stood beside the image tower's in older checkpoints of models that now have `text.`.
+        # In older checkpoints the names of the text tower's weights do not start with `text.`.
         if "text.positional_embedding" not in expected or len(renamed) < len(expected):
             raise
         older = {key.removeprefix("text."): tensor for key, tensor in expected.items()}
@@ -98,9 +101,39 @@ def _matched(module: Any, content: Any, path: Path, name: str) -> dict[str, Tens
 
 
 def _is_mobile_clip(content: Any) -> bool:
-    """Apple's own names, which open_clip converts."""
+    """Return whether the weights have Apple's names, which open_clip converts."""
     names = (
         "image_encoder.model.patch_embed.0.rbr_conv.0.conv.weight",
         "image_encoder.model.patch_emb.0.block.conv.weight",
     )
     return isinstance(content, dict) and any(name in content for name in names)
+
+
+@contextmanager
+def offline_if_unreachable() -> Iterator[None]:
+    """Make the hub's client use only its cache while the hub does not answer.
+
+    Otherwise each file costs about 20 seconds of retries, even one that is in the cache.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE or is_reachable(constants.ENDPOINT):
+        yield
+        return
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = False
+
+
+def is_reachable(address: str) -> bool:
+    """Return whether `address` answers within a few seconds, be it with an error page."""
+    try:
+        request = urllib.request.Request(address, method="HEAD")
+        urllib.request.urlopen(request, timeout=_PROBE_SECONDS).close()
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+    return True

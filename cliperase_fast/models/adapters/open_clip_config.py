@@ -1,6 +1,6 @@
-"""The configuration an open_clip model was built from, worked out from the model itself and then proved.
+"""Infer the configuration of an open_clip model from the model itself, and prove it.
 
-Saving needs it: open_clip loads a folder by building the model its `open_clip_config.json` describes.
+Saving needs it: open_clip loads a folder by building the model that its `open_clip_config.json` describes.
 """
 
 from __future__ import annotations
@@ -18,23 +18,24 @@ import torch
 from torch import Tensor, nn
 
 from cliperase_fast.errors import InputError
-from cliperase_fast.models.proving import evaluating, random_pixels, tolerance
+from cliperase_fast.models.equivalence import random_pixels, tolerance
+from cliperase_fast.models.runtime import evaluating
 
 Config = dict[str, Any]
 
-TEXT_CONFIG = "text_config"  # folder beside a saved model with Hugging Face's configuration of its text tower
+TEXT_CONFIG = "text_config"  # folder in a saved model with the Hugging Face configuration of its text tower
 
 
 def prove_config(module: nn.Module) -> Config:
-    """The `model_cfg` that rebuilds `module` exactly: same state dict, same features on random input.
+    """Return the `model_cfg` that rebuilds `module` exactly: same state dict, same features on random input.
 
-    Raises `InputError` that says what was tried when there is none.
+    Raises `InputError` with what was tried if there is none.
     """
     tried = []
     for label, config in _candidates(module):
         try:
             difference = _difference(module, config)
-        except Exception as error:  # a wrong guess: open_clip, timm and transformers fail in their own ways
+        except Exception as error:  # a wrong guess: open_clip, timm and transformers raise their own errors
             tried.append(f"{label}: {type(error).__name__}: {_first_line(error)}")
             continue
         if difference <= tolerance(module):
@@ -49,7 +50,7 @@ def prove_config(module: nn.Module) -> Config:
 
 
 def build(config: Config) -> nn.Module:
-    """A fresh model of that configuration with random weights; the class as `create_model` chooses it."""
+    """Build a model of that configuration with random weights, of the class that `create_model` chooses."""
     import open_clip
 
     config = copy.deepcopy(config)
@@ -65,12 +66,12 @@ def build(config: Config) -> nn.Module:
 
 @torch.no_grad()
 def _difference(module: nn.Module, config: Config) -> float:
-    """Largest difference between the features of `module` and of one built from `config` with its weights."""
+    """Return the largest difference between the features of `module` and of a model of `config` with its weights."""
     state = saved_state(module, config)
     parameter = next(module.parameters())
     is_native = not {"timm_model_name", "hf_model_name"} & {*config["vision_cfg"], *config["text_cfg"]}
-    with torch.random.fork_rng(devices=[]):  # building draws random weights; the caller's seed stays
-        if is_native:  # no memory and no time for weights that are replaced at once
+    with torch.random.fork_rng(devices=[]):  # building a model draws random weights; keep the caller's seed
+        if is_native:  # spend no memory and time on weights that are replaced at once
             with torch.device("meta"):
                 twin = build(config)
             twin.load_state_dict(state, strict=True, assign=True)
@@ -92,10 +93,10 @@ def _difference(module: nn.Module, config: Config) -> float:
 
 
 def saved_state(module: nn.Module, config: Config) -> dict[str, Tensor]:
-    """The state dict as the model that `config` describes takes it.
+    """Return the state dict in the form that a model of `config` loads.
 
-    Scales of one element get that model's number of dimensions. The pooler that Hugging Face builds into a text tower,
-    and that open_clip's own pooling does not read, is left out.
+    Scales of one element get that model's number of dimensions. The pooler in a Hugging Face text tower is left out if
+    open_clip's own pooling does not read it.
     """
     state = module.state_dict()
     shape = [1] if config.get("nonscalar_logit_scale") else []
@@ -109,7 +110,7 @@ def saved_state(module: nn.Module, config: Config) -> dict[str, Tensor]:
 
 @contextmanager
 def text_config_at_hand(module: Any, config: Config) -> Iterator[Config]:
-    """`config` that names its Hugging Face text tower by a folder with the tower's configuration, not by the hub."""
+    """Yield `config` with its Hugging Face text tower named by a folder with its configuration, not by the hub."""
     if "hf_model_name" not in config["text_cfg"]:
         yield config
         return
@@ -128,7 +129,7 @@ def _features(output: Any) -> Tensor:
 
 
 def _fill_causal_masks(twin: nn.Module, device: torch.device) -> None:
-    """Masks are rebuilt, not saved, so the meta device left them empty."""
+    """Fill the causal masks, which are rebuilt and not saved, so they are empty on the meta device."""
     for owner in twin.modules():
         for name, buffer in owner.named_buffers(recurse=False):
             if buffer.is_meta:
@@ -143,7 +144,7 @@ def probe_pixels(module: Any) -> Tensor:  # [2, 3, H, W]
 
 
 def probe_tokens(module: Any, length: int | None = None) -> Tensor:  # [4, L]; two rows end in padding
-    """length: how many tokens a caption has, where the model itself does not say."""
+    """Return random token ids. length: the tokens per caption if the model does not say."""
     generator = torch.Generator("cpu").manual_seed(0)
     text = getattr(module, "text", module)
     length = length or min(int(text.context_length), text_limit(text))
@@ -156,11 +157,11 @@ def probe_tokens(module: Any, length: int | None = None) -> Tensor:  # [4, L]; t
 
 
 def text_limit(text: Any) -> int:
-    """The most tokens that a text tower reads; for Hugging Face's at most 77, open_clip's default."""
+    """Return the most tokens that a text tower reads; at most 77, open_clip's default, for Hugging Face towers."""
     if not hasattr(text, "config"):
         return int(text.context_length)
     positions = int(getattr(text.config, "max_position_embeddings", 0) or 0)
-    if "roberta" in text.config.model_type:  # its positions are counted from behind the padding's
+    if "roberta" in text.config.model_type:  # its positions start after the padding id
         positions -= int(text.config.pad_token_id) + 1
     return min(positions, 77) if positions > 0 else 77
 
@@ -168,7 +169,7 @@ def text_limit(text: Any) -> int:
 def _candidates(module: nn.Module) -> Iterator[tuple[str, Config]]:
     import open_clip
 
-    if isinstance(module, open_clip.CoCa):  # its decoder is not worked out; only the known ones are offered
+    if isinstance(module, open_clip.CoCa):  # its decoder cannot be inferred; only known configurations are tried
         for name in open_clip.list_models():
             config = open_clip.get_model_config(name)
             if "multimodal_cfg" in config:
@@ -178,7 +179,7 @@ def _candidates(module: nn.Module) -> Iterator[tuple[str, Config]]:
         for config in _inferred(module):
             towers = [config["vision_cfg"].get("timm_model_name"), config["text_cfg"].get("hf_model_name")]
             named = ", ".join(name for name in towers if name)
-            yield "worked out from the model" + (f" with {named}" if named else ""), config
+            yield "inferred from the model" + (f" with {named}" if named else ""), config
     except (AttributeError, IndexError, TypeError) as error:
         raise InputError(
             f"this {type(module).__name__} is not built as open_clip builds it ({error}), so it cannot be "
@@ -268,7 +269,7 @@ def _vision_transformer(visual: Any) -> Config:
         config["attn_pooler_heads"] = pool.attn.num_heads
         if visual.attn_pool_type:
             del config["pool_type"]
-    return _told(config, open_clip.CLIPVisionCfg())
+    return _without_defaults(config, open_clip.CLIPVisionCfg())
 
 
 def _native_text(text: Any) -> Config:
@@ -293,11 +294,11 @@ def _native_text(text: Any) -> Config:
         "output_tokens": getattr(text, "output_tokens", False),
         "norm_kwargs": _norm_options(text.ln_final),
     }
-    return _told(config, open_clip.CLIPTextCfg())
+    return _without_defaults(config, open_clip.CLIPTextCfg())
 
 
 def _transformer(transformer: Any, width: int) -> Config:
-    """What the vision and the text configuration say alike about their blocks."""
+    """Return the settings of the blocks that vision and text configurations share."""
     block = transformer.resblocks[0]
     hidden = block.mlp.c_fc.out_features
     ratio = hidden / width
@@ -306,7 +307,7 @@ def _transformer(transformer: Any, width: int) -> Config:
         "ls_init_value": 1e-5 if hasattr(block.ls_1, "gamma") else None,  # the value itself is in the weights
         "act_kwargs": {"approximate": "tanh"} if getattr(block.mlp.gelu, "approximate", "none") == "tanh" else None,
     }
-    if hasattr(block, "ln_attn"):  # a custom block; open_clip 4's plain ones have their own attention too
+    if hasattr(block, "ln_attn"):  # a custom block (plain blocks of open_clip 4 have their own attention too)
         config |= {
             "block_type": "custom",
             "qk_norm": not isinstance(block.attn.ln_q, nn.Identity),
@@ -320,7 +321,7 @@ def _transformer(transformer: Any, width: int) -> Config:
 
 
 def _hf_text(text: Any) -> Config:
-    """A text tower from transformers; its configuration is saved beside the model, in `TEXT_CONFIG`."""
+    """Return the settings of a text tower from transformers, whose configuration is saved in `TEXT_CONFIG`."""
     projection = {nn.Linear: "linear", nn.Sequential: "mlp"}.get(type(text.proj))
     name = text.config._name_or_path or TEXT_CONFIG
     return {
@@ -333,9 +334,9 @@ def _hf_text(text: Any) -> Config:
 
 
 def _timm(visual: Any) -> Iterator[Config]:
-    """The pooling of a timm trunk cannot be read off every family, so the usual ones are offered in turn."""
+    """Yield configurations of a timm trunk with the usual poolings: not every model shows which one it has."""
     head = dict(visual.head.named_children())
-    no_head = "" if visual.trunk.num_classes else "none"  # the trunk's classifier projects, or nothing does
+    no_head = "" if visual.trunk.num_classes else "none"  # either the trunk's classifier projects or nothing does
     config: Config = {
         "timm_model_name": visual.trunk.default_cfg["architecture"],
         "timm_proj": "mlp" if "mlp" in head else "linear" if "proj" in head else no_head,
@@ -358,8 +359,8 @@ def _norm_options(norm: nn.Module) -> Config | None:
     return None if eps == 1e-5 else {"eps": eps}
 
 
-def _told(config: Config, defaults: Any) -> Config:
-    """Sizes always, the rest only where it differs from open_clip's defaults."""
+def _without_defaults(config: Config, defaults: Any) -> Config:
+    """Return the sizes, and the other settings that differ from open_clip's defaults."""
     always = {
         "image_size",
         "patch_size",
@@ -376,7 +377,7 @@ def _told(config: Config, defaults: Any) -> Config:
 
 
 def _single(size: Any) -> Any:
-    """16 for (16, 16); a pair stays a list."""
+    """Return 16 for (16, 16), and a list for two different sizes."""
     pair = _pair(size)
     return pair[0] if pair[0] == pair[1] else list(pair)
 
