@@ -19,8 +19,10 @@ struct OwnedBuffer : Buffer {
 inline OwnedBuffer make_buffer(std::uintptr_t address, std::string dtype, const pybind11::tuple& sizes,
                                const pybind11::tuple& strides, std::string device, pybind11::object owner) {
     if (sizes.size() != strides.size() || sizes.size() > MAX_DIMENSIONS)
-        throw std::invalid_argument("a buffer must have as many strides as sizes, and at most " + std::to_string(MAX_DIMENSIONS));
-    OwnedBuffer out{{address, std::move(dtype), static_cast<int>(sizes.size()), {}, {}, std::move(device)}, std::move(owner)};
+        throw std::invalid_argument("a buffer must have as many strides as sizes, and at most " +
+                                    std::to_string(MAX_DIMENSIONS));
+    OwnedBuffer out{{address, std::move(dtype), static_cast<int>(sizes.size()), {}, {}, std::move(device)},
+                    std::move(owner)};
     for (std::size_t at = 0; at < sizes.size(); ++at) {
         out.sizes[at] = sizes[at].cast<std::int64_t>(), out.strides[at] = strides[at].cast<std::int64_t>();
         if (out.sizes[at] < 0) throw std::invalid_argument("a buffer has a size of " + std::to_string(out.sizes[at]));

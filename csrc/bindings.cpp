@@ -17,7 +17,8 @@ PYBIND11_MODULE(_C, module) {
 #if defined(CLIPERASE_CUDA)
     bind_cuda(module);
 #endif
-    // Increment it whenever an argument changes its name or meaning, here and in cliperase_fast/ops/native/extension.py.
+    // Increment it whenever an argument changes its name or meaning, here and in
+    // cliperase_fast/ops/native/extension.py.
     module.attr("INTERFACE") = 6;
     py::dict info;
     info["compiler"] = CLIPERASE_COMPILER;

@@ -23,14 +23,19 @@ std::string listed(const std::array<std::int64_t, MAX_DIMENSIONS>& numbers, int 
 }
 
 std::string described(const Buffer& b) {
-    return b.dtype + " " + listed(b.sizes, b.dimensions) + " with strides " + listed(b.strides, b.dimensions) + " on " + b.device;
+    return b.dtype + " " + listed(b.sizes, b.dimensions) + " with strides " + listed(b.strides, b.dimensions) + " on " +
+           b.device;
 }
 
 std::string described(const Expected& e) {
     std::string out = e.layout == Layout::dense ? "contiguous " : "";
     for (const Dtype* dtype = e.dtypes.begin(); dtype != e.dtypes.end(); ++dtype)
-        out += std::string(dtype == e.dtypes.begin() ? "" : dtype + 1 == e.dtypes.end() ? " or " : ", ") + info(*dtype).name;
-    out += " " + listed(e.sizes, [](const Size& size) { return (size.exact ? "" : "at least ") + std::to_string(size.value); });
+        out += std::string(dtype == e.dtypes.begin()     ? ""
+                           : dtype + 1 == e.dtypes.end() ? " or "
+                                                         : ", ") +
+               info(*dtype).name;
+    out += " " + listed(e.sizes,
+                        [](const Size& size) { return (size.exact ? "" : "at least ") + std::to_string(size.value); });
     return out + (e.layout == Layout::rows ? " with contiguous rows" : "") + " on " + e.device;
 }
 
@@ -74,7 +79,8 @@ bool fits_address_space(const Buffer& b, std::size_t bytes) {
     }
     std::int64_t end;
     std::uintptr_t past;
-    return !__builtin_add_overflow(last, 1, &last) && !__builtin_mul_overflow(last, static_cast<std::int64_t>(bytes), &end) &&
+    return !__builtin_add_overflow(last, 1, &last) &&
+           !__builtin_mul_overflow(last, static_cast<std::int64_t>(bytes), &end) &&
            !__builtin_add_overflow(b.address, static_cast<std::uintptr_t>(end), &past);
 }
 
@@ -99,8 +105,8 @@ void* checked(const Buffer& b, const Expected& e) {
     if (b.address == 0) refuse(name + " is a null pointer");
     const std::size_t bytes = info(dtype_of(b)).bytes, alignment = std::max(bytes, e.alignment);
     if (!is_aligned(b, e, bytes, alignment))
-        refuse(name + " must begin" + (e.layout == Layout::rows ? ", and each of its rows," : "") + " at a multiple of " +
-               std::to_string(alignment) + " bytes, not " + described(b));
+        refuse(name + " must begin" + (e.layout == Layout::rows ? ", and each of its rows," : "") +
+               " at a multiple of " + std::to_string(alignment) + " bytes, not " + described(b));
     if (!fits_address_space(b, bytes)) refuse(name + " reaches beyond 64 bits: " + described(b));
     return reinterpret_cast<void*>(b.address);
 }

@@ -1,5 +1,5 @@
-// Memory as its owner describes it, and the check before every read and write of it, on CPUs and GPUs. Depends on neither
-// torch nor Python.
+// Memory as its owner describes it, and the check before every read and write of it, on CPUs and GPUs. Depends on
+// neither torch nor Python.
 #pragma once
 
 #include <array>
@@ -63,7 +63,8 @@ struct Expected {
     std::size_t alignment = 0;  // of the first element and of every row, in bytes; 0: that of the element
 };
 
-// Returns the address. Throws std::invalid_argument, with what was expected and what was given, before any read or write.
+// Returns the address. Throws std::invalid_argument, with what was expected and what was given, before any read or
+// write.
 void* checked(const Buffer& buffer, const Expected& expected);
 
 }  // namespace cliperase

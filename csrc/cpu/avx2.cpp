@@ -6,6 +6,6 @@
 #include "sigmoid_pass.h"
 
 namespace cliperase {
-const IsaKernels avx2_kernels = {"avx2", avx2::forward_scratch, avx2::forward, avx2::backward_scratch,
-    avx2::backward, avx2::sigmoid_scratch, avx2::sigmoid};
+const IsaKernels avx2_kernels = {"avx2",         avx2::forward_scratch, avx2::forward, avx2::backward_scratch,
+                                 avx2::backward, avx2::sigmoid_scratch, avx2::sigmoid};
 }

@@ -6,6 +6,6 @@
 #include "sigmoid_pass.h"
 
 namespace cliperase {
-const IsaKernels avx512_kernels = {"avx512", avx512::forward_scratch, avx512::forward, avx512::backward_scratch,
-    avx512::backward, avx512::sigmoid_scratch, avx512::sigmoid};
+const IsaKernels avx512_kernels = {"avx512",         avx512::forward_scratch, avx512::forward, avx512::backward_scratch,
+                                   avx512::backward, avx512::sigmoid_scratch, avx512::sigmoid};
 }

@@ -6,7 +6,7 @@
 namespace cliperase {
 namespace CLIPERASE_ISA {
 
-// A softmax's terms for one tile.
+// The terms of a softmax for one tile.
 inline TileSoftmax part_of(const Softmax& softmax, i64 row, i64 column) {
     return {softmax.row_anchor + row, softmax.row_factor + row, softmax.column_anchor + column,
             softmax.column_factor + column};
@@ -41,9 +41,9 @@ inline void add_softmax(const Source& from, const TileSoftmax& softmax, i64 rows
     }
 }
 
-// dS of one tile.
-inline void write_gradient(const SimilarityInputs& in, const Backward& b, const TilePlace& at, Groups groups, float* student,
-                           float* teacher, const TileCache::Header* head, float* ds) {
+// Writes dS of one tile.
+inline void write_gradient(const SimilarityInputs& in, const Backward& b, const TilePlace& at, Groups groups,
+                           float* student, float* teacher, const TileCache::Header* head, float* ds) {
     const i64 row = at.row, rows = at.rows, column = at.column, columns = at.columns;
     const TileSoftmax terms = part_of(b.student, row, column);
     const Source from = source_of(student, terms, rows, columns, head && head->student_exponentials,
@@ -59,7 +59,8 @@ inline void write_gradient(const SimilarityInputs& in, const Backward& b, const 
             if (from.exponentials)
                 write_both<true>(student, teacher, rows, 0, 0, factors, teacher_factors, ds);
             else
-                write_both<false>(student, teacher, rows, from.reference, other.reference, factors, teacher_factors, ds);
+                write_both<false>(student, teacher, rows, from.reference, other.reference, factors, teacher_factors,
+                                  ds);
         } else {
             add_softmax<false>(from, terms, rows, columns, groups, ds, false);
             add_softmax<false>(other, teacher_terms, rows, columns, groups, ds, true);
@@ -68,7 +69,8 @@ inline void write_gradient(const SimilarityInputs& in, const Backward& b, const 
     } else {
         add_softmax<false>(from, terms, rows, columns, groups, ds, false);
     }
-    for_each_pair(in, row, rows, column, columns, [&](i64 i, i64 j) { ds[i * TILE_COLUMNS + j] = b.diagonal[row + i]; });
+    for_each_pair(in, row, rows, column, columns,
+                  [&](i64 i, i64 j) { ds[i * TILE_COLUMNS + j] = b.diagonal[row + i]; });
 }
 
 inline void backward(const SimilarityInputs& in, const Backward& b, char* scratch) {

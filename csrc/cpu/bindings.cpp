@@ -1,5 +1,5 @@
-// Python bindings of the CPU sweep: cliperase_fast._C.cpu. Tensors are passed as buffers (csrc/buffer.h), each checked before
-// it is read or written.
+// Python bindings of the CPU sweep: cliperase_fast._C.cpu. Tensors are passed as buffers (csrc/buffer.h), each checked
+// before it is read or written.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -45,7 +45,9 @@ T* dense(const char* name, Dtype dtype, const OwnedBuffer& buffer, Sizes sizes) 
     return static_cast<T*>(checked(buffer, {name, {dtype}, sizes, Layout::dense, CPU}));
 }
 
-float* floats(const char* name, const OwnedBuffer& buffer, Sizes sizes) { return dense<float>(name, Dtype::float32, buffer, sizes); }
+float* floats(const char* name, const OwnedBuffer& buffer, Sizes sizes) {
+    return dense<float>(name, Dtype::float32, buffer, sizes);
+}
 
 // The same; null for None.
 float* floats(const char* name, const OwnedBuffer* buffer, Sizes sizes) {
@@ -64,7 +66,8 @@ OwningInputs make_inputs(const OwnedBuffer& image, const OwnedBuffer& text, std:
     in.image = features("image", image, {at_least(1), at_least(1)});
     in.rows = image.sizes[0], in.width = image.sizes[1];
     in.text = features("text", text, {at_least(1), in.width});
-    in.columns = text.sizes[0], in.pair_offset = pair_offset, in.scale = static_cast<float>(scale), in.threads = threads;
+    in.columns = text.sizes[0], in.pair_offset = pair_offset, in.scale = static_cast<float>(scale),
+    in.threads = threads;
     if ((teacher_image == nullptr) != (teacher_text == nullptr))
         throw std::invalid_argument("teacher_image and teacher_text must be given together");
     if ((in.has_teacher = teacher_image != nullptr)) {
@@ -92,7 +95,8 @@ struct Cache {
 Cache checked_cache(const SimilarityInputs& in, const OwnedBuffer* buffer) {
     if (buffer == nullptr) return {};
     const std::int64_t row_bytes = cliperase::cache_row_bytes(in), tile = cliperase::CACHE_TILE_ROWS;
-    void* const data = checked(*buffer, {"cache", {Dtype::uint8}, {at_least(row_bytes)}, Layout::dense, CPU, sizeof(float)});
+    void* const data =
+        checked(*buffer, {"cache", {Dtype::uint8}, {at_least(row_bytes)}, Layout::dense, CPU, sizeof(float)});
     const std::int64_t bytes = buffer->sizes[0], limit = (in.rows + tile - 1) / tile * row_bytes;
     if (bytes % row_bytes != 0 || bytes > limit)
         throw std::invalid_argument("cache has " + std::to_string(bytes) + " bytes; it must have a multiple of " +
@@ -103,7 +107,8 @@ Cache checked_cache(const SimilarityInputs& in, const OwnedBuffer* buffer) {
 const cliperase::IsaKernels& kernels_for(const Name& name) {
     const cliperase::IsaKernels* const found = cliperase::choose_kernels(name ? name->c_str() : nullptr);
     if (found == nullptr)
-        throw std::invalid_argument("instruction set " + *name + " is not available here; use avx512, avx2 or portable");
+        throw std::invalid_argument("instruction set " + *name +
+                                    " is not available here; use avx512, avx2 or portable");
     return *found;
 }
 
@@ -114,21 +119,27 @@ void run_forward(const SimilarityInputs& in, const Forward& out, const cliperase
     chosen.forward(in, out, scratch.data());
 }
 
-float forward(const OwningInputs& in, const OwnedBuffer* diagonal, const OwnedBuffer* teacher_diagonal, const OwnedBuffer& row_stats,
-              const OwnedBuffer& column_stats, const OwnedBuffer* cache_buffer, const Name& isa) {
+float forward(const OwningInputs& in, const OwnedBuffer* diagonal, const OwnedBuffer* teacher_diagonal,
+              const OwnedBuffer& row_stats, const OwnedBuffer& column_stats, const OwnedBuffer* cache_buffer,
+              const Name& isa) {
     const Cache cache = checked_cache(in, cache_buffer);
     const std::int64_t stats = cliperase::stat_count(in);
     float shift = 0;
-    const Forward out{floats("diagonal", diagonal, {in.rows}), floats("teacher_diagonal", teacher_diagonal, {in.rows}),
-                      floats("row_stats", row_stats, {stats, in.rows}), floats("column_stats", column_stats, {stats, in.columns}),
-                      &shift, cache.data, cache.rows};
+    const Forward out{floats("diagonal", diagonal, {in.rows}),
+                      floats("teacher_diagonal", teacher_diagonal, {in.rows}),
+                      floats("row_stats", row_stats, {stats, in.rows}),
+                      floats("column_stats", column_stats, {stats, in.columns}),
+                      &shift,
+                      cache.data,
+                      cache.rows};
     run_forward(in, out, kernels_for(isa));
     return shift;
 }
 
 void losses(const OwningInputs& in, bool want_retention, const OwnedBuffer& retention, const OwnedBuffer& consistency,
             const OwnedBuffer& saved_stats, const OwnedBuffer* cache_buffer, const Name& isa) {
-    if (in.rows != in.columns || in.pair_offset != 0) throw std::invalid_argument("losses takes a whole batch: as many rows as columns, and pair_offset = 0");
+    if (in.rows != in.columns || in.pair_offset != 0)
+        throw std::invalid_argument("losses takes a whole batch: as many rows as columns, and pair_offset = 0");
     const Cache cache = checked_cache(in, cache_buffer);
     const std::int64_t n = in.rows, size = cliperase::stat_count(in) * n;
     float* const to_retention = floats("retention", retention, {});
@@ -158,7 +169,8 @@ double backward(const OwningInputs& in, const OwnedBuffer& saved_stats, bool wan
     b.grad_image = gradient("grad_image", grad_image, in.rows, in.width);
     b.grad_text = gradient("grad_text", grad_text, in.columns, in.width);
     b.grad_scale = need_scale ? &grad_scale : nullptr;
-    const float* const from_saved_stats = floats("saved_stats", saved_stats, {cliperase::SAVED_STATS, in.rows + in.columns});
+    const float* const from_saved_stats =
+        floats("saved_stats", saved_stats, {cliperase::SAVED_STATS, in.rows + in.columns});
     const cliperase::IsaKernels& chosen = kernels_for(isa);
     const py::gil_scoped_release released;
     const cliperase::Workspace terms(static_cast<std::size_t>(cliperase::terms_size(in)) * sizeof(float));
@@ -171,7 +183,8 @@ double backward(const OwningInputs& in, const OwnedBuffer& saved_stats, bool wan
 }
 
 std::tuple<double, double, double> sigmoid(const OwningInputs& in, double bias, const OwnedBuffer* grad_image,
-                                           const OwnedBuffer* grad_text, bool need_scale, bool need_bias, const Name& isa) {
+                                           const OwnedBuffer* grad_text, bool need_scale, bool need_bias,
+                                           const Name& isa) {
     double loss = 0, grad_scale = 0, grad_bias = 0;
     const cliperase::Sigmoid s{static_cast<float>(bias),
                                &loss,
@@ -198,9 +211,10 @@ void bind_cpu(py::module_& parent) {
 
     py::class_<OwningInputs>(module, "SimilarityInputs",
                              "See csrc/cpu/sweep.h; features [rows or columns, width] of any strides.")
-        .def(py::init(&make_inputs), py::kw_only(), py::arg("image"), py::arg("text"), py::arg("pair_offset"), py::arg("scale"),
-             py::arg("teacher_image") = py::none(), py::arg("teacher_text") = py::none(), py::arg("teacher_scale") = 0.0,
-             py::arg("row_groups") = py::none(), py::arg("column_groups") = py::none(), py::arg("threads") = 1);
+        .def(py::init(&make_inputs), py::kw_only(), py::arg("image"), py::arg("text"), py::arg("pair_offset"),
+             py::arg("scale"), py::arg("teacher_image") = py::none(), py::arg("teacher_text") = py::none(),
+             py::arg("teacher_scale") = 0.0, py::arg("row_groups") = py::none(), py::arg("column_groups") = py::none(),
+             py::arg("threads") = 1);
 
     py::class_<cliperase::Workspace>(module, "Workspace", py::buffer_protocol())
         .def(py::init<std::size_t>(), py::arg("bytes"))
@@ -211,20 +225,25 @@ void bind_cpu(py::module_& parent) {
     module.def("pooled_bytes", &cliperase::pooled_bytes, "Bytes in the pool that no workspace uses.");
     module.def("limit_pooled_bytes", &cliperase::limit_pooled_bytes, py::arg("limit"));
     module.def(
-        "instruction_set", [](const Name& name) { return std::string(kernels_for(name).name); }, py::arg("name") = py::none(),
+        "instruction_set", [](const Name& name) { return std::string(kernels_for(name).name); },
+        py::arg("name") = py::none(),
         "The instruction set in use: `name`, or the widest. ValueError where `name` does not run here.");
 
     module.def("forward", &forward, py::arg("inputs"), py::kw_only(), py::arg("diagonal") = py::none(),
                py::arg("teacher_diagonal") = py::none(), py::arg("row_stats"), py::arg("column_stats"),
-               py::arg("cache") = py::none(), py::arg("instruction_set") = py::none(), "Writes the statistics; returns the shift.");
+               py::arg("cache") = py::none(), py::arg("instruction_set") = py::none(),
+               "Writes the statistics; returns the shift.");
     module.def("losses", &losses, py::arg("inputs"), py::kw_only(), py::arg("want_retention"), py::arg("retention"),
-               py::arg("consistency"), py::arg("saved_stats"), py::arg("cache") = py::none(), py::arg("instruction_set") = py::none(),
+               py::arg("consistency"), py::arg("saved_stats"), py::arg("cache") = py::none(),
+               py::arg("instruction_set") = py::none(),
                "Writes the two losses and the saved statistics of a whole batch.");
-    module.def("backward", &backward, py::arg("inputs"), py::kw_only(), py::arg("saved_stats"), py::arg("want_retention"),
-               py::arg("weight_retention"), py::arg("weight_consistency"), py::arg("cache") = py::none(),
+    module.def("backward", &backward, py::arg("inputs"), py::kw_only(), py::arg("saved_stats"),
+               py::arg("want_retention"), py::arg("weight_retention"), py::arg("weight_consistency"),
+               py::arg("cache") = py::none(), py::arg("grad_image") = py::none(), py::arg("grad_text") = py::none(),
+               py::arg("need_scale") = false, py::arg("instruction_set") = py::none(),
+               "Writes the gradients for which there is a buffer; returns that of the scale.");
+    module.def("sigmoid", &sigmoid, py::arg("inputs"), py::kw_only(), py::arg("bias"),
                py::arg("grad_image") = py::none(), py::arg("grad_text") = py::none(), py::arg("need_scale") = false,
-               py::arg("instruction_set") = py::none(), "Writes the gradients for which there is a buffer; returns that of the scale.");
-    module.def("sigmoid", &sigmoid, py::arg("inputs"), py::kw_only(), py::arg("bias"), py::arg("grad_image") = py::none(),
-               py::arg("grad_text") = py::none(), py::arg("need_scale") = false, py::arg("need_bias") = false,
-               py::arg("instruction_set") = py::none(), "Returns the summed loss and the gradients of scale and bias.");
+               py::arg("need_bias") = false, py::arg("instruction_set") = py::none(),
+               "Returns the summed loss and the gradients of scale and bias.");
 }

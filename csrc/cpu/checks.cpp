@@ -8,15 +8,15 @@
 namespace cliperase {
 namespace {
 
-// Products of a few sizes below this fit 64 bits.
+// Products of sizes up to these fit 64 bits.
 constexpr std::int64_t MAX_ROWS = std::int64_t{1} << 31, MAX_WIDTH = std::int64_t{1} << 20;
 
 [[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument(what); }
 
 void check_between(const char* name, std::int64_t value, std::int64_t least, std::int64_t most) {
     if (value < least || value > most)
-        refuse(std::string(name) + " = " + std::to_string(value) + " must lie between " + std::to_string(least) + " and " +
-               std::to_string(most));
+        refuse(std::string(name) + " = " + std::to_string(value) + " must lie between " + std::to_string(least) +
+               " and " + std::to_string(most));
 }
 
 void check_pointer(const char* name, const void* data, std::size_t alignment) {
@@ -27,10 +27,11 @@ void check_pointer(const char* name, const void* data, std::size_t alignment) {
 
 void check_matrix(const char* name, const Matrix& m, std::int64_t rows, std::int64_t width) {
     check_pointer(name, m.data, info(m.dtype).bytes);
-    const std::int64_t most = std::numeric_limits<std::int64_t>::max() / 8;
+    const std::int64_t limit = std::numeric_limits<std::int64_t>::max() / 8;
     for (const auto& [stride, count] : {std::pair{m.row, rows}, std::pair{m.column, width}})
-        if (stride < 0 || (count > 1 && stride > most / count))
-            refuse(std::string(name) + " has a stride of " + std::to_string(stride) + ", which is not possible for its size");
+        if (stride < 0 || (count > 1 && stride > limit / count))
+            refuse(std::string(name) + " has a stride of " + std::to_string(stride) +
+                   ", which is not possible for its size");
 }
 
 void check_softmax(const char* name, const Softmax& softmax) {

@@ -1,4 +1,4 @@
-// Which instruction set's code runs, and the sizes that all of them agree on.
+// The choice of the instruction set, and sizes that are common to all of them.
 #include <cstring>
 
 #include "sweep.h"

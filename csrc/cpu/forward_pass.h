@@ -44,8 +44,9 @@ struct ForwardLayout {
 };
 
 // Writes the statistics of one tile to the parts of its rows and columns.
-inline void add_tile(const SimilarityInputs& in, const Forward& out, const ForwardLayout& layout, i64 strip_start, i64 row, i64 rows,
-                     i64 block, i64 columns, Groups groups, float* student, float* teacher, TileCache::Header* head) {
+inline void add_tile(const SimilarityInputs& in, const Forward& out, const ForwardLayout& layout, i64 strip_start,
+                     i64 row, i64 rows, i64 block, i64 columns, Groups groups, float* student, float* teacher,
+                     TileCache::Header* head) {
     const i64 in_strip = row - strip_start, column = block * TILE_COLUMNS, tile = in_strip / TILE_ROWS;
     alignas(64) float row_top[TILE_ROWS], column_top[TILE_COLUMNS];
     for_each_pair(in, row, rows, column, columns, [&](i64 i, i64 j) {
@@ -62,9 +63,11 @@ inline void add_tile(const SimilarityInputs& in, const Forward& out, const Forwa
         if (!c.shared)
             write_separate_stats<true>(teacher, student, *out.shift, rows, of_rows, of_columns, row_top, column_top);
         else if (head)
-            write_shared_stats<true, true>(teacher, student, *out.shift, rows, c, of_rows, of_columns, row_top, column_top);
+            write_shared_stats<true, true>(teacher, student, *out.shift, rows, c, of_rows, of_columns, row_top,
+                                           column_top);
         else
-            write_shared_stats<true, false>(teacher, student, *out.shift, rows, c, of_rows, of_columns, row_top, column_top);
+            write_shared_stats<true, false>(teacher, student, *out.shift, rows, c, of_rows, of_columns, row_top,
+                                            column_top);
         if (head) head->teacher_reference = c.value, head->teacher_exponentials = c.shared;
     }
     bool masked_within = true;
@@ -80,9 +83,11 @@ inline void add_tile(const SimilarityInputs& in, const Forward& out, const Forwa
         const Stats of_rows = layout.part(block, masked_set(in)).at(in_strip);
         const Stats of_columns = layout.column_part(tile, masked_set(in)).at(column);
         if (own.shared)
-            write_shared_stats<false, false>(masked, nullptr, 0, rows, own, of_rows, of_columns, masked_row_top, masked_column_top);
+            write_shared_stats<false, false>(masked, nullptr, 0, rows, own, of_rows, of_columns, masked_row_top,
+                                             masked_column_top);
         else
-            write_separate_stats<false>(masked, nullptr, 0, rows, of_rows, of_columns, masked_row_top, masked_column_top);
+            write_separate_stats<false>(masked, nullptr, 0, rows, of_rows, of_columns, masked_row_top,
+                                        masked_column_top);
         // The backward pass uses the student's exponentials for these rows and columns too.
         for (i64 i = 0; i < rows; ++i)
             masked_within &= masked_row_top[i] == LOWEST || masked_row_top[i] >= c.value - REACH;
@@ -112,8 +117,9 @@ inline void forward(const SimilarityInputs& in, const Forward& out, char* scratc
     const TileCache cache(out.cache, in);
     *out.shift = 0;
     if (in.has_teacher)
-        *out.shift = static_cast<float>(entry(in.teacher_image, in.teacher_text, in.teacher_width, in.teacher_scale, 0, 0) -
-                                        entry(in.image, in.text, in.width, in.scale, 0, 0));
+        *out.shift =
+            static_cast<float>(entry(in.teacher_image, in.teacher_text, in.teacher_width, in.teacher_scale, 0, 0) -
+                               entry(in.image, in.text, in.width, in.scale, 0, 0));
     const StatSet sets[3] = {STUDENT_SET, masked_set(in), teacher_set(in)};
     for (const StatSet& set : sets)
         if (set.used) clear(layout.columns(set), layout.padded_columns);
@@ -122,7 +128,8 @@ inline void forward(const SimilarityInputs& in, const Forward& out, char* scratc
     for (i64 start = 0; start < in.rows; start += layout.strip) {
         const i64 strip = smaller(layout.strip, in.rows - start);
 #pragma omp for schedule(static)
-        for (i64 group = 0; group < RowGroup::in_strip(strip); ++group) layout.operands.pack_rows_of(in, start, {group, strip});
+        for (i64 group = 0; group < RowGroup::in_strip(strip); ++group)
+            layout.operands.pack_rows_of(in, start, {group, strip});
 
         const TileShares shares(strip, layout.blocks, in.threads);
         i64 packed = -1;  // the block whose columns this thread has packed
@@ -144,8 +151,8 @@ inline void forward(const SimilarityInputs& in, const Forward& out, char* scratc
             }
             layout.operands.student_tile(in, i, rows, columns, student);
             if (in.has_teacher) layout.operands.teacher_tile(in, i, rows, columns, teacher);
-            add_tile(in, out, layout, start, row, rows, block, columns, block_groups(in, row, column, columns, own_groups),
-                     student, teacher, head);
+            add_tile(in, out, layout, start, row, rows, block, columns,
+                     block_groups(in, row, column, columns, own_groups), student, teacher, head);
         }
 
 #pragma omp for schedule(static) nowait
@@ -153,10 +160,11 @@ inline void forward(const SimilarityInputs& in, const Forward& out, char* scratc
             for (i64 tile = 0; tile < shares.tiles; ++tile)
                 for (const StatSet& set : sets)
                     if (set.used)
-                        merge(layout.columns(set).at(block * TILE_COLUMNS), layout.column_part(tile, set).at(block * TILE_COLUMNS),
-                              TILE_COLUMNS);
+                        merge(layout.columns(set).at(block * TILE_COLUMNS),
+                              layout.column_part(tile, set).at(block * TILE_COLUMNS), TILE_COLUMNS);
 
-        // One vector of rows at a time. Parts beyond the last row of the strip are uninitialised; their statistics are not used.
+        // One vector of rows at a time. Parts beyond the last row of the strip are uninitialised; their statistics are
+        // not used.
 #pragma omp for schedule(static)
         for (i64 i = 0; i < strip; i += W) {
             for (const StatSet& set : sets) {
@@ -164,8 +172,7 @@ inline void forward(const SimilarityInputs& in, const Forward& out, char* scratc
                 alignas(64) float reference[W], total[W], gap[W];
                 const Stats merged{reference, total, set.gap < 0 ? nullptr : gap};
                 clear(merged, W);
-                for (i64 block = 0; block < layout.blocks; ++block)
-                    merge(merged, layout.part(block, set).at(i), W);
+                for (i64 block = 0; block < layout.blocks; ++block) merge(merged, layout.part(block, set).at(i), W);
                 finish_stats(merged, W);
                 float* to = out.row_stats + set.result * in.rows + start + i;
                 for (i64 lane = 0; lane < smaller(W, strip - i); ++lane) {

@@ -1,4 +1,4 @@
-// A pass that forms dS, whichever the loss: strip by strip, tile by tile, and the gradients from it.
+// A pass that forms dS, for either loss, by strips and tiles, and the gradients from it.
 #pragma once
 
 #include "strips.h"
@@ -6,15 +6,15 @@
 namespace cliperase {
 namespace CLIPERASE_ISA {
 
-// Its scratch memory. Wanted: the gradients that are wanted, a Backward or a Sigmoid.
+// Its scratch memory. Wanted: a Backward or a Sigmoid, with the gradients that are wanted.
 struct GradientLayout {
     i64 strip, blocks, width, tiles_each;
     Operands operands;
     float* image_panels;  // [strip, width] in panels: the strip of image times scale, for dT
     float* text_panels;   // [columns, width] in panels, for dI
     float* tiles;         // for each thread a tile of S and, with a teacher, one of S°
-    float* ds;            // [blocks, strip, TILE_COLUMNS], if there are gradients, and room for what products read beyond them
-    float* dots;          // [rows], of dI and I
+    float* ds;    // [blocks, strip, TILE_COLUMNS] if there are gradients, and MR rows that products read beyond it
+    float* dots;  // [rows], <dI_i, I_i>
 
     template <typename Wanted>
     GradientLayout(const SimilarityInputs& in, const Wanted& wanted, bool gradients, BumpAllocator& allocator)
@@ -41,15 +41,15 @@ struct GradientLayout {
     }
 };
 
-// A tile of a strip: rows [row, row + rows), in the strip from row_in_strip on, and columns [column, column + columns), the
-// block with this number.
+// A tile of a strip: rows [row, row + rows), at row_in_strip of the strip, and columns [column, column + columns),
+// block number `block`.
 struct TilePlace {
     i64 row, rows, row_in_strip, column, columns, block;
 };
 
-// What follows is called by every thread of a parallel region, but for what is of one block.
+// Every thread of a parallel region calls the functions below, except those for one block.
 
-// text [columns, width] in panels, for dI.
+// Packs text [columns, width] in panels, for dI.
 inline void pack_text_panels(const SimilarityInputs& in, float* panels) {
 #pragma omp for schedule(static)
     for (i64 block = 0; block < divide_up(in.columns, TILE_COLUMNS); ++block) {
@@ -66,18 +66,20 @@ struct PanelGroup {
     static i64 count(const SimilarityInputs& in) { return divide_up(divide_up(in.width, NR), PANEL_GROUP); }
 };
 
-// dT of one block of columns, `width` of it from a panel on, = or += dSᵀ times the strip of scale * image.
-inline void add_text_gradient(const SimilarityInputs& in, const GradientLayout& layout, i64 block, i64 first, i64 width, i64 strip,
-                              float* grad_text, bool add) {
+// dT of one block of columns, `width` columns from panel `first` on, = or += dSᵀ times the strip of scale * image.
+inline void add_text_gradient(const SimilarityInputs& in, const GradientLayout& layout, i64 block, i64 first, i64 width,
+                              i64 strip, float* grad_text, bool add) {
     const i64 column = block * TILE_COLUMNS, columns = smaller(TILE_COLUMNS, in.columns - column);
     product(columns, width, strip, Columns<TILE_COLUMNS>{layout.ds_tile(block, 0)},
             {layout.image_panels + first * layout.strip * NR, layout.strip * NR, 0},
             grad_text + column * gradient_stride(in.width) + first * NR, gradient_stride(in.width), add);
 }
 
-// dI of a strip, without the factor scale.
-inline void write_image_gradient(const SimilarityInputs& in, const GradientLayout& layout, i64 start, i64 strip, float* grad_image) {
-    const i64 stride = gradient_stride(in.width), panel_groups = PanelGroup::count(in), row_groups = divide_up(strip, ROW_GROUP);
+// Writes dI of a strip, without the factor scale.
+inline void write_image_gradient(const SimilarityInputs& in, const GradientLayout& layout, i64 start, i64 strip,
+                                 float* grad_image) {
+    const i64 stride = gradient_stride(in.width), panel_groups = PanelGroup::count(in),
+              row_groups = divide_up(strip, ROW_GROUP);
 #pragma omp for schedule(dynamic)
     for (i64 task = 0; task < row_groups * panel_groups; ++task) {
         const i64 row = task / panel_groups * ROW_GROUP, rows = smaller(ROW_GROUP, strip - row);
@@ -86,28 +88,30 @@ inline void write_image_gradient(const SimilarityInputs& in, const GradientLayou
         for (i64 block = 0; block < layout.blocks; ++block) {
             const i64 column = block * TILE_COLUMNS, depth = smaller(TILE_COLUMNS, in.columns - column);
             product(rows, panels.width, depth, Rows{layout.ds_tile(block, row), TILE_COLUMNS},
-                    {layout.text_panels + panels.first * in.columns * NR, in.columns * NR, column}, to, stride, block > 0);
+                    {layout.text_panels + panels.first * in.columns * NR, in.columns * NR, column}, to, stride,
+                    block > 0);
         }
     }
 }
 
-// dI of a strip times scale and, before that factor, which may be 0, <dI_i, I_i> of each row into `dots`, for the gradient of
-// scale; null: not needed.
+// Multiplies dI of a strip by scale. Before that, as scale may be 0, writes <dI_i, I_i> of each row to `dots`, unless
+// null, for the gradient of scale.
 inline void scale_image_gradient(const SimilarityInputs& in, i64 start, i64 strip, float* grad_image, float* dots) {
     const i64 stride = gradient_stride(in.width);
 #pragma omp for schedule(static)
     for (i64 i = start; i < start + strip; ++i) {
         float* gradient = grad_image + i * stride;
-        if (dots) dots[i] = static_cast<float>(entry({grad_image, stride, 1, Dtype::float32}, in.image, in.width, 1, i, i));
+        if (dots)
+            dots[i] = static_cast<float>(entry({grad_image, stride, 1, Dtype::float32}, in.image, in.width, 1, i, i));
         for (i64 k = 0; k < in.width; ++k) gradient[k] *= in.scale;
     }
 }
 
-// The whole pass. write_tile(place): leaves dS of a tile in layout.ds_tile, if there are gradients. Of the first `cached_rows`
-// it needs no packed features.
+// Runs the whole pass. write_tile(place) writes dS of a tile to layout.ds_tile, if there are gradients; for the first
+// `cached_rows` it needs no packed features.
 template <typename Wanted, typename WriteTile>
-inline void pass_over_strips(const SimilarityInputs& in, const Wanted& wanted, const GradientLayout& layout, i64 cached_rows,
-                             WriteTile write_tile) {
+inline void pass_over_strips(const SimilarityInputs& in, const Wanted& wanted, const GradientLayout& layout,
+                             i64 cached_rows, WriteTile write_tile) {
 #pragma omp parallel num_threads(in.threads)
     {
         if (wanted.grad_image) pack_text_panels(in, layout.text_panels);
@@ -119,7 +123,8 @@ inline void pass_over_strips(const SimilarityInputs& in, const Wanted& wanted, c
                 const i64 row = start + group.row;
                 if (row + group.count > cached_rows) layout.operands.pack_rows_of(in, start, group);
                 if (wanted.grad_text)
-                    pack_panels(in.image, row, group.count, in.width, in.scale, layout.image_panels, group.row, layout.strip);
+                    pack_panels(in.image, row, group.count, in.width, in.scale, layout.image_panels, group.row,
+                                layout.strip);
             }
             const TileShares shares(strip, layout.blocks, in.threads);
             i64 packed = -1;  // the block whose columns this thread has packed
@@ -127,10 +132,11 @@ inline void pass_over_strips(const SimilarityInputs& in, const Wanted& wanted, c
             for (i64 task = 0; task < shares.count; ++task) {
                 const i64 block = task / shares.tiles, i = task % shares.tiles * TILE_ROWS;
                 const i64 column = block * TILE_COLUMNS, columns = smaller(TILE_COLUMNS, in.columns - column);
-                if (start + strip > cached_rows && block != packed) layout.operands.pack_columns_of(in, column, columns);
+                if (start + strip > cached_rows && block != packed)
+                    layout.operands.pack_columns_of(in, column, columns);
                 packed = block;
                 write_tile(TilePlace{start + i, smaller(TILE_ROWS, strip - i), i, column, columns, block});
-                // While dS of the block is near.
+                // While dS of the block is in the cache.
                 if (wanted.grad_text && shares.whole_blocks() && i + TILE_ROWS >= strip)
                     add_text_gradient(in, layout, block, 0, in.width, strip, wanted.grad_text, start > 0);
             }

@@ -1,4 +1,4 @@
-// Features of any dtype and stride into the layouts that the products read: groups of rows, and panels.
+// Copies features of any dtype and stride to the layouts that the products read: groups of rows, and panels.
 #pragma once
 
 #include "product.h"
@@ -24,7 +24,7 @@ inline float to_float(float value) { return value; }
 inline float to_float(Bfloat16 value) { return from_bits(std::uint32_t{value.bits} << 16); }
 inline float to_float(Float16 value) {
     const std::uint32_t sign = (value.bits & 0x8000u) << 16, magnitude = (value.bits & 0x7fffu) << 13;
-    // The exponents differ by 112; the product also normalises the smallest numbers. Infinity and NaN stay what they are.
+    // The exponents differ by 112; the product also normalises the smallest numbers. Infinity and NaN are unchanged.
     const float moved = from_bits(magnitude) * from_bits(0x77800000u);
     const float special = from_bits(magnitude | 0x7f800000u);
     const float out = magnitude >= 0x0f800000u ? special : moved;
@@ -36,7 +36,7 @@ inline float element(const Matrix& m, i64 i, i64 k) {
     return to_float(static_cast<const T*>(m.data)[i * m.row + k * m.column]);
 }
 
-// Calls `work` with a null pointer of the element's type.
+// Calls `work` with a null pointer to the element's type.
 template <typename Work>
 inline void with_dtype(Dtype dtype, Work work) {
     if (dtype == Dtype::float32) work(static_cast<float*>(nullptr));
@@ -44,7 +44,7 @@ inline void with_dtype(Dtype dtype, Work work) {
     if (dtype == Dtype::float16) work(static_cast<Float16*>(nullptr));
 }
 
-// out [width, MR] = scale * `count` rows of m, up to MR, zeros beyond them.
+// out [width, MR] = scale * `count` rows of m, at most MR, then zeros.
 inline void pack_group(const Matrix& m, i64 start, i64 count, i64 width, float scale, float* out) {
     with_dtype(m.dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;

@@ -6,6 +6,7 @@
 #include "sigmoid_pass.h"
 
 namespace cliperase {
-const IsaKernels portable_kernels = {"portable", portable::forward_scratch, portable::forward, portable::backward_scratch,
+const IsaKernels portable_kernels = {
+    "portable",         portable::forward_scratch, portable::forward, portable::backward_scratch,
     portable::backward, portable::sigmoid_scratch, portable::sigmoid};
 }

@@ -1,4 +1,5 @@
-// Products of small matrices, C += A B, in float32: A is read where it lies or from packed groups of rows, B from packed panels.
+// Products of small matrices, C += A B, in float32: A is read in place or from packed groups of rows, B from packed
+// panels.
 #pragma once
 
 #include "vector.h"
@@ -6,16 +7,16 @@
 namespace cliperase {
 namespace CLIPERASE_ISA {
 
-// A tile of C in registers: MR rows of NV vectors. With W = 16 there are 32 registers, else 16.
+// A tile of C in registers: MR rows of NV vectors. There are 32 registers with W = 16, otherwise 16.
 constexpr int MR = W == 16 ? 8 : 6;
 constexpr int NV = W == 16 ? 3 : 2;
 constexpr int NR = NV * W;
 
 inline i64 round_up(i64 value, i64 to) { return (value + to - 1) / to * to; }
 
-// The left matrix [rows, depth] of a product, MR rows at a time. With fewer left, what lies where the others would be is read,
-// and its sums are not stored. `STEP` is from one k to the next.
-struct Rows {  // `stride` floats from one to the next
+// The left matrix [rows, depth] of a product, read MR rows at a time. Where fewer are left, the memory beyond them is
+// read, but the sums are not stored. `STEP`: floats from one k to the next.
+struct Rows {  // `stride` floats from row to row
     const float* data;
     i64 stride;
     static constexpr i64 STEP = 1;
@@ -37,19 +38,19 @@ struct RowGroups {  // [depth, MR] for each MR rows, `stride` floats from one gr
     static i64 row(i64 r) { return r; }
 };
 
-// B [depth, columns] in panels of NR columns (the last as many vectors as it needs, zeros beyond the columns). A panel
-// is [depth, its width].
+// B [depth, columns] in panels [depth, width] of NR columns. The last panel is a whole number of vectors wide, with
+// zeros beyond the columns.
 struct Panels {
     const float* data;
     i64 stride;  // floats from panel to panel
-    i64 start;   // the row of B to begin with
+    i64 start;   // the first row of B
     static i64 width(i64 columns, i64 panel) { return smaller(NR, round_up(columns - panel * NR, W)); }
 };
 
-// C [rows, VECTORS * W] = or += A B, one tile in registers. Never inlined, where the loop would lack registers for addresses.
+// C [rows, VECTORS * W] = or += A B, one tile in registers. Not inlined: the loop would lack registers for addresses.
 template <int VECTORS, typename Left>
-__attribute__((noinline)) void tile_product(i64 depth, Left left, const float* a, i64 rows, const float* b, float* c, i64 c_row,
-                                            bool add) {
+__attribute__((noinline)) void tile_product(i64 depth, Left left, const float* a, i64 rows, const float* b, float* c,
+                                            i64 c_row, bool add) {
     Floats total[MR][VECTORS];
     for (int r = 0; r < MR; ++r)
         for (int v = 0; v < VECTORS; ++v) total[r][v] = Floats{};

@@ -1,5 +1,5 @@
-// The sigmoid loss of all pairs and, in the same pass, its gradients: dS needs nothing of the other tiles, so each tile of S
-// is formed once, three products in all.
+// The sigmoid loss of all pairs and, in the same pass, its gradients: dS of a tile depends on no other tile, so that
+// each tile of S is formed once, three products in total.
 #pragma once
 
 #include "gradients.h"
@@ -12,13 +12,14 @@ struct Softplus {
     Floats value, slope;
 };
 
-// With e = exp(-|y|) in [0, 1] nothing overflows, and log(1 + e) = 2 artanh(z), z = e / (2 + e) in [0, 1/3], keeps its digits
-// where e is tiny. artanh(z) = z (1 + z^2 q(z^2)), q the polynomial of degree 3 for which the largest relative error of the
-// whole, 5e-9, is least (a weighted least-squares fit). One division serves both quotients.
+// With e = exp(-|y|) in [0, 1] nothing overflows, and log(1 + e) = 2 artanh(z), z = e / (2 + e) in [0, 1/3], is exact
+// where e is tiny. artanh(z) = z (1 + z^2 q(z^2)), q the polynomial of degree 3 for which the largest relative error of
+// the whole, 5e-9, is least (a weighted least-squares fit). One division serves both quotients.
 inline Softplus softplus(Floats y) {
     const Floats e = exp(y < 0.0f ? y : -y);
     const Floats one = 1.0f + e, two = 2.0f + e, inverse = 1.0f / (one * two);
-    const Floats z = e * one * inverse, t = z * z, half = z + z * t * (0.333332082f + t * (0.200107606f + t * (0.140009576f + t * 0.14005699f)));
+    const Floats z = e * one * inverse, t = z * z,
+                 half = z + z * t * (0.333332082f + t * (0.200107606f + t * (0.140009576f + t * 0.14005699f)));
     const Floats quotient = two * inverse;  // 1 / (1 + e)
     return {larger(y, Floats{}) + (half + half), y < 0.0f ? e * quotient : quotient};
 }
@@ -31,10 +32,11 @@ struct SigmoidLayout : GradientLayout {
     }
 
     SigmoidLayout(const SimilarityInputs& in, const Sigmoid& s, BumpAllocator& allocator)
-        : GradientLayout(in, s, s.gradients(), allocator), sums(reinterpret_cast<double*>(allocator.floats(4 * blocks * STRIP_TILES))) {}
+        : GradientLayout(in, s, s.gradients(), allocator),
+          sums(reinterpret_cast<double*>(allocator.floats(4 * blocks * STRIP_TILES))) {}
 };
 
-// Adds the losses of a tile of S to sums[0] and, with GRADIENT, writes dS and adds it to sums[1].
+// Adds the losses of all entries of a tile to sums[0] and, with GRADIENT, writes dS and adds it to sums[1].
 template <bool GRADIENT>
 inline void softplus_tile(const float* tile, i64 rows, float bias, float* ds, double* sums) {
     for (i64 i = 0; i < rows; ++i) {
@@ -52,12 +54,14 @@ inline void softplus_tile(const float* tile, i64 rows, float bias, float* ds, do
     }
 }
 
-// The same of a whole tile: pairs enter with the other sign.
-inline void sigmoid_tile(const SimilarityInputs& in, const Sigmoid& s, const TilePlace& at, float* tile, float* ds, double* sums) {
+// The same for a whole tile, in which pairs have the opposite sign.
+inline void sigmoid_tile(const SimilarityInputs& in, const Sigmoid& s, const TilePlace& at, float* tile, float* ds,
+                         double* sums) {
     const i64 row = at.row, rows = at.rows, column = at.column, columns = at.columns;
     alignas(64) float own[TILE_ROWS];
     for (i64 i = 0; i < rows; ++i) own[i] = LOWEST;
-    for_each_pair(in, row, rows, column, columns, [&](i64 i, i64 j) { own[i] = -(tile[i * TILE_COLUMNS + j] + s.bias); });
+    for_each_pair(in, row, rows, column, columns,
+                  [&](i64 i, i64 j) { own[i] = -(tile[i * TILE_COLUMNS + j] + s.bias); });
     exclude(in, row, rows, column, columns, {nullptr, nullptr}, tile);
     if (ds)
         softplus_tile<true>(tile, rows, s.bias, ds, sums);

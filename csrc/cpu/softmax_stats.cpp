@@ -7,7 +7,8 @@
 namespace cliperase {
 namespace {
 
-// Rows and columns in a part. A part is summed by one thread, so that the losses do not depend on the number of threads.
+// Rows and columns in a part. A part is summed by one thread, so that the losses do not depend on the number of
+// threads.
 constexpr std::int64_t PART = 256;
 
 float log1p_exp(float x) { return x > 40 ? x : std::log1p(std::exp(x)); }
@@ -20,7 +21,9 @@ struct Anchored {
 Anchored anchored(float reference, float total, float diagonal) {
     const float logarithm = std::log(total), others = reference + logarithm;
     const float anchor = others <= diagonal ? diagonal : others;  // NaN stays NaN
-    const auto from_anchor = [&](float entry) { return std::exp(static_cast<double>(entry) - static_cast<double>(anchor)); };
+    const auto from_anchor = [&](float entry) {
+        return std::exp(static_cast<double>(entry) - static_cast<double>(anchor));
+    };
     const double sum = static_cast<double>(total) * from_anchor(reference) + from_anchor(diagonal);
     return {(reference - diagonal) + logarithm, anchor, static_cast<float>(1 / sum)};
 }
@@ -36,8 +39,8 @@ Softmax softmax(const SimilarityInputs& in, const float* saved_stats, int which,
 }
 
 // The losses and saved statistics of positions `begin` to `end` of 2 n: rows, then columns.
-Losses compute_part(const SimilarityInputs& in, bool want_retention, const Forward& found, float* saved_stats, std::int64_t begin,
-                   std::int64_t end) {
+Losses compute_part(const SimilarityInputs& in, bool want_retention, const Forward& found, float* saved_stats,
+                    std::int64_t begin, std::int64_t end) {
     const std::int64_t n = in.rows, count = 2 * n;
     Losses losses{0, 0};
     for (std::int64_t at = begin; at < end; ++at) {
@@ -63,8 +66,8 @@ Losses compute_part(const SimilarityInputs& in, bool want_retention, const Forwa
             const Anchored teacher = anchored(sums_of_teacher[0], sums_of_teacher[n], own);
             write(TEACHER, teacher);
             const float gap = sums_of_teacher[2 * n] / sums_of_teacher[n] - ((own - diagonal) - *found.shift);
-            losses.consistency +=
-                static_cast<double>(one_minus_p(teacher.odds) * gap - log1p_exp(teacher.odds) + log1p_exp(student.odds));
+            losses.consistency += static_cast<double>(one_minus_p(teacher.odds) * gap - log1p_exp(teacher.odds) +
+                                                      log1p_exp(student.odds));
         }
     }
     return losses;
@@ -102,7 +105,8 @@ void gradient_terms(const SimilarityInputs& in, const float* saved_stats, bool w
     for (std::int64_t i = 0; i < n; ++i) {
         const auto both = [&](int which) {
             const float* odds = saved_stats + which * count + i;
-            return static_cast<double>(one_minus_p(odds[0])) + static_cast<double>(one_minus_p(odds[n + in.pair_offset]));
+            return static_cast<double>(one_minus_p(odds[0])) +
+                   static_cast<double>(one_minus_p(odds[n + in.pair_offset]));
         };
         double entry = 0;
         if (want_retention) entry -= weight_retention * both(RETENTION);

@@ -1,5 +1,5 @@
 // The losses from the statistics of a forward pass, and dS from the incoming gradients: the arithmetic of
-// cliperase_fast/ops/softmax_stats.py, which gives the formulas, in one pass instead of dozens of small tensor operations.
+// cliperase_fast/ops/spec.py, which gives the formulas, in one pass instead of dozens of small tensor operations.
 #pragma once
 
 #include "sweep.h"
@@ -17,10 +17,10 @@ struct Losses {
 // Returns the losses of a whole batch and writes saved_stats, [SAVED_STATS, 2 n]. retention is 0 unless want_retention.
 Losses compute_losses(const SimilarityInputs& inputs, bool want_retention, const Forward& found, float* saved_stats);
 
-// Writes the terms of dS to `memory`, terms_size(inputs) floats, and points `into` to them. weight_retention: of the retention
-// of each row and column; weight_consistency: of each one's KL.
+// Writes the terms of dS to `memory`, terms_size(inputs) floats, and points `into` to them. weight_retention: of the
+// retention of each row and column; weight_consistency: of each one's KL.
 std::int64_t terms_size(const SimilarityInputs& inputs);
-void gradient_terms(const SimilarityInputs& inputs, const float* saved_stats, bool want_retention, double weight_retention,
-                    double weight_consistency, float* memory, Backward& into);
+void gradient_terms(const SimilarityInputs& inputs, const float* saved_stats, bool want_retention,
+                    double weight_retention, double weight_consistency, float* memory, Backward& into);
 
 }  // namespace cliperase

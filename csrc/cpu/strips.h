@@ -1,8 +1,8 @@
 // Shared by the two passes over the tiles: memory layout, operands of a strip and a block, and excluded entries.
 //
-// Both passes process one strip at a time, whose tiles the threads share. The statistics of a tile's rows and columns are
-// stored as a part. When the strip is done, the parts are merged in a fixed order, and every entry of dT and dI is summed by
-// one thread. The results are therefore bitwise equal for any number of threads.
+// Both passes process one strip at a time, whose tiles the threads share. The statistics of a tile's rows and columns
+// are stored as a part. When the strip is done, the parts are merged in a fixed order, and every entry of dT and dI is
+// summed by one thread. The results are therefore bitwise equal for any number of threads.
 #pragma once
 
 #include <type_traits>
@@ -17,10 +17,10 @@
 namespace cliperase {
 namespace CLIPERASE_ISA {
 
-constexpr i64 STRIP_TILES = 4;               // of a forward strip
-constexpr i64 STRIP_FLOATS = 4 << 20;        // of a backward strip of dS
+constexpr i64 STRIP_TILES = 4;                                // of a forward strip
+constexpr i64 STRIP_FLOATS = 4 << 20;                         // of a backward strip of dS
 constexpr i64 ROW_GROUP = 48, PANEL_GROUP = W == 16 ? 3 : 8;  // a thread's share of dI: rows, and panels of its width
-constexpr i64 ALIGNED = 16;                  // floats
+constexpr i64 ALIGNED = 16;                                   // floats
 
 inline i64 divide_up(i64 value, i64 by) { return (value + by - 1) / by; }
 
@@ -74,12 +74,14 @@ inline i64 diagonal_column(const SimilarityInputs& in, i64 row, i64 column) { re
 
 template <typename Visit>
 inline void for_each_pair(const SimilarityInputs& in, i64 row, i64 rows, i64 column, i64 columns, Visit visit) {
-    const i64 begin = larger(i64{0}, column - in.pair_offset - row), end = smaller(rows, column + columns - in.pair_offset - row);
+    const i64 begin = larger(i64{0}, column - in.pair_offset - row),
+              end = smaller(rows, column + columns - in.pair_offset - row);
     for (i64 i = begin; i < end; ++i) visit(i, diagonal_column(in, row + i, column));
 }
 
 // Excludes entries from all statistics: pairs, those beyond the last column and, where given, those of equal groups.
-inline void exclude(const SimilarityInputs& in, i64 row, i64 rows, i64 column, i64 columns, Groups groups, float* tile) {
+inline void exclude(const SimilarityInputs& in, i64 row, i64 rows, i64 column, i64 columns, Groups groups,
+                    float* tile) {
     for_each_pair(in, row, rows, column, columns, [&](i64 i, i64 j) { tile[i * TILE_COLUMNS + j] = LOWEST; });
     if (columns < TILE_COLUMNS)
         for (i64 i = 0; i < rows; ++i)
@@ -93,8 +95,8 @@ inline void exclude(const SimilarityInputs& in, i64 row, i64 rows, i64 column, i
         }
 }
 
-// An entry of scale * left rightᵀ, summed in double in eight parts: one chain of additions would take longer than the rest of
-// the work on a row of dI.
+// An entry of scale * left rightᵀ, summed in double in eight parts: one chain of additions would take longer than the
+// rest of the work on a row of dI.
 template <typename L, typename R, bool PLAIN>
 inline double dot(const L* left, i64 left_stride, const R* right, i64 right_stride, i64 width) {
     constexpr i64 PARTS = 8;
@@ -103,8 +105,10 @@ inline double dot(const L* left, i64 left_stride, const R* right, i64 right_stri
     i64 k = 0;
     for (; k + PARTS <= width; k += PARTS)
         for (i64 lane = 0; lane < PARTS; ++lane)
-            part[lane] += static_cast<double>(to_float(left[(k + lane) * a])) * static_cast<double>(to_float(right[(k + lane) * b]));
-    for (; k < width; ++k) part[k % PARTS] += static_cast<double>(to_float(left[k * a])) * static_cast<double>(to_float(right[k * b]));
+            part[lane] += static_cast<double>(to_float(left[(k + lane) * a])) *
+                          static_cast<double>(to_float(right[(k + lane) * b]));
+    for (; k < width; ++k)
+        part[k % PARTS] += static_cast<double>(to_float(left[k * a])) * static_cast<double>(to_float(right[k * b]));
     return ((part[0] + part[4]) + (part[2] + part[6])) + ((part[1] + part[5]) + (part[3] + part[7]));
 }
 
@@ -123,7 +127,8 @@ inline double entry(const Matrix& left, const Matrix& right, i64 width, float sc
     return static_cast<double>(scale) * found;
 }
 
-// A strip is packed in groups of MR rows; the last group of a tile may be smaller. count < 1: the group is beyond the strip.
+// A strip is packed in groups of MR rows; the last group of a tile may be smaller. count < 1: the group is beyond the
+// strip.
 constexpr i64 TILE_GROUPS = (TILE_ROWS + MR - 1) / MR;
 
 struct RowGroup {
@@ -135,8 +140,8 @@ struct RowGroup {
     static i64 in_strip(i64 strip) { return divide_up(strip, TILE_ROWS) * TILE_GROUPS; }
 };
 
-// How threads share the tiles of a strip, in order of column blocks: a whole block at a time, whose columns are then packed
-// once, or less where that would leave a thread without work.
+// How threads share the tiles of a strip, in order of column blocks: a whole block at a time, whose columns are then
+// packed once, or less where that would leave a thread without work.
 struct TileShares {
     i64 tiles, count, chunk;  // in a block, in total, taken at a time
 
@@ -180,7 +185,8 @@ struct Operands {
     }
     // A tile of S: rows of the strip from `row` on.
     void student_tile(const SimilarityInputs& in, i64 row, i64 rows, i64 columns, float* out) const {
-        product(rows, columns, in.width, groups_at(image, row, in.width), {own_text(), in.width * NR, 0}, out, TILE_COLUMNS, false);
+        product(rows, columns, in.width, groups_at(image, row, in.width), {own_text(), in.width * NR, 0}, out,
+                TILE_COLUMNS, false);
     }
     void teacher_tile(const SimilarityInputs& in, i64 row, i64 rows, i64 columns, float* out) const {
         product(rows, columns, in.teacher_width, groups_at(teacher_image, row, in.teacher_width),

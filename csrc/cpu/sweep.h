@@ -1,7 +1,7 @@
 // The similarity sweep on CPUs, in plain C++: pointers, sizes and strides.
 //
-// S = scale * image textᵀ, [rows, columns]. Row i and column i + pair_offset are a pair. The entries of pairs, the diagonal,
-// are excluded from all statistics. pair_offset = columns: the columns hold no row's pair.
+// S = scale * image textᵀ, [rows, columns]. Row i and column i + pair_offset are a pair. The entries of pairs, the
+// diagonal, are excluded from all statistics. pair_offset = columns: the columns hold no row's pair.
 #pragma once
 
 #include <cstddef>
@@ -26,8 +26,8 @@ struct SimilarityInputs {
     std::int64_t teacher_width;
     Matrix teacher_image, teacher_text;  // [rows, teacher_width], [columns, teacher_width]
     float teacher_scale;
-    // Group ids, or null. Without a teacher, entries of equal ids are excluded from the student's statistics. With a teacher,
-    // they are excluded from separate "masked" statistics of the student.
+    // Group ids, or null. Without a teacher, entries of equal ids are excluded from the student's statistics. With a
+    // teacher, they are excluded from separate "masked" statistics of the student.
     const std::int32_t* row_groups;     // [rows]
     const std::int32_t* column_groups;  // [columns]
     int threads;
@@ -38,22 +38,22 @@ struct SimilarityInputs {
 };
 
 // The number of statistics of a row or column, in this order and where present: of the student, its reference (near the
-// largest entry) and the total of exp(entry - reference); the same, masked; of the teacher, reference, total and gap, the sum
-// of exp(S° - reference) (S° - S - shift). A row without entries has reference -FLT_MAX and total 1.
+// largest entry) and the total of exp(entry - reference); the same, masked; of the teacher, reference, total and gap,
+// the sum of exp(S° - reference) (S° - S - shift). A row without entries has reference -FLT_MAX and total 1.
 inline int stat_count(const SimilarityInputs& in) { return 2 + 2 * in.has_masked() + 3 * in.has_teacher; }
 
 struct Forward {
-    float* diagonal;           // [rows], of S; unused without pairs
-    float* teacher_diagonal;   // [rows], of S°; unused without pairs
-    float* row_stats;          // [stat_count, rows]
-    float* column_stats;       // [stat_count, columns]
-    float* shift;              // [], S° - S of the first row and column: any constant near S° - S would do; 0 without a teacher
-    void* cache;               // tiles for the backward pass
+    float* diagonal;          // [rows], of S; unused without pairs
+    float* teacher_diagonal;  // [rows], of S°; unused without pairs
+    float* row_stats;         // [stat_count, rows]
+    float* column_stats;      // [stat_count, columns]
+    float* shift;  // [], S° - S of the first row and column: any constant near S° - S would do; 0 without a teacher
+    void* cache;   // tiles for the backward pass
     std::int64_t cached_rows;  // the first rows, whose tiles are cached; a multiple of CACHE_TILE_ROWS, or all
 };
 
-// A weighted softmax: w P_ij = exp(S_ij - anchor) * factor, summed over the softmax of the row and that of the column; null:
-// absent.
+// A weighted softmax: w P_ij = exp(S_ij - anchor) * factor, summed over the softmax of the row and that of the column;
+// null: absent.
 struct Softmax {
     const float *row_anchor, *column_anchor, *row_factor, *column_factor;
 };
@@ -69,8 +69,8 @@ struct Backward {
     double* grad_scale;
 };
 
-// The sigmoid loss: the sum of log(1 + exp(Y)) and its gradients, where Y = S + bias, negated for pairs. Takes neither a
-// teacher nor groups.
+// The sigmoid loss: the sum of log(1 + exp(Y)) and its gradients, where Y = S + bias, negated for pairs. Takes neither
+// a teacher nor groups.
 struct Sigmoid {
     float bias;
     double* loss;
@@ -80,14 +80,16 @@ struct Sigmoid {
     bool gradients() const { return grad_image != nullptr || grad_text != nullptr || grad_bias != nullptr; }
 };
 
-// Each throws std::invalid_argument, with the name of the argument, for what would make a sweep read or write out of bounds.
+// Each throws std::invalid_argument, with the name of the argument, for what would make a sweep read or write out of
+// bounds.
 void check(const SimilarityInputs& inputs);
 void check(const SimilarityInputs& inputs, const Forward& forward);
 void check(const SimilarityInputs& inputs, const Backward& backward);
 void check(const SimilarityInputs& inputs, const Sigmoid& sigmoid);
 
 // The cache holds, for each tile of this size, a header, the tile of S and, with a teacher, that of S°.
-constexpr std::int64_t CACHE_TILE_ROWS = 256, CACHE_TILE_COLUMNS = 128, CACHE_TILE_HEADER = 16;  // in elements of 4 bytes
+constexpr std::int64_t CACHE_TILE_ROWS = 256, CACHE_TILE_COLUMNS = 128,
+                       CACHE_TILE_HEADER = 16;  // in elements of 4 bytes
 
 // Bytes of the cache for each CACHE_TILE_ROWS rows.
 inline std::int64_t cache_row_bytes(const SimilarityInputs& in) {
@@ -97,7 +99,8 @@ inline std::int64_t cache_row_bytes(const SimilarityInputs& in) {
 
 std::int64_t gradient_stride(std::int64_t width);
 
-// The kernels compiled for one instruction set. Scratch memory: the bytes that the function above returns, aligned to 64.
+// The kernels compiled for one instruction set. Scratch memory: the bytes that the function above returns, aligned to
+// 64.
 struct IsaKernels {
     const char* name;
     std::size_t (*forward_scratch)(const SimilarityInputs&);
@@ -114,8 +117,8 @@ extern const IsaKernels avx2_kernels;
 extern const IsaKernels avx512_kernels;
 #endif
 
-// The kernels of the widest instruction set that this processor runs, or of the named one; null where it is unknown or does
-// not run here.
+// The kernels of the widest instruction set that this processor runs, or of the named one; null where it is unknown or
+// does not run here.
 const IsaKernels* choose_kernels(const char* name);
 
 }  // namespace cliperase

@@ -1,8 +1,8 @@
-// What is done to one tile of S and S°: sums of exponentials in the forward pass, dS in the backward pass.
+// The work on one tile of S and S°: statistics in the forward pass, dS in the backward pass.
 //
-// One exponential serves row and column: exp(S_ij - c), c one reference for the tile. That is exact as long as no row or
-// column of the tile lies so far below c that its own exponentials vanish; where one does (large scales, rows far from any
-// match), rows and columns get an exponential each.
+// One exponential serves row and column: exp(S_ij - c), with one reference c for the tile. That is exact unless a row
+// or column of the tile is so far below c that its exponentials vanish (at large scales, or for rows far from any
+// match). In that case, rows and columns have separate references and exponentials.
 #pragma once
 
 #include "product.h"
@@ -13,15 +13,15 @@ namespace CLIPERASE_ISA {
 
 constexpr i64 TILE_ROWS = CACHE_TILE_ROWS, TILE_COLUMNS = CACHE_TILE_COLUMNS, TILE = TILE_ROWS * TILE_COLUMNS;
 
-// exp(-60) is 1e-26: what is 27 below it, 1e-12 of it, still is a normal number.
+// exp(-60) is 1e-26, and 1e-12 of it is still a normal number.
 constexpr float REACH = 60.0f;
 
-// The entries of a tile that groups leave out: row_groups[i] == column_groups[j].
+// The group ids of a tile; entries with row_groups[i] == column_groups[j] are excluded.
 struct Groups {
     const std::int32_t *rows, *columns;
 };
 
-// Stats of rows or columns, in arrays of one element each.
+// The statistics of rows or columns, one array each.
 struct Stats {
     float *reference, *total, *gap;
     Stats at(i64 i) const { return {reference + i, total + i, gap ? gap + i : nullptr}; }
@@ -35,7 +35,7 @@ inline void clear(Stats sums, i64 count) {
     }
 }
 
-// into += part, element by element. `count` is a whole number of vectors.
+// Merges `part` into `into`, element by element. `count`: a whole number of vectors.
 inline void merge(Stats into, Stats part, i64 count) {
     for (i64 i = 0; i < count; i += W) {
         const Floats ours = load(into.reference + i), theirs = load(part.reference + i);
@@ -47,7 +47,7 @@ inline void merge(Stats into, Stats part, i64 count) {
     }
 }
 
-// Largest entry of each row and column of a tile; LOWEST where all are left out.
+// Writes the largest entry of each row and column of a tile; LOWEST where all are excluded.
 inline void find_largest(const float* tile, i64 rows, float* of_rows, float* of_columns) {
     for (i64 j = 0; j < TILE_COLUMNS; j += W) store(of_columns + j, all(LOWEST));
     i64 i = 0;
@@ -76,13 +76,13 @@ inline void find_largest(const float* tile, i64 rows, float* of_rows, float* of_
     }
 }
 
-// The reference that serves a whole tile; `shared` is false where some row or column is out of its reach.
+// The reference of a whole tile; not `shared` where some row or column is out of its reach.
 struct Reference {
     float value;
     bool shared;
 };
 
-// From the largest entries; LOWEST, a row without entries, counts for nothing.
+// Finds it from the largest entries, ignoring LOWEST: rows without entries.
 inline Reference shared_reference(const float* of_rows, i64 rows, const float* of_columns) {
     float top = LOWEST, bottom = FLT_MAX;
     for (i64 i = 0; i < rows; ++i) {
@@ -100,16 +100,16 @@ inline void write_columns(Stats of_columns, const float* total, const float* gap
     if constexpr (GAP) std::memcpy(of_columns.gap, gap, TILE_COLUMNS * sizeof *gap);
 }
 
-// Writes a tile's sums.
+// Writes the statistics of a tile that has a shared reference.
 //
-// GAP: `other` is S, and the gap is summed; tile and other are equal where entries are left out. KEEP: the exponentials
-// take the place of the entries, if the reference is shared.
-template <bool GAP, bool KEEP>
-inline void write_shared_stats(float* tile, const float* other, float shift, i64 rows, Reference c, Stats of_rows, Stats of_columns,
-                        const float* row_top, const float* column_top) {
+// GAP: `other` is S, and the gap is summed; tile and other are equal where entries are excluded. STORE: the
+// exponentials replace the entries of the tile.
+template <bool GAP, bool STORE>
+inline void write_shared_stats(float* tile, const float* other, float shift, i64 rows, Reference c, Stats of_rows,
+                               Stats of_columns, const float* row_top, const float* column_top) {
     alignas(64) float total[TILE_COLUMNS] = {}, gap[GAP ? TILE_COLUMNS : W] = {};
     for (i64 i = 0; i < rows; i += 2) {
-        const bool second = i + 1 < rows;  // an odd last row is read twice and counted once
+        const bool second = i + 1 < rows;  // an odd last row is read twice but counted once
         float* row[2] = {tile + i * TILE_COLUMNS, tile + (i + second) * TILE_COLUMNS};
         Floats sum_of[2] = {}, gap_of[2] = {};
         for (i64 j = 0; j < TILE_COLUMNS; j += W) {
@@ -125,7 +125,7 @@ inline void write_shared_stats(float* tile, const float* other, float shift, i64
                     gap_of[r] += weighted;
                     column_gap += weighted;
                 }
-                if constexpr (KEEP) store(row[r] + j, e);
+                if constexpr (STORE) store(row[r] + j, e);
             }
             store(total + j, column_total);
             if constexpr (GAP) store(gap + j, column_gap);
@@ -140,16 +140,16 @@ inline void write_shared_stats(float* tile, const float* other, float shift, i64
     write_columns<GAP>(of_columns, total, gap);
 }
 
-// The same with a reference for each row and column, two exponentials an entry.
+// Writes the statistics of a tile with a reference for each row and column: two exponentials for each entry.
 template <bool GAP>
-inline void write_separate_stats(const float* tile, const float* other, float shift, i64 rows, Stats of_rows, Stats of_columns,
-                          float* row_top, float* column_top) {
+inline void write_separate_stats(const float* tile, const float* other, float shift, i64 rows, Stats of_rows,
+                                 Stats of_columns, float* row_top, float* column_top) {
     alignas(64) float total[TILE_COLUMNS] = {}, gap[TILE_COLUMNS] = {};
     for (i64 i = 0; i < rows; ++i) {
         Floats row_total{}, row_gap{};
         for (i64 j = 0; j < TILE_COLUMNS; j += W) {
             const Floats entry = load(tile + i * TILE_COLUMNS + j);
-            // Where a row or column has no entries, its reference would make exp(0) of them.
+            // Relative to its own reference, LOWEST, a row or column without entries would give exp(0).
             const Floats by_row = row_top[i] == LOWEST ? Floats{} : exp(entry - row_top[i]);
             const Floats top = load(column_top + j);
             const Floats by_column = top == LOWEST ? Floats{} : exp(entry - top);
@@ -169,13 +169,13 @@ inline void write_separate_stats(const float* tile, const float* other, float sh
     write_columns<GAP>(of_columns, total, gap);
 }
 
-// dS of a tile: for each softmax its anchors and factors [rows] and [TILE_COLUMNS]; null: not there.
+// The terms of one softmax for a tile: anchors and factors of its rows and columns.
 struct TileSoftmax {
     const float *row_anchor, *row_factor, *column_anchor, *column_factor;
 };
 
-// The reference under which exp(S - c) times factor exp(c - anchor) serves rows and columns. Every entry is at most its
-// row's and its column's anchor, so c overflows nothing.
+// The reference c for which exp(S - c) times factor exp(c - anchor) serves rows and columns. Every entry is at most the
+// anchor of its row and of its column, so that nothing overflows.
 inline Reference shared_anchor(const TileSoftmax& softmax, i64 rows, i64 columns) {
     float top_row = LOWEST, top_column = LOWEST, bottom = FLT_MAX;
     for (i64 i = 0; i < rows; ++i) {
@@ -197,7 +197,7 @@ inline bool within_reach(const TileSoftmax& softmax, i64 rows, i64 columns, floa
     return within;
 }
 
-// out = factor exp(c - anchor); `count` elements, zeros up to a whole number of vectors.
+// out = factor exp(c - anchor) for `count` elements, then zeros up to a whole number of vectors.
 inline void move_factors(const float* anchor, const float* factor, i64 count, float c, float* out) {
     alignas(64) float difference[W], scaled[W];
     for (i64 i = 0; i < count; i += W) {
@@ -221,10 +221,11 @@ struct Factors {
     }
 };
 
-// ds (+)= exp(S - c) (row factor + column factor), entries of equal groups left out if MASKED. EXPONENTIALS: `tile` holds
-// exp(S - c) already.
+// ds (+)= exp(S - c) (row factor + column factor), without entries of equal groups if MASKED. EXPONENTIALS: `tile`
+// holds exp(S - c) already.
 template <bool EXPONENTIALS, bool MASKED>
-inline void add_shared(const float* tile, i64 rows, float c, const Factors& factors, Groups groups, float* ds, bool add) {
+inline void add_shared(const float* tile, i64 rows, float c, const Factors& factors, Groups groups, float* ds,
+                       bool add) {
     for (i64 i = 0; i < rows; ++i) {
         const float* row = tile + i * TILE_COLUMNS;
         float* to = ds + i * TILE_COLUMNS;
@@ -238,7 +239,7 @@ inline void add_shared(const float* tile, i64 rows, float c, const Factors& fact
     }
 }
 
-// The two softmaxes of a batch with a teacher and no groups, in one pass: the usual case.
+// Writes dS of a tile with a teacher and no groups, the common case, in one pass.
 template <bool EXPONENTIALS>
 inline void write_both(const float* student, const float* teacher, i64 rows, float c, float c_teacher, const Factors& f,
                        const Factors& g, float* ds) {
@@ -253,7 +254,7 @@ inline void write_both(const float* student, const float* teacher, i64 rows, flo
     }
 }
 
-// The same as add_shared from entries, with two exponentials for each.
+// Like add_shared, from entries, with two exponentials for each.
 template <bool MASKED>
 inline void add_separate(const float* tile, i64 rows, i64 columns, const TileSoftmax& softmax, Groups groups, float* ds,
                          bool add) {
@@ -266,7 +267,7 @@ inline void add_separate(const float* tile, i64 rows, i64 columns, const TileSof
         float* to = ds + i * TILE_COLUMNS;
         for (i64 j = 0; j < TILE_COLUMNS; j += W) {
             const Floats entry = load(tile + i * TILE_COLUMNS + j);
-            // Entries left out would exceed anchors that were made without them.
+            // Excluded entries would exceed anchors computed without them.
             Floats by_row = entry - softmax.row_anchor[i], by_column = entry - load(anchor + j);
             if constexpr (MASKED) {
                 const Ints same = load(groups.columns + j) == groups.rows[i];

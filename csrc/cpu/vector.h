@@ -1,5 +1,5 @@
-// Vectors of CLIPERASE_WIDTH floats in the compiler's own vector extension, and exp on them. Included only by the files
-// compiled for one instruction set each; all in a namespace named for it, so that the linker keeps them apart.
+// Vectors of CLIPERASE_WIDTH floats, in the compiler's vector extension, and exp of them. Included only by files that
+// are compiled for one instruction set each, in a namespace of its name, so that the linker keeps them apart.
 #pragma once
 
 #include <cfloat>
@@ -19,7 +19,7 @@ constexpr int W = CLIPERASE_WIDTH;
 using Floats = float __attribute__((vector_size(4 * W)));
 using Ints = std::int32_t __attribute__((vector_size(4 * W)));
 
-// Takes the place of entries that are left out: exp of it is 0, and differences of two stay finite.
+// Stands for excluded entries: exp of it is 0, and the difference of two is finite.
 constexpr float LOWEST = -FLT_MAX;
 
 inline Floats load(const float* from) {
@@ -45,7 +45,7 @@ inline float smaller(float a, float b) { return a < b ? a : b; }
 inline i64 larger(i64 a, i64 b) { return a > b ? a : b; }
 inline i64 smaller(i64 a, i64 b) { return a < b ? a : b; }
 
-// Of the lanes, halves folded onto each other.
+// The sum of the lanes, by folding halves onto each other.
 inline float sum(Floats v) {
     float lanes[W];
     std::memcpy(lanes, &v, sizeof v);
@@ -62,10 +62,10 @@ inline float largest(Floats v) {
     return lanes[0];
 }
 
-// exp(x) for x up to 88, to about one unit in the last place; 0 below -87, NaN of NaN.
+// exp(x) for x up to 88, to about one unit in the last place; 0 below -87; NaN for NaN.
 //
-// x = k ln 2 + r with |r| <= ln 2 / 2, ln 2 in two parts so that r is exact; e^r = 1 + r + r^2 p(r), p the polynomial of
-// degree 4 for which the largest relative error of the whole, 3.1e-9, is least (a weighted least-squares fit).
+// x = k ln 2 + r with |r| <= ln 2 / 2, ln 2 in two parts so that r is exact; e^r = 1 + r + r^2 p(r), p the polynomial
+// of degree 4 for which the largest relative error of the whole, 3.1e-9, is least (a weighted least-squares fit).
 inline Floats exp(Floats x) {
     constexpr float SHIFT = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
     constexpr float LOG2_E = 1.44269504f, LN_2_HIGH = 0.693359375f, LN_2_LOW = -2.12194440e-4f;

@@ -12,7 +12,7 @@
 namespace cliperase {
 namespace {
 
-constexpr std::size_t PAGE = std::size_t{2} << 20;  // a huge one
+constexpr std::size_t PAGE = std::size_t{2} << 20;  // of 2 MiB, a huge page
 
 struct Block {
     char* data;
@@ -24,13 +24,13 @@ struct Pool {
     std::vector<Block> blocks;
     std::size_t limit = POOL_BYTES;
 
-    std::size_t cached() const {
+    std::size_t unused() const {
         std::size_t total = 0;
         for (const Block& block : blocks) total += block.capacity;
         return total;
     }
-    void shrink_to(std::size_t most) {
-        while (cached() > most) {  // the oldest first
+    void shrink_to(std::size_t bytes) {
+        while (unused() > bytes) {  // the oldest first
             std::free(blocks.front().data);
             blocks.erase(blocks.begin());
         }
@@ -49,7 +49,7 @@ Block allocate(std::size_t bytes) {
     void* data = nullptr;
     if (posix_memalign(&data, unit, capacity) != 0) throw std::bad_alloc();
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-    if (unit == PAGE) madvise(data, capacity, MADV_HUGEPAGE);  // advice only: without it the pages are small
+    if (unit == PAGE) madvise(data, capacity, MADV_HUGEPAGE);  // without it, pages are small
 #endif
     return {static_cast<char*>(data), capacity};
 }
@@ -90,13 +90,13 @@ Workspace::~Workspace() {
 
 std::size_t pooled_bytes() {
     const std::lock_guard<std::mutex> lock(pool().mutex);
-    return pool().cached();
+    return pool().unused();
 }
 
-void limit_pooled_bytes(std::size_t most) {
+void limit_pooled_bytes(std::size_t limit) {
     const std::lock_guard<std::mutex> lock(pool().mutex);
-    pool().limit = most;
-    pool().shrink_to(most);
+    pool().limit = limit;
+    pool().shrink_to(limit);
 }
 
 }  // namespace cliperase

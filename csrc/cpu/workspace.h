@@ -1,12 +1,12 @@
-// Memory that outlives a call: what one gives back, the next takes. A fresh block costs a page fault for every page, which
-// for the tiles that a forward pass keeps is dearer than the products they save.
+// A memory pool that outlives a call. A fresh block costs a page fault for every page, which for the tiles that a
+// forward pass caches would take longer than the products they save.
 #pragma once
 
 #include <cstddef>
 
 namespace cliperase {
 
-// A block of the pool, given back when the object goes. Contents are whatever was there.
+// A block of the pool, returned to it by the destructor. Its contents are uninitialised.
 class Workspace {
   public:
     explicit Workspace(std::size_t bytes);  // throws std::bad_alloc
@@ -22,8 +22,8 @@ class Workspace {
     std::size_t bytes_, capacity_;
 };
 
-std::size_t pooled_bytes();                     // in the pool now, unused
-void limit_pooled_bytes(std::size_t most);      // and frees what is over it
-constexpr std::size_t POOL_BYTES = std::size_t{2} << 30;  // unless limited otherwise
+std::size_t pooled_bytes();                               // unused memory in the pool
+void limit_pooled_bytes(std::size_t limit);               // frees what exceeds it
+constexpr std::size_t POOL_BYTES = std::size_t{2} << 30;  // the default limit
 
 }  // namespace cliperase

@@ -25,7 +25,8 @@ __device__ void store(const Backward& out, std::int64_t offset, const float (&va
         alignas(8) __nv_bfloat162 pairs[2];
         pairs[0] = __floats2bfloat162_rn(values[0], values[1]);
         pairs[1] = __floats2bfloat162_rn(values[2], values[3]);
-        *reinterpret_cast<uint2*>(static_cast<__nv_bfloat16*>(out.gradient) + offset) = *reinterpret_cast<uint2*>(pairs);
+        *reinterpret_cast<uint2*>(static_cast<__nv_bfloat16*>(out.gradient) + offset) =
+            *reinterpret_cast<uint2*>(pairs);
     } else {
         alignas(8) __half2 pairs[2];
         pairs[0] = __floats2half2_rn(values[0], values[1]);
@@ -92,7 +93,7 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(const GradientArgumen
             add_softmax(sum, student.entry[r], masked_columns, a, masked_term, i, others);
         }
         if (F::teacher) add_softmax(sum, teacher.entry[r], teacher_columns, a, teacher_term, i, all);
-        const std::int64_t ahead = i + block.pair_offset - column;  // of the pair, from the first of these columns
+        const std::int64_t ahead = i + block.pair_offset - column;  // from `column` to the pair of row i
         if (ahead >= 0 && ahead < VECTOR) {
 #pragma unroll
             for (int c = 0; c < VECTOR; ++c)

@@ -1,5 +1,5 @@
-// Python bindings of the CUDA kernels: cliperase_fast._C.cuda. Tensors are passed as buffers (csrc/buffer.h), each checked
-// before it is read or written, and the stream's handle as an integer.
+// Python bindings of the CUDA kernels: cliperase_fast._C.cuda. Tensors are passed as buffers (csrc/buffer.h), each
+// checked before it is read or written, and the stream's handle as an integer.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -46,19 +46,25 @@ float* contiguous_rows(const char* name, const OwnedBuffer& buffer, std::int64_t
 
 const float* products(const char* name, const OwnedBuffer& buffer, std::int64_t rows, std::int64_t columns) {
     const Sizes sizes{rows, at_least(whole_vectors(columns))};
-    return static_cast<const float*>(checked(buffer, {name, {Dtype::float32}, sizes, Layout::rows, device(), VECTOR_BYTES}));
+    return static_cast<const float*>(
+        checked(buffer, {name, {Dtype::float32}, sizes, Layout::rows, device(), VECTOR_BYTES}));
 }
 
 // From row to row, in elements.
-std::int64_t leading(const OwnedBuffer& matrix) { return matrix.sizes[0] > 1 ? matrix.strides[0] : whole_vectors(matrix.sizes[1]); }
+std::int64_t leading(const OwnedBuffer& matrix) {
+    return matrix.sizes[0] > 1 ? matrix.strides[0] : whole_vectors(matrix.sizes[1]);
+}
 
-OwningBlock make_block(std::int64_t columns, std::int64_t pair_offset, const OwnedBuffer& student, const OwnedBuffer* teacher,
-                     const OwnedBuffer& scalars, const OwnedBuffer* row_groups, const OwnedBuffer* column_groups) {
-    if (columns < 1 || columns > INT64_MAX / 64) throw std::invalid_argument("columns = " + std::to_string(columns) + " must be at least 1 and fit 64 bits");
+OwningBlock make_block(std::int64_t columns, std::int64_t pair_offset, const OwnedBuffer& student,
+                       const OwnedBuffer* teacher, const OwnedBuffer& scalars, const OwnedBuffer* row_groups,
+                       const OwnedBuffer* column_groups) {
+    if (columns < 1 || columns > INT64_MAX / 64)
+        throw std::invalid_argument("columns = " + std::to_string(columns) + " must be at least 1 and fit 64 bits");
     if ((row_groups == nullptr) != (column_groups == nullptr))
         throw std::invalid_argument("row_groups and column_groups must be given together");
     OwningBlock block{};
-    block.rows = student.dimensions == 2 ? student.sizes[0] : 0, block.columns = columns, block.pair_offset = pair_offset;
+    block.rows = student.dimensions == 2 ? student.sizes[0] : 0, block.columns = columns,
+    block.pair_offset = pair_offset;
     block.student = products("student", student, block.rows, columns), block.leading = leading(student);
     if (teacher != nullptr) {
         block.teacher = products("teacher", *teacher, block.rows, columns);
@@ -76,17 +82,19 @@ OwningBlock make_block(std::int64_t columns, std::int64_t pair_offset, const Own
     return block;
 }
 
-void run_forward(const OwningBlock& block, const OwnedBuffer& row_stats, bool row_fresh, const OwnedBuffer& column_stats,
-                 bool column_fresh, const OwnedBuffer& diagonal, const OwnedBuffer* teacher_diagonal,
-                 const OwnedBuffer& workspace, std::uintptr_t stream) {
+void run_forward(const OwningBlock& block, const OwnedBuffer& row_stats, bool row_fresh,
+                 const OwnedBuffer& column_stats, bool column_fresh, const OwnedBuffer& diagonal,
+                 const OwnedBuffer* teacher_diagonal, const OwnedBuffer& workspace, std::uintptr_t stream) {
     if (block.teacher != nullptr && teacher_diagonal == nullptr)
         throw std::invalid_argument("teacher_diagonal is needed with a teacher");
     const std::int64_t stats = stat_count(block);
     const Stats rows{contiguous_rows("row_stats", row_stats, stats, block.rows), row_stats.strides[0], row_fresh};
-    const Stats columns{contiguous_rows("column_stats", column_stats, stats, block.columns), column_stats.strides[0], column_fresh};
+    const Stats columns{contiguous_rows("column_stats", column_stats, stats, block.columns), column_stats.strides[0],
+                        column_fresh};
     float* const to_diagonal = dense<float>("diagonal", Dtype::float32, diagonal, {block.rows});
     float* const to_teacher_diagonal =
-        teacher_diagonal == nullptr ? nullptr : dense<float>("teacher_diagonal", Dtype::float32, *teacher_diagonal, {block.rows});
+        teacher_diagonal == nullptr ? nullptr
+                                    : dense<float>("teacher_diagonal", Dtype::float32, *teacher_diagonal, {block.rows});
     float* const work = dense<float>("workspace", Dtype::float32, workspace, {at_least(forward_workspace(block))});
     forward(block, {rows, columns, to_diagonal, to_teacher_diagonal, work, workspace.sizes[0]}, stream);
 }
@@ -97,10 +105,15 @@ void run_backward(const OwningBlock& block, const OwnedBuffer& row_terms, const 
     const std::size_t vector_bytes = gradient.dtype == info(Dtype::float32).name ? VECTOR_BYTES : VECTOR_BYTES / 2;
     Backward out{};
     out.row_terms = contiguous_rows("row_terms", row_terms, terms, block.rows), out.row_stride = row_terms.strides[0];
-    out.column_terms = contiguous_rows("column_terms", column_terms, terms, block.columns), out.column_stride = column_terms.strides[0];
+    out.column_terms = contiguous_rows("column_terms", column_terms, terms, block.columns),
+    out.column_stride = column_terms.strides[0];
     out.diagonal = dense<const float>("diagonal", Dtype::float32, diagonal, {block.rows});
-    out.gradient = checked(gradient, {"gradient", FEATURE_DTYPES, {block.rows, at_least(whole_vectors(block.columns))},
-                                      Layout::rows, device(), vector_bytes});
+    out.gradient = checked(gradient, {"gradient",
+                                      FEATURE_DTYPES,
+                                      {block.rows, at_least(whole_vectors(block.columns))},
+                                      Layout::rows,
+                                      device(),
+                                      vector_bytes});
     out.gradient_leading = leading(gradient), out.dtype = dtype_of(gradient);
     backward(block, out, stream);
 }
@@ -112,7 +125,8 @@ void bind_cuda(py::module_& parent) {
     module.attr("Buffer") = parent.attr("Buffer");
 
     // Local to the module, as the emulated kernels of the tests define the same type.
-    py::class_<OwningBlock>(module, "Block", "Products [rows, columns] of S and S°; see csrc/cuda/sweep.h.", py::module_local())
+    py::class_<OwningBlock>(module, "Block", "Products [rows, columns] of S and S°; see csrc/cuda/sweep.h.",
+                            py::module_local())
         .def(py::init(&make_block), py::kw_only(), py::arg("columns"), py::arg("pair_offset"), py::arg("student"),
              py::arg("teacher") = py::none(), py::arg("scalars"), py::arg("row_groups") = py::none(),
              py::arg("column_groups") = py::none());
@@ -121,8 +135,8 @@ void bind_cuda(py::module_& parent) {
         "forward_workspace", [](const OwningBlock& block) { return forward_workspace(block); }, py::arg("block"),
         "The number of floats that `forward` needs as workspace.");
     module.def("forward", &run_forward, py::arg("block"), py::kw_only(), py::arg("row_stats"), py::arg("row_fresh"),
-               py::arg("column_stats"), py::arg("column_fresh"), py::arg("diagonal"), py::arg("teacher_diagonal") = py::none(),
-               py::arg("workspace"), py::arg("stream"));
-    module.def("backward", &run_backward, py::arg("block"), py::kw_only(), py::arg("row_terms"), py::arg("column_terms"),
-               py::arg("diagonal"), py::arg("gradient"), py::arg("stream"));
+               py::arg("column_stats"), py::arg("column_fresh"), py::arg("diagonal"),
+               py::arg("teacher_diagonal") = py::none(), py::arg("workspace"), py::arg("stream"));
+    module.def("backward", &run_backward, py::arg("block"), py::kw_only(), py::arg("row_terms"),
+               py::arg("column_terms"), py::arg("diagonal"), py::arg("gradient"), py::arg("stream"));
 }

@@ -15,7 +15,8 @@ void check(const Block& block) {
         throw std::invalid_argument("row_groups and column_groups must be given together");
     if (block.leading % VECTOR != 0 || block.leading < block.columns)
         throw std::invalid_argument("leading must be a multiple of 4 and at least the number of columns");
-    if (block.rows > INT64_MAX / 16 / block.leading) throw std::invalid_argument("rows times leading overflows 64 bits");
+    if (block.rows > INT64_MAX / 16 / block.leading)
+        throw std::invalid_argument("rows times leading overflows 64 bits");
     for (const float* products : {block.student, block.teacher})
         if (reinterpret_cast<std::uintptr_t>(products) % (VECTOR * sizeof(float)) != 0)
             throw std::invalid_argument("the products must begin at a multiple of 16 bytes");
@@ -27,7 +28,8 @@ std::string device() {
 #else
     int number = 0;
     const cudaError_t error = cudaGetDevice(&number);
-    if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA has no current device: ") + cudaGetErrorString(error));
+    if (error != cudaSuccess)
+        throw std::runtime_error(std::string("CUDA has no current device: ") + cudaGetErrorString(error));
     return "cuda:" + std::to_string(number);
 #endif
 }

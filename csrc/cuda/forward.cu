@@ -1,4 +1,5 @@
-// Statistics of the rows and columns of a block, from one read of it, and their merging: no atomics, always in the same order.
+// Statistics of the rows and columns of a block, from one read of it, and their merging: no atomics, always in the same
+// order.
 #include <algorithm>
 #include <stdexcept>
 
@@ -9,7 +10,7 @@ namespace {
 
 constexpr int ROWS = 4, TILE_ROWS = WARPS * ROWS;
 using Tile = Piece<ROWS>;
-constexpr int PADDED_WARP = WARP + 1;  // keeps the threads that read a column of lanes in different banks
+constexpr int PADDED_WARP = WARP + 1;   // keeps the threads that read a column of lanes in different banks
 constexpr std::int64_t PROGRAMS = 528;  // four blocks of threads for each multiprocessor of an H100 or H200
 
 struct Tiling {
@@ -127,7 +128,8 @@ __device__ void store_columns(const float* shared, const TileArguments& a, int r
         const bool has_gap = kind == F::students;
         const float* from = shared + kind * 3 * WARPS * TILE_COLUMNS + place;
         const Partial merged = gather<WARPS, TILE_COLUMNS>(from, WARPS * TILE_COLUMNS, has_gap);
-        store(a.column_partials, row_tile, 2 * F::kinds + int(F::teacher), a.block.columns, column, kind, has_gap, merged);
+        store(a.column_partials, row_tile, 2 * F::kinds + int(F::teacher), a.block.columns, column, kind, has_gap,
+              merged);
     }
 }
 
@@ -207,11 +209,11 @@ __global__ void __launch_bounds__(THREADS, F::kinds == 3 ? 1 : 2) forward_kernel
         Tile student, teacher;
         student.load(block.student, block.leading, row, column, block, scale);
         if (F::teacher) teacher.load(block.teacher, block.leading, row, column, block, teacher_scale);
-        const std::int64_t ahead = column - (row + block.pair_offset);  // of the first column, from the pair of the first row
+        const std::int64_t ahead = column - (row + block.pair_offset);  // from the pair of the first row to `column`
         const bool crossed = ahead > -VECTOR && ahead < ROWS;
         if (crossed || row + ROWS > block.rows || column + VECTOR > block.columns)
             exclude<F::teacher>(student, teacher, a, row, column);
-        __syncthreads();  // the last tile's columns have been stored
+        __syncthreads();  // the columns of the previous tile have been stored
         if (F::teacher) {
             with_gap.add(teacher, student, shift);
             share_columns<true>(shared, F::students, teacher, student, shift);
@@ -293,12 +295,13 @@ void forward(const Block& block, const Forward& out, std::uintptr_t stream) {
         (teacher && out.teacher_diagonal == nullptr))
         throw std::invalid_argument("the address of the statistics or of a diagonal is null");
     if (out.rows.stride < block.rows || out.columns.stride < block.columns)
-        throw std::invalid_argument("the statistics overlap: their stride must be at least the block's rows or columns");
+        throw std::invalid_argument(
+            "the statistics overlap: their stride must be at least the block's rows or columns");
     const Tiling tiling(block);
     const int stats = stat_count(block);
     float* const row_partials = out.workspace;
     float* const column_partials = row_partials + stats * tiling.chunks * block.rows;
-    grid_size(tiling.column_tiles + tiling.tiles_per_chunk);  // counted in 32 bits
+    grid_size(tiling.column_tiles + tiling.tiles_per_chunk);  // must fit 32 bits
     const TileArguments tile{block,
                              out.diagonal,
                              out.teacher_diagonal,

@@ -1,5 +1,6 @@
-// The similarity sweep on GPUs, without its matrix products, which the caller computes one block of S (and S°) at a time.
-// Takes device addresses. Everything is asynchronous on the caller's stream; nothing is allocated, and nothing waits.
+// The similarity sweep on GPUs, without its matrix products, which the caller computes one block of S (and S°) at a
+// time. Takes device addresses. Everything is asynchronous on the caller's stream; nothing is allocated, and nothing
+// waits.
 #pragma once
 
 #include <cstddef>
@@ -9,8 +10,8 @@
 
 namespace cliperase::cuda {
 
-// A block of the products I Tᵀ, and of the teacher's, in float32, before they are scaled. Rows begin at multiples of 16 bytes;
-// entries between `columns` and `leading` are not used.
+// A block of the products I Tᵀ, and of the teacher's, in float32, before they are scaled. Rows begin at multiples of 16
+// bytes; entries between `columns` and `leading` are not used.
 struct Block {
     const float* student;  // [rows, leading]
     const float* teacher;  // [rows, leading], or null
@@ -25,12 +26,15 @@ struct Block {
 };
 
 // The number of softmaxes of a block: of S, of S masked, of S°.
-inline int kinds(const Block& block) { return int(block.plain()) + int(block.masked()) + int(block.teacher != nullptr); }
+inline int kinds(const Block& block) {
+    return int(block.plain()) + int(block.masked()) + int(block.teacher != nullptr);
+}
 inline int stat_count(const Block& block) { return 2 * kinds(block) + int(block.teacher != nullptr); }
 
-// Statistics of the entries of rows or columns, without those of pairs; each is `stride` floats after the previous one. Of S,
-// where the block is plain, and of S masked, where it is masked: the maximum and the total of exp(entry - maximum). Of S°, the
-// same and the gap, the total of exp(S° - maximum) (S° - S - shift). Maxima and gaps are in units of log 2.
+// Statistics of the entries of rows or columns, without those of pairs; each is `stride` floats after the previous one.
+// Of S, where the block is plain, and of S masked, where it is masked: the maximum and the total of exp(entry -
+// maximum). Of S°, the same and the gap, the total of exp(S° - maximum) (S° - S - shift). Maxima and gaps are in units
+// of log 2.
 struct Stats {
     float* data;
     std::int64_t stride;
@@ -47,8 +51,8 @@ struct Forward {
 std::int64_t forward_workspace(const Block& block);
 void forward(const Block& block, const Forward& forward, std::uintptr_t stream);
 
-// Weighted softmaxes w P = exp(entry - anchor) * factor of the rows and of the columns: (anchor, factor) of S, of S masked, of
-// S°, where the block has them. Anchors are in natural units.
+// Weighted softmaxes w P = exp(entry - anchor) * factor of the rows and of the columns: (anchor, factor) of S, of S
+// masked, of S°, where the block has them. Anchors are in natural units.
 struct Backward {
     const float *row_terms, *column_terms;
     std::int64_t row_stride, column_stride;  // floats from one anchor or factor array to the next

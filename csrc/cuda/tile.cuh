@@ -1,5 +1,5 @@
-// Shared by the kernels. A block of threads processes a tile of 128 columns; each of its 8 warps some rows of it, and each
-// thread 4 adjacent columns of these.
+// Shared by the kernels. A block of threads processes a tile of 128 columns; each of its 8 warps some rows of it, and
+// each thread 4 adjacent columns of these.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -25,8 +25,8 @@ template <int ROWS>
 struct Piece {
     float entry[ROWS][VECTOR];
 
-    __device__ void load(const float* from, std::int64_t leading, std::int64_t row, std::int64_t column, const Block& block,
-                         float scale) {
+    __device__ void load(const float* from, std::int64_t leading, std::int64_t row, std::int64_t column,
+                         const Block& block, float scale) {
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
             float4 read = make_float4(0.0F, 0.0F, 0.0F, 0.0F);

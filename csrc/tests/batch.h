@@ -1,5 +1,5 @@
-// Batches for the C++ tests: features of any dtype and layout, and the regimes in which cancellation bites, as
-// tests/ops/accuracy_cases.py has them.
+// Batches for the C++ tests: features of any dtype and layout, and the regimes in which cancellation matters, as in
+// tests/ops/accuracy_cases.py.
 #pragma once
 
 #include <algorithm>
@@ -15,12 +15,12 @@
 using cliperase::Dtype;
 using std::int64_t;
 
-// Values of `dtype` as bits, and back, without any help of the code under test.
+// Converts values of `dtype` to bits and back, without the code under test.
 inline std::uint32_t encode(Dtype dtype, double value) {
     if (dtype == Dtype::float16) {
         int exponent;
         std::frexp(value, &exponent);
-        exponent = std::max(exponent - 1, -14);  // below that the numbers are as far apart as there
+        exponent = std::max(exponent - 1, -14);  // subnormal numbers have the spacing of that exponent
         const auto mantissa = static_cast<std::uint32_t>(std::lrint(std::ldexp(std::abs(value), 10 - exponent)));
         return (std::signbit(value) ? 0x8000u : 0u) + mantissa + (static_cast<std::uint32_t>(exponent + 14) << 10);
     }
@@ -42,9 +42,9 @@ inline double decode(Dtype dtype, std::uint32_t bits) {
     return static_cast<double>(single);
 }
 
-enum class Layout { rows, transposed, every_other_column, expanded };  // expanded: all rows are one
+enum class Layout { rows, transposed, every_other_column, expanded };  // expanded: all rows are the same memory
 
-// Features [n, width]: as the sweep is handed them, and the same numbers in double.
+// Features [n, width] as the sweep takes them, and the same numbers in double.
 struct Features {
     int64_t n, width;
     std::vector<double> values;
@@ -64,7 +64,8 @@ struct Features {
                 double& value = values[i * width + k];
                 if (layout == Layout::expanded) value = values[k];
                 const std::uint32_t bits = encode(dtype, value);
-                std::memcpy(&memory[(i * strides.row + k * strides.column) * halves], &bits, 2 * halves);  // little-endian
+                std::memcpy(&memory[(i * strides.row + k * strides.column) * halves], &bits,
+                            2 * halves);  // little-endian
                 value = decode(dtype, bits);
             }
     }
@@ -77,7 +78,8 @@ struct Features {
 
 enum class Regime { random, converged, anti_aligned, collapsed, collapsed_teacher, half_converged, swapped };
 
-// What a test asks for; `groups`: ids, with `Regime::swapped` those of the pairs that have each other's text.
+// The parameters of a batch. `groups`: random ids, or with `Regime::swapped` those of the pairs whose texts are
+// swapped.
 struct Case {
     int64_t n = 140, width = 40, teacher_width = 24;
     bool retention = true, consistency = true, groups = false;
@@ -89,8 +91,9 @@ struct Case {
     std::string name() const {
         return "n " + std::to_string(n) + ", width " + std::to_string(width) + " and " + std::to_string(teacher_width) +
                (retention ? ", retention" : "") + (consistency ? ", consistency" : "") + (groups ? ", groups" : "") +
-               ", regime " + std::to_string(static_cast<int>(regime)) + " at scale " + std::to_string(scale) + ", dtype " +
-               std::to_string(static_cast<int>(dtype)) + ", layout " + std::to_string(static_cast<int>(layout));
+               ", regime " + std::to_string(static_cast<int>(regime)) + " at scale " + std::to_string(scale) +
+               ", dtype " + std::to_string(static_cast<int>(dtype)) + ", layout " +
+               std::to_string(static_cast<int>(layout));
     }
 };
 
@@ -122,7 +125,8 @@ class Batch {
 
         explicit Directions(const Case& c) {
             image = unit_rows(c.n, c.width, {}, 1), text = unit_rows(c.n, c.width, {}, 1);
-            teacher_image = unit_rows(c.n, c.teacher_width, {}, 1), teacher_text = unit_rows(c.n, c.teacher_width, {}, 1);
+            teacher_image = unit_rows(c.n, c.teacher_width, {}, 1),
+            teacher_text = unit_rows(c.n, c.teacher_width, {}, 1);
             std::vector<double> near = image;
             const auto near_rows = [&](double noise) { return unit_rows(c.n, c.width, near, noise); };
             if (c.regime == Regime::converged) {
@@ -140,19 +144,21 @@ class Batch {
                 collapse(teacher_image, c.n, c.teacher_width), collapse(teacher_text, c.n, c.teacher_width);
             if (c.regime == Regime::swapped)
                 for (int64_t i = 0; i < c.n; ++i)
-                    for (int64_t k = 0; k < c.width; ++k) text[i * c.width + k] = image[std::min(i ^ 1, c.n - 1) * c.width + k];
+                    for (int64_t k = 0; k < c.width; ++k)
+                        text[i * c.width + k] = image[std::min(i ^ 1, c.n - 1) * c.width + k];
         }
         static void collapse(std::vector<double>& rows, int64_t n, int64_t width) {
             for (int64_t i = width; i < n * width; ++i) rows[i] = rows[i - width];
         }
-        // Rows of length one: those of `near`, if there are any, and noise times random ones.
+        // Normalised rows: those of `near`, if there are any, plus noise times random ones.
         std::vector<double> unit_rows(int64_t n, int64_t width, const std::vector<double>& near, double noise) {
             std::normal_distribution<double> normal;
             std::vector<double> out(n * width);
             for (int64_t i = 0; i < n; ++i) {
                 double squares = 0;
                 for (int64_t k = i * width; k < (i + 1) * width; ++k) {
-                    out[k] = (near.empty() ? 0 : near[k]) + noise * normal(random) / std::sqrt(static_cast<double>(width));
+                    out[k] =
+                        (near.empty() ? 0 : near[k]) + noise * normal(random) / std::sqrt(static_cast<double>(width));
                     squares += out[k] * out[k];
                 }
                 for (int64_t k = i * width; k < (i + 1) * width; ++k) out[k] /= std::sqrt(squares);
@@ -168,6 +174,7 @@ class Batch {
           teacher_image(c.n, c.teacher_width, made.teacher_image, c.dtype, c.layout),
           teacher_text(c.n, c.teacher_width, made.teacher_text, c.dtype, c.layout) {
         for (int64_t i = 0; i < c.n; ++i)
-            groups.push_back(static_cast<std::int32_t>(c.regime == Regime::swapped ? i / 2 : made.random() % (c.n / 3 + 1)) - 3);
+            groups.push_back(
+                static_cast<std::int32_t>(c.regime == Regime::swapped ? i / 2 : made.random() % (c.n / 3 + 1)) - 3);
     }
 };

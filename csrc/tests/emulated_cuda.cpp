@@ -1,4 +1,5 @@
-// csrc/cuda, compiled for the CPU with csrc/tests/emulation in place of CUDA's headers, as a Python module for the tests.
+// csrc/cuda, compiled for the CPU with csrc/tests/emulation in place of CUDA's headers, as a Python module for the
+// tests.
 #include <cuda_runtime.h>
 #include <pybind11/pybind11.h>
 

@@ -1,4 +1,4 @@
-// What the C++ tests report with.
+// How the C++ tests report failures.
 #pragma once
 
 #include <cmath>
@@ -9,14 +9,14 @@
 #include "sweep.h"
 
 inline int failures = 0;
-inline std::string context;  // the case at hand, for the report
+inline std::string context;  // the current case, for the report
 
 inline void fail(const char* what, const char* isa, const std::string& why = "") {
     if (++failures > 20) return;
     std::printf("%s, %s%s%s%s\n", isa, what, context.empty() ? "" : ", ", context.c_str(), why.c_str());
 }
 
-// NaN is never what is expected.
+// NaN always fails.
 inline void expect_within(const char* what, const char* isa, double found, double expected, double allowed) {
     if (std::abs(found - expected) <= allowed) return;
     char why[99];

@@ -21,7 +21,8 @@ void expect_refused(const Buffer& buffer, const Expected& expected, const std::s
     try {
         checked(buffer, expected);
     } catch (const std::invalid_argument& error) {
-        if (std::string(error.what()).find(why) == std::string::npos) fail("buffers", "checks", std::string(": ") + error.what());
+        if (std::string(error.what()).find(why) == std::string::npos)
+            fail("buffers", "checks", std::string(": ") + error.what());
         return;
     }
     fail("buffers", "checks", ": not refused: " + why);
@@ -29,7 +30,8 @@ void expect_refused(const Buffer& buffer, const Expected& expected, const std::s
 
 void expect_taken(const Buffer& buffer, const Expected& expected) {
     try {
-        if (checked(buffer, expected) != reinterpret_cast<void*>(buffer.address)) fail("buffers", "checks", ": another address");
+        if (checked(buffer, expected) != reinterpret_cast<void*>(buffer.address))
+            fail("buffers", "checks", ": another address");
     } catch (const std::invalid_argument& error) {
         fail("buffers", "checks", std::string(": ") + error.what());
     }
@@ -50,16 +52,20 @@ void check_buffers() {
     expect_taken(good, dense), expect_taken(good, any);
     expect_taken(changed([](Buffer& b) { b.strides = {8, 1}; }), rows);
     expect_taken(changed([](Buffer& b) { b.strides = {0, 7}; }), any);  // rows that are all the same
-    expect_taken(changed([](Buffer& b) { b.sizes = {3, 1}, b.strides = {1, -9}; }), {"sums", {Dtype::float32}, {3, 1}, Layout::dense, CPU});
+    expect_taken(changed([](Buffer& b) { b.sizes = {3, 1}, b.strides = {1, -9}; }),
+                 {"sums", {Dtype::float32}, {3, 1}, Layout::dense, CPU});
     expect_taken({8, "float32", 0, {}, {}, CPU}, {"loss", {Dtype::float32}, {}, Layout::dense, CPU});
 
     expect_refused(changed([](Buffer& b) { b.dtype = "float64"; }), dense,
                    "sums must be contiguous float32 [3, 5] on cpu, not float64 [3, 5] with strides [5, 1] on cpu");
-    expect_refused(changed([](Buffer& b) { b.dtype = "float64"; }), any, "must be float32, bfloat16 or float16 [3, 5] on cpu, not");
-    expect_refused(changed([](Buffer& b) { b.device = "meta"; }), dense, "on cpu, not float32 [3, 5] with strides [5, 1] on meta");
+    expect_refused(changed([](Buffer& b) { b.dtype = "float64"; }), any,
+                   "must be float32, bfloat16 or float16 [3, 5] on cpu, not");
+    expect_refused(changed([](Buffer& b) { b.device = "meta"; }), dense,
+                   "on cpu, not float32 [3, 5] with strides [5, 1] on meta");
     expect_refused(changed([](Buffer& b) { b.sizes[1] = 4; }), dense, "not float32 [3, 4]");
     expect_refused(changed([](Buffer& b) { b.sizes[1] = 6; }), dense, "not float32 [3, 6]");
-    expect_refused(changed([](Buffer& b) { b.sizes[1] = 3; }), rows, "[3, at least 4] with contiguous rows on cpu, not float32 [3, 3]");
+    expect_refused(changed([](Buffer& b) { b.sizes[1] = 3; }), rows,
+                   "[3, at least 4] with contiguous rows on cpu, not float32 [3, 3]");
     expect_refused(changed([](Buffer& b) { b.dimensions = 1; }), dense, "not float32 [3] with strides [5]");
     expect_refused(changed([](Buffer& b) { b.strides = {6, 1}; }), dense, "with strides [6, 1]");
     expect_refused(changed([](Buffer& b) { b.strides = {1, 3}; }), dense, "with strides [1, 3]");
@@ -74,5 +80,6 @@ void check_buffers() {
         expect_refused(changed([=](Buffer& b) { b.strides = {stride, 1}; }), any, "sums reaches beyond 64 bits");
     expect_refused(changed([](Buffer& b) { b.address = UINTPTR_MAX - 15; }), dense, "sums reaches beyond 64 bits");
     const std::int64_t wide = std::int64_t{1} << 40;
-    expect_refused({4096, "float32", 2, {wide, wide}, {wide, 1}, CPU}, {"sums", {Dtype::float32}, {wide, wide}, Layout::dense, CPU}, "sums");
+    expect_refused({4096, "float32", 2, {wide, wide}, {wide, 1}, CPU},
+                   {"sums", {Dtype::float32}, {wide, wide}, Layout::dense, CPU}, "sums");
 }

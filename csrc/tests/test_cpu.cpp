@@ -1,4 +1,4 @@
-// The CPU sweep of every instruction set that runs here against plain loops in double precision.
+// The CPU sweep of every instruction set that runs here, compared with plain loops in double precision.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -21,8 +21,8 @@ namespace {
 using cliperase::Backward;
 using cliperase::Forward;
 using cliperase::Matrix;
-using cliperase::SimilarityInputs;
 using cliperase::Sigmoid;
+using cliperase::SimilarityInputs;
 
 struct Data {
     std::int64_t n, m, width;
@@ -36,7 +36,8 @@ struct Data {
     }
     SimilarityInputs inputs(std::int64_t pair_offset, int threads) const {
         SimilarityInputs in{};
-        in.rows = n, in.columns = m, in.pair_offset = pair_offset, in.width = width, in.scale = 0.5f, in.threads = threads;
+        in.rows = n, in.columns = m, in.pair_offset = pair_offset, in.width = width, in.scale = 0.5f,
+        in.threads = threads;
         in.image = {image.data(), width, 1, cliperase::Dtype::float32};
         in.text = {text.data(), width, 1, cliperase::Dtype::float32};
         return in;
@@ -47,8 +48,9 @@ struct Data {
     }
 };
 
-// Rows n of columns m, the pair_offset pair at `pair_offset`; sums, and the gradient of sum_i log sum_j exp(S_ij), its own pair left out.
-void check_kernels(const cliperase::IsaKernels& kernels, std::int64_t n, std::int64_t m, std::int64_t pair_offset, bool keep) {
+// The statistics of n rows and m columns, and the gradients of sum_i log sum_j exp(S_ij), without the pair of row i.
+void check_kernels(const cliperase::IsaKernels& kernels, std::int64_t n, std::int64_t m, std::int64_t pair_offset,
+                   bool keep) {
     const Data data(n, m, 37);
     const SimilarityInputs in = data.inputs(pair_offset, 2);
     cliperase::check(in);
@@ -76,9 +78,11 @@ void check_kernels(const cliperase::IsaKernels& kernels, std::int64_t n, std::in
     }
     for (std::int64_t j = 0; j < m; ++j)
         if (column_total[j] > 0)
-            expect_close("column", kernels.name, columns[j] + std::log(columns[m + j]), std::log(column_total[j]), 1e-5);
+            expect_close("column", kernels.name, columns[j] + std::log(columns[m + j]), std::log(column_total[j]),
+                         1e-5);
 
-    std::vector<float> row_anchor(row_lse.begin(), row_lse.end()), row_factor(n), column_anchor(m), column_factor(m, 0.0f);
+    std::vector<float> row_anchor(row_lse.begin(), row_lse.end()), row_factor(n), column_anchor(m),
+        column_factor(m, 0.0f);
     for (std::int64_t i = 0; i < n; ++i)
         row_factor[i] = static_cast<float>(std::exp(double(row_anchor[i]) - row_lse[i]));
     for (std::int64_t j = 0; j < m; ++j) column_anchor[j] = static_cast<float>(std::log(column_total[j] + 1e-30));
@@ -112,7 +116,8 @@ void check_kernels(const cliperase::IsaKernels& kernels, std::int64_t n, std::in
     }
     for (std::int64_t j = 0; j < m; ++j)
         for (std::int64_t k = 0; k < data.width; ++k)
-            expect_close("gradient of text", kernels.name, grad_text[j * stride + k], of_text[j * data.width + k], 2e-5);
+            expect_close("gradient of text", kernels.name, grad_text[j * stride + k], of_text[j * data.width + k],
+                         2e-5);
     expect_close("gradient of scale", kernels.name, grad_scale, of_scale, 1e-4);
 }
 
@@ -149,7 +154,8 @@ void check_sigmoid(const cliperase::IsaKernels& kernels, std::int64_t n, std::in
     }
     for (std::int64_t j = 0; j < m; ++j)
         for (std::int64_t k = 0; k < data.width; ++k)
-            expect_close("sigmoid gradient of text", kernels.name, grad_text[j * stride + k], of_text[j * data.width + k], 2e-5);
+            expect_close("sigmoid gradient of text", kernels.name, grad_text[j * stride + k],
+                         of_text[j * data.width + k], 2e-5);
     expect_close("sigmoid loss", kernels.name, loss, total, 1e-6);
     expect_close("sigmoid loss alone", kernels.name, only_loss, loss, 0);
     expect_close("sigmoid gradient of scale", kernels.name, grad_scale, of_scale, 1e-5);
@@ -158,16 +164,19 @@ void check_sigmoid(const cliperase::IsaKernels& kernels, std::int64_t n, std::in
 
 }  // namespace
 
-// Of every kernels that runs here; of those named, all of which must run.
+// Tests every instruction set that runs here, or those that are named, which must all run here.
 int main(int count, char** names) {
     const cliperase::IsaKernels *const chosen = cliperase::choose_kernels(nullptr), *widest = nullptr;
     std::vector<const cliperase::IsaKernels*> all_kernels;
     for (const char* name : {"portable", "avx2", "avx512"})
-        if (const cliperase::IsaKernels* kernels = cliperase::choose_kernels(name)) all_kernels.push_back(widest = kernels);
+        if (const cliperase::IsaKernels* kernels = cliperase::choose_kernels(name))
+            all_kernels.push_back(widest = kernels);
     std::printf("chosen: %s\n", chosen ? chosen->name : "nothing");
-    if (chosen == nullptr || chosen != widest || cliperase::choose_kernels("abacus") != nullptr) fail("the choice", "dispatch");
+    if (chosen == nullptr || chosen != widest || cliperase::choose_kernels("abacus") != nullptr)
+        fail("wrong choice", "dispatch");
 #if defined(CLIPERASE_X86)
-    if (cliperase::choose_kernels("avx2") && !cliperase::choose_kernels("avx512")) all_kernels.push_back(&cliperase::wide_kernels);
+    if (cliperase::choose_kernels("avx2") && !cliperase::choose_kernels("avx512"))
+        all_kernels.push_back(&cliperase::wide_kernels);
 #endif
     if (count > 1) all_kernels.clear();
     for (int at = 1; at < count; ++at) {

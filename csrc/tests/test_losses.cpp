@@ -1,5 +1,5 @@
-// The losses of whole batches, the sigmoid loss too, and their gradients: the sweep of every kernels against the formulas in
-// double precision.
+// The losses of whole batches, including the sigmoid loss, and their gradients, compared with the formulas in double
+// precision, for every instruction set.
 //
 // The unit of the allowed error is that of tests/ops/accuracy_cases.py: what one rounding of the similarities can do.
 #include <algorithm>
@@ -14,13 +14,13 @@
 namespace {
 
 using cliperase::Backward;
-using cliperase::IsaKernels;
 using cliperase::Forward;
+using cliperase::IsaKernels;
 using cliperase::SimilarityInputs;
 using Doubles = std::vector<double>;
 
 constexpr double GRAD_RETENTION = 0.7, GRAD_CONSISTENCY = 1.3;
-constexpr double EPS = 1.0 / (1 << 23), UNDERFLOW = 1e-36;  // float32 ends near 1e-38; what is smaller comes out as 0
+constexpr double EPS = 1.0 / (1 << 23), UNDERFLOW = 1e-36;  // float32 has no normal numbers below 1e-38
 
 struct Outcome {
     double retention = 0, consistency = 0, scale = 0;
@@ -29,12 +29,13 @@ struct Outcome {
 
 double log1p_exp(double x) { return x > 40 ? x : std::log1p(std::exp(x)); }
 
-// The softmax of each row of a matrix [n, n], without what groups leave out: log-odds of the rest against the diagonal
-// entry, and what is off the diagonal.
+// The softmax of each row of a matrix [n, n], without the entries of equal groups: the log-odds of all other entries to
+// that of the pair, and the probabilities off the diagonal.
 struct Softmax {
     Doubles odds, off_diagonal;  // [n], [n, n]
 
-    Softmax(const Doubles& s, int64_t n, const std::vector<std::int32_t>& groups) : odds(n, -INFINITY), off_diagonal(n * n) {
+    Softmax(const Doubles& s, int64_t n, const std::vector<std::int32_t>& groups)
+        : odds(n, -INFINITY), off_diagonal(n * n) {
         for (int64_t i = 0; i < n; ++i) {
             const auto included = [&](int64_t j) { return i != j && (groups.empty() || groups[i] != groups[j]); };
             const double *row = s.data() + i * n, own = row[i];
@@ -56,7 +57,8 @@ Doubles similarity(const Features& left, const Features& right, double scale) {
     for (int64_t i = 0; i < left.n; ++i)
         for (int64_t j = 0; j < right.n; ++j) {
             double sum = 0;
-            for (int64_t k = 0; k < left.width; ++k) sum += left.values[i * left.width + k] * right.values[j * left.width + k];
+            for (int64_t k = 0; k < left.width; ++k)
+                sum += left.values[i * left.width + k] * right.values[j * left.width + k];
             s[i * right.n + j] = scale * sum;
         }
     return s;
@@ -69,7 +71,7 @@ Doubles transposed(const Doubles& s, int64_t n) {
     return out;
 }
 
-// The formulas, and how far float32 may be from them.
+// The exact values, and the allowed errors of float32.
 struct Truth : Outcome {
     double allowed_loss = 0, allowed_gradient = 0, allowed_scale = 0;
 
@@ -86,7 +88,8 @@ struct Truth : Outcome {
                 for (int64_t i = 0; i < n; ++i) {
                     for (int64_t j = 0; j < n; ++j) {
                         const int64_t at = columns ? j * n + i : i * n + j;
-                        ds[at] += weight * softmax.off_diagonal[i * n + j], mass[at] += std::abs(weight) * softmax.off_diagonal[i * n + j];
+                        ds[at] += weight * softmax.off_diagonal[i * n + j],
+                            mass[at] += std::abs(weight) * softmax.off_diagonal[i * n + j];
                     }
                     const double one_minus_p = 1 / (1 + std::exp(-softmax.odds[i]));
                     ds[i * n + i] -= weight * one_minus_p, mass[i * n + i] += std::abs(weight) * one_minus_p;
@@ -133,7 +136,7 @@ struct Truth : Outcome {
     }
 };
 
-// What the kernels makes of it, of which it keeps the similarities of so many rows between the passes.
+// Runs both passes; the similarities of the first `cached_rows` rows are cached in between.
 Outcome run(const IsaKernels& kernels, const Batch& batch, int64_t cached_rows, int threads) {
     const Case& c = batch.of;
     const int64_t n = c.n, stride = cliperase::gradient_stride(c.width);
@@ -145,7 +148,7 @@ Outcome run(const IsaKernels& kernels, const Batch& batch, int64_t cached_rows, 
     std::vector<float> cache(tiles * (16 + (c.consistency ? 2 : 1) * 256 * 128), NAN);
     float shift;
     const Forward found{diagonals.data(), diagonals.data() + n, sums.data(), sums.data() + sums.size() / 2,
-                        &shift, cache.data(), cached_rows};
+                        &shift,           cache.data(),         cached_rows};
     cliperase::check(in, found);
     {
         const cliperase::Workspace scratch(kernels.forward_scratch(in));
@@ -189,14 +192,15 @@ void check(const std::vector<const IsaKernels*>& all_kernels, const Case& c, con
             expect_within("consistency", kernels->name, found.consistency, truth.consistency, truth.allowed_loss);
             expect_within("gradient of scale", kernels->name, found.scale, truth.scale, truth.allowed_scale);
             for (std::size_t k = 0; k < truth.image.size(); ++k) {
-                expect_within("gradient of image", kernels->name, found.image[k], truth.image[k], truth.allowed_gradient);
+                expect_within("gradient of image", kernels->name, found.image[k], truth.image[k],
+                              truth.allowed_gradient);
                 expect_within("gradient of text", kernels->name, found.text[k], truth.text[k], truth.allowed_gradient);
             }
             if (cached == cached_rows.back() && !same_bits(found, run(*kernels, batch, cached, 1)))
-                fail("two threads give other bits than one", kernels->name);
-            // too many for each to have blocks of its own, of a gradient of several panel groups
+                fail("one and two threads give different bits", kernels->name);
+            // too many threads for each to have whole blocks, and a gradient of several panel groups
             if (c.n > 256 && c.width > 144 && !same_bits(found, run(*kernels, batch, cached, 7)))
-                fail("two threads give other bits than seven", kernels->name);
+                fail("two and seven threads give different bits", kernels->name);
         }
 }
 
@@ -236,10 +240,10 @@ void check_sigmoid(const std::vector<const IsaKernels*>& all_kernels, const Case
         expect_within("sigmoid gradient of scale", kernels->name, grad_scale, of_scale, unit * mass + UNDERFLOW);
         for (int64_t i = 0; i < n; ++i)
             for (int64_t k = 0; k < c.width; ++k) {
-                expect_within("sigmoid gradient of image", kernels->name, grad_image[i * stride + k], image[i * c.width + k],
-                              c.scale * (unit * image_mass[i] + UNDERFLOW));
-                expect_within("sigmoid gradient of text", kernels->name, grad_text[i * stride + k], text[i * c.width + k],
-                              c.scale * (unit * text_mass[i] + UNDERFLOW));
+                expect_within("sigmoid gradient of image", kernels->name, grad_image[i * stride + k],
+                              image[i * c.width + k], c.scale * (unit * image_mass[i] + UNDERFLOW));
+                expect_within("sigmoid gradient of text", kernels->name, grad_text[i * stride + k],
+                              text[i * c.width + k], c.scale * (unit * text_mass[i] + UNDERFLOW));
             }
     }
 }

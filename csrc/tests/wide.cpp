@@ -1,4 +1,5 @@
-// The sweep as AVX-512 has it, 16 floats a vector, compiled for AVX2: its layouts are tested on more machines than it runs on.
+// The sweep with vectors of 16 floats, as for AVX-512, compiled for AVX2: this tests its layouts on machines without
+// AVX-512.
 #define CLIPERASE_ISA wide
 #define CLIPERASE_WIDTH 16
 #include "backward_pass.h"
@@ -7,6 +8,6 @@
 
 namespace cliperase {
 extern const IsaKernels wide_kernels;
-const IsaKernels wide_kernels = {"wide", wide::forward_scratch, wide::forward, wide::backward_scratch,
-    wide::backward, wide::sigmoid_scratch, wide::sigmoid};
+const IsaKernels wide_kernels = {"wide",         wide::forward_scratch, wide::forward, wide::backward_scratch,
+                                 wide::backward, wide::sigmoid_scratch, wide::sigmoid};
 }  // namespace cliperase

@@ -1,5 +1,4 @@
-// The first and only process of the emulated machine: runs the C++ test, says on the console how it ended, and turns the
-// machine off.
+// The only process of the emulated machine: runs the C++ test, prints how it ended, and turns the machine off.
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/reboot.h>
@@ -8,7 +7,7 @@
 #include <unistd.h>
 
 int main(void) {
-    setenv("OMP_WAIT_POLICY", "passive", 1);  // one processor: a thread that spins keeps the other from working
+    setenv("OMP_WAIT_POLICY", "passive", 1);  // on one processor, a spinning thread would block the other
     const pid_t test = fork();
     if (test == 0) {
         execl("/test_cpu", "test_cpu", "avx512", (char*)NULL);

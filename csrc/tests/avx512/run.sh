@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Runs the C++ test on an emulated processor with AVX-512: Bochs boots Debian's kernel, and the test is all there is beside
-# it. Everything made or downloaded stays in build/avx512; the log of the run is build/avx512/serial.log.
+# Runs the C++ test on an emulated processor with AVX-512: Bochs boots Debian's kernel with the test as its only process.
+# All files are in build/avx512; the log of the run is build/avx512/serial.log.
 #
-#   AVX512_KERNEL=/boot/vmlinuz-...   this kernel, in place of the one that `apt-get download` finds
-#   AVX512_SECONDS=1800               how long the machine may run
+#   AVX512_KERNEL=/boot/vmlinuz-...   use this kernel instead of the one from `apt-get download`
+#   AVX512_SECONDS=1800               time limit of the machine
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
 out=$PWD/build/avx512
@@ -33,17 +33,17 @@ need cmake cmake
 
 kernel=${AVX512_KERNEL:-}
 if [ -z "$kernel" ]; then
-    command -v apt-get > /dev/null || fail "this is no Debian: name a Linux kernel in AVX512_KERNEL"
+    command -v apt-get > /dev/null || fail "apt-get is not available; set AVX512_KERNEL to a Linux kernel"
     package=$(apt-cache depends linux-image-cloud-amd64 2> /dev/null | sed -n 's/^ *Depends: //p' | head -1)
-    [ -n "$package" ] || fail "apt knows no linux-image-cloud-amd64: apt-get update, or name a kernel in AVX512_KERNEL"
+    [ -n "$package" ] || fail "apt does not know linux-image-cloud-amd64; run apt-get update, or set AVX512_KERNEL to a Linux kernel"
     kernel=$out/$package/boot/vmlinuz-${package#linux-image-}
     if [ ! -e "$kernel" ]; then
-        (cd "$out" && apt-get -q download "$package") || fail "$package cannot be downloaded: apt-get update?"
+        (cd "$out" && apt-get -q download "$package") || fail "could not download $package; run apt-get update"
         dpkg -x "$out/$package"_*.deb "$out/$package"
         rm "$out/$package"_*.deb
     fi
 fi
-[ -r "$kernel" ] || fail "there is no kernel $kernel"
+[ -r "$kernel" ] || fail "kernel $kernel does not exist"
 
 # -- the test, static, and a disk to start it from ----------------------------------------------------------------------
 static() { "${CXX:-c++}" -print-file-name="$1"; }
@@ -83,15 +83,15 @@ log: "$out/bochs.log"
 panic: action=fatal
 END
 echo continue > "$out/debugger"  # Debian's Bochs starts in its debugger
-echo "avx512-check: the emulated machine starts; it takes minutes"
+echo "avx512-check: starting the emulated machine; this takes minutes"
 status=0
 TERM=xterm timeout -s KILL "${AVX512_SECONDS:-1800}" bochs -q -f "$out/bochsrc" -rc "$out/debugger" \
     < /dev/null > "$out/bochs.out" 2>&1 || status=$?
 [ $status != 137 ] || echo "avx512-check: stopped after ${AVX512_SECONDS:-1800} s" >&2
 
-log=$(tr -d '\r' < "$out/serial.log") || fail "the machine has not started: see $out/bochs.out and $out/bochs.log"
+log=$(tr -d '\r' < "$out/serial.log") || fail "the machine did not start; see $out/bochs.out and $out/bochs.log"
 echo "$log"
 for line in "chosen: avx512" "avx512 ran, 0 failures" "the test exited with 0"; do
-    grep -qxF "$line" <<< "$log" || fail "FAILED: the log does not say \"$line\""
+    grep -qxF "$line" <<< "$log" || fail "FAILED: the log does not contain \"$line\""
 done
 echo "avx512-check: passed"

@@ -1,4 +1,4 @@
-// Stands for CUDA's header, see cuda_runtime.h: float to bfloat16, to the nearest, ties to even.
+// Replaces CUDA's header, see cuda_runtime.h: conversion of float to bfloat16, to nearest, ties to even.
 #pragma once
 
 #include <cstdint>
@@ -14,4 +14,6 @@ inline __nv_bfloat16 __float2bfloat16_rn(float value) {
     return {static_cast<std::uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
 }
 
-inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)}; }
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
+    return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
+}

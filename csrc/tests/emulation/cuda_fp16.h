@@ -1,4 +1,4 @@
-// Stands for CUDA's header, see cuda_runtime.h: float to half, to the nearest, ties to even.
+// Replaces CUDA's header, see cuda_runtime.h: conversion of float to half, to nearest, ties to even.
 #pragma once
 
 #include <cmath>
@@ -16,7 +16,7 @@ inline __half __float2half_rn(float value) {
     int exponent = 0;
     std::frexp(size, &exponent);  // size < 2^exponent
     if (exponent < -13) exponent = -13;  // subnormal: their exponent is fixed
-    // Whole steps of the last place, rounded by the current mode, to the nearest even; a carry runs into the exponent.
+    // In units of the last place, rounded to nearest even by the current mode; a carry increments the exponent.
     const auto steps = static_cast<std::uint32_t>(std::nearbyint(std::ldexp(size, 11 - exponent)));
     const std::uint32_t biased = static_cast<std::uint32_t>(exponent + 13);
     return {static_cast<std::uint16_t>(sign | ((biased << 10) + steps))};

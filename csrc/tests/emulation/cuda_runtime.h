@@ -1,5 +1,5 @@
-// Stands for CUDA's header where csrc/cuda is compiled for the CPU, for its tests: the kernels' source is the very same.
-// A launch runs its blocks one after the other; the threads of a block are fibers that take turns at __syncthreads.
+// Replaces CUDA's header where csrc/cuda is compiled for the CPU, for its tests; the source of the kernels is the same.
+// A launch runs its blocks one after the other. The threads of a block are fibers that switch at __syncthreads.
 #pragma once
 
 #include <ucontext.h>
@@ -31,7 +31,7 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 
 inline int min(int a, int b) { return a < b ? a : b; }
 
-inline dim3 blockIdx, threadIdx;  // of the fiber that runs
+inline dim3 blockIdx, threadIdx;  // of the running fiber
 
 using cudaStream_t = void*;
 enum cudaError_t : int { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
@@ -45,9 +45,9 @@ struct cudaLaunchConfig_t {
 
 namespace emulation {
 
-constexpr std::size_t MOST_SHARED = 48 * 1024, WATCHED_FLOATS = MOST_SHARED / 4 + 256, STACK = 64 * 1024;
-constexpr unsigned MOST_THREADS = 1024, MOST_GRID_YZ = 65535;
-// Threads take their turns from the last to the first: a missing barrier shows as another result.
+constexpr std::size_t MAX_SHARED = 48 * 1024, WATCHED_FLOATS = MAX_SHARED / 4 + 256, STACK = 64 * 1024;
+constexpr unsigned MAX_THREADS = 1024, MAX_GRID_YZ = 65535;
+// Runs threads from the last to the first: a missing barrier gives a different result.
 inline bool reversed = false;
 
 struct Fiber {
@@ -68,7 +68,7 @@ inline Scheduler scheduler;
 inline void fiber_main() {
     Scheduler& s = scheduler;
     s.body(s.arguments);
-    s.fibers[s.running].done = true;  // and on to main, its uc_link
+    s.fibers[s.running].done = true;  // continues in main, its uc_link
 }
 
 inline void run_block(unsigned threads) {
@@ -100,7 +100,7 @@ inline void run_block(unsigned threads) {
 
 namespace cliperase::cuda {
 namespace {
-// The block's shared memory, under the name that the kernels declare; what lies behind is watched.
+// The shared memory of a block, by the name that the kernels declare. Writes past its end are detected.
 float4 shared_vectors[emulation::WATCHED_FLOATS / 4];
 }  // namespace
 }  // namespace cliperase::cuda
@@ -111,11 +111,12 @@ inline void __syncthreads() {
 }
 
 template <typename Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Arguments), const Arguments& arguments) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Arguments),
+                               const Arguments& arguments) {
     using namespace emulation;
     const dim3 grid = config->gridDim, block = config->blockDim;
     const std::size_t shared_bytes = config->dynamicSmemBytes;
-    if (block.x > MOST_THREADS || shared_bytes > MOST_SHARED || grid.y > MOST_GRID_YZ || grid.z > MOST_GRID_YZ ||
+    if (block.x > MAX_THREADS || shared_bytes > MAX_SHARED || grid.y > MAX_GRID_YZ || grid.z > MAX_GRID_YZ ||
         grid.x == 0)
         return cudaErrorInvalidConfiguration;
     struct Call {
@@ -137,7 +138,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                     shared[i] = i < used ? std::numeric_limits<float>::quiet_NaN() : 12345.0F;
                 run_block(block.x);
                 for (std::size_t i = used; i < size; ++i)
-                    if (shared[i] != 12345.0F) throw std::logic_error("a kernel wrote behind its shared memory");
+                    if (shared[i] != 12345.0F)
+                        throw std::logic_error("a kernel wrote past the end of its shared memory");
             }
     return cudaSuccess;
 }
