@@ -1,4 +1,5 @@
-"""Put the figures of benchmarks/results/ into the docs: between `<!-- figures: NAME -->` and `<!-- end -->` marks.
+"""Put the figures of benchmarks/results/ and the table of data sources into the docs, between marks:
+`<!-- figures: NAME -->` and `<!-- end -->`.
 
 python -m benchmarks.write_docs            rewrite README.md and docs/*.md
 python -m benchmarks.write_docs --check    change nothing; exit 1 when a page does not show the committed results
@@ -17,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from cliperase_fast.data.sources import sources_markdown
 from cliperase_fast.planning.cost_model import step_cost
 from cliperase_fast.planning.report import step_of
 
@@ -311,6 +313,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "grad-cache": grad_cache_table,
     "sharded-products": sharded_products_table,
     "scaling": scaling_table,
+    "sources": sources_markdown,
     "digits": digits_table,
     "ablation": ablation_table,
     "shapes": shapes_table,

@@ -21,16 +21,7 @@ from cliperase_fast._version import __version__
 from cliperase_fast.config import UnlearnConfig, read_settings
 from cliperase_fast.errors import InputError, UnlearningError
 
-_SOURCES = """\
-data sources:
-  demo                     handwritten digits that come with scikit-learn
-  shapes                   rendered coloured shapes
-  cifar10:DIR cifar100:DIR the python pickles
-  folder:DIR               a folder per class (torchvision's ImageFolder); DIR/train and DIR/test when there
-  csv:FILE                 tab-separated, columns filepath and title, as open_clip reads it
-  flickr30k:DIR            Karpathy's dataset_flickr30k.json, results.csv, captions.txt and others, see docs/data.md
-  wds:SHARDS               webdataset shards, for example 'wds:/data/{00000..00099}.tar'
-
+_SELECTORS = """\
 selectors:
   class:apple              pairs of this class; several with commas
   caption:apple,apples     pairs with a caption that holds one of these words
@@ -281,11 +272,17 @@ def _command(commands: Any, name: str, description: str, run: Any) -> argparse.A
         name,
         help=description,
         description=description[0].upper() + description[1:] + ".",
-        epilog="\n".join(part for part in (_EXAMPLES_OF[name], _SOURCES if name in _WITH_DATA else "") if part),
+        epilog="\n".join(part for part in (_EXAMPLES_OF[name], _data_help() if name in _WITH_DATA else "") if part),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
     return parser
+
+
+def _data_help() -> str:
+    from cliperase_fast.data.sources import sources_text
+
+    return f"data sources:\n{sources_text('  ')}\n\n{_SELECTORS}"
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:

@@ -4,7 +4,8 @@ from cliperase_fast.data.checks import check_images, overlap, split
 from cliperase_fast.data.classes import ClassSpace
 from cliperase_fast.data.pairs import PairDataset, as_pairs, caption_key, concat
 from cliperase_fast.data.selectors import parse_reference, select
-from cliperase_fast.data.sources import Source, open_source
+from cliperase_fast.data.source_types import Source
+from cliperase_fast.data.sources import open_source
 
 __all__ = [
     "ClassSpace",

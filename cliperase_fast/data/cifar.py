@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 as published: python pickles, read without running what is in them."""
+"""The sources `cifar10` and `cifar100`: the published pickles, read without running code from them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ import os
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cliperase_fast.data.classes import DEFAULT_TEMPLATES, ClassSpace, readable
+from cliperase_fast.data.images import ArrayStore
+from cliperase_fast.data.pairs import PairDataset
+from cliperase_fast.data.source_types import Request, Source, SourceType
 from cliperase_fast.errors import InputError
-from cliperase_fast.reading import in_bytes, open_regular
+from cliperase_fast.reading import in_bytes, open_regular, user_path
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,7 @@ class Layout:
     archive: str
 
 
-CIFAR10 = Layout(
+_LAYOUT_10 = Layout(
     folder="cifar-10-batches-py",
     train=tuple(f"data_batch_{number}" for number in range(1, 6)),
     test=("test_batch",),
@@ -35,7 +40,7 @@ CIFAR10 = Layout(
     labels="labels",
     archive="https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
 )
-CIFAR100 = Layout(
+_LAYOUT_100 = Layout(
     folder="cifar-100-python",
     train=("train",),
     test=("test",),
@@ -179,3 +184,31 @@ _ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
     **{(f"numpy.{core}.multiarray", "_reconstruct"): _reconstruct for core in ("core", "_core")},
     **{(f"numpy.{core}.numeric", "_frombuffer"): _from_buffer for core in ("core", "_core")},
 }
+
+
+def _open(request: Request, layout: Layout) -> Source:
+    folder = find_folder(user_path(request.path), layout)
+    names = [readable(name) for name in class_names(folder, layout)]
+    space = ClassSpace.from_templates(names, request.templates or DEFAULT_TEMPLATES)
+    parts = []
+    for split_name, files in (("train", layout.train), ("test", layout.test)):
+        pixels, labels = read_batches(folder, files, layout, len(names))
+        parts.append(
+            PairDataset(
+                f"{request.name} {split_name}",
+                ArrayStore(pixels, f"{os.path.realpath(folder)}/{split_name}"),
+                [space.prompts[label] for label in labels],
+                [f"{split_name}/{index}" for index in range(len(labels))],
+                labels=labels,
+                space=space,
+            )
+        )
+    return Source(request.name, *parts)
+
+
+CIFAR10 = SourceType("cifar10:DIR", "CIFAR-10, the python version unpacked in DIR", partial(_open, layout=_LAYOUT_10))
+CIFAR100 = SourceType(
+    "cifar100:DIR",
+    "CIFAR-100, fine labels, the python version unpacked in DIR",
+    partial(_open, layout=_LAYOUT_100),
+)

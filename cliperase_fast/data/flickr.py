@@ -15,6 +15,7 @@ from cliperase_fast.data.folders import is_system_file
 from cliperase_fast.data.images import FileStore
 from cliperase_fast.data.intake import Intake, caption_fault
 from cliperase_fast.data.pairs import PairDataset
+from cliperase_fast.data.source_types import Request, Source, SourceType
 from cliperase_fast.data.tables import Row, caption_rows, group_rows, read_table
 from cliperase_fast.errors import InputError
 from cliperase_fast.reading import printable, read_lines, read_text, user_path
@@ -239,3 +240,15 @@ def _image_folder(root: Path, images: list[str], name: str) -> Path:
 def _pairs(captions: Captions, folder: Path, root: Path, name: str, intake: Intake) -> PairDataset:
     store = FileStore([str(folder / image) for image in captions], os.path.realpath(root))
     return PairDataset(name, store, list(captions.values()), [printable(image) for image in captions], intake=intake)
+
+
+def _open(request: Request) -> Source:
+    train, test = open_flickr30k(request.path, request.name, request.intake)
+    return Source(request.name, request.prompted(train), test)
+
+
+SOURCE = SourceType(
+    "flickr30k:DIR",
+    "Karpathy's dataset_flickr30k.json, flickr_annotations_30k.csv, results.csv, captions.txt or a .token file",
+    _open,
+)

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from cliperase_fast.data.classes import ClassSpace, readable
+from cliperase_fast.data.classes import DEFAULT_TEMPLATES, ClassSpace, readable
 from cliperase_fast.data.decoding import image_suffixes, is_other_image
 from cliperase_fast.data.images import FileStore
 from cliperase_fast.data.intake import Intake
 from cliperase_fast.data.pairs import PairDataset
+from cliperase_fast.data.source_types import Option, Request, Source, SourceType
 from cliperase_fast.errors import InputError
 from cliperase_fast.reading import has_surrogates, printable, read_text, user_path
 
@@ -240,3 +241,16 @@ def _pairs(found: list[list[Path]], root: Path, name: str, space: ClassSpace, in
         space=space,
         intake=intake,
     )
+
+
+def _open(request: Request) -> Source:
+    templates = request.templates or DEFAULT_TEMPLATES
+    return Source(request.name, *open_folder(request.path, request.name, templates, request.intake, **request.options))
+
+
+SOURCE = SourceType(
+    "folder:DIR",
+    "a folder of images per class (ImageFolder): DIR/CLASS, or DIR/train/CLASS with DIR/test or DIR/val",
+    _open,
+    (Option("classnames", "a file with the names of the classes"),),
+)

@@ -1,9 +1,15 @@
-"""Rendered coloured shapes: a small world where a colour, a shape and their combination can be told apart."""
+"""The source `shapes`: rendered shapes, with classes that share a colour or a shape."""
 
 from __future__ import annotations
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from cliperase_fast.data.classes import ClassSpace
+from cliperase_fast.data.images import ArrayStore
+from cliperase_fast.data.pairs import PairDataset
+from cliperase_fast.data.source_types import Option, Request, Source, SourceType
+from cliperase_fast.errors import InputError
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (225, 25, 30),
@@ -24,10 +30,10 @@ _SUPERSAMPLING = 4
 
 
 def render_split(per_class: int, size: int, seed: int, part: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 [100 * per_class, size, size, 3] and labels int64, class after class.
+    """Return images uint8 [100 * per_class, size, size, 3] and labels int64, class by class.
 
-    part: number of the split; splits and seeds draw independently. The first images of a class do not depend
-    on how many there are.
+    part: number of the split; splits and seeds draw independently. The first images of a class do not depend on how
+    many there are.
     """
     pixels = np.empty((len(CLASSES) * per_class, size, size, 3), dtype=np.uint8)
     for label, name in enumerate(CLASSES):
@@ -39,7 +45,7 @@ def render_split(per_class: int, size: int, seed: int, part: int) -> tuple[np.nd
 
 
 def render(shape: str, colour: tuple[int, int, int], size: int, rng: np.random.Generator) -> np.ndarray:
-    """One image uint8 [size, size, 3]: random place, size, tilt and brightness, noisy greyish ground."""
+    """Render one image uint8 [size, size, 3]: random position, size, tilt and brightness, noisy grey background."""
     radius = rng.uniform(0.27, 0.4) * size
     centre = rng.uniform(radius, size - radius, 2)
     tilt = np.deg2rad(rng.uniform(-20, 20))
@@ -93,3 +99,43 @@ _OUTLINES: dict[str, list[tuple[np.ndarray, int]]] = {
         (np.array([[1, 0], [0.1, -0.8], [0.1, -0.3], [-1, -0.3], [-1, 0.3], [0.1, 0.3], [0.1, 0.8]]), 255),
     ],
 }
+
+
+def _open(request: Request) -> Source:
+    """Render the train and test splits."""
+    number = {"train": 100, "test": 20, "size": 32, "seed": request.seed}
+    for key, text in request.options.items():
+        if not text.isdigit() or (key != "seed" and int(text) < 1) or (key == "size" and int(text) < 16):
+            least = {"seed": 0, "size": 16}.get(key, 1)
+            raise InputError(f"{request.spec!r}: {key}={text!r} must be a whole number of at least {least}")
+        number[key] = int(text)
+    space = ClassSpace.from_templates(CLASSES, request.templates or ("a {}",))
+    parts = []
+    for part, split_name in enumerate(("train", "test")):
+        count = number[split_name]
+        pixels, labels = render_split(count, number["size"], number["seed"], part)
+        origin = f"shapes/{number['size']}px-seed{number['seed']}/{split_name}"
+        parts.append(
+            PairDataset(
+                f"{request.spec} {split_name}",
+                ArrayStore(pixels, origin),
+                [space.prompts[label] for label in labels],
+                [f"{origin}/{space.names[label]}/{index % count}" for index, label in enumerate(labels)],
+                labels=labels,
+                space=space,
+            )
+        )
+    return Source(request.spec, *parts)
+
+
+SOURCE = SourceType(
+    "shapes",
+    'rendered coloured shapes, classes "red circle" and so on',
+    _open,
+    (
+        Option("train", "images per class for training (100)"),
+        Option("test", "images per class for the test (20)"),
+        Option("size", "width and height in pixels (32)"),
+        Option("seed", "seed of the drawing (the run's)"),
+    ),
+)

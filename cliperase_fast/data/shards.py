@@ -19,6 +19,7 @@ from cliperase_fast.data.folders import is_system_file
 from cliperase_fast.data.images import TarStore
 from cliperase_fast.data.intake import MAX_CAPTION, Intake, caption_fault
 from cliperase_fast.data.pairs import PairDataset
+from cliperase_fast.data.source_types import Request, Source, SourceType
 from cliperase_fast.errors import InputError
 from cliperase_fast.extras import import_extra
 from cliperase_fast.reading import decode_text, in_bytes, open_regular, printable
@@ -290,3 +291,13 @@ def _ids(keys: list[str], shards: list[str], shard_of: np.ndarray) -> list[str]:
     if count > 1:
         raise InputError(f"the sample {double!r} occurs {count} times in the shards: give each shard once")
     return ids
+
+
+def _open(request: Request) -> Source:
+    pairs = open_shards(request.path, request.name, request.intake)
+    return Source(request.name, request.prompted(pairs), None)
+
+
+SOURCE = SourceType(
+    "wds:SHARDS", "local webdataset shards with images and .txt captions: 'wds:/data/{00000..00099}.tar'", _open
+)

@@ -19,6 +19,7 @@ from cliperase_fast.data.classes import derive_classes
 from cliperase_fast.data.images import FileStore
 from cliperase_fast.data.intake import Intake, caption_fault
 from cliperase_fast.data.pairs import PairDataset
+from cliperase_fast.data.source_types import Option, Request, Source, SourceType
 from cliperase_fast.errors import InputError
 from cliperase_fast.reading import read_lines, user_path
 
@@ -262,3 +263,22 @@ def group_rows(rows: Iterable[Row], file: Path, intake: Intake) -> dict[str, tup
         raise InputError(f"{file} has no rows")
     intake.require_some(len(captions), str(file), "has no row that can be used")
     return {image: tuple(texts) for image, texts in captions.items()}
+
+
+def _open(request: Request) -> Source:
+    pairs = open_csv(request.path, request.name, request.intake, **request.options)
+    return Source(request.name, request.prompted(pairs), None)
+
+
+SOURCE = SourceType(
+    "csv:FILE",
+    "a table, tab-separated with columns filepath and title by default, as open_clip reads it",
+    _open,
+    (
+        Option("sep", "the separator, such as a comma (tab)"),
+        Option("img", "the column of image paths (filepath)"),
+        Option("caption", "the column of captions (title)"),
+        Option("root", "the folder that paths are relative to (the table's)"),
+        Option("quotes", "none if quotes are part of the text (double)"),
+    ),
+)

@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cliperase_fast.data import PairDataset, caption_key
-from cliperase_fast.data.loading import load_batches
-from cliperase_fast.data.pixel_cache import PixelCache
+from cliperase_fast.data.loading import PixelCache, load_batches
 from cliperase_fast.distributed import SINGLE_PROCESS, Ranks
 from cliperase_fast.errors import InputError, is_out_of_memory
 from cliperase_fast.models import ClipAdapter

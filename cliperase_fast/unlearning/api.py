@@ -21,7 +21,7 @@ from cliperase_fast._version import installed_versions
 from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.data import PairDataset
 from cliperase_fast.data.drawing import seeded
-from cliperase_fast.data.pixel_cache import PixelCache
+from cliperase_fast.data.loading import PixelCache
 from cliperase_fast.defaults import torch_defaults
 from cliperase_fast.distributed import init_distributed
 from cliperase_fast.errors import InputError

@@ -13,8 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cliperase_fast.data import PairDataset
 from cliperase_fast.data.drawing import seeded
-from cliperase_fast.data.loading import load_batches
-from cliperase_fast.data.pixel_cache import PixelCache
+from cliperase_fast.data.loading import PixelCache, load_batches
 from cliperase_fast.distributed import SINGLE_PROCESS, Ranks
 
 _FORGET, _RETAIN = 0, 1

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cliperase_fast.data.pixel_cache import PixelCache
+from cliperase_fast.data.loading import PixelCache
 from cliperase_fast.evaluation import EncodedPairs, encode_pairs, require_finite, score
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.unlearning.runtime import Runtime

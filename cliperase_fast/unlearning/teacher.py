@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cliperase_fast.data import PairDataset
-from cliperase_fast.data.pixel_cache import PixelCache
+from cliperase_fast.data.loading import PixelCache
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.models.runtime import inference
 from cliperase_fast.progress import Steps, say

@@ -79,7 +79,7 @@ def test_flickr_files_and_class_names_that_are_pipes_are_refused(tmp_path: Path,
 
 @pytest.mark.parametrize("spec", ["csv:a\0b", "folder:a\0b", "wds:a\0b", "flickr30k:a\0b", "cifar10:a\0b"])
 def test_a_nul_in_a_source_is_refused(spec: str) -> None:
-    with pytest.raises(InputError, match="holds a NUL character"):
+    with pytest.raises(InputError, match="contains a NUL character"):
         open_source(spec)
 
 

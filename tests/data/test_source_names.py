@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import inspect
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from cliperase_fast.data import open_source
+from cliperase_fast import cli
+from cliperase_fast.data import open_source, sources
 from cliperase_fast.data.shapes import CLASSES, COLOURS, SHAPES
+from cliperase_fast.data.source_types import Option, Request, Source, SourceType
 from cliperase_fast.errors import InputError
 
 
@@ -13,7 +18,7 @@ from cliperase_fast.errors import InputError
     ("spec", "message"),
     [
         ("cifar:/data", "unknown source 'cifar:/data'; did you mean 'cifar10:DIR'"),
-        ("/data/images", "unknown source.* There are demo, shapes, cifar10:DIR"),
+        ("/data/images", "unknown source.* Use one of demo, shapes, cifar10:DIR"),
         ("/", "unknown source '/'; did you mean 'folder:/'"),
         ("/data/pairs.TSV?sep=,", r"did you mean 'csv:/data/pairs.TSV\?sep=,'"),
         ("/data/{0..9}.tar", r"did you mean 'wds:/data/\{0\.\.9\}\.tar'"),
@@ -22,7 +27,7 @@ from cliperase_fast.errors import InputError
         ("folder:", "write folder:DIR"),
         ("demo:x", "write demo"),
         ("shapes:x", "write shapes"),
-        ("shapes?tran=3", "unknown option 'tran' in .* there are train, test, size, seed"),
+        ("shapes?tran=3", "unknown option 'tran' in .* use one of train, test, size, seed"),
         ("shapes?train=0", "train='0' must be a whole number of at least 1"),
         ("shapes?train=x", "train='x'"),
         ("shapes?size=8", "size='8' must be a whole number of at least 16"),
@@ -32,6 +37,45 @@ from cliperase_fast.errors import InputError
 def test_a_name_that_opens_nothing_is_explained(spec: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         open_source(spec)
+
+
+def test_a_source_in_the_table_opens_and_is_named_in_every_list(monkeypatch, capsys) -> None:
+    def opened(request: Request) -> Source:
+        source = open_source("demo")
+        return Source(f"{request.path} {dict(request.options)}", source.train, None)
+
+    new = SourceType("mine:PLACE", "pairs of mine", opened, (Option("year", "when they were made"),))
+    monkeypatch.setattr(sources, "SOURCES", (*sources.SOURCES, new))
+    assert open_source("mine:here?year=2025").name == "here {'year': '2025'}"
+    with pytest.raises(InputError, match=r"unknown option 'years' in .*; use one of year$"):
+        open_source("mine:here?years=2025")
+    with pytest.raises(InputError, match=r"Use one of demo, .*wds:SHARDS, mine:PLACE"):
+        open_source("nothing")
+    assert "| `mine:PLACE` | pairs of mine | `?year=` when they were made |" in sources.sources_markdown()
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", "--help"])
+    help_text = capsys.readouterr().out
+    assert "mine:PLACE" in help_text and "?year= when they were made" in help_text
+
+
+def test_docstring_and_readme_list_the_table() -> None:
+    assert inspect.getdoc(open_source).endswith(sources.sources_text())  # type: ignore[union-attr]
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert sources.sources_markdown() in readme, "run python -m benchmarks.write_docs"
+    for source in sources.SOURCES:
+        assert source.usage in sources.sources_text() and source.help in sources.sources_text()
+
+
+def test_options_in_the_table_are_those_that_a_source_takes(tmp_path) -> None:
+    """An option that is listed but not read would be dropped in silence, or be a TypeError."""
+    (tmp_path / "t.csv").write_text("a,b\n1.png,a dog\n2.png,a cat\n")
+    table = open_source(f"csv:{tmp_path}/t.csv?sep=,&img=a&caption=b&root={tmp_path}&quotes=none").train
+    assert [captions[0] for captions in table.captions] == ["a dog", "a cat"]
+    shapes = open_source("shapes?train=2&test=1&size=16&seed=3")
+    assert (len(shapes.train), len(shapes.test), shapes.train.image(0).size) == (200, 100, (16, 16))  # type: ignore[arg-type]
+    used = {"csv": "sep img caption root quotes", "shapes": "train test size seed", "folder": "classnames"}
+    listed = {s.kind: " ".join(option.name for option in s.options) for s in sources.SOURCES if s.options}
+    assert listed == used
 
 
 def test_templates_need_classes(tmp_path) -> None:

@@ -3,7 +3,7 @@ import torch
 from PIL import Image
 
 from cliperase_fast.data import as_pairs, concat
-from cliperase_fast.data.pixel_cache import PixelCache
+from cliperase_fast.data.loading import PixelCache
 
 
 def rows(count, offset=0):
