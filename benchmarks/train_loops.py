@@ -33,6 +33,8 @@ from cliperase_fast.demo import cached_small_clip
 from cliperase_fast.models import load_model, set_trainable
 from cliperase_fast.recipes import RECIPES
 from cliperase_fast.unlearning import api
+from cliperase_fast.unlearning.methods import base as methods_base
+from cliperase_fast.unlearning.preparation import make_plan
 from cliperase_fast.unlearning.splits import Split, open_sets, prepare_data
 from cliperase_fast.unlearning.trainer import Trainer
 
@@ -197,7 +199,7 @@ def straightforward(
         parameters = [parameter for _, parameter in set_trainable(load_model(student), config.trainable)]
     optimizer = torch.optim.Adam(parameters, lr=config.learning_rate)
     losses: list[float] = []
-    plan = api._plan(config, data.train)
+    plan = make_plan(config, data.train)
     per_epoch = plan.batches_per_epoch
     for epoch in range(config.epochs):
         student.train()
@@ -284,7 +286,7 @@ def with_unlearn(
             super().__init__(*parts, **named)
             _instrument(self, timeline)
 
-    with mock.patch.object(api, "Trainer", Timed):
+    with mock.patch.object(methods_base, "Trainer", Timed):
         result = api.unlearn(model, **sets, config=config, progress=False)
     scores = {
         when: {part: getattr(result, when)[part]["zero_shot_top1"] for part in ("forget", "retain")}
@@ -326,12 +328,16 @@ def _instrument(trainer: Any, timeline: Timeline) -> None:
     if teacher is not None:
         teacher.features = timed(teacher.features, "teacher")
 
-    def loss_ends(module: Any, inputs: Any, terms: Any) -> None:
+    objective = trainer.objective
+
+    def timed_objective(features: Any) -> Any:
+        timeline.mark("other")
+        terms = objective(features)
         timeline.mark("loss, forward")
         timeline.watch_loss(terms.total)
+        return terms
 
-    trainer.loss.register_forward_pre_hook(lambda module, inputs: timeline.mark("other"))
-    trainer.loss.register_forward_hook(loss_ends)
+    trainer.objective = timed_objective
     engine.optimizer.register_step_pre_hook(lambda *_: timeline.mark("other"))
     engine.optimizer.register_step_post_hook(lambda *_: timeline.mark("optimizer"))
 

@@ -23,14 +23,17 @@ if TYPE_CHECKING:
     from cliperase_fast.integrations.open_clip_losses import ClipLoss, DistillClipLoss, SigLipLoss
     from cliperase_fast.integrations.transformers import patch_transformers_clip, unpatch_transformers_clip
     from cliperase_fast.unlearning import UnlearnResult, unlearn
+    from cliperase_fast.unlearning.methods import methods, register_method
 
 _LAZY = {
     "ClipLoss": "cliperase_fast.integrations.open_clip_losses",
     "DistillClipLoss": "cliperase_fast.integrations.open_clip_losses",
     "SigLipLoss": "cliperase_fast.integrations.open_clip_losses",
     "evaluate": "cliperase_fast.evaluation",
+    "methods": "cliperase_fast.unlearning.methods",
     "patch_open_clip": "cliperase_fast.integrations.open_clip",
     "patch_transformers_clip": "cliperase_fast.integrations.transformers",
+    "register_method": "cliperase_fast.unlearning.methods",
     "unlearn": "cliperase_fast.unlearning",
     "unpatch_open_clip": "cliperase_fast.integrations.open_clip",
     "unpatch_transformers_clip": "cliperase_fast.integrations.transformers",
@@ -51,8 +54,10 @@ __all__ = [
     "evaluate",
     "export",
     "functional",
+    "methods",
     "patch_open_clip",
     "patch_transformers_clip",
+    "register_method",
     "unlearn",
     "unpatch_open_clip",
     "unpatch_transformers_clip",

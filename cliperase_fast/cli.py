@@ -1,4 +1,4 @@
-"""The command line: `cliperase-fast unlearn | evaluate | demo | train-open-clip | plan | bench | backends`."""
+"""The command line: `cliperase-fast COMMAND`, where `main` lists the commands."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cliperase_fast._version import __version__
-from cliperase_fast.config import UnlearnConfig, read_settings
+from cliperase_fast.config import UnlearnConfig, parse_options, read_settings
 from cliperase_fast.errors import InputError, UnlearningError
 
 _SELECTORS = """\
@@ -81,6 +81,13 @@ examples:
   cliperase-fast bench loss --help          (what is measured, and how)
 
 With --quick it takes a minute or two.
+""",
+    "methods": """\
+examples:
+  cliperase-fast methods
+  cliperase-fast unlearn --method gradient_ascent ...
+
+docs/methods.md says how to add one.
 """,
     "backends": """\
 examples:
@@ -263,6 +270,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("what", choices=_BENCHMARKS, metavar="{" + ",".join(_BENCHMARKS) + "}", help="what to measure")
     bench.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS", help="passed on as they are")
 
+    _command(commands, "methods", "the unlearning methods, with their options", _methods)
     _command(commands, "backends", "what computes the losses here", _backends)
     return parser
 
@@ -330,6 +338,16 @@ def _add_settings(parser: argparse.ArgumentParser, own_defaults: dict[str, str])
         if name not in groups:
             groups[name] = parser.add_argument_group(f"settings: {name}")
         flag = "--" + spec.name.replace("_", "-")
+        if spec.name == "method_options":
+            groups[name].add_argument(
+                flag,
+                nargs="+",
+                action="extend",
+                default=argparse.SUPPRESS,
+                metavar="KEY=VALUE",
+                help=f"{spec.metadata['help']} (default: the method's own)",
+            )
+            continue
         default = own_defaults.get(spec.name, spec.default)
         if spec.type == "bool":
             default = "yes" if default else "no"
@@ -357,9 +375,13 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
         settings.update(UnlearnConfig.paper(arguments.paper).to_dict())
     if getattr(arguments, "config", None):
         settings.update(read_settings(arguments.config))
+    method = getattr(arguments, "method", None)
+    if method is not None and method != settings.get("method"):
+        settings.pop("method_options", None)  # those of the method that the flag replaces
     for spec in dataclasses.fields(UnlearnConfig):
         if hasattr(arguments, spec.name):
-            settings[spec.name] = getattr(arguments, spec.name)
+            value = getattr(arguments, spec.name)
+            settings[spec.name] = parse_options(value) if spec.name == "method_options" else value
     return settings
 
 
@@ -470,6 +492,13 @@ def _backends(arguments: argparse.Namespace) -> int:
     from cliperase_fast.ops import backends
 
     print(backends())
+    return 0
+
+
+def _methods(arguments: argparse.Namespace) -> int:
+    from cliperase_fast.unlearning.methods import methods
+
+    print(methods())
     return 0
 
 

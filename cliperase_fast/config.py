@@ -33,6 +33,12 @@ class UnlearnConfig:
     `InputError` on a wrong name or value. Frozen: derive a variant with `dataclasses.replace`.
     """
 
+    method: str = _option("cliperase", "unlearning method, see `cliperase-fast methods`", group="method")
+    method_options: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "options of that method, as KEY=VALUE or a JSON object", "choices": None, "group": "method"},
+    )
+
     # the losses
     lambda_retain: float = _option(1.0, "weight of the retention (contrastive) loss", group="loss")
     lambda_forget: float = _option(3.0, "weight of the forgetting loss", group="loss")
@@ -94,9 +100,9 @@ class UnlearnConfig:
         ("floor", "last"),
         group="selection",
     )
-    evaluate_every: int = _option(1, "epochs between two looks at the validation split", group="selection")
+    evaluate_every: int = _option(1, "epochs between two evaluations on the validation split", group="selection")
     early_stop: int = _option(
-        0, "stop after this many looks without a better checkpoint; 0 for never", group="selection"
+        0, "stop after this many evaluations without a better checkpoint; 0 for never", group="selection"
     )
 
     # the data
@@ -147,7 +153,9 @@ class UnlearnConfig:
             object.__setattr__(self, spec.name, value)
             choices = spec.metadata["choices"]
             if choices and value not in choices:
-                raise InputError(f"{spec.name}={value!r} is not one of {', '.join(choices)}{_nearest(value, choices)}")
+                raise InputError(
+                    f"{spec.name}={value!r} is not one of {', '.join(choices)}{nearest_name(value, choices)}"
+                )
         for name in ("epochs", "batch_size", "accumulate", "eval_batch_size", "evaluate_every", "lora_rank",
                      "checkpoint_every", "keep_checkpoints"):  # fmt: skip
             self._require(getattr(self, name) >= 1, name, "must be at least 1")
@@ -193,18 +201,16 @@ class UnlearnConfig:
 
     @classmethod
     def paper(cls, dataset: str, **overrides: Any) -> UnlearnConfig:
-        """The settings of CLIPErase, section 4 (arXiv 2410.23330): lambda 1, 3, 3; Adam; batch 16; 20 epochs.
+        """Return the settings of CLIPErase, section 4 (arXiv 2410.23330): lambda 1, 3, 3; Adam; batch 16; 20 epochs.
+
+        Every field is pinned, so that a later change of a default does not change the preset.
 
         dataset: "cifar100" or "cc12m" (learning rate 1e-6), "flickr30k" (1e-8). The paper masks no false negatives.
         """
         rates = {"cifar100": 1e-6, "cc12m": 1e-6, "flickr30k": 1e-8}
         if dataset not in rates:
             raise InputError(f"no paper preset {dataset!r}; there are {', '.join(rates)}")
-        settings: dict[str, Any] = {
-            "lambda_retain": 1.0, "lambda_forget": 3.0, "lambda_consistency": 3.0, "optimizer": "adam",
-            "batch_size": 16, "epochs": 20, "learning_rate": rates[dataset], "false_negatives": "none",
-        }  # fmt: skip
-        return cls.from_dict({**settings, **overrides})
+        return cls.from_dict({**_PAPER, "learning_rate": rates[dataset], **overrides})
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> UnlearnConfig:
@@ -212,7 +218,7 @@ class UnlearnConfig:
         known = [spec.name for spec in dataclasses.fields(cls)]
         for name in settings:
             if name not in known:
-                hint = _nearest(name, known) or f"; known are {', '.join(known)}"
+                hint = nearest_name(name, known) or f"; known are {', '.join(known)}"
                 raise InputError(f"unknown setting {name!r}{hint}")
         return cls(**settings)
 
@@ -223,6 +229,61 @@ class UnlearnConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+# What the paper states, and for the rest what this package does where the paper says nothing.
+_PAPER: dict[str, Any] = {
+    "method": "cliperase", "method_options": {},
+    "lambda_retain": 1.0, "lambda_forget": 3.0, "lambda_consistency": 3.0, "forget_loss": "cosine", "margin": 0.0,
+    "consistency": "logits", "false_negatives": "none", "backend": "auto",
+    "epochs": 20, "epoch_over": "forget", "batch_size": 16, "forget_fraction": 0.5, "optimizer": "adam",
+    "weight_decay": 0.0, "schedule": "constant", "warmup_steps": 0, "grad_clip": 0.0, "accumulate": 1,
+    "grad_cache_chunk": 0, "precision": "fp32", "trainable": "all", "lora_rank": 8, "lora_alpha": 16.0, "seed": 0,
+    "device": "auto", "deepspeed": "", "rank_timeout": 600.0,
+    "val_fraction": 0.1, "test_fraction": 0.2, "retain_floor": 0.02, "select": "floor", "evaluate_every": 1,
+    "early_stop": 0,
+    "on_error": "raise", "overlap": "error", "long_captions": "error", "num_workers": 0, "image_cache_mib": 512,
+    "eval_batch_size": 256, "teacher_cache": "auto",
+    "checkpoint_every": 100, "keep_checkpoints": 2, "report": True, "logger": "none",
+}  # fmt: skip
+
+
+def read_options(options: type, given: Mapping[str, Any], what: str) -> Any:
+    """Build a dataclass of options from a mapping.
+
+    what: whose options they are, for errors. Raises InputError for an unknown option, which offers the nearest known
+    one, and for a value that is not of the option's type.
+    """
+    specs = {spec.name: spec for spec in dataclasses.fields(options)}
+    for name in given:
+        if name not in specs:
+            known = f"; known are {', '.join(specs)}" if specs else "; it has no options"
+            raise InputError(f"{what} has no option {name!r}{nearest_name(name, specs) or known}")
+    try:
+        return options(**{name: _coerce(specs[name], value) for name, value in given.items()})
+    except TypeError as error:
+        raise InputError(f"the options of {what}: {error}") from error
+
+
+def parse_options(words: Iterable[str]) -> dict[str, Any]:
+    """Return the mapping that words of a command line name: each KEY=VALUE or a JSON object.
+
+    Values are read as JSON where they can be (numbers, true, lists), otherwise as strings.
+    """
+    found: dict[str, Any] = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        try:
+            value = json.loads(word if word.lstrip().startswith("{") else text)
+        except (ValueError, RecursionError):
+            value = text
+        if word.lstrip().startswith("{") and isinstance(value, dict):
+            found.update(value)
+        elif equals and name.isidentifier():
+            found[name] = value
+        else:
+            raise InputError(f"method_options={word!r} is neither KEY=VALUE nor a JSON object")
+    return found
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
@@ -283,9 +344,16 @@ def _yaml_loader() -> Any:
 
 
 def _coerce(spec: dataclasses.Field[Any], value: Any) -> Any:
-    """`value` as the field's type, so that `1e-6` from YAML (a string there) and `1` for 1.0 both work."""
-    wanted = spec.type
-    if wanted == "Any":
+    """Return `value` as the field's type, so that `1e-6` from YAML (a string there) and `1` for 1.0 both work.
+
+    A field of another type than bool, int, float or str takes any value.
+    """
+    wanted = getattr(spec.type, "__name__", spec.type)
+    if spec.name == "method_options":
+        if isinstance(value, Mapping):
+            return dict(value)
+        raise InputError(f"{spec.name}={_shortly(value)} must be a mapping")
+    if spec.name == "deepspeed":
         if isinstance(value, Mapping):
             return dict(value)
         if isinstance(value, (str, Path)):
@@ -298,9 +366,11 @@ def _coerce(spec: dataclasses.Field[Any], value: Any) -> Any:
     if wanted == "str":
         if isinstance(value, str):
             return value
-        if value is False and "off" in (spec.metadata["choices"] or ()):  # YAML reads a bare `off` as false
+        if value is False and "off" in (spec.metadata.get("choices") or ()):  # YAML reads a bare `off` as false
             return "off"
         raise InputError(f"{spec.name}={_shortly(value)} must be a string")
+    if wanted not in ("int", "float"):
+        return value
     number: type = int if wanted == "int" else float
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise InputError(f"{spec.name}={_shortly(value)} must be a number")
@@ -317,7 +387,8 @@ def _coerce(spec: dataclasses.Field[Any], value: Any) -> Any:
     return converted
 
 
-def _nearest(name: Any, known: Iterable[str]) -> str:
+def nearest_name(name: Any, known: Iterable[str]) -> str:
+    """Return "; did you mean ...?" with the known name nearest to `name`, empty if none is near."""
     near = difflib.get_close_matches(str(name), known, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 

@@ -118,6 +118,23 @@ class Ranks:
         assert gathered is not None
         return gathered.cpu()
 
+    def all_gather_with_gradient(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """Return all ranks' rows in rank order; only this rank's own carry a gradient, times the number of ranks.
+
+        counts: rows of each rank. A loss of the result that every rank computes then has a gradient whose mean over the
+        ranks is that of the whole loss.
+        """
+        if self.group is None or self.size == 1:
+            return rows
+        (gathered,) = gather_rows(Shards(self.group, tuple(counts), "all"), rows.detach().contiguous())
+        assert gathered is not None
+        parts = list(gathered.split(list(counts)))
+        own = rows.view_as(rows)
+        if own.requires_grad:
+            own.register_hook(lambda gradient: gradient * self.size)
+        parts[self.rank] = own
+        return torch.cat(parts)
+
     def all_reduce_mean(self, tensors: Sequence[Tensor]) -> None:
         """Put the mean over the ranks in place of each tensor; all ranks then hold the same bits."""
         if self.size == 1:

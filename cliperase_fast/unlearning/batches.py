@@ -89,7 +89,7 @@ class Batch:
     text_of_pair: Tensor  # [M + N], row of `tokens` for each pair
     caption_of_pair: np.ndarray  # [M + N], index into the caption table
     retain_indices: np.ndarray  # [N], index into the retain set
-    group_ids: Tensor | None  # [N]
+    group_ids: Tensor | None  # [M + N]
 
 
 class CaptionTable:
@@ -211,12 +211,12 @@ class BatchLoader:
             text_of_pair=torch.as_tensor(inverse, dtype=torch.int64, device="cpu"),
             caption_of_pair=rows,
             retain_indices=retain,
-            group_ids=self._groups(retain, rows[len(rows) - len(retain) :]),
+            group_ids=self._groups(pairs, rows),
         )
 
-    def _groups(self, retain: np.ndarray, captions: np.ndarray) -> Tensor | None:
+    def _groups(self, pairs: np.ndarray, captions: np.ndarray) -> Tensor | None:
         if self.group_ids is None:
             return None
-        if self.group_ids.size == 0:  # no classes: same caption means same group
+        if self.group_ids.size == 0:  # no classes: the same caption means the same group
             return torch.as_tensor(captions, dtype=torch.int64, device="cpu")
-        return torch.as_tensor(self.group_ids[retain], dtype=torch.int64, device="cpu")
+        return torch.as_tensor(self.group_ids[pairs], dtype=torch.int64, device="cpu")

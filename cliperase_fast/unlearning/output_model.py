@@ -18,7 +18,7 @@ WORSE = 0.01  # and the part of the images whose recognition it may change
 
 
 @dataclass
-class GivenBack:
+class OutputModel:
     """adapter: what the caller gets, with weights as given where `note` is empty. encoded, scores: of these weights."""
 
     adapter: ClipAdapter
@@ -27,16 +27,16 @@ class GivenBack:
     note: str = ""
 
 
-def give_back(
-    student: ClipAdapter, given: ClipAdapter | None, before: EncodedPairs, examiner: Evaluator, test: Split
-) -> GivenBack:
+def finalize_model(
+    student: ClipAdapter, given: ClipAdapter | None, before: EncodedPairs, evaluator: Evaluator, test: Split
+) -> OutputModel:
     """Round the trained weights to the types of `given` and measure what is left.
 
     student: in float32, training over. given: the model as the caller gave it, None where its weights were float32.
     before: of the test split. All scores are measured in float32 arithmetic, so that they differ by the weights alone.
     """
-    encoded = examiner.encode(student, test)
-    trained = GivenBack(student, encoded, examiner.score(encoded, test))
+    encoded = evaluator.encode(student, test)
+    trained = OutputModel(student, encoded, evaluator.score(encoded, test))
     if given is None:
         return trained
     rounded = in_dtypes_of(given, student)
@@ -44,8 +44,8 @@ def give_back(
     why = _unfit(rounded, given)
     if not why:
         as_rounded = in_float32(rounded)
-        encoded = examiner.encode(as_rounded, test)
-        found = GivenBack(rounded, encoded, examiner.score(encoded, test))
+        encoded = evaluator.encode(as_rounded, test)
+        found = OutputModel(rounded, encoded, evaluator.score(encoded, test))
         why = _undone(before, trained, found, test)
         if not why:
             return found
@@ -66,7 +66,7 @@ def _unfit(rounded: ClipAdapter, given: ClipAdapter) -> str:
     return ""
 
 
-def _undone(before: EncodedPairs, trained: GivenBack, rounded: GivenBack, test: Split) -> str:
+def _undone(before: EncodedPairs, trained: OutputModel, rounded: OutputModel, test: Split) -> str:
     """What rounding costs, in words; empty where it is little."""
     forget = test.forget_mask
     start, end, left = (

@@ -188,7 +188,7 @@ def _readable(path: Path) -> Iterator[None]:
         raise InputError(f"output_dir={explain(error, path)}") from error
 
 
-def fixed_settings(settings: UnlearnConfig) -> dict[str, Any]:
+def identity_settings(settings: UnlearnConfig) -> dict[str, Any]:
     return {key: value for key, value in settings.to_dict().items() if key not in _FREE}
 
 

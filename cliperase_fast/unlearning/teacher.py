@@ -24,6 +24,7 @@ from cliperase_fast.unlearning.engines.base import pad_rows
 from cliperase_fast.unlearning.engines.deepspeed import ShardedTeacher
 from cliperase_fast.unlearning.feature_file import FeatureFile
 from cliperase_fast.unlearning.identity import transform_identity
+from cliperase_fast.unlearning.run import Run
 from cliperase_fast.unlearning.runtime import Runtime
 
 MEMORY_LIMIT = 2**30  # bytes of cached features above which `auto` keeps them in a file
@@ -38,11 +39,12 @@ class Teacher(Protocol):
 class LiveTeacher:
     """Encodes every batch: right for random transforms, where the teacher must see the student's view.
 
-    together: the ranks encode equally many parts, as a sharded teacher needs, which gathers parameters from all.
+    equal_parts: every rank encodes the same number of parts. A sharded teacher needs it, as each part gathers
+        parameters from all ranks.
     """
 
-    def __init__(self, adapter: ClipAdapter | ShardedTeacher, runtime: Runtime, together: bool = False) -> None:
-        self.adapter, self.runtime, self.together = adapter, runtime, together
+    def __init__(self, adapter: ClipAdapter | ShardedTeacher, runtime: Runtime, equal_parts: bool = False) -> None:
+        self.adapter, self.runtime, self.equal_parts = adapter, runtime, equal_parts
 
     def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
         count, device = len(batch.retain_indices), self.runtime.device
@@ -54,7 +56,7 @@ class LiveTeacher:
 
     def _encode(self, encode: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:  # [B, ...] -> [B, D°]
         count = -(-len(inputs) // self.runtime.batch_size)
-        if self.together:
+        if self.equal_parts:
             (count,) = self.runtime.ranks.all_reduce_max(count)
         parts = pad_rows(inputs, count).tensor_split(count)
         return torch.cat([encode(part.to(self.runtime.device)).float() for part in parts])[: len(inputs)]
@@ -77,6 +79,29 @@ class CachedTeacher:
         captions = torch.as_tensor(batch.caption_of_pair[-len(rows) :], dtype=torch.int64, device="cpu")
         text = self.text[captions]
         return image.to(self.device), text.to(self.device)
+
+
+def make_teacher(run: Run, batches: int) -> Teacher:
+    """Return the run's teacher, live or cached for the pairs that so many batches visit."""
+    setup = run.setup
+    frozen, zero = setup.models.teacher, setup.deepspeed
+    assert frozen is not None
+    if setup.teacher_is_live:
+        if zero is not None and zero["zero_optimization"]["stage"] == 3:
+            return LiveTeacher(ShardedTeacher(frozen, zero), run.runtime, equal_parts=True)
+        return LiveTeacher(frozen, run.runtime)
+    train, loader = run.data.train, run.loader
+    return cache_teacher(
+        frozen,
+        train.pairs.subset(np.arange(train.n_forget, len(train.pairs))),
+        run.captions,
+        loader.plan.retain_used(batches),
+        run.runtime,
+        transform=loader.pixels.transform,
+        where=run.settings.teacher_cache,
+        directory=run.directory / "cache",
+        pixels=loader.pixels.cache,
+    )
 
 
 def cache_teacher(

@@ -26,7 +26,7 @@ from runs import (
 
 from cliperase_fast import InputError, UnlearnConfig, UnlearningError
 from cliperase_fast import distributed as cfd
-from cliperase_fast.unlearning import api
+from cliperase_fast.unlearning import trainer
 from cliperase_fast.unlearning.engines.deepspeed import ZeroEngine, read_deepspeed
 from cliperase_fast.unlearning.engines.local import LocalEngine
 
@@ -179,7 +179,7 @@ def _with_a_bad_gradient(rank: int, changes: dict) -> tuple[str, list[str]]:
             return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(api, Watched.__base__.__name__, Watched)
+        patch.setattr(trainer, Watched.__base__.__name__, Watched)
         try:
             run(**changes)
         except UnlearningError as error:

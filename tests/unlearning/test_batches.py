@@ -99,16 +99,16 @@ def test_several_captions_of_an_image_take_turns():
 
 @pytest.mark.parametrize(
     ("group_ids", "expected"),
-    [(None, None), (np.arange(23) * 7, "labels"), (np.empty(0, dtype=np.int64), "captions")],
+    [(None, None), (np.arange(33) * 7, "labels"), (np.empty(0, dtype=np.int64), "captions")],
 )
 def test_group_ids_follow_classes_or_captions(group_ids, expected):
     batch = next(loader(group_ids=group_ids).batches(0, 1))
     if expected is None:
         assert batch.group_ids is None
     elif expected == "labels":
-        assert batch.group_ids.tolist() == (batch.retain_indices * 7).tolist()
+        assert batch.group_ids[4:].tolist() == ((10 + batch.retain_indices) * 7).tolist()
     else:
-        assert batch.group_ids.tolist() == batch.caption_of_pair[4:].tolist()
+        assert batch.group_ids.tolist() == batch.caption_of_pair.tolist()
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -39,7 +39,7 @@ def killed_after(step, output, monkeypatch, **changes):
     whole = Trainer._step
 
     def _step(self, batches):
-        if self.progress.step == step:
+        if self.state.step == step:
             raise KeyboardInterrupt
         return whole(self, batches)
 

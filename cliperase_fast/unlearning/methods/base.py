@@ -1,0 +1,164 @@
+"""What a method is: its description, its options, and how it changes the student."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from cliperase_fast.config import UnlearnConfig
+from cliperase_fast.errors import InputError
+from cliperase_fast.unlearning.checkpoints import TrainState
+from cliperase_fast.unlearning.objective import Objective
+from cliperase_fast.unlearning.run import Run
+from cliperase_fast.unlearning.selection import Candidate
+from cliperase_fast.unlearning.step_effect import notes
+from cliperase_fast.unlearning.tracker import Tracker
+from cliperase_fast.unlearning.trainer import Trainer
+
+# Settings that only some methods use, for `unused_settings`.
+TERM_SETTINGS = frozenset(
+    ["lambda_retain", "lambda_forget", "lambda_consistency", "forget_loss", "margin", "consistency", "backend",
+     "teacher_cache"]
+)  # fmt: skip
+TRAINING_SETTINGS = frozenset(
+    ["false_negatives", "epochs", "epoch_over", "batch_size", "forget_fraction", "learning_rate", "optimizer",
+     "weight_decay", "schedule", "warmup_steps", "grad_clip", "accumulate", "grad_cache_chunk", "trainable",
+     "lora_rank", "lora_alpha", "deepspeed", "evaluate_every", "early_stop", "checkpoint_every"]
+)  # fmt: skip
+DATA = ("forget", "retain", "teacher")  # what a method may need
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """The options of a method that has none."""
+
+
+class Method(ABC):
+    """A way to make the student forget. Subclasses describe themselves in class attributes.
+
+    name: for `unlearn(method=...)`. summary: one line. source: the paper, or "baseline".
+    Options: the dataclass of `method_options`; its `__post_init__` raises InputError for wrong values.
+    needs: which of the forget pairs, the retain pairs and the teacher's features it reads.
+    unused_settings: fields of UnlearnConfig that it ignores, so that setting them is an error.
+    trains: whether a gradient must reach the parameters.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    source: ClassVar[str]
+    Options: ClassVar[type] = NoOptions
+    needs: ClassVar[tuple[str, ...]] = ("forget", "retain")
+    unused_settings: ClassVar[frozenset[str]] = frozenset()
+    trains: ClassVar[bool] = True
+
+    def __init__(self, settings: UnlearnConfig, options: Any) -> None:
+        self.settings, self.options = settings, options
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether this run reads the teacher's features."""
+        return "teacher" in self.needs
+
+    def check_inputs(self, teacher: Any) -> None:
+        """Raise InputError for a setting or an argument that the method does not use."""
+        for spec in dataclasses.fields(UnlearnConfig):
+            value = getattr(self.settings, spec.name)
+            if spec.name in self.unused_settings and value != spec.default:
+                raise InputError(
+                    f"method={self.name!r} does not use {spec.name} (now {value!r}); leave it at its default "
+                    f"{spec.default!r}"
+                )
+        if teacher is not None and "teacher" not in self.needs:
+            raise InputError(f"method={self.name!r} does not use a teacher: leave out teacher=")
+
+    def prepare(self, run: Run) -> None:
+        """Compute what the method needs before it changes the student, such as a mask of weights. Optional.
+
+        A resumed run calls it too.
+        """
+        return
+
+    @abstractmethod
+    def run(self, run: Run) -> TrainState:
+        """Change `run.student` and leave the chosen weights in it. Returns what was done, for the record."""
+
+    def describe(self, candidate: Candidate) -> str:
+        """Return the candidate's name in the result's sentences."""
+        return f"Epoch {candidate.epoch} (step {candidate.step})"
+
+    def notes(self, state: TrainState) -> list[str]:
+        """Return what a reader of the result should know."""
+        return []
+
+
+class TrainingMethod(Method):
+    """A method that trains the student by an objective of its own."""
+
+    @abstractmethod
+    def objective(self, run: Run) -> Objective:
+        """Return the function from the features of a joint batch to its loss terms."""
+
+    def run(self, run: Run) -> TrainState:
+        trainer = Trainer(run, self.objective(run), needs_teacher=self.needs_teacher)
+        state = trainer.train()
+        trainer.finish()
+        return state
+
+    def notes(self, state: TrainState) -> list[str]:
+        return notes(state.metrics, self.settings.to_dict())
+
+
+class ClosedFormMethod(Method):
+    """A method that changes weights directly, without the trainer."""
+
+    unused_settings = TERM_SETTINGS | TRAINING_SETTINGS
+    trains = False
+
+    @abstractmethod
+    def edit(self, run: Run, evaluate: Callable[[], Candidate]) -> None:
+        """Change the weights of `run.student` in place, without gradient.
+
+        evaluate: scores the student on the validation split and returns the scores. The best student evaluated is
+        chosen. Without a call the student is evaluated once, at the end.
+        """
+
+    def run(self, run: Run) -> TrainState:
+        kept = {**dict(run.parameters), **dict(run.student.module.named_buffers())}
+        tracker = Tracker(run, lambda: kept)
+        run.setup.models.release()
+        if run.setup.checkpoint is not None:  # written once the edit was done
+            tracker.restore(run.setup.checkpoint, lambda state: None)
+        else:
+            self._edit(run, tracker)
+            tracker.checkpoint()
+        load_tensors(kept, tracker.best_weights())
+        return tracker.state
+
+    def _edit(self, run: Run, tracker: Tracker) -> None:
+        def evaluate() -> Candidate:
+            tracker.state.step += 1
+            return tracker.evaluate(tracker.state.step)
+
+        began = time.perf_counter()
+        with tracker.logging(), torch.no_grad():
+            self.edit(run, evaluate)
+            if tracker.state.step == 0:
+                evaluate()
+        tracker.state.seconds = time.perf_counter() - began
+
+    def describe(self, candidate: Candidate) -> str:
+        return f"Edit {candidate.step}"
+
+
+def load_tensors(targets: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    """Copy saved tensors into those of the same name."""
+    with torch.no_grad():
+        for name, tensor in targets.items():
+            tensor.copy_(found[name])

@@ -1,0 +1,84 @@
+"""What a training method gives to the trainer: a function from the features of a joint batch to named loss terms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from cliperase_fast.distributed import SINGLE_PROCESS, Ranks
+
+
+@dataclass(frozen=True)
+class BatchFeatures:
+    """The features of a joint batch: M forget pairs, then N retain pairs. On several ranks, this rank's share of both.
+
+    Features are L2-normalised. Teacher features have no gradient; they are None if the method does not need them.
+    """
+
+    image: Tensor  # [M + N, D]
+    text: Tensor  # [M + N, D]
+    logit_scale: Tensor  # a scalar, already exponentiated
+    n_forget: int  # M
+    group_ids: Tensor | None = None  # int64 [M + N]; pairs with equal ids are not negatives of each other
+    teacher_image: Tensor | None = None  # [N, D°]
+    teacher_text: Tensor | None = None  # [N, D°]
+    teacher_logit_scale: Tensor | None = None
+    ranks: Ranks = SINGLE_PROCESS
+    counts: tuple[Sequence[int], Sequence[int]] = ((), ())  # forget and retain pairs of each rank
+
+    @property
+    def forget_image(self) -> Tensor:
+        return self.image[: self.n_forget]
+
+    @property
+    def forget_text(self) -> Tensor:
+        return self.text[: self.n_forget]
+
+    @property
+    def retain_image(self) -> Tensor:
+        return self.image[self.n_forget :]
+
+    @property
+    def retain_text(self) -> Tensor:
+        return self.text[self.n_forget :]
+
+    @property
+    def retain_group_ids(self) -> Tensor | None:
+        return None if self.group_ids is None else self.group_ids[self.n_forget :]
+
+    def gather(self) -> BatchFeatures:
+        """Return the whole batch of all ranks, without teacher features.
+
+        A loss of it that every rank computes has the gradient that the engine expects: its mean over the ranks is that
+        of the whole batch.
+        """
+        if self.ranks.size == 1:
+            return self
+
+        def whole(rows: Tensor) -> Tensor:
+            parts = zip((rows[: self.n_forget], rows[self.n_forget :]), self.counts, strict=True)
+            return torch.cat([self.ranks.all_gather_with_gradient(part, counts) for part, counts in parts])
+
+        return replace(
+            self,
+            image=whole(self.image),
+            text=whole(self.text),
+            n_forget=sum(self.counts[0]),
+            group_ids=None if self.group_ids is None else whole(self.group_ids),
+            teacher_image=None,
+            teacher_text=None,
+            ranks=SINGLE_PROCESS,
+        )
+
+
+class Objective(Protocol):
+    """Computes the loss terms of a batch: a named tuple of 0-d tensors whose field `total` is minimised.
+
+    The names of the fields become the columns of metrics.jsonl. All ranks call it together.
+    """
+
+    def __call__(self, features: BatchFeatures) -> Any: ...

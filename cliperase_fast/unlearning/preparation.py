@@ -1,0 +1,248 @@
+"""From the arguments of `unlearn()` to a prepared run: load, check, measure the model as it is."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cliperase_fast.config import UnlearnConfig
+from cliperase_fast.data import PairDataset
+from cliperase_fast.data.drawing import seeded
+from cliperase_fast.data.loading import PixelCache
+from cliperase_fast.errors import InputError
+from cliperase_fast.models import ClipAdapter, load_model, set_trainable
+from cliperase_fast.models.fast_paths.embedding import train_rows
+from cliperase_fast.models.preprocessing import as_transform, try_transform
+from cliperase_fast.models.requirements import check_weights, require_trainable
+from cliperase_fast.models.runtime import in_float32
+from cliperase_fast.ops import choose
+from cliperase_fast.progress import say
+from cliperase_fast.unlearning.batches import BatchLoader, BatchPlan, CaptionTable
+from cliperase_fast.unlearning.engines.deepspeed import read_deepspeed
+from cliperase_fast.unlearning.evaluator import Evaluator
+from cliperase_fast.unlearning.identity import tokenizer_identity, transform_identity
+from cliperase_fast.unlearning.loggers import require_logger
+from cliperase_fast.unlearning.methods.base import Method
+from cliperase_fast.unlearning.preflight import check_captions, check_features, check_gradient, check_teacher
+from cliperase_fast.unlearning.run import Baseline, Inputs, Models, Run, Setup
+from cliperase_fast.unlearning.run_directory import RunDirectory, identity_settings, resume_from
+from cliperase_fast.unlearning.runtime import Runtime
+from cliperase_fast.unlearning.selection import Selection
+from cliperase_fast.unlearning.splits import PreparedData, Split, open_sets, prepare_data
+
+
+def load(inputs: Inputs, settings: UnlearnConfig, method: Method, directory: RunDirectory, runtime: Runtime) -> Setup:
+    """Open the data, load the models and read the checkpoint to resume from. Raises InputError for what is wrong.
+
+    What is cheap to get wrong is checked before a model is fetched or an image read.
+    """
+    ranks = runtime.ranks
+    tell = say if ranks.first else _nothing
+    deepspeed = ranks.run_on_all(lambda: _check_settings(inputs, settings, method, directory, runtime))
+    tell("opening the data")
+    sets = ranks.run_on_all(
+        lambda: open_sets(inputs.forget, inputs.retain, inputs.test, settings, templates=inputs.templates)
+    )
+    plain = {name: repr(value) if isinstance(value, dict) else value for name, value in settings.to_dict().items()}
+    ranks.agree({**plain, "the pairs": sets.fingerprint()})
+    tell("loading the model")
+    models = ranks.run_on_all(lambda: _load_models(inputs, settings, runtime))
+    original, teacher = models.original, models.teacher
+    assert original is not None and teacher is not None
+    tell("checking the images")
+    data = prepare_data(sets, settings, progress=runtime.progress, ranks=ranks)
+    transform, random_views = _transforms(original, inputs.transform, data.train.pairs)
+    if random_views and settings.teacher_cache in ("memory", "disk"):
+        raise InputError(
+            f"teacher_cache={settings.teacher_cache!r} needs a deterministic transform and the one given is random (or "
+            "the dataset draws its images anew each time); use 'auto' or 'off'"
+        )
+    teacher.transform = original.transform
+    captions = ranks.run_on_all(partial(CaptionTable, data.train.pairs, original.token_ids))
+    ranks.run_on_all(partial(check_captions, original, captions, runtime))
+    identity = _identity(models, data, transform, captions, settings, directory)
+    ranks.agree({f"the {name}": value for name, value in identity.items() if name != "config"})
+    checkpoint = resume_from(directory.path, identity, ranks) if directory.resume else None
+    live = method.needs_teacher and (random_views or settings.teacher_cache == "off")
+    return Setup(
+        inputs, settings, directory, runtime, deepspeed, data, captions, models, transform, random_views, live,
+        identity, checkpoint,
+    )  # fmt: skip
+
+
+def prepare(setup: Setup, method: Method, began: float) -> Run:
+    """Make the student, measure the model as it is, and open the run directory."""
+    settings, runtime, models = setup.settings, setup.runtime, setup.models
+    ranks, data = runtime.ranks, setup.data
+    original, teacher = models.original, models.teacher
+    assert original is not None and teacher is not None
+    student = _make_student(setup)
+    parameters = set_trainable(student, settings.trainable, settings.lora_rank, settings.lora_alpha)
+    if method.trains and settings.weight_decay == 0:
+        parameters = train_rows(student, parameters, setup.captions.tokens)
+    ranks.run_on_first(partial(setup.directory.check_room, parameters, student, original, settings.keep_checkpoints))
+    cache = PixelCache(settings.image_cache_mib * 2**20) if settings.num_workers == 0 else None
+    evaluator = Evaluator(runtime, cache)
+    baseline = _measure(original, data, evaluator, ranks.first)
+    loader = _make_loader(setup, cache)
+    pixels, tokens = loader.pixels[0, 0], setup.captions.rows([0])
+    if method.trains:
+        ranks.run_on_all(partial(check_gradient, student, parameters, pixels, tokens, settings, runtime))
+    if method.needs_teacher:
+        ranks.run_on_all(partial(check_teacher, settings, teacher, setup.captions, pixels, baseline.encoded, runtime))
+    work = ranks.run_on_first(lambda: setup.directory.open(settings))
+    selection = Selection(baseline.validation.retain, settings.retain_floor, settings.select == "last")
+    return Run(setup, student, parameters, loader, evaluator, baseline, selection, work, began)
+
+
+def make_plan(settings: UnlearnConfig, train: Split) -> BatchPlan:
+    """Return which pairs are in which batch."""
+    n_retain = len(train.pairs) - train.n_forget
+    return BatchPlan(
+        n_forget=train.n_forget,
+        n_retain=n_retain,
+        forget_pairs=min(settings.forget_pairs, train.n_forget),
+        retain_pairs=min(settings.retain_pairs, n_retain),
+        epoch_over=settings.epoch_over,
+        seed=settings.seed,
+    )
+
+
+def _nothing(*words: object) -> None:
+    """Log nothing: only the first rank logs."""
+
+
+def _check_settings(
+    inputs: Inputs, settings: UnlearnConfig, method: Method, directory: RunDirectory, runtime: Runtime
+) -> dict[str, Any] | None:
+    """Raise InputError for what the settings alone show to be wrong. Returns DeepSpeed's configuration, if any."""
+    ranks = runtime.ranks
+    method.check_inputs(inputs.teacher)
+    require_logger(settings.logger, directory.path)
+    probe = torch.empty(1, 1, dtype=torch.float32, device=runtime.device)
+    choose(settings.backend, probe, probe)  # a missing backend is an error now, not in the first step
+    if ranks.size > 1 and settings.backend == "eager":
+        raise InputError("backend='eager' does not work on several ranks; use 'auto' or 'torch'")
+    smaller = min(settings.forget_pairs, settings.retain_pairs)
+    if smaller < ranks.size:
+        raise InputError(
+            f"batch_size={settings.batch_size} makes batches of {settings.forget_pairs} forget and "
+            f"{settings.retain_pairs} retain pairs, and each of the {ranks.size} ranks needs one of both: raise "
+            "batch_size or start fewer ranks"
+        )
+    if ranks.first:
+        directory.check()
+    return read_deepspeed(settings.deepspeed, settings, ranks) if settings.deepspeed else None
+
+
+def _load_models(inputs: Inputs, settings: UnlearnConfig, runtime: Runtime) -> Models:
+    """Load the model and the teacher, which is the model itself unless one is given."""
+    cut = settings.long_captions == "truncate"
+    given = load_model(inputs.model, tokenizer=inputs.tokenizer, truncate=cut, device=runtime.device)
+    check_weights(given, "model")
+    require_trainable(given.module)
+    original = in_float32(given)
+    original.check_saveable()
+    if not inputs.model_is_the_callers:
+        given = original
+    if inputs.teacher is None:
+        return Models(given, original, original)
+    teacher = load_model(inputs.teacher, tokenizer=original.tokenize, device=runtime.device)
+    check_weights(teacher, "teacher")
+    return Models(given, original, in_float32(teacher))
+
+
+def _transforms(
+    adapter: ClipAdapter, transform: Callable[[Any], Tensor] | None, pairs: PairDataset
+) -> tuple[Callable[[Any], Tensor] | None, bool]:
+    """Return the transform for training, and whether a pair's image differs from step to step.
+
+    Evaluation uses the model's own transform if the given one is random.
+    """
+    image, redrawn = pairs.image(0), pairs.store.redrawn()
+    if isinstance(image, Tensor):
+        return None, redrawn
+    if transform is None:
+        if adapter.transform is None:
+            raise InputError("the images need a transform and the model brings none: pass transform=")
+        return adapter.transform, redrawn
+    transform = as_transform(transform)
+    views = [try_transform(transform, image) for _ in range(8)]
+    is_random = any(not torch.equal(view, views[0]) for view in views[1:])
+    if not is_random or adapter.transform is None:
+        adapter.transform = transform
+    if is_random and not torch.equal(*(seeded(0, gpus=False)(transform)(image) for _ in range(2))):
+        warnings.warn(
+            "the transform does not follow the seeds of torch, random and numpy: another run draws other views, and a "
+            "resumed one does not end in the same weights",
+            stacklevel=2,
+        )
+    return transform, is_random or redrawn
+
+
+def _identity(
+    models: Models,
+    data: PreparedData,
+    transform: Callable[[Any], Tensor] | None,
+    captions: CaptionTable,
+    settings: UnlearnConfig,
+    directory: RunDirectory,
+) -> dict[str, Any]:
+    """Return what a run that resumes must share with the one that wrote the checkpoint, method and options included."""
+    assert models.given is not None and models.original is not None and models.teacher is not None
+    transforms = [transform, models.original.transform]
+    return {
+        "model": models.given.identity(),
+        "teacher": models.teacher.identity(),
+        "data": data.fingerprint(),
+        "transform": transform_identity(transforms, data.train.pairs) if directory.path else "",
+        "tokenizer": tokenizer_identity(models.original, captions, data.test.pairs),
+        "config": identity_settings(settings),
+    }
+
+
+def _make_student(setup: Setup) -> ClipAdapter:
+    """Return a copy of the original, or the original itself if it is ours and nothing else needs its weights."""
+    models = setup.models
+    assert models.original is not None
+    ours = models.original is not models.given or not setup.inputs.model_is_the_callers
+    teaches = setup.teacher_is_live and setup.inputs.teacher is None
+    return models.original if ours and not teaches else models.original.clone()
+
+
+def _measure(original: ClipAdapter, data: PreparedData, evaluator: Evaluator, first: bool) -> Baseline:
+    (say if first else _nothing)("measuring the model as it is, on %d test pairs", len(data.test.pairs))
+    encoded = evaluator.encode(original, data.test, finite=True)
+    check_features(encoded, data.test.pairs)
+    scores = evaluator.score(encoded, data.test)
+    return Baseline(encoded, scores, evaluator.candidate(original, data.validation, 0, 0))
+
+
+def _make_loader(setup: Setup, cache: PixelCache | None) -> BatchLoader:
+    settings, train = setup.settings, setup.data.train
+    return BatchLoader(
+        train.pairs,
+        make_plan(settings, train),
+        setup.captions,
+        transform=setup.transform,
+        random_transform=setup.random_views,
+        group_ids=_group_ids(settings, train),
+        num_workers=settings.num_workers,
+        ranks=setup.runtime.ranks,
+        cache=cache,
+    )
+
+
+def _group_ids(settings: UnlearnConfig, train: Split) -> np.ndarray | None:
+    """Return the class of each pair; empty if captions are to be compared; None if nothing is masked."""
+    if settings.false_negatives == "none":
+        return None
+    if settings.false_negatives == "auto" and train.pairs.labels is not None:
+        return np.asarray(train.pairs.labels)
+    return np.empty(0, dtype=np.int64)

@@ -1,0 +1,119 @@
+"""From a run that is done to its result: result.json's content, and the evidence for the report."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import asdict
+from typing import Any
+
+from cliperase_fast._version import installed_versions
+from cliperase_fast.evaluation import pair_similarities
+from cliperase_fast.models import ClipAdapter
+from cliperase_fast.models.runtime import weight_dtypes
+from cliperase_fast.report import verdict
+from cliperase_fast.unlearning.checkpoints import TrainState
+from cliperase_fast.unlearning.evaluator import by_set, embeddings, lowest, per_class
+from cliperase_fast.unlearning.methods.base import Method
+from cliperase_fast.unlearning.output_model import OutputModel
+from cliperase_fast.unlearning.result import UnlearnResult
+from cliperase_fast.unlearning.run import Run
+
+
+def record(run: Run, method: Method, state: TrainState, output: OutputModel) -> UnlearnResult:
+    """Put the result together, and save it if the run has a directory."""
+    content = _content(run, method, state, output)
+    content["verdict"] = asdict(verdict(content))
+    test, before = run.data.test, run.baseline.encoded
+    result = UnlearnResult(
+        adapter=output.adapter,
+        config=run.settings,
+        history=state.metrics,
+        record=content,
+        similarities={
+            "before": by_set(pair_similarities(before), test),
+            "after": by_set(pair_similarities(output.encoded), test),
+        },
+        **embeddings(before, output.encoded, test, run.settings.seed),
+    )
+    directory = run.setup.directory
+    if directory.path is not None:
+        run.say("writing the model and the result to %s", directory.path)
+        run.ranks.run_on_first(lambda: directory.save(result))
+    if run.ranks.local_rank == 0:
+        shutil.rmtree(run.directory / "cache", ignore_errors=True)  # the teacher's features are no longer needed
+    return result
+
+
+def _content(run: Run, method: Method, state: TrainState, output: OutputModel) -> dict[str, Any]:
+    """Return the content of result.json, without the verdict."""
+    before = run.baseline.scores
+    return {
+        "before": {name: before[name] for name in ("forget", "retain")},
+        "after": {name: output.scores[name] for name in ("forget", "retain")},
+        "per_class": per_class(before["per_class"], output.scores["per_class"]),
+        "selection": _selection(run, method, state),
+        "notes": [*method.notes(state), *([output.note] if output.note else []), *_cut_captions(run.student)],
+        "weights": {**run.setup.models.dtypes, "returned": weight_dtypes(output.adapter)},
+        "model": run.setup.inputs.model_name,
+        "data": _data(run),
+        "config": run.settings.to_dict(),
+        "seconds": {
+            "total": time.perf_counter() - run.began,
+            "train": state.seconds,
+            "evaluate": run.evaluator.seconds,
+        },
+        "ranks": run.ranks.size,
+        "pairs_per_second": _pairs_per_second(run, state) if method.trains else None,
+        "versions": installed_versions("torch", "open_clip_torch", "transformers", "numpy"),
+        "seed": run.settings.seed,
+    }
+
+
+def _selection(run: Run, method: Method, state: TrainState) -> dict[str, Any]:
+    """Describe which candidate was chosen, and why."""
+    best, selection, before = state.best, run.selection, run.baseline.validation
+    assert best is not None
+    return {
+        "epoch": best.epoch,
+        "step": best.step,
+        "reason": selection.reason(best, len(state.evaluations), method.describe(best), method.unused_settings),
+        "within_floor": selection.within(best),
+        "validation": {
+            "forget": best.forget,
+            "retain": best.retain,
+            "forget_before": before.forget,
+            "retain_before": before.retain,
+        },
+        "lowest": lowest(state.evaluations),
+        "stopped_early": state.stopped_early,
+    }
+
+
+def _data(run: Run) -> dict[str, Any]:
+    data = run.data
+    return {
+        **data.names,
+        "fingerprint": data.fingerprint(),
+        "forget_pairs": data.train.n_forget,
+        "retain_pairs": len(data.train.pairs) - data.train.n_forget,
+        "skipped": data.intake.skipped.to_dict(),
+        "ignored": data.intake.ignored.to_dict(),
+        "cut_captions": len(run.student.cut_captions),
+    }
+
+
+def _pairs_per_second(run: Run, state: TrainState) -> float:
+    plan = run.loader.plan
+    return state.step * run.settings.accumulate * (plan.forget_pairs + plan.retain_pairs) / state.seconds
+
+
+def _cut_captions(adapter: ClipAdapter) -> list[str]:
+    """Return a note if captions were cut to the model's context."""
+    if not adapter.cut_captions:
+        return []
+    caption, count = next(iter(adapter.cut_captions.items()))
+    return [
+        f"{len(adapter.cut_captions)} different captions were cut to the {adapter.context_length} tokens of the "
+        f"model's context (the first has {count}: {caption[:80]!r})"
+    ]

@@ -1,0 +1,153 @@
+"""What a run keeps of its progress: metrics, evaluations, the best weights, checkpoints."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cliperase_fast.errors import InputError, UnlearningError
+from cliperase_fast.storage import writing
+from cliperase_fast.unlearning import checkpoints
+from cliperase_fast.unlearning.checkpoints import Checkpoint, OptimizerState, TrainState
+from cliperase_fast.unlearning.loggers import MetricsLog
+from cliperase_fast.unlearning.run import Run
+from cliperase_fast.unlearning.selection import Candidate
+
+T = TypeVar("T")
+
+
+class Tracker:
+    """Keeps the `TrainState` of a run and writes it to the run directory. All ranks call every method together.
+
+    weights: returns the weights to keep by name, those of the student as it is now.
+    """
+
+    def __init__(self, run: Run, weights: Callable[[], dict[str, Tensor]]) -> None:
+        self.run, self.weights = run, weights
+        self.state = TrainState(identity=run.setup.identity)
+        self._log: MetricsLog | None = None
+        self._root = run.directory / "checkpoints"
+
+    @contextmanager
+    def logging(self) -> Iterator[None]:
+        """Open the loggers on the first rank and close them at the end."""
+        opened: list[MetricsLog] = []
+        settings, done = self.run.settings, self.state.metrics
+        self._on_first(lambda: opened.append(MetricsLog(self.run.directory, settings.logger, settings.to_dict(), done)))
+        self._log = opened[0] if opened else None
+        try:
+            with self._log or nullcontext():
+                yield
+        finally:
+            self._log = None
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Add a line to metrics.jsonl."""
+        self.state.metrics.append(line)
+        if self._log is not None:
+            with self._saves():
+                self._log.append(line)
+
+    def evaluate(self, epoch: int) -> Candidate:
+        """Score the student on the validation split; keep its weights if they are the best so far."""
+        state, selection = self.state, self.run.selection
+        candidate = self.run.validate(state.step, epoch)
+        state.evaluations.append(candidate)
+        scores = {"forget": candidate.forget, "retain": candidate.retain}
+        self.log({"step": candidate.step, "epoch": epoch - 1, "validation": scores})
+        self.run.say("epoch %d, step %d: validation forget %.1f %%, retain %.1f %%", epoch, candidate.step,
+                     100 * candidate.forget, 100 * candidate.retain)  # fmt: skip
+        if selection.progresses(candidate, state.best):
+            state.evaluations_without_improvement = 0
+        else:
+            state.evaluations_without_improvement += 1
+            state.stopped_early = 0 < self.run.settings.early_stop <= state.evaluations_without_improvement
+        if selection.better(candidate, state.best):
+            state.best = candidate
+            weights = self.weights()
+            state.best_weights = self._on_first(lambda: checkpoints.save_best(self._root, weights))
+        return candidate
+
+    def checkpoint(self, optimizer: Callable[[], OptimizerState] = OptimizerState) -> None:
+        """Write a checkpoint, if the run has a directory. optimizer: returns the optimizer's state."""
+        if not self.run.resumable:
+            return
+        state = replace(self.state, weights=self.weights(), optimizer=optimizer(), random=_random_states())
+        keep = self.run.settings.keep_checkpoints
+        self._on_first(lambda: checkpoints.save_checkpoint(self._root, state, keep=keep))
+
+    def restore(self, checkpoint: Checkpoint, load: Callable[[TrainState], None]) -> None:
+        """Continue from a checkpoint. load: puts its tensors in place. Raises InputError if they do not fit."""
+        try:
+            load(checkpoint.state)
+            _set_random_states(checkpoint.state.random)
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            if isinstance(error, (InputError, UnlearningError)):
+                raise
+            raise InputError(
+                f"cannot resume from {checkpoint.path}: its files do not fit this run "
+                f"({type(error).__name__}: {str(error).partition(chr(10))[0]}); remove it to go on from the one before"
+            ) from error
+        self._on_first(lambda: checkpoints.rewind_to(checkpoint, keep=self.run.settings.keep_checkpoints))
+        self.state = replace(
+            checkpoint.state, identity=self.run.setup.identity, weights={}, optimizer=OptimizerState(), random={}
+        )
+
+    def best_weights(self) -> dict[str, Tensor]:
+        """Read the weights of the chosen candidate, on the CPU of every rank."""
+        best = self.state.best_weights
+        assert best is not None
+        found: dict[str, Tensor] = {}
+        self._on_first(lambda: found.update(checkpoints.load_best(self._root, best)))
+        return self.run.ranks.broadcast_tensors(found)
+
+    def last_checkpoint(self) -> str:
+        """Say in a sentence which checkpoint is the last good one."""
+        saved = self.run.ranks.run_on_first(lambda: checkpoints.list_checkpoints(self._root))
+        return f"The last good checkpoint is {saved[-1]}" if saved else "Without output_dir no checkpoint is kept"
+
+    def _on_first(self, work: Callable[[], T]) -> T:
+        def guarded() -> T:
+            with self._saves():
+                return work()
+
+        return self.run.ranks.run_on_first(guarded)
+
+    @contextmanager
+    def _saves(self) -> Iterator[None]:
+        """Turn a failing disk into an UnlearningError of one line that says what is left."""
+        then = "what was saved before stays: go on with resume=True" if self.run.resumable else ""
+        try:
+            with writing(self.run.directory, then):
+                yield
+        except checkpoints.DamagedCheckpoint as damage:
+            raise UnlearningError(f"{damage}; {then or 'start again'}") from damage
+
+
+def _random_states() -> dict[str, Any]:
+    """Return the states of the global generators in types that a weights_only load accepts."""
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    version, internal, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
+        "python": [version, list(internal), gauss],
+    }
+
+
+def _set_random_states(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    if states["cuda"]:
+        torch.cuda.set_rng_state_all(states["cuda"])
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
