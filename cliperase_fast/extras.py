@@ -1,15 +1,14 @@
-"""Libraries that not every use needs: import them, check their versions, and say in one line how to get them."""
+"""Import optional libraries and check their versions; errors say in one line how to install them."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import re
 from types import ModuleType
 
 from cliperase_fast.errors import InputError
 
-# the extra of pyproject.toml that brings a library, and the module that shows whether it is there
+# Each extra of pyproject.toml and the module that shows whether its library is installed.
 EXTRAS = {
     "transformers": "transformers",
     "lora": "peft",
@@ -24,14 +23,14 @@ EXTRAS = {
 
 
 def install_hint(extra: str) -> str:
-    """How to install an extra: from a checkout, as this package is on no index."""
+    """Return how to install an extra: from a checkout, because this package is not on an index."""
     return f"pip install '.[{extra}]' in the folder of cliperase_fast's source"
 
 
 def import_extra(extra: str, what: str, module: str | None = None) -> ModuleType:
     """Import the library of an extra, or one module of it.
 
-    what: what needs it, the beginning of the InputError where it cannot be imported.
+    what: what needs it; the `InputError` for a missing library starts with it.
     """
     name = EXTRAS[extra] if module is None else module
     library = name.partition(".")[0]
@@ -44,7 +43,7 @@ def import_extra(extra: str, what: str, module: str | None = None) -> ModuleType
 
 
 def exit_without(*extras: str) -> None:
-    """End this program with one line where the library of an extra is missing. For scripts, such as the examples."""
+    """Exit with a one-line message if the library of an extra is missing. For scripts, such as the examples."""
     for extra in extras:
         try:
             import_extra(extra, "this program")
@@ -52,24 +51,17 @@ def exit_without(*extras: str) -> None:
             raise SystemExit(f"error: {error}") from None
 
 
-def require_version(package: str, oldest: tuple[int, int], before: tuple[int, int], extra: str | None = None) -> None:
-    """Raise InputError unless oldest <= the installed version of a package of the index < before.
+def require_version(package: str, supported: str, extra: str | None = None) -> None:
+    """Raise `InputError` unless a package of the index is installed in a supported version.
 
-    extra: the one that brings it, if any.
+    supported: as in a requirement, such as ">=3.0,<5". extra: the one that installs the package, if any.
     """
-    supported = f">={_dotted(oldest)},<{_dotted(before)}"
+    from packaging.specifiers import SpecifierSet
+
     try:
         version = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError as error:
         remedy = f'pip install "{package}{supported}"' if extra is None else install_hint(extra)
         raise InputError(f"this needs {package}, which is not installed: {remedy}") from error
-    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
-    if not oldest <= numbers < before:
-        raise InputError(
-            f"{package} {version} is installed; this works with {package} {supported}: "
-            f'pip install "{package}{supported}"'
-        )
-
-
-def _dotted(numbers: tuple[int, int]) -> str:
-    return ".".join(map(str, numbers))
+    if not SpecifierSet(supported).contains(version, prereleases=True):
+        raise InputError(f'{package} {version} is not supported: pip install "{package}{supported}"')

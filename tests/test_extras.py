@@ -1,7 +1,8 @@
-"""Libraries that are missing, and what is said of them."""
+"""Optional libraries that are missing or of another version."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 import subprocess
 import sys
@@ -51,3 +52,24 @@ def test_the_losses_need_no_optional_library():
     code += "import cliperase_fast as cf, torch\nassert cf.functional.clip_loss(torch.eye(2), torch.eye(2), 1.0) > 0"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("version", "fits"),
+    [("2.4", True), ("2.10.1", True), ("2.4.0+cu124", True), ("2.5.0.dev1", True), ("2.3.9", False), ("3.0.0", False),
+     ("3.0.0rc1", False), ("2.4rc1", False)],
+)  # fmt: skip
+def test_versions_compare_as_in_a_requirement(version, fits, monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: version)
+    if fits:
+        extras.require_version("thing", ">=2.4,<3.0")
+        return
+    with pytest.raises(InputError, match=re.escape(f'thing {version} is not supported: pip install "thing>=2.4,<3.0"')):
+        extras.require_version("thing", ">=2.4,<3.0")
+
+
+def test_a_package_that_is_not_installed_names_its_requirement_or_extra():
+    with pytest.raises(InputError, match=r'not installed: pip install "no-such-package>=1,<2"'):
+        extras.require_version("no-such-package", ">=1,<2")
+    with pytest.raises(InputError, match=re.escape(extras.install_hint("lora"))):
+        extras.require_version("no-such-package", ">=1,<2", extra="lora")

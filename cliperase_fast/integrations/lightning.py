@@ -16,7 +16,7 @@ from cliperase_fast.errors import InputError
 from cliperase_fast.extras import require_version
 from cliperase_fast.losses import CLIPEraseLoss
 
-require_version("lightning", (2, 4), (3, 0), extra="lightning")
+require_version("lightning", ">=2.4,<3.0", extra="lightning")
 
 import lightning  # noqa: E402 - the line above says more than an ImportError
 

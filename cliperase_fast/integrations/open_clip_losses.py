@@ -33,7 +33,7 @@ from cliperase_fast.ops import auto_shards
 
 def check_version() -> None:
     """InputError where open_clip is missing or not of the versions these losses were written for."""
-    require_version("open_clip_torch", (3, 0), (5, 0))
+    require_version("open_clip_torch", ">=3.0,<5.0")
 
 
 check_version()

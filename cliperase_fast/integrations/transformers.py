@@ -25,7 +25,7 @@ from cliperase_fast.integrations.patching import Patch
 
 def check_version() -> None:
     """InputError where transformers is missing or not of the versions this was written for."""
-    require_version("transformers", (5, 0), (6, 0), extra="transformers")
+    require_version("transformers", ">=5.0,<6.0", extra="transformers")
 
 
 check_version()

@@ -178,7 +178,7 @@ def test_an_unsupported_version_is_refused_by_the_range(monkeypatch):
     from cliperase_fast import extras
 
     monkeypatch.setattr(extras.importlib.metadata, "version", lambda package: "4.40.1")
-    with pytest.raises(cf.InputError, match=r"transformers 4\.40\.1 .* transformers >=5\.0,<6\.0"):
+    with pytest.raises(cf.InputError, match=r"transformers 4\.40\.1 is not supported: .*transformers>=5\.0,<6\.0"):
         cf.patch_transformers_clip()
 
 
