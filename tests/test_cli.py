@@ -88,6 +88,27 @@ def test_flags_win_over_the_config_file_and_that_over_the_preset(tmp_path):
     assert (config.epochs, config.batch_size, config.learning_rate) == (3, 32, 1e-8)
 
 
+def settings_of(*words):
+    needed = ("unlearn", "--model", "m", "--data", "demo", "--forget", "class:one", "--output", "o")
+    return cli._settings(cli._parser().parse_args([*needed, *map(str, words)]))
+
+
+def test_a_method_and_its_options_are_given_as_words(tmp_path):
+    given = settings_of("--method", "mine", "--method-options", "a=1", "b=x", "--method-options", "c=true")
+    assert given == {"method": "mine", "method_options": {"a": 1, "b": "x", "c": True}}
+    path = tmp_path / "c.yaml"
+    path.write_text("method: mine\nmethod_options: {a: 1}\n")
+    assert settings_of("--config", path) == {"method": "mine", "method_options": {"a": 1}}
+    assert settings_of("--config", path, "--method", "mine")["method_options"] == {"a": 1}
+    assert settings_of("--config", path, "--method", "other") == {"method": "other"}
+
+
+def test_an_unknown_method_exits_with_2_and_the_nearest_name(tmp_path, capsys):
+    words = ["--model", "m", "--data", "demo", "--forget", "class:one", "--output", tmp_path / "run"]
+    assert call("unlearn", *words, "--method", "gradient_asent") == 2
+    assert "did you mean 'gradient_ascent'?" in capsys.readouterr().err
+
+
 def test_backends_are_listed_with_the_reason_of_each(capsys):
     assert call("backends") == 0
     text = capsys.readouterr().out

@@ -1,9 +1,11 @@
 import dataclasses
+import inspect
 import json
 
 import pytest
 
 from cliperase_fast import InputError, UnlearnConfig
+from cliperase_fast.config import parse_options, read_options
 
 
 @pytest.mark.parametrize(
@@ -24,6 +26,8 @@ from cliperase_fast import InputError, UnlearnConfig
         ({"trainable": "head"}, "use all, image, text, last:K or lora"),
         ({"report": "yes"}, "report='yes' must be true or false"),
         ({"margin": 2}, "must lie between -1 and 1"),
+        ({"method": 3}, "method=3 must be a string"),
+        ({"method_options": ["a"]}, "method_options=['a'] must be a mapping"),
     ],
 )
 def test_a_wrong_setting_is_named_with_its_remedy(settings, says):
@@ -38,6 +42,24 @@ def test_paper_presets_hold_the_published_settings(dataset, rate):
     weights = (config.lambda_retain, config.lambda_forget, config.lambda_consistency)
     assert weights == (1.0, 3.0, 3.0)
     assert (config.optimizer, config.batch_size, config.epochs, config.learning_rate) == ("adam", 16, 20, rate)
+
+
+@pytest.mark.parametrize("dataset", ["cifar100", "cc12m", "flickr30k"])
+def test_paper_presets_pin_every_field_against_changed_defaults(monkeypatch, dataset):
+    before = UnlearnConfig.paper(dataset)
+    changed = object()  # no field takes it
+    names = [spec.name for spec in dataclasses.fields(UnlearnConfig)]
+    assert names == list(inspect.signature(UnlearnConfig).parameters)
+    monkeypatch.setattr(UnlearnConfig.__init__, "__defaults__", (changed,) * len(names))
+    with pytest.raises(InputError):
+        UnlearnConfig()
+    assert UnlearnConfig.paper(dataset) == before
+
+
+def test_paper_presets_follow_cliperase_and_take_overrides():
+    config = UnlearnConfig.paper("cifar100", method="gradient_ascent", epochs=1)
+    assert (config.method, config.epochs, config.learning_rate) == ("gradient_ascent", 1, 1e-6)
+    assert UnlearnConfig.paper("cifar100").method == "cliperase"
 
 
 def test_an_unknown_preset_names_the_known_ones():
@@ -72,6 +94,38 @@ def test_a_broken_config_file_is_named(tmp_path, text, says):
 def test_a_missing_config_file_is_named(tmp_path):
     with pytest.raises(InputError, match=r"absent\.yaml"):
         UnlearnConfig.from_file(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["a=1", "b=0.5", "c=true", "d=word", "e=[1, 2]"], {"a": 1, "b": 0.5, "c": True, "d": "word", "e": [1, 2]}),
+        (['{"a": 1, "b": "x=y"}', "a=2"], {"a": 2, "b": "x=y"}),
+        (["a=x=y", "b="], {"a": "x=y", "b": ""}),
+        ([], {}),
+    ],
+)
+def test_method_options_are_read_from_words(words, expected):
+    assert parse_options(words) == expected
+
+
+@pytest.mark.parametrize("word", ["a", "=1", "{", "{1}", "a b=1", '["a"]'])
+def test_a_word_that_names_no_method_option_is_refused(word):
+    with pytest.raises(InputError, match="is neither KEY=VALUE nor a JSON object"):
+        parse_options([word])
+
+
+@pytest.mark.parametrize("annotation", ["float", float])
+def test_options_of_a_dataclass_are_coerced_and_checked(annotation):
+    options = dataclasses.make_dataclass("Options", [("rate", annotation, 1.0), ("names", list, None)])
+    assert read_options(options, {"rate": "1e-3", "names": ["a"]}, "x") == options(1e-3, ["a"])
+    with pytest.raises(InputError, match="rate='fast' must be a number"):
+        read_options(options, {"rate": "fast"}, "x")
+    with pytest.raises(InputError, match="x has no option 'rat'; did you mean 'rate'"):
+        read_options(options, {"rat": 1}, "x")
+    required = dataclasses.make_dataclass("Required", [("rate", annotation)])
+    with pytest.raises(InputError, match=r"the options of x: .*'rate'"):
+        read_options(required, {}, "x")
 
 
 def test_settings_survive_a_round_trip_through_json():

@@ -31,7 +31,7 @@ def run(**changes: Any) -> cf.UnlearnResult:
 def told(result: cf.UnlearnResult, features: bool = True) -> dict[str, Any]:
     """What a run comes to, in what passes between processes."""
     return {
-        "losses": [[line[name] for name in TERMS] for line in result.history if "total" in line],
+        "losses": [[line[name] for name in TERMS if name in line] for line in result.history if "total" in line],
         "norms": [line["grad_norm"] for line in result.history if "total" in line],
         "rates": [line.get("rank_pairs_per_second") for line in result.history if "total" in line],
         "scores": {part: result.record["after"][part] for part in ("forget", "retain")},

@@ -53,8 +53,13 @@ def alone(**changes):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"accumulate": 2, "grad_clip": 0.5, "grad_cache_chunk": 2}, {"trainable": "image", "consistency": "intra"}],
-    ids=["plain", "accumulated, clipped, in chunks", "one tower"],
+    [
+        {},
+        {"accumulate": 2, "grad_clip": 0.5, "grad_cache_chunk": 2},
+        {"trainable": "image", "consistency": "intra"},
+        {"method": "gradient_ascent", "batch_size": 12, "forget_fraction": 0.42},
+    ],
+    ids=["plain", "accumulated, clipped, in chunks", "one tower", "gradient ascent, uneven shares"],
 )
 def test_the_curve_and_the_scores_are_those_of_one_process(two, changes):
     first, second = two.run(run_here, changes)
