@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib
 import json
 import logging
@@ -18,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from cliperase_fast._version import __version__
-from cliperase_fast.config import UnlearnConfig, parse_options, read_settings
+from cliperase_fast.cli_settings import add_settings, demo_defaults, given_settings
+from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.errors import InputError, UnlearningError
 
 _SELECTORS = """\
@@ -219,7 +219,7 @@ def _parser() -> argparse.ArgumentParser:
         "--paper", choices=("cifar100", "cc12m", "flickr30k"), help="start from the paper's settings for this data"
     )
     _add_progress(unlearn)
-    _add_settings(unlearn, {})
+    add_settings(unlearn, {})
 
     evaluate = _command(commands, "evaluate", "zero-shot accuracy and retrieval of a model", _evaluate)
     _add_model(evaluate)
@@ -246,7 +246,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--test-data", metavar="SOURCE", help="where to measure (default: the source's test split)")
     demo.add_argument("--output", default="runs/demo", metavar="DIR", help="the run directory (default: runs/demo)")
     _add_progress(demo)
-    _add_settings(demo, _demo_defaults())
+    add_settings(demo, demo_defaults())
 
     train = _command(commands, "train-open-clip", "open_clip's own trainer, with the fused losses", _train_open_clip)
     train.usage = "cliperase-fast train-open-clip -- ARGUMENTS OF open_clip_train.main"
@@ -313,80 +313,8 @@ def _add_progress(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="the same as --progress none")
 
 
-def _demo_defaults() -> dict[str, str]:
-    """The demo's own defaults, of the digits and of each other recipe that differs."""
-    from cliperase_fast.recipes import RECIPES
-
-    told: dict[str, str] = {}
-    for name in dict.fromkeys(name for recipe in RECIPES.values() for name in recipe.unlearning):
-        usual = UnlearnConfig.__dataclass_fields__[name].default
-        values = {kind: recipe.unlearning.get(name, usual) for kind, recipe in RECIPES.items()}
-        words = {"shapes": "for shapes", "images": "for pictures"}
-        others = [f"{words[kind]} {value}" for kind, value in values.items() if value != values["demo"]]
-        told[name] = "; ".join([str(values["demo"]), *others])
-    return told
-
-
-def _add_settings(parser: argparse.ArgumentParser, own_defaults: dict[str, str]) -> None:
-    """A flag for every field of UnlearnConfig. Without a value it stays out, so that a config file can speak.
-
-    own_defaults: what the command takes in place of UnlearnConfig's, in words.
-    """
-    groups: dict[str, Any] = {}
-    for spec in dataclasses.fields(UnlearnConfig):
-        name = spec.metadata["group"]
-        if name not in groups:
-            groups[name] = parser.add_argument_group(f"settings: {name}")
-        flag = "--" + spec.name.replace("_", "-")
-        if spec.name == "method_options":
-            groups[name].add_argument(
-                flag,
-                nargs="+",
-                action="extend",
-                default=argparse.SUPPRESS,
-                metavar="KEY=VALUE",
-                help=f"{spec.metadata['help']} (default: the method's own)",
-            )
-            continue
-        default = own_defaults.get(spec.name, spec.default)
-        if spec.type == "bool":
-            default = "yes" if default else "no"
-        text = f"{spec.metadata['help']} (default: {default if default != '' else 'none'})".replace("%", "%%")
-        if spec.type == "bool":
-            groups[name].add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
-        else:
-            groups[name].add_argument(
-                flag,
-                default=argparse.SUPPRESS,
-                choices=spec.metadata["choices"],
-                metavar=None
-                if spec.metadata["choices"]
-                else spec.type.upper()
-                if spec.type in ("int", "float")
-                else "TEXT",
-                help=text,
-            )
-
-
-def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Only the settings that the user gave: preset, then config file, then flags."""
-    settings: dict[str, Any] = {}
-    if getattr(arguments, "paper", None):
-        settings.update(UnlearnConfig.paper(arguments.paper).to_dict())
-    if getattr(arguments, "config", None):
-        settings.update(read_settings(arguments.config))
-    method = getattr(arguments, "method", None)
-    if method is not None and method != settings.get("method"):
-        settings.pop("method_options", None)  # those of the method that the flag replaces
-    for spec in dataclasses.fields(UnlearnConfig):
-        if hasattr(arguments, spec.name):
-            value = getattr(arguments, spec.name)
-            settings[spec.name] = parse_options(value) if spec.name == "method_options" else value
-    return settings
-
-
 def _unlearn(arguments: argparse.Namespace) -> int:
-    config = UnlearnConfig.from_dict(_settings(arguments))
+    config = UnlearnConfig.from_dict(given_settings(arguments))
     from cliperase_fast.unlearning import unlearn
 
     retain = arguments.retain if arguments.retain == "rest" else f"{arguments.data}#{arguments.retain}"
@@ -453,7 +381,7 @@ def _demo(arguments: argparse.Namespace) -> int:
         test=arguments.test_data,
         resume=interrupted,
         progress=_progress(arguments) == "bars",
-        **_settings(arguments),
+        **given_settings(arguments),
     )
     _print_result(result, output)
     print(f"\n{time.perf_counter() - began:.0f} s in all.")

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from cliperase_fast import UnlearnConfig, cli
+from cliperase_fast.cli_settings import given_settings
 
 
 def call(*words):
@@ -84,13 +85,13 @@ def test_flags_win_over_the_config_file_and_that_over_the_preset(tmp_path):
         "flickr30k",
     ]
     arguments = cli._parser().parse_args([*words, "--config", str(path), "--epochs", "3"])
-    config = UnlearnConfig.from_dict(cli._settings(arguments))
+    config = UnlearnConfig.from_dict(given_settings(arguments))
     assert (config.epochs, config.batch_size, config.learning_rate) == (3, 32, 1e-8)
 
 
 def settings_of(*words):
     needed = ("unlearn", "--model", "m", "--data", "demo", "--forget", "class:one", "--output", "o")
-    return cli._settings(cli._parser().parse_args([*needed, *map(str, words)]))
+    return given_settings(cli._parser().parse_args([*needed, *map(str, words)]))
 
 
 def test_a_method_and_its_options_are_given_as_words(tmp_path):

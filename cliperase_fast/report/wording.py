@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -220,6 +220,8 @@ def _advice(result: Mapping[str, Any], forgotten: bool, kept: bool) -> str:
         value = number(config.get(name))
         return name if value is None else f"{name} (now {value:g})"
 
+    if config.get("method", "cliperase") != "cliperase":
+        return _advice_of_method(forgotten, kept, now, trained=result.get("pairs_per_second") is not None)
     if not forgotten and number(config.get("lambda_forget")) == 0:
         return "With lambda_forget=0 nothing pushes the forget pairs apart: set it above 0 (default 3)."
     if forgotten:
@@ -241,6 +243,15 @@ def _advice(result: Mapping[str, Any], forgotten: bool, kept: bool) -> str:
     unchanged = result.get("before") is not None and result.get("before") == result.get("after")
     start = "The scores are exactly as before: raise" if unchanged else "Raise"
     return f"{start} {now('learning_rate')} or {now('epochs')}, or {now('lambda_forget')}."
+
+
+def _advice_of_method(forgotten: bool, kept: bool, now: Callable[[str], str], trained: bool) -> str:
+    """What to change where the method has no weights of CLIPErase's terms."""
+    if not trained:
+        return f"Change method_options, or allow more with {now('retain_floor')}."
+    if forgotten or not kept:
+        return f"Lower {now('learning_rate')} or {now('epochs')}, or use a method that keeps the retain pairs."
+    return f"Raise {now('learning_rate')} or {now('epochs')}."
 
 
 def left_out_lines(skipped: Mapping[str, Any]) -> list[str]:

@@ -14,9 +14,11 @@ from tiny import QUICK, make_pairs, make_tiny_clip, split_pairs
 
 import cliperase_fast as cf
 from cliperase_fast import InputError, UnlearnConfig, cli
+from cliperase_fast.report import verdict
 from cliperase_fast.unlearning.methods import ClosedFormMethod, TrainingMethod, registry
 from cliperase_fast.unlearning.methods.gradient_ascent import forget_clip_loss
 from cliperase_fast.unlearning.objective import BatchFeatures
+from cliperase_fast.unlearning.selection import Candidate, Selection
 
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
 EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
@@ -129,6 +131,32 @@ def test_a_closed_form_method_keeps_the_best_student_it_evaluated(examples):
                if not torch.equal(tensor, make_tiny_clip().state_dict()[name])}  # fmt: skip
     assert changed == {"text_projection"}
     assert result.record["pairs_per_second"] is None
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "says"),
+    [
+        ("gradient_ascent", {"learning_rate": 1e-6}, "Raise learning_rate (now 1e-06) or epochs (now 2)."),
+        ("drop_direction", {}, "Change method_options, or allow more with retain_floor (now 0.02)."),
+        ("cliperase", {"learning_rate": 1e-6}, "Raise learning_rate (now 1e-06) or epochs (now 2), or lambda_forget"),
+    ],
+)
+def test_advice_names_no_setting_that_the_method_does_not_use(examples, method, changes, says):
+    result = run(method=method, **changes)
+    record = {**result.record, "after": {**result.after, "forget": result.before["forget"]}}
+    assert says in verdict(record).advice
+
+
+@pytest.mark.parametrize(
+    ("method", "says"),
+    [("cliperase", "a larger lambda_retain"), ("gradient_ascent", "a lower learning_rate or fewer epochs"),
+     ("drop_direction", "change method_options")],
+)  # fmt: skip
+def test_the_reason_of_a_choice_below_the_floor_names_settings_of_the_method(examples, method, says):
+    chosen = Candidate(step=3, epoch=1, forget=0.0, retain=0.1, forget_similarity=0.0)
+    unused = registry._METHODS[method].unused_settings
+    assert says in Selection(0.9, 0.02).reason(chosen, 2, "Edit 3", unused)
+    assert "edit 3 lost the least" in Selection(0.9, 0.02).reason(chosen, 2, "Edit 3", unused)
 
 
 def test_a_closed_form_method_that_never_evaluates_is_evaluated_once(examples):

@@ -1,0 +1,81 @@
+"""A flag of the command line for every setting of `UnlearnConfig`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+from cliperase_fast.config import UnlearnConfig, parse_options, read_settings
+
+
+def add_settings(parser: argparse.ArgumentParser, own_defaults: dict[str, str]) -> None:
+    """A flag for every field of UnlearnConfig. Without a value it stays out, so that a config file can speak.
+
+    own_defaults: what the command takes in place of UnlearnConfig's, in words.
+    """
+    groups: dict[str, Any] = {}
+    for spec in dataclasses.fields(UnlearnConfig):
+        name = spec.metadata["group"]
+        if name not in groups:
+            groups[name] = parser.add_argument_group(f"settings: {name}")
+        flag = "--" + spec.name.replace("_", "-")
+        if spec.name == "method_options":
+            groups[name].add_argument(
+                flag,
+                nargs="+",
+                action="extend",
+                default=argparse.SUPPRESS,
+                metavar="KEY=VALUE",
+                help=f"{spec.metadata['help']} (default: the method's own)",
+            )
+            continue
+        default = own_defaults.get(spec.name, spec.default)
+        if spec.type == "bool":
+            default = "yes" if default else "no"
+        text = f"{spec.metadata['help']} (default: {default if default != '' else 'none'})".replace("%", "%%")
+        if spec.type == "bool":
+            groups[name].add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+        else:
+            groups[name].add_argument(
+                flag,
+                default=argparse.SUPPRESS,
+                choices=spec.metadata["choices"],
+                metavar=None
+                if spec.metadata["choices"]
+                else spec.type.upper()
+                if spec.type in ("int", "float")
+                else "TEXT",
+                help=text,
+            )
+
+
+def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Only the settings that the user gave: preset, then config file, then flags."""
+    settings: dict[str, Any] = {}
+    if getattr(arguments, "paper", None):
+        settings.update(UnlearnConfig.paper(arguments.paper).to_dict())
+    if getattr(arguments, "config", None):
+        settings.update(read_settings(arguments.config))
+    method = getattr(arguments, "method", None)
+    if method is not None and method != settings.get("method"):
+        settings.pop("method_options", None)  # those of the method that the flag replaces
+    for spec in dataclasses.fields(UnlearnConfig):
+        if hasattr(arguments, spec.name):
+            value = getattr(arguments, spec.name)
+            settings[spec.name] = parse_options(value) if spec.name == "method_options" else value
+    return settings
+
+
+def demo_defaults() -> dict[str, str]:
+    """The demo's own defaults, of the digits and of each other recipe that differs."""
+    from cliperase_fast.recipes import RECIPES
+
+    told: dict[str, str] = {}
+    for name in dict.fromkeys(name for recipe in RECIPES.values() for name in recipe.unlearning):
+        usual = UnlearnConfig.__dataclass_fields__[name].default
+        values = {kind: recipe.unlearning.get(name, usual) for kind, recipe in RECIPES.items()}
+        words = {"shapes": "for shapes", "images": "for pictures"}
+        others = [f"{words[kind]} {value}" for kind, value in values.items() if value != values["demo"]]
+        told[name] = "; ".join([str(values["demo"]), *others])
+    return told
