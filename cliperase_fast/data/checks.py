@@ -1,4 +1,4 @@
-"""Looking at pairs before the work starts: unreadable images, pairs in two sets, and carving off a part."""
+"""Check pairs before work starts (unreadable images, pairs in both sets), and hold out a part of them."""
 
 from __future__ import annotations
 
@@ -22,26 +22,25 @@ from cliperase_fast.progress import Steps
 
 
 def split(pairs: PairDataset, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the rest and of the held out pairs, int64, both sorted.
+    """Return the indices of the remaining and of the held-out pairs, int64, both sorted.
 
-    Stratified by class where there are classes: each class gives its share, rounded so that the total is
-    right. At least one pair is held out and at least one stays. The same arguments always give the same
-    split.
+    Stratified by class if there are classes: each class gives its share, rounded so that the total is right. At least
+    one pair is held out and at least one stays. The same arguments always give the same split.
     """
     if not 0 < fraction < 1:
-        raise InputError(f"the fraction to hold out is {fraction}: it must lie between 0 and 1, both excluded")
+        raise InputError(f"the fraction to hold out is {fraction}; it must be between 0 and 1, both excluded")
     n = len(pairs)
     if n < 2:
-        raise InputError(f"{pairs.name} has {n} pairs: splitting needs at least two")
+        raise InputError(f"{pairs.name} has {n} pairs; splitting needs at least two")
     rng = np.random.default_rng(seed)
     wanted = min(max(round(n * fraction), 1), n - 1)
     labels = np.zeros(n, dtype=np.int64) if pairs.labels is None else pairs.labels
     order = rng.permutation(n)
-    order = order[np.argsort(labels[order], kind="stable")]  # classes in turn, shuffled inside each
+    order = order[np.argsort(labels[order], kind="stable")]  # by class, shuffled inside each class
     _, starts, sizes = np.unique(labels[order], return_index=True, return_counts=True)
     counts, remainders = np.divmod(sizes * wanted, n)
-    # The largest remainders are rounded up, but rather not where that takes a class's last pair. A draw
-    # decides among equals, or low labels would always win.
+    # Round the largest remainders up, but avoid taking the last pair of a class. Draw among equals, or low labels
+    # would always win.
     rounding_order = np.lexsort((rng.random(len(sizes)), -remainders, counts + 1 >= sizes))
     counts[rounding_order[: wanted - int(counts.sum())]] += 1
     held_out = np.concatenate([order[start : start + count] for start, count in zip(starts, counts, strict=True)])
@@ -49,7 +48,7 @@ def split(pairs: PairDataset, fraction: float, seed: int) -> tuple[np.ndarray, n
 
 
 class BadImage(NamedTuple):
-    """An image that cannot be used: why in general, and what is wrong with this one, with its name."""
+    """An image that cannot be used: the kind of fault, and a message that names the image."""
 
     reason: str
     message: str
@@ -58,13 +57,12 @@ class BadImage(NamedTuple):
 def check_images(
     pairs: PairDataset, *, on_error: str = "raise", progress: bool = False
 ) -> tuple[np.ndarray, list[str]]:
-    """Decode every image once; indices of the good ones (int64, sorted) and what is wrong with each bad one.
+    """Decode every image once; return the indices of the good ones (int64, sorted) and a message for each bad one.
 
-    Images that are uint8 pixels in memory already are not decoded again. Tensor images must be float [3, H,
-    W], all of one shape, dtype and device, or `InputError` says which is not; they are bad when a pixel is
-    not finite.
-    on_error: "raise" makes bad images an `InputError` that names the first one and says how many there are;
-    "skip" leaves them to the caller.
+    Images that are uint8 pixels in memory are not decoded again. Tensor images must be float [3, H, W], all of one
+    shape, dtype and device, or an `InputError` names the one that is not. A tensor with a non-finite pixel is bad.
+    on_error: "raise" turns bad images into an `InputError` with the first one and their number; "skip" leaves them to
+    the caller.
     """
     good, bad = find_bad_images(pairs, on_error=on_error, progress=progress)
     return good, [image.message for image in bad]
@@ -73,13 +71,13 @@ def check_images(
 def find_bad_images(
     pairs: PairDataset, *, on_error: str = "raise", progress: bool = False
 ) -> tuple[np.ndarray, list[BadImage]]:
-    """`check_images` with the reason for each bad image."""
+    """Do the same as `check_images`, with the reason for each bad image."""
     if on_error not in ON_ERROR:
         raise InputError(f"on_error={on_error!r} is not one of raise, skip")
     todo = [index for index in range(len(pairs)) if not pairs.store.decoded(int(pairs.positions[index]))]
     good = np.ones(len(pairs), dtype=bool)
     bad: list[BadImage] = []
-    forms: dict[str, int] = {}  # every form seen, and where first
+    forms: dict[str, int] = {}  # each form and the first index that has it
     with Steps(len(todo), f"checking {pairs.name}", "image", bar=progress, leave=True) as steps:
         for index, seen in zip(todo, _looked_at(pairs, todo), strict=True):
             if seen.fault is not None:
@@ -95,7 +93,7 @@ def find_bad_images(
         raise InputError(
             f"images of {pairs.name} differ in form: {pairs.ids[index]!r} is {form}, "
             f"{pairs.ids[other_index]!r} is {other}; "
-            "give PIL images everywhere, or tensors of one shape, dtype and device"
+            "use only PIL images, or only tensors of one shape, dtype and device"
         )
     if bad and on_error == "raise":
         raise InputError(
@@ -109,7 +107,7 @@ _PIL = "a PIL image"
 
 
 class _Seen(NamedTuple):
-    form: str = ""  # what kind of image it is
+    form: str = ""  # the kind of image
     fault: BadImage | None = None  # why it cannot be used
 
 
@@ -138,18 +136,17 @@ def _looked_at(pairs: PairDataset, todo: list[int]) -> Iterator[_Seen]:
     if not pairs.store.thread_safe():
         yield from map(look, todo)
         return
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoders release the interpreter lock
-        for start in range(0, len(todo), 256):  # in parts, so that an interrupt does not wait for all of them
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoders release the GIL
+        for start in range(0, len(todo), 256):  # in parts, so that an interrupt need not wait for all of them
             yield from pool.map(look, todo[start : start + 256])
 
 
 def overlap(first: PairDataset, second: PairDataset) -> np.ndarray:
-    """Indices into `second`, int64 and sorted, of pairs `first` also has: same image, a common caption.
+    """Return the indices into `second`, int64 and sorted, of pairs that `first` has too: same image, a common caption.
 
-    Images are the same when they come from the same place (file, shard member, position in the same source or
-    dataset). Between different collections, where that cannot be known, pixels are compared: this decodes,
-    once, each image of either side whose caption also occurs on the other side, and nothing else. Images that
-    cannot be read overlap with nothing; `check_images` reports them.
+    Images from the same place (file, shard member, position in one source or dataset) are the same. Between different
+    collections pixels are compared: each image of either side whose caption also occurs on the other side is decoded
+    once. Images that cannot be read overlap with nothing; `check_images` reports them.
     """
     mine = _by_identity(first)
     found = []

@@ -52,16 +52,15 @@ _LAYOUT_100 = Layout(
 
 
 def find_folder(directory: Path, layout: Layout) -> Path:
-    """`directory` itself or the layout's folder inside it, with all files present."""
+    """Return `directory` or the layout's folder in it, with all files present."""
     if not directory.is_dir():
-        raise InputError(f"{directory} is not a directory: unpack {layout.archive} there")
+        raise InputError(f"{directory} is not a directory; unpack {layout.archive} there")
     folder = directory if (directory / layout.meta).is_file() else directory / layout.folder
     for name in (layout.meta, *layout.train, *layout.test):
         if not (folder / name).is_file():
             raise InputError(
-                f"there is no {name} in {directory} or in its {layout.folder}: unpack {layout.archive} "
-                "there (the python "
-                "version, not the binary one)"
+                f"neither {directory} nor its {layout.folder} has {name}; unpack {layout.archive} "
+                "there (the python version, not the binary one)"
             )
     return folder
 
@@ -70,7 +69,7 @@ def class_names(folder: Path, layout: Layout) -> list[str]:
     path = folder / layout.meta
     names = _read(path).get(layout.names)
     if not isinstance(names, list) or not names or not all(isinstance(name, (str, bytes)) for name in names):
-        raise InputError(f"{path} has no list of class names under {layout.names!r}: is it a CIFAR file?")
+        raise InputError(f"{path} has no list of class names under {layout.names!r}; is it a CIFAR file?")
     try:
         return [_text(name) for name in names]
     except UnicodeDecodeError as error:
@@ -78,16 +77,16 @@ def class_names(folder: Path, layout: Layout) -> list[str]:
 
 
 def read_batches(folder: Path, files: tuple[str, ...], layout: Layout, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels uint8 [n, 32, 32, 3] and labels int64 [n] of some batches."""
+    """Return pixels uint8 [n, 32, 32, 3] and labels int64 [n] of some batches."""
     pixels, labels = [], []
     for name in files:
         content = _read(folder / name)
         data, targets = content.get("data"), content.get(layout.labels)
         if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
-            raise InputError(f"{folder / name} has no uint8 images [n, 3072] under 'data': is it a CIFAR file?")
+            raise InputError(f"{folder / name} has no uint8 images [n, 3072] under 'data'; is it a CIFAR file?")
         targets = targets.tolist() if isinstance(targets, np.ndarray) else targets
         if not isinstance(targets, list) or not all(isinstance(label, int) for label in targets):
-            raise InputError(f"{folder / name} has no list of labels under {layout.labels!r}: is it a CIFAR file?")
+            raise InputError(f"{folder / name} has no list of labels under {layout.labels!r}; is it a CIFAR file?")
         if len(targets) != len(data) or not all(0 <= label < classes for label in targets):
             raise InputError(
                 f"the labels in {folder / name} do not fit: {len(targets)} of them, {len(data)} images, "
@@ -99,14 +98,14 @@ def read_batches(folder: Path, files: tuple[str, ...], layout: Layout, classes: 
     return planes.transpose(0, 2, 3, 1), np.concatenate(labels)
 
 
-_MAX_FILE = 512 << 20  # CIFAR-100's largest has 155 MB
+_MAX_FILE = 512 << 20  # CIFAR-100's largest file has 155 MB
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         with open_regular(path) as file:
             if os.fstat(file.fileno()).st_size > _MAX_FILE:
-                raise InputError(f"{path} is larger than {in_bytes(_MAX_FILE)}: is it a CIFAR file?")
+                raise InputError(f"{path} is larger than {in_bytes(_MAX_FILE)}; is it a CIFAR file?")
             content = _Unpickler(file, path).load()
     except InputError:
         raise
@@ -122,7 +121,7 @@ def _text(value: Any) -> str:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows the few globals by which numpy arrays and bytes are pickled, as stand-ins of our own."""
+    """Unpickle with stand-ins for the few globals that pickled numpy arrays and bytes need, and no others."""
 
     def __init__(self, file: Any, path: os.PathLike[str]) -> None:
         super().__init__(file, encoding="bytes")
@@ -132,14 +131,13 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) in _ALLOWED:
             return _ALLOWED[module, name]
         raise InputError(
-            f"{self.path} asks for {module}.{name}, which a CIFAR file does not need: this pickle would run "
-            "code, so it "
-            "was not loaded. Do not use this file"
+            f"{self.path} asks for {module}.{name}, which a CIFAR file does not need; this pickle would run "
+            "code, so it was not loaded. Do not use this file"
         )
 
 
 class _Dtype:
-    """Stands for numpy.dtype; only whole numbers."""
+    """Stand in for numpy.dtype; integers only."""
 
     def __init__(self, code: str | bytes, *_: object) -> None:
         self.dtype = np.dtype(_text(code))
@@ -153,7 +151,7 @@ class _Dtype:
 
 
 class _Array:
-    """Stands for numpy.ndarray while its state is read."""
+    """Stand in for numpy.ndarray while its state is read."""
 
     array: np.ndarray
 
@@ -171,7 +169,7 @@ def _reconstruct(*_: object) -> _Array:
 
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
-    """Bytes as Python 3 writes them into a pickle for Python 2."""
+    """Return bytes that Python 3 pickled for Python 2."""
     if encoding not in ("latin1", "latin-1"):
         raise ValueError(f"bytes encoded with {encoding!r}")
     return text.encode("latin1")

@@ -1,4 +1,4 @@
-"""Class names and the captions that stand for them: from templates, or read off the captions that occur."""
+"""Class names and the captions that stand for them: from templates, or derived from the captions that occur."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ MAX_DERIVED_CLASSES = 1000
 class ClassSpace:
     """Class names and, for each, the captions that stand for it in zero-shot classification.
 
-    Raises `InputError` for names of the data's own that are empty, or that selectors could not tell apart.
+    Raises `InputError` if the data's own names are empty or if selectors could not tell them apart.
     """
 
     names: tuple[str, ...]
     prompts: tuple[tuple[str, ...], ...]
-    derived: bool = False  # read off the captions, not named by the data
+    derived: bool = False  # from the captions, not named by the data
 
     def __post_init__(self) -> None:
         if not self.derived:
@@ -38,33 +38,33 @@ class ClassSpace:
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raise `InputError` where a class name is empty, or where two read the same (case, spaces, underscores)."""
+    """Raise `InputError` if a class name is empty, or if two differ only in case, spaces or underscores."""
     alike: dict[str, list[str]] = {}
     for number, name in enumerate(names):
         if not name.strip():
-            raise InputError(f"class {number} of {len(names)} has an empty name: give each class a name of its own")
+            raise InputError(f"class {number} of {len(names)} has an empty name; give each class a name of its own")
         alike.setdefault(folded(readable(name)), []).append(name)
     double = next((group for group in alike.values() if len(group) > 1), None)
     if double is not None:
         shown = " and ".join(dict.fromkeys(repr(name) for name in double))
         raise InputError(
-            f"{len(double)} classes are called {shown}, which a selector cannot tell apart: give each class a name of "
+            f"{len(double)} classes are called {shown}, which a selector cannot tell apart; give each class a name of "
             "its own"
         )
 
 
 def folded(text: str) -> str:
-    """Equal for texts that differ only in case or in how accents are encoded."""
+    """Return a text that is equal for texts that differ only in case or in the encoding of accents."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
 
 
 def check_templates(templates: Sequence[str] | str | None) -> tuple[str, ...] | None:
-    """Caption templates as a tuple; each must hold one "{}" for the class name. None stays None."""
+    """Return caption templates as a tuple; each must have one "{}" for the class name. None stays None."""
     if templates is None:
         return None
     checked = (templates,) if isinstance(templates, str) else tuple(templates)
     if not checked:
-        raise InputError("templates is empty: give at least one, for example 'a photo of a {}'")
+        raise InputError("templates is empty; give at least one, for example 'a photo of a {}'")
     for template in checked:
         if not isinstance(template, str) or template.count("{}") != 1:
             raise InputError(f"the template {template!r} must be text with one '{{}}' for the class name")
@@ -72,16 +72,15 @@ def check_templates(templates: Sequence[str] | str | None) -> tuple[str, ...] | 
 
 
 def readable(name: str) -> str:
-    """A class or folder name as it reads in a caption."""
+    """Return a class or folder name in the form used in a caption."""
     return " ".join(name.replace("_", " ").split())
 
 
 def derive_classes(captions: Sequence[tuple[Any, ...]]) -> tuple[np.ndarray, ClassSpace] | None:
-    """Labels int64 [n] and classes when captions are few and repeated, else None.
+    """Return labels int64 [n] and classes if captions are few and repeated, else None.
 
-    Few and repeated: at most 1000 different ones and at most half of the number of pairs. Every different
-    caption (or tuple of captions) is a class; see `class_names` for what it is called. Token-id captions give
-    no classes.
+    Few and repeated means at most 1000 different ones, and at most half as many as pairs. Each different caption (or
+    tuple of captions) is a class, named by `class_names`. Captions that are token ids give no classes.
     """
     if any(not isinstance(caption, str) for group in captions for caption in group):
         return None
@@ -93,9 +92,9 @@ def derive_classes(captions: Sequence[tuple[Any, ...]]) -> tuple[np.ndarray, Cla
 def label_by_caption(
     captions: Sequence[tuple[str, ...]], known: Iterable[tuple[str, ...]] = ()
 ) -> tuple[np.ndarray, ClassSpace] | None:
-    """Labels and classes with each different tuple of captions, and each known one, a class.
+    """Return labels and classes, with one class for each different tuple of captions and each known one.
 
-    None where that gives no sensible classes: too many, or several whose first captions are the same.
+    None if there would be too many classes, or several with the same first caption.
     """
     groups = sorted({*captions, *known})
     firsts = [group[0] for group in groups]
@@ -112,10 +111,10 @@ _ARTICLES = frozenset({"a", "an", "the"})
 
 
 def class_names(captions: Sequence[str]) -> tuple[str, ...]:
-    """A short name for each of some captions: what is left without the words all share at both ends.
+    """Return a short name for each caption: the words left without those that all share at both ends.
 
-    "a photo of a dog." and "a photo of an owl." give "dog" and "owl". Captions that would end up with the
-    same name, or none, keep their full text, as does a single caption.
+    "a photo of a dog." and "a photo of an owl." give "dog" and "owl". If two names would be equal or one empty, the
+    captions keep their full text, as does a single caption.
     """
     spans = [[(match.group().casefold(), *match.span()) for match in _TOKEN.finditer(caption)] for caption in captions]
     shortest = min(len(words) for words in spans)
@@ -134,7 +133,7 @@ def class_names(captions: Sequence[str]) -> tuple[str, ...]:
 
 
 def _shared(rows: list[list[str]], limit: int) -> int:
-    """How many words all rows begin with, at most `limit`."""
+    """Return how many words all rows begin with, at most `limit`."""
     count = 0
     while count < limit and len({row[count] for row in rows}) == 1:
         count += 1
@@ -144,11 +143,11 @@ def _shared(rows: list[list[str]], limit: int) -> int:
 def merge_classes(
     parts: Sequence[tuple[list[tuple[Any, ...]], np.ndarray | None, ClassSpace | None]],
 ) -> tuple[np.ndarray | None, ClassSpace | None]:
-    """One class space for several data sets (captions, labels, classes): labels int64 of all pairs, classes.
+    """Merge the classes of several data sets (captions, labels, classes); return int64 labels of all pairs and classes.
 
-    Equal spaces stay. Spaces read off captions are read off anew from all of them, so that one class alone
-    ("a photo of a dog") and the rest get matching names. Otherwise classes of the same name are one. Without
-    a common space: None, None.
+    Equal spaces stay. Spaces derived from captions are derived again from all captions, so that a single class ("a
+    photo of a dog") and the rest get matching names. Otherwise classes with the same name become one. Returns None,
+    None without a common space.
     """
     spaces = [space for _, _, space in parts]
     first = spaces[0]

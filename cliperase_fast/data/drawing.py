@@ -1,4 +1,4 @@
-"""Datasets whose items come out differently each time they are read, as those that augment in `__getitem__`."""
+"""Find datasets whose items differ each time they are read, such as those that augment in `__getitem__`."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from torch import Tensor
 
 from cliperase_fast.errors import InputError
 
-_ITEMS = 8  # that are looked at
-_READS = 5  # of each, every one after another seed
+_ITEMS = 8  # items to check
+_READS = 5  # of each item, each with a different seed
 
 
 class seeded(ContextDecorator):
-    """Run a block with the three global generators seeded from some integers, and put their states back.
+    """Seed the global generators of torch, random and numpy inside a block, and restore their states afterwards.
 
-    gpus: also seed those of the GPUs, which are not put back.
+    gpus: also seed those of the GPUs, which are not restored.
     """
 
     def __init__(self, *entropy: int, gpus: bool = True) -> None:
         self.entropy, self.gpus = entropy, gpus
 
-    def _recreate_cm(self) -> seeded:  # each call of a decorated function has states of its own to put back
+    def _recreate_cm(self) -> seeded:  # each call of a decorated function restores its own states
         return seeded(*self.entropy, gpus=self.gpus)
 
     def __enter__(self) -> None:
@@ -47,13 +47,13 @@ class seeded(ContextDecorator):
 
 
 def is_redrawn(items: Any, positions: Sequence[int] | np.ndarray, name: str) -> bool:
-    """Whether images of `items` differ from one reading to the next, found out on a few of the `positions`.
+    """Return whether the images of `items` differ from one reading to the next, judged by a few of the `positions`.
 
-    Raises `InputError` where the captions differ too, and where a reading after the same seeds of the global generators
-    gives another image, so that a run could be neither repeated nor resumed.
+    Raises `InputError` if the captions differ too, or if the same seeds of the global generators give another image, so
+    that a run could be neither repeated nor resumed.
     """
     if isinstance(items, (list, tuple)) or len(positions) == 0:
-        return False  # the same objects each time
+        return False  # the same objects every time
     chosen = np.unique(np.linspace(0, len(positions) - 1, _ITEMS).round().astype(int))
     found = False
     for index in (int(positions[number]) for number in chosen):
@@ -64,24 +64,23 @@ def is_redrawn(items: Any, positions: Sequence[int] | np.ndarray, name: str) -> 
         other = next((caption for caption in captions if caption != captions[0]), None)
         if other is not None:
             raise InputError(
-                f"the caption of item {index} of {name} is another one each time it is read ({_short(captions[0])}, "
-                f"then {_short(other)}): give all captions of an image as a list, (image, [caption, ...]); training "
-                "takes them in turn"
+                f"the caption of item {index} of {name} differs each time it is read ({_short(captions[0])}, "
+                f"then {_short(other)}); give all captions of an image as a list, (image, [caption, ...]); training "
+                "uses them in turn"
             )
         if any(image != images[0] for image in images):
             found = True
             if any(_read(items, index, draw) != read for draw, read in enumerate(reads)):
                 raise InputError(
-                    f"the image of item {index} of {name} is another one each time it is read and does not follow the "
-                    "seeds of torch, random and numpy, so that a run could be neither repeated nor resumed: draw from "
-                    "their global generators, or return the plain image and pass the augmentation as transform="
+                    f"the image of item {index} of {name} differs each time it is read and does not follow the seeds "
+                    "of torch, random and numpy, so a run could be neither repeated nor resumed; draw from their "
+                    "global generators, or return the plain image and pass the augmentation as transform="
                 )
     return found
 
 
 def _read(items: Any, index: int, draw: int) -> tuple[Any, Any] | None:
-    """What can be compared of a caption and of an image; None where the item cannot be read, which those say that need
-    it."""
+    """Return a caption and an image in a form to compare; None if the item cannot be read, which its use reports."""
     with seeded(draw, index, gpus=False):
         try:
             image, caption = items[index]

@@ -1,4 +1,4 @@
-"""Flickr30k, and Flickr8k, which comes in the same forms: five captions an image, in any of the published files."""
+"""The source `flickr30k`: Flickr30k or Flickr8k, with captions from any of the published files."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from cliperase_fast.errors import InputError
 from cliperase_fast.reading import printable, read_lines, read_text, user_path
 
 Captions = dict[str, tuple[str, ...]]
-Parts = tuple[Captions, Captions | None]  # for training, for testing
+Parts = tuple[Captions, Captions | None]  # for training and for testing
 
-# Folders that the images come in, below DIR.
+# Folders of the images, below DIR.
 _FOLDERS = (
     "flickr30k_images/flickr30k_images", "flickr30k_images", "flickr30k-images", "Flickr30k_images", "Images", "images",
     "Flicker8k_Dataset", "Flickr8k_Dataset",
@@ -33,17 +33,17 @@ _MAX_JSON = 1 << 30
 
 
 def open_flickr30k(path: str, name: str, intake: Intake) -> tuple[PairDataset, PairDataset | None]:
-    """DIR with one of the files below (the first that is there) and images in DIR or a folder of it."""
+    """Open DIR with the first of the caption files below and images in DIR or one of its folders."""
     root = user_path(path)
     if not root.is_dir():
         raise InputError(
-            f"{root} is not a directory: 'flickr30k:' needs one with results.csv or dataset_flickr30k.json"
+            f"{root} is not a directory; 'flickr30k:' needs one with results.csv or dataset_flickr30k.json"
         )
     found = _caption_files(root)
     if not found:
         raise InputError(
-            f"there is neither dataset_flickr30k.json nor results.csv in {root}, nor flickr_annotations_30k.csv, "
-            "captions.txt, a .token file or Karpathy's dataset_coco.json; other captions are read as a table (csv:FILE)"
+            f"{root} has neither dataset_flickr30k.json nor results.csv, nor flickr_annotations_30k.csv, captions.txt, "
+            "a .token file or Karpathy's dataset_coco.json; use csv:FILE for other captions"
         )
     (file, read), *others = found
     for other, _ in others:
@@ -57,7 +57,7 @@ def open_flickr30k(path: str, name: str, intake: Intake) -> tuple[PairDataset, P
 
 
 def _caption_files(root: Path) -> list[tuple[Path, Callable[[Path, Intake], Parts]]]:
-    """Every caption file that is there with what reads it, the preferred first: those that have splits."""
+    """Return each caption file with its reader, the preferred one first: those with splits."""
     places = [root, *(root / folder for folder in _FOLDERS)]
     found: list[tuple[Path, Callable[[Path, Intake], Parts]]] = []
     for pattern, read in _READERS.items():
@@ -76,10 +76,10 @@ def _count_others(folder: Path, known: set[str], intake: Intake) -> None:
 
 
 def _delimited(file: Path, intake: Intake) -> Parts:
-    """Lines "image_name| comment_number| comment" or "image,caption", spaces anywhere, with or without a header.
+    """Read lines "image_name| comment_number| comment" or "image,caption", with any spaces, with or without a header.
 
-    What follows the last of these separators is the caption, so that it may hold more of them. Between commas a caption
-    may stand in double quotes; between bars quotes are part of it.
+    The caption is all that follows the last expected separator, so it may contain more of them. With commas a caption
+    may be in double quotes; with bars quotes are part of it.
     """
 
     def rows() -> Iterator[Row]:
@@ -112,12 +112,12 @@ def _unquoted(text: str) -> str:
     try:
         (cells,) = csv.reader([text], strict=True)
     except (csv.Error, ValueError):
-        return text  # a caption that begins with a quotation
+        return text  # a caption that starts with a quotation
     return cells[0].strip() if len(cells) == 1 else text
 
 
 def _tokens(file: Path, intake: Intake) -> Parts:
-    """Lines "1000092795.jpg#0<tab>caption"."""
+    """Read lines "1000092795.jpg#0<tab>caption"."""
 
     def rows() -> Iterator[Row]:
         for line, text in enumerate(read_lines(file), start=1):
@@ -134,7 +134,7 @@ def _tokens(file: Path, intake: Intake) -> Parts:
 
 
 def _annotations(file: Path, intake: Intake) -> Parts:
-    """A table with columns filename, raw (a list of captions) and split."""
+    """Read a table with columns filename, raw (a list of captions) and split."""
     parts: dict[str, list[tuple[str, str, int]]] = {"train": [], "test": []}
     for line, (image, texts, split) in read_table(file, ",", ("filename", "raw", "split"), intake):
         part = _part(split, f"{file} line {line}", intake)
@@ -147,7 +147,7 @@ def _annotations(file: Path, intake: Intake) -> Parts:
 
 
 def _karpathy(file: Path, intake: Intake) -> Parts:
-    """Splits train and restval are for training, test for testing; val is left alone."""
+    """Read Karpathy's JSON: splits train and restval are for training, test is for testing, val is not used."""
     try:
         images = json.loads(read_text(file, _MAX_JSON))["images"]
         parts: dict[str, Captions] = {"train": {}, "test": {}}
@@ -159,7 +159,7 @@ def _karpathy(file: Path, intake: Intake) -> Parts:
                 continue
             name = _file_name(image)
             if name in parts["train"] or name in parts["test"]:
-                intake.fault("image named twice", f"{file} names the image {printable(name)} twice: keep one")
+                intake.fault("image named twice", f"{file} names the image {printable(name)} twice; keep one")
                 continue
             parts[part][name] = texts
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -173,7 +173,7 @@ def _karpathy(file: Path, intake: Intake) -> Parts:
 
 
 def _file_name(image: dict[str, Any]) -> str:
-    """The path below the folder of images; COCO's file names its subfolder apart."""
+    """Return the path below the folder of images; COCO's file has the subfolder in a field of its own."""
     folder = image.get("filepath", "")
     if not isinstance(folder, str) or "\0" in folder:
         raise TypeError(f"a filepath is {folder!r}")
@@ -184,7 +184,7 @@ def _part(split: Any, where: str, intake: Intake) -> str | None:
     if split not in _PARTS:
         intake.fault(
             "image of an unknown split",
-            f"{where} has the split {split!r}, which is none of {', '.join(_PARTS)}: correct it",
+            f"{where} has the split {split!r}, which is not one of {', '.join(_PARTS)}; correct it",
         )
         return None
     if _PARTS[split] is None:
@@ -207,12 +207,12 @@ def _sentences(image: dict[str, Any], file: Path, intake: Intake) -> tuple[str, 
     if not texts or fault is not None:
         reason = "empty caption" if fault is None else fault[0]
         kind = "an empty caption or none" if reason == "empty caption" else f"an unusable caption ({reason})"
-        intake.fault(reason, f"{file} has {kind} for {printable(name)}: correct or remove the image")
+        intake.fault(reason, f"{file} has {kind} for {printable(name)}; correct or remove the image")
         return None
     return texts
 
 
-# By what they are called, the preferred first.
+# Readers by file name, the preferred one first.
 _READERS: dict[str, Callable[[Path, Intake], Parts]] = {
     "dataset_flickr*.json": _karpathy,
     "dataset_coco.json": _karpathy,
@@ -225,7 +225,7 @@ _READERS: dict[str, Callable[[Path, Intake], Parts]] = {
 
 
 def _image_folder(root: Path, images: list[str], name: str) -> Path:
-    # One image may be missing, which is for the check of all images to say; the first hundred cannot all be.
+    # A single missing image is reported when all images are checked; here the first hundred tell the folder.
     probes = images[:100]
     folders = [*(root / folder for folder in _FOLDERS), root]
     hits = [sum((folder / image).is_file() for image in probes) for folder in folders]

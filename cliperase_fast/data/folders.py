@@ -1,4 +1,4 @@
-"""Class folders: DIR/CLASS/**/*.jpg, with or without splits."""
+"""The source `folder`: class folders DIR/CLASS/**/*.jpg, with or without splits."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ from cliperase_fast.errors import InputError
 from cliperase_fast.reading import has_surrogates, printable, read_text, user_path
 
 _SYSTEM = frozenset({"__macosx", "thumbs.db", "desktop.ini", "ehthumbs.db"})
-# What the folders of splits are called, the preferred first.
+# Names of split folders, the preferred one first.
 _TRAIN = ("train", "training")
 _TEST = ("test", "testing", "val", "valid", "validation")
-_SHOWN = ".jpg, .png, .webp and what else Pillow reads"
+_SHOWN = ".jpg, .png, .webp or another format that Pillow reads"
 
 
 def is_system_file(name: str) -> bool:
-    """Whether a file or folder belongs to the system rather than to the data."""
+    """Return whether a file or folder belongs to the system rather than to the data."""
     return name.startswith(".") or name.casefold() in _SYSTEM
 
 
 def open_folder(
     path: str, name: str, templates: Sequence[str], intake: Intake, *, classnames: str | None = None
 ) -> tuple[PairDataset, PairDataset | None]:
-    """DIR/CLASS/**/*.jpg, or DIR/train/CLASS/... with DIR/test (else DIR/val) beside it, in any case.
+    """Open DIR/CLASS/**/*.jpg, or DIR/train/CLASS/... with DIR/test (else DIR/val), in any case.
 
-    classnames: a file that names each class folder, see `_read_names`; by default folders are named by themselves.
+    classnames: a file that names the class of each folder, see `_read_names`; by default the folder's own name is used.
     """
     root = user_path(path)
     if not root.is_dir():
-        raise InputError(f"{root} is not a directory: 'folder:' needs one that holds a folder of images for each class")
+        raise InputError(f"{root} is not a directory; 'folder:' needs one with a folder of images for each class")
     train_root, test_root = _find_splits(root, intake)
     folders = _class_folders(train_root, intake)
     if not folders:
-        raise InputError(f"{train_root} has no folders: put the images of each class into {train_root}/CLASS/")
+        raise InputError(f"{train_root} has no folders; put the images of each class into {train_root}/CLASS/")
     names = _named(folders, train_root, None if classnames is None else _read_names(classnames, root))
     found = [_find_images(train_root / folder, intake) for folder in folders]
     for folder in [folder for folder, images in zip(folders, found, strict=True) if not images]:
         intake.fault(
-            "class folder without images", f"{train_root / folder} holds no images ({_SHOWN}): fill or remove it"
+            "class folder without images", f"{train_root / folder} holds no images ({_SHOWN}); fill or remove it"
         )
     kept = [number for number, images in enumerate(found) if images]
     intake.require_some(len(kept), str(train_root), "has no images")
@@ -62,11 +62,11 @@ def open_folder(
     for folder in unknown:
         intake.fault(
             "test class that is not trained on",
-            f"{test_root} has the class {printable(folder)!r}, which {train_root} has not: rename or remove it",
+            f"{test_root} has the class {printable(folder)!r}, which {train_root} does not have; rename or remove it",
         )
     tested = [_find_images(test_root / folder, intake) if (test_root / folder).is_dir() else [] for folder in folders]
     if not any(tested):
-        raise InputError(f"{test_root} holds no images: fill or remove it")
+        raise InputError(f"{test_root} holds no images; fill or remove it")
     return train, _pairs(tested, root, f"{name} {test_root.name}", space, intake)
 
 
@@ -87,23 +87,23 @@ def _find_splits(root: Path, intake: Intake) -> tuple[Path, Path | None]:
 
 
 def _refuse_other_levels(root: Path, there: Mapping[str, str]) -> None:
-    """Raise `InputError` where the classes lie a level deeper, or their folders' parents would become the classes."""
+    """Raise `InputError` if the class folders are one level deeper, so that other folders would become the classes."""
     if there and set(there) <= {*_TRAIN, *_TEST}:
         split = next((name for name in there.values() if _holds_folders_only(root / name)), None)
         if split is not None:
             raise InputError(
-                f"{root} holds the split {split!r} and none called 'train', so that the splits would be the classes: "
-                f"give the folder of the classes, folder:{printable(str(root / split))}"
+                f"{root} holds the split {split!r} but none called 'train', so the splits would become the classes; "
+                f"name the folder with the class folders, folder:{printable(str(root / split))}"
             )
     if len(there) == 1 and _holds_folders_only(only := root / next(iter(there.values()))):
         raise InputError(
-            f"{root} holds the single folder {printable(only.name)!r}, which holds folders: give the folder of the "
-            f"classes, folder:{printable(str(only))}"
+            f"{root} holds the single folder {printable(only.name)!r}, which holds folders; name the folder with the "
+            f"class folders, folder:{printable(str(only))}"
         )
 
 
 def _holds_folders_only(folder: Path) -> bool:
-    """Whether there are several folders and no images in a folder."""
+    """Return whether a folder has several folders and no images in it."""
     entries = [entry for entry in _entries(folder) if not is_system_file(entry.name)]
     images = any(os.path.splitext(entry.name)[1].lower() in image_suffixes() for entry in entries)
     return not images and sum(entry.is_dir() for entry in entries) > 1
@@ -118,7 +118,7 @@ def _entries(folder: Path | str) -> list[os.DirEntry[str]]:
 
 
 def _class_folders(folder: Path, intake: Intake) -> list[str]:
-    """Names of the class folders, sorted; what else lies beside them is counted."""
+    """Return the names of the class folders, sorted; count everything else beside them."""
     names = []
     for entry in _entries(folder):
         if is_system_file(entry.name):
@@ -134,7 +134,7 @@ _WORDNET = re.compile(r"n\d{8}")
 
 
 def _named(folders: list[str], root: Path, known: dict[str, str] | None) -> list[str]:
-    """The class name of each folder; InputError where one says nothing or stands for another as well."""
+    """Return the class name of each folder; raise `InputError` for empty, unreadable or duplicate names."""
     names = []
     for folder in folders:
         if known is not None and folder not in known:
@@ -142,26 +142,26 @@ def _named(folders: list[str], root: Path, known: dict[str, str] | None) -> list
         name = readable(folder if known is None else known[folder])
         shown = printable(folder)
         if has_surrogates(name):
-            raise InputError(f"the name of the folder {shown!r} in {root} is not UTF-8: rename it")
+            raise InputError(f"the name of the folder {shown!r} in {root} is not UTF-8; rename it")
         if not name:
-            raise InputError(f"the folder {shown!r} in {root} names no class: rename it")
+            raise InputError(f"the folder {shown!r} in {root} has no class name; rename it")
         if known is None and _WORDNET.fullmatch(folder):
             raise InputError(
-                f"the folder {shown!r} in {root} is named by a WordNet id, which would stand in the captions: say what "
-                "the classes are called with '?classnames=FILE' after the folder (a line 'n01440764 tench' for each)"
+                f"the folder {shown!r} in {root} is a WordNet id, which would appear in the captions; name the classes "
+                "with '?classnames=FILE' after the folder (a line 'n01440764 tench' for each)"
             )
         names.append(name)
     double = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
     if double is not None:
-        raise InputError(f"two folders in {root} stand for the class {double!r}: rename one")
+        raise InputError(f"two folders in {root} stand for the class {double!r}; rename one")
     return names
 
 
 def _read_names(file: str, root: Path) -> dict[str, str]:
-    """Folder names and what their classes are called: lines "FOLDER NAME", or JSON {folder: name}.
+    """Read the class name of each folder: lines "FOLDER NAME", or JSON {folder: name}.
 
-    A tab or a comma right after the folder's name may stand for the space. JSON as ImageNet's class index has it,
-    {"0": [folder, name]}, is read too.
+    The folder's name ends at a space, tab or comma. JSON of the form of ImageNet's class index, {"0": [folder, name]},
+    is read too.
     """
     path = user_path(file)
     if not path.exists() and (root / path).exists():
@@ -180,18 +180,18 @@ def _read_names(file: str, root: Path) -> dict[str, str]:
         pairs = [tuple(re.split(r"\t|,|\s", line, maxsplit=1)) for line in lines]
         bad = next((line for line, pair in zip(lines, pairs, strict=True) if len(pair) != 2), None)
         if bad is not None:
-            raise InputError(f"the file of class names {path} has the line {bad!r}: write 'FOLDER NAME'")
+            raise InputError(f"the file of class names {path} has the line {bad!r}; write 'FOLDER NAME'")
     known: dict[str, str] = {}
     for folder, name in pairs:
         if known.setdefault(folder, name.strip()) != name.strip():
-            raise InputError(f"the file of class names {path} names the folder {folder!r} twice: keep one")
+            raise InputError(f"the file of class names {path} names the folder {folder!r} twice; keep one")
     return known
 
 
 def _find_images(folder: Path, intake: Intake) -> list[Path]:
-    """The images in a class folder and below, sorted; everything else is counted.
+    """Return the images in a class folder and below, sorted; count everything else.
 
-    Each directory is read once, and links to folders above are not followed.
+    Each directory is read once, and links to parent folders are not followed.
     """
     resolved = folder.resolve()
     seen = {_identity(parent) for parent in (resolved, *resolved.parents)}
@@ -214,7 +214,7 @@ def _find_images(folder: Path, intake: Intake) -> list[Path]:
             elif is_other_image(suffix):
                 intake.fault(
                     f"{suffix} images are not read",
-                    f"{printable(entry.path)} is an image that Pillow does not read here: convert it to .png or .jpg",
+                    f"{printable(entry.path)} is an image that Pillow does not read here; convert it to .png or .jpg",
                 )
             else:
                 intake.ignored.add(f"not an image by its suffix ({suffix or 'none'})", entry.path)

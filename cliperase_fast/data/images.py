@@ -1,4 +1,4 @@
-"""Where images are kept: in memory, in files, inside tar shards, or in any dataset of the caller's."""
+"""Read images from memory, files, tar shards or a dataset of the caller."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ from cliperase_fast.reading import open_regular
 
 
 class ImageStore:
-    """Images by position. Stores hold no open files, so they can be pickled for loader processes."""
+    """Images by position. Stores keep no open files, so they can be pickled for loader processes."""
 
     def __len__(self) -> int:
         raise NotImplementedError
 
     def image(self, position: int) -> Image.Image | Tensor:
-        """The decoded image: PIL in RGB, or the caller's tensor. `InputError` names an unreadable one."""
+        """Return the decoded image: PIL in RGB, or the caller's tensor. An `InputError` names an unreadable one."""
         raise NotImplementedError
 
     def origin(self, position: int) -> str:
-        """The collection this image belongs to; within one, different identities are different images."""
+        """Return the collection of this image; inside one, different identities are different images."""
         raise NotImplementedError
 
     def identity(self, position: int) -> Hashable:
-        """Equal for the same image even when it was opened twice."""
+        """Return a key that is equal for the same image, even if it was opened twice."""
         raise NotImplementedError
 
     def decoded(self, position: int) -> bool:
-        """Whether the pixels are already in memory, so that reading them cannot fail."""
+        """Return whether the pixels are already in memory, so that reading them cannot fail."""
         return False
 
     def thread_safe(self) -> bool:
         return True
 
     def redrawn(self) -> bool:
-        """Whether images come out differently each time they are read."""
+        """Return whether images differ each time they are read."""
         return False
 
 
@@ -72,7 +72,7 @@ class ArrayStore(ImageStore):
 
 
 class FileStore(ImageStore):
-    """Image files. remedy: what to do where one does not exist."""
+    """Image files. remedy: what to do if one does not exist."""
 
     def __init__(self, paths: Sequence[str], origin: str, remedy: str = "") -> None:
         self.paths, self._origin, self.remedy = list(paths), origin, remedy
@@ -91,7 +91,7 @@ class FileStore(ImageStore):
 
 
 class TarStore(ImageStore):
-    """Members of uncompressed tar files, read by their offset."""
+    """Members of uncompressed tar files, read at their offsets."""
 
     def __init__(
         self,
@@ -128,7 +128,7 @@ class TarStore(ImageStore):
 class ItemStore(ImageStore):
     """The first element of each item of a map-style dataset or sequence."""
 
-    is_redrawn = False  # `as_pairs` finds out
+    is_redrawn = False  # set by `as_pairs`
 
     def __init__(self, items: Any, name: str) -> None:
         self.items, self.name = items, name
@@ -162,7 +162,7 @@ class ItemStore(ImageStore):
 
 
 class JoinedStore(ImageStore):
-    """Several stores one after the other."""
+    """Several stores, concatenated."""
 
     def __init__(self, stores: Sequence[ImageStore]) -> None:
         self.stores = list(stores)
@@ -201,7 +201,7 @@ class JoinedStore(ImageStore):
 
 
 def pixel_bytes(image: Image.Image | Tensor) -> bytes:
-    """Size, type and values of an image as bytes: equal for equal pixels, however the image was stored."""
+    """Return size, type and values of an image as bytes: equal for equal pixels, however the image is stored."""
     if isinstance(image, Image.Image):
         return f"{image.mode} {image.size}".encode() + image.tobytes()
     flat = image.detach().cpu().contiguous().flatten().view(torch.uint8)

@@ -1,4 +1,4 @@
-"""What a source holds and a data set does not: refused, or left out and counted by reason."""
+"""Refuse the items of a source that cannot be used, or leave them out and count them by reason."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ItemError(InputError):
 
 
 class Tally:
-    """Counts by reason, each with its first example."""
+    """Count items by reason, with the first example of each."""
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
@@ -47,10 +47,10 @@ class Tally:
 
 @dataclass
 class Intake:
-    """Decides what becomes of items that cannot be used, and counts them.
+    """Decide what happens to items that cannot be used, and count them.
 
-    on_error: "raise" refuses the first of them, "skip" leaves them out.
-    skipped: items that were left out. ignored: what is beside the pairs by its nature, such as hidden files.
+    on_error: "raise" refuses the first one, "skip" leaves them out.
+    skipped: the items left out. ignored: what is never part of the pairs, such as hidden files.
     """
 
     on_error: str = "raise"
@@ -62,13 +62,13 @@ class Intake:
             raise InputError(f"on_error={self.on_error!r} is not one of {', '.join(ON_ERROR)}")
 
     def fault(self, reason: str, message: str, count: int = 1) -> None:
-        """An item cannot be used. The message names it and a remedy."""
+        """Report an item that cannot be used. The message names it and the fix."""
         if self.on_error == "raise":
             raise InputError(f"{message}, or pass on_error='skip' to leave it out and count it")
         self.skipped.add(reason, message, count)
 
     def require_some(self, left: int, name: str, nothing: str) -> None:
-        """Raise InputError, with the first fault, where nothing is left."""
+        """Raise `InputError` with the first fault if nothing is left."""
         if left == 0:
             first = next(iter(self.skipped.examples.values()), None)
             skipped = f": all {len(self.skipped)} were left out (the first: {first})" if first else ""
@@ -76,7 +76,7 @@ class Intake:
 
     @classmethod
     def merged(cls, parts: Iterable[Intake]) -> Intake:
-        """The counts of all parts; a part that occurs twice counts once."""
+        """Return the counts of all parts; a part that occurs twice counts once."""
         whole = cls()
         for part in {id(part): part for part in parts}.values():
             whole.skipped.update(part.skipped)
@@ -85,14 +85,14 @@ class Intake:
 
 
 def _is_invisible(text: str) -> bool:
-    """Whether nothing of a text can be seen: spaces, zero-width and control characters."""
+    """Return whether a text has only spaces, zero-width and control characters."""
     return all(char.isspace() or unicodedata.category(char) in ("Cc", "Cf") for char in text)
 
 
 def caption_fault(caption: Any) -> tuple[str, str] | None:
-    """(reason, what is wrong) for a text that cannot be a caption, else None."""
+    """Return (reason, what is wrong) for a text that cannot be a caption, else None."""
     if isinstance(caption, float) and math.isnan(caption):
-        return "caption is missing", "is NaN, by which pandas marks a missing text (dropna() leaves such rows out)"
+        return "caption is missing", "is NaN, pandas' mark of a missing text (dropna() removes such rows)"
     if not isinstance(caption, str):
         return "caption is not text", f"is a {type(caption).__name__}"
     if not caption.strip() or (not caption.isascii() and _is_invisible(caption)):
@@ -100,5 +100,5 @@ def caption_fault(caption: Any) -> tuple[str, str] | None:
     if len(caption) > MAX_CAPTION:
         return "caption too long", f"has {len(caption)} characters, more than {MAX_CAPTION}"
     if not caption.isascii() and has_surrogates(caption):
-        return "caption is not Unicode", "holds half of a character (a lone surrogate)"
+        return "caption is not Unicode", "contains half a character (a lone surrogate)"
     return None

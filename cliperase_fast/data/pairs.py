@@ -1,4 +1,4 @@
-"""The one dataset the library works on: images, each with one or more captions, and perhaps a class."""
+"""`PairDataset`, the dataset of the library: images, each with one or more captions and maybe a class."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from cliperase_fast.errors import InputError
 
 
 def caption_key(caption: Any) -> Any:
-    """What makes two captions the same: their text, or their token ids."""
+    """Return a key that is equal for equal captions: the text, or the token ids."""
     return caption if isinstance(caption, str) else tuple(caption.tolist())
 
 
 class PairDataset(Dataset):
-    """Images with their captions. Indexing gives (image, first caption); `captions[i]` holds all of image i.
+    """Images with their captions. Indexing returns (image, first caption); `captions[i]` has all captions of image i.
 
     name: for messages.
-    captions: a tuple for each image, of str or of token ids (int64 [L], all of one length).
-    ids: the stable id of each image, by which `ids:FILE` selects.
-    labels: int64 [n], index into `classes`; None without classes.
-    intake: what the source holds beside these pairs, counted; subsets share it.
+    captions: for each image a tuple of str or of token ids (int64 [L], all of one length).
+    ids: the stable id of each image, which `ids:FILE` selects by.
+    labels: int64 [n], indices into `classes`; None without classes.
+    intake: counts what else the source holds; subsets share it.
     """
 
     def __init__(
@@ -63,11 +63,11 @@ class PairDataset(Dataset):
 
     @property
     def prompts(self) -> tuple[tuple[str, ...], ...] | None:
-        """For each class the captions that stand for it: from templates, else the captions that occur."""
+        """The captions that stand for each class: from templates, else the captions that occur."""
         return None if self.space is None else self.space.prompts
 
     def class_prompts(self, which: str | int) -> list[str]:
-        """The captions that stand for a class, by its name or number."""
+        """Return the captions that stand for a class, given by its name or number."""
         if self.space is None:
             raise InputError(f"{self.name} has no classes")
         return list(self.space.prompts[self.space.names.index(which) if isinstance(which, str) else which])
@@ -76,10 +76,10 @@ class PairDataset(Dataset):
         return len(self.ids)
 
     def image(self, index: int, *, fixed: bool = True) -> Image.Image | Tensor:
-        """Image `index`, decoded, not transformed: PIL in RGB, or a tensor where the caller gave tensors.
+        """Return image `index`, decoded but not transformed: PIL in RGB, or the caller's own tensor.
 
-        fixed: of a dataset that draws its images anew each time give always the same one; else one that follows the
-        global generators.
+        fixed: if the dataset draws its images anew each time, return the same one every time; otherwise one that
+        follows the global generators.
         """
         position = int(self.positions[index])
         if fixed and self.store.redrawn():
@@ -89,11 +89,11 @@ class PairDataset(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Image.Image | Tensor, Any]:
         if not -len(self) <= index < len(self):
-            raise IndexError(f"index {index} is outside of {self.name}, which has {len(self)} images")
+            raise IndexError(f"index {index} is out of range for {self.name}, which has {len(self)} images")
         return self.image(index), self.captions[index][0]
 
     def different_captions(self) -> tuple[list[Any], list[np.ndarray]]:
-        """Each different caption once [U], and for each image the rows of its own, int64."""
+        """Return the distinct captions [U], and for each image the rows of its own captions, int64."""
         rows: dict[Any, int] = {}
         captions: list[Any] = []
         of_image = []
@@ -105,7 +105,7 @@ class PairDataset(Dataset):
         return captions, of_image
 
     def subset(self, indices: Sequence[int] | np.ndarray | Tensor) -> PairDataset:
-        """The images at these indices, in this order, or where a bool mask [n] is true. Nothing is copied."""
+        """Return the images at these indices in this order, or those where a bool mask [n] is true, without copying."""
         chosen = np.asarray(indices)
         if chosen.dtype == bool:
             if len(chosen) != len(self):
@@ -126,7 +126,7 @@ class PairDataset(Dataset):
         )
 
     def fingerprint(self) -> str:
-        """Hex digest of ids, captions and labels, in order. Pixels do not enter."""
+        """Return a hex digest of ids, captions and labels, in order, without pixels."""
         digest = hashlib.sha256()
         for index, (name, captions) in enumerate(zip(self.ids, self.captions, strict=True)):
             label = "" if self.labels is None else int(self.labels[index])
@@ -136,9 +136,9 @@ class PairDataset(Dataset):
 
 
 def concat(parts: Sequence[PairDataset]) -> PairDataset:
-    """All pairs of the parts, one after the other, in one class space (see `merge_classes`)."""
+    """Concatenate the pairs of all parts, with one class space (see `merge_classes`)."""
     if not parts:
-        raise InputError("there is nothing to put together: give at least one data set")
+        raise InputError("there is nothing to concatenate; pass at least one data set")
     labels, space = merge_classes([(part.captions, part.labels, part.space) for part in parts])
     stores = list({id(part.store): part.store for part in parts}.values())
     if len(stores) == 1:
@@ -161,7 +161,7 @@ def concat(parts: Sequence[PairDataset]) -> PairDataset:
     )
 
 
-@seeded(0, gpus=False)  # a dataset that draws something must not draw it from the caller's generators
+@seeded(0, gpus=False)  # a dataset that draws must not use the caller's generators
 def as_pairs(dataset: Any, name: str, *, on_error: str = "raise") -> PairDataset:
     """Wrap a map-style dataset or sequence of (image, caption).
 
@@ -169,27 +169,27 @@ def as_pairs(dataset: Any, name: str, *, on_error: str = "raise") -> PairDataset
     caption: a str, a list of str, or token ids as an integer tensor [L] (or [k, L] for k captions).
     on_error: "raise" refuses the first item that cannot be used, "skip" leaves such items out and counts them in
     the result's `intake`.
-    A `PairDataset` passes through, and a torch `Subset` of one keeps all it knows. Captions are read here
-    once, through `dataset[i]` for every i: a dataset that decodes images decodes them all. A dataset that augments
-    its images gives other ones in every step of training and always the same one elsewhere. Captions that are
-    few and repeated (at most 1000 different ones, and at most half as many as pairs) become classes.
+    A `PairDataset` is returned as it is, and a torch `Subset` of one keeps all it knows. Captions are read here once,
+    through `dataset[i]` for every i, so a dataset that decodes images decodes all of them. A dataset that augments its
+    images gives different ones in every training step and the same one everywhere else. Few and repeated captions (at
+    most 1000 different ones, and at most half as many as pairs) become classes.
     """
     base, indices = _unwrap(dataset)
     if isinstance(base, PairDataset):
         return base if indices is None else base.subset(indices)
     if isinstance(base, IterableDataset) or not (hasattr(base, "__len__") and hasattr(base, "__getitem__")):
         raise InputError(
-            f"{name} is a {type(base).__name__}: give a map-style dataset (with __len__ and __getitem__) of "
+            f"{name} is a {type(base).__name__}; pass a map-style dataset (with __len__ and __getitem__) of "
             "(image, caption) pairs"
         )
     if hasattr(base, "itertuples") and hasattr(base, "columns"):  # pandas
         columns = _example_columns(list(base.columns))
         raise InputError(
-            f"{name} is a table ({type(base).__name__}) with the columns {', '.join(map(repr, base.columns))}: give a "
+            f"{name} is a table ({type(base).__name__}) with the columns {', '.join(map(repr, base.columns))}; pass a "
             f"list of (image, caption) pairs, for example list(zip({name}[{columns[0]!r}], {name}[{columns[1]!r}]))"
         )
     if isinstance(base, (str, bytes, dict, Tensor, np.ndarray)):
-        raise InputError(f"{name} is a {type(base).__name__}: give a dataset or list of (image, caption) pairs")
+        raise InputError(f"{name} is a {type(base).__name__}; pass a dataset or list of (image, caption) pairs")
     intake = Intake(on_error)
     length = _length(base, name)
     wanted = np.arange(length) if indices is None else np.where(indices < 0, indices + length, indices)
@@ -216,13 +216,13 @@ def _length(base: Any, name: str) -> int:
         return len(base)
     except Exception as error:  # the caller's code may raise anything, and Python refuses a length below 0
         raise InputError(
-            f"the length of {name} cannot be told: len() raised {type(error).__name__}: {error}; __len__ must return "
+            f"the length of {name} is unknown: len() raised {type(error).__name__}: {error}; __len__ must return "
             "the number of items, a whole number of at least 0"
         ) from error
 
 
 def _read_captions(base: Any, index: int, name: str, intake: Intake) -> tuple[Any, ...] | None:
-    """The captions of an item, None where it was left out."""
+    """Return the captions of an item; None if it was left out."""
     try:
         item = base[index]
     except Exception as error:  # the caller's code may raise anything
@@ -237,28 +237,28 @@ def _read_captions(base: Any, index: int, name: str, intake: Intake) -> tuple[An
         raise InputError(f"item {index} of {name} is a {type(item).__name__} {_rows(item)}")
     if not isinstance(item, (tuple, list)) or len(item) != 2:
         size = f" of {len(item)}" if isinstance(item, (tuple, list)) else ""
-        raise InputError(f"item {index} of {name} is a {type(item).__name__}{size}: each item must be (image, caption)")
+        raise InputError(f"item {index} of {name} is a {type(item).__name__}{size}; each item must be (image, caption)")
     return _captions(item[1], base, f"the caption of item {index} of {name}", intake)
 
 
 def _rows(item: Mapping[Any, Any]) -> str:
-    """What to make of a row of named values."""
+    """Return how to turn a row of named values into a pair."""
     image, caption = _example_columns(list(item))
     return (
-        f"with the keys {', '.join(map(repr, item))}: each item must be (image, caption), for example "
+        f"with the keys {', '.join(map(repr, item))}; each item must be (image, caption), for example "
         f"[(row[{image!r}], row[{caption!r}]) for row in dataset]"
     )
 
 
 def _example_columns(names: list[Any]) -> tuple[Any, Any]:
-    """Those of some names that seem to hold images and captions."""
+    """Return the two names that seem to hold images and captions."""
     image = next((name for name in names if str(name).lower() in ("image", "img", "pixel_values")), "image")
     words = ("text", "caption", "captions", "sentence", "sentences", "title")
     return image, next((name for name in names if str(name).lower() in words), "caption")
 
 
 def _unwrap(dataset: Any) -> tuple[Any, np.ndarray | None]:
-    """The dataset below any torch Subsets, and the indices into it (None: all)."""
+    """Return the dataset inside any torch Subsets, and the indices into it (None: all)."""
     indices: np.ndarray | None = None
     while isinstance(dataset, Subset):
         inner = np.asarray(dataset.indices, dtype=np.int64).reshape(-1)
@@ -272,7 +272,7 @@ def _captions(caption: Any, base: Any, where: str, intake: Intake) -> tuple[Any,
         known = "dataset.classes[label]" if hasattr(base, "classes") else "class_names[label]"
         number = "" if isinstance(caption, Tensor) and caption.is_meta else f" {int(caption)}"
         raise InputError(
-            f"{where} is the number{number}, a class label: give captions, for example "
+            f"{where} is the number{number}, a class label; pass captions, for example "
             f"[(image, f'a photo of a {{{known}}}') for image, label in dataset]"
         )
     if isinstance(caption, np.ndarray) and caption.dtype.kind in "OUT":  # texts
@@ -281,35 +281,35 @@ def _captions(caption: Any, base: Any, where: str, intake: Intake) -> tuple[Any,
         return _token_captions(caption, where, intake)
     texts = caption if isinstance(caption, (list, tuple)) else (caption,)
     if not texts:
-        intake.fault("empty caption", f"{where} is an empty list: give at least one caption")
+        intake.fault("empty caption", f"{where} is an empty list; give at least one caption")
         return None
     for text in texts:
         fault = caption_fault(text)
         if fault is not None:
             remedy = "give a text" if isinstance(text, str) else "give a str, a list of str, or token ids as a tensor"
-            intake.fault(fault[0], f"{where} {fault[1]}: {remedy}")
+            intake.fault(fault[0], f"{where} {fault[1]}; {remedy}")
             return None
     return tuple(str(text) for text in texts)
 
 
 def _token_captions(caption: Tensor | np.ndarray, where: str, intake: Intake) -> tuple[Tensor, ...] | None:
     if isinstance(caption, np.ndarray) and caption.dtype.kind not in "iu":
-        raise InputError(f"{where} is a {caption.dtype} array {list(caption.shape)}: token ids are integers [L]")
+        raise InputError(f"{where} is a {caption.dtype} array {list(caption.shape)}; token ids must be integers [L]")
     if isinstance(caption, Tensor) and (caption.is_nested or caption.layout != torch.strided or caption.is_meta):
         kind = "nested" if caption.is_nested else "meta" if caption.is_meta else "sparse"
-        raise InputError(f"{where} is a {kind} tensor: token ids are integers [L] in memory, dense")
+        raise InputError(f"{where} is a {kind} tensor; token ids must be a dense integer tensor [L] in memory")
     tokens = torch.as_tensor(caption, device="cpu")
     if tokens.dtype.is_floating_point or tokens.dtype == torch.bool or tokens.ndim > 2 or tokens.numel() == 0:
-        raise InputError(f"{where} is a {tokens.dtype} tensor {list(tokens.shape)}: token ids are integers [L]")
+        raise InputError(f"{where} is a {tokens.dtype} tensor {list(tokens.shape)}; token ids must be integers [L]")
     tokens = tokens.long()
     if int(tokens.min()) < 0:
-        intake.fault("token ids out of range", f"{where} holds the token id {int(tokens.min())}: ids are at least 0")
+        intake.fault("token ids out of range", f"{where} has the token id {int(tokens.min())}; ids must be at least 0")
         return None
     return tuple(tokens.reshape(-1, tokens.shape[-1]))
 
 
 def _check_one_kind(captions: list[tuple[Any, ...]], positions: np.ndarray, name: str) -> None:
-    """All captions are texts, or all are token ids of one length."""
+    """Raise `InputError` unless all captions are texts, or all are token ids of one length."""
     kinds: dict[str, int] = {}
     for group, index in zip(captions, positions, strict=True):
         for caption in group:
@@ -318,6 +318,5 @@ def _check_one_kind(captions: list[tuple[Any, ...]], positions: np.ndarray, name
         (kind, index), (other, other_index) = list(kinds.items())[:2]
         raise InputError(
             f"captions of {name} differ in kind: item {index} has {kind}, item {other_index} has {other}; "
-            "give texts "
-            "everywhere, or token ids of one length"
+            "use only texts, or only token ids of one length"
         )

@@ -1,4 +1,4 @@
-"""Choosing pairs by text: `class:apple`, `caption:apple,apples`, `ids:FILE`."""
+"""Select pairs by text: `class:apple`, `caption:apple,apples`, `ids:FILE`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _KINDS = {"class": "class:NAME,NAME", "caption": "caption:WORD,SYNONYM", "ids": 
 
 
 def parse_reference(reference: str) -> tuple[str, str | None]:
-    """ "SOURCE#SELECTOR" as (source, selector); the selector is None when there is none.
+    """Split "SOURCE#SELECTOR" into (source, selector); the selector is None if there is none.
 
-    A '#' in a path is fine as long as no selector's name and a colon follow it.
+    A path may contain '#', unless the name of a selector and a colon follow.
     """
     known = re.search(rf"#(?:{'|'.join(_KINDS)}):", reference)
     if known:
@@ -30,18 +30,17 @@ def parse_reference(reference: str) -> tuple[str, str | None]:
 
 
 def select(pairs: PairDataset, selector: str, *, other: PairDataset | None = None) -> np.ndarray:
-    """Which pairs the selector means, bool [n]: some of them, never none and never all.
+    """Return a mask, bool [n], of the selected pairs: never none of them and never all.
 
-    class:a,b    pairs of these classes, by name (case and underscores do not matter) or by a caption that
-    stands for one
-    caption:a,b  images with a caption that holds one of these words or phrases as whole words, in any case
-    ids:FILE     the ids in a text file, one a line
+    class:a,b    pairs of these classes, by name (in any case, with spaces or underscores) or by a caption of the class
+    caption:a,b  images with a caption that contains one of these words or phrases as whole words, in any case
+    ids:FILE     the ids in a text file, one per line
 
-    other: the other split of the same source, whose ids a file may hold too.
+    other: the other split of the same source, whose ids the file may list too.
     """
     kind, colon, value = selector.partition(":")
     if not colon or kind not in _KINDS:
-        raise InputError(f"{selector!r} is no selector; use {_usage()}")
+        raise InputError(f"{selector!r} is not a selector; use {_usage()}")
     if kind != "ids" and not any(part.strip() for part in value.split(",")):
         raise InputError(f"the selector {selector!r} is empty; use {_KINDS[kind]}")
     if kind == "class":
@@ -51,10 +50,10 @@ def select(pairs: PairDataset, selector: str, *, other: PairDataset | None = Non
     else:
         mask = _by_ids(pairs, value, other)
     if not mask.any():
-        hint = " (whole words only: list other forms as synonyms, 'caption:apple,apples')" if kind == "caption" else ""
+        hint = " (only whole words match; list other forms too: 'caption:apple,apples')" if kind == "caption" else ""
         raise InputError(f"{selector!r} matches none of the {len(pairs)} pairs of {pairs.name}{hint}")
     if mask.all():
-        raise InputError(f"{selector!r} matches all {len(pairs)} pairs of {pairs.name}: nothing would be left to keep")
+        raise InputError(f"{selector!r} matches all {len(pairs)} pairs of {pairs.name}; nothing would be left to keep")
     return mask
 
 
@@ -81,7 +80,7 @@ def _by_class(pairs: PairDataset, value: str) -> np.ndarray:
             raise InputError(f"{text!r} could be any of the classes {_listed([names[number] for number in same])}")
         return same[0] if same else by_prompt.get(folded(text))
 
-    whole = find(value.strip())  # a class name may hold a comma
+    whole = find(value.strip())  # a class name may contain a comma
     wanted: list[int] = []
     for part in [value] if whole is not None else value.split(","):
         if not part.strip():
@@ -129,7 +128,7 @@ def _by_ids(pairs: PairDataset, value: str, other: PairDataset | None) -> np.nda
     lines = read_lines(path, "the file of ids ")
     wanted = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not wanted:
-        raise InputError(f"the file of ids {path} is empty: put one id on each line")
+        raise InputError(f"the file of ids {path} is empty; write one id on each line")
     have = set(pairs.ids)
     elsewhere = set() if other is None else set(other.ids)
     unknown = [name for name in wanted if name not in have and name not in elsewhere]

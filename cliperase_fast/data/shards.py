@@ -1,4 +1,4 @@
-"""Webdataset shards with random access: an index of where each image lies, instead of a stream."""
+"""The source `wds`: webdataset shards with random access, from an index of the position of each image."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from cliperase_fast.extras import import_extra
 from cliperase_fast.reading import decode_text, in_bytes, open_regular, printable
 
 _MAX_SHARDS = 100_000
-_SHOWN = "(.jpg, .jpeg, .png, .webp and what else Pillow reads)"
+_SHOWN = "(.jpg, .jpeg, .png, .webp or another format that Pillow reads)"
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd"}
 
 
 @dataclass
 class _Sample:
-    """The members of one key: where its image lies, and its caption."""
+    """The members of one key: the position of its image, and its caption."""
 
     key: str
     where: str  # for messages
@@ -42,12 +42,12 @@ class _Sample:
 
 
 def open_shards(pattern: str, name: str, intake: Intake) -> PairDataset:
-    """Local tar shards, named with webdataset's braces, holding KEY.jpg/.jpeg/.png/.webp and KEY.txt.
+    """Open local tar shards, named with webdataset's braces, that hold KEY.jpg/.jpeg/.png/.webp and KEY.txt.
 
-    One pass over the shards reads keys, captions and the place of each image; images stay on disk. As in webdataset,
-    a key ends at the first dot of a file's name; unlike there, the members of a key may lie anywhere in their shard.
-    Other members, such as .cls or .json, are left alone: classes are read off the captions. An id is the sample's key,
-    with the shard's name before it when keys repeat between shards.
+    One pass over the shards reads keys, captions and the position of each image; images stay on disk. As in webdataset,
+    a key ends at the first dot of a file's name; unlike there, the members of a key may be anywhere in their shard.
+    Other members, such as .cls or .json, are ignored: classes are derived from the captions. An id is the sample's key,
+    after the shard's name if keys repeat between shards.
     """
     shards = _expand(pattern, _shardlists())
     captions: list[tuple[str, ...]] = []
@@ -84,7 +84,7 @@ def _shardlists() -> ModuleType:
 def _expand(pattern: str, shardlists: ModuleType) -> list[str]:
     count = _count_braces(os.path.expandvars(pattern))
     if count > _MAX_SHARDS:
-        raise InputError(f"the braces in {pattern[:200]!r} name {count} shards, more than {_MAX_SHARDS}: name fewer")
+        raise InputError(f"the braces in {pattern[:200]!r} name {count} shards, more than {_MAX_SHARDS}; name fewer")
     try:
         urls = shardlists.expand_urls(pattern)
     except (
@@ -95,21 +95,21 @@ def _expand(pattern: str, shardlists: ModuleType) -> list[str]:
     for url in urls:
         if re.match(r"(?!file:)[a-z0-9+]{2,}:", url):
             raise InputError(
-                f"{url} is not a local file: 'wds:' reads single images out of shards, so download them first"
+                f"{url} is not a local file; 'wds:' reads single images from shards, so download them first"
             )
     shards = [os.path.expanduser(url.removeprefix("file:")) for url in urls]
     missing = [shard for shard in shards if not os.path.lexists(shard)]
     if missing:
         raise InputError(
             f"{len(missing)} of the {len(shards)} shards of {pattern!r} do not exist, the first is "
-            f"{missing[0]}; shards "
-            "are named with braces, for example wds:/data/{00000..00099}.tar"
+            f"{missing[0]}; name shards with braces, for example "
+            "wds:/data/{00000..00099}.tar"
         )
     return shards
 
 
 def _count_braces(pattern: str) -> int:
-    """How many names braces give, at most: nested lists are counted as a product."""
+    """Return the most names that the braces can give: nested lists count as a product."""
     count = 1
     for inner in re.findall(r"\{([^{}]*)\}", pattern):
         ends = re.fullmatch(r"(-?\d{1,18})\.\.(-?\d{1,18})(?:\.\.(-?\d{1,18}))?", inner)
@@ -124,7 +124,7 @@ def _count_braces(pattern: str) -> int:
 
 
 def _samples(shard: str, intake: Intake) -> list[_Sample]:
-    """The samples of a shard, in the order of their first members."""
+    """Return the samples of a shard, in the order of their first members."""
     samples: dict[str, _Sample] = {}
     try:
         with open_regular(shard) as file:
@@ -148,8 +148,8 @@ def _refuse_compressed(file: BinaryIO, shard: str) -> None:
     kind = next((kind for magic, kind in _COMPRESSED.items() if start.startswith(magic)), None)
     if kind is not None:
         raise InputError(
-            f"the shard {shard} is damaged or not an uncompressed tar file: it is compressed with {kind}, so that "
-            "single images cannot be read out of it; decompress it first"
+            f"the shard {shard} is damaged or not an uncompressed tar file: it is compressed with {kind}, so "
+            "single images cannot be read from it; decompress it first"
         )
 
 
@@ -159,9 +159,8 @@ def _members(file: BinaryIO) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]
         for member in tar:
             end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
             yield member, tar
-            tar.members = []  # type: ignore[attr-defined]  # or it keeps every header of the shard
-        # tarfile takes a damaged header for the end of the archive; the real end is a block of zeros, or no
-        # more bytes.
+            tar.members = []  # type: ignore[attr-defined]  # otherwise it keeps every header of the shard
+        # tarfile takes a damaged header for the end of the archive; the real end is a block of zeros or of the file.
         file.seek(end)
         if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
             raise tarfile.ReadError(f"unreadable header at byte {end}")
@@ -186,13 +185,13 @@ def _take(
     sample = samples.setdefault(key, _Sample(key, where))
     if suffix == "txt":
         if sample.caption is not None:
-            sample.fault = "key that occurs twice", f"{where} has two captions (.txt): keys must be unique in a shard"
+            sample.fault = "key that occurs twice", f"{where} has two captions (.txt); keys must be unique in a shard"
         elif sample.fault is None:
             sample.caption, sample.fault = _caption(member, tar, where)
     elif f".{suffix}" in image_suffixes():
         fault = _image_fault(member, where)
         if suffix in sample.images:
-            fault = "key that occurs twice", f"{where} has two images (.{suffix}): keys must be unique in a shard"
+            fault = "key that occurs twice", f"{where} has two images (.{suffix}); keys must be unique in a shard"
         sample.images[suffix] = (member.offset_data, member.size)
         sample.fault = sample.fault or fault
     else:
@@ -212,20 +211,20 @@ def _irregular(member: tarfile.TarInfo) -> str | None:
 def _image_fault(member: tarfile.TarInfo, where: str) -> tuple[str, str] | None:
     kind = _irregular(member)
     if kind is not None:
-        return "member is not a plain file", f"{where} has an image that is {kind}: pack plain files"
+        return "member is not a plain file", f"{where} has an image that is {kind}; pack plain files"
     if member.size > MAX_IMAGE_BYTES:
         limit = in_bytes(MAX_IMAGE_BYTES)
-        return "image too large", f"{where} has an image of {in_bytes(member.size)}, more than {limit}: make it smaller"
+        return "image too large", f"{where} has an image of {in_bytes(member.size)}, more than {limit}; make it smaller"
     return None
 
 
 def _caption(member: tarfile.TarInfo, tar: tarfile.TarFile, where: str) -> tuple[str | None, tuple[str, str] | None]:
-    """The caption in a member, or (reason, message) of what is wrong with it."""
+    """Return the caption in a member, or (reason, message) if it is unusable."""
     kind = _irregular(member)
     if kind is not None:
-        return None, ("member is not a plain file", f"{where} has a caption that is {kind}: pack plain files")
+        return None, ("member is not a plain file", f"{where} has a caption that is {kind}; pack plain files")
     if member.size > MAX_CAPTION:
-        said = f"{where} has a caption of {in_bytes(member.size)}, more than {in_bytes(MAX_CAPTION)}: shorten it"
+        said = f"{where} has a caption of {in_bytes(member.size)}, more than {in_bytes(MAX_CAPTION)}; shorten it"
         return None, ("caption too long", said)
     file = tar.extractfile(member)
     assert file is not None
@@ -236,12 +235,12 @@ def _caption(member: tarfile.TarInfo, tar: tarfile.TarFile, where: str) -> tuple
         return None, ("caption is not Unicode", said)
     fault = caption_fault(text)
     if fault is not None:
-        return None, (fault[0], f"the caption of {where} {fault[1]}: complete or remove it")
+        return None, (fault[0], f"the caption of {where} {fault[1]}; complete or remove it")
     return text, None
 
 
 def _is_pair(sample: _Sample) -> bool:
-    """Whether a sample is meant to be a pair, and not something else that lies in the shard."""
+    """Return whether a sample is meant to be a pair, and not other data in the shard."""
     images = any(is_other_image(f".{suffix}") for suffix in sample.others) or _dotted_images(sample)
     return bool(sample.images or sample.fault or images or sample.caption is not None)
 
@@ -249,7 +248,7 @@ def _is_pair(sample: _Sample) -> bool:
 def _incomplete(sample: _Sample) -> tuple[str, str] | None:
     if len(sample.images) > 1:
         which = ", ".join(f".{suffix}" for suffix in sample.images)
-        return "sample with several images", f"{sample.where} has {len(sample.images)} images ({which}): keep one"
+        return "sample with several images", f"{sample.where} has {len(sample.images)} images ({which}); keep one"
     if sample.images and sample.caption is not None:
         return None
     dotted = [suffix for suffix in sample.others if "." in suffix]
@@ -258,25 +257,25 @@ def _incomplete(sample: _Sample) -> tuple[str, str] | None:
         return (
             "name with dots",
             f"{sample.where} has members such as {name}: webdataset ends a key at the first dot, so rename files with "
-            "more dots",
+            "more than one dot",
         )
     unread = next((suffix for suffix in sample.others if is_other_image(f".{suffix}")), None)
     if unread is not None and not sample.images:
         return (
             f".{unread} images are not read",
-            f"{sample.where} has an image (.{unread}) that Pillow does not read: convert it",
+            f"{sample.where} has an image (.{unread}) that Pillow does not read; convert it",
         )
-    there = f"; there is .{', .'.join(sample.others)}, which is not read" if sample.others else ""
+    there = f"; it has .{', .'.join(sample.others)}, which is not read" if sample.others else ""
     if sample.images:
         text = next((suffix for suffix in sample.others if suffix in ("caption", "text", "cap", "captions")), None)
         if text is not None:
-            there = f"; there is .{text}: call such members .txt"
-        return "image without a caption", f"{sample.where} has no caption (.txt{there}): complete or remove it"
-    return "caption without an image", f"{sample.where} has no image {_SHOWN[:-1]}{there}): complete or remove it"
+            there = f"; it has .{text}: name such members .txt"
+        return "image without a caption", f"{sample.where} has no caption (.txt{there}); complete or remove it"
+    return "caption without an image", f"{sample.where} has no image {_SHOWN[:-1]}{there}); complete or remove it"
 
 
 def _dotted_images(sample: _Sample) -> int:
-    """Images among members whose names have more dots; 0 where the sample has an image of its own."""
+    """Return how many members with more dots in their names are images; 0 if the sample has its own image."""
     if sample.images:
         return 0
     return sum("." in suffix and f".{suffix.rpartition('.')[2]}" in image_suffixes() for suffix in sample.others)
@@ -289,7 +288,7 @@ def _ids(keys: list[str], shards: list[str], shard_of: np.ndarray) -> list[str]:
     ids = [f"{stems[number]}/{key}" for number, key in zip(shard_of, keys, strict=True)]
     double, count = Counter(ids).most_common(1)[0]
     if count > 1:
-        raise InputError(f"the sample {double!r} occurs {count} times in the shards: give each shard once")
+        raise InputError(f"the sample {double!r} occurs {count} times in the shards; name each shard once")
     return ids
 
 

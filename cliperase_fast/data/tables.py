@@ -1,4 +1,4 @@
-"""Caption tables: a line for each pair, in columns that a separator parts."""
+"""The source `csv`: caption tables with a line for each pair."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def open_csv(
     root: str | None = None,
     quotes: str = "double",
 ) -> PairDataset:
-    """A table with a column of image paths (relative ones count from `root`) and one of captions.
+    """Open a table with a column of image paths and one of captions.
 
-    The defaults are open_clip's. Rows with the same path are one image with several captions, and a cell that is a list
-    of texts, as Python or JSON writes it, is several captions.
-    root: a folder, by default the table's. quotes: "double" where texts may stand in double quotes, "none" where quotes
-    are part of the text.
+    The defaults are open_clip's. Rows with the same path are one image with several captions, as is a cell with a list
+    of texts in Python or JSON notation.
+    root: the folder that relative paths start from, by default the table's. quotes: "double" if texts may be in double
+    quotes, "none" if quotes are part of the text.
     """
     file = user_path(path)
     separator = _SEPARATORS.get(sep, sep)
@@ -55,13 +55,13 @@ def open_csv(
         raise InputError(f"quotes={quotes!r} is not one of {', '.join(_QUOTES)}")
     folder = file.parent if root is None else user_path(root)
     if root is not None and not folder.is_dir():
-        raise InputError(f"root={root!r} is not a directory: name the one that the paths in {file} count from")
+        raise InputError(f"root={root!r} is not a directory; name the one that the paths in {file} start from")
     rows = read_table(file, separator, (img, caption), intake, quoted=quotes == "double")
     captions = group_rows(
         caption_rows(((cells[0], cells[1], line) for line, cells in rows), file, intake), file, intake
     )
     labels, space = derive_classes(list(captions.values())) or (None, None)
-    remedy = "; paths count from the table's folder: add '?root=DIR' to the source if the images lie elsewhere"
+    remedy = "; paths start from the table's folder: add '?root=DIR' to the source if the images are elsewhere"
     store = FileStore(
         [_local_path(image, folder) for image in captions], os.path.realpath(file), remedy if root is None else ""
     )
@@ -69,7 +69,7 @@ def open_csv(
 
 
 def _local_path(image: str, folder: Path) -> str:
-    """The file that a cell means: relative to `folder`, with "~", as a file: URL, or with the separators of Windows."""
+    """Return the path in a cell: relative to `folder`, with "~", as a file: URL, or with Windows separators."""
     if image.lower().startswith("file://"):
         image = unquote(image[len("file://") :].removeprefix("localhost"))
     path = os.path.join(folder, os.path.expanduser(image))
@@ -82,7 +82,7 @@ def _local_path(image: str, folder: Path) -> str:
 def read_table(
     file: Path, separator: str, columns: Sequence[str], intake: Intake, *, quoted: bool = True
 ) -> Iterator[tuple[int, list[str]]]:
-    """(line, the cells of some columns) of each row below the header; what does not fit the header is a fault."""
+    """Yield (line, the cells of `columns`) of each row below the header; report rows that do not fit the header."""
     lines = _without_excels_hint(read_lines(file))
     if quoted:
         reader = csv.reader(lines, delimiter=separator, strict=True)
@@ -114,14 +114,14 @@ def read_table(
 
 
 def _without_excels_hint(lines: Iterator[str]) -> Iterator[str]:
-    """The lines without a first one such as "sep=;", which Excel and its exports put before the header."""
+    """Yield the lines without a first one such as "sep=;", which Excel writes before the header."""
     for number, line in enumerate(lines):
         if number > 0 or not re.fullmatch(r'"?sep=."?\s*', line, flags=re.IGNORECASE):
             yield line
 
 
 def _may_be_rows(text: str, separator: str) -> bool:
-    """Whether the lines of a quoted text may be rows of the table, which a quote that is not closed swallows."""
+    """Return whether a quoted text may contain rows of the table, because of a quote that is not closed."""
     return separator in text and ("\n" in text or "\r" in text)
 
 
@@ -130,7 +130,7 @@ def _quoting_fault(several_lines: bool, error: csv.Error | None) -> str:
         return f"a cell is longer than {csv.field_size_limit()} characters; is a quote not closed?"
     what = "quoted text over several lines; is a quote not closed?" if several_lines else f"bad quotes ({error});"
     return (
-        f"{what} double the quotes inside quoted text, put each text that holds the separator onto one line, or add "
+        f"{what} double the quotes inside quoted text, put each text that contains the separator on one line, or add "
         "'?quotes=none' to the source if all quotes are part of texts"
     )
 
@@ -140,7 +140,7 @@ def _find_columns(header: list[str], columns: Sequence[str], file: Path, separat
         if column not in header:
             raise InputError(f"{file} has no column {column!r}; it has {_listed(header)}{_csv_hint(header, separator)}")
         if header.count(column) > 1:
-            raise InputError(f"{file} has {header.count(column)} columns {column!r}: rename all but one")
+            raise InputError(f"{file} has {header.count(column)} columns {column!r}; rename all but one")
     return [header.index(column) for column in columns]
 
 
@@ -151,12 +151,12 @@ def _listed(header: list[str]) -> str:
 
 def _csv_hint(header: list[str], separator: str) -> str:
     if header and header[0].startswith(("{", "[")):
-        return "; this is JSON: write its images and captions as a table, a line for each caption"
+        return "; this is JSON; write its images and captions as a table with a line for each caption"
     other = next((sign for sign in (",", ";", "\t", "|") if sign != separator and sign in "".join(header)), None)
     if len(header) == 1 and other:
         named = "tab" if other == "\t" else other
-        return f"; columns seem to be separated otherwise: add '?sep={named}' to the source"
-    return "; its first line must name the columns: name those to read with '?img=COLUMN&caption=COLUMN' after the file"
+        return f"; columns seem to have another separator: add '?sep={named}' to the source"
+    return "; its first line must name the columns; name those to read with '?img=COLUMN&caption=COLUMN' after the file"
 
 
 def _fitted(
@@ -170,7 +170,7 @@ def _fitted(
     if len(cells) > len(header):
         intake.fault(
             "row with too many cells",
-            f"{where} has {len(cells)} cells and the header has {len(header)}: put texts that hold a {sign} into "
+            f"{where} has {len(cells)} cells and the header has {len(header)}; put texts that contain a {sign} into "
             "double quotes, or use another separator ('?sep=')",
         )
         return None
@@ -178,14 +178,14 @@ def _fitted(
         no_caption = f" has no caption for {cells[at[0]]}:" if at[0] < len(cells) <= at[-1] else ""
         intake.fault(
             "row with too few cells",
-            f"{where}{no_caption} has {len(cells)} cells and the header has {len(header)}: complete or remove the line",
+            f"{where}{no_caption} has {len(cells)} cells and the header has {len(header)}; complete or remove the line",
         )
         return None
     return [cells[column] for column in at]
 
 
 def caption_rows(rows: Iterable[tuple[str, str, int]], file: Path, intake: Intake) -> Iterator[Row]:
-    """Rows with the captions that a cell holds: its text, or the texts of a list."""
+    """Yield rows with the captions of a cell: its text, or the texts of a list."""
     for image, cell, line in rows:
         where = f"{file} line {line}"
         texts = _listed_captions(cell, where, intake)
@@ -202,12 +202,12 @@ def _listed_captions(cell: str, where: str, intake: Intake) -> tuple[str, ...] |
     if _has_joined_texts(cell):
         intake.fault(
             "list of captions without commas",
-            f"{where} holds a list of texts without commas between them, as numpy prints it: write it with commas",
+            f"{where} holds a list of texts without commas, as numpy prints it; write it with commas",
         )
         return None
     fault = "is empty" if not content else next((found[1] for text in content if (found := caption_fault(text))), None)
     if fault is not None:
-        intake.fault("list with an unusable caption", f"{where} holds a list in which a caption {fault}: correct it")
+        intake.fault("list with an unusable caption", f"{where} holds a list in which a caption {fault}; correct it")
         return None
     return tuple(text.strip() for text in content)
 
@@ -224,7 +224,7 @@ def _parsed_list(cell: str) -> list[Any] | None:
 
 
 def _has_joined_texts(cell: str) -> bool:
-    """Whether two quoted texts follow each other, which Python joins to one."""
+    """Return whether two quoted texts follow each other without a comma; Python would join them."""
     try:
         kinds = [token.type for token in tokenize.generate_tokens(io.StringIO(cell).readline)]
     except (tokenize.TokenError, SyntaxError):  # JSON that is not Python
@@ -236,25 +236,25 @@ _REMOTE = re.compile(r"(?!file://)[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 
 def group_rows(rows: Iterable[Row], file: Path, intake: Intake) -> dict[str, tuple[str, ...]]:
-    """Captions of each image, in order and without repetitions, which are counted."""
+    """Return the captions of each image, in order; repetitions are dropped and counted."""
     captions: dict[str, dict[str, None]] = {}
     count = 0
     for image, texts, line in rows:
         count += 1
         where = f"{file} line {line}"
         if not image:
-            intake.fault("row without an image", f"{where} names no image: complete or remove the line")
+            intake.fault("row without an image", f"{where} names no image; complete or remove the line")
             continue
         if _REMOTE.match(image):
             intake.fault(
-                "image is not a local file", f"{where} names {image[:80]}, which is not a local file: download it"
+                "image is not a local file", f"{where} names {image[:80]}, which is not a local file; download it"
             )
             continue
         for text in texts:
             fault = caption_fault(text)
             if fault is not None:
                 said = "has no caption" if not text else f"has a caption that {fault[1]},"
-                intake.fault(fault[0], f"{where} {said} for {image}: complete or remove the line")
+                intake.fault(fault[0], f"{where} {said} for {image}; complete or remove the line")
             elif text in captions.get(image, ()):
                 intake.ignored.add("repeated row", where)
             else:

@@ -52,9 +52,9 @@ def test_captions_are_read_whole(tmp_path: Path, text: str, captions: Captions) 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (HEAD + "1.png,a dog\n2.png,a red apple, a pear and a knife\n", "line 3 has 3 cells .* has 2: .*double quo"),
+        (HEAD + "1.png,a dog\n2.png,a red apple, a pear and a knife\n", "line 3 has 3 cells .* has 2; .*double quo"),
         (HEAD + "1.png,a, b, c\n", "line 2 has 4 cells"),
-        ("id,filepath,title,split\n1,1.png,a dog\n", "line 2 has 3 cells and the header has 4: complete or remove"),
+        ("id,filepath,title,split\n1,1.png,a dog\n", "line 2 has 3 cells and the header has 4; complete or remove"),
         ("title,filepath\na dog\n", "line 2 has 1 cells and the header has 2"),
         (HEAD + '1.png,"a dog\n2.png,a cat\n3.png,"a pig"\n', r"line 2: quoted text over several lines.*\?quotes=none"),
         (HEAD + '1.png,a dog\n2.png,"a cat', "line 3: .*is a quote not closed|line 3: bad quotes"),
@@ -72,13 +72,13 @@ def test_captions_are_read_whole(tmp_path: Path, text: str, captions: Captions) 
         (HEAD + "1.png,\"['a dog', '']\"\n", "line 2 holds a list in which a caption is empty"),
         (HEAD + "1.png,\"['a dog', None]\"\n", "line 2 holds a list in which a caption is a NoneType"),
         (HEAD + "1.png,[]\n", "line 2 holds a list in which a caption is empty"),
-        (HEAD + '1.png,"[""a"", ""\\ud800""]"\n', "holds half of a character"),
+        (HEAD + '1.png,"[""a"", ""\\ud800""]"\n', "contains half a character"),
         (HEAD + ",,\n", "line 2 names no image"),
         (HEAD + '1.png,"a dog\n2.png,a cat\n3.png,6"\n', "line 2: quoted text over several lines"),
-        (HEAD + '1.png,"a cat,\nasleep"\n', "line 2: quoted text over several lines.* separator onto one line"),
+        (HEAD + '1.png,"a cat,\nasleep"\n', "line 2: quoted text over several lines.* separator on one line"),
         (HEAD + "1.png,\"['a dog'\n 'a cat']\"\n", "line 2 holds a list of texts without commas"),
         (HEAD + "1.png,\u200b\u200d \ufeff\n", r"line 2 has a caption that is empty, for 1\.png"),
-        ('{"images": [{"file_name": "1.png"}]}', "no column 'filepath'.*this is JSON: write .* as a table"),
+        ('{"images": [{"file_name": "1.png"}]}', "no column 'filepath'.*this is JSON; write .* as a table"),
     ],
 )  # fmt: skip
 def test_rows_that_cannot_be_read_whole_are_named(tmp_path: Path, text: str | bytes, message: str) -> None:
@@ -198,7 +198,7 @@ def test_karpathys_faults_are_named_or_counted(flickr) -> None:
     good = ("0.jpg", "train", ["a dog"])
     for bad, message in [
         (("0.jpg", "test", ["again"]), r"names the image 0\.jpg twice"),
-        (("1.jpg", "dev", ["a cat"]), r"image 1\.jpg, has the split 'dev', which is none of train"),
+        (("1.jpg", "dev", ["a cat"]), r"image 1\.jpg, has the split 'dev', which is not one of train"),
         (("1.jpg", "train", ["a cat", " "]), r"empty caption or none for 1\.jpg"),
         (("1.jpg", "train", ["\ud800"]), r"unusable caption \(caption is not Unicode\) for 1\.jpg"),
     ]:
@@ -231,7 +231,5 @@ def test_karpathys_subfolders_are_part_of_the_path(tmp_path: Path, flickr, pictu
 
 
 def test_cocos_own_captions_are_refused_with_what_is_read(flickr) -> None:
-    with pytest.raises(
-        InputError, match=r"Karpathy's dataset_coco\.json; other captions are read as a table \(csv:FILE"
-    ):
+    with pytest.raises(InputError, match=r"Karpathy's dataset_coco\.json; use csv:FILE"):
         flickr("captions_val2014.json", "{}")

@@ -142,8 +142,8 @@ def test_an_allowed_name_with_unusual_arguments_is_refused(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("data_batch_3", None, "no data_batch_3.*cifar-10-python.tar.gz"),
-        ("batches.meta", None, "no batches.meta"),
+        ("data_batch_3", None, "has data_batch_3.*cifar-10-python.tar.gz"),
+        ("batches.meta", None, "has batches.meta"),
         ("test_batch", b"", "cannot read .*test_batch: EOFError"),
         ("test_batch", b"no pickle", "cannot read .*test_batch"),
         ("test_batch", python2_pickle(batch([1, 2]))[:3000], "cannot read .*test_batch"),

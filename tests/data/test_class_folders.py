@@ -24,7 +24,7 @@ def test_every_suffix_that_pillow_reads_is_an_image(tmp_path: Path, picture) -> 
 def test_images_of_other_formats_are_refused_or_counted(tmp_path: Path, picture) -> None:
     picture(tmp_path / "c" / "x.png")
     (tmp_path / "c" / "y.HEIC").write_bytes(b"?")
-    with pytest.raises(InputError, match=r"y\.HEIC is an image that Pillow does not read here: convert it"):
+    with pytest.raises(InputError, match=r"y\.HEIC is an image that Pillow does not read here; convert it"):
         open_source(f"folder:{tmp_path}")
     pairs = open_source(f"folder:{tmp_path}", on_error="skip").train
     assert len(pairs) == 1 and pairs.intake.skipped.counts == {".heic images are not read": 1}
@@ -107,7 +107,7 @@ def test_wordnet_ids_need_class_names(tmp_path: Path, picture) -> None:
         ("n01440764 tench\n", "has no line for the folder 'n01443537'"),
         ("n01440764 tench\nn01443537 tench\n", "two folders in .* stand for the class 'tench'"),
         ("n01440764 tench\nn01440764 crane\n", "names the folder 'n01440764' twice"),
-        ("n01440764\n", "has the line 'n01440764': write 'FOLDER NAME'"),
+        ("n01440764\n", "has the line 'n01440764'; write 'FOLDER NAME'"),
     ]:
         (tmp_path / "names.txt").write_text(text)
         with pytest.raises(InputError, match=message):
@@ -130,10 +130,10 @@ def test_empty_class_folders_are_refused_or_counted(tmp_path: Path, picture) -> 
 def test_folder_names_must_be_utf_8_and_say_something(tmp_path: Path, picture) -> None:
     picture(tmp_path / "a" / "cat" / "x.png")
     os.makedirs(os.fsencode(tmp_path / "a") + b"/caf\xe9")
-    with pytest.raises(InputError, match=r"name of the folder 'caf\\\\udce9' in .* is not UTF-8: rename it"):
+    with pytest.raises(InputError, match=r"name of the folder 'caf\\\\udce9' in .* is not UTF-8; rename it"):
         open_source(f"folder:{tmp_path}/a")
     picture(tmp_path / "b" / "_" / "x.png")
-    with pytest.raises(InputError, match=r"the folder '_' in .* names no class"):
+    with pytest.raises(InputError, match=r"the folder '_' in .* has no class name"):
         open_source(f"folder:{tmp_path}/b")
 
 
@@ -158,7 +158,7 @@ def test_folders_of_splits_go_by_several_names(tmp_path: Path, picture, train: s
 
 @pytest.mark.parametrize(
     ("above", "named"),
-    [("val", "split 'val' and none called 'train'"), ("Test", "split 'Test'"), ("data", "the single folder 'data'")],
+    [("val", "split 'val' but none called 'train'"), ("Test", "split 'Test'"), ("data", "the single folder 'data'")],
 )
 def test_a_folder_above_the_classes_is_refused_with_the_right_one(
     tmp_path: Path, picture, above: str, named: str
@@ -166,7 +166,9 @@ def test_a_folder_above_the_classes_is_refused_with_the_right_one(
     for name in ("dog", "cat"):
         picture(tmp_path / above / name / "1.png")
     (tmp_path / ".DS_Store").write_bytes(b"")
-    with pytest.raises(InputError, match=rf"{named}.* give the folder of the classes, (folder:.*/{above})$") as caught:
+    with pytest.raises(
+        InputError, match=rf"{named}.* name the folder with the class folders, (folder:.*/{above})$"
+    ) as caught:
         open_source(f"folder:{tmp_path}")
     advice = str(caught.value).rpartition(", ")[2]
     assert open_source(advice).train.classes == ("cat", "dog")

@@ -81,17 +81,19 @@ def test_a_dataset_that_seeds_every_item_itself_is_the_same_each_time():
 @pytest.mark.parametrize("make", [own_generator, counter])
 def test_images_that_do_not_follow_the_global_seeds_are_refused_with_the_remedy(make):
     with pytest.raises(
-        InputError, match=r"image of item 0 of data is another one .* pass the augmentation as transform="
+        InputError, match=r"image of item 0 of data differs each time .* pass the augmentation as transform="
     ):
         as_pairs(Items(make()), "data")
 
 
 def test_a_caption_drawn_at_random_is_refused_with_the_item_and_the_remedy():
     items = Items(caption=lambda text: random.choice([text, "something else", "a third"]))
-    with pytest.raises(InputError, match=r"caption of item \d+ of data is another .* give all captions .* as a list"):
+    with pytest.raises(
+        InputError, match=r"caption of item \d+ of data differs each time .* give all captions .* as a list"
+    ):
         as_pairs(items, "data")
     tokens = Items(caption=lambda _: torch.randint(9, (5,)))
-    with pytest.raises(InputError, match=r"caption of item 0 of data is another one"):
+    with pytest.raises(InputError, match=r"caption of item 0 of data differs each time"):
         as_pairs(tokens, "data")
 
 

@@ -50,7 +50,7 @@ def test_folder_mistakes_are_named(tmp_path: Path, picture) -> None:
     with pytest.raises(InputError, match="gone is not a directory"):
         open_source(f"folder:{tmp_path}/gone")
     picture(tmp_path / "loose.png")
-    with pytest.raises(InputError, match="has no folders: put the images of each class into"):
+    with pytest.raises(InputError, match="has no folders; put the images of each class into"):
         open_source(f"folder:{tmp_path}")
     picture(tmp_path / "train" / "cat" / "1.png")
     (tmp_path / "train" / "dog").mkdir()

@@ -171,8 +171,8 @@ def test_of_an_animation_the_first_frame_is_read(tmp_path: Path, suffix: str) ->
     ("size", "fault"),
     [
         ((0, 4), r"has no pixels \(0 x 4\)"),
-        ((1, 400), "1 x 400 pixels, a ratio beyond 200 to 1: crop it"),
-        ((9000, 8000), r"9000 x 8000 pixels, more than 64 megapixels: .*CLIPERASE_MAX_MEGAPIXELS"),
+        ((1, 400), "1 x 400 pixels, a ratio above 200 to 1; crop it"),
+        ((9000, 8000), r"9000 x 8000 pixels, more than 64 megapixels; .*CLIPERASE_MAX_MEGAPIXELS"),
     ],
 )
 def test_extents_that_cannot_be_used_are_refused(size: tuple[int, int], fault: str) -> None:
@@ -220,13 +220,13 @@ def test_postscript_under_another_name_is_not_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", r"is an empty file: fetch it again"),
-        (b"<!DOCTYPE html><html>404</html>", "is a web page, not an image: fetch it again"),
-        (b"\xef\xbb\xbf\n<html>", "is a web page, not an image: fetch it again"),
-        (b'<?xml version="1.0"?>\n<svg xmlns="x"/>', r"is an SVG drawing, .*: convert it to \.png"),
-        (b"version https://git-lfs.github.com/spec/v1\noid", "is a pointer of Git LFS, .*: run 'git lfs pull'"),
-        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", r"is a HEIC image, .*: convert it to \.png or \.jpg"),
-        (b"anything", r"is damaged, or of a format that Pillow does not read here: convert it to \.png or \.jpg"),
+        (b"", r"is an empty file; download it again"),
+        (b"<!DOCTYPE html><html>404</html>", "is a web page, not an image; download it again"),
+        (b"\xef\xbb\xbf\n<html>", "is a web page, not an image; download it again"),
+        (b'<?xml version="1.0"?>\n<svg xmlns="x"/>', r"is an SVG drawing, .*; convert it to \.png"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "is a pointer of Git LFS, .*; run 'git lfs pull'"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", r"is a HEIC image, .*; convert it to \.png or \.jpg"),
+        (b"anything", r"is damaged, or of a format that Pillow does not read here; convert it to \.png or \.jpg"),
     ],
 )
 def test_what_is_named_like_an_image_and_is_none_is_told(tmp_path: Path, content: bytes, said: str) -> None:
@@ -261,7 +261,7 @@ def test_uint8_arrays_are_images() -> None:
     ],
 )  # fmt: skip
 def test_other_arrays_are_refused_with_the_remedy(array: np.ndarray) -> None:
-    with pytest.raises(InputError, match=r"image 0 of mine is a ndarray of \w+ \[.*\]: give uint8 \[H, W, 3\]"):
+    with pytest.raises(InputError, match=r"image 0 of mine is an ndarray of \w+ \[.*\]; pass uint8 \[H, W, 3\]"):
         in_memory(array)
 
 

@@ -17,7 +17,7 @@ PICTURE = Image.new("RGB", (4, 4))
         ((PICTURE, float("nan")), r"caption of item 1 of data is NaN.*dropna"),
         ((PICTURE, None), r"caption of item 1 of data is a NoneType.*give a str"),
         ((PICTURE, 3), r"caption of item 1 of data is the number 3, a class label"),
-        ((PICTURE, "a dog", 3), r"item 1 of data is a tuple of 3: each item must be \(image, caption\)"),
+        ((PICTURE, "a dog", 3), r"item 1 of data is a tuple of 3; each item must be \(image, caption\)"),
         ({"image": PICTURE, "text": "a dog"}, r"\[\(row\['image'\], row\['text'\]\) for row in dataset\]"),
         ({"img": PICTURE, "label": 3}, r"item 1 of data is a dict with the keys 'img', 'label'.*row\['img'\]"),
     ],
@@ -34,7 +34,7 @@ def test_a_pair_that_is_something_else_is_named_with_the_remedy(item, says):
         (torch.zeros(1, 4, 4), r"'1' of data is a tensor \[1, 4, 4\].*expand\(3, -1, -1\)"),
         (torch.zeros(4, 4), r"'1' of data is a tensor \[4, 4\].*expand\(3, -1, -1\)"),
         (torch.zeros(4, 5, 3), r"'1' of data is a tensor \[4, 5, 3\].*permute\(2, 0, 1\)"),
-        (torch.zeros(3, 4, 5, dtype=torch.uint8), r"is a uint8 tensor; .*: give image\.permute\(1, 2, 0\)\.numpy\(\)"),
+        (torch.zeros(3, 4, 5, dtype=torch.uint8), r"is a uint8 tensor; .*; pass image\.permute\(1, 2, 0\)\.numpy\(\)"),
         (torch.zeros(2, 3, 4, 4), r"'1' of data is a tensor \[2, 3, 4, 4\]; tensor images must be \[3, H, W\]"),
     ],
 )
@@ -69,7 +69,7 @@ class Frame:
 def test_a_table_in_memory_is_refused_with_advice_that_works():
     frame = Frame([PICTURE, PICTURE], ["a dog", "a cat"])
     with pytest.raises(
-        InputError, match=r"data is a table \(Frame\) with the columns 'img', 'caption': .*list"
+        InputError, match=r"data is a table \(Frame\) with the columns 'img', 'caption'; .*list"
     ) as caught:
         as_pairs(frame, "data")
     pairs = as_pairs(eval(str(caught.value).rpartition("for example ")[2], {"data": frame}), "data")

@@ -215,7 +215,7 @@ def test_items_that_are_no_pairs_are_named(dataset: object, message: str) -> Non
 
 def test_an_image_of_an_unknown_type_is_named_when_read() -> None:
     pairs = as_pairs([(np.zeros((4, 4, 3)), "x")], "arrays")
-    with pytest.raises(InputError, match="image 0 of arrays is a ndarray"):
+    with pytest.raises(InputError, match="image 0 of arrays is an ndarray"):
         pairs.image(0)
 
 

@@ -82,8 +82,8 @@ def test_classes_read_off_captions_are_found_by_short_name_and_full_caption() ->
         ("class:seven,dog", r"no class 'dog'; there are 'zero', 'one', .*'nine'"),
         ("class:", "is empty; use class:NAME,NAME"),
         ("caption: , ", "is empty"),
-        ("seven", "is no selector; use class:NAME,NAME, caption:WORD,SYNONYM, ids:FILE"),
-        ("label:seven", "is no selector"),
+        ("seven", "is not a selector; use class:NAME,NAME, caption:WORD,SYNONYM, ids:FILE"),
+        ("label:seven", "is not a selector"),
         ("class:zero,one,two,three,four,five,six,seven,eight,nine", "matches all"),
     ],
 )

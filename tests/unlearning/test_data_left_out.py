@@ -128,7 +128,7 @@ def test_token_ids_beyond_the_vocabulary_are_refused_before_training(tmp_path, b
     ):
         cf.unlearn(make_tiny_clip(), with_tokens(FORGET), with_tokens(RETAIN, bad), test=test, **SHORT)
     with pytest.raises(
-        InputError, match=r"token captions do not fit .* there are 9 tokens a caption .* context holds 8"
+        InputError, match=r"token captions do not fit .* there are 9 tokens per caption .* context holds 8"
     ):
         long = [[(image, torch.full((9,), n)) for image, _ in pairs] for n, pairs in enumerate((FORGET, RETAIN))]
         cf.unlearn(make_tiny_clip(), *long, **SHORT)

@@ -271,7 +271,7 @@ class ClipAdapter(ABC):
         if limit is not None and tokens.shape[1] > limit:
             raise InputError(
                 f"the tokenizer returned {tokens.shape[1]} tokens per caption and the model's context holds "
-                f"{limit}; set its context length to that"
+                f"{limit}; pad and truncate them to that length"
             )
         if tokens.numel() and (tokens.min() < 0 or (size is not None and tokens.max() >= size)):
             raise InputError(
