@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cliperase_fast.data.sources import sources_markdown
+from cliperase_fast.evaluation import METRICS
 from cliperase_fast.planning.cost_model import step_cost
 from cliperase_fast.planning.report import step_of
 
@@ -309,7 +310,13 @@ def train_tables() -> str:
     return "\n\n".join(parts) or "Not measured yet."
 
 
+def metrics_table() -> str:
+    rows = [(f"`{metric.name}`", metric.meaning) for metric in METRICS.values()]
+    return table(("score", "meaning"), rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "metrics": metrics_table,
     "grad-cache": grad_cache_table,
     "sharded-products": sharded_products_table,
     "scaling": scaling_table,

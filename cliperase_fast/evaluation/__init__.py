@@ -1,5 +1,4 @@
-"""How well a model matches images and captions: zero-shot accuracy and retrieval, for forget and retain pairs
-apart."""
+"""Measure how well a model matches images and captions, for forget and retain pairs separately."""
 
 from cliperase_fast.evaluation.encoding import (
     EncodedPairs,
@@ -9,6 +8,21 @@ from cliperase_fast.evaluation.encoding import (
     require_finite,
 )
 from cliperase_fast.evaluation.evaluating import evaluate
+from cliperase_fast.evaluation.metrics import METRICS, PRIMARY, Metric, find_metric
+from cliperase_fast.evaluation.queries import QueryResults
 from cliperase_fast.evaluation.scoring import score
 
-__all__ = ["EncodedPairs", "class_prompts", "encode_pairs", "evaluate", "pair_similarities", "require_finite", "score"]
+__all__ = [
+    "METRICS",
+    "PRIMARY",
+    "EncodedPairs",
+    "Metric",
+    "QueryResults",
+    "class_prompts",
+    "encode_pairs",
+    "evaluate",
+    "find_metric",
+    "pair_similarities",
+    "require_finite",
+    "score",
+]

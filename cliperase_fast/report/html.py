@@ -13,7 +13,6 @@ from cliperase_fast.report import plots
 from cliperase_fast.report.data import ReportData
 from cliperase_fast.report.style import STYLE
 from cliperase_fast.report.wording import (
-    METRICS,
     Headline,
     cell,
     change,
@@ -23,6 +22,7 @@ from cliperase_fast.report.wording import (
     percent,
     shown_metrics,
     signed,
+    value,
     verdict,
 )
 
@@ -84,7 +84,7 @@ def _meters(head: Headline | None) -> str:
     """The two numbers that matter, each with a bar."""
     if head is None:
         return ""
-    what = {"zero_shot_top1": "images recognised", "image_to_text_r@1": "images whose caption is found"}[head.metric]
+    what = head.counted
     tiles = []
     for which, values, wish in (
         ("forget", head.forget, "should fall"),
@@ -114,9 +114,9 @@ def _scores(result: Mapping[str, Any]) -> str:
             continue
         rows = [
             (
-                METRICS[metric],
-                *(cell(metric, number(scores.get(metric))) for scores in (old, new)),
-                change(metric, number(old.get(metric)), number(new.get(metric))),
+                metric.label,
+                *(cell(metric, value(metric, scores)) for scores in (old, new)),
+                change(metric, value(metric, old), value(metric, new)),
             )
             for metric in shown
         ]
@@ -129,7 +129,7 @@ def _scores(result: Mapping[str, Any]) -> str:
     return (
         "<section><h2>Before and after</h2>"
         "<p>Measured on the test split, which took no part in training or in choosing the checkpoint. "
-        "Changes are in percentage points; the pair similarity is the mean cosine of an image and its "
+        "Changes are in percentage points; the association is the mean cosine of an image and its "
         "captions. R@k is the share of queries that find a match among their k nearest."
         f"{_grain(before)}</p>"
         f'<div class="pairs">{"".join(tables)}</div></section>'

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from cliperase_fast.report.wording import METRICS, cell, change, number, percent, shown_metrics
+from cliperase_fast.report.wording import cell, change, percent, shown_metrics, value
 
 _ASCII = str.maketrans({"−": "-", "–": "-", "─": "-", "→": ">"})
 
@@ -30,16 +30,16 @@ def text_table(
     for name in sets:
         rows = [columns]
         for metric in shown:
-            old = number(before[name].get(metric))
+            old = value(metric, before[name])
             if after is None:
                 rows.append([cell(metric, old)])
             else:
-                new = number(after[name].get(metric))
+                new = value(metric, after[name])
                 rows.append([cell(metric, old), cell(metric, new), change(metric, old, new)])
         blocks.append(rows)
     headings = [f"{name} ({before[name]['pairs']} pairs)" for name in sets]
 
-    labels = ["", *(METRICS[metric] for metric in shown)]
+    labels = ["", *(metric.label for metric in shown)]
     left = max(len(label) for label in labels)
     lines = ["".join(["".ljust(left), *(f"   {heading}" for heading in _headings(headings, blocks))])]
     for row, label in enumerate(labels):

@@ -1,35 +1,27 @@
-"""Numbers and judgements in words, the same in the terminal, in the plots and on the page."""
+"""Scores and judgements in words, the same in the terminal, in the plots and on the page."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-METRICS = {
-    "zero_shot_top1": "Zero-shot accuracy",
-    "image_to_text_r@1": "Image to text, R@1",
-    "image_to_text_r@5": "Image to text, R@5",
-    "image_to_text_r@10": "Image to text, R@10",
-    "text_to_image_r@1": "Text to image, R@1",
-    "text_to_image_r@5": "Text to image, R@5",
-    "text_to_image_r@10": "Text to image, R@10",
-    "pair_similarity": "Pair similarity",  # a cosine, the only one that is no share
-}
+from cliperase_fast.evaluation.metrics import METRICS, PRIMARY, SHARE, Metric, find_metric
+
 FORGOTTEN = 0.01  # at or below this share the concept counts as gone
 RETAIN_FLOOR = 0.02  # the allowed retain drop where the configuration does not say
 
 
 def number(value: Any) -> float | None:
-    """`value` as a float, or None where it is missing or not finite."""
+    """Return `value` as a float, or None where it is missing or not finite."""
     if value is None or isinstance(value, (bool, str)) or not math.isfinite(value):
         return None
     return float(value)
 
 
 def percent(share: float | None) -> str:
-    """0.981 as 98.1%; what is not quite none or not quite all does not read as if it were."""
+    """Write 0.981 as 98.1%. A share close to none or all is not rounded to it."""
     if share is None:
         return "–"
     if 0 < share < 0.0005:
@@ -40,7 +32,7 @@ def percent(share: float | None) -> str:
 
 
 def signed(value: float | None, digits: int) -> str:
-    """With a sign (a true minus), and zero without one."""
+    """Write a number with its sign (a true minus sign), and zero without one."""
     if value is None:
         return "–"
     text = f"{abs(value):.{digits}f}"
@@ -49,32 +41,39 @@ def signed(value: float | None, digits: int) -> str:
     return ("−" if value < 0 else "+") + text
 
 
-def cell(metric: str, value: float | None) -> str:
-    """A score as it stands in a table."""
-    if metric != "pair_similarity" or value is None:
-        return percent(value)
-    return f"{value:.3f}".replace("-", "−")
+def value(metric: Metric, scores: Mapping[str, Any]) -> float | None:
+    """The metric's value in the scores of a set, or None where it is missing or not finite."""
+    return number(metric.read(scores))
 
 
-def change(metric: str, before: float | None, after: float | None) -> str:
-    """What a table shows as change: percentage points, or the difference of two cosines."""
+def cell(metric: Metric, score: float | None) -> str:
+    """Write a score as tables show it."""
+    if metric.format is SHARE or score is None:
+        return percent(score)
+    scale, digits, unit = metric.format
+    return f"{scale * score:.{digits}f}".replace("-", "−") + unit
+
+
+def change(metric: Metric, before: float | None, after: float | None) -> str:
+    """Write a change as tables show it: in percentage points, or as a difference of cosines."""
     if before is None or after is None:
         return "–"
-    return signed(after - before, 3) if metric == "pair_similarity" else signed(100 * (after - before), 1)
+    return signed(metric.format.scale * (after - before), metric.format.digits)
 
 
-def shown_metrics(*sets: Mapping[str, Any]) -> list[str]:
-    """The metrics at least one set has a value for, less recalls that are 1 by definition (a gallery of at
-    most k)."""
-    names = []
-    for name in METRICS:
-        direction, _, k = name.partition("_r@")
-        gallery = {"image_to_text": "gallery_captions", "text_to_image": "gallery_images"}.get(direction, "")
-        sizes = [size for scores in sets if (size := number(scores.get(gallery))) is not None]
-        trivial = bool(sizes) and all(size <= int(k) for size in sizes)
-        if not trivial and any(number(scores.get(name)) is not None for scores in sets):
-            names.append(name)
-    return names
+def shown_metrics(*sets: Mapping[str, Any]) -> list[Metric]:
+    """The metrics that at least one set has a value for, without the recalls that are 1 by definition (a gallery of at
+    most k items)."""
+    return [
+        metric
+        for metric in METRICS.values()
+        if any(value(metric, scores) is not None for scores in sets) and not _trivial(metric, sets)
+    ]
+
+
+def _trivial(metric: Metric, sets: Sequence[Mapping[str, Any]]) -> bool:
+    sizes = [size for scores in sets if (size := number(scores.get(metric.gallery))) is not None]
+    return bool(sizes) and all(size <= metric.k for size in sizes)
 
 
 @dataclass(frozen=True)
@@ -101,36 +100,42 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Headline:
-    """The one number the verdict is about: zero-shot accuracy, or recall@1 where there are no classes."""
+    """The metric that the verdict is about: zero-shot accuracy, or recall@1 where there are no classes."""
 
-    metric: str
-    action: str  # what the model does with a share of the images
+    metric: Metric
+    action: str  # what the model does with this share of the images
+    counted: str  # which images are counted
     forget: tuple[float, float]  # before, after
     retain: tuple[float, float] | None
     chance: float  # what guessing scores; 0 where that is not known
 
 
+_PRIMARY_WORDS = {  # action, counted
+    "zero_shot_top1": ("recognises", "images recognised"),
+    "image_to_text_r@1": ("finds the right caption of", "images whose caption is found"),
+}
+
+
 def headline(result: Mapping[str, Any]) -> Headline | None:
-    """None where the result has no scores of the forget pairs."""
-    actions = {"zero_shot_top1": "recognises", "image_to_text_r@1": "finds the right caption of"}
-    for metric, action in actions.items():
-        forget, retain = before_after(result, "forget", metric), before_after(result, "retain", metric)
+    """Return the first primary metric that the forget pairs have both scores of, or None."""
+    for metric in map(find_metric, PRIMARY):
+        forget, retain = (before_after(result, which, metric) for which in ("forget", "retain"))
         if forget is not None:
-            return Headline(metric, action, forget, retain, _chance(result, metric))
+            return Headline(metric, *_PRIMARY_WORDS[metric.name], forget, retain, _chance(result, metric))
     return None
 
 
-def _chance(result: Mapping[str, Any], metric: str) -> float:
-    if metric == "zero_shot_top1":
+def _chance(result: Mapping[str, Any], metric: Metric) -> float:
+    if metric.needs_classes:
         choices = float(len(result.get("per_class") or {}))
     else:
-        choices = number(((result.get("before") or {}).get("forget") or {}).get("gallery_captions")) or 0.0
+        choices = number(((result.get("before") or {}).get("forget") or {}).get(metric.gallery)) or 0.0
     return 1 / choices if choices >= 2 else 0.0
 
 
-def before_after(result: Mapping[str, Any], which: str, metric: str) -> tuple[float, float] | None:
-    values = [number(((result.get(when) or {}).get(which) or {}).get(metric)) for when in ("before", "after")]
-    return None if values[0] is None or values[1] is None else (values[0], values[1])
+def before_after(result: Mapping[str, Any], which: str, metric: Metric) -> tuple[float, float] | None:
+    before, after = (value(metric, (result.get(when) or {}).get(which) or {}) for when in ("before", "after"))
+    return None if before is None or after is None else (before, after)
 
 
 def verdict(result: Mapping[str, Any]) -> Verdict:

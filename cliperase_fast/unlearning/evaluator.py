@@ -52,7 +52,7 @@ class Evaluator:
         scores = self.score(self.encode(adapter, part), part)
         name = "zero_shot_top1" if part.pairs.classes is not None else "image_to_text_r@1"
         forget, retain = scores["forget"], scores["retain"]
-        return Candidate(step, epoch, forget[name], retain[name], forget["pair_similarity"])
+        return Candidate(step, epoch, forget[name], retain[name], forget["association"])
 
 
 def lowest(evaluations: Sequence[Candidate]) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def test_without_forget_there_is_one_set(model):
     scores = evaluate(model, coloured(blue_is_lost=False), tokenizer=model.tokenizer)
     assert set(scores) == {"all", "per_class"}
     assert scores["all"]["zero_shot_top1"] == 1
-    assert scores["all"]["pair_similarity"] == pytest.approx(1)
+    assert scores["all"]["association"] == pytest.approx(1)
 
 
 def test_templates_stand_for_the_classes(model):

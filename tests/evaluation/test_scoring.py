@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from cliperase_fast.evaluation import EncodedPairs, score
-from cliperase_fast.evaluation.scoring import TIE
+from cliperase_fast.evaluation.queries import TIE
 
 RECALLS = [f"{direction}_r@{k}" for direction in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
 
@@ -62,7 +62,7 @@ def oracle(encoded, pairs, member):
         for i in range(n)
     ]
     scores["zero_shot_top1"] = np.mean([correct[i] for i in np.flatnonzero(member)])
-    scores["pair_similarity"] = np.mean(
+    scores["association"] = np.mean(
         [np.mean([image[i] @ text[c] for c in encoded.caption_index[i]]) for i in np.flatnonzero(member)]
     )
     return scores, np.array(correct)
@@ -108,7 +108,7 @@ def test_collapsed_features_score_nothing():
     scores = score(encoded, pairs)["all"]
     assert scores["zero_shot_top1"] == 0
     assert {scores[name] for name in RECALLS} == {0}
-    assert scores["pair_similarity"] == pytest.approx(1)
+    assert scores["association"] == pytest.approx(1)
 
 
 @pytest.mark.parametrize(("gap", "hit"), [(0.0, 0.0), (TIE / 4, 0.0), (100 * TIE, 1.0)])
@@ -175,7 +175,7 @@ def test_an_empty_set_has_no_scores_and_no_nan(mask):
     scores = score(encoded, pairs, mask)
     empty = scores["retain" if mask.all() else "forget"]
     assert empty["pairs"] == 0
-    assert all(empty[name] is None for name in [*RECALLS, "zero_shot_top1", "pair_similarity"])
+    assert all(empty[name] is None for name in [*RECALLS, "zero_shot_top1", "association"])
     json.dumps(scores, allow_nan=False)
 
 
@@ -190,7 +190,7 @@ def test_features_that_are_nan_never_hit_and_leave_no_nan_in_the_scores():
     scores = score(nan, pairs)["all"]
     assert scores["zero_shot_top1"] == 0
     assert {scores[name] for name in RECALLS} == {0}
-    assert scores["pair_similarity"] is None
+    assert scores["association"] is None
     json.dumps(scores, allow_nan=False)
 
 

@@ -43,7 +43,7 @@ def test_images_of_another_floating_type_are_encoded(dtype: torch.dtype) -> None
         return as_tensor(image).to(dtype)
 
     result = cf.unlearn(tiny_open_clip(), FORGET, RETAIN, transform=transform, **QUICK)
-    assert result.after["forget"]["pair_similarity"] != result.before["forget"]["pair_similarity"]
+    assert result.after["forget"]["association"] != result.before["forget"]["association"]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ EVIL = "<script>alert(1)</script>"
 def scores(pairs: int, accuracy: float | None, recall: float, similarity: float | None) -> dict[str, Any]:
     recalls = {f"{way}_r@{k}": recall for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
     sizes = {"pairs": pairs, "gallery_captions": 40, "gallery_images": 360}
-    return {**sizes, "zero_shot_top1": accuracy, **recalls, "pair_similarity": similarity}
+    return {**sizes, "zero_shot_top1": accuracy, **recalls, "association": similarity}
 
 
 def sample_result(

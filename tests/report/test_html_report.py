@@ -67,7 +67,7 @@ def test_the_page_tells_the_whole_story(reader):
         "Forgotten, and the rest kept: the model now recognises 0.0% of the forget images",
         "Forget 36 pairs",
         "Zero-shot accuracy 98.0% 0.0% −98.0",
-        "Pair similarity 0.700 0.690 −0.010",
+        "Association 0.700 0.690 −0.010",
         "Epoch 3 forgets the most of all.",
         "one image is 2.8 points",
         "seven forget 36 97.0% 0.0% −97.0",

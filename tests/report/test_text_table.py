@@ -14,8 +14,7 @@ def test_the_table_holds_every_metric_before_after_and_change():
     assert lines[1].split() == ["before", "after", "change"] * 2
     assert lines[3].split() == ["Zero-shot", "accuracy", "98.0%", "0.0%", "−98.0", "97.0%", "96.5%", "−0.5"]
     assert lines[-1].split() == [
-        "Pair",
-        "similarity",
+        "Association",
         "0.800",
         "−0.200",
         "−1.000",

@@ -5,6 +5,7 @@ import re
 import pytest
 from report_sample import sample_result, scores
 
+from cliperase_fast.evaluation import METRICS
 from cliperase_fast.report import verdict
 from cliperase_fast.report.wording import before_after, change, percent, shown_metrics, signed
 
@@ -114,16 +115,17 @@ def test_a_percentage_never_rounds_to_none_or_all():
 
 
 def test_changes_are_signed_points_and_zero_has_no_sign():
-    assert change("zero_shot_top1", 0.98, 0.0) == "−98.0"
-    assert change("zero_shot_top1", 0.5, 0.525) == "+2.5"
-    assert change("pair_similarity", 0.31, -0.104) == "−0.414"
-    assert change("zero_shot_top1", None, 0.5) == "–"
+    accuracy, association = METRICS["zero_shot_top1"], METRICS["association"]
+    assert change(accuracy, 0.98, 0.0) == "−98.0"
+    assert change(accuracy, 0.5, 0.525) == "+2.5"
+    assert change(association, 0.31, -0.104) == "−0.414"
+    assert change(accuracy, None, 0.5) == "–"
     assert signed(-0.0001, 1) == "0.0"
 
 
 def test_recalls_that_are_one_by_definition_are_not_shown():
     few = {**scores(10, 0.5, 1.0, 0.3), "gallery_captions": 5, "gallery_images": 360}
-    shown = shown_metrics(few)
+    shown = [metric.name for metric in shown_metrics(few)]
     assert "image_to_text_r@1" in shown
     assert "image_to_text_r@5" not in shown
     assert "text_to_image_r@10" in shown
@@ -132,4 +134,4 @@ def test_recalls_that_are_one_by_definition_are_not_shown():
 def test_nan_counts_as_missing():
     result = sample_result()
     result["after"]["forget"]["zero_shot_top1"] = float("nan")
-    assert before_after(result, "forget", "zero_shot_top1") is None
+    assert before_after(result, "forget", METRICS["zero_shot_top1"]) is None

@@ -171,4 +171,4 @@ def test_images_of_every_mode_give_the_model_the_same_pixels_from_everywhere(tmp
     from_file = cf.evaluate(model, f"folder:{tmp_path}", progress=False)
     in_memory = cf.evaluate(model, [(gray, "a photo of a c")], progress=False)
     array = cf.evaluate(model, [(np.full((8, 8, 3), 90, dtype=np.uint8), "a photo of a c")], progress=False)
-    assert from_file["all"]["pair_similarity"] == in_memory["all"]["pair_similarity"] == array["all"]["pair_similarity"]
+    assert from_file["all"]["association"] == in_memory["all"]["association"] == array["all"]["association"]

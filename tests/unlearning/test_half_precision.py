@@ -20,7 +20,7 @@ def run(model, **changes):
 
 
 def forget_change(result):
-    return result.after["forget"]["pair_similarity"] - result.before["forget"]["pair_similarity"]
+    return result.after["forget"]["association"] - result.before["forget"]["association"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES[::2], ids=str)
