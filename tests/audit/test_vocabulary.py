@@ -1,0 +1,42 @@
+import numpy as np
+import pytest
+
+from cliperase_fast.audit.vocabulary import TEMPLATES, check_synonyms, known_synonyms, wordings
+from cliperase_fast.data import open_source
+from cliperase_fast.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return open_source("demo").test
+
+
+def test_every_class_of_the_bundled_data_has_synonyms(digits):
+    shapes = open_source("shapes?train=1&test=1").test
+    for name in (*digits.classes, *shapes.classes, "airplane", "Truck"):
+        others = known_synonyms(name)
+        assert len(others) >= 3
+        assert name not in others
+    assert known_synonyms("apple") == ()
+
+
+def test_synonyms_take_the_place_of_the_name_in_the_class_captions(digits):
+    (variant,) = wordings(digits, np.array([7]), {7: ["heptad"]}, [])
+    assert (variant.name, variant.concept) == ("seven = heptad", 7)
+    assert variant.captions == (
+        ("a photo of the digit heptad", "a handwritten heptad", "the number heptad", "a scan of a handwritten heptad"),
+    )
+
+
+def test_templates_rename_all_classes(digits):
+    first, *_ = wordings(digits, np.array([7]), {}, TEMPLATES)
+    assert first.concept is None
+    assert [captions[0] for captions in first.captions] == list(digits.classes)
+
+
+def test_synonyms_of_unknown_classes_are_refused(digits):
+    assert check_synonyms({"SEVEN": ["heptad"]}, digits) == {7: ("heptad",)}
+    with pytest.raises(InputError, match="'eleven', which is not a class"):
+        check_synonyms({"eleven": ["11"]}, digits)
+    with pytest.raises(InputError, match="give a list of texts"):
+        check_synonyms({"seven": "heptad"}, digits)
