@@ -1,4 +1,4 @@
-"""Metadata is in pyproject.toml; this file puts `benchmarks/` into the package and builds the compiled extension.
+"""Build the compiled extension, and install `benchmarks/` as `cliperase_fast.benchmarks`. Metadata: pyproject.toml.
 
 The extension is built with CMake where there is a C++17 compiler, and it is optional: where it cannot be built the
 install goes on, and `cliperase_fast.backends()` says why. In the environment:
@@ -18,9 +18,8 @@ import sys
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.command.build_py import build_py
 
 PACKAGE = "cliperase_fast"
 NAME = f"{PACKAGE}._C"
@@ -32,24 +31,6 @@ BUILT = (*(f"_C{suffix}" for suffix in EXTENSION_SUFFIXES), REASON_FILE)
 
 class BuildError(Exception):
     """Why the extension could not be built, in a sentence."""
-
-
-class BuildWithBenchmarks(build_py):
-    """Takes benchmarks/ into the package, for `cliperase-fast bench`: no package `benchmarks` stands in site-packages.
-
-    An editable install finds it in the checkout, see cliperase_fast/cli.py.
-    """
-
-    def finalize_options(self) -> None:
-        super().finalize_options()
-        if not self.editable_mode:
-            self.packages = [*self.packages, BENCHMARKS]
-            self.package_dir = {**self.package_dir, BENCHMARKS: "benchmarks"}
-
-    def run(self) -> None:
-        if not self.editable_mode:  # a wheel takes the whole folder: nothing of an earlier build may be in it
-            shutil.rmtree(Path(self.build_lib) / PACKAGE, ignore_errors=True)
-        super().run()
 
 
 class CMakeBuild(build_ext):
@@ -122,4 +103,13 @@ def _remove_built(package: Path) -> None:
         (package / name).unlink(missing_ok=True)
 
 
-setup(ext_modules=[Extension(NAME, sources=[])], cmdclass={"build_ext": CMakeBuild, "build_py": BuildWithBenchmarks})
+# A wheel takes all of build/lib*: nothing of an earlier build may be in it.
+for earlier in (Path(__file__).resolve().parent / "build").glob("lib*"):
+    shutil.rmtree(earlier)
+
+setup(
+    packages=[*find_packages(include=[PACKAGE, f"{PACKAGE}.*"]), BENCHMARKS],
+    package_dir={BENCHMARKS: "benchmarks"},
+    ext_modules=[Extension(NAME, sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)

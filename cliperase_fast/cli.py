@@ -408,12 +408,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    here = Path(__file__).resolve().parent
-    package = "cliperase_fast.benchmarks"  # setup.py puts it there
-    if not (here / "benchmarks").is_dir():  # a checkout, where it stands beside this package
-        sys.path.insert(0, str(here.parent))
-        package = "benchmarks"
-    return importlib.import_module(f"{package}.{arguments.what}").main(_passed_on(arguments))
+    return importlib.import_module(f"cliperase_fast.benchmarks.{arguments.what}").main(_passed_on(arguments))
 
 
 def _backends(arguments: argparse.Namespace) -> int:

@@ -1,21 +1,11 @@
 import os
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # was for this process, see the Makefile; pytest's own passes it on to workers
     os.environ.pop("PYTHONSAFEPATH", None)
-ROOT = str(Path(__file__).parents[1])
-# benchmarks/ is not installed; the tests use its measurements. From then on the folder is asked last: a file of the
-# user's there, say random.py, is not the module of that name.
-sys.path.insert(0, ROOT)
-import benchmarks  # noqa: E402, F401
-
-sys.path.remove(ROOT)
-sys.path.append(ROOT)
 
 
 @pytest.fixture(scope="session")

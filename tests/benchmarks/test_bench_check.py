@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks import check
+from cliperase_fast.benchmarks import check
 
 
 @pytest.fixture

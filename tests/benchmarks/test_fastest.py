@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from benchmarks import fastest
+from cliperase_fast.benchmarks import fastest
 from cliperase_fast.ops import measured
 
 

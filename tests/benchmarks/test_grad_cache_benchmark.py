@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from processes import apart
 
-from benchmarks.grad_cache import measure
+from cliperase_fast.benchmarks.grad_cache import measure
 
 
 def test_a_batch_in_chunks_takes_much_less_memory_and_has_the_same_gradient():

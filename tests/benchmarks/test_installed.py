@@ -1,4 +1,4 @@
-"""The suite in an installed package: in a wheel as cliperase_fast.benchmarks, and run from the command line."""
+"""Tests of the benchmarks in an installed package, where they are cliperase_fast.benchmarks."""
 
 from __future__ import annotations
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import loss, loss_report, options, plots, points_report, providers
-from benchmarks.batches import Case, errors, functional_loss, make_batch, truth
-from benchmarks.compare import comparison
+from cliperase_fast.benchmarks import loss, loss_report, options, plots, points_report, providers
+from cliperase_fast.benchmarks.batches import Case, errors, functional_loss, make_batch, truth
+from cliperase_fast.benchmarks.compare import comparison
 
 CASE = Case("cliperase", "peaked", "float32", 48, 24)
 

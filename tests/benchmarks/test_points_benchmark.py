@@ -6,13 +6,13 @@ import json
 
 import pytest
 
-from benchmarks import memory, points_report, scaling
-from benchmarks.batches import Case
-from benchmarks.compare import comparison
-from benchmarks.loss_memory import timed_steps
-from benchmarks.points import Points
-from benchmarks.providers import Provider, every_provider
-from benchmarks.timing import Times, timed
+from cliperase_fast.benchmarks import memory, points_report, scaling
+from cliperase_fast.benchmarks.batches import Case
+from cliperase_fast.benchmarks.compare import comparison
+from cliperase_fast.benchmarks.loss_memory import timed_steps
+from cliperase_fast.benchmarks.points import Points
+from cliperase_fast.benchmarks.providers import Provider, every_provider
+from cliperase_fast.benchmarks.timing import Times, timed
 
 CASE = Case("cliperase", "peaked", "float32", 512, 16)
 
@@ -57,7 +57,8 @@ def test_growth_is_the_exponent_over_the_larger_sizes():
 
 def test_memory_has_no_times(monkeypatch, tmp_path):
     monkeypatch.setattr(
-        "benchmarks.points.measured_apart", lambda *a: {"extra_bytes": 1 << 20, **timed([Times(1.0, 0.0)])}
+        "cliperase_fast.benchmarks.points.measured_apart",
+        lambda *a: {"extra_bytes": 1 << 20, **timed([Times(1.0, 0.0)])},
     )
     path = tmp_path / "m.json"
     words = ["--sizes", "64,128", "--widths", "16", "--providers", "ours-eager", "--json", str(path), "--no-plots"]
@@ -86,7 +87,7 @@ def measured_in_turn(monkeypatch, *medians: float) -> Points:
     def measured(*_):
         return {"extra_bytes": 1 << 20, **timed([Times(left.pop(0) / 1e3, 0.0)] * 3)}
 
-    monkeypatch.setattr("benchmarks.points.measured_apart", measured)
+    monkeypatch.setattr("cliperase_fast.benchmarks.points.measured_apart", measured)
     points = Points(every_provider(), "cpu", 1, 0.1, cap=10.0, repeats=len(medians))
     points.run(CASE, ["ours-eager"])
     return points
@@ -111,7 +112,7 @@ def test_what_lies_within_the_noise_of_repeated_runs_is_not_called_slower(monkey
 
 def test_a_time_with_one_sample_gets_no_verdict(monkeypatch):
     monkeypatch.setattr(
-        "benchmarks.points.measured_apart",
+        "cliperase_fast.benchmarks.points.measured_apart",
         lambda *_: {"extra_bytes": 1 << 20, **timed([Times(next(seconds), 0.0)])},
     )
     seconds = iter((1.0, 9.0))

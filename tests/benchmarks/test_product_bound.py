@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from benchmarks import product_bound
+from cliperase_fast.benchmarks import product_bound
 
 
 def test_the_record_holds_what_the_table_is_made_of(tmp_path, capsys):

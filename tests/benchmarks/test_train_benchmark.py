@@ -10,9 +10,9 @@ import open_clip
 import pytest
 import torch
 
-from benchmarks import train
-from benchmarks.machine import describe
-from benchmarks.train_loops import PHASES, SETTINGS, WHO, run
+from cliperase_fast.benchmarks import train
+from cliperase_fast.benchmarks.machine import describe
+from cliperase_fast.benchmarks.train_loops import PHASES, SETTINGS, WHO, run
 from cliperase_fast.models import load_model
 
 

@@ -1,4 +1,4 @@
-from benchmarks import machine, write_docs
+from cliperase_fast.benchmarks import machine, write_docs
 
 
 def test_every_page_shows_the_committed_results():

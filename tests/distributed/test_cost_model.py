@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from ranks import Ranks
 
-from benchmarks import sharded_products
+from cliperase_fast.benchmarks import sharded_products
 from cliperase_fast.planning.cost_model import sweep_cost
 
 pytestmark = pytest.mark.long

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import sharded_products
-from benchmarks.write_docs import load
+from cliperase_fast.benchmarks import sharded_products
+from cliperase_fast.benchmarks.write_docs import load
 
 
 def _both(rank: int, loss: str, pairs: int) -> dict[str, dict[str, float]]:

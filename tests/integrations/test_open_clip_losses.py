@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from processes import apart, peak
 
 import cliperase_fast as cf
-from benchmarks import trainers
+from cliperase_fast.benchmarks import trainers
 
 NAMES = ("ClipLoss", "DistillClipLoss", "SigLipLoss")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-from benchmarks.machine import RESULTS
-from benchmarks.native_kernel_report import kernels
+from cliperase_fast.benchmarks.machine import RESULTS
+from cliperase_fast.benchmarks.native_kernel_report import kernels
 
 FORMS = {"retention", "retention, groups", "consistency, or both", "both, groups"}
 

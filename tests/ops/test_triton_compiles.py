@@ -11,8 +11,8 @@ from dataclasses import asdict
 
 import pytest
 
-from benchmarks.kernel_report import SHARED_MEMORY_KIB, Case, cases, compile_case, compile_small
-from benchmarks.machine import RESULTS
+from cliperase_fast.benchmarks.kernel_report import SHARED_MEMORY_KIB, Case, cases, compile_case, compile_small
+from cliperase_fast.benchmarks.machine import RESULTS
 
 LARGEST = [
     case

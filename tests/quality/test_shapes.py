@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.quality import kinship
+from cliperase_fast.benchmarks.quality import kinship
 from cliperase_fast.demo import run_demo
 
 
