@@ -20,6 +20,7 @@ LONGEST = 500  # lines of a file
 LAYERS = [
     {PACKAGE},  # its __init__.py
     {"cli"},
+    {"cli_settings"},
     {"demo", "ledger"},
     {"export"},
     {"integrations"},
