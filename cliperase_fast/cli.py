@@ -1,4 +1,4 @@
-"""The command line: `cliperase-fast COMMAND`, where `main` lists the commands."""
+"""The command line, `cliperase-fast COMMAND`."""
 
 from __future__ import annotations
 
@@ -114,14 +114,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             with _logging(arguments), _termination(command):
                 return arguments.run(arguments)
         finally:
-            sys.stdout.flush()  # a reader that went away, or a full disk, is told here and not at the very end
+            sys.stdout.flush()  # a closed pipe or a full disk is reported here, not at exit
     except InputError as error:
         return _fail(str(error), 2)
     except UnlearningError as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
         return _fail(f"interrupted{_GOES_ON.get(command or '', '')}", 130)
-    except BrokenPipeError:  # the reader of our output went away, as with `| head`
+    except BrokenPipeError:  # the reader of the output closed it, as with `| head`
         _drop_output()
         return 1
     except OSError as error:
@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    """Print one line, which names what is an argument in Python by its flag."""
+    """Print one line, in which Python arguments are named by their flags."""
     line = message.strip().partition("\n")[0] or "failed"
     line = line.replace("output_dir=", "--output ").replace("output_dir", "--output").replace("resume=True", "--resume")
     print(f"cliperase-fast: {line}", file=sys.stderr)
@@ -140,13 +140,13 @@ def _fail(message: str, code: int) -> int:
 
 
 def _drop_output() -> None:
-    """What is still to be printed goes nowhere; else Python would try again when it ends, and say so in many lines."""
+    """Discard what is still to be printed; otherwise Python would try again at exit and print a traceback."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager
 def _termination(command: str) -> Iterator[None]:
-    """SIGTERM, as a batch system sends it, ends the process as it would anyway, and a line says how to go on."""
+    """Print how to go on when SIGTERM ends the process, as a batch system sends it."""
     before = signal.getsignal(signal.SIGTERM)
     ours = command in _GOES_ON and before is signal.SIG_DFL and threading.current_thread() is threading.main_thread()
     process = os.getpid()
@@ -168,13 +168,13 @@ def _termination(command: str) -> Iterator[None]:
 
 @contextmanager
 def _logging(arguments: argparse.Namespace) -> Iterator[None]:
-    """Lines of the package's logger on standard error, where no bars are drawn; of several ranks the first writes."""
+    """Show the package's log on standard error if there are no bars; of several ranks only the first."""
     shown = _progress(arguments) == "lines" and os.environ.get("RANK", "0") == "0"
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     logger = logging.getLogger("cliperase_fast")
     before = logger.handlers, logger.level, logger.propagate
-    # Not passed on: libraries give the root logger a handler on first use, and each line would appear twice.
+    # Not propagated: libraries add a handler to the root logger, and each line would appear twice.
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(logging.INFO if shown else logging.WARNING)
     try:
@@ -185,7 +185,7 @@ def _logging(arguments: argparse.Namespace) -> Iterator[None]:
 
 
 def _progress(arguments: argparse.Namespace) -> str:
-    """bars, lines or none."""
+    """Return bars, lines or none."""
     wanted = "none" if getattr(arguments, "quiet", False) else getattr(arguments, "progress", "none")
     if wanted == "auto":
         return "bars" if sys.stderr.isatty() else "lines"
@@ -200,7 +200,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"cliperase-fast {__version__}")
-    # The deepspeed launcher adds it; the environment says the same.
+    # The deepspeed launcher adds it; the environment has the same value.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
@@ -340,7 +340,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from cliperase_fast.report.wording import left_out_lines
     from cliperase_fast.storage import check_writable, write_text_atomically, writing
 
-    if arguments.output:  # which is found out before it takes minutes
+    if arguments.output:  # before it takes minutes
         if Path(arguments.output).is_dir():
             raise InputError(f"--output={arguments.output} is a folder; give a file")
         check_writable(Path(arguments.output).parent, "--output")

@@ -1,4 +1,4 @@
-"""A flag of the command line for every setting of `UnlearnConfig`."""
+"""The command line's flags for the settings of `UnlearnConfig`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from cliperase_fast.config import UnlearnConfig, parse_options, read_settings
 
 
 def add_settings(parser: argparse.ArgumentParser, own_defaults: dict[str, str]) -> None:
-    """A flag for every field of UnlearnConfig. Without a value it stays out, so that a config file can speak.
+    """Add a flag for every field of UnlearnConfig. A flag that is not given leaves the config file's value.
 
-    own_defaults: what the command takes in place of UnlearnConfig's, in words.
+    own_defaults: the command's own defaults, as text.
     """
     groups: dict[str, Any] = {}
     for spec in dataclasses.fields(UnlearnConfig):
@@ -51,7 +51,7 @@ def add_settings(parser: argparse.ArgumentParser, own_defaults: dict[str, str]) 
 
 
 def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Only the settings that the user gave: preset, then config file, then flags."""
+    """Return the settings that the user gave: preset, over it the config file, over it flags."""
     settings: dict[str, Any] = {}
     if getattr(arguments, "paper", None):
         settings.update(UnlearnConfig.paper(arguments.paper).to_dict())
@@ -59,7 +59,7 @@ def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         settings.update(read_settings(arguments.config))
     method = getattr(arguments, "method", None)
     if method is not None and method != settings.get("method"):
-        settings.pop("method_options", None)  # those of the method that the flag replaces
+        settings.pop("method_options", None)  # of the method that the flag replaces
     for spec in dataclasses.fields(UnlearnConfig):
         if hasattr(arguments, spec.name):
             value = getattr(arguments, spec.name)
@@ -68,7 +68,7 @@ def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def demo_defaults() -> dict[str, str]:
-    """The demo's own defaults, of the digits and of each other recipe that differs."""
+    """Return the demo's own defaults as text: those of the digits, and of other recipes that differ."""
     from cliperase_fast.recipes import RECIPES
 
     told: dict[str, str] = {}

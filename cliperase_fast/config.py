@@ -1,4 +1,4 @@
-"""Every choice `unlearn()` makes, in one dataclass that is also the command line's flags and the config file's keys."""
+"""The settings of `unlearn()`: one dataclass, which also defines the flags and the config file's keys."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class UnlearnConfig:
     """Settings of `unlearn()`. Defaults follow CLIPErase (arXiv 2410.23330) where the paper states them.
 
     Build one with keywords, `UnlearnConfig.paper(name)`, `from_file(path)` or `from_dict(mapping)`; all of them raise
-    `InputError` on a wrong name or value. Frozen: derive a variant with `dataclasses.replace`.
+    `InputError` for a wrong name or value. Frozen: derive a variant with `dataclasses.replace`.
     """
 
     method: str = _option("cliperase", "unlearning method, see `cliperase-fast methods`", group="method")
@@ -48,8 +48,8 @@ class UnlearnConfig:
     consistency: str = _option("logits", "what is kept like the teacher's", CONSISTENCY_MODES, group="loss")
     false_negatives: str = _option(
         "auto",
-        "retain pairs that count as the same and leave the contrastive denominators: same class (or same caption where "
-        "there are no classes), same caption, or none",
+        "pairs that are not negatives of each other: those of the same class (of the same caption if there are no "
+        "classes), of the same caption, or none",
         ("auto", "caption", "none"),
         group="loss",
     )
@@ -86,7 +86,7 @@ class UnlearnConfig:
         "file and from Python a mapping too); empty for none",
         group="devices",
     )
-    rank_timeout: float = _option(600.0, "seconds after which a rank that does not answer is lost", group="devices")
+    rank_timeout: float = _option(600.0, "seconds after which a silent rank counts as lost", group="devices")
 
     # choosing the result
     val_fraction: float = _option(0.1, "share of the training pairs held out to choose a checkpoint", group="selection")
@@ -122,10 +122,10 @@ class UnlearnConfig:
     image_cache_mib: int = _option(
         512,
         "memory for transformed images, in MiB, so that each is read and transformed once (deterministic transforms, "
-        "num_workers=0), or for what layers that are not trained make of them; 0 for none",
+        "num_workers=0), or for the activations of layers that are not trained; 0 for none",
         group="data",
     )
-    eval_batch_size: int = _option(256, "images per batch where no gradient is needed", group="data")
+    eval_batch_size: int = _option(256, "images per batch without gradient, as in evaluation", group="data")
     teacher_cache: str = _option(
         "auto",
         "frozen teacher's features: kept in memory or a file when the transform is deterministic (auto), "
@@ -177,7 +177,7 @@ class UnlearnConfig:
         self._require(
             self.grad_cache_chunk <= self.batch_size,
             "grad_cache_chunk",
-            f"is more than batch_size={self.batch_size}, so nothing would be cut: make it smaller, or 0 to turn it off",
+            f"is more than batch_size={self.batch_size}, so it has no effect: make it smaller, or 0 to turn it off",
         )
         kind, _, count = self.trainable.partition(":")
         known = self.trainable in ("all", "image", "text", "lora") or (
@@ -214,7 +214,7 @@ class UnlearnConfig:
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> UnlearnConfig:
-        """Build from a mapping; an unknown key is an `InputError` that offers the nearest known one."""
+        """Build from a mapping. Raises InputError for an unknown key, with the nearest known one."""
         known = [spec.name for spec in dataclasses.fields(cls)]
         for name in settings:
             if name not in known:
@@ -287,7 +287,7 @@ def parse_options(words: Iterable[str]) -> dict[str, Any]:
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML or JSON file (JSON is read as YAML's subset)."""
+    """Return the mapping in a YAML or JSON file."""
     import yaml
 
     path = Path(path)
@@ -323,9 +323,9 @@ def _once_each(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
 
 @cache
 def _yaml_loader() -> Any:
-    """yaml's safe loader, without what it does in silence: keys that win over others, and aliases.
+    """Return yaml's safe loader without duplicate keys and aliases.
 
-    Aliases can stand for gigabytes in a few lines.
+    A duplicate key would silently win, and a few lines of aliases can expand to gigabytes.
     """
     import yaml
 
@@ -394,7 +394,7 @@ def nearest_name(name: Any, known: Iterable[str]) -> str:
 
 
 def _shortly(value: Any) -> str:
-    """repr, cut short and a few levels deep: lists can hold each other or be endlessly nested."""
+    """Return a short repr of a few levels, as lists can contain each other or be deeply nested."""
     brief = reprlib.Repr()
     brief.maxlevel = 3
     brief.maxstring = brief.maxother = brief.maxlong = 100

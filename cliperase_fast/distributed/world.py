@@ -1,4 +1,4 @@
-"""The processes a run is spread over: joining them, sharing work, hearing of an error or a loss of any of them."""
+"""The processes of a run: join them, divide work, exchange results, and propagate errors."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from cliperase_fast.errors import InputError, UnlearningError
 
 T = TypeVar("T")
 
-_BUCKET = 2**25  # numbers averaged in one all-reduce
+_BUCKET = 2**25  # elements of one all-reduce
 _FROM_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all: rank `rank` of `size`, the `local_rank`-th on its machine. One process has no group."""
+    """This process among all: rank `rank` of `size`, and `local_rank` on its machine. A single process has no group."""
 
     rank: int = 0
     size: int = 1
@@ -35,39 +35,39 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the rank that shows progress and writes files."""
+        """Whether this rank shows progress and writes files."""
         return self.rank == 0
 
     @property
     def process_group(self) -> Any:
-        """What a loss takes: None where there is nothing to exchange."""
+        """The process group for a loss, None for a single process."""
         return self.group.process_group if self.group is not None and self.size > 1 else None
 
     def share(self, count: int) -> slice:
-        """This rank's contiguous part of `count` things; the first ranks have one more where it does not divide."""
+        """Return this rank's contiguous part of `count` items. The first ranks may have one more."""
         return self.shares(count)[self.rank]
 
     def shares(self, count: int) -> list[slice]:
-        """Every rank's part, in rank order."""
+        """Return every rank's part, in rank order."""
         each, more = divmod(count, self.size)
         starts = [rank * each + min(rank, more) for rank in range(self.size + 1)]
         return [slice(start, stop) for start, stop in pairwise(starts)]
 
     def run_on_all(self, work: Callable[[], T]) -> T:
-        """What this rank's `work` returns. An error of any rank is raised on all, naming the rank."""
+        """Run `work` on every rank; return this rank's result. An error on any rank is raised on all."""
         found: list[T] = []
         self.gather_results(lambda: found.append(work()))
         return found[0]
 
     def gather_results(self, work: Callable[[], T]) -> list[T]:
-        """What every rank's `work` returns, the same list on all. An error of any rank is raised on all."""
+        """Run `work` on every rank; return all results on every rank. An error on any rank is raised on all."""
         if self.size == 1:
             return [work()]
         own: Exception | None = None
         mine: tuple[str, Any]
         try:
             mine = ("", work())
-        except Exception as error:  # whatever it is, the others wait
+        except Exception as error:  # of any kind, as the other ranks wait
             own, mine = error, _describe_error(error)
         found = self._all_gather_objects(mine)
         if own is not None:
@@ -76,7 +76,7 @@ class Ranks:
         return [value for _, value in found]
 
     def run_on_first(self, work: Callable[[], T]) -> T:
-        """What `work` returns on the first rank, where alone it runs. An error there is raised on all."""
+        """Run `work` on the first rank only; return its result on every rank. An error there is raised on all."""
         if self.size == 1:
             return work()
         own: Exception | None = None
@@ -84,7 +84,7 @@ class Ranks:
         if self.first:
             try:
                 mine = ("", work())
-            except Exception as error:  # whatever it is, the others wait
+            except Exception as error:  # of any kind, as the other ranks wait
                 own, mine = error, _describe_error(error)
         told = self._all_gather_objects(mine)[0]
         if own is not None:
@@ -93,14 +93,15 @@ class Ranks:
         return told[1]
 
     def agree(self, settings: Mapping[str, object]) -> None:
-        """Raise InputError on every rank, naming what differs and where, unless all ranks have the same."""
+        """Raise InputError on every rank unless all ranks have the same values. The message names what differs."""
         if self.group is not None and self.size > 1:
             self.group.agree(settings, (0, 0))
 
     def all_gather_rows(self, work: Callable[[], Sequence[Tensor]], counts: Sequence[int]) -> Tensor:
-        """Everyone's rows in rank order, on the CPU of every rank: counts[rank] from each, [n, D] in what `work` makes.
+        """Return the rows of all ranks in rank order, on the CPU of every rank.
 
-        The ranks' rows have one width and dtype; a rank may have none. An error of any rank is raised on all.
+        work: returns tensors [n, D] with counts[rank] rows in all. D and the dtype are the same everywhere; a rank may
+        have none. An error on any rank is raised on all.
         """
         parts: list[Tensor] = []
 
@@ -136,7 +137,7 @@ class Ranks:
         return torch.cat(parts)
 
     def all_reduce_mean(self, tensors: Sequence[Tensor]) -> None:
-        """Put the mean over the ranks in place of each tensor; all ranks then hold the same bits."""
+        """Replace each tensor by its mean over the ranks, in place and bitwise equal on all ranks."""
         if self.size == 1:
             return
         bucket: list[Tensor] = []
@@ -153,7 +154,7 @@ class Ranks:
                 bucket = []
 
     def all_reduce_max(self, *values: int) -> list[int]:
-        """The largest that any rank gives, of each."""
+        """Return the maximum over the ranks of each value."""
         if self.size == 1:
             return list(values)
         found = torch.tensor(values, dtype=torch.int64, device=self._exchange_device)
@@ -161,7 +162,7 @@ class Ranks:
         return found.tolist()
 
     def all_gather_numbers(self, value: float) -> list[float]:
-        """Every rank's number, in rank order."""
+        """Return every rank's number, in rank order."""
         if self.size == 1:
             return [value]
         mine = torch.tensor([value], dtype=torch.float64, device=self._exchange_device)
@@ -170,7 +171,7 @@ class Ranks:
         return found.tolist()
 
     def broadcast_tensors(self, tensors: dict[str, Tensor] | None) -> dict[str, Tensor]:
-        """The first rank's tensors, by name, on the CPU of every rank."""
+        """Return the first rank's tensors by name, on the CPU of every rank. The other ranks pass None."""
         if self.size == 1:
             assert tensors is not None
             return tensors
@@ -201,10 +202,10 @@ SINGLE_PROCESS = Ranks()
 
 @contextmanager
 def init_distributed(device: str, seconds: float) -> Iterator[Ranks]:
-    """The ranks of this run: torch.distributed's where it is initialised, a launcher's (torchrun, deepspeed), or one.
+    """Yield the ranks of this run: those of torch.distributed if it is initialised, of a launcher, or a single process.
 
-    device: the setting of that name, by which the backend is chosen. seconds: how long a rank that does not answer is
-    waited for. A rank that is lost inside is an UnlearningError. Raises InputError where the environment is half set.
+    device: the setting `device`, which decides the backend. seconds: the timeout of collectives. A rank that is lost
+    inside raises UnlearningError. Raises InputError if only some of a launcher's variables are set.
     """
     ours = False
     if not (dist.is_available() and dist.is_initialized()):
@@ -222,9 +223,9 @@ def init_distributed(device: str, seconds: float) -> Iterator[Ranks]:
         if isinstance(error, UnlearningError) or ranks.size == 1 or not _is_lost_connection(error):
             raise
         raise UnlearningError(
-            f"rank {ranks.rank} of {ranks.size} no longer hears from another: it was killed, stopped with an error of "
-            f"its own, or did not answer for rank_timeout={seconds:g} seconds ({_first_line(error)}). What was saved "
-            "stays: start again with resume"
+            f"rank {ranks.rank} of {ranks.size} lost contact with another: that one was killed, stopped with an error "
+            f"of its own, or did not answer for rank_timeout={seconds:g} seconds ({_first_line(error)}). What was "
+            "saved stays: start again with resume"
         ) from error
     finally:
         if ours:
@@ -232,14 +233,14 @@ def init_distributed(device: str, seconds: float) -> Iterator[Ranks]:
 
 
 def _describe_error(error: Exception) -> tuple[str, str]:
-    """(kind, text) of an error, for the ranks that it did not happen on."""
+    """Return the kind and the text of an error, to send to the other ranks."""
     if isinstance(error, (InputError, UnlearningError)):
         return type(error).__name__, str(error)
     return type(error).__name__, f"{type(error).__name__}: {error}"
 
 
 def _raise_remote_errors(stopped: Mapping[int, tuple[str, str]]) -> None:
-    """Raise what other ranks have told of their errors, if any has."""
+    """Raise an error for those that other ranks reported, if any."""
     if stopped:
         kinds = {kind for kind, _ in stopped.values()}
         text = "; ".join(f"rank {rank} stopped: {text}" for rank, (_, text) in stopped.items())
@@ -258,7 +259,7 @@ def _launched() -> bool:
         )
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
         if not os.environ[name].isdigit():
-            raise InputError(f"the environment has {name}={os.environ[name]!r}, which is no number")
+            raise InputError(f"the environment has {name}={os.environ[name]!r}, which is not a number")
     return True
 
 
@@ -277,8 +278,8 @@ def _start(device: str, seconds: float) -> None:
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
-            # One torchrun keeps one store for all its restarts, the addresses of ranks that are no more still in it.
-            # (Several of them count restarts each for itself; the c10d rendezvous makes a store for every attempt.)
+            # torchrun keeps one store for all its restarts, which still holds the addresses of ranks that have ended.
+            # (On several machines each counts its own restarts; there c10d makes a store for each attempt.)
             store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
     except (RuntimeError, ValueError) as error:
@@ -290,7 +291,7 @@ def _start(device: str, seconds: float) -> None:
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:
-    """gloo says so in plain RuntimeErrors."""
+    """Whether a rank was lost, which gloo reports as a plain RuntimeError."""
     words = ("gloo", "Connection closed", "Connection reset", "Timed out", "timed out", "NCCL")
     return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
 

@@ -1,4 +1,4 @@
-"""Which pairs stand in which batch, and loading them: a pure function of (seed, step), so a run can resume anywhere."""
+"""Which pairs are in which batch, and loading them: a pure function of (seed, step), so a run can resume anywhere."""
 
 from __future__ import annotations
 
@@ -46,16 +46,16 @@ class BatchPlan:
         return max(1, self.batches_per_epoch // accumulate)
 
     def batch(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Indices into the forget set [M] and into the retain set [N] of the batch with this number, from 0."""
+        """Return indices into the forget set [M] and the retain set [N] of the batch with this number, from 0."""
         return (
             self._draw(_FORGET, self.n_forget, self.forget_pairs, number),
             self._draw(_RETAIN, self.n_retain, self.retain_pairs, number),
         )
 
     def retain_used(self, batches: int) -> np.ndarray:
-        """The retain indices that the first `batches` batches visit, sorted."""
+        """Return the sorted retain indices that the first `batches` batches visit."""
         per_pass = self.n_retain // self.retain_pairs
-        if batches >= 8 * per_pass:  # practically everything: not worth walking through
+        if batches >= 8 * per_pass:  # practically all of them: not worth enumerating
             return np.arange(self.n_retain)
         drawn = [self._draw(_RETAIN, self.n_retain, self.retain_pairs, number) for number in range(batches)]
         return np.unique(np.concatenate(drawn))
@@ -67,7 +67,7 @@ class BatchPlan:
         return order[start : start + count]
 
 
-# One pass's permutation serves all its batches; two sets are walked at a time.
+# The permutation of a pass serves all its batches; two sets are walked at a time.
 _PERMUTATIONS: dict[tuple[int, int, int, int], np.ndarray] = {}
 
 
@@ -84,8 +84,8 @@ def _permutation(size: int, seed: int, which: int, passed: int) -> np.ndarray:
 class Batch:
     """A rank's share of a batch: M forget and N retain pairs, all of them on a single process."""
 
-    pixels: Tensor  # [M + N, 3, H, W], or what frozen layers make of them; forget pairs first
-    tokens: Tensor  # [U, L], the batch's different captions
+    pixels: Tensor  # [M + N, 3, H, W], or the frozen layers' activations; forget pairs first
+    tokens: Tensor  # [U, L], the distinct captions of the batch
     text_of_pair: Tensor  # [M + N], row of `tokens` for each pair
     caption_of_pair: np.ndarray  # [M + N], index into the caption table
     retain_indices: np.ndarray  # [N], index into the retain set
@@ -93,7 +93,7 @@ class Batch:
 
 
 class CaptionTable:
-    """Every different caption of some pairs, tokenised once.
+    """The distinct captions of some pairs, tokenised once.
 
     tokens [U, L] are kept in the smallest integer type that holds the ids; `of_pair[i]` lists the rows of pair i.
     """
@@ -110,7 +110,7 @@ class CaptionTable:
 
     @property
     def highest(self) -> int:
-        """The row that holds the highest token id, which a model with a smaller vocabulary cannot read."""
+        """The row with the highest token id, which a model with a smaller vocabulary cannot encode."""
         return int(self.tokens.amax(1).argmax())
 
     def rows(self, indices: Sequence[int] | Tensor | np.ndarray) -> Tensor:
@@ -120,7 +120,7 @@ class CaptionTable:
 class PixelDataset(Dataset):
     """Transformed images by (index, draw): `draw` seeds what is random, so the result depends on nothing else.
 
-    seed: None where nothing is random, neither the transform nor what the data set gives.
+    seed: None if neither the transform nor the dataset is random.
     """
 
     def __init__(
@@ -148,14 +148,14 @@ class PixelDataset(Dataset):
     def _transformed(self, image: Any) -> Tensor:
         if isinstance(image, Tensor):
             return image
-        assert self.transform is not None, "PIL images were found to have a transform before training"
+        assert self.transform is not None, "checked before training"
         return self.transform(image)
 
 
 class BatchLoader:
-    """Batches from `start` on, in the plan's order, loaded by `num_workers` processes.
+    """Loads batches in the plan's order, with `num_workers` processes.
 
-    On several ranks each loads its contiguous share of a batch's forget pairs and of its retain pairs.
+    On several ranks each loads its contiguous share of the forget pairs and of the retain pairs of a batch.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ class BatchLoader:
         self.ranks = ranks
         self.plan, self.captions, self.group_ids, self.num_workers = plan, captions, group_ids, num_workers
         self.pixels = PixelDataset(pairs, transform, plan.seed if random_transform else None, cache)
-        self.images: Dataset = self.pixels  # what batches hold of them
+        self.images: Dataset = self.pixels  # or the activations of frozen layers
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         loader = DataLoader(
@@ -182,13 +182,13 @@ class BatchLoader:
             batch_sampler=[self._keys(number) for number in range(start, stop)],
             num_workers=self.num_workers,
             collate_fn=torch.stack,
-            generator=torch.Generator("cpu"),  # its own, so that starting it leaves the global random state alone
+            generator=torch.Generator("cpu"),  # its own, so that starting it leaves the global random state unchanged
         )
         for number, pixels in zip(range(start, stop), load_batches(loader), strict=True):
             yield self._batch(number, pixels)
 
     def pairs_of_ranks(self) -> list[int]:
-        """How many pairs of a batch each rank has."""
+        """Return how many pairs of a batch each rank has."""
         sides = [self.ranks.shares(count) for count in (self.plan.forget_pairs, self.plan.retain_pairs)]
         return [sum(part.stop - part.start for part in of_rank) for of_rank in zip(*sides, strict=True)]
 
@@ -201,7 +201,7 @@ class BatchLoader:
 
     def _batch(self, number: int, pixels: Tensor) -> Batch:
         pairs, retain = self._pairs_of(number)
-        # An image with several captions shows them in turn, another one in every pass.
+        # The captions of an image take turns, one for each pass.
         turn = number // self.plan.batches_per_epoch
         rows = np.array([self.captions.of_pair[i][(i + turn) % len(self.captions.of_pair[i])] for i in pairs])
         unique, inverse = np.unique(rows, return_inverse=True)

@@ -1,4 +1,4 @@
-"""Scores of a model on a split, and what the scores of a run are put together to."""
+"""Scores of a model on a split, and the evidence that the report is made from."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cliperase_fast.unlearning.splits import Split
 
 
 class Evaluator:
-    """Scores models on a split and counts the seconds it takes."""
+    """Encodes and scores models on a split, and counts the seconds this takes."""
 
     def __init__(self, runtime: Runtime, cache: PixelCache | None) -> None:
         self.runtime, self.cache, self.seconds = runtime, cache, 0.0
@@ -73,7 +73,7 @@ def by_set(values: np.ndarray, part: Split) -> dict[str, np.ndarray]:
 
 
 def embeddings(before: EncodedPairs, after: EncodedPairs, part: Split, seed: int) -> dict[str, Any]:
-    """Image features of at most 600 test images, a third of them forget pairs where there are as many."""
+    """Return the image features of at most 600 test images, up to 200 of them of forget pairs, with sets and labels."""
     generator = np.random.default_rng(seed)
     forget = generator.permutation(part.n_forget)[:200]
     retain = part.n_forget + generator.permutation(len(part.pairs) - part.n_forget)[: 600 - len(forget)]

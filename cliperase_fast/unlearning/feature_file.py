@@ -1,7 +1,6 @@
-"""Rows of float32 features in a file that says whether it is whole, made of the same things, and unaltered.
+"""Rows of float32 features in a file whose note records what they were made from, and their digest.
 
-The file is read and written, not mapped into memory: a full disk or a file that is cut short is then an error and not
-the end of the process (SIGBUS).
+The file is read and written, not memory-mapped: a full disk or a truncated file is then an error, not a SIGBUS.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _REMEDY = "or keep the features in memory (teacher_cache='memory'), or compute t
 
 
 class FeatureFile:
-    """Features [rows, D] in `path`, beside which a note says what they were made from and what they are."""
+    """Features [rows, D] in `path`, with a note (.json) of what they were made from and their digest."""
 
     def __init__(self, path: Path, shape: tuple[int, int], made_from: dict[str, Any]) -> None:
         self.path, self.shape, self.made_from = path, shape, made_from
@@ -36,7 +35,7 @@ class FeatureFile:
         return self.shape[1] * 4
 
     def state(self) -> str:
-        """ "whole", "absent" (or made from other things), or "damaged"."""
+        """Return "whole", "absent" (also if made from other inputs) or "damaged"."""
         try:
             note = json.loads(self.note.read_text(encoding="utf-8"))
             if not isinstance(note, dict) or "sha256" not in note:
@@ -45,12 +44,12 @@ class FeatureFile:
                 return "absent"
             return "whole" if file_digest(self.path) == note["sha256"] else "damaged"
         except FileNotFoundError:
-            return "damaged" if self.note.exists() else "absent"  # without a note it was never finished
+            return "damaged" if self.note.exists() else "absent"  # without a note it was not finished
         except (OSError, ValueError, RecursionError):
             return "damaged"
 
     def create(self) -> None:
-        """Begin anew, with all the room on the disk taken."""
+        """Start a new file and reserve its whole size on the disk."""
         with writing(self.path, _REMEDY):
             self.note.unlink(missing_ok=True)
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,14 +61,14 @@ class FeatureFile:
                 raise
 
     def write(self, start: int, rows: np.ndarray) -> None:
-        """Put rows [n, D] at row `start`; in any order, each row once."""
+        """Write rows [n, D] at row `start`. Parts may come in any order, each row once."""
         assert self._handle is not None
         with writing(self.path, _REMEDY):
             os.lseek(self._handle, start * self._row, os.SEEK_SET)
             write_all(self._handle, np.ascontiguousarray(rows, dtype=np.float32).reshape(-1).view(np.uint8).data)
 
     def finish(self) -> None:
-        """Say that all rows are there, for good."""
+        """Flush the file and write the note that it is complete."""
         assert self._handle is not None
         with writing(self.path, _REMEDY):
             os.fsync(self._handle)
@@ -79,14 +78,14 @@ class FeatureFile:
         self._handle = None
 
     def discard(self) -> None:
-        """Give the room back."""
+        """Close and remove the file."""
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
         self.path.unlink(missing_ok=True)
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
-        """Rows [n] as features [n, D]."""
+        """Return the features [n, D] of rows [n]."""
         if self._handle is None:
             self._handle = os.open(self.path, os.O_RDONLY)
         out = np.empty((len(rows), self.shape[1]), dtype=np.float32)
@@ -94,8 +93,8 @@ class FeatureFile:
             found = os.pread(self._handle, self._row, row * self._row)
             if len(found) < self._row:
                 raise UnlearningError(
-                    f"{self.path} was cut short while it was used: see to it that nothing else writes there, and go on "
-                    "with resume=True"
+                    f"{self.path} was cut short while it was used: make sure that nothing else writes there, and go "
+                    "on with resume=True"
                 )
             target[:] = np.frombuffer(found, dtype=np.float32)
         return out

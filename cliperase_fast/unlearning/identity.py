@@ -1,7 +1,7 @@
 """What a resumed run must share with the one that wrote the checkpoint, beyond the model's weights and the settings.
 
-Transforms and tokenizers are told apart by what they do: to the images and captions at hand, whose names belong to the
-identity already, and to a fixed picture.
+Transforms and tokenizers are compared by their outputs for some of the images and captions, which are part of the
+identity already, and for a fixed picture.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _SEED = 20241030
 
 
 def transform_identity(transforms: Sequence[Callable[[Any], Tensor] | None], pairs: PairDataset) -> str:
-    """Hex digest of what the transforms make of a fixed picture and of some images of `pairs`.
+    """Return a hex digest of the transforms' outputs for a fixed picture and some images of `pairs`.
 
-    A random transform is given the same seed every time. One that then still gives other pixels draws from a generator
-    of its own, and is told by its name.
+    A random transform gets the same seed each time. If its pixels still differ, it draws from a generator of its own,
+    and is identified by its name.
     """
     first = pairs.image(0)
     if isinstance(first, Tensor):  # passed on as they are
@@ -48,7 +48,7 @@ def transform_identity(transforms: Sequence[Callable[[Any], Tensor] | None], pai
 
 
 def tokenizer_identity(adapter: ClipAdapter, captions: CaptionTable, pairs: PairDataset) -> str:
-    """Hex digest of the token ids of the captions trained on, and of the prompts for the classes of `pairs`."""
+    """Return a hex digest of the token ids of the training captions and of the class prompts of `pairs`."""
     prompts = [prompt for of_class in class_prompts(pairs) or () for prompt in of_class]
     digest = hashlib.sha256()
     for tokens in (captions.tokens, *([adapter.token_ids(prompts)] if prompts else [])):  # [U, L], [X, L]
@@ -63,7 +63,7 @@ def _seen(transform: Callable[[Any], Tensor], probes: Sequence[Any]) -> bytes:
         with seeded(_SEED, number):
             try:
                 pixels = transform(probe)
-            except Exception as error:  # the fixed picture may be none that this transform is made for
+            except Exception as error:  # the fixed picture may not suit this transform
                 if number > 0:
                     raise
                 digest.update(type(error).__name__.encode())
@@ -74,13 +74,13 @@ def _seen(transform: Callable[[Any], Tensor], probes: Sequence[Any]) -> bytes:
 
 
 def _picture(size: tuple[int, int]) -> Image.Image:
-    """Colours that no flip, turn, crop, or change of colours leaves as they are."""
+    """Return noise that every flip, rotation, crop and colour change alters."""
     width, height = size
     pixels = np.random.default_rng(_SEED).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
 
 def _name(transform: Any) -> str:
-    """How it is written, without the addresses that change from process to process."""
+    """Return its name or repr without memory addresses."""
     named = getattr(transform, "__qualname__", None) or repr(transform)
     return f"{type(transform).__module__}.{type(transform).__qualname__} {re.sub(r' at 0x[0-9a-fA-F]+', '', named)}"

@@ -1,4 +1,4 @@
-"""The trained weights in the types of the model that was given, unless that would undo the forgetting."""
+"""The unlearned weights in the dtypes of the given model, unless rounding would undo the forgetting."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from cliperase_fast.models.runtime import in_dtypes_of, in_float32, weight_dtype
 from cliperase_fast.unlearning.evaluator import Evaluator
 from cliperase_fast.unlearning.splits import Split
 
-UNDONE = 0.1  # the share of the change that rounding may take away
-WORSE = 0.01  # and the part of the images whose recognition it may change
+UNDONE = 0.1  # the share of the change that rounding may undo
+WORSE = 0.01  # the share of the images whose recognition it may change
 
 
 @dataclass
 class OutputModel:
-    """adapter: what the caller gets, with weights as given where `note` is empty. encoded, scores: of these weights."""
+    """adapter: what the caller gets, in the given dtypes if `note` is empty. encoded, scores: of these weights."""
 
     adapter: ClipAdapter
     encoded: EncodedPairs
@@ -30,10 +30,10 @@ class OutputModel:
 def finalize_model(
     student: ClipAdapter, given: ClipAdapter | None, before: EncodedPairs, evaluator: Evaluator, test: Split
 ) -> OutputModel:
-    """Round the trained weights to the types of `given` and measure what is left.
+    """Round the weights to the dtypes of `given` and measure the result.
 
-    student: in float32, training over. given: the model as the caller gave it, None where its weights were float32.
-    before: of the test split. All scores are measured in float32 arithmetic, so that they differ by the weights alone.
+    student: in float32. given: the model as the caller gave it, None if its weights were float32. before: the features
+    of the test split before unlearning. All scores use float32 arithmetic, so that only the weights differ.
     """
     encoded = evaluator.encode(student, test)
     trained = OutputModel(student, encoded, evaluator.score(encoded, test))
@@ -50,7 +50,7 @@ def finalize_model(
         if not why:
             return found
     trained.note = (
-        f"The weights are given back in float32: rounded to {name}, the type of the model that was given, {why}. Raise "
+        f"The weights are returned in float32: rounded to {name}, the dtype of the given model, {why}. Raise "
         "learning_rate or epochs for changes that such weights can hold"
     )
     return trained
@@ -67,7 +67,7 @@ def _unfit(rounded: ClipAdapter, given: ClipAdapter) -> str:
 
 
 def _undone(before: EncodedPairs, trained: OutputModel, rounded: OutputModel, test: Split) -> str:
-    """What rounding costs, in words; empty where it is little."""
+    """Say what rounding costs; empty if it is little."""
     forget = test.forget_mask
     start, end, left = (
         float(pair_similarities(encoded)[forget].mean(dtype="float64"))

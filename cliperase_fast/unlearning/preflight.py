@@ -1,4 +1,4 @@
-"""Models that cannot forget anything, told from a few features before training and before anything is written."""
+"""Refuse models that cannot forget anything, from a few features, before training and before anything is written."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from cliperase_fast.unlearning.batches import CaptionTable
 from cliperase_fast.unlearning.engines.base import train_mode
 from cliperase_fast.unlearning.runtime import Runtime
 
-SAME = 1e-6  # features closer than this in every component are one and the same
+SAME = 1e-6  # features closer than this in every component are equal
 
 
 def check_features(encoded: EncodedPairs, pairs: PairDataset) -> None:
-    """Raise `InputError` where all images, or all captions, have features of zero or the same features.
+    """Raise `InputError` if all images, or all captions, have features of zero or the same features.
 
     encoded: of `pairs`.
     """
@@ -49,13 +49,13 @@ def check_features(encoded: EncodedPairs, pairs: PairDataset) -> None:
         same = len(features) > 1 and bool(((features - features[0]).abs() < SAME).all())
         if same and (what == "captions" or _differ(pairs)):
             raise InputError(
-                f"{method} gives all {len(features)} {what} the same features, so it does not tell them apart and "
+                f"{method} gives all {len(features)} {what} the same features, so it does not distinguish them and "
                 f"there is nothing to forget: check that {method} uses its input"
             )
 
 
 def check_captions(model: ClipAdapter, captions: CaptionTable, runtime: Runtime) -> None:
-    """Encode the caption with the highest token id, so that ids the model does not know are an error now."""
+    """Encode the caption with the highest token id, so that an id outside the vocabulary is an error now."""
     tokens = captions.rows([captions.highest])  # [1, L]
     try:
         with runtime.inference(model):
@@ -77,9 +77,9 @@ def check_gradient(
     config: UnlearnConfig,
     runtime: Runtime,
 ) -> None:
-    """Raise `InputError` unless a gradient reaches trained parameters through the features that `trainable` is about.
+    """Raise `InputError` unless a gradient reaches the parameters of `trainable` through the features.
 
-    In the mode of training; the modules' modes, the buffers and the random state are as before afterwards.
+    Runs in training mode. The modules' modes, the buffers and the random state are restored.
     """
     if not parameters:
         raise InputError(
@@ -102,8 +102,8 @@ def check_gradient(
     if missing:
         other = "text" if missing == ["encode_image"] else "image"
         warnings.warn(
-            f"no gradient goes through {missing[0]}, so only the {other} tower is trained; where that is meant, "
-            f"trainable={other!r} says it",
+            f"no gradient goes through {missing[0]}, so only the {other} tower is trained; if that is intended, "
+            f"set trainable={other!r}",
             stacklevel=2,
         )
 
@@ -116,7 +116,7 @@ def check_teacher(
     student: EncodedPairs,
     runtime: Runtime,
 ) -> None:
-    """Encode one pair, so that a teacher that cannot is an error before anything is written."""
+    """Encode one pair, so that an unusable teacher is an error before anything is written."""
     try:
         with runtime.inference(teacher):
             image = teacher.encode_image(pixels[None].to(runtime.device))

@@ -1,4 +1,4 @@
-"""What `unlearn()` returns, and the folder it is saved to."""
+"""The result of `unlearn()`, and the folder it is saved to."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from cliperase_fast.storage import write_text_atomically
 class UnlearnResult:
     """The unlearned model and the evidence.
 
-    model: a copy of the caller's model with the chosen weights, in the types of the caller's, or in float32 where
-    rounding to those would undo the forgetting (record["weights"] says which). history: the lines of metrics.jsonl.
+    model: a copy of the caller's model with the chosen weights, in the caller's dtypes, or in float32 if rounding to
+    those would undo the forgetting (record["weights"] says which). history: the lines of metrics.jsonl.
     before, after: scores of these weights on the test split, fractions from 0 to 1, under "forget" and "retain".
     selection: why this checkpoint. record: all of result.json.
     """
@@ -62,11 +62,11 @@ class UnlearnResult:
 
     @property
     def verdict(self) -> Verdict:
-        """What came of it in words, and what to change; report.html and result.json say the same."""
+        """The outcome in words, and what to change; report.html and result.json say the same."""
         return verdict(self.record)
 
     def summary(self) -> str:
-        """What came of it, a before/after table in plain text, why this checkpoint was chosen, and what to know."""
+        """Return the verdict, a before/after table in plain text, why this checkpoint was chosen, and notes."""
         table, reason = text_table(self.before, self.after), self.selection["reason"]
         parts = [self.verdict.text, table, reason, *(f"{note}." for note in self.record["notes"])]
         skipped = self.record["data"]["skipped"]
@@ -80,7 +80,7 @@ class UnlearnResult:
     def save(self, directory: str | Path) -> Path:
         """Write config.json, metrics.jsonl, model/, result.json, plots/ and report.html; returns the folder.
 
-        What fails in plots/ and report.html costs the result nothing: it becomes a warning in `summary()`.
+        A failure in plots/ or report.html does not affect the rest: it becomes a warning in `summary()`.
 
         model/ loads in the library the model came from: `open_clip.create_model_and_transforms("local-dir:.../model")`
         or `CLIPModel.from_pretrained(".../model")`.
@@ -92,13 +92,13 @@ class UnlearnResult:
             raise InputError(
                 f"the result cannot be saved to {directory} ({error.strerror}): give a folder that can be written to"
             ) from error
-        (directory / "result.json").unlink(missing_ok=True)  # of an earlier call
+        (directory / "result.json").unlink(missing_ok=True)  # from an earlier call
         self.adapter.save(directory / "model")
         write_text_atomically(directory / "config.json", json.dumps(self.config.to_dict(), indent=2) + "\n")
         lines = "".join(json.dumps(line) + "\n" for line in self.history)
         write_text_atomically(directory / "metrics.jsonl", lines)
         record = printable_data(self.record)
-        # After all that is needed to use it: its presence says that the result is there.
+        # Last: its presence says that the result is complete.
         write_text_atomically(directory / "result.json", json.dumps(record, indent=2) + "\n")
         if self.config.report:
             self._try_report(record, directory)
@@ -118,6 +118,6 @@ class UnlearnResult:
             )
             write_plots(report, directory / "plots")
             write_html(report, directory / "report.html")
-        except Exception as error:  # the work is done and saved: what draws it may fail in any way
+        except Exception as error:  # the work is saved; drawing may fail in any way
             self.report_failure = f"{type(error).__name__}: {error}"
             warnings.warn(f"plots and report.html are incomplete: {self.report_failure}", stacklevel=3)

@@ -1,4 +1,4 @@
-"""The run directory, and whether an interrupted run in it can go on."""
+"""The run directory, and whether an interrupted run in it can resume."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from cliperase_fast.unlearning.engines.base import MOMENTS
 _LOCK = ".lock"
 _DRAFTS = (".config.json.", ".metrics.jsonl.", ".result.json.", ".report.html.", ".model.", ".probe-")
 
-# Settings that a resumed run may change: they do not touch the weights that come out.
+# Settings that a resumed run may change, as they do not affect the weights.
 _FREE = {
     "num_workers", "report", "keep_checkpoints", "checkpoint_every", "deepspeed", "rank_timeout", "image_cache_mib",
     "logger",
@@ -49,9 +49,9 @@ _FREE = {
 
 
 class RunDirectory:
-    """The folder that a run writes to, None for none: checked, held against other processes, and cleaned of drafts.
+    """The folder that a run writes to (path None: none). It checks it, locks it, and removes drafts of killed runs.
 
-    A context manager: the lock goes with the block, and with the process. On several ranks it is the first one's.
+    A context manager, which releases the lock. On several ranks the first one holds it.
     """
 
     def __init__(self, path: Path | None, resume: bool) -> None:
@@ -66,13 +66,13 @@ class RunDirectory:
         self._stack.close()
 
     def check(self) -> None:
-        """Raise InputError where the folder cannot serve; nothing stays behind that was not there."""
+        """Raise InputError if the folder cannot be used. Leaves nothing behind."""
         if self.path is None:
             if self.resume:
                 raise InputError("resume=True needs output_dir, the run directory to go on with")
             return
         if "\0" in str(self.path):
-            raise InputError(f"output_dir={str(self.path)!r} has a NUL in it; give another folder")
+            raise InputError(f"output_dir={str(self.path)!r} contains a NUL character; give another folder")
         with _readable(self.path):
             if self.path.exists() and not self.path.is_dir():
                 raise InputError(f"output_dir={self.path} is a file; give a folder")
@@ -86,9 +86,9 @@ class RunDirectory:
     def check_room(
         self, parameters: list[tuple[str, nn.Parameter]], student: ClipAdapter, original: ClipAdapter, keep: int
     ) -> None:
-        """Raise InputError unless the disk has room for what the run will leave at most.
+        """Raise InputError unless the disk has room for all that the run can write.
 
-        parameters: the trained ones. keep: checkpoints kept, beside which one is being written.
+        parameters: the trained ones. keep: how many checkpoints stay while another one is written.
         """
         if self.path is None:
             return
@@ -102,13 +102,13 @@ class RunDirectory:
         check_room(self.path, needed, max(weights, 2 * trained, model), remedy)
 
     def open(self, settings: UnlearnConfig) -> Path:
-        """The folder to work in, made now; without one of the caller's a temporary one, gone with the block."""
+        """Create the folder and return it; without a path, a temporary folder that is removed on exit."""
         if self.path is None:
             with writing(tempfile.gettempdir(), "TMPDIR names the folder for temporary files"):
                 return Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="cliperase-")))
         with writing(self.path, "or give another output_dir"):
             self.path.mkdir(parents=True, exist_ok=True)
-            if not self._locked:  # another process may have been as fast
+            if not self._locked:  # another process may have created it meanwhile
                 self._lock()
                 self._check_use()
             self._clean()
@@ -116,7 +116,7 @@ class RunDirectory:
         return self.path
 
     def save(self, result: Any) -> None:
-        """Write the result beside what the run has left; a disk that fails costs none of the training."""
+        """Write the result. A failing disk costs none of the training."""
         assert self.path is not None
         with writing(self.path, "the training is done and saved: go on with resume=True"):
             result.save(self.path)
@@ -133,7 +133,7 @@ class RunDirectory:
         self._locked = True
 
     def _check_use(self) -> None:
-        """A folder with anything in it is a run to resume, or somebody's; what a kill leaves first is neither."""
+        """Raise InputError if the folder holds a run that is not resumed, or other files. Drafts do not count."""
         path = self.path
         assert path is not None
         with _readable(path):
@@ -144,11 +144,11 @@ class RunDirectory:
             raise InputError(f"output_dir={path} is already used: give another folder{go_on}")
         if used and not ours:
             raise InputError(
-                f"output_dir={path} holds other files and no run, so there is nothing to resume; give another folder"
+                f"output_dir={path} holds other files but no run, so there is nothing to resume; give another folder"
             )
 
     def _clean(self) -> None:
-        """Remove the drafts of a run that was killed; the lock says that nobody is at them."""
+        """Remove the drafts of a killed run; the lock ensures that no process is writing them."""
         assert self.path is not None
         for entry in self.path.iterdir():
             if _is_draft(entry.name) and entry.name != _LOCK:
@@ -163,9 +163,9 @@ def _bytes_of(tensors: Iterable[Tensor]) -> int:
 
 
 def holds_run(path: Path) -> bool:
-    """Whether a folder is a run's: it has checkpoints, or the settings of one that was killed before the first.
+    """Whether the folder holds a run: checkpoints, or the settings of a run that was killed before the first one.
 
-    Many other folders have a config.json, those of transformers models among them, and must not be written to.
+    Other folders may have a config.json too, such as those of transformers models, and must not be written to.
     """
     if any((path / "checkpoints").glob("step-*/state.json")):
         return True
@@ -193,7 +193,7 @@ def identity_settings(settings: UnlearnConfig) -> dict[str, Any]:
 
 
 def resume_from(directory: Path | None, identity: dict[str, Any], ranks: Ranks) -> Checkpoint | None:
-    """The newest whole checkpoint, read by the first rank, on all."""
+    """Return the newest undamaged checkpoint on every rank; the first rank reads it."""
     found: list[Checkpoint] = []
 
     def read() -> Checkpoint | None:
@@ -218,7 +218,10 @@ def resume_from(directory: Path | None, identity: dict[str, Any], ranks: Ranks) 
 
 
 def _newest(directory: Path | None, identity: dict[str, Any]) -> Checkpoint | None:
-    """The newest whole checkpoint, or None when the run was stopped before it wrote one."""
+    """Return the newest undamaged checkpoint, None if the run stopped before it wrote one.
+
+    Raises InputError if the checkpoint does not belong to this run.
+    """
     assert directory is not None
     root = directory / "checkpoints"
     try:

@@ -1,4 +1,4 @@
-"""The part of the settings that says where and how the encoders run."""
+"""Where and how the encoders run: device, precision, batch size, ranks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cliperase_fast.models.runtime import autocast, check_precision, inference, 
 class Runtime:
     device: torch.device
     precision: str  # fp32, bf16 or fp16
-    batch_size: int  # where no gradient is needed
+    batch_size: int  # without gradient
     num_workers: int
     progress: bool
     ranks: Ranks = SINGLE_PROCESS
@@ -42,7 +42,7 @@ class Runtime:
 
 
 def _of_rank(name: str, device: torch.device, ranks: Ranks) -> torch.device:
-    """The GPU of this rank's number on its machine."""
+    """Return the GPU with this rank's local number."""
     if device.type != "cuda":
         return device
     if device.index is not None and ranks.size > 1:

@@ -1,4 +1,4 @@
-"""Which checkpoint to keep: the most forgetting whose retain score dropped no more than the floor allows."""
+"""Which candidate to keep: the one that forgets most among those within the floor on the retain score."""
 
 from __future__ import annotations
 
@@ -22,11 +22,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Selection:
-    """The rule.
+    """The rule of selection.
 
     Within the floor the lowest forget score wins; ties go to the higher retain score, then to the lower similarity of
-    forget pairs. With nothing within the floor the smallest retain drop wins, and the reason says so. With `last`, the
-    newest wins whatever it scores.
+    forget pairs. If nothing is within the floor, the smallest retain drop wins. With `last` the newest always wins.
     """
 
     retain_before: float
@@ -34,7 +33,7 @@ class Selection:
     last: bool = False
 
     def within(self, candidate: Candidate) -> bool:
-        return self.retain_before - candidate.retain <= self.floor + 1e-9  # the rounding of a fraction is no drop
+        return self.retain_before - candidate.retain <= self.floor + 1e-9  # the rounding of a fraction is not a drop
 
     def better(self, new: Candidate, old: Candidate | None) -> bool:
         return self.last or old is None or self._rank(new) < self._rank(old)

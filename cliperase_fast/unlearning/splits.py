@@ -1,4 +1,4 @@
-"""From what the caller names (datasets, source strings, selectors) to the checked splits a run works on."""
+"""Turn datasets, source strings and selectors into the checked splits of a run."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ class PreparedData:
     train: Split
     validation: Split
     test: Split
-    intake: Intake  # what was left out, and what lies beside the pairs
-    names: dict[str, str]  # what the caller called each set
+    intake: Intake  # what was left out or ignored
+    names: dict[str, str]  # of each set, as the caller gave it
 
     def fingerprint(self) -> str:
         parts = [f"{part.pairs.fingerprint()}:{part.n_forget}" for part in (self.train, self.validation, self.test)]
@@ -65,7 +65,7 @@ class PairSets:
 
     forget: PairDataset
     retain: PairDataset
-    test: tuple[PairDataset, PairDataset] | None  # (forget, retain), None where they are yet to be held out
+    test: tuple[PairDataset, PairDataset] | None  # (forget, retain), None if they are still to be held out
     names: dict[str, str]
 
     def fingerprint(self) -> str:
@@ -76,7 +76,7 @@ class PairSets:
 def open_sets(
     forget: Any, retain: Any, test: Any, config: UnlearnConfig, *, templates: Sequence[str] | None
 ) -> PairSets:
-    """Open and select.
+    """Open the sources and select the pairs.
 
     forget: a map-style dataset of (image, caption) pairs, or "SOURCE#SELECTOR".
     retain: a dataset, "SOURCE#SELECTOR", or "rest" for all that `forget` does not select from its source.
@@ -102,8 +102,9 @@ def open_sets(
 def prepare_data(
     sets: PairSets, config: UnlearnConfig, *, progress: bool, ranks: Ranks = SINGLE_PROCESS
 ) -> PreparedData:
-    """Read every image once, on one of the ranks, leave out or refuse what cannot be read, and hold out validation and
-    test pairs.
+    """Read every image once, skip or refuse unreadable ones, and hold out validation and test pairs.
+
+    On several ranks each reads a share of the images.
     """
     intake = Intake.merged(part.intake for part in (sets.forget, sets.retain, *(sets.test or ())))
     forget_train = _readable(sets.forget, "forget", config, intake, progress, ranks)
@@ -128,7 +129,7 @@ def prepare_data(
 
 
 class _Opener:
-    """Opens each source once, however often it is named."""
+    """Opens each source once."""
 
     def __init__(self, templates: Sequence[str] | None, seed: int, on_error: str) -> None:
         self.templates, self.seed, self.on_error = templates, seed, on_error
@@ -215,7 +216,7 @@ def _test_sets(
 
 
 def _by_captions(pairs: PairDataset, forget: PairDataset, retain: PairDataset) -> np.ndarray:
-    """Which test pairs are forget pairs, when only datasets were given: those with a caption only forget pairs have."""
+    """Return which test pairs are forget pairs if only datasets were given: by captions that only forget pairs have."""
     wanted = _captions(forget) - _captions(retain)
     mask = np.array(
         [any(caption_key(caption) in wanted for caption in captions) for captions in pairs.captions], dtype=bool
@@ -223,7 +224,7 @@ def _by_captions(pairs: PairDataset, forget: PairDataset, retain: PairDataset) -
     if mask.all() or not mask.any():
         raise InputError(
             f"{int(mask.sum())} of the {len(pairs)} test pairs share a caption with the forget pairs, so the test set "
-            "cannot be told apart: pass test=(forget_test, retain_test)"
+            "cannot be split: pass test=(forget_test, retain_test)"
         )
     return mask
 
@@ -250,7 +251,7 @@ def _readable(
 
 
 def _require_one_kind(forget: PairDataset, retain: PairDataset) -> None:
-    """Raise `InputError` where pairs that stand in one batch differ in what their images or captions are."""
+    """Raise `InputError` if pairs of one batch have images or captions of different types."""
     for what, kind, remedy in (
         ("images", _image_kind, "PIL images in both, or tensors of one shape"),
         ("captions", _caption_kind, "texts in both, or token ids of one length"),
@@ -272,7 +273,7 @@ def _caption_kind(pairs: PairDataset) -> str:
 
 
 def _hold_out(pairs: PairDataset, fraction: float, seed: int) -> tuple[PairDataset, PairDataset]:
-    """(rest, held out). A single pair cannot be split: it then serves both."""
+    """Return (rest, held out). A single pair is in both."""
     if len(pairs) < 2:
         return pairs, pairs
     rest, held_out = split(pairs, fraction, seed)

@@ -1,4 +1,4 @@
-"""Whether steps are large enough for the weights to hold them: measured once, in the first step at the full rate."""
+"""Check that steps are large enough to change the weights, once, in the first step at the full learning rate."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from cliperase_fast.models import ClipAdapter, lora
 from cliperase_fast.unlearning.engines.base import Engine
 
 KEY = "weights_changed"  # of a line of metrics.jsonl
-FEW = 0.1  # share of the weights below which a step counts as hardly one
-_SAMPLE = 1 << 16  # weights looked at in each tensor
+FEW = 0.1  # share of changed weights below which there is a warning
+_SAMPLE = 1 << 16  # weights sampled of each tensor
 
 
 class ChangeMeter:
-    """Measures which share of the weights changes, of those that a gradient has reached.
+    """Measures which share of the weights with a gradient a step changes.
 
-    In the first step at the full learning rate (after the warm-up) whose gradient is not zero. A share of 0 is an
-    `UnlearningError`, as is a gradient that stays zero for an epoch; a small one is a warning.
+    It measures the first step at the full learning rate (after the warm-up) with a nonzero gradient. A share of 0 is an
+    `UnlearningError`, and so is a gradient that stays zero for an epoch. A small share is a warning.
     """
 
     def __init__(self, config: UnlearnConfig, steps_per_epoch: int, total_steps: int, ranks: Ranks) -> None:
@@ -36,14 +36,14 @@ class ChangeMeter:
         self._before: list[Tensor] | None = None
 
     def before(self, step: int, engine: Engine) -> None:
-        """step: how many are done."""
+        """Sample the weights before a step. step: how many are done."""
         self._before = None
         if not self.done and step >= self.first:
             self._before = [_sample(weights) for weights, _ in engine.stepped()]
 
     def after(self, step: int, engine: Engine, rate: float, norm: Tensor) -> dict[str, float]:
-        """What to add to the step's line of metrics: empty unless this was the step that is measured."""
-        if self._before is None or not torch.isfinite(norm):  # a step that fp16 left out
+        """Return what to add to the step's line of metrics; empty unless this step is the measured one."""
+        if self._before is None or not torch.isfinite(norm):  # fp16 skipped the step
             return {}
         found = _Tally.of(self._before, engine.stepped(), self.ranks)
         self._before = None
@@ -67,10 +67,10 @@ class ChangeMeter:
 
 @dataclass
 class _Tally:
-    """How many weights a gradient has reached, how many of them changed, and from which change on half of them would.
+    """How many weights have a gradient, how many of them changed, and the change at which half of them would.
 
-    A weight of exactly 0 holds any change, however small, so such weights count only where a gradient reaches no others
-    (as in the first step of LoRA).
+    A weight of exactly 0 takes any change, however small, so such weights count only if no others have a gradient (as
+    in the first step of LoRA).
     """
 
     reached: float
@@ -79,13 +79,13 @@ class _Tally:
 
     @classmethod
     def of(cls, before: list[Tensor], after: list[tuple[Tensor, Tensor | None]], ranks: Ranks) -> _Tally:
-        # of weights that were 0, and of the others: reached, changed
+        # rows: weights that were 0, and the others; columns: with a gradient, changed
         counts = torch.zeros(2, 2, dtype=torch.float64, device="cpu")
         resolution = [torch.zeros(0, dtype=torch.float32, device="cpu")]
         for old, (weights, moment) in zip(before, after, strict=True):
             if moment is None or not len(old):
                 continue
-            share = weights.numel() / len(old)  # of how many weights each of the sample speaks
+            share = weights.numel() / len(old)  # how many weights each sampled one stands for
             has_gradient, changed = _sample(moment) != 0, _sample(weights) != old
             for row, members in enumerate((old == 0, old != 0)):
                 mine = has_gradient & members
@@ -100,7 +100,7 @@ class _Tally:
 
 
 def changed_share(metrics: list[dict[str, Any]]) -> float | None:
-    """What was measured, out of the lines of metrics.jsonl."""
+    """Return the measured share from the lines of metrics.jsonl, None if there is none yet."""
     return next((line[KEY] for line in metrics if KEY in line), None)
 
 
@@ -112,7 +112,7 @@ def few_changed(share: float, rate: float) -> str:
 
 
 def notes(metrics: list[dict[str, Any]], settings: Mapping[str, Any]) -> list[str]:
-    """What the result should say of its steps."""
+    """Return what the result should say about its steps."""
     share = changed_share(metrics)
     found = [] if share is None or share >= FEW else [few_changed(share, settings["learning_rate"])]
     if settings["lambda_forget"] == 0:
@@ -121,14 +121,14 @@ def notes(metrics: list[dict[str, Any]], settings: Mapping[str, Any]) -> list[st
 
 
 def merge_lora(student: ClipAdapter, config: UnlearnConfig) -> None:
-    """Fold LoRA's updates in. `UnlearningError` where they are too small to change a weight."""
+    """Merge LoRA's updates into the weights. Raises `UnlearningError` if they are too small to change any."""
     layers: list[Any] = [layer for layer in student.module.modules() if hasattr(layer, "lora_A")]
     weights = [layer.get_base_layer().weight for layer in layers]
     before = [_sample(weight) for weight in weights]
     lora.merge_lora(student)
     if weights and all(torch.equal(_sample(weight), old) for weight, old in zip(weights, before, strict=True)):
         raise UnlearningError(
-            "LoRA's update is below the resolution of the weights, so that folding it in changes none of them: raise "
+            "LoRA's update is below the resolution of the weights, so merging it changes none of them: raise "
             f"learning_rate (now {config.learning_rate:g}), epochs or lora_alpha"
         )
 
@@ -139,7 +139,7 @@ def _sample(values: Tensor) -> Tensor:
 
 
 def _half_step(weights: Tensor) -> Tensor:
-    """Half the distance to the next float32: what is added must be more to change anything."""
+    """Return half the distance to the next float32, above which an addition changes the weight."""
     size = weights.abs()
     return (torch.nextafter(size, torch.full_like(size, torch.inf)) - size) / 2
 
@@ -151,7 +151,7 @@ def _too_small(rate: float, median: float, norm: float) -> str:
             f"{median:.1g} on, and 1e-8 to 1e-4 are usual: raise learning_rate"
         )
     return (
-        f"the gradient's norm is {norm:g}, which Adam takes for zero: raise lambda_forget and the other weights of the "
+        f"the gradient's norm is {norm:g}, which Adam treats as zero: raise lambda_forget and the other weights of the "
         "loss, or check that the model's features depend on its weights"
     )
 

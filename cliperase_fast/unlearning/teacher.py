@@ -37,7 +37,7 @@ class Teacher(Protocol):
 
 
 class LiveTeacher:
-    """Encodes every batch: right for random transforms, where the teacher must see the student's view.
+    """Encodes every batch. Random transforms need it, as the teacher must see the student's view.
 
     equal_parts: every rank encodes the same number of parts. A sharded teacher needs it, as each part gathers
         parameters from all ranks.
@@ -116,11 +116,10 @@ def cache_teacher(
     directory: Path | None,
     pixels: PixelCache | None = None,
 ) -> CachedTeacher:
-    """Encode the `used` retain pairs (indices, sorted) and all captions: a part on each rank, all on all in the end.
+    """Encode the `used` retain pairs (sorted indices) and all captions, a part on each rank; every rank gets all.
 
-    where: "memory", "disk" (a file in `directory`), or "auto" (a file above `MEMORY_LIMIT` bytes when there is a
-    directory), one for each machine. A complete file left by an interrupted run is used again when it was made from the
-    same things.
+    where: "memory", "disk" (a file in `directory` on each machine), or "auto" (a file above `MEMORY_LIMIT` bytes if
+    there is a directory). A complete file that an interrupted run left is reused if it was made from the same inputs.
     """
     ranks = runtime.ranks
     if ranks.first:
@@ -162,7 +161,7 @@ def cache_teacher(
     if not all(ranks.gather_results(lambda: not writes or usable())):
         try:
             _encode_images(adapter, retain, used, file.write if writes else None, transform, runtime, pixels)
-            ranks.gather_results(lambda: file.finish() if writes else None)  # nobody opens it before
+            ranks.gather_results(lambda: file.finish() if writes else None)  # no rank opens it earlier
         except BaseException:
             if writes:
                 file.discard()
@@ -190,7 +189,7 @@ def _encode_images(
     runtime: Runtime,
     cache: PixelCache | None,
 ) -> None:
-    """Give each part to `keep` with its first row's number; where that is None, encode merely for the other ranks."""
+    """Pass each part to `keep` with the number of its first row. With None, encode only for the other ranks."""
     ranks = runtime.ranks
     parts = np.split(used, range(runtime.batch_size, len(used), runtime.batch_size))
     shares = ranks.shares(len(parts))
@@ -208,7 +207,7 @@ def _encode_images(
 
     with runtime.inference(adapter), Steps(rounds, "teacher's features", "batch", bar=runtime.progress) as steps:
         for turn in range(rounds):
-            parts_of_turn = [parts[share][turn : turn + 1] for share in shares]  # of each rank, the last may have none
+            parts_of_turn = [parts[share][turn : turn + 1] for share in shares]  # of each rank; the last may have none
             counts = [sum(map(len, part)) for part in parts_of_turn]
             found = ranks.all_gather_rows(next_of_own, counts).numpy().astype(np.float32, copy=False)
             for share, rows in zip(shares, np.split(found, np.cumsum(counts)[:-1]), strict=True):

@@ -63,8 +63,8 @@ def test_rounding_that_would_undo_the_change_is_left_out_and_said():
     result = run(make_tiny_clip().bfloat16(), learning_rate=1e-6, epochs=1)
     assert {parameter.dtype for parameter in result.model.parameters()} == {torch.float32}
     assert result.record["weights"]["returned"] == "float32"
-    assert "given back in float32: rounded to bfloat16" in result.record["notes"][0]
-    assert "given back in float32" in result.summary()
+    assert "returned in float32: rounded to bfloat16" in result.record["notes"][0]
+    assert "returned in float32" in result.summary()
     assert forget_change(result) < 0
 
 

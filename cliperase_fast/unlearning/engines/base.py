@@ -1,4 +1,4 @@
-"""What touches parameters, gradients and the optimizer; the trainer's loop sees features, terms and numbers only."""
+"""The engine: parameters, gradients and the optimizer. The training loop sees only features, terms and numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cliperase_fast.unlearning.checkpoints import OptimizerState
 from cliperase_fast.unlearning.engines.grad_cache import ChunkedFeatures
 from cliperase_fast.unlearning.runtime import Runtime
 
-# The losses of image features [M + N, D] and of text features [U, D] of the batch's different captions, at this scale.
+# Computes the terms from image features [M + N, D], text features [U, D] of the distinct captions, and the scale.
 Terms = Callable[[Batch, Tensor, Tensor, Tensor], LossTerms]
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of each parameter in Adam
@@ -25,16 +25,16 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # of each parameter in Adam
 class Engine(ABC):
     """Trains `student`. parameters: the trained ones by name.
 
-    On several ranks each has its share of every batch, and the losses' gradients are such that their mean over the
-    ranks is the gradient of the whole batch. What an engine saves is whole, by name and the same for every engine and
-    number of ranks; all ranks call every method together.
+    On several ranks each has its share of every batch, and the mean of the losses' gradients over the ranks is the
+    gradient of the whole batch. Saved states are whole and by name, the same for every engine and number of ranks. All
+    ranks call every method together.
     """
 
     def __init__(
         self, student: ClipAdapter, parameters: list[tuple[str, nn.Parameter]], config: UnlearnConfig, runtime: Runtime
     ) -> None:
         self.student, self.config, self.runtime = student, config, runtime
-        self.training = student  # the model that runs in a step; another one where an engine needs a copy
+        self.training = student  # the model that runs in a step; some engines need a copy
         self.names = [name for name, _ in parameters]
         self.saved: dict[str, Tensor] = {**dict(parameters), **dict(student.module.named_buffers())}
 
@@ -42,7 +42,7 @@ class Engine(ABC):
         train_mode(self.training.module)
 
     def backward(self, batch: Batch, share: float, terms_of: Terms) -> LossTerms:
-        """Add `share` of the batch's gradient to the parameters'; the terms are the whole batch's."""
+        """Add `share` times the gradient of the batch to the parameters'. Returns the terms of the whole batch."""
         if self.config.grad_cache_chunk == 0:
             terms = terms_of(batch, *self._encode(batch.pixels, batch.tokens))
             self._backpropagate(self._scaled(terms.total * share))
@@ -65,22 +65,22 @@ class Engine(ABC):
         return terms
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
-        """Put saved weights into the student."""
+        """Copy saved weights into the student."""
         with torch.no_grad():
             for name, tensor in self.saved.items():
                 tensor.copy_(weights[name])
 
     @abstractmethod
     def step(self, rate: float) -> tuple[Tensor, bool]:
-        """(norm of the gathered gradient before clipping, whether it is fit for going on); the gradient is used up."""
+        """Step and clear the gradient. Returns its norm before clipping, and whether training can continue."""
 
     @abstractmethod
     def stepped(self) -> list[tuple[Tensor, Tensor | None]]:
-        """What this rank's optimizer steps: float32 weights and, after a step, Adam's first moment of each."""
+        """Return what this rank's optimizer steps: float32 weights and, after a step, Adam's first moment of each."""
 
     @abstractmethod
     def weights(self) -> dict[str, Tensor]:
-        """Trained parameters and all buffers, whole."""
+        """Return the trained parameters and all buffers, whole."""
 
     @abstractmethod
     def state(self) -> OptimizerState:
@@ -91,16 +91,16 @@ class Engine(ABC):
 
     @abstractmethod
     def update_student(self) -> None:
-        """Bring the student's own weights up to date, for whoever looks at them."""
+        """Copy the trained weights into the student, so that it can be evaluated."""
 
     @abstractmethod
     def close(self) -> None:
-        """Training is over: give up all but the student."""
+        """End training: release all but the student."""
 
     def make_optimizer(
         self, parameters: Iterable[tuple[nn.Parameter, int]], *, fused: bool = True
     ) -> torch.optim.Optimizer:
-        """Adam over (parameter, its dimensions); only matrices decay."""
+        """Return Adam over (parameter, its number of dimensions); only matrices decay."""
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[self.config.optimizer]
         parameters = list(parameters)
         groups = [
@@ -111,7 +111,7 @@ class Engine(ABC):
 
     @abstractmethod
     def _encode(self, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Image features, text features and scale."""
+        """Return image features, text features and the scale."""
 
     @abstractmethod
     def _encode_image(self, pixels: Tensor) -> Tensor: ...
@@ -124,19 +124,19 @@ class Engine(ABC):
 
     @abstractmethod
     def _backpropagate(self, scalar: Tensor) -> None:
-        """Add its gradient to the parameters'."""
+        """Add the gradient of `scalar` to the parameters'."""
 
     def _scaled(self, loss: Tensor) -> Tensor:
-        """Times what keeps gradients of half precision from vanishing; gradients of features then have it too."""
+        """Multiply by the gradient scaler's factor, which gradients of features then have too."""
         return loss
 
     def _chunks(self, *rows: int) -> list[int]:
-        """In how many chunks so many rows are encoded."""
+        """Return in how many chunks so many rows are encoded."""
         return [-(-count // self.config.grad_cache_chunk) for count in rows]
 
 
 def train_mode(module: nn.Module) -> None:
-    """Dropout on; batch norms keep the original's statistics, which batches rich in forget pairs would shift."""
+    """Set training mode. Batch norms keep the original's statistics, which batches rich in forget pairs would shift."""
     module.train()
     for part in module.modules():
         if isinstance(part, nn.modules.batchnorm._BatchNorm):
@@ -144,7 +144,7 @@ def train_mode(module: nn.Module) -> None:
 
 
 def pad_rows(rows: Tensor, count: int) -> Tensor:
-    """`rows` [n, ...], the first repeated until there are `count`, so that they can be cut into as many parts."""
+    """Repeat the first of `rows` [n, ...] until there are `count`, so that they can be split into as many parts."""
     if len(rows) >= count:
         return rows
     return torch.cat([rows, rows[:1].expand(count - len(rows), *rows.shape[1:])])

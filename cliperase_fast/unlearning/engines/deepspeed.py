@@ -29,9 +29,11 @@ _OLDEST = "0.19.8"
 
 
 def read_deepspeed(setting: str | Mapping[str, Any], config: UnlearnConfig, ranks: Ranks) -> dict[str, Any]:
-    """The DeepSpeed configuration of a run: of a stage's name, a JSON file or a mapping, completed from `config`.
+    """Return the DeepSpeed configuration of a run, completed from `config`.
 
-    Raises InputError when DeepSpeed is missing, no launcher has started the ranks, or a key contradicts `config`; the
+    setting: a stage's name, a JSON file or a mapping.
+
+    Raises InputError if DeepSpeed is missing, no launcher has started the ranks, or a key contradicts `config`; the
     message names the key.
     """
     _require_deepspeed()
@@ -47,11 +49,11 @@ def read_deepspeed(setting: str | Mapping[str, Any], config: UnlearnConfig, rank
         given.pop(key, None)
     zero = given["zero_optimization"]
     completed = {
-        "zero_force_ds_cpu_optimizer": False,  # ours is torch's, which runs on the CPU as well
+        "zero_force_ds_cpu_optimizer": False,  # the optimizer is torch's, which runs on the CPU as well
         "steps_per_print": 2**31,
         **given,
         "zero_optimization": {"overlap_comm": False, **zero} if zero["stage"] < 3 else zero,
-        # Batches are ours: any number of backward passes makes a step, each already has its share of the gradient.
+        # A step is any number of backward passes, each with its share of the gradient already.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
@@ -77,7 +79,7 @@ def _require_deepspeed() -> None:
 
 
 def _try(completed: dict[str, Any]) -> None:
-    """What DeepSpeed would say of it once everything is loaded."""
+    """Raise now what DeepSpeed would raise once everything is loaded."""
     from deepspeed.runtime.config import DeepSpeedConfig
 
     try:
@@ -88,8 +90,7 @@ def _try(completed: dict[str, Any]) -> None:
 
 @contextmanager
 def restore_torch_linear() -> Iterator[None]:
-    """Around a run: ZeRO 3 puts a linear layer's function of its own in place of torch's, which would stay there for
-    all that this process does later."""
+    """Restore torch's linear function on exit, which ZeRO-3 replaces for the whole process."""
     linear = torch.nn.functional.linear
     try:
         yield
@@ -100,15 +101,17 @@ def restore_torch_linear() -> Iterator[None]:
 def _initialize(**arguments: Any) -> Any:
     import deepspeed
 
-    os.environ.setdefault("LOCAL_RANK", str(dist.get_rank()))  # DeepSpeed asks for it, whoever made the process group
+    os.environ.setdefault("LOCAL_RANK", str(dist.get_rank()))  # DeepSpeed needs it, whoever made the process group
     with _without_compiling():
         return deepspeed.initialize(**arguments, dist_init_required=False)[0]
 
 
 @contextmanager
 def _without_compiling() -> Iterator[None]:
-    """On the CPU DeepSpeed compiles, for a minute at first and where there is a compiler, an all-reduce that only its
-    inference calls; it goes without where it knows the extension to be of no use."""
+    """Keep DeepSpeed from compiling an all-reduce on the CPU, which takes a minute and only its inference calls.
+
+    It does without if the extension is marked as incompatible.
+    """
     import deepspeed
 
     known = deepspeed.ops.__compatible_ops__
@@ -130,7 +133,7 @@ def _given(setting: str | Mapping[str, Any]) -> dict[str, Any]:
         text = read_text(setting, 1 << 20)
     except InputError as error:
         raise InputError(
-            f"deepspeed={setting!r} is none of {', '.join(_STAGES)} and no file that can be read ({error})"
+            f"deepspeed={setting!r} is neither one of {', '.join(_STAGES)} nor a readable file ({error})"
         ) from error
     try:
         given = json.loads(text)
@@ -143,7 +146,7 @@ def _given(setting: str | Mapping[str, Any]) -> dict[str, Any]:
 
 def _check(given: dict[str, Any], config: UnlearnConfig, ranks: Ranks) -> None:
     if config.precision == "fp16":
-        raise InputError("precision='fp16' does not go with deepspeed: use 'bf16' or 'fp32'")
+        raise InputError("precision='fp16' is not supported with deepspeed; use 'bf16' or 'fp32'")
     zero = given.get("zero_optimization")
     stage = zero.get("stage") if isinstance(zero, dict) else None
     if stage not in (1, 2, 3) or isinstance(stage, bool):
@@ -173,12 +176,12 @@ def _check(given: dict[str, Any], config: UnlearnConfig, ranks: Ranks) -> None:
         same = str(found).lower() == value if isinstance(value, str) else found == value
         if found not in (None, "auto") and not same:
             raise InputError(
-                f"deepspeed: {key}={found!r} contradicts {setting}, by which it is {value!r}; leave the key out"
+                f"deepspeed: {key}={found!r} contradicts {setting}, which makes it {value!r}; leave the key out"
             )
     known = {"optimizer": {"type", "params"}, "optimizer.params": {"lr", "weight_decay"}}
     for section, keys in known.items():
         for key in (_lookup(given, section) or {}).keys() - keys:
-            raise InputError(f"deepspeed: {section}.{key} is not ours to pass on; leave the key out")
+            raise InputError(f"deepspeed: {section}.{key} is not supported; leave the key out")
     for part in ("offload_optimizer", "offload_param"):
         if _lookup(given, f"zero_optimization.{part}.device") == "nvme":
             raise InputError(f"deepspeed: zero_optimization.{part}.device='nvme' is not supported; use 'cpu'")
@@ -196,7 +199,7 @@ def _lookup(given: Mapping[str, Any], key: str) -> Any:
 
 
 class _Encoders(nn.Module):
-    """Encoding as a forward pass, which is where ZeRO-3 gathers parameters."""
+    """Runs the encoders in a forward pass, as ZeRO-3 gathers parameters there."""
 
     def __init__(self, adapter: ClipAdapter) -> None:
         super().__init__()
@@ -220,15 +223,15 @@ def _wrapped(adapter: ClipAdapter, stage: int) -> _Encoders:
         if parameter.ndim == 0:  # DeepSpeed's broadcast and partitions want at least one dimension
             parameter.data = parameter.data.reshape(1)
     if stage == 3:
-        for parameter in adapter.module.parameters(recurse=False):  # used without a forward pass of the model's own
+        for parameter in adapter.module.parameters(recurse=False):  # used outside the model's own forward pass
             deepspeed.zero.register_external_parameter(encoders, parameter)
     return encoders
 
 
 class ZeroEngine(Engine):
-    """Trains a sharded copy of `student`, whose own weights follow when they are asked for.
+    """Trains a sharded copy of `student`, whose own weights are updated on request.
 
-    parameters: the trained ones of `student`, by name. zero: a configuration of `read_deepspeed`.
+    parameters: the trained ones of `student`, by name. zero: the configuration from `read_deepspeed`.
     """
 
     def __init__(
@@ -252,8 +255,8 @@ class ZeroEngine(Engine):
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
         self._engine.step()
-        # DeepSpeed 0.19 takes over a gradient that the step's first backward pass brings and adds those of later ones,
-        # to the last step's where the first brought none (as with cached gradients).
+        # DeepSpeed 0.19 replaces the gradient in a step's first backward pass and adds in later ones, so a parameter
+        # without a gradient in the first one (as with cached gradients) would keep that of the last step.
         if self.stage == 3:
             self._engine.optimizer.grad_partitions_flat_buffer.zero_()
         else:
@@ -325,8 +328,8 @@ class ZeroEngine(Engine):
         self._engine = _initialize(model=encoders, optimizer=optimizer, config=copy.deepcopy(self.zero))
         inner = self._engine.optimizer.optimizer
         loaded = self._loaded
-        # Made here, before the first step makes them: DeepSpeed 0.19 links what `safe_get_full_optimizer_state` reads
-        # after the first group's step, when those of the other groups would not be there yet.
+        # Created before the first step would: DeepSpeed 0.19 links what `safe_get_full_optimizer_state` reads after the
+        # first group's step, when the states of the other groups would not exist yet.
         for flat in self._flat():
             zeros = {moment: torch.zeros_like(flat) for moment in MOMENTS}
             inner.state[flat] = {
@@ -349,13 +352,13 @@ class ZeroEngine(Engine):
         if self.stage < 3:
             safe_set_full_optimizer_state(parameter, value, moment)
             return
-        # Its counterpart for whole values does not know of the padding at the end of the last rank's part.
+        # The function for whole values ignores the padding at the end of the last rank's part.
         count, rank = parameter.ds_tensor.numel(), self.runtime.ranks.rank  # type: ignore[attr-defined]
         padded = nn.functional.pad(value, (0, max(0, count * (rank + 1) - value.numel())))
         safe_set_local_optimizer_state(parameter, padded[count * rank : count * (rank + 1)], moment)
 
     def _flat(self) -> Iterator[Tensor]:
-        """The flat parts of the master weights that this rank's optimizer steps."""
+        """Yield the flat parts of the master weights that this rank's optimizer steps."""
         optimizer = self._engine.optimizer
         if self.stage == 3:
             yield from optimizer.fp32_partitioned_groups_flat
@@ -385,12 +388,12 @@ class ZeroEngine(Engine):
         self._engine.backward(scalar, scale_wrt_gas=False)
 
     def _chunks(self, *rows: int) -> list[int]:
-        """The same on every rank: each chunk gathers parameters from all, or reduces gradients with all."""
+        """Return the maximum over the ranks, as each chunk gathers parameters or reduces gradients on all of them."""
         return self.runtime.ranks.all_reduce_max(*super()._chunks(*rows))
 
 
 class ShardedTeacher:
-    """A frozen model whose parameters lie on all ranks (ZeRO-3, no optimizer), encoding as its adapter does."""
+    """A frozen model, sharded over all ranks (ZeRO-3, no optimizer), which encodes as its adapter does."""
 
     def __init__(self, adapter: ClipAdapter, zero: dict[str, Any]) -> None:
         adapter = adapter.clone()

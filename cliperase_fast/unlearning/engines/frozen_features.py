@@ -1,4 +1,4 @@
-"""Training from what the frozen front of the image tower makes of each image, computed once."""
+"""Train from the activations of the frozen first layers of the image tower, computed once for each image."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from cliperase_fast.unlearning.batches import BatchLoader
 from cliperase_fast.unlearning.engines.local import LocalEngine
 from cliperase_fast.unlearning.runtime import Runtime
 
-_PASSES = 2  # over the images, below which computing all of them first gains nothing
+_PASSES = 2  # over the images; below this, computing all of them first gains nothing
 
 
 def keep_front(engine: LocalEngine, loader: BatchLoader, batches: int, budget: int, runtime: Runtime) -> None:
-    """Let `engine` train from kept activations in place of images, and `loader` bring these, where that can be done.
+    """Let `loader` yield kept activations in place of images, and `engine` train from them, where possible.
 
-    The transform must be deterministic and nobody else need the images. batches: of the whole run. budget: bytes that
-    images may take, of which those that the loader keeps already are counted.
+    The transform must be deterministic and nothing else may need the images. batches: of the whole run. budget: bytes
+    for images, including those that the loader keeps already.
     """
     pairs, cache = loader.pixels.pairs, loader.pixels.cache
     if batches * sum(loader.pairs_of_ranks()) < _PASSES * len(pairs):
         return
-    engine.train_mode()  # the mode of the steps, in which nothing of the front may be random
+    engine.train_mode()  # the mode of the steps, in which the front must not be random
     probe = loader.pixels[0, 0][None].to(runtime.device)
     with encoding_fits(), torch.no_grad(), runtime.autocast():
         front = FrozenFront.of(engine.student, probe)
@@ -55,7 +55,7 @@ def keep_front(engine: LocalEngine, loader: BatchLoader, batches: int, budget: i
 
 
 class _Activations(Dataset):
-    """Of each image, by (index, draw) like the images themselves."""
+    """Activations of each image, by (index, draw) as the images themselves."""
 
     def __init__(self, kept: Tensor) -> None:
         self.kept = kept

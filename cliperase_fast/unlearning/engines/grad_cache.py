@@ -1,6 +1,6 @@
-"""Batches whose activations do not fit: features first, without a graph, then each chunk again with their gradients.
+"""Gradient caching: encode without a graph, then encode each chunk again with the gradients of its features.
 
-The loss sees the features of the whole batch, so contrastive negatives are not lost as they are with accumulation
+The loss sees the features of the whole batch, so it keeps all contrastive negatives, unlike accumulation
 (gradient caching: Gao, Zhang, Han and Callan, arXiv 2101.06983).
 """
 
@@ -13,12 +13,12 @@ from torch import Tensor
 
 
 class ChunkedFeatures:
-    """Features of `inputs` [B, ...], encoded in `count` chunks without a graph, and their way back to the weights.
+    """Features of `inputs` [B, ...], encoded in `count` chunks without a graph, and their backward pass.
 
     features: [B, D], a leaf. Once a loss's backward pass has filled its gradient, `backward()` encodes every chunk a
-    second time, with a graph and the random state it had the first time, and adds to the parameters' gradients. What
-    is random then stands as if every chunk had been encoded once. Exact where `encode` treats rows apart from each
-    other, which batch norms in training mode do not.
+    second time, with a graph and the random state of the first time, and adds to the parameters' gradients. The random
+    state then is as if every chunk had been encoded once. Exact if `encode` treats rows independently, which batch
+    norms in training mode do not.
 
     backpropagate: adds the gradient of a scalar to the parameters'.
     """

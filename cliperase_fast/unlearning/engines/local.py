@@ -1,4 +1,4 @@
-"""The whole student on every rank."""
+"""The engine with the whole student on every rank."""
 
 from __future__ import annotations
 
@@ -16,27 +16,24 @@ from cliperase_fast.unlearning.runtime import Runtime
 
 
 class LocalEngine(Engine):
-    """The whole student on every rank.
+    """Trains the whole student on every rank.
 
-    The ranks' gradients are averaged once, when a step has been accumulated: one pass of buckets over what is there.
-    DistributedDataParallel would overlap that with the last backward pass, but with cached gradients no backward pass
-    is the last for all parameters, and encoders are reached through methods, which it does not wrap.
+    The ranks' gradients are averaged once per step, after accumulation. DistributedDataParallel would overlap this with
+    the last backward pass, but with cached gradients no backward pass is the last for all parameters, and it does not
+    wrap the methods by which encoders are called.
     """
 
     def __init__(
         self, student: ClipAdapter, parameters: list[tuple[str, nn.Parameter]], config: UnlearnConfig, runtime: Runtime
     ) -> None:
         super().__init__(student, parameters, config, runtime)
-        self.encode_image: Callable[[Tensor], Tensor] = (
-            student.encode_image
-        )  # or of what a frozen front makes of images
+        self.encode_image: Callable[[Tensor], Tensor] = student.encode_image  # or of the activations of a frozen front
         self.parameters = [parameter for _, parameter in parameters]
         self.optimizer = self.make_optimizer((parameter, parameter.ndim) for parameter in self.parameters)
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
 
     def step(self, rate: float) -> tuple[Tensor, bool]:
-        """As the base says. A gradient that is not finite changes no weights; in fp16, where it happens now and then,
-        the step is left out."""
+        """Step and clear the gradient. A gradient that is not finite changes no weights; fp16 skips such a step."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.runtime.ranks.all_reduce_mean([p.grad for p in self.parameters if p.grad is not None])
@@ -57,7 +54,7 @@ class LocalEngine(Engine):
         return self.saved
 
     def update_student(self) -> None:
-        """It is what is trained."""
+        """Do nothing: the student itself is trained."""
 
     def close(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -83,8 +80,8 @@ class LocalEngine(Engine):
         if state.scaler:
             self.scaler.load_state_dict(state.scaler)
 
-    # An autocast of their own for each call: it would otherwise hand the weights it cast without a graph to the
-    # encoding that needs one.
+    # Each call has its own autocast, whose cache would otherwise pass weights that were cast without a graph to a call
+    # that needs one.
     def _encode(self, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self._encode_image(pixels), self._encode_text(tokens), self._logit_scale()
 
