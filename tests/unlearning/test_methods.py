@@ -97,7 +97,7 @@ def test_gradient_ascent_raises_the_forget_loss_and_logs_its_own_terms():
     assert lines[-1]["forget"] > lines[0]["forget"] + 1
     assert all(line["total"] == -line["forget"] for line in lines)
     assert not {"retain", "consistency"} & lines[0].keys()
-    assert result.after["forget"]["pair_similarity"] < result.before["forget"]["pair_similarity"]
+    assert result.after["forget"]["association"] < result.before["forget"]["association"]
 
 
 @pytest.mark.parametrize("method", ["gradient_ascent", "push_apart", "drop_direction"])
