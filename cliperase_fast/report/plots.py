@@ -1,53 +1,46 @@
-"""The report's figures. Drawn with matplotlib's objects only: no pyplot, so no global state and no window."""
+"""The report's figures, each from a run's data and a theme."""
 
 from __future__ import annotations
 
-import io
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cliperase_fast.report.data import ReportData
-from cliperase_fast.report.placement import moved_apart
-from cliperase_fast.report.wording import number, signed
+from cliperase_fast.report.drawing import (
+    LIGHT,
+    Theme,
+    draw_curve,
+    font_size,
+    halo,
+    move_apart,
+    name_marks,
+    new_figure,
+    panel,
+    plain,
+    png,
+    short_number,
+)
+from cliperase_fast.report.wording import number, signed, term_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.gridspec import SubplotSpec
 
 MOST_CLASSES = 40  # rows of the per-class figure
 MOST_LABELS = 20  # class names written into the embedding map
 _BINS = 48
-
-
-@dataclass(frozen=True)
-class Theme:
-    """Vermilion and blue keep apart for every kind of colour blindness (Okabe and Ito); greys carry the
-    rest."""
-
-    surface: str
-    ink: str
-    muted: str
-    grid: str
-    neutral: str  # what was before
-    forget: str
-    retain: str
-
-
 _MAP_ROOM = (430.0, 370.0)  # pixels of a map inside its frame, about
-
-LIGHT = Theme("#ffffff", "#1d2330", "#667085", "#e7e9ee", "#a3abb8", "#c8481a", "#0b6cb0")
-DARK = Theme("#181b22", "#e8eaf0", "#98a2b3", "#2b303b", "#727c8c", "#ff8a57", "#58b0f0")
+_NO_TERMS = ("step", "epoch", "total")  # what a line holds before its terms
 
 
 def write_plots(run: ReportData, directory: str | Path) -> list[Path]:
-    """Write losses.png, per_class.png, similarities.png and embeddings.png into `directory`, which is made.
+    """Write losses.png, per_class.png, similarities.png and embeddings.png into `directory`, which is created.
 
-    A figure that the data has nothing for is left out. Returns the paths of those written.
+    Figures without data are left out. Returns the paths of those written.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -60,76 +53,73 @@ def write_plots(run: ReportData, directory: str | Path) -> list[Path]:
     return paths
 
 
-def png(figure: Figure) -> bytes:
-    """The figure as a PNG file, two pixels to a CSS pixel, in 128 colours (a third of the size, and it does
-    not show)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from PIL import Image
-
-    canvas = FigureCanvasAgg(figure)
-    with warnings.catch_warnings():
-        # A name in a script that the font lacks shows as boxes; the page's tables have it in full.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        canvas.draw()
-    drawn = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    file = io.BytesIO()
-    drawn.quantize(128, dither=Image.Dither.NONE).save(file, "PNG", optimize=True, dpi=(192, 192))
-    return file.getvalue()
-
-
 def draw_losses(run: ReportData, theme: Theme) -> Figure | None:
-    """The total loss, its three terms, the learning rate and the validation scores, by step."""
+    """Draw the total loss, its terms, the learning rate and the validation scores, by step."""
     steps = [line for line in run.metrics if "total" in line]
-    looks = [line for line in run.metrics if isinstance(line.get("validation"), dict)]
+    evaluations = [line for line in run.metrics if isinstance(line.get("validation"), dict)]
     if not steps:
         return None
     config = run.result.get("config") or {}
-    chosen = number((run.result.get("selection") or {}).get("step"))
-    figure = _figure(520, 540, theme)
-    grid = figure.add_gridspec(3, 2)
-    wide = grid[0, 0] if looks else grid[0, :]
-    panels = [
-        (wide, "total", "Total loss", theme.ink),
-        (grid[1, 0], "forget", "Forgetting" + _weight(config, "lambda_forget"), theme.forget),
-        (grid[1, 1], "retain", "Retention" + _weight(config, "lambda_retain"), theme.retain),
-        (grid[2, 0], "consistency", "Consistency" + _weight(config, "lambda_consistency"), theme.retain),
-        (grid[2, 1], "learning_rate", "Learning rate", theme.muted),
-    ]
     last = max(line["step"] for line in steps)
+    chosen = number((run.result.get("selection") or {}).get("step"))
     if chosen is not None and not 0 <= chosen <= last:
         chosen = None  # of a run whose metrics are not all here
-    for place, key, title, colour in panels:
-        axes = _panel(figure.add_subplot(place), title, theme)
+    curves = [
+        (name, term_label(name) + _weight(config, name), theme.forget if name == "forget" else theme.retain)
+        for name in recorded_terms(steps)
+    ]
+    curves.append(("learning_rate", "Learning rate", theme.muted))
+    rows = 1 + (len(curves) + 1) // 2
+    figure = new_figure(520, 180 * rows, theme)
+    grid = figure.add_gridspec(rows, 2)
+
+    def step_panel(place: SubplotSpec, title: str) -> Axes:
+        axes = panel(figure.add_subplot(place), title, theme)
         axes.locator_params(axis="x", nbins=5, integer=True)
-        _curve(axes, steps, key, colour, smooth=key != "learning_rate")
         axes.set_xlim(0, last)
-        axes.yaxis.set_major_formatter(_short_number)  # matplotlib's own hides an exponent beside the title
-        if chosen is not None:
-            _mark_step(axes, chosen, last, theme, written=key == "total")
-        if place in (grid[2, 0], grid[2, 1]):
-            axes.set_xlabel("step", color=theme.muted, fontsize=_pt(11))
-        if key == "learning_rate":
-            axes.set_ylim(bottom=0)
-            axes.locator_params(axis="y", nbins=3)
-    if looks:
-        axes = _panel(figure.add_subplot(grid[0, 1]), "Validation score", theme)
-        axes.locator_params(axis="x", nbins=5, integer=True)
-        _validation(axes, looks, run.result, theme)
-        axes.set_xlim(0, last)
-        if chosen is not None:
-            _mark_step(axes, chosen, last, theme, written=False)
+        if place.rowspan.stop == rows:
+            axes.set_xlabel("step", color=theme.muted, fontsize=font_size(11))
+        return axes
+
+    total = step_panel(grid[0, 0] if evaluations else grid[0, :], "Total loss")
+    draw_curve(total, steps, "total", theme.ink, smooth=True)
+    for index, (name, title, colour) in enumerate(curves):
+        alone = index == len(curves) - 1 and index % 2 == 0
+        axes = step_panel(grid[1 + index // 2, slice(None) if alone else index % 2], title)
+        draw_curve(axes, steps, name, colour, smooth=name != "learning_rate")
+    axes.set_ylim(bottom=0)  # the learning rate's
+    axes.locator_params(axis="y", nbins=3)
+    for axes in figure.axes:
+        axes.yaxis.set_major_formatter(short_number)  # matplotlib's own hides an exponent beside the title
+    if evaluations:
+        _draw_validation(step_panel(grid[0, 1], "Validation score"), evaluations, run.result, theme)
+    if chosen is not None:
+        for axes in figure.axes:
+            _mark_step(axes, chosen, last, theme, written=axes is total)
     return figure
 
 
+def recorded_terms(steps: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the names of the loss terms in the lines of steps: what stands before the learning rate.
+
+    The forget term comes first, then the others as they are recorded.
+    """
+    names: dict[str, None] = {}
+    for line in steps:
+        before_rate = list(line)[: list(line).index("learning_rate")] if "learning_rate" in line else []
+        names |= dict.fromkeys(name for name in before_rate if name not in _NO_TERMS)
+    return sorted(names, key=lambda name: name != "forget")
+
+
 def draw_per_class(run: ReportData, theme: Theme) -> Figure | None:
-    """Each class's accuracy before and after, forget classes first, then by change."""
+    """Draw each class's accuracy before and after, forget classes first, then by change."""
     rows, total = changed_classes(run.result, MOST_CLASSES)
     if not rows:
         return None
-    figure = _figure(520, 90 + 20 * len(rows), theme)
-    axes = _panel(figure.add_subplot(), "Accuracy by class", theme)
+    figure = new_figure(520, 90 + 20 * len(rows), theme)
+    axes = panel(figure.add_subplot(), "Accuracy by class", theme)
     if len(rows) < total:
-        axes.set_xlabel(f"the {len(rows)} most changed of {total} classes", color=theme.muted, fontsize=_pt(11))
+        axes.set_xlabel(f"the {len(rows)} most changed of {total} classes", color=theme.muted, fontsize=font_size(11))
     for height, (_, row) in zip(range(len(rows), 0, -1), rows, strict=True):
         colour = theme.retain if row["set"] == "retain" else theme.forget
         before, after = 100 * row["before"], 100 * row["after"]
@@ -150,21 +140,20 @@ def draw_per_class(run: ReportData, theme: Theme) -> Figure | None:
     axes.set_xticks([0, 25, 50, 75, 100], ["0", "25", "50", "75", "100%"])
     axes.xaxis.grid(True, color=theme.grid, linewidth=0.8)
     axes.yaxis.grid(False)
-    names = [_plain(name, 26) + (" (partly)" if row["set"] == "mixed" else "") for name, row in rows]
+    names = [plain(name, 26) + (" (partly)" if row["set"] == "mixed" else "") for name, row in rows]
     axes.set_yticks(range(len(rows), 0, -1), names)
     for label, (_, row) in zip(axes.get_yticklabels(), rows, strict=True):
         forgets = row["set"] != "retain"
         label.set(color=theme.forget if forgets else theme.ink, fontweight="bold" if forgets else "normal")
-    _key(axes, [("before", theme.neutral, False), ("after", theme.muted, True)], theme)
+    name_marks(axes, [("before", theme.neutral, False), ("after", theme.muted, True)], theme)
     return figure
 
 
 def changed_classes(result: Any, most: int | None = None) -> tuple[list[tuple[str, dict[str, Any]]], int]:
-    """(name, row) of the classes with both accuracies, forget classes first, each group by change, losses
-    first.
+    """Return (name, row) of the classes with both accuracies, and how many there are in all.
 
-    With `most`, that many: forget classes (at most half of them when there are more), then the most changed.
-    Also returns how many there are in all.
+    Forget classes come first; in each group the largest losses come first. At most `most` rows are returned: forget
+    classes fill at most half of them when retain classes need the others, and the most changed are chosen.
     """
     rows = [
         (str(name), {**row, "set": row.get("set", ""), "before": before, "after": after})
@@ -188,7 +177,7 @@ def changed_classes(result: Any, most: int | None = None) -> tuple[list[tuple[st
 
 
 def draw_similarities(run: ReportData, theme: Theme) -> Figure | None:
-    """How the cosines of matching pairs are spread, before and after, for both sets."""
+    """Draw histograms of the cosines of matching pairs, before and after, for both sets."""
     values = {
         (which, when): array[np.isfinite(array)]
         for when in ("before", "after")
@@ -202,9 +191,9 @@ def draw_similarities(run: ReportData, theme: Theme) -> Figure | None:
     low, high = min(array.min() for array in values.values()), max(array.max() for array in values.values())
     pad = max(0.04 * (high - low), 0.01)
     edges = np.linspace(low - pad, high + pad, _BINS + 1)
-    figure = _figure(520, 40 + 250 * len(present), theme)
+    figure = new_figure(520, 40 + 250 * len(present), theme)
     for index, which in enumerate(present):
-        axes = _panel(figure.add_subplot(len(present), 1, index + 1), f"{which.capitalize()} pairs", theme)
+        axes = panel(figure.add_subplot(len(present), 1, index + 1), f"{which.capitalize()} pairs", theme)
         colour = theme.forget if which == "forget" else theme.retain
         tallest = 0.0
         for when, shade, alpha in (("before", theme.neutral, 0.45), ("after", colour, 0.45)):
@@ -223,12 +212,12 @@ def draw_similarities(run: ReportData, theme: Theme) -> Figure | None:
         axes.set_yticks([])
         axes.yaxis.grid(False)
         if index == len(present) - 1:
-            axes.set_xlabel("cosine of an image and its caption", color=theme.muted, fontsize=_pt(11))
+            axes.set_xlabel("cosine of an image and its caption", color=theme.muted, fontsize=font_size(11))
     return figure
 
 
 def draw_embeddings(run: ReportData, theme: Theme, moments: Sequence[str] = ("before", "after")) -> Figure | None:
-    """A map of the image features: the two main directions of those before, the same axes for those after."""
+    """Draw a map of the image features in the two main directions of those before; the same axes serve for after."""
     maps = project(run)
     moments = [when for when in moments if when in maps]
     if not moments:
@@ -238,9 +227,9 @@ def draw_embeddings(run: ReportData, theme: Theme, moments: Sequence[str] = ("be
     reach = np.maximum(spread.max(0) - spread.min(0), 1e-3) * 0.54
     forget = np.array([which != "retain" for which in run.embedding_sets])
     labels = np.array([str(label) for label in run.embedding_labels])
-    figure = _figure(460 * len(moments), 430, theme)
+    figure = new_figure(460 * len(moments), 430, theme)
     for index, when in enumerate(moments):
-        axes = _panel(figure.add_subplot(1, len(moments), index + 1), f"Images {when}", theme)
+        axes = panel(figure.add_subplot(1, len(moments), index + 1), f"Images {when}", theme)
         points = maps[when]
         for chosen, colour, size, order in ((~forget, theme.retain, 13, 2), (forget, theme.forget, 19, 3)):
             axes.scatter(
@@ -259,14 +248,16 @@ def draw_embeddings(run: ReportData, theme: Theme, moments: Sequence[str] = ("be
         axes.set_yticks([])
         for spine in axes.spines.values():
             spine.set(visible=True, color=theme.grid)
-        _key(axes, [("forget", theme.forget, True), ("retain", theme.retain, True)], theme)
+        name_marks(axes, [("forget", theme.forget, True), ("retain", theme.retain, True)], theme)
     return figure
 
 
 def project(run: ReportData) -> dict[str, np.ndarray]:
-    """Float [n, 2] for "before" and, where given, "after": principal components of "before", from a singular
-    value decomposition of its centred features; "after" is centred by the same mean. Values that are not
-    finite count as 0."""
+    """Project the image features to float [n, 2], for "before" and, where given, "after".
+
+    The axes are the principal components of "before", from a singular value decomposition of its centred features;
+    "after" is centred by the same mean. Values that are not finite count as 0.
+    """
     before = run.embeddings.get("before")
     if before is None or len(before) == 0 or len(before) != len(run.embedding_sets):
         return {}
@@ -292,72 +283,16 @@ FIGURES: dict[str, Callable[[ReportData, Theme], Any]] = {
 }
 
 
-def _figure(width: float, height: float, theme: Theme) -> Figure:
-    """Sizes in CSS pixels."""
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    layout = ConstrainedLayoutEngine(w_pad=0.11, h_pad=0.11)  # inches
-    return Figure(figsize=(width / 96, height / 96), dpi=192, facecolor=theme.surface, layout=layout)
-
-
-def _pt(pixels: float) -> float:
-    return 0.75 * pixels
-
-
-def _panel(axes: Axes, title: str, theme: Theme) -> Axes:
-    axes.set_facecolor(theme.surface)
-    axes.set_title(title, loc="left", fontsize=_pt(13), fontweight="bold", color=theme.ink, pad=9)
-    for side, spine in axes.spines.items():
-        spine.set(visible=side == "bottom", color=theme.neutral, linewidth=0.8, zorder=5)
-    axes.tick_params(length=0, pad=5, labelsize=_pt(11.5), labelcolor=theme.muted)
-    axes.yaxis.grid(True, color=theme.grid, linewidth=0.8)
-    axes.set_axisbelow(True)
-    return axes
-
-
-def _short_number(value: float, _: object = None) -> str:
-    if abs(value) < 1e-12:  # a tick at zero may be off by a rounding
-        return "0"
-    mantissa, _, exponent = (f"{value:.3e}" if abs(value) < 1e-3 else f"{value:.4g}").partition("e")
-    return (f"{float(mantissa):g}e{int(exponent)}" if exponent else mantissa).replace("-", "−")
-
-
-def _plain(name: str, most: int) -> str:
-    """One line of text that matplotlib does not read as a formula."""
-    name = " ".join(name.split()) or "(no name)"
-    name = name if len(name) <= most else name[: most - 1].rstrip() + "…"
-    return name.replace("$", r"\$")
-
-
-def _weight(config: Any, name: str) -> str:
-    weight = number(config.get(name))
+def _weight(config: Mapping[str, Any], term: str) -> str:
+    weight = number(config.get(f"lambda_{term}"))
     return "" if weight is None else f"  ×{weight:g}"
 
 
-def _curve(axes: Axes, lines: Sequence[Any], key: str, colour: str, smooth: bool) -> None:
-    points = [(line["step"], value) for line in lines if (value := number(line.get(key))) is not None]
-    if not points:
-        axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", color=colour, fontsize=_pt(11))
-        return
-    x, y = np.array(points, dtype=np.float64).T
-    window = len(y) // 25
-    if not smooth or window < 2:
-        marker = "o" if len(y) == 1 else ""
-        axes.plot(x, y, color=colour, linewidth=1.8, marker=marker, markersize=4, clip_on=not marker)
-        return
-    axes.plot(x, y, color=colour, linewidth=0.7, alpha=0.3)
-    sums = np.concatenate([[0.0], np.cumsum(y)])
-    first = np.maximum(np.arange(len(y)) - window // 2, 0)
-    stop = np.minimum(np.arange(len(y)) + window // 2 + 1, len(y))
-    axes.plot(x, (sums[stop] - sums[first]) / (stop - first), color=colour, linewidth=1.8)
-
-
-def _validation(axes: Axes, looks: Sequence[Any], result: Any, theme: Theme) -> None:
+def _draw_validation(axes: Axes, evaluations: Sequence[Any], result: Any, theme: Theme) -> None:
     known = (result.get("selection") or {}).get("validation") or {}
     for which, colour in (("retain", theme.retain), ("forget", theme.forget)):
         points = [(0.0, number(known.get(f"{which}_before")))]
-        points += [(float(line["step"]), number(line["validation"].get(which))) for line in looks]
+        points += [(float(line["step"]), number(line["validation"].get(which))) for line in evaluations]
         known_points = [(step, 100 * score) for step, score in points if score is not None]
         if not known_points:
             continue
@@ -372,9 +307,9 @@ def _validation(axes: Axes, looks: Sequence[Any], result: Any, theme: Theme) -> 
             ha="right",
             va="top" if high else "bottom",
             color=colour,
-            fontsize=_pt(11.5),
+            fontsize=font_size(11.5),
             fontweight="bold",
-            path_effects=_halo(theme),
+            path_effects=halo(theme),
         )
     axes.set_ylim(0, 104)
     axes.set_yticks([0, 50, 100], ["0", "50", "100%"])
@@ -393,7 +328,7 @@ def _mark_step(axes: Axes, step: float, last: float, theme: Theme, written: bool
             ha="right" if left else "left",
             va="top",
             color=theme.muted,
-            fontsize=_pt(11),
+            fontsize=font_size(11),
         )
 
 
@@ -409,13 +344,13 @@ def _mark_mean(axes: Axes, mean: float, when: str, colour: str, edges: np.ndarra
         ha="right" if left else "left",
         va="center",
         color=colour,
-        fontsize=_pt(11.5),
+        fontsize=font_size(11.5),
         fontweight="bold",
     )
 
 
 def _name_groups(axes: Axes, points: np.ndarray, labels: np.ndarray, forget: np.ndarray, theme: Theme) -> None:
-    """Class names at the middle of their points or beside it, where there are few enough to read."""
+    """Write class names at the middle of their points or beside it, where there are few enough to read."""
     names = [name for name in dict.fromkeys(labels.tolist()) if name] if len(labels) == len(points) else []
     if len(names) > MOST_LABELS:
         names = []
@@ -423,12 +358,12 @@ def _name_groups(axes: Axes, points: np.ndarray, labels: np.ndarray, forget: np.
         return
     forgets = [bool(forget[labels == name].all()) for name in names]
     heights = [12 if bold else 11 for bold in forgets]  # pixels
-    shown = [_plain(name, 16) for name in names]
+    shown = [plain(name, 16) for name in names]
     low, high = (np.array(ends) for ends in zip(axes.get_xlim(), axes.get_ylim(), strict=True))
     scale = np.array(_MAP_ROOM) / (high - low)
     middles = np.array([np.median(points[labels == name], axis=0) for name in names])
     sizes = np.array([(0.6 * tall * len(text) + 4, 1.3 * tall) for text, tall in zip(shown, heights, strict=True)])
-    places = moved_apart((middles - low) * scale, sizes, _MAP_ROOM) / scale + low
+    places = move_apart((middles - low) * scale, sizes, _MAP_ROOM) / scale + low
     for text, bold, tall, middle, place, size in zip(shown, forgets, heights, middles, places, sizes, strict=True):
         colour = theme.forget if bold else theme.ink
         if (np.abs(place - middle) * scale > size / 2).any():
@@ -439,49 +374,9 @@ def _name_groups(axes: Axes, points: np.ndarray, labels: np.ndarray, forget: np.
             text,
             ha="center",
             va="center",
-            fontsize=_pt(tall),
+            fontsize=font_size(tall),
             fontweight="bold" if bold else "normal",
             color=colour,
-            path_effects=_halo(theme),
+            path_effects=halo(theme),
             zorder=6 if bold else 5,
         )
-
-
-def _halo(theme: Theme) -> list[Any]:
-    """Keeps text readable on lines and points."""
-    from matplotlib.patheffects import withStroke
-
-    return [withStroke(linewidth=2.5, foreground=theme.surface)]
-
-
-def _key(axes: Axes, entries: Sequence[tuple[str, str, bool]], theme: Theme) -> None:
-    """Name the marks in one line above the panel, right of its title."""
-    from matplotlib.lines import Line2D
-
-    marks = [
-        Line2D(
-            [],
-            [],
-            linestyle="",
-            marker="o",
-            markersize=5.5,
-            markeredgewidth=0 if filled else 1.5,
-            markeredgecolor=colour,
-            markerfacecolor=colour if filled else theme.surface,
-        )
-        for _, colour, filled in entries
-    ]
-    axes.legend(
-        marks,
-        [text for text, _, _ in entries],
-        loc="lower right",
-        bbox_to_anchor=(1.0, 1.0),
-        ncols=len(marks),
-        frameon=False,
-        fontsize=_pt(11.5),
-        labelcolor=theme.muted,
-        handletextpad=0.1,
-        columnspacing=0.9,
-        borderaxespad=0.6,
-        borderpad=0.2,
-    )

@@ -76,6 +76,14 @@ def _trivial(metric: Metric, sets: Sequence[Mapping[str, Any]]) -> bool:
     return bool(sizes) and all(size <= metric.k for size in sizes)
 
 
+_TERM_LABELS = {"forget": "Forgetting", "retain": "Retention", "consistency": "Consistency"}
+
+
+def term_label(name: str) -> str:
+    """Return the label of a loss term; a term without one is shown by its name."""
+    return _TERM_LABELS.get(name) or name.replace("_", " ").capitalize()
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What came of a run: the same words in the terminal, in result.json and on the page.

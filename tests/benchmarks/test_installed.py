@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from cliperase_fast.report.rendering import TEMPLATES
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -31,6 +33,11 @@ def test_benchmarks_are_in_a_wheel_without_a_package_of_that_name(installed):
     for path in (ROOT / "benchmarks").glob("*.py"):
         text = path.read_text(encoding="utf-8")
         assert "import benchmarks" not in text and "from benchmarks" not in text, f"{path.name}: import it as `.`"
+
+
+def test_a_wheel_has_the_files_that_the_package_reads(installed):
+    for name in ("ops/measured.json", *(f"report/templates/{path.name}" for path in TEMPLATES.iterdir())):
+        assert (installed / "cliperase_fast" / name).read_bytes() == (ROOT / "cliperase_fast" / name).read_bytes()
 
 
 def test_bench_from_an_installed_package_leaves_its_record_in_the_current_folder(installed, tmp_path):

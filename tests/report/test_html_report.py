@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from report_sample import EVIL, sample_result, sample_run
 
+from cliperase_fast.evaluation import METRICS
 from cliperase_fast.report import ReportData, verdict, write_html
 from cliperase_fast.report.html import page
 
@@ -79,6 +80,15 @@ def test_the_page_tells_the_whole_story(reader):
         "c0ffee",
     ):
         assert expected in reader.text, expected
+
+
+def test_rendering_twice_gives_the_same_page(written):
+    assert page(sample_run()) == written
+
+
+def test_each_score_in_the_tables_is_explained(reader):
+    for metric in METRICS.values():
+        assert f"{metric.label} {metric.meaning}" in reader.text
 
 
 def test_nothing_is_fetched_and_nothing_runs(written, reader):

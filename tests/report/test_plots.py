@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from report_sample import sample_result, sample_run
 
-from cliperase_fast.report import plots, write_plots
+from cliperase_fast.report import drawing, plots, write_plots
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -40,7 +40,7 @@ def test_forgetting_and_keeping_have_their_own_colours(written):
     for path in written[1:]:
         with Image.open(path) as image:
             pixels = np.asarray(image.convert("RGB")).reshape(-1, 3).astype(int)
-        for colour in (plots.LIGHT.forget, plots.LIGHT.retain):
+        for colour in (drawing.LIGHT.forget, drawing.LIGHT.retain):
             rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
             assert (np.abs(pixels - rgb).sum(1) < 24).sum() > 50, (path.name, colour)
 
@@ -78,7 +78,7 @@ def test_a_plot_without_data_is_left_out(tmp_path, changes, expected):
 
 
 def drawn(name, **changes):
-    return plots.FIGURES[name](sample_run(**changes), plots.DARK)
+    return plots.FIGURES[name](sample_run(**changes), drawing.DARK)
 
 
 def texts(figure):
@@ -104,13 +104,24 @@ def test_losses_show_the_terms_their_weights_the_chosen_step_and_the_validation(
     assert {"forget", "retain"} <= set(written)
 
 
+def test_losses_show_the_terms_that_the_method_recorded():
+    line = {"step": 1, "epoch": 0, "total": 1.0, "forget": 2.0, "learning_rate": 1e-4, "grad_norm": 1.0}
+    few = texts(drawn("losses", metrics=[line, {**line, "step": 2}]))
+    assert "Forgetting  ×3" in few
+    assert not {"Retention", "Consistency", "not recorded", "Grad norm"} & set(few)
+    other = {"step": 1, "total": 1.0, "retain": 2.0, "weight_anchor": 3.0, "learning_rate": 1e-4}
+    figure = drawn("losses", metrics=[other, {"step": 2, "forget": 0.5, **other}])
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles == ["Total loss", "Forgetting  ×3", "Retention", "Weight anchor", "Learning rate"]
+
+
 def test_losses_without_validation_or_with_holes_are_drawn():
     steps = [line for line in sample_run().metrics if "total" in line]
     assert "Validation score" not in texts(drawn("losses", metrics=steps))
     holes = [{**line, "forget": None, "total": float("nan")} for line in steps]
     assert texts(drawn("losses", metrics=holes)).count("not recorded") == 2
     short = drawn("losses", metrics=steps[:1])  # the chosen step lies outside
-    assert plots.png(short).startswith(b"\x89PNG")
+    assert drawing.png(short).startswith(b"\x89PNG")
     assert "chosen" not in texts(short)
     look = {"step": 1, "validation": {"forget": None, "retain": None}}
     assert drawn("losses", metrics=[*steps, look]) is not None
@@ -118,7 +129,7 @@ def test_losses_without_validation_or_with_holes_are_drawn():
 
 def test_axes_write_small_and_large_values_out():
     values = (0.0, 3e-17, 1e-6, -2.5e-4, 0.02, -0.5, 12.0, 3e7)
-    assert [plots._short_number(value) for value in values] == [
+    assert [drawing.short_number(value) for value in values] == [
         "0", "0", "1e−6", "−2.5e−4", "0.02", "−0.5", "12", "3e7"]  # fmt: skip
 
 
@@ -206,7 +217,7 @@ def test_names_are_never_read_as_formulas_and_are_cut_when_long():
         "猫": row,
     }
     figure = drawn("per_class", result=result)
-    assert plots.png(figure).startswith(b"\x89PNG")  # a formula would fail here
+    assert drawing.png(figure).startswith(b"\x89PNG")  # a formula would fail here
     written = texts(figure)
     assert "x" * 25 + "…" in written
     assert "two lines" in written
@@ -215,7 +226,7 @@ def test_names_are_never_read_as_formulas_and_are_cut_when_long():
 
 def test_similarity_means_are_written_and_all_pairs_are_in_the_histograms():
     run = sample_run()
-    figure = plots.draw_similarities(run, plots.LIGHT)
+    figure = plots.draw_similarities(run, drawing.LIGHT)
     for which in ("forget", "retain"):
         for when in ("before", "after"):
             mean = run.similarities[when][which].mean()
@@ -263,7 +274,7 @@ def test_few_images_or_dimensions_can_still_be_mapped(shape):
         "embedding_labels": ["a"] * shape[0],
     }
     assert plots.project(sample_run(**changes))["before"].shape == (shape[0], 2)
-    assert plots.png(drawn("embeddings", **changes)).startswith(b"\x89PNG")
+    assert drawing.png(drawn("embeddings", **changes)).startswith(b"\x89PNG")
 
 
 def test_before_and_after_share_their_axes_and_name_their_classes():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cliperase_fast.report.placement import moved_apart
+from cliperase_fast.report.drawing import move_apart
 
 ROOM = (430.0, 370.0)
 
@@ -22,17 +22,17 @@ def test_no_name_covers_another_and_all_stay_inside(count, spread):
     centres = np.array(ROOM) / 2 + spread * rng.normal(size=(count, 2))
     sizes = np.stack([rng.uniform(10, 90, count), np.full(count, 15.0)], 1)
     assert covered(centres, sizes) or spread == 60.0
-    placed = moved_apart(centres, sizes, ROOM)
+    placed = move_apart(centres, sizes, ROOM)
     assert not covered(placed, sizes)
     assert (placed >= sizes / 2 - 1).all() and (placed <= np.array(ROOM) - sizes / 2 + 1).all()
-    assert np.array_equal(placed, moved_apart(centres, sizes, ROOM))
+    assert np.array_equal(placed, move_apart(centres, sizes, ROOM))
 
 
 def test_names_that_are_apart_stay_where_they_are():
     centres, sizes = np.array([[50.0, 50.0], [200.0, 50.0], [50.0, 80.0]]), np.full((3, 2), 20.0)
-    assert np.array_equal(moved_apart(centres, sizes, ROOM), centres)
+    assert np.array_equal(move_apart(centres, sizes, ROOM), centres)
 
 
 def test_more_names_than_fit_are_placed_all_the_same():
-    placed = moved_apart(np.zeros((8, 2)), np.full((8, 2), 30.0), (40.0, 40.0))
+    placed = move_apart(np.zeros((8, 2)), np.full((8, 2), 30.0), (40.0, 40.0))
     assert placed.shape == (8, 2) and np.isfinite(placed).all()

@@ -1,0 +1,178 @@
+"""What the figures share: themes, panels, curves, labels and PNG files.
+
+matplotlib's objects only, without pyplot: no global state and no window.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cliperase_fast.report.wording import number
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Theme:
+    """The colours of a figure. Vermilion and blue differ under every kind of colour blindness (Okabe and Ito)."""
+
+    surface: str
+    ink: str
+    muted: str
+    grid: str
+    neutral: str  # what was before
+    forget: str
+    retain: str
+
+
+LIGHT = Theme("#ffffff", "#1d2330", "#667085", "#e7e9ee", "#a3abb8", "#c8481a", "#0b6cb0")
+DARK = Theme("#181b22", "#e8eaf0", "#98a2b3", "#2b303b", "#727c8c", "#ff8a57", "#58b0f0")
+
+
+def png(figure: Figure) -> bytes:
+    """Encode a figure as a PNG file: two pixels for each CSS pixel, 128 colours (a third of the size, invisibly)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
+
+    canvas = FigureCanvasAgg(figure)
+    with warnings.catch_warnings():
+        # A name in a script that the font lacks shows as boxes; the page's tables have it in full.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        canvas.draw()
+    drawn = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    file = io.BytesIO()
+    drawn.quantize(128, dither=Image.Dither.NONE).save(file, "PNG", optimize=True, dpi=(192, 192))
+    return file.getvalue()
+
+
+def new_figure(width: float, height: float, theme: Theme) -> Figure:
+    """Create a figure; sizes in CSS pixels."""
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    layout = ConstrainedLayoutEngine(w_pad=0.11, h_pad=0.11)  # inches
+    return Figure(figsize=(width / 96, height / 96), dpi=192, facecolor=theme.surface, layout=layout)
+
+
+def font_size(pixels: float) -> float:
+    """Convert CSS pixels to points, matplotlib's unit of font sizes."""
+    return 0.75 * pixels
+
+
+def panel(axes: Axes, title: str, theme: Theme) -> Axes:
+    axes.set_facecolor(theme.surface)
+    axes.set_title(title, loc="left", fontsize=font_size(13), fontweight="bold", color=theme.ink, pad=9)
+    for side, spine in axes.spines.items():
+        spine.set(visible=side == "bottom", color=theme.neutral, linewidth=0.8, zorder=5)
+    axes.tick_params(length=0, pad=5, labelsize=font_size(11.5), labelcolor=theme.muted)
+    axes.yaxis.grid(True, color=theme.grid, linewidth=0.8)
+    axes.set_axisbelow(True)
+    return axes
+
+
+def short_number(value: float, _: object = None) -> str:
+    if abs(value) < 1e-12:  # a tick at zero may be off by a rounding
+        return "0"
+    mantissa, _, exponent = (f"{value:.3e}" if abs(value) < 1e-3 else f"{value:.4g}").partition("e")
+    return (f"{float(mantissa):g}e{int(exponent)}" if exponent else mantissa).replace("-", "−")
+
+
+def plain(name: str, most: int) -> str:
+    """Return one line of at most `most` characters that matplotlib does not read as a formula."""
+    name = " ".join(name.split()) or "(no name)"
+    name = name if len(name) <= most else name[: most - 1].rstrip() + "…"
+    return name.replace("$", r"\$")
+
+
+def draw_curve(axes: Axes, lines: Sequence[Any], key: str, colour: str, smooth: bool) -> None:
+    points = [(line["step"], value) for line in lines if (value := number(line.get(key))) is not None]
+    if not points:
+        axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", color=colour, fontsize=font_size(11))
+        return
+    x, y = np.array(points, dtype=np.float64).T
+    window = len(y) // 25
+    if not smooth or window < 2:
+        marker = "o" if len(y) == 1 else ""
+        axes.plot(x, y, color=colour, linewidth=1.8, marker=marker, markersize=4, clip_on=not marker)
+        return
+    axes.plot(x, y, color=colour, linewidth=0.7, alpha=0.3)
+    sums = np.concatenate([[0.0], np.cumsum(y)])
+    first = np.maximum(np.arange(len(y)) - window // 2, 0)
+    stop = np.minimum(np.arange(len(y)) + window // 2 + 1, len(y))
+    axes.plot(x, (sums[stop] - sums[first]) / (stop - first), color=colour, linewidth=1.8)
+
+
+def halo(theme: Theme) -> list[Any]:
+    """Return path effects that keep text readable on lines and points."""
+    from matplotlib.patheffects import withStroke
+
+    return [withStroke(linewidth=2.5, foreground=theme.surface)]
+
+
+def name_marks(axes: Axes, entries: Sequence[tuple[str, str, bool]], theme: Theme) -> None:
+    """Write a legend of (text, colour, filled) marks in one line above the panel, right of its title."""
+    from matplotlib.lines import Line2D
+
+    marks = [
+        Line2D(
+            [],
+            [],
+            linestyle="",
+            marker="o",
+            markersize=5.5,
+            markeredgewidth=0 if filled else 1.5,
+            markeredgecolor=colour,
+            markerfacecolor=colour if filled else theme.surface,
+        )
+        for _, colour, filled in entries
+    ]
+    axes.legend(
+        marks,
+        [text for text, _, _ in entries],
+        loc="lower right",
+        bbox_to_anchor=(1.0, 1.0),
+        ncols=len(marks),
+        frameon=False,
+        fontsize=font_size(11.5),
+        labelcolor=theme.muted,
+        handletextpad=0.1,
+        columnspacing=0.9,
+        borderaxespad=0.6,
+        borderpad=0.2,
+    )
+
+
+_PASSES = 300  # two boxes need one, a crowd some dozens
+
+
+def move_apart(centres: np.ndarray, sizes: np.ndarray, room: tuple[float, float]) -> np.ndarray:
+    """Move boxes with `centres` [n, 2] and `sizes` [n, 2] apart until none covers another; return their centres.
+
+    Boxes stay between (0, 0) and `room` as far as they fit. The result is deterministic.
+    """
+    placed = np.array(centres, dtype=np.float64)
+    least, most = sizes / 2, np.asarray(room) - sizes / 2
+    for _ in range(_PASSES):
+        placed = np.clip(placed, np.minimum(least, most), np.maximum(least, most))
+        covers = False
+        for one in range(len(placed)):
+            for other in range(one + 1, len(placed)):
+                gap = placed[other] - placed[one]
+                covered = (sizes[one] + sizes[other]) / 2 - np.abs(gap)
+                if (covered > 0).all():
+                    covers = True
+                    axis = 0 if covered[0] < covered[1] else 1  # the shorter way out
+                    push = (covered[axis] / 2 + 0.05) * (1.0 if gap[axis] >= 0 else -1.0)
+                    placed[one, axis] -= push
+                    placed[other, axis] += push
+        if not covers:
+            break
+    return placed

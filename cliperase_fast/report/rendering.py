@@ -1,0 +1,94 @@
+"""Pages from templates: one file each, with every picture inside."""
+
+from __future__ import annotations
+
+import base64
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cliperase_fast.report.data import ReportData
+from cliperase_fast.report.drawing import DARK, LIGHT, Theme, png
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+    from matplotlib.figure import Figure
+
+TEMPLATES = Path(__file__).parent / "templates"
+_LONG_WORD = 18  # letters that a class name may have in one piece beside the numbers, on a phone
+
+
+class Row(NamedTuple):
+    """The texts of a table's row. emphasis: "forget" for rows of what is forgotten."""
+
+    cells: Sequence[str]
+    emphasis: str = ""
+
+
+class Table(NamedTuple):
+    """The first `text_columns` columns are texts, the others numbers."""
+
+    columns: Sequence[str]
+    rows: Sequence[Row]
+    text_columns: int = 1
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure in both themes as data URIs; sizes in CSS pixels."""
+
+    light: str
+    dark: str
+    width: int
+    height: int
+    alt: str
+    caption: str
+
+
+def picture(run: ReportData, draw: Callable[[ReportData, Theme], Figure | None], alt: str, caption: str) -> Any:
+    """Draw a figure in both themes. Returns None where the run has no data for it."""
+    images = []
+    for theme in (LIGHT, DARK):
+        figure = draw(run, theme)
+        if figure is None:
+            return None
+        width, height = (round(96 * inches) for inches in figure.get_size_inches())
+        images.append("data:image/png;base64," + base64.b64encode(png(figure)).decode("ascii"))
+    return Picture(images[0], images[1], width, height, alt, caption)
+
+
+def render(template: str, **variables: Any) -> str:
+    """Render a template of `report/templates`. All variables are escaped, and a missing one is an error."""
+    return environment().get_template(template).render(light=LIGHT, dark=DARK, **variables)
+
+
+def write_page(text: str, path: str | Path) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@functools.cache
+def environment() -> Environment:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    found = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    found.filters["breakable"] = _breakable
+    return found
+
+
+def _breakable(name: str) -> Any:
+    """Escape a name. Lines break at spaces, and inside a word only where it is too long for a phone."""
+    from markupsafe import Markup
+
+    words = ([word[at : at + _LONG_WORD] for at in range(0, len(word), _LONG_WORD)] for word in str(name).split(" "))
+    return Markup(" ").join(Markup("<wbr>").join(pieces) for pieces in words)

@@ -1,0 +1,49 @@
+"""The templates: what another page can build on, and what goes wrong."""
+
+from __future__ import annotations
+
+import jinja2
+import pytest
+from report_sample import EVIL, sample_run
+
+from cliperase_fast.report import plots, rendering
+from cliperase_fast.report.rendering import Row, Table, picture, render
+
+PAGE = """\
+{% extends "base.html" %}
+{% import "parts.html" as parts %}
+{% block kind %}Another report{% endblock %}
+{% block header %}{{ parts.verdict("bad", "Failure", text) }}{% endblock %}
+{% block tables %}{{ parts.table(table) }}{% endblock %}
+{% block warnings %}{{ parts.warning_box("Mind", [text]) }}{% endblock %}
+{% block figures %}{{ parts.figure(figure) }}{% endblock %}
+"""
+
+
+@pytest.fixture
+def other_pages(monkeypatch):
+    """Lets a template extend the package's."""
+    environment = rendering.environment()
+    loaders = [jinja2.DictLoader({"other.html": PAGE}), environment.loader]
+    other = environment.overlay(loader=jinja2.ChoiceLoader(loaders))
+    monkeypatch.setattr(rendering, "environment", lambda: other)
+
+
+def test_another_page_extends_the_base_and_escapes_what_it_is_given(other_pages):
+    table = Table(("", "value"), [Row((EVIL, "1"), "forget"), Row(("b", EVIL))])
+    figure = picture(sample_run(), plots.draw_similarities, EVIL, EVIL)
+    text = render("other.html", title=EVIL, text=EVIL, table=table, figure=figure)
+    assert "<script" not in text
+    assert '<p class="kind">Another report</p><h1>&lt;script&gt;' in text
+    assert '<td class="n">1</td>' in text and '<tr class="forget">' in text
+    assert '<section><h2>Mind</h2><div class="warning"><p>&lt;script&gt;' in text
+    assert text.count("data:image/png;base64,") == 2
+
+
+def test_a_variable_that_a_template_misses_is_an_error(other_pages):
+    with pytest.raises(jinja2.UndefinedError, match="text"):
+        render("other.html", title="t")
+
+
+def test_a_figure_without_data_is_left_out():
+    assert picture(sample_run(metrics=[]), plots.draw_losses, "", "") is None
