@@ -1,4 +1,4 @@
-"""Build csrc/cuda as an installation does, for every architecture, and report what each kernel takes.
+"""Build csrc/cuda as an installation does, for every architecture, and report the resources of each kernel.
 
 python -m benchmarks.native_kernel_report writes benchmarks/results/native_kernels.json; needs nvcc and cmake, no GPU
 """
@@ -26,7 +26,7 @@ _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
 def kernels() -> list[str]:
-    """Those that the sources have."""
+    """Return the names of the kernels in the sources."""
     found = [
         re.findall(r"__global__ void .*?\b(\w+_kernel)\(", path.read_text()) for path in sorted(SOURCES.glob("*.cu"))
     ]
@@ -34,7 +34,7 @@ def kernels() -> list[str]:
 
 
 def report(build: Path) -> Iterator[dict[str, Any]]:
-    """What cuobjdump says of the objects in a build folder."""
+    """Yield the resources that cuobjdump reports for the objects in a build folder."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     for path in sorted(build.rglob("*.cu.o")):
         text = subprocess.run([tool, "--dump-resource-usage", path], check=True, capture_output=True, text=True).stdout
@@ -54,7 +54,7 @@ def report(build: Path) -> Iterator[dict[str, Any]]:
 
 
 def _form(flags: str | None) -> str:
-    """The template's (plain, masked, teacher) in words."""
+    """Describe the template arguments (plain, masked, teacher)."""
     if flags is None:
         return "any"
     plain, masked, teacher = (flag == "1" for flag in re.findall(r"Lb([01])E", flags))
@@ -65,7 +65,7 @@ def _form(flags: str | None) -> str:
 
 
 def _compile(folder: Path) -> float:
-    """Seconds that the compiler took."""
+    """Compile, and return the time in seconds."""
     options = ["-G", "Ninja", "-DCLIPERASE_CUDA=ON", "-DCLIPERASE_PYTHON=OFF"]
     subprocess.run(["cmake", "-S", ROOT, "-B", folder, *options], check=True, stdout=subprocess.DEVNULL)
     start = time.perf_counter()

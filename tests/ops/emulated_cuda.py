@@ -1,4 +1,4 @@
-"""Builds csrc/cuda for the CPU, with the emulation of csrc/tests in place of CUDA, and imports it."""
+"""Build csrc/cuda for the CPU, with the emulation in csrc/tests instead of CUDA, and import it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g")
 
 
 def build(folder: Path) -> ModuleType:
-    """The module with the kernels' Python interface, working on CPU tensors. CLIPERASE_SANITIZE=1: under sanitizers."""
+    """Return the Python bindings of the kernels, for CPU tensors. CLIPERASE_SANITIZE=1: built with sanitizers."""
     flags = [
         "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden",
         "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fno-strict-aliasing",

@@ -1,4 +1,4 @@
-"""torch.set_default_dtype and torch.set_default_device leave the losses of the backend "triton" as they are.
+"""torch.set_default_dtype and torch.set_default_device do not change the losses of the backend "triton".
 
 Run by `test_triton_interpreter.py`.
 """

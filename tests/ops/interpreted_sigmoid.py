@@ -1,4 +1,4 @@
-"""The Triton sigmoid loss in Triton's interpreter against float64; run by `test_triton_interpreter.py`."""
+"""Compare the Triton sigmoid loss in the interpreter with float64; run by `test_triton_interpreter.py`."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def subject():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_several_groups_of_row_blocks(subject, dtype):
+def test_several_groups_of_row_blocks_match_float64(subject, dtype):
     check(subject, random_case(300, 70, 70), dtype)  # ten row blocks of 32, walked in groups of eight
 
 
-def test_the_public_loss_takes_it_by_name():
+def test_the_public_loss_accepts_the_backend_by_name():
     case = random_case(37).to(torch.float32)
     tensors = (case.image, case.text, case.scale, case.bias)
     losses = [sigmoid_loss(*tensors, backend=name) for name in ("triton", "eager")]

@@ -1,4 +1,4 @@
-"""Buffers that are not what a call of the extension needs, in every way that one can be wrong."""
+"""Buffers that differ from what a call of the extension needs, in each of the ways that it checks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FAULTS: dict[str, Callable[[Tensor], Tensor]] = {
     "with gaps": with_gaps,
     "transposed": transposed,
     "all one element": lambda tensor: tensor.new_zeros(()).expand(tensor.shape if tensor.ndim else (2,)),
-    "on no device": lambda tensor: tensor.to("meta"),
+    "on another device": lambda tensor: tensor.to("meta"),
 }
 UNREADABLE = {
     "null": lambda address: 0,

@@ -1,4 +1,4 @@
-"""The extension is optional, says why it is missing, and knows nothing of torch's C++ interface."""
+"""The extension is optional, reports why it is missing, and does not use torch's C++ interface."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STALE = f"_C{EXTENSION_SUFFIXES[0]}"  # what an earlier build left
 
 
 def setup(*words: object, source: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
-    """setup.py where only python and what is installed beside it are on the path."""
+    """Run setup.py with only Python's own folder on the path."""
     kept = {key: value for key, value in os.environ.items() if key not in ("CXX", "CLIPERASE_EXTENSION")}
     kept["PATH"] = str(Path(sys.executable).parent)
     command = [sys.executable, "setup.py", *map(str, words)]
@@ -34,7 +34,7 @@ def build(folder: Path, **environment: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A copy of the source as a user has it, in a folder with a space, without anything built."""
+    """A copy of the source without build outputs, in a folder whose name has a space."""
     folder = tmp_path / "a clone"
     folder.mkdir()
     for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "README.md", "LICENSE"):
@@ -46,12 +46,12 @@ def checkout(tmp_path):
 
 def failing_compiler(folder: Path) -> str:
     compiler = folder / "c++"
-    compiler.write_text("#!/bin/sh\necho 'error: this is no compiler' >&2\nexit 1\n")
+    compiler.write_text("#!/bin/sh\necho 'error: not a compiler' >&2\nexit 1\n")
     compiler.chmod(0o755)
     return str(compiler)
 
 
-def test_without_a_compiler_the_install_goes_on_and_leaves_the_reason(tmp_path, monkeypatch):
+def test_an_install_without_a_compiler_succeeds_and_records_the_reason(tmp_path, monkeypatch):
     done = build(tmp_path)
     assert done.returncode == 0, done.stderr
     reason = tmp_path / "lib" / "cliperase_fast" / "_C_missing.txt"
@@ -62,25 +62,25 @@ def test_without_a_compiler_the_install_goes_on_and_leaves_the_reason(tmp_path, 
     assert "not built: there is no C++ compiler" in words and "install cliperase_fast again" in words
 
 
-def test_a_compiler_that_fails_is_named_with_its_first_error(tmp_path):
+def test_a_failing_compiler_is_recorded_with_its_first_error(tmp_path):
     done = build(tmp_path, CXX=failing_compiler(tmp_path))
     assert done.returncode == 0, done.stderr
     reason = (tmp_path / "lib" / "cliperase_fast" / "_C_missing.txt").read_text()
     assert "could not set the build up" in reason and "rror" in reason
 
 
-def test_who_insists_on_the_extension_gets_an_error(tmp_path):
+def test_a_required_extension_that_cannot_be_built_is_an_error(tmp_path):
     done = build(tmp_path, CLIPERASE_EXTENSION="1")
     assert done.returncode != 0 and "CLIPERASE_EXTENSION=1, but there is no C++ compiler" in done.stderr
 
 
-def test_who_does_without_is_told_so_later(tmp_path):
+def test_a_disabled_extension_is_recorded_as_disabled(tmp_path):
     done = build(tmp_path, CLIPERASE_EXTENSION="0")
     assert done.returncode == 0
     assert "CLIPERASE_EXTENSION=0 at install" in (tmp_path / "lib" / "cliperase_fast" / "_C_missing.txt").read_text()
 
 
-def test_a_setting_that_means_nothing_is_refused_before_anything_is_built(tmp_path):
+def test_an_invalid_setting_is_refused_before_anything_is_built(tmp_path):
     done = build(tmp_path, CLIPERASE_EXTENSION="off")
     assert done.returncode != 0 and "CLIPERASE_EXTENSION=off must be 0" in done.stderr
     assert not (tmp_path / "lib").exists()
@@ -91,17 +91,17 @@ def names_in(wheels: Path) -> set[str]:
     return {Path(name).name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("cliperase_fast/")}
 
 
-@pytest.mark.parametrize("why", ["not wanted", "no compiler", "a compiler that fails"])
-def test_a_wheel_without_the_extension_holds_nothing_of_an_earlier_build(checkout, why):
+@pytest.mark.parametrize("why", ["disabled", "no compiler", "a failing compiler"])
+def test_a_wheel_without_the_extension_contains_no_files_of_an_earlier_build(checkout, why):
     library = checkout / "lib"
     package = library / "cliperase_fast"
     package.mkdir(parents=True)
     for name in (STALE, "_C.so", "removed_since.py"):
         (package / name).write_text("of an earlier build")
     environments = {
-        "not wanted": {"CLIPERASE_EXTENSION": "0"},
+        "disabled": {"CLIPERASE_EXTENSION": "0"},
         "no compiler": {},
-        "a compiler that fails": {"CXX": failing_compiler(checkout)},
+        "a failing compiler": {"CXX": failing_compiler(checkout)},
     }
     done = setup(
         "build", "--build-lib", library, "--build-temp", checkout / "temp", "bdist_wheel", "--dist-dir", "wheels",
@@ -113,8 +113,8 @@ def test_a_wheel_without_the_extension_holds_nothing_of_an_earlier_build(checkou
     assert not names & {STALE, "_C.so", "removed_since.py"}
 
 
-def test_a_checkout_without_the_extension_keeps_none_of_an_earlier_build(checkout):
-    """As `pip install --editable` builds: beside the source, where another Python's build stays."""
+def test_a_checkout_without_the_extension_contains_none_of_an_earlier_build(checkout):
+    """An editable install builds in the source folder, and leaves the extension of another Python there."""
     package = checkout / "cliperase_fast"
     for name in (STALE, "_C.cpython-39-another.so"):
         (package / name).write_text("of an earlier build")
@@ -124,13 +124,13 @@ def test_a_checkout_without_the_extension_keeps_none_of_an_earlier_build(checkou
     assert "could not set the build up" in (package / "_C_missing.txt").read_text()
 
 
-def test_an_editable_install_goes_on_without_a_compiler(checkout):
+def test_an_editable_install_without_a_compiler_succeeds(checkout):
     done = setup("-q", "editable_wheel", "--dist-dir", "wheels", source=checkout)
     assert done.returncode == 0, done.stderr
     assert "there is no C++ compiler" in (checkout / "cliperase_fast" / "_C_missing.txt").read_text()
 
 
-def test_a_folder_beside_the_package_is_not_packed_for_its_name(checkout):
+def test_a_folder_with_the_name_of_the_package_as_prefix_is_not_packaged(checkout):
     shutil.copytree(checkout / "cliperase_fast", checkout / "cliperase_fast_old")
     done = setup("-q", "build_py", "--build-lib", checkout / "lib", source=checkout)
     assert done.returncode == 0, done.stderr
@@ -157,18 +157,18 @@ else:
 """
 
 
-def test_everything_else_works_without_it():
+def test_the_other_backends_work_without_the_extension():
     done = subprocess.run([sys.executable, "-c", WITHOUT], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
-def test_an_extension_of_other_source_is_not_used(monkeypatch):
+def test_an_extension_with_another_interface_number_is_not_used(monkeypatch):
     assert extension.why_missing() is None
     monkeypatch.setattr(extension, "_INTERFACE", extension._INTERFACE + 1)
     assert "another version of the source; install cliperase_fast again" in extension.why_missing()
 
 
-def test_it_needs_no_symbol_of_torch():
+def test_the_extension_uses_no_symbol_of_torch():
     names = subprocess.run(
         ["nm", "--dynamic", "--undefined-only", "--demangle", extension.load().__file__],
         capture_output=True, text=True, check=True,
@@ -179,7 +179,7 @@ def test_it_needs_no_symbol_of_torch():
 
 
 @pytest.mark.parametrize("name", ["avx2", "portable"])
-def test_a_choice_of_instruction_set_that_is_wrong_is_refused_with_the_known_ones(monkeypatch, name):
+def test_an_unknown_instruction_set_is_refused_and_the_known_ones_are_listed(monkeypatch, name):
     cpu = extension.load().cpu
     with pytest.raises(
         ValueError, match=f"instruction set {name}x is not available here; use avx512, avx2 or portable"

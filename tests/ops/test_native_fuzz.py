@@ -1,4 +1,4 @@
-"""Whatever the shapes, strides and values: no crash, and where float64 has an answer, that answer.
+"""Random shapes, strides, dtypes and values: never a crash, and the result of float64 where that is finite.
 
 `make native-sanitize` runs this under the address and undefined-behaviour sanitizers.
 """
@@ -23,7 +23,7 @@ WIDTHS = st.one_of(st.integers(1, 20), st.sampled_from([31, 48, 64, 96, 97]))
 
 
 def with_stride(tensor: Tensor, kind: str) -> Tensor:
-    """The same numbers, laid out differently."""
+    """Return the same values with another memory layout."""
     rows, width = tensor.shape
     if kind == "transposed":
         return tensor.T.contiguous().T
@@ -50,7 +50,7 @@ def batches(draw: st.DrawFn) -> Batch:
 
 
 def laid_out(draw: st.DrawFn, batch: Batch) -> Batch:
-    """With a dtype and strides of its own for each tensor."""
+    """Give each tensor its own dtype and strides."""
     kinds = st.sampled_from(["plain", "transposed", "part of a wider one", "every other row"])
     changed = {}
     for name in ("image", "text", "teacher_image", "teacher_text"):
@@ -74,7 +74,7 @@ FUZZ = settings(max_examples=120, deadline=None, derandomize=True, suppress_heal
 
 @FUZZ
 @given(st.data(), batches(), st.sampled_from(["nothing", "similarities"]), st.integers(1, 3))
-def test_any_shape_stride_and_dtype_gives_the_float64_result(data, batch, keep, threads):
+def test_any_shape_stride_and_dtype_matches_float64(data, batch, keep, threads):
     batch = laid_out(data.draw, batch)
     before = torch.get_num_threads()
     try:
@@ -97,7 +97,7 @@ def test_any_shape_stride_and_dtype_gives_the_float64_result(data, batch, keep, 
     st.sampled_from(["nothing", "similarities"]),
     st.sampled_from(["nan", "inf", "-inf", "3e38", "1e-42", "0"]),
 )
-def test_values_that_are_no_features_never_crash(data, batch, keep, value):
+def test_nonfinite_and_extreme_values_never_crash(data, batch, keep, value):
     batch = laid_out(data.draw, batch)
     spoiled = data.draw(
         st.sampled_from([name for name in ("image", "text", "teacher_image") if getattr(batch, name) is not None])

@@ -1,4 +1,4 @@
-"""The committed report of what nvcc makes of the CUDA kernels."""
+"""Test the committed report of the CUDA kernels' resources."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cliperase_fast.benchmarks.native_kernel_report import kernels
 FORMS = {"retention", "retention, groups", "consistency, or both", "both, groups"}
 
 
-def test_every_kernel_is_reported_for_every_architecture_and_none_spills():
+def test_the_report_covers_every_kernel_and_architecture_without_spills():
     runs = json.loads((RESULTS / "native_kernels.json").read_text(encoding="utf-8"))["runs"]
     assert sorted(kernels()) == ["backward_kernel", "forward_kernel", "merge_kernel"]
     expected = {

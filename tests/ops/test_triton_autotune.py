@@ -1,4 +1,4 @@
-"""The search for launch configurations, with made-up times in the place of a GPU's."""
+"""Tests of the search for launch configurations, with made-up times instead of a GPU's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DEVICE = torch.device("cuda", 0)
 
 
 def wanted(configs: Configs, way: str) -> float:
-    """Fastest: 128 x 128, two stages, forward; 256 x 64 backward."""
+    """Return a time that is shortest for 128 x 128 and two stages forward, and for 256 x 64 backward."""
     config = getattr(configs, way)
     shape = (128, 128) if way == "forward" else (256, 64)
     return 1.0 + abs(config.block_m - shape[0]) + abs(config.block_n - shape[1]) + config.stages + config.block_k
@@ -24,7 +24,7 @@ def wanted(configs: Configs, way: str) -> float:
 
 @pytest.fixture
 def gpu(monkeypatch, tmp_path):
-    """A GPU's name and memory without the GPU; saved files go to tmp_path."""
+    """Pretend that there is a GPU with a name and a size of memory; files are saved in tmp_path."""
     monkeypatch.setenv("CLIPERASE_CACHE", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU / 80GB")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -39,16 +39,16 @@ def ask(timer=wanted, width: int = 768) -> Configs:
 
 
 def must_not_run(configs: Configs, way: str) -> float:
-    raise AssertionError("a search was not asked for")
+    raise AssertionError("unexpected search")
 
 
-def test_without_being_asked_it_does_not_search(gpu, monkeypatch):
+def test_there_is_no_search_without_the_variable(gpu, monkeypatch):
     monkeypatch.delenv(autotune.VARIABLE, raising=False)
     assert ask(must_not_run) == SHIPPED
     assert not list(gpu.iterdir())
 
 
-def test_the_fastest_of_each_kernel_is_found_saved_and_used_from_then_on(gpu, monkeypatch, capsys):
+def test_the_fastest_configuration_of_each_kernel_is_found_saved_and_reused(gpu, monkeypatch, capsys):
     monkeypatch.setenv(autotune.VARIABLE, "1")
     found = ask()
     assert (found.forward.block_m, found.forward.block_n, found.forward.stages) == (128, 128, 2)
@@ -66,13 +66,13 @@ def test_the_fastest_of_each_kernel_is_found_saved_and_used_from_then_on(gpu, mo
     assert ask(must_not_run) == SHIPPED
 
 
-def test_no_search_inside_a_graph_capture(gpu, monkeypatch):
+def test_there_is_no_search_during_graph_capture(gpu, monkeypatch):
     monkeypatch.setenv(autotune.VARIABLE, "1")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert ask(must_not_run) == SHIPPED
 
 
-def test_what_does_not_fit_the_gpu_is_no_candidate(gpu, monkeypatch):
+def test_configurations_that_run_out_of_shared_memory_are_skipped(gpu, monkeypatch):
     def picky(configs: Configs, way: str) -> float:
         if getattr(configs, way) != getattr(SHIPPED, way):
             raise OutOfResources(300 << 10, LIMIT, "shared memory")
@@ -82,7 +82,7 @@ def test_what_does_not_fit_the_gpu_is_no_candidate(gpu, monkeypatch):
     assert ask(picky) == SHIPPED
 
 
-def test_other_failures_of_a_candidate_are_not_hidden(gpu, monkeypatch):
+def test_other_failures_of_a_configuration_are_raised(gpu, monkeypatch):
     def broken(configs: Configs, way: str) -> float:
         raise RuntimeError("illegal memory access")
 
@@ -92,7 +92,7 @@ def test_other_failures_of_a_candidate_are_not_hidden(gpu, monkeypatch):
     assert not (gpu / "triton").exists()
 
 
-def test_candidates_fit_the_shared_memory_and_divide_the_kept_rows():
+def test_candidates_fit_the_shared_memory_and_divide_the_cached_rows():
     for itemsize in (2, 4):
         found = list(autotune.candidates(itemsize, LIMIT))
         assert len(found) == len(set(found)) > 20
@@ -103,7 +103,7 @@ def test_candidates_fit_the_shared_memory_and_divide_the_kept_rows():
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"a": {"forward": {"block_m": 1}}}'])
-def test_a_damaged_file_is_named(gpu, content):
+def test_the_error_names_a_damaged_file(gpu, content):
     path = autotune.saved_path(DEVICE)
     autotune.save(path, {"bfloat16, width 1024": SHIPPED})
     path.write_text(content, encoding="utf-8")
@@ -112,7 +112,7 @@ def test_a_damaged_file_is_named(gpu, content):
         ask(must_not_run)
 
 
-def test_a_wrong_value_of_the_variable_is_an_error(gpu, monkeypatch):
+def test_an_invalid_value_of_the_variable_is_an_error(gpu, monkeypatch):
     monkeypatch.setenv(autotune.VARIABLE, "yes")
     with pytest.raises(InputError, match="CLIPERASE_AUTOTUNE=yes must be 1"):
         ask(must_not_run)

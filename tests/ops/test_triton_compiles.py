@@ -1,7 +1,8 @@
-"""The kernels compiled ahead of time, without a GPU, for each architecture: tensor cores, no spills, shared memory.
+"""The kernels, compiled ahead of time without a GPU, use tensor cores, do not spill and fit the shared memory.
 
-All forms in all configurations take minutes: that is `python -m benchmarks.kernel_report`, whose committed results are
-checked to be those of the shipped configurations. Here the forms that need the most registers are compiled afresh.
+Compiling all forms in all configurations takes minutes and is done by `python -m benchmarks.kernel_report`. A test
+checks that its committed results are for the shipped configurations. Here, only the forms with the most registers are
+compiled.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def name(case: Case) -> str:
 
 
 @pytest.mark.parametrize("case", LARGEST, ids=name)
-def test_the_largest_forms_use_tensor_cores_and_fit_the_registers_and_shared_memory(case):
+def test_the_largest_forms_use_tensor_cores_and_fit_registers_and_shared_memory(case):
     resources = compile_case(case)
     assert resources.tensor_cores == (case.tensor_cores is not None)
     assert resources.spilled_bytes == 0
@@ -38,13 +39,13 @@ def test_the_largest_forms_use_tensor_cores_and_fit_the_registers_and_shared_mem
 
 
 @pytest.mark.parametrize("target", SHARED_MEMORY_KIB)
-def test_the_small_kernels_fit(target):
+def test_the_small_kernels_fit_registers_and_shared_memory(target):
     for resources in compile_small(target).values():
         assert resources.spilled_bytes == 0
         assert resources.shared_bytes <= SHARED_MEMORY_KIB[target] * 1024
 
 
-def test_the_committed_report_is_of_the_shipped_configurations_and_free_of_spills():
+def test_the_committed_report_covers_the_shipped_configurations_without_spills():
     runs = json.loads((RESULTS / "kernels.json").read_text(encoding="utf-8"))["runs"]
     described = [{key: run[key] for key in asdict(next(cases()))} for run in runs]
     assert described == [asdict(case) for case in cases()]

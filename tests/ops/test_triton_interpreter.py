@@ -1,4 +1,4 @@
-"""Runs `interpreted_*.py` in a process of its own: Triton reads TRITON_INTERPRET once, when it is imported."""
+"""Run `interpreted_*.py` in a separate process, as Triton reads TRITON_INTERPRET only when it is imported."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 
-def test_the_triton_sweep_and_sigmoid_loss_in_the_interpreter():
+def test_triton_kernels_in_the_interpreter():
     here = Path(__file__).parent
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "CLIPERASE_BACKEND": ""}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *map(str, here.glob("interpreted_*.py"))]

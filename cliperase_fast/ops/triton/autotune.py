@@ -1,8 +1,8 @@
-"""Searching for faster launch configurations on the GPU at hand, when asked, and remembering them.
+"""Search for faster launch configurations on the current GPU, on request, and save them.
 
-CLIPERASE_AUTOTUNE=1 searches, once for each dtype and width, when a sweep first needs a configuration; this takes
-minutes, and says so. What it finds is kept in $CLIPERASE_CACHE (else ~/.cache/cliperase_fast) and used from then on,
-without the variable too; CLIPERASE_AUTOTUNE=0 goes back to the shipped configurations.
+With CLIPERASE_AUTOTUNE=1, a sweep that first needs a configuration for a dtype and width searches for it; this takes
+minutes and prints its progress. The result is saved in $CLIPERASE_CACHE (by default ~/.cache/cliperase_fast) and also
+used when the variable is unset. CLIPERASE_AUTOTUNE=0 selects the shipped configurations.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from cliperase_fast.ops.triton.configs import Config, Configs
 
 VARIABLE = "CLIPERASE_AUTOTUNE"
 
-# The time of one way ("forward", "backward" or "backward_groups") with these configurations, in ms.
+# Returns the time of one kernel ("forward", "backward" or "backward_groups") with these configurations, in ms.
 Timer = Callable[[Configs, str], float]
 
 
 def configs(device: torch.device, dtype: torch.dtype, width: int, shipped: Configs, timer: Timer) -> Configs:
-    """What this GPU has been found to do best, else `shipped`. width: of the widest features."""
+    """Return the configurations saved for this GPU, or `shipped`. width: that of the widest features."""
     asked = os.environ.get(VARIABLE) or ""
     if asked not in ("", "0", "1"):
         raise InputError(
-            f"{VARIABLE}={asked} must be 1 (search), 0 (use what is shipped) or unset (use what was found)"
+            f"{VARIABLE}={asked} must be 1 (search), 0 (use the shipped configurations) or unset (use saved ones)"
         )
     if asked == "0":
         return shipped
@@ -49,7 +49,7 @@ def configs(device: torch.device, dtype: torch.dtype, width: int, shipped: Confi
 
 
 def search(what: str, shipped: Configs, itemsize: int, shared_bytes: int, timer: Timer) -> Configs:
-    """The fastest configuration of each kernel; progress on stderr. itemsize: of the features."""
+    """Return the fastest configuration of each kernel; prints progress to stderr. itemsize: bytes a feature."""
     best = shipped
     for field in fields(Configs):
         start: Config = getattr(shipped, field.name)
@@ -58,7 +58,7 @@ def search(what: str, shipped: Configs, itemsize: int, shared_bytes: int, timer:
             try:
                 times[config] = timer(replace(shipped, **{field.name: config}), field.name)
             except OutOfResources:
-                continue  # more shared memory than was reckoned: no candidate
+                continue  # needs more shared memory than estimated
             fastest = min(times, key=lambda c: times[c])
             print(
                 f"\rtuning {what}, {field.name}: {len(times)} tried, best {times[fastest]:.3f} ms, "
@@ -71,8 +71,8 @@ def search(what: str, shipped: Configs, itemsize: int, shared_bytes: int, timer:
 
 
 def candidates(itemsize: int, shared_bytes: int) -> Iterator[Config]:
-    """Shapes worth a try whose tiles fit the shared memory of a block."""
-    deep = 128 // itemsize  # 128 bytes of each row: the widest the copy engines swizzle
+    """Yield configurations to try, whose tiles fit the shared memory of a block."""
+    deep = 128 // itemsize  # 128 bytes of each row, the widest swizzle of the copy engines
     for block_m, block_n in ((64, 64), (128, 64), (64, 128), (128, 128), (256, 64), (128, 256), (256, 128)):
         for block_k in (deep // 2, deep):
             for stages in (2, 3, 4):
@@ -88,7 +88,7 @@ def saved_path(device: torch.device) -> Path:
 
 @lru_cache(maxsize=8)
 def load(path: Path) -> dict[str, Configs]:
-    """What `save` wrote, empty when there is none."""
+    """Return what `save` wrote; empty if there is no such file."""
     if not path.exists():
         return {}
     try:
@@ -97,7 +97,7 @@ def load(path: Path) -> dict[str, Configs]:
             key: Configs(**{way: Config(**config) for way, config in ways.items()}) for key, ways in content.items()
         }
     except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is not a list of kernel configurations ({error}); delete it") from error
+        raise InputError(f"{path} is not a valid list of kernel configurations ({error}); delete it") from error
 
 
 def save(path: Path, found: dict[str, Configs]) -> None:

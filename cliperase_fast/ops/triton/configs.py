@@ -1,7 +1,7 @@
 """Launch configurations of the sweep's kernels, by architecture, dtype and width.
 
-They compile without register spills within the shared memory of each architecture (`benchmarks/kernel_report.py`);
-their speed has not been measured on hardware yet.
+They compile without register spills and fit the shared memory of each architecture (`benchmarks/kernel_report.py`).
+Their speed has not been measured on hardware yet.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 import torch
 
-NARROW = 64  # up to this width a tile's whole depth is one or two blocks
+NARROW = 64  # up to this width, the depth of a tile is one or two blocks
 
 
 @dataclass(frozen=True)
 class Config:
-    """BLOCK_M x BLOCK_N similarities a tile, formed BLOCK_K deep."""
+    """A tile of BLOCK_M x BLOCK_N similarities, formed in steps of BLOCK_K features."""
 
     block_m: int
     block_n: int
@@ -26,11 +26,11 @@ class Config:
 
 @dataclass(frozen=True)
 class Configs:
-    """What the two large kernels run with."""
+    """The configurations of the forward and the backward kernel."""
 
     forward: Config
     backward: Config
-    backward_groups: Config  # with group_ids, whose second softmax takes more registers
+    backward_groups: Config  # with group_ids: the second softmax takes more registers
 
 
 _HALF = Configs(Config(64, 128, 64, 8, 4), Config(128, 64, 64, 8, 4), Config(64, 64, 64, 8, 4))
@@ -46,13 +46,16 @@ TABLE: dict[int, dict[tuple[bool, bool], Configs]] = {
     major: {(True, False): wide, (True, True): _HALF_NARROW, (False, False): single, (False, True): single}
     for major, wide, single in ((8, _HALF_AMPERE, _SINGLE_AMPERE), (9, _HALF, _SINGLE), (10, _HALF, _SINGLE_BLACKWELL))
 }
-DEFAULT = 8  # for architectures that are not in the table: asks least of the hardware
+DEFAULT = 8  # for architectures that are not in the table: needs the least shared memory
 
-# In the interpreter programs run one after the other in Python: few, but small enough for tests to have several.
+# The interpreter runs programs one after the other in Python: large blocks, but small enough for tests to have several.
 _INTERPRETED = Config(32, 32, 32, 1, 1)
 INTERPRETER = Configs(_INTERPRETED, _INTERPRETED, _INTERPRETED)
 
 
 def configs_for(architecture: int, dtype: torch.dtype, width: int) -> Configs:
-    """architecture: the major number of the compute capability. dtype: the widest of the features'."""
+    """Return the shipped configurations.
+
+    architecture: major number of the compute capability; dtype, width: the widest of the features.
+    """
     return TABLE.get(architecture, TABLE[DEFAULT])[dtype.itemsize == 2, width <= NARROW]
