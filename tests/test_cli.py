@@ -24,7 +24,7 @@ def test_every_setting_is_a_flag_of_unlearn(capsys):
         assert source in text
 
 
-def test_the_deepspeed_launchers_argument_is_taken(capsys):
+def test_the_deepspeed_launchers_argument_is_accepted(capsys):
     assert call("--local_rank=1", "backends") == 0
     assert call("--local_rank=1", "plan", "--batch", 64, "--gpus", 2, "--model", "ViT-B-32") == 0
 
@@ -46,7 +46,7 @@ def test_help_without_a_command_shows_examples(capsys):
         ),
     ],
 )
-def test_bad_input_exits_with_2_and_one_plain_line(tmp_path, capsys, words, says):
+def test_wrong_input_exits_with_2_and_one_line(tmp_path, capsys, words, says):
     assert call("unlearn", *words, "--output", tmp_path / "run") == 2
     message = capsys.readouterr().err
     assert says in message

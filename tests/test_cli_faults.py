@@ -38,12 +38,12 @@ def help_of(command, capsys):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_shows_examples_of_itself(command, capsys):
+def test_the_help_of_every_command_has_examples(command, capsys):
     assert f"examples: cliperase-fast {command}" in help_of(command, capsys)
 
 
 @pytest.mark.parametrize("name", ["epochs", "batch_size", "learning_rate", "forget_fraction", "evaluate_every"])
-def test_help_shows_the_defaults_that_a_command_has(name, capsys):
+def test_help_shows_the_defaults_of_each_command(name, capsys):
     usual = getattr(UnlearnConfig(), name)
     digits, shapes = (RECIPES[kind].unlearning.get(name, usual) for kind in ("demo", "shapes"))
     told = f"(default: {digits})" if digits == shapes else f"(default: {digits}; for shapes {shapes})"
@@ -54,7 +54,7 @@ def test_help_shows_the_defaults_that_a_command_has(name, capsys):
 
 
 @pytest.mark.parametrize(("output", "says"), [("file/scores.json", "Not a directory"), ("folder", "is a folder")])
-def test_scores_that_could_not_be_written_are_an_error_before_they_are_measured(tmp_path, capsys, output, says):
+def test_an_unwritable_scores_file_is_an_error_before_evaluation(tmp_path, capsys, output, says):
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
     assert cli.main(["evaluate", *COMMANDS["evaluate"], "--output", str(tmp_path / output)]) == 2
@@ -70,14 +70,14 @@ def stop_with(monkeypatch, command, error):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_an_interrupted_command_says_how_it_goes_on_and_exits_with_130(command, monkeypatch, capsys):
+def test_an_interrupted_command_says_how_to_resume_and_exits_with_130(command, monkeypatch, capsys):
     stop_with(monkeypatch, command, KeyboardInterrupt())
     assert cli.main([command, *COMMANDS[command]]) == 130
     assert capsys.readouterr().err == f"cliperase-fast: interrupted{ADVICE.get(command, '')}\n"
 
 
 @pytest.mark.parametrize("command", ["unlearn", "evaluate"])
-def test_sigterm_ends_a_command_and_a_line_says_how_it_goes_on(command, tmp_path):
+def test_sigterm_ends_a_command_with_a_line_on_how_to_resume(command, tmp_path):
     process = context().Process(target=_terminate_itself, args=(command, tmp_path / "stderr"))
     process.start()
     process.join()
@@ -99,7 +99,7 @@ def _terminate_itself(command, path):
 
 
 @pytest.mark.parametrize("command", ["unlearn", "demo"])
-def test_the_advice_after_an_interruption_is_a_command_that_is_taken(command):
+def test_the_advice_after_an_interruption_works(command):
     words = ["--resume"] if "--resume" in ADVICE[command] else []
     cli._parser().parse_args([command, *COMMANDS[command], *words])
 
@@ -113,7 +113,7 @@ def test_the_advice_after_an_interruption_is_a_command_that_is_taken(command):
     ],
     ids=repr,
 )  # fmt: skip
-def test_whatever_the_system_refuses_is_one_line(error, monkeypatch, capsys):
+def test_system_errors_are_one_line(error, monkeypatch, capsys):
     monkeypatch.setattr(cli, "_drop_output", lambda: None)  # pytest's own
     stop_with(monkeypatch, "evaluate", error)
     assert cli.main(["evaluate", *COMMANDS["evaluate"]]) == 1
@@ -126,7 +126,7 @@ def start(*words, **options):
     return subprocess.Popen([sys.executable, "-m", "cliperase_fast.cli", *words], stderr=subprocess.PIPE, **options)
 
 
-def test_output_that_nobody_can_take_is_no_traceback():
+def test_a_closed_output_gives_no_traceback():
     with open("/dev/full", "wb") as full:
         onto_full = start("backends", stdout=full)
     reader, writer = os.pipe()
@@ -141,7 +141,7 @@ def test_output_that_nobody_can_take_is_no_traceback():
 
 
 @pytest.mark.parametrize("option", [["--progress", "lines"], ["--quiet"], ["--progress", "none"], []])
-def test_progress_is_told_as_asked(option, monkeypatch, capsys):
+def test_progress_is_shown_as_requested(option, monkeypatch, capsys):
     from cliperase_fast.progress import say
 
     told = []
@@ -175,7 +175,7 @@ def _fill_cache(folder, number):
     (folder / f"path-{number}").write_text(str(path))
 
 
-def test_of_two_demos_that_need_one_model_one_trains_it(tmp_path):
+def test_two_demos_train_a_shared_model_once(tmp_path):
     processes = [context().Process(target=_fill_cache, args=(tmp_path, number), daemon=True) for number in range(2)]
     for process in processes:
         process.start()
@@ -188,7 +188,7 @@ def test_of_two_demos_that_need_one_model_one_trains_it(tmp_path):
     assert json.loads((Path(path) / "open_clip_config.json").read_text())
 
 
-def test_a_demos_folder_in_use_is_not_cleared(tmp_path):
+def test_a_demo_folder_in_use_is_not_cleared(tmp_path):
     (tmp_path / demo._MARK).write_text("")
     with lock(tmp_path / ".lock"):
         demo.clear_demo_run(tmp_path)
@@ -197,7 +197,7 @@ def test_a_demos_folder_in_use_is_not_cleared(tmp_path):
     assert not tmp_path.exists()
 
 
-def test_a_demo_is_replaced_where_a_symbolic_link_leads_to_it(tmp_path):
+def test_a_demo_behind_a_symbolic_link_is_replaced(tmp_path):
     folder, link = tmp_path / "folder", tmp_path / "link"
     folder.mkdir()
     link.symlink_to(folder)
@@ -208,7 +208,7 @@ def test_a_demo_is_replaced_where_a_symbolic_link_leads_to_it(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "config.json"])
-def test_a_demo_does_not_touch_a_folder_of_somebody_else(tmp_path, capsys, name):
+def test_a_demo_keeps_a_folder_with_other_files(tmp_path, capsys, name):
     (tmp_path / name).write_text("{}")
     assert cli.main(["demo", "--output", str(tmp_path), "--quiet"]) == 2
     told = capsys.readouterr().err

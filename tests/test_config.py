@@ -30,7 +30,7 @@ from cliperase_fast.config import parse_options, read_options
         ({"method_options": ["a"]}, "method_options=['a'] must be a mapping"),
     ],
 )
-def test_a_wrong_setting_is_named_with_its_remedy(settings, says):
+def test_a_wrong_setting_is_an_error_with_the_remedy(settings, says):
     with pytest.raises(InputError, match=None) as error:
         UnlearnConfig.from_dict(settings)
     assert says in str(error.value)
@@ -77,13 +77,13 @@ def test_a_file_gives_the_same_settings_as_keywords(tmp_path, name):
     assert UnlearnConfig.from_file(path) == UnlearnConfig(epochs=3, learning_rate=1e-5, teacher_cache="memory")
 
 
-def test_yaml_off_is_understood_as_the_word(tmp_path):
+def test_yaml_off_is_read_as_a_string(tmp_path):
     (tmp_path / "c.yaml").write_text("teacher_cache: off")
     assert UnlearnConfig.from_file(tmp_path / "c.yaml").teacher_cache == "off"
 
 
 @pytest.mark.parametrize(("text", "says"), [("epochs: [", "neither valid YAML"), ("- 1", "must hold `name: value`")])
-def test_a_broken_config_file_is_named(tmp_path, text, says):
+def test_a_broken_config_file_is_an_error_with_its_path(tmp_path, text, says):
     path = tmp_path / "broken.yaml"
     path.write_text(text)
     with pytest.raises(InputError, match=says) as error:
@@ -91,7 +91,7 @@ def test_a_broken_config_file_is_named(tmp_path, text, says):
     assert str(path) in str(error.value)
 
 
-def test_a_missing_config_file_is_named(tmp_path):
+def test_a_missing_config_file_is_an_error_with_its_path(tmp_path):
     with pytest.raises(InputError, match=r"absent\.yaml"):
         UnlearnConfig.from_file(tmp_path / "absent.yaml")
 
@@ -110,7 +110,7 @@ def test_method_options_are_read_from_words(words, expected):
 
 
 @pytest.mark.parametrize("word", ["a", "=1", "{", "{1}", "a b=1", '["a"]'])
-def test_a_word_that_names_no_method_option_is_refused(word):
+def test_an_invalid_method_option_is_an_error(word):
     with pytest.raises(InputError, match="is neither KEY=VALUE nor a JSON object"):
         parse_options([word])
 

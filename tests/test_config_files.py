@@ -35,7 +35,7 @@ BOMB = "a: &a [x, x]\n" + "".join(
         ("c.yaml", b"epochs: \x00", "neither valid YAML nor JSON"),
     ],
 )  # fmt: skip
-def test_a_config_file_that_cannot_be_read_is_refused_in_one_line(tmp_path, name, content, says):
+def test_an_unreadable_config_file_is_an_error_of_one_line(tmp_path, name, content, says):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError) as error:
         UnlearnConfig.from_file(tmp_path / name)
@@ -43,13 +43,13 @@ def test_a_config_file_that_cannot_be_read_is_refused_in_one_line(tmp_path, name
     assert "\n" not in str(error.value) and len(str(error.value)) < 2000
 
 
-def test_a_byte_order_mark_is_no_part_of_a_config_file(tmp_path):
+def test_a_byte_order_mark_is_ignored(tmp_path):
     for name, text in (("c.yaml", "epochs: 3"), ("c.json", json.dumps({"epochs": 3}))):
         (tmp_path / name).write_text("\ufeff" + text, encoding="utf-8")
         assert UnlearnConfig.from_file(tmp_path / name).epochs == 3
 
 
-def test_values_that_hold_each_other_are_shown_shortly():
+def test_nested_values_are_shortened_in_errors():
     value = ["x"]
     for _ in range(40):
         value = [value, value]

@@ -13,7 +13,7 @@ def plan(**changes):
     return BatchPlan(**{**settings, **changes})
 
 
-def test_every_batch_holds_the_fixed_number_of_different_pairs():
+def test_every_batch_holds_a_fixed_number_of_distinct_pairs():
     p = plan()
     for number in range(20):
         forget, retain = p.batch(number)
@@ -22,14 +22,14 @@ def test_every_batch_holds_the_fixed_number_of_different_pairs():
         assert retain.max() < 23
 
 
-def test_a_batch_depends_on_its_number_and_the_seed_alone():
+def test_a_batch_depends_only_on_its_number_and_the_seed():
     later = plan()
     later.batch(17)
     assert all(np.array_equal(a, b) for a, b in zip(plan().batch(5), later.batch(5), strict=True))
     assert not np.array_equal(plan().batch(5)[1], plan(seed=4).batch(5)[1])
 
 
-def test_one_epoch_shows_no_pair_twice_and_many_epochs_show_all():
+def test_an_epoch_repeats_no_pair_and_many_epochs_visit_all():
     p = plan()
     per_epoch = p.batches_per_epoch
     assert per_epoch == 2
@@ -40,7 +40,7 @@ def test_one_epoch_shows_no_pair_twice_and_many_epochs_show_all():
 
 
 @pytest.mark.parametrize("batches", [1, 3, 7, 100])
-def test_the_retain_pairs_used_are_those_the_batches_visit(batches):
+def test_retain_used_lists_the_pairs_that_batches_visit(batches):
     p = plan()
     visited = {int(index) for number in range(batches) for index in p.batch(number)[1]}
     assert visited <= set(p.retain_used(batches))
@@ -77,7 +77,7 @@ def test_pixels_are_those_of_the_planned_pairs_with_forget_first():
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
-def test_ranks_share_the_forget_pairs_and_the_retain_pairs_of_a_batch_alike(size):
+def test_ranks_split_forget_and_retain_pairs_of_a_batch(size):
     parts = [next(loader(ranks=Ranks(rank, size)).batches(4, 5)) for rank in range(size)]
     shown = [part.pixels[:, 0, 0, 0].tolist() for part in parts]
     forget, retain = ([[i for i in pairs if (i < 10) == first] for pairs in shown] for first in (True, False))
@@ -112,7 +112,7 @@ def test_group_ids_follow_classes_or_captions(group_ids, expected):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_random_transform_gives_the_same_pixels_wherever_the_run_starts(workers):
+def test_random_views_do_not_depend_on_where_a_run_starts(workers):
     from PIL import Image
 
     data = as_pairs([(Image.new("RGB", (2, 2)), "ab") for _ in range(33)], "rows")
@@ -131,7 +131,7 @@ def noise(image):
     return torch.randn(3, 2, 2)
 
 
-def test_seeding_a_block_leaves_the_callers_generators_alone():
+def test_seeded_restores_the_global_generators():
     torch.manual_seed(1)
     expected = torch.rand(2)
     torch.manual_seed(1)

@@ -55,7 +55,7 @@ def edit_state(path, **changes):
     (path / "state.json").write_bytes(ck._sealed({**state, **changes}))
 
 
-def test_the_newest_checkpoint_comes_back_as_it_was(tmp_path):
+def test_the_newest_checkpoint_is_loaded_unchanged(tmp_path):
     save(tmp_path, 1, 1)
     save(tmp_path, 12, 2)
     loaded = ck.load_newest(tmp_path)
@@ -68,13 +68,13 @@ def test_the_newest_checkpoint_comes_back_as_it_was(tmp_path):
     assert torch.equal(optimizer.moments["exp_avg"]["weight"], torch.full((3,), 1.0))
 
 
-def test_nothing_saved_means_nothing_loaded(tmp_path):
+def test_an_absent_folder_has_no_checkpoint(tmp_path):
     assert ck.load_newest(tmp_path / "absent") is None
 
 
 @pytest.mark.parametrize("file", [*FILES, "best.safetensors"])
 @pytest.mark.parametrize("how", ["cut", "flip", "zero", "remove"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, file, how):
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_is_loaded(tmp_path, file, how):
     best = best_of(tmp_path, 0)
     save(tmp_path, 1, 1, best=best)
     damage(save(tmp_path, 2, 2, best=best) / file, how)
@@ -104,14 +104,14 @@ def test_an_edited_state_does_not_match_its_digest(tmp_path, field):
     ],
     ids=str,
 )  # fmt: skip
-def test_a_field_of_another_kind_is_one_clear_word(tmp_path, changes):
+def test_a_field_of_the_wrong_type_counts_as_damage(tmp_path, changes):
     edit_state(save(tmp_path, 1, 1), **changes)
     with pytest.warns(UserWarning, match="step-00000001 is damaged"):
         assert ck.load_newest(tmp_path) is None
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "3", "{}", '{"digest": 1}', "[" * 100_000, "\x00"])
-def test_a_state_that_is_no_state_counts_as_damaged(tmp_path, text):
+def test_an_invalid_state_counts_as_damage(tmp_path, text):
     (save(tmp_path, 1, 1) / "state.json").write_text(text)
     with pytest.warns(UserWarning, match="state.json"):
         assert ck.load_newest(tmp_path) is None
@@ -170,7 +170,7 @@ def test_an_unreadable_format_is_an_error_with_the_remedy(tmp_path, found, says,
         ck.load_newest(tmp_path)
 
 
-def test_a_half_written_checkpoint_is_not_seen(tmp_path):
+def test_a_partially_written_checkpoint_is_ignored(tmp_path):
     save(tmp_path, 1, 1)
     (tmp_path / ".step-00000002.tmp").mkdir()
     (tmp_path / ".step-00000002.tmp" / "student.safetensors").write_bytes(b"half")
@@ -182,7 +182,7 @@ def test_a_half_written_checkpoint_is_not_seen(tmp_path):
 
 
 @pytest.mark.parametrize("at", ["write_tensors", "write_file", "flush_folder", "_make_way"])
-def test_a_save_that_is_interrupted_leaves_no_checkpoint(tmp_path, monkeypatch, at):
+def test_an_interrupted_save_leaves_no_checkpoint(tmp_path, monkeypatch, at):
     save(tmp_path, 1, 1)
     working = getattr(ck, at)
 
@@ -196,7 +196,7 @@ def test_a_save_that_is_interrupted_leaves_no_checkpoint(tmp_path, monkeypatch, 
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
-def test_only_the_newest_are_kept_each_with_the_best_weights_so_far(tmp_path):
+def test_the_newest_checkpoints_are_kept_with_the_best_weights_so_far(tmp_path):
     best = None
     for step in range(1, 5):
         best = best_of(tmp_path, step, step) if step in (1, 3) else best
@@ -208,7 +208,7 @@ def test_only_the_newest_are_kept_each_with_the_best_weights_so_far(tmp_path):
     assert torch.equal(ck.load_best(tmp_path, best[1])["weight"], torch.full((2,), 3.0))
 
 
-def test_best_weights_that_are_altered_everywhere_are_an_error(tmp_path):
+def test_best_weights_altered_in_every_copy_are_an_error(tmp_path):
     best = best_of(tmp_path, 1)
     damage(save(tmp_path, 1, 1, best=best) / "best.safetensors", "flip")
     damage(tmp_path / "best.safetensors", "flip")
@@ -218,7 +218,7 @@ def test_best_weights_that_are_altered_everywhere_are_an_error(tmp_path):
         save(tmp_path, 2, 2, best=best)
 
 
-def test_what_is_no_checkpoint_neither_counts_nor_goes(tmp_path):
+def test_other_files_are_not_counted_or_removed(tmp_path):
     (tmp_path / "step-99999999").mkdir()
     (tmp_path / "step-later").mkdir()
     (tmp_path / "step-00000000").write_text("a file")
@@ -231,7 +231,7 @@ def test_what_is_no_checkpoint_neither_counts_nor_goes(tmp_path):
         assert ck.load_newest(tmp_path).state.step == 3
 
 
-def test_what_stands_where_a_checkpoint_goes_is_kept_under_another_name(tmp_path):
+def test_other_files_in_the_place_of_a_checkpoint_are_renamed(tmp_path):
     (tmp_path / "step-00000001").mkdir()
     (tmp_path / "step-00000001" / "notes.txt").write_text("mine")
     with pytest.warns(UserWarning, match="is not a checkpoint of this run"):
@@ -240,7 +240,7 @@ def test_what_stands_where_a_checkpoint_goes_is_kept_under_another_name(tmp_path
     assert (tmp_path / "old-1-step-00000001" / "notes.txt").read_text() == "mine"
 
 
-def test_a_damaged_checkpoint_does_not_count_and_is_replaced_when_its_step_comes_again(tmp_path):
+def test_a_damaged_checkpoint_is_not_counted_and_is_replaced(tmp_path):
     save(tmp_path, 1, 1)
     damage(save(tmp_path, 3, 3) / "state.json", "cut")
     save(tmp_path, 2, 2)
@@ -250,7 +250,7 @@ def test_a_damaged_checkpoint_does_not_count_and_is_replaced_when_its_step_comes
     assert {path.name for path in tmp_path.iterdir()} == {"step-00000002", "step-00000003"}
 
 
-def test_checkpoints_hold_no_code(tmp_path):
+def test_loading_a_checkpoint_runs_no_code(tmp_path):
     class Payload:
         def __reduce__(self):
             return (open, (str(tmp_path / "ran"), "w"))

@@ -29,7 +29,7 @@ def colour_folders(root):
     return root
 
 
-def test_items_of_the_callers_own_are_left_out_and_counted(tmp_path):
+def test_unusable_items_of_a_dataset_are_skipped_and_counted(tmp_path):
     broken = FORGET[0][0].clone()
     broken[0, 0, 0] = float("nan")
     forget = [*FORGET, (broken, "a red square"), (FORGET[0][0], " ")]
@@ -46,7 +46,7 @@ def test_items_of_the_callers_own_are_left_out_and_counted(tmp_path):
         assert f"1 x {reason}" in result.summary()
 
 
-def test_rows_of_a_table_are_left_out_and_counted(tmp_path):
+def test_unusable_rows_of_a_table_are_skipped_and_counted(tmp_path):
     colour_folders(tmp_path)
     rows = [f"{colour}/{n}.png\ta {colour} square" for colour in ("red", "blue") for n in range(8)]
     bad = ["red/0.png\ta red\tsquare", "blue/gone.png\ta blue square", "\ta blue square"]
@@ -64,7 +64,7 @@ def test_retain_pairs_dropped_for_overlap_and_captions_that_are_cut_are_counted(
     assert "1 different captions were cut to the 8 tokens of the model's context" in result.summary()
 
 
-def test_evaluation_counts_what_it_leaves_out(tmp_path):
+def test_evaluation_counts_what_it_skips(tmp_path):
     colour_folders(tmp_path)
     (tmp_path / "blue" / "bad.png").write_bytes(b"?")
     arguments = (make_tiny_clip(), f"folder:{tmp_path}")
@@ -79,7 +79,7 @@ def test_evaluation_counts_what_it_leaves_out(tmp_path):
         cf.evaluate(*arguments, forget="class:red", on_error="skip", progress=False)
 
 
-def test_a_report_that_fails_costs_nothing_but_a_warning(tmp_path, monkeypatch):
+def test_a_failing_report_is_only_a_warning(tmp_path, monkeypatch):
     def fail(*arguments):
         raise UnicodeEncodeError("utf-8", "x", 0, 1, "surrogates not allowed")
 
@@ -134,7 +134,7 @@ def test_token_ids_beyond_the_vocabulary_are_refused_before_training(tmp_path, b
         cf.unlearn(make_tiny_clip(), *long, **SHORT)
 
 
-def test_token_ids_that_a_module_of_the_callers_own_cannot_read_are_refused_before_writing(tmp_path):
+def test_token_ids_that_a_custom_module_cannot_encode_are_refused_before_writing(tmp_path):
     class TwoTowers(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -163,7 +163,7 @@ def test_token_ids_that_a_module_of_the_callers_own_cannot_read_are_refused_befo
         cf.evaluate(TwoTowers(), with_tokens(RETAIN, 99), progress=False)
 
 
-def test_images_of_every_mode_give_the_model_the_same_pixels_from_everywhere(tmp_path):
+def test_images_of_every_mode_give_the_same_pixels_from_every_source(tmp_path):
     gray = Image.fromarray(np.full((8, 8), 257 * 90, dtype=np.uint16))
     (tmp_path / "c").mkdir()
     gray.save(tmp_path / "c" / "x.png")

@@ -32,7 +32,7 @@ def run(pairs=None, **changes):
 
 @pytest.mark.parametrize("changes", [{}, {"grad_cache_chunk": 3}, {"num_workers": 1}], ids=["", "chunks", "workers"])
 @pytest.mark.parametrize("trainable", ["last:1", "text"])
-def test_each_image_goes_through_the_frozen_layers_once(trainable, changes, embedded):
+def test_each_image_passes_the_frozen_layers_once(trainable, changes, embedded):
     expected = run(trainable=trainable, **changes, image_cache_mib=0)
     every_epoch = sum(embedded)
     embedded.clear()
@@ -48,7 +48,7 @@ def test_each_image_goes_through_the_frozen_layers_once(trainable, changes, embe
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
-def test_a_run_that_is_interrupted_resumes_to_the_same_bits(tmp_path, monkeypatch, embedded):
+def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, monkeypatch, embedded):
     changes = {"trainable": "last:1", "checkpoint_every": 3}
     whole = run(**changes, output_dir=tmp_path / "whole")
     one_run = sum(embedded)
@@ -77,14 +77,14 @@ def test_a_run_that_is_interrupted_resumes_to_the_same_bits(tmp_path, monkeypatc
     [{"image_cache_mib": 0}, {"teacher_cache": "off"}, {"epochs": 1}, {"trainable": "all"}],
     ids=["no room", "teacher reads the images", "one pass", "all trained"],
 )
-def test_images_are_read_as_ever_otherwise(changes, embedded):
+def test_activations_are_not_kept_where_they_would_not_help(changes, embedded):
     result = run(**{"trainable": "last:1", **changes})
     steps = sum("total" in line for line in result.history)
     tried = 5 if "image_cache_mib" in changes else 1 + int("trainable" in changes)  # times one image, to find out
     assert sum(embedded) == steps * (result.config.forget_pairs + result.config.retain_pairs) + tried
 
 
-def test_an_image_that_is_another_one_each_time_is_read_each_time(embedded):
+def test_redrawn_images_are_read_each_time(embedded):
     pairs = [(Image.fromarray(np.full((8, 8, 3), 10 * i, np.uint8)), f"a {colour} square")
              for i in range(12) for colour in ("red", "blue")]  # fmt: skip
 

@@ -49,7 +49,7 @@ def gradients(adapter, way, size, dtype):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-6), (torch.float64, 1e-13)])
 @pytest.mark.parametrize("size", [1, 3, 5, 10, 16])
-def test_gradients_are_those_of_the_batch_encoded_at_once(size, dtype, tolerance):
+def test_chunked_gradients_equal_those_of_the_whole_batch(size, dtype, tolerance):
     adapter = tiny_adapter(dtype, patch_dropout=0.0)
     whole, _ = gradients(adapter, "at once", 10, dtype)
     chunked, _ = gradients(adapter, "cached", size, dtype)
@@ -66,7 +66,7 @@ def test_dropout_draws_the_same_for_features_and_gradients(size, dtype, toleranc
     assert torch.equal(random_after, random_after_cached)
 
 
-def test_a_frozen_tower_leaves_the_random_state_as_encoding_once_does():
+def test_a_frozen_tower_advances_the_random_state_once():
     inputs = torch.randn(6, 4)
     torch.manual_seed(0)
     frozen = ChunkedFeatures(torch.nn.functional.dropout, inputs, 3, CPU)
@@ -103,11 +103,11 @@ def assert_same_history(first, second, rel):
     ],
     ids=lambda changes: ", ".join(changes) or "default",
 )
-def test_a_run_in_chunks_follows_the_run_without(changes):
+def test_a_chunked_run_follows_the_unchunked_one(changes):
     assert_same_history(run(**changes), run(grad_cache_chunk=2, **changes), rel=1e-4)
 
 
-def test_mixed_precision_is_that_of_the_whole_batch():
+def test_mixed_precision_in_chunks_matches_the_whole_batch():
     # At a small rate: the weights' own rounding differs between chunks, and large steps would let that grow.
     single, plain, chunked = (
         run(learning_rate=1e-5, **changes)
@@ -119,7 +119,7 @@ def test_mixed_precision_is_that_of_the_whole_batch():
     assert_same_history(plain, chunked, rel=2e-2)
 
 
-def test_random_layers_draw_on_as_if_each_chunk_was_encoded_once():
+def test_random_layers_advance_as_if_each_chunk_were_encoded_once():
     changes = {"false_negatives": "none", "lambda_consistency": 0}
     plain = run(make_tiny_clip(patch_dropout=0.5), **changes)
     chunked = run(make_tiny_clip(patch_dropout=0.5), grad_cache_chunk=QUICK["batch_size"], **changes)
@@ -149,7 +149,7 @@ class Watched(nn.Module):
             Watched.rows[name].add(len(inputs))
 
 
-def test_no_more_than_a_chunk_is_encoded_at_a_time():
+def test_at_most_one_chunk_is_encoded_at_a_time():
     Watched.rows = {"image": set(), "text": set()}
     pairs = [(image, torch.tensor([i, i + 1])) for i, (image, _) in enumerate(make_pairs())]
     forget, retain = pairs[:12], pairs[12:]
@@ -166,7 +166,7 @@ def test_no_more_than_a_chunk_is_encoded_at_a_time():
         ("all", "grad_cache_chunk='all' must be a whole number"),
     ],
 )
-def test_a_bad_chunk_is_named_with_its_remedy(chunk, says):
+def test_an_invalid_chunk_size_is_an_error_with_the_remedy(chunk, says):
     with pytest.raises(InputError) as error:
         run(grad_cache_chunk=chunk)
     assert says in str(error.value)

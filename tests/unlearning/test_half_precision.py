@@ -24,7 +24,7 @@ def forget_change(result):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[::2], ids=str)
-def test_an_instance_comes_out_like_the_same_weights_in_float32(dtype):
+def test_half_precision_weights_train_like_float32_ones(dtype):
     model = make_tiny_clip().to(dtype)
     same = make_tiny_clip().to(dtype).float()
     here, there = run(model, learning_rate=1e-5), run(same, learning_rate=1e-5)
@@ -35,7 +35,7 @@ def test_an_instance_comes_out_like_the_same_weights_in_float32(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_weights_come_back_in_the_type_given_and_the_scores_are_theirs(dtype, tmp_path):
+def test_weights_are_returned_in_the_given_dtype_with_their_own_scores(dtype, tmp_path):
     model = make_tiny_clip().to(dtype)
     test = split_pairs(make_pairs(seed=5), "red")
     result = run(model, learning_rate=3e-3, output_dir=tmp_path / "run", test=test)
@@ -50,7 +50,7 @@ def test_weights_come_back_in_the_type_given_and_the_scores_are_theirs(dtype, tm
         assert torch.equal(parameter, mine.float())
 
 
-def test_a_weight_that_was_not_trained_keeps_its_bits_in_float64():
+def test_untrained_float64_weights_keep_their_bits():
     model = make_tiny_clip().double()
     with torch.no_grad():
         model.visual.proj.add_(1e-12)
@@ -59,7 +59,7 @@ def test_a_weight_that_was_not_trained_keeps_its_bits_in_float64():
     assert not torch.equal(result.model.text_projection, model.text_projection)
 
 
-def test_rounding_that_would_undo_the_change_is_left_out_and_said():
+def test_rounding_that_would_undo_the_change_is_skipped_with_a_note():
     result = run(make_tiny_clip().bfloat16(), learning_rate=1e-6, epochs=1)
     assert {parameter.dtype for parameter in result.model.parameters()} == {torch.float32}
     assert result.record["weights"]["returned"] == "float32"
@@ -68,7 +68,7 @@ def test_rounding_that_would_undo_the_change_is_left_out_and_said():
     assert forget_change(result) < 0
 
 
-def test_weights_of_several_types_each_come_back_in_their_own():
+def test_weights_of_mixed_dtypes_are_returned_in_their_own():
     model = make_tiny_clip()
     convert_weights_to_lp(model, torch.float16)
     before = {name: parameter.dtype for name, parameter in model.named_parameters()}
@@ -83,7 +83,7 @@ def test_lora_and_a_half_precision_teacher_train_in_float32_too():
     assert result.model.state_dict().keys() == make_tiny_clip().state_dict().keys()
 
 
-def test_a_half_precision_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path):
+def test_an_interrupted_half_precision_run_resumes_to_the_same_bits(tmp_path):
     model = make_tiny_clip().bfloat16()
     whole = run(model, learning_rate=3e-3)
     settings = {"learning_rate": 3e-3, "output_dir": tmp_path / "run"}
@@ -106,7 +106,7 @@ def test_a_half_precision_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path
         assert torch.equal(mine, theirs)
 
 
-def test_a_transformers_checkpoint_gives_the_same_as_instance_and_as_folder(tmp_path):
+def test_a_transformers_model_and_its_folder_give_the_same_result(tmp_path):
     from transformers import CLIPConfig, CLIPModel
 
     tower = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -135,7 +135,7 @@ def test_a_transformers_checkpoint_gives_the_same_as_instance_and_as_folder(tmp_
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_evaluate_scores_weights_of_any_type_in_float32(dtype):
+def test_evaluate_scores_weights_of_any_dtype_in_float32(dtype):
     model = make_tiny_clip().to(dtype)
     options = {"forget": [True] * 12 + [False] * 24, "progress": False}
     assert cf.evaluate(model, RED + REST, **options) == cf.evaluate(

@@ -206,7 +206,7 @@ def test_options_reach_the_method_and_the_record(examples):
         ({"method": "drop_direction", "epochs": 3}, "does not use epochs"),
     ],
 )  # fmt: skip
-def test_what_a_method_cannot_take_is_an_error_before_any_work(tmp_path, examples, changes, says):
+def test_unsupported_settings_and_options_are_errors_before_any_work(tmp_path, examples, changes, says):
     with pytest.raises(InputError, match=says):
         cf.unlearn(object(), None, None, output_dir=tmp_path / "run", **changes)
     assert not (tmp_path / "run").exists()
@@ -257,6 +257,6 @@ class Named:
     ],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )  # fmt: skip
-def test_a_method_that_does_not_describe_itself_is_not_registered(method, says):
+def test_an_incomplete_method_cannot_be_registered(method, says):
     with pytest.raises(InputError, match=says):
         cf.register_method(method)

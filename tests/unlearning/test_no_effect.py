@@ -131,14 +131,14 @@ CANNOT_FORGET = {
 
 
 @pytest.mark.parametrize(("changes", "says"), CANNOT_FORGET.values(), ids=CANNOT_FORGET.keys())
-def test_what_cannot_forget_is_refused_before_anything_is_written(tmp_path, changes, says):
+def test_models_that_cannot_forget_are_refused_before_anything_is_written(tmp_path, changes, says):
     with pytest.raises(InputError, match=says):
         run(output_dir=tmp_path / "run", **changes)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("scale", [torch.nan, torch.inf, 100.0], ids=str)
-def test_a_scale_that_cannot_be_used_is_named_in_every_kind_of_model(scale):
+def test_an_unusable_scale_is_an_error_for_every_kind_of_model(scale):
     from transformers import CLIPConfig, CLIPModel
 
     tower = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -153,7 +153,7 @@ def test_a_scale_that_cannot_be_used_is_named_in_every_kind_of_model(scale):
             cf.evaluate(model, RED, progress=False)
 
 
-def test_a_tower_that_no_gradient_goes_through_is_told_and_the_other_is_trained():
+def test_a_tower_without_gradient_is_a_warning_and_the_other_is_trained():
     model = TwoTowers(image=detached)
     with pytest.warns(UserWarning, match="no gradient goes through encode_image, so only the text tower"):
         result = run(model)
@@ -161,20 +161,20 @@ def test_a_tower_that_no_gradient_goes_through_is_told_and_the_other_is_trained(
     assert not torch.equal(result.model.text.weight, model.text.weight)
 
 
-def test_parameters_that_were_frozen_by_the_caller_are_trained_where_asked_for():
+def test_parameters_frozen_by_the_caller_are_trained_on_request():
     model = TwoTowers().requires_grad_(False)
     result = run(model)
     assert not torch.equal(result.model.visual.weight, model.visual.weight)
 
 
-def test_a_rate_below_the_weights_resolution_is_refused_with_the_remedy(tmp_path):
+def test_a_rate_below_the_resolution_of_the_weights_is_an_error(tmp_path):
     with pytest.raises(UnlearningError, match=r"step 1 changed none .* learning_rate=1e-20 .* raise learning_rate"):
         run(make_tiny_clip(), tokenizer=None, learning_rate=1e-20, output_dir=tmp_path / "run")
     assert not (tmp_path / "run" / "model").exists()
     assert not (tmp_path / "run" / "result.json").exists()
 
 
-def test_a_rate_close_to_the_resolution_is_warned_of_and_noted():
+def test_a_rate_close_to_the_resolution_is_a_warning_and_a_note():
     with pytest.warns(UserWarning, match=r"only .*% of the weights .* learning_rate=1e-11"):
         result = run(make_tiny_clip(), tokenizer=None, learning_rate=1e-11)
     (share,) = [line["weights_changed"] for line in result.history if "weights_changed" in line]
@@ -193,13 +193,13 @@ def test_the_papers_smallest_rate_changes_most_weights(recwarn):
     assert result.record["notes"] == []
 
 
-def test_an_update_of_lora_that_folding_in_would_lose_is_refused(tmp_path):
+def test_a_lora_update_lost_in_merging_is_an_error(tmp_path):
     with pytest.raises(UnlearningError, match=r"merging it changes none .* learning_rate \(now 1e-20\)"):
         run(make_tiny_clip(), tokenizer=None, trainable="lora", learning_rate=1e-20, output_dir=tmp_path / "run")
     assert not (tmp_path / "run" / "model").exists()
 
 
-def test_the_share_is_measured_once_the_rate_is_warm():
+def test_the_changed_share_is_measured_after_the_warm_up():
     changes = {"learning_rate": 1e-7, "warmup_steps": 3, "epochs": 4}
     result = run(make_tiny_clip(), tokenizer=None, **changes)
     steps = [line["step"] for line in result.history if "weights_changed" in line]
@@ -213,7 +213,7 @@ def test_weights_without_a_gradient_do_not_count_as_unchanged():
     assert share > 0.9
 
 
-def test_a_gradient_that_stays_zero_is_an_error_that_names_the_cause():
+def test_a_gradient_that_stays_zero_is_an_error_with_the_cause():
     settings = {"lambda_retain": 0, "lambda_consistency": 0, "forget_loss": "hinge", "margin": 1.0}
     with pytest.raises(UnlearningError, match=r"gradient was zero in each of \d+ steps: .*margin=1"):
         run(**settings)
@@ -230,7 +230,7 @@ def knowing():
     return model
 
 
-def test_a_run_that_forgets_nothing_says_so_and_what_to_change():
+def test_a_run_that_forgets_nothing_says_what_to_change():
     result = run(knowing(), learning_rate=1e-7)
     assert result.before["forget"]["zero_shot_top1"] == result.after["forget"]["zero_shot_top1"] == 1.0
     assert result.summary().startswith("Not forgotten: ")
@@ -241,6 +241,6 @@ def test_a_run_that_forgets_nothing_says_so_and_what_to_change():
     assert "what they lost is a side effect" in result.record["notes"][0]
 
 
-def test_a_run_that_forgets_says_so_too():
+def test_a_run_that_forgets_says_so():
     result = run(knowing(), epochs=10, learning_rate=3e-3, retain_floor=1.0)
     assert result.summary().startswith("Forgotten")

@@ -40,7 +40,7 @@ def run(as_tensor=True, **changes):
 
 
 @pytest.mark.parametrize("as_tensor", [False, True], ids=["PIL", "tensor"])
-def test_every_step_draws_its_own_views_and_the_teacher_sees_them_too(as_tensor, monkeypatch):
+def test_every_step_draws_new_views_which_the_teacher_sees_too(as_tensor, monkeypatch):
     steps, seen = [], Trainer._step
     monkeypatch.setattr(Trainer, "_step", lambda trainer, batches: steps.append(batches[0]) or seen(trainer, batches))
     result, _ = run(as_tensor, epochs=6)
@@ -64,7 +64,7 @@ def test_a_step_reads_each_image_once():
     assert each[1] - each[0] == 2 * steps * QUICK["batch_size"]
 
 
-def test_two_runs_and_a_resumed_one_have_the_same_bits(tmp_path, monkeypatch):
+def test_repeated_and_resumed_runs_have_the_same_bits(tmp_path, monkeypatch):
     whole, again = (run(epochs=3)[0] for _ in range(2))
     step, calls = Trainer._step, []
 
@@ -90,7 +90,7 @@ def test_evaluation_sees_the_same_view_each_time():
     assert scores[0] == scores[1]
 
 
-def test_a_transform_with_a_generator_of_its_own_is_warned_of():
+def test_a_transform_with_its_own_generator_is_a_warning():
     generator = torch.Generator()
     rows = [Augmented(part, as_tensor=False) for part in ROWS]
     plain = [[of_part[index] for index in range(len(of_part))] for of_part in rows]
@@ -102,11 +102,11 @@ def test_a_transform_with_a_generator_of_its_own_is_warned_of():
         cf.unlearn(make_tiny_clip(), *plain, transform=jitter, **{**QUICK, "epochs": 1})
 
 
-def test_features_of_such_a_dataset_cannot_be_kept():
+def test_teacher_features_of_redrawn_images_cannot_be_cached():
     with pytest.raises(InputError, match="the dataset draws its images anew each time"):
         run(teacher_cache="memory")
 
 
-def test_loader_processes_draw_the_same_views():
+def test_worker_processes_draw_the_same_views():
     here, there = run(epochs=1)[0], run(epochs=1, num_workers=1)[0]
     assert here.history[0]["total"] == there.history[0]["total"]

@@ -76,7 +76,7 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path, uninterrupted):
     assert after["selection"] == before["selection"]
 
 
-def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(tmp_path, uninterrupted):
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_resumed(tmp_path, uninterrupted):
     output = tmp_path / "run"
     run(output)
     newest = sorted((output / "checkpoints").glob("step-*"))[-1]
@@ -86,7 +86,7 @@ def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(t
     assert_same_weights(weights(output), weights(uninterrupted))
 
 
-def test_resume_starts_afresh_where_nothing_was_written_yet(tmp_path, uninterrupted):
+def test_resume_starts_over_if_nothing_was_written(tmp_path, uninterrupted):
     run(tmp_path / "new", resume=True)
     assert_same_weights(weights(tmp_path / "new"), weights(uninterrupted))
 

@@ -115,7 +115,7 @@ CRASHING = {"teacher_cache": "disk", "keep_checkpoints": 1}
 
 
 @pytest.mark.parametrize("resumed", [6, pytest.param(None, marks=pytest.mark.long)], ids=["six", "every"])
-def test_after_a_kill_between_any_two_file_operations_the_run_goes_on_to_the_same_bits(tmp_path, monkeypatch, resumed):
+def test_a_run_killed_between_file_operations_resumes_to_the_same_bits(tmp_path, monkeypatch, resumed):
     states = crashes_of(tmp_path, monkeypatch, **CRASHING)
     assert len(states) > 60
     for state in states[:: len(states) // resumed if resumed else 1]:
@@ -125,7 +125,7 @@ def test_after_a_kill_between_any_two_file_operations_the_run_goes_on_to_the_sam
 
 @pytest.mark.parametrize("left", [".config.json.tmp", ".lock", ".model.abc.tmp", ".probe-1.tmp"])
 @pytest.mark.parametrize("resume", [False, True])
-def test_a_folder_in_which_nothing_was_begun_can_be_used(tmp_path, left, resume):
+def test_a_folder_with_only_drafts_can_be_used(tmp_path, left, resume):
     from cliperase_fast.unlearning.run_directory import RunDirectory
 
     output = tmp_path / "run"
@@ -152,7 +152,7 @@ def _one_run(output, number, answers):
         answers.put((number, str(error)))
 
 
-def test_of_two_processes_on_one_folder_one_is_told_who_has_it(tmp_path):
+def test_a_locked_folder_is_an_error_that_names_the_holder(tmp_path):
     output = tmp_path / "run"
     output.mkdir()
     with storage.lock(output / ".lock"):
@@ -167,7 +167,7 @@ def test_of_two_processes_on_one_folder_one_is_told_who_has_it(tmp_path):
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_an_output_dir_that_cannot_be_made_is_told_before_the_data_are_looked_at(tmp_path, resume):
+def test_an_unusable_output_dir_is_an_error_before_data_are_read(tmp_path, resume):
     (tmp_path / "file").write_text("")
     for path, says in (
         (tmp_path / "file" / "run", "Not a directory"), (tmp_path / "file", "is a file"), (tmp_path / "a\0b", "a NUL"),
@@ -177,7 +177,7 @@ def test_an_output_dir_that_cannot_be_made_is_told_before_the_data_are_looked_at
             run(path, resume, pairs=("nothing", "of the kind"))
 
 
-def test_too_little_room_is_told_before_the_folder_is_made(tmp_path, monkeypatch):
+def test_too_little_disk_space_is_an_error_before_the_folder_is_made(tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "free_space", lambda folder: 1000)
     with pytest.raises(
         InputError, match=r"needs .* and the disk has 1000 bytes left: free some space.*keep_checkpoints"
@@ -207,7 +207,7 @@ def whole(tmp_path_factory):
     return output
 
 
-def test_a_disk_that_fills_up_is_one_line_and_the_run_goes_on_afterwards(tmp_path, monkeypatch, whole):
+def test_a_full_disk_is_one_line_and_the_run_resumes_afterwards(tmp_path, monkeypatch, whole):
     calls = disk_fills_after(monkeypatch, 1 << 30)
     run(tmp_path / "counted", **CRASHING)
     total = len(calls)
@@ -248,14 +248,14 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("how", DAMAGE)
-def test_a_damaged_teacher_cache_is_named_and_computed_again(tmp_path, monkeypatch, whole, how):
+def test_a_damaged_teacher_cache_is_reported_and_recomputed(tmp_path, monkeypatch, whole, how):
     damaged_cache(monkeypatch, tmp_path / "run", DAMAGE[how])
     with pytest.warns(UserWarning, match=r"teacher_image_features.f32 is damaged or missing"):
         run(tmp_path / "run", resume=True, **CRASHING)
     assert_same_run(tmp_path / "run", whole)
 
 
-def test_a_teacher_cache_that_is_whole_is_used_again(tmp_path, monkeypatch, whole):
+def test_a_complete_teacher_cache_is_reused(tmp_path, monkeypatch, whole):
     damaged_cache(monkeypatch, tmp_path / "run", lambda file, note: None)
     with monkeypatch.context() as patch:
         patch.setattr(teacher_module, "_encode_images", None)
@@ -263,7 +263,7 @@ def test_a_teacher_cache_that_is_whole_is_used_again(tmp_path, monkeypatch, whol
     assert_same_run(tmp_path / "run", whole)
 
 
-def test_a_teacher_cache_that_is_cut_short_while_it_is_used_is_an_error(tmp_path, monkeypatch):
+def test_a_teacher_cache_truncated_in_use_is_an_error(tmp_path, monkeypatch):
     working = teacher_module.CachedTeacher.features
 
     def cut(self, batch):
@@ -275,7 +275,7 @@ def test_a_teacher_cache_that_is_cut_short_while_it_is_used_is_an_error(tmp_path
         run(tmp_path / "run", **CRASHING)
 
 
-def test_a_teacher_cache_that_does_not_fit_on_the_disk_says_so_and_goes(tmp_path, monkeypatch):
+def test_a_teacher_cache_too_large_for_the_disk_is_an_error_and_removed(tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(28, os.strerror(28))
 
@@ -322,7 +322,7 @@ def words(texts, end=9):
 
 
 @pytest.mark.parametrize("transform", [plain, jittered, OfItsOwn()], ids=["fixed", "random", "of its own"])
-def test_resume_knows_the_transform_and_the_tokenizer_by_what_they_do(tmp_path, transform):
+def test_resume_compares_transforms_and_tokenizers_by_their_outputs(tmp_path, transform):
     first = {"transform": transform, "tokenizer": words, "pairs": IMAGES, "epochs": 1}
     run(tmp_path / "run", **first)
     again = OfItsOwn() if isinstance(transform, OfItsOwn) else lambda image: transform(image)
@@ -354,7 +354,7 @@ def test_a_run_of_format_3_continues_to_the_same_bits(tmp_path, whole):
     assert_same_run(output, whole)
 
 
-def test_metrics_that_were_altered_come_back_from_the_checkpoint(tmp_path, whole):
+def test_altered_metrics_are_restored_from_the_checkpoint(tmp_path, whole):
     output = tmp_path / "run"
     shutil.copytree(whole, output)
     (output / "metrics.jsonl").write_text('{"step": 1, "total": "x"')
@@ -362,14 +362,14 @@ def test_metrics_that_were_altered_come_back_from_the_checkpoint(tmp_path, whole
     assert (output / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
 
 
-def test_a_run_that_is_done_keeps_no_more_checkpoints_than_asked_for(tmp_path, whole):
+def test_resuming_a_finished_run_keeps_only_the_requested_checkpoints(tmp_path, whole):
     run(tmp_path / "run", **{**CRASHING, "keep_checkpoints": 3})
     assert len(list((tmp_path / "run").glob("checkpoints/step-*"))) == 3
     run(tmp_path / "run", resume=True, **CRASHING)
     assert_same_run(tmp_path / "run", whole)
 
 
-def test_what_is_no_checkpoint_is_named_and_left_alone(tmp_path, whole):
+def test_other_folders_among_checkpoints_are_reported_and_kept(tmp_path, whole):
     output = tmp_path / "run"
     shutil.copytree(whole, output)
     (output / "checkpoints" / "step-99999999").mkdir()
@@ -380,7 +380,7 @@ def test_what_is_no_checkpoint_is_named_and_left_alone(tmp_path, whole):
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_a_folder_of_somebody_else_is_left_as_it_is(tmp_path, resume):
+def test_a_folder_with_other_files_is_refused_and_unchanged(tmp_path, resume):
     (tmp_path / "config.json").write_text('{"model_type": "clip", "projection_dim": 16}')  # a transformers model's
     with pytest.raises(InputError, match=r"give another folder$"):
         run(tmp_path, resume)
@@ -388,14 +388,14 @@ def test_a_folder_of_somebody_else_is_left_as_it_is(tmp_path, resume):
     assert "model_type" in (tmp_path / "config.json").read_text()
 
 
-def test_a_run_without_its_config_goes_on_from_its_checkpoints(tmp_path, whole):
+def test_a_run_without_config_json_resumes_from_its_checkpoints(tmp_path, whole):
     shutil.copytree(whole, tmp_path / "run")
     (tmp_path / "run" / "config.json").unlink()
     run(tmp_path / "run", resume=True, **CRASHING)
     assert_same_run(whole, tmp_path / "run")
 
 
-def test_going_on_where_nothing_has_begun_is_said(tmp_path, caplog):
+def test_resuming_an_empty_folder_logs_that_it_starts_over(tmp_path, caplog):
     caplog.set_level("INFO", logger="cliperase_fast")
     run(tmp_path / "run", resume=True)
     said = f"nothing to resume in {tmp_path / 'run'} yet: starting from the beginning"

@@ -27,7 +27,7 @@ def choose(looks, before=0.98, floor=0.02):
         ([look(1, 0.0, 0.5), look(2, 0.9, 0.97)], 2),  # within beats more forgetting outside
     ],
 )
-def test_the_most_forgetting_within_the_floor_is_chosen(looks, chosen):
+def test_the_lowest_forget_score_within_the_floor_is_chosen(looks, chosen):
     assert choose(looks)[1].step == chosen
 
 
@@ -38,21 +38,21 @@ def test_the_reason_names_the_choice_and_its_scores():
         assert part in reason
 
 
-def test_the_reason_says_so_when_nothing_kept_the_floor():
+def test_the_reason_says_if_nothing_is_within_the_floor():
     rule, best = choose([look(1, 0.0, 0.5)])
     assert not rule.within(best)
     assert "No checkpoint" in rule.reason(best, 1)
     assert "retain_floor" in rule.reason(best, 1)
 
 
-def test_a_similarity_that_creeps_down_is_chosen_but_no_reason_to_go_on():
+def test_a_lower_similarity_alone_is_better_but_not_progress():
     rule = Selection(0.98, 0.02)
     assert rule.better(look(2, 0.0, 0.98, 0.1), look(1, 0.0, 0.98, 0.2))
     assert not rule.progresses(look(2, 0.0, 0.98, 0.1), look(1, 0.0, 0.98, 0.2))
     assert rule.progresses(look(2, 0.0, 0.99, 0.2), look(1, 0.0, 0.98, 0.2))
 
 
-def test_the_last_is_chosen_on_request_whatever_it_lost():
+def test_the_last_is_chosen_on_request():
     rule = Selection(0.98, 0.02, last=True)
     assert rule.better(look(2, 0.9, 0.1), look(1, 0.0, 0.98))
     assert "the last" in rule.reason(look(2, 0.9, 0.1), 2)

@@ -28,7 +28,7 @@ def state(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def test_the_callers_model_and_random_state_are_left_as_they_were():
+def test_the_callers_model_and_random_state_are_unchanged():
     model = make_tiny_clip().train()
     model.logit_scale.requires_grad_(False)
     before, torch_state = state(model), torch.get_rng_state()
@@ -72,7 +72,7 @@ def test_the_saved_model_loads_in_open_clip_with_the_same_features(tmp_path):
         torch.testing.assert_close(model.encode_text(tokens), result.model.encode_text(tokens))
 
 
-def test_a_result_kept_in_memory_saves_the_same_folder_later(tmp_path):
+def test_a_result_in_memory_can_be_saved_later(tmp_path):
     result = run()
     result.save(tmp_path / "later")
     assert repr(result) == f"<UnlearnResult of CLIP: {result.verdict.text}>"
@@ -102,7 +102,7 @@ def test_the_teacher_cache_changes_nothing(tmp_path, cache):
             assert a["consistency"] == pytest.approx(b["consistency"], rel=1e-4, abs=1e-6)
 
 
-def test_a_model_named_by_a_string_comes_out_as_a_given_one_does(tmp_path, monkeypatch):
+def test_a_model_string_and_an_instance_give_the_same_result(tmp_path, monkeypatch):
     load_model(make_tiny_clip()).save(tmp_path / "model")
     copies, clone = [], ClipAdapter.clone
     monkeypatch.setattr(ClipAdapter, "clone", lambda adapter: copies.append(adapter) or clone(adapter))
@@ -116,7 +116,7 @@ def test_a_model_named_by_a_string_comes_out_as_a_given_one_does(tmp_path, monke
             assert torch.equal(state(named.model)[name], tensor), name
 
 
-def test_the_result_is_made_of_the_parts_the_model_was_made_of():
+def test_the_result_has_the_modules_of_the_given_model():
     model = make_tiny_clip()
     result = run(model)
     assert [type(part) for part in result.model.modules()] == [type(part) for part in model.modules()]
@@ -128,14 +128,14 @@ def test_the_result_is_made_of_the_parts_the_model_was_made_of():
     assert all(parameter.requires_grad for parameter in result.model.parameters())
 
 
-def test_weight_decay_reaches_tokens_no_caption_has():
+def test_weight_decay_reaches_unused_tokens():
     model = make_tiny_clip()
     result = run(model, optimizer="adamw", weight_decay=0.5)
     ratio = result.model.token_embedding.weight[9] / model.token_embedding.weight[9]
     assert (ratio < 1).all()
 
 
-def test_an_image_is_transformed_once_where_it_may_be_kept():
+def test_a_cached_image_is_transformed_once():
     rows = [(Image.new("RGB", (8, 8), (40 * (i % 6), i, 0)), f"a {c} square") for i in range(12)
             for c in ("red", "blue")]  # fmt: skip
     forget, retain = split_pairs(rows, "red")
@@ -156,7 +156,7 @@ def test_an_image_is_transformed_once_where_it_may_be_kept():
     assert all(torch.equal(a, b) for a, b in zip(*(state(result.model).values() for result in results), strict=True))
 
 
-def test_a_random_transform_sees_student_and_teacher_alike():
+def test_student_and_teacher_see_the_same_random_views():
     rows = [(Image.fromarray(np.full((8, 8, 3), 40 * i % 255, np.uint8)), f"a {c} square") for i in range(6)
             for c in ("red", "blue")]  # fmt: skip
     forget, retain = split_pairs(rows, "red")
@@ -171,7 +171,7 @@ def test_a_random_transform_sees_student_and_teacher_alike():
         cf.unlearn(make_tiny_clip(), forget, retain, transform=jitter, teacher_cache="memory", **QUICK)
 
 
-def test_a_teacher_of_another_width_is_followed():
+def test_a_teacher_may_have_another_width():
     teacher = open_clip.model.CLIP(
         embed_dim=24,
         vision_cfg={"image_size": 8, "patch_size": 4, "width": 32, "layers": 1, "head_width": 16},
@@ -197,7 +197,7 @@ def test_only_the_chosen_tower_is_trained(trainable, moves, stays):
     assert stays is None or torch.equal(before[stays], after[stays])
 
 
-def test_lora_is_folded_into_ordinary_weights(tmp_path):
+def test_lora_is_merged_into_ordinary_weights(tmp_path):
     result = run(trainable="lora", lora_rank=2, output_dir=tmp_path / "run")
     assert result.model.state_dict().keys() == make_tiny_clip().state_dict().keys()
     open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'run' / 'model'}")
@@ -225,7 +225,7 @@ def test_every_option_trains_to_finite_weights(options):
     assert result.config.to_dict().items() >= options.items()
 
 
-def test_pixels_and_token_ids_pass_as_they_are():
+def test_tensors_and_token_ids_are_not_transformed():
     tokenize = open_clip.SimpleTokenizer(context_length=8)
     rows = [(image, tokenize([caption])[0]) for image, caption in make_pairs()]
     as_text = run(teacher_cache="memory")
@@ -241,7 +241,7 @@ def test_a_test_set_may_be_given_in_two_parts_or_as_one():
     assert parts.before == whole.before
 
 
-def test_training_stops_when_nothing_gets_better():
+def test_early_stop_ends_training_without_improvement():
     result = run(epochs=50, learning_rate=1e-9, early_stop=3)
     assert result.selection["stopped_early"]
     assert len([line for line in result.history if "validation" in line]) < 10
@@ -270,13 +270,13 @@ def memory_runs_out(_):
     ("changes", "remedy"),
     [({}, r"batch_size \(now 6\), or a grad_cache_chunk"), ({"grad_cache_chunk": 3}, r"grad_cache_chunk \(now 3\)")],
 )
-def test_a_step_beyond_the_memory_is_told_with_the_remedy(monkeypatch, changes, remedy):
+def test_a_step_out_of_memory_is_an_error_with_the_remedy(monkeypatch, changes, remedy):
     monkeypatch.setattr(LocalEngine, "_scaled", lambda _, loss: memory_runs_out(loss))
     with pytest.raises(UnlearningError, match=f"out of memory while training step 1: give a smaller .*{remedy}"):
         run(**changes)
 
 
-def test_a_teacher_beyond_the_memory_is_not_told_as_one_of_another_shape():
+def test_a_teacher_out_of_memory_is_not_reported_as_a_shape_error():
     teacher = make_tiny_clip()
     teacher.visual.forward = memory_runs_out
     with pytest.raises(UnlearningError, match=r"out of memory while encoding: .*eval_batch_size"):
@@ -322,7 +322,7 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize(("changes", "says"), BAD_INPUT.values(), ids=BAD_INPUT.keys())
-def test_bad_input_is_named_before_anything_is_written(tmp_path, changes, says):
+def test_wrong_input_is_an_error_before_anything_is_written(tmp_path, changes, says):
     arguments = {"model": make_tiny_clip(), "forget": RED, "retain": REST, **QUICK, **changes}
     model, forget, retain = (arguments.pop(name) for name in ("model", "forget", "retain"))
     with pytest.raises(InputError, match=says):
@@ -330,7 +330,7 @@ def test_bad_input_is_named_before_anything_is_written(tmp_path, changes, says):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_mistyped_class_is_an_error_before_the_model_is_looked_for():
+def test_a_mistyped_class_is_an_error_before_the_model_is_loaded():
     with pytest.raises(InputError, match="seven"):
         cf.unlearn("ViT-B-32:/absent/weights.pt", "demo#class:sevn", "rest")
 
@@ -341,11 +341,11 @@ def test_overlap_is_dropped_on_request():
     assert result.record["data"]["retain_pairs"] == plain.record["data"]["retain_pairs"]
 
 
-def test_a_long_caption_is_cut_on_request():
+def test_long_captions_are_truncated_on_request():
     cf.unlearn(make_tiny_clip(), [(RED[0][0], "red " * 30), *RED], REST, long_captions="truncate", **QUICK)
 
 
-def test_a_used_folder_is_refused_and_left_alone(tmp_path):
+def test_a_used_folder_is_refused_and_unchanged(tmp_path):
     (tmp_path / "mine.txt").write_text("keep")
     with pytest.raises(InputError, match="already used"):
         run(output_dir=tmp_path)

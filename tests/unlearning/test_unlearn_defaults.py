@@ -67,7 +67,7 @@ def test_weights_losses_and_scores_do_not_depend_on_the_defaults_of_torch(tmp_pa
             assert (ours.dtype, ours.device) == (tensor.dtype, tensor.device) and torch.equal(ours, tensor), name
 
 
-def test_a_run_goes_on_under_other_defaults_to_the_same_bits(tmp_path):
+def test_a_run_resumes_under_other_defaults_to_the_same_bits(tmp_path):
     model, pairs = prepared("tensors")
     options = {**QUICK, "checkpoint_every": 2, "output_dir": tmp_path}
     whole = cf.unlearn(model, *split_pairs(pairs, "red"), **options)
@@ -88,7 +88,7 @@ def test_scores_of_an_evaluation_do_not_depend_on_the_defaults_of_torch(images, 
         assert cf.evaluate(model, pairs, forget="caption:red", progress=False) == expected
 
 
-def test_images_loaded_by_worker_processes_do_not_depend_on_them_either():
+def test_images_of_worker_processes_do_not_depend_on_the_defaults_of_torch():
     model, pairs = make_tiny_clip(), pictures()
     expected = cf.evaluate(model, pairs, progress=False)
     with torch_default("meta"):
