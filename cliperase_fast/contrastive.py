@@ -16,6 +16,7 @@ from cliperase_fast.errors import InputError
 from cliperase_fast.functional import agreed, contrast, described
 from cliperase_fast.ops import choose, compute_dtype, no_autocast, savable
 from cliperase_fast.ops.rows import row_losses
+from cliperase_fast.ops.spec import SimilarityInputs
 from cliperase_fast.validation import (
     as_scale,
     check_device,
@@ -65,7 +66,7 @@ def local_clip_loss(
     query: Tensor,
     keys: Tensor,
     logit_scale: Tensor | float,
-    first_key: int,
+    pair_offset: int,
     *,
     teacher_query: Tensor | None = None,
     teacher_keys: Tensor | None = None,
@@ -73,14 +74,14 @@ def local_clip_loss(
 ) -> tuple[Tensor, Tensor]:
     """(contrastive, distill) of a rank's own rows against everyone's keys, one direction of open_clip's `local_loss`.
 
-    query: [n, D], of one modality; keys: [N, D], of the other, where row first_key + i belongs to query i.
+    query: [n, D], of one modality; keys: [N, D], of the other, where row pair_offset + i belongs to query i.
     teacher_query, teacher_keys: [n, D°] and [N, D°], without gradient; without them distill is 0.
     contrastive = mean_i -log softmax(S_i)_own and distill = mean_i -Σ_j P°_ij log P_ij, with S = s Q Kᵀ [n, N].
     """
     _check_rows("query", query, "keys", keys)
-    if not 0 <= first_key <= len(keys) - len(query):
+    if not 0 <= pair_offset <= len(keys) - len(query):
         raise InputError(
-            f"first_key={first_key}: the keys {shape_of(keys)} must hold the {len(query)} rows that start there"
+            f"pair_offset={pair_offset}: the keys {shape_of(keys)} must hold the {len(query)} rows that start there"
         )
     scale = as_scale("logit_scale", logit_scale, query)
     teacher_scale = None
@@ -95,7 +96,9 @@ def local_clip_loss(
     with no_autocast(query):
         query, keys = savable(query), savable(keys)
         teacher_query, teacher_keys = savable(teacher_query), savable(teacher_keys)
-        return row_losses(query, keys, scale, teacher_query, teacher_keys, teacher_scale, first_key)
+        return row_losses(
+            SimilarityInputs(query, keys, scale, teacher_query, teacher_keys, teacher_scale, pair_offset=pair_offset)
+        )
 
 
 def sigmoid_loss(
@@ -150,11 +153,12 @@ def sigmoid_loss(
         return zero + 0 * (text_features.sum() + scale + bias)
     chosen = choose(backend, image_features, text_features, sharded=shards is not None, sigmoid=True).load_sigmoid()
     with no_autocast(image_features):
+        pair_offset = len(text_features) if negative_only else 0
+        inputs = SimilarityInputs(image_features, text_features, scale, bias=bias, pair_offset=pair_offset)
         if shards is None:
-            offset = len(text_features) if negative_only else 0
-            return chosen.loss(image_features, text_features, scale, bias, offset)
-        assert chosen.engine is not None
-        return sharded_sigmoid(chosen.engine, shards, image_features, text_features, scale, bias)
+            return chosen.loss(inputs)
+        assert chosen.kernels is not None
+        return sharded_sigmoid(chosen.kernels, shards, inputs)
 
 
 def _check_rows(name: str, rows: Tensor, other_name: str, others: Tensor) -> None:

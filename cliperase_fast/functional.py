@@ -39,6 +39,7 @@ from torch import Tensor
 
 from cliperase_fast.distributed import LOCAL, Group, Shards, resolve_group, sharded_sweep, sum_over_ranks
 from cliperase_fast.ops import choose, compute_dtype, no_autocast, refuse_on_ranks, savable
+from cliperase_fast.ops.spec import SimilarityInputs
 from cliperase_fast.validation import (
     as_scale,
     check_cliperase,
@@ -142,19 +143,24 @@ def cliperase_loss(
     with no_autocast(retain_image):
         if lambda_retain > 0 or fused:
             teacher = (teacher_image, teacher_text, teacher_scale) if fused else (None, None, None)
-            retain_term, consistency_term = _sweep(
-                retain_image, retain_text, scale, *teacher, group_ids, lambda_retain > 0, fused, backend, keep,
-                retain_shards,
-            )  # fmt: skip
+            inputs = SimilarityInputs(
+                retain_image, retain_text, scale, *teacher, group_ids, want_retention=lambda_retain > 0, keep=keep
+            )
+            retain_term, consistency_term = _sweep(inputs, backend, retain_shards)
         if lambda_forget > 0:
-            forget_term = _forget(forget_image, forget_text, scale, forget, margin, backend, keep, forget_shards)
+            inputs = SimilarityInputs(forget_image, forget_text, scale, keep=keep)
+            forget_term = _forget(inputs, forget, margin, backend, forget_shards)
         if lambda_consistency > 0 and not fused:
             for student, frozen in ((retain_image, teacher_image), (retain_text, teacher_text)):
                 assert frozen is not None and teacher_scale is not None
                 if consistency == "features":
                     divergence = _features_kl(student, frozen, backend, retain_shards)
                 else:
-                    divergence = _intra_kl(student, scale, frozen, teacher_scale, backend, keep, retain_shards)
+                    inputs = SimilarityInputs(
+                        student, student, scale, frozen, frozen, teacher_scale, want_retention=False, keep=keep
+                    )
+                    # symmetric, so the rows are half of rows plus columns
+                    divergence = 0.5 * _sweep(inputs, backend, retain_shards)[1]
                 consistency_term = consistency_term + divergence
         total = torch.add(lambda_retain * retain_term, forget_term, alpha=lambda_forget)
         total = torch.add(total, consistency_term, alpha=lambda_consistency)
@@ -258,12 +264,12 @@ def contrast(
         (image_features,),
         own_values,
     )  # fmt: skip
+    inputs = SimilarityInputs(
+        savable(image_features), savable(text_features), scale, savable(frozen[0]), savable(frozen[1]), teacher_scale,
+        savable(group_ids), want_retention, keep=keep,
+    )  # fmt: skip
     with no_autocast(image_features):
-        return _sweep(
-            savable(image_features), savable(text_features), scale, savable(frozen[0]), savable(frozen[1]),
-            teacher_scale, savable(group_ids), want_retention,
-            teacher is not None, backend, keep, shards,
-        )  # fmt: skip
+        return _sweep(inputs, backend, shards)
 
 
 Checked = TypeVar("Checked")
@@ -329,62 +335,26 @@ def described(
     return options
 
 
-def _sweep(
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    teacher_image: Tensor | None,
-    teacher_text: Tensor | None,
-    teacher_scale: Tensor | None,
-    group_ids: Tensor | None,
-    want_retention: bool,
-    want_consistency: bool,
-    backend: str,
-    keep: str,
-    shards: Shards | None = None,
-) -> tuple[Tensor, Tensor]:
+def _sweep(inputs: SimilarityInputs, backend: str, shards: Shards | None) -> tuple[Tensor, Tensor]:
     """The chosen backend's (retention, consistency); for an empty batch zeros that carry (zero) gradients."""
-    chosen = choose(backend, image, text, teacher_image, teacher_text, sharded=shards is not None)
-    if (image.shape[0] if shards is None else shards.total) == 0:
+    image, text = inputs.image, inputs.text
+    chosen = choose(backend, image, text, inputs.teacher_image, inputs.teacher_text, sharded=shards is not None)
+    if (inputs.n if shards is None else shards.total) == 0:
         dtype = compute_dtype(image, text)
-        zero = image.sum(dtype=dtype) + text.sum(dtype=dtype) + 0 * scale.to(dtype)
+        zero = image.sum(dtype=dtype) + text.sum(dtype=dtype) + 0 * inputs.scale.to(dtype)
         return zero, zero
     if shards is not None:
         assert chosen.load_kernels is not None
-        return sharded_sweep(
-            chosen.load_kernels(), shards, image, text, scale, teacher_image, teacher_text, teacher_scale, group_ids,
-            want_retention, want_consistency, keep,
-        )  # fmt: skip
-    return chosen.load()(
-        image,
-        text,
-        scale,
-        teacher_image,
-        teacher_text,
-        teacher_scale,
-        group_ids,
-        want_retention,
-        want_consistency,
-        keep,
-    )
+        return sharded_sweep(chosen.load_kernels(), shards, inputs)
+    return chosen.load()(inputs)
 
 
-def _forget(
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    forget: str,
-    margin: float,
-    backend: str,
-    keep: str,
-    shards: Shards | None,
-) -> Tensor:
+def _forget(inputs: SimilarityInputs, forget: str, margin: float, backend: str, shards: Shards | None) -> Tensor:
     if forget == "contrastive":
-        return -_sweep(image, text, scale, None, None, None, None, True, False, backend, keep, shards)[0]
-    dtype = compute_dtype(image, text)
-    products = image.to(dtype) * text.to(dtype)  # [M, D]
+        return -_sweep(inputs, backend, shards)[0]
+    products = inputs.image.to(inputs.dtype) * inputs.text.to(inputs.dtype)  # [M, D]
     total = F.relu(products.sum(1) - margin).sum() if forget == "hinge" else products.sum()
-    return _mean(total, image.shape[0], shards)
+    return _mean(total, inputs.n, shards)
 
 
 def _mean(total: Tensor, count: int, shards: Shards | None) -> Tensor:
@@ -398,17 +368,3 @@ def _features_kl(student: Tensor, teacher: Tensor, backend: str, shards: Shards 
     features_kl = choose(backend, student, teacher, sharded=shards is not None).load_features_kl()
     mean = features_kl(student, teacher) if len(student) else student.sum(dtype=compute_dtype(student, teacher))
     return mean if shards is None else _mean(mean * len(student), len(student), shards)
-
-
-def _intra_kl(
-    student: Tensor,
-    scale: Tensor,
-    teacher: Tensor,
-    teacher_scale: Tensor,
-    backend: str,
-    keep: str,
-    shards: Shards | None,
-) -> Tensor:
-    """mean_i KL(softmax(s° F° F°ᵀ)_i || softmax(s F Fᵀ)_i): symmetric, so half of rows plus columns."""
-    both = _sweep(student, student, scale, teacher, teacher, teacher_scale, None, False, True, backend, keep, shards)[1]
-    return 0.5 * both

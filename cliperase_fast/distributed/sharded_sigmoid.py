@@ -17,31 +17,30 @@ from cliperase_fast.distributed import collectives
 from cliperase_fast.distributed.collectives import gather_rows, sum_to_owners, total_over_ranks
 from cliperase_fast.distributed.process_group import Shards
 from cliperase_fast.distributed.sharded_softmax import column_blocks, zeros
-from cliperase_fast.ops import no_autocast
-from cliperase_fast.ops.sigmoid import SigmoidKernels, SigmoidParts, sigmoid_problem
-from cliperase_fast.ops.spec import SimilarityInputs
+from cliperase_fast.ops.sigmoid import SigmoidKernels, SigmoidParts
+from cliperase_fast.ops.spec import Need, SimilarityInputs, no_autocast
 from cliperase_fast.ops.transforms import first_derivative_only
 
 
-def sharded_sigmoid(
-    engine: SigmoidKernels, shards: Shards, image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor
-) -> Tensor:
-    """The mean over all rows of the batch, or over one's own (`Shards.own_values`), 0-d in the computing dtype.
+def sharded_sigmoid(kernels: SigmoidKernels, shards: Shards, inputs: SimilarityInputs) -> Tensor:
+    """Return the mean over all rows of the batch, or over one's own (`Shards.own_values`), 0-d in `inputs.dtype`.
 
-    image, text: [n, D], this rank's pairs, possibly none; the whole batch may not be empty. Every rank calls it, and
-    its backward.
+    inputs: this rank's pairs, possibly none; the whole batch may not be empty. Every rank calls it, and its backward.
     """
-    tensors = (image, text, logit_scale, logit_bias)
-    needs = [torch.is_grad_enabled() and tensor.requires_grad for tensor in tensors]
-    return _Sigmoid.apply(engine, shards, needs, *tensors)
+    assert inputs.bias is not None
+    tensors = (inputs.image, inputs.text, inputs.scale, inputs.bias)
+    image, text, scale, bias = (torch.is_grad_enabled() and tensor.requires_grad for tensor in tensors)
+    return _Sigmoid.apply(kernels, shards, inputs, Need(image, text, scale or bias), *tensors)
 
 
 class _Sigmoid(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, engine: SigmoidKernels, shards: Shards, needs: list[bool], *tensors: Tensor) -> Tensor:
-        with no_autocast(tensors[0]):
-            parts = _parts(engine, shards, tensors, needs[0], needs[1], needs[2] or needs[3])
-        ctx.fixed = (engine, shards)
+    def forward(
+        ctx: Any, kernels: SigmoidKernels, shards: Shards, local: SimilarityInputs, need: Need, *tensors: Tensor
+    ) -> Tensor:
+        with no_autocast(local.image):
+            parts = _parts(kernels, shards, local, need)
+        ctx.fixed = (kernels, shards)
         ctx.save_for_backward(*tensors, *parts[1:])
         if shards.own_values:
             return parts.loss / max(shards.own, 1)
@@ -50,56 +49,51 @@ class _Sigmoid(torch.autograd.Function):
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Any, ...]:
-        engine, shards = ctx.fixed
-        tensors, units = saved[:4], saved[4:]
+        kernels, shards = ctx.fixed
+        image, text, scale, bias, *units = saved
         weight = grad * (shards.group.size / shards.total)
         gradients = [
-            unit * weight if needed else None for unit, needed in zip(units, ctx.needs_input_grad[3:], strict=True)
+            unit * weight if needed else None for unit, needed in zip(units, ctx.needs_input_grad[4:], strict=True)
         ]
         if gradients[1] is not None:
             (everyones,) = gather_rows(Shards(shards.group, (1,) * shards.group.size, "all"), grad.reshape(1))
             assert everyones is not None
             if not bool((everyones == grad).all()):  # others' parts of one's own texts come with their gradients
-                with no_autocast(tensors[0]):
-                    gradients[1] = _parts(engine, shards, tensors, False, True, False, weight).grad_text
-        found = (None if one is None else one.to(of.dtype) for one, of in zip(gradients, tensors, strict=True))
-        return None, None, None, *found
+                local = SimilarityInputs(image, text, scale, bias=bias)
+                with no_autocast(local.image):
+                    gradients[1] = _parts(kernels, shards, local, Need(False, True, False), weight).grad_text
+        found = (None if one is None else one.to(of.dtype) for one, of in zip(gradients, saved[:4], strict=True))
+        return None, None, None, None, *found
 
 
 def _parts(
-    engine: SigmoidKernels,
-    shards: Shards,
-    tensors: tuple[Tensor, ...],
-    need_image: bool,
-    need_text: bool,
-    need_scalars: bool,
-    weight: Tensor | None = None,
+    kernels: SigmoidKernels, shards: Shards, local: SimilarityInputs, need: Need, weight: Tensor | None = None
 ) -> SigmoidParts:
-    """The sums of one's own rows over all columns, and the gradient of one's own texts over all rows."""
-    image, text, scale, bias = tensors
-    local = sigmoid_problem(image, text, scale, 0)
-    like = text.new_empty(0, dtype=local.compute_dtype())
+    """Return the sums of one's own rows over all columns, and the gradient of one's own texts over all rows."""
+    like = local.text.new_empty(0, dtype=local.dtype)
     grad_image, _, grad_scale = zeros(local, 0, like)
     loss, grad_bias = like.new_zeros(()), like.new_zeros(())
     gathered: list[Tensor | None] = [None, None, None]
     if shards.gather == "all":
-        gathered = gather_rows(shards, text, *gathered[1:])
-    home = collectives.RingReducer(shards, like, text.shape[1]) if need_text and shards.gather == "ring" else None
+        gathered = gather_rows(shards, local.text, *gathered[1:])
+    home = None
+    if need.text and shards.gather == "ring":
+        home = collectives.RingReducer(shards, like, local.text.shape[1])
     grad_text = like
-    for rows, problem in _blocks(shards, local, gathered):
+    for rows, inputs in _blocks(shards, local, gathered):
         if home is not None:
             home.receive(rows)
         _, part, _ = zeros(local, rows, like)
-        if problem is not None:
-            found = engine.sigmoid(problem, bias, need_image, need_text, need_scalars, 0)
+        if inputs is not None:
+            found = kernels.sigmoid(inputs, need)
             loss, grad_scale, grad_bias = loss + found.loss, grad_scale + found.grad_scale, grad_bias + found.grad_bias
-            if need_image:
+            if need.image:
                 grad_image += found.grad_image
-            if need_text:
+            if need.text:
                 part = found.grad_text if weight is None else found.grad_text * weight
         if home is not None:
             home.add(part)
-        elif need_text:
+        elif need.text:
             grad_text = sum_to_owners(shards, part)
     return SigmoidParts(loss, grad_image, grad_text if home is None else home.arrive(), grad_scale, grad_bias)
 
@@ -107,11 +101,11 @@ def _parts(
 def _blocks(
     shards: Shards, local: SimilarityInputs, gathered: list[Tensor | None]
 ) -> Iterator[tuple[int, SimilarityInputs | None]]:
-    """(rows of the block of texts, problem), see `column_blocks`."""
+    """Yield (rows of the block of texts, inputs), see `column_blocks`."""
     sizes = (
         [shards.total]
         if shards.gather == "all"
         else [shards.sizes[owner] for owner in collectives.owners(shards.group)]
     )
-    for rows, (_, problem) in zip(sizes, column_blocks(shards, local, gathered), strict=True):
-        yield rows, problem
+    for rows, (_, inputs) in zip(sizes, column_blocks(shards, local, gathered), strict=True):
+        yield rows, inputs

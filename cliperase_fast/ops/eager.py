@@ -9,68 +9,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cliperase_fast.ops.spec import compute_dtype
+from cliperase_fast.ops.spec import SimilarityInputs, compute_dtype
 
 
-def sweep(
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor,
-    teacher_image: Tensor | None,
-    teacher_text: Tensor | None,
-    teacher_logit_scale: Tensor | None,
-    group_ids: Tensor | None,
-    want_retention: bool,
-    want_consistency: bool,
-    keep: str = "auto",
-) -> tuple[Tensor, Tensor]:
+def sweep(inputs: SimilarityInputs) -> tuple[Tensor, Tensor]:
     """See `ops.spec.Sweep`. Memory: about ten N x N matrices."""
-    dtype = compute_dtype(image, text, teacher_image, teacher_text)
-    similarity = _similarity(image, text, logit_scale, dtype)  # [N, N]
-    diagonal = torch.eye(len(image), dtype=torch.bool, device=image.device)  # [N, N]
+    similarity = _similarity(inputs.image, inputs.text, inputs.scale, inputs.dtype)  # [N, N]
+    diagonal = torch.eye(inputs.n, dtype=torch.bool, device=similarity.device)  # [N, N]
     retention = consistency = similarity.new_zeros(())
-    if want_retention:
-        excluded = diagonal if group_ids is None else group_ids[:, None] == group_ids[None, :]  # [N, N]
+    if inputs.want_retention:
+        ids = inputs.group_ids
+        excluded = diagonal if ids is None else ids[:, None] == ids[None, :]  # [N, N]
         rows = _retention_rows(similarity, diagonal, excluded)
         retention = 0.5 * (rows + _retention_rows(similarity.T, diagonal, excluded)).mean()
-    if want_consistency:
-        assert teacher_image is not None and teacher_text is not None and teacher_logit_scale is not None
-        teacher = _similarity(teacher_image, teacher_text, teacher_logit_scale, dtype)  # [N, N]
+    if inputs.teacher is not None:
+        teacher = _similarity(*inputs.teacher, inputs.dtype)  # [N, N]
         rows = _divergence_rows(similarity, teacher, diagonal)
         consistency = (rows + _divergence_rows(similarity.T, teacher.T, diagonal)).mean()
     return retention, consistency
 
 
-def sigmoid(
-    image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int, strip_rows: int = 0
-) -> Tensor:
-    """The sigmoid loss, see `ops/sigmoid.py`. Memory: about four n x m matrices."""
-    dtype = compute_dtype(image, text)
-    logits = _similarity(image, text, logit_scale, dtype) + logit_bias.to(dtype)  # [n, m]
+def sigmoid(inputs: SimilarityInputs) -> Tensor:
+    """Compute the sigmoid loss, see `ops/sigmoid.py`. Memory: about four n x m matrices."""
+    assert inputs.bias is not None
+    logits = _similarity(inputs.image, inputs.text, inputs.scale, inputs.dtype) + inputs.bias.to(inputs.dtype)  # [n, m]
     paired = torch.zeros_like(logits, dtype=torch.bool)
-    paired.diagonal(offset).fill_(True)
-    return -F.logsigmoid(torch.where(paired, logits, -logits)).sum() / len(image)
+    paired.diagonal(inputs.pair_offset).fill_(True)
+    return -F.logsigmoid(torch.where(paired, logits, -logits)).sum() / inputs.n
 
 
-def row_losses(
-    query: Tensor,
-    keys: Tensor,
-    logit_scale: Tensor,
-    teacher_query: Tensor | None,
-    teacher_keys: Tensor | None,
-    teacher_logit_scale: Tensor | None,
-    offset: int,
-) -> tuple[Tensor, Tensor]:
+def row_losses(inputs: SimilarityInputs) -> tuple[Tensor, Tensor]:
     """See `ops/rows.py`. Memory: about six n x N matrices."""
-    dtype = compute_dtype(query, keys, teacher_query, teacher_keys)
-    similarity = _similarity(query, keys, logit_scale, dtype)  # [n, N]
-    places = torch.arange(len(keys), dtype=torch.int64, device=keys.device)  # [N]
-    own = places == offset + places[: len(query), None]  # [n, N]
+    similarity = _similarity(inputs.image, inputs.text, inputs.scale, inputs.dtype)  # [n, N]
+    places = torch.arange(inputs.m, dtype=torch.int64, device=similarity.device)  # [N]
+    own = places == inputs.pair_offset + places[: inputs.n, None]  # [n, N]
     shifted = _against_diagonal(similarity, own, own)  # [n, N]
     normaliser = _log1p_exp(shifted.logsumexp(1))  # [n]
-    if teacher_query is None or teacher_keys is None or teacher_logit_scale is None:
+    if inputs.teacher is None:
         return normaliser.mean(), similarity.new_zeros(())
-    teacher = _similarity(teacher_query, teacher_keys, teacher_logit_scale, dtype)  # [n, N]
+    teacher = _similarity(*inputs.teacher, inputs.dtype)  # [n, N]
     expected = (teacher.softmax(1) * shifted.masked_fill(own, 0)).sum(1)  # [n]
     return normaliser.mean(), (normaliser - expected).mean()
 

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from cliperase_fast.errors import InputError
 from cliperase_fast.ops import measured
-from cliperase_fast.ops.autograd import SweepKernels
 from cliperase_fast.ops.native import extension
 from cliperase_fast.ops.sigmoid import Sigmoid
-from cliperase_fast.ops.spec import FeaturesKl, Sweep
+from cliperase_fast.ops.spec import FeaturesKl, Sweep, SweepKernels
 from cliperase_fast.ops.transforms import refuse_on_ranks, transformed
 
 ENVIRONMENT_VARIABLE = "CLIPERASE_BACKEND"
@@ -37,21 +36,21 @@ def _load_torch() -> Sweep:
 
 
 def _load_torch_kernels() -> SweepKernels:
-    from cliperase_fast.ops.streaming import engine
+    from cliperase_fast.ops.streaming import kernels
 
-    return engine
+    return kernels
 
 
 def _load_native_kernels() -> SweepKernels:
-    from cliperase_fast.ops.native.sweep import engine
+    from cliperase_fast.ops.native.sweep import kernels
 
-    return engine
+    return kernels
 
 
 def _load_triton_kernels() -> SweepKernels:
-    from cliperase_fast.ops.triton.sweep import engine
+    from cliperase_fast.ops.triton.sweep import kernels
 
-    return engine
+    return kernels
 
 
 def _load_triton() -> Sweep:

@@ -1,12 +1,11 @@
 """The sigmoid loss over all pairs of a batch (SigLIP, arXiv 2303.15343): what its backends do, and the op made of it.
 
-With X = s I Tᵀ + b [n, m] and Y = X, but -X where row i and column i + offset are a pair,
+With X = s I Tᵀ + b [n, m] and Y = X, but -X where row i and column i + pair_offset are a pair,
 
     loss  Σ_ij log(1 + exp(Y_ij)) / n        dY_ij  sigmoid(Y_ij) / n
 
 An entry of dX needs nothing of the others, so one pass forms X, sums the losses and multiplies dX with the features:
-three products in place of four. What is kept for the backward pass is the gradients for a grad_output of 1,
-O((n + m) D).
+three products in place of four. The gradients for a grad_output of 1 are kept for the backward pass, O((n + m) D).
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cliperase_fast.ops.autograd import watched
-from cliperase_fast.ops.spec import SimilarityInputs, compute_dtype, no_autocast
+from cliperase_fast.ops.spec import Need, SimilarityInputs, compute_dtype, no_autocast
 from cliperase_fast.ops.streaming import Similarity, strip_height
 from cliperase_fast.ops.transforms import first_derivative_only
 
 
 class SigmoidParts(NamedTuple):
-    """Stats over all entries, not divided by n, in the computing dtype; of a gradient not needed an empty tensor."""
+    """Sums over all entries, not divided by n, in the computing dtype; a gradient not needed is an empty tensor."""
 
     loss: Tensor  # []
     grad_image: Tensor  # [n, D]
@@ -35,33 +34,20 @@ class SigmoidParts(NamedTuple):
 
 
 class SigmoidKernels(Protocol):
-    """What a streamed backend does itself."""
+    """What a streamed backend brings; `as_sigmoid` makes a differentiable loss of it."""
 
-    name: str
+    name: str  # of its custom op
 
-    def sigmoid(
-        self,
-        problem: SimilarityInputs,
-        bias: Tensor,
-        need_image: bool,
-        need_text: bool,
-        need_scalars: bool,
-        strip_rows: int,
-    ) -> SigmoidParts:
-        """problem: image, text, scale and offset count. need_scalars: of scale and bias. strip_rows: 0, any."""
+    def sigmoid(self, inputs: SimilarityInputs, need: Need) -> SigmoidParts:
+        """Return the sums for image, text, scale, bias and pair_offset of `inputs`. need.scale: the bias's too."""
         ...
 
 
 class Sigmoid(NamedTuple):
-    """What a backend brings. engine: what computes the shards of a batch; None: it cannot."""
+    """The sigmoid loss of a backend."""
 
-    loss: Callable[..., Tensor]  # (image, text, logit_scale, logit_bias, offset, strip_rows=0) -> 0-d, see `as_sigmoid`
-    engine: SigmoidKernels | None = None
-
-
-def sigmoid_problem(image: Tensor, text: Tensor, scale: Tensor, offset: int) -> SimilarityInputs:
-    """offset: row i and column i + offset are a pair; m: there are no pairs."""
-    return SimilarityInputs(image, text, scale, None, None, None, None, True, False, None, offset)
+    loss: Callable[[SimilarityInputs], Tensor]  # 0-d, differentiable in image, text, scale and bias
+    kernels: SigmoidKernels | None = None  # what computes the shards of a batch; None: it cannot
 
 
 class _TorchSigmoid:
@@ -69,115 +55,118 @@ class _TorchSigmoid:
 
     name = "torch"
 
-    def sigmoid(
-        self,
-        problem: SimilarityInputs,
-        bias: Tensor,
-        need_image: bool,
-        need_text: bool,
-        need_scalars: bool,
-        strip_rows: int,
-    ) -> SigmoidParts:
-        n, m, dtype = problem.n, problem.m, problem.compute_dtype()
-        similarity = Similarity(problem.image, problem.text, problem.scale, dtype)
-        text, bias = similarity.text, bias.to(dtype)
-        height = strip_height(n, m, strip_rows, text)
+    def sigmoid(self, inputs: SimilarityInputs, need: Need) -> SigmoidParts:
+        assert inputs.bias is not None
+        n, m, dtype = inputs.n, inputs.m, inputs.dtype
+        similarity = Similarity(inputs.image, inputs.text, inputs.scale, dtype)
+        text, bias = similarity.text, inputs.bias.to(dtype)
+        height = strip_height(n, m, inputs.strip_rows, text)
         strip = text.new_empty(height, m)
-        grad_image = text.new_empty(problem.image.shape if need_image else (0,))
-        grad_text = text.new_zeros(text.shape if need_text else (0,))
+        grad_image = text.new_empty(inputs.image.shape if need.image else (0,))
+        grad_text = text.new_zeros(text.shape if need.text else (0,))
         loss, grad_scale, grad_bias = (text.new_zeros(()) for _ in range(3))
         for start in range(0, n, height):
             rows = slice(start, min(start + height, n))
-            own = start + problem.offset
+            own = start + inputs.pair_offset
             y = similarity.strip(start, rows.stop, strip).add_(bias)  # [h, m]
             y.diagonal(own).neg_()
             loss += F.softplus(y, threshold=40).sum()  # beyond it log(1 + exp(y)) is y, in float64 too
-            if not (need_image or need_text or need_scalars):
+            if not any(need):
                 continue
             y.sigmoid_().diagonal(own).neg_()
             image_rows = similarity.image_rows(start, rows.stop)
-            if need_image or need_scalars:
+            if need.image or need.scale:
                 product = y @ text  # [h, D]
-                if need_scalars:
+                if need.scale:
                     grad_scale += (product * image_rows).sum()  # before the factor s, which may be 0
                     grad_bias += y.sum()
-                if need_image:
+                if need.image:
                     grad_image[rows] = product.mul_(similarity.scale)
-            if need_text:
+            if need.text:
                 grad_text.addmm_(y.T, image_rows)
         return SigmoidParts(loss, grad_image, grad_text.mul_(similarity.scale), grad_scale, grad_bias)
 
 
 _SCHEMA = (
-    "(Tensor image, Tensor text, Tensor logit_scale, Tensor logit_bias, int offset, bool need_image, bool need_text, "
+    "(Tensor image, Tensor text, Tensor scale, Tensor bias, int pair_offset, bool need_image, bool need_text, "
     "bool need_scalars, int strip_rows) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
-def as_sigmoid(engine: SigmoidKernels) -> Sigmoid:
-    """Register the custom op `cliperase_fast::NAME_sigmoid`; returns the loss on it. Called once an engine."""
+def as_sigmoid(kernels: SigmoidKernels) -> Sigmoid:
+    """Register the custom op `cliperase_fast::NAME_sigmoid`, and return the loss made of it.
 
-    def run(
-        image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, offset: int, *needs_and_strip_rows: Any
+    Call it once for each `kernels`.
+    """
+
+    def run(inputs: SimilarityInputs, need: Need) -> SigmoidParts:
+        with no_autocast(inputs.image):
+            return kernels.sigmoid(inputs, need)
+
+    def body(
+        image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, pair_offset: int, *needs_and_strip_rows: Any
     ) -> SigmoidParts:
-        with no_autocast(image):
-            return engine.sigmoid(sigmoid_problem(image, text, scale, offset), bias, *needs_and_strip_rows)
+        *needs, strip_rows = needs_and_strip_rows
+        inputs = SimilarityInputs(image, text, scale, bias=bias, pair_offset=pair_offset, strip_rows=strip_rows)
+        return run(inputs, Need(*needs))
 
-    op = torch.library.custom_op(f"cliperase_fast::{engine.name}_sigmoid", run, mutates_args=(), schema=_SCHEMA)
+    op = torch.library.custom_op(f"cliperase_fast::{kernels.name}_sigmoid", body, mutates_args=(), schema=_SCHEMA)
     op.register_fake(_fake)
-    op.register_autograd(lambda ctx, grad, *_: _gradients(ctx, grad), setup_context=_keep)
+    op.register_autograd(
+        lambda ctx, grad, *_: (*_gradients(ctx, grad), *[None] * 5),
+        setup_context=lambda ctx, inputs, output: _save(ctx, inputs[:4], output),
+    )
 
     class Directly(torch.autograd.Function):
         """Without the op, which costs a small batch more than its loss does."""
 
         @staticmethod
-        def forward(ctx: Any, *arguments: Any) -> Tensor:
-            parts = run(*arguments)
-            _keep(ctx, arguments, parts)
+        def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, *given: Any) -> Tensor:
+            parts = run(*given)
+            _save(ctx, (image, text, scale, bias), parts)
             return parts.loss
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
-            return _gradients(ctx, grad)
+            return *_gradients(ctx, grad), None, None
 
-    def loss(
-        image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int, strip_rows: int = 0
-    ) -> Tensor:
-        """The loss, 0-d in `compute_dtype`; see the head of this file. Differentiable in all four tensors.
-
-        image: [n, D], n >= 1; text: [m, D]; logit_scale, logit_bias: 0-d. offset: row i and column i + offset are a
-        pair; m: there are no pairs. The caller checks.
-        """
-        tensors = (image, text, logit_scale, logit_bias)
-        image_too, text_too, scale_too, bias_too = (
-            tensor.requires_grad and torch.is_grad_enabled() for tensor in tensors
-        )
-        arguments = (*tensors, offset, image_too, text_too, scale_too or bias_too, strip_rows)
+    def loss(inputs: SimilarityInputs) -> Tensor:
+        assert inputs.bias is not None
+        tensors = (inputs.image, inputs.text, inputs.scale, inputs.bias)
+        image, text, scale, bias = (tensor.requires_grad and torch.is_grad_enabled() for tensor in tensors)
+        need = Need(image, text, scale or bias)
         if torch.compiler.is_compiling() or watched(tensors):
-            return op(*arguments)[0] / len(image)
-        return Directly.apply(*arguments) / len(image)
+            return op(*tensors, inputs.pair_offset, *need, inputs.strip_rows)[0] / inputs.n
+        return Directly.apply(*tensors, inputs, need) / inputs.n
 
-    return Sigmoid(loss, engine)
+    return Sigmoid(loss, kernels)
 
 
 def _fake(
-    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, offset: int, need_image: bool, need_text: bool, *rest: Any
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    pair_offset: int,
+    need_image: bool,
+    need_text: bool,
+    *others: Any,
 ) -> SigmoidParts:
     like = image.new_empty((), dtype=compute_dtype(image, text))
     shapes = ((), image.shape if need_image else (0,), text.shape if need_text else (0,), (), ())
     return SigmoidParts(*(like.new_empty(shape) for shape in shapes))
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.dtypes = [tensor.dtype for tensor in inputs[:4]]
+def _save(ctx: Any, tensors: tuple[Tensor, ...], parts: tuple[Tensor, ...]) -> None:
+    ctx.dtypes = [tensor.dtype for tensor in tensors]
     ctx.set_materialize_grads(False)  # else autograd makes zeros as large as what is kept
-    ctx.save_for_backward(*output[1:], *inputs[:4])  # the inputs only for what `first_derivative_only` asks of them
+    ctx.save_for_backward(*parts[1:], *tensors)  # the inputs only for what `first_derivative_only` asks of them
 
 
 @first_derivative_only
-def _gradients(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor | None) -> tuple[Any, ...]:
-    """Of each argument of the op."""
-    found: list[Tensor | None] = [None] * 9
+def _gradients(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return the gradients of image, text, scale and bias, None where not needed."""
+    found: list[Tensor | None] = [None] * 4
     if grad is not None:
         for place in range(4):
             if ctx.needs_input_grad[place]:

@@ -10,9 +10,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cliperase_fast.ops import softmax_stats
 from cliperase_fast.ops.autograd import as_sweep
-from cliperase_fast.ops.spec import SavedStats, SimilarityInputs, Stats
+from cliperase_fast.ops.spec import (
+    Need,
+    SavedStats,
+    SimilarityInputs,
+    Softmax,
+    Stats,
+    Weights,
+    gradient_terms,
+    losses_from_stats,
+)
 
 # Bytes of one strip matrix; four are alive at once. Small strips stay in a CPU's cache; a GPU wants fewer
 # launches.
@@ -42,8 +50,8 @@ class _OffDiagonal:
     With a second matrix `gap`, also its sum under each row's and column's exponentials.
     """
 
-    def __init__(self, problem: SimilarityInputs, like: Tensor, with_gap: bool) -> None:
-        n, m = problem.n, problem.m
+    def __init__(self, inputs: SimilarityInputs, like: Tensor, with_gap: bool) -> None:
+        n, m = inputs.n, inputs.m
         self.row_max, self.row_sum, self.column_sum = like.new_empty(n), like.new_empty(n), like.new_zeros(m)
         self.column_max = like.new_full((m,), torch.finfo(like.dtype).min)
         self.row_gap = like.new_empty(n) if with_gap else None
@@ -72,35 +80,32 @@ class _OffDiagonal:
         return [plane for plane in (self.column_max, self.column_sum, self.column_gap) if plane is not None]
 
 
-class _TorchEngine:
-    """See `ops.autograd.SweepKernels`. Memory: four strips [h, m]; it keeps nothing for the backward pass."""
+class TorchKernels:
+    """See `ops.spec.SweepKernels`. Memory: four strips [h, m]; it keeps nothing for the backward pass."""
 
     name = "torch"
 
-    def check(self, problem: SimilarityInputs) -> None:
-        """Takes everything."""
-
-    def cache_size(self, problem: SimilarityInputs, keep: str) -> int:
+    def cache_size(self, inputs: SimilarityInputs) -> int:
         return 0
 
-    def forward(self, problem: SimilarityInputs, strip_rows: int, cache_size: int) -> tuple[Stats, Tensor]:
-        n, m, dtype = problem.n, problem.m, problem.compute_dtype()
+    def forward(self, inputs: SimilarityInputs, cache_size: int) -> tuple[Stats, Tensor]:
+        n, m, dtype = inputs.n, inputs.m, inputs.dtype
         lowest = torch.finfo(dtype).min
-        student, teacher = Similarity(problem.image, problem.text, problem.scale, dtype), _teacher(problem, dtype)
-        height = strip_height(problem.n, problem.m, strip_rows, student.text)
+        student, teacher = Similarity(inputs.image, inputs.text, inputs.scale, dtype), _teacher(inputs, dtype)
+        height = strip_height(n, m, inputs.strip_rows, student.text)
         strip, work = _buffers(2, height, m, student.text)
-        plain = _OffDiagonal(problem, strip, with_gap=False) if problem.plain else None
-        masked = _OffDiagonal(problem, strip, with_gap=False) if problem.masked else None
-        diagonal = strip.new_empty(n) if problem.paired else None
+        plain = _OffDiagonal(inputs, strip, with_gap=False) if inputs.plain else None
+        masked = _OffDiagonal(inputs, strip, with_gap=False) if inputs.masked else None
+        diagonal = strip.new_empty(n) if inputs.paired else None
         teacher_sums = teacher_diagonal = shift = None
         if teacher is not None:
-            teacher_sums = _OffDiagonal(problem, strip, with_gap=True)
-            teacher_diagonal = strip.new_empty(n) if problem.paired else None
+            teacher_sums = _OffDiagonal(inputs, strip, with_gap=True)
+            teacher_diagonal = strip.new_empty(n) if inputs.paired else None
             teacher_strip, gap = _buffers(2, height, m, strip)
 
         for start in range(0, n, height):
             rows = slice(start, min(start + height, n))
-            h, own = rows.stop - start, start + problem.offset
+            h, own = rows.stop - start, start + inputs.pair_offset
             s = student.strip(start, rows.stop, strip)
             if teacher is not None and teacher_sums is not None:
                 t = teacher.strip(start, rows.stop, teacher_strip)
@@ -119,7 +124,7 @@ class _TorchEngine:
             if plain is not None:
                 plain.add(s, start, work[:h])
             if masked is not None:
-                masked.add(s.masked_fill_(_same_group(problem, rows), lowest), start, work[:h])
+                masked.add(s.masked_fill_(_same_group(inputs, rows), lowest), start, work[:h])
 
         parts = [part for part in (plain, masked, teacher_sums) if part is not None]
         sums = Stats(
@@ -131,37 +136,27 @@ class _TorchEngine:
         )
         return sums, torch.empty(0, dtype=torch.uint8, device=strip.device)
 
-    losses = softmax_stats.losses_of_sums
+    losses = losses_from_stats
 
     def backward(
-        self,
-        problem: SimilarityInputs,
-        state: SavedStats,
-        weight_retention: Tensor,
-        weight_consistency: Tensor,
-        strip_rows: int,
-        kept: Tensor,
-        need_image: bool,
-        need_text: bool,
-        need_scale: bool,
-        partial: bool = False,
+        self, inputs: SimilarityInputs, saved: SavedStats, weights: Weights, need: Need, partial: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
-        n, m, dtype = problem.n, problem.m, state.rows.dtype
-        image, text = problem.image, problem.text
+        n, m, dtype = inputs.n, inputs.m, saved.both.dtype
+        image, text = inputs.image, inputs.text
         lowest = torch.finfo(dtype).min
-        student, teacher = Similarity(image, text, problem.scale, dtype), _teacher(problem, dtype)
-        height = strip_height(problem.n, problem.m, strip_rows, student.text)
+        student, teacher = Similarity(image, text, inputs.scale, dtype), _teacher(inputs, dtype)
+        height = strip_height(n, m, inputs.strip_rows, student.text)
         strip, gradient, work = _buffers(3, height, m, student.text)
         if teacher is not None:
             (teacher_strip,) = _buffers(1, height, m, student.text)
-        terms = softmax_stats.gradient_terms(problem, state, weight_retention, weight_consistency)
+        terms = gradient_terms(inputs, saved, weights)
 
-        grad_image = image.new_empty(image.shape if need_image else (0,), dtype=dtype if partial else image.dtype)
-        grad_text = student.text.new_zeros(text.shape if need_text else (0,))
+        grad_image = image.new_empty(image.shape if need.image else (0,), dtype=dtype if partial else image.dtype)
+        grad_text = student.text.new_zeros(text.shape if need.text else (0,))
         grad_scale = student.text.new_zeros(())
         for start in range(0, n, height):
             rows = slice(start, min(start + height, n))
-            h, own = rows.stop - start, start + problem.offset
+            h, own = rows.stop - start, start + inputs.pair_offset
             s, g, w = student.strip(start, rows.stop, strip), gradient[:h].zero_(), work[:h]
             s.diagonal(own).fill_(lowest)
             if terms.student is not None:
@@ -172,36 +167,34 @@ class _TorchEngine:
                 t.diagonal(own).fill_(lowest)
                 _add_softmax(g, t, rows, w, terms.teacher)
             if terms.masked is not None:
-                _add_softmax(g, s.masked_fill_(_same_group(problem, rows), lowest), rows, w, terms.masked)
-            if problem.paired:
+                _add_softmax(g, s.masked_fill_(_same_group(inputs, rows), lowest), rows, w, terms.masked)
+            if inputs.paired:
                 g.diagonal(own).copy_(terms.diagonal[rows])
 
             image_rows = student.image_rows(start, rows.stop)
-            if need_image or need_scale:
+            if need.image or need.scale:
                 product = g @ student.text  # [h, D]
-                if need_scale:  # before the factor s, which may be 0
+                if need.scale:  # before the factor s, which may be 0
                     grad_scale += (product * image_rows).sum()
-                if need_image:
+                if need.image:
                     grad_image[rows] = product.mul_(student.scale)
-            if need_text:
+            if need.text:
                 grad_text.addmm_(g.T, image_rows)
         grad_text = grad_text.mul_(student.scale).to(dtype if partial else text.dtype)
-        return grad_image, grad_text, grad_scale.to(dtype if partial else problem.scale.dtype)
+        return grad_image, grad_text, grad_scale.to(dtype if partial else inputs.scale.dtype)
 
 
-def _teacher(problem: SimilarityInputs, dtype: torch.dtype) -> Similarity | None:
-    if problem.teacher_image is None or problem.teacher_text is None or problem.teacher_scale is None:
-        return None
-    return Similarity(problem.teacher_image, problem.teacher_text, problem.teacher_scale, dtype)
+def _teacher(inputs: SimilarityInputs, dtype: torch.dtype) -> Similarity | None:
+    return None if inputs.teacher is None else Similarity(*inputs.teacher, dtype)
 
 
-def _same_group(problem: SimilarityInputs, rows: slice) -> Tensor:
-    row_groups, column_groups = problem.row_groups, problem.column_groups
+def _same_group(inputs: SimilarityInputs, rows: slice) -> Tensor:
+    row_groups, column_groups = inputs.group_ids, inputs.column_groups
     assert row_groups is not None and column_groups is not None
     return row_groups[rows, None] == column_groups  # [h, m]
 
 
-def _add_softmax(gradient: Tensor, strip: Tensor, rows: slice, work: Tensor, softmax: softmax_stats.Softmax) -> None:
+def _add_softmax(gradient: Tensor, strip: Tensor, rows: slice, work: Tensor, softmax: Softmax) -> None:
     anchor, factor = softmax.rows
     torch.sub(strip, anchor[rows, None], out=work).exp_()
     gradient.addcmul_(work, factor[rows, None])
@@ -220,5 +213,5 @@ def _buffers(count: int, height: int, width: int, like: Tensor) -> list[Tensor]:
     return [like.new_empty(height, width) for _ in range(count)]
 
 
-engine = _TorchEngine()
-sweep = as_sweep(engine)
+kernels = TorchKernels()
+sweep = as_sweep(kernels)

@@ -14,7 +14,7 @@ from cliperase_fast.errors import InputError
 
 FLOAT32 = 4  # bytes: of sums, states and of what is added up
 _ID = 8  # bytes of a group id
-_STATE = 9  # numbers a column's state has, see ops/softmax_stats.py
+_STATE = 9  # numbers a column's state has, see `ops.spec.SavedStats`
 _AGREEMENT = 24  # bytes by which a rank tells the others its options and sizes
 _TOTALS = 2 * FLOAT32  # retention and consistency
 

@@ -20,6 +20,7 @@ from sweep_cases import Batch, Outcome, moved, naive_sweep, outcome, random_batc
 from torch import Tensor
 
 from cliperase_fast.ops import eager
+from cliperase_fast.ops.autograd import flatten
 from cliperase_fast.ops.spec import Sweep
 
 
@@ -29,8 +30,8 @@ class Subject:
 
     sweep: Sweep  # takes CPU tensors
     name: str  # of its operators
-    module: ModuleType  # where its engine looks up cache_budget and _KEPT_ROWS
-    engine: type
+    module: ModuleType  # where its kernels look up cache_budget and _KEPT_ROWS
+    kernels: type
     kept_row_bytes: Callable[[Batch], int]
     few_programs: Callable[[pytest.MonkeyPatch], None] = lambda monkeypatch: None  # several tiles for each of them
     device: str = "cpu"  # its operators' tensors are there
@@ -130,14 +131,14 @@ def test_kept_similarities_give_what_forming_them_again_gives(subject, monkeypat
 def watch_kept(subject: Subject, monkeypatch) -> list[int]:
     """The sizes of what the sweeps from here on keep."""
     sizes = []
-    forward = subject.engine.forward
+    forward = subject.kernels.forward
 
     def watched(self, *arguments):
         sums, kept = forward(self, *arguments)
         sizes.append(kept.numel())
         return sums, kept
 
-    monkeypatch.setattr(subject.engine, "forward", watched)
+    monkeypatch.setattr(subject.kernels, "forward", watched)
     return sizes
 
 
@@ -145,8 +146,8 @@ def test_nothing_is_kept_without_a_backward_pass(subject, monkeypatch):
     kept = watch_kept(subject, monkeypatch)
     batch = random_batch(17).to(torch.float32)
     with torch.no_grad():
-        subject.sweep(*batch.arguments(), keep="similarities")
-    subject.sweep(*batch.arguments(), keep="similarities")
+        subject.sweep(batch.inputs(keep="similarities"))
+    subject.sweep(batch.inputs(keep="similarities"))
     assert kept == [0, 0]
 
 
@@ -193,7 +194,7 @@ def test_strides_do_not_matter(subject, kind):
     assert not any(tensor.is_contiguous() for tensor in odd.values())
     expected = outcome(subject.sweep, replace(batch, **{name: tensor.contiguous() for name, tensor in odd.items()}))
     leaves = [odd["image"].requires_grad_(), odd["text"].requires_grad_()]
-    losses = subject.sweep(*leaves, *replace(batch, **odd).arguments()[2:])
+    losses = subject.sweep(replace(batch, **odd).inputs(*leaves))
     gradients = torch.autograd.grad(sum(losses), leaves)
     for ours, theirs in zip((*losses, *gradients), expected.tensors()[:4], strict=True):
         torch.testing.assert_close(ours, theirs)
@@ -207,7 +208,7 @@ def test_incoming_gradients_other_than_one(subject, weights, dtype):
     exact = outcome(eager.sweep, batch.to(torch.float64), weights)
     leaves = [tensor.float().to(dtype).requires_grad_() for tensor in (batch.image, batch.text)]
     scale = batch.scale.clone().requires_grad_()
-    losses = subject.sweep(*leaves, scale, *batch.arguments()[3:])
+    losses = subject.sweep(batch.inputs(*leaves, scale))
     if dtype == torch.float16 and max(map(abs, weights)) > 1e4:  # their gradients do not fit float16 themselves
         weights, exact = (1.0, 3.0), outcome(eager.sweep, batch.to(torch.float64), (1.0, 3.0))
     (weights[0] * losses[0] + weights[1] * losses[1]).backward()
@@ -230,7 +231,7 @@ def test_a_single_input_may_need_the_gradient(subject, needed):
     expected = outcome(subject.sweep, batch)
     inputs = {name: getattr(batch, name).clone() for name in ("image", "text", "scale")}
     inputs[needed].requires_grad_()
-    sum(subject.sweep(*inputs.values(), *batch.arguments()[3:])).backward()
+    sum(subject.sweep(batch.inputs(*inputs.values()))).backward()
     torch.testing.assert_close(inputs[needed].grad, getattr(expected, needed))
     assert [name for name, tensor in inputs.items() if tensor.grad is not None] == [needed]
 
@@ -297,7 +298,7 @@ def test_one_tensor_as_image_and_text(subject):
     gradients = []
     for run in (subject.sweep, eager.sweep):
         both = batch.image.clone().requires_grad_()
-        sum(run(both, both, batch.scale, batch.teacher_image, batch.teacher_image, *batch.arguments()[5:])).backward()
+        sum(run(batch.inputs(both, both, teacher_text=batch.teacher_image))).backward()
         gradients.append(both.grad)
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
 
@@ -313,23 +314,22 @@ def test_the_operator_keeps_the_rules_of_torch_library(subject, variant):
         batch = replace(batch, want_retention=False)
     batch = moved(batch, subject.device)
     leaves = [tensor.clone().requires_grad_() for tensor in (batch.image, batch.text, batch.scale)]
-    problem = (*leaves, *batch.arguments()[3:])
+    inputs = batch.inputs(*leaves, strip_rows=1)
     cache_size = 5 * subject.kept_row_bytes(batch)
     forward, backward = subject.operators()
-    torch.library.opcheck(forward, (*problem, 1, cache_size))
-    _, _, state, kept = (output.detach() for output in forward(*problem, 1, cache_size))
+    torch.library.opcheck(forward, (*flatten(inputs), cache_size))
+    _, _, *saved = (output.detach() for output in forward(*flatten(inputs), cache_size))
     ones = [torch.ones((), device=subject.device)] * 2
-    frozen = [leaf.detach() for leaf in leaves]
+    frozen = inputs.inputs(*(leaf.detach() for leaf in leaves))
     for need in ((True, True, True), (False, True, False)):
-        arguments = (*ones, state, kept, *frozen, *problem[3:], 1, *need)
-        torch.library.opcheck(backward, arguments)
+        torch.library.opcheck(backward, (*ones, *saved, *flatten(frozen), *need))
 
 
 def test_it_compiles_into_one_graph(subject):
     batch = random_batch(17).to(torch.float32)
 
     def step(image, text, scale):
-        return sum(subject.sweep(image, text, scale, *batch.arguments()[3:]))
+        return sum(subject.sweep(batch.inputs(image, text, scale)))
 
     gradients = []
     for run in (torch.compile(step, fullgraph=True, backend="aot_eager"), step):

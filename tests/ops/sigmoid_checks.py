@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from cliperase_fast.errors import UnlearningError
 from cliperase_fast.ops import eager
+from cliperase_fast.ops.spec import SimilarityInputs
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -25,30 +27,29 @@ HALF = (torch.bfloat16, torch.float16)
 class Subject:
     """A loss under test, of CPU tensors."""
 
-    loss: Callable[..., Tensor]
+    loss: Callable[[SimilarityInputs], Tensor]
     name: str  # of its operator
     rounds_ds: bool = False  # to the features' dtype
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True)
-class Case:
-    image: Tensor
-    text: Tensor
-    scale: Tensor
-    bias: Tensor
-    offset: int
+class Case(SimilarityInputs):
+    """Inputs of a sigmoid loss."""
 
     def to(self, dtype: torch.dtype) -> Case:
         wide = torch.promote_types(dtype, torch.float32)
-        return Case(self.image.to(dtype), self.text.to(dtype), self.scale.to(wide), self.bias.to(wide), self.offset)
+        return self.inputs(self.image.to(dtype), self.text.to(dtype), self.scale.to(wide), self.bias.to(wide))
+
+    def inputs(self, *tensors: Tensor, **changes: Any) -> Case:
+        """The same with other image, text, scale and bias, as many as are given, and other options."""
+        return replace(self, **dict(zip(("image", "text", "scale", "bias"), tensors, strict=False)), **changes)
 
     def leaves(self) -> list[Tensor]:
         return [tensor.detach().clone().requires_grad_() for tensor in (self.image, self.text, self.scale, self.bias)]
 
 
 def random_case(
-    n: int, m: int | None = None, offset: int = 0, width: int = 24, scale: float = 10.0, bias: float = -4.0
+    n: int, m: int | None = None, pair_offset: int = 0, width: int = 24, scale: float = 10.0, bias: float = -4.0
 ):
     """m None: as many texts as images. All numbers are float32's, in float64."""
     generator = torch.Generator().manual_seed(0)
@@ -56,14 +57,17 @@ def random_case(
         F.normalize(torch.randn(rows, width, generator=generator, dtype=torch.float64), dim=1)
         for rows in (n, n if m is None else m)
     )
-    found = Case(image, text, torch.tensor(scale).double(), torch.tensor(bias).double(), offset)
+    scalars = {"scale": torch.tensor(scale).double(), "bias": torch.tensor(bias).double()}
+    found = Case(image, text, **scalars, pair_offset=pair_offset)
     return found.to(torch.float32).to(torch.float64)
 
 
-def outcome(loss: Callable[..., Tensor], case: Case, weight: float = 1.7, **options: int) -> list[Tensor]:
+def outcome(
+    loss: Callable[[SimilarityInputs], Tensor], case: Case, weight: float = 1.7, **options: int
+) -> list[Tensor]:
     """The loss and the gradients of `weight` times it."""
     leaves = case.leaves()
-    value = loss(*leaves, case.offset, **options)
+    value = loss(case.inputs(*leaves, **options))
     return [value.detach(), *torch.autograd.grad(weight * value, leaves)]
 
 
@@ -74,7 +78,7 @@ def check(
     found, truth = outcome(subject.loss, case.to(dtype), weight, **options), outcome(eager.sigmoid, case, weight)
     assert [tensor.dtype for tensor in found] == [torch.float32, dtype, dtype, torch.float32, torch.float32]
     logits = (case.scale * case.image @ case.text.T + case.bias).clone()
-    logits.diagonal(case.offset).neg_()
+    logits.diagonal(case.pair_offset).neg_()
     mass = weight * logits.sigmoid() / len(case.image)  # |dS|
     size, s = 1 + case.scale.abs() + case.bias.abs(), case.scale.abs()
     of_rows = s * mass.sum(1).max() * case.image.abs().max().clamp(min=1)
@@ -92,11 +96,11 @@ def check(
 
 # 1: a pair alone; 33: a block of one row; 65 columns from 32 on are the rows' own; 64: none is
 @pytest.mark.parametrize(
-    ("n", "m", "offset"), [(1, 1, 0), (7, 7, 0), (33, 33, 0), (33, 97, 32), (5, 64, 64), (40, 3, 3)]
+    ("n", "m", "pair_offset"), [(1, 1, 0), (7, 7, 0), (33, 33, 0), (33, 97, 32), (5, 64, 64), (40, 3, 3)]
 )
 @pytest.mark.parametrize("strip_rows", [0, 1])
-def test_sizes_and_rectangles(subject, n, m, offset, strip_rows):
-    check(subject, random_case(n, m, offset), strip_rows=strip_rows)
+def test_sizes_and_rectangles(subject, n, m, pair_offset, strip_rows):
+    check(subject, random_case(n, m, pair_offset), strip_rows=strip_rows)
 
 
 @pytest.mark.parametrize("width", [1, 3, 17, 40, 70])
@@ -115,7 +119,7 @@ def test_scales_and_biases(subject, dtype, scale, bias):
 def test_nearly_perfect_pairs_keep_their_digits(subject):
     """The losses of all entries are near exp(-40) then, far below the rounding of 1."""
     image = torch.eye(20, 24, dtype=torch.float64)
-    case = Case(image, image.clone(), torch.tensor(80.0).double(), torch.tensor(-40.0).double(), 0)
+    case = Case(image, image.clone(), torch.tensor(80.0).double(), bias=torch.tensor(-40.0).double())
     (loss, *_), (exact, *_) = outcome(subject.loss, case.to(torch.float32)), outcome(eager.sigmoid, case)
     assert 0 < exact < 1e-15
     assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
@@ -136,7 +140,7 @@ def test_strides_do_not_matter(subject, kind):
     odd = replace(case, image=strided(case.image), text=strided(case.text))
     plain = replace(odd, image=odd.image.contiguous(), text=odd.text.contiguous())
     leaves = [odd.image.requires_grad_(), odd.text.requires_grad_()]
-    loss = subject.loss(*leaves, odd.scale, odd.bias, 0)
+    loss = subject.loss(odd.inputs(*leaves))
     torch.testing.assert_close([loss, *torch.autograd.grad(1.7 * loss, leaves)], outcome(subject.loss, plain)[:3])
 
 
@@ -144,16 +148,16 @@ def test_strides_do_not_matter(subject, kind):
 def test_a_single_input_may_need_the_gradient(subject, needed):
     case = random_case(37).to(torch.float32)
     inputs = [leaf.requires_grad_(place == needed) for place, leaf in enumerate(case.leaves())]
-    (gradient,) = torch.autograd.grad(1.7 * subject.loss(*inputs, 0), inputs[needed])
+    (gradient,) = torch.autograd.grad(1.7 * subject.loss(case.inputs(*inputs)), inputs[needed])
     torch.testing.assert_close(gradient, outcome(subject.loss, case)[1 + needed])
 
 
 def test_without_gradients_the_loss_is_the_same(subject):
     case = random_case(37).to(torch.float32)
     value = outcome(subject.loss, case)[0]
-    torch.testing.assert_close(subject.loss(*(leaf.detach() for leaf in case.leaves()), 0), value)
+    torch.testing.assert_close(subject.loss(case.inputs(*(leaf.detach() for leaf in case.leaves()))), value)
     with torch.no_grad():
-        torch.testing.assert_close(subject.loss(*case.leaves(), 0), value)
+        torch.testing.assert_close(subject.loss(case.inputs(*case.leaves())), value)
 
 
 def test_two_runs_give_the_same_bits_and_backward_twice_adds(subject):
@@ -161,7 +165,7 @@ def test_two_runs_give_the_same_bits_and_backward_twice_adds(subject):
     first, second = outcome(subject.loss, case), outcome(subject.loss, case)
     assert all(map(torch.equal, first, second))
     leaves = case.leaves()
-    loss = 1.7 * subject.loss(*leaves, 0)
+    loss = 1.7 * subject.loss(case.inputs(*leaves))
     loss.backward(retain_graph=True)
     loss.backward()
     for leaf, once in zip(leaves, first[1:], strict=True):
@@ -173,7 +177,7 @@ def test_one_tensor_as_image_and_text(subject):
     gradients = []
     for loss in (subject.loss, eager.sigmoid):
         both = case.image.clone().requires_grad_()
-        loss(both, both, case.scale, case.bias, 0).backward()
+        loss(case.inputs(both, both)).backward()
         gradients.append(both.grad)
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
 
@@ -199,20 +203,21 @@ def test_uninitialised_memory_is_never_read(subject):
     torch.use_deterministic_algorithms(True)  # with it torch.empty is filled with NaN
     try:
         assert torch.utils.deterministic.fill_uninitialized_memory
-        for (n, m, offset), strip_rows in product(((40, 40, 0), (33, 70, 70)), (0, 1)):
-            check(subject, random_case(n, m, offset), strip_rows=strip_rows)
+        for (n, m, pair_offset), strip_rows in product(((40, 40, 0), (33, 70, 70)), (0, 1)):
+            check(subject, random_case(n, m, pair_offset), strip_rows=strip_rows)
     finally:
         torch.use_deterministic_algorithms(False)
 
 
 def test_a_second_derivative_is_refused_not_taken_for_zero(subject):
-    image, *rest = random_case(7).to(torch.float32).leaves()
-    (gradient,) = torch.autograd.grad(subject.loss(image, *rest, 0), image, create_graph=True)
+    case = random_case(7).to(torch.float32)
+    image, *others = case.leaves()
+    (gradient,) = torch.autograd.grad(subject.loss(case.inputs(image, *others)), image, create_graph=True)
     with pytest.raises(UnlearningError, match="second derivatives of this loss are not"):
         gradient.sum().backward()
     # as a penalty beside the loss, where what cannot be reached would be left out without a word
-    image, *rest = random_case(7).to(torch.float32).leaves()
-    loss = subject.loss(image, *rest, 0)
+    image, *others = case.leaves()
+    loss = subject.loss(case.inputs(image, *others))
     (gradient,) = torch.autograd.grad(loss, image, create_graph=True)
     with pytest.raises(UnlearningError, match="second derivatives of this loss are not"):
         torch.autograd.grad(loss + gradient.square().sum(), image)
@@ -224,14 +229,14 @@ def test_the_operator_keeps_the_rules_of_torch_library(subject, dtype):
     operator = getattr(torch.ops.cliperase_fast, f"{subject.name}_sigmoid").default
     for need in ((True, True, True), (False, True, False), (False, False, False)):
         leaves = case.leaves() if all(need) else [leaf.detach() for leaf in case.leaves()]
-        torch.library.opcheck(operator, (*leaves, case.offset, *need, 1))
+        torch.library.opcheck(operator, (*leaves, case.pair_offset, *need, 1))
 
 
 def test_it_compiles_into_one_graph_and_autocast_does_not_reach_inside(subject):
     case = random_case(37).to(torch.float32)
 
     def loss(*leaves):
-        return subject.loss(*leaves, 0)
+        return subject.loss(case.inputs(*leaves))
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     gradients = [torch.autograd.grad(run(*leaves), leaves) for run in (loss, compiled) if (leaves := case.leaves())]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cliperase_fast.ops import backends
-from cliperase_fast.ops.spec import Sweep
+from cliperase_fast.ops.spec import SimilarityInputs, Sweep
 
 # those that run everywhere and in float64
 BACKENDS = tuple(name for name, status in backends().items() if status.available and status.devices == "any")
@@ -17,19 +18,8 @@ BACKENDS = tuple(name for name, status in backends().items() if status.available
 CPU_BACKENDS = (*BACKENDS, *(name for name in ("native",) if backends()[name].available))
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Arguments of a sweep."""
-
-    image: Tensor
-    text: Tensor
-    scale: Tensor
-    teacher_image: Tensor | None
-    teacher_text: Tensor | None
-    teacher_scale: Tensor | None
-    group_ids: Tensor | None = None
-    want_retention: bool = True
-    want_consistency: bool = True
+class Batch(SimilarityInputs):
+    """Inputs of a sweep over a whole batch."""
 
     def to(self, dtype: torch.dtype) -> Batch:
         """The features in `dtype`, the scales in it too unless it is a half precision."""
@@ -45,18 +35,16 @@ class Batch:
         )
 
     def without_teacher(self) -> Batch:
-        return replace(self, teacher_image=None, teacher_text=None, teacher_scale=None, want_consistency=False)
+        return replace(self, teacher_image=None, teacher_text=None, teacher_scale=None)
 
-    def arguments(self) -> tuple:
-        return (
-            self.image, self.text, self.scale, self.teacher_image, self.teacher_text, self.teacher_scale,
-            self.group_ids, self.want_retention, self.want_consistency,
-        )  # fmt: skip
+    def inputs(self, *student: Tensor, **changes: Any) -> Batch:
+        """The same with other image, text and scale, as many as are given, and other options."""
+        return replace(self, **dict(zip(("image", "text", "scale"), student, strict=False)), **changes)
 
 
 def moved(batch: Batch, device: str) -> Batch:
     """All of its tensors on `device`."""
-    tensors = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    tensors = {f.name: getattr(batch, f.name) for f in fields(batch) if f.init}
     return replace(batch, **{k: v.to(device) for k, v in tensors.items() if isinstance(v, Tensor)})
 
 
@@ -95,37 +83,28 @@ def random_batch(
 def outcome(sweep: Sweep, batch: Batch, weights: tuple[float, float] = (1.0, 1.0), **options: int | str) -> Outcome:
     """Losses, and the gradients of their weighted sum."""
     leaves = [t.detach().clone().requires_grad_() for t in (batch.image, batch.text, batch.scale)]
-    retention, consistency = sweep(*leaves, *batch.arguments()[3:], **options)
+    retention, consistency = sweep(batch.inputs(*leaves, **options))
     (weights[0] * retention + weights[1] * consistency).backward()
     gradients = [leaf.grad for leaf in leaves]
     assert all(gradient is not None for gradient in gradients)
     return Outcome(retention.detach(), consistency.detach(), *gradients)  # type: ignore[arg-type]
 
 
-def naive_sweep(
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    teacher_image: Tensor | None,
-    teacher_text: Tensor | None,
-    teacher_scale: Tensor | None,
-    group_ids: Tensor | None,
-    want_retention: bool,
-    want_consistency: bool,
-) -> tuple[Tensor, Tensor]:
+def naive_sweep(inputs: SimilarityInputs) -> tuple[Tensor, Tensor]:
     """The formulas as a textbook has them, with log_softmax, in the dtype of the features."""
-    similarity = scale.to(image.dtype) * image @ text.T
+    dtype = inputs.image.dtype
+    similarity = inputs.scale.to(dtype) * inputs.image @ inputs.text.T
     retention = consistency = similarity.new_zeros(())
-    if want_retention:
+    if inputs.want_retention:
         masked = similarity
-        if group_ids is not None:
-            same = group_ids[:, None] == group_ids[None, :]
-            masked = similarity.masked_fill(same & ~torch.eye(len(image), dtype=torch.bool), -torch.inf)
+        if inputs.group_ids is not None:
+            same = inputs.group_ids[:, None] == inputs.group_ids[None, :]
+            masked = similarity.masked_fill(same & ~torch.eye(inputs.n, dtype=torch.bool), -torch.inf)
         for dim in (0, 1):
             retention = retention - 0.5 * F.log_softmax(masked, dim).diagonal().mean()
-    if want_consistency:
-        assert teacher_image is not None and teacher_text is not None and teacher_scale is not None
-        teacher = teacher_scale.to(image.dtype) * teacher_image @ teacher_text.T
+    if inputs.teacher is not None:
+        image, text, scale = inputs.teacher
+        teacher = scale.to(dtype) * image @ text.T
         for dim in (0, 1):
             log_p, log_p_teacher = F.log_softmax(similarity, dim), F.log_softmax(teacher, dim)
             consistency = consistency + (log_p_teacher.exp() * (log_p_teacher - log_p)).sum(dim).mean()

@@ -9,9 +9,9 @@ import torch
 from native_buffers import CANARY, FAULTS, UNREADABLE, as_buffers, forged, written
 from torch import Tensor
 
-from cliperase_fast.ops import softmax_stats
 from cliperase_fast.ops.native import extension
 from cliperase_fast.ops.native.buffers import as_buffer
+from cliperase_fast.ops.spec import NUM_SAVED
 
 N, WIDTH, TEACHER_WIDTH = 300, 24, 17
 STATS = 2 + 2 + 3  # of the student, masked, of the teacher
@@ -71,11 +71,10 @@ ENTRY_POINTS: dict[Callable, Callable[[], dict[str, Tensor]]] = {
         "column_stats": floats(STATS, N), "cache": cache(),
     },
     losses: lambda: {
-        "retention": floats(), "consistency": floats(), "saved_stats": floats(softmax_stats.PLANES, 2 * N),
-        "cache": cache(),
+        "retention": floats(), "consistency": floats(), "saved_stats": floats(NUM_SAVED, 2 * N), "cache": cache(),
     },
     backward: lambda: {
-        "saved_stats": floats(softmax_stats.PLANES, 2 * N), "grad_image": floats(N, 32),
+        "saved_stats": floats(NUM_SAVED, 2 * N), "grad_image": floats(N, 32),
         "grad_text": floats(N, 32), "cache": cache(),
     },
     sigmoid: lambda: {"grad_image": floats(N, 32), "grad_text": floats(N, 32)},

@@ -18,8 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cliperase_fast import functional
 from cliperase_fast.ops import backends, choose, eager
+from cliperase_fast.ops.autograd import flatten
 from cliperase_fast.ops.native import extension
-from cliperase_fast.ops.native.sweep import engine, sweep
+from cliperase_fast.ops.native.sweep import kernels, sweep
 from cliperase_fast.ops.spec import SimilarityInputs
 
 FORMS = {"both": (True, True), "rm": (True, False), "kl": (False, True)}
@@ -145,9 +146,9 @@ def watch_workspaces(monkeypatch) -> list[int]:
 def test_nothing_is_kept_without_a_backward_pass(monkeypatch):
     sizes = watch_workspaces(monkeypatch)
     batch = random_batch(17).to(torch.float32)
-    sweep(*batch.arguments(), keep="similarities")
+    sweep(batch.inputs(keep="similarities"))
     with torch.no_grad():
-        sweep(batch.image.requires_grad_(), *batch.arguments()[1:], keep="similarities")
+        sweep(batch.inputs(batch.image.requires_grad_(), keep="similarities"))
     assert sizes == [0, 0]
 
 
@@ -158,7 +159,7 @@ def test_nothing_is_kept_without_a_backward_pass(monkeypatch):
 def test_rectangles_add_up_to_the_whole(keep, groups, cuts):
     batch = replace(random_batch(300), group_ids=some_groups(300) if groups else None)
     exact = outcome(eager.sweep, batch, (0.7, 1.3))
-    found = in_pieces(engine, batch.to(torch.float32), *cuts, keep=keep)
+    found = in_pieces(kernels, batch.to(torch.float32), *cuts, keep=keep)
     for ours, theirs in zip(found, exact.tensors(), strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=2e-5, atol=2e-6)
 
@@ -206,7 +207,7 @@ def test_strides_do_not_matter(kind, dtype):
     odd = replace(batch, **{name: strided(getattr(batch, name), kind) for name in names})
     plain = replace(batch, **{name: getattr(odd, name).contiguous() for name in names})
     leaves = [odd.image.requires_grad_(), odd.text.requires_grad_()]
-    losses = sweep(*leaves, *odd.arguments()[2:])
+    losses = sweep(odd.inputs(*leaves))
     gradients = torch.autograd.grad(sum(losses), leaves)
     expected = outcome(sweep, plain)
     for ours, theirs in zip((*losses, *gradients), expected.tensors()[:4], strict=True):
@@ -220,7 +221,7 @@ def test_a_single_input_may_need_the_gradient(needed, keep):
     expected = outcome(sweep, batch, keep=keep)
     inputs = {name: getattr(batch, name).clone() for name in ("image", "text", "scale")}
     inputs[needed].requires_grad_()
-    sum(sweep(*inputs.values(), *batch.arguments()[3:], keep=keep)).backward()
+    sum(sweep(batch.inputs(*inputs.values(), keep=keep))).backward()
     assert torch.equal(inputs[needed].grad, getattr(expected, needed))
     assert [name for name, tensor in inputs.items() if tensor.grad is not None] == [needed]
 
@@ -236,7 +237,7 @@ def test_incoming_gradients_other_than_one(weights):
 def test_backward_twice_over_a_retained_graph_doubles_the_gradient():
     batch = random_batch(140).to(torch.float32)
     image = batch.image.clone().requires_grad_()
-    total = sum(sweep(image, *batch.arguments()[1:], keep="similarities"))
+    total = sum(sweep(batch.inputs(image, keep="similarities")))
     total.backward(retain_graph=True)
     once = image.grad.clone()
     total.backward()
@@ -248,8 +249,7 @@ def test_two_graphs_at_once_keep_their_own_similarities():
     expected = [outcome(sweep, batch, keep="nothing").image for batch in batches]
     images = [batch.image.clone().requires_grad_() for batch in batches]
     totals = [
-        sum(sweep(image, *batch.arguments()[1:], keep="similarities"))
-        for image, batch in zip(images, batches, strict=True)
+        sum(sweep(batch.inputs(image, keep="similarities"))) for image, batch in zip(images, batches, strict=True)
     ]
     for total, image, gradient in zip(totals, images, expected, strict=True):
         total.backward()
@@ -283,28 +283,28 @@ def test_no_memory_for_the_similarities_is_one_warning_and_the_same_gradients(mo
             raise MemoryError
 
     half._cpu = NoMemory()
-    problem = cpu.SimilarityInputs(*random_batch(140).to(torch.float32).arguments())
+    inputs = random_batch(140).to(torch.float32).inputs(keep="similarities")
     with pytest.warns(UserWarning, match="no memory to keep the similarities, .* MiB.*CLIPERASE_KEEP_MIB"):
-        _, kept = half.forward(problem, 0, half.cache_size(problem, "similarities"))
-    assert kept.numel() == 0
+        _, cache = half.forward(inputs, half.cache_size(inputs))
+    assert cache.numel() == 0
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        half.forward(problem, 0, half.cache_size(problem, "similarities"))
+        half.forward(inputs, half.cache_size(inputs))
 
 
 def test_opcheck_and_a_full_graph():
     batch = random_batch(33).to(torch.float32)
     leaves = [batch.image.requires_grad_(), batch.text.requires_grad_(), batch.scale.requires_grad_()]
     op = torch.ops.cliperase_fast.native_sweep.default
-    torch.library.opcheck(op, (*leaves, *batch.arguments()[3:], 0, 0))
+    torch.library.opcheck(op, (*flatten(batch.inputs(*leaves)), 0))
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def compiled(image, text, scale):
-        losses = sweep(image, text, scale, *batch.arguments()[3:], keep="similarities")
+        losses = sweep(batch.inputs(image, text, scale, keep="similarities"))
         return losses[0] + 2 * losses[1]
 
     gradients = torch.autograd.grad(compiled(*leaves), leaves)
-    plain = sweep(*leaves, *batch.arguments()[3:], keep="similarities")
+    plain = sweep(batch.inputs(*leaves, keep="similarities"))
     expected = torch.autograd.grad(plain[0] + 2 * plain[1], leaves)
     for ours, theirs in zip(gradients, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
@@ -350,8 +350,8 @@ def test_the_extension_is_built_wherever_there_is_a_compiler():
 def kept_mib(keep: str, width: int, teacher_width: int = 0, n: int = 8192) -> float:
     image, teacher = torch.empty(n, width), torch.empty(n, teacher_width) if teacher_width else None
     scale = torch.ones(())
-    problem = SimilarityInputs(image, image, scale, teacher, teacher, scale, None, True, teacher is not None)
-    return engine.cache_size(problem, keep) / 2**20
+    inputs = SimilarityInputs(image, image, scale, teacher, teacher, scale, keep=keep)
+    return kernels.cache_size(inputs) / 2**20
 
 
 @pytest.mark.parametrize("teacher_width", [0, 16, 32])

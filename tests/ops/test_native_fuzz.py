@@ -65,7 +65,7 @@ def laid_out(draw: st.DrawFn, batch: Batch) -> Batch:
 
 def run(batch: Batch, keep: str) -> Outcome:
     leaves = [batch.image.requires_grad_(), batch.text.requires_grad_(), batch.scale.clone().requires_grad_()]
-    losses = sweep(*leaves, *batch.arguments()[3:], keep=keep)
+    losses = sweep(batch.inputs(*leaves, keep=keep))
     return Outcome(*(loss.detach() for loss in losses), *torch.autograd.grad(sum(losses), leaves))
 
 

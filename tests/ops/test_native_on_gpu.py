@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from kernel_checks import *  # noqa: F403
 from kernel_checks import Subject
-from sweep_cases import moved, outcome, random_batch
+from sweep_cases import Batch, moved, outcome, random_batch
 
 from cliperase_fast.ops.autograd import as_sweep
 from cliperase_fast.ops.native import cuda
@@ -26,10 +26,9 @@ on_gpu = as_sweep(CudaKernels(name=NAME, block_columns=128))
 whole = as_sweep(CudaKernels(name=f"{NAME}_whole"))
 
 
-def sweep(*arguments, **options):
+def sweep(inputs):
     """`on_gpu` for CPU tensors; gradients flow back to them."""
-    moved_there = [a.to("cuda") if isinstance(a, torch.Tensor) else a for a in arguments]
-    return tuple(loss.cpu() for loss in on_gpu(*moved_there, **options))
+    return tuple(loss.cpu() for loss in on_gpu(moved(inputs, "cuda")))
 
 
 @pytest.fixture
@@ -51,12 +50,12 @@ def large_batch(n: int, width: int):
         for _ in range(2)
     )
     scale = torch.tensor(30.0, device="cuda")
-    return [*student, scale], [*teacher, scale, None, True, True]
+    return Batch(*student, scale, *teacher, scale)
 
 
-def run(sweep_of, student, rest, **options):
-    leaves = [tensor.clone().requires_grad_() for tensor in student]
-    losses = sweep_of(*leaves, *rest, **options)
+def run(sweep_of, batch, **options):
+    leaves = [tensor.clone().requires_grad_() for tensor in (batch.image, batch.text, batch.scale)]
+    losses = sweep_of(batch.inputs(*leaves, **options))
     return [*(loss.detach() for loss in losses), *torch.autograd.grad(sum(losses), leaves)]
 
 
@@ -65,20 +64,20 @@ def test_blocks_and_kept_rows_of_more_entries_than_32_bits_count(monkeypatch, ke
     # 50,048² are more than 2^31 entries; one block holds them all
     monkeypatch.setenv("CLIPERASE_STRIP_MIB", "40000")
     monkeypatch.setenv("CLIPERASE_KEEP_MIB", "40000")
-    student, rest = large_batch(50_048, 32)
-    engine = as_sweep(CudaKernels(name=f"{NAME}_one_block_{keep}", block_columns=50_048))
-    for ours, theirs in zip(run(engine, student, rest, keep=keep), run(streamed, student, rest), strict=True):
+    batch = large_batch(50_048, 32)
+    one_block = as_sweep(CudaKernels(name=f"{NAME}_one_block_{keep}", block_columns=50_048))
+    for ours, theirs in zip(run(one_block, batch, keep=keep), run(streamed, batch), strict=True):
         assert ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item() < 2e-2
 
 
 def test_memory_beyond_inputs_and_gradients_is_bounded():
     n, width = 65_536, 64
-    student, rest = large_batch(n, width)
-    run(whole, student, rest)
+    batch = large_batch(n, width)
+    run(whole, batch)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    run(whole, student, rest)
+    run(whole, batch)
     beyond = torch.cuda.max_memory_allocated() - before
     # the block and its partials; leaves, gradients (the text's in float32 too) and the strip's; O(N) state
     assert beyond <= (128 << 20) * 9 // 8 + 16 * n * width + 4 * n * 64 + (32 << 20)

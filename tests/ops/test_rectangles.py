@@ -24,7 +24,7 @@ def test_rectangles_add_up_to_the_whole(strip_rows, groups, wanted, cuts):
     batch = replace(random_batch(17), group_ids=torch.arange(17) % 5 if groups else None)
     batch = batch if WANTED[wanted][1] else batch.without_teacher()
     batch = replace(batch, want_retention=WANTED[wanted][0])
-    found = in_pieces(streaming.engine, batch, *CUTS[cuts], strip_rows)
+    found = in_pieces(streaming.kernels, batch, *CUTS[cuts], strip_rows=strip_rows)
     for ours, exact in zip(found, outcome(eager.sweep, batch, (0.7, 1.3)).tensors(), strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-11, atol=1e-12)
 
@@ -35,6 +35,6 @@ def test_parts_whose_gaps_lie_far_apart_keep_their_digits():
     batch = replace(batch, teacher_image=batch.image.clone(), teacher_text=batch.text.clone(), want_retention=False)
     batch.teacher_text[6:] *= 300
     exact = outcome(eager.sweep, batch.to(torch.float64), (0.7, 1.3))
-    found = in_pieces(streaming.engine, batch, [0, 6, 12], [0, 6, 12])
+    found = in_pieces(streaming.kernels, batch, [0, 6, 12], [0, 6, 12])
     assert (found[1].double() - exact.consistency).abs() <= 1e-6 * exact.consistency
     assert (found[2].double() - exact.image).norm() <= 1e-5 * exact.image.norm()

@@ -157,9 +157,9 @@ def test_a_backend_that_cannot_take_the_device_or_dtype_says_so(broken):
 def test_the_chosen_backend_is_the_one_that_runs(monkeypatch):
     calls = []
 
-    def sweep(*arguments):
-        calls.append(arguments[7:])
-        return eager.sweep(*arguments)
+    def sweep(inputs):
+        calls.append((inputs.want_retention, inputs.want_consistency, inputs.keep))
+        return eager.sweep(inputs)
 
     monkeypatch.setitem(registry.REGISTRY, "spy", Backend("spy", lambda: sweep, ""))
     functional.clip_loss(*pairs(), 1.0, backend="spy", keep="nothing")

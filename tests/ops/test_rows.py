@@ -8,11 +8,21 @@ import torch.nn.functional as F
 from sweep_cases import features
 
 from cliperase_fast.ops.rows import row_losses
+from cliperase_fast.ops.spec import SimilarityInputs
 
 
-def plain_row_losses(query, keys, scale, teacher_query, teacher_keys, teacher_scale, offset):
+def losses(query, keys, scale, teacher_query, teacher_keys, teacher_scale, pair_offset, strip_rows=0):
+    return row_losses(
+        SimilarityInputs(
+            query, keys, scale, teacher_query, teacher_keys, teacher_scale, pair_offset=pair_offset,
+            strip_rows=strip_rows,
+        )
+    )  # fmt: skip
+
+
+def plain_row_losses(query, keys, scale, teacher_query, teacher_keys, teacher_scale, pair_offset):
     log_p = F.log_softmax(scale * query @ keys.T, 1)
-    contrastive = -log_p.diagonal(offset).mean()
+    contrastive = -log_p.diagonal(pair_offset).mean()
     if teacher_query is None:
         return contrastive, torch.zeros_like(contrastive)
     p_teacher = (teacher_scale * teacher_query @ teacher_keys.T).softmax(1)
@@ -32,13 +42,14 @@ def rows_case(n, keys, teacher, dtype=torch.float64, seed=0):
 
 # one row; the first and the last place among the keys; a strip that does not divide the rows; a single key
 @pytest.mark.parametrize(
-    ("n", "keys", "offset", "strip_rows"), [(1, 5, 2, 0), (7, 21, 0, 3), (7, 21, 14, 3), (7, 7, 0, 2), (1, 1, 0, 0)]
+    ("n", "keys", "pair_offset", "strip_rows"),
+    [(1, 5, 2, 0), (7, 21, 0, 3), (7, 21, 14, 3), (7, 7, 0, 2), (1, 1, 0, 0)],
 )
 @pytest.mark.parametrize("teacher", [False, True])
-def test_row_losses_and_their_gradients_are_those_of_the_formula(n, keys, offset, strip_rows, teacher):
+def test_row_losses_and_their_gradients_are_those_of_the_formula(n, keys, pair_offset, strip_rows, teacher):
     student, frozen = rows_case(n, keys, teacher)
-    ours = row_losses(*student, *frozen, offset, strip_rows)
-    plain = plain_row_losses(*student, *frozen, offset)
+    ours = losses(*student, *frozen, pair_offset, strip_rows)
+    plain = plain_row_losses(*student, *frozen, pair_offset)
     torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
     for weights in ((1.0, 0.0), (0.3, 2.0)):  # the two losses are weighed apart in the gradient
         gradients = [
@@ -51,7 +62,7 @@ def test_row_losses_and_their_gradients_are_those_of_the_formula(n, keys, offset
 def test_features_are_computed_in_float32_at_least_and_gradients_come_back_in_their_dtype(dtype):
     student, frozen = rows_case(6, 18, True, dtype)
     exact = leaves(*(tensor.double() for tensor in student))
-    loss = sum(row_losses(*student, *frozen, 6, 4))
+    loss = sum(losses(*student, *frozen, 6, 4))
     truth = sum(plain_row_losses(*exact, *(tensor.double() for tensor in frozen), 6))
     loss.backward()
     truth.backward()
@@ -65,7 +76,7 @@ def test_features_are_computed_in_float32_at_least_and_gradients_come_back_in_th
 def test_rows_keep_their_digits_where_pairs_are_nearly_perfect():
     """-log softmax of a perfect pair at scale 100 is about exp(-100): it must not come out as 0 or as rounding."""
     query = torch.eye(4, 8).requires_grad_()
-    contrastive, _ = row_losses(query, torch.eye(12, 8), torch.tensor(60.0), None, None, None, 0)
+    contrastive, _ = losses(query, torch.eye(12, 8), torch.tensor(60.0), None, None, None, 0)
     truth, _ = plain_row_losses(
         torch.eye(4, 8).double(), torch.eye(12, 8).double(), torch.tensor(60.0).double(), None, None, None, 0
     )
@@ -82,7 +93,7 @@ def test_large_logits_cost_no_digits_of_the_gradients(factor):
     student[2].data.mul_(factor)
     frozen[2].mul_(factor)
     exact = leaves(*(tensor.double() for tensor in student))
-    sum(row_losses(*student, *frozen, 6)).backward()
+    sum(losses(*student, *frozen, 6)).backward()
     sum(plain_row_losses(*exact, *(tensor.double() for tensor in frozen), 6)).backward()
     for ours, right in zip(student, exact, strict=True):  # one entry of each softmax is 1, the rest vanish
         assert (ours.grad.double() - right.grad).abs().max() <= 90 * 2.0**-23 * right.grad.abs().max()
@@ -93,7 +104,7 @@ def test_the_op_keeps_the_rules_of_torch_and_compiles_whole():
     torch.library.opcheck(torch.ops.cliperase_fast.row_losses, (*student, *frozen, 5, 2))
 
     def step(query, keys, scale):
-        return sum(row_losses(query, keys, scale, *frozen, 5, 2))
+        return sum(losses(query, keys, scale, *frozen, 5, 2))
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     gradients = [torch.autograd.grad(run(*student), student) for run in (step, compiled)]

@@ -35,7 +35,7 @@ def test_the_reference_is_the_formula(n, negative_only):
     logits = case.scale * case.image @ case.text.T + case.bias
     z = -torch.ones_like(logits) if negative_only else 2 * torch.eye(n).double() - 1
     truth = torch.log1p(torch.exp(-z * logits)).sum() / n
-    found = eager.sigmoid(case.image, case.text, case.scale, case.bias, n if negative_only else 0)
+    found = eager.sigmoid(case.inputs(pair_offset=n if negative_only else 0))
     assert found.item() == pytest.approx(truth.item(), rel=1e-12)
 
 
@@ -49,9 +49,11 @@ def test_float64_is_exact_in_strips():
 
 # a tile is 256 x 128, a strip 1024 rows: a tile of one row, a block of one column, pairs across tiles, two strips
 @NATIVE
-@pytest.mark.parametrize(("n", "m", "offset"), [(257, 257, 0), (129, 390, 261), (300, 129, 129), (1100, 1300, 100)])
-def test_several_tiles_and_strips_of_the_cpp_loss(native, n, m, offset):
-    check(native, random_case(n, m, offset, width=20))
+@pytest.mark.parametrize(
+    ("n", "m", "pair_offset"), [(257, 257, 0), (129, 390, 261), (300, 129, 129), (1100, 1300, 100)]
+)
+def test_several_tiles_and_strips_of_the_cpp_loss(native, n, m, pair_offset):
+    check(native, random_case(n, m, pair_offset, width=20))
 
 
 @NATIVE

@@ -11,6 +11,7 @@ from sweep_cases import outcome, random_batch
 from torch import Tensor
 
 from cliperase_fast.ops import eager, streaming
+from cliperase_fast.ops.autograd import flat_tensors, flatten
 
 
 def assert_same(batch, strip_rows: int = 0, weights: tuple[float, float] = (0.7, 1.3)) -> None:
@@ -69,7 +70,7 @@ def test_strides_do_not_matter(kind):
     plain = replace(batch, **{name: tensor.contiguous() for name, tensor in odd.items()})
     expected = outcome(eager.sweep, plain)
     leaves = [odd["image"].requires_grad_(), odd["text"].requires_grad_()]
-    losses = streaming.sweep(*leaves, *replace(batch, **odd).arguments()[2:], strip_rows=7)
+    losses = streaming.sweep(replace(batch, **odd).inputs(*leaves, strip_rows=7))
     gradients = torch.autograd.grad(sum(losses), leaves)
     for ours, theirs in zip((*losses, *gradients), expected.tensors()[:4], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
@@ -81,7 +82,7 @@ def test_a_single_input_may_need_the_gradient(needed):
     expected = outcome(eager.sweep, batch)
     inputs = {name: getattr(batch, name).clone() for name in ("image", "text", "scale")}
     inputs[needed].requires_grad_()
-    losses = streaming.sweep(*inputs.values(), *batch.arguments()[3:], strip_rows=7)
+    losses = streaming.sweep(batch.inputs(*inputs.values(), strip_rows=7))
     sum(losses).backward()
     torch.testing.assert_close(inputs[needed].grad, getattr(expected, needed), rtol=1e-10, atol=1e-10)
     assert [name for name, tensor in inputs.items() if tensor.grad is not None] == [needed]
@@ -98,7 +99,7 @@ def test_only_one_of_the_two_losses_is_used():
         gradients = []
         for sweep in (streaming.sweep, eager.sweep):
             image = batch.image.clone().requires_grad_()
-            sweep(image, *batch.arguments()[1:])[used].backward()
+            sweep(batch.inputs(image))[used].backward()
             gradients.append(image.grad)
         torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
 
@@ -106,7 +107,7 @@ def test_only_one_of_the_two_losses_is_used():
 def test_backward_twice_over_a_retained_graph_doubles_the_gradient():
     batch = random_batch(17)
     image = batch.image.clone().requires_grad_()
-    total = sum(streaming.sweep(image, *batch.arguments()[1:]))
+    total = sum(streaming.sweep(batch.inputs(image)))
     total.backward(retain_graph=True)
     once = image.grad.clone()
     total.backward()
@@ -116,7 +117,7 @@ def test_backward_twice_over_a_retained_graph_doubles_the_gradient():
 def test_the_gradient_of_a_gradient_is_refused_not_wrong():
     batch = random_batch(5)
     image = batch.image.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(sum(streaming.sweep(image, *batch.arguments()[1:])), image, create_graph=True)
+    (gradient,) = torch.autograd.grad(sum(streaming.sweep(batch.inputs(image))), image, create_graph=True)
     with pytest.raises(RuntimeError, match="second derivatives of this loss are not"):
         gradient.square().sum().backward()
 
@@ -126,18 +127,8 @@ def test_one_tensor_as_image_and_text_and_used_elsewhere_too():
     gradients = []
     for sweep in (streaming.sweep, eager.sweep):
         both = batch.image.clone().requires_grad_()
-        first = sweep(
-            both,
-            both,
-            batch.scale,
-            batch.teacher_image,
-            batch.teacher_image,
-            batch.teacher_scale,
-            None,
-            True,
-            True,
-        )
-        second = sweep(batch.text, both, *batch.arguments()[2:])
+        first = sweep(batch.inputs(both, both, teacher_text=batch.teacher_image))
+        second = sweep(batch.inputs(batch.text, both))
         (sum(first) + 2 * sum(second) + both.square().sum()).backward()
         gradients.append(both.grad)
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
@@ -151,10 +142,10 @@ def test_scale_zero_has_the_gradient_of_the_scale():
 
 def test_inputs_are_left_as_they_were():
     batch = replace(random_batch(17), group_ids=torch.arange(17) // 2)
-    before = [argument.clone() for argument in batch.arguments()[:7]]
+    before = [tensor.clone() for tensor in flat_tensors(batch)]
     outcome(streaming.sweep, batch, strip_rows=7)
-    for argument, copy in zip(batch.arguments()[:7], before, strict=True):
-        assert torch.equal(argument, copy)
+    for tensor, copy in zip(flat_tensors(batch), before, strict=True):
+        assert torch.equal(tensor, copy)
 
 
 def test_two_runs_are_bitwise_equal():
@@ -197,7 +188,7 @@ def test_autocast_around_either_direction_changes_nothing(active):
     expected = outcome(streaming.sweep, batch)
     image = batch.image.clone().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=active == "forward"):
-        total = sum(streaming.sweep(image, *batch.arguments()[1:]))
+        total = sum(streaming.sweep(batch.inputs(image)))
     with torch.autocast("cpu", torch.bfloat16, enabled=active == "backward"):
         total.backward()
     assert total.dtype == torch.float32
@@ -221,11 +212,11 @@ def test_the_operator_keeps_the_rules_of_torch_library(variant):
     else:
         batch = replace(batch, **VARIANTS[variant])
     leaves = [tensor.clone().requires_grad_() for tensor in (batch.image, batch.text, batch.scale)]
-    problem = (*leaves, *batch.arguments()[3:])
+    inputs = batch.inputs(*leaves, strip_rows=2)
     ops = torch.ops.cliperase_fast
-    torch.library.opcheck(ops.torch_sweep.default, (*problem, 2, 0))
-    _, _, state, kept = (output.detach() for output in ops.torch_sweep(*problem, 2, 0))
-    ones = [torch.ones((), dtype=state.dtype)] * 2
-    frozen = [leaf.detach() for leaf in leaves]
+    torch.library.opcheck(ops.torch_sweep.default, (*flatten(inputs), 0))
+    _, _, *saved = (output.detach() for output in ops.torch_sweep(*flatten(inputs), 0))
+    ones = [torch.ones((), dtype=saved[0].dtype)] * 2
+    frozen = inputs.inputs(*(leaf.detach() for leaf in leaves))
     for need in ((True, True, True), (False, True, False)):
-        torch.library.opcheck(ops.torch_sweep_backward.default, (*ones, state, kept, *frozen, *problem[3:], 2, *need))
+        torch.library.opcheck(ops.torch_sweep_backward.default, (*ones, *saved, *flatten(frozen), *need))

@@ -41,15 +41,15 @@ def test_losses_and_gradients(dtype, groups, width, n):
         assert error <= 2 * unit[key] + half * mass[key] + 2**-24 * (half > 0), key
 
 
-@pytest.mark.parametrize(("n", "m", "offset"), [(17, 17, 0), (1000, 1300, 300), (130, 1000, 1000)])
+@pytest.mark.parametrize(("n", "m", "pair_offset"), [(17, 17, 0), (1000, 1300, 300), (130, 1000, 1000)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_sigmoid_loss(dtype, n, m, offset):
-    def on_the_gpu(*tensors, **options):
-        return sigmoid.loss(*(t.to(DEVICE) if torch.is_tensor(t) else t for t in tensors), **options).cpu()
+def test_the_sigmoid_loss(dtype, n, m, pair_offset):
+    def on_the_gpu(inputs):
+        return sigmoid.loss(moved(inputs, DEVICE)).cpu()
 
     sigmoid_checks.check(
         sigmoid_checks.Subject(on_the_gpu, "triton", rounds_ds=True),
-        sigmoid_checks.random_case(n, m, offset, 96),
+        sigmoid_checks.random_case(n, m, pair_offset, 96),
         dtype,
     )
 

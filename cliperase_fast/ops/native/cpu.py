@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cliperase_fast.ops import softmax_stats
 from cliperase_fast.ops.autograd import cache_budget
 from cliperase_fast.ops.native import extension
 from cliperase_fast.ops.native.buffers import as_buffer_or_none
-from cliperase_fast.ops.spec import SavedStats, SimilarityInputs, Stats
+from cliperase_fast.ops.spec import NUM_SAVED, Need, SavedStats, SimilarityInputs, Stats, Weights
 
 _FLOAT = 4  # bytes
 # What "auto" keeps depends on what forming it again would cost, which grows with the width. CPU time of a step of 8192
@@ -28,7 +27,7 @@ _KEPT_OF_NARROW = 16 << 20
 
 
 class CpuKernels:
-    """See `ops.autograd.SweepKernels`. Memory: O(N D), a strip of dS, at most 16 MiB (N up to 16,384), what is kept."""
+    """See `ops.spec.SweepKernels`. Memory: O(N D), a strip of dS, at most 16 MiB (N up to 16,384), what is kept."""
 
     name = "native"
 
@@ -40,95 +39,80 @@ class CpuKernels:
         self._tile_head: int = self._cpu.TILE_HEADER
         self._told = False
 
-    def check(self, problem: SimilarityInputs) -> None:
-        """Takes everything that the backend's record allows."""
-
-    def cache_size(self, problem: SimilarityInputs, keep: str) -> int:
-        if keep == "nothing":
+    def cache_size(self, inputs: SimilarityInputs) -> int:
+        if inputs.keep == "nothing":
             return 0
-        row_bytes = self._tile_row_bytes(problem)
-        tile_rows = -(-problem.n // self._tile_rows)
-        budget = cache_budget(problem.image.device)
-        if keep == "auto" and _narrow(problem):
+        row_bytes = self._tile_row_bytes(inputs)
+        tile_rows = -(-inputs.n // self._tile_rows)
+        budget = cache_budget(inputs.image.device)
+        if inputs.keep == "auto" and _narrow(inputs):
             budget = min(budget, _KEPT_OF_NARROW)
         return row_bytes * min(tile_rows, budget // row_bytes)
 
-    def _tile_row_bytes(self, problem: SimilarityInputs) -> int:
+    def _tile_row_bytes(self, inputs: SimilarityInputs) -> int:
         """What is kept of each `_tile_rows` rows."""
-        tiles = 2 if problem.want_consistency else 1
-        blocks = -(-problem.m // self._tile_columns)
+        tiles = 2 if inputs.want_consistency else 1
+        blocks = -(-inputs.m // self._tile_columns)
         return _FLOAT * blocks * (self._tile_head + tiles * self._tile_rows * self._tile_columns)
 
-    def forward(self, problem: SimilarityInputs, strip_rows: int, cache_size: int) -> tuple[Stats, Tensor]:
-        kept = self._workspace(cache_size)
-        call = Call(self._cpu, problem)
-        diagonals = floats(2, problem.n)
-        rows, columns = floats(problem.planes, problem.n), floats(problem.planes, problem.m)
+    def forward(self, inputs: SimilarityInputs, cache_size: int) -> tuple[Stats, Tensor]:
+        cache = self._workspace(cache_size)
+        call = Call(self._cpu, inputs)
+        diagonals = floats(2, inputs.n)
+        rows, columns = floats(inputs.num_stats, inputs.n), floats(inputs.num_stats, inputs.m)
         shift = self._cpu.forward(
             call.problem,
             diagonal=call.buffer(diagonals[0]),
             teacher_diagonal=call.buffer(diagonals[1]),
             row_stats=call.buffer(rows),
             column_stats=call.buffer(columns),
-            cache=call.buffer(kept),
+            cache=call.buffer(cache),
             instruction_set=extension.instruction_set(),
         )
-        diagonal = diagonals[0] if problem.paired else None
-        teacher_diagonal = diagonals[1] if problem.paired and problem.want_consistency else None
-        gap_shift = torch.tensor(shift, dtype=torch.float32, device="cpu") if problem.want_consistency else None
-        return Stats(rows, columns, diagonal, teacher_diagonal, gap_shift), kept
+        diagonal = diagonals[0] if inputs.paired else None
+        teacher_diagonal = diagonals[1] if inputs.paired and inputs.want_consistency else None
+        gap_shift = torch.tensor(shift, dtype=torch.float32, device="cpu") if inputs.want_consistency else None
+        return Stats(rows, columns, diagonal, teacher_diagonal, gap_shift), cache
 
-    def losses(
-        self, problem: SimilarityInputs, strip_rows: int, cache_size: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`softmax_stats.losses_of_sums` in one call."""
-        kept = self._workspace(cache_size)
-        retention, consistency, state = floats(), floats(), floats(softmax_stats.PLANES, 2 * problem.n)
-        call = Call(self._cpu, problem)
+    def losses(self, inputs: SimilarityInputs, cache_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`ops.spec.losses_from_stats` in one call."""
+        cache = self._workspace(cache_size)
+        retention, consistency, saved = floats(), floats(), floats(NUM_SAVED, 2 * inputs.n)
+        call = Call(self._cpu, inputs)
         self._cpu.losses(
             call.problem,
-            want_retention=problem.want_retention,
+            want_retention=inputs.want_retention,
             retention=call.buffer(retention),
             consistency=call.buffer(consistency),
-            saved_stats=call.buffer(state),
-            cache=call.buffer(kept),
+            saved_stats=call.buffer(saved),
+            cache=call.buffer(cache),
             instruction_set=extension.instruction_set(),
         )
-        return retention, consistency, state, kept
+        return retention, consistency, saved, cache
 
     def backward(
-        self,
-        problem: SimilarityInputs,
-        state: SavedStats,
-        weight_retention: Tensor,
-        weight_consistency: Tensor,
-        strip_rows: int,
-        kept: Tensor,
-        need_image: bool,
-        need_text: bool,
-        need_scale: bool,
-        partial: bool = False,
+        self, inputs: SimilarityInputs, saved: SavedStats, weights: Weights, need: Need, partial: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
-        call = Call(self._cpu, problem)
-        image, text = problem.image, problem.text
-        grad_image = gradient_buffer(image) if need_image or need_scale else None
-        grad_text = gradient_buffer(text) if need_text else None
+        call = Call(self._cpu, inputs)
+        image, text = inputs.image, inputs.text
+        grad_image = gradient_buffer(image) if need.image or need.scale else None
+        grad_text = gradient_buffer(text) if need.text else None
         grad_scale = self._cpu.backward(
             call.problem,
-            saved_stats=call.buffer(state.both.contiguous()),
-            want_retention=problem.want_retention,
-            weight_retention=weight_retention.item(),
-            weight_consistency=weight_consistency.item(),
-            cache=call.buffer(kept),
+            saved_stats=call.buffer(saved.both.contiguous()),
+            want_retention=inputs.want_retention,
+            weight_retention=weights.retention.item(),
+            weight_consistency=weights.consistency.item(),
+            cache=call.buffer(saved.cache),
             grad_image=call.buffer(grad_image),
             grad_text=call.buffer(grad_text),
-            need_scale=need_scale,
+            need_scale=need.scale,
             instruction_set=extension.instruction_set(),
         )
         return (
-            image.new_empty(0) if grad_image is None or not need_image else finished(grad_image, image, partial),
+            image.new_empty(0) if grad_image is None or not need.image else finished(grad_image, image, partial),
             text.new_empty(0) if grad_text is None else finished(grad_text, text, partial),
-            torch.tensor(grad_scale, dtype=problem.scale.dtype, device="cpu"),
+            torch.tensor(grad_scale, dtype=inputs.scale.dtype, device="cpu"),
         )
 
     def _workspace(self, size: int) -> Tensor:
@@ -148,25 +132,24 @@ class CpuKernels:
 
 
 class Call:
-    """A problem as the extension takes it."""
+    """`SimilarityInputs` as the extension takes them."""
 
-    def __init__(self, cpu: Any, problem: SimilarityInputs) -> None:
+    def __init__(self, cpu: Any, inputs: SimilarityInputs) -> None:
         self._cpu = cpu
         row_groups = column_groups = None
-        if problem.group_ids is not None:
-            row_groups, column_groups = map(self.buffer, _small_groups(problem))
+        if inputs.masked:
+            row_groups, column_groups = map(self.buffer, _small_groups(inputs))
         teacher: dict[str, Any] = {}
-        if problem.teacher_image is not None and problem.teacher_text is not None and problem.teacher_scale is not None:
+        if inputs.teacher is not None:
+            image, text, scale = inputs.teacher
             teacher = {
-                "teacher_image": self.buffer(problem.teacher_image),
-                "teacher_text": self.buffer(problem.teacher_text),
-                "teacher_scale": problem.teacher_scale.item(),
-            }
+                "teacher_image": self.buffer(image), "teacher_text": self.buffer(text), "teacher_scale": scale.item(),
+            }  # fmt: skip
         self.problem = cpu.SimilarityInputs(
-            image=self.buffer(problem.image),
-            text=self.buffer(problem.text),
-            pair_offset=problem.offset,
-            scale=problem.scale.item(),
+            image=self.buffer(inputs.image),
+            text=self.buffer(inputs.text),
+            pair_offset=inputs.pair_offset,
+            scale=inputs.scale.item(),
             row_groups=row_groups,
             column_groups=column_groups,
             threads=torch.get_num_threads(),
@@ -177,22 +160,22 @@ class Call:
         return as_buffer_or_none(self._cpu, tensor)
 
 
-def _narrow(problem: SimilarityInputs) -> bool:
-    widths = [problem.image.shape[1]]
-    if problem.want_consistency and problem.teacher_image is not None:
-        widths.append(problem.teacher_image.shape[1])
+def _narrow(inputs: SimilarityInputs) -> bool:
+    widths = [inputs.image.shape[1]]
+    if inputs.want_consistency and inputs.teacher_image is not None:
+        widths.append(inputs.teacher_image.shape[1])
     return sum(widths) < _NARROW * len(widths)
 
 
-def _small_groups(problem: SimilarityInputs) -> list[Tensor]:
+def _small_groups(inputs: SimilarityInputs) -> list[Tensor]:
     """The ids of rows and columns as int32 numbers, equal where the ids are."""
-    rows, columns = problem.row_groups, problem.column_groups
+    rows, columns = inputs.group_ids, inputs.column_groups
     assert rows is not None and columns is not None
     if rows is columns:
         small = rows.unique(return_inverse=True)[1].to(torch.int32)
         return [small, small]
     small = torch.cat((rows, columns)).unique(return_inverse=True)[1].to(torch.int32)
-    return [small[: problem.n], small[problem.n :]]
+    return [small[: inputs.n], small[inputs.n :]]
 
 
 def floats(*shape: int) -> Tensor:

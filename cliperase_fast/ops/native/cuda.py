@@ -15,17 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cliperase_fast.errors import InputError
-from cliperase_fast.ops import softmax_stats
 from cliperase_fast.ops.autograd import cache_budget, strip_bytes
 from cliperase_fast.ops.matmul import add_product, as_pair, product
 from cliperase_fast.ops.native import extension
 from cliperase_fast.ops.native.buffers import as_buffer_or_none
-from cliperase_fast.ops.spec import SavedStats, SimilarityInputs, Stats
+from cliperase_fast.ops.spec import (
+    Need,
+    SavedStats,
+    SimilarityInputs,
+    Stats,
+    Weights,
+    losses_from_stats,
+    unit_terms,
+)
 
 _FLOAT = 4  # bytes
 _LN_2 = 0.6931471805599453
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ROWS = 64  # blocks have a multiple of these rows: what both kernels work on at once
 _COLUMNS = 128
 _KEPT_ROWS = 256
@@ -34,7 +39,7 @@ _ALIGNMENT = 8  # entries: a row of every dtype begins at a multiple of 16 bytes
 
 
 class CudaKernels:
-    """See `ops.autograd.SweepKernels`; not float64.
+    """See `ops.spec.SweepKernels`; not float64.
 
     Features in half precision: products accumulate in float32, but dS is rounded to the features' dtype. Features
     whose last dimension is not contiguous are copied. Memory: a block of CLIPERASE_STRIP_MIB, O(N D), and what is kept.
@@ -46,36 +51,25 @@ class CudaKernels:
         self._kernels = kernels
         self._block_columns = block_columns
 
-    def check(self, problem: SimilarityInputs) -> None:
-        for features in (problem.image, problem.text, problem.teacher_image, problem.teacher_text):
-            if features is not None and features.dtype not in _DTYPES:
-                raise InputError(f"backend 'native' does not take {features.dtype} on a GPU; use backend='torch'")
-        if self._kernels is None:
-            if not problem.image.is_cuda:
-                raise InputError(f"the CUDA kernels do not take features on {problem.image.device}; move them to a GPU")
-            reason = extension.why_missing() or extension.why_no_cuda()
-            if reason is not None:
-                raise InputError(f"the CUDA kernels are not available here: {reason}")
-
-    def cache_size(self, problem: SimilarityInputs, keep: str) -> int:
+    def cache_size(self, inputs: SimilarityInputs) -> int:
         """float32 products, the teacher's too where there is one, of the first rows; "auto" keeps nothing."""
-        if keep != "similarities":
+        if inputs.keep != "similarities":
             return 0
-        row_bytes = _kept_row_bytes(problem)
-        rows = cache_budget(problem.image.device) // row_bytes
-        return row_bytes * (problem.n if rows >= problem.n else rows // _KEPT_ROWS * _KEPT_ROWS)
+        row_bytes = _kept_row_bytes(inputs)
+        rows = cache_budget(inputs.image.device) // row_bytes
+        return row_bytes * (inputs.n if rows >= inputs.n else rows // _KEPT_ROWS * _KEPT_ROWS)
 
-    def forward(self, problem: SimilarityInputs, strip_rows: int, cache_size: int) -> tuple[Stats, Tensor]:
-        with torch.cuda.device_of(problem.image):
-            inputs, n, m, device = _Inputs(problem), problem.n, problem.m, problem.image.device
-            kept = torch.empty(cache_size, dtype=torch.uint8, device=device)
-            shift = inputs.shift()
-            blocks = _Blocks(self, inputs, strip_rows, kept, shift)
+    def forward(self, inputs: SimilarityInputs, cache_size: int) -> tuple[Stats, Tensor]:
+        with torch.cuda.device_of(inputs.image):
+            operands, n, m, device = _Operands(inputs), inputs.n, inputs.m, inputs.image.device
+            cache = torch.empty(cache_size, dtype=torch.uint8, device=device)
+            shift = operands.shift()
+            blocks = _Blocks(self, operands, inputs.strip_rows, cache, shift)
             blocks.kept[..., m:].zero_()  # so that equal calls keep equal bytes
-            diagonals = torch.empty(1 + inputs.teacher, n, dtype=torch.float32, device=device)
+            diagonals = torch.empty(1 + operands.teacher, n, dtype=torch.float32, device=device)
             # maxima in units of log 2
-            of_rows = torch.empty(problem.planes, n, dtype=torch.float32, device=device)
-            of_columns = torch.empty(problem.planes, m, dtype=torch.float32, device=device)
+            of_rows = torch.empty(inputs.num_stats, n, dtype=torch.float32, device=device)
+            of_columns = torch.empty(inputs.num_stats, m, dtype=torch.float32, device=device)
             workspace = torch.empty(0, dtype=torch.float32, device=device)
             for rows, columns, block in blocks:
                 needed = blocks.kernels.forward_workspace(block)
@@ -88,48 +82,38 @@ class CudaKernels:
                     column_stats=blocks.buffer(of_columns[:, columns]),
                     column_fresh=rows.start == 0,
                     diagonal=blocks.buffer(diagonals[0, rows]),
-                    teacher_diagonal=blocks.buffer(diagonals[1, rows] if inputs.teacher else None),
+                    teacher_diagonal=blocks.buffer(diagonals[1, rows] if operands.teacher else None),
                     workspace=blocks.buffer(workspace),
                     stream=_stream(device),
                 )
-            maxima = [0] * problem.plain + [2 * problem.plain] * problem.masked
-            for plane in [*maxima, *(problem.planes - 3, problem.planes - 1) * inputs.teacher]:
-                of_rows[plane] *= _LN_2
-                of_columns[plane] *= _LN_2
-            diagonal = diagonals[0] if problem.paired else None
-            teacher_diagonal = diagonals[1] if problem.paired and inputs.teacher else None
-            return Stats(of_rows, of_columns, diagonal, teacher_diagonal, shift), kept
+            maxima = [0] * inputs.plain + [2 * inputs.plain] * inputs.masked
+            for stat in [*maxima, *(inputs.num_stats - 3, inputs.num_stats - 1) * operands.teacher]:
+                of_rows[stat] *= _LN_2
+                of_columns[stat] *= _LN_2
+            diagonal = diagonals[0] if inputs.paired else None
+            teacher_diagonal = diagonals[1] if inputs.paired and operands.teacher else None
+            return Stats(of_rows, of_columns, diagonal, teacher_diagonal, shift), cache
 
-    losses = softmax_stats.losses_of_sums
+    losses = losses_from_stats
 
     def backward(
-        self,
-        problem: SimilarityInputs,
-        state: SavedStats,
-        weight_retention: Tensor,
-        weight_consistency: Tensor,
-        strip_rows: int,
-        kept: Tensor,
-        need_image: bool,
-        need_text: bool,
-        need_scale: bool,
-        partial: bool = False,
+        self, inputs: SimilarityInputs, saved: SavedStats, weights: Weights, need: Need, partial: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.cuda.device_of(problem.image):
-            inputs, image, text, n, m = _Inputs(problem), problem.image, problem.text, problem.n, problem.m
-            softmaxes, diagonal, unit = softmax_stats.unit_terms(
-                problem, state, weight_retention.float(), weight_consistency.float(),
-                lift=2.0**13 if inputs.image.dtype == torch.float16 else 1.0,
+        with torch.cuda.device_of(inputs.image):
+            operands, image, text, n, m = _Operands(inputs), inputs.image, inputs.text, inputs.n, inputs.m
+            softmaxes, diagonal, unit = unit_terms(
+                inputs, saved, Weights(weights.retention.float(), weights.consistency.float()),
+                loss_scale=2.0**13 if operands.image.dtype == torch.float16 else 1.0,
             )  # fmt: skip
             # anchors and factors: [2 terms, n] and [2 terms, m]
             row_terms, column_terms = softmaxes[:, : 2 * n].reshape(-1, n), softmaxes[:, 2 * n :].reshape(-1, m)
-            image_dtype, text_dtype, scale_dtype = image.dtype, text.dtype, problem.scale.dtype
+            image_dtype, text_dtype, scale_dtype = image.dtype, text.dtype, inputs.scale.dtype
             if partial:
                 image_dtype = text_dtype = scale_dtype = torch.float32
-            grad_image = image.new_empty(image.shape if need_image else (0,), dtype=image_dtype)
-            grad_text = diagonal.new_zeros(text.shape if need_text else (0,))
+            grad_image = image.new_empty(image.shape if need.image else (0,), dtype=image_dtype)
+            grad_text = diagonal.new_zeros(text.shape if need.text else (0,))
             grad_scale = diagonal.new_zeros(())
-            blocks = _Blocks(self, inputs, strip_rows, kept, None, gradient=True)
+            blocks = _Blocks(self, operands, inputs.strip_rows, saved.cache, None, gradient=True)
             kernels = blocks.kernels
             for rows, columns, block in blocks:
                 padded = blocks.gradient_block(rows, columns)
@@ -142,20 +126,20 @@ class CudaKernels:
                     gradient=blocks.buffer(padded),
                     stream=_stream(image.device),
                 )
-                image_rows = inputs.image[rows]
-                if need_image or need_scale:
+                image_rows = operands.image[rows]
+                if need.image or need.scale:
                     if columns.start == 0:
-                        towards_text = product(gradient, inputs.text[columns])  # [rows, D]
+                        towards_text = product(gradient, operands.text[columns])  # [rows, D]
                     else:
-                        add_product(towards_text, gradient, inputs.text[columns])
+                        add_product(towards_text, gradient, operands.text[columns])
                     if columns.stop == m:
-                        if need_scale:  # before the factor s, which may be 0
+                        if need.scale:  # before the factor s, which may be 0
                             grad_scale += (towards_text * image_rows).sum()
-                        if need_image:
-                            grad_image[rows] = towards_text.mul_(unit * inputs.scale)
-                if need_text:
+                        if need.image:
+                            grad_image[rows] = towards_text.mul_(unit * operands.scale)
+                if need.text:
                     add_product(grad_text[columns], gradient.T, image_rows)
-            grad_text = grad_text.mul_(unit * inputs.scale).to(text_dtype)
+            grad_text = grad_text.mul_(unit * operands.scale).to(text_dtype)
             return grad_image, grad_text, (grad_scale * unit).to(scale_dtype)
 
 
@@ -172,24 +156,23 @@ def block_shape(n: int, m: int, pair_bytes: int, budget: int, strip_rows: int = 
     return min(_round_up(n, _ROWS), max(1, rows // _ROWS) * _ROWS), columns
 
 
-class _Inputs:
+class _Operands:
     """The inputs as the products and kernels take them."""
 
-    def __init__(self, problem: SimilarityInputs) -> None:
-        self.n, self.m, self.offset = problem.n, problem.m, problem.offset
-        self.image, self.text = as_pair(problem.image, problem.text)
-        self.scale = problem.scale.float()
+    def __init__(self, inputs: SimilarityInputs) -> None:
+        self.n, self.m, self.pair_offset = inputs.n, inputs.m, inputs.pair_offset
+        self.image, self.text = as_pair(inputs.image, inputs.text)
+        self.scale = inputs.scale.float()
         self.pairs = [(self.image, self.text)]
         self.scales = [self.scale]
-        if problem.want_consistency:
-            assert problem.teacher_image is not None and problem.teacher_text is not None
-            assert problem.teacher_scale is not None
-            self.pairs.append(as_pair(problem.teacher_image, problem.teacher_text))
-            self.scales.append(problem.teacher_scale.float())
+        if inputs.teacher is not None:
+            image, text, scale = inputs.teacher
+            self.pairs.append(as_pair(image, text))
+            self.scales.append(scale.float())
         self.row_groups, self.column_groups = (
-            None if ids is None else ids.contiguous() for ids in (problem.row_groups, problem.column_groups)
+            None if ids is None else ids.contiguous() for ids in (inputs.group_ids, inputs.column_groups)
         )
-        self.teacher = problem.want_consistency
+        self.teacher = inputs.want_consistency
 
     def shift(self) -> Tensor | None:
         """S° - S of the first pair: any constant would do; it keeps the gaps exact where S° - S hardly varies."""
@@ -207,20 +190,20 @@ class _Blocks:
 
     def __init__(
         self,
-        engine: CudaKernels,
-        inputs: _Inputs,
+        owner: CudaKernels,
+        operands: _Operands,
         strip_rows: int,
-        kept: Tensor,
+        cache: Tensor,
         shift: Tensor | None,
         gradient: bool = False,
     ) -> None:
-        self.kernels = engine._kernels if engine._kernels is not None else extension.load().cuda
-        self.inputs, n, m = inputs, inputs.n, inputs.m
-        matrices, dtype = 1 + inputs.teacher, inputs.image.dtype
+        self.kernels = owner._kernels if owner._kernels is not None else extension.load().cuda
+        self.operands, n, m = operands, operands.n, operands.m
+        matrices, dtype = 1 + operands.teacher, operands.image.dtype
         pair_bytes = matrices * _FLOAT + gradient * dtype.itemsize
-        self.rows, self.columns = block_shape(n, m, pair_bytes, strip_bytes(), strip_rows, engine._block_columns)
-        self.kept = kept.view(torch.float32).view(matrices, -1, _leading(m))  # [matrices, kept rows, m and padding]
-        device = inputs.image.device
+        self.rows, self.columns = block_shape(n, m, pair_bytes, strip_bytes(), strip_rows, owner._block_columns)
+        self.kept = cache.view(torch.float32).view(matrices, -1, _leading(m))  # [matrices, kept rows, m and padding]
+        device = operands.image.device
         self.kept_rows = self.kept.shape[1]
         # Kept rows are formed where they stay.
         rows = 0 if self.kept_rows >= n else self.rows
@@ -228,7 +211,7 @@ class _Blocks:
         self.gradient = torch.empty(self.rows if gradient else 0, self.columns, dtype=dtype, device=device)
         self.form_kept = not gradient
         self.scalars = torch.zeros(3, dtype=torch.float32, device=device)
-        for place, scalar in enumerate([*inputs.scales, *([] if shift is None else [shift])]):
+        for place, scalar in enumerate([*operands.scales, *([] if shift is None else [shift])]):
             self.scalars[place] = scalar
 
     def gradient_block(self, rows: slice, columns: slice) -> Tensor:
@@ -239,7 +222,7 @@ class _Blocks:
         return as_buffer_or_none(self.kernels, tensor)
 
     def __iter__(self) -> Iterator[tuple[slice, slice, Any]]:
-        n, m = self.inputs.n, self.inputs.m
+        n, m = self.operands.n, self.operands.m
         for first, last in ((0, self.kept_rows), (self.kept_rows, n)):
             for start in range(first, last, self.rows):
                 rows = slice(start, min(start + self.rows, last))
@@ -255,22 +238,22 @@ class _Blocks:
         else:
             matrices = self.products[:, :count, :padded]
         if self.form_kept or not kept:
-            for out, (left, right) in zip(matrices, self.inputs.pairs, strict=True):
+            for out, (left, right) in zip(matrices, self.operands.pairs, strict=True):
                 product(left[rows], right[columns].T, out=out[:, :width])
-        row_groups, column_groups = self.inputs.row_groups, self.inputs.column_groups
+        row_groups, column_groups = self.operands.row_groups, self.operands.column_groups
         return self.kernels.Block(
             columns=width,
-            pair_offset=rows.start + self.inputs.offset - columns.start,
+            pair_offset=rows.start + self.operands.pair_offset - columns.start,
             student=self.buffer(matrices[0]),
-            teacher=self.buffer(matrices[1] if self.inputs.teacher else None),
+            teacher=self.buffer(matrices[1] if self.operands.teacher else None),
             scalars=self.buffer(self.scalars),
             row_groups=self.buffer(None if row_groups is None else row_groups[rows]),
             column_groups=self.buffer(None if column_groups is None else column_groups[columns]),
         )
 
 
-def _kept_row_bytes(problem: SimilarityInputs) -> int:
-    return _FLOAT * _leading(problem.m) * (1 + problem.want_consistency)
+def _kept_row_bytes(inputs: SimilarityInputs) -> int:
+    return _FLOAT * _leading(inputs.m) * (1 + inputs.want_consistency)
 
 
 def _leading(n: int) -> int:

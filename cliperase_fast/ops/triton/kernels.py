@@ -3,7 +3,7 @@
 Logits are in natural units, and only their differences go over to those of exp2, which is the hardware's: a large
 logit that is multiplied by log2(e) is rounded again, and an anchor made of it no longer meets it. Names: b_ a block of
 values, p_ a pointer, o_ an offset, m_ a mask, i_ an index. What the numbers mean (d, r, anchors, factors) is said in
-`ops/spec.py` and `ops/softmax_stats.py`.
+`ops/spec.py`.
 """
 
 from __future__ import annotations

@@ -16,11 +16,18 @@ import torch
 import triton
 from torch import Tensor
 
-from cliperase_fast.errors import InputError
-from cliperase_fast.ops import softmax_stats
 from cliperase_fast.ops.autograd import as_sweep, cache_budget, strip_bytes
 from cliperase_fast.ops.matmul import add_product, as_pair, float32_precision, product
-from cliperase_fast.ops.spec import SavedStats, SimilarityInputs, Stats
+from cliperase_fast.ops.spec import (
+    NUM_SAVED,
+    Need,
+    SavedStats,
+    SimilarityInputs,
+    Stats,
+    Weights,
+    losses_from_stats,
+    unit_terms,
+)
 from cliperase_fast.ops.triton import autotune
 from cliperase_fast.ops.triton.configs import INTERPRETER, Config, Configs, configs_for
 from cliperase_fast.ops.triton.kernels import backward_kernel, forward_kernel, merge_kernel, pair_dot_kernel
@@ -30,12 +37,11 @@ _GROUP_ROWS = 8
 _TUNING_PAIRS = 16384
 _MERGE_BLOCK = 256
 _OPTIONS = {"enable_fp_fusion": True}  # said, as Triton's default changes in 3.10
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _KEPT_ROWS = 256  # kept rows come in multiples of this, which every block of rows divides
 
 
-class _TritonEngine:
-    """See `ops.autograd.SweepKernels`; not float64.
+class TritonKernels:
+    """See `ops.spec.SweepKernels`; not float64.
 
     Features in half precision: products accumulate in float32, but dS is rounded to the features' dtype. Features
     whose last dimension is not contiguous are copied.
@@ -47,116 +53,104 @@ class _TritonEngine:
         """configs: None for those of the GPU, dtype and width at hand."""
         self.configs = configs
 
-    def check(self, problem: SimilarityInputs) -> None:
-        for features in (problem.image, problem.text, problem.teacher_image, problem.teacher_text):
-            if features is not None and features.dtype not in _DTYPES:
-                raise InputError(f"backend 'triton' does not take {features.dtype}; use backend='torch'")
-
-    def cache_size(self, problem: SimilarityInputs, keep: str) -> int:
+    def cache_size(self, inputs: SimilarityInputs) -> int:
         """float32 S, and S° where there is a teacher, of the first rows; "auto" keeps nothing."""
-        if keep != "similarities":
+        if inputs.keep != "similarities":
             return 0
-        row_bytes = 4 * problem.m * (1 + problem.want_consistency)
-        rows = cache_budget(problem.image.device) // row_bytes
-        return row_bytes * (problem.n if rows >= problem.n else rows // _KEPT_ROWS * _KEPT_ROWS)
+        row_bytes = 4 * inputs.m * (1 + inputs.want_consistency)
+        rows = cache_budget(inputs.image.device) // row_bytes
+        return row_bytes * (inputs.n if rows >= inputs.n else rows // _KEPT_ROWS * _KEPT_ROWS)
 
-    def forward(self, problem: SimilarityInputs, strip_rows: int, cache_size: int) -> tuple[Stats, Tensor]:
-        with torch.cuda.device_of(problem.image):
-            inputs = Inputs(problem, self.configs)
-            kept = torch.empty(cache_size, dtype=torch.uint8, device=problem.image.device)
+    def forward(self, inputs: SimilarityInputs, cache_size: int) -> tuple[Stats, Tensor]:
+        with torch.cuda.device_of(inputs.image):
+            operands = Operands(inputs, self.configs)
+            cache = torch.empty(cache_size, dtype=torch.uint8, device=inputs.image.device)
             diagonal = teacher_diagonal = shift = None
-            own = slice(problem.offset, problem.offset + problem.n)
-            if problem.paired:
-                diagonal = _pair_dot(inputs.image, inputs.text[own], inputs.scale)
+            own = slice(inputs.pair_offset, inputs.pair_offset + inputs.n)
+            if inputs.paired:
+                diagonal = _pair_dot(operands.image, operands.text[own], operands.scale)
             if (
-                inputs.teacher_image is not None
-                and inputs.teacher_text is not None
-                and inputs.teacher_scale is not None
+                operands.teacher_image is not None
+                and operands.teacher_text is not None
+                and operands.teacher_scale is not None
             ):
                 # any constant would do; an entry keeps the gaps small, so exact, where S° - S hardly varies
                 if diagonal is not None:
-                    teacher_diagonal = _pair_dot(inputs.teacher_image, inputs.teacher_text[own], inputs.teacher_scale)
+                    teacher_diagonal = _pair_dot(
+                        operands.teacher_image, operands.teacher_text[own], operands.teacher_scale
+                    )
                     shift = teacher_diagonal[0] - diagonal[0]
                 else:
-                    entry = _pair_dot(inputs.image[:1], inputs.text[:1], inputs.scale)
-                    shift = _pair_dot(inputs.teacher_image[:1], inputs.teacher_text[:1], inputs.teacher_scale) - entry
+                    entry = _pair_dot(operands.image[:1], operands.text[:1], operands.scale)
+                    shift = (
+                        _pair_dot(operands.teacher_image[:1], operands.teacher_text[:1], operands.teacher_scale) - entry
+                    )
                     shift = shift.reshape(())
-            rows, columns = _off_diagonal_sums(inputs, inputs.scalars(shift), strip_rows, kept)
-            return Stats(rows, columns, diagonal, teacher_diagonal, shift), kept
+            rows, columns = _off_diagonal_sums(operands, operands.scalars(shift), inputs.strip_rows, cache)
+            return Stats(rows, columns, diagonal, teacher_diagonal, shift), cache
 
-    losses = softmax_stats.losses_of_sums
+    losses = losses_from_stats
 
     def backward(
-        self,
-        problem: SimilarityInputs,
-        state: SavedStats,
-        weight_retention: Tensor,
-        weight_consistency: Tensor,
-        strip_rows: int,
-        kept: Tensor,
-        need_image: bool,
-        need_text: bool,
-        need_scale: bool,
-        partial: bool = False,
+        self, inputs: SimilarityInputs, saved: SavedStats, weights: Weights, need: Need, partial: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.cuda.device_of(problem.image):
-            inputs, n, m = Inputs(problem, self.configs), problem.n, problem.m
-            image, text = problem.image, problem.text
-            config = inputs.configs.backward_groups if inputs.masked else inputs.configs.backward
-            softmaxes, diagonal, unit = softmax_stats.unit_terms(
-                problem, state, weight_retention.float(), weight_consistency.float(),
-                lift=2.0**13 if inputs.image.dtype == torch.float16 else 1.0,
+        with torch.cuda.device_of(inputs.image):
+            operands, n, m = Operands(inputs, self.configs), inputs.n, inputs.m
+            image, text = inputs.image, inputs.text
+            config = operands.configs.backward_groups if operands.masked else operands.configs.backward
+            softmaxes, diagonal, unit = unit_terms(
+                inputs, saved, Weights(weights.retention.float(), weights.consistency.float()),
+                loss_scale=2.0**13 if operands.image.dtype == torch.float16 else 1.0,
             )  # fmt: skip
-            scalars = inputs.scalars(unit)  # the shift is not used here
-            image_dtype, text_dtype, scale_dtype = image.dtype, text.dtype, problem.scale.dtype
+            scalars = operands.scalars(unit)  # the shift is not used here
+            image_dtype, text_dtype, scale_dtype = image.dtype, text.dtype, inputs.scale.dtype
             if partial:
                 image_dtype = text_dtype = scale_dtype = torch.float32
-            grad_image = image.new_empty(image.shape if need_image else (0,), dtype=image_dtype)
-            grad_text = diagonal.new_zeros(text.shape if need_text else (0,))
+            grad_image = image.new_empty(image.shape if need.image else (0,), dtype=image_dtype)
+            grad_text = diagonal.new_zeros(text.shape if need.text else (0,))
             grad_scale = diagonal.new_zeros(())
             strip = None
-            kept_rows = inputs.kept_rows(kept)
-            for start, stop in inputs.strips(m * inputs.image.itemsize, config, strip_rows, kept_rows):
+            kept_rows = operands.kept_rows(saved.cache)
+            for start, stop in operands.strips(m * operands.image.itemsize, config, inputs.strip_rows, kept_rows):
                 if strip is None or len(strip) < stop - start:
-                    strip = inputs.image.new_empty(stop - start, m)
+                    strip = operands.image.new_empty(stop - start, m)
                 rows = strip[: stop - start]
                 backward_kernel[(triton.cdiv(stop - start, config.block_m) * triton.cdiv(m, config.block_n),)](
-                    inputs.image, inputs.text, inputs.teacher_image, inputs.teacher_text, *inputs.groups,
-                    scalars, softmaxes, diagonal, rows, *inputs.kept(kept),
-                    start, stop, n, m, inputs.offset, *inputs.widths(), *inputs.strides(),
-                    GROUP_ROWS=_GROUP_ROWS, KEPT=start < kept_rows, **inputs.form(config),
+                    operands.image, operands.text, operands.teacher_image, operands.teacher_text, *operands.groups,
+                    scalars, softmaxes, diagonal, rows, *operands.kept(saved.cache),
+                    start, stop, n, m, operands.pair_offset, *operands.widths(), *operands.strides(),
+                    GROUP_ROWS=_GROUP_ROWS, KEPT=start < kept_rows, **operands.form(config),
                 )  # fmt: skip
-                image_rows = inputs.image[start:stop]
-                if need_image or need_scale:
-                    towards_text = product(rows, inputs.text)  # [h, D]
-                    if need_scale:  # before the factor s, which may be 0
+                image_rows = operands.image[start:stop]
+                if need.image or need.scale:
+                    towards_text = product(rows, operands.text)  # [h, D]
+                    if need.scale:  # before the factor s, which may be 0
                         grad_scale += (towards_text * image_rows).sum()
-                    if need_image:
-                        grad_image[start:stop] = towards_text.mul_(unit * inputs.scale)
-                if need_text:
+                    if need.image:
+                        grad_image[start:stop] = towards_text.mul_(unit * operands.scale)
+                if need.text:
                     add_product(grad_text, rows.T, image_rows)
-            grad_text = grad_text.mul_(unit * inputs.scale).to(text_dtype)
+            grad_text = grad_text.mul_(unit * operands.scale).to(text_dtype)
             return grad_image, grad_text, (grad_scale * unit).to(scale_dtype)
 
 
-class Inputs:
+class Operands:
     """The inputs as the kernels take them, and which of the forms of the kernels they need."""
 
-    def __init__(self, problem: SimilarityInputs, configs: Configs | None) -> None:
-        self.n, self.m, self.offset = problem.n, problem.m, problem.offset
-        self.image, self.text = as_pair(problem.image, problem.text)
-        self.scale = problem.scale.float()
+    def __init__(self, inputs: SimilarityInputs, configs: Configs | None) -> None:
+        self.n, self.m, self.pair_offset = inputs.n, inputs.m, inputs.pair_offset
+        self.image, self.text = as_pair(inputs.image, inputs.text)
+        self.scale = inputs.scale.float()
         self.teacher_image = self.teacher_text = self.teacher_scale = None
-        if problem.want_consistency:
-            assert problem.teacher_image is not None and problem.teacher_text is not None
-            assert problem.teacher_scale is not None
-            self.teacher_image, self.teacher_text = as_pair(problem.teacher_image, problem.teacher_text)
-            self.teacher_scale = problem.teacher_scale.float()
-        row_groups, column_groups = problem.row_groups, problem.column_groups
-        self.groups = tuple(None if ids is None else ids.contiguous() for ids in (row_groups, column_groups))
-        self.plain, self.masked, self.teacher = problem.plain, problem.masked, problem.want_consistency
+        if inputs.teacher is not None:
+            image, text, scale = inputs.teacher
+            self.teacher_image, self.teacher_text = as_pair(image, text)
+            self.teacher_scale = scale.float()
+        groups = (inputs.group_ids, inputs.column_groups)
+        self.groups = tuple(None if ids is None else ids.contiguous() for ids in groups)
+        self.plain, self.masked, self.teacher = inputs.plain, inputs.masked, inputs.want_consistency
         self.students = self.plain + self.masked
-        self.planes = problem.planes
+        self.num_stats = inputs.num_stats
         self.configs = configs or self._configs()
 
     def _configs(self) -> Configs:
@@ -224,35 +218,35 @@ def _pair_dot(left: Tensor, right: Tensor, scale: Tensor) -> Tensor:
     return out.mul_(scale)
 
 
-def _off_diagonal_sums(inputs: Inputs, scalars: Tensor, strip_rows: int, kept: Tensor) -> tuple[Tensor, Tensor]:
+def _off_diagonal_sums(operands: Operands, scalars: Tensor, strip_rows: int, kept: Tensor) -> tuple[Tensor, Tensor]:
     """What `forward_kernel` leaves, merged: [planes, n] of rows, [planes, m] of columns."""
-    n, m, planes, config = inputs.n, inputs.m, inputs.planes, inputs.configs.forward
+    n, m, planes, config = operands.n, operands.m, operands.num_stats, operands.configs.forward
     rows, columns = scalars.new_empty(planes, n), scalars.new_empty(planes, m)
     tiles = triton.cdiv(m, config.block_n)
-    kept_rows = inputs.kept_rows(kept)
-    for start, stop in inputs.strips(4 * planes * m / config.block_m, config, strip_rows, kept_rows):
+    kept_rows = operands.kept_rows(kept)
+    for start, stop in operands.strips(4 * planes * m / config.block_m, config, strip_rows, kept_rows):
         blocks = triton.cdiv(stop - start, config.block_m)
         tiles_per_chunk = triton.cdiv(tiles, min(tiles, triton.cdiv(_PROGRAMS, blocks)))
         chunks = triton.cdiv(tiles, tiles_per_chunk)
         of_rows = scalars.new_empty(chunks, planes, stop - start)
         of_columns = scalars.new_empty(blocks, planes, m)
         forward_kernel[(blocks, chunks)](
-            inputs.image, inputs.text, inputs.teacher_image, inputs.teacher_text, *inputs.groups,
-            scalars, of_rows, of_columns, *inputs.kept(kept),
-            start, stop, n, m, inputs.offset, *inputs.widths(), tiles_per_chunk, *inputs.strides(),
-            PLANES=planes, KEEP=start < kept_rows, **inputs.form(config),
+            operands.image, operands.text, operands.teacher_image, operands.teacher_text, *operands.groups,
+            scalars, of_rows, of_columns, *operands.kept(kept),
+            start, stop, n, m, operands.pair_offset, *operands.widths(), tiles_per_chunk, *operands.strides(),
+            PLANES=planes, KEEP=start < kept_rows, **operands.form(config),
         )  # fmt: skip
-        _merge_into(rows, of_rows, start, inputs, fresh=True)
-        _merge_into(columns, of_columns, 0, inputs, fresh=start == 0)
+        _merge_into(rows, of_rows, start, operands, fresh=True)
+        _merge_into(columns, of_columns, 0, operands, fresh=start == 0)
     return rows, columns
 
 
-def _merge_into(merged: Tensor, partial: Tensor, first: int, inputs: Inputs, fresh: bool) -> None:
+def _merge_into(merged: Tensor, partial: Tensor, first: int, operands: Operands, fresh: bool) -> None:
     """partial [parts, planes, positions] into merged [planes, n or m], from position `first` on."""
     parts, planes, positions = partial.shape
     merge_kernel[(triton.cdiv(positions, _MERGE_BLOCK),)](
         partial, merged, merged.shape[1], first, positions, parts,
-        FRESH=fresh, STUDENTS=inputs.students, TEACHER=int(inputs.teacher), PLANES=planes, BLOCK=_MERGE_BLOCK,
+        FRESH=fresh, STUDENTS=operands.students, TEACHER=int(operands.teacher), PLANES=planes, BLOCK=_MERGE_BLOCK,
         **_OPTIONS,
     )  # fmt: skip
 
@@ -266,17 +260,17 @@ def _milliseconds(device: torch.device, dtype: torch.dtype, width: int, n: int, 
     )
     scale = torch.full((), 50.0, dtype=torch.float32, device=device)
     group_ids = torch.arange(n, dtype=torch.int64, device=device) // 2 if way == "backward_groups" else None
-    problem = SimilarityInputs(image, text, scale, teacher_image, teacher_text, scale, group_ids, True, True)
-    tuned = _TritonEngine(configs)
+    inputs = SimilarityInputs(image, text, scale, teacher_image, teacher_text, scale, group_ids)
+    tuned = TritonKernels(configs)
     if way == "forward":
-        return triton.testing.do_bench(lambda: tuned.forward(problem, 0, 0), return_mode="median")
+        return triton.testing.do_bench(lambda: tuned.forward(inputs, 0), return_mode="median")
     weight = torch.full((), 1 / n, dtype=torch.float32, device=device)
-    state = SavedStats(torch.zeros(softmax_stats.PLANES, 2 * n, dtype=torch.float32, device=device), n)
     nothing = torch.empty(0, dtype=torch.uint8, device=device)
+    saved = SavedStats(torch.zeros(NUM_SAVED, 2 * n, dtype=torch.float32, device=device), n, nothing)
     return triton.testing.do_bench(
-        lambda: tuned.backward(problem, state, weight, weight, 0, nothing, True, True, True), return_mode="median"
+        lambda: tuned.backward(inputs, saved, Weights(weight, weight), Need()), return_mode="median"
     )
 
 
-engine = _TritonEngine()
-sweep = as_sweep(engine)
+kernels = TritonKernels()
+sweep = as_sweep(kernels)
