@@ -1,4 +1,4 @@
-"""The version of the package, and of what it runs on."""
+"""The version of the package and of the libraries it uses."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 
 
 def installed_versions(*packages: str) -> dict[str, str]:
-    """Versions of this package, of Python and of the given distributions, for records of what was run."""
+    """Return the versions of this package, of Python and of the given distributions, for the record of a run."""
     import importlib.metadata
     import platform
 

@@ -1,7 +1,7 @@
-"""What torch does without being told, kept out of the package's results.
+"""Run code under torch's initial defaults, whatever the user's defaults are.
 
-`torch.set_default_dtype` and `torch.set_default_device` are for code of one's own. The package's allocations name their
-dtype and device, but the libraries that it calls (models, transforms, data loaders, optimizers) do not.
+The package's own allocations name their dtype and device, but the libraries that it calls (models, transforms, data
+loaders, optimizers) follow `torch.set_default_dtype` and `torch.set_default_device`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from torch.utils._device import DeviceContext
 
 @contextmanager
 def torch_defaults() -> Iterator[None]:
-    """A context, and a decorator, in which torch has the defaults it starts with: float32 and the CPU.
+    """Give torch its initial defaults, float32 and the CPU, inside a block or a decorated function.
 
-    The caller's come back afterwards. The default dtype is the process's: other threads see it change for as long.
+    The caller's defaults are restored afterwards. The default dtype belongs to the process, so other threads see the
+    change too.
     """
     dtype = torch.get_default_dtype()
     try:
@@ -33,10 +34,10 @@ def torch_defaults() -> Iterator[None]:
 
 @contextmanager
 def _no_default_device() -> Iterator[None]:
-    """As if no default device had ever been set.
+    """Remove the default device inside the block.
 
-    One more `with torch.device("cpu")` would not do: under a mode, which a default device is, torch.nn leaves out its
-    fused attention, whose results differ in the last bits.
+    Another `with torch.device("cpu")` is not enough: a default device is a torch function mode, and under such a mode
+    torch.nn does not use its fused attention, whose results differ in the last bits.
     """
     modes = overrides._get_current_function_mode_stack()
     others = [mode for mode in modes if not isinstance(mode, DeviceContext)]

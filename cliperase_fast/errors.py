@@ -1,4 +1,4 @@
-"""The two kinds of error a user meets; every message names the thing and the remedy."""
+"""The two kinds of error that users see. Each message says what is wrong, the value, and the fix."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import torch
 
 
 class InputError(ValueError):
-    """Something the caller gave is wrong (exit code 2). Raised before work starts and anything is written."""
+    """An input is wrong (exit code 2). Raised before work starts and before anything is written."""
 
 
 class UnlearningError(RuntimeError):
-    """The work itself failed (exit code 1), for example a loss that became NaN. What was saved before stays."""
+    """The work failed (exit code 1), for example because the loss became NaN. What was saved before stays."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, for which torch has a class of error on a GPU and a plain RuntimeError on the CPU."""
+    """Return whether memory ran out. On the CPU torch raises a plain RuntimeError for that."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator:" in str(error)
 
 
 @contextmanager
 def tell_out_of_memory(doing: str, remedy: str) -> Iterator[None]:
-    """Make an UnlearningError of memory that runs out inside, which says what was being done and the remedy."""
+    """Turn running out of memory inside the block into an `UnlearningError` with what was being done and the fix."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

@@ -1,6 +1,6 @@
-"""How far long work is: a bar where one can be seen, and now and then a line through Python's logging elsewhere.
+"""Show the progress of long work: a bar on a terminal, or a line now and then through Python's logging.
 
-The logger is "cliperase_fast". The library adds no handler: `logging.basicConfig(level=logging.INFO)` shows the lines.
+The logger is "cliperase_fast". The library adds no handler; `logging.basicConfig(level=logging.INFO)` shows the lines.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from tqdm import tqdm
 log = logging.getLogger("cliperase_fast")
 log.addHandler(logging.NullHandler())
 
-SECONDS = 15.0  # between two lines of work that goes on
+SECONDS = 15.0  # between two lines of the same work
 
-_said = time.monotonic()  # when the last line was written, by any work
+_said = time.monotonic()  # when the last line was logged, by any work
 
 
 def say(message: str, *values: object) -> None:
-    """A line for a new phase, or for something to be known."""
+    """Log a line, for a new phase or an event."""
     global _said
     _said = time.monotonic()
     log.info(message, *values)
 
 
 class Steps:
-    """Counts the steps of one piece of work. A context manager.
+    """Count the steps of one piece of work. A context manager.
 
-    what: the work, in a word or two. unit: of a step. bar: draw a bar on standard error; otherwise lines are logged,
-    at most one in `SECONDS`. leave: whether a full bar stays on the screen.
+    what: the work, in a word or two. unit: the name of a step. bar: draw a bar on standard error; otherwise log at most
+    one line per `SECONDS`. leave: keep the finished bar on the screen.
     """
 
     def __init__(self, total: int, what: str, unit: str, *, bar: bool, initial: int = 0, leave: bool = False) -> None:
@@ -48,7 +48,7 @@ class Steps:
         self._bar.close()
 
     def update(self, count: int = 1, note: str = "") -> None:
-        """`count` more steps are done; `note` is what to know of the last one, such as its loss."""
+        """Report `count` more steps. note: shown beside them, such as the last loss."""
         self.done += count
         if self.lines:
             if time.monotonic() - _said >= SECONDS:
@@ -69,7 +69,7 @@ class Steps:
 
 
 def duration(seconds: float) -> str:
-    """A time span for a reader."""
+    """Return a time span in words."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     if seconds < 100 * 60:

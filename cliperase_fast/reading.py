@@ -1,4 +1,4 @@
-"""Reading files that others made: regular ones only, a bounded amount, as UTF-8. And names that are not UTF-8."""
+"""Read files from others safely: regular files only, up to a size, as UTF-8. Also handles names that are not UTF-8."""
 
 from __future__ import annotations
 
@@ -24,12 +24,14 @@ _KINDS = (
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
-    """Open a file for reading; `OSError` for anything that is not a regular file, which might block or never end."""
+    """Open a file for reading. Raises `OSError` unless it is a regular file: others may block or never end."""
     try:
-        _require_regular(os.stat(path).st_mode)  # before opening: opening a device can have effects
+        _require_regular(os.stat(path).st_mode)  # before opening, because opening a device can have side effects
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except ValueError as error:
-        raise OSError(errno.EINVAL, "the path holds a NUL or a character that no file name can hold") from error
+        raise OSError(
+            errno.EINVAL, "the path contains a NUL or a character that is not allowed in file names"
+        ) from error
     try:
         _require_regular(os.fstat(handle).st_mode)
     except OSError:
@@ -45,7 +47,7 @@ def _require_regular(mode: int) -> None:
 
 
 def read_bytes(path: str | os.PathLike[str], limit: int, what: str = "") -> bytes:
-    """The content of a regular file of at most `limit` bytes; `InputError` starts with "cannot read {what}{path}"."""
+    """Read a regular file of at most `limit` bytes. An `InputError` starts with "cannot read {what}{path}"."""
     subject = f"cannot read {what}{path}"
     try:
         with open_regular(path) as file:
@@ -58,7 +60,7 @@ def read_bytes(path: str | os.PathLike[str], limit: int, what: str = "") -> byte
 
 
 def read_text(path: str | os.PathLike[str], limit: int, what: str = "") -> str:
-    """The text of a UTF-8 file, with or without a byte order mark; see `read_bytes`."""
+    """Read a UTF-8 file, with or without a byte order mark; see `read_bytes`."""
     data = read_bytes(path, limit, what)
     try:
         return decode_text(data)
@@ -67,7 +69,7 @@ def read_text(path: str | os.PathLike[str], limit: int, what: str = "") -> str:
 
 
 def decode_text(data: bytes) -> str:
-    """UTF-8 bytes as text, without a byte order mark; `ValueError` says what they are instead."""
+    """Decode UTF-8 bytes, without a byte order mark. Raises `ValueError` that says what they are instead."""
     if data.startswith(_UTF_16):
         raise ValueError("it is UTF-16 text; save it as UTF-8")
     try:
@@ -77,9 +79,9 @@ def decode_text(data: bytes) -> str:
 
 
 def read_lines(path: str | os.PathLike[str], what: str = "") -> Iterator[str]:
-    """The lines of a UTF-8 file with their ends (LF, CRLF or CR), one at a time.
+    """Yield the lines of a UTF-8 file with their ends (LF, CRLF or CR).
 
-    `InputError` for what cannot be read, names the line that is not UTF-8, holds a NUL or is too long.
+    Raises `InputError` with the number of a line that is not UTF-8, contains a NUL or is too long.
     """
     subject = f"cannot read {what}{path}"
     try:
@@ -101,7 +103,7 @@ def read_lines(path: str | os.PathLike[str], what: str = "") -> Iterator[str]:
 
 def _line_fault(line: str) -> str | None:
     if "\0" in line:
-        return "it holds NUL characters; if it is UTF-16 text, save it as UTF-8"
+        return "it contains NUL characters; if it is UTF-16 text, save it as UTF-8"
     if len(line) > MAX_LINE:
         return f"a line has more than {MAX_LINE} characters; is it the right file?"
     if not line.isascii() and has_surrogates(line):
@@ -110,7 +112,7 @@ def _line_fault(line: str) -> str | None:
 
 
 def has_surrogates(text: str) -> bool:
-    """Whether text holds lone surrogates: bytes of a name that are not UTF-8, or half a character of a JSON escape."""
+    """Return whether text has lone surrogates: from a name that is not UTF-8, or half a character in a JSON escape."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -119,12 +121,12 @@ def has_surrogates(text: str) -> bool:
 
 
 def printable(text: str) -> str:
-    """Text that every file and terminal can take: lone surrogates as backslash escapes, all else as it is."""
+    """Return text that can be written anywhere: lone surrogates become backslash escapes."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def printable_data(value: Any) -> Any:
-    """`printable` for every text inside mappings and lists; what is printable already stays equal."""
+    """Apply `printable` to every text inside mappings and lists."""
     if isinstance(value, str):
         return printable(value)
     if isinstance(value, Mapping):
@@ -142,7 +144,7 @@ def in_bytes(count: int) -> str:
 
 
 def user_path(path: str) -> Path:
-    """A path as the user wrote it, with "~" for the home directory."""
+    """Return a user's path, with "~" expanded."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:  # no such user

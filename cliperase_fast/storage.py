@@ -1,4 +1,4 @@
-"""Files that are whole or absent, locks between processes, and plain words for what the system refuses to write."""
+"""Write files atomically, lock between processes, and explain errors of the file system."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _REMEDIES = {
 
 
 def explain(error: BaseException, path: str | Path) -> str:
-    """One line for an error of the system: what it says about `path`, and the remedy."""
+    """Return one line for a system error: the message, `path` and the fix."""
     number = _number(error)
     if number is None:
         said = str(error).partition("\n")[0]
@@ -60,7 +60,7 @@ def explain(error: BaseException, path: str | Path) -> str:
 
 @contextmanager
 def writing(path: str | Path, then: str = "") -> Iterator[None]:
-    """Make an UnlearningError of a failure to write `path` inside; `then` says how to go on after the remedy."""
+    """Turn a failure to write `path` inside the block into an `UnlearningError`. then: how to go on."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -68,7 +68,7 @@ def writing(path: str | Path, then: str = "") -> Iterator[None]:
 
 
 def write_file(path: Path, chunks: Iterable[Any]) -> str:
-    """Write the chunks (bytes or buffers) to disk for good; returns their SHA-256. After a failure nothing stays."""
+    """Write chunks (bytes or buffers), flush them to disk and return their SHA-256. Removes the file on failure."""
     digest = hashlib.sha256()
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
@@ -86,14 +86,14 @@ def write_file(path: Path, chunks: Iterable[Any]) -> str:
 
 
 def write_all(handle: int, chunk: Any) -> None:
-    """All of a buffer: the system may take less at a time."""
+    """Write all of a buffer; one system call may write less."""
     rest = memoryview(chunk).cast("B")
     while len(rest):
         rest = rest[os.write(handle, rest) :]
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Replace a file's text as a whole: a crash leaves the old or the new one."""
+    """Replace a file's text atomically: a crash leaves the old or the new text."""
     draft = draft_of(path)
     write_file(draft, [text.encode("utf-8")])
     os.replace(draft, path)
@@ -105,7 +105,7 @@ def draft_of(path: Path) -> Path:
 
 
 def flush_folder(folder: Path) -> None:
-    """Make names in a folder last, where the file system can."""
+    """Flush the names in a folder to disk, if the file system can."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -125,7 +125,7 @@ def file_digest(path: Path) -> str:
 
 
 def reserve(handle: int, size: int) -> None:
-    """Take `size` bytes of the disk for a file now, so that a full disk is an error now and not while it is filled."""
+    """Reserve `size` bytes for a file, so that a full disk is an error now and not while it is written."""
     fallocate = getattr(os, "posix_fallocate", None)
     if size == 0:
         return
@@ -136,7 +136,7 @@ def reserve(handle: int, size: int) -> None:
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
                 raise
-    block = bytes(min(size, 1 << 20))  # no such call here: zeros take the space as well
+    block = bytes(min(size, 1 << 20))  # no such call here; zeros reserve the space too
     os.lseek(handle, 0, os.SEEK_SET)
     for start in range(0, size, len(block)):
         write_all(handle, block[: size - start])
@@ -147,7 +147,7 @@ def free_space(folder: Path) -> int:
 
 
 def in_words(size: float) -> str:
-    """A number of bytes for a reader."""
+    """Return a number of bytes with a unit."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if size < 1024:
             return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
@@ -156,7 +156,7 @@ def in_words(size: float) -> str:
 
 
 def existing_part(path: Path) -> Path:
-    """The path itself, or the nearest folder above it that exists."""
+    """Return the path, or its nearest parent that exists."""
     path = path.absolute()
     while not os.path.lexists(path) and path != path.parent:
         path = path.parent
@@ -164,9 +164,9 @@ def existing_part(path: Path) -> Path:
 
 
 def check_writable(folder: Path, name: str) -> None:
-    """Raise InputError unless files can be made in `folder`, or where it does not exist in the part that does.
+    """Raise `InputError` unless files can be created in `folder` or, if it is missing, in its nearest parent.
 
-    name: of the argument. Nothing stays behind.
+    name: of the argument. Leaves nothing behind.
     """
     try:
         within = existing_part(folder)
@@ -179,31 +179,31 @@ def check_writable(folder: Path, name: str) -> None:
 
 
 def check_room(folder: Path, size: int, largest: int, remedy: str) -> None:
-    """Raise InputError unless the disk has `size` bytes left, and files may have `largest`."""
+    """Raise `InputError` unless the disk has `size` free bytes and a file may have `largest`."""
     free = free_space(folder)
     if free < size:
-        raise InputError(f"{folder} needs {in_words(size)} and the disk has {in_words(free)} left: {remedy}")
+        raise InputError(f"{folder} needs {in_words(size)} and the disk has {in_words(free)} left; {remedy}")
     limit = _limit_of_a_file()
     if limit is not None and limit < largest:
         raise InputError(
             f"{folder} needs files of {in_words(largest)} and this process may write {in_words(limit)} into one "
-            "(RLIMIT_FSIZE): raise the limit (ulimit -f)"
+            "(RLIMIT_FSIZE); raise the limit (ulimit -f)"
         )
 
 
 class Locked(Exception):
-    """Another process holds the lock; says which."""
+    """Another process holds the lock; the message says which."""
 
 
-_HELD: set[str] = set()  # by this process, whose own locks the system does not hold against it
+_HELD: set[str] = set()  # by this process; the system's locks do not exclude their own process
 
 
 @contextmanager
 def lock(path: Path, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Hold the lock file `path`; the system releases it when the process ends, however it ends.
+    """Hold the lock file `path`. The system releases it when the process ends, however it ends.
 
-    waiting: told who holds it, before it is waited for; without it that is a `Locked`. Where the file system has no
-    locks (some network mounts), a warning says so and nothing is held.
+    waiting: called with the holder before waiting for the lock; if None, `Locked` is raised instead. On a file system
+    without locks (some network mounts) a warning is issued and nothing is held.
     """
     key = os.path.realpath(path)
     while key in _HELD:
@@ -217,10 +217,8 @@ def lock(path: Path, waiting: Callable[[str], None] | None = None) -> Iterator[N
     finally:
         _HELD.discard(key)
         if handle is not None:
-            with suppress(OSError):  # what matters is that it is released
-                path.unlink(
-                    missing_ok=True
-                )  # while it is held: whoever waits sees that it is gone, and makes a new one
+            with suppress(OSError):  # releasing the lock matters more than removing the file
+                path.unlink(missing_ok=True)  # while holding it: a waiting process then creates a new file
             os.close(handle)
 
 
@@ -240,7 +238,7 @@ def _locked(path: Path, waiting: Callable[[str], None] | None) -> int | None:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
                 raise
             warnings.warn(
-                f"the file system of {path.parent} has no locks ({error.strerror}): see to it that no other process "
+                f"the file system of {path.parent} has no locks ({error.strerror}); make sure that no other process "
                 "works there at the same time",
                 stacklevel=2,
             )
@@ -248,7 +246,7 @@ def _locked(path: Path, waiting: Callable[[str], None] | None) -> int | None:
         except BaseException:
             os.close(handle)
             raise
-        os.close(handle)  # it was removed by the one who held it
+        os.close(handle)  # its holder removed it
 
 
 def _take(handle: int, waiting: Callable[[str], None] | None) -> None:
@@ -276,13 +274,13 @@ def _holder(handle: int) -> str:
         told = json.loads(os.pread(handle, 4096, 0))
         return f"process {int(told['pid'])} on {told['host']}"
     except (OSError, ValueError, KeyError, TypeError):
-        return "another process"  # which has not yet written who it is
+        return "another process"  # it has not written its number yet
 
 
 def _number(error: BaseException) -> int | None:
     if isinstance(error, OSError):
         return error.errno
-    found = re.search(r"os error (\d+)", str(error))  # as safetensors tells it
+    found = re.search(r"os error (\d+)", str(error))  # in the words of safetensors
     return int(found[1]) if found else None
 
 
@@ -294,7 +292,7 @@ def _free_in_words(path: Path) -> str:
 
 
 def _check_names(folder: Path, within: Path) -> None:
-    """Whether the missing folders' names can be used at all; a name that is too long is told by looking it up."""
+    """Look up the missing folders, which raises `OSError` for names that are too long."""
     folder = folder.absolute()
     for part in (folder, *folder.parents):
         if part == within:

@@ -1,7 +1,7 @@
-"""Tensors in the safetensors format, written and read in one pass each, with their digest.
+"""Write and read tensors in the safetensors format in one pass, with their digest.
 
-Nothing is mapped into memory: a file that another process cuts short is an error, not the end of the process (SIGBUS),
-and a disk that is full is an OSError.
+Files are not mapped into memory, so a file that another process truncates is an error and not a SIGBUS, and a full disk
+is an OSError.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _LONGEST_HEADER = 100 << 20  # the format's own limit
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write tensors by name; returns the file's SHA-256. Equal tensors make equal files."""
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # so that all are aligned
+    """Write tensors by name and return the file's SHA-256. Equal tensors give equal files."""
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # so that each is aligned
     header: dict[str, Any] = {}
     end = 0
     for name, tensor in ordered:
@@ -51,7 +51,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
-    """The tensors of a file and its SHA-256. Raises ValueError where it is not one, or not whole."""
+    """Read the tensors of a file and its SHA-256. Raises `ValueError` if the file is invalid or truncated."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -73,7 +73,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
         for name, form in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             dtype, shape, (start, stop) = _TYPES[form["dtype"]], form["shape"], form["data_offsets"]
             if start != end or stop - start != prod(shape) * dtype.itemsize or stop > size - 8 - length:
-                raise ValueError(f"{path.name} does not hold what its header says of {name!r}")
+                raise ValueError(f"{path.name} does not match its header for {name!r}")
             end = stop
             tensors[name] = torch.empty(shape, dtype=dtype, device="cpu")
             if start < stop:
@@ -82,10 +82,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
                     raise ValueError(f"{path.name} is cut short")
                 digest.update(raw)
         if file.read(1):
-            raise ValueError(f"{path.name} goes on after its end")
+            raise ValueError(f"{path.name} has data after its end")
     return tensors, digest.hexdigest()
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU."""
+    """Return the memory of a contiguous tensor on the CPU."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data

@@ -17,11 +17,11 @@ CONSTRUCTORS = {
 }  # fmt: skip
 LAYERS = {"Linear", "Embedding", "LayerNorm", "Conv2d", "MultiheadAttention"}
 LEGACY = {"Tensor", "FloatTensor", "DoubleTensor", "HalfTensor", "BFloat16Tensor", "LongTensor", "IntTensor"}
-# The dtype that the user's own tokens come with is looked at, and refused where it is not one of integers.
+# These check the dtype of the user's own tokens, which must be integers.
 DTYPE_LOOKED_AT = {
     ("data/pairs.py", "as_tensor"),
     ("models/adapters/base.py", "as_tensor"),
-    ("models/tokenizing.py", "as_tensor"),
+    ("models/preprocessing.py", "as_tensor"),
 }
 
 

@@ -44,7 +44,7 @@ def test_a_file_of_tensors_that_is_cut_short_is_an_error(tmp_path, size):
     with pytest.raises(ValueError, match="file"):
         read_tensors(tmp_path / "file")
     (tmp_path / "file").write_bytes(content + b"more")
-    with pytest.raises(ValueError, match="goes on after its end"):
+    with pytest.raises(ValueError, match="has data after its end"):
         read_tensors(tmp_path / "file")
 
 
@@ -126,7 +126,7 @@ def test_a_limit_on_the_size_of_files_is_told_not_died_of(tmp_path):
 
 
 def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path):
-    with pytest.raises(InputError, match=r"needs .*TiB and the disk has .* left: make room"):
+    with pytest.raises(InputError, match=r"needs .*TiB and the disk has .* left; make room"):
         storage.check_room(tmp_path, 2**60, 1, "make room")
 
 

@@ -1,7 +1,7 @@
-"""Reading checkpoints of every common format without running anything that is in them.
+"""Read checkpoints of every common format without running code from them.
 
-PyTorch files are read with `weights_only=True`. What they hold beside tensors and plain Python values (numpy scalars,
-argparse namespaces, classes of a trainer) is replaced by empty stand-ins: no foreign code is imported or called.
+PyTorch files are read with `weights_only=True`. Objects other than tensors and plain Python values (numpy scalars,
+argparse namespaces, classes of a trainer) are replaced by empty stand-ins: no foreign code is imported or called.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from torch import Tensor
 
 from cliperase_fast.errors import InputError
 
-_SLACK = 2**20  # bytes that small compressed entries may grow by
+_SLACK = 2**20  # bytes by which small compressed entries may grow
 _SAVE = "torch.save(model.state_dict(), PATH)"
-_OLDER = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # what torch.save began a file with before it wrote archives
-_CLASSES = 100  # unknown ones in an older file; more would be no checkpoint of a trainer
-_GLOBAL = re.compile(r"GLOBAL (\S+)")  # in torch's refusal of a class
-# What stands where a checkpoint should, by its first bytes, and what to do about it.
+_OLDER = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the first bytes of torch.save's format before archives
+_CLASSES = 100  # most unknown classes in an older file; a trainer's checkpoint has fewer
+_GLOBAL = re.compile(r"GLOBAL (\S+)")  # in torch's error about a class
+# Files mistaken for checkpoints, by their first bytes, and what to do.
 _MISTAKEN = (
-    (b"version http", "it is a Git LFS pointer: fetch the file with git lfs pull"),
-    (b"<", "it is a web page: download the file itself (on Hugging Face its address has /resolve/, not /blob/)"),
-    (b"\x1f\x8b", "it is compressed with gzip: unpack it first"),
+    (b"version http", "it is a Git LFS pointer; fetch the file with git lfs pull"),
+    (b"<", "it is a web page; download the file itself (on Hugging Face its URL has /resolve/, not /blob/)"),
+    (b"\x1f\x8b", "it is compressed with gzip; unpack it first"),
     (b"\x93NUMPY", "it is a single NumPy array"),
 )
 
 
 def read_checkpoint(path: Path, name: str) -> Any:
-    """What is in the file: tensors in nested dictionaries, on the CPU.
+    """Read the content of a file: tensors in nested dictionaries, on the CPU.
 
     path: safetensors, a file of torch.save (zip or older), or a TorchScript archive. name: the model, for errors.
-    Raises InputError in one line that says what is wrong with the file.
+    Raises `InputError` that says what is wrong with the file.
     """
     failed = f"the checkpoint {path} does not load as {name}"
     try:
@@ -52,26 +52,26 @@ def read_checkpoint(path: Path, name: str) -> Any:
             return _read_archive(path)
         if head.startswith(_OLDER):
             return _read_older(path)
-        raise InputError(_told_of_other(path, head))
+        raise InputError(_describe_other(path, head))
     except InputError as error:
         raise InputError(f"{failed}: {error}") from error
     except pickle.UnpicklingError as error:
         raise InputError(f"{failed}: {_refused(error)}") from error
-    except Exception as error:  # damaged files, in the words of several libraries
+    except Exception as error:  # damaged files raise errors of several libraries
         raise InputError(f"{failed}: it is damaged or cut short ({_line(error)})") from error
 
 
-def _told_of_other(path: Path, head: bytes) -> str:
-    """What the file is, where it is none of the formats."""
+def _describe_other(path: Path, head: bytes) -> str:
+    """Return what a file of none of the formats is, and what to do."""
     if not head:
-        return "it is empty: copy or download it again"
+        return "it is empty; copy or download it again"
     if head.startswith(b"\x80"):
-        return f"it is a plain pickle, which can only be read by running code: load it where it was made and {_SAVE}"
+        return f"it is a plain pickle, which can only be read by running code; load it where it was made, then {_SAVE}"
     for start, told in _MISTAKEN:
         if head.lstrip().startswith(start):
             return told
     size = path.stat().st_size
-    return f"it ({size} bytes) is neither a safetensors file nor one that torch.save or torch.jit.save wrote"
+    return f"it ({size} bytes) is not a file of safetensors, torch.save or torch.jit.save"
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -83,10 +83,10 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _read_archive(path: Path) -> Any:
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
-        claimed = sum(entry.file_size for entry in entries if "/code/" not in entry.filename)  # which is not read
+        claimed = sum(entry.file_size for entry in entries if "/code/" not in entry.filename)  # code is not read
         if claimed > path.stat().st_size + _SLACK:
             raise InputError(
-                f"it is compressed and claims {claimed} bytes; write it with torch.save, which does not compress"
+                f"it is compressed and claims {claimed} bytes; save it with torch.save, which does not compress"
             )
         names = [entry.filename for entry in entries]
         if any(name.endswith("/constants.pkl") for name in names):
@@ -95,9 +95,9 @@ def _read_archive(path: Path) -> Any:
 
 
 def _read_older(path: Path) -> Any:
-    """Such files have no list of their classes: each is found when it stops the reader."""
+    """Read an older file, which does not list its classes: each is found when it stops the reader."""
     unknown: list[str] = []
-    told: pickle.UnpicklingError | None = None  # the last refusal that names a class
+    told: pickle.UnpicklingError | None = None  # the last error that names a class
     while True:
         try:
             return _read_with_stand_ins(path, unknown)
@@ -113,17 +113,18 @@ def _read_older(path: Path) -> Any:
 
 def _read_with_stand_ins(path: Path, unknown: list[str]) -> Any:
     stand_ins: list[Any] = [(type(name, (StandIn,), {}), name) for name in unknown]
-    with path.open("rb") as file, torch.serialization.safe_globals(stand_ins):  # a path it would judge by its name
+    # A file, because torch judges a path by its suffix.
+    with path.open("rb") as file, torch.serialization.safe_globals(stand_ins):
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
 class StandIn(list):
-    """What takes the place of an object of an unknown class; it keeps its state and does nothing."""
+    """Stand in for an object of an unknown class: keep its state and do nothing."""
 
     state: Any = None
 
     def __new__(cls, *arguments: Any) -> Any:
-        # torch fills plain dictionaries only, and dictionaries of other classes are common among hyperparameters
+        # torch fills only plain dictionaries, and other dictionary classes are common among hyperparameters
         return {} if cls.__name__.lower().endswith("dict") else super().__new__(cls)
 
     def __init__(self, *arguments: Any) -> None:
@@ -144,15 +145,16 @@ class StandIn(list):
         return isinstance(self.state, dict) and {"_parameters", "_modules"} <= set(self.state)
 
 
-def told_of_module(name: str) -> str:
+def describe_module(name: str) -> str:
+    """Return what to do about a checkpoint with a whole pickled model."""
     return (
         f"it holds a whole pickled model ({name}), which can only be read by running its code; load it where that code "
-        f"is and save its weights alone, {_SAVE}"
+        f"is and save only its weights with {_SAVE}"
     )
 
 
-# The TorchScript reader. An archive is a pickle of scripted objects whose attributes are tensors and other objects;
-# what would be executed is the code beside it, which is never looked at.
+# The TorchScript reader. An archive is a pickle of scripted objects whose attributes are tensors and other objects. The
+# code that would be executed is in other files, which are not read.
 
 
 class _Scripted:
@@ -230,7 +232,7 @@ def _first(value: Any, *others: Any) -> Any:
 def _refused(error: Exception) -> str:
     found = _GLOBAL.search(str(error))
     what = f"it holds {found[1]}, which is not a tensor" if found else _line(error)
-    return f"it cannot be read without running code ({what}); save the weights alone where it was made, {_SAVE}"
+    return f"it cannot be read without running code ({what}); save only the weights where it was made, with {_SAVE}"
 
 
 def _line(error: Exception) -> str:

@@ -110,10 +110,10 @@ def merge_lora(adapter: ClipAdapter) -> None:
     wrapped: dict[str, Any] = {name: child for name, child in module.named_modules() if hasattr(child, "lora_A")}
     for name, layer in wrapped.items():
         layer.merge(safe_merge=True)
-        _replace(module, name, layer.get_base_layer())
+        module.set_submodule(name, layer.get_base_layer())
     split = {name: child for name, child in module.named_modules() if isinstance(child, SplitAttention)}
     for name, attention in split.items():
-        _replace(module, name, attention.to_multihead_attention())
+        module.set_submodule(name, attention.to_multihead_attention())
     if wrapped and hasattr(module, "peft_config"):
         del module.peft_config
 
@@ -174,15 +174,10 @@ def _is_same(one: Tensor, other: Tensor) -> bool:
 def _split_attention(block: nn.Module) -> None:
     for name, child in list(block.named_modules()):
         if isinstance(child, nn.MultiheadAttention):
-            _replace(block, name, SplitAttention(child).train(child.training))
+            block.set_submodule(name, SplitAttention(child).train(child.training))
 
 
 def _linear(weight: Any, bias: Any) -> nn.Linear:
     layer = nn.Linear(weight.shape[1], weight.shape[0], dtype=weight.dtype, device="meta")
     layer.weight, layer.bias = weight, bias
     return layer
-
-
-def _replace(root: nn.Module, name: str, child: Any) -> None:
-    parent, _, last = name.rpartition(".")
-    setattr(root.get_submodule(parent), last, child)

@@ -1,4 +1,4 @@
-"""Writing a model folder so that a crash never leaves half a model in it."""
+"""Write model folders so that a crash never leaves half a model in one."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from cliperase_fast.errors import InputError
 def write_directory(directory: str | Path, marker: str, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary folder beside `directory`, then move the result there.
 
-    marker: the file without which nobody takes the folder for a model. Where `directory` exists already it
-    goes first and comes last; other files in the folder stay.
+    marker: the file that makes the folder a model. If `directory` exists, its marker is removed first and the new one
+    moved last; other files in the folder stay.
     """
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
@@ -26,7 +26,7 @@ def write_directory(directory: str | Path, marker: str, write: Callable[[Path], 
     work = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".tmp", dir=directory.parent))
     try:
         write(work)
-        work.chmod(0o777 & ~_umask())  # mkdtemp makes it private
+        work.chmod(0o777 & ~_umask())  # mkdtemp makes the folder private
         if not directory.exists():
             work.rename(directory)
             return
@@ -41,14 +41,14 @@ def write_directory(directory: str | Path, marker: str, write: Callable[[Path], 
 
 
 def save_weights(state: Mapping[str, Tensor], path: Path) -> None:
-    """A state dict as safetensors; tensors that share memory are written apart."""
+    """Write a state dict as safetensors; tensors that share memory are written separately."""
     from safetensors.torch import save_file
 
     save_file(apart(state), path, metadata={"format": "pt"})
 
 
 def apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU, contiguous, no two of them sharing memory."""
+    """Return the tensors on the CPU, contiguous, without shared memory."""
     seen: set[int] = set()
     tensors: dict[str, Tensor] = {}
     for name, tensor in state.items():

@@ -1,8 +1,8 @@
-"""From the names that weights have in a checkpoint to those of the model they belong to.
+"""Map the names of weights in a checkpoint to the names in a model.
 
-Trainers and wrappers put names in front (`module.`, `_orig_mod.`, `model.`), put the weights under a key ("model",
-"state_dict") and put others beside them (optimizers, averaged weights). What is looked for is known, so none of these
-has to be: the prefix is whatever stands before the names of the model.
+Trainers and wrappers add prefixes (`module.`, `_orig_mod.`, `model.`), put the weights under a key ("model",
+"state_dict") and store others beside them (optimizers, averaged weights). The names to find are known, so the prefixes
+need not be: a prefix is whatever precedes the names of the model.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any
 from torch import Tensor
 
 from cliperase_fast.errors import InputError
-from cliperase_fast.models.checkpoint_files import StandIn, told_of_module
+from cliperase_fast.models.checkpoint_files import StandIn, describe_module
 
 _log = logging.getLogger(__name__)
 
-# Wrappers of parts of a model; no model has parts of these names.
+# Wrappers around parts of a model; no model has parts with these names.
 _WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
 _AVERAGED = re.compile(r"ema|averag|teacher|momentum|shadow|swa|target", re.IGNORECASE)
 _DROPPED = re.compile(r"(^|\.)(position_ids|attn_mask|input_resolution|context_length|vocab_size)$")
@@ -31,7 +31,7 @@ _TOP = "the top level"
 
 @dataclass(frozen=True)
 class _Found:
-    where: str  # the keys that lead to it and the prefix of its names, as shown to people
+    where: str  # the keys that lead to it and the prefix of its names, for messages
     keys: str  # the keys alone
     prefix: str
     state: dict[str, Tensor]  # without the prefix
@@ -41,10 +41,10 @@ class _Found:
 def match_names(
     content: Any, expected: Mapping[str, Tensor], path: Path, name: str, optional: frozenset[str] = frozenset()
 ) -> dict[str, Tensor]:
-    """The weights for `expected` in what a checkpoint holds, under exactly the expected names and shapes.
+    """Find the weights for `expected` in the content of a checkpoint, with exactly the expected names and shapes.
 
     expected: the state dict of the model to fill. path, name: the checkpoint and the model, for errors. optional: names
-    that may be missing. Raises InputError that names the format, the names or the shapes that do not fit.
+    that may be missing. Raises `InputError` with the format, the names or the shapes that do not fit.
     """
     failed = f"the checkpoint {path} does not load as {name}"
     whole = [value for value in _values(content, _DEPTH) if isinstance(value, StandIn) and value.is_module]
@@ -54,7 +54,7 @@ def match_names(
     if not full:
         if whole and not found:
             raise InputError(
-                f"the checkpoint {path} does not load as {name}: {told_of_module(type(whole[0]).__name__)}"
+                f"the checkpoint {path} does not load as {name}: {describe_module(type(whole[0]).__name__)}"
             )
         raise InputError(f"the checkpoint {path} does not load as {name}: {_missing(content, found, needed)}")
     chosen = _chosen(full, path)
@@ -69,23 +69,23 @@ def match_names(
         raise InputError(
             f"{failed}: it also holds {extra[0]!r}"
             + (f" and {len(extra) - 1} more names" if len(extra) > 1 else "")
-            + " that this architecture does not have; name the architecture it was made with, or save the model's own "
-            "weights alone"
+            + " that this architecture does not have; name the architecture it was made with, or save only the "
+            "model's own weights"
         )
     return {key: _shaped(state[key], expected[key], key, path, name) for key in expected if key in state}
 
 
 def _chosen(full: list[_Found], path: Path) -> _Found:
-    """The one candidate, or the one that is not an average of weights."""
+    """Return the only candidate, or the only one that is not an average of weights."""
     if len(full) > 1:
         plain = [one for one in full if not _AVERAGED.search(one.where)]
         places = ", ".join(repr(one.where) for one in full)
         if len(plain) != 1:
             raise InputError(
-                f"the checkpoint {path} holds the model {len(full)} times ({places}): save the one that you mean "
-                "alone, torch.save(state_dict, PATH)"
+                f"the checkpoint {path} holds the model {len(full)} times ({places}); save only the one to use, "
+                "with torch.save(state_dict, PATH)"
             )
-        _log.warning("%s holds the model %d times (%s): %r is taken", path, len(full), places, plain[0].where)
+        _log.warning("%s holds the model %d times (%s); using %r", path, len(full), places, plain[0].where)
         return plain[0]
     return full[0]
 
@@ -110,7 +110,7 @@ def _candidates(content: Any, expected: Mapping[str, Tensor]) -> Iterator[_Found
 
 
 def _spellings(tensors: dict[str, Tensor], names: list[str]) -> Iterator[dict[str, Tensor]]:
-    """The names without those of wrappers around parts of the model."""
+    """Yield the tensors without the names of wrappers around parts of the model."""
     if not tensors:
         return
     plain = {_WRAPPERS.sub("", key): value for key, value in tensors.items()}
@@ -141,11 +141,11 @@ def _values(content: Any, depth: int) -> Iterator[Any]:
 
 def _shaped(tensor: Tensor, like: Tensor, key: str, path: Path, name: str) -> Tensor:
     if tensor.layout != like.layout or tensor.is_meta:
-        raise InputError(f"the checkpoint {path} does not load as {name}: {key} has no values of its own in it")
+        raise InputError(f"the checkpoint {path} does not load as {name}: {key} has no values in it")
     if like.is_floating_point() and not tensor.is_floating_point():
         raise InputError(
             f"the checkpoint {path} does not load as {name}: {key} holds {tensor.dtype} values where the model has "
-            "real numbers, so that it is quantized or of another model; save the weights as they were before that"
+            "floating-point numbers, so it is quantized or of another model; save the weights before quantization"
         )
     if tensor.shape == like.shape:
         return tensor
@@ -164,32 +164,32 @@ def _shaped(tensor: Tensor, like: Tensor, key: str, path: Path, name: str) -> Te
 
 
 def _missing(content: Any, found: list[_Found], needed: list[str]) -> str:
-    """Why no weights fit, with the remedy where the names tell what the file is."""
+    """Return why no weights fit, with the fix if the names tell what the file is."""
     names = [
         key for _, mapping in _mappings(content, "", _DEPTH) for key, value in mapping.items() if _is_entry(key, value)
     ]
     if any(".lora_" in name or "lora_A" in name for name in names):
         return (
-            "it holds LoRA layers of peft: load the model with them, fold them in (peft_model.merge_and_unload()), and "
+            "it holds LoRA layers of peft; load the model with them, fold them in (peft_model.merge_and_unload()), and "
             "pass that model or a checkpoint of it"
         )
     if any("vision_model.embeddings" in name for name in names) and not any("vision_model" in name for name in needed):
         return (
-            "its names are those of a transformers CLIPModel (vision_model.…): put the file as model.safetensors or "
+            "its names are those of a transformers CLIPModel (vision_model.…); put the file as model.safetensors or "
             "pytorch_model.bin into a folder with that model's config.json and pass the folder, or convert the model "
             "with cliperase_fast.export.to_open_clip"
         )
     if any("visual.conv1" in name for name in names) and any("vision_model" in name for name in needed):
-        return "its names are those of an open_clip model (visual.…): pass 'ARCH:PATH', such as 'ViT-B-32:/weights.pt'"
+        return "its names are those of an open_clip model (visual.…); pass 'ARCH:PATH', such as 'ViT-B-32:/weights.pt'"
     if any(name.startswith(("vision_model.", "text_model.", "text.")) for name in names) and not found:
         return f"its names ({names[0]}, ...) are those of another library's model"
     if any(isinstance(value, StandIn) and value.is_array for value in _values(content, _DEPTH)) and not names:
         return (
-            "its weights are NumPy arrays, and only tensors are read: write "
+            "its weights are NumPy arrays, and only tensors are read; save them with "
             "torch.save({name: torch.from_numpy(array) for name, array in weights.items()}, PATH)"
         )
     if not names:
-        return f"it holds no tensors under names ({_described(content)}); write torch.save(model.state_dict(), PATH)"
+        return f"it holds no named tensors ({_described(content)}); use torch.save(model.state_dict(), PATH)"
     if not found:
         return (
             f"none of its {len(names)} tensors has a name of this architecture (its first is {names[0]!r}, the "

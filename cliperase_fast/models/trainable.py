@@ -1,4 +1,4 @@
-"""Which parameters are trained."""
+"""Choose which parameters are trained."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from cliperase_fast.models.lora import inject_lora
 def set_trainable(
     adapter: ClipAdapter, spec: str, lora_rank: int = 8, lora_alpha: float = 16.0
 ) -> list[tuple[str, nn.Parameter]]:
-    """Set `requires_grad` on the parameters `spec` names and take it from all others; returns those, in model
-    order.
+    """Set `requires_grad` on the parameters that `spec` names, clear it on all others, and return the former in order.
 
-    all: both towers and `logit_scale`. image, text: that tower with its projection. last:K: the last K blocks
-    of each tower with what follows them (final norm, pooling, projection). lora: LoRA updates of the linear
-    layers in both towers' blocks, injected in place (see `merge_lora`). `logit_scale` is trained with "all"
-    only, and parameters the two encoders do not use never are. Raises `InputError` for an unknown spec, a K
-    larger than a tower, towers or blocks that cannot be told apart, and "lora" without peft.
+    all: both towers and `logit_scale`. image, text: that tower with its projection. last:K: the last K blocks of each
+    tower and what follows them (final norm, pooling, projection). lora: LoRA updates of the linear layers in both
+    towers' blocks, injected in place (see `merge_lora`). `logit_scale` is trained only with "all"; parameters that
+    neither encoder uses are never trained. Raises `InputError` for an unknown spec, a K larger than a tower, towers or
+    blocks that cannot be identified, and "lora" without peft.
     """
     module = adapter.module
     if spec == "lora":
@@ -36,7 +35,7 @@ def _chosen(adapter: ClipAdapter, spec: str) -> set[str]:
     names = [name for name, parameter in adapter.module.named_parameters() if parameter.is_floating_point()]
     towers = {name: adapter.tower(name) for name in names}
     if spec == "all":
-        # A generic module's parameters need not say which tower they belong to.
+        # The names of a generic module's parameters need not tell the tower.
         return set(names) if adapter.kind == "generic" else {name for name in names if towers[name]}
     kind, _, count = spec.partition(":")
     if kind not in ("image", "text") and not (kind == "last" and count.isdigit() and int(count) > 0):
@@ -45,8 +44,8 @@ def _chosen(adapter: ClipAdapter, spec: str) -> set[str]:
         if tower not in towers.values():
             children = ", ".join(name for name, _ in adapter.module.named_children()) or "none"
             raise InputError(
-                f"trainable={spec!r}: no parameter of this {type(adapter.module).__name__} looks like the "
-                f"{tower} tower's "
+                f"trainable={spec!r}: no parameter of this {type(adapter.module).__name__} seems to belong to the "
+                f"{tower} tower "
                 f'(its parts: {children}); name the parts image_... and text_..., or use trainable="all"'
             )
     if kind in ("image", "text"):
@@ -58,8 +57,8 @@ def _last(adapter: ClipAdapter, spec: str, count: int, towers: dict[str, Tower |
     image, text = adapter.blocks()
     if count > min(len(image), len(text)):
         raise InputError(
-            f"trainable={spec!r}: the image tower has {len(image)} blocks that we know and the text tower "
-            f"{len(text)}; ask for no more than both have"
+            f"trainable={spec!r}: the image tower has {len(image)} known blocks and the text tower {len(text)}; "
+            f"use at most {min(len(image), len(text))}"
         )
     kept = {id(parameter) for block in (*image[-count:], *text[-count:]) for parameter in block.parameters()}
     frozen = {id(parameter) for block in (*image[:-count], *text[:-count]) for parameter in block.parameters()}

@@ -149,7 +149,7 @@ REFUSED: dict[str, tuple[Callable[[State], Any], str]] = {
         lambda s: {"base_model.model.visual.x.lora_A.weight": torch.zeros(2, 2)},
         r"merge_and_unload\(\)",
     ),
-    "an optimizer alone": (lambda s: {"step": 3, "lr": 0.1}, "holds no tensors under names .*step"),
+    "an optimizer alone": (lambda s: {"step": 3, "lr": 0.1}, "holds no named tensors .*step"),
     "a list": (lambda s: [1, 2], "it is a list"),
     "nothing": (lambda s: {}, "it is empty"),
     "numpy arrays": (lambda s: {"model": {name: t.numpy() for name, t in s.items()}}, r"torch\.from_numpy\(array\)"),
@@ -185,7 +185,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
 MISTAKEN: dict[str, tuple[bytes, str]] = {
     "pointer.safetensors": (LFS, "git lfs pull"),
     "pointer.npz": (LFS, "big_vision"),
-    "page.safetensors": (b"\n<!DOCTYPE html><html>", "web page: .*/resolve/"),
+    "page.safetensors": (b"\n<!DOCTYPE html><html>", "web page; .*/resolve/"),
     "page.pt": (b"<html><body>", "web page"),
     "empty.safetensors": (b"", "it is empty"),
     "packed.pt": (b"\x1f\x8b\x08\x00\x00", "gzip"),

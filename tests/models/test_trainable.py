@@ -118,9 +118,9 @@ def test_the_last_blocks_of_a_generic_model() -> None:
 
 
 def test_more_blocks_than_there_are_is_an_error_with_the_numbers() -> None:
-    with pytest.raises(InputError, match=r"image tower has 3 blocks .* text tower 2"):
+    with pytest.raises(InputError, match=r"image tower has 3 known blocks .* text tower 2"):
         chosen(TwoTowers(), "last:3")
-    with pytest.raises(InputError, match="image tower has 2 blocks"):
+    with pytest.raises(InputError, match="image tower has 2 known blocks"):
         chosen(tiny_open_clip(), "last:13")
 
 
@@ -143,6 +143,6 @@ def test_towers_that_cannot_be_told_apart_are_an_error_unless_all_is_trained() -
         def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
             return self.second(tokens)
 
-    with pytest.raises(InputError, match=r"the image tower's \(its parts: first, second\)"):
+    with pytest.raises(InputError, match=r"the image tower \(its parts: first, second\)"):
         chosen(Plain(), "image")
     assert len(chosen(Plain(), "all")) == 5

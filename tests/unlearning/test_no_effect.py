@@ -110,7 +110,7 @@ CANNOT_FORGET = {
     "trained tower detached": (
         {"model": TwoTowers(image=detached), "trainable": "image"}, "no gradient reaches .* encode_image",
     ),
-    "no text tower": ({"model": NoText(), "trainable": "text"}, "looks like the text tower"),
+    "no text tower": ({"model": NoText(), "trainable": "text"}, "seems to belong to the text tower"),
     "no parameters": ({"model": NoParameters()}, "without parameters"),
     "only the scale": ({"model": WholeNumbers()}, "no gradient reaches"),
     "a weight of NaN": ({"model": broken("visual.weight", torch.nan)}, r"1 of the 1536 values of visual\.weight"),

@@ -180,7 +180,7 @@ def test_an_unusable_output_dir_is_an_error_before_data_are_read(tmp_path, resum
 def test_too_little_disk_space_is_an_error_before_the_folder_is_made(tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "free_space", lambda folder: 1000)
     with pytest.raises(
-        InputError, match=r"needs .* and the disk has 1000 bytes left: free some space.*keep_checkpoints"
+        InputError, match=r"needs .* and the disk has 1000 bytes left; free some space.*keep_checkpoints"
     ):
         run(tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -1,1 +1,1 @@
-"""Parts of an encoder computed with less work or memory, with the same features."""
+"""Compute parts of an encoder with less work or memory and the same features."""

@@ -1,11 +1,10 @@
-"""open_clip's transformer blocks, with the same values and gradients for less work and less memory.
+"""Run open_clip's transformer blocks with less work and memory and the same values and gradients.
 
-FirstTokenBlock: where an image's features are those of the class token, the other tokens of the last block's output
-go nowhere. They are keys and values there, but need no query, no output projection and no MLP: 10 of a block's 12
-products.
+FirstTokenBlock: if an image's features are those of the class token, the other outputs of the last block are not used.
+Those tokens are keys and values there, but need no query, output projection or MLP: 10 of a block's 12 products.
 
-RecomputeBlock: a block keeps about 17 numbers for each of its inputs until the backward pass, 5 of which are outputs of
-the second norm and of the activation. Those are computed again from what stands before them; no product is.
+RecomputeBlock: a block stores about 17 numbers per input until the backward pass, 5 of them outputs of the second norm
+and of the activation. Those are recomputed from their inputs, without a matrix product.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from torch.utils.checkpoint import checkpoint
 
 from cliperase_fast.models.adapters.base import ClipAdapter
 
-_SMALL = 1 << 20  # numbers in a block's hidden layer below which keeping them costs less than the bookkeeping
+_SMALL = 1 << 20  # with fewer numbers in a block's hidden layer, storing them costs less than the bookkeeping
 
 
 @cache
 def block_kinds() -> tuple[type, type, type]:
-    """open_clip's block and our two of it."""
+    """Return open_clip's block and our two variants of it."""
     from open_clip.transformer import ResidualAttentionBlock
 
     class RecomputeBlock(ResidualAttentionBlock):
@@ -34,7 +33,7 @@ def block_kinds() -> tuple[type, type, type]:
             if not torch.is_grad_enabled() or q_x.numel() * self.mlp.c_fc.out_features < _SMALL * q_x.shape[-1]:
                 return super().forward(q_x, k_x, v_x, attn_mask)
             x = q_x + self.ls_1(self.attention(self.ln_1(q_x), attn_mask=attn_mask))
-            # Computing again ends where the last tensor to be kept is known: before the linear layer's product.
+            # Recomputing stops once the last saved tensor is known, before the linear layer's product.
             hidden = checkpoint(self._widen, x, use_reentrant=False, preserve_rng_state=False)  # [B, L, 4 W]
             narrowed = checkpoint(self._narrow, hidden, use_reentrant=False, preserve_rng_state=False)
             return x + self.ls_2(narrowed)
@@ -57,23 +56,24 @@ def block_kinds() -> tuple[type, type, type]:
 
 
 def enable_recompute(adapter: ClipAdapter) -> None:
-    """Turn the blocks of an open_clip model into those above, in place, where that changes nothing that is read.
+    """Turn the blocks of an open_clip model into those above, in place, if that changes no used output.
 
-    Parameters and their names stay. Other models are left alone. `disable_recompute` undoes it.
+    Parameters and their names stay. Other models are not changed. `disable_recompute` undoes it.
     """
     if adapter.kind != "open_clip":
         return
-    plain, lean, first_token = block_kinds()
+    plain, recompute, first_token = block_kinds()
     last = _last_block(adapter)
     for block in adapter.module.modules():
         if type(block) is plain and not _watched(block) and not hasattr(block, "ln_1_kv"):
             if block is last:
                 block.__class__ = first_token
             elif isinstance(block.mlp, nn.Sequential) and list(block.mlp._modules) == ["c_fc", "gelu", "c_proj"]:
-                block.__class__ = lean
+                block.__class__ = recompute
 
 
 def disable_recompute(adapter: ClipAdapter) -> None:
+    """Restore open_clip's own blocks, in place."""
     if adapter.kind != "open_clip":
         return
     plain, *ours = block_kinds()
@@ -83,7 +83,7 @@ def disable_recompute(adapter: ClipAdapter) -> None:
 
 
 def plain_vision(adapter: ClipAdapter) -> Any:
-    """The image tower, if it is open_clip's vision transformer, run as open_clip runs it and seen by nobody between."""
+    """Return the image tower if it is open_clip's vision transformer with its own forward and no hooks, else None."""
     if adapter.kind != "open_clip":
         return None
     import open_clip
@@ -102,7 +102,7 @@ def plain_vision(adapter: ClipAdapter) -> Any:
 
 
 def _last_block(adapter: ClipAdapter) -> Any:
-    """The image tower's, if the class token is all that is read of its output."""
+    """Return the last block of the image tower if only the class token of its output is used, else None."""
     visual = plain_vision(adapter)
     if visual is None or visual.pool_type != "tok" or visual.attn_pool is not None:
         return None
@@ -114,5 +114,5 @@ def _last_block(adapter: ClipAdapter) -> Any:
 
 
 def _watched(module: nn.Module) -> bool:
-    """Whether somebody sees what goes in or comes out of the module or a part of it."""
+    """Return whether a hook or a replaced forward sees the inputs or outputs of the module or of its parts."""
     return any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in module.modules())

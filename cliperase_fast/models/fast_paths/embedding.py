@@ -1,13 +1,11 @@
-"""Training only those rows of a token table that occur in the captions.
+"""Train only those rows of a token embedding that occur in the captions.
 
-The other rows' gradients are zero in every step, and Adam without weight decay moves nothing whose gradients were
-always zero. So leaving them out changes no weight, and saves what a table of 49,408 rows costs: a dense gradient, two
-moments and a pass over all of them in every step.
+The other rows have zero gradients in every step, and Adam without weight decay does not move a weight whose gradients
+were always zero. So leaving them out changes no weight, and saves the cost of a table of 49,408 rows: a dense gradient,
+two moments and a pass over all of them in every step.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +17,7 @@ ROWS = "rows"
 
 
 class RowsOfEmbedding(nn.Module):
-    """An nn.Embedding whose rows `used` (ids, sorted) are a parameter of their own, `rows`; the rest is frozen."""
+    """An nn.Embedding whose rows `used` (sorted ids) are a separate parameter, `rows`; the other rows are frozen."""
 
     used: Tensor
 
@@ -32,7 +30,7 @@ class RowsOfEmbedding(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """For code that asks for the table's dtype or device; its `used` rows are those from before."""
+        """The table, for code that needs its dtype or device; its `used` rows are not up to date."""
         return self.whole.weight
 
     def forward(self, tokens: Tensor) -> Tensor:  # [B, L] -> [B, L, W]
@@ -41,6 +39,7 @@ class RowsOfEmbedding(nn.Module):
         return torch.where(known, F.embedding(place, self.rows), self.whole(tokens))
 
     def merged(self) -> nn.Embedding:
+        """Return the whole table with the trained rows written into it."""
         with torch.no_grad():
             self.whole.weight[self.used] = self.rows
         return self.whole
@@ -49,9 +48,9 @@ class RowsOfEmbedding(nn.Module):
 def train_rows(
     adapter: ClipAdapter, parameters: list[tuple[str, nn.Parameter]], tokens: Tensor
 ) -> list[tuple[str, nn.Parameter]]:
-    """Put `RowsOfEmbedding` in the place of the token table, if it is trained; returns the new trained parameters.
+    """Replace a trained token embedding with `RowsOfEmbedding`; return the new list of trained parameters.
 
-    tokens: ids of every caption that will be trained on, any shape. `merge_rows` puts the plain table back.
+    tokens: the ids of all training captions, any shape. `merge_rows` restores the plain embedding.
     """
     found = _table(adapter, {id(parameter) for _, parameter in parameters})
     if found is None:
@@ -62,19 +61,19 @@ def train_rows(
         return parameters
     module = RowsOfEmbedding(table, used).train(table.training)
     old = table.weight
-    _put(adapter.module, name, module)
+    adapter.module.set_submodule(name, module)
     return [(f"{name}.{ROWS}", module.rows) if parameter is old else (n, parameter) for n, parameter in parameters]
 
 
 def merge_rows(adapter: ClipAdapter) -> None:
-    """Write the trained rows into the token table and put that back. Does nothing to a model without `train_rows`."""
+    """Undo `train_rows`: write the trained rows into the token embedding and restore it."""
     for name, module in list(adapter.module.named_modules()):
         if isinstance(module, RowsOfEmbedding):
-            _put(adapter.module, name, module.merged())
+            adapter.module.set_submodule(name, module.merged())
 
 
 def _table(adapter: ClipAdapter, trained: set[int]) -> tuple[str, nn.Embedding] | None:
-    """The text tower's token table where nothing but the lookup uses its weight."""
+    """Return the text tower's token embedding if only the lookup uses its weight, else None."""
     if adapter.vocabulary_size is None:
         return None
     for name, module in adapter.module.named_modules():
@@ -89,8 +88,3 @@ def _table(adapter: ClipAdapter, trained: set[int]) -> tuple[str, nn.Embedding] 
         if plain and not hooked and len(holders) == 1 and id(module.weight) in trained:
             return name, module
     return None
-
-
-def _put(root: nn.Module, name: str, child: Any) -> None:
-    parent, _, last = name.rpartition(".")
-    setattr(root.get_submodule(parent), last, child)

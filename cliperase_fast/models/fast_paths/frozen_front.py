@@ -1,6 +1,6 @@
-"""The front of an image tower that a training leaves alone: from pixels to what the first trained block reads.
+"""Split off the frozen front of an image tower: from the pixels to the input of the first trained block.
 
-Where an image is the same in every epoch, so is that, and computing it once is enough.
+If an image is the same in every epoch, so is the output of the front, and computing it once is enough.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class FrozenFront:
 
     @classmethod
     def of(cls, adapter: ClipAdapter, pixels: Tensor) -> FrozenFront | None:
-        """The most that is frozen of the image tower; None where that is not known to be anything.
+        """Return the longest frozen front of the image tower that is known; None if there is none.
 
-        pixels: [B, 3, H, W] on the model's device, to try it on, in the mode that the model is in: both ways must give
-        the same features, and nothing may be random.
+        pixels: [B, 3, H, W] on the model's device, to try it with in the model's current mode: both parts together must
+        give the same features as the tower, without drawing random numbers.
         """
         for front in (cls(adapter.encode_image, lambda features: features), _of_blocks(adapter)):
             if front is not None and front._holds(adapter, pixels):
@@ -47,11 +47,11 @@ class FrozenFront:
 
 
 def _of_blocks(adapter: ClipAdapter) -> FrozenFront | None:
-    """Up to the first block with a trained parameter, in open_clip's vision transformers."""
+    """Split open_clip's vision transformer before the first block with a trained parameter."""
     visual: Any = plain_vision(adapter)
     if visual is None or not all(hasattr(visual, name) for name in ("_embeds", "_pool", "proj")):
         return None
-    if visual.transformer.grad_checkpointing:  # which is the transformer's business, not the blocks'
+    if visual.transformer.grad_checkpointing:  # done by the transformer, not by its blocks
         return None
     blocks = list(visual.transformer.resblocks)
     trained = [any(parameter.requires_grad for parameter in block.parameters()) for block in blocks]

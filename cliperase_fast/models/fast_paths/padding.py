@@ -1,8 +1,7 @@
-"""Leaving out the padding behind a caption's end, for text towers in which it provably changes nothing.
+"""Drop the padding after the longest caption, for text towers whose features provably do not depend on it.
 
-A tower that attends only backwards and reads a caption's features at its end mark never sees what stands to the right
-of that mark. Cutting a batch to its longest caption then leaves features and gradients as they are, and of 77 positions
-a caption like "a photo of a dog" needs 7.
+A causal tower that takes a caption's features at its end token never sees the positions after that token. Cutting a
+batch to its longest caption then changes neither features nor gradients. Of 77 positions, "a photo of a dog" needs 7.
 """
 
 from __future__ import annotations
@@ -14,24 +13,24 @@ from torch import Tensor, nn
 
 
 def end_position(tokens: Tensor, end: int | None) -> Tensor:  # [B, L] -> int64 [B]
-    """Where the features are read: at the first `end`, or without one at the highest id, as CLIP does."""
+    """Return the position of the features: the first `end`, or the highest id if `end` is None, as in CLIP."""
     return tokens.argmax(dim=1) if end is None else (tokens == end).int().argmax(dim=1)
 
 
 def read_length(tokens: Tensor, end: int | None) -> int:
-    """How many positions of these captions [B, L] are read at all."""
+    """Return how many positions of these captions [B, L] can affect the features."""
     return int(end_position(tokens, end).max()) + 1 if len(tokens) else tokens.shape[1]
 
 
 def is_causal(mask: Tensor) -> bool:
-    """Whether an additive mask [L, L] hides from each position exactly those to its right."""
+    """Return whether an additive mask [L, L] hides exactly the later positions from each position."""
     return mask.ndim == 2 and torch.equal(mask, torch.full_like(mask, float("-inf")).triu(1))
 
 
 class CausalReader:
-    """open_clip's causal text tower over captions that are shorter than its context.
+    """Run open_clip's causal text tower on captions shorter than its context.
 
-    tower: what owns the tower's parts, the CLIP model or its TextTransformer. end: see `end_position`.
+    tower: the module with the tower's parts, the CLIP model or its TextTransformer. end: see `end_position`.
     """
 
     def __init__(self, tower: Any, end: int | None) -> None:
@@ -40,7 +39,7 @@ class CausalReader:
 
     @classmethod
     def of(cls, module: Any) -> CausalReader | None:
-        """None unless every part of the model's text tower is one that is known to be safe."""
+        """Return the reader of a model; None unless every part of its text tower is known to be safe."""
         import open_clip
         from open_clip import transformer
 
