@@ -21,7 +21,7 @@ from typing import Any
 from cliperase_fast.data.sources import sources_markdown
 from cliperase_fast.evaluation import METRICS
 from cliperase_fast.planning.cost_model import step_cost
-from cliperase_fast.planning.report import step_of
+from cliperase_fast.planning.plan import step_of
 
 from . import loss_report, points_report
 from .machine import RESULTS, ROOT, abilities_text

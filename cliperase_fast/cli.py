@@ -400,7 +400,7 @@ def _passed_on(arguments: argparse.Namespace) -> list[str]:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from cliperase_fast.planning.report import plan_text, step_of
+    from cliperase_fast.planning.plan import plan_text, step_of
 
     given = vars(arguments)
     print(plan_text(step_of(**{name: given[name] for name in given.keys() - {"run", "command", "local_rank"}})))

@@ -1,1 +1,1 @@
-"""What a step on many GPUs needs, computed before it is run."""
+"""The cost of a step on many GPUs, computed before it is run."""

@@ -1,7 +1,7 @@
-"""What a step costs before it is run: arithmetic, memory traffic, exchange memory of a device. Nothing is measured.
+"""The cost of a step, computed: arithmetic, memory traffic, communication and memory. Nothing is measured.
 
-`sweep_cost` counts what the sharded sweep does, and tests compare it with what ranks are seen to do. `step_cost` adds
-the encoders, the optimizer and the rates of a machine, which are assumptions: a GPU's data sheet times an efficiency.
+`sweep_cost` counts what the sharded sweep does; tests compare it with what ranks do. `step_cost` adds the encoders, the
+optimizer and the rates of a machine, which are assumptions: a GPU's data sheet times an efficiency.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from typing import NamedTuple
 from cliperase_fast.distributed.process_group import GATHER_MODES
 from cliperase_fast.errors import InputError
 
-FLOAT32 = 4  # bytes: of sums, states and of what is added up
+FLOAT32 = 4  # bytes of statistics and of gradients that are added up
 _ID = 8  # bytes of a group id
-_STATE = 9  # numbers a column's state has, see `ops.spec.SavedStats`
-_AGREEMENT = 24  # bytes by which a rank tells the others its options and sizes
+_STATE = 9  # numbers of a column's saved statistics, see `ops.spec.SavedStats`
+_AGREEMENT = 24  # bytes with which ranks compare their options and sizes
 _TOTALS = 2 * FLOAT32  # retention and consistency
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A batch of pairs in equal shares on ranks, and how its loss is asked for.
+    """A batch of pairs in equal shares on ranks, and the options of its loss.
 
-    width, teacher_width: D and D°, of which the teacher's counts with consistency only. feature_bytes: of a number of
-    the features. strip_rows: rows of dS formed at a time. fused: whether the similarities are formed and used in one
-    kernel (the GPU backends); otherwise each strip of them is written in float32 (the "torch" backend).
+    width, teacher_width: D and D°; the teacher's counts with consistency only. feature_bytes: bytes of a feature's
+    number. strip_rows: rows of dS formed at a time. fused: whether one kernel forms and uses the similarities (the GPU
+    backends); otherwise each strip of them is written in float32 (the "torch" backend).
     """
 
     pairs: int
@@ -46,9 +46,9 @@ class Sweep:
         if self.pairs % self.ranks:
             below = self.pairs // self.ranks * self.ranks
             near = f"{below} or {below + self.ranks}" if below else f"{self.ranks} or more"
-            raise InputError(f"{self.pairs} pairs do not divide among {self.ranks} ranks; take {near} pairs")
+            raise InputError(f"{self.pairs} pairs do not divide among {self.ranks} ranks; use {near} pairs")
         if not (self.retention or self.consistency):
-            raise InputError("retention and consistency are both off: there is no sweep; ask for one of them")
+            raise InputError("retention and consistency are both off, so there is no sweep; turn one of them on")
         if self.gather not in GATHER_MODES:
             raise InputError(f"gather={self.gather!r} must be one of {', '.join(GATHER_MODES)}")
 
@@ -58,7 +58,7 @@ class Sweep:
 
     @property
     def teacher(self) -> int:
-        """D°, 0 without a teacher."""
+        """D°; 0 without a teacher."""
         return self.teacher_width if self.consistency else 0
 
     @property
@@ -67,21 +67,21 @@ class Sweep:
 
     @property
     def planes(self) -> int:
-        """Numbers that a row or column leaves in the forward pass, as `ops.spec.Problem.planes`."""
+        """Numbers that the forward pass keeps for a row or column, as `ops.spec.SimilarityInputs.planes`."""
         return 2 * ((self.consistency or not self.ids) + self.ids) + 3 * self.consistency
 
 
 class SweepCost(NamedTuple):
-    """Of one rank and one step, forward and backward."""
+    """The cost for one rank of one step, forward and backward."""
 
     operations: int  # floating-point operations of matrix products
-    moved: int  # bytes that these products, and the strips of dS between them, read and write in the device's memory
+    moved: int  # bytes of device memory that these products and the strips of dS between them read and write
     received: int  # bytes from other ranks
     memory: int  # bytes beyond the rank's own features and the strips
 
 
 def sweep_cost(sweep: Sweep) -> SweepCost:
-    """What `sharded_sweep` costs one rank. Nothing is kept between the passes (keep="nothing")."""
+    """Compute what `sharded_sweep` costs one rank when nothing is kept between the passes (keep="nothing")."""
     return SweepCost(_operations(sweep), _moved(sweep), _received(sweep), _memory(sweep))
 
 
@@ -92,7 +92,7 @@ def _operations(sweep: Sweep) -> int:
 
 
 def _moved(sweep: Sweep) -> int:
-    """Each strip of a product reads its operands and writes its result once; caches are not counted on."""
+    """Each strip of a product reads its operands and writes its result once; caches are ignored."""
     columns = sweep.own if sweep.gather == "ring" else sweep.pairs  # at a time
     blocks = sweep.pairs // columns
     strips = blocks * -(-sweep.own // min(sweep.strip_rows, sweep.own))
@@ -102,7 +102,7 @@ def _moved(sweep: Sweep) -> int:
 
     operands = bytes_ * (sweep.width + sweep.teacher) * (rows + strips * columns)
     image = bytes_ * sweep.width * strips * columns + FLOAT32 * sweep.width * rows
-    text = bytes_ * sweep.width * rows + 2 * FLOAT32 * sweep.width * strips * columns  # added to what is there
+    text = bytes_ * sweep.width * rows + 2 * FLOAT32 * sweep.width * strips * columns  # accumulated
     entry = bytes_ if sweep.fused else FLOAT32
     strip = 2 * entry * entries  # read for dI and for dT
     written = bytes_ * entries if sweep.fused else 2 * FLOAT32 * similarities * entries
@@ -116,24 +116,24 @@ def _received(sweep: Sweep) -> int:
     gradient = own * FLOAT32 * sweep.width
     if sweep.gather == "all":
         return texts + numbers + others * gradient
-    return 2 * texts + numbers + (sweep.ranks * gradient if others else 0)  # the gradient has one hop more, home
+    return 2 * texts + numbers + (sweep.ranks * gradient if others else 0)  # the gradient takes one more hop, home
 
 
 def _memory(sweep: Sweep) -> int:
-    """At the backward's peak: texts of others, dT and what is received of it, dI, the states."""
+    """At the peak of the backward pass: other ranks' texts, dT and what is received of it, dI, the statistics."""
     text = sweep.feature_bytes * (sweep.width + sweep.teacher) + _ID * sweep.ids
     gradient = FLOAT32 * sweep.width
-    # saved, side by side for the backward, and the anchors and factors made of them
+    # saved, concatenated for the backward pass, and the anchors and factors computed from them
     states = FLOAT32 * (14 * sweep.pairs + 15 * sweep.own)
     if sweep.gather == "all":
         return sweep.pairs * (text + gradient) + sweep.own * gradient + states
-    blocks = min(2, sweep.ranks - 1)  # one at hand, one on its way; one's own is there anyway
-    gradients = 3 + 3 * (sweep.ranks > 1) + (sweep.ranks > 2)  # dI and its summands; dT at hand and on its way
+    blocks = min(2, sweep.ranks - 1)  # one in use, one in transit; the rank's own exists anyway
+    gradients = 3 + 3 * (sweep.ranks > 1) + (sweep.ranks > 2)  # dI and its summands; dT in use and in transit
     return sweep.own * (blocks * text + gradients * gradient) + states
 
 
 class Model(NamedTuple):
-    """What `planning.model_size.count_model` finds."""
+    """The size of an architecture, from `planning.plan.count_model`."""
 
     name: str
     width: int  # of the features
@@ -143,7 +143,7 @@ class Model(NamedTuple):
 
 
 class Device(NamedTuple):
-    """A GPU and what joins them. Rates are of data sheets, a second and in one direction."""
+    """A GPU and its links. Rates are from data sheets, per second and in one direction."""
 
     name: str
     bf16: float  # floating-point operations, dense
@@ -174,16 +174,16 @@ DEVICES = {
     )
 }  # fmt: skip
 PRECISIONS = {"bf16": 2, "fp32": 4}
-_STATES = {"bf16": 12, "fp32": 8}  # bytes a parameter: Adam's two moments, and a float32 copy of bf16 weights
+_STATES = {"bf16": 12, "fp32": 8}  # bytes per parameter: Adam's two moments, and a float32 copy of bf16 weights
 
 
 @dataclass(frozen=True)
 class Step:
     """A training step: student and frozen teacher of one architecture, and the loss with retention and consistency.
 
-    chunk: pairs encoded at a time, with their features' gradients cached when fewer than a GPU's share. zero: the
-    ZeRO stage (arXiv 1910.02054). efficiency: the part of the GPU's peak rates that is reached. strip_bytes: memory
-    for strips of dS.
+    chunk: pairs encoded at a time; when fewer than a GPU's share, the gradients of features are cached. zero: the ZeRO
+    stage (arXiv 1910.02054). efficiency: the fraction of the GPU's peak rates that is reached. strip_bytes: memory for
+    strips of dS.
     """
 
     batch: int
@@ -208,7 +208,7 @@ class Step:
             raise InputError(f"zero={self.zero} must be 0 (no ZeRO), 1, 2 or 3")
         if not 0 < self.efficiency <= 1:
             raise InputError(
-                f"efficiency={self.efficiency:g} must be above 0 and at most 1, the part of the peak reached"
+                f"efficiency={self.efficiency:g} must be above 0 and at most 1: a fraction of the peak rates"
             )
         share = self.sweep.own
         if self.chunk is not None:
@@ -218,13 +218,13 @@ class Step:
 
     @property
     def _columns(self) -> int:
-        """That a GPU's rows meet at a time."""
+        """Columns that a GPU compares its rows with at a time."""
         return max(1, self.batch // self.gpus) if self.gather == "ring" else self.batch
 
     @property
     def strip_rows(self) -> int:
         row = self._columns * PRECISIONS[self.precision]
-        return max(128, self.strip_bytes // row)  # a kernel's block of rows at least
+        return max(128, self.strip_bytes // row)  # at least a kernel's block of rows
 
     @property
     def sweep(self) -> Sweep:
@@ -236,15 +236,18 @@ class Step:
 
 
 class StepCost(NamedTuple):
-    """Of one GPU."""
+    """The cost for one GPU."""
 
     sweep: SweepCost
     memory: dict[str, float]  # bytes
-    seconds: dict[str, float]  # nothing overlaps, but a ring's exchange the arithmetic
+    seconds: dict[str, float]  # nothing overlaps except a ring's communication with its arithmetic
 
 
 def step_cost(step: Step) -> StepCost:
-    """Memory of a GPU and time of a step, in parts. Forgetting is left out: it is linear in its pairs."""
+    """Compute the memory of a GPU and the time of a step, in parts.
+
+    The forget term is left out, because its cost is linear in its pairs.
+    """
     cost = sweep_cost(step.sweep)
     model, device, own = step.model, step.device, step.sweep.own
     weight = PRECISIONS[step.precision]
@@ -261,7 +264,7 @@ def step_cost(step: Step) -> StepCost:
     }
 
     rate = step.efficiency * getattr(device, step.precision)
-    passes = 4 if chunk < own else 3  # forward, and the backward's two; first of all without a graph
+    passes = 4 if chunk < own else 3  # one forward, two backward; with chunks one more forward without a graph
     arithmetic = max(cost.operations / rate, cost.moved / (step.efficiency * device.bandwidth))
     exchange = cost.received / (step.efficiency * _exchange_rate(step))
     seconds = {
@@ -275,7 +278,7 @@ def step_cost(step: Step) -> StepCost:
 
 
 def _weights_received(step: Step, chunk: int) -> float:
-    """Gradients' reduce-scatter and weights' all-gather, which together are DDP's all-reduce; ZeRO-3 gathers more."""
+    """Bytes of the gradients' reduce-scatter and the weights' all-gather (DDP's all-reduce); ZeRO-3 adds more."""
     whole = step.model.parameters * PRECISIONS[step.precision] * (step.gpus - 1) / step.gpus
     if step.zero < 3:
         return 2 * whole
@@ -285,13 +288,13 @@ def _weights_received(step: Step, chunk: int) -> float:
 
 
 def _collective_rate(step: Step) -> float:
-    """Of a collective of the library's own: between nodes each byte enters a node once, over all its ports."""
+    """The rate of a collective: between nodes each byte enters a node once, over all its ports."""
     device = step.device
     return device.link if step.gpus <= device.node else min(device.link, device.node * device.network)
 
 
 def _exchange_rate(step: Step) -> float:
-    """Of the loss: a ring of GPUs goes at the pace of its slowest link, one port between two nodes."""
+    """The rate of the loss's communication. A ring is as fast as its slowest link, one port between two nodes."""
     if step.gather == "all" or step.gpus <= step.device.node:
         return _collective_rate(step)
     return min(step.device.link, step.device.network)

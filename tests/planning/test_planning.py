@@ -4,7 +4,7 @@ import pytest
 
 from cliperase_fast import cli
 from cliperase_fast.planning.cost_model import step_cost
-from cliperase_fast.planning.report import step_of
+from cliperase_fast.planning.plan import step_of
 
 
 def call(**options):
@@ -12,14 +12,14 @@ def call(**options):
     return cli.main(["plan", *words])
 
 
-def test_memory_and_time_are_printed_and_said_to_be_computed(capsys):
+def test_plan_prints_memory_and_time_as_computed(capsys):
     assert call(batch=65536, gpus=64, model="ViT-B-32", chunk=256) == 0
     told = capsys.readouterr().out
     assert "memory of a GPU" in told and "time of a step" in told and "Computed, not measured" in told
     assert "does not fit" not in told
 
 
-def test_what_does_not_fit_is_said_with_a_remedy(capsys):
+def test_a_step_that_does_not_fit_comes_with_a_remedy(capsys):
     assert call(batch=1 << 20, gpus=64, model="ViT-B-32") == 0
     assert "does not fit" in (told := capsys.readouterr().out) and "smaller --chunk" in told
 
@@ -39,12 +39,12 @@ def test_what_does_not_fit_is_said_with_a_remedy(capsys):
         ({"strip_mib": -1}, "strip"),
     ],
 )
-def test_bad_input_is_refused_by_name(capsys, wrong, says):
+def test_wrong_input_is_an_error_that_names_it(capsys, wrong, says):
     assert call(**{"batch": 1024, "gpus": 64, "model": "ViT-B-32", **wrong}) == 2
     assert says in capsys.readouterr().err
 
 
-def test_a_ring_takes_less_memory_and_zero_shards_the_student():
+def test_a_ring_needs_less_memory_and_zero_shards_the_student():
     usual, ring, zero = (
         step_cost(step_of(batch=1 << 20, gpus=512, model="ViT-B-32", **options))
         for options in ({}, {"gather": "ring"}, {"zero": 3})
