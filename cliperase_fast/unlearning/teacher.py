@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from cliperase_fast.data import PairDataset
 from cliperase_fast.data.loading import PixelCache
+from cliperase_fast.distributed import Ranks
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.models.runtime import inference
 from cliperase_fast.progress import Steps, say
@@ -26,6 +27,8 @@ from cliperase_fast.unlearning.feature_file import FeatureFile
 from cliperase_fast.unlearning.identity import transform_identity
 from cliperase_fast.unlearning.run import Run
 from cliperase_fast.unlearning.runtime import Runtime
+
+_Keep = Callable[[int, np.ndarray], None]  # takes the number of the first row, and rows [n, D°]
 
 MEMORY_LIMIT = 2**30  # bytes of cached features above which `auto` keeps them in a file
 
@@ -138,8 +141,6 @@ def cache_teacher(
         _encode_images(adapter, retain, used, keep, transform, runtime, pixels)
         return CachedTeacher(image, text, row_of_index, runtime.device)
 
-    writes = ranks.local_rank == 0
-    name = "teacher_image_features" if ranks.size == 1 else f"teacher_image_features-{ranks.rank - ranks.local_rank}"
     made_from = {
         "model": adapter.identity(),
         "data": retain.fingerprint(),
@@ -148,7 +149,18 @@ def cache_teacher(
         "shape": list(shape),
         "used": hashlib.sha256(used.tobytes()).hexdigest(),
     }
+    name = "teacher_image_features" if ranks.size == 1 else f"teacher_image_features-{ranks.rank - ranks.local_rank}"
     file = FeatureFile(directory / f"{name}.f32", shape, made_from)
+    _fill(file, ranks, lambda keep: _encode_images(adapter, retain, used, keep, transform, runtime, pixels))
+    return CachedTeacher(file, text, row_of_index, runtime.device)
+
+
+def _fill(file: FeatureFile, ranks: Ranks, encode: Callable[[_Keep | None], None]) -> None:
+    """Complete the file of each machine, unless all of them are complete. The first rank of a machine writes it.
+
+    encode: encodes all images and passes the features to its argument.
+    """
+    writes = ranks.local_rank == 0
 
     def usable() -> bool:
         state = file.state()
@@ -158,15 +170,15 @@ def cache_teacher(
             file.create()
         return state == "whole"
 
-    if not all(ranks.gather_results(lambda: not writes or usable())):
-        try:
-            _encode_images(adapter, retain, used, file.write if writes else None, transform, runtime, pixels)
-            ranks.gather_results(lambda: file.finish() if writes else None)  # no rank opens it earlier
-        except BaseException:
-            if writes:
-                file.discard()
-            raise
-    return CachedTeacher(file, text, row_of_index, runtime.device)
+    if all(ranks.gather_results(lambda: not writes or usable())):
+        return
+    try:
+        encode(file.write if writes else None)
+        ranks.gather_results(lambda: file.finish() if writes else None)  # no rank opens it earlier
+    except BaseException:
+        if writes:
+            file.discard()
+        raise
 
 
 def _encode_captions(adapter: ClipAdapter, captions: CaptionTable, runtime: Runtime) -> Tensor:
@@ -184,7 +196,7 @@ def _encode_images(
     adapter: ClipAdapter,
     retain: PairDataset,
     used: np.ndarray,
-    keep: Callable[[int, np.ndarray], None] | None,
+    keep: _Keep | None,
     transform: Callable[[Any], Tensor] | None,
     runtime: Runtime,
     cache: PixelCache | None,
