@@ -1,4 +1,4 @@
-"""Lightning: CLIPErase as the training step of a LightningModule with two towers."""
+"""A LightningModule that trains a two-tower model with CLIPErase."""
 
 from __future__ import annotations
 
@@ -18,21 +18,26 @@ from cliperase_fast.losses import CLIPEraseLoss
 
 require_version("lightning", ">=2.4,<3.0", extra="lightning")
 
-import lightning  # noqa: E402 - the line above says more than an ImportError
+import lightning  # noqa: E402 - the check above has a better message than an ImportError
 
 _DIGEST_KEY = "cliperase_fast_teacher"
 
 
 class UnlearningModule(lightning.LightningModule):
-    """Trains `model` to forget: batches are {"forget": (images, texts), "retain": (images, texts)}.
+    """Train `model` to forget, on batches {"forget": (images, texts), "retain": (images, texts)}.
 
-    That is what `CombinedLoader({"forget": ..., "retain": ...}, "max_size_cycle")` gives, or a dict of loaders.
-    model: a module with `encode_image`, `encode_text` and `logit_scale` (its logarithm), such as open_clip's; its
-    features are normalised here. teacher: the frozen original, a copy of `model` now if None; it stays in evaluation
-    mode and out of the checkpoints, follows this module to its device and dtype, and is recognised by a digest when a
-    checkpoint is loaded. loss: a CLIPEraseLoss, its defaults if None.
-    optimizer: parameters -> optimizer, Adam at the paper's 1e-6 if None.
-    With several processes each takes the loss of its own batch; CLIPEraseLoss(process_group="world") takes that of all.
+    `CombinedLoader({"forget": ..., "retain": ...}, "max_size_cycle")` yields such batches, and so does a dict of
+    loaders.
+    model: a module with `encode_image`, `encode_text` and `logit_scale` (the logarithm), such as open_clip's; its
+        features are normalised here.
+    teacher: the frozen original; None copies `model` as it is now. It stays in evaluation mode, is not saved in
+        checkpoints, follows this module to its device and dtype, and is checked by a digest when a checkpoint is
+        loaded.
+    loss: a CLIPEraseLoss; None uses its defaults.
+    optimizer: parameters -> optimizer; None uses Adam at the paper's 1e-6.
+
+    With several processes each computes the loss of its own batch; with CLIPEraseLoss(process_group="world") that of
+    all batches.
     """
 
     def __init__(
@@ -45,12 +50,12 @@ class UnlearningModule(lightning.LightningModule):
         super().__init__()
         for name in ("encode_image", "encode_text", "logit_scale"):
             if not hasattr(model, name):
-                raise InputError(f"{type(model).__name__} has no {name}; wrap it in a module that has")
+                raise InputError(f"{type(model).__name__} has no {name}; wrap it in a module that has one")
         self.model = model
         frozen = copy.deepcopy(model) if teacher is None else teacher
         if {id(tensor) for tensor in frozen.parameters()} & {id(tensor) for tensor in model.parameters()}:
-            raise InputError("teacher shares weights with model, which would be frozen; leave it out, or pass a copy")
-        self._teacher = [frozen.eval().requires_grad_(False)]  # in a list: no part of the state dict, nor of DDP
+            raise InputError("teacher shares weights with model, which would be frozen; omit it or pass a copy")
+        self._teacher = [frozen.eval().requires_grad_(False)]  # in a list, to keep it out of the state dict and DDP
         self._teacher_digest = _digest(frozen)  # before any change of dtype
         self.loss = CLIPEraseLoss() if loss is None else loss
         self._optimizer = optimizer
@@ -79,8 +84,8 @@ class UnlearningModule(lightning.LightningModule):
         if half:
             dtype = str(next(iter(half))).removeprefix("torch.")
             warnings.warn(
-                f"the weights are {dtype}, in which steps of Adam at 1e-6 are mostly lost to rounding; use a Trainer "
-                "with precision='bf16-mixed' or '32-true', or pass an optimizer with a larger rate",
+                f"the weights are {dtype}, so steps of Adam at 1e-6 are mostly lost to rounding; use a Trainer with "
+                "precision='bf16-mixed' or '32-true', or pass an optimizer with a larger learning rate",
                 stacklevel=2,
             )
         return torch.optim.Adam(parameters, lr=1e-6, eps=1e-4 if half else 1e-8)
@@ -92,18 +97,18 @@ class UnlearningModule(lightning.LightningModule):
         saved = checkpoint.get(_DIGEST_KEY)
         if saved is not None and self._teacher_digest is not None and saved != self._teacher_digest:
             raise InputError(
-                "the teacher is not the one that this checkpoint was trained with; make the UnlearningModule from the "
-                "original model, not from one trained since, or pass the original as teacher="
+                "the teacher is not the one that this checkpoint was trained with; build the UnlearningModule from the "
+                "original model, not from a trained one, or pass the original as teacher="
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> UnlearningModule:
-        """Every .to(), .half() and .cuda() of this module, Lightning's included, takes the teacher along."""
+        """Apply every .to(), .half() and .cuda() of this module, Lightning's included, to the teacher too."""
         super()._apply(fn, recurse)
         self._teacher[0]._apply(fn)
         return self
 
     def _followed(self) -> nn.Module:
-        """The teacher, where the student's tensors are and with their dtypes, also where the model alone was moved."""
+        """Return the teacher on the student's device and in its dtypes, even if only the student was moved."""
         teacher = self._teacher[0].to(self.device)
         student = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         for name, tensor in (*teacher.named_parameters(), *teacher.named_buffers()):
@@ -119,7 +124,7 @@ class UnlearningModule(lightning.LightningModule):
 
 
 def _warn_of_lost_eps(optimizer: torch.optim.Optimizer) -> None:
-    """Adam divides by sqrt(v) + eps: NaN for a weight without gradient where eps is 0 in the weights' dtype."""
+    """Warn if Adam's eps is 0 in the weights' dtype: dividing by sqrt(v) + eps is then NaN without a gradient."""
     for group in optimizer.param_groups:
         eps = group.get("eps", 1.0)
         dtypes = {parameter.dtype for parameter in group["params"]}
@@ -135,7 +140,7 @@ def _warn_of_lost_eps(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _digest(model: nn.Module) -> str | None:
-    """Of all weights; None where they hold no data yet (device meta)."""
+    """Return a digest of all weights; None if they have no data yet (device meta)."""
     found = hashlib.blake2b(digest_size=16)
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, Tensor):

@@ -1,8 +1,8 @@
-"""CLIPErase inside open_clip's own training loop: forget shards beside the training data, a frozen teacher, our loss.
+"""Run CLIPErase in open_clip's own training loop, with forget shards beside the training data and a frozen teacher.
 
-The loop stays open_clip's. Two of its seams change for the time of a `with` block: `get_data` gives batches whose first
-rows are pairs to forget, and `create_loss`, or `create_task` in open_clip 4, gives a loss that tells them apart. The
-teacher is open_clip's own, from `--distill-model` and `--distill-pretrained`: the checkpoint that training starts from.
+Inside a `with` block two functions of the loop are replaced: `get_data` yields batches whose first rows are pairs to
+forget, and `create_loss` (`create_task` in open_clip 4) makes a loss that treats those rows as such. The teacher is
+open_clip's own, from `--distill-model` and `--distill-pretrained`: the checkpoint that training starts from.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from cliperase_fast.losses import CLIPEraseLoss
 class UnlearningLoss(nn.Module):
     """CLIPErase's loss with the arguments and results of open_clip's DistillClipLoss.
 
-    forget_pairs: how many rows at the head of each batch are pairs to forget; the rest is kept.
-    loss: the weights and options. Its weighted terms come back as `forget_loss`, `retain_loss` and
-    `consistency_loss`, which sum to its total. With its process_group="world" the batch is that of all ranks.
+    forget_pairs: how many rows at the start of each batch are pairs to forget; the others are kept.
+    loss: the weights and options. Its weighted terms are returned as `forget_loss`, `retain_loss` and
+    `consistency_loss`, which sum to its total. With process_group="world" the batch is that of all ranks.
     """
 
     def __init__(self, forget_pairs: int, loss: CLIPEraseLoss) -> None:
@@ -43,7 +43,7 @@ class UnlearningLoss(nn.Module):
         dist_logit_scale: Tensor | float,
         output_dict: bool = False,
     ) -> Any:
-        """The total, 0-d, or a dict of the weighted terms. Features [forget_pairs + n, D]."""
+        """Return the total, 0-d, or a dict of the weighted terms. Features are [forget_pairs + n, D]."""
         m = self.forget_pairs
         terms = self.loss(
             image_features[:m], text_features[:m], image_features[m:], text_features[m:], dist_image_features[m:],
@@ -58,17 +58,17 @@ class UnlearningLoss(nn.Module):
         }
 
 
-def _joined(forget: Any, retain: Any) -> Any:
-    """One batch of both, in the form that open_clip's loader gives: tuples until version 3, dicts from 4 on."""
+def _concatenate(forget: Any, retain: Any) -> Any:
+    """Concatenate two batches of open_clip's loader: tuples up to version 3, dicts from 4 on."""
     if isinstance(retain, dict):
-        return {name: _joined(forget[name], part) for name, part in retain.items()}
+        return {name: _concatenate(forget[name], part) for name, part in retain.items()}
     if isinstance(retain, Tensor):
         return torch.cat([forget, retain])
-    return tuple(map(_joined, forget, retain))
+    return tuple(map(_concatenate, forget, retain))
 
 
 class _Mixed:
-    """A loader of batches whose first rows come from `forget`, begun again whenever it ends."""
+    """A loader of batches whose first rows come from `forget`, which restarts whenever it ends."""
 
     def __init__(self, forget: Any, retain: Any) -> None:
         self.forget, self.retain, self.epoch = forget, retain, 0
@@ -86,10 +86,10 @@ class _Mixed:
     def __iter__(self) -> Iterator[Any]:
         forget = self._endless()
         for batch in self.retain.dataloader:
-            yield _joined(next(forget), batch)
+            yield _concatenate(next(forget), batch)
 
     def _endless(self) -> Iterator[Any]:
-        rounds = self.epoch * max(1, self.num_batches)  # no order twice
+        rounds = self.epoch * max(1, self.num_batches)  # no order repeats
         while True:
             self.forget.set_epoch(rounds)
             rounds += 1
@@ -98,7 +98,7 @@ class _Mixed:
                 found = True
                 yield batch
             if not found:
-                raise InputError("the forget data hold less than one batch of forget pairs; lower forget_pairs")
+                raise InputError("the forget data have less than one batch of forget pairs; lower forget_pairs")
 
 
 @contextmanager
@@ -107,21 +107,22 @@ def unlearning(
 ) -> Iterator[None]:
     """Make `open_clip_train.main.main(args)` unlearn inside the `with` block.
 
-    forget_data: shards or CSV with the pairs to forget, of the kind that --train-data (the pairs to keep) is.
-    forget_pairs: in each batch, beside --batch-size pairs to keep; on each rank.
-    loss: a CLIPEraseLoss, its defaults if None; with several ranks its batch is that of all of them, and the gradients
-    are those of one process with the whole batch, with --gather-with-grad or without.
-    forget_samples: pairs in the forget shards, where they do not say.
+    forget_data: shards or CSV with the pairs to forget, in the same format as --train-data (the pairs to keep).
+    forget_pairs: how many are in each batch on each rank, beside --batch-size pairs to keep.
+    loss: a CLIPEraseLoss; None uses its defaults. With several ranks its batch is that of all ranks, and the gradients
+        are those of one process with the whole batch, with --gather-with-grad or without.
+    forget_samples: the number of pairs in the forget shards, if they do not say.
 
-    Raises InputError where open_clip_train has no such seams, or the arguments lack the teacher or ask for what the
-    loss cannot do (--local-loss, --siglip, --horovod, and batches of several widths: --use-naflex, --variable-text).
+    Raises `InputError` if open_clip_train lacks these functions, if the arguments name no teacher, or if they need what
+    the loss cannot do (--local-loss, --siglip, --horovod, and batches of several widths: --use-naflex,
+    --variable-text).
     """
     trainer = import_trainer()
     making = "create_task" if hasattr(trainer, "create_task") else "create_loss"
     for seam in (making, "get_data"):
         if not hasattr(trainer, seam):
             raise InputError(
-                f'this open_clip_train.main has no {seam} to put the forget pairs in: pip install "open_clip_torch<4"'
+                f'this open_clip_train.main has no {seam} to add the forget pairs to: pip install "open_clip_torch<4"'
             )
     if forget_pairs < 1:
         raise InputError(f"forget_pairs={forget_pairs} must be at least 1")
@@ -165,11 +166,11 @@ def unlearning(
 def _check(args: Any) -> None:
     if not args.distill:
         raise InputError(
-            "unlearning needs the frozen teacher: pass --distill-model and --distill-pretrained, the model and "
-            "checkpoint that the training starts from"
+            "unlearning needs the frozen teacher; pass --distill-model and --distill-pretrained, the model and "
+            "checkpoint that training starts from"
         )
     if args.train_data is None:
-        raise InputError("unlearning needs the pairs to keep: pass --train-data")
+        raise InputError("unlearning needs the pairs to keep; pass --train-data")
     for flag in ("local_loss", "siglip", "horovod", "use_naflex", "variable_text"):
         if getattr(args, flag, False):
-            raise InputError(f"unlearning does not go with --{flag.replace('_', '-')}; leave it out")
+            raise InputError(f"unlearning does not support --{flag.replace('_', '-')}; omit it")

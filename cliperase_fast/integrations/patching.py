@@ -1,4 +1,4 @@
-"""What a patch function returns: done already, undone at the end of a `with` block or by `unpatch()`."""
+"""`Patch`, the result of a patch function: undone at the end of a `with` block or by `unpatch()`."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from types import TracebackType
 
 
 class Patch:
-    """A patch in force. `replaced`: the names that this call replaced, none where it was in force already."""
+    """An active patch. `replaced`: the names that this call replaced; empty if the patch was active already."""
 
     def __init__(self, replaced: list[str], undo: Callable[[], object]) -> None:
         self.replaced = replaced
         self._undo = undo
 
     def unpatch(self) -> None:
-        """Put back what was there, unless an outer patch had already replaced it."""
+        """Restore the original objects, unless an outer patch had replaced them already."""
         if self.replaced:
             self._undo()
             self.replaced = []

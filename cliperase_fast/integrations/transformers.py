@@ -1,10 +1,10 @@
-"""transformers: CLIPModel and SiglipModel return their loss fused, by a patch or inside a Trainer.
+"""Compute the loss of transformers' CLIPModel and SiglipModel fused, by a patch or inside a Trainer.
 
-`model(..., return_loss=True)` then gives the same loss and gradients without an N x N matrix. The logits are what such
-a matrix is, so with return_loss they are formed when they are read (see `transformers_output.py`), or at once where the
-call says return_logits=True or return_dict=False, whose tuple has transformers' order. Calls without return_loss are
-transformers' own and give logits as ever. As in transformers each process takes the loss of its own batch. Under
-autocast the loss is computed in float32, where transformers rounds its logits to half precision.
+`model(..., return_loss=True)` then gives the same loss and gradients without an N x N matrix. The logits are such a
+matrix, so with return_loss they are computed when they are read (see `transformers_output.py`), or at once with
+return_logits=True or return_dict=False, whose tuple has transformers' order. Calls without return_loss are not changed.
+As in transformers, each process computes the loss of its own batch. Under autocast the loss is computed in float32,
+while transformers rounds its logits to half precision.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from cliperase_fast.integrations.patching import Patch
 
 
 def check_version() -> None:
-    """InputError where transformers is missing or not of the versions this was written for."""
+    """Raise `InputError` if transformers is missing or its version is not supported."""
     require_version("transformers", ">=5.0,<6.0", extra="transformers")
 
 
 check_version()
 
-from transformers import CLIPModel, SiglipModel  # noqa: E402 - the line above says more than an ImportError
+from transformers import CLIPModel, SiglipModel  # noqa: E402 - the check above has a better message than an ImportError
 from transformers.models.clip import modeling_clip  # noqa: E402
 
 from cliperase_fast.integrations import transformers_output as outputs  # noqa: E402
@@ -84,7 +84,7 @@ def _fused_forward(
         )
         norm = _norm if loss_of is _fused_siglip else _clip_norm
         image, text = (features / norm(features) for features in (vision.pooler_output, written.pooler_output))
-        image_here = image.to(text.device)  # the towers may sit on two devices
+        image_here = image.to(text.device)  # the towers may be on two devices
         if return_dict is None:
             return_dict = getattr(self.config, "return_dict", True)
         wanted = return_logits or not return_dict
@@ -106,15 +106,15 @@ _FUSED: dict[type[nn.Module], Callable[..., Any]] = {
 def patch_transformers_clip() -> Patch:
     """Make every CLIPModel and SiglipModel compute its loss fused, from now on or for a `with` block.
 
-    Models that exist already take part, but not one whose forward was replaced before, as Trainer and accelerate do;
-    nor a subclass with a forward of its own. A replaced `CLIPModel.forward` is left alone. Patching twice is harmless.
+    This includes existing models, except those whose forward was replaced before (by Trainer or accelerate) and
+    subclasses with their own forward. A replaced `CLIPModel.forward` is not changed. Patching twice has no effect.
     """
     check_version()
     return Patch(_swap(_STOCK, _FUSED), unpatch_transformers_clip)
 
 
 def unpatch_transformers_clip() -> None:
-    """Give transformers its own forwards back. Harmless where nothing is patched."""
+    """Restore transformers' own forward methods. Does nothing if nothing is patched."""
     _swap(_FUSED, _STOCK)
 
 
@@ -130,9 +130,9 @@ def _swap(
 
 
 def fuse_loss(model: nn.Module) -> nn.Module:
-    """Make this model's loss fused, or that of the one CLIPModel or SiglipModel it wraps (peft); returns `model`.
+    """Make the loss of this model, or of the only CLIPModel or SiglipModel it wraps (peft), fused; return `model`.
 
-    Raises InputError where there is none, or where it has a forward of its own.
+    Raises `InputError` if there is no such model, or if it has its own forward.
     """
     inner = _inner(model)
     kind = next(kind for kind in _STOCK if isinstance(inner, kind))
@@ -140,7 +140,7 @@ def fuse_loss(model: nn.Module) -> nn.Module:
     if current is not _FUSED[kind]:
         if current is not _STOCK[kind]:
             raise InputError(
-                f"this {type(inner).__name__} has a forward of its own, which the fused loss would bypass; "
+                f"this {type(inner).__name__} has its own forward, which the fused loss would bypass; "
                 "compute the loss there with cliperase_fast.functional.clip_loss"
             )
         inner.forward = types.MethodType(_FUSED[kind], inner)
@@ -148,7 +148,7 @@ def fuse_loss(model: nn.Module) -> nn.Module:
 
 
 def unfuse_loss(model: nn.Module) -> nn.Module:
-    """Undo `fuse_loss`; returns `model`."""
+    """Undo `fuse_loss`; return `model`."""
     _inner(model).__dict__.pop("forward", None)
     return model
 
@@ -163,11 +163,11 @@ def _inner(model: nn.Module) -> nn.Module:
 
 
 class FusedLossMixin:
-    """For a transformers Trainer of a CLIPModel or SiglipModel: `class MyTrainer(FusedLossMixin, Trainer)`.
+    """Fuse the loss in a Trainer of a CLIPModel or SiglipModel: `class MyTrainer(FusedLossMixin, Trainer)`.
 
-    The loss, in training and evaluation, is the model's own contrastive loss, fused; batches need no "return_loss".
-    accelerate, DDP and DeepSpeed work as Trainer sets them up, since the loss is computed inside the model's forward.
-    Predictions, for `compute_metrics` and `predict`, are transformers' own, logits first; nothing else forms logits.
+    In training and evaluation the loss is the model's own contrastive loss, fused; batches need no "return_loss".
+    accelerate, DDP and DeepSpeed work as Trainer sets them up, because the loss is computed in the model's forward.
+    Predictions, for `compute_metrics` and `predict`, are transformers' own, logits first; nothing else computes logits.
     """
 
     def __init__(self, model: nn.Module | None = None, *args: Any, **kwargs: Any) -> None:

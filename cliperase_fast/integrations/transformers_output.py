@@ -1,4 +1,4 @@
-"""What the fused CLIPModel and SiglipModel return: transformers' outputs with logits formed when read."""
+"""Outputs of the fused CLIPModel and SiglipModel: transformers' own, with logits computed when they are read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LOGITS = ("logits_per_image", "logits_per_text")
 
 
 class _LogitsWhenRead:
-    """An attribute that the instance does not hold yet; what it holds itself is found before this."""
+    """An attribute that is computed unless the instance has it: instance attributes take precedence."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
@@ -26,12 +26,12 @@ class _LogitsWhenRead:
 
 
 class _Fused:
-    """Mixed into an output class of transformers.
+    """A mixin for an output class of transformers.
 
-    Reading `logits_per_image` or `logits_per_text`, as an attribute or by name, forms them, with gradient, and so do
-    positions beyond the loss and `to_tuple()`. `keys()`, `values()` and `items()` do not: wrappers of models such as
-    DDP and accelerate go over these in training. A copy that a wrapper makes of the output has None there, as has the
-    output of a compiled model.
+    Reading `logits_per_image` or `logits_per_text`, as an attribute or by name, computes them, with gradient. So do
+    positions after the loss and `to_tuple()`. `keys()`, `values()` and `items()` do not, because wrappers such as DDP
+    and accelerate iterate over them in training. A wrapper's copy of the output has None there, and so does the output
+    of a compiled model.
     """
 
     logits_per_image = _LogitsWhenRead()
@@ -40,7 +40,7 @@ class _Fused:
 
     @classmethod
     def with_logits(cls, model: Any, wanted: bool, **fields: Any) -> Any:
-        """The output of these fields; its logits are formed now if `wanted`, otherwise when they are read."""
+        """Build the output from its fields; compute the logits now if `wanted`, otherwise when they are read."""
         output: Any = cls(**fields)
         text = fields["text_embeds"]
         scale = model.logit_scale.exp().to(text.device)
@@ -58,7 +58,7 @@ class _Fused:
         return output
 
     def form_logits(self) -> None:
-        """Form what is pending, as transformers does: [texts, images] and its transpose."""
+        """Compute pending logits as transformers does: [texts, images] and its transpose."""
         pending = self.__dict__.pop("_pending", None)
         if pending is None:
             return

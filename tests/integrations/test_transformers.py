@@ -158,7 +158,7 @@ def test_the_patch_is_undone_idempotent_and_leaves_other_forwards_alone(monkeypa
     with cf.patch_transformers_clip() as patch:
         assert CLIPModel.forward is theirs
         assert patch.replaced == ["SiglipModel.forward"]
-    with pytest.raises(cf.InputError, match="forward of its own"):
+    with pytest.raises(cf.InputError, match="has its own forward"):
         fuse_loss(model_of(CLIPModel))
 
 
