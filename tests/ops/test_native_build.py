@@ -93,7 +93,7 @@ def names_in(wheels: Path) -> set[str]:
 
 @pytest.mark.parametrize("why", ["disabled", "no compiler", "a failing compiler"])
 def test_a_wheel_without_the_extension_contains_no_files_of_an_earlier_build(checkout, why):
-    library = checkout / "lib"
+    library = checkout / "build" / "lib"
     package = library / "cliperase_fast"
     package.mkdir(parents=True)
     for name in (STALE, "_C.so", "removed_since.py"):
