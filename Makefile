@@ -1,12 +1,12 @@
-# make demo   set up what the demo needs, then make a CLIP forget the digit seven (leaves runs/demo/)
-# make test   set up what the tests need too, then lint and test; fails at the end when either failed
-# make lint   ruff and mypy alone
+# make demo   install the demo's dependencies, then make a CLIP forget the digit seven (writes runs/demo/)
+# make test   install the test dependencies too, then lint and test; fails at the end if either failed
+# make lint   only ruff and mypy
 # make long-check   the tests that take minutes: those marked `long`
 # make native-sanitize   the C++ sweep's tests under the address and undefined-behaviour sanitizers
 # make cuda-sanitize   the same for the CUDA kernels, emulated on the CPU
 # make avx512-check   the C++ sweep's test on an emulated processor with AVX-512 (says which Debian packages it needs)
-# make bench-check   have the losses become slower? ratios to open_clip's against the committed ones
-# make gpu-check   on a machine with a GPU, with the python in PYTHON: the kernels' tests, the loss benchmark, auto's choice
+# make bench-check   compare the losses' speed relative to open_clip's with the committed ratios
+# make gpu-check   on a machine with a GPU, with the python in PYTHON: the GPU tests, the loss benchmark, auto's choice
 # make clean   remove .venv, builds and caches
 PYTHON ?= python3
 VENV   := .venv
@@ -14,17 +14,17 @@ BIN    := $(VENV)/bin
 DEMO   := $(VENV)/.installed-demo
 TEST   := $(VENV)/.installed-test
 
-# What is judged: the repository's own folders, whatever else lies beside them. pytest's are in pyproject.toml.
+# What ruff checks: only the repository's own folders. pytest's are in pyproject.toml.
 JUDGED := cliperase_fast benchmarks tests examples setup.py
 
-# Python without PYTHONPATH, and without this folder at the front of its path: a file or folder of yours here that is
-# called like a module (runs/, random.py) is then not taken for it. Scripts in .venv/bin would be lost in a moved clone.
+# Python without PYTHONPATH, and without this folder at the front of its path: a file or folder here with the name of a
+# module (runs/, random.py) is then not imported in its place. Scripts in .venv/bin would break in a moved clone.
 RUN  := $(BIN)/python -I -m
-# The tests see the package's defaults, not the caller's CLIPERASE_BACKEND and the like. PYTHONSAFEPATH does for pytest's
-# workers what -I does for itself; tests/conftest.py takes it back for the processes that tests start.
+# The tests run with the package's defaults, not with the caller's CLIPERASE_* variables. PYTHONSAFEPATH does for pytest's
+# workers what -I does for pytest; tests/conftest.py removes it for the processes that tests start.
 OURS := env -u PYTHONPATH $(foreach name,$(filter CLIPERASE_%,$(.VARIABLES)),-u $(name)) PYTHONSAFEPATH=1
 
-# A clone that was moved or copied has a .venv that points to where it was: install again. One whose Python is gone goes.
+# The .venv of a moved or copied clone points to the old place: install again. Remove one whose Python is gone.
 ifneq ($(wildcard $(VENV)),)
 $(shell $(BIN)/python -I -c '' || rm -rf $(VENV))
 $(shell test "$$(cat $(VENV)/.folder 2> /dev/null)" = "$$(pwd -P)" || rm -f $(DEMO) $(TEST))
@@ -44,7 +44,7 @@ test: $(TEST)
 	echo "make test: lint $$lint, tests $$tests"; \
 	test $$lint$$tests = passedpassed
 
-# mypy sees the package alone, through a link, for it would take any folder here for the module of that name.
+# mypy sees only the package, through a link, because it would take any folder here for a module of that name.
 lint: $(TEST)
 	@mkdir -p build/lint && ln -sfn ../../cliperase_fast build/lint/cliperase_fast
 	@echo 'ruff and mypy: a minute the first time'; failed=; \
@@ -92,8 +92,9 @@ cuda-sanitize: $(TEST)
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 	$(BIN)/python -m pytest tests/ops/test_native_cuda_emulated.py -k "not rules and not compiles"
 
-# From the ordinary package index, and again only when the metadata or the C++ source changes.
-# CUDA kernels for one architecture, whose PTX any newer GPU takes too: six take nvcc a minute. `pip install .` builds all.
+# Repeated only when the metadata or the C++ source changes.
+# The CUDA kernels are built for one architecture, whose PTX runs on any newer GPU: all six take nvcc a minute, and
+# `pip install .` builds them.
 $(DEMO): pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 	@echo 'Setting up .venv: minutes, most of them the download of torch (with its GPU libraries, several GB)'
 	@command -v '$(PYTHON)' > /dev/null || { echo 'there is no $(PYTHON): make PYTHON=/path/to/python3.10-or-newer'; exit 1; }
@@ -105,7 +106,7 @@ $(DEMO): pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 	pwd -P > $(VENV)/.folder
 	touch $@
 
-# The package is there: only what its extra `dev` names is added.
+# The package is already installed: this adds the dependencies of its extra `dev`.
 $(TEST): $(DEMO)
 	@echo 'Adding what the tests and linters need to .venv: a minute or two'
 	$(BIN)/python -I -m pip install "cliperase_fast[dev]"

@@ -1,4 +1,4 @@
-"""Batches to time losses on, and the check of a loss and its gradients against float64 on a small one of the same kind.
+"""Make batches to time losses on, and check a loss and its gradients against float64 on a small batch of the same kind.
 
 Two kinds of data:
 
@@ -33,9 +33,8 @@ WEIGHTS = (1.0, 3.0, 3.0)  # of RM, FM and CM: the paper's
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 CHECK_ROWS = 512
-# Relative errors that pass. Half precision: logits near 30 that are stored in bfloat16 are off by up to 1/16, which is
-# what materialising losses do; a wrong formula is further off. This package's own must be ten times better. The error
-# itself stands in the results.
+# Relative errors that pass. Half precision: losses that materialise logits near 30 in bfloat16 are off by up to 1/16; a
+# wrong formula is further off. This package's own losses must be ten times better. The results contain the errors.
 LIMITS = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 _SIBLINGS = 8

@@ -1,11 +1,11 @@
-"""Has the loss become slower? A small set again, against the ratios that are committed: `make bench-check`.
+"""Check the speed of the losses, on a few cases, against the committed ratios (`make bench-check`).
 
     python -m benchmarks.check              about half a minute on two cores; exit status 1 when something fell
     python -m benchmarks.check --write      measure and make these the committed ratios
 
-A ratio is the time of open_clip's losses over ours, both measured in turns in the same seconds: never a time by itself.
-It fails when it is more than 15 % below the committed one, in the best of several tries, so that a busy moment of the
-machine fails nothing. Ratios depend on the processor too: the report says so where it is another one.
+A ratio is the time of open_clip's losses divided by ours, measured in turns. The check fails if the best of several
+tries is more than 15 % below the committed ratio, so that a busy moment of the machine does not cause a failure. Ratios
+also depend on the processor: the report says if it is another one.
 """
 
 from __future__ import annotations

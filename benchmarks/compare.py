@@ -1,11 +1,11 @@
-"""What changed between two records of one kind of measurement.
+"""Compare two records of the same benchmark.
 
-A row's numbers are those with quartiles, {"median", "q1", "q3"}, and those called *_bytes; its words and whole numbers
-say which case it is. The band is the noise of both: half the quartiles' spread, or half of what the medians of repeated
-runs lie apart where that is more. It is at least 3 % (memory: 3 % and 1 MiB), and 10 % for times of one process each,
-which do not show how much processes differ; what lies within it is called the same. A time with a single sample has no
-noise that is known, and gets no verdict. Times are also compared over the floor of their own run, where there is one: a
-slower machine changes the times, not those.
+The numbers of a row are those with quartiles, {"median", "q1", "q3"}, and those named *_bytes; its strings and integers
+identify the case. The band is the noise of both records: half the spread of the quartiles, or of the medians of
+repeated runs if that is larger. It is at least 3 % (memory: 3 % and 1 MiB), and 10 % for times from one process each,
+which do not show the variation between processes. Changes within the band count as equal. The noise of one sample is
+unknown, so it gets no verdict. Times are also compared relative to the floor of their own run, if there is one, which
+is independent of the machine's speed.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
-"""Which backend "auto" takes on a GPU: the fastest in the committed results, into cliperase_fast/ops/measured.json.
+"""Write the fastest backend of the committed GPU results to cliperase_fast/ops/measured.json, which "auto" reads.
 
     python -m benchmarks.fastest            write it, and show it
     python -m benchmarks.fastest --check    change nothing; exit 1 when benchmarks/results/ say otherwise
 
-By compute capability, dtype, width and number of pairs; of forward and backward of the whole loss, RM + FM + CM, on
-data like a trained model's. A backend counts by its faster `keep`, and only where its loss and gradients agreed with
-float64.
+The table is by compute capability, dtype, width and number of pairs, for forward and backward of RM + FM + CM on data
+like a trained model's. A backend is ranked by its faster `keep`, and only if its loss and gradients agree with float64.
 """
 
 from __future__ import annotations

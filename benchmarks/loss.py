@@ -1,4 +1,4 @@
-"""How fast the losses are, side by side with others, and how much memory they take.
+"""Compare the speed and memory of the losses with those of other libraries.
 
     cliperase-fast bench loss --quick                       under a minute on two cores
     cliperase-fast bench loss                               a few sizes on this device
@@ -7,16 +7,16 @@
     cliperase-fast bench loss --compare before.json after.json
     cliperase-fast bench loss --gpu-check                   the set of sizes for one GPU, in under five minutes
 
-What is timed: one call of the loss ("forward") and torch.autograd.grad of it ("backward"), with the same inputs for
-all, in rounds in which everyone has a turn. Losses: cliperase is RM + 3 FM + 3 CM (retention, forgetting,
-consistency), clip is RM alone, siglip the sigmoid loss.
+Timed are one call of the loss ("forward") and torch.autograd.grad of it ("backward"). All providers get the same inputs
+and take turns in rounds. Losses: cliperase is RM + 3 FM + 3 CM (retention, forgetting, consistency), clip is RM, and
+siglip is the sigmoid loss.
 
-Before anyone is timed, their loss and gradients are compared with float64 on 512 pairs of the same kind of data; who
-is off gets no time. "floor" is 6 products (clip: 4, siglip: 3) of 2 N² D FLOP, measured in the same rounds: no method
-that stores no N x N matrix can do with less. TFLOP/s counts those products for everyone, whatever they really compute.
-"against compiled": how many times faster than torch.compile of open_clip's losses. Extra memory is the measured peak
-beyond the inputs, gradients included; on the CPU with --memory, in a process for each provider. From a checkout where
-nothing is installed: python -m benchmarks.loss.
+Before the timing, each provider's loss and gradients are compared with float64 on 512 pairs of the same kind of data; a
+provider that fails this check is not timed. "floor" is 6 products (clip: 4, siglip: 3) of 2 N² D FLOP, measured in the
+same rounds: every method that stores no N x N matrix needs them. TFLOP/s counts these products for all providers.
+"against compiled" is the speedup over torch.compile of open_clip's losses. Extra memory is the measured peak beyond the
+inputs, including gradients; on the CPU it needs --memory and is measured in a process for each provider. In a checkout
+without an installation, use python -m benchmarks.loss.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where and when something was measured: stands in every result file. And where this package itself stands."""
+"""Describe where and when something was measured, for every result file, and locate this package."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
-"""Peak memory of the losses against N, measured, a process for each provider and size.
+"""Measure the peak memory of the losses against N, in a separate process for each provider and size.
 
     cliperase-fast bench memory --quick
     cliperase-fast bench memory --sizes 1024,4096,16384 --widths 512 --dtypes float32,bfloat16
     cliperase-fast bench memory --loss siglip --providers ours-auto,open_clip
     cliperase-fast bench memory --compare before.json after.json
 
-What is weighed: one forward and backward, the most that the process holds beyond what it held before (inputs, Python,
-torch), gradients included. On the CPU that is resident memory, as Linux counts it; on a GPU what torch allocates. A
-provider's loss and gradients are compared with float64 first, and who is off is shown as failed, without a figure. A
-size that cannot fit, or whose step would take longer than --cap, is skipped and named.
+The figure is the peak of one forward and backward pass beyond what the process held before (inputs, Python, torch),
+including gradients. On the CPU it is resident memory as counted by Linux; on a GPU it is what torch allocates. Each
+provider's loss and gradients are first compared with float64; a provider that fails this check gets no figure. Sizes
+that cannot fit, or whose step would take longer than --cap, are skipped and listed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the measurements' command lines share: options, the record they write, pictures, and the comparison of two."""
+"""The shared parts of the benchmarks' command lines: options, records, plots, and the comparison of two records."""
 
 from __future__ import annotations
 
@@ -56,8 +56,10 @@ def add_output(p: argparse.ArgumentParser, what: str) -> None:
                    f"else {own_folder() / f'{what}-DEVICE.json'}")  # fmt: skip
     p.add_argument("--plots", type=Path, metavar="DIR", help="where to draw the pictures (default: beside the record)")
     p.add_argument("--no-plots", action="store_true", help="draw none")
-    p.add_argument("--from", type=Path, dest="source", metavar="JSON", help="measure nothing; show (and plot) a record")
-    p.add_argument("--compare", type=Path, nargs=2, metavar=("A.json", "B.json"), help="what changed from A to B")
+    p.add_argument(
+        "--from", type=Path, dest="source", metavar="JSON", help="show (and plot) this record, measure nothing"
+    )
+    p.add_argument("--compare", type=Path, nargs=2, metavar=("A.json", "B.json"), help="show what changed from A to B")
     p.add_argument("--quick", action="store_true", help="a few small cases, a minute or two on two cores")
 
 
@@ -141,7 +143,7 @@ def _read(path: Path) -> Record:
     except OSError as error:
         raise SystemExit(f"{path}: {error.strerror}") from error
     except json.JSONDecodeError as error:
-        raise SystemExit(f"{path} is no record of a measurement: {error}") from error
+        raise SystemExit(f"{path} is not a record of a benchmark: {error}") from error
 
 
 def device_slug(device: str) -> str:

@@ -1,4 +1,4 @@
-"""Providers over sizes, each point in a process of its own, whose peak memory is the provider's alone."""
+"""Measure providers over sizes, each point in a separate process, so that its peak memory is the provider's alone."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Points:
             traceback.print_exception(error)
         else:
             self._step[key] = case.n, found["both_ms"]["median"] / 1e3
-            if not self.seconds:  # the one step that was weighed is no measurement of time
+            if not self.seconds:  # the step whose memory was measured does not count as a timing
                 found = {"extra_bytes": found["extra_bytes"]}
             row.update(found, status="ok")
 

@@ -1,4 +1,4 @@
-"""Tables from a record of `memory` or `scaling`: a line for each N, a column for each provider, and how it grows."""
+"""Make tables from a record of `memory` or `scaling`: a row for each N, a column for each provider, and the growth."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def growth(points: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
 
 
 def grid(sizes: Mapping[int, Mapping[str, Row]], measure: str) -> Table:
-    """Providers of which nothing was measured are left out; the last line is `growth`."""
+    """Return the table of one measure, without providers that were not measured; the last row is `growth`."""
     names = [
         name for name in dict.fromkeys(name for rows in sizes.values() for name in rows)
         if any(value(rows.get(name), measure) is not None for rows in sizes.values())
@@ -67,7 +67,7 @@ def grid(sizes: Mapping[int, Mapping[str, Row]], measure: str) -> Table:
 
 
 def reasons(sizes: Mapping[int, Mapping[str, Row]]) -> list[str]:
-    """Who was left out of which sizes, and why."""
+    """Return which providers were left out of which sizes, and why."""
     found: dict[tuple[str, str, str], list[int]] = {}
     for n, rows in sorted(sizes.items()):
         for name, row in rows.items():

@@ -1,11 +1,11 @@
-"""How much faster than eager a loss can be on this CPU at all: four products at the processor's peak, and nothing else.
+"""Bound the speedup over eager that any loss can have on this CPU: four products at the processor's peak rate.
 
     python -m benchmarks.product_bound --sizes 2048,4096 --widths 128,512,768 --json
 
-Without an N x N x D matrix product for each of S, S°, dI and dT there are no gradients, so four of 2 N² D FLOP are the
-least work; the peak is that of fused multiply-adds on registers alone, of a few lines of C that are compiled for the
-processor and run between the losses, on as many threads. "bound" is eager's time over that of the four products.
-float32, the losses of `benchmarks.loss`.
+The gradients need an N x N x D matrix product for each of S, S°, dI and dT: at least four products of 2 N² D FLOP. The
+peak is that of fused multiply-adds on registers, measured with a few lines of C that are compiled for the processor and
+run between the losses on the same number of threads. "bound" is eager's time divided by that of the four products, for
+the float32 losses of `benchmarks.loss`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Runs the providers of a case in rounds: who is right is timed, who is wrong, missing or too large gets a reason."""
+"""Run the providers of a case in rounds. A provider that is wrong, missing or too large gets a reason, not a time."""
 
 from __future__ import annotations
 

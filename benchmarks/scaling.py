@@ -1,15 +1,15 @@
-"""How time and memory of the loss grow with N, from 2^10 to 2^17 pairs: time as N², memory as N.
+"""Measure how time and memory of the loss grow with N, from 2^10 to 2^17 pairs: time as N², memory as N.
 
     cliperase-fast bench scaling --quick                    up to 2^12, about two minutes on two cores
     cliperase-fast bench scaling                            up to 2^17, about half an hour on two cores
-    cliperase-fast bench scaling --widths 256 --cap 900     a wider one, in longer
+    cliperase-fast bench scaling --widths 256 --cap 900     wider features, which take longer
     cliperase-fast bench scaling --compare before.json after.json
 
-Each provider and size runs in --repeats processes of its own: the first step is weighed (see `bench memory --help`),
-the second warms up, and more of them are timed, for --seconds; where a step takes ten times as long, the second is the
-sample. How far the processes' medians lie apart is the noise that --compare goes by. What cannot fit, and what would
-take more than --cap seconds a step, is skipped and named; a point of minutes is measured by one process. "grows as" is
-fitted over the larger half of the sizes.
+Each provider and size runs in --repeats separate processes. The memory of the first step is measured (see `bench memory
+--help`), the second step is a warm-up, and later steps are timed for --seconds. If a step takes ten times as long, the
+second step is the only sample. --compare takes the spread of the processes' medians as the noise. Sizes that cannot
+fit, or that would take more than --cap seconds per step, are skipped and listed. A point that takes minutes is measured
+by one process. "grows as" is fitted over the larger half of the sizes.
 """
 
 from __future__ import annotations

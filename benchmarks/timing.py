@@ -1,6 +1,6 @@
-"""Timing side by side: one process, the same inputs, rounds in which every contestant has its turn.
+"""Time several callables in one process, on the same inputs, in rounds in which each has its turn.
 
-A slow moment of the machine then hits all of them alike. Medians and quartiles, after a warm-up that is not counted.
+A slow moment of the machine then affects all of them. Reported are medians and quartiles after a warm-up.
 
 On a GPU: CUDA events around forward and backward; before each step a buffer larger than the cache is written, so that
 no step finds its inputs there (and so that the first launches wait in the queue, not the device for them). On a CPU:

@@ -1,4 +1,4 @@
-"""How fast the whole of `unlearn()` trains, and in how much memory, beside a straightforward loop.
+"""Compare the speed and memory of `unlearn()` with those of a straightforward loop.
 
     cliperase-fast bench train --quick                      the demo model alone, under a minute on two cores
     cliperase-fast bench train                              the demo model and ViT-B-32; some minutes on two cores
@@ -7,16 +7,15 @@
     cliperase-fast bench train --compare before.json after.json
 
 Both loops train the same model on the same batches in the same order, with the losses RM + 3 FM + 3 CM and Adam. The
-straightforward one is what re-implementations of the paper do (benchmarks/train_loops.py, a page of code): two models
-in memory, forget, retain and teacher encoded apart, every caption padded and encoded for each pair, logits
-materialised. Each run has a process of its own, and the two kinds take turns.
+straightforward loop is written as a re-implementation of the paper would be (benchmarks/train_loops.py): two models in
+memory; forget, retain and teacher encoded separately; every caption padded and encoded for each pair; materialised
+logits. Each run has a separate process, and the two kinds take turns.
 
-pairs/s: pairs of a batch over the seconds of a training step, waiting for the batch included; median and quartiles over
-the steps of all runs, the first step of each left out. Whole run: all seconds from the model's name to the scores
-after, evaluation and (for unlearn()) the teacher's cache and the files it writes included. Memory: the most the process
-held (VmHWM), and how much of it came after Python, torch and the data. Where the time goes: mean milliseconds of a
-step. The scores after must be equal, and so must the losses of the steps, up to rounding: the last lines say how far
-apart they are.
+pairs/s: pairs of a batch divided by the seconds of a training step, including the wait for the batch; median and
+quartiles over the steps of all runs, without the first step of each. Whole run: the seconds from the model's name to
+the final scores, including evaluation and, for unlearn(), the teacher's cache and all files. Memory: the peak of the
+process (VmHWM), and the part beyond Python, torch and the data. Phases: mean milliseconds of a step. The final scores
+must be equal, and the losses of the steps must agree up to rounding: the last lines show the differences.
 """
 
 from __future__ import annotations

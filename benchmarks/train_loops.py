@@ -2,9 +2,9 @@
 
 python -m benchmarks.train_loops SETTING WHO FOLDER QUICK        one run in this process; prints JSON
 
-The straightforward loop is written as re-implementations of CLIPErase are: student and teacher in memory, forget,
-retain and teacher encoded apart, a caption encoded for each pair and padded to the context, logits materialised,
-cross_entropy and kl_div, float32, torch.optim.Adam as it comes, the loss read in each step, images transformed in the
+The straightforward loop is written as a re-implementation of CLIPErase would be: student and teacher in memory; forget,
+retain and teacher encoded separately; a caption encoded for each pair and padded to the context; materialised logits
+with cross_entropy and kl_div; float32; plain torch.optim.Adam; the loss read in each step; images transformed in the
 main process.
 """
 

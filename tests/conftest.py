@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 from filelock import FileLock
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # was for this process, see the Makefile; pytest's own passes it on to workers
+if "PYTEST_XDIST_WORKER" in os.environ:  # set for this process by the Makefile; xdist passes it to workers
     os.environ.pop("PYTHONSAFEPATH", None)
 
 

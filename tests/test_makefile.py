@@ -1,6 +1,6 @@
-"""`make demo` and `make test`: either order, any number of times, whatever lies in the folder.
+"""Tests of `make demo` and `make test`: in either order, any number of times, with other files in the folder.
 
-A Python that only writes down what it is asked for stands in for the real one: installing takes minutes.
+The Python of these tests only records its arguments, because installing takes minutes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Clone:
         self.python.chmod(0o755)
 
     def make(self, target: str, **environment: str) -> tuple[subprocess.CompletedProcess, list[str]]:
-        """What came of it, and what Python was asked for."""
+        """Run make; return its outcome and the recorded calls of Python."""
         self.record.write_text("")
         kept = {
             name: value
@@ -78,7 +78,7 @@ def test_each_command_installs_what_it_uses_and_nothing_twice(clone, first):
         ("mypy pytest", "lint FAILED, tests FAILED"),
     ],
 )
-def test_neither_lint_nor_tests_hide_the_other(clone, failing, verdict):
+def test_lint_and_tests_both_run_and_are_reported(clone, failing, verdict):
     clone.make("test")
     done, calls = clone.make("test", FAILING=failing)
     assert f"make test: {verdict}" in done.stdout
@@ -87,7 +87,7 @@ def test_neither_lint_nor_tests_hide_the_other(clone, failing, verdict):
         assert any(f"-m {tool}" in call for call in calls), tool
 
 
-def test_the_callers_settings_do_not_reach_the_tests_but_the_number_of_threads_does(clone):
+def test_only_the_number_of_threads_is_passed_from_the_caller_to_the_tests(clone):
     given = {"CLIPERASE_BACKEND": "eager", "PYTHONPATH": "/elsewhere"}
     (call,) = (call for call in clone.make("test", **given)[1] if "-m pytest" in call)
     assert call.startswith("threads=1 backend= path= safe=1 python -I -m pytest")
@@ -102,14 +102,14 @@ def test_a_clone_that_was_moved_is_installed_again(clone):
     assert installs(clone.make("demo")[1]) == []
 
 
-def test_an_install_that_fails_is_not_taken_for_done(clone):
+def test_a_failed_install_is_repeated(clone):
     done, _ = clone.make("demo", FAILING="pip")
     assert done.returncode != 0
     done, calls = clone.make("demo")
     assert done.returncode == 0 and installs(calls) == ["--editable ."]
 
 
-def test_folders_and_files_beside_the_package_change_no_verdict_of_ruff(tmp_path):
+def test_other_files_in_the_folder_do_not_change_the_verdict_of_ruff(tmp_path):
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     shutil.copytree(ROOT / "tests" / "distributed", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__"))
 

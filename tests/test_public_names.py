@@ -1,4 +1,4 @@
-"""What `dir()` and tab completion show of the package: every public name, those imported on first use too."""
+"""Tests of `dir()` and tab completion: they list every public name, including those imported on first use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`make bench-check`: a fall of a ratio fails, noise does not."""
+"""Tests of `make bench-check`: a drop of a ratio fails, noise does not."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_within_the_allowance_or_in_a_later_try_passes(monkeypatch, committed, c
     assert "FELL" not in capsys.readouterr().out
 
 
-def test_a_fall_in_every_try_fails_and_says_what_fell(monkeypatch, committed, capsys):
+def test_a_drop_in_every_try_fails_and_is_named(monkeypatch, committed, capsys):
     assert outcome(monkeypatch, committed, [(1.2, ""), (1.5, "")]) == 1
     shown = capsys.readouterr().out
     assert "FELL by 25%, in the best of 2 tries; 15% is allowed" in shown

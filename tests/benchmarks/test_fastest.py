@@ -1,4 +1,4 @@
-"""What "auto" goes by on a GPU follows from the results."""
+"""Tests of the table of fastest GPU backends that "auto" reads."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_the_fastest_of_our_backends_is_taken_by_its_faster_keep():
     assert fastest.table_of([record(*native, *triton, *others)]) == {"9.0": {"bfloat16": {"768": {"8192": "triton"}}}}
 
 
-def test_sizes_are_told_apart_and_records_put_together():
+def test_sizes_are_separate_and_records_are_merged():
     first = record(run("ours-native-keep-nothing", 4), run("ours-torch", 3, n=2048), run("ours-torch", 3, width=64))
     second = record(run("ours-triton-keep-nothing", 5), run("ours-eager", 3, dtype="float32"))
     other = record(run("ours-triton-keep-nothing", 5), capability="10.0")
@@ -37,7 +37,7 @@ def test_sizes_are_told_apart_and_records_put_together():
     }
 
 
-def test_what_failed_and_other_losses_and_data_and_the_cpu_do_not_count():
+def test_failures_other_losses_other_data_and_cpus_are_ignored():
     fast = run("ours-triton-keep-nothing", 1)
     excluded = [{**fast, **changed} for changed in ({"status": "failed"}, {"loss": "clip"}, {"data": "random"})]
     assert fastest.table_of([record(*excluded, run("ours-torch", 2)), record(fast, capability=None)]) == {

@@ -1,4 +1,4 @@
-"""What gradient caching is for: a large batch of the demo model in little memory."""
+"""Test that gradient caching encodes a large batch of the demo model in little memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from processes import apart
 from cliperase_fast.benchmarks.grad_cache import measure
 
 
-def test_a_batch_in_chunks_takes_much_less_memory_and_has_the_same_gradient():
+def test_a_batch_in_chunks_uses_much_less_memory_and_has_the_same_gradient():
     at_once, chunked = apart(measure, 1024, 0), apart(measure, 1024, 64)
     assert at_once["peak_bytes"] - chunked["peak_bytes"] > 300 << 20  # the activations of the other 960 pairs
     for name in ("total", "grad_norm"):

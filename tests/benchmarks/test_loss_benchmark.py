@@ -1,4 +1,4 @@
-"""`cliperase-fast bench loss`: who is right gets a time, who is wrong or missing gets a reason, and tables say so."""
+"""Tests of `cliperase-fast bench loss`: right providers get a time, wrong or missing ones a reason."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CASE = Case("cliperase", "peaked", "float32", 48, 24)
 
 @pytest.mark.parametrize("kind", ["cliperase", "clip", "siglip"])
 @pytest.mark.parametrize("data", ["peaked", "random"])
-def test_the_formulas_in_open_clips_style_are_open_clips(kind, data):
+def test_the_copies_of_open_clips_formulas_equal_open_clips_losses(kind, data):
     batch = make_batch(replace(CASE, loss=kind, data=data, dtype="float64"), "cpu")
     known = providers.every_provider()
     values = [known[name].make(CASE)(*batch) for name in ("open_clip", "open_clip-style")]
@@ -52,7 +52,7 @@ def test_a_wrong_bias_is_noticed():
     assert wrong is not None and "off by" in wrong
 
 
-def test_every_provider_says_what_it_leaves_out_and_those_for_a_gpu_say_so():
+def test_every_provider_has_a_note_and_gpu_providers_say_so():
     for provider in providers.every_provider().values():
         assert provider.note, provider.name
     missing = providers.every_provider()["siglip-kernel"]
@@ -88,7 +88,7 @@ def failing(*fields):
     raise RuntimeError("a kernel fell over")
 
 
-def test_who_is_wrong_missing_or_broken_gets_a_reason_and_no_time(monkeypatch, tmp_path, capsys):
+def test_a_wrong_missing_or_broken_provider_gets_a_reason_and_no_time(monkeypatch, tmp_path, capsys):
     wrong = providers.Provider("wrong", lambda case: lambda *fields: 2 * functional_loss("eager")(*fields))
     broken = providers.Provider("broken", lambda case: failing)
     absent = providers.Provider("absent", lambda case: failing, package="no-such-package")

@@ -1,4 +1,4 @@
-"""`cliperase-fast bench memory` and `scaling`: measured apart, what is skipped is named, and growth is fitted."""
+"""Tests of `cliperase-fast bench memory` and `scaling`: separate processes, named skips, fitted growth."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cliperase_fast.benchmarks.timing import Times, timed
 CASE = Case("cliperase", "peaked", "float32", 512, 16)
 
 
-def test_scaling_weighs_and_times_a_provider_apart_and_says_what_it_skipped(tmp_path, capsys):
+def test_scaling_measures_memory_and_time_in_separate_processes_and_names_skips(tmp_path, capsys):
     path = tmp_path / "mine.json"
     words = ["--sizes", "1536", "--widths", "16", "--seconds", "0.01", "--json", str(path), "--device", "cpu"]
     words += ["--repeats", "1"]
@@ -38,7 +38,7 @@ def test_scaling_weighs_and_times_a_provider_apart_and_says_what_it_skipped(tmp_
     }  # fmt: skip
 
 
-def test_who_is_wrong_gets_no_figure_and_a_step_beyond_the_cap_is_not_tried():
+def test_a_wrong_provider_gets_no_figure_and_a_step_beyond_the_cap_is_not_tried():
     wrong = Provider("wrong", lambda case: lambda *fields: 2 * every_provider()["ours-eager"].make(case)(*fields))
     points = Points({"wrong": wrong, "slow": wrong}, "cpu", 1, 0.0, cap=10.0)
     points._step["slow", Case("cliperase", "peaked", "float32", 0, 16)] = 128, 1.0
@@ -72,7 +72,7 @@ def scripted(*seconds: float):
     return lambda: Times(left.pop(0) if len(left) > 1 else left[0], 0.0)
 
 
-def test_the_step_after_the_weighed_one_warms_up_and_is_not_timed():
+def test_the_step_after_the_memory_measurement_is_an_untimed_warm_up():
     samples = timed_steps(scripted(0.9, 0.25), seconds=0.1)
     assert {sample.forward for sample in samples} == {0.25} and len(samples) >= 3
 
@@ -93,14 +93,14 @@ def measured_in_turn(monkeypatch, *medians: float) -> Points:
     return points
 
 
-def test_a_point_is_the_median_of_its_processes_and_shows_how_far_they_lie_apart(monkeypatch, capsys):
+def test_a_point_is_the_median_of_its_processes_and_shows_their_spread(monkeypatch, capsys):
     (row,) = measured_in_turn(monkeypatch, 100.0, 160.0, 110.0).rows
     assert row["both_ms"]["median"] == pytest.approx(110.0) and row["both_ms"]["samples"] == 9
     assert row["both_ms"]["runs"] == pytest.approx([100.0, 160.0, 110.0])
     assert "110.0 ms a step (100.0 to 160.0 in 3 runs)" in capsys.readouterr().err
 
 
-def test_what_lies_within_the_noise_of_repeated_runs_is_not_called_slower(monkeypatch):
+def test_changes_within_the_noise_of_repeated_runs_are_not_called_slower(monkeypatch):
     def words(before, after):
         records = [{"benchmark": "scaling", "runs": measured_in_turn(monkeypatch, *of).rows} for of in (before, after)]
         return {line[2]: line[-1] for line in comparison(*records)[1]}["both_ms"]

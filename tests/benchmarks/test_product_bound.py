@@ -1,4 +1,4 @@
-"""The bound on what any loss can gain over eager, on a tiny case."""
+"""Test the bound on the speedup over eager, on a tiny case."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from cliperase_fast.benchmarks import product_bound
 
 
-def test_the_record_holds_what_the_table_is_made_of(tmp_path, capsys):
+def test_the_record_contains_everything_the_table_needs(tmp_path, capsys):
     path = tmp_path / "bound.json"
     product_bound.main(["--sizes", "64", "--widths", "16", "--seconds", "0.05", "--json", str(path)])
     (row,) = json.loads(path.read_text())["runs"]

@@ -1,4 +1,4 @@
-"""The two loops of benchmarks.train do the same, and what is said of them follows from the record."""
+"""Tests that the two loops of benchmarks.train are equivalent, and that reports follow from the record."""
 
 from __future__ import annotations
 
