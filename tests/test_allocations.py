@@ -1,4 +1,4 @@
-"""No allocation in the package is left to torch's defaults, which users set for code of their own."""
+"""No allocation in the package depends on torch's defaults, which users may change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said of work that takes long: bars on a terminal, lines in a log."""
+"""Progress of long work: bars on a terminal, lines in a log."""
 
 import logging
 import subprocess
@@ -66,5 +66,5 @@ def test_the_library_is_silent_until_logging_is_set_up():
 @pytest.mark.parametrize(
     ("seconds", "words"), [(0.4, "0 s"), (99, "99 s"), (150, "2 min"), (5999, "100 min"), (7200, "2.0 h")]
 )
-def test_time_is_told_in_units_of_a_reader(seconds, words):
+def test_durations_have_readable_units(seconds, words):
     assert progress.duration(seconds) == words

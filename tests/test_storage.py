@@ -1,4 +1,4 @@
-"""Files that are whole or absent, locks, and one line for whatever the system refuses."""
+"""Atomic files, locks, and one line for each error of the file system."""
 
 import errno
 import os
@@ -48,7 +48,7 @@ def test_a_file_of_tensors_that_is_cut_short_is_an_error(tmp_path, size):
         read_tensors(tmp_path / "file")
 
 
-def test_text_is_replaced_whole(tmp_path):
+def test_text_is_replaced_atomically(tmp_path):
     path = tmp_path / "a.json"
     storage.write_text_atomically(path, "one")
     storage.write_text_atomically(path, "two")
@@ -72,7 +72,7 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one_and_no_draft(tmp_path,
     assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_what_the_safetensors_library_says_of_a_full_disk_is_told_alike(tmp_path):
+def test_a_full_disk_in_the_safetensors_library_gives_the_same_message(tmp_path):
     from safetensors import SafetensorError
 
     says = r"No space left on device.*free some space"
@@ -93,7 +93,7 @@ def test_room_is_taken_before_it_is_filled(tmp_path, monkeypatch, refusal):
         assert os.fstat(file.fileno()).st_blocks * 512 >= 3 * 2**20
 
 
-def test_a_full_disk_is_told_when_room_is_taken(tmp_path, monkeypatch):
+def test_a_full_disk_is_an_error_when_room_is_reserved(tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -118,14 +118,14 @@ def _write(path):
         storage.write_file(path, [bytes(2000)])
 
 
-def test_a_limit_on_the_size_of_files_is_told_not_died_of(tmp_path):
+def test_a_limit_on_file_size_is_an_error_and_not_a_crash(tmp_path):
     early, late = apart(_beyond_the_limit, tmp_path / "file")
     assert "ulimit -f" in early and "ulimit -f" in late
     assert "File too large" in late
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path):
+def test_a_disk_without_room_is_an_error_before_anything_is_written(tmp_path):
     with pytest.raises(InputError, match=r"needs .*TiB and the disk has .* left; make room"):
         storage.check_room(tmp_path, 2**60, 1, "make room")
 
@@ -139,7 +139,7 @@ def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path):
         ("/proc/run", ""),
     ],
 )
-def test_a_folder_that_cannot_be_made_is_told_and_nothing_is_left(tmp_path, path, says):
+def test_a_folder_that_cannot_be_created_is_an_error_and_leaves_nothing(tmp_path, path, says):
     (tmp_path / "file").write_text("")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(InputError, match=f"output_dir=.*{says}"):
@@ -187,7 +187,7 @@ def test_a_lock_can_be_waited_for(tmp_path):
     process.join()
 
 
-def test_where_there_are_no_locks_a_warning_says_so(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch):
     def refuse(*arguments):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 

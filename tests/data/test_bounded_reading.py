@@ -1,4 +1,4 @@
-"""What is read comes from regular files and is bounded: no pipe, device or bomb can hold a run up."""
+"""Only regular files are read, up to a size: no pipe, device or bomb can block a run."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ HEAD = "filepath,title\n"
         (HEAD + '1.png,"a\u2028dog, x"\n', [("a\u2028dog, x",)]),
     ],
 )  # fmt: skip
-def test_captions_are_read_whole(tmp_path: Path, text: str, captions: Captions) -> None:
+def test_captions_are_read_completely(tmp_path: Path, text: str, captions: Captions) -> None:
     assert table(tmp_path, text).captions == captions
 
 
@@ -81,7 +81,7 @@ def test_captions_are_read_whole(tmp_path: Path, text: str, captions: Captions) 
         ('{"images": [{"file_name": "1.png"}]}', "no column 'filepath'.*this is JSON; write .* as a table"),
     ],
 )  # fmt: skip
-def test_rows_that_cannot_be_read_whole_are_named(tmp_path: Path, text: str | bytes, message: str) -> None:
+def test_malformed_rows_are_named(tmp_path: Path, text: str | bytes, message: str) -> None:
     with pytest.raises(InputError, match=rf"t\.csv.*{message}"):
         table(tmp_path, text)
 

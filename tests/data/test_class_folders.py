@@ -1,4 +1,4 @@
-"""Class folders: what is in them is read once, counted or refused, and their names are words."""
+"""Class folders: each entry is read once, counted or refused, and their names are words."""
 
 from __future__ import annotations
 

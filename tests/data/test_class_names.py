@@ -28,7 +28,7 @@ from cliperase_fast.errors import InputError
         (["eine Straße", "eine Brücke"], ("Straße", "Brücke")),
     ],
 )
-def test_a_class_is_called_by_what_tells_its_caption_apart(captions: list[str], names: tuple[str, ...]) -> None:
+def test_a_class_is_named_by_the_words_only_its_caption_has(captions: list[str], names: tuple[str, ...]) -> None:
     assert class_names(captions) == names
 
 
@@ -58,7 +58,7 @@ def test_one_template_may_be_given_as_text() -> None:
         (["caf\u00e9", "cafe\u0301"], "2 classes are called"),  # one accent, encoded in two ways
     ],
 )
-def test_class_names_that_a_selector_cannot_tell_apart_are_refused(names: list[str], says: str) -> None:
+def test_class_names_that_a_selector_cannot_distinguish_are_refused(names: list[str], says: str) -> None:
     with pytest.raises(InputError, match=says):
         ClassSpace.from_templates(names, ("a photo of a {}",))
     with pytest.raises(InputError, match=says):

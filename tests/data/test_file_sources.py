@@ -40,7 +40,7 @@ def test_train_and_test_folders_are_splits(tmp_path: Path, picture, test_name: s
     assert source.test.captions == [("a dog", "some dog")]
 
 
-def test_a_class_called_train_is_no_split(tmp_path: Path, picture) -> None:
+def test_a_class_called_train_is_not_a_split(tmp_path: Path, picture) -> None:
     picture(tmp_path / "train" / "1.png")
     picture(tmp_path / "test" / "1.png")
     assert open_source(f"folder:{tmp_path}").train.classes == ("test", "train")

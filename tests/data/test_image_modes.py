@@ -74,7 +74,7 @@ def test_integers_out_of_range_are_refused(value: int) -> None:
         in_memory(Image.fromarray(np.full((3, 4), value, dtype=np.int32)))
 
 
-def test_white_is_zero_is_minded_at_16_bits(tmp_path: Path) -> None:
+def test_white_is_zero_is_applied_at_16_bits(tmp_path: Path) -> None:
     path = tmp_path / "c" / "x.tif"
     from_file(Image.fromarray(RAMP16), path)
     read = from_file(Image.fromarray(RAMP16), path, tiffinfo={262: 0})
@@ -229,14 +229,14 @@ def test_postscript_under_another_name_is_not_run(tmp_path: Path) -> None:
         (b"anything", r"is damaged, or of a format that Pillow does not read here; convert it to \.png or \.jpg"),
     ],
 )
-def test_what_is_named_like_an_image_and_is_none_is_told(tmp_path: Path, content: bytes, said: str) -> None:
+def test_a_file_that_is_only_named_like_an_image_is_described(tmp_path: Path, content: bytes, said: str) -> None:
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "x.jpg").write_bytes(content)
     with pytest.raises(InputError, match=rf"^the image .*x\.jpg {said}$"):
         open_source(f"folder:{tmp_path}").train.image(0)
 
 
-def test_a_directory_named_as_an_image_is_told_without_numbers(tmp_path: Path) -> None:
+def test_a_directory_named_like_an_image_is_reported_without_numbers(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("filepath\ttitle\n.\ta dog\n")
     with pytest.raises(InputError, match=r"^cannot read the image .*: it is a directory, not a regular file$"):
         open_source(f"csv:{tmp_path / 't.csv'}").train.image(0)

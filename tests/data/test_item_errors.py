@@ -1,4 +1,4 @@
-"""What an item of a dataset may be, and the remedy where it is something else."""
+"""What an item of a dataset may be, and the fix if it is something else."""
 
 import numpy as np
 import pytest

@@ -21,7 +21,7 @@ class Counting:
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
 
 
-def test_an_image_is_transformed_once_whatever_subset_asks_for_it():
+def test_an_image_is_transformed_once_for_all_subsets():
     pairs, transform, cache = concat([rows(3), rows(3, 100)]), Counting(), PixelCache(2**20)
     first = [cache.pixels(pairs, index, transform) for index in range(6)]
     again = [cache.pixels(pairs.subset([4, 1]), index, transform) for index in range(2)]

@@ -31,7 +31,7 @@ def test_a_list_of_pairs_gives_images_captions_and_ids() -> None:
     assert len(list(pairs)) == 6
 
 
-def test_images_come_in_rgb_whatever_their_mode() -> None:
+def test_images_of_every_mode_become_rgb() -> None:
     pairs = as_pairs([(Image.new(mode, (4, 4)), "x") for mode in ("L", "RGBA", "P", "CMYK", "1")], "modes")
     assert {pairs.image(i).mode for i in range(5)} == {"RGB"}
 
@@ -208,7 +208,7 @@ class _Failing(Dataset):
         ([(image(), torch.tensor([1, 2])), (image(), torch.tensor([1]))], "2 token ids, item 1 has 1"),
     ],
 )  # fmt: skip
-def test_items_that_are_no_pairs_are_named(dataset: object, message: str) -> None:
+def test_items_that_are_not_pairs_are_named(dataset: object, message: str) -> None:
     with pytest.raises(InputError, match=message):
         as_pairs(dataset, "mine")
 
@@ -242,7 +242,7 @@ def test_negative_indices_of_a_subset_count_from_the_end() -> None:
         as_pairs(Subset(cats_and_dogs(), [6]), "pets")
 
 
-def test_an_error_of_the_dataset_is_told_in_one_line() -> None:
+def test_an_error_of_the_dataset_is_reported_in_one_line() -> None:
     class Failing(Dataset):
         def __len__(self) -> int:
             return 1

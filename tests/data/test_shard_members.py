@@ -104,7 +104,7 @@ def test_what_belongs_to_no_pair_is_counted(shard) -> None:
         ([("k.png", b"?"), special("k.txt", tarfile.FIFOTYPE)], "is a device or pipe", "member is not a plain file"),
     ],
 )  # fmt: skip
-def test_samples_that_are_no_pairs_are_refused_or_counted(shard, members, message: str, reason: str) -> None:
+def test_samples_that_are_not_pairs_are_refused_or_counted(shard, members, message: str, reason: str) -> None:
     with pytest.raises(InputError, match=message):
         shard([*WHOLE, *members])
     pairs = shard([*WHOLE, *members], "skip")
@@ -131,7 +131,7 @@ def test_a_caption_that_claims_ten_gigabytes_is_not_read(tmp_path: Path) -> None
         open_source(f"wds:{path}")
 
 
-def test_compressed_shards_are_told_by_their_content(tmp_path: Path) -> None:
+def test_compressed_shards_are_detected_by_their_content(tmp_path: Path) -> None:
     path = tmp_path / "x.tar"
     path.write_bytes(gzip.compress(bytes(1 << 20)))
     with pytest.raises(InputError, match=r"compressed with gzip, so .* decompress it first"):

@@ -84,7 +84,7 @@ def test_templates_need_classes(tmp_path) -> None:
         open_source(f"csv:{tmp_path}/t.tsv", templates=["a {}"])
 
 
-def test_demo_digits_split_the_same_way_whatever_the_seed() -> None:
+def test_demo_digits_have_the_same_split_for_every_seed() -> None:
     source, again = open_source("demo"), open_source("demo", seed=7)
     assert source.test is not None and again.test is not None
     assert (len(source.train), len(source.test)) == (1438, 359)
@@ -127,7 +127,7 @@ def test_shape_size_is_an_option() -> None:
     assert open_source("shapes?train=1&test=1&size=48").train.image(0).size == (48, 48)
 
 
-def test_colours_and_shapes_can_be_told_apart() -> None:
+def test_colours_and_shapes_can_be_distinguished() -> None:
     """The colour by the mean tint of what stands out, the shape by the most similar outline."""
     source = open_source("shapes?train=10&test=3")
     assert source.test is not None and source.train.labels is not None and source.test.labels is not None

@@ -102,7 +102,7 @@ def test_a_bias_takes_part_in_the_clip_loss_with_gradient_zero():
     assert cf.ClipLoss()(**inputs).item() == without.item()
 
 
-def test_a_bias_that_is_no_constant_and_overridden_logits_are_left_to_open_clip():
+def test_a_bias_that_is_not_constant_and_overridden_logits_are_left_to_open_clip():
     inputs = batch("ClipLoss") | {"logit_bias": torch.linspace(-1, 1, 33)}
     assert cf.ClipLoss()(**inputs).item() == open_clip.loss.ClipLoss()(**inputs).item()
 

@@ -155,7 +155,7 @@ def test_a_users_own_subclass_is_never_replaced(monkeypatch):
     assert open_clip.factory.ClipLoss is Mine
 
 
-def test_modules_loaded_while_patched_are_cleaned_too(monkeypatch):
+def test_modules_loaded_while_patched_are_restored_too(monkeypatch):
     late = type(sys)("open_clip.late")
     with cf.patch_open_clip():
         late.ClipLoss = open_clip.loss.ClipLoss

@@ -1,4 +1,4 @@
-"""open_clip's blocks for less work and memory: nothing that is read changes."""
+"""open_clip's blocks with less work and memory: no used output changes."""
 
 import copy
 

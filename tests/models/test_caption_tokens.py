@@ -129,7 +129,7 @@ def test_functions_may_return_tables_of_several_kinds(output: Any) -> None:
         ({"input_ids": [[0, 1], [1, 1]], "attention_mask": [[0, 1], [1, 1]]}, "pads on the left"),
     ],
 )
-def test_output_that_is_no_token_table_is_refused(output: Any, message: str) -> None:
+def test_tokenizer_output_that_is_not_a_token_table_is_refused(output: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         CaptionTokenizer(lambda captions: output, 16)(["a", "b"])
 

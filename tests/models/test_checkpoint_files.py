@@ -1,4 +1,4 @@
-"""Checkpoints as people have them: prefixes, containers, other things beside the weights, TorchScript, damage."""
+"""Checkpoints as users have them: prefixes, containers, other data beside the weights, TorchScript, damage."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ MISTAKEN: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", MISTAKEN)
-def test_what_stands_in_the_place_of_a_checkpoint_is_told(tmp_path: Path, name: str) -> None:
+def test_files_mistaken_for_checkpoints_are_named(tmp_path: Path, name: str) -> None:
     content, says = MISTAKEN[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=f"{name} does not load as tiny: .*{says}"):
@@ -210,7 +210,7 @@ def test_a_file_is_read_by_its_content_not_its_name(tmp_path: Path, state: State
         assert all(torch.equal(loaded[key], tensor) for key, tensor in state.items())
 
 
-def test_a_folder_in_the_place_of_a_checkpoint_is_called_one(tmp_path: Path) -> None:
+def test_a_folder_passed_as_a_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"is a folder; name the file .* dcp_to_torch"):
         load_model(f"tiny:{tmp_path}")
 

@@ -1,4 +1,4 @@
-"""Only the token rows that occur are trained, and the model that comes out is the one whole-table training gives."""
+"""Only the token rows that occur are trained, with the result of training the whole table."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""The frozen front of an image tower: the two parts together are the tower, and no more is called frozen than is."""
+"""The frozen front of an image tower: both parts together equal the tower, and only frozen parts count as frozen."""
 
 import copy
 
@@ -54,7 +54,7 @@ def test_the_last_blocks_train_the_same_from_what_the_others_made_of_the_images(
 
 
 @pytest.mark.parametrize("make", WHOLE.values(), ids=WHOLE.keys())
-def test_an_image_tower_that_is_not_trained_is_frozen_whole(make):
+def test_an_untrained_image_tower_is_frozen_entirely(make):
     adapter, pixels = prepared(make(), "text")
     front = FrozenFront.of(adapter, pixels)
     made = front.first(pixels)
@@ -113,7 +113,7 @@ def test_an_image_encoder_that_reads_a_trained_parameter_of_the_text_tower_is_no
     assert FrozenFront.of(adapter, pixels) is None
 
 
-def test_a_tower_that_computes_more_than_its_parts_is_not_taken_apart():
+def test_a_tower_that_computes_more_than_its_parts_is_not_split():
     adapter, pixels = prepared(tiny_open_clip(), "last:1")
     visual = adapter.module.visual
     embed = copy.copy(visual._embeds)

@@ -1,4 +1,4 @@
-"""Any module with encode_image, encode_text and logit_scale."""
+"""Any module with encode_image, encode_text and logit_scale as a model."""
 
 from __future__ import annotations
 

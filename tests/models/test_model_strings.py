@@ -97,7 +97,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(architecture: str, tmp_path
     assert not (tmp_path / "ran").exists()
 
 
-def test_weights_of_a_tag_bring_their_activation_and_preprocessing(
+def test_weights_of_a_tag_set_activation_and_preprocessing(
     architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state_dict(tmp_path / "weights.pt")
@@ -130,7 +130,7 @@ def test_weights_that_cannot_be_fetched_are_named_at_once_with_the_remedy(no_net
         load_model("hf-hub:nobody/nothing")
 
 
-def test_looking_at_an_unreachable_hub_is_undone(no_network: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_mode_for_an_unreachable_hub_is_restored(no_network: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     with open_clip_files.offline_if_unreachable():
         assert huggingface_hub.constants.HF_HUB_OFFLINE
@@ -157,7 +157,7 @@ def test_a_string_that_names_no_model_says_what_would(text: str, message: str) -
         load_model(text)
 
 
-def test_folders_that_hold_no_whole_model_are_refused(tmp_path: Path) -> None:
+def test_folders_without_a_complete_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"neither open_clip_config.json"):
         load_model(tmp_path)
     config = {"model_cfg": tiny_config(), "preprocess_cfg": {}}
@@ -182,7 +182,7 @@ def test_a_folder_loads_by_path_and_by_prefix(tmp_path: Path) -> None:
         assert not adapter.module.training
 
 
-def test_something_that_is_no_model_is_refused() -> None:
+def test_a_value_that_is_not_a_model_is_refused() -> None:
     with pytest.raises(InputError, match="model is a int"):
         load_model(3)
 

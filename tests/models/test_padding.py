@@ -87,7 +87,7 @@ def test_lora_is_trained_without_padding_too():
 
 
 @pytest.mark.parametrize("make", UNSAFE.values(), ids=UNSAFE.keys())
-def test_towers_that_may_look_at_the_padding_get_all_of_it(make, monkeypatch):
+def test_towers_that_may_read_the_padding_get_all_of_it(make, monkeypatch):
     adapter = load_model(make())
     tokens = torch.zeros(2, 16, dtype=torch.long)
     tokens[:, 1] = 40

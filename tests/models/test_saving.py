@@ -1,4 +1,4 @@
-"""What cannot be saved is refused before training, and what was saved is read back before that is reported."""
+"""Models that cannot be saved are refused before training, and saved models are read back and compared."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def drop_a_weight(folder: Path) -> None:
 
 @pytest.mark.parametrize("change", [flip_a_bit, drop_a_weight])
 @pytest.mark.parametrize("kind", MAKE)
-def test_a_folder_that_is_not_the_model_is_never_reported_as_saved(
+def test_a_folder_with_wrong_weights_is_not_reported_as_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, change: Callable[[Path], None]
 ) -> None:
     spoil(monkeypatch, kind, change)
@@ -83,7 +83,7 @@ def test_a_folder_that_is_not_the_model_is_never_reported_as_saved(
 
 
 @pytest.mark.parametrize("kind", ["open_clip", "transformers"])
-def test_a_folder_whose_configuration_is_another_models_is_not_reported_as_saved(
+def test_a_folder_with_a_wrong_configuration_is_not_reported_as_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     def change(folder: Path) -> None:
@@ -102,7 +102,9 @@ def test_a_folder_whose_configuration_is_another_models_is_not_reported_as_saved
     assert not (tmp_path / "model").exists()
 
 
-def test_large_models_are_compared_without_a_second_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_models_are_compared_without_loading_a_second_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(equivalence, "LOADED_WHOLE", 0)
     adapter = load_model(tiny_clip())
     monkeypatch.setattr(type(adapter), "reload", lambda *arguments: pytest.fail("a second model was built"))
@@ -238,7 +240,7 @@ def test_a_clip_model_that_its_configuration_does_not_describe_is_refused_before
         load_model(wide).check_saveable()
 
 
-def test_shared_weights_are_saved_whole(tmp_path: Path) -> None:
+def test_shared_weights_are_saved_completely(tmp_path: Path) -> None:
     model: Any = tiny_clip()
     model.text_projection.weight = model.visual_projection.weight
     load_model(model).save(tmp_path / "model")

@@ -130,7 +130,7 @@ def test_an_unknown_choice_is_named(spec: str) -> None:
         chosen(tiny_open_clip(), spec)
 
 
-def test_towers_that_cannot_be_told_apart_are_an_error_unless_all_is_trained() -> None:
+def test_unidentified_towers_are_an_error_unless_all_is_trained() -> None:
     class Plain(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -100,7 +100,7 @@ def test_another_vocabulary_needs_a_tokenizer() -> None:
             load_model(model).tokenize(SENTENCES)
 
 
-def test_tokens_without_the_end_mark_are_refused() -> None:
+def test_tokens_without_the_end_token_are_refused() -> None:
     adapter = load_model(tiny_clip(), tokenizer=lambda captions: torch.tensor([[8, 2, 9], [8, 2, 2]]))
     with pytest.raises(InputError, match=r"without the end token \(id 9\)"):
         adapter.tokenize(["a", "b"])
@@ -168,7 +168,7 @@ def test_weights_saved_in_half_precision_are_widened(tmp_path: Path) -> None:
     assert {parameter.dtype for parameter in load_model(tmp_path).module.parameters()} == {torch.float32}
 
 
-def test_folders_that_hold_no_whole_clip_model_are_refused(tmp_path: Path) -> None:
+def test_folders_without_a_complete_clip_model_are_refused(tmp_path: Path) -> None:
     model = tiny_clip()
     model.save_pretrained(tmp_path / "whole")
     (tmp_path / "whole" / "model.safetensors").unlink()

@@ -1,4 +1,4 @@
-"""Transforms as people have them: processors, other floating types, and what is no transform at all."""
+"""Transforms as users have them: processors, other floating-point dtypes, and invalid ones."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_images_of_another_floating_type_are_encoded(dtype: torch.dtype) -> None
         (lambda image: image.no_such_method(), r"fails for an image \(AttributeError"),
     ],
 )
-def test_what_is_no_transform_is_named_before_any_work(transform: Any, says: str) -> None:
+def test_an_invalid_transform_is_refused_before_any_work(transform: Any, says: str) -> None:
     with pytest.raises(InputError, match=f"{says}.*must turn a PIL image into a float tensor"):
         cf.unlearn(tiny_open_clip(), FORGET, RETAIN, transform=transform, **QUICK)
     with pytest.raises(InputError, match=says):

@@ -1,4 +1,4 @@
-"""Models inside wrappers: every nesting is opened, the model that was given stays as it was."""
+"""Models inside wrappers: every nesting is opened, and the given model is not changed."""
 
 from __future__ import annotations
 
