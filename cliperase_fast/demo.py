@@ -1,4 +1,4 @@
-"""A small CLIP trained here in seconds, so that unlearning can be tried without downloading anything."""
+"""A small CLIP that trains in seconds, to try unlearning without downloads."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def run_demo(
     cache_dir: str | Path | None = None,
     **overrides: Any,
 ) -> UnlearnResult:
-    """Train a small CLIP on the source of `forget` (or take it from the cache), then forget what it selects."""
+    """Train a small CLIP on the source of `forget`, or load it from the cache, then forget what it selects."""
     show = sys.stderr.isatty() if progress is None else progress
     spec, selector = parse_reference(forget)
     if selector is not None:
-        select(open_source(spec, seed=seed).train, selector)  # a mistyped class is an error before training
+        select(open_source(spec, seed=seed).train, selector)  # raises for a mistyped class before training
     with RunDirectory(Path(output_dir), resume) as directory:
-        directory.check()  # now, for `unlearn` asks only after the training
+        directory.check()  # `unlearn` would check only after the training
     recipe = recipe_for(spec)
     model = cached_small_clip(spec, recipe, seed=seed, progress=show, cache_dir=cache_dir)
     settings = {**recipe.unlearning, "seed": seed, **overrides}
@@ -65,15 +65,15 @@ def run_demo(
 
 
 def clear_demo_run(output_dir: Path) -> None:
-    """Remove an earlier demo's folder, and only a demo's: any other folder stays and `unlearn` refuses it."""
+    """Remove an earlier demo's folder. Any other folder stays, and `unlearn` refuses it."""
     try:
         if (output_dir / _MARK).is_file():
             with lock(output_dir / ".lock"):
-                folder = output_dir.resolve()  # for a symbolic link stays, and leads to an empty folder
+                folder = output_dir.resolve()  # a symbolic link stays and points to an empty folder
                 shutil.rmtree(folder)
                 if output_dir.is_symlink():
                     folder.mkdir()
-    except (Locked, FileNotFoundError):  # another demo is at it, which `unlearn` tells
+    except (Locked, FileNotFoundError):  # another demo uses it, which `unlearn` reports
         return
 
 
@@ -81,16 +81,16 @@ def clear_demo_run(output_dir: Path) -> None:
 def cached_small_clip(
     spec: str, recipe: Recipe, *, seed: int = 0, progress: bool = False, cache_dir: str | Path | None = None
 ) -> Path:
-    """The folder of a small CLIP trained on a source's training split, trained at the first call.
+    """Return the folder of a small CLIP trained on a source's training split. The first call trains it.
 
-    Kept under `cache_dir`, else $CLIPERASE_CACHE, else ~/.cache/cliperase_fast.
+    It is kept in `cache_dir`, else $CLIPERASE_CACHE, else ~/.cache/cliperase_fast.
     """
     source = open_source(spec, seed=seed)
     made_from = {**asdict(replace(recipe, unlearning={})), "data": source.train.fingerprint(), "seed": seed}
     digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
     root = Path(cache_dir or os.environ.get("CLIPERASE_CACHE") or Path.home() / ".cache" / "cliperase_fast")
     path = root / f"small-clip-{digest}"
-    if path.is_dir():  # saved by one rename, so it is whole when it is there
+    if path.is_dir():  # saved by one rename, so it is complete if it exists
         return path
     remedy = "or name another folder for small models with CLIPERASE_CACHE"
     with ExitStack() as stack:
@@ -112,7 +112,7 @@ def cached_small_clip(
 def train_small_clip(pairs: PairDataset, recipe: Recipe, *, seed: int = 0, progress: bool = False) -> nn.Module:
     """Train an open_clip model of a few million parameters on `pairs` with the contrastive loss.
 
-    Pairs of one class are not each other's negatives.
+    Pairs of the same class are not treated as negatives.
     """
     import open_clip
 
@@ -174,7 +174,7 @@ def _contrastive(
 
 
 def _flip_and_shift(images: Tensor) -> Tensor:
-    """Mirror half of the images [B, 3, H, W] and shift each by up to an eighth of its side."""
+    """Mirror half of the images [B, 3, H, W], and shift each by up to an eighth of its side."""
     mirrored = torch.rand(len(images), 1, 1, 1, dtype=torch.float32, device="cpu")
     flipped = torch.where(mirrored < 0.5, images.flip(-1), images)
     reach = images.shape[-1] // 8

@@ -1,9 +1,9 @@
-"""A model in another library's form, its weights renamed: open_clip to transformers and back, and to diffusers.
+"""Convert a model for another library: open_clip to transformers and back, and to diffusers.
 
-Every conversion is proved before it is returned: on random pixels and tokens the normalised features of both models
-agree to 1e-5, in float32. What the other library cannot express is an `InputError` that names it. The result is a new
-model in evaluation mode, with the weights' dtype and device. The pictures' mean and standard deviation belong to the
-processor, not to the model: keep them.
+Every conversion is verified before it is returned: on random pixels and tokens the normalised features of both models
+agree to 1e-5 in float32. What the other library cannot express is an `InputError` that names it. The result is a new
+model in evaluation mode, with the dtype and device of the weights. The images' mean and standard deviation belong to
+the processor, not to the model: keep them.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ State = dict[str, Tensor]
 
 @torch_defaults()
 def to_transformers(model: nn.Module) -> Any:
-    """An open_clip CLIP or CustomTextCLIP of plain transformers as a transformers `CLIPModel`.
+    """Convert an open_clip CLIP or CustomTextCLIP of plain transformers to a transformers `CLIPModel`.
 
-    The activation is the model's own (GELU, its tanh form, or OpenAI's quick GELU), and so is the pooling of texts: at
-    the highest id (written as eos_token_id 2, by which transformers knows it) or at the end mark.
-    Raises InputError for what CLIPModel has no place for: ResNets, timm and Hugging Face towers, attention pooling, ...
+    It keeps the activation (GELU, its tanh form, or OpenAI's quick GELU) and the pooling of texts: at the highest id
+    (eos_token_id 2 in transformers) or at the end-of-text token.
+    Raises InputError for what CLIPModel cannot express: ResNets, timm and Hugging Face towers, attention pooling, ...
     """
     transformers = _transformers()
     model = _plain(model)
@@ -99,9 +99,9 @@ def to_transformers(model: nn.Module) -> Any:
 
 @torch_defaults()
 def to_open_clip(model: nn.Module) -> Any:
-    """A transformers `CLIPModel` as an open_clip `CLIP`, with the same activation and pooling of texts.
+    """Convert a transformers `CLIPModel` to an open_clip `CLIP` with the same activation and pooling of texts.
 
-    Raises InputError where open_clip has no place for it: towers of two activations, say.
+    Raises InputError for what open_clip cannot express, such as towers with different activations.
     """
     model = _plain(model)
     config = _transformers_config(model)
@@ -139,10 +139,10 @@ def to_open_clip(model: nn.Module) -> Any:
 
 @torch_defaults()
 def to_diffusers_text_encoder(model: nn.Module, *, projection: bool = False) -> Any:
-    """The text tower for a Stable-Diffusion-style pipeline: `pipeline.text_encoder = to_diffusers_text_encoder(model)`.
+    """Convert the text tower for Stable Diffusion: `pipeline.text_encoder = to_diffusers_text_encoder(model)`.
 
     model: an open_clip model or a transformers CLIPModel. Returns a transformers `CLIPTextModel`, or with `projection`
-    a `CLIPTextModelWithProjection` (the second encoder of SDXL). Its width must be what the pipeline's denoiser reads.
+    a `CLIPTextModelWithProjection` (the second encoder of SDXL). Its width must be the one that the denoiser expects.
     """
     transformers = _transformers()
     model = _plain(model)
@@ -158,7 +158,7 @@ def to_diffusers_text_encoder(model: nn.Module, *, projection: bool = False) -> 
 
 
 def _plain(model: nn.Module) -> nn.Module:
-    """The model without wrappers, its adapters folded in."""
+    """Return the model without wrappers, with its adapters merged."""
     model = unwrap(model)
     require_weights(model)
     require_trainable(model)
@@ -185,7 +185,7 @@ def _refuse_others(where: str, config: Config, known: set[str]) -> None:
     others = sorted(set(config) - known)
     if others:
         raise InputError(
-            f"CLIPModel has no place for {', '.join(others)} of {where}; save the model for open_clip instead"
+            f"CLIPModel cannot express {', '.join(others)} of {where}; save the model for open_clip instead"
         )
 
 
@@ -221,7 +221,7 @@ def _open_clip_tower(tower: Any) -> Config:
 
 
 def _renamed(layers: dict[str, int]) -> list[tuple[str, str]]:
-    """(open_clip's, transformers') prefix of everything that is only renamed. layers: of 'vision' and 'text'."""
+    """Return (open_clip's, transformers') names of what is only renamed. layers: numbers for 'vision' and 'text'."""
     pairs = [
         ("visual.ln_pre", "vision_model.pre_layrnorm"),
         ("visual.ln_post", "vision_model.post_layernorm"),
@@ -244,7 +244,7 @@ _SINGLE = (
 
 
 def _attention_names(layers: dict[str, int]) -> list[tuple[str, str]]:
-    """(open_clip's, transformers') prefix of each attention."""
+    """Return (open_clip's, transformers') prefixes of each attention."""
     return [
         (f"{ours}transformer.resblocks.{layer}.attn.", f"{theirs}encoder.layers.{layer}.self_attn.")
         for ours, theirs, kind in (("visual.", "vision_model.", "vision"), ("", "text_model.", "text"))
@@ -267,7 +267,9 @@ def _transformers_state(state: State) -> State:
             for part, tensor in zip(_PARTS, state[f"{ours}in_proj_{kind}"].chunk(3), strict=True):
                 result[f"{theirs}{part}.{kind}"] = tensor
     if "visual.proj" not in state or ("text_projection" not in state and "text_projection.weight" not in state):
-        raise InputError("CLIPModel projects both towers' features, and this model has a tower without projection")
+        raise InputError(
+            "CLIPModel projects the features of both towers, but this model has a tower without projection"
+        )
     result["visual_projection.weight"] = state["visual.proj"].T
     linear = state.get("text_projection.weight")
     result["text_projection.weight"] = state["text_projection"].T if linear is None else linear
@@ -288,7 +290,7 @@ def _open_clip_state(state: State) -> State:
 
 
 def _filled(result: nn.Module, state: State, source: nn.Module) -> Any:
-    """`result` with these weights, proved against `source`."""
+    """Load the weights into `result`, and verify it against `source`."""
     weight = next(source.parameters())
     result.to(device=weight.device, dtype=weight.dtype)
     result.load_state_dict({name: tensor.contiguous() for name, tensor in state.items()})
@@ -297,14 +299,14 @@ def _filled(result: nn.Module, state: State, source: nn.Module) -> Any:
     if not difference <= TOLERANCE:
         raise InputError(
             f"this {type(source).__name__} cannot be converted: the features of the {type(result).__name__} differ "
-            f"by {difference:.1e}; it has a part that the other library computes otherwise"
+            f"by {difference:.1e}; it has a part that the other library computes differently"
         )
     return result
 
 
 @torch.no_grad()
 def _difference(source: nn.Module, result: nn.Module) -> float:
-    """The largest difference between normalised features of the two, on random input, in float32."""
+    """Return the largest difference between the normalised features of both on random input, in float32."""
     functions = [_features(_exact(model)) for model in (source, result)]
     clip: Any = source if hasattr(source, "visual") else result  # the one of open_clip knows its sizes
     text = getattr(clip, "text", clip)

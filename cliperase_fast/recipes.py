@@ -1,4 +1,4 @@
-"""How the demo's small CLIP models are trained, and the settings of `unlearn()` that suit them."""
+"""Recipes for the demo: how its small CLIP models are trained, and matching settings of `unlearn()`."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train the small model on a source, and settings of `unlearn()` that suit it."""
+    """How to train the small model on a source, and matching settings of `unlearn()`."""
 
     image_size: int
     vision: Mapping[str, Any]  # open_clip's vision_cfg, without the image size
     epochs: int
     batch_size: int = 128
     learning_rate: float = 1e-3
-    flip_and_shift: bool = False  # natural images: mirror and shift by a few pixels
+    flip_and_shift: bool = False  # for natural images: mirror, and shift by a few pixels
     unlearning: Mapping[str, Any] = field(default_factory=dict)
 
 
 _TRANSFORMER = {"patch_size": 4, "width": 96, "layers": 3, "head_width": 32}
-# A quarter of a million parameters, and no batch statistics that training on forget pairs would shift.
+# 250,000 parameters, and no batch statistics that training on forget pairs would shift.
 _CONVOLUTION = {
     "timm_model_name": "test_convnext",
     "timm_model_pretrained": False,
@@ -36,7 +36,7 @@ RECIPES = {
         _CONVOLUTION,
         epochs=12,
         learning_rate=2e-3,
-        # One class of a hundred: an epoch over it is short, and what shares its words needs time to settle.
+        # One class of a hundred: its epochs are short, and classes that share its words need time to settle.
         unlearning={
             "epochs": 100,
             "batch_size": 128,
@@ -50,5 +50,5 @@ RECIPES = {
 
 
 def recipe_for(spec: str) -> Recipe:
-    """The recipe of a source: the digits, the shapes, or small photographs."""
+    """Return the recipe of a source: the digits, the shapes, or small photographs."""
     return RECIPES.get(spec.partition(":")[0].partition("?")[0], RECIPES["images"])

@@ -1,4 +1,4 @@
-"""The features of a set of pairs: every image once, every different caption once."""
+"""Encode a set of pairs: each image once, and each different caption once."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from cliperase_fast.progress import Steps
 class EncodedPairs:
     """Features of n images, their U different captions and, where there are classes, C classes.
 
-    All tensors are float32, on the CPU, with rows of unit length as the adapter gives them.
+    All tensors are float32 on the CPU, with rows of unit length.
     """
 
     image_features: Tensor  # [n, D]
     caption_features: Tensor  # [U, D]
-    caption_index: list[np.ndarray]  # for each image the rows of its captions, int64, at least one
+    caption_index: list[np.ndarray]  # the rows of each image's captions, int64, at least one
     class_features: Tensor | None  # [C, D], see `class_prompts`
 
     def __len__(self) -> int:
@@ -50,20 +50,20 @@ def encode_pairs(
     ranks: Ranks = SINGLE_PROCESS,
     cache: PixelCache | None = None,
 ) -> EncodedPairs:
-    """Encode all images and captions, in evaluation mode (each module's own mode comes back afterwards).
+    """Encode all images and captions in evaluation mode, and restore each module's mode afterwards.
 
-    adapter: stands on `device`. PIL images go through its `transform`, tensors [3, H, W] pass as they are.
+    adapter: its module is on `device`. PIL images go through its `transform`; tensors [3, H, W] are used unchanged.
     batch_size: images (or captions) in a forward pass.
-    precision: arithmetic of the encoders, fp32 (the parameters' own), bf16 or fp16 (autocast).
+    precision: arithmetic of the encoders: fp32 (that of the parameters), or bf16 or fp16 (autocast).
     num_workers: processes that load images. The global random generators are not touched.
-    progress: show a bar; otherwise a line is logged now and then.
-    ranks: several processes that call this together encode a part of the images each, in the batches of one process;
-        all get all.
+    progress: show a bar; otherwise a line is logged from time to time.
+    ranks: processes that call this together. Each encodes a part of the images, in the same batches as a single
+        process would; every process gets all features.
     templates: class prompts instead of `pairs.prompts`, see `class_prompts`.
-    cache: of images under the adapter's `transform`; without loader processes only.
+    cache: of transformed images; used only without loader processes.
 
-    Raises `InputError` for captions the model cannot take and for images of unlike sizes, `UnlearningError` where a
-    batch does not fit in memory. Features that are NaN or infinite are returned as such, see `require_finite`.
+    Raises `InputError` for captions that the model cannot encode and for images of different sizes, `UnlearningError`
+    if a batch does not fit in memory. NaN and infinite features are returned as they are; see `require_finite`.
     """
     device = torch.device(device)
     captions, caption_index = pairs.different_captions()
@@ -75,7 +75,7 @@ def encode_pairs(
         if caption_key(prompt) not in known:
             known[caption_key(prompt)] = len(captions) + len(extra)
             extra.append(prompt)
-    # All captions are checked before anything is encoded; U of them, then X prompts.
+    # All captions are checked before anything is encoded: U captions, then X prompts.
     parts = [adapter.token_ids(part) for part in (captions, extra) if part]  # [U, L], [X, L]
     with inference(adapter.module, device, precision):
         text = torch.cat([_encode_text(adapter, part, batch_size, progress) for part in parts])  # [U + X, D]
@@ -88,8 +88,7 @@ def encode_pairs(
 
 
 def pair_similarities(encoded: EncodedPairs) -> np.ndarray:
-    """The cosine of each image with its own captions, their mean where it has several; float32 [n], from -1
-    to 1."""
+    """Compute the mean cosine of each image and its own captions; float32 [n], from -1 to 1."""
     image_of, caption_of = matching(encoded)
     sums = np.zeros(len(encoded), dtype=np.float64)
     step = 1 << 16  # pairs gathered at a time
@@ -102,7 +101,7 @@ def pair_similarities(encoded: EncodedPairs) -> np.ndarray:
 
 
 def require_finite(encoded: EncodedPairs, pairs: PairDataset) -> None:
-    """Raise `InputError` when a feature is NaN or infinite, naming the first such image."""
+    """Raise `InputError` if a feature is NaN or infinite. The message names the first such image."""
     if not encoded.caption_features.isfinite().all():
         raise InputError(
             "the model's text features are not finite (NaN or infinity): its weights are damaged, its arithmetic "
@@ -112,15 +111,14 @@ def require_finite(encoded: EncodedPairs, pairs: PairDataset) -> None:
     if not finite.all():
         first = int(finite.long().argmin())
         raise InputError(
-            f"{int((~finite).sum())} of the {len(finite)} image features are not finite (NaN or infinity), "
-            f"the first that of {pairs.ids[first]!r} in {pairs.name}: the model's weights or these images' "
-            "pixels hold such values, its arithmetic overflows, or it normalises features that are all zero"
+            f"{int((~finite).sum())} of the {len(finite)} image features are not finite (NaN or infinity), first that "
+            f"of {pairs.ids[first]!r} in {pairs.name}: the model's weights or the pixels contain such values, its "
+            "arithmetic overflows, or it normalises features that are all zero"
         )
 
 
 def matching(encoded: EncodedPairs) -> tuple[np.ndarray, np.ndarray]:
-    """All (image, caption) pairs as two int64 arrays [P]: row of the image, ascending, and row of the
-    caption."""
+    """Return all (image, caption) pairs as two int64 arrays [P]: image rows, ascending, and caption rows."""
     counts = np.array([len(rows) for rows in encoded.caption_index], dtype=np.int64)
     if len(counts) == 0:
         return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
@@ -128,11 +126,10 @@ def matching(encoded: EncodedPairs) -> tuple[np.ndarray, np.ndarray]:
 
 
 def class_prompts(pairs: PairDataset, templates: Sequence[str] | None = None) -> list[tuple[Any, ...]] | None:
-    """The captions that stand for each class in zero-shot classification (CLIP, arXiv 2103.00020, section
-    3.1.4).
+    """Return the captions that represent each class in zero-shot classification (CLIP, arXiv 2103.00020, 3.1.4).
 
-    Those the data brings, or `templates` ("a photo of a {}") with the class name in their braces. None for
-    data without classes.
+    They are the data's own, or `templates` ("a photo of a {}") with the class name in the braces. None for data
+    without classes.
     """
     if pairs.classes is None or pairs.prompts is None:
         return None
@@ -154,7 +151,7 @@ def _encode_tokens(adapter: ClipAdapter, tokens: Tensor) -> Tensor:
     try:
         return adapter.encode_text(tokens)
     except (RuntimeError, IndexError) as error:
-        if is_out_of_memory(error):  # which `inference` tells
+        if is_out_of_memory(error):  # reported by `inference`
             raise
         raise InputError(
             f"the model cannot encode captions of {tokens.shape[1]} tokens with ids from {int(tokens.min())} to "
@@ -173,7 +170,7 @@ def _encode_images(
     cache: PixelCache | None,
 ) -> Tensor:
     if len(pairs) == 0:
-        raise InputError(f"{pairs.name} holds no pairs: there is nothing to encode")
+        raise InputError(f"{pairs.name} is empty: give at least one (image, caption) pair")
     batches = [list(range(start, min(start + batch_size, len(pairs)))) for start in range(0, len(pairs), batch_size)]
     own = batches[ranks.share(len(batches))]
     loader = DataLoader(
@@ -182,7 +179,7 @@ def _encode_images(
         num_workers=num_workers,
         collate_fn=_stack,
         pin_memory=device.type == "cuda",
-        generator=torch.Generator("cpu"),  # else starting the loader would draw from the global generator
+        generator=torch.Generator("cpu"),  # otherwise the loader would draw from the global generator
     )
 
     def encoded() -> list[Tensor]:
@@ -201,10 +198,10 @@ def _encode_image(adapter: ClipAdapter, pixels: Tensor) -> Tensor:
     try:
         return adapter.encode_image(pixels)
     except RuntimeError as error:
-        if is_out_of_memory(error):  # which `inference` tells
+        if is_out_of_memory(error):  # reported by `inference`
             raise
         remedy = (
-            dtype_hint(error) or "give tensors of the size it was made for, or PIL images, which its transform resizes"
+            dtype_hint(error) or "give tensors of the size it was built for, or PIL images, which its transform resizes"
         )
         raise InputError(
             f"the model cannot encode images of shape {tuple(pixels.shape[1:])} ({error}): {remedy}"
@@ -226,7 +223,7 @@ class _Pixels(Dataset):
             return image
         if self.transform is None:
             raise InputError(
-                f"{self.pairs.name} gives PIL images and the model brings no transform: pass transform= "
+                f"{self.pairs.name} gives PIL images and the model has no transform: pass transform= "
                 "(PIL image -> tensor [3, H, W]), or give tensors"
             )
         return self.transform(image)

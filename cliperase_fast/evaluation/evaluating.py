@@ -1,4 +1,4 @@
-"""`evaluate()`: from what the caller names (a model, pairs, what should be forgotten) to the scores."""
+"""`evaluate()`: from the caller's model and data to scores."""
 
 from __future__ import annotations
 
@@ -50,37 +50,32 @@ def evaluate(
     num_workers: int = 0,
     progress: bool | None = None,
 ) -> dict[str, Any]:
-    """Zero-shot accuracy and retrieval recall of a CLIP model, for forget and retain pairs apart.
+    """Measure zero-shot accuracy and retrieval of a CLIP model, for forget and retain pairs separately.
 
     model: whatever `unlearn()` takes: an open_clip or transformers model, a module with `encode_image`,
         `encode_text` and `logit_scale`, or a string such as "ViT-B-32:openai" or
         "local-dir:runs/apple/model".
-    data: a map-style dataset of (image, caption) pairs, or a source string such as "cifar10:DIR" (its test
-        split when it has one) or "cifar10:DIR#class:cat,dog" (only those pairs).
-    forget: which pairs are the forget pairs: a selector ("class:apple"), a bool mask [n], or a dataset of
-        forget pairs, `data` then being the retain pairs (less those that are also in `forget`). None: all
-        pairs are one set.
-    tokenizer, transform: needed only where the model does not bring them.
-    templates: captions that stand for a class, "a photo of a {}"; the data's own otherwise.
-    long_captions: what happens to captions longer than the model's context: "error", or "truncate" to cut
-        them.
-    on_error: what happens to pairs that cannot be used, such as unreadable images: "raise", or "skip" to leave them
-        out; the result then says under "skipped" how many, and why.
+    data: a map-style dataset of (image, caption) pairs, or a source string such as "cifar10:DIR" (its test split if it
+        has one) or "cifar10:DIR#class:cat,dog" (only those pairs).
+    forget: the forget pairs: a selector ("class:apple"), a bool mask [n], or a dataset. With a dataset, the pairs of
+        `data` that are not in it are the retain pairs. None: all pairs form one set.
+    tokenizer, transform: needed only if the model does not have its own.
+    templates: captions that represent a class, "a photo of a {}"; default: the data's own.
+    long_captions: for captions longer than the model's context: "error", or "truncate" to cut them.
+    on_error: for pairs that cannot be used, such as unreadable images: "raise", or "skip" to leave them out; the
+        result then reports under "skipped" how many, and why.
     batch_size: images in a forward pass.
-    device: "auto" is where a given module stands, and the GPU, if there is one, for a model named by a
-        string.
-    precision: arithmetic of the encoders: fp32, bf16, or fp16 (GPU only). Weights in another type are widened (float64:
-        rounded) to float32 in a copy first.
+    device: "auto" is the device of a given module, and for a model named by a string the GPU if there is one.
+    precision: arithmetic of the encoders: fp32, bf16, or fp16 (GPU only). Weights of another dtype are first converted
+        to float32 in a copy.
     num_workers: processes that load images.
-    progress: show bars; by default when standard error is a terminal. Otherwise a line is logged now and then.
+    progress: show bars; by default if standard error is a terminal. Otherwise a line is logged from time to time.
 
     Returns {"forget": scores, "retain": scores, "per_class": ...}, or {"all": scores, "per_class": ...}
-    without `forget`, and "skipped" where pairs were left out: see `cliperase_fast.evaluation.score` for what the
-    scores are.
+    without `forget`, and "skipped" if pairs were left out. `cliperase_fast.evaluation.METRICS` describes the scores.
 
-    Raises `InputError`, before any encoding, for whatever is wrong with the arguments, unreadable images
-    included; and when the model returns NaN or infinity. `UnlearningError` where a batch does not fit in memory.
-    The model is left as it was.
+    Raises `InputError` for wrong arguments and unreadable images, before any encoding, and for features that are NaN
+    or infinite; `UnlearningError` if a batch does not fit in memory. The model is not changed.
     """
     progress = sys.stderr.isatty() if progress is None else progress
     chosen = _device(device, model)
@@ -122,10 +117,12 @@ def evaluate(
 def _readable(
     pairs: PairDataset, forget_mask: np.ndarray | None, good: np.ndarray, first: str
 ) -> tuple[PairDataset, np.ndarray | None]:
-    """The pairs whose images can be read, of both sets some."""
+    """Return the pairs whose images can be read. Raises InputError if a set would be empty."""
     mask = None if forget_mask is None else forget_mask[good]
     if len(good) == 0 or (mask is not None and (mask.all() or not mask.any())):
-        raise InputError(f"the images left of {pairs.name} are not enough to score each set (first bad one: {first})")
+        raise InputError(
+            f"too few readable images are left in {pairs.name} to score each set (first unreadable: {first})"
+        )
     return pairs.subset(good), mask
 
 
@@ -153,12 +150,12 @@ def _check_settings(
 def _pairs(
     data: Any, forget: Any, templates: Sequence[str] | None, on_error: str
 ) -> tuple[PairDataset, np.ndarray | None]:
-    """The pairs to score and which of them are the forget pairs (bool [n], or None)."""
+    """Return the pairs to score, and which of them are forget pairs (bool [n], or None)."""
     pairs = _open(data, templates, on_error)
     if len(pairs) == 0:
         raise InputError(f"{pairs.name} is empty: give at least one (image, caption) pair")
     if templates is not None and pairs.classes is None:
-        raise InputError(f"{pairs.name} has no classes for the templates to name: leave the templates out")
+        raise InputError(f"{pairs.name} has no classes: leave out templates=")
     if forget is None:
         return pairs, None
     if isinstance(forget, str):
@@ -171,7 +168,9 @@ def _pairs(
         raise InputError("the forget set is empty: give at least one (image, caption) pair, or forget=None")
     retain = np.setdiff1d(np.arange(len(pairs)), overlap(forget_pairs, pairs))
     if len(retain) == 0:
-        raise InputError(f"every pair of {pairs.name} is also a forget pair: nothing is left to retain")
+        raise InputError(
+            f"every pair of {pairs.name} is also a forget pair, so no retain pairs are left: give other data"
+        )
     both = concat([forget_pairs, pairs.subset(retain)])
     return both, np.arange(len(both)) < len(forget_pairs)
 
@@ -189,7 +188,7 @@ def _mask(forget: Any, pairs: PairDataset) -> np.ndarray:
     mask = np.asarray(forget.cpu() if isinstance(forget, Tensor) else forget)
     if mask.dtype != np.bool_ or mask.shape != (len(pairs),):
         raise InputError(
-            f"forget is an array of {mask.dtype} with shape {list(mask.shape)}: a mask must be bool with "
+            f"forget is an array of {mask.dtype} with shape {list(mask.shape)}; a mask must be bool with "
             f"shape [{len(pairs)}], one entry for each pair of {pairs.name}"
         )
     if mask.all() or not mask.any():

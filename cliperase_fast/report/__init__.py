@@ -1,5 +1,4 @@
-"""Plots, a web page and a terminal table made from a run's result dictionary and arrays, and from nothing
-else."""
+"""Plots, a web page and a terminal table from a run's result dictionary and arrays."""
 
 from cliperase_fast.report.data import ReportData
 from cliperase_fast.report.html import write_html

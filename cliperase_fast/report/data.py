@@ -1,4 +1,4 @@
-"""What a report is made from."""
+"""The data of a report."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import numpy as np
 
 @dataclass
 class ReportData:
-    """Everything but `title` and `result` may be left out; the report then leaves out what it would show.
+    """A run's data. All but `title` and `result` is optional; the report leaves out what it has no data for.
 
     title: heading of the page, such as "Forgetting class:apple".
     result: the content of `result.json`.
-    metrics: the lines of `metrics.jsonl`: a dictionary a step with "step", "total", "retain", "forget",
-        "consistency", "learning_rate", and one a look at the validation split with "step" and "validation".
+    metrics: the lines of `metrics.jsonl`: a dictionary for each step with "step", "total", the method's terms and
+        "learning_rate", in this order, and one for each evaluation with "step" and "validation".
     similarities: {"before" | "after": {"forget" | "retain": cosines of matching pairs, float [pairs]}}.
     embeddings: {"before" | "after": image features of the same n test images, float [n, D]}; a few hundred
-        suffice.
+        are enough.
     embedding_sets: "forget" or "retain" for each of the n images.
     embedding_labels: class name (or "") of each of the n images.
     """

@@ -1,4 +1,4 @@
-"""The before/after table of the terminal."""
+"""Tables of scores for the terminal."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _ASCII = str.maketrans({"−": "-", "–": "-", "─": "-", "→": ">"})
 def text_table(
     before: Mapping[str, Any], after: Mapping[str, Any] | None = None, *, unicode: bool | None = None
 ) -> str:
-    """Scores of each set side by side, aligned, in percent; a change is in percentage points.
+    """Write the scores of each set side by side. Changes of percentages are in percentage points.
 
-    before, after: what `evaluate()` returns, or "before" and "after" of `result.json`. Without `after` (an
-    evaluation by itself) each set has one column.
-    unicode: rules and minus signs beyond ASCII; None asks whether standard output can encode them.
+    before, after: what `evaluate()` returns, or "before" and "after" of `result.json`. Without `after`
+    (an evaluation alone) each set has one column.
+    unicode: use rules and minus signs beyond ASCII; None: if standard output can encode them.
     """
     if unicode is None:
         unicode = _encodable("−–─", getattr(sys.stdout, "encoding", None))
@@ -55,9 +55,9 @@ def text_table(
 
 
 def class_table(per_class: Mapping[str, Mapping[str, Any]], *, limit: int = 20, unicode: bool | None = None) -> str:
-    """Accuracy by class: forget classes first, then the lowest; at most `limit` rows, and how many there are more.
+    """Write the accuracy of each class, forget classes first, then the lowest: at most `limit` rows.
 
-    per_class: of what `evaluate()` returns. Empty for data without classes.
+    per_class: from the result of `evaluate()`. Returns an empty text for data without classes.
     """
     order = {"forget": 0, "mixed": 1}
     rows = sorted(per_class.items(), key=lambda item: (order.get(item[1]["set"], 2), item[1]["accuracy"], item[0]))

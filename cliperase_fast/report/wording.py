@@ -86,10 +86,9 @@ def term_label(name: str) -> str:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of a run: the same words in the terminal, in result.json and on the page.
+    """The judgement of a run: the same words in the terminal, in result.json and on the page.
 
-    opening: the judgement alone, "Not forgotten". sentence: with the scores. advice: what to change, empty where all is
-    well.
+    opening: the judgement alone, "Not forgotten". sentence: with the scores. advice: what to change, empty if nothing.
     """
 
     opening: str
@@ -115,7 +114,7 @@ class Headline:
     counted: str  # which images are counted
     forget: tuple[float, float]  # before, after
     retain: tuple[float, float] | None
-    chance: float  # what guessing scores; 0 where that is not known
+    chance: float  # the score of guessing; 0 if not known
 
 
 _PRIMARY_WORDS = {  # action, counted
@@ -147,15 +146,15 @@ def before_after(result: Mapping[str, Any], which: str, metric: Metric) -> tuple
 
 
 def verdict(result: Mapping[str, Any]) -> Verdict:
-    """What came of it, in one sentence, with the failures said as plainly as the success, and what to change.
+    """Judge a run in one sentence, and advise what to change. Failures are stated as plainly as success.
 
-    Forgotten: at most 1 % left. Almost, partly: at most a tenth, at most three quarters of what there was. There was
-    nothing to forget where the model scored at most 1 % before, and little where it did no better than chance. The
-    retain pairs were kept when they lost no more than the configuration's `retain_floor` (2 points without one).
+    Forgotten: at most 1 % is left. Almost, partly: at most a tenth, at most three quarters of the score before. There
+    was nothing to forget if the model scored at most 1 % before, and little if it was no better than chance. The retain
+    pairs were kept if they lost at most the configuration's `retain_floor` (2 points without one).
     """
     head = headline(result)
     if head is None:
-        nothing = "There are no scores of the forget pairs, so nothing can be said about the forgetting"
+        nothing = "The forget pairs have no scores, so the forgetting cannot be judged"
         return Verdict(nothing, f"{nothing}.", "unknown")
     before, after = head.forget
     forgotten = after <= FORGOTTEN
@@ -165,7 +164,7 @@ def verdict(result: Mapping[str, Any]) -> Verdict:
 
     floor = _floor(result)
     drop = 0.0 if head.retain is None else head.retain[0] - head.retain[1]
-    kept = drop <= floor + 1e-9  # the rounding of a fraction is no drop
+    kept = drop <= floor + 1e-9  # rounding of a fraction is not a drop
     heavy = drop > 0.1
     wrong_way = little and after > max(FORGOTTEN, before)
 
@@ -226,7 +225,7 @@ def _of_little(head: Headline) -> str:
 
 
 def _advice(result: Mapping[str, Any], forgotten: bool, kept: bool) -> str:
-    """What to change where something is left to be wished for."""
+    """Advise what to change after a run that is not good."""
     config = result.get("config") or {}
 
     def now(name: str) -> str:
@@ -259,7 +258,7 @@ def _advice(result: Mapping[str, Any], forgotten: bool, kept: bool) -> str:
 
 
 def _advice_of_method(forgotten: bool, kept: bool, now: Callable[[str], str], trained: bool) -> str:
-    """What to change where the method has no weights of CLIPErase's terms."""
+    """Advise what to change for a method without the weights of CLIPErase's terms."""
     if not trained:
         return f"Change method_options, or allow more with {now('retain_floor')}."
     if forgotten or not kept:
@@ -268,5 +267,5 @@ def _advice_of_method(forgotten: bool, kept: bool, now: Callable[[str], str], tr
 
 
 def left_out_lines(skipped: Mapping[str, Any]) -> list[str]:
-    """A line for each reason why items were left out: how many, and the first of them."""
+    """Return a line for each reason why items were left out, with their number and the first of them."""
     return [f"{row['count']} x {reason} (the first: {row['example']})" for reason, row in skipped.items()]

@@ -35,7 +35,7 @@ def encode(adapter, pairs, **options):
     return encode_pairs(adapter, as_pairs(pairs, "data"), **{"batch_size": 4, "device": "cpu", **options})
 
 
-def test_features_stand_in_order_and_each_caption_is_encoded_once(adapter, model):
+def test_features_are_in_order_and_each_caption_is_encoded_once(adapter, model):
     encoded = encode(adapter, coloured())
     torch.testing.assert_close(encoded.image_features, directions(14, 1))
     assert model.images_seen == 14
@@ -52,12 +52,12 @@ def test_the_batch_size_changes_nothing(adapter, batch_size):
     torch.testing.assert_close(one.caption_features, other.caption_features)
 
 
-def test_several_captions_of_an_image_all_count(adapter):
+def test_all_captions_of_an_image_are_used(adapter):
     encoded = encode(adapter, [(as_pixels(row), ["a red", "the red"]) for row in directions(3)])
     assert [rows.tolist() for rows in encoded.caption_index] == [[0, 1]] * 3
 
 
-def test_a_class_is_the_mean_of_its_prompts_brought_back_to_unit_length(adapter):
+def test_class_features_are_the_normalised_mean_of_their_prompts(adapter):
     pairs = as_pairs(coloured(captions=lambda name: [f"a {name}", f"the {name}"]), "data")
     encoded = encode_pairs(adapter, pairs, batch_size=4, device="cpu")
     rows = directions(6)
@@ -91,18 +91,18 @@ def test_pil_images_go_through_the_transform(model):
     torch.testing.assert_close(encoded.image_features, F.normalize(torch.ones(1, DIM), dim=-1))
 
 
-def test_pil_images_without_a_transform_are_an_error_that_says_so(adapter):
+def test_pil_images_without_a_transform_are_an_error(adapter):
     with pytest.raises(InputError, match="pass transform="):
         encode(adapter, [(Image.new("RGB", (5, 4)), "a red")])
 
 
-def test_images_of_unlike_sizes_are_an_error(model):
+def test_images_of_different_sizes_are_an_error(model):
     adapter = load_model(model, tokenizer=model.tokenizer, transform=lambda image: torch.zeros(3, *image.size))
     with pytest.raises(InputError, match=r"different shapes.*\(3, 4, 5\)"):
         encode(adapter, [(Image.new("RGB", (5, 4)), "a red"), (Image.new("RGB", (4, 5)), "a red")])
 
 
-def test_it_encodes_in_evaluation_mode_and_puts_each_modules_mode_back(adapter, model):
+def test_encoding_uses_evaluation_mode_and_restores_each_module(adapter, model):
     model.train()
     model.table.eval()  # as a caller does who freezes a part
     encode(adapter, coloured())
@@ -122,27 +122,27 @@ def on_a_gpu(_):
 
 @pytest.mark.parametrize("runs_out", [on_the_cpu, on_a_gpu])
 @pytest.mark.parametrize("tower", ["encode_image", "encode_text"])
-def test_a_batch_beyond_the_memory_is_told_as_that_with_the_remedy(model, tower, runs_out):
+def test_out_of_memory_is_an_error_with_a_remedy(model, tower, runs_out):
     setattr(model, tower, runs_out)
     adapter = load_model(model, tokenizer=model.tokenizer)
     with pytest.raises(UnlearningError, match=r"out of memory while encoding: .*smaller batch_size.*allocate"):
         encode(adapter, coloured())
 
 
-def test_images_of_a_size_the_model_was_not_made_for_are_an_error_that_says_which(model):
+def test_images_of_a_wrong_size_are_an_error_with_their_shape(model):
     model.encode_image = lambda pixels: pixels.flatten(1) @ torch.ones(7, 7)
     with pytest.raises(InputError, match=r"cannot encode images of shape \(3, 2, 2\)"):
         encode(load_model(model, tokenizer=model.tokenizer), coloured())
 
 
-def test_modes_come_back_after_an_error(adapter, model):
+def test_modes_are_restored_after_an_error(adapter, model):
     model.train()
     with pytest.raises(InputError):
         encode(adapter, [(Image.new("RGB", (5, 4)), "a red")])
     assert model.training
 
 
-def test_a_model_that_keeps_what_it_builds_in_its_first_pass_can_be_trained_afterwards():
+def test_a_model_with_lazy_buffers_can_be_trained_after_encoding():
     class Lazy(LookupModel):
         mask = None
 
@@ -157,7 +157,7 @@ def test_a_model_that_keeps_what_it_builds_in_its_first_pass_can_be_trained_afte
     assert model.gain.weight.grad is not None
 
 
-def test_the_global_random_state_is_left_alone(adapter):
+def test_the_global_random_state_is_unchanged(adapter):
     state = torch.get_rng_state()
     encode(adapter, coloured())
     assert torch.equal(torch.get_rng_state(), state)
@@ -185,7 +185,7 @@ def test_bf16_runs_the_encoders_in_bf16_and_returns_float32_unit_rows():
     torch.testing.assert_close(half.image_features, exact.image_features, atol=0.01, rtol=0)
 
 
-def test_pair_similarity_is_the_mean_over_an_images_captions(adapter):
+def test_pair_similarities_are_means_over_each_images_captions(adapter):
     pairs = [(as_pixels(row), ["a red", "the blue"][: 1 + i % 2]) for i, row in enumerate(directions(5, 1))]
     similarities = pair_similarities(encode(adapter, pairs))
     images, texts = directions(5, 1), directions(6)
@@ -194,7 +194,7 @@ def test_pair_similarity_is_the_mean_over_an_images_captions(adapter):
     np.testing.assert_allclose(similarities, expected, atol=1e-6)
 
 
-def test_features_that_are_not_finite_are_traced_to_their_image(adapter):
+def test_nonfinite_features_are_traced_to_their_image(adapter):
     pairs = as_pairs(coloured(), "holiday photos")
     encoded = encode_pairs(adapter, pairs, batch_size=4, device="cpu")
     require_finite(encoded, pairs)
@@ -206,7 +206,7 @@ def test_features_that_are_not_finite_are_traced_to_their_image(adapter):
         require_finite(encoded, pairs)
 
 
-def test_progress_is_quiet_unless_a_bar_is_asked_for(adapter, capfd):
+def test_progress_is_silent_without_a_bar(adapter, capfd):
     encode(adapter, coloured(), progress=False)
     assert capfd.readouterr() == ("", "")
     encode(adapter, coloured(), progress=True)
@@ -216,5 +216,5 @@ def test_progress_is_quiet_unless_a_bar_is_asked_for(adapter, capfd):
 
 def test_no_pairs_are_an_error(adapter):
     pairs = as_pairs(coloured(), "data").subset([])
-    with pytest.raises(InputError, match="no pairs"):
+    with pytest.raises(InputError, match="data is empty"):
         encode_pairs(adapter, pairs, batch_size=4, device="cpu")

@@ -30,7 +30,7 @@ def coloured(per_class=4, blue_is_lost=True):
     return [(as_pixels(rows[name]), f"a {name}") for name in NAMES for _ in range(per_class)]
 
 
-def test_forget_and_retain_are_scored_apart(model):
+def test_forget_and_retain_are_scored_separately(model):
     scores = evaluate(model, coloured(), forget="class:blue", tokenizer=model.tokenizer)
     assert scores["forget"]["pairs"] == 4
     assert scores["forget"]["zero_shot_top1"] == 0
@@ -61,7 +61,7 @@ def test_without_forget_there_is_one_set(model):
     assert scores["all"]["association"] == pytest.approx(1)
 
 
-def test_templates_stand_for_the_classes(model):
+def test_templates_replace_the_class_captions(model):
     # Every class gets another's caption, so nothing is right any more.
     swapped = LookupModel({"a red": ROWS[0], "a green": ROWS[1], "a blue": ROWS[2]}
                           | {"no red": ROWS[1], "no green": ROWS[2], "no blue": ROWS[0]})  # fmt: skip
@@ -70,7 +70,7 @@ def test_templates_stand_for_the_classes(model):
     assert evaluate(swapped, data, tokenizer=swapped.tokenizer)["all"]["zero_shot_top1"] == 1
 
 
-def test_the_model_is_left_as_it_was(model):
+def test_the_model_is_unchanged(model):
     model.train()
     before = copy.deepcopy(model.state_dict())
     evaluate(model, coloured(), tokenizer=model.tokenizer)
@@ -89,7 +89,7 @@ def digits_model():
     ).eval()
 
 
-def test_an_open_clip_model_on_a_source_by_name(digits_model):
+def test_an_open_clip_model_is_scored_on_a_named_source(digits_model):
     scores = evaluate(digits_model, "demo", forget="class:seven", batch_size=64)
     test = open_source("demo").test
     sevens = int((test.labels == 7).sum())
@@ -104,12 +104,12 @@ def test_an_open_clip_model_on_a_source_by_name(digits_model):
     )
 
 
-def test_a_selector_behind_the_source_restricts_it(digits_model):
+def test_a_selector_after_the_source_restricts_it(digits_model):
     scores = evaluate(digits_model, "demo#class:one,two", forget="class:two")
     assert list(scores["per_class"]) == ["one", "two"]
 
 
-def test_long_captions_are_an_error_or_cut(digits_model):
+def test_long_captions_are_an_error_or_truncated(digits_model):
     data = [(Image.new("RGB", (16, 16), (60 * i, 0, 0)), "red " * 40 if i else "red") for i in range(3)]
     with pytest.raises(InputError, match="context"):
         evaluate(digits_model, data)
@@ -134,7 +134,7 @@ def broken_image(tmp_path):
         ({"forget": np.ones(5, dtype=bool)}, r"\[12\]"),
         ({"forget": np.ones(12, dtype=int)}, "bool"),
         ({"forget": []}, "empty"),
-        ({"forget": coloured()}, "nothing is left to retain"),
+        ({"forget": coloured()}, "no retain pairs are left"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"num_workers": -1}, "num_workers=-1"),
         ({"precision": "int3"}, "fp32, bf16, fp16"),
@@ -149,7 +149,7 @@ def broken_image(tmp_path):
         ({"data": coloured()[:1], "templates": ["a {}"]}, "no classes"),
     ],
 )
-def test_wrong_arguments_are_named_before_anything_is_encoded(model, arguments, message):
+def test_wrong_arguments_are_named_before_encoding(model, arguments, message):
     arguments = {"data": coloured(), "tokenizer": model.tokenizer, **arguments}
     with pytest.raises(InputError, match=message):
         evaluate(model, **arguments)
@@ -157,7 +157,7 @@ def test_wrong_arguments_are_named_before_anything_is_encoded(model, arguments, 
     assert model.captions_seen == []
 
 
-def test_an_unreadable_image_is_named_before_anything_is_encoded(model, tmp_path):
+def test_an_unreadable_image_is_named_before_encoding(model, tmp_path):
     options = {"tokenizer": model.tokenizer, "transform": lambda image: torch.zeros(3, 2, 2)}
     with pytest.raises(InputError, match=r"broken\.jpg"):
         evaluate(model, broken_image(tmp_path), batch_size=1, **options)
@@ -172,6 +172,6 @@ def test_damaged_weights_are_an_error_not_a_score(model):
         evaluate(model, coloured(), tokenizer=model.tokenizer)
 
 
-def test_pairs_that_are_already_wrapped_pass_through(model):
+def test_a_pair_dataset_is_accepted(model):
     pairs = as_pairs(coloured(), "data")
     assert evaluate(model, pairs, tokenizer=model.tokenizer) == evaluate(model, coloured(), tokenizer=model.tokenizer)

@@ -98,7 +98,7 @@ def test_chunks_do_not_change_a_score(chunk):
     assert score(encoded, pairs, mask, chunk=chunk) == score(encoded, pairs, mask)
 
 
-def test_collapsed_features_score_nothing():
+def test_collapsed_features_score_zero():
     # Sizes at which a matrix product handles its last rows and columns differently from the others.
     n, captions, classes, dim = 67, 61, 13, 129
     point = unit(np.random.default_rng(0).normal(size=(1, dim)))
@@ -134,7 +134,7 @@ def test_an_images_other_captions_are_not_wrong_answers():
     assert scores["text_to_image_r@1"] == 1
 
 
-def test_any_image_that_carries_the_caption_answers_it():
+def test_any_image_with_the_caption_is_a_right_answer():
     # The caption's first image is far off, the second one is nearest; a third carries another caption.
     images = unit([[-1, 0], [1, 0], [0.9, 0.5]])
     encoded = EncodedPairs(images, unit([[1, 0], [0.9, 0.5]]), [np.array([0]), np.array([0]), np.array([1])], None)
@@ -144,7 +144,7 @@ def test_any_image_that_carries_the_caption_answers_it():
     assert score(encoded, pairs, np.array([True, False, False]))["forget"]["text_to_image_r@1"] == 1
 
 
-def test_forget_queries_choose_from_the_whole_split():
+def test_forget_queries_search_the_whole_split():
     # Image 0 (forget) is nearer to the retain caption than to its own.
     encoded = EncodedPairs(unit([[1, 0], [0, 1]]), unit([[0.6, 0.8], [1, 0.1]]), [np.array([0]), np.array([1])], None)
     scores = score(encoded, SimpleNamespace(labels=None, classes=None), np.array([True, False]))
@@ -179,7 +179,7 @@ def test_an_empty_set_has_no_scores_and_no_nan(mask):
     json.dumps(scores, allow_nan=False)
 
 
-def test_features_that_are_nan_never_hit_and_leave_no_nan_in_the_scores():
+def test_nan_features_never_hit_and_give_no_nan_scores():
     encoded, pairs = random_encoded()
     nan = EncodedPairs(
         torch.full_like(encoded.image_features, torch.nan),

@@ -4,14 +4,14 @@ import pytest
 
 from cliperase_fast.demo import run_demo
 
-SINGLE_PROCESS = {"lambda_retain": 0.0, "lambda_consistency": 0.0, "select": "last"}
+FORGETTING_ALONE = {"lambda_retain": 0.0, "lambda_consistency": 0.0, "select": "last"}
 
 
 def accuracies(result, part):
     return (scores[part]["zero_shot_top1"] for scores in (result.before, result.after))
 
 
-def assert_forgotten_and_the_others_stay(digit, output, model_cache, fall=0.01):
+def assert_forgotten_and_others_kept(digit, output, model_cache, fall=0.01):
     result = run_demo(f"demo#class:{digit}", output, cache_dir=model_cache, report=False)
     known, forgotten = accuracies(result, "forget")
     assert known >= 0.9
@@ -20,18 +20,18 @@ def assert_forgotten_and_the_others_stay(digit, output, model_cache, fall=0.01):
     assert after >= before - fall
 
 
-def test_a_digit_is_forgotten_and_the_others_stay(tmp_path, quick_model_cache):
+def test_a_digit_is_forgotten_and_the_others_are_kept(tmp_path, quick_model_cache):
     """With a model trained for fewer epochs than the demo's, within the floor that `unlearn()` keeps."""
-    assert_forgotten_and_the_others_stay("seven", tmp_path / "run", quick_model_cache, fall=0.02)
+    assert_forgotten_and_others_kept("seven", tmp_path / "run", quick_model_cache, fall=0.02)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("digit", ["seven", "zero", "three"])
-def test_the_demos_own_model_forgets_a_digit_and_keeps_the_others(tmp_path, model_cache, digit):
-    assert_forgotten_and_the_others_stay(digit, tmp_path / "run", model_cache)
+def test_the_demo_model_forgets_a_digit_and_keeps_the_others(tmp_path, model_cache, digit):
+    assert_forgotten_and_others_kept(digit, tmp_path / "run", model_cache)
 
 
-def test_forgetting_alone_destroys_what_the_three_losses_keep(tmp_path, quick_model_cache):
+def test_forgetting_alone_destroys_the_retain_accuracy(tmp_path, quick_model_cache):
     result = run_demo(
         "demo#class:seven",
         tmp_path / "run",
@@ -39,7 +39,7 @@ def test_forgetting_alone_destroys_what_the_three_losses_keep(tmp_path, quick_mo
         report=False,
         epochs=20,
         evaluate_every=20,
-        **SINGLE_PROCESS,
+        **FORGETTING_ALONE,
     )
     before, after = accuracies(result, "retain")
     assert after < 0.5 < before

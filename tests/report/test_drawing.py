@@ -1,4 +1,4 @@
-"""Names on the map are moved apart until each can be read."""
+"""Labels of the map are moved apart until none covers another."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def covered(centres: np.ndarray, sizes: np.ndarray) -> int:
 
 @pytest.mark.parametrize("spread", [0.0, 5.0, 60.0])
 @pytest.mark.parametrize("count", [2, 10, 20])
-def test_no_name_covers_another_and_all_stay_inside(count, spread):
+def test_boxes_are_moved_until_none_overlap_and_all_are_inside(count, spread):
     rng = np.random.default_rng(count)
     centres = np.array(ROOM) / 2 + spread * rng.normal(size=(count, 2))
     sizes = np.stack([rng.uniform(10, 90, count), np.full(count, 15.0)], 1)
@@ -28,11 +28,11 @@ def test_no_name_covers_another_and_all_stay_inside(count, spread):
     assert np.array_equal(placed, move_apart(centres, sizes, ROOM))
 
 
-def test_names_that_are_apart_stay_where_they_are():
+def test_boxes_that_do_not_overlap_stay_in_place():
     centres, sizes = np.array([[50.0, 50.0], [200.0, 50.0], [50.0, 80.0]]), np.full((3, 2), 20.0)
     assert np.array_equal(move_apart(centres, sizes, ROOM), centres)
 
 
-def test_more_names_than_fit_are_placed_all_the_same():
+def test_more_boxes_than_fit_are_still_placed():
     placed = move_apart(np.zeros((8, 2)), np.full((8, 2), 30.0), (40.0, 40.0))
     assert placed.shape == (8, 2) and np.isfinite(placed).all()

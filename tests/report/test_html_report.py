@@ -62,7 +62,7 @@ def test_the_page_is_well_formed(reader):
     assert reader.tags[0][0] == "html"
 
 
-def test_the_page_tells_the_whole_story(reader):
+def test_the_page_has_scores_settings_and_origin(reader):
     for expected in (
         "Forgetting demo#class:seven",
         "Forgotten, and the rest kept: the model now recognises 0.0% of the forget images",
@@ -103,7 +103,7 @@ def test_nothing_is_fetched_and_nothing_runs(written, reader):
     assert policies == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
 
 
-def test_every_image_is_a_png_of_the_size_it_says_with_a_dark_twin(reader):
+def test_every_image_is_a_png_of_its_stated_size_in_both_themes(reader):
     images, twins = reader.all("img"), reader.all("source")
     assert len(images) == len(twins) == 5  # losses, similarities, map before, map after, classes
     for image, twin in zip(images, twins, strict=True):
@@ -120,7 +120,7 @@ def test_every_image_is_a_png_of_the_size_it_says_with_a_dark_twin(reader):
         assert "dark" in twin["media"]
 
 
-def test_names_captions_and_everything_else_from_outside_are_escaped():
+def test_all_text_from_the_run_is_escaped():
     result = sample_result()
     result["per_class"] = {
         EVIL: result["per_class"]["seven"],
@@ -162,7 +162,7 @@ KNOWN = {*["lang", "charset", "content", "http-equiv", "name", "class", "style",
         sample_run({key: sample_result()[key] for key in ("before", "after")}, metrics=[], embeddings={}),
     ],
 )
-def test_missing_pieces_leave_gaps_and_no_errors(run):
+def test_missing_data_is_left_out_without_errors(run):
     reader = Reader(page(run))
     assert reader.open == []
     assert run.title in reader.text
@@ -170,7 +170,7 @@ def test_missing_pieces_leave_gaps_and_no_errors(run):
     assert "nan" not in reader.text.split()
 
 
-def test_scores_that_are_none_are_dashes():
+def test_missing_scores_do_not_break_the_page():
     result = sample_result()
     for when in ("before", "after"):
         result[when]["retain"].update({name: None for name in result[when]["retain"] if name != "pairs"})
@@ -180,7 +180,7 @@ def test_scores_that_are_none_are_dashes():
     assert "finds the right caption of 10.0%" in reader.text
 
 
-def test_the_page_says_what_the_terminal_says():
+def test_the_page_has_the_verdict_of_the_terminal():
     result = sample_result((0.98, 0.97), (0.97, 0.97))
     result["notes"] = ["The weights are given back in <float32>"]
     del result["per_class"]  # no figures, which take long
@@ -194,12 +194,12 @@ def test_the_page_says_what_the_terminal_says():
     assert "<b>No result.</b> There was nothing to forget: the model already scored 0.0%" in nothing
 
 
-def test_failure_is_said_in_the_first_line():
+def test_failure_is_stated_in_the_first_line():
     text = page(sample_run(sample_result((0.98, 0.97), (0.97, 0.5)), metrics=[], similarities={}, embeddings={}))
     assert '<p class="verdict bad"><b>Failure.</b> Not forgotten, and the rest suffered badly' in text
 
 
-def test_items_left_out_are_counted_by_reason_with_an_example():
+def test_skipped_items_are_counted_by_reason_with_an_example():
     result = sample_result()
     result["data"]["skipped"] = {
         "image cannot be decoded": {"count": 1000, "example": "image0.jpg"},
@@ -210,7 +210,7 @@ def test_items_left_out_are_counted_by_reason_with_an_example():
     assert "2 x empty caption (the first: line 3)" in text
 
 
-def test_a_class_name_breaks_at_its_spaces_and_only_a_very_long_word_inside():
+def test_class_names_break_at_spaces_and_inside_long_words_only():
     long = "n02099601_golden_retriever"
     rows = {name: {"set": "retain", "pairs": 3, "before": 1.0, "after": 0.5} for name in ("sweet pepper", long)}
     text = page(sample_run({**sample_result(), "per_class": rows}))

@@ -19,7 +19,7 @@ def written(tmp_path_factory):
     return write_plots(sample_run(), tmp_path_factory.mktemp("run") / "plots")
 
 
-def test_four_plots_are_written_as_pngs_with_something_on_them(written):
+def test_four_nonempty_pngs_are_written(written):
     assert [path.name for path in written] == [
         "losses.png",
         "per_class.png",
@@ -36,7 +36,7 @@ def test_four_plots_are_written_as_pngs_with_something_on_them(written):
         assert max(colours)[1] == (255, 255, 255)
 
 
-def test_forgetting_and_keeping_have_their_own_colours(written):
+def test_forget_and_retain_have_their_own_colours(written):
     for path in written[1:]:
         with Image.open(path) as image:
             pixels = np.asarray(image.convert("RGB")).reshape(-1, 3).astype(int)
@@ -115,7 +115,7 @@ def test_losses_show_the_terms_that_the_method_recorded():
     assert titles == ["Total loss", "Forgetting  ×3", "Retention", "Weight anchor", "Learning rate"]
 
 
-def test_losses_without_validation_or_with_holes_are_drawn():
+def test_losses_with_missing_values_are_drawn():
     steps = [line for line in sample_run().metrics if "total" in line]
     assert "Validation score" not in texts(drawn("losses", metrics=steps))
     holes = [{**line, "forget": None, "total": float("nan")} for line in steps]
@@ -123,17 +123,17 @@ def test_losses_without_validation_or_with_holes_are_drawn():
     short = drawn("losses", metrics=steps[:1])  # the chosen step lies outside
     assert drawing.png(short).startswith(b"\x89PNG")
     assert "chosen" not in texts(short)
-    look = {"step": 1, "validation": {"forget": None, "retain": None}}
-    assert drawn("losses", metrics=[*steps, look]) is not None
+    evaluation = {"step": 1, "validation": {"forget": None, "retain": None}}
+    assert drawn("losses", metrics=[*steps, evaluation]) is not None
 
 
-def test_axes_write_small_and_large_values_out():
+def test_axis_labels_write_small_and_large_values_in_full():
     values = (0.0, 3e-17, 1e-6, -2.5e-4, 0.02, -0.5, 12.0, 3e7)
     assert [drawing.short_number(value) for value in values] == [
         "0", "0", "1e−6", "−2.5e−4", "0.02", "−0.5", "12", "3e7"]  # fmt: skip
 
 
-def test_losses_curves_are_the_logged_values():
+def test_loss_curves_are_the_logged_values():
     axes = drawn("losses").axes[0]
     x, y = axes.lines[0].get_data()
     np.testing.assert_array_equal(x, np.arange(1, 9))
@@ -205,7 +205,7 @@ def test_a_partly_forgotten_class_is_marked():
     assert "one (partly)" in texts(drawn("per_class", result=result))
 
 
-def test_names_are_never_read_as_formulas_and_are_cut_when_long():
+def test_names_are_not_parsed_as_formulas_and_long_names_are_cut():
     result = sample_result()
     row = {"set": "retain", "pairs": 1, "before": 0.5, "after": 0.5}
     result["per_class"] |= {
@@ -235,7 +235,7 @@ def test_similarity_means_are_written_and_all_pairs_are_in_the_histograms():
     assert [share.sum() for share in shares] == pytest.approx([1.0] * 4)
 
 
-def test_similarities_with_holes_are_drawn():
+def test_similarities_with_missing_values_are_drawn():
     before = {"forget": np.array([0.5]), "retain": np.array([])}
     after = {"forget": np.array([np.nan, 0.5])}
     figure = drawn("similarities", similarities={"before": before, "after": after})
@@ -292,7 +292,7 @@ def test_without_after_only_before_is_mapped():
     assert len(figure.axes) == 1
 
 
-def test_names_of_classes_that_lie_together_do_not_cover_each_other():
+def test_class_names_on_the_map_do_not_overlap():
     names = [["zero", "one", "two", "seven"][i % 4] for i in range(40)]
     figure = drawn("embeddings", embedding_labels=names)
     figure.draw_without_rendering()

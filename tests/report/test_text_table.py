@@ -43,7 +43,7 @@ def test_long_headings_keep_the_columns_together(pairs):
     assert len({len(line) for line in [lines[0], *lines[2:]]}) == 1
 
 
-def test_ascii_output_holds_ascii_only_and_is_chosen_where_the_terminal_has_no_more(monkeypatch):
+def test_output_is_ascii_only_if_the_terminal_cannot_encode_more(monkeypatch):
     result = sample_result()
     assert text_table(result["before"], result["after"], unicode=False).isascii()
 
@@ -56,20 +56,20 @@ def test_ascii_output_holds_ascii_only_and_is_chosen_where_the_terminal_has_no_m
     assert "−" in text_table(result["before"], result["after"])
 
 
-def test_missing_scores_are_dashes_and_metrics_nobody_has_are_left_out():
+def test_missing_scores_are_dashes_and_unused_metrics_are_left_out():
     before = {"forget": scores(0, None, None, None), "retain": scores(9, None, 0.5, 0.2)}
     lines = text_table(before, before, unicode=True).splitlines()
     assert not any("Zero-shot" in line for line in lines)
     assert lines[3].split()[-6:] == ["–", "–", "–", "50.0%", "50.0%", "0.0"]
 
 
-def test_an_evaluation_by_itself_has_one_column():
+def test_an_evaluation_alone_has_one_column():
     lines = text_table({"all": scores(360, 0.9, 0.5, 0.3), "per_class": {}}, unicode=True).splitlines()
     assert lines[1].split() == ["score"]
     assert lines[3].split() == ["Zero-shot", "accuracy", "90.0%"]
 
 
-def test_the_classes_that_matter_most_come_first_and_the_others_are_counted():
+def test_forget_and_lowest_classes_come_first_and_the_rest_is_counted():
     rows = {f"c{number:03d}": {"set": "retain", "pairs": 9, "accuracy": number / 100} for number in range(100)}
     rows["zebra"] = {"set": "forget", "pairs": 4, "accuracy": 1.0}
     lines = class_table(rows, limit=3, unicode=False).splitlines()

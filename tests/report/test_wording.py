@@ -33,7 +33,7 @@ from cliperase_fast.report.wording import before_after, change, percent, shown_m
         ((0.0, 0.3), (0.97, 0.97), "bad", ["went the wrong way"]),
     ],
 )
-def test_the_verdict_says_what_the_numbers_say(forget, retain, level, words):
+def test_the_verdict_follows_from_the_scores(forget, retain, level, words):
     found = verdict(sample_result(forget, retain))
     assert found.level == level
     for word in words:
@@ -53,7 +53,7 @@ def test_the_verdict_says_what_the_numbers_say(forget, retain, level, words):
         ((0.2, 0.2), (0.25, 0.25), {}, "model, its transform and the captions belong together"),
     ],
 )
-def test_the_advice_says_what_to_change(forget, retain, changes, advice):
+def test_the_advice_names_the_settings_to_change(forget, retain, changes, advice):
     result = sample_result(forget, retain)
     result["config"].update({"epochs": 20, **changes})
     found = verdict(result)
@@ -66,7 +66,7 @@ def test_the_advice_says_what_to_change(forget, retain, changes, advice):
     assert found.short.startswith(found.opening)
 
 
-def test_a_floor_that_stood_in_the_way_is_named():
+def test_a_retain_floor_that_prevented_forgetting_is_named():
     result = sample_result((0.98, 0.97), (0.97, 0.97))
     result["selection"] = {
         "validation": {"forget": 0.97, "retain": 0.97},
@@ -75,13 +75,13 @@ def test_a_floor_that_stood_in_the_way_is_named():
     assert re.search(r"epoch 7 forgot more \(forget 10.0%\).*raise retain_floor \(now 0.02\)", verdict(result).advice)
 
 
-def test_scores_that_did_not_move_at_all_are_said_to_be_so():
+def test_unchanged_scores_are_reported_as_unchanged():
     result = sample_result((0.98, 0.98), (0.97, 0.97))
     result["after"] = result["before"]
     assert "exactly as before: raise learning_rate" in verdict(result).advice
 
 
-def test_the_retain_floor_of_the_configuration_decides_what_a_drop_is():
+def test_the_retain_floor_decides_what_counts_as_a_drop():
     result = sample_result((0.98, 0.0), (0.97, 0.95))
     assert verdict(result).level == "good"  # 2 points, allowed
     result["config"]["retain_floor"] = 0.01
@@ -109,7 +109,7 @@ def test_without_retain_scores_only_the_forgetting_is_judged():
     assert "others" not in found.sentence
 
 
-def test_a_percentage_never_rounds_to_none_or_all():
+def test_percentages_do_not_round_to_none_or_all():
     assert [percent(share) for share in (0.0, 0.0001, 0.123, 0.9999, 1.0, None)] == [
         "0.0%", "<0.1%", "12.3%", ">99.9%", "100.0%", "–"]  # fmt: skip
 
