@@ -19,43 +19,39 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from cliperase_fast.ops.triton.backward import backward_kernel
 from cliperase_fast.ops.triton.configs import TABLE, Config
-from cliperase_fast.ops.triton.features_kl import WIDEST, features_kl_launch, features_kl_warps
-from cliperase_fast.ops.triton.kernels import (
-    backward_kernel,
-    features_kl_kernel,
-    forward_kernel,
-    merge_kernel,
-    pair_dot_kernel,
-    sigmoid_kernel,
-)
+from cliperase_fast.ops.triton.features_kl import WIDEST, features_kl_kernel, features_kl_launch, features_kl_warps
+from cliperase_fast.ops.triton.forward import forward_kernel, merge_kernel, pair_dot_kernel
+from cliperase_fast.ops.triton.sigmoid import sigmoid_kernel
+from cliperase_fast.ops.triton.tiles import GROUP_ROWS, OPTIONS
 
 from .machine import RESULTS, describe
 
 COMPUTE_CAPABILITY = {8: 80, 9: 90, 10: 100}
 SHARED_MEMORY_KIB = {80: 163, 90: 227, 100: 227}  # CUDA programming guide, most a block can have
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}  # what the products of half precision compile to
-# (plain, masked, teacher, kept): which parts of a kernel a loss needs, and whether similarities stay in memory
+# (plain, masked, teacher, cached): the statistics that a loss needs, and whether similarities are cached
 FORMS = {
     "retention": (1, 0, 0, 0),
     "retention, groups": (0, 1, 0, 0),
     "consistency, or both": (1, 0, 1, 0),
     "both, groups": (1, 1, 1, 0),
-    "both, groups, kept": (1, 1, 1, 1),
+    "both, groups, cached": (1, 1, 1, 1),
 }
 SIGMOID_FORMS = ("sigmoid loss", "sigmoid loss and gradients")
 _FLOATS = (
     "p_sums",
     "p_scalars",
-    "p_row",
-    "p_column",
-    "p_partial",
-    "p_merged",
+    "p_row_stats",
+    "p_column_stats",
+    "p_parts",
+    "p_stats",
     "p_softmax",
     "p_diagonal",
     "p_out",
-    "p_kept",
-    "p_kept_teacher",
+    "p_cache",
+    "p_teacher_cache",
 )
 _POINTERS = {"p_row_group": "*i64", "p_column_group": "*i64", **dict.fromkeys(_FLOATS, "*fp32")}
 
@@ -74,8 +70,8 @@ class Case:
     @property
     def tensor_cores(self) -> str | None:
         """The instruction its products must use; None for IEEE float32, which has none, and where none are left."""
-        reads_products = self.kernel == "backward" and self.form.endswith("kept")
-        return None if self.dtype == "fp32" or reads_products else TENSOR_CORES[self.target]
+        reads_cache = self.kernel == "backward" and self.form.endswith("cached")
+        return None if self.dtype == "fp32" or reads_cache else TENSOR_CORES[self.target]
 
 
 @dataclass(frozen=True)
@@ -102,7 +98,7 @@ def cases() -> Iterator[Case]:
 def compile_case(case: Case) -> Resources:
     if case.form in SIGMOID_FORMS:
         return _compile_sigmoid(case)
-    plain, masked, teacher, kept = FORMS[case.form]
+    plain, masked, teacher, cached = FORMS[case.form]
     constants: dict[str, Any] = {
         "PLAIN": plain, "MASKED": masked, "TEACHER": teacher, "EVEN_K": True, "EVEN_K_TEACHER": True,
         "BLOCK_M": case.config.block_m, "BLOCK_N": case.config.block_n, "BLOCK_K": case.config.block_k,
@@ -110,20 +106,20 @@ def compile_case(case: Case) -> Resources:
     }  # fmt: skip
     if case.kernel == "forward":
         kernel = forward_kernel
-        constants.update({"PLANES": 2 * (plain + masked) + 3 * teacher, "KEEP": kept})
+        constants.update({"NUM_STATS": 2 * (plain + masked) + 3 * teacher, "WRITE_CACHE": cached})
     else:
         kernel = backward_kernel
-        constants.update({"GROUP_ROWS": 8, "KEPT": kept})
+        constants.update({"GROUP_ROWS": GROUP_ROWS, "READ_CACHE": cached})
     absent = [] if masked else ["p_row_group", "p_column_group"]
     absent += [] if teacher else ["p_teacher_image", "p_teacher_text"]
-    absent += [] if kept else ["p_kept", "p_kept_teacher"]
+    absent += [] if cached else ["p_cache", "p_teacher_cache"]
     constants.update(dict.fromkeys(absent))
     return _compile(kernel, constants, case.dtype, case.target, case.config.warps, case.config.stages)
 
 
 def _compile_sigmoid(case: Case) -> Resources:
     constants = {
-        "GRADIENT": case.form == SIGMOID_FORMS[1], "GROUP_ROWS": 8, "BLOCK_M": case.config.block_m,
+        "GRADIENT": case.form == SIGMOID_FORMS[1], "GROUP_ROWS": GROUP_ROWS, "BLOCK_M": case.config.block_m,
         "BLOCK_N": case.config.block_n, "BLOCK_K": case.config.block_k, "EVEN_K": True, "PRECISION": "ieee",
     }  # fmt: skip
     return _compile(sigmoid_kernel, constants, case.dtype, case.target, case.config.warps, case.config.stages)
@@ -131,7 +127,7 @@ def _compile_sigmoid(case: Case) -> Resources:
 
 def compile_small(target: int) -> dict[str, Resources]:
     """The kernels that only load and add."""
-    merge = {"FRESH": False, "STUDENTS": 2, "TEACHER": 1, "PLANES": 7, "BLOCK": 256}
+    merge = {"FRESH": False, "STUDENTS": 2, "TEACHER": 1, "NUM_STATS": 7, "BLOCK": 256}
     return {
         "merge": _compile(merge_kernel, merge, "fp32", target, 4, 3),
         "pair_dot": _compile(pair_dot_kernel, {"BLOCK_M": 16, "BLOCK_K": 256}, "bf16", target, 4, 3),
@@ -159,11 +155,11 @@ def _compile(kernel: Any, constants: dict[str, Any], dtype: str, target: int, wa
             signature[name] = _POINTERS.get(name, f"*{dtype}")
         else:
             signature[name] = "i32"
-        loose = name in ("strip_start", "strip_stop", "offset", "tiles_per_chunk", "first", "positions", "parts")
+        loose = name in ("strip_start", "strip_stop", "pair_offset", "tiles_per_chunk", "start", "positions", "parts")
         if name not in constants and not loose:
             aligned[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}  # as the sweep launches them
+    options = {"num_warps": warps, "num_stages": stages, **OPTIONS}  # as the launchers set them
     compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     registers, spilled = _registers(compiled.asm["cubin"])
     return Resources(registers, spilled, compiled.metadata.shared, TENSOR_CORES[target] in compiled.asm["ptx"])

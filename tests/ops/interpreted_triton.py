@@ -17,7 +17,7 @@ from sweep_cases import outcome, random_batch
 from cliperase_fast import functional
 from cliperase_fast.errors import InputError
 from cliperase_fast.ops import backends, choose, eager
-from cliperase_fast.ops.triton import features_kl
+from cliperase_fast.ops.triton import features_kl, forward
 from cliperase_fast.ops.triton import sweep as triton_sweep
 from cliperase_fast.ops.triton.sweep import sweep
 
@@ -30,7 +30,7 @@ def subject():
         triton_sweep,
         triton_sweep.TritonKernels,
         kept_row_bytes=lambda batch: 4 * len(batch.image) * (1 + batch.want_consistency),
-        few_programs=lambda monkeypatch: monkeypatch.setattr(triton_sweep, "_PROGRAMS", 6),
+        few_programs=lambda monkeypatch: monkeypatch.setattr(forward, "_PROGRAMS", 6),
     )
 
 

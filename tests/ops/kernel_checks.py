@@ -30,7 +30,7 @@ class Subject:
 
     sweep: Sweep  # takes CPU tensors
     name: str  # of its operators
-    module: ModuleType  # where its kernels look up cache_budget and _KEPT_ROWS
+    module: ModuleType  # where its kernels look up cache_budget and _CACHED_ROWS
     kernels: type
     kept_row_bytes: Callable[[Batch], int]
     few_programs: Callable[[pytest.MonkeyPatch], None] = lambda monkeypatch: None  # several tiles for each of them
@@ -119,7 +119,7 @@ def test_kept_similarities_give_what_forming_them_again_gives(subject, monkeypat
     batch = formed(replace(random_batch(130), group_ids=some_groups(130)), form)
     row_bytes = subject.kept_row_bytes(batch)
     monkeypatch.setattr(subject.module, "cache_budget", lambda device: row_bytes * (kept_rows + 31))
-    monkeypatch.setattr(subject.module, "_KEPT_ROWS", 32)
+    monkeypatch.setattr(subject.module, "_CACHED_ROWS", 32)
     kept = watch_kept(subject, monkeypatch)
     stored = check(subject, batch, dtype, strip_rows=64, keep="similarities")
     again = outcome(subject.sweep, batch.to(dtype), strip_rows=64)

@@ -33,7 +33,7 @@ _FLOAT = 4  # bytes
 _LN_2 = 0.6931471805599453
 _ROWS = 64  # blocks have a multiple of these rows: what both kernels work on at once
 _COLUMNS = 128
-_KEPT_ROWS = 256
+_CACHED_ROWS = 256
 _VECTOR = 4  # entries that a kernel reads and writes at once
 _ALIGNMENT = 8  # entries: a row of every dtype begins at a multiple of 16 bytes
 
@@ -57,7 +57,7 @@ class CudaKernels:
             return 0
         row_bytes = _kept_row_bytes(inputs)
         rows = cache_budget(inputs.image.device) // row_bytes
-        return row_bytes * (inputs.n if rows >= inputs.n else rows // _KEPT_ROWS * _KEPT_ROWS)
+        return row_bytes * (inputs.n if rows >= inputs.n else rows // _CACHED_ROWS * _CACHED_ROWS)
 
     def forward(self, inputs: SimilarityInputs, cache_size: int) -> tuple[Stats, Tensor]:
         with torch.cuda.device_of(inputs.image):
