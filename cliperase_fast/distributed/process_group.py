@@ -89,7 +89,9 @@ class Group:
         if not dist.is_initialized():
             _not_initialised("process_group")
         if process_group == dist.GroupMember.NON_GROUP_MEMBER:
-            raise InputError("process_group: this process is no member of the group; call the loss on its members only")
+            raise InputError(
+                "process_group: this process is not a member of the group; call the loss only on its members"
+            )
         if not isinstance(process_group, dist.ProcessGroup):
             raise InputError(
                 f"process_group must be a torch.distributed.ProcessGroup, not {type(process_group).__name__}; "

@@ -43,7 +43,7 @@ def test_unlearn_then_evaluate(tmp_path, model, data, capsys):
     assert told.out.splitlines()[-1] == f"verdict  {verdict['opening']}. {verdict['advice']}".rstrip()
     assert html.escape(verdict["sentence"]) in (output / "report.html").read_text()
     assert str(output / "report.html") in told.out
-    assert "step/s" not in told.err, "no progress bar where standard error is no terminal"
+    assert "step/s" not in told.err, "no progress bar if standard error is not a terminal"
     assert {path.name for path in output.iterdir()} >= {
         "config.json",
         "metrics.jsonl",
