@@ -14,9 +14,10 @@ from torch import Tensor
 from cliperase_fast.distributed import LOCAL, resolve_group, sharded_sigmoid
 from cliperase_fast.errors import InputError
 from cliperase_fast.functional import agreed, contrast, described
-from cliperase_fast.ops import choose, compute_dtype, no_autocast, savable
+from cliperase_fast.ops import eager
+from cliperase_fast.ops.registry import Backend
 from cliperase_fast.ops.rows import row_losses
-from cliperase_fast.ops.spec import SimilarityInputs
+from cliperase_fast.ops.spec import SimilarityInputs, compute_dtype, no_autocast, savable
 from cliperase_fast.validation import (
     as_scale,
     check_device,
@@ -24,7 +25,10 @@ from cliperase_fast.validation import (
     check_gather,
     check_pairs,
     check_teacher,
+    choose,
+    implementation,
     shape_of,
+    transformed,
 )
 
 
@@ -94,11 +98,12 @@ def local_clip_loss(
         zero = query.sum(dtype=compute_dtype(query, keys)) + 0 * (keys.sum() + scale)
         return zero, zero.detach()
     with no_autocast(query):
-        query, keys = savable(query), savable(keys)
-        teacher_query, teacher_keys = savable(teacher_query), savable(teacher_keys)
-        return row_losses(
-            SimilarityInputs(query, keys, scale, teacher_query, teacher_keys, teacher_scale, pair_offset=pair_offset)
+        query, keys, teacher_query, teacher_keys = savable(query, keys, teacher_query, teacher_keys)
+        inputs = SimilarityInputs(
+            query, keys, scale, teacher_query, teacher_keys, teacher_scale, pair_offset=pair_offset
         )
+        in_eager = transformed(query, keys, scale, teacher_query, teacher_keys, teacher_scale)
+        return eager.row_losses(inputs) if in_eager else row_losses(inputs)
 
 
 def sigmoid_loss(
@@ -126,39 +131,39 @@ def sigmoid_loss(
     process_group = resolve_group(process_group)
     check_rows = _check_rows if negative_only else check_pairs
 
-    def check() -> tuple[Tensor, Tensor]:
+    def check() -> tuple[Tensor, Tensor, Backend]:
         check_gather(gather)
         check_rows("image_features", image_features, "text_features", text_features)
         scale = as_scale("logit_scale", logit_scale, image_features)
         bias = as_scale("logit_bias", 0.0 if logit_bias is None else logit_bias, image_features)
         if negative_only and process_group is not None:
             raise InputError("negative_only is for texts of another rank; with a process_group they come by themselves")
-        choose(backend, image_features, text_features, sharded=process_group is not None, sigmoid=True)
-        return scale, bias
+        chosen = choose(backend, image_features, text_features, sharded=process_group is not None, sigmoid=True)
+        return scale, bias, chosen
 
-    (scale, bias), (shards,) = agreed(
+    (scale, bias, chosen), (shards,) = agreed(
         process_group,
         check,
-        lambda scalars: described(
-            "sigmoid_loss", gather, backend, "auto", image_features, text_features, scalars[0], None, None, None,
-            own_values=own_values, logit_bias=scalars[1],
+        lambda found: described(
+            "sigmoid_loss", gather, found[2], "auto", image_features, text_features, found[0], None, None, None,
+            own_values=own_values, logit_bias=found[1],
         ),
         gather,
         (image_features,),
         own_values,
     )  # fmt: skip
-    image_features, text_features = savable(image_features), savable(text_features)
+    image_features, text_features = savable(image_features, text_features)
     if (len(image_features) if shards is None else shards.total) == 0:
         zero = image_features.sum(dtype=compute_dtype(image_features, text_features))
         return zero + 0 * (text_features.sum() + scale + bias)
-    chosen = choose(backend, image_features, text_features, sharded=shards is not None, sigmoid=True).load_sigmoid()
+    sigmoid = implementation(chosen, image_features.device).sigmoid
     with no_autocast(image_features):
         pair_offset = len(text_features) if negative_only else 0
         inputs = SimilarityInputs(image_features, text_features, scale, bias=bias, pair_offset=pair_offset)
         if shards is None:
-            return chosen.loss(inputs)
-        assert chosen.kernels is not None
-        return sharded_sigmoid(chosen.kernels, shards, inputs)
+            return sigmoid.loss(inputs)
+        assert sigmoid.kernels is not None
+        return sharded_sigmoid(sigmoid.kernels, shards, inputs)
 
 
 def _check_rows(name: str, rows: Tensor, other_name: str, others: Tensor) -> None:

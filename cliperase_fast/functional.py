@@ -38,17 +38,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cliperase_fast.distributed import LOCAL, Group, Shards, resolve_group, sharded_sweep, sum_over_ranks
-from cliperase_fast.ops import choose, compute_dtype, no_autocast, refuse_on_ranks, savable
-from cliperase_fast.ops.spec import SimilarityInputs
-from cliperase_fast.validation import (
-    as_scale,
-    check_cliperase,
-    check_gather,
-    check_group_ids,
-    check_keep,
-    check_pairs,
-    check_teacher,
-)
+from cliperase_fast.ops.registry import Backend, Implementation
+from cliperase_fast.ops.spec import SimilarityInputs, compute_dtype, no_autocast, savable
+from cliperase_fast.validation import check_cliperase, check_contrast, refuse_on_ranks
 
 __all__ = ["LossTerms", "clip_loss", "cliperase_loss", "similarity_kl"]
 
@@ -116,51 +108,53 @@ def cliperase_loss(
     Returns LossTerms(total, retain, forget, consistency). An empty batch gives 0 with zero gradients.
     Raises InputError before computing anything when an argument is not as above.
     """
-    process_group = resolve_group(process_group)
+    process_group = _group(process_group)
     arguments = (
         forget_image, forget_text, retain_image, retain_text, teacher_image, teacher_text, logit_scale,
         teacher_logit_scale, lambda_retain, lambda_forget, lambda_consistency, forget, margin, consistency, group_ids,
         process_group, gather, backend, keep,
     )  # fmt: skip
-    (scale, teacher_scale), (retain_shards, forget_shards) = agreed(
+    (scale, teacher_scale, _, run), (retain_shards, forget_shards) = agreed(
         process_group,
         lambda: check_cliperase(*arguments),
-        lambda scales: described(
-            "cliperase_loss", gather, backend, keep, retain_image, retain_text, scales[0], teacher_image, teacher_text,
-            group_ids, forget_image=forget_image, forget_text=forget_text, lambda_retain=lambda_retain,
+        lambda checked: described(
+            "cliperase_loss", gather, checked.backend, keep, retain_image, retain_text, checked.scale, teacher_image,
+            teacher_text, group_ids, forget_image=forget_image, forget_text=forget_text, lambda_retain=lambda_retain,
             lambda_forget=lambda_forget, lambda_consistency=lambda_consistency, forget=forget, margin=margin,
             consistency=consistency,
         ),
         gather,
         (retain_image, forget_image),
     )  # fmt: skip
-    forget_image, forget_text = savable(forget_image), savable(forget_text)
-    retain_image, retain_text, group_ids = savable(retain_image), savable(retain_text), savable(group_ids)
-    teacher_image, teacher_text = savable(teacher_image), savable(teacher_text)
+    forget_image, forget_text, retain_image, retain_text, group_ids, teacher_image, teacher_text = savable(
+        forget_image, forget_text, retain_image, retain_text, group_ids, teacher_image, teacher_text
+    )
     zero = retain_image.new_zeros((), dtype=compute_dtype(retain_image, retain_text))
     retain_term = forget_term = consistency_term = zero
     fused = lambda_consistency > 0 and consistency == "logits"
     with no_autocast(retain_image):
         if lambda_retain > 0 or fused:
-            teacher = (teacher_image, teacher_text, teacher_scale) if fused else (None, None, None)
+            teacher: tuple[Any, Any, Any] = (None, None, None)
+            if fused:
+                teacher = (teacher_image, teacher_text, teacher_scale)
             inputs = SimilarityInputs(
                 retain_image, retain_text, scale, *teacher, group_ids, want_retention=lambda_retain > 0, keep=keep
             )
-            retain_term, consistency_term = _sweep(inputs, backend, retain_shards)
+            retain_term, consistency_term = _sweep(inputs, run, retain_shards)
         if lambda_forget > 0:
             inputs = SimilarityInputs(forget_image, forget_text, scale, keep=keep)
-            forget_term = _forget(inputs, forget, margin, backend, forget_shards)
+            forget_term = _forget(inputs, forget, margin, run, forget_shards)
         if lambda_consistency > 0 and not fused:
             for student, frozen in ((retain_image, teacher_image), (retain_text, teacher_text)):
                 assert frozen is not None and teacher_scale is not None
                 if consistency == "features":
-                    divergence = _features_kl(student, frozen, backend, retain_shards)
+                    divergence = _features_kl(student, frozen, run, retain_shards)
                 else:
                     inputs = SimilarityInputs(
                         student, student, scale, frozen, frozen, teacher_scale, want_retention=False, keep=keep
                     )
                     # symmetric, so the rows are half of rows plus columns
-                    divergence = 0.5 * _sweep(inputs, backend, retain_shards)[1]
+                    divergence = 0.5 * _sweep(inputs, run, retain_shards)[1]
                 consistency_term = consistency_term + divergence
         total = torch.add(lambda_retain * retain_term, forget_term, alpha=lambda_forget)
         total = torch.add(total, consistency_term, alpha=lambda_consistency)
@@ -240,49 +234,47 @@ def contrast(
     own rows and columns, whose mean over equal ranks is the batch's; the gradients are those of the batch as ever.
     The other arguments and the errors are those of `clip_loss` and `similarity_kl`.
     """
-    process_group = resolve_group(process_group)
+    process_group = _group(process_group)
     frozen: tuple[Any, Any] = (None, None) if teacher is None else teacher[:2]
-
-    def check() -> tuple[Tensor, Tensor | None]:
-        check_keep(keep)
-        check_gather(gather)
-        check_pairs("image_features", image_features, "text_features", text_features)
-        check_group_ids(group_ids, "image_features", image_features)
-        scale = as_scale("logit_scale", logit_scale, image_features)
-        teacher_scale = None if teacher is None else check_teacher("image_features", image_features, *teacher)
-        choose(backend, image_features, text_features, *frozen, sharded=process_group is not None)
-        return scale, teacher_scale
-
-    (scale, teacher_scale), (shards,) = agreed(
+    checked, (shards,) = agreed(
         process_group,
-        check,
-        lambda scales: described(
-            name, gather, backend, keep, image_features, text_features, scales[0], *frozen, group_ids,
+        lambda: check_contrast(
+            image_features, text_features, logit_scale, teacher, group_ids, sharded=process_group is not None,
+            gather=gather, backend=backend, keep=keep,
+        ),
+        lambda checked: described(
+            name, gather, checked.backend, keep, image_features, text_features, checked.scale, *frozen, group_ids,
             own_values=own_values,
         ),
         gather,
         (image_features,),
         own_values,
     )  # fmt: skip
+    image, text, teacher_image, teacher_text, group_ids = savable(image_features, text_features, *frozen, group_ids)
     inputs = SimilarityInputs(
-        savable(image_features), savable(text_features), scale, savable(frozen[0]), savable(frozen[1]), teacher_scale,
-        savable(group_ids), want_retention, keep=keep,
+        image, text, checked.scale, teacher_image, teacher_text, checked.teacher_scale, group_ids, want_retention,
+        keep=keep,
     )  # fmt: skip
     with no_autocast(image_features):
-        return _sweep(inputs, backend, shards)
+        return _sweep(inputs, checked.run, shards)
 
 
-Checked = TypeVar("Checked")
+def _group(process_group: Any) -> Any:
+    """Return what `resolve_group` does, without asking it for the usual answer."""
+    return None if isinstance(process_group, str) and process_group == LOCAL else resolve_group(process_group)
+
+
+Found = TypeVar("Found")
 
 
 def agreed(
     process_group: Any,
-    check: Callable[[], Checked],
-    describe: Callable[[Checked], dict[str, object]],
+    check: Callable[[], Found],
+    describe: Callable[[Found], dict[str, object]],
     gather: str,
     batches: tuple[Tensor, ...],
     own_values: bool = False,
-) -> tuple[Checked, list[Shards | None]]:
+) -> tuple[Found, list[Shards | None]]:
     """What `check` returns, and how each batch lies on the ranks of process_group; None for each where there is none.
 
     check: raises InputError, which the other ranks then hear of. describe: of what it returned, what must be the same
@@ -304,7 +296,7 @@ def agreed(
 def described(
     function: str,
     gather: str,
-    backend: str,
+    backend: Backend,
     keep: str,
     image: Tensor,
     text: Tensor,
@@ -323,8 +315,7 @@ def described(
         "teacher_text": teacher_text,
         "group_ids": group_ids,
     }
-    options: dict[str, object] = {"loss": function, "gather": gather, "keep": keep, **more}
-    options["backend"] = choose(backend, image, text, teacher_image, teacher_text, sharded=True).name
+    options: dict[str, object] = {"loss": function, "gather": gather, "keep": keep, **more, "backend": backend.name}
     for name, value in {**tensors, **more}.items():
         if isinstance(value, Tensor):
             needs = "with" if torch.is_grad_enabled() and value.requires_grad else "without"
@@ -335,23 +326,22 @@ def described(
     return options
 
 
-def _sweep(inputs: SimilarityInputs, backend: str, shards: Shards | None) -> tuple[Tensor, Tensor]:
-    """The chosen backend's (retention, consistency); for an empty batch zeros that carry (zero) gradients."""
-    image, text = inputs.image, inputs.text
-    chosen = choose(backend, image, text, inputs.teacher_image, inputs.teacher_text, sharded=shards is not None)
+def _sweep(inputs: SimilarityInputs, run: Implementation, shards: Shards | None) -> tuple[Tensor, Tensor]:
+    """Return (retention, consistency); for an empty batch zeros that carry (zero) gradients."""
     if (inputs.n if shards is None else shards.total) == 0:
+        image, text = inputs.image, inputs.text
         dtype = compute_dtype(image, text)
         zero = image.sum(dtype=dtype) + text.sum(dtype=dtype) + 0 * inputs.scale.to(dtype)
         return zero, zero
-    if shards is not None:
-        assert chosen.load_kernels is not None
-        return sharded_sweep(chosen.load_kernels(), shards, inputs)
-    return chosen.load()(inputs)
+    if shards is None:
+        return run.sweep(inputs)
+    assert run.kernels is not None
+    return sharded_sweep(run.kernels, shards, inputs)
 
 
-def _forget(inputs: SimilarityInputs, forget: str, margin: float, backend: str, shards: Shards | None) -> Tensor:
+def _forget(inputs: SimilarityInputs, forget: str, margin: float, run: Implementation, shards: Shards | None) -> Tensor:
     if forget == "contrastive":
-        return -_sweep(inputs, backend, shards)[0]
+        return -_sweep(inputs, run, shards)[0]
     products = inputs.image.to(inputs.dtype) * inputs.text.to(inputs.dtype)  # [M, D]
     total = F.relu(products.sum(1) - margin).sum() if forget == "hinge" else products.sum()
     return _mean(total, inputs.n, shards)
@@ -364,7 +354,6 @@ def _mean(total: Tensor, count: int, shards: Shards | None) -> Tensor:
     return sum_over_ranks(shards, total) / max(shards.total, 1)
 
 
-def _features_kl(student: Tensor, teacher: Tensor, backend: str, shards: Shards | None) -> Tensor:
-    features_kl = choose(backend, student, teacher, sharded=shards is not None).load_features_kl()
-    mean = features_kl(student, teacher) if len(student) else student.sum(dtype=compute_dtype(student, teacher))
+def _features_kl(student: Tensor, teacher: Tensor, run: Implementation, shards: Shards | None) -> Tensor:
+    mean = run.features_kl(student, teacher) if len(student) else student.sum(dtype=compute_dtype(student, teacher))
     return mean if shards is None else _mean(mean * len(student), len(student), shards)

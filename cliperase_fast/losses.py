@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from cliperase_fast.distributed import LOCAL, check_process_group
 from cliperase_fast.functional import LossTerms, cliperase_loss
-from cliperase_fast.ops import check_backend_name
-from cliperase_fast.validation import check_gather, check_keep, check_options
+from cliperase_fast.validation import check_backend_name, check_gather, check_keep, check_options
 
 
 class CLIPEraseLoss(nn.Module):

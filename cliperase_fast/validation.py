@@ -1,22 +1,38 @@
-"""What the losses take: every argument is looked at, and named when it is wrong, before anything is computed."""
+"""Check every argument of the losses, and choose the backend, before anything is computed.
+
+An error names the argument, its value and the remedy.
+"""
 
 from __future__ import annotations
 
 import difflib
 import math
+import os
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from cliperase_fast.config import CONSISTENCY_MODES, FORGET_LOSSES
 from cliperase_fast.distributed import GATHER_MODES
 from cliperase_fast.errors import InputError
-from cliperase_fast.ops import choose, compute_dtype, savable
+from cliperase_fast.ops import measured
+from cliperase_fast.ops.registry import REGISTRY, Backend, Implementation
+from cliperase_fast.ops.spec import DTYPE_NAMES, DTYPES, compute_dtype, savable
 
+ENVIRONMENT_VARIABLE = "CLIPERASE_BACKEND"
 _KEEP_MODES = ("auto", "nothing", "similarities")
-_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Checked(NamedTuple):
+    """What a check finds out about the arguments of a loss."""
+
+    scale: Tensor  # []
+    teacher_scale: Tensor | None  # [], None where no teacher is used
+    backend: Backend
+    run: Implementation
 
 
 def check_cliperase(
@@ -39,8 +55,8 @@ def check_cliperase(
     gather: str,
     backend: str,
     keep: str,
-) -> tuple[Tensor, Tensor | None]:
-    """The two scales as 0-d tensors, the teacher's None where there is no consistency term."""
+) -> Checked:
+    """Check the arguments of `functional.cliperase_loss`."""
     check_options(lambda_retain, lambda_forget, lambda_consistency, forget, margin, consistency)
     check_keep(keep)
     check_gather(gather)
@@ -63,9 +79,38 @@ def check_cliperase(
                 "consistency='features' compares features directly, so teacher_image must be as wide as "
                 f"retain_image, {retain_image.shape[1]}; use 'logits' or 'intra' with a teacher like this"
             )
-    # a wrong name is an error whichever terms are wanted
-    choose(backend, retain_image, retain_text, sharded=process_group is not None)
-    return scale, teacher_scale
+    batches = [(retain_image, retain_text)]
+    if forget == "contrastive" and lambda_forget > 0:
+        batches.append((forget_image, forget_text))
+    batches.sort(key=lambda batch: -len(batch[0]))  # the larger one decides
+    teacher = (teacher_image, teacher_text) if lambda_consistency > 0 else ()
+    chosen = choose(
+        backend, *(features for batch in batches for features in batch), *teacher, sharded=process_group is not None
+    )
+    return Checked(scale, teacher_scale, chosen, implementation(chosen, retain_image.device))
+
+
+def check_contrast(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    teacher: tuple[Tensor, Tensor, Tensor | float] | None,
+    group_ids: Tensor | None,
+    *,
+    sharded: bool,
+    gather: str,
+    backend: str,
+    keep: str,
+) -> Checked:
+    """Check the arguments of `functional.contrast`."""
+    check_keep(keep)
+    check_gather(gather)
+    check_pairs("image_features", image_features, "text_features", text_features)
+    check_group_ids(group_ids, "image_features", image_features)
+    scale = as_scale("logit_scale", logit_scale, image_features)
+    teacher_scale = None if teacher is None else check_teacher("image_features", image_features, *teacher)
+    chosen = choose(backend, image_features, text_features, *(teacher or ())[:2], sharded=sharded)
+    return Checked(scale, teacher_scale, chosen, implementation(chosen, image_features.device))
 
 
 def check_options(
@@ -126,8 +171,8 @@ def check_features(name: str, features: Tensor) -> None:
         raise InputError(f"{name} has shape {shape_of(features)}: features of width 0; pass the encoder's output")
     if features.layout != torch.strided:
         raise InputError(f"{name} is of layout {features.layout}; pass a dense tensor, {name}.to_dense()")
-    if features.dtype not in _FLOATING:
-        raise InputError(f"{name} has dtype {features.dtype}; convert it to float32, float64, float16 or bfloat16")
+    if features.dtype not in DTYPES:
+        raise InputError(f"{name} has dtype {features.dtype}; convert it to one of {', '.join(DTYPE_NAMES.values())}")
 
 
 def check_device(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
@@ -196,15 +241,143 @@ def _shortened(number: Any) -> str:
 def as_scale(name: str, scale: Tensor | float, features: Tensor) -> Tensor:
     """`scale` as a 0-d tensor, at least float32, so that the gradients of several terms add up unrounded."""
     if isinstance(scale, Tensor):
-        if scale.numel() != 1 or scale.dtype not in _FLOATING:
+        if scale.numel() != 1 or scale.dtype not in DTYPES:
             raise InputError(
                 f"{name} must be a number or one floating-point element, not {scale.dtype} of shape {shape_of(scale)}"
             )
         check_device(name, scale, "the features", features)
-        return savable(scale.reshape(()).to(compute_dtype(scale)))
+        return savable(scale.reshape(()).to(compute_dtype(scale)))[0]
     if isinstance(scale, bool) or not isinstance(scale, Real) or not -math.inf < scale < math.inf:
         raise InputError(f"{name}={scale!r} must be a finite number or a tensor of one element")
     dtype = compute_dtype(features)
     if abs(scale) > torch.finfo(dtype).max:
         raise InputError(f"{name}={_shortened(scale)} is too large for {dtype}; pass exp of the logit_scale parameter")
     return torch.full((), float(scale), dtype=dtype, device=features.device)
+
+
+def choose(
+    requested: str,
+    image: Tensor,
+    text: Tensor,
+    *teacher: Tensor | None,
+    sharded: bool = False,
+    sigmoid: bool = False,
+) -> Backend:
+    """The backend for these features. `requested`: a name, or "auto", which CLIPERASE_BACKEND overrides.
+
+    teacher: the teacher's features, where they are used. sharded: the batch is spread over processes. sigmoid: for that
+    loss, which not every backend has on every device. Under transforms of `torch.func` every one gives way to "eager".
+
+    Raises InputError when it is unknown, not available here, or cannot take this device or dtype.
+    """
+    features = [tensor for tensor in (image, text, *teacher) if tensor is not None]
+    backend = _asked_for(requested, features, sharded, sigmoid)
+    if backend.name != "eager" and transformed(*features):
+        if sharded:
+            refuse_on_ranks(*features)
+        backend = REGISTRY["eager"]
+    return backend
+
+
+def implementation(backend: Backend, device: torch.device) -> Implementation:
+    """Return what the backend brings for this device, imported on first use."""
+    found = backend.loaded.get(device.type)
+    if found is None:
+        found = backend.loaded[device.type] = backend.load(device.type)
+    return found
+
+
+def _asked_for(requested: str, features: list[Tensor], sharded: bool, sigmoid: bool) -> Backend:
+    image = features[0]
+    origin = f"backend={requested!r}"
+    if requested == "auto":
+        from_environment = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+        if from_environment in ("", "auto"):
+            return _automatic(features, sharded, sigmoid)
+        requested, origin = from_environment, f"{ENVIRONMENT_VARIABLE}={from_environment}"
+    if not isinstance(requested, str) or requested not in REGISTRY:
+        raise InputError(f"{origin} is not a backend; use auto, {', '.join(REGISTRY)}")
+    backend = REGISTRY[requested]
+    reason = backend.why_missing and backend.why_missing()  # called where there is one to call
+    if reason is not None:
+        others = ", ".join(other.name for other in REGISTRY.values() if other.missing is None)
+        raise InputError(f"{origin} is not available here: {reason}. Available are auto, {others}")
+    if backend.devices is not None and image.device.type not in backend.devices:
+        why = f" ({backend.elsewhere})" if backend.elsewhere else ""
+        raise InputError(
+            f"{origin} runs on {', '.join(backend.devices)}, not on {image.device}{why}; use backend='auto'"
+        )
+    if sharded and not backend.shards:
+        able = ", ".join(other.name for other in REGISTRY.values() if other.shards)
+        raise InputError(f"{origin} does not work with a process_group; use auto, {able}")
+    for tensor in features:
+        if tensor.dtype not in backend.dtypes:
+            raise InputError(f"{origin} does not take {tensor.dtype}; use backend='auto' or convert the features")
+    if sigmoid and backend.sigmoid_devices is not None and image.device.type not in backend.sigmoid_devices:
+        raise InputError(
+            f"backend {backend.name!r} has the sigmoid loss on {', '.join(backend.sigmoid_devices)} only, not on "
+            f"{image.device}; use backend='auto', 'torch' or 'triton'"
+        )
+    return backend
+
+
+def check_backend_name(requested: object) -> None:
+    """Raise InputError unless this names a backend, be it available here or not."""
+    if not isinstance(requested, str) or requested not in ("auto", *REGISTRY):
+        raise InputError(f"backend={requested!r} is not a backend; use auto, {', '.join(REGISTRY)}")
+
+
+def auto_shards() -> bool:
+    """Whether "auto" sweeps a batch spread over processes: it does, unless CLIPERASE_BACKEND names one that cannot."""
+    backend = REGISTRY.get(os.environ.get(ENVIRONMENT_VARIABLE, ""))
+    return backend is None or backend.shards
+
+
+# Measured, forward and backward together on one CPU core: the two are equally fast somewhere between N = 128 and 512
+# (D = 64 and 512). Beyond, eager is slower (2.6 times at N = 2048, D = 64), and its memory grows as N².
+_EAGER_PAIRS = 256
+
+# As with native's: looked at once, and only where there is a choice.
+_ON_GPU = frozenset(name for name in REGISTRY if measured.TABLE and REGISTRY[name].missing is None)
+
+
+def _automatic(features: list[Tensor], sharded: bool, sigmoid: bool = False) -> Backend:
+    image = features[0]
+    pairs, kind = image.shape[0], image.device.type
+    if kind == "cuda" and _ON_GPU:
+        widest = max((tensor.dtype for tensor in features), key=lambda dtype: dtype.itemsize)
+        name = measured.fastest(image.device, widest, pairs, image.shape[1])
+        if name in _ON_GPU and _serves(REGISTRY[name], kind, features, sharded, sigmoid):
+            return REGISTRY[name]
+    # On a CPU native was the fastest at every size.
+    native = REGISTRY["native"]
+    if kind == "cpu" and native.why_missing is None and _serves(native, kind, features, sharded, sigmoid):
+        return native
+    return REGISTRY["eager" if pairs <= _EAGER_PAIRS and not sharded else "torch"]
+
+
+def _serves(backend: Backend, kind: str, features: list[Tensor], sharded: bool, sigmoid: bool) -> bool:
+    devices = (backend.devices, backend.sigmoid_devices if sigmoid else None)
+    return (
+        all(kinds is None or kind in kinds for kinds in devices)
+        and all(tensor.dtype in backend.dtypes for tensor in features)
+        and not (sharded and not backend.shards)
+    )
+
+
+def transformed(*tensors: Tensor | None) -> bool:
+    """Whether these are computed under a transform of `torch.func`, or carry tangents of forward-mode AD."""
+    if torch._C._functorch.maybe_current_level() is not None:
+        return True
+    if forward_ad._current_level < 0:
+        return False
+    return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def refuse_on_ranks(*tensors: Tensor | None) -> None:
+    """Raise InputError where these are computed under a transform: ranks cannot exchange what has no values yet."""
+    if transformed(*tensors):
+        raise InputError(
+            "a process_group does not work under transforms of torch.func or forward-mode AD; use backward() or "
+            "torch.autograd.grad, or give the whole batch to one process"
+        )

@@ -58,8 +58,8 @@ def wrong_before_right(
     for start in range(0, len(queries), step):
         stop = min(start + step, len(queries))
         first, last = np.searchsorted(query_of, [start, stop])
-        rows = torch.as_tensor(query_of[first:last] - start, device=queries.device)
-        items = torch.as_tensor(item_of[first:last], device=queries.device)
+        rows = torch.as_tensor(query_of[first:last] - start, dtype=torch.int64, device=queries.device)
+        items = torch.as_tensor(item_of[first:last], dtype=torch.int64, device=queries.device)
         similarity = queries[start:stop] @ gallery.T  # [step, G]
         best = similarity.new_full((stop - start,), -torch.inf)
         best.scatter_reduce_(0, rows, similarity[rows, items], "amax")

@@ -28,7 +28,7 @@ from torch import Tensor
 from cliperase_fast.contrastive import distill_clip_loss, local_clip_loss, sigmoid_loss
 from cliperase_fast.extras import require_version
 from cliperase_fast.functional import contrast
-from cliperase_fast.ops import auto_shards
+from cliperase_fast.validation import auto_shards
 
 
 def check_version() -> None:

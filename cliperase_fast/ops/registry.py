@@ -1,6 +1,6 @@
-"""The registry of backends and the choice among them.
+"""The table of backends, and what `backends()` says of it.
 
-A new backend is one module with a `sweep`, and a record here with the function that imports it.
+A new backend is one module with a `sweep`, a loader and a record here.
 """
 
 from __future__ import annotations
@@ -8,109 +8,61 @@ from __future__ import annotations
 import importlib.metadata
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from packaging.version import Version
 
-from cliperase_fast.errors import InputError
 from cliperase_fast.ops import measured
 from cliperase_fast.ops.native import extension
 from cliperase_fast.ops.sigmoid import Sigmoid
-from cliperase_fast.ops.spec import FeaturesKl, Sweep, SweepKernels
-from cliperase_fast.ops.transforms import refuse_on_ranks, transformed
-
-ENVIRONMENT_VARIABLE = "CLIPERASE_BACKEND"
+from cliperase_fast.ops.spec import DTYPES, FeaturesKl, Sweep, SweepKernels
 
 
-def _load_eager() -> Sweep:
-    from cliperase_fast.ops.eager import sweep
+class Implementation(NamedTuple):
+    """What a backend's modules bring."""
 
-    return sweep
-
-
-def _load_torch() -> Sweep:
-    from cliperase_fast.ops.streaming import sweep
-
-    return sweep
+    sweep: Sweep
+    sigmoid: Sigmoid
+    features_kl: FeaturesKl
+    kernels: SweepKernels | None = None  # what sweeps the shards of a batch; None: it cannot
 
 
-def _load_torch_kernels() -> SweepKernels:
-    from cliperase_fast.ops.streaming import kernels
+# Imports are statements, in functions: torch.compile traces the first call, and can trace these.
+def _eager(device: str) -> Implementation:
+    from cliperase_fast.ops import eager
 
-    return kernels
-
-
-def _load_native_kernels() -> SweepKernels:
-    from cliperase_fast.ops.native.sweep import kernels
-
-    return kernels
+    return Implementation(eager.sweep, Sigmoid(eager.sigmoid), eager.features_kl)
 
 
-def _load_triton_kernels() -> SweepKernels:
-    from cliperase_fast.ops.triton.sweep import kernels
+def _torch(device: str) -> Implementation:
+    from cliperase_fast.ops import eager, sigmoid, streaming
 
-    return kernels
-
-
-def _load_triton() -> Sweep:
-    from cliperase_fast.ops.triton.sweep import sweep
-
-    return sweep
+    return Implementation(streaming.sweep, sigmoid.sigmoid, eager.features_kl, streaming.kernels)
 
 
-def _load_native() -> Sweep:
-    from cliperase_fast.ops.native.sweep import sweep
+def _native(device: str) -> Implementation:
+    from cliperase_fast.ops import eager
+    from cliperase_fast.ops.native import cpu, cuda
 
-    return sweep
-
-
-def _load_eager_sigmoid() -> Sigmoid:
-    from cliperase_fast.ops.eager import sigmoid
-
-    return Sigmoid(sigmoid)
+    if device == "cuda":
+        return Implementation(cuda.sweep, _torch(device).sigmoid, eager.features_kl, cuda.kernels)
+    return Implementation(cpu.sweep, cpu.sigmoid, eager.features_kl, cpu.kernels)
 
 
-def _load_torch_sigmoid() -> Sigmoid:
-    from cliperase_fast.ops.sigmoid import sigmoid
-
-    return sigmoid
-
-
-def _load_native_sigmoid() -> Sigmoid:
-    from cliperase_fast.ops.native.sigmoid import sigmoid
-
-    return sigmoid
-
-
-def _load_triton_sigmoid() -> Sigmoid:
+def _triton(device: str) -> Implementation:
+    from cliperase_fast.ops.triton.features_kl import features_kl
     from cliperase_fast.ops.triton.sigmoid import sigmoid
+    from cliperase_fast.ops.triton.sweep import kernels, sweep
 
-    return sigmoid
+    return Implementation(sweep, sigmoid, features_kl, kernels)
 
 
-# Looked at once: torch.compile traces `choose`, and a look is an import.
+# Looked up once, because torch.compile traces the choice of a backend.
 _NO_NATIVE = extension.why_missing()
 _NO_NATIVE_CUDA = _NO_NATIVE or extension.why_no_cuda()
-
-
-def _load_plain_features_kl() -> FeaturesKl:
-    from cliperase_fast.ops.eager import features_kl
-
-    return features_kl
-
-
-def _load_triton_features_kl() -> FeaturesKl:
-    from cliperase_fast.ops.triton.features_kl import features_kl
-
-    return features_kl
-
-
-def _always_available() -> str | None:
-    return None
-
-
-_OLDEST_TRITON = (3, 6)
+_OLDEST_TRITON = "3.6"
 _OLDEST_GPU = 8  # compute capability, major
 
 
@@ -119,14 +71,13 @@ def _interprets_triton() -> bool:
 
 
 def _why_no_triton() -> str | None:
-    """Looks at what is installed, without importing it."""
+    """Return why Triton cannot run here, without importing it; None when it can."""
     try:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         return "triton is not installed; pip install triton (Linux)"
-    if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST_TRITON:
-        oldest = ".".join(map(str, _OLDEST_TRITON))
-        return f"triton {version} is installed, at least {oldest} is needed; pip install --upgrade triton"
+    if Version(version) < Version(_OLDEST_TRITON):
+        return f"triton {version} is installed, at least {_OLDEST_TRITON} is needed; pip install --upgrade triton"
     if _interprets_triton():
         return None
     if not torch.cuda.is_available():
@@ -137,22 +88,29 @@ def _why_no_triton() -> str | None:
     return None
 
 
+_NO_FLOAT64 = tuple(dtype for dtype in DTYPES if dtype != torch.float64)
+
+
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of the sweep. `load` imports its module, when first used, for its `sweep`."""
+    """One implementation of the losses. `load` imports it for a device type, on first use."""
 
     name: str
-    load: Callable[[], Sweep]
+    load: Callable[[str], Implementation]
     note: str
     devices: tuple[str, ...] | None = None  # device types it runs on; None: any
-    dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    why_missing: Callable[[], str | None] = _always_available  # why it cannot run here; None when it can
-    load_features_kl: Callable[[], FeaturesKl] = _load_plain_features_kl
+    dtypes: tuple[torch.dtype, ...] = DTYPES
+    why_missing: Callable[[], str | None] | None = None  # returns why it cannot run here, None when it can
     keeps: bool = False  # whether `keep` makes a difference
     elsewhere: str = ""  # why it does not run on a device type that it could run on
-    load_kernels: Callable[[], SweepKernels] | None = None  # what it sweeps the shards of a batch with; None: it cannot
-    load_sigmoid: Callable[[], Sigmoid] = _load_torch_sigmoid
+    shards: bool = True  # whether it takes a batch that is spread over processes
     sigmoid_devices: tuple[str, ...] | None = None  # where it has the sigmoid loss, of those it runs on; None: all
+    loaded: dict[str, Implementation] = field(default_factory=dict, compare=False, repr=False)  # by device type
+
+    @property
+    def missing(self) -> str | None:
+        """Why it cannot run here; None when it can."""
+        return self.why_missing() if self.why_missing else None
 
 
 _NOT_RUN = "" if measured.TABLE else ", not yet run on one: must be selected explicitly there"
@@ -161,37 +119,27 @@ _ON_A_GPU = "" if _NO_NATIVE_CUDA else f", CUDA on a GPU{_NOT_RUN}"
 REGISTRY: dict[str, Backend] = {
     backend.name: backend
     for backend in (
-        Backend(
-            "eager",
-            _load_eager,
-            "plain autograd, the readable reference; holds N x N matrices",
-            load_sigmoid=_load_eager_sigmoid,
-        ),
-        Backend("torch", _load_torch, "strips of rows; never holds an N x N matrix", load_kernels=_load_torch_kernels),
+        Backend("eager", _eager, "plain autograd, the readable reference; holds N x N matrices", shards=False),
+        Backend("torch", _torch, "strips of rows; never holds an N x N matrix"),
         Backend(
             "native",
-            _load_native,
+            _native,
             f"C++ on the CPU{_ON_A_GPU}; never holds an N x N matrix",
             devices=("cpu",) if _NO_NATIVE_CUDA else ("cpu", "cuda"),
-            dtypes=(torch.float16, torch.bfloat16, torch.float32),
-            why_missing=lambda: _NO_NATIVE,
+            dtypes=_NO_FLOAT64,
+            why_missing=None if _NO_NATIVE is None else lambda: _NO_NATIVE,
             elsewhere=_NO_NATIVE_CUDA or "",
             keeps=True,
-            load_kernels=_load_native_kernels,
-            load_sigmoid=_load_native_sigmoid,
             sigmoid_devices=("cpu",),
         ),
         Backend(
             "triton",
-            _load_triton,
+            _triton,
             f"fused kernels for a GPU{_NOT_RUN}; never holds an N x N matrix",
             devices=("cuda", "cpu") if _interprets_triton() else ("cuda",),
-            dtypes=(torch.float16, torch.bfloat16, torch.float32),
+            dtypes=_NO_FLOAT64,
             why_missing=_why_no_triton,
-            load_features_kl=_load_triton_features_kl,
             keeps=True,
-            load_kernels=_load_triton_kernels,
-            load_sigmoid=_load_triton_sigmoid,
         ),
     )
 }
@@ -199,7 +147,7 @@ REGISTRY: dict[str, Backend] = {
 
 @dataclass(frozen=True)
 class BackendStatus:
-    """What `backends()` says of one backend. reason: why it is missing; empty when it is available."""
+    """What `backends()` says of one backend. reason: why it is missing, empty when it is available."""
 
     name: str
     available: bool
@@ -242,10 +190,10 @@ class BackendTable(Mapping[str, BackendStatus]):
 
 
 def backends() -> BackendTable:
-    """Every backend, whether it is available here, and why a missing one is missing. Prints as a table."""
+    """Return every backend, whether it is available here, and why not. Prints as a table."""
     statuses = {}
     for backend in REGISTRY.values():
-        reason = backend.why_missing()
+        reason = backend.missing
         statuses[backend.name] = BackendStatus(
             backend.name, reason is None, _devices_here(backend), backend.note, reason or ""
         )
@@ -253,110 +201,8 @@ def backends() -> BackendTable:
 
 
 def _devices_here(backend: Backend) -> str:
-    """Those that this machine has; where it has none of them, what the backend would need."""
+    """Return the device types that this machine has; where it has none of them, what the backend needs."""
     if backend.devices is None:
         return "any"
     here = [kind for kind in backend.devices if kind == "cpu" or torch.cuda.is_available()]
     return ", ".join(here) if here else f"needs {' or '.join(backend.devices)}"
-
-
-def choose(
-    requested: str,
-    image: Tensor,
-    text: Tensor,
-    *teacher: Tensor | None,
-    sharded: bool = False,
-    sigmoid: bool = False,
-) -> Backend:
-    """The backend for these features. `requested`: a name, or "auto", which CLIPERASE_BACKEND overrides.
-
-    teacher: the teacher's features, where they are used. sharded: the batch is spread over processes. sigmoid: for that
-    loss, which not every backend has on every device. Under transforms of `torch.func` every one gives way to "eager".
-
-    Raises InputError when it is unknown, not available here, or cannot take this device or dtype.
-    """
-    features = [tensor for tensor in (image, text, *teacher) if tensor is not None]
-    backend = _asked_for(requested, features, sharded, sigmoid)
-    if backend.name == "eager" or not transformed(*features):
-        return backend
-    if sharded:
-        refuse_on_ranks(*features)
-    return REGISTRY["eager"]
-
-
-def _asked_for(requested: str, features: list[Tensor], sharded: bool, sigmoid: bool) -> Backend:
-    image = features[0]
-    origin = f"backend={requested!r}"
-    if requested == "auto":
-        from_environment = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
-        if from_environment in ("", "auto"):
-            return _automatic(features, sharded, sigmoid)
-        requested, origin = from_environment, f"{ENVIRONMENT_VARIABLE}={from_environment}"
-    if not isinstance(requested, str) or requested not in REGISTRY:
-        raise InputError(f"{origin} is not a backend; use auto, {', '.join(REGISTRY)}")
-    backend = REGISTRY[requested]
-    reason = backend.why_missing()
-    if reason is not None:
-        others = ", ".join(other.name for other in REGISTRY.values() if other.why_missing() is None)
-        raise InputError(f"{origin} is not available here: {reason}. Available are auto, {others}")
-    if backend.devices is not None and image.device.type not in backend.devices:
-        why = f" ({backend.elsewhere})" if backend.elsewhere else ""
-        raise InputError(
-            f"{origin} runs on {', '.join(backend.devices)}, not on {image.device}{why}; use backend='auto'"
-        )
-    if sharded and backend.load_kernels is None:
-        able = ", ".join(other.name for other in REGISTRY.values() if other.load_kernels is not None)
-        raise InputError(f"{origin} does not work with a process_group; use auto, {able}")
-    for tensor in features:
-        if tensor.dtype not in backend.dtypes:
-            raise InputError(f"{origin} does not take {tensor.dtype}; use backend='auto' or convert the features")
-    if sigmoid and backend.sigmoid_devices is not None and image.device.type not in backend.sigmoid_devices:
-        raise InputError(
-            f"backend {backend.name!r} has the sigmoid loss on {', '.join(backend.sigmoid_devices)} only, not on "
-            f"{image.device}; use backend='auto', 'torch' or 'triton'"
-        )
-    return backend
-
-
-def check_backend_name(requested: object) -> None:
-    """Raise InputError unless this names a backend, be it available here or not."""
-    if not isinstance(requested, str) or requested not in ("auto", *REGISTRY):
-        raise InputError(f"backend={requested!r} is not a backend; use auto, {', '.join(REGISTRY)}")
-
-
-def auto_shards() -> bool:
-    """Whether "auto" sweeps a batch spread over processes: it does, unless CLIPERASE_BACKEND names one that cannot."""
-    backend = REGISTRY.get(os.environ.get(ENVIRONMENT_VARIABLE, ""))
-    return backend is None or backend.load_kernels is not None
-
-
-# Measured, forward and backward together on one CPU core: the two are equally fast somewhere between N = 128 and 512
-# (D = 64 and 512). Beyond, eager is slower (2.6 times at N = 2048, D = 64), and its memory grows as N².
-_EAGER_PAIRS = 256
-
-# As with native's: looked at once, and only where there is a choice.
-_ON_GPU = frozenset(name for name in REGISTRY if measured.TABLE and REGISTRY[name].why_missing() is None)
-
-
-def _automatic(features: list[Tensor], sharded: bool, sigmoid: bool = False) -> Backend:
-    image = features[0]
-    pairs, kind = image.shape[0], image.device.type
-    if kind == "cuda" and _ON_GPU:
-        widest = max((tensor.dtype for tensor in features), key=lambda dtype: dtype.itemsize)
-        name = measured.fastest(image.device, widest, pairs, image.shape[1])
-        if name in _ON_GPU and _serves(REGISTRY[name], kind, features, sharded, sigmoid):
-            return REGISTRY[name]
-    # On a CPU native was the fastest at every size.
-    native = REGISTRY["native"]
-    if kind == "cpu" and native.why_missing() is None and _serves(native, kind, features, sharded, sigmoid):
-        return native
-    return REGISTRY["eager" if pairs <= _EAGER_PAIRS and not sharded else "torch"]
-
-
-def _serves(backend: Backend, kind: str, features: list[Tensor], sharded: bool, sigmoid: bool) -> bool:
-    devices = (backend.devices, backend.sigmoid_devices if sigmoid else None)
-    return (
-        all(kinds is None or kind in kinds for kinds in devices)
-        and all(tensor.dtype in backend.dtypes for tensor in features)
-        and not (sharded and backend.load_kernels is None)
-    )

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cliperase_fast.ops import eager
 from cliperase_fast.ops.spec import SimilarityInputs, anchored, compute_dtype, log1p_exp, no_autocast, one_minus_p
 from cliperase_fast.ops.streaming import Similarity, strip_height
-from cliperase_fast.ops.transforms import refuse_second_derivative, transformed
+from cliperase_fast.ops.transforms import refuse_second_derivative
 
 # The rows of what is saved [6, n]: r, anchor and factor as in `ops/spec.py`, of S and of S°, 0 without a teacher.
 _STUDENT, _TEACHER = slice(0, 3), slice(3, 6)
@@ -181,8 +180,5 @@ def row_losses(inputs: SimilarityInputs) -> tuple[Tensor, Tensor]:
     inputs: image is the queries [n, D], n >= 1, and text the keys [N, D] with pair_offset + n <= N; distill is 0
     without a teacher. Differentiable in queries, keys and scale. The caller has checked.
     """
-    flat = _flatten(inputs)
-    if transformed(*flat[:6]):
-        return eager.row_losses(inputs)
-    contrastive, distill, _ = _forward_op(*flat)
+    contrastive, distill, _ = _forward_op(*_flatten(inputs))
     return contrastive, distill

@@ -29,6 +29,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# The dtypes of features, as torch, C++ (csrc/buffer.cpp) and error messages name them.
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DTYPE_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
+
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """Return the dtype in which these features are computed: the widest of theirs, and at least float32."""
@@ -46,6 +50,20 @@ def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     if tensor.is_meta or not torch.is_autocast_enabled(device_type):
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
+
+
+def savable(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Return each tensor, or an equal one that autograd can save and that lies in memory as it reads."""
+    # torch.compile traces neither question, and its graphs resolve negated views themselves.
+    if torch.compiler.is_compiling():
+        return tensors
+    copies = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    found = []
+    for tensor in tensors:
+        if tensor is not None and tensor.is_neg():
+            tensor = tensor.resolve_neg()
+        found.append(tensor.clone() if tensor is not None and copies and tensor.is_inference() else tensor)
+    return tuple(found)
 
 
 @dataclass(eq=False)

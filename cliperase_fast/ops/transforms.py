@@ -1,55 +1,17 @@
-"""What torch may put around a call beyond plain autograd: inference tensors, function transforms, second derivatives.
-
-The streamed backends have a first derivative, backward. Under a transform of `torch.func` (grad, vmap, jvp, ...) or
-forward-mode AD the losses are computed as by the backend "eager", whose operations are torch's own, at the cost of
-its N x N matrices. A second derivative is refused with an error that names the remedy.
-"""
+"""Derivatives that the streamed backends do not have: a second one is refused with an error that names the remedy."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from cliperase_fast.errors import InputError, UnlearningError
-
-MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
+from cliperase_fast.errors import UnlearningError
 
 _REMEDY = "use backend='eager' (or CLIPERASE_BACKEND=eager) without a process_group"
-
-
-def savable(tensor: MaybeTensor) -> MaybeTensor:
-    """The tensor itself, or an equal one that autograd can save and that lies in memory as it reads."""
-    # torch.compile traces neither question, and its graphs resolve negated views themselves.
-    if tensor is None or torch.compiler.is_compiling():
-        return tensor
-    if tensor.is_neg():
-        tensor = tensor.resolve_neg()
-    if tensor.is_inference() and torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
-        return tensor.clone()
-    return tensor
-
-
-def transformed(*tensors: Tensor | None) -> bool:
-    """Whether these are computed under a transform of `torch.func`, or carry tangents of forward-mode AD."""
-    if torch._C._functorch.maybe_current_level() is not None:
-        return True
-    if forward_ad._current_level < 0:
-        return False
-    return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
-
-
-def refuse_on_ranks(*tensors: Tensor | None) -> None:
-    """Raise InputError where these are computed under a transform: ranks cannot exchange what has no values yet."""
-    if transformed(*tensors):
-        raise InputError(
-            "a process_group does not work under transforms of torch.func or forward-mode AD; use backward() or "
-            "torch.autograd.grad, or give the whole batch to one process"
-        )
 
 
 def batched(*tensors: Tensor | None) -> bool:

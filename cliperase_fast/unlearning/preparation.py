@@ -21,7 +21,6 @@ from cliperase_fast.models.fast_paths.embedding import train_rows
 from cliperase_fast.models.preprocessing import as_transform, try_transform
 from cliperase_fast.models.requirements import check_weights, require_trainable
 from cliperase_fast.models.runtime import in_float32
-from cliperase_fast.ops import choose
 from cliperase_fast.progress import say
 from cliperase_fast.unlearning.batches import BatchLoader, BatchPlan, CaptionTable
 from cliperase_fast.unlearning.engines.deepspeed import read_deepspeed
@@ -35,6 +34,7 @@ from cliperase_fast.unlearning.run_directory import RunDirectory, identity_setti
 from cliperase_fast.unlearning.runtime import Runtime
 from cliperase_fast.unlearning.selection import Selection
 from cliperase_fast.unlearning.splits import PreparedData, Split, open_sets, prepare_data
+from cliperase_fast.validation import choose
 
 
 def load(inputs: Inputs, settings: UnlearnConfig, method: Method, directory: RunDirectory, runtime: Runtime) -> Setup:

@@ -16,9 +16,7 @@ OPTIONS = list(itertools.product(("cosine", "hinge", "contrastive"), ("logits", 
 BACKENDS = [
     name
     for name, backend in REGISTRY.items()
-    if backend.load_kernels is not None
-    and backend.why_missing() is None
-    and (backend.devices is None or "cpu" in backend.devices)
+    if backend.shards and backend.missing is None and (backend.devices is None or "cpu" in backend.devices)
 ]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-6}
 

@@ -16,10 +16,11 @@ from sweep_cases import outcome, random_batch
 
 from cliperase_fast import functional
 from cliperase_fast.errors import InputError
-from cliperase_fast.ops import backends, choose, eager
+from cliperase_fast.ops import backends, eager
 from cliperase_fast.ops.triton import features_kl, forward
 from cliperase_fast.ops.triton import sweep as triton_sweep
 from cliperase_fast.ops.triton.sweep import sweep
+from cliperase_fast.validation import choose
 
 
 @pytest.fixture

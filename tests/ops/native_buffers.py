@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cliperase_fast.ops.native.buffers import as_buffer
+from cliperase_fast.ops.native.extension import as_buffer
 
 CANARY = 77.0
 

@@ -56,7 +56,7 @@ def test_values_of_two_pairs_worked_out_by_hand():
 def test_gradients_agree_with_finite_differences(backend, groups, n):
     batch = random_batch(n, width=4, teacher_width=3, scale=5.0)
     ids = None if groups is None else torch.tensor(groups[:n])
-    run = REGISTRY[backend].load()
+    run = REGISTRY[backend].load("cpu").sweep
 
     def losses(image, text, scale):
         return run(batch.inputs(image, text, scale, group_ids=ids))

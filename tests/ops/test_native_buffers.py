@@ -10,7 +10,7 @@ from native_buffers import CANARY, FAULTS, UNREADABLE, as_buffers, forged, writt
 from torch import Tensor
 
 from cliperase_fast.ops.native import extension
-from cliperase_fast.ops.native.buffers import as_buffer
+from cliperase_fast.ops.native.extension import as_buffer
 from cliperase_fast.ops.spec import NUM_SAVED
 
 N, WIDTH, TEACHER_WIDTH = 300, 24, 17

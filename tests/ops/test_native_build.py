@@ -142,7 +142,7 @@ import sys
 sys.modules["cliperase_fast._C"] = None
 import torch, cliperase_fast as cf
 from cliperase_fast.errors import InputError
-from cliperase_fast.ops import choose
+from cliperase_fast.validation import choose
 status = cf.backends()["native"]
 assert not status.available and "extension" in status.reason, status
 features = torch.nn.functional.normalize(torch.randn(300, 8), dim=1)

@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cliperase_fast import functional
-from cliperase_fast.ops import backends, choose, eager
+from cliperase_fast.ops import backends, eager
 from cliperase_fast.ops.autograd import flatten
 from cliperase_fast.ops.native import extension
-from cliperase_fast.ops.native.sweep import kernels, sweep
+from cliperase_fast.ops.native.cpu import kernels, sweep
 from cliperase_fast.ops.spec import SimilarityInputs
+from cliperase_fast.validation import choose
 
 FORMS = {"both": (True, True), "rm": (True, False), "kl": (False, True)}
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")

@@ -18,8 +18,8 @@ from torch_defaults import DEFAULTS, assert_independent
 
 from cliperase_fast.ops.autograd import as_sweep
 from cliperase_fast.ops.native import cuda
-from cliperase_fast.ops.native.buffers import as_buffer
 from cliperase_fast.ops.native.cuda import CudaKernels, block_shape
+from cliperase_fast.ops.native.extension import as_buffer
 
 NAME = "native_cuda_emulated"
 

@@ -15,7 +15,7 @@ from sweep_cases import Batch, Outcome, outcome, random_batch
 from torch import Tensor
 
 from cliperase_fast.ops import eager
-from cliperase_fast.ops.native.sweep import sweep
+from cliperase_fast.ops.native.cpu import sweep
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = st.one_of(st.integers(1, 20), st.sampled_from([127, 128, 129, 255, 256, 257, 300, 513]))

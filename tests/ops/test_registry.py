@@ -11,10 +11,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cliperase_fast import functional
+from cliperase_fast import functional, validation
 from cliperase_fast.errors import InputError
 from cliperase_fast.ops import eager, measured, registry, streaming
-from cliperase_fast.ops.registry import Backend, backends, choose
+from cliperase_fast.ops.registry import Backend, Implementation, backends
+from cliperase_fast.ops.sigmoid import Sigmoid
+from cliperase_fast.validation import choose, implementation
 
 
 def pairs(n: int = 8, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,20 +28,29 @@ def _no_override(monkeypatch):
     monkeypatch.delenv("CLIPERASE_BACKEND", raising=False)
 
 
+def with_sweep(sweep=eager.sweep):
+    return lambda device: Implementation(sweep, Sigmoid(eager.sigmoid), eager.features_kl)
+
+
 @pytest.fixture
 def broken(monkeypatch):
     """A registry with a backend that is missing here, and one that takes only float32 on a GPU."""
     more = {
-        "absent": Backend("absent", lambda: eager.sweep, "fast", why_missing=lambda: "it needs a moon rock"),
-        "picky": Backend("picky", lambda: eager.sweep, "fast", devices=("cuda",)),
-        "narrow": Backend("narrow", lambda: eager.sweep, "fast", dtypes=(torch.float32,)),
+        "absent": Backend("absent", with_sweep(), "fast", why_missing=lambda: "it needs a moon rock"),
+        "picky": Backend("picky", with_sweep(), "fast", devices=("cuda",)),
+        "narrow": Backend("narrow", with_sweep(), "fast", dtypes=(torch.float32,)),
     }
-    monkeypatch.setattr(registry, "REGISTRY", {**registry.REGISTRY, **more})
+    for name, backend in more.items():
+        monkeypatch.setitem(registry.REGISTRY, name, backend)
+
+
+def loaded(name):
+    return implementation(choose(name, *pairs()), torch.device("cpu"))
 
 
 def test_each_name_loads_its_own_sweep():
-    assert choose("eager", *pairs()).load() is eager.sweep
-    assert choose("torch", *pairs()).load() is streaming.sweep
+    assert loaded("eager").sweep is eager.sweep
+    assert loaded("torch").sweep is streaming.sweep
 
 
 def test_auto_is_native_for_what_it_takes():
@@ -66,7 +77,7 @@ def measured_gpu(monkeypatch):
     """A GPU of capability 9.0, on which some sizes were measured; all backends are there."""
     sizes = {2048: "eager", 8192: "torch", 32768: "native", 65536: "triton"}
     monkeypatch.setattr(measured, "TABLE", {"9.0": {"bfloat16": {768: sizes, 1024: {32768: "triton"}}}})
-    monkeypatch.setattr(registry, "_ON_GPU", frozenset(registry.REGISTRY))
+    monkeypatch.setattr(validation, "_ON_GPU", frozenset(registry.REGISTRY))
     native = replace(registry.REGISTRY["native"], devices=("cpu", "cuda"))
     monkeypatch.setitem(registry.REGISTRY, "native", native)
     found = SimpleNamespace(major=9, minor=0)
@@ -104,7 +115,7 @@ def test_auto_on_a_gpu_passes_over_what_cannot_do_it(measured_gpu, monkeypatch):
     for_native, for_eager = on_a_gpu(32_768), on_a_gpu(2048)
     assert choose("auto", for_native, for_native, sigmoid=True).name == "torch"
     assert choose("auto", for_eager, for_eager, sharded=True).name == "torch"
-    monkeypatch.setattr(registry, "_ON_GPU", frozenset({"eager", "torch", "triton"}))
+    monkeypatch.setattr(validation, "_ON_GPU", frozenset({"eager", "torch", "triton"}))
     assert choose("auto", for_native, for_native).name == "torch"
 
 
@@ -161,7 +172,7 @@ def test_the_chosen_backend_is_the_one_that_runs(monkeypatch):
         calls.append((inputs.want_retention, inputs.want_consistency, inputs.keep))
         return eager.sweep(inputs)
 
-    monkeypatch.setitem(registry.REGISTRY, "spy", Backend("spy", lambda: sweep, ""))
+    monkeypatch.setitem(registry.REGISTRY, "spy", Backend("spy", with_sweep(sweep), ""))
     functional.clip_loss(*pairs(), 1.0, backend="spy", keep="nothing")
     monkeypatch.setenv("CLIPERASE_BACKEND", "spy")
     functional.similarity_kl(*pairs(), 1.0, *pairs(), 1.0)
@@ -179,8 +190,8 @@ def test_backends_maps_names_to_what_is_known_of_them(broken):
 
 @pytest.mark.parametrize(("gpu", "devices"), [(True, "cpu, cuda"), (False, "cpu")])
 def test_backends_lists_only_devices_that_are_here(monkeypatch, gpu, devices):
-    both = Backend("both", lambda: eager.sweep, "fast", devices=("cpu", "cuda"))
-    monkeypatch.setattr(registry, "REGISTRY", {**registry.REGISTRY, "both": both})
+    both = Backend("both", with_sweep(), "fast", devices=("cpu", "cuda"))
+    monkeypatch.setitem(registry.REGISTRY, "both", both)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     table = backends()
@@ -222,7 +233,7 @@ def test_triton_is_named_with_what_is_missing(monkeypatch):
 
 
 def test_triton_is_taken_by_name_and_refuses_what_it_cannot(monkeypatch):
-    available = replace(registry.REGISTRY["triton"], why_missing=lambda: None, devices=("cpu",))
+    available = replace(registry.REGISTRY["triton"], why_missing=None, devices=("cpu",))
     monkeypatch.setitem(registry.REGISTRY, "triton", available)
     half, double = pairs(dtype=torch.bfloat16), pairs(dtype=torch.float64)
     assert choose("triton", *half).name == "triton"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,20 +13,21 @@ from sigmoid_checks import Subject, check, outcome, random_case
 
 from cliperase_fast.contrastive import sigmoid_loss
 from cliperase_fast.errors import InputError
-from cliperase_fast.ops import backends, choose, eager, registry
+from cliperase_fast.ops import backends, eager, registry
 from cliperase_fast.ops.native import extension
+from cliperase_fast.validation import choose
 
 NATIVE = pytest.mark.skipif(not backends()["native"].available, reason=backends()["native"].reason)
 
 
 @pytest.fixture(params=["torch", pytest.param("native", marks=NATIVE)])
 def subject(request):
-    return Subject(registry.REGISTRY[request.param].load_sigmoid().loss, request.param)
+    return Subject(registry.REGISTRY[request.param].load("cpu").sigmoid.loss, request.param)
 
 
 @pytest.fixture
 def native():
-    return Subject(registry.REGISTRY["native"].load_sigmoid().loss, "native")
+    return Subject(registry.REGISTRY["native"].load("cpu").sigmoid.loss, "native")
 
 
 @pytest.mark.parametrize("n", [1, 7])
@@ -40,7 +42,7 @@ def test_the_reference_is_the_formula(n, negative_only):
 
 
 def test_float64_is_exact_in_strips():
-    loss = registry.REGISTRY["torch"].load_sigmoid().loss
+    loss = registry.REGISTRY["torch"].load("cpu").sigmoid.loss
     for scale, bias in ((10.0, -4.0), (1000.0, 30.0)):
         case = random_case(7, scale=scale, bias=bias)
         found, truth = outcome(loss, case, strip_rows=3), outcome(eager.sigmoid, case)
@@ -94,12 +96,17 @@ def test_memory_of_the_pool_that_is_not_cleared_does_not_show(native):
 
 
 def watched(monkeypatch):
-    """The names of the backends that the public loss loads."""
+    """The names of the backends that the public loss runs."""
     seen = []
     for name, backend in registry.REGISTRY.items():
-        load = backend.load_sigmoid
-        changed = registry.Backend(**{**vars(backend), "load_sigmoid": lambda n=name, f=load: seen.append(n) or f()})
-        monkeypatch.setitem(registry.REGISTRY, name, changed)
+        load = backend.load
+
+        def watching(device, name=name, load=load):
+            found = load(device)
+            loss = found.sigmoid.loss
+            return found._replace(sigmoid=found.sigmoid._replace(loss=lambda case: seen.append(name) or loss(case)))
+
+        monkeypatch.setitem(registry.REGISTRY, name, replace(backend, load=watching, loaded={}))
     return seen
 
 
@@ -121,7 +128,7 @@ def test_backends_that_lack_it_are_refused_by_name(monkeypatch):
     features = torch.ones(2, 3)
     with pytest.raises(InputError, match=r"backend='abacus' is not a backend"):
         sigmoid_loss(features, features, 1.0, backend="abacus")
-    built_with_cuda = registry.Backend(**{**vars(registry.REGISTRY["native"]), "devices": ("cpu", "cuda")})
+    built_with_cuda = replace(registry.REGISTRY["native"], devices=("cpu", "cuda"))
     monkeypatch.setitem(registry.REGISTRY, "native", built_with_cuda)
     on_a_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
     if backends()["native"].available:

@@ -28,7 +28,7 @@ def test_float32_is_as_good_as_the_rounding_of_the_similarities_allows(backend, 
     batch = regime(name, scale, N)
     batch = replace(batch, want_retention=wanted[0]) if wanted[1] else batch.without_teacher()
     truth = outcome(eager.sweep, batch)
-    result = outcome(REGISTRY[backend].load(), batch.to(torch.float32))
+    result = outcome(REGISTRY[backend].load("cpu").sweep, batch.to(torch.float32))
     allowed = allowed_errors(batch, truth, torch.float32)
     for key, error in errors(result, truth).items():
         assert error <= allowed[key], (key, error, allowed[key])
@@ -62,7 +62,7 @@ def test_large_logits_cost_no_digits_of_the_gradients(backend, scale, name, vari
         batch = without_norm(batch).to(torch.float32).to(torch.float64)
     truth = outcome(eager.sweep, batch)
     options = {"keep": "similarities"} if variant == "kept" else {}
-    result = outcome(REGISTRY[backend].load(), batch.to(torch.float32), **options)
+    result = outcome(REGISTRY[backend].load("cpu").sweep, batch.to(torch.float32), **options)
     for key in ("image", "text", "scale"):
         largest = getattr(truth, key).abs().max().item()
         assert errors(result, truth)[key] <= N * 2.0**-23 * largest, key
@@ -88,7 +88,7 @@ def test_half_precision_features_cost_one_rounding_of_the_gradient(backend, dtyp
     # the losses or the gradient of the (float32) scale; a sweep written in `dtype` has many times that error
     batch = regime(name, scale, N).to(dtype).to(torch.float64)
     truth = outcome(eager.sweep, batch)
-    result = outcome(REGISTRY[backend].load(), batch.to(dtype))
+    result = outcome(REGISTRY[backend].load("cpu").sweep, batch.to(dtype))
     assert result.image.dtype == result.text.dtype == dtype
     assert result.retention.dtype == result.consistency.dtype == torch.float32
     allowed = allowed_errors(batch, truth, dtype)
@@ -109,7 +109,7 @@ def test_mixed_dtypes_are_promoted_and_each_gradient_keeps_its_own(backend):
         teacher_image=batch.teacher_image.to(torch.float16),
     )
     exact = outcome(eager.sweep, mixed.to(torch.float64))
-    result = outcome(REGISTRY[backend].load(), mixed)
+    result = outcome(REGISTRY[backend].load("cpu").sweep, mixed)
     assert (result.image.dtype, result.text.dtype, result.retention.dtype) == (
         torch.bfloat16, torch.float32, torch.float64,
     )  # fmt: skip

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cliperase_fast.ops.autograd import cache_budget, strip_bytes
+from cliperase_fast.ops.autograd import as_sweep, cache_budget, strip_bytes
 from cliperase_fast.ops.matmul import add_product, as_pair, product
 from cliperase_fast.ops.native import extension
-from cliperase_fast.ops.native.buffers import as_buffer_or_none
+from cliperase_fast.ops.native.extension import as_buffer_or_none
 from cliperase_fast.ops.spec import (
     Need,
     SavedStats,
@@ -266,3 +266,7 @@ def _round_up(n: int, multiple: int) -> int:
 
 def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+kernels = CudaKernels()
+sweep = as_sweep(kernels)

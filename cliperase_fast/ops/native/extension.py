@@ -1,4 +1,7 @@
-"""The compiled extension `cliperase_fast._C`: whether it is there, and if not, why."""
+"""The compiled extension `cliperase_fast._C`: whether it is there, and tensors as it takes them.
+
+The extension checks each buffer against what it is going to read or write, and raises ValueError instead.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,12 @@ import shutil
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cliperase_fast.ops.spec import DTYPE_NAMES
 
 INSTRUCTIONS_VARIABLE = "CLIPERASE_CPU"  # avx512, avx2 or portable, in place of the widest there is
 _INTERFACE = 6  # that of csrc/bindings.cpp
@@ -58,3 +67,19 @@ def _reason(error: ImportError) -> str:
     if not any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
         return f"the extension is not built and there is no C++ compiler; apt install g++ (or your system's), {again}"
     return "the extension is not built; run pip install . (or pip install -e .) in the source folder"
+
+
+def as_buffer(module: Any, tensor: Tensor) -> Any:
+    """Return `tensor` as a Buffer of `module`, one of the extension's halves; the buffer keeps the tensor alive."""
+    dtype = DTYPE_NAMES.get(tensor.dtype) or str(tensor.dtype).removeprefix("torch.")
+    return module.Buffer(tensor.data_ptr(), dtype, tensor.shape, tensor.stride(), _device(tensor.device), tensor)
+
+
+def as_buffer_or_none(module: Any, tensor: Tensor | None) -> Any:
+    """Return the same; None where there is nothing to read or write."""
+    return None if tensor is None or tensor.numel() == 0 else as_buffer(module, tensor)
+
+
+@cache
+def _device(device: torch.device) -> str:
+    return str(device)
