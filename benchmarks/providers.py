@@ -71,7 +71,7 @@ class Provider:
             return f"{self.package} is not installed"
         if self.backend is not None:
             backend = REGISTRY[self.backend]
-            if (missing := backend.why_missing()) is not None:
+            if (missing := backend.missing) is not None:
                 return missing
             if backend.devices is not None and device not in backend.devices:
                 return _needs(backend.devices)
