@@ -15,9 +15,8 @@ from typing import Any
 
 from cliperase_fast.errors import InputError
 from cliperase_fast.reading import read_text
+from cliperase_fast.terms import CONSISTENCY_MODES, FORGET_LOSSES, TERMS, described
 
-CONSISTENCY_MODES = ("logits", "features", "intra")
-FORGET_LOSSES = ("cosine", "hinge", "contrastive")
 LOGGERS = ("none", "tensorboard", "wandb")  # beside metrics.jsonl; see unlearning/loggers.py
 
 
@@ -40,12 +39,22 @@ class UnlearnConfig:
     )
 
     # the losses
-    lambda_retain: float = _option(1.0, "weight of the retention (contrastive) loss", group="loss")
-    lambda_forget: float = _option(3.0, "weight of the forgetting loss", group="loss")
-    lambda_consistency: float = _option(3.0, "weight of the consistency (KL) loss", group="loss")
-    forget_loss: str = _option("cosine", "what pushes forget pairs apart", FORGET_LOSSES, group="loss")
+    lambda_retain: float = _option(1.0, TERMS["retain"].help, group="loss")
+    lambda_forget: float = _option(3.0, TERMS["forget"].help, group="loss")
+    lambda_consistency: float = _option(3.0, TERMS["consistency"].help, group="loss")
+    forget_loss: str = _option(
+        "cosine",
+        f"what pushes forget pairs apart ({described(FORGET_LOSSES.values())})",
+        tuple(FORGET_LOSSES),
+        group="loss",
+    )
     margin: float = _option(0.0, "hinge only: stop pushing a pair once its cosine is below this", group="loss")
-    consistency: str = _option("logits", "what is kept like the teacher's", CONSISTENCY_MODES, group="loss")
+    consistency: str = _option(
+        "logits",
+        f"what is kept like the teacher's ({described(CONSISTENCY_MODES.values())})",
+        tuple(CONSISTENCY_MODES),
+        group="loss",
+    )
     false_negatives: str = _option(
         "auto",
         "pairs that are not negatives of each other: those of the same class (of the same caption if there are no "

@@ -34,12 +34,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cliperase_fast.distributed import LOCAL, Group, Shards, resolve_group, sharded_sweep, sum_over_ranks
 from cliperase_fast.ops.registry import Backend, Implementation
 from cliperase_fast.ops.spec import SimilarityInputs, compute_dtype, no_autocast, savable
+from cliperase_fast.terms import CONSISTENCY_MODES, FORGET_LOSSES
 from cliperase_fast.validation import check_cliperase, check_contrast, refuse_on_ranks
 
 __all__ = ["LossTerms", "clip_loss", "cliperase_loss", "similarity_kl"]
@@ -95,7 +95,7 @@ def cliperase_loss(
         the texts, softmax over the width of the normalised features, which needs D° = D; "intra": the row
         term of CM for the similarities s I Iᵀ inside the images (teacher s° I° I°ᵀ), plus the same inside the
         texts; the diagonals, each feature with itself, stay in.
-    group_ids: int64 [N]; retain pairs of equal id are no negatives of each other in RM (CM keeps them).
+    group_ids: int64 [N]; retain pairs of equal id are not negatives of each other in RM (CM keeps them).
     process_group: "local": the batch is here; "world" or a torch.distributed.ProcessGroup: it is spread over these
         ranks, M and N as they are on this one. None is what torch.distributed.group.WORLD is before
         init_process_group(): "local" for a single process, an InputError among several.
@@ -131,7 +131,7 @@ def cliperase_loss(
     )
     zero = retain_image.new_zeros((), dtype=compute_dtype(retain_image, retain_text))
     retain_term = forget_term = consistency_term = zero
-    fused = lambda_consistency > 0 and consistency == "logits"
+    fused = lambda_consistency > 0 and CONSISTENCY_MODES[consistency].fused
     with no_autocast(retain_image):
         if lambda_retain > 0 or fused:
             teacher: tuple[Any, Any, Any] = (None, None, None)
@@ -147,14 +147,10 @@ def cliperase_loss(
         if lambda_consistency > 0 and not fused:
             for student, frozen in ((retain_image, teacher_image), (retain_text, teacher_text)):
                 assert frozen is not None and teacher_scale is not None
-                if consistency == "features":
-                    divergence = _features_kl(student, frozen, run, retain_shards)
-                else:
-                    inputs = SimilarityInputs(
-                        student, student, scale, frozen, frozen, teacher_scale, want_retention=False, keep=keep
-                    )
-                    # symmetric, so the rows are half of rows plus columns
-                    divergence = 0.5 * _sweep(inputs, run, retain_shards)[1]
+                inputs = SimilarityInputs(
+                    student, student, scale, frozen, frozen, teacher_scale, want_retention=False, keep=keep
+                )
+                divergence = _WITHIN_A_MODALITY[consistency](inputs, run, retain_shards)
                 consistency_term = consistency_term + divergence
         total = torch.add(lambda_retain * retain_term, forget_term, alpha=lambda_forget)
         total = torch.add(total, consistency_term, alpha=lambda_consistency)
@@ -176,7 +172,7 @@ def clip_loss(
 
     image_features, text_features: [N, D]. logit_scale: a number or tensor of one element, already
         exponentiated.
-    group_ids: int64 [N]; pairs of equal id (same caption, same class) are no negatives of each other.
+    group_ids: int64 [N]; pairs of equal id (same caption, same class) are not negatives of each other.
     process_group, gather: as in `cliperase_loss`.
     Returns a 0-d tensor, 0 for N = 0. Raises InputError before computing when an argument is not as above.
     """
@@ -228,7 +224,7 @@ def contrast(
     backend: str = "auto",
     keep: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """(RM, CM) of one batch in one sweep, for the losses made of them; CM only with a teacher (image, text, scale).
+    """Compute (RM, CM) of one batch in one sweep; CM only with a teacher (image, text, scale).
 
     name: the loss, as the ranks tell it each other. own_values: of a process_group's batch, the means over this rank's
     own rows and columns, whose mean over equal ranks is the batch's; the gradients are those of the batch as ever.
@@ -275,7 +271,7 @@ def agreed(
     batches: tuple[Tensor, ...],
     own_values: bool = False,
 ) -> tuple[Found, list[Shards | None]]:
-    """What `check` returns, and how each batch lies on the ranks of process_group; None for each where there is none.
+    """Return what `check` does, and how each batch lies on the ranks of process_group; None for each without ranks.
 
     check: raises InputError, which the other ranks then hear of. describe: of what it returned, what must be the same
     on every rank. batches: the images of one or two.
@@ -306,7 +302,7 @@ def described(
     group_ids: Tensor | None,
     **more: object,
 ) -> dict[str, object]:
-    """What must be the same on every rank, as far as it can be seen without waiting for a device."""
+    """Return what must be the same on every rank, as far as it is known without waiting for a device."""
     tensors = {
         "image features": image,
         "text features": text,
@@ -340,20 +336,30 @@ def _sweep(inputs: SimilarityInputs, run: Implementation, shards: Shards | None)
 
 
 def _forget(inputs: SimilarityInputs, forget: str, margin: float, run: Implementation, shards: Shards | None) -> Tensor:
-    if forget == "contrastive":
+    sum_over_pairs = FORGET_LOSSES[forget].sum_over_pairs
+    if sum_over_pairs is None:  # contrastive
         return -_sweep(inputs, run, shards)[0]
     products = inputs.image.to(inputs.dtype) * inputs.text.to(inputs.dtype)  # [M, D]
-    total = F.relu(products.sum(1) - margin).sum() if forget == "hinge" else products.sum()
-    return _mean(total, inputs.n, shards)
+    return _mean(sum_over_pairs(products, margin), inputs.n, shards)
 
 
 def _mean(total: Tensor, count: int, shards: Shards | None) -> Tensor:
-    """`total` of `count` pairs here, over all pairs of the batch."""
+    """Divide `total`, of `count` pairs here, by the pairs of the whole batch."""
     if shards is None:
         return total / max(count, 1)
     return sum_over_ranks(shards, total) / max(shards.total, 1)
 
 
-def _features_kl(student: Tensor, teacher: Tensor, run: Implementation, shards: Shards | None) -> Tensor:
-    mean = run.features_kl(student, teacher) if len(student) else student.sum(dtype=compute_dtype(student, teacher))
-    return mean if shards is None else _mean(mean * len(student), len(student), shards)
+def _features_kl(inputs: SimilarityInputs, run: Implementation, shards: Shards | None) -> Tensor:
+    student, teacher = inputs.image, inputs.teacher_image
+    assert teacher is not None
+    mean = run.features_kl(student, teacher) if inputs.n else student.sum(dtype=compute_dtype(student, teacher))
+    return mean if shards is None else _mean(mean * inputs.n, inputs.n, shards)
+
+
+def _intra_kl(inputs: SimilarityInputs, run: Implementation, shards: Shards | None) -> Tensor:
+    return 0.5 * _sweep(inputs, run, shards)[1]  # symmetric, so the rows are half of rows plus columns
+
+
+# The consistency modes that compare each modality with itself.
+_WITHIN_A_MODALITY = {"features": _features_kl, "intra": _intra_kl}

@@ -5,7 +5,6 @@ An error names the argument, its value and the remedy.
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 from numbers import Real
@@ -15,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from cliperase_fast.config import CONSISTENCY_MODES, FORGET_LOSSES
 from cliperase_fast.distributed import GATHER_MODES
 from cliperase_fast.errors import InputError
 from cliperase_fast.ops import measured
 from cliperase_fast.ops.registry import REGISTRY, Backend, Implementation
 from cliperase_fast.ops.spec import DTYPE_NAMES, DTYPES, compute_dtype, savable
+from cliperase_fast.terms import CONSISTENCY_MODES, FORGET_LOSSES, TERMS, check_name
 
 ENVIRONMENT_VARIABLE = "CLIPERASE_BACKEND"
 _KEEP_MODES = ("auto", "nothing", "similarities")
@@ -72,15 +71,16 @@ def check_cliperase(
     scale = as_scale("logit_scale", logit_scale, retain_image)
     teacher_scale = None
     if lambda_consistency > 0:
-        needed_scale = 1.0 if consistency == "features" else teacher_logit_scale
+        mode = CONSISTENCY_MODES[consistency]
+        needed_scale = teacher_logit_scale if mode.needs_scale else 1.0
         teacher_scale = check_teacher("retain_image", retain_image, teacher_image, teacher_text, needed_scale)
-        if consistency == "features" and teacher_image is not None and teacher_image.shape != retain_image.shape:
+        if mode.same_width and teacher_image is not None and teacher_image.shape != retain_image.shape:
             raise InputError(
-                "consistency='features' compares features directly, so teacher_image must be as wide as "
+                f"consistency={consistency!r} compares features directly, so teacher_image must be as wide as "
                 f"retain_image, {retain_image.shape[1]}; use 'logits' or 'intra' with a teacher like this"
             )
     batches = [(retain_image, retain_text)]
-    if forget == "contrastive" and lambda_forget > 0:
+    if FORGET_LOSSES[forget].sum_over_pairs is None and lambda_forget > 0:
         batches.append((forget_image, forget_text))
     batches.sort(key=lambda batch: -len(batch[0]))  # the larger one decides
     teacher = (teacher_image, teacher_text) if lambda_consistency > 0 else ()
@@ -122,24 +122,15 @@ def check_options(
     consistency: str,
 ) -> None:
     """Raise InputError unless the weights are finite, >= 0 and not all 0, and the other options are known."""
-    weights = {
-        "lambda_retain": lambda_retain,
-        "lambda_forget": lambda_forget,
-        "lambda_consistency": lambda_consistency,
-    }
+    values = (lambda_retain, lambda_forget, lambda_consistency)
+    weights = dict(zip((term.weight for term in TERMS.values()), values, strict=True))
     for name, weight in weights.items():
         if not _is_number(weight) or not 0 <= weight < math.inf:  # false for NaN as well
             raise InputError(f"{name}={weight!r} must be a finite number, 0 or larger")
     if not any(weights.values()):
         raise InputError(f"{', '.join(weights)} are all 0: nothing would be trained")
-    for name, value, known in (
-        ("forget", forget, FORGET_LOSSES),
-        ("consistency", consistency, CONSISTENCY_MODES),
-    ):
-        if value not in known:
-            near = difflib.get_close_matches(str(value), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(known)}"
-            raise InputError(f"{name}={value!r} is not known; {hint}")
+    check_name("forget", forget, FORGET_LOSSES)
+    check_name("consistency", consistency, CONSISTENCY_MODES)
     if not _is_number(margin) or not -1 <= margin <= 1:
         raise InputError(f"margin={margin!r} is a cosine: it must lie between -1 and 1")
 

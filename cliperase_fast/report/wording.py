@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cliperase_fast.evaluation.metrics import METRICS, PRIMARY, SHARE, Metric, find_metric
+from cliperase_fast.terms import TERMS
 
 FORGOTTEN = 0.01  # at or below this share the concept counts as gone
 RETAIN_FLOOR = 0.02  # the allowed retain drop where the configuration does not say
@@ -76,12 +77,9 @@ def _trivial(metric: Metric, sets: Sequence[Mapping[str, Any]]) -> bool:
     return bool(sizes) and all(size <= metric.k for size in sizes)
 
 
-_TERM_LABELS = {"forget": "Forgetting", "retain": "Retention", "consistency": "Consistency"}
-
-
 def term_label(name: str) -> str:
     """Return the label of a loss term; a term without one is shown by its name."""
-    return _TERM_LABELS.get(name) or name.replace("_", " ").capitalize()
+    return TERMS[name].label if name in TERMS else name.replace("_", " ").capitalize()
 
 
 @dataclass(frozen=True)
