@@ -75,7 +75,7 @@ def test_evaluation_counts_what_it_skips(tmp_path):
     assert scores["skipped"]["image cannot be decoded"]["count"] == 1
     for n in range(8):
         (tmp_path / "red" / f"{n}.png").write_bytes(b"?")
-    with pytest.raises(InputError, match=r"not enough to score each set \(first bad one: "):
+    with pytest.raises(InputError, match=r"to score each set \(first unreadable: "):
         cf.evaluate(*arguments, forget="class:red", on_error="skip", progress=False)
 
 
