@@ -1,0 +1,209 @@
+"""What the attacks share, and two of them: soft prompts in front of the forget caption, and rounded weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cliperase_fast.audit import metrics
+from cliperase_fast.audit.features import Encoding, pixels_of
+from cliperase_fast.audit.layout import Layout
+from cliperase_fast.audit.sets import AuditSets
+from cliperase_fast.data import caption_key
+from cliperase_fast.models import ClipAdapter
+from cliperase_fast.models.runtime import evaluating, inference
+
+LARGEST_TEST = 1000  # forget test images that attacks are scored on
+LARGEST_GALLERY = 256  # concepts to choose from, where concepts are captions
+CONTEXT = 4  # soft tokens
+SHOTS = 16
+STEPS = 50
+LEARNING_RATE = 1e-2
+BITS = (8, 4)
+
+
+@dataclass(frozen=True)
+class ForgetTest:
+    """Forget test images and the concepts to choose from, for models whose features are not known yet.
+
+    images: int64 [m], numbers of the images in the test set. pixels: [m, 3, H, W]. prompts: the captions of each
+    concept, averaged. image_of, concept_of: int64 [P], the matching pairs, ascending by image.
+    """
+
+    images: np.ndarray
+    pixels: Tensor
+    prompts: tuple[tuple[Any, ...], ...]
+    image_of: np.ndarray
+    concept_of: np.ndarray
+
+    @classmethod
+    def of(cls, adapter: ClipAdapter, sets: AuditSets, layout: Layout, seed: int) -> ForgetTest:
+        """At most 1,000 forget images. All classes, or of captions the forget ones and others up to 256 in all."""
+        rng = np.random.default_rng(seed)
+        images = layout.forget_images
+        if len(images) > LARGEST_TEST:
+            images = np.sort(rng.choice(images, LARGEST_TEST, replace=False))
+        image_of, concept_of = layout.pairs_among(images)
+        if layout.has_classes:
+            assert sets.test.prompts is not None
+            prompts = tuple(tuple(of) for of in sets.test.prompts)
+        else:
+            own = np.unique(concept_of)
+            rest = np.setdiff1d(np.arange(len(layout.names)), own)
+            some = rng.choice(rest, min(len(rest), max(0, LARGEST_GALLERY - len(own))), replace=False)
+            chosen = np.sort(np.concatenate([own, some]))
+            prompts = tuple((layout.names[concept],) for concept in chosen)
+            concept_of = np.searchsorted(chosen, concept_of)
+        return cls(images, pixels_of(adapter, sets.test, images), prompts, image_of, concept_of)
+
+    def named(self, adapter: ClipAdapter, how: Encoding) -> np.ndarray:
+        """Whether the model puts a caption of each image before those of all other concepts; bool [m]."""
+        return self._first(self.image_features(adapter, how), self.concept_features(adapter, how))
+
+    def _first(self, images: Tensor, concepts: Tensor) -> np.ndarray:
+        return metrics.wrong_before_right(images, concepts, self.image_of, self.concept_of) == 0
+
+    def image_features(self, adapter: ClipAdapter, how: Encoding) -> Tensor:
+        """[m, D], float32 on the CPU."""
+        with inference(adapter.module, how.device, how.precision):
+            parts = [
+                adapter.encode_image(part.to(how.device)).float().cpu() for part in self.pixels.split(how.batch_size)
+            ]
+        return torch.cat(parts)
+
+    def concept_features(self, adapter: ClipAdapter, how: Encoding) -> Tensor:
+        """[K, D], the mean over the captions of each concept, normalised again."""
+        row: dict[Any, int] = {}
+        unique: list[Any] = []
+        for caption in (one for of in self.prompts for one in of):
+            if row.setdefault(caption_key(caption), len(unique)) == len(unique):
+                unique.append(caption)
+        with inference(adapter.module, how.device, how.precision):
+            tokens = adapter.token_ids(unique)
+            text = torch.cat([adapter.encode_text(part).float().cpu() for part in tokens.split(how.batch_size)])
+        means = [text[[row[caption_key(one)] for one in of]].mean(0) for of in self.prompts]
+        return F.normalize(torch.stack(means), dim=-1)
+
+
+def quantised(adapter: ClipAdapter, bits: int) -> ClipAdapter:
+    """A copy whose matrices (parameters of two or more dimensions) are rounded, symmetrically for each output channel.
+
+    A channel is a row of the first dimension; its largest magnitude becomes 2^(bits - 1) - 1 steps.
+    """
+    copy = adapter.clone()
+    steps = 2 ** (bits - 1) - 1
+    with torch.no_grad():
+        for weight in copy.module.parameters():
+            if weight.ndim >= 2 and weight.is_floating_point():
+                largest = weight.abs().amax(dim=tuple(range(1, weight.ndim)), keepdim=True)
+                size = (largest / steps).clamp_min(torch.finfo(weight.dtype).tiny)
+                weight.copy_((weight / size).round() * size)
+    return copy
+
+
+def prompt_attack(
+    adapter: ClipAdapter, sets: AuditSets, test: ForgetTest, how: Encoding
+) -> tuple[np.ndarray | None, str]:
+    """(Which forget test images are named with a trained prompt, bool [m]; or None and the reason.)
+
+    4 soft tokens stand behind the begin mark of every caption of a forget concept, as in CoOp (arXiv 2109.01134); each
+    concept has its own. 50 steps of Adam at 1e-2 train them on 16 forget training images: the cross entropy over all
+    concepts at the model's scale. Weights and the other concepts' captions stay. Not for hand-made models, whose token
+    embedding is not known, and where a caption leaves no room for 4 tokens.
+    """
+    table = token_embedding(adapter)
+    if table is None:
+        return None, "the token embedding of this kind of model is not known"
+    concepts = np.unique(test.concept_of)
+    limit = adapter.context_length
+    tokens = [adapter.token_ids(test.prompts[concept]) for concept in concepts]  # [T, L] each
+    lengths = [_read(adapter, part) for part in tokens]
+    if limit is None or max(lengths) + CONTEXT > limit:
+        return None, f"a forget caption of {max(lengths)} tokens leaves no room for {CONTEXT} more"
+    rng = np.random.default_rng([how.seed, 1])
+    chosen = np.sort(rng.choice(len(sets.forget), min(SHOTS, len(sets.forget)), replace=False))
+    shots = sets.forget.subset(chosen)
+    targets = _targets(shots, test, concepts)
+    if targets is None:
+        return None, "the forget training pairs show other concepts than the forget test pairs"
+    spaced = [_with_room(part, adapter, how.device) for part in tokens]
+    width = table.embedding_dim
+    generator = torch.Generator("cpu").manual_seed(how.seed)
+    soft = 0.02 * torch.randn(len(concepts), CONTEXT, width, generator=generator, device="cpu")
+    soft = soft.to(how.device).requires_grad_(True)
+    fixed = test.concept_features(adapter, how).to(how.device)
+    with inference(adapter.module, how.device, how.precision):
+        images = adapter.encode_image(pixels_of(adapter, shots, range(len(shots))).to(how.device)).float()
+    optimizer = torch.optim.Adam([soft], lr=LEARNING_RATE)
+    scale = adapter.logit_scale().detach()
+
+    def prompted() -> Tensor:  # [K, D]
+        rows = []
+        for number, part in enumerate(spaced):
+            with _soft_tokens(table, soft[number]):
+                rows.append(F.normalize(adapter.encode_text(part).float().mean(0), dim=-1))
+        return fixed.index_copy(0, torch.as_tensor(concepts, device=fixed.device), torch.stack(rows))
+
+    with evaluating(adapter.module), torch.enable_grad():
+        for _ in range(STEPS):
+            loss = F.cross_entropy(scale * images @ prompted().T, targets.to(how.device))
+            (soft.grad,) = torch.autograd.grad(loss, [soft])  # no gradient reaches the weights
+            optimizer.step()
+    with inference(adapter.module, how.device, how.precision):
+        concept_features = prompted().float().cpu()
+    return test._first(test.image_features(adapter, how), concept_features), ""
+
+
+def token_embedding(adapter: ClipAdapter) -> nn.Embedding | None:
+    """The table of token vectors of an open_clip or transformers model; None for other kinds."""
+    if adapter.kind == "generic":
+        return None
+    for name, module in adapter.module.named_modules():
+        if isinstance(module, nn.Embedding) and module.num_embeddings == adapter.vocabulary_size:
+            return module if adapter.tower(f"{name}.weight") == "text" else None
+    return None
+
+
+@contextmanager
+def _soft_tokens(table: nn.Embedding, soft: Tensor) -> Iterator[None]:
+    """Put `soft` [4, W] in the place of the tokens behind the begin mark."""
+
+    def replace(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:  # [B, L, W]
+        middle = soft.to(output.dtype).expand(len(output), -1, -1)
+        return torch.cat([output[:, :1], middle, output[:, 1 + CONTEXT :]], dim=1)
+
+    handle = table.register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _read(adapter: ClipAdapter, tokens: Tensor) -> int:
+    """How many tokens of these captions are read: up to the last one that is not padding on the right."""
+    differs = (tokens != tokens[:, -1:]).any(0)
+    return min(tokens.shape[1], int(differs.nonzero().max()) + 2) if bool(differs.any()) else tokens.shape[1]
+
+
+def _with_room(tokens: Tensor, adapter: ClipAdapter, device: torch.device) -> Tensor:
+    """Token ids [T, L] with 4 ordinary tokens behind the begin mark, of the same length where padding gives way."""
+    filler = tokens[:, 1:2].expand(-1, CONTEXT)
+    limit = adapter.context_length
+    return torch.cat([tokens[:, :1], filler, tokens[:, 1:]], dim=1)[:, :limit].to("cpu")
+
+
+def _targets(shots: Any, test: ForgetTest, concepts: np.ndarray) -> Tensor | None:
+    """The number among the test's concepts of each shot."""
+    if shots.labels is not None:
+        labels = np.asarray(shots.labels)
+        return torch.as_tensor(labels) if np.isin(labels, concepts).all() else None
+    number = {caption_key(of[0]): index for index, of in enumerate(test.prompts)}
+    found = [number.get(caption_key(group[0])) for group in shots.captions]
+    return None if None in found else torch.tensor(found)

@@ -1,0 +1,198 @@
+"""The features of one model, computed once: what all scores of `scores.py` need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cliperase_fast.audit import metrics
+from cliperase_fast.audit.layout import Layout
+from cliperase_fast.audit.scores import Features, Variant
+from cliperase_fast.audit.sets import AuditSets
+from cliperase_fast.audit.vocabulary import Wording
+from cliperase_fast.data import PairDataset, caption_key
+from cliperase_fast.distributed import SINGLE_PROCESS, Ranks
+from cliperase_fast.errors import InputError
+from cliperase_fast.evaluation import EncodedPairs, encode_pairs, require_finite
+from cliperase_fast.models import ClipAdapter
+from cliperase_fast.models.runtime import inference
+
+VIEWS = 4  # augmented views of an image, for membership
+LARGEST_SAMPLE = 2048  # training pairs looked at, of each kind
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How models encode: images in a forward pass, the device, the arithmetic, the seed of augmented views, ranks."""
+
+    batch_size: int
+    device: torch.device
+    precision: str = "fp32"
+    seed: int = 0
+    progress: bool = False
+    ranks: Ranks = SINGLE_PROCESS
+
+
+def encode_model(
+    adapter: ClipAdapter, sets: AuditSets, layout: Layout, wordings: Sequence[Wording], how: Encoding, name: str
+) -> Features:
+    """Encode everything that is audited.
+
+    adapter: stands on the device of `how`, in float32. name: of the model, for messages.
+    Raises InputError where a feature is NaN or infinite.
+    """
+    test = _encode(adapter, sets.test, how, name)
+    concepts = test.caption_features if test.class_features is None else test.class_features
+    others = {key: (_encode(adapter, pairs, how, name), pairs) for key, pairs in sets.other.items()}
+    holdouts = {key: (_encode(adapter, pairs, how, name), pairs) for key, pairs in sets.holdouts.items()}
+    training_cosines = test_cosines = None
+    if sets.forget.ids != [sets.test.ids[index] for index in layout.forget_images]:  # a single pair serves both
+        training_cosines = view_cosines(adapter, sample(sets.forget, how.seed), concepts, how)
+        test_cosines = view_cosines(adapter, sample(sets.test.subset(layout.forget_images), how.seed), concepts, how)
+    return Features(
+        images=test.image_features,
+        captions=test.caption_features,
+        concepts=concepts,
+        variants=tuple(_variants(adapter, wordings, how)),
+        other={key: _classed(encoded, pairs) for key, (encoded, pairs) in others.items()},
+        holdouts={key: _paired(encoded) for key, (encoded, _) in holdouts.items()},
+        training_cosines=training_cosines,
+        test_cosines=test_cosines,
+    )
+
+
+def training_correct(
+    adapter: ClipAdapter, sets: AuditSets, concepts: Tensor, how: Encoding, name: str
+) -> dict[str, np.ndarray]:
+    """Whether training images are nearest to their own class, bool arrays under "forget" and "retain".
+
+    concepts: [K, D], the class captions. At most `LARGEST_SAMPLE` images of each kind.
+    """
+    found = {}
+    for kind, pairs in (("forget", sets.forget), ("retain", sets.retain)):
+        some = sample(pairs, how.seed)
+        images = _encode(adapter, some, how, name).image_features
+        rows, labels = np.arange(len(some)), np.asarray(some.labels)
+        found[kind] = metrics.wrong_before_right(images, concepts, rows, labels) == 0
+    return found
+
+
+def sample(pairs: PairDataset, seed: int, count: int = LARGEST_SAMPLE) -> PairDataset:
+    """At most `count` of the pairs, drawn by the seed, in their order."""
+    if len(pairs) <= count:
+        return pairs
+    return pairs.subset(np.sort(np.random.default_rng([seed, len(pairs)]).choice(len(pairs), count, replace=False)))
+
+
+def view_cosines(adapter: ClipAdapter, pairs: PairDataset, concepts: Tensor, how: Encoding) -> np.ndarray:
+    """For each image the mean over its `VIEWS` augmented views of the cosine with its own captions; float64 [n].
+
+    concepts: [K, D], used for data with classes; otherwise the mean over the captions of the image counts.
+    """
+    if pairs.labels is not None:
+        own = concepts[torch.as_tensor(np.asarray(pairs.labels))]  # [n, D]
+    else:
+        captions, index = pairs.different_captions()
+        text = encode_captions(adapter, captions, how)
+        own = torch.stack([text[rows].mean(0) for rows in index])  # the mean cosine is that with the mean caption
+    found, start = [], 0
+    with inference(adapter.module, how.device, how.precision):
+        for pixels in pixel_batches(adapter, pairs, how.batch_size):
+            mine = own[start : start + len(pixels)]
+            cosines = torch.zeros(len(pixels), dtype=torch.float64)
+            for view in augmented_views(pixels, start, how.seed):
+                features = adapter.encode_image(view.to(how.device)).float().cpu()
+                cosines += (features * mine).sum(1).double()
+            found.append(cosines / VIEWS)
+            start += len(pixels)
+    return torch.cat(found).numpy()
+
+
+def augmented_views(pixels: Tensor, start: int, seed: int) -> Iterator[Tensor]:
+    """`VIEWS` versions of images [B, 3, H, W], number `start` and the following of their set.
+
+    Each view shifts the image by up to a sixteenth of its sides (at least one pixel), repeating the edge, and
+    multiplies its pixels by 0.9 to 1.1. Nothing is mirrored: that may change what an image shows. Drawn by the seed
+    and the number of the image, so that all models see the same views.
+    """
+    height, width = pixels.shape[-2:]
+    reach = max(1, height // 16), max(1, width // 16)
+    padded = F.pad(pixels, (reach[1], reach[1], reach[0], reach[0]), mode="replicate")
+    drawn = [np.random.default_rng([seed, start + row]) for row in range(len(pixels))]
+    for _ in range(VIEWS):
+        views = []
+        for row, rng in enumerate(drawn):
+            top, left = rng.integers(0, 2 * reach[0] + 1), rng.integers(0, 2 * reach[1] + 1)
+            views.append(padded[row, :, top : top + height, left : left + width] * rng.uniform(0.9, 1.1))
+        yield torch.stack(views)
+
+
+def pixel_batches(adapter: ClipAdapter, pairs: PairDataset, batch_size: int) -> Iterator[Tensor]:
+    """The images as the model takes them, [B, 3, H, W] on the CPU, in order."""
+    for start in range(0, len(pairs), batch_size):
+        yield pixels_of(adapter, pairs, range(start, min(start + batch_size, len(pairs))))
+
+
+def pixels_of(adapter: ClipAdapter, pairs: PairDataset, rows: Sequence[int] | np.ndarray) -> Tensor:
+    """Some images as the model takes them, [B, 3, H, W] on the CPU."""
+    return torch.stack([_pixels(adapter, pairs.image(int(row))) for row in rows])
+
+
+def _pixels(adapter: ClipAdapter, image: Any) -> Tensor:
+    if isinstance(image, Tensor):
+        return image.cpu()
+    if adapter.transform is None:
+        raise InputError("the images need a transform and the model brings none: pass transform=")
+    return adapter.transform(image)
+
+
+def encode_captions(adapter: ClipAdapter, captions: Sequence[Any], how: Encoding) -> Tensor:
+    """Text features [n, D] of captions, float32 on the CPU."""
+    tokens = adapter.token_ids(captions)
+    with inference(adapter.module, how.device, how.precision):
+        return torch.cat([adapter.encode_text(part).float().cpu() for part in tokens.split(how.batch_size)])
+
+
+def _variants(adapter: ClipAdapter, wordings: Sequence[Wording], how: Encoding) -> Iterator[Variant]:
+    if not wordings:
+        return
+    row: dict[Any, int] = {}
+    for caption in (one for wording in wordings for group in wording.captions for one in group):
+        row.setdefault(caption_key(caption), len(row))
+    text = encode_captions(adapter, list(row), how)
+    for wording in wordings:
+        means = torch.stack([text[[row[one] for one in group]].mean(0) for group in wording.captions])
+        yield Variant(wording.name, wording.concept, F.normalize(means, dim=-1))
+
+
+def _encode(adapter: ClipAdapter, pairs: PairDataset, how: Encoding, name: str) -> EncodedPairs:
+    encoded = encode_pairs(
+        adapter,
+        pairs,
+        batch_size=how.batch_size,
+        device=how.device,
+        precision=how.precision,
+        progress=how.progress,
+        ranks=how.ranks,
+    )
+    try:
+        require_finite(encoded, pairs)
+    except InputError as error:
+        raise InputError(f"the model {name!r} cannot be audited: {error}") from error
+    return encoded
+
+
+def _classed(encoded: EncodedPairs, pairs: PairDataset) -> tuple[Tensor, Tensor, np.ndarray]:
+    assert encoded.class_features is not None
+    return encoded.image_features, encoded.class_features, np.asarray(pairs.labels)
+
+
+def _paired(encoded: EncodedPairs) -> tuple[Tensor, Tensor, np.ndarray, np.ndarray]:
+    image_of = np.repeat(np.arange(len(encoded)), [len(rows) for rows in encoded.caption_index])
+    return encoded.image_features, encoded.caption_features, image_of, np.concatenate(encoded.caption_index)
