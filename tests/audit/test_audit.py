@@ -10,10 +10,18 @@ import torch
 from small import SYNONYMS, make_model, make_pairs, training_and_test, without_red
 from tiny_models import TwoTowers, tiny_clip
 
-from cliperase_fast.audit import Audit, audit
+from cliperase_fast.audit import Audit, audit, relearning
 from cliperase_fast.audit.gap import IN_MEAN
 from cliperase_fast.errors import InputError
 from cliperase_fast.models import load_model
+
+
+@pytest.fixture(autouse=True)
+def few_steps(request, monkeypatch):
+    """Relearning takes few steps except where it is what is tested."""
+    if "bring_a_hidden_concept_back" not in request.node.name:
+        monkeypatch.setattr(relearning, "STEPS", (0, 1, 5))
+        monkeypatch.setattr(relearning, "DRAWS", 1)
 
 
 def run(before, after=None, **options):
@@ -47,6 +55,7 @@ def value(found, model, group, score):
     return found.scores[model][group][score]["value"]
 
 
+@pytest.mark.filterwarnings("ignore:oracle 1 seems to know")
 def test_a_model_against_itself_has_equal_scores_and_no_gap():
     model = make_model()
     found = run(model, oracle=model, depth=True)
@@ -114,7 +123,6 @@ def test_a_random_text_tower_loses_everything_and_keeps_the_images():
 
 def test_forget_images_that_were_rotated_away_are_seen_in_probe_and_relearning():
     model = make_model()
-    axis = torch.nn.functional.normalize(torch.randn(16, generator=torch.Generator().manual_seed(0)), dim=0)
 
     def away(pixels, features):
         red = (pixels[:, 0].mean((1, 2)) > 0.6)[:, None]
@@ -123,7 +131,6 @@ def test_forget_images_that_were_rotated_away_are_seen_in_probe_and_relearning()
     adapter = load_model(model)
     with torch.no_grad():
         model_red = adapter.encode_text(adapter.tokenize(["a red square"]))[0]
-    assert axis.shape == model_red.shape
     found = run(adapter, changed(model, image=away), depth=True)
     assert value(found, "after", "forgetting", "zero_shot_top1") == 0
     assert found.over_forgotten is True
@@ -288,5 +295,5 @@ def test_models_with_other_image_sizes_are_refused():
     forget, retain, _ = training_and_test()
     adapter = load_model(make_model())
     larger = load_model(make_model(), transform=lambda image: torch.zeros(3, 16, 16))
-    with pytest.raises(InputError, match=r"take images of different sizes \(\[8, 8\] and \[16, 16\]\)"):
+    with pytest.raises(InputError, match=r"take images of different sizes \(\[3, 8, 8\] and \[3, 16, 16\]\)"):
         audit(adapter, larger, [picture(p) for p in forget], [picture(p) for p in retain], progress=False)

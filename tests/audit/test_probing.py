@@ -6,7 +6,7 @@ from sklearn.metrics import balanced_accuracy_score
 from small import make_model, training_and_test
 from tiny_models import MODELS, pixels_for
 
-from cliperase_fast.audit import audit
+from cliperase_fast.audit import audit, relearning
 from cliperase_fast.audit.features import Encoding
 from cliperase_fast.audit.probing import fit_probe, mean_pooled, pooled_features
 from cliperase_fast.data import as_pairs
@@ -25,7 +25,8 @@ def test_the_probe_equals_a_logistic_regression_on_raw_features():
     assert balanced_accuracy_score(truth, answers) > 0.7
 
 
-def test_the_probe_is_the_balanced_accuracy_at_the_best_block():
+def test_the_probe_is_the_balanced_accuracy_at_the_best_block(monkeypatch):
+    monkeypatch.setattr(relearning, "STEPS", (0, 1))
     model, (forget, retain, test) = make_model(), training_and_test()
     found = audit(model, model, forget, retain, test=test, depth=True, progress=False)
     probe = found.scores["after"]["depth"]["probe"]
