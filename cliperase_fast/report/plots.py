@@ -34,6 +34,7 @@ MOST_CLASSES = 40  # rows of the per-class figure
 MOST_LABELS = 20  # class names written into the embedding map
 _BINS = 48
 _MAP_ROOM = (430.0, 370.0)  # pixels of a map inside its frame, about
+_MEAN_WIDTH = 0.28  # of a histogram's panel that the name of a mean takes
 _NO_TERMS = ("step", "epoch", "total")  # what a line holds before its terms
 
 
@@ -140,7 +141,7 @@ def draw_per_class(run: ReportData, theme: Theme) -> Figure | None:
     axes.set_xticks([0, 25, 50, 75, 100], ["0", "25", "50", "75", "100%"])
     axes.xaxis.grid(True, color=theme.grid, linewidth=0.8)
     axes.yaxis.grid(False)
-    names = [plain(name, 26) + (" (partly)" if row["set"] == "mixed" else "") for name, row in rows]
+    names = [_class_label(name, row["set"]) for name, row in rows]
     axes.set_yticks(range(len(rows), 0, -1), names)
     for label, (_, row) in zip(axes.get_yticklabels(), rows, strict=True):
         forgets = row["set"] != "retain"
@@ -204,9 +205,8 @@ def draw_similarities(run: ReportData, theme: Theme) -> Figure | None:
             tallest = max(tallest, share.max())
             axes.stairs(share, edges, fill=True, color=shade, alpha=alpha, linewidth=0)
             axes.stairs(np.where(share > 0, share, np.nan), edges, color=shade, linewidth=1.4)  # no line at zero
-        for line, (when, shade) in enumerate((("before", theme.muted), ("after", colour))):
-            if (which, when) in values:
-                _mark_mean(axes, float(values[which, when].mean()), when, shade, edges, tallest, line)
+        means = {when: float(values[which, when].mean()) for when in ("before", "after") if (which, when) in values}
+        _mark_means(axes, means, {"before": theme.muted, "after": colour}, edges, tallest, theme)
         axes.set_xlim(edges[0], edges[-1])
         axes.set_ylim(0, 1.42 * tallest)
         axes.set_yticks([])
@@ -283,13 +283,22 @@ FIGURES: dict[str, Callable[[ReportData, Theme], Any]] = {
 }
 
 
+def _class_label(name: str, which: str) -> str:
+    """Return the class's name, short enough to leave the panel room for its title and legend."""
+    suffix = " (partly)" if which == "mixed" else ""
+    return plain(name, 26 - len(suffix)) + suffix
+
+
 def _weight(config: Mapping[str, Any], term: str) -> str:
+    if config.get("method", "cliperase") != "cliperase":
+        return ""  # the weights are settings of CLIPErase alone
     weight = number(config.get(f"lambda_{term}"))
     return "" if weight is None else f"  ×{weight:g}"
 
 
 def _draw_validation(axes: Axes, evaluations: Sequence[Any], result: Any, theme: Theme) -> None:
     known = (result.get("selection") or {}).get("validation") or {}
+    ends: list[float] = []
     for which, colour in (("retain", theme.retain), ("forget", theme.forget)):
         points = [(0.0, number(known.get(f"{which}_before")))]
         points += [(float(line["step"]), number(line["validation"].get(which))) for line in evaluations]
@@ -299,10 +308,14 @@ def _draw_validation(axes: Axes, evaluations: Sequence[Any], result: Any, theme:
         x, y = np.array(known_points).T
         axes.plot(x, y, color=colour, linewidth=1.8, marker="o", markersize=3.5, markeredgewidth=0, clip_on=False)
         high = y[-1] > 50
+        # The second name moves past the first where the curves end side by side.
+        close = any(abs(end - y[-1]) < 20 and (end > 50) == high for end in ends)
+        offset = 21 if close else 7
+        ends.append(float(y[-1]))
         axes.annotate(
             which,
             (x[-1], y[-1]),
-            xytext=(0, -7 if high else 7),
+            xytext=(0, -offset if high else offset),
             textcoords="offset points",
             ha="right",
             va="top" if high else "bottom",
@@ -332,21 +345,31 @@ def _mark_step(axes: Axes, step: float, last: float, theme: Theme, written: bool
         )
 
 
-def _mark_mean(axes: Axes, mean: float, when: str, colour: str, edges: np.ndarray, tallest: float, line: int) -> None:
-    height = (1.3 - 0.17 * line) * tallest
-    axes.plot([mean, mean], [0, height], color=colour, linewidth=1.2)
-    left = mean > (edges[0] + edges[-1]) / 2
-    axes.annotate(
-        f"{when}: mean {signed(mean, 2).lstrip('+')}",
-        (mean, height),
-        xytext=(-5 if left else 5, 0),
-        textcoords="offset points",
-        ha="right" if left else "left",
-        va="center",
-        color=colour,
-        fontsize=font_size(11.5),
-        fontweight="bold",
-    )
+def _mark_means(
+    axes: Axes, means: Mapping[str, float], colours: Mapping[str, str], edges: np.ndarray, tallest: float, theme: Theme
+) -> None:
+    """Mark the means "before" and, lower, "after", each with its name on the side that has room."""
+    span = edges[-1] - edges[0]
+    for when, mean in means.items():
+        height = (1.3 if when == "before" else 1.13) * tallest
+        axes.plot([mean, mean], [0, height], color=colours[when], linewidth=1.2)
+        left = mean > (edges[0] + edges[-1]) / 2
+        if when == "after" and "before" in means:  # its name must not cross the taller line
+            away_left = mean < means["before"]
+            room = mean - edges[0] if away_left else edges[-1] - mean
+            left = away_left if room > _MEAN_WIDTH * span else left
+        axes.annotate(
+            f"{when}: mean {signed(mean, 2).lstrip('+')}",
+            (mean, height),
+            xytext=(-5 if left else 5, 0),
+            textcoords="offset points",
+            ha="right" if left else "left",
+            va="center",
+            color=colours[when],
+            fontsize=font_size(11.5),
+            fontweight="bold",
+            path_effects=halo(theme),
+        )
 
 
 def _name_groups(axes: Axes, points: np.ndarray, labels: np.ndarray, forget: np.ndarray, theme: Theme) -> None:

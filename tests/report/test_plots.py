@@ -300,3 +300,41 @@ def test_class_names_on_the_map_do_not_overlap():
         boxes = [text.get_window_extent() for text in axes.texts if text.get_text() in names]
         assert len(boxes) == 4
         assert not [pair for pair in itertools.combinations(boxes, 2) if pair[0].overlaps(pair[1])]
+
+
+def test_weights_are_written_for_cliperase_alone():
+    config = {**sample_result()["config"], "method": "gradient_ascent"}
+    assert "Forgetting" in texts(drawn("losses", result={**sample_result(), "config": config}))
+
+
+def boxes_of(axes, written):
+    axes.figure.draw_without_rendering()
+    return [text.get_window_extent() for text in axes.texts if written in text.get_text()]
+
+
+@pytest.mark.parametrize("score", [0.0, 0.1, 0.9, 1.0])
+def test_names_of_validation_curves_that_end_side_by_side_do_not_overlap(score):
+    steps = [line for line in sample_run().metrics if "total" in line]
+    line = {"step": 8, "validation": {"forget": score, "retain": abs(score - 0.05)}}
+    axes = drawn("losses", metrics=[*steps, line]).axes[-1]
+    retain, forget = boxes_of(axes, "retain") + boxes_of(axes, "forget")
+    assert not retain.overlaps(forget)
+
+
+@pytest.mark.parametrize(("before", "after"), [(0.1, 0.2), (0.2, 0.1), (-0.1, 0.1)])
+def test_the_name_of_the_mean_after_does_not_cross_the_line_of_the_mean_before(before, after):
+    wide = np.array([-0.5, 0.5])
+    values = {"before": {"forget": wide, "retain": wide + before}, "after": {"forget": wide, "retain": wide + after}}
+    axes = drawn("similarities", similarities=values).axes[1]
+    (box,) = boxes_of(axes, "after")
+    line = axes.transData.transform((before, 0))[0]
+    assert not box.x0 < line < box.x1
+
+
+def test_long_names_of_partly_forgotten_classes_leave_room_for_the_title_and_the_legend():
+    result = sample_result()
+    result["per_class"]["n02099601_golden_retriever_puppy"] = {**result["per_class"]["one"], "set": "mixed"}
+    figure = drawn("per_class", result=result)
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    assert not axes._left_title.get_window_extent().overlaps(axes.get_legend().get_window_extent())
