@@ -38,7 +38,7 @@ def page(run: ReportData) -> str:
     """Render the page. Every text that comes from the run is escaped."""
     result = run.result
     judgement = verdict(result)
-    selection = result.get("selection") or {}
+    selection, config = result.get("selection") or {}, result.get("config") or {}
     return render(
         "run.html",
         title=run.title,
@@ -54,7 +54,7 @@ def page(run: ReportData) -> str:
         figures=_figures(run),
         classes=_classes(run),
         facts=_facts(result),
-        settings=list((result.get("config") or {}).items()),
+        settings=[(name, "(none)" if value in (None, "") else value) for name, value in config.items()],
     )
 
 
@@ -128,7 +128,7 @@ def _figures(run: ReportData) -> list[Any]:
             run,
             plots.draw_losses,
             "Loss curves by step",
-            "The terms before their weights (×), the total with them. Thin: every step; thick: a running mean.",
+            _terms_caption(run.result),
         ),
         picture(
             run,
@@ -150,6 +150,12 @@ def _figures(run: ReportData) -> list[Any]:
         ),
     ]
     return [figure for figure in figures if figure is not None]
+
+
+def _terms_caption(result: Mapping[str, Any]) -> str:
+    weighted = (result.get("config") or {}).get("method", "cliperase") == "cliperase"
+    terms = "The terms before their weights (×), the total with them." if weighted else "The total and the terms."
+    return f"{terms} Thin: every step; thick: a running mean."
 
 
 def _classes(run: ReportData) -> dict[str, Any] | None:
@@ -176,7 +182,10 @@ def _classes(run: ReportData) -> dict[str, Any] | None:
         "Accuracy by class before and after; the table beside has the numbers",
         "Zero-shot accuracy on the test split: forget classes first, then the largest losses.",
     )
-    return {"figure": figure, "table": Table(("class", "set", "pairs", "before", "after", "change"), cells, 2)}
+    return {
+        "figure": figure,
+        "table": Table(("class", "set", "pairs", "before", "after", "change"), cells, 2, minor=(1, 2)),
+    }
 
 
 def _facts(result: Mapping[str, Any]) -> list[tuple[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import functools
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TEMPLATES = Path(__file__).parent / "templates"
-_LONG_WORD = 18  # letters that a class name may have in one piece beside the numbers, on a phone
+_LONG_WORD = 14  # letters that a class name may have in one piece beside the numbers, on a phone
 
 
 class Row(NamedTuple):
@@ -28,11 +29,12 @@ class Row(NamedTuple):
 
 
 class Table(NamedTuple):
-    """The first `text_columns` columns are texts, the others numbers."""
+    """The first `text_columns` columns are texts, the others numbers. A phone leaves out the `minor` columns."""
 
     columns: Sequence[str]
     rows: Sequence[Row]
     text_columns: int = 1
+    minor: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,14 @@ def environment() -> Environment:
 
 
 def _breakable(name: str) -> Any:
-    """Escape a name. Lines break at spaces, and inside a word only where it is too long for a phone."""
+    """Escape a name. Lines break at spaces, and in a word too long for a phone after each "_" and "/"."""
     from markupsafe import Markup
 
-    words = ([word[at : at + _LONG_WORD] for at in range(0, len(word), _LONG_WORD)] for word in str(name).split(" "))
+    words = (_pieces(word) if len(word) > _LONG_WORD else [word] for word in str(name).split(" "))
     return Markup(" ").join(Markup("<wbr>").join(pieces) for pieces in words)
+
+
+def _pieces(word: str) -> list[str]:
+    """Split a word into pieces of at most `_LONG_WORD` letters, after each "_" and "/" and wherever one is longer."""
+    parts = re.findall(r"[^_/]*[_/]|[^_/]+", word)
+    return [part[at : at + _LONG_WORD] for part in parts for at in range(0, len(part), _LONG_WORD)]

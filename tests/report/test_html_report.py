@@ -212,8 +212,29 @@ def test_skipped_items_are_counted_by_reason_with_an_example():
 
 def test_class_names_break_at_spaces_and_inside_long_words_only():
     long = "n02099601_golden_retriever"
-    rows = {name: {"set": "retain", "pairs": 3, "before": 1.0, "after": 0.5} for name in ("sweet pepper", long)}
+    names = ("sweet pepper", "ice_cream", long, "x" * 20)
+    rows = {name: {"set": "retain", "pairs": 3, "before": 1.0, "after": 0.5} for name in names}
     text = page(sample_run({**sample_result(), "per_class": rows}))
     assert '<th scope="row">sweet pepper</th>' in text
-    assert f'<th scope="row">{long[:18]}<wbr>{long[18:]}</th>' in text
+    assert '<th scope="row">ice_cream</th>' in text
+    assert '<th scope="row">n02099601_<wbr>golden_<wbr>retriever</th>' in text
+    assert f'<th scope="row">{"x" * 14}<wbr>{"x" * 6}</th>' in text
     assert "tbody th { overflow-wrap" not in text
+
+
+def test_a_phone_leaves_out_the_sets_and_pairs_of_classes(written):
+    header = ['<th scope="col">class</th>', '<th scope="col" class="minor">set</th>',
+              '<th scope="col" class="n minor">pairs</th>', '<th scope="col" class="n">before</th>']  # fmt: skip
+    assert "".join(header) in written
+    assert '<td class="minor">forget</td><td class="n minor">36</td><td class="n">97.0%</td>' in written
+    assert ".minor { display: none; }" in written.partition("@media (max-width: 760px)")[2]
+
+
+def test_the_caption_of_the_losses_speaks_of_weights_for_cliperase_alone(reader):
+    result = sample_result()
+    del result["per_class"]
+    other = {**result, "config": {"method": "gradient_ascent", "deepspeed": ""}}
+    text = Reader(page(sample_run(other, similarities={}, embeddings={}))).text
+    assert "weights (×)" in reader.text
+    assert "weights (×)" not in text
+    assert "deepspeed (none)" in text
