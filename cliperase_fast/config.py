@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 import reprlib
@@ -15,7 +14,7 @@ from typing import Any
 
 from cliperase_fast.errors import InputError
 from cliperase_fast.reading import read_text
-from cliperase_fast.terms import CONSISTENCY_MODES, FORGET_LOSSES, TERMS, described
+from cliperase_fast.terms import CONSISTENCY_MODES, FORGET_LOSSES, TERMS, described, nearest_name
 
 LOGGERS = ("none", "tensorboard", "wandb")  # beside metrics.jsonl; see unlearning/loggers.py
 
@@ -180,7 +179,7 @@ class UnlearnConfig:
         self._require(
             self.lambda_retain + self.lambda_forget + self.lambda_consistency > 0,
             "lambda_retain, lambda_forget, lambda_consistency",
-            "are all 0: nothing would be trained",
+            "are all 0, so nothing would be trained",
         )
         self._require(self.batch_size >= 2, "batch_size", "must be at least 2: one forget and one retain pair")
         self._require(
@@ -394,12 +393,6 @@ def _coerce(spec: dataclasses.Field[Any], value: Any) -> Any:
     if number is int and isinstance(value, float) and value != converted:
         raise InputError(f"{spec.name}={value!r} must be a whole number")
     return converted
-
-
-def nearest_name(name: Any, known: Iterable[str]) -> str:
-    """Return "; did you mean ...?" with the known name nearest to `name`, empty if none is near."""
-    near = difflib.get_close_matches(str(name), known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _shortly(value: Any) -> str:

@@ -136,11 +136,12 @@ def printable_data(value: Any) -> Any:
     return value
 
 
-def in_bytes(count: int) -> str:
-    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+def in_bytes(count: float) -> str:
+    """Return a number of bytes with a unit."""
+    for unit, size in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if count >= size:
             return f"{count / size:.4g} {unit}"
-    return f"{count} bytes"
+    return f"{count:.0f} bytes"
 
 
 def user_path(path: str) -> Path:

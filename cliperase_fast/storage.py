@@ -20,6 +20,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from cliperase_fast.errors import InputError, UnlearningError
+from cliperase_fast.reading import in_bytes
 
 try:
     import fcntl
@@ -146,15 +147,6 @@ def free_space(folder: Path) -> int:
     return shutil.disk_usage(existing_part(folder)).free
 
 
-def in_words(size: float) -> str:
-    """Return a number of bytes with a unit."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
-
-
 def existing_part(path: Path) -> Path:
     """Return the path, or its nearest parent that exists."""
     path = path.absolute()
@@ -182,11 +174,11 @@ def check_room(folder: Path, size: int, largest: int, remedy: str) -> None:
     """Raise `InputError` unless the disk has `size` free bytes and a file may have `largest`."""
     free = free_space(folder)
     if free < size:
-        raise InputError(f"{folder} needs {in_words(size)} and the disk has {in_words(free)} left; {remedy}")
+        raise InputError(f"{folder} needs {in_bytes(size)} and the disk has {in_bytes(free)} left; {remedy}")
     limit = _limit_of_a_file()
     if limit is not None and limit < largest:
         raise InputError(
-            f"{folder} needs files of {in_words(largest)} and this process may write {in_words(limit)} into one "
+            f"{folder} needs files of {in_bytes(largest)} and this process may write {in_bytes(limit)} into one "
             "(RLIMIT_FSIZE); raise the limit (ulimit -f)"
         )
 
@@ -286,7 +278,7 @@ def _number(error: BaseException) -> int | None:
 
 def _free_in_words(path: Path) -> str:
     try:
-        return f" ({in_words(free_space(path))} free)"
+        return f" ({in_bytes(free_space(path))} free)"
     except OSError:
         return ""
 

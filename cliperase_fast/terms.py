@@ -7,7 +7,7 @@ in `functional.py`. To add a term: an entry in `TERMS`, a field of `functional.L
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -91,6 +91,11 @@ def check_name(what: str, value: object, known: Collection[str]) -> None:
     """Raise InputError, with the nearest known name, unless `value` is one of `known`."""
     if value in known:
         return
-    near = difflib.get_close_matches(str(value), known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(known)}"
-    raise InputError(f"{what}={value!r} is not known; {hint}")
+    hint = nearest_name(value, known) or f"; use one of {', '.join(known)}"
+    raise InputError(f"{what}={value!r} is not known{hint}")
+
+
+def nearest_name(name: object, known: Iterable[str]) -> str:
+    """Return "; did you mean ...?" with the known name nearest to `name`, or "" if none is near."""
+    near = difflib.get_close_matches(str(name), known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -36,7 +36,8 @@ LAYERS = [
     {"distributed"},
     {"ops"},
     {"config", "recipes", "tensor_files"},
-    {"terms", "storage", "reading", "progress", "defaults", "extras"},
+    {"terms", "storage", "progress", "defaults", "extras"},
+    {"reading"},
     {"errors", "_version"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

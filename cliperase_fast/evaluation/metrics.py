@@ -5,7 +5,6 @@ To add a metric, add an entry to `METRICS`.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ import numpy as np
 
 from cliperase_fast.errors import InputError
 from cliperase_fast.evaluation.queries import QueryResults
+from cliperase_fast.terms import nearest_name
 
 LOWER, HIGHER = "lower", "higher"
 
@@ -123,10 +123,9 @@ PRIMARY = ("zero_shot_top1", "image_to_text_r@1")
 
 
 def find_metric(name: str) -> Metric:
-    """The metric of this name or alias. Raises `InputError` for an unknown name, with the nearest one."""
+    """Return the metric of this name or alias. Raises `InputError` for an unknown name, with the nearest one."""
     names = {alias: one for one in METRICS.values() for alias in (one.name, *one.aliases)}
     if name not in names:
-        near = difflib.get_close_matches(str(name), names, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(METRICS)}"
-        raise InputError(f"metric {name!r} is not known; {hint}")
+        hint = nearest_name(name, names) or f"; use one of {', '.join(METRICS)}"
+        raise InputError(f"metric {name!r} is not known{hint}")
     return names[name]

@@ -11,8 +11,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
-from cliperase_fast.config import UnlearnConfig, nearest_name, read_options
+from cliperase_fast.config import UnlearnConfig, read_options
 from cliperase_fast.errors import InputError
+from cliperase_fast.terms import nearest_name
 from cliperase_fast.unlearning.methods.base import DATA, Method
 from cliperase_fast.unlearning.methods.cliperase import CLIPErase
 from cliperase_fast.unlearning.methods.gradient_ascent import GradientAscent
