@@ -1,4 +1,4 @@
-"""The contrastive losses of other trainers as functions: open_clip's distillation, a rank's own rows, SigLIP's sigmoid.
+"""Compute contrastive losses of other trainers: open_clip's distillation, a rank's own rows, SigLIP's sigmoid.
 
 Conventions, dtypes and errors are those of `functional.py`: L2-normalised features [rows, width], exponentiated scales,
 losses in the computing dtype, autocast off inside, `InputError` before anything is computed. No N x N matrix is held.
@@ -46,7 +46,7 @@ def distill_clip_loss(
     backend: str = "auto",
     keep: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """(contrastive, distill) as open_clip's DistillClipLoss defines them, each a 0-d tensor.
+    """Compute (contrastive, distill) as open_clip's DistillClipLoss defines them, each a 0-d tensor.
 
     contrastive is RM of `functional.py`. distill is the mean of the row and column cross-entropies with the teacher's
     softmaxes: half of CM plus half of the teacher's row and column entropies, which have no gradient.
@@ -76,7 +76,7 @@ def local_clip_loss(
     teacher_keys: Tensor | None = None,
     teacher_logit_scale: Tensor | float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(contrastive, distill) of a rank's own rows against everyone's keys, one direction of open_clip's `local_loss`.
+    """Compute (contrastive, distill) of a rank's rows and all ranks' keys, one direction of open_clip's `local_loss`.
 
     query: [n, D], of one modality; keys: [N, D], of the other, where row pair_offset + i belongs to query i.
     teacher_query, teacher_keys: [n, D°] and [N, D°], without gradient; without them distill is 0.
@@ -85,7 +85,7 @@ def local_clip_loss(
     _check_rows("query", query, "keys", keys)
     if not 0 <= pair_offset <= len(keys) - len(query):
         raise InputError(
-            f"pair_offset={pair_offset}: the keys {shape_of(keys)} must hold the {len(query)} rows that start there"
+            f"pair_offset={pair_offset} is out of range; keys {shape_of(keys)} must have {len(query)} rows from there"
         )
     scale = as_scale("logit_scale", logit_scale, query)
     teacher_scale = None
@@ -118,15 +118,15 @@ def sigmoid_loss(
     gather: str = "ring",
     backend: str = "auto",
 ) -> Tensor:
-    """SigLIP's loss (arXiv 2303.15343, algorithm 1): mean_i Σ_j log(1 + exp(-z_ij (s <I_i, T_j> + b))).
+    """Compute SigLIP's loss (arXiv 2303.15343, algorithm 1): mean_i Σ_j log(1 + exp(-z_ij (s <I_i, T_j> + b))).
 
-    z_ij is 1 where i = j and -1 elsewhere, or -1 everywhere where negative_only (texts of another rank).
-    image_features: [n, D]; text_features: [m, D], m = n unless negative_only. logit_bias: b, None: 0.
-    process_group: the ranks that share the batch, with these n pairs here. gather: "ring", texts go round the ranks and
-    no rank holds more than three ranks' share of them; "all", every rank holds all. own_values: the mean is over this
-    rank's own rows, as open_clip has it; gradients are those of the whole batch's mean, see `functional.clip_loss`.
-    backend: see `functional.cliperase_loss`.
-    Returns a 0-d tensor, 0 for n = 0; differentiable in all four. What is kept for the backward pass is the gradients.
+    z_ij is 1 where i = j and -1 elsewhere; with negative_only (texts of another rank) it is -1 everywhere.
+    image_features: [n, D]; text_features: [m, D], m = n unless negative_only. logit_bias: b; None means 0.
+    process_group: the ranks that share the batch; n is this rank's. gather: with "ring" texts pass from rank to rank,
+    and no rank holds more than three ranks' share of them; with "all" every rank holds all. own_values: return the mean
+    over this rank's own rows, as open_clip does; gradients are those of the whole batch's mean, see
+    `functional.clip_loss`. backend: see `functional.cliperase_loss`.
+    Returns a 0-d tensor, 0 for n = 0; differentiable in all four. The gradients are kept for the backward pass.
     """
     process_group = resolve_group(process_group)
     check_rows = _check_rows if negative_only else check_pairs
@@ -137,7 +137,9 @@ def sigmoid_loss(
         scale = as_scale("logit_scale", logit_scale, image_features)
         bias = as_scale("logit_bias", 0.0 if logit_bias is None else logit_bias, image_features)
         if negative_only and process_group is not None:
-            raise InputError("negative_only is for texts of another rank; with a process_group they come by themselves")
+            raise InputError(
+                "negative_only is for texts of another rank, which a process_group gathers itself; leave one out"
+            )
         chosen = choose(backend, image_features, text_features, sharded=process_group is not None, sigmoid=True)
         return scale, bias, chosen
 

@@ -1,10 +1,9 @@
-"""The losses as functions: check the inputs, run the sweep of a backend, put the terms together.
+"""Compute the losses as functions: check the inputs, run a backend's sweep, combine the terms.
 
-Feature tensors are [rows, width], L2-normalised by the caller (this is not checked, nor is finiteness:
-looking at values would stall a GPU). dtypes float16, bfloat16, float32, float64, mixed or not; the two half
-precisions are computed in float32, losses come back in the computing dtype and gradients in the dtype of
-their tensor. Autocast is off inside. Scales are the factors themselves, exp(logit_scale parameter), as
-open_clip's losses take them.
+Feature tensors are [rows, width] and L2-normalised by the caller. Neither the norm nor finiteness is checked, because
+reading values would stall a GPU. dtypes are float16, bfloat16, float32 and float64, and may be mixed. Half precision
+is computed in float32. Losses have the computing dtype, gradients the dtype of their tensor. Autocast is off inside.
+Scales are the factors themselves, exp(logit_scale parameter), as in open_clip's losses.
 
 Formulas: CLIPErase (arXiv 2410.23330), with S = s I Tᵀ [N, N] and S° the same of the frozen teacher,
 
@@ -15,17 +14,17 @@ Formulas: CLIPErase (arXiv 2410.23330), with S = s I Tᵀ [N, N] and S° the sam
     total           = lambda_retain RM + lambda_forget FM + lambda_consistency CM
 
 Under transforms of `torch.func` (grad, vmap, jvp, ...) and forward-mode AD every backend computes as "eager" does, with
-N x N matrices. Second derivatives: "eager" only, an UnlearningError elsewhere. Features made in inference mode are
-copied where they are to be saved for backward. Features or scales that are not finite give losses that are not.
+N x N matrices. Only "eager" has second derivatives; the other backends raise UnlearningError. Features made in
+inference mode are copied if they must be saved for backward. Nonfinite features or scales give nonfinite losses.
 
-process_group: "local", the batch is here, also where there are several processes; "world" or a torch.distributed group:
-it lies on the ranks of the group, each giving its own pairs, as many as it has, or none. All ranks call the loss, with
-the same options, and its backward, with the same incoming gradient. The values are those of the whole batch on every
-rank. The gradients of a rank's features are those of the whole batch's loss times the number of ranks; that of a scale
-is such that its mean over the ranks is right. So after DistributedDataParallel's averaging the gradients of parameters
-are those of one process with the whole batch. gather: "all": each rank holds the texts of all; "ring": texts and their
-gradients go round in blocks, at most two are held. What differs between ranks is
-an InputError on all of them.
+process_group: with "local" the batch is this process's own, even if there are several processes. With "world" or a
+torch.distributed group the batch is spread over the ranks of the group. Each rank passes its own pairs, of any number,
+including none. All ranks call the loss with the same options, and its backward with the same incoming gradient. Every
+rank gets the values of the whole batch. The gradients of a rank's features are those of the whole batch's loss times
+the number of ranks; the gradient of a scale is right in the mean over the ranks. So after DistributedDataParallel has
+averaged them, the gradients of parameters are those of one process with the whole batch. gather: with "all" each rank
+holds all texts; with "ring" texts and their gradients pass from rank to rank in blocks, and a rank holds at most two.
+If ranks differ in an option, all of them raise InputError.
 """
 
 from __future__ import annotations
@@ -80,33 +79,33 @@ def cliperase_loss(
     backend: str = "auto",
     keep: str = "auto",
 ) -> LossTerms:
-    """The CLIPErase loss of a forget batch and a retain batch (arXiv 2410.23330, section 3).
+    """Compute the CLIPErase loss of a forget batch and a retain batch (arXiv 2410.23330, section 3).
 
     forget_image, forget_text: [M, D], the pairs to forget; M may be 0.
     retain_image, retain_text: [N, D], the pairs to keep; N may be 0.
     teacher_image, teacher_text: [N, D°], the frozen teacher's features of the retain pairs, in the same
-        order, without gradient. None only where lambda_consistency is 0.
-    logit_scale, teacher_logit_scale: a number or a tensor of one element, already exponentiated. The
-        teacher's may be None where consistency is "features", which has no scale, or lambda_consistency is 0.
+        order, without gradient. May be None only if lambda_consistency is 0.
+    logit_scale, teacher_logit_scale: a number or a tensor of one element, already exponentiated. The teacher's
+        may be None if consistency is "features", which has no scale, or if lambda_consistency is 0.
     lambda_*: finite weights >= 0, not all 0. A term of weight 0 is not computed and comes back as 0.
-    forget: "cosine" (FM above); "hinge": mean_m relu(cos_m - margin), no push below the margin;
+    forget: "cosine" (FM above); "hinge": mean_m relu(cos_m - margin), no gradient below the margin;
         "contrastive": minus the CLIP loss of the forget pairs (gradient ascent).
     consistency: "logits" (CM above); "features": mean_i KL(softmax(I°_i) || softmax(I_i)) plus the same of
         the texts, softmax over the width of the normalised features, which needs D° = D; "intra": the row
-        term of CM for the similarities s I Iᵀ inside the images (teacher s° I° I°ᵀ), plus the same inside the
-        texts; the diagonals, each feature with itself, stay in.
+        term of CM for the similarities s I Iᵀ within the images (teacher s° I° I°ᵀ), plus the same within the
+        texts; the diagonals, each feature with itself, are included.
     group_ids: int64 [N]; retain pairs of equal id are not negatives of each other in RM (CM keeps them).
-    process_group: "local": the batch is here; "world" or a torch.distributed.ProcessGroup: it is spread over these
-        ranks, M and N as they are on this one. None is what torch.distributed.group.WORLD is before
-        init_process_group(): "local" for a single process, an InputError among several.
+    process_group: "local": the batch is this process's own; "world" or a torch.distributed.ProcessGroup: it is spread
+        over these ranks, and M and N are this rank's. torch.distributed.group.WORLD is None before
+        init_process_group(), so None means "local" in a single process and raises InputError among several.
     gather: "all" or "ring", see the head of this module.
-    backend: see `cliperase_fast.backends()`; "eager" takes no process_group.
-    keep: speed against memory, the same results to rounding: "similarities" lets the forward pass keep them, within
-        CLIPERASE_KEEP_MIB, so that the backward pass need not form them again; "nothing"; "auto" as measured best.
-        Backends without the choice take no notice.
+    backend: see `cliperase_fast.backends()`; "eager" does not support a process_group.
+    keep: trades memory for speed; the results are equal to rounding. "similarities": the forward pass keeps them, up
+        to CLIPERASE_KEEP_MIB, and the backward pass need not form them again; "nothing"; "auto": the fastest as
+        measured. Backends without this choice ignore it.
 
     Returns LossTerms(total, retain, forget, consistency). An empty batch gives 0 with zero gradients.
-    Raises InputError before computing anything when an argument is not as above.
+    Raises InputError, before anything is computed, if an argument is not as above.
     """
     process_group = _group(process_group)
     arguments = (
@@ -168,13 +167,13 @@ def clip_loss(
     backend: str = "auto",
     keep: str = "auto",
 ) -> Tensor:
-    """The symmetric contrastive loss of CLIP (arXiv 2103.00020, figure 3): RM above, open_clip's ClipLoss.
+    """Compute CLIP's symmetric contrastive loss (arXiv 2103.00020, figure 3): RM above, open_clip's ClipLoss.
 
     image_features, text_features: [N, D]. logit_scale: a number or tensor of one element, already
         exponentiated.
     group_ids: int64 [N]; pairs of equal id (same caption, same class) are not negatives of each other.
     process_group, gather: as in `cliperase_loss`.
-    Returns a 0-d tensor, 0 for N = 0. Raises InputError before computing when an argument is not as above.
+    Returns a 0-d tensor, 0 for N = 0. Raises InputError, before anything is computed, if an argument is not as above.
     """
     return contrast(
         "clip_loss", image_features, text_features, logit_scale, group_ids=group_ids, process_group=process_group,
@@ -195,13 +194,13 @@ def similarity_kl(
     backend: str = "auto",
     keep: str = "auto",
 ) -> Tensor:
-    """KL divergence from a frozen teacher's similarities to the student's, rows plus columns, CM above.
+    """Compute the KL divergence from a frozen teacher's similarities to the student's, rows plus columns: CM above.
 
     image_features, text_features: [N, D]; teacher_image, teacher_text: [N, D°], the same pairs, without
         gradient.
     logit_scale, teacher_logit_scale: numbers or tensors of one element, already exponentiated.
     process_group, gather: as in `cliperase_loss`.
-    Returns a 0-d tensor, 0 for N = 0. Raises InputError before computing when an argument is not as above.
+    Returns a 0-d tensor, 0 for N = 0. Raises InputError, before anything is computed, if an argument is not as above.
     """
     return contrast(
         "similarity_kl", image_features, text_features, logit_scale, (teacher_image, teacher_text, teacher_logit_scale),
@@ -226,9 +225,9 @@ def contrast(
 ) -> tuple[Tensor, Tensor]:
     """Compute (RM, CM) of one batch in one sweep; CM only with a teacher (image, text, scale).
 
-    name: the loss, as the ranks tell it each other. own_values: of a process_group's batch, the means over this rank's
-    own rows and columns, whose mean over equal ranks is the batch's; the gradients are those of the batch as ever.
-    The other arguments and the errors are those of `clip_loss` and `similarity_kl`.
+    name: the loss, which must be the same on every rank. own_values: with a process_group, return the means over this
+    rank's own rows and columns; for ranks with equal numbers of pairs, their mean is the batch's value. The gradients
+    stay those of the whole batch. The other arguments and the errors are those of `clip_loss` and `similarity_kl`.
     """
     process_group = _group(process_group)
     frozen: tuple[Any, Any] = (None, None) if teacher is None else teacher[:2]
@@ -256,7 +255,7 @@ def contrast(
 
 
 def _group(process_group: Any) -> Any:
-    """Return what `resolve_group` does, without asking it for the usual answer."""
+    """Return `resolve_group(process_group)`; the common case "local" skips the call."""
     return None if isinstance(process_group, str) and process_group == LOCAL else resolve_group(process_group)
 
 
@@ -271,10 +270,10 @@ def agreed(
     batches: tuple[Tensor, ...],
     own_values: bool = False,
 ) -> tuple[Found, list[Shards | None]]:
-    """Return what `check` does, and how each batch lies on the ranks of process_group; None for each without ranks.
+    """Run `check`, and return its result and the shards of each batch; None for each without a process_group.
 
-    check: raises InputError, which the other ranks then hear of. describe: of what it returned, what must be the same
-    on every rank. batches: the images of one or two.
+    check: an InputError that it raises is raised on the other ranks too. describe: returns, for the result of `check`,
+    what must be the same on every rank. batches: the image features of one or two batches.
     """
     if process_group is None:
         return check(), [None] * len(batches)
@@ -302,7 +301,7 @@ def described(
     group_ids: Tensor | None,
     **more: object,
 ) -> dict[str, object]:
-    """Return what must be the same on every rank, as far as it is known without waiting for a device."""
+    """Return what must be the same on every rank, without values that lie on a device."""
     tensors = {
         "image features": image,
         "text features": text,
@@ -323,7 +322,7 @@ def described(
 
 
 def _sweep(inputs: SimilarityInputs, run: Implementation, shards: Shards | None) -> tuple[Tensor, Tensor]:
-    """Return (retention, consistency); for an empty batch zeros that carry (zero) gradients."""
+    """Return (retention, consistency); for an empty batch, zeros with zero gradients."""
     if (inputs.n if shards is None else shards.total) == 0:
         image, text = inputs.image, inputs.text
         dtype = compute_dtype(image, text)

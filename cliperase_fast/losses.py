@@ -1,4 +1,4 @@
-"""The losses as modules, for training loops."""
+"""Provide the losses as modules, for training loops."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from cliperase_fast.validation import check_backend_name, check_gather, check_ke
 
 
 class CLIPEraseLoss(nn.Module):
-    """CLIPErase's loss (arXiv 2410.23330) with its options fixed; it has no parameters or state.
+    """Compute the CLIPErase loss (arXiv 2410.23330) with fixed options; the module has no parameters and no state.
 
-    The options are those of `functional.cliperase_loss`, where the formulas and shapes stand too. A wrong one
-    raises InputError here.
+    `functional.cliperase_loss` describes the options, formulas and shapes. The constructor raises InputError for a
+    wrong option.
 
-    process_group: "local", the batch is what this process gives; "world", it is spread over all processes of
-    torch.distributed, which must be initialised when the loss is called, not yet here; or a ProcessGroup. Every rank
-    has such a module and calls it with its part of the batch; gradients are right after DistributedDataParallel's
-    averaging, see `cliperase_fast.functional`. Under torchrun too "local" is each process's own loss.
-    torch.distributed.group.WORLD is None before init_process_group(): None is an InputError among several processes.
+    process_group: "local": the batch is this process's own, under torchrun too; "world": it is spread over all
+    processes of torch.distributed, which must be initialised when the loss is called, but not before; or a
+    ProcessGroup. Every rank has such a module and calls it with its part of the batch. Gradients are right after
+    DistributedDataParallel has averaged them, see `cliperase_fast.functional`. torch.distributed.group.WORLD is None
+    before init_process_group(), so None raises InputError among several processes.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class CLIPEraseLoss(nn.Module):
         *,
         group_ids: Tensor | None = None,
     ) -> LossTerms:
-        """LossTerms(total, retain, forget, consistency); call backward on `total`.
+        """Return LossTerms(total, retain, forget, consistency); call backward on `total`.
 
         Features are L2-normalised: forget_* [M, D], retain_* [N, D], teacher_* [N, D°] without gradient.
         Scales are already exponentiated. group_ids: int64 [N], see `functional.cliperase_loss`.

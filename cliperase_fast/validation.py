@@ -26,10 +26,10 @@ _KEEP_MODES = ("auto", "nothing", "similarities")
 
 
 class Checked(NamedTuple):
-    """What a check finds out about the arguments of a loss."""
+    """The results of checking the arguments of a loss."""
 
     scale: Tensor  # []
-    teacher_scale: Tensor | None  # [], None where no teacher is used
+    teacher_scale: Tensor | None  # []; None if no teacher is used
     backend: Backend
     run: Implementation
 
@@ -77,12 +77,12 @@ def check_cliperase(
         if mode.same_width and teacher_image is not None and teacher_image.shape != retain_image.shape:
             raise InputError(
                 f"consistency={consistency!r} compares features directly, so teacher_image must be as wide as "
-                f"retain_image, {retain_image.shape[1]}; use 'logits' or 'intra' with a teacher like this"
+                f"retain_image, {retain_image.shape[1]}; use 'logits' or 'intra' with a teacher of another width"
             )
     batches = [(retain_image, retain_text)]
     if FORGET_LOSSES[forget].sum_over_pairs is None and lambda_forget > 0:
         batches.append((forget_image, forget_text))
-    batches.sort(key=lambda batch: -len(batch[0]))  # the larger one decides
+    batches.sort(key=lambda batch: -len(batch[0]))  # the larger one decides the backend
     teacher = (teacher_image, teacher_text) if lambda_consistency > 0 else ()
     chosen = choose(
         backend, *(features for batch in batches for features in batch), *teacher, sharded=process_group is not None
@@ -128,11 +128,11 @@ def check_options(
         if not _is_number(weight) or not 0 <= weight < math.inf:  # false for NaN as well
             raise InputError(f"{name}={weight!r} must be a finite number, 0 or larger")
     if not any(weights.values()):
-        raise InputError(f"{', '.join(weights)} are all 0: nothing would be trained")
+        raise InputError(f"{', '.join(weights)} are all 0, so nothing would be trained; set one above 0")
     check_name("forget", forget, FORGET_LOSSES)
     check_name("consistency", consistency, CONSISTENCY_MODES)
     if not _is_number(margin) or not -1 <= margin <= 1:
-        raise InputError(f"margin={margin!r} is a cosine: it must lie between -1 and 1")
+        raise InputError(f"margin={margin!r} is a cosine; it must be between -1 and 1")
 
 
 def _is_number(value: object) -> bool:
@@ -161,7 +161,7 @@ def check_features(name: str, features: Tensor) -> None:
     if features.shape[1] == 0:
         raise InputError(f"{name} has shape {shape_of(features)}: features of width 0; pass the encoder's output")
     if features.layout != torch.strided:
-        raise InputError(f"{name} is of layout {features.layout}; pass a dense tensor, {name}.to_dense()")
+        raise InputError(f"{name} has layout {features.layout}; pass a dense tensor, {name}.to_dense()")
     if features.dtype not in DTYPES:
         raise InputError(f"{name} has dtype {features.dtype}; convert it to one of {', '.join(DTYPE_NAMES.values())}")
 
@@ -190,11 +190,11 @@ def check_teacher(
     text: Tensor | None,
     scale: Tensor | float | None,
 ) -> Tensor:
-    """Check the teacher's features against the student's; returns its scale as a 0-d tensor."""
+    """Check the teacher's features against the student's, and return its scale as a 0-d tensor."""
     if image is None or text is None or scale is None:
         raise InputError(
             "teacher_image, teacher_text and teacher_logit_scale are needed for the consistency term; "
-            "to go without a teacher set lambda_consistency=0"
+            "set lambda_consistency=0 to train without a teacher"
         )
     check_pairs("teacher_image", image, "teacher_text", text)
     check_device("teacher_image", image, student_name, student)
@@ -254,12 +254,13 @@ def choose(
     sharded: bool = False,
     sigmoid: bool = False,
 ) -> Backend:
-    """The backend for these features. `requested`: a name, or "auto", which CLIPERASE_BACKEND overrides.
+    """Choose the backend for these features. `requested`: a name, or "auto", which CLIPERASE_BACKEND overrides.
 
-    teacher: the teacher's features, where they are used. sharded: the batch is spread over processes. sigmoid: for that
-    loss, which not every backend has on every device. Under transforms of `torch.func` every one gives way to "eager".
+    teacher: the teacher's features, if they are used. sharded: whether the batch is spread over processes. sigmoid:
+    whether the sigmoid loss is needed, which not every backend has on every device. Under transforms of `torch.func`
+    "eager" replaces every other backend.
 
-    Raises InputError when it is unknown, not available here, or cannot take this device or dtype.
+    Raises InputError if the backend is unknown, is not available here, or does not support this device or dtype.
     """
     features = [tensor for tensor in (image, text, *teacher) if tensor is not None]
     backend = _asked_for(requested, features, sharded, sigmoid)
@@ -271,7 +272,7 @@ def choose(
 
 
 def implementation(backend: Backend, device: torch.device) -> Implementation:
-    """Return what the backend brings for this device, imported on first use."""
+    """Return the backend's implementation for this device, imported on first use."""
     found = backend.loaded.get(device.type)
     if found is None:
         found = backend.loaded[device.type] = backend.load(device.type)
@@ -289,7 +290,7 @@ def _asked_for(requested: str, features: list[Tensor], sharded: bool, sigmoid: b
     if not isinstance(requested, str) or requested not in REGISTRY:
         raise InputError(f"{origin} is not a backend; use auto, {', '.join(REGISTRY)}")
     backend = REGISTRY[requested]
-    reason = backend.why_missing and backend.why_missing()  # called where there is one to call
+    reason = backend.why_missing and backend.why_missing()
     if reason is not None:
         others = ", ".join(other.name for other in REGISTRY.values() if other.missing is None)
         raise InputError(f"{origin} is not available here: {reason}. Available are auto, {others}")
@@ -303,32 +304,32 @@ def _asked_for(requested: str, features: list[Tensor], sharded: bool, sigmoid: b
         raise InputError(f"{origin} does not work with a process_group; use auto, {able}")
     for tensor in features:
         if tensor.dtype not in backend.dtypes:
-            raise InputError(f"{origin} does not take {tensor.dtype}; use backend='auto' or convert the features")
+            raise InputError(f"{origin} does not support {tensor.dtype}; use backend='auto' or convert the features")
     if sigmoid and backend.sigmoid_devices is not None and image.device.type not in backend.sigmoid_devices:
         raise InputError(
-            f"backend {backend.name!r} has the sigmoid loss on {', '.join(backend.sigmoid_devices)} only, not on "
+            f"backend {backend.name!r} computes the sigmoid loss on {', '.join(backend.sigmoid_devices)} only, not on "
             f"{image.device}; use backend='auto', 'torch' or 'triton'"
         )
     return backend
 
 
 def check_backend_name(requested: object) -> None:
-    """Raise InputError unless this names a backend, be it available here or not."""
+    """Raise InputError unless `requested` is "auto" or names a backend, available here or not."""
     if not isinstance(requested, str) or requested not in ("auto", *REGISTRY):
         raise InputError(f"backend={requested!r} is not a backend; use auto, {', '.join(REGISTRY)}")
 
 
 def auto_shards() -> bool:
-    """Whether "auto" sweeps a batch spread over processes: it does, unless CLIPERASE_BACKEND names one that cannot."""
+    """Return whether "auto" supports a batch spread over processes; CLIPERASE_BACKEND may name one that does not."""
     backend = REGISTRY.get(os.environ.get(ENVIRONMENT_VARIABLE, ""))
     return backend is None or backend.shards
 
 
-# Measured, forward and backward together on one CPU core: the two are equally fast somewhere between N = 128 and 512
-# (D = 64 and 512). Beyond, eager is slower (2.6 times at N = 2048, D = 64), and its memory grows as N².
+# Measured, forward and backward together on one CPU core: "eager" and "torch" become equally fast between N = 128 and
+# 512 (D = 64 and 512). Above that, eager is slower (2.6 times at N = 2048, D = 64), and its memory grows as N².
 _EAGER_PAIRS = 256
 
-# As with native's: looked at once, and only where there is a choice.
+# Looked up once, as in the registry, and only if there is a measured choice.
 _ON_GPU = frozenset(name for name in REGISTRY if measured.TABLE and REGISTRY[name].missing is None)
 
 
@@ -340,7 +341,7 @@ def _automatic(features: list[Tensor], sharded: bool, sigmoid: bool = False) -> 
         name = measured.fastest(image.device, widest, pairs, image.shape[1])
         if name in _ON_GPU and _serves(REGISTRY[name], kind, features, sharded, sigmoid):
             return REGISTRY[name]
-    # On a CPU native was the fastest at every size.
+    # On a CPU "native" was the fastest at every size.
     native = REGISTRY["native"]
     if kind == "cpu" and native.why_missing is None and _serves(native, kind, features, sharded, sigmoid):
         return native
@@ -357,7 +358,7 @@ def _serves(backend: Backend, kind: str, features: list[Tensor], sharded: bool, 
 
 
 def transformed(*tensors: Tensor | None) -> bool:
-    """Whether these are computed under a transform of `torch.func`, or carry tangents of forward-mode AD."""
+    """Return whether a transform of `torch.func` is active, or any of these carries a tangent of forward-mode AD."""
     if torch._C._functorch.maybe_current_level() is not None:
         return True
     if forward_ad._current_level < 0:
@@ -366,7 +367,7 @@ def transformed(*tensors: Tensor | None) -> bool:
 
 
 def refuse_on_ranks(*tensors: Tensor | None) -> None:
-    """Raise InputError where these are computed under a transform: ranks cannot exchange what has no values yet."""
+    """Raise InputError under a transform, where tensors have no values yet that ranks could exchange."""
     if transformed(*tensors):
         raise InputError(
             "a process_group does not work under transforms of torch.func or forward-mode AD; use backward() or "

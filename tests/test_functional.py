@@ -394,7 +394,7 @@ I64 = torch.int64
         wrong("margin=1.5 is a cosine", margin=1.5),
         wrong("lambda_forget=-1.0 must be a finite number, 0 or larger", lambda_forget=-1.0),
         wrong("lambda_retain=nan must be", lambda_retain=float("nan")),
-        wrong("are all 0: nothing would be trained", lambda_retain=0, lambda_forget=0, lambda_consistency=0),
+        wrong("are all 0, so nothing would be trained", lambda_retain=0, lambda_forget=0, lambda_consistency=0),
         wrong("backend='gpu' is not a backend", backend="gpu", lambda_retain=0, lambda_consistency=0),
         wrong("keep='all' is not known; use one of auto, nothing, similarities", keep="all"),
     ],

@@ -143,10 +143,10 @@ def test_an_empty_batch_has_no_divergence_and_zero_gradients():
 def test_float64_is_refused_in_words():
     assert backends()["triton"].available
     batch = random_batch(4)
-    with pytest.raises(InputError, match=r"'triton' does not take torch\.float64"):
+    with pytest.raises(InputError, match=r"'triton' does not support torch\.float64"):
         functional.clip_loss(batch.image, batch.text, 1.0, backend="triton")
     halves = random_batch(4).to(torch.float32)
-    with pytest.raises(InputError, match=r"'triton' does not take torch\.float64"):
+    with pytest.raises(InputError, match=r"'triton' does not support torch\.float64"):
         choose("triton", halves.image, halves.text, batch.teacher_image, batch.teacher_text)
 
 

@@ -340,7 +340,7 @@ def test_float64_is_left_to_the_other_backends():
     from cliperase_fast.errors import InputError
 
     features = torch.ones(4, 3, dtype=torch.float64)
-    with pytest.raises(InputError, match=r"'native' does not take torch\.float64"):
+    with pytest.raises(InputError, match=r"'native' does not support torch\.float64"):
         choose("native", features, features)
 
 

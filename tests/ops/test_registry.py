@@ -159,9 +159,9 @@ def test_a_missing_backend_is_an_error_with_the_reason(broken):
 def test_a_backend_that_cannot_take_the_device_or_dtype_says_so(broken):
     with pytest.raises(InputError, match="'picky' runs on cuda, not on cpu"):
         choose("picky", *pairs())
-    with pytest.raises(InputError, match=r"'narrow' does not take torch\.float64"):
+    with pytest.raises(InputError, match=r"'narrow' does not support torch\.float64"):
         choose("narrow", *pairs(dtype=torch.float64))
-    with pytest.raises(InputError, match=r"'narrow' does not take torch\.float16"):
+    with pytest.raises(InputError, match=r"'narrow' does not support torch\.float16"):
         choose("narrow", pairs()[0], pairs(dtype=torch.float16)[1])
 
 

@@ -132,7 +132,7 @@ def test_backends_that_lack_it_are_refused_by_name(monkeypatch):
     monkeypatch.setitem(registry.REGISTRY, "native", built_with_cuda)
     on_a_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
     if backends()["native"].available:
-        with pytest.raises(InputError, match=r"'native' has the sigmoid loss on cpu only, not on cuda; use .*'torch'"):
+        with pytest.raises(InputError, match=r"computes the sigmoid loss on cpu only, not on cuda; use .*'torch'"):
             choose("native", on_a_gpu, on_a_gpu, sigmoid=True)
 
 

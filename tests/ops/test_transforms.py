@@ -271,5 +271,5 @@ def test_any_finite_scale_means_the_same_to_every_backend(scale):
 
 
 def test_features_that_are_not_dense_are_refused():
-    with pytest.raises(InputError, match=r"image_features is of layout torch\.sparse_coo; pass a dense tensor"):
+    with pytest.raises(InputError, match=r"image_features has layout torch\.sparse_coo; pass a dense tensor"):
         clip_loss(rows(1).to_sparse(), rows(2), 10.0)
