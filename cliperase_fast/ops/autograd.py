@@ -1,9 +1,8 @@
 """Make a differentiable sweep of a backend's `SweepKernels`.
 
-The two custom ops of a backend (one for each direction), their shapes for `torch.compile`, and what is saved between
-them are the same for all. Where nothing traces or counts operations, the kernels are called without the ops, which cost
-a small batch more than its losses do. `SimilarityInputs` is flattened here, for the ops and for autograd, and nowhere
-else.
+All backends share the two custom ops (forward and backward), their shapes for `torch.compile`, and the saved tensors.
+If nothing traces or counts operations, the kernels are called without the ops, which take longer than the losses of a
+small batch. `SimilarityInputs` is flattened only here, for the ops and for autograd.
 """
 
 from __future__ import annotations
@@ -28,25 +27,25 @@ from cliperase_fast.ops.spec import (
 from cliperase_fast.ops.transforms import batched, refuse_second_derivative
 
 STRIP_VARIABLE = "CLIPERASE_STRIP_MIB"  # memory of the strips of a sweep on a GPU
-KEEP_VARIABLE = "CLIPERASE_KEEP_MIB"  # most that keep="similarities" keeps
+KEEP_VARIABLE = "CLIPERASE_KEEP_MIB"  # upper bound of what keep="similarities" keeps
 _STRIP_MIB = 128
 _KEEP_MIB = {"cpu": 1024, "cuda": 8192}
 
 
 def strip_bytes() -> int:
-    """Return the memory for strips on a GPU, from the environment."""
+    """Return the bytes for strips on a GPU, from the environment."""
     return _mebibytes(STRIP_VARIABLE, _STRIP_MIB) << 20
 
 
 def cache_budget(device: torch.device) -> int:
-    """Return the most bytes that keep="similarities" keeps, from the environment."""
+    """Return the maximum number of bytes that keep="similarities" keeps, from the environment."""
     return _mebibytes(KEEP_VARIABLE, _KEEP_MIB.get(device.type, _KEEP_MIB["cpu"])) << 20
 
 
 def _mebibytes(variable: str, default: int) -> int:
     text = os.environ.get(variable) or str(default)
     if not text.isdecimal() or int(text) == 0:
-        raise InputError(f"{variable}={text} must be a whole number of MiB, at least 1; unset it for {default}")
+        raise InputError(f"{variable}={text} must be a whole number of MiB, at least 1; unset it to use {default}")
     return int(text)
 
 
@@ -63,7 +62,7 @@ _BACKWARD_SCHEMA = (
 
 
 def flatten(inputs: SimilarityInputs) -> tuple[Any, ...]:
-    """Return what the kernels of a batch in one piece need of `inputs`, as arguments of a custom op: tensors first."""
+    """Return the arguments of a custom op for a batch that is not sharded; tensors come first."""
     return (
         inputs.image, inputs.text, inputs.scale, inputs.teacher_image, inputs.teacher_text, inputs.teacher_scale,
         inputs.group_ids, inputs.want_retention, inputs.strip_rows,
@@ -71,12 +70,12 @@ def flatten(inputs: SimilarityInputs) -> tuple[Any, ...]:
 
 
 def unflatten(*arguments: Any) -> SimilarityInputs:
-    """Return what `flatten` was given, as far as it says."""
+    """Rebuild the inputs from what `flatten` returned."""
     return SimilarityInputs(*arguments)
 
 
 def flat_tensors(inputs: SimilarityInputs) -> tuple[Tensor | None, ...]:
-    """Return the tensors among `flatten`."""
+    """Return the tensors of `flatten`."""
     return flatten(inputs)[:_TENSORS]
 
 
@@ -138,13 +137,13 @@ def as_sweep(kernels: SweepKernels) -> Sweep:
 
         @staticmethod
         def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-            # With create_graph the op, which refuses to be differentiated; for batched gradients too, as vmap knows it.
+            # With create_graph use the op, which refuses differentiation; for batched gradients too, as vmap knows it.
             by_op = torch.is_grad_enabled() or batched(*gradients)
             need = Need(*ctx.needs_input_grad[2:])
             return None, None, *_gradients(ctx, call_backward_op if by_op else run_backward, need, *gradients)
 
     def sweep(inputs: SimilarityInputs) -> tuple[Tensor, Tensor]:
-        """See `ops.spec.Sweep`."""
+        """Implement `ops.spec.Sweep`."""
         differentiable = inputs.image.requires_grad or inputs.text.requires_grad or inputs.scale.requires_grad
         cache_size = kernels.cache_size(inputs) if differentiable and torch.is_grad_enabled() else 0
         if torch.compiler.is_compiling() or watched(flat_tensors(inputs)):
@@ -159,7 +158,7 @@ _PLAIN = (Tensor, torch.nn.Parameter, type(None))
 
 
 def watched(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Return whether something stands between these tensors and their values: a tracer, a counter, fakes."""
+    """Return whether operations on these tensors are intercepted: by a tracer, a counter or fake tensors."""
     return torch._C._len_torch_dispatch_stack() > 0 or any(type(tensor) not in _PLAIN for tensor in tensors)
 
 
@@ -194,5 +193,5 @@ def _gradients(
 
 def _save(ctx: Any, flat: tuple[Any, ...], saved: Tensor, cache: Tensor) -> None:
     ctx.options = flat[_TENSORS:]
-    ctx.set_materialize_grads(False)  # else autograd makes zeros as large as what is kept
+    ctx.set_materialize_grads(False)  # else autograd allocates zeros as large as the saved tensors
     ctx.save_for_backward(saved, cache, *flat[:_TENSORS])

@@ -1,4 +1,4 @@
-"""Backend "eager": the loss sweep written plainly, with N x N matrices and ordinary autograd.
+"""Backend "eager": compute the loss sweep plainly, with N x N matrices and ordinary autograd.
 
 The other backends are tested against it.
 """
@@ -13,7 +13,7 @@ from cliperase_fast.ops.spec import SimilarityInputs, compute_dtype
 
 
 def sweep(inputs: SimilarityInputs) -> tuple[Tensor, Tensor]:
-    """See `ops.spec.Sweep`. Memory: about ten N x N matrices."""
+    """Implement `ops.spec.Sweep`. Memory: about ten N x N matrices."""
     similarity = _similarity(inputs.image, inputs.text, inputs.scale, inputs.dtype)  # [N, N]
     diagonal = torch.eye(inputs.n, dtype=torch.bool, device=similarity.device)  # [N, N]
     retention = consistency = similarity.new_zeros(())
@@ -39,7 +39,7 @@ def sigmoid(inputs: SimilarityInputs) -> Tensor:
 
 
 def row_losses(inputs: SimilarityInputs) -> tuple[Tensor, Tensor]:
-    """See `ops/rows.py`. Memory: about six n x N matrices."""
+    """Compute the row losses, see `ops/rows.py`. Memory: about six n x N matrices."""
     similarity = _similarity(inputs.image, inputs.text, inputs.scale, inputs.dtype)  # [n, N]
     places = torch.arange(inputs.m, dtype=torch.int64, device=similarity.device)  # [N]
     own = places == inputs.pair_offset + places[: inputs.n, None]  # [n, N]
@@ -57,9 +57,9 @@ def _similarity(image: Tensor, text: Tensor, logit_scale: Tensor, dtype: torch.d
 
 
 def _against_diagonal(similarity: Tensor, diagonal: Tensor, excluded: Tensor) -> Tensor:
-    """S_ij - S_ii; where excluded, the lowest finite number (a row of nothing but -inf has NaN gradients)."""
-    # A masked sum of one entry, so exact. Of `similarity - similarity.diagonal()[:, None]` under a logsumexp, inductor
-    # (torch 2.14) compiles the gradient wrongly.
+    """Return S_ij - S_ii; where excluded, the lowest finite number (a row of only -inf has NaN gradients)."""
+    # A masked sum of one entry, so exact. Inductor (torch 2.14) compiles a wrong gradient for
+    # `similarity - similarity.diagonal()[:, None]` under a logsumexp.
     own = torch.where(diagonal, similarity, 0).sum(1, keepdim=True)  # [N, 1]
     return (similarity - own).masked_fill(excluded, torch.finfo(similarity.dtype).min)  # [N, N]
 
@@ -69,12 +69,12 @@ def _log1p_exp(log_odds: Tensor) -> Tensor:
 
 
 def _retention_rows(similarity: Tensor, diagonal: Tensor, excluded: Tensor) -> Tensor:
-    """-log softmax(S_i)_i of each row i, without the excluded entries; `excluded` holds the diagonal."""
+    """Return -log softmax(S_i)_i of each row i, without the excluded entries; `excluded` contains the diagonal."""
     return _log1p_exp(_against_diagonal(similarity, diagonal, excluded).logsumexp(1))  # [N]
 
 
 def _divergence_rows(similarity: Tensor, teacher: Tensor, diagonal: Tensor) -> Tensor:
-    """KL(softmax(S°_i) || softmax(S_i)) of each row i."""
+    """Return KL(softmax(S°_i) || softmax(S_i)) of each row i."""
     shifted = _against_diagonal(similarity, diagonal, diagonal)  # [N, N]
     shifted_teacher = _against_diagonal(teacher, diagonal, diagonal)  # [N, N]
     normaliser = _log1p_exp(shifted.logsumexp(1))  # [N], log Σ_j exp(S_ij - S_ii)
@@ -84,7 +84,7 @@ def _divergence_rows(similarity: Tensor, teacher: Tensor, diagonal: Tensor) -> T
 
 
 def features_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """mean_i KL(softmax(teacher_i) || softmax(student_i)) over the width, [] ; student, teacher: [N, D], N may be 0."""
+    """Return mean_i KL(softmax(teacher_i) || softmax(student_i)) over the width, 0-d. Both: [N, D]; N may be 0."""
     dtype = compute_dtype(student, teacher)
     log_p = F.log_softmax(student.to(dtype), 1)  # [N, D]
     log_p_teacher = F.log_softmax(teacher.to(dtype), 1)  # [N, D]

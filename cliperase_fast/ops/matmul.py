@@ -1,4 +1,4 @@
-"""Matrix products of features on a GPU as the streamed backends want them: float32 results, the user's tf32 setting."""
+"""Multiply features on a GPU, with float32 results and the user's tf32 setting, for the streamed backends."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def as_pair(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in one dtype, rows contiguous."""
+    """Return both in one dtype, with contiguous rows."""
     dtype = torch.promote_types(image.dtype, text.dtype)
     return _contiguous_rows(image.to(dtype)), _contiguous_rows(text.to(dtype))
 
@@ -17,7 +17,7 @@ def _contiguous_rows(features: Tensor) -> Tensor:
 
 
 def float32_precision() -> str:
-    """What torch's own float32 products use: "ieee", or "tf32" where the user has asked for it."""
+    """Return the precision of torch's own float32 products: "ieee", or "tf32" if the user has enabled it."""
     asked = torch.backends.cuda.matmul.fp32_precision
     if asked == "none":
         asked = torch.backends.fp32_precision  # type: ignore[attr-defined]
@@ -25,7 +25,7 @@ def float32_precision() -> str:
 
 
 def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
-    """left @ right in float32, into `out` where there is one."""
+    """Compute left @ right in float32, into `out` if given."""
     if left.dtype == torch.float32:
         return torch.mm(left, right, out=out)
     if left.is_cuda:
@@ -34,7 +34,7 @@ def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, accumulated in float32."""
+    """Add left @ right to `total` in place, accumulated in float32."""
     if left.dtype == torch.float32:
         total.addmm_(left, right)
     elif left.is_cuda:

@@ -1,4 +1,4 @@
-"""Which backend was the fastest on a GPU, by measurement: what "auto" goes by there.
+"""Look up the backend that was measured as the fastest on a GPU; "auto" uses it there.
 
 The table, measured.json, is written from the committed results by `python -m benchmarks.fastest`. It is empty until
 `make gpu-check` has run on a GPU.
@@ -35,9 +35,9 @@ TABLE = read(PATH)
 
 
 def fastest(device: torch.device, dtype: torch.dtype, pairs: int, width: int) -> str | None:
-    """The backend's name, for the measured width and number of pairs next above these, else the largest.
+    """Return the fastest backend at the next larger measured width and number of pairs, else at the largest.
 
-    None where nothing was measured on such a GPU in this dtype.
+    Returns None if nothing was measured on such a GPU in this dtype.
     """
     if not TABLE:
         return None

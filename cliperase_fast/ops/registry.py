@@ -1,6 +1,6 @@
-"""The table of backends, and what `backends()` says of it.
+"""Define the table of backends and the status that `backends()` returns.
 
-A new backend is one module with a `sweep`, a loader and a record here.
+To add a backend, write a module with a `sweep`, and add a loader and an entry here.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from cliperase_fast.ops.spec import DTYPES, FeaturesKl, Sweep, SweepKernels
 
 
 class Implementation(NamedTuple):
-    """What a backend's modules bring."""
+    """Hold what a backend's modules provide."""
 
     sweep: Sweep
     sigmoid: Sigmoid
     features_kl: FeaturesKl
-    kernels: SweepKernels | None = None  # what sweeps the shards of a batch; None: it cannot
+    kernels: SweepKernels | None = None  # for a sharded batch; None: not supported
 
 
-# Imports are statements, in functions: torch.compile traces the first call, and can trace these.
+# The imports are statements in functions, because torch.compile traces the first call and can trace these.
 def _eager(device: str) -> Implementation:
     from cliperase_fast.ops import eager
 
@@ -71,7 +71,7 @@ def _interprets_triton() -> bool:
 
 
 def _why_no_triton() -> str | None:
-    """Return why Triton cannot run here, without importing it; None when it can."""
+    """Return why Triton cannot run here, without importing it; None if it can."""
     try:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
@@ -81,7 +81,7 @@ def _why_no_triton() -> str | None:
     if _interprets_triton():
         return None
     if not torch.cuda.is_available():
-        return "torch sees no GPU (TRITON_INTERPRET=1 runs it on the CPU, slowly, for tests)"
+        return "torch finds no GPU (TRITON_INTERPRET=1 runs it on the CPU, slowly, for tests)"
     major, minor = torch.cuda.get_device_capability()
     if major < _OLDEST_GPU:
         return f"the GPU has compute capability {major}.{minor}, at least {_OLDEST_GPU}.0 is needed"
@@ -93,23 +93,23 @@ _NO_FLOAT64 = tuple(dtype for dtype in DTYPES if dtype != torch.float64)
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of the losses. `load` imports it for a device type, on first use."""
+    """Describe one implementation of the losses. `load` imports it for a device type, on first use."""
 
     name: str
     load: Callable[[str], Implementation]
     note: str
     devices: tuple[str, ...] | None = None  # device types it runs on; None: any
     dtypes: tuple[torch.dtype, ...] = DTYPES
-    why_missing: Callable[[], str | None] | None = None  # returns why it cannot run here, None when it can
+    why_missing: Callable[[], str | None] | None = None  # returns why it cannot run here; None if it can
     keeps: bool = False  # whether `keep` makes a difference
-    elsewhere: str = ""  # why it does not run on a device type that it could run on
-    shards: bool = True  # whether it takes a batch that is spread over processes
-    sigmoid_devices: tuple[str, ...] | None = None  # where it has the sigmoid loss, of those it runs on; None: all
+    elsewhere: str = ""  # why it does not run on a device type that it supports in principle
+    shards: bool = True  # whether it supports a batch that is spread over processes
+    sigmoid_devices: tuple[str, ...] | None = None  # devices with the sigmoid loss; None: all of `devices`
     loaded: dict[str, Implementation] = field(default_factory=dict, compare=False, repr=False)  # by device type
 
     @property
     def missing(self) -> str | None:
-        """Why it cannot run here; None when it can."""
+        """The reason why it cannot run here; None if it can."""
         return self.why_missing() if self.why_missing else None
 
 
@@ -147,7 +147,7 @@ REGISTRY: dict[str, Backend] = {
 
 @dataclass(frozen=True)
 class BackendStatus:
-    """What `backends()` says of one backend. reason: why it is missing, empty when it is available."""
+    """Hold the status of one backend. reason: why it is missing; empty if it is available."""
 
     name: str
     available: bool
@@ -157,7 +157,7 @@ class BackendStatus:
 
 
 class BackendTable(Mapping[str, BackendStatus]):
-    """name -> BackendStatus; printed as a table."""
+    """Map each name to its BackendStatus; prints as a table."""
 
     def __init__(self, statuses: dict[str, BackendStatus]) -> None:
         self._statuses = statuses
@@ -201,7 +201,7 @@ def backends() -> BackendTable:
 
 
 def _devices_here(backend: Backend) -> str:
-    """Return the device types that this machine has; where it has none of them, what the backend needs."""
+    """Return the backend's device types that this machine has; if it has none, those that the backend needs."""
     if backend.devices is None:
         return "any"
     here = [kind for kind in backend.devices if kind == "cpu" or torch.cuda.is_available()]

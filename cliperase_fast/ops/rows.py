@@ -1,11 +1,11 @@
-"""Cross-entropies of rectangular similarities [n, N], by row, in strips of rows: a rank's own pairs against everyone's.
+"""Compute row cross-entropies of similarities [n, N], in strips of rows: a rank's own pairs against all ranks' keys.
 
 With S = s Q Kᵀ and pair i's own key in column pair_offset + i, per row and as in `ops/spec.py`:
 
     contrastive  -log softmax(S_i)_own = log(1 + exp(r_i))
     distill      -Σ_j P°_ij log P_ij = log(1 + exp(r_i)) - Σ_{j≠own} P°_ij (S_ij - S_i,own)
 
-No [n, N] matrix in either direction: a strip is complete in itself, and formed again for the gradients.
+Neither pass forms an [n, N] matrix: each strip is complete in itself, and is formed again for the gradients.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cliperase_fast.ops.spec import SimilarityInputs, anchored, compute_dtype, l
 from cliperase_fast.ops.streaming import Similarity, strip_height
 from cliperase_fast.ops.transforms import refuse_second_derivative
 
-# The rows of what is saved [6, n]: r, anchor and factor as in `ops/spec.py`, of S and of S°, 0 without a teacher.
+# Rows of the saved stats [6, n]: r, anchor and factor as in `ops/spec.py`, of S and of S°; 0 without a teacher.
 _STUDENT, _TEACHER = slice(0, 3), slice(3, 6)
 
 _ARGUMENTS = (
@@ -43,7 +43,7 @@ def _unflatten(*arguments: Any) -> SimilarityInputs:
 
 
 class _Rows:
-    """Strips of S and of S°, their own entries taken out (set to the lowest number)."""
+    """Form strips of S and of S°, with the own entries excluded (set to the lowest number)."""
 
     def __init__(self, inputs: SimilarityInputs) -> None:
         self.dtype = inputs.dtype
@@ -86,7 +86,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
             if teacher_strip is not None:
                 saved[_TEACHER, rows] = _anchored(teacher_strip, teacher_own)
                 p_teacher = _softmax(teacher_strip, saved[_TEACHER, rows])
-                similarities.own(strip, rows).copy_(own)  # weighed by a probability of 0
+                similarities.own(strip, rows).copy_(own)  # weighted by a probability of 0
                 expected = p_teacher.mul_(strip.sub_(own[:, None])).sum(1)  # [h]
                 distill[rows] = log1p_exp(saved[0, rows]) - expected
         return log1p_exp(saved[0]).mean(), distill.mean(), saved
@@ -127,7 +127,7 @@ def _anchored(strip: Tensor, own: Tensor) -> Tensor:
 
 
 def _softmax(strip: Tensor, saved: Tensor, weight: Tensor | float = 1.0) -> Tensor:
-    """Return the weight times each row's softmax, 0 at its own entry; in place of the strip. saved: [3, h]."""
+    """Replace the strip by the weight times each row's softmax, 0 at its own entry. saved: [3, h]."""
     _, anchor, factor = saved
     return strip.sub_(anchor[:, None]).exp_().mul_((weight * factor)[:, None])
 
@@ -178,7 +178,7 @@ def row_losses(inputs: SimilarityInputs) -> tuple[Tensor, Tensor]:
     """Return (contrastive, distill), means over the rows, 0-d in `inputs.dtype`; see the head of this file.
 
     inputs: image is the queries [n, D], n >= 1, and text the keys [N, D] with pair_offset + n <= N; distill is 0
-    without a teacher. Differentiable in queries, keys and scale. The caller has checked.
+    without a teacher. Differentiable in queries, keys and scale. The caller must have checked the inputs.
     """
     contrastive, distill, _ = _forward_op(*_flatten(inputs))
     return contrastive, distill

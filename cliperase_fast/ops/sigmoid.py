@@ -1,11 +1,11 @@
-"""The sigmoid loss over all pairs of a batch (SigLIP, arXiv 2303.15343): what its backends do, and the op made of it.
+"""Compute the sigmoid loss over all pairs of a batch (SigLIP, arXiv 2303.15343); make an op of a backend's kernels.
 
 With X = s I Tᵀ + b [n, m] and Y = X, but -X where row i and column i + pair_offset are a pair,
 
     loss  Σ_ij log(1 + exp(Y_ij)) / n        dY_ij  sigmoid(Y_ij) / n
 
-An entry of dX needs nothing of the others, so one pass forms X, sums the losses and multiplies dX with the features:
-three products in place of four. The gradients for a grad_output of 1 are kept for the backward pass, O((n + m) D).
+Each entry of dX depends on its own X only, so one pass forms X, sums the losses and multiplies dX with the features:
+three products instead of four. The gradients for a grad_output of 1 are kept for the backward pass, O((n + m) D).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from cliperase_fast.ops.transforms import first_derivative_only
 
 
 class SigmoidParts(NamedTuple):
-    """Sums over all entries, not divided by n, in the computing dtype; a gradient not needed is an empty tensor."""
+    """Hold sums over all entries, not divided by n, in the computing dtype; gradients not needed are empty tensors."""
 
     loss: Tensor  # []
     grad_image: Tensor  # [n, D]
@@ -34,24 +34,24 @@ class SigmoidParts(NamedTuple):
 
 
 class SigmoidKernels(Protocol):
-    """What a streamed backend brings; `as_sigmoid` makes a differentiable loss of it."""
+    """Define what a streamed backend provides; `as_sigmoid` makes a differentiable loss of it."""
 
     name: str  # of its custom op
 
     def sigmoid(self, inputs: SimilarityInputs, need: Need) -> SigmoidParts:
-        """Return the sums for image, text, scale, bias and pair_offset of `inputs`. need.scale: the bias's too."""
+        """Return the sums for image, text, scale, bias and pair_offset of `inputs`. need.scale covers the bias too."""
         ...
 
 
 class Sigmoid(NamedTuple):
-    """The sigmoid loss of a backend."""
+    """Hold the sigmoid loss of a backend."""
 
     loss: Callable[[SimilarityInputs], Tensor]  # 0-d, differentiable in image, text, scale and bias
-    kernels: SigmoidKernels | None = None  # what computes the shards of a batch; None: it cannot
+    kernels: SigmoidKernels | None = None  # for a sharded batch; None: not supported
 
 
 class _TorchSigmoid:
-    """In strips of rows, in plain PyTorch, on any device. Memory: two strips [h, m]."""
+    """Work in strips of rows, in plain PyTorch, on any device. Memory: two strips [h, m]."""
 
     name = "torch"
 
@@ -70,7 +70,7 @@ class _TorchSigmoid:
             own = start + inputs.pair_offset
             y = similarity.strip(start, rows.stop, strip).add_(bias)  # [h, m]
             y.diagonal(own).neg_()
-            loss += F.softplus(y, threshold=40).sum()  # beyond it log(1 + exp(y)) is y, in float64 too
+            loss += F.softplus(y, threshold=40).sum()  # above 40, log(1 + exp(y)) is y in float64 too
             if not any(need):
                 continue
             y.sigmoid_().diagonal(own).neg_()
@@ -118,7 +118,7 @@ def as_sigmoid(kernels: SigmoidKernels) -> Sigmoid:
     )
 
     class Directly(torch.autograd.Function):
-        """Without the op, which costs a small batch more than its loss does."""
+        """Call the kernels without the op, which takes longer than the loss of a small batch."""
 
         @staticmethod
         def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, *given: Any) -> Tensor:
@@ -159,8 +159,8 @@ def _fake(
 
 def _save(ctx: Any, tensors: tuple[Tensor, ...], parts: tuple[Tensor, ...]) -> None:
     ctx.dtypes = [tensor.dtype for tensor in tensors]
-    ctx.set_materialize_grads(False)  # else autograd makes zeros as large as what is kept
-    ctx.save_for_backward(*parts[1:], *tensors)  # the inputs only for what `first_derivative_only` asks of them
+    ctx.set_materialize_grads(False)  # else autograd allocates zeros as large as the saved tensors
+    ctx.save_for_backward(*parts[1:], *tensors)  # `first_derivative_only` needs the inputs
 
 
 @first_derivative_only

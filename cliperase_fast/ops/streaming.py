@@ -1,8 +1,8 @@
-"""Backend "torch": the loss sweep in strips of rows, in plain PyTorch, on any device.
+"""Backend "torch": run the loss sweep in strips of rows, in plain PyTorch, on any device.
 
-No n x m matrix in either direction. Forward: each strip [h, m] of S (and S°) is formed once; its rows are
-complete, its columns are merged into running maxima and sums; what is kept is O(n + m). Backward: each strip is
-formed again and turned into a strip of dS, from which dI = s dS T, dT = s dSᵀ I and ds = Σ_i <(dS T)_i, I_i>.
+Neither pass forms an n x m matrix. Forward: each strip [h, m] of S (and S°) is formed once. Its rows are complete; its
+columns are merged into running maxima and sums. O(n + m) numbers are kept. Backward: each strip is formed again and
+turned into a strip of dS, from which dI = s dS T, dT = s dSᵀ I and ds = Σ_i <(dS T)_i, I_i>.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from cliperase_fast.ops.spec import (
     losses_from_stats,
 )
 
-# Bytes of one strip matrix; four are alive at once. Small strips stay in a CPU's cache; a GPU wants fewer
-# launches.
+# Bytes of one strip matrix; four are alive at once. Small strips stay in a CPU's cache; large ones save launches on a
+# GPU.
 _STRIP_BYTES_CPU = 8 << 20
 _STRIP_BYTES_GPU = 32 << 20
 _LEAST_ROWS = 64
 
 
 class Similarity:
-    """Rows of S = scale * image @ textᵀ, formed on demand in `dtype`."""
+    """Form rows of S = scale * image @ textᵀ on demand, in `dtype`."""
 
     def __init__(self, image: Tensor, text: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
         self.image, self.text = image, text.to(dtype).contiguous()
@@ -45,9 +45,9 @@ class Similarity:
 
 
 class _OffDiagonal:
-    """The planes of the rows and columns of a matrix that comes in strips, what is left out filled with `lowest`.
+    """Collect the stats of the rows and columns of a matrix given in strips; excluded entries hold the lowest number.
 
-    With a second matrix `gap`, also its sum under each row's and column's exponentials.
+    With a second matrix `gap`, also sum it weighted by each row's and column's exponentials.
     """
 
     def __init__(self, inputs: SimilarityInputs, like: Tensor, with_gap: bool) -> None:
@@ -74,14 +74,14 @@ class _OffDiagonal:
             self.column_gap.mul_(shrink).add_(work.mul_(gap).sum(0))
 
     def rows(self) -> list[Tensor]:
-        return [plane for plane in (self.row_max, self.row_sum, self.row_gap) if plane is not None]
+        return [stat for stat in (self.row_max, self.row_sum, self.row_gap) if stat is not None]
 
     def columns(self) -> list[Tensor]:
-        return [plane for plane in (self.column_max, self.column_sum, self.column_gap) if plane is not None]
+        return [stat for stat in (self.column_max, self.column_sum, self.column_gap) if stat is not None]
 
 
 class TorchKernels:
-    """See `ops.spec.SweepKernels`. Memory: four strips [h, m]; it keeps nothing for the backward pass."""
+    """Implement `ops.spec.SweepKernels`. Memory: four strips [h, m]; no similarities are kept for the backward pass."""
 
     name = "torch"
 
@@ -111,7 +111,7 @@ class TorchKernels:
                 t = teacher.strip(start, rows.stop, teacher_strip)
                 g = torch.sub(t, s, out=gap[:h])
                 if shift is None:
-                    # Any constant would do; this one keeps the gaps small, so exact, where S° - S hardly varies.
+                    # Any constant works; this one keeps the gaps small, and so exact, if S° - S hardly varies.
                     shift = g[0, 0].clone()
                 g.sub_(shift).diagonal(own).zero_()
                 if teacher_diagonal is not None:
@@ -127,14 +127,14 @@ class TorchKernels:
                 masked.add(s.masked_fill_(_same_group(inputs, rows), lowest), start, work[:h])
 
         parts = [part for part in (plain, masked, teacher_sums) if part is not None]
-        sums = Stats(
-            torch.stack([plane for part in parts for plane in part.rows()]),
-            torch.stack([plane for part in parts for plane in part.columns()]),
+        stats = Stats(
+            torch.stack([stat for part in parts for stat in part.rows()]),
+            torch.stack([stat for part in parts for stat in part.columns()]),
             diagonal,
             teacher_diagonal,
             shift,
         )
-        return sums, torch.empty(0, dtype=torch.uint8, device=strip.device)
+        return stats, torch.empty(0, dtype=torch.uint8, device=strip.device)
 
     losses = losses_from_stats
 
@@ -204,7 +204,7 @@ def _add_softmax(gradient: Tensor, strip: Tensor, rows: slice, work: Tensor, sof
 
 
 def strip_height(n: int, m: int, strip_rows: int, like: Tensor) -> int:
-    """Rows of an [n, m] matrix to form at a time; strip_rows: the caller's wish, 0 for none."""
+    """Return the number of rows of an [n, m] matrix to form at a time; strip_rows: a given number, 0 for none."""
     budget = _STRIP_BYTES_CPU if like.device.type == "cpu" else _STRIP_BYTES_GPU
     return min(n, strip_rows or max(_LEAST_ROWS, budget // (m * like.element_size())))
 

@@ -1,4 +1,4 @@
-"""Derivatives that the streamed backends do not have: a second one is refused with an error that names the remedy."""
+"""Refuse derivatives that the streamed backends do not have: a second one raises an error with the remedy."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _REMEDY = "use backend='eager' (or CLIPERASE_BACKEND=eager) without a process_gr
 
 
 def batched(*tensors: Tensor | None) -> bool:
-    """Whether a vmap stands over any of these: that of `torch.func`, or `is_grads_batched` of `torch.autograd.grad`."""
+    """Return whether a vmap covers any of these: of `torch.func`, or `is_grads_batched` of `torch.autograd.grad`."""
     is_batched, is_legacy = torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor
     return any(tensor is not None and (is_batched(tensor) or is_legacy(tensor)) for tensor in tensors)
 
 
 def refuse_second_derivative(op: Any, remedy: str = _REMEDY) -> None:
-    """Register an autograd formula for a custom op that computes gradients: an error in place of a derivative."""
+    """Register an autograd formula that raises, for a custom op that computes gradients."""
     op.register_autograd(lambda ctx, *_: _refuse(remedy))
 
 
@@ -30,7 +30,7 @@ def _refuse(remedy: str = _REMEDY) -> Any:
 
 
 class _Refusing(torch.autograd.Function):
-    """The first `count` tensors, as if they depended on the others in a way that cannot be differentiated."""
+    """Return the first `count` tensors, as functions of the others that cannot be differentiated."""
 
     @staticmethod
     def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -42,10 +42,10 @@ class _Refusing(torch.autograd.Function):
 
 
 def first_derivative_only(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
-    """Decorate the backward of an autograd function whose inputs are among what it saved: (ctx, saved, *gradients).
+    """Decorate the backward of an autograd function that saves its inputs: (ctx, saved, *gradients).
 
-    What is saved is unpacked once, as checkpointing wants it. As torch's `once_differentiable`, but with an error that
-    helps; and torch.autograd.grad meets it too, where the other leaves the second derivative out without a word.
+    The saved tensors are unpacked once, as checkpointing requires. This is like torch's `once_differentiable`, but the
+    error names the remedy, and torch.autograd.grad raises it too, where the other silently omits the second derivative.
     """
 
     @wraps(backward)
