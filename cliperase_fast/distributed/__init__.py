@@ -1,6 +1,6 @@
-"""A batch spread over processes: agreeing on it (`group.py`), moving rows (`collectives.py`, `ring.py`), the sweeps.
+"""Spread a batch over processes: the group and its checks, collectives, and the sharded softmax and sigmoid losses.
 
-`ranks.py` is for whole runs: joining the processes, sharing work between them, hearing of one that is gone.
+`world.py` serves whole runs: it joins the processes, shares work between them and propagates errors.
 """
 
 from __future__ import annotations

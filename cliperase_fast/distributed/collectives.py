@@ -1,6 +1,6 @@
-"""Rows that move between ranks, all at once or in blocks that go round.
+"""Move rows between ranks, all at once or in blocks round a ring.
 
-Stats are always in rank order, so two runs are bitwise equal.
+Results are always combined in rank order, so two runs are bitwise equal.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from cliperase_fast.distributed.process_group import Group, Shards, gather_equal
 
 
 def as_bytes(rows: Tensor) -> Tensor:
-    """The same memory as uint8, which every backend moves whatever the dtype."""
+    """View the memory as uint8, which every backend can send whatever the dtype."""
     return rows.view(torch.uint8)
 
 
 def gather_rows(shards: Shards, *tensors: Tensor | None) -> list[Tensor | None]:
-    """Everyone's rows [N, ...] for each of one's own [n, ...], in rank order; None stays None."""
+    """Gather all ranks' rows [N, ...] of each tensor [n, ...], in rank order; None stays None."""
     largest = max(shards.sizes)
     started: list[tuple[Any, Tensor] | None] = []
     for tensor in tensors:
@@ -47,16 +47,16 @@ def gather_rows(shards: Shards, *tensors: Tensor | None) -> list[Tensor | None]:
     return results
 
 
-def to_owners(shards: Shards, planes: Tensor) -> Tensor:
-    """What every rank has found of one's own pairs, [ranks, planes, n], from what one has found of all, [planes, N]."""
-    found = planes.T.contiguous()  # [N, planes]
+def to_owners(shards: Shards, stats: Tensor) -> Tensor:
+    """Send stats of all pairs [stats, N] to their owners; return all ranks' stats of own pairs [ranks, stats, n]."""
+    found = stats.T.contiguous()  # [N, stats]
     received = found.new_empty(shards.group.size * shards.own, found.shape[1])
     _all_to_all(shards, received, found)
     return received.view(shards.group.size, shards.own, received.shape[1]).transpose(1, 2)
 
 
 def sum_to_owners(shards: Shards, summands: Tensor) -> Tensor:
-    """The sum over all ranks of their [N, D], one's own rows [n, D] of it."""
+    """Sum `summands` [N, D] over all ranks, and return this rank's own rows [n, D]."""
     if shards.even:
         total = summands.new_empty(shards.own, summands.shape[1])
         sum_scattered(total, summands.contiguous(), shards.group.process_group)
@@ -74,7 +74,7 @@ def _all_to_all(shards: Shards, received: Tensor, sent: Tensor) -> None:
 
 
 def total_over_ranks(group: Group, value: Tensor) -> Tensor:
-    """The sum of everyone's `value`."""
+    """Sum `value` over all ranks."""
     shares = value.new_empty(group.size, *value.shape)
     gather_equal(shares, value.contiguous()[None], group.process_group)
     return shares.sum(0)
@@ -92,12 +92,12 @@ class _Sum(torch.autograd.Function):
 
 
 def sum_over_ranks(shards: Shards, value: Tensor) -> Tensor:
-    """The same, differentiable: a gradient grows by the number of ranks, over which the parameters' is averaged."""
+    """Sum `value` over all ranks; the gradient is multiplied by the number of ranks, see `functional`."""
     return _Sum.apply(value, shards.group)
 
 
 class RingExchange:
-    """Tensors on their way to the next rank, and others on their way here from the rank before."""
+    """Send tensors to the next rank while receiving others from the previous rank."""
 
     def __init__(self, group: Group, sent: Sequence[Tensor], received: Sequence[Tensor]) -> None:
         after, before = (group.rank + 1) % group.size, (group.rank - 1) % group.size
@@ -105,7 +105,7 @@ class RingExchange:
         operations = [
             dist.P2POp(operation, as_bytes(tensor), group=group.process_group, group_peer=peer)
             for operation, tensor, peer in pairs
-            if tensor.numel()  # both ends know the sizes
+            if tensor.numel()  # both ranks know the sizes
         ]
         self._works = dist.batch_isend_irecv(operations) if operations else []
         self._held = (sent, received)
@@ -116,9 +116,9 @@ class RingExchange:
 
 
 class RingReducer:
-    """Stats of rows that follow the blocks of a ring a step behind: every rank adds its part, the last hop is home.
+    """Sum rows along a ring, one step behind its blocks: every rank adds its part, the last hop reaches the owner.
 
-    At each step `receive(rows of the block)`, then, when the part is known, `add(part)`; at the end `arrive()`.
+    At each step call `receive(rows of the block)` and, once the part is known, `add(part)`; at the end `arrive()`.
     """
 
     def __init__(self, shards: Shards, like: Tensor, width: int) -> None:
@@ -139,7 +139,7 @@ class RingReducer:
         self._total = part
 
     def arrive(self) -> Tensor:
-        """One's own rows, with everyone's parts."""
+        """Return this rank's own rows, summed over all ranks."""
         assert self._total is not None
         if self._shards.group.size > 1:
             self.receive(self._shards.own)
@@ -150,12 +150,12 @@ class RingReducer:
 
 
 def owners(group: Group) -> list[int]:
-    """Whose block is here at each step."""
+    """Return the rank whose block is here, for each step."""
     return [(group.rank - step) % group.size for step in range(group.size)]
 
 
 def blocks(shards: Shards, *own: Tensor | None) -> Iterator[tuple[int, list[Tensor | None]]]:
-    """(owner, its rows) of every rank in turn, one's own first; the next block travels while one is used."""
+    """Yield (owner, its rows) for every rank, this one first; the next block travels while one is used."""
     held = [None if tensor is None else tensor.detach().contiguous() for tensor in own]
     turns = owners(shards.group)
     for step, owner in enumerate(turns):

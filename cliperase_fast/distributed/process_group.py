@@ -1,4 +1,4 @@
-"""The processes that share a batch: who they are, what each holds, and that they all mean the same."""
+"""Describe the processes that share a batch: who they are, what each holds, and whether their options agree."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from torch import Tensor
 from cliperase_fast.errors import InputError
 
 GATHER_MODES = ("all", "ring")
-LOCAL, WORLD = "local", "world"  # words for a process_group
-_FAILED = -1  # in the place of a digest
-_RENAMED = hasattr(dist, "all_gather_single")  # by torch 2.14, which warns of the older names
+LOCAL, WORLD = "local", "world"  # values of process_group that are not a group
+_FAILED = -1  # sent instead of a digest
+_RENAMED = hasattr(dist, "all_gather_single")  # torch 2.14 deprecates the older names
 
 
 def gather_equal(gathered: Tensor, own: Tensor, group: Any, async_op: bool = False) -> Any:
-    """Everyone's `own` [n, ...], in rank order, into `gathered` [ranks * n, ...]."""
+    """Gather all ranks' `own` [n, ...], in rank order, into `gathered` [ranks * n, ...]."""
     gather = dist.all_gather_single if _RENAMED else dist.all_gather_into_tensor
     return gather(gathered, own, group=group, async_op=async_op)
 
 
 def sum_scattered(own: Tensor, summands: Tensor, group: Any) -> None:
-    """This rank's part of the sum over all ranks of `summands` [ranks * n, ...], into `own` [n, ...]."""
+    """Sum `summands` [ranks * n, ...] over all ranks, and write this rank's part into `own` [n, ...]."""
     scatter = dist.reduce_scatter_single if _RENAMED else dist.reduce_scatter_tensor
     scatter(own, summands, group=group)
 
 
 def check_process_group(process_group: Any) -> None:
-    """Raise InputError for a process_group that is wrong whatever happens until the loss is called.
+    """Raise InputError for a process_group that will still be wrong when the loss is called.
 
-    torch.distributed.group.WORLD is None before init_process_group(), so None is accepted where there is one process,
-    and refused where there are several: it would be the loss of this process's pairs alone.
+    torch.distributed.group.WORLD is None before init_process_group(). So None is accepted in a single process, and
+    refused among several, where it would give the loss of this process's own pairs.
     """
     if process_group is None and _ranks() > 1:
         raise InputError(
@@ -54,7 +54,7 @@ def check_process_group(process_group: Any) -> None:
 
 
 def resolve_group(process_group: Any) -> Any:
-    """The torch.distributed group whose ranks share the batch, as of now; None where it is this process's own."""
+    """Return the torch.distributed group whose ranks share the batch; None if the batch is this process's own."""
     if isinstance(process_group, str) and process_group == LOCAL:
         return None
     check_process_group(process_group)
@@ -68,12 +68,12 @@ def resolve_group(process_group: Any) -> Any:
 def _not_initialised(what: str) -> NoReturn:
     raise InputError(
         f"{what}: torch.distributed is not initialised; call torch.distributed.init_process_group() "
-        "first (under torchrun it needs no more), or leave process_group out"
+        "first (under torchrun without arguments), or leave process_group out"
     )
 
 
 def _ranks() -> int:
-    """How many processes there are, also where they have not been joined yet."""
+    """Return the number of processes, even if they have not been joined yet."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_world_size()
     size = os.environ.get("WORLD_SIZE", "1")
@@ -81,7 +81,7 @@ def _ranks() -> int:
 
 
 class Group:
-    """A process group that has been looked at. Raises InputError when it cannot be used from this process."""
+    """Wrap a process group that this process can use. Raises InputError if it cannot."""
 
     def __init__(self, process_group: Any) -> None:
         if not dist.is_available():
@@ -106,16 +106,14 @@ class Group:
         self.backend_of = dict(entry.split(":") for entry in config.split(","))  # device type -> its backend
 
     def check_device(self, device: torch.device) -> None:
-        """Raise InputError unless the group carries tensors of this device."""
+        """Raise InputError unless the group has a backend for this device."""
         if device.type not in self.backend_of:
             kinds = ", ".join(f"{backend} for {kind}" for kind, backend in self.backend_of.items())
-            raise InputError(
-                f"process_group ({kinds}) does not carry tensors on {device}; make a group with a backend for it"
-            )
+            raise InputError(f"process_group ({kinds}) has no backend for tensors on {device}; make a group with one")
 
     @contextmanager
     def propagate_errors(self) -> Iterator[None]:
-        """An InputError inside is raised on the other ranks as well, where they wait in `agree`."""
+        """Raise an InputError from inside on the other ranks too, which wait in `agree`."""
         try:
             yield
         except InputError as error:
@@ -124,9 +122,9 @@ class Group:
             raise
 
     def agree(self, options: Mapping[str, object], counts: tuple[int, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The two counts of every rank. Raises InputError on all of them, naming what differs, if the options do.
+        """Return the two counts of every rank. If the options differ, raise InputError on all ranks with what differs.
 
-        One all-gather of three numbers; on a GPU without a CPU backend in the group the host waits for it.
+        This is one all-gather of three numbers. If the group has no CPU backend, the host waits for the GPU.
         """
         digest = hashlib.blake2b(repr(sorted(options.items())).encode(), digest_size=7).digest()
         found = self._exchange(int.from_bytes(digest, "little"), counts)
@@ -166,12 +164,12 @@ def _differences(said: Sequence[Mapping[str, object]]) -> str:
 
 @dataclass(frozen=True)
 class Shards:
-    """How the pairs of one batch lie on the ranks, in rank order."""
+    """Describe how the pairs of one batch are spread over the ranks, in rank order."""
 
     group: Group
     sizes: tuple[int, ...]  # pairs on each rank
     gather: str
-    own_values: bool = False  # a loss's value is the mean over this rank's pairs, not over the batch
+    own_values: bool = False  # whether a loss's value is the mean over this rank's pairs, not over the batch
 
     @property
     def total(self) -> int:
@@ -183,7 +181,7 @@ class Shards:
 
     @property
     def firsts(self) -> list[int]:
-        """The place of each rank's first pair in the whole batch."""
+        """The index of each rank's first pair in the whole batch."""
         return [0, *accumulate(self.sizes)][:-1]
 
     @property

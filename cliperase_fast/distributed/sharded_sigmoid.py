@@ -1,8 +1,9 @@
-"""The sigmoid loss of a batch whose pairs lie on several ranks: own rows meet everyone's texts, block by block.
+"""Compute the sigmoid loss of a batch spread over ranks: own rows meet all ranks' texts, block by block.
 
-Gradients are as those of `distributed/sharded_softmax.py`: of the whole batch's loss times the number of ranks. They
-are found in the forward pass, where the texts go round; a block's gradient follows it home. The backward pass only
-scales them, unless the ranks' incoming gradients differ: then the texts go round again, each rank's part with its own.
+As in `distributed/sharded_softmax.py`, gradients are those of the whole batch's loss times the number of ranks. The
+forward pass computes them while the texts pass round the ring, and a block's gradient follows it to its owner. The
+backward pass only scales them, unless the ranks' incoming gradients differ. Then the texts pass round again, and each
+rank weights its part with its own incoming gradient.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from cliperase_fast.ops.transforms import first_derivative_only
 
 
 def sharded_sigmoid(kernels: SigmoidKernels, shards: Shards, inputs: SimilarityInputs) -> Tensor:
-    """Return the mean over all rows of the batch, or over one's own (`Shards.own_values`), 0-d in `inputs.dtype`.
+    """Return the mean over all rows of the batch, or over own rows (`Shards.own_values`), 0-d in `inputs.dtype`.
 
-    inputs: this rank's pairs, possibly none; the whole batch may not be empty. Every rank calls it, and its backward.
+    inputs: this rank's pairs, possibly none; the whole batch must not be empty. Every rank must call this and backward.
     """
     assert inputs.bias is not None
     tensors = (inputs.image, inputs.text, inputs.scale, inputs.bias)
@@ -58,7 +59,7 @@ class _Sigmoid(torch.autograd.Function):
         if gradients[1] is not None:
             (everyones,) = gather_rows(Shards(shards.group, (1,) * shards.group.size, "all"), grad.reshape(1))
             assert everyones is not None
-            if not bool((everyones == grad).all()):  # others' parts of one's own texts come with their gradients
+            if not bool((everyones == grad).all()):  # other ranks weight their parts of these texts by their gradients
                 local = SimilarityInputs(image, text, scale, bias=bias)
                 with no_autocast(local.image):
                     gradients[1] = _parts(kernels, shards, local, Need(False, True, False), weight).grad_text
@@ -69,7 +70,7 @@ class _Sigmoid(torch.autograd.Function):
 def _parts(
     kernels: SigmoidKernels, shards: Shards, local: SimilarityInputs, need: Need, weight: Tensor | None = None
 ) -> SigmoidParts:
-    """Return the sums of one's own rows over all columns, and the gradient of one's own texts over all rows."""
+    """Return the sums of own rows over all columns, and the gradient of own texts over all rows."""
     like = local.text.new_empty(0, dtype=local.dtype)
     grad_image, _, grad_scale = zeros(local, 0, like)
     loss, grad_bias = like.new_zeros(()), like.new_zeros(())
@@ -101,7 +102,7 @@ def _parts(
 def _blocks(
     shards: Shards, local: SimilarityInputs, gathered: list[Tensor | None]
 ) -> Iterator[tuple[int, SimilarityInputs | None]]:
-    """Yield (rows of the block of texts, inputs), see `column_blocks`."""
+    """Yield (number of texts in the block, inputs), see `column_blocks`."""
     sizes = (
         [shards.total]
         if shards.gather == "all"

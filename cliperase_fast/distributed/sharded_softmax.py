@@ -1,14 +1,14 @@
-"""The sweep of a batch whose pairs lie on several ranks: each forms the similarities of its own rows only.
+"""Sweep a batch spread over ranks: each rank forms the similarities of its own rows only.
 
-Forward: own rows meet everyone's texts, gathered at once or block by block round a ring. What is found of the rows is
-complete; what is found of the columns goes to their owners, who merge it in rank order, finish their pairs and tell
-everyone what is saved of the columns, [9, N]. Backward: a rank forms its rows of dS; dI and ds of its rows are
-complete, dT is summed to its owners. Nothing is N x N; the similarities are formed once in all, not once for each side.
+Forward: own rows meet all ranks' texts, gathered at once or block by block round a ring. The stats of own rows are
+then complete. The stats of the columns go to their owners, who merge them in rank order, finish their pairs and send
+the saved stats of their columns, [9, N] in all, to every rank. Backward: a rank forms its rows of dS. dI and ds of its
+rows are complete; dT is summed to its owners. No matrix is N x N, and each similarity is formed on one rank only.
 
-Gradients are those of the loss of the whole batch times the number of ranks, so that their mean over the ranks, which
-DistributedDataParallel takes of those of the parameters, is the gradient of one process with the whole batch. A rank's
-gradient of logit_scale has its own rows' part only: the mean over the ranks is the whole. They are the same where the
-values are those of a rank's own rows and columns (`Shards.own_values`).
+Gradients are those of the whole batch's loss times the number of ranks. DistributedDataParallel averages the gradients
+of parameters over the ranks, which gives those of one process with the whole batch. A rank's gradient of logit_scale
+covers its own rows only, and is right in the mean over the ranks. `Shards.own_values` changes the values, not the
+gradients.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from cliperase_fast.ops.transforms import first_derivative_only
 def sharded_sweep(kernels: SweepKernels, shards: Shards, inputs: SimilarityInputs) -> tuple[Tensor, Tensor]:
     """Return (retention, consistency) of the whole batch on every rank; `inputs` is this rank's part.
 
-    A rank may have no pairs, the whole batch may not be empty. Every rank calls it, and its backward. With
+    A rank may have no pairs, but the whole batch must not be empty. Every rank must call this and backward. With
     gather="ring" no similarities are kept.
     """
     tensors = (inputs.image, inputs.text, inputs.scale)
@@ -97,7 +97,7 @@ class _Sweep(torch.autograd.Function):
 def _block(
     shards: Shards, local: SimilarityInputs, first: int, text: Tensor, teacher_text: Tensor | None, ids: Tensor | None
 ) -> SimilarityInputs | None:
-    """One's own rows against columns that start at place `first` of the whole batch; None where there is nothing."""
+    """Return own rows against columns that start at index `first` of the whole batch; None if either is empty."""
     if not shards.own or not len(text):
         return None
     pair_offset = shards.firsts[shards.group.rank] - first
@@ -109,7 +109,7 @@ def _block(
 def column_blocks(
     shards: Shards, local: SimilarityInputs, gathered: list[Tensor | None]
 ) -> Iterator[tuple[int, SimilarityInputs | None]]:
-    """Yield (place of the first column, inputs) until own rows have met everyone's columns."""
+    """Yield (index of the first column, inputs) until own rows have met all ranks' columns."""
     if shards.gather == "all":
         text, *others = gathered
         assert text is not None
@@ -124,7 +124,7 @@ def column_blocks(
 def _forward(
     kernels: SweepKernels, shards: Shards, local: SimilarityInputs, gathered: list[Tensor | None]
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], Tensor]:
-    """Return (retention, consistency, what is saved of own rows [9, n] and of all columns [9, N], what is kept)."""
+    """Return (retention, consistency, saved stats of own rows [9, n] and of all columns [9, N], cache)."""
     rows = diagonal = teacher_diagonal = shift = None
     columns = empty_stats(local, shards.total)
     shifts = columns.new_zeros(1, shards.total)
@@ -189,7 +189,7 @@ def _backward_round_the_ring(
     need_text: bool,
     of: _Gradients,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of a block of texts follows it a step behind, and every rank adds its part; the last hop is home."""
+    """Sum the gradients of texts with a `RingReducer`, while the blocks of texts pass round the ring."""
     image, _, scale = zeros(local, 0, columns)
     home = collectives.RingReducer(shards, columns, local.text.shape[1]) if need_text else None
     for step, (first, inputs) in enumerate(column_blocks(shards, local, gathered)):

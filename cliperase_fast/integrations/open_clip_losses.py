@@ -1,20 +1,20 @@
-"""open_clip's losses, fused: subclasses with the same arguments and results, and no N x N matrix.
+"""Replace open_clip's losses by fused subclasses with the same arguments and results, and no N x N matrix.
 
-Arguments that these do not know, of a newer open_clip, are left to open_clip's own forward. They compute in float32 at
-least, also under autocast, where open_clip rounds its similarities to half precision; the losses come back in float32
-then. The teacher gets no gradient. CLIPERASE_BACKEND chooses the backend.
+A call with unknown arguments, from a newer open_clip, goes to open_clip's own forward. The fused losses compute in
+float32 or float64, and return at least float32, under autocast too, where open_clip rounds its similarities to half
+precision. The teacher gets no gradient. CLIPERASE_BACKEND chooses the backend.
 
-Several ranks: with L the loss of the whole batch, F a rank's features and W the number of ranks, open_clip's ways are
+Several ranks: with L the loss of the whole batch, F a rank's features and W the number of ranks, open_clip computes
 
     local_loss  gather_with_grad   value on a rank         gradient of F   gradient of the scale
     no          yes                L                       W dL/dF         dL/ds
     no          no                 L                       dL/dF           dL/ds
-    yes         yes                of own rows, columns    W dL/dF         such that its mean over ranks is dL/ds
+    yes         yes                of own rows, columns    W dL/dF         its mean over ranks is dL/ds
     yes         no                 of own rows, columns    of own rows and columns only, others' features constant
 
-The first three come of one sweep sharded over the ranks, where a rank forms its own rows alone; there the gradients of
-the scale differ from rank to rank, and their mean is dL/ds: after DistributedDataParallel's averaging all are
-open_clip's. The last one, horovod, and CLIPERASE_BACKEND=eager gather the features as open_clip does.
+The first three use one sweep sharded over the ranks, where each rank forms only its own rows. There the gradients of
+the scale differ between ranks, and their mean is dL/ds. So after DistributedDataParallel has averaged them, all
+gradients equal open_clip's. The last one, horovod, and CLIPERASE_BACKEND=eager gather the features as open_clip does.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from cliperase_fast.validation import auto_shards
 
 
 def check_version() -> None:
-    """InputError where open_clip is missing or not of the versions these losses were written for."""
+    """Raise InputError if open_clip is missing or has an unsupported version."""
     require_version("open_clip_torch", ">=3.0,<5.0")
 
 
 check_version()
 
-from open_clip import loss as stock  # noqa: E402 - the line above says more than an ImportError
+from open_clip import loss as stock  # noqa: E402 - check_version gives a better message than an ImportError
 
 
 def _original(name: str) -> Any:
-    """open_clip's own class, also where its name has been given to a subclass since."""
+    """Return open_clip's own class, even if its name has since been rebound to a subclass."""
     current = getattr(stock, name)
     return next(kind for kind in current.__mro__ if (kind.__module__, kind.__name__) == (stock.__name__, name))
 
@@ -53,7 +53,7 @@ StockSigLipLoss: Any = _original("SigLipLoss")
 
 
 def _overridden(loss: torch.nn.Module, base: type, *methods: str) -> bool:
-    """Whether a subclass has methods of its own that the fused loss would not call."""
+    """Return whether a subclass overrides methods that the fused loss would not call."""
     return any(getattr(type(loss), method) is not getattr(base, method) for method in methods)
 
 
@@ -73,7 +73,7 @@ class _DividedGradient(torch.autograd.Function):
 
 
 def _sharding(loss: Any, **options: Any) -> dict[str, Any]:
-    """`options` and the group where the loss's ranks are those of this run and the backend can share a batch."""
+    """Return the group and `options` if the loss's ranks are those of this run and the backend supports a group."""
     if loss.world_size == 1 or not auto_shards() or not dist.is_initialized():
         return {}
     if (dist.get_rank(), dist.get_world_size()) != (loss.rank, loss.world_size):
@@ -82,28 +82,28 @@ def _sharding(loss: Any, **options: Any) -> dict[str, Any]:
 
 
 class GatheredFeatures:
-    """What the losses do alike when there are several ranks."""
+    """Handle several ranks, for the losses that gather features."""
 
     rank: int
     world_size: int
     local_loss: bool
     gather_with_grad: bool
-    use_horovod: bool = False  # which open_clip 4 no longer has
+    use_horovod: bool = False  # removed in open_clip 4
 
     def _shared(self) -> dict[str, Any]:
-        """The options that shard the sweep over these ranks with open_clip's values; none where it must not be."""
+        """Return the options that shard the sweep over these ranks with open_clip's values; empty if it must not be."""
         if self.use_horovod or (self.local_loss and not self.gather_with_grad):
             return {}
         return _sharding(self, own_values=self.local_loss)
 
     def _with_gradients(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Features for the sharded sweep, whose gradients come back as large as open_clip's."""
+        """Return features for the sharded sweep, whose gradients have the magnitude of open_clip's."""
         if self.gather_with_grad:
             return image, text
         return _DividedGradient.apply(image, self.world_size), _DividedGradient.apply(text, self.world_size)
 
     def _gathered(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Everyone's features [N, D], as open_clip gathers them."""
+        """Return all ranks' features [N, D], as open_clip gathers them."""
         if self.world_size == 1:
             return image, text
         return stock.gather_features(
@@ -128,7 +128,7 @@ class GatheredFeatures:
         teacher: tuple[Tensor, Tensor] | None = None,
         teacher_scale: Tensor | float | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(contrastive, distill) of this rank's images against all texts, and of its texts against all images."""
+        """Return the mean (contrastive, distill) of own images against all texts and own texts against all images."""
         all_image, all_text = self._gathered(image, text)
         first = self.rank * len(image)
         directions: list[tuple[Tensor, Tensor, dict[str, Any]]] = [(image, all_text, {}), (text, all_image, {})]
@@ -143,10 +143,10 @@ class GatheredFeatures:
 
 
 class ClipLoss(GatheredFeatures, StockClipLoss):
-    """`open_clip.loss.ClipLoss`, streamed: memory grows as N, not N².
+    """Compute `open_clip.loss.ClipLoss`, streamed: memory grows as N, not N².
 
-    logit_bias shifts every similarity alike, so it changes neither the loss nor its gradients (its own is 0); a bias
-    of several elements, and a subclass with its own `get_logits` or `get_ground_truth`, are computed by open_clip.
+    logit_bias shifts all similarities equally, so it changes neither the loss nor its gradients (its own is 0).
+    open_clip computes a bias of several elements and a subclass that overrides `get_logits` or `get_ground_truth`.
     """
 
     def forward(
@@ -158,7 +158,7 @@ class ClipLoss(GatheredFeatures, StockClipLoss):
         output_dict: bool = False,
         **options: Any,
     ) -> Any:
-        """The loss, 0-d, or {"contrastive_loss": loss}. Features [n, D]; logit_scale already exponentiated."""
+        """Return the loss, 0-d, or {"contrastive_loss": loss}. Features [n, D]; logit_scale already exponentiated."""
         own = _overridden(self, StockClipLoss, "get_logits", "get_ground_truth")
         if own or options or not _is_constant(logit_bias):
             return super().forward(image_features, text_features, logit_scale, logit_bias, output_dict, **options)
@@ -169,16 +169,16 @@ class ClipLoss(GatheredFeatures, StockClipLoss):
             loss = self._local(image_features, text_features, logit_scale)[0]
         else:
             loss = contrast("clip_loss", *self._gathered(image_features, text_features), logit_scale)[0]
-        if isinstance(logit_bias, Tensor):  # a parameter of the model: DDP waits for its gradient
+        if isinstance(logit_bias, Tensor):  # DDP waits for the gradient of this parameter
             loss = loss + 0 * logit_bias.sum()
         return {"contrastive_loss": loss} if output_dict else loss
 
 
 class DistillClipLoss(GatheredFeatures, StockDistillClipLoss):
-    """`open_clip.loss.DistillClipLoss`, streamed: memory grows as N, not N².
+    """Compute `open_clip.loss.DistillClipLoss`, streamed: memory grows as N, not N².
 
     distill_loss is open_clip's cross-entropy: `functional.similarity_kl` halved, plus half of the teacher's entropies.
-    A subclass with its own `get_logits`, `get_ground_truth` or `dist_loss` is computed by open_clip.
+    open_clip computes a subclass that overrides `get_logits`, `get_ground_truth` or `dist_loss`.
     """
 
     def forward(
@@ -192,7 +192,7 @@ class DistillClipLoss(GatheredFeatures, StockDistillClipLoss):
         output_dict: bool = False,
         **options: Any,
     ) -> Any:
-        """(contrastive, distill), or {"contrastive_loss": ..., "distill_loss": ...}. dist_*: the frozen teacher's."""
+        """Return (contrastive, distill), or a dict of both. dist_*: the frozen teacher's features and scale."""
         student = (image_features, text_features)
         teacher = (dist_image_features, dist_text_features)
         if options or _overridden(self, StockDistillClipLoss, "get_logits", "get_ground_truth", "dist_loss"):
@@ -210,11 +210,11 @@ class DistillClipLoss(GatheredFeatures, StockDistillClipLoss):
 
 
 class SigLipLoss(StockSigLipLoss):
-    """`open_clip.loss.SigLipLoss`, fused: memory grows as N, not N².
+    """Compute `open_clip.loss.SigLipLoss`, fused: memory grows as N, not N².
 
-    On several ranks the texts go round them, share by share, whichever way of exchange `dist_impl` names, since they
-    differ in rounding alone; but "gather" holds them all. A bias of several elements, and a subclass with its own
-    `get_logits`, `get_ground_truth` or `_loss`, are computed by open_clip.
+    On several ranks the texts pass round a ring for every `dist_impl`, since they differ in rounding only; with
+    "gather" each rank holds all texts. open_clip computes a bias of several elements and a subclass that overrides
+    `get_logits`, `get_ground_truth` or `_loss`.
     """
 
     def forward(
@@ -226,7 +226,7 @@ class SigLipLoss(StockSigLipLoss):
         output_dict: bool = False,
         **options: Any,
     ) -> Any:
-        """The loss of this rank's images, 0-d, or {"contrastive_loss": loss}. Features [n, D]; scale exponentiated."""
+        """Return the loss of own images, 0-d, or {"contrastive_loss": loss}. Features [n, D]; scale exponentiated."""
         shared = _sharding(self, own_values=True, gather="all" if self.dist_impl == "gather" else "ring")
         if not shared or options or not self._fuses(logit_bias) or _overridden(self, SigLipLoss, "_loss"):
             return super().forward(image_features, text_features, logit_scale, logit_bias, output_dict, **options)

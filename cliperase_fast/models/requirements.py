@@ -34,7 +34,7 @@ def require_weights(model: nn.Module) -> None:
             )
         if hasattr(tensor, "device_mesh") and hasattr(tensor, "full_tensor"):
             raise InputError(
-                f"{key} of the {name} is a DTensor, of which each process holds a part; gather the weights with "
+                f"{key} of the {name} is a DTensor, sharded over the processes; gather the weights with "
                 "torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
                 "options=StateDictOptions(full_state_dict=True)), load them into a plain model and pass that one"
             )
