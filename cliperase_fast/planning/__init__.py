@@ -1,1 +1,1 @@
-"""The cost of a step on many GPUs, computed before it is run."""
+"""Compute the cost of a step on many GPUs before it runs."""

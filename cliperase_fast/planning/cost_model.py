@@ -1,7 +1,7 @@
-"""The cost of a step, computed: arithmetic, memory traffic, communication and memory. Nothing is measured.
+"""Compute the cost of a step: arithmetic, memory traffic, communication and memory. Nothing is measured.
 
-`sweep_cost` counts what the sharded sweep does; tests compare it with what ranks do. `step_cost` adds the encoders, the
-optimizer and the rates of a machine, which are assumptions: a GPU's data sheet times an efficiency.
+`sweep_cost` counts the work of the sharded sweep; tests compare it with real ranks. `step_cost` adds the encoders, the
+optimizer and the rates of a machine. The rates are assumptions: a GPU's data sheet times an efficiency.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _TOTALS = 2 * FLOAT32  # retention and consistency
 
 @dataclass(frozen=True)
 class Sweep:
-    """A batch of pairs in equal shares on ranks, and the options of its loss.
+    """Describe a batch of pairs in equal shares on ranks, and the options of its loss.
 
     width, teacher_width: D and D°; the teacher's counts with consistency only. feature_bytes: bytes of a feature's
     number. strip_rows: rows of dS formed at a time. fused: whether one kernel forms and uses the similarities (the GPU
@@ -66,8 +66,8 @@ class Sweep:
         return self.groups and self.retention
 
     @property
-    def planes(self) -> int:
-        """Numbers that the forward pass keeps for a row or column, as `ops.spec.SimilarityInputs.planes`."""
+    def num_stats(self) -> int:
+        """Numbers that the forward pass keeps for a row or column, as `ops.spec.SimilarityInputs.num_stats`."""
         return 2 * ((self.consistency or not self.ids) + self.ids) + 3 * self.consistency
 
 
@@ -112,7 +112,7 @@ def _moved(sweep: Sweep) -> int:
 def _received(sweep: Sweep) -> int:
     others, own = sweep.ranks - 1, sweep.own
     texts = others * own * (sweep.feature_bytes * (sweep.width + sweep.teacher) + _ID * sweep.ids)
-    numbers = others * (own * FLOAT32 * (sweep.planes + 1 + _STATE) + _TOTALS + _AGREEMENT)
+    numbers = others * (own * FLOAT32 * (sweep.num_stats + 1 + _STATE) + _TOTALS + _AGREEMENT)
     gradient = own * FLOAT32 * sweep.width
     if sweep.gather == "all":
         return texts + numbers + others * gradient
@@ -120,7 +120,7 @@ def _received(sweep: Sweep) -> int:
 
 
 def _memory(sweep: Sweep) -> int:
-    """At the peak of the backward pass: other ranks' texts, dT and what is received of it, dI, the statistics."""
+    """Count the peak of the backward pass: other ranks' texts, dT and what is received of it, dI, the statistics."""
     text = sweep.feature_bytes * (sweep.width + sweep.teacher) + _ID * sweep.ids
     gradient = FLOAT32 * sweep.width
     # saved, concatenated for the backward pass, and the anchors and factors computed from them
@@ -278,7 +278,7 @@ def step_cost(step: Step) -> StepCost:
 
 
 def _weights_received(step: Step, chunk: int) -> float:
-    """Bytes of the gradients' reduce-scatter and the weights' all-gather (DDP's all-reduce); ZeRO-3 adds more."""
+    """Count bytes of the gradients' reduce-scatter and the weights' all-gather (DDP's all-reduce); more for ZeRO-3."""
     whole = step.model.parameters * PRECISIONS[step.precision] * (step.gpus - 1) / step.gpus
     if step.zero < 3:
         return 2 * whole
@@ -288,13 +288,13 @@ def _weights_received(step: Step, chunk: int) -> float:
 
 
 def _collective_rate(step: Step) -> float:
-    """The rate of a collective: between nodes each byte enters a node once, over all its ports."""
+    """Return the rate of a collective. Between nodes each byte enters a node once, over all its ports."""
     device = step.device
     return device.link if step.gpus <= device.node else min(device.link, device.node * device.network)
 
 
 def _exchange_rate(step: Step) -> float:
-    """The rate of the loss's communication. A ring is as fast as its slowest link, one port between two nodes."""
+    """Return the rate of the loss exchange. A ring is as fast as its slowest link, one port between two nodes."""
     if step.gather == "all" or step.gpus <= step.device.node:
         return _collective_rate(step)
     return min(step.device.link, step.device.network)

@@ -1,7 +1,7 @@
-"""The CPU half of the backend "native": `csrc/cpu`, tiles of S and S° with one exponential for row and column.
+"""Run the backend "native" on the CPU: `csrc/cpu`, tiles of S and S° with one exponential for row and column.
 
-The gradients are computed in float32, from features of any dtype but float64. keep="similarities" stores the
-exponentials of the first rows, in float32, and saves forming S and S° again: four products in place of six.
+Gradients are computed in float32, from features of any dtype except float64. keep="similarities" stores the
+exponentials of the first rows in float32, so that S and S° need not be formed again: four products instead of six.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from cliperase_fast.ops.sigmoid import SigmoidParts, as_sigmoid
 from cliperase_fast.ops.spec import NUM_SAVED, Need, SavedStats, SimilarityInputs, Stats, Weights
 
 _FLOAT = 4  # bytes
-# What "auto" keeps depends on what forming it again would cost, which grows with the width. CPU time of a step of 8192
-# pairs with AVX-512: keeping saves a quarter of it at width 64, a fifth at 32, a seventh at 16, for some 500 MiB in
-# place of 27, and the first step, which touches them, takes 1.5 to 6 times as long. Narrow features are kept within
-# what a strip of dS takes anyway.
-_NARROW = 48  # widths below
+# What "auto" keeps depends on the cost of forming it again, which grows with the width. In a step of 8192 pairs with
+# AVX-512, keeping saves a quarter of the CPU time at width 64, a fifth at 32 and a seventh at 16. It takes some 500 MiB
+# instead of 27, and the first step, which touches this memory, takes 1.5 to 6 times as long. For narrow features "auto"
+# keeps no more than a strip of dS takes anyway.
+_NARROW = 48  # widths below are narrow
 _KEPT_OF_NARROW = 16 << 20
 
 
 class CpuKernels:
-    """See `ops.spec.SweepKernels`. Memory: O(N D), a strip of dS, at most 16 MiB (N up to 16,384), what is kept."""
+    """Implement `ops.spec.SweepKernels`. Memory: O(N D), a strip of dS (16 MiB at most for N <= 16,384), the cache."""
 
     name = "native"
 
@@ -51,7 +51,7 @@ class CpuKernels:
         return row_bytes * min(tile_rows, budget // row_bytes)
 
     def _tile_row_bytes(self, inputs: SimilarityInputs) -> int:
-        """What is kept of each `_tile_rows` rows."""
+        """Return the bytes that are kept for each `_tile_rows` rows."""
         tiles = 2 if inputs.want_consistency else 1
         blocks = -(-inputs.m // self._tile_columns)
         return _FLOAT * blocks * (self._tile_head + tiles * self._tile_rows * self._tile_columns)
@@ -76,7 +76,7 @@ class CpuKernels:
         return Stats(rows, columns, diagonal, teacher_diagonal, gap_shift), cache
 
     def losses(self, inputs: SimilarityInputs, cache_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`ops.spec.losses_from_stats` in one call."""
+        """Compute `ops.spec.losses_from_stats` in one call."""
         cache = self._workspace(cache_size)
         retention, consistency, saved = floats(), floats(), floats(NUM_SAVED, 2 * inputs.n)
         call = Call(self._cpu, inputs)
@@ -117,7 +117,7 @@ class CpuKernels:
         )
 
     def _workspace(self, size: int) -> Tensor:
-        """uint8 [size] from the extension's pool; [0] where there is no memory for it."""
+        """Return uint8 [size] from the extension's pool, or [0] if there is not enough memory."""
         if size:
             try:
                 return torch.frombuffer(self._cpu.Workspace(size), dtype=torch.uint8)
@@ -125,7 +125,7 @@ class CpuKernels:
                 if not self._told:
                     warnings.warn(
                         f"no memory to keep the similarities, {size / 2**20:.0f} MiB: they are formed again in the "
-                        "backward pass; CLIPERASE_KEEP_MIB sets how much is tried",
+                        "backward pass; lower CLIPERASE_KEEP_MIB to keep a part of them",
                         stacklevel=2,
                     )
                     self._told = True
@@ -133,7 +133,7 @@ class CpuKernels:
 
 
 class Call:
-    """`SimilarityInputs` as the extension takes them."""
+    """Convert `SimilarityInputs` for the extension."""
 
     def __init__(self, cpu: Any, inputs: SimilarityInputs) -> None:
         self._cpu = cpu
@@ -169,7 +169,7 @@ def _narrow(inputs: SimilarityInputs) -> bool:
 
 
 def _small_groups(inputs: SimilarityInputs) -> list[Tensor]:
-    """The ids of rows and columns as int32 numbers, equal where the ids are."""
+    """Return the ids of rows and columns as int32 numbers that are equal if the ids are."""
     rows, columns = inputs.group_ids, inputs.column_groups
     assert rows is not None and columns is not None
     if rows is columns:
@@ -180,12 +180,12 @@ def _small_groups(inputs: SimilarityInputs) -> list[Tensor]:
 
 
 def floats(*shape: int) -> Tensor:
-    """Memory that the extension writes float32 into, whatever torch's default dtype and device are."""
+    """Return uninitialised float32 memory on the CPU, whatever torch's default dtype and device are."""
     return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 def gradient_buffer(features: Tensor) -> Tensor:
-    """[rows, width up to the next multiple of 16], as the extension writes it."""
+    """Return a buffer [rows, width rounded up to a multiple of 16] for the extension to write."""
     rows, width = features.shape
     return floats(rows, -(-width // 16) * 16)
 
@@ -197,7 +197,7 @@ def finished(gradient: Tensor, features: Tensor, partial: bool) -> Tensor:
 
 
 class _CpuSigmoid:
-    """See `ops.sigmoid.SigmoidKernels`; float32 inside, not float64. It chooses its own strips."""
+    """Implement `ops.sigmoid.SigmoidKernels`; computes in float32, takes no float64 and chooses its own strips."""
 
     name = "native"
 

@@ -1,10 +1,9 @@
-"""The CUDA half of the backend "native": torch's matrix products, and `csrc/cuda` for everything between them.
+"""Run the backend "native" on a GPU: torch's matrix products, and `csrc/cuda` for everything between them.
 
-S and S° are formed in blocks, float32 and unscaled; one reading of a block updates the state of its rows and
-columns, in a fixed order and without atomics, so two runs are bitwise equal. Backward: a block of dS in the dtype of
-the features, from which dI = s dS T and dT = s dSᵀ I, accumulated in float32. The blocks' memory does not grow with N;
-nothing waits for the device. With keep="similarities" the first rows of the products stay in memory, as many as the
-budget holds.
+S and S° are formed in blocks, float32 and unscaled. One pass over a block updates the stats of its rows and columns, in
+a fixed order and without atomics, so two runs are bitwise equal. Backward: a block of dS in the dtype of the features
+gives dI = s dS T and dT = s dSᵀ I, accumulated in float32. The blocks' memory does not grow with N, and the host never
+waits for the device. With keep="similarities" as many first rows of the products stay in memory as the budget holds.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from cliperase_fast.ops.spec import (
 
 _FLOAT = 4  # bytes
 _LN_2 = 0.6931471805599453
-_ROWS = 64  # blocks have a multiple of these rows: what both kernels work on at once
+_ROWS = 64  # the rows of a block are a multiple of these, which both kernels process at once
 _COLUMNS = 128
 _CACHED_ROWS = 256
 _VECTOR = 4  # entries that a kernel reads and writes at once
@@ -39,20 +38,20 @@ _ALIGNMENT = 8  # entries: a row of every dtype begins at a multiple of 16 bytes
 
 
 class CudaKernels:
-    """See `ops.spec.SweepKernels`; not float64.
+    """Implement `ops.spec.SweepKernels`, except for float64.
 
     Features in half precision: products accumulate in float32, but dS is rounded to the features' dtype. Features
-    whose last dimension is not contiguous are copied. Memory: a block of CLIPERASE_STRIP_MIB, O(N D), and what is kept.
+    whose last dimension is not contiguous are copied. Memory: a block of CLIPERASE_STRIP_MIB, O(N D), and the cache.
     """
 
     def __init__(self, kernels: Any = None, name: str = "native_cuda", block_columns: int = 0) -> None:
-        """kernels: in place of the extension's. block_columns: of the widest block, 0 for what its memory suggests."""
+        """Use `kernels` instead of the extension's. block_columns: of the widest block; 0: chosen from its memory."""
         self.name = name
         self._kernels = kernels
         self._block_columns = block_columns
 
     def cache_size(self, inputs: SimilarityInputs) -> int:
-        """float32 products, the teacher's too where there is one, of the first rows; "auto" keeps nothing."""
+        """Return the bytes of the float32 products kept, of student and teacher; "auto" keeps nothing."""
         if inputs.keep != "similarities":
             return 0
         row_bytes = _kept_row_bytes(inputs)
@@ -144,9 +143,9 @@ class CudaKernels:
 
 
 def block_shape(n: int, m: int, pair_bytes: int, budget: int, strip_rows: int = 0, columns: int = 0) -> tuple[int, int]:
-    """(rows, columns) of the largest block of n x m in `budget` bytes: 16 times as wide as high where it can be.
+    """Return (rows, columns) of the largest block of n x m in `budget` bytes, 16 times as wide as high if possible.
 
-    strip_rows, columns: asked for, 0: free. Whole tiles of the kernels, at least one; pair_bytes: memory of an entry.
+    strip_rows, columns: given numbers; 0: free. pair_bytes: memory of an entry. A block has whole tiles, at least one.
     """
     pairs = budget // pair_bytes
     if not columns:
@@ -157,7 +156,7 @@ def block_shape(n: int, m: int, pair_bytes: int, budget: int, strip_rows: int = 
 
 
 class _Operands:
-    """The inputs as the products and kernels take them."""
+    """Convert the inputs for the products and kernels."""
 
     def __init__(self, inputs: SimilarityInputs) -> None:
         self.n, self.m, self.pair_offset = inputs.n, inputs.m, inputs.pair_offset
@@ -175,7 +174,7 @@ class _Operands:
         self.teacher = inputs.want_consistency
 
     def shift(self) -> Tensor | None:
-        """S° - S of the first pair: any constant would do; it keeps the gaps exact where S° - S hardly varies."""
+        """Return S° - S of the first pair. Any constant works; this keeps gaps exact if S° - S hardly varies."""
         if not self.teacher:
             return None
         student, teacher = (
@@ -215,7 +214,7 @@ class _Blocks:
             self.scalars[place] = scalar
 
     def gradient_block(self, rows: slice, columns: slice) -> Tensor:
-        """[rows, columns and their padding]."""
+        """Return the block of dS, [rows, columns and their padding]."""
         return self.gradient[: rows.stop - rows.start, : _round_up(columns.stop - columns.start, _VECTOR)]
 
     def buffer(self, tensor: Tensor | None) -> Any:

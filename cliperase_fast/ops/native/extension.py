@@ -1,6 +1,6 @@
-"""The compiled extension `cliperase_fast._C`: whether it is there, and tensors as it takes them.
+"""Load the compiled extension `cliperase_fast._C`, say why it is missing, and convert tensors for it.
 
-The extension checks each buffer against what it is going to read or write, and raises ValueError instead.
+The extension checks each buffer before it reads or writes, and raises ValueError if the buffer does not fit.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from torch import Tensor
 
 from cliperase_fast.ops.spec import DTYPE_NAMES
 
-INSTRUCTIONS_VARIABLE = "CLIPERASE_CPU"  # avx512, avx2 or portable, in place of the widest there is
-_INTERFACE = 6  # that of csrc/bindings.cpp
+INSTRUCTIONS_VARIABLE = "CLIPERASE_CPU"  # avx512, avx2 or portable, instead of the widest available
+_INTERFACE = 6  # must equal that of csrc/bindings.cpp
 # setup.py leaves its reason here when it could not build the extension.
 _REASON_FILE = Path(__file__).parents[2] / "_C_missing.txt"
 
 
 @cache
 def load() -> ModuleType:
-    """The extension module. ImportError where it is missing: ask `why_missing` before."""
+    """Import the extension. Raises ImportError if it is missing, so call `why_missing` first."""
     return importlib.import_module("cliperase_fast._C")
 
 
 def instruction_set() -> str | None:
-    """The one asked for by the environment; None: the widest."""
+    """Return the instruction set that the environment sets; None means the widest."""
     return os.environ.get(INSTRUCTIONS_VARIABLE) or None
 
 
 def why_missing() -> str | None:
-    """Why the CPU sweep cannot run here, with the remedy; None when it can."""
+    """Return why the CPU sweep cannot run here, with the remedy; None if it can."""
     try:
         module = load()
     except ImportError as error:
@@ -51,7 +51,7 @@ def why_missing() -> str | None:
 
 
 def why_no_cuda() -> str | None:
-    """Why the CUDA kernels cannot run here; None when they can. `why_missing` is None."""
+    """Return why the CUDA kernels cannot run here; None if they can. Requires that `why_missing` returns None."""
     if not hasattr(load(), "cuda"):
         return "the extension was built without CUDA; put nvcc on PATH, then install cliperase_fast again"
     return None
@@ -76,7 +76,7 @@ def as_buffer(module: Any, tensor: Tensor) -> Any:
 
 
 def as_buffer_or_none(module: Any, tensor: Tensor | None) -> Any:
-    """Return the same; None where there is nothing to read or write."""
+    """Return the same, or None if the tensor is None or empty."""
     return None if tensor is None or tensor.numel() == 0 else as_buffer(module, tensor)
 
 
