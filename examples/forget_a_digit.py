@@ -1,4 +1,4 @@
-"""Forget the digit seven: the model comes from the demo's cache, or is trained at the first call (seconds).
+"""Forget the digit seven. The model comes from the demo's cache, or is trained in seconds on the first call.
 
 Needs: no extra.
 """

@@ -1,4 +1,4 @@
-"""Unlearning in Lightning: forget the digit seven with a Trainer and two loaders.
+"""Unlearn in Lightning: forget the digit seven with a Trainer and two loaders.
 
 Needs: pip install '.[lightning]'
 """

@@ -1,6 +1,6 @@
-"""The losses alone in a training loop of one's own: features in, gradients out.
+"""Use only the losses, in your own training loop: features in, gradients out.
 
-Needs: no extra, and no model: a linear layer stands for the image tower, and the texts' features stay as they are.
+Needs: no extra and no model. A linear layer replaces the image tower, and the text features are constant.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""open_clip's own trainer, unchanged, twice: trained further with the fused loss, then made to forget the digit seven.
+"""Run open_clip's unchanged trainer twice: continue training with the fused loss, then forget the digit seven.
 
 The first is also a command: cliperase-fast train-open-clip -- --train-data ... --model ...
 

@@ -1,4 +1,4 @@
-"""Any two-tower module and any (image, caption) pairs: towers that learn six colours, and then forget red.
+"""Use your own two-tower module and (image, caption) pairs: the towers learn six colours, then forget red.
 
 Needs: no extra.
 """

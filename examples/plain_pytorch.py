@@ -1,4 +1,4 @@
-"""CLIPErase in a plain PyTorch loop: forget the digit seven.
+"""Run CLIPErase in a plain PyTorch loop: forget the digit seven.
 
 Needs: no extra.
 """

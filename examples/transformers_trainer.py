@@ -1,6 +1,6 @@
-"""transformers' Trainer with the fused loss: a mixin, and the rest as ever. A CLIPModel learns the captions of digits.
+"""Use transformers' Trainer with the fused loss, by a mixin. A CLIPModel learns the captions of digits.
 
-Needs: pip install '.[transformers]', and accelerate, which transformers' Trainer asks for.
+Needs: pip install '.[transformers]', and accelerate, which transformers' Trainer requires.
 """
 
 from cliperase_fast.extras import exit_without

@@ -1,4 +1,4 @@
-"""Every public loss with its options as a function of (image, text, scale)."""
+"""Define every public loss with its options as a function of (image, text, scale)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from cliperase_fast.contrastive import distill_clip_loss, local_clip_loss, sigmo
 from cliperase_fast.functional import clip_loss, cliperase_loss, similarity_kl
 from cliperase_fast.ops import backends
 
-N = 33  # inductor compiles smaller matrices in another way
+N = 33  # inductor compiles smaller matrices differently
 WIDTH = 8
 GROUPS = torch.arange(N) % 12
-# with a backend of their own; triton, in its interpreter, has tests of its own
+# triton has its own tests, which run in its interpreter
 BACKENDS = tuple(name for name in ("eager", "torch", "native") if backends()[name].available)
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]

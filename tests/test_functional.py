@@ -1,4 +1,4 @@
-"""The public loss functions: values and gradients of every option, empty batches, compiling, wrong input."""
+"""Test the public loss functions: values and gradients of every option, empty batches, compiling, wrong input."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ STUDENT = ("forget_image", "forget_text", "retain_image", "retain_text", "logit_
 def expected_terms(
     b: dict, forget: str, margin: float, consistency: str, group_ids: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(retain, forget, consistency), the formulas once more, with log_softmax."""
+    """Compute (retain, forget, consistency) a second time, with log_softmax."""
 
     def contrast(image, text, ids):
         similarity = b["logit_scale"] * image @ text.T
@@ -214,7 +214,7 @@ def test_clip_loss_and_similarity_kl_are_the_terms_of_the_whole():
     assert clip_loss(*student) > terms.retain  # more negatives
 
 
-def test_equal_captions_are_no_negatives_of_each_other():
+def test_equal_captions_are_not_negatives_of_each_other():
     image = features(4, 8, 1)
     text = image[[0, 0, 2, 3]]  # the first two share a caption
     loss = clip_loss(image, text, 20.0, group_ids=torch.tensor([0, 0, 2, 3]))

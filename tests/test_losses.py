@@ -1,4 +1,4 @@
-"""CLIPEraseLoss is cliperase_loss with its options fixed."""
+"""Test that CLIPEraseLoss equals cliperase_loss with fixed options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gloo ranks on this machine for tests: started once, asked many times, never waited for without end."""
+"""Run functions on gloo ranks of this machine; they start once, serve many tests, and every wait has a timeout."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Ranks:
         return self._collect(ANSWER_SECONDS)
 
     def ask(self, rank: int, function: Callable[..., Any], *arguments: Any) -> tuple[bool, Any]:
-        """The same of all, where only `rank` is expected to answer."""
+        """Return the same for `rank` alone, if only it is expected to answer."""
         for tasks in self._tasks:
             tasks.put((function, arguments))
         answered, *answer = self._answers.get(timeout=ANSWER_SECONDS)

@@ -29,7 +29,7 @@ def run(**changes: Any) -> cf.UnlearnResult:
 
 
 def told(result: cf.UnlearnResult, features: bool = True) -> dict[str, Any]:
-    """What a run comes to, in what passes between processes."""
+    """Return the results of a run in types that can be sent between processes."""
     return {
         "losses": [[line[name] for name in TERMS if name in line] for line in result.history if "total" in line],
         "norms": [line["grad_norm"] for line in result.history if "total" in line],

@@ -1,4 +1,4 @@
-"""Batches spread over ranks, what a rank makes of its part, and what one process makes of the whole."""
+"""Spread batches over ranks; compute losses and gradients of a rank's part and of the whole batch."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def sharded_step(
 
 
 def all_gather_rows(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """As one process would have it: the mean over ranks of what each has added, rows in rank order."""
+    """Combine as one process would: average scales; concatenate rows, divided by the number of ranks."""
     together = {}
     for name in parts[0]:
         found = [each[name] for each in parts]

@@ -1,4 +1,4 @@
-"""process_group=: "local", "world", and None, which torch.distributed.group.WORLD is before it is initialised."""
+"""Test process_group="local", "world" and None, the value of torch.distributed.group.WORLD before initialisation."""
 
 from __future__ import annotations
 

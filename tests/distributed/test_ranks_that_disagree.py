@@ -1,4 +1,4 @@
-"""Ranks that give different things, or wrong ones, all hear of it, at once and by name; no rank waits without end."""
+"""Test that all ranks raise an error that names what differs or is wrong on any of them, and that none hangs."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def _on_meta(rank: int) -> None:
     clip_loss(features, features, 1.0, backend="torch", process_group=dist.group.WORLD)
 
 
-def test_a_device_that_the_group_does_not_carry_is_named(two):
+def test_a_device_without_a_backend_in_the_group_is_named(two):
     for fine, answer in two.try_all(_on_meta):
         assert not fine and answer[0] == "InputError" and "has no backend for tensors on meta" in answer[1]
 
@@ -114,7 +114,7 @@ def _not_a_member(rank: int) -> str:
     return "nothing"
 
 
-def test_a_group_of_one_is_one_process_and_the_others_are_no_members(two):
+def test_ranks_outside_a_group_of_one_are_refused(two):
     alone, outside = two.run(_not_a_member)
     assert float(alone) == pytest.approx(clip_loss(torch.eye(2), torch.eye(2), 1.0).item(), rel=1e-6)
     assert "not a member of the group" in outside
@@ -139,7 +139,7 @@ def _not_a_group(rank: int) -> str:
     return "nothing"
 
 
-def test_something_that_is_no_group_is_named(two):
+def test_a_process_group_of_another_type_is_named(two):
     assert all("torch.distributed.ProcessGroup, not another str" in text for text in two.run(_not_a_group))
 
 

@@ -39,7 +39,7 @@ def sharded_step(rank, tensors, sizes, weights, options):
 
 
 def assert_whole(parts, exact, tolerance, same_values=True):
-    """The mean over ranks of what each has added; rows in rank order."""
+    """Compare with the whole batch the mean over ranks of scalars, and rows divided by the number of ranks."""
     values, images, texts, scales, biases = zip(*parts, strict=True)
     if same_values:
         assert all(torch.equal(value, values[0]) for value in values)

@@ -140,7 +140,7 @@ def test_an_empty_batch_has_no_divergence_and_zero_gradients():
         assert terms.total == 0 and gradient.shape == (0, 8)
 
 
-def test_float64_is_refused_in_words():
+def test_float64_raises_an_error_that_names_it():
     assert backends()["triton"].available
     batch = random_batch(4)
     with pytest.raises(InputError, match=r"'triton' does not support torch\.float64"):

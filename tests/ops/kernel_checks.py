@@ -90,7 +90,7 @@ def some_groups(n: int) -> Tensor:
 @pytest.mark.parametrize("groups", [False, True], ids=["no groups", "groups"])
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_and_size(subject, form, groups, n):
-    # widths: 40 and 24 are no multiples of a block's depth
+    # widths: 40 and 24 are not multiples of a block's depth
     batch = random_batch(n, width=40, teacher_width=24)
     check(subject, formed(replace(batch, group_ids=some_groups(n) if groups else None), form), strip_rows=1)
 
@@ -220,7 +220,7 @@ def test_incoming_gradients_other_than_one(subject, weights, dtype):
         assert (ours.double() - theirs).abs().max().item() <= limit
 
 
-def test_no_incoming_gradient_at_all(subject):
+def test_zero_incoming_gradients_yield_zero_gradients(subject):
     result = outcome(subject.sweep, random_batch(17).to(torch.float16), (0.0, 0.0))
     assert not any(gradient.any() for gradient in (result.image, result.text, result.scale))
 
@@ -256,7 +256,7 @@ def test_student_equal_to_its_teacher_has_no_divergence(subject):
     assert_no_divergence(subject.sweep, batch)
 
 
-def test_nan_and_infinity_come_out_as_nan_not_as_a_plausible_number(subject):
+def test_nonfinite_features_yield_nonfinite_results(subject):
     for bad in (torch.nan, torch.inf):
         for row in (0, 39):
             batch = random_batch(40).to(torch.float32)

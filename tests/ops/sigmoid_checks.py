@@ -192,7 +192,7 @@ def test_mixed_dtypes_are_promoted_and_each_gradient_keeps_its_own(subject):
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_not_finite_shows(subject, bad):
+def test_nonfinite_features_yield_nonfinite_losses(subject, bad):
     case = random_case(40).to(torch.float32)
     case.image[33, 3] = bad
     loss, _, text, *_ = outcome(subject.loss, case)  # dS of an infinite logit is finite, 0 or 1

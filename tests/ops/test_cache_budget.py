@@ -21,7 +21,7 @@ def test_the_memory_budgets_come_from_the_environment(monkeypatch):
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "1.5", "lots"])
-def test_a_budget_that_is_no_size_is_named(monkeypatch, value):
+def test_an_invalid_budget_is_named_in_the_error(monkeypatch, value):
     monkeypatch.setenv(autograd.KEEP_VARIABLE, value)
     with pytest.raises(InputError, match=f"CLIPERASE_KEEP_MIB={value} must be a whole number"):
         autograd.cache_budget(torch.device("cpu"))

@@ -60,7 +60,7 @@ def some_groups(n: int) -> Tensor:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("keep", ["nothing", "similarities"])
 def test_every_form_and_size(form, groups, n, keep):
-    # widths: 40 and 24 are no multiples of a register tile's
+    # widths: 40 and 24 are not multiples of a register tile's
     batch = random_batch(n, width=40, teacher_width=24)
     check(formed(replace(batch, group_ids=some_groups(n) if groups else None), form), keep=keep)
 
@@ -153,7 +153,7 @@ def test_nothing_is_kept_without_a_backward_pass(monkeypatch):
     assert sizes == [0, 0]
 
 
-# 300 rows are two tiles, 300 columns three blocks; offsets that are no multiples of either
+# 300 rows are two tiles, 300 columns three blocks; the offsets are not multiples of either
 @pytest.mark.parametrize("cuts", [([0, 20, 300], [0, 300]), ([0, 131, 300], [0, 131, 300])])
 @pytest.mark.parametrize("groups", [False, True], ids=["no groups", "groups"])
 @pytest.mark.parametrize("keep", ["nothing", "similarities"])
@@ -179,7 +179,7 @@ def test_the_same_bits_in_every_run_and_for_any_number_of_threads(keep):
     assert all(same_bits(results[0], result) for result in results[1:])
 
 
-def test_memory_that_is_not_cleared_does_not_show():
+def test_uninitialised_memory_is_never_read():
     batch = replace(random_batch(300), group_ids=some_groups(300)).to(torch.float32)
     first = outcome(sweep, batch, keep="similarities")
     cpu = extension.load().cpu
@@ -263,7 +263,7 @@ def test_scale_zero_has_the_gradient_of_the_scale():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_comes_out_as_nan(value):
+def test_nonfinite_features_yield_nan(value):
     batch = random_batch(300).to(torch.float32)
     batch.image[270, 3] = value
     for keep in ("nothing", "similarities"):
@@ -336,7 +336,7 @@ def test_autocast_does_not_reach_inside():
     assert torch.equal(inside, functional.clip_loss(*arguments, backend="native"))
 
 
-def test_float64_is_left_to_the_other_backends():
+def test_float64_is_refused():
     from cliperase_fast.errors import InputError
 
     features = torch.ones(4, 3, dtype=torch.float64)

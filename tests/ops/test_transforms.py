@@ -1,4 +1,4 @@
-"""What may stand around a call of a loss: torch.func, forward mode, inference tensors, second derivatives, views."""
+"""Test losses under torch.func, forward mode, inference mode, checkpointing and export, and with tensor views."""
 
 from __future__ import annotations
 
@@ -246,7 +246,7 @@ def test_losses_can_be_exported(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("where", ["image", "text", "scale"])
-def test_what_is_not_finite_never_gives_a_finite_loss(backend, bad, where):
+def test_nonfinite_inputs_never_yield_a_finite_loss(backend, bad, where):
     for name, loss in losses(backend).items():
         leaves = dict(zip(("image", "text", "scale"), inputs(), strict=True))
         with torch.no_grad():
