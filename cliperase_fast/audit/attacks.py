@@ -136,7 +136,7 @@ def prompt_attack(
     spaced = [_with_room(part, adapter, how.device) for part in tokens]
     width = table.embedding_dim
     generator = torch.Generator("cpu").manual_seed(how.seed)
-    soft = 0.02 * torch.randn(len(concepts), CONTEXT, width, generator=generator, device="cpu")
+    soft = 0.02 * torch.randn(len(concepts), CONTEXT, width, generator=generator, dtype=torch.float32, device="cpu")
     soft = soft.to(how.device).requires_grad_(True)
     fixed = test.concept_features(adapter, how).to(how.device)
     with inference(adapter.module, how.device, how.precision):
@@ -149,7 +149,7 @@ def prompt_attack(
         for number, part in enumerate(spaced):
             with _soft_tokens(table, soft[number]):
                 rows.append(F.normalize(adapter.encode_text(part).float().mean(0), dim=-1))
-        return fixed.index_copy(0, torch.as_tensor(concepts, device=fixed.device), torch.stack(rows))
+        return fixed.index_copy(0, torch.as_tensor(concepts, dtype=torch.int64, device=fixed.device), torch.stack(rows))
 
     with evaluating(adapter.module), torch.enable_grad():
         for _ in range(STEPS):
@@ -203,7 +203,7 @@ def _targets(shots: Any, test: ForgetTest, concepts: np.ndarray) -> Tensor | Non
     """The number among the test's concepts of each shot."""
     if shots.labels is not None:
         labels = np.asarray(shots.labels)
-        return torch.as_tensor(labels) if np.isin(labels, concepts).all() else None
+        return torch.as_tensor(labels, dtype=torch.int64, device="cpu") if np.isin(labels, concepts).all() else None
     number = {caption_key(of[0]): index for index, of in enumerate(test.prompts)}
     found = [number.get(caption_key(group[0])) for group in shots.captions]
-    return None if None in found else torch.tensor(found)
+    return None if None in found else torch.tensor(found, dtype=torch.int64, device="cpu")

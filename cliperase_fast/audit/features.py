@@ -96,7 +96,7 @@ def view_cosines(adapter: ClipAdapter, pairs: PairDataset, concepts: Tensor, how
     concepts: [K, D], used for data with classes; otherwise the mean over the captions of the image counts.
     """
     if pairs.labels is not None:
-        own = concepts[torch.as_tensor(np.asarray(pairs.labels))]  # [n, D]
+        own = concepts[torch.as_tensor(np.asarray(pairs.labels), dtype=torch.int64, device="cpu")]  # [n, D]
     else:
         captions, index = pairs.different_captions()
         text = encode_captions(adapter, captions, how)
@@ -105,7 +105,7 @@ def view_cosines(adapter: ClipAdapter, pairs: PairDataset, concepts: Tensor, how
     with inference(adapter.module, how.device, how.precision):
         for pixels in pixel_batches(adapter, pairs, how.batch_size):
             mine = own[start : start + len(pixels)]
-            cosines = torch.zeros(len(pixels), dtype=torch.float64)
+            cosines = torch.zeros(len(pixels), dtype=torch.float64, device="cpu")
             for view in augmented_views(pixels, start, how.seed):
                 features = adapter.encode_image(view.to(how.device)).float().cpu()
                 cosines += (features * mine).sum(1).double()

@@ -79,7 +79,7 @@ def draw_batch(adapter: ClipAdapter, shots_of: PairDataset, retain: PairDataset,
     else:
         known: dict[Any, int] = {}
         groups = np.array([known.setdefault(caption_key(group[0]), len(known)) for group in captions])
-    return Batch(pixels, captions, torch.as_tensor(groups, dtype=torch.int64))
+    return Batch(pixels, captions, torch.as_tensor(groups, dtype=torch.int64, device="cpu"))
 
 
 def relearn(
@@ -122,4 +122,6 @@ def _different(adapter: ClipAdapter, captions: Sequence[Any]) -> tuple[Tensor, T
     for caption in captions:
         if row.setdefault(caption_key(caption), len(unique)) == len(unique):
             unique.append(caption)
-    return adapter.token_ids(unique), torch.tensor([row[caption_key(one)] for one in captions], dtype=torch.int64)
+    return adapter.token_ids(unique), torch.tensor(
+        [row[caption_key(one)] for one in captions], dtype=torch.int64, device="cpu"
+    )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from benchmarks.call_path import call_path, of_backend
 
 from cliperase_fast import config, errors
+from cliperase_fast.benchmarks.call_path import call_path, of_backend
 from cliperase_fast.ops import backends
 
 
