@@ -168,7 +168,7 @@ def _termination(command: str) -> Iterator[None]:
 
 @contextmanager
 def _logging(arguments: argparse.Namespace) -> Iterator[None]:
-    """Show the package's log on standard error if there are no bars; of several ranks only the first."""
+    """Show the package's log on standard error without progress bars, on the first rank only."""
     shown = _progress(arguments) == "lines" and os.environ.get("RANK", "0") == "0"
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))

@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-TIE = 1e-6  # cosines closer than this count as equal, as in `cliperase_fast.evaluate`
+from cliperase_fast.evaluation.queries import TIE
+from cliperase_fast.evaluation.queries import wrong_before_right as wrong_before_right_in_order
+
 BLOCK = 2**24  # similarities held at once: 64 MiB in float32
 
 
@@ -52,21 +54,7 @@ def wrong_before_right(
     without a match is behind all G items.
     """
     order = np.argsort(query_of, kind="stable")
-    query_of, item_of = query_of[order], item_of[order]
-    ranks = np.empty(len(queries), dtype=np.int64)
-    step = max(1, block // max(1, len(gallery)))
-    for start in range(0, len(queries), step):
-        stop = min(start + step, len(queries))
-        first, last = np.searchsorted(query_of, [start, stop])
-        rows = torch.as_tensor(query_of[first:last] - start, dtype=torch.int64, device=queries.device)
-        items = torch.as_tensor(item_of[first:last], dtype=torch.int64, device=queries.device)
-        similarity = queries[start:stop] @ gallery.T  # [step, G]
-        best = similarity.new_full((stop - start,), -torch.inf)
-        best.scatter_reduce_(0, rows, similarity[rows, items], "amax")
-        similarity[rows, items] = -torch.inf
-        lower = (similarity <= best[:, None] - TIE).sum(1)  # [step], matching items among them
-        ranks[start:stop] = (len(gallery) - lower).cpu().numpy()
-    return ranks
+    return wrong_before_right_in_order(queries, gallery, query_of[order], item_of[order], block)
 
 
 def first_right(

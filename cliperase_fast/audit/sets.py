@@ -85,7 +85,7 @@ def open_sets(
     tests = _test_pairs(test, forget_pairs, retain_pairs, selector, source, source_of)
     if tests is None:
         notes.append(
-            f"There is no test split: the scores are those of {HELD_OUT:.0%} of the pairs. The original may have been "
+            f"The data has no test split, so {HELD_OUT:.0%} of the pairs are scored. The original may have been "
             "trained on them."
         )
         (forget_pairs, forget_test), (retain_pairs, retain_test) = (

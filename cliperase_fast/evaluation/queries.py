@@ -51,13 +51,13 @@ class QueryResults:
     @cached_property
     def image_ranks(self) -> np.ndarray:
         """How many wrong captions score at least as high as an image's best own one; int64 [n]."""
-        return _wrong_before_right(self.images, self.captions, self.image_of, self.caption_of, self.chunk)
+        return wrong_before_right(self.images, self.captions, self.image_of, self.caption_of, self.chunk)
 
     @cached_property
     def caption_ranks(self) -> np.ndarray:
         """How many wrong images score at least as high as the best image that carries a caption; int64 [U]."""
         order = np.argsort(self.caption_of, kind="stable")
-        return _wrong_before_right(self.captions, self.images, self.caption_of[order], self.image_of[order], self.chunk)
+        return wrong_before_right(self.captions, self.images, self.caption_of[order], self.image_of[order], self.chunk)
 
     @cached_property
     def similarities(self) -> np.ndarray:
@@ -78,15 +78,17 @@ class QueryResults:
         return chosen
 
 
-def _wrong_before_right(
+def wrong_before_right(
     queries: Tensor,  # [Q, D]
     gallery: Tensor,  # [G, D]
     query_of: np.ndarray,  # [P] ascending: the query ...
     item_of: np.ndarray,  # [P] ... and the gallery item of each matching pair
     chunk: int,
 ) -> np.ndarray:
-    """For each query, how many items that do not match it score at least as high as its best matching one;
-    int64 [Q]."""
+    """Count, for each query, the items that do not match it and score at least as high as its best match; int64 [Q].
+
+    Ties (up to `TIE`) count against the model, and so does NaN. A query without a match is behind all G items.
+    """
     ranks = np.empty(len(queries), dtype=np.int64)
     step = max(1, chunk // max(1, len(gallery)))
     for start in range(0, len(queries), step):

@@ -27,7 +27,7 @@ from cliperase_fast.ops.spec import (
 from cliperase_fast.ops.transforms import batched, refuse_second_derivative
 
 STRIP_VARIABLE = "CLIPERASE_STRIP_MIB"  # memory of the strips of a sweep on a GPU
-KEEP_VARIABLE = "CLIPERASE_KEEP_MIB"  # upper bound of what keep="similarities" keeps
+KEEP_VARIABLE = "CLIPERASE_KEEP_MIB"  # memory limit of keep="similarities"
 _STRIP_MIB = 128
 _KEEP_MIB = {"cpu": 1024, "cuda": 8192}
 

@@ -197,7 +197,7 @@ def test_without_a_test_split_a_fifth_is_held_out():
     forget, retain, _ = training_and_test()
     found = audit(make_model(), make_model(), forget, retain, progress=False)
     assert found.data["forget_test_pairs"] == round(0.2 * len(forget))
-    assert found.notes[0].startswith("There is no test split")
+    assert found.notes[0].startswith("The data has no test split")
 
 
 def test_a_single_forget_pair_gives_scores_without_intervals():
