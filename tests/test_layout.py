@@ -25,7 +25,7 @@ LAYERS = [
     {"export"},
     {"integrations"},
     {"unlearning"},
-    {"audit"},
+    {"auditing"},
     {"report"},
     {"evaluation", "planning"},
     {"models", "data"},

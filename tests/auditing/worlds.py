@@ -4,8 +4,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from cliperase_fast.audit.layout import Layout
-from cliperase_fast.audit.scores import Features, View
+from cliperase_fast.auditing.layout import Layout
+from cliperase_fast.auditing.scores import Features, View
 
 
 def unit(rows):

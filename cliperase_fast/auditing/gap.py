@@ -7,7 +7,7 @@ from itertools import combinations
 
 import numpy as np
 
-from cliperase_fast.audit.estimates import Estimate
+from cliperase_fast.auditing.estimates import Estimate
 
 Scores = Mapping[str, Mapping[str, Estimate]]  # by group and name
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from cliperase_fast import functional
-from cliperase_fast.audit.attacks import ForgetTest
-from cliperase_fast.audit.features import Encoding, pixels_of
-from cliperase_fast.audit.scores import View, neighbours
-from cliperase_fast.audit.sets import AuditSets
+from cliperase_fast.auditing.attacks import ForgetTest
+from cliperase_fast.auditing.features import Encoding, pixels_of
+from cliperase_fast.auditing.scores import View, neighbours
+from cliperase_fast.auditing.sets import AuditSets
 from cliperase_fast.data import PairDataset, caption_key
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.models.runtime import evaluating

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from cliperase_fast.audit.attacks import BITS, ForgetTest, prompt_attack, quantised
-from cliperase_fast.audit.estimates import Estimate, mean_estimate, missing, stratified_mean
-from cliperase_fast.audit.features import Encoding
-from cliperase_fast.audit.probing import probe_hits
-from cliperase_fast.audit.relearning import SHOTS, relearning_curves
-from cliperase_fast.audit.scores import View
-from cliperase_fast.audit.sets import AuditSets
+from cliperase_fast.auditing.attacks import BITS, ForgetTest, prompt_attack, quantised
+from cliperase_fast.auditing.estimates import Estimate, mean_estimate, missing, stratified_mean
+from cliperase_fast.auditing.features import Encoding
+from cliperase_fast.auditing.probing import probe_hits
+from cliperase_fast.auditing.relearning import SHOTS, relearning_curves
+from cliperase_fast.auditing.scores import View
+from cliperase_fast.auditing.sets import AuditSets
 from cliperase_fast.data.drawing import seeded
 from cliperase_fast.errors import InputError
 from cliperase_fast.models import ClipAdapter

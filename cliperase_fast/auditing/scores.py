@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cliperase_fast.audit import metrics
-from cliperase_fast.audit.estimates import (
+from cliperase_fast.auditing import metrics
+from cliperase_fast.auditing.estimates import (
     DRAWS,
     MISSING,
     Estimate,
@@ -28,7 +28,7 @@ from cliperase_fast.audit.estimates import (
     resampled_means,
     stratified_mean,
 )
-from cliperase_fast.audit.layout import Layout
+from cliperase_fast.auditing.layout import Layout
 
 RECALL_AT = (1, 5, 10)
 NEIGHBOURS = 3

@@ -8,8 +8,8 @@ import torch
 from sklearn.metrics import roc_auc_score
 from worlds import caption_world, class_world, unit, view_of
 
-from cliperase_fast.audit import metrics, scores
-from cliperase_fast.audit.scores import Variant, View, score_features
+from cliperase_fast.auditing import metrics, scores
+from cliperase_fast.auditing.scores import Variant, View, score_features
 
 
 def raw(features):

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from cliperase_fast.audit.metrics import auc
+from cliperase_fast.auditing.metrics import auc
 
 DRAWS = 1000
 LARGEST = 4096  # values of a stratum that are resampled one by one; see `resampled_means`

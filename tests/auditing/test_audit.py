@@ -10,8 +10,8 @@ import torch
 from small import SYNONYMS, make_model, make_pairs, training_and_test, without_red
 from tiny_models import TwoTowers, tiny_clip
 
-from cliperase_fast.audit import Audit, audit, relearning
-from cliperase_fast.audit.gap import IN_MEAN
+from cliperase_fast.auditing import Audit, audit, relearning
+from cliperase_fast.auditing.gap import IN_MEAN
 from cliperase_fast.errors import InputError
 from cliperase_fast.models import load_model
 

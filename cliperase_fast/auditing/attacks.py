@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cliperase_fast.audit import metrics
-from cliperase_fast.audit.features import Encoding, pixels_of
-from cliperase_fast.audit.layout import Layout
-from cliperase_fast.audit.sets import AuditSets
+from cliperase_fast.auditing import metrics
+from cliperase_fast.auditing.features import Encoding, pixels_of
+from cliperase_fast.auditing.layout import Layout
+from cliperase_fast.auditing.sets import AuditSets
 from cliperase_fast.data import caption_key
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.models.runtime import evaluating, inference

@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cliperase_fast.audit.depth import check_depth, score_depth
-from cliperase_fast.audit.estimates import Estimate, mean_estimate, resampled_counts
-from cliperase_fast.audit.features import Encoding, encode_model, pixels_of, training_correct
-from cliperase_fast.audit.gap import background, gaps, noise_floor, over_forgotten, tug_of_war
-from cliperase_fast.audit.layout import Layout
-from cliperase_fast.audit.result import Audit
-from cliperase_fast.audit.scores import Features, View, score_features
-from cliperase_fast.audit.sets import AuditSets, open_sets
-from cliperase_fast.audit.verdict import verdicts
-from cliperase_fast.audit.vocabulary import TEMPLATES, Wording, check_synonyms, wordings
+from cliperase_fast.auditing.depth import check_depth, score_depth
+from cliperase_fast.auditing.estimates import Estimate, mean_estimate, resampled_counts
+from cliperase_fast.auditing.features import Encoding, encode_model, pixels_of, training_correct
+from cliperase_fast.auditing.gap import background, gaps, noise_floor, over_forgotten, tug_of_war
+from cliperase_fast.auditing.layout import Layout
+from cliperase_fast.auditing.result import Audit
+from cliperase_fast.auditing.scores import Features, View, score_features
+from cliperase_fast.auditing.sets import AuditSets, open_sets
+from cliperase_fast.auditing.verdict import verdicts
+from cliperase_fast.auditing.vocabulary import TEMPLATES, Wording, check_synonyms, wordings
 from cliperase_fast.data.classes import check_templates
 from cliperase_fast.defaults import torch_defaults
 from cliperase_fast.errors import InputError

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from cliperase_fast.audit.vocabulary import TEMPLATES, check_synonyms, known_synonyms, wordings
+from cliperase_fast.auditing.vocabulary import TEMPLATES, check_synonyms, known_synonyms, wordings
 from cliperase_fast.data import open_source
 from cliperase_fast.errors import InputError
 

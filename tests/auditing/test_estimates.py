@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from cliperase_fast.audit import estimates
-from cliperase_fast.audit.estimates import Estimate, auc_estimate, mean_estimate, stratified_mean
+from cliperase_fast.auditing import estimates
+from cliperase_fast.auditing.estimates import Estimate, auc_estimate, mean_estimate, stratified_mean
 
 
 def test_strata_weigh_the_same_and_give_a_bootstrap_interval():

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cliperase_fast.audit import metrics
-from cliperase_fast.audit.layout import Layout
-from cliperase_fast.audit.scores import Features, Variant
-from cliperase_fast.audit.sets import AuditSets
-from cliperase_fast.audit.vocabulary import Wording
+from cliperase_fast.auditing import metrics
+from cliperase_fast.auditing.layout import Layout
+from cliperase_fast.auditing.scores import Features, Variant
+from cliperase_fast.auditing.sets import AuditSets
+from cliperase_fast.auditing.vocabulary import Wording
 from cliperase_fast.data import PairDataset, caption_key
 from cliperase_fast.distributed import SINGLE_PROCESS, Ranks
 from cliperase_fast.errors import InputError

@@ -6,9 +6,9 @@ from sklearn.metrics import balanced_accuracy_score
 from small import make_model, training_and_test
 from tiny_models import MODELS, pixels_for
 
-from cliperase_fast.audit import audit, relearning
-from cliperase_fast.audit.features import Encoding
-from cliperase_fast.audit.probing import fit_probe, mean_pooled, pooled_features
+from cliperase_fast.auditing import audit, relearning
+from cliperase_fast.auditing.features import Encoding
+from cliperase_fast.auditing.probing import fit_probe, mean_pooled, pooled_features
 from cliperase_fast.data import as_pairs
 from cliperase_fast.models import load_model
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from cliperase_fast.audit.features import Encoding, pixel_batches, sample
-from cliperase_fast.audit.layout import Layout
-from cliperase_fast.audit.sets import AuditSets
+from cliperase_fast.auditing.features import Encoding, pixel_batches, sample
+from cliperase_fast.auditing.layout import Layout
+from cliperase_fast.auditing.sets import AuditSets
 from cliperase_fast.data import PairDataset
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.models.runtime import inference
