@@ -56,8 +56,8 @@ class UnlearnConfig:
     )
     false_negatives: str = _option(
         "auto",
-        "pairs that are not negatives of each other: those of the same class (of the same caption if there are no "
-        "classes), of the same caption, or none",
+        "pairs that are not negatives of each other: auto, those of the same entity if the data names entities, else "
+        "of the same class (caption if there are no classes); caption, those of the same caption; none",
         ("auto", "caption", "none"),
         group="loss",
     )

@@ -112,7 +112,7 @@ def cached_small_clip(
 def train_small_clip(pairs: PairDataset, recipe: Recipe, *, seed: int = 0, progress: bool = False) -> nn.Module:
     """Train an open_clip model of a few million parameters on `pairs` with the contrastive loss.
 
-    Pairs of the same class are not treated as negatives.
+    Pairs of the same entity, or else of the same class, are not treated as negatives.
     """
     import open_clip
 
@@ -164,12 +164,12 @@ def _contrastive(
     images = pixels[chosen]
     if recipe.flip_and_shift:
         images = _flip_and_shift(images)
-    assert pairs.labels is not None
+    assert pairs.group_ids is not None
     return functional.clip_loss(
         adapter.encode_image(images),
         text,
         adapter.logit_scale(),
-        group_ids=torch.as_tensor(pairs.labels, dtype=torch.int64, device="cpu")[chosen],
+        group_ids=torch.as_tensor(pairs.group_ids, dtype=torch.int64, device="cpu")[chosen],
     )
 
 

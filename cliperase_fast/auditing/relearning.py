@@ -74,8 +74,8 @@ def draw_batch(adapter: ClipAdapter, shots_of: PairDataset, retain: PairDataset,
     rest = rng.choice(len(retain), min(PAIRS - len(first), len(retain)), replace=False)
     pixels = torch.cat([pixels_of(adapter, shots_of, first), pixels_of(adapter, retain, rest)])
     captions = [shots_of.captions[row] for row in first] + [retain.captions[row] for row in rest]
-    if shots_of.labels is not None and retain.labels is not None:
-        groups = np.concatenate([np.asarray(shots_of.labels)[first], np.asarray(retain.labels)[rest]])
+    if shots_of.group_ids is not None and retain.group_ids is not None:
+        groups = np.concatenate([np.asarray(shots_of.group_ids)[first], np.asarray(retain.group_ids)[rest]])
     else:
         known: dict[Any, int] = {}
         groups = np.array([known.setdefault(caption_key(group[0]), len(known)) for group in captions])

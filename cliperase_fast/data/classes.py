@@ -14,11 +14,16 @@ from cliperase_fast.errors import InputError
 
 DEFAULT_TEMPLATES = ("a photo of a {}",)
 MAX_DERIVED_CLASSES = 1000
+GENERAL = "general"  # the kind of classes that are not facts about somebody
 
 
 @dataclass(frozen=True)
 class ClassSpace:
     """Class names and, for each, the captions that stand for it in zero-shot classification.
+
+    kinds: what each class answers, such as "phone" and "city" [K]: an image that is right for several classes of
+        different kinds is asked about one kind at a time, so zero-shot classification compares only classes of the
+        kind of the label. None: all classes are of one kind.
 
     Raises `InputError` if the data's own names are empty or if selectors could not tell them apart.
     """
@@ -26,10 +31,18 @@ class ClassSpace:
     names: tuple[str, ...]
     prompts: tuple[tuple[str, ...], ...]
     derived: bool = False  # from the captions, not named by the data
+    kinds: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        if self.kinds is not None and len(self.kinds) != len(self.names):
+            raise ValueError("kinds must have one entry for each class")
         if not self.derived:
             check_names(self.names)
+
+    @property
+    def kind_ids(self) -> np.ndarray | None:
+        """The kind of each class as a number; int64 [K]. None if all are of one kind."""
+        return None if self.kinds is None else np.unique(self.kinds, return_inverse=True)[1].astype(np.int64)
 
     @classmethod
     def from_templates(cls, names: Sequence[str], templates: Sequence[str]) -> ClassSpace:
@@ -146,8 +159,9 @@ def merge_classes(
     """Merge the classes of several data sets (captions, labels, classes); return int64 labels of all pairs and classes.
 
     Equal spaces stay. Spaces derived from captions are derived again from all captions, so that a single class ("a
-    photo of a dog") and the rest get matching names. Otherwise classes with the same name become one. Returns None,
-    None without a common space.
+    photo of a dog") and the rest get matching names. Otherwise classes with the same name become one, and
+    the classes of a part without kinds are a kind of their own if another part has kinds. Returns None, None without
+    a common space.
     """
     spaces = [space for _, _, space in parts]
     first = spaces[0]
@@ -161,13 +175,16 @@ def merge_classes(
         return found or (None, None)
     names: dict[str, int] = {}
     prompts: list[tuple[str, ...]] = []
+    kinds: list[str] = []
     labels_of_parts = []
     for _, labels, space in parts:
         if space is None or labels is None:
             return None, None
-        for name, prompt in zip(space.names, space.prompts, strict=True):
+        for name, prompt, kind in zip(space.names, space.prompts, space.kinds or [""] * len(space.names), strict=True):
             if name not in names:
                 names[name] = len(prompts)
                 prompts.append(prompt)
+                kinds.append(kind)
         labels_of_parts.append(np.array([names[name] for name in space.names], dtype=np.int64)[labels])
-    return np.concatenate(labels_of_parts), ClassSpace(tuple(names), tuple(prompts))
+    merged = ClassSpace(tuple(names), tuple(prompts), kinds=tuple(kinds) if any(kinds) else None)
+    return np.concatenate(labels_of_parts), merged

@@ -31,6 +31,8 @@ class PairDataset(Dataset):
     captions: for each image a tuple of str or of token ids (int64 [L], all of one length).
     ids: the stable id of each image, which `ids:FILE` selects by.
     labels: int64 [n], indices into `classes`; None without classes.
+    entities: int64 [n], the person or thing that each pair is about, where pairs of several classes can be about the
+        same one; equal ids mean the same entity in all data sets that are used together. None if the data names none.
     intake: counts what else the source holds; subsets share it.
     """
 
@@ -42,6 +44,7 @@ class PairDataset(Dataset):
         ids: Sequence[str],
         *,
         labels: np.ndarray | None = None,
+        entities: np.ndarray | None = None,
         space: ClassSpace | None = None,
         positions: np.ndarray | None = None,
         intake: Intake | None = None,
@@ -50,10 +53,10 @@ class PairDataset(Dataset):
         self.intake = Intake() if intake is None else intake
         self.captions, self.ids = list(captions), list(ids)
         self.positions = np.arange(len(store)) if positions is None else positions  # [n], into the store
-        self.labels, self.space = labels, space
-        lengths = {len(self.captions), len(self.ids), len(self.positions)}
-        if len(lengths) > 1 or (labels is not None and len(labels) != len(self.ids)):
-            raise ValueError("captions, ids, labels and positions must have one entry for each image")
+        self.labels, self.space, self.entities = labels, space, entities
+        optional = [len(values) for values in (labels, entities) if values is not None]
+        if len({len(self.captions), len(self.ids), len(self.positions), *optional}) > 1:
+            raise ValueError("captions, ids, labels, entities and positions must have one entry for each image")
         if (labels is None) != (space is None):
             raise ValueError("labels and classes come together")
 
@@ -62,9 +65,19 @@ class PairDataset(Dataset):
         return None if self.space is None else self.space.names
 
     @property
+    def group_ids(self) -> np.ndarray | None:
+        """The entities, else the classes, else None: pairs with equal ids are not negatives of each other."""
+        return self.labels if self.entities is None else self.entities
+
+    @property
     def prompts(self) -> tuple[tuple[str, ...], ...] | None:
         """The captions that stand for each class: from templates, else the captions that occur."""
         return None if self.space is None else self.space.prompts
+
+    @property
+    def class_kinds(self) -> np.ndarray | None:
+        """The kind of each class, int64 [K] (see `ClassSpace`); None if all are of one kind."""
+        return None if self.space is None else self.space.kind_ids
 
     def class_prompts(self, which: str | int) -> list[str]:
         """Return the captions that stand for a class, given by its name or number."""
@@ -120,26 +133,32 @@ class PairDataset(Dataset):
             [self.captions[i] for i in chosen],
             [self.ids[i] for i in chosen],
             labels=None if self.labels is None else self.labels[chosen],
+            entities=None if self.entities is None else self.entities[chosen],
             space=self.space,
             positions=self.positions[chosen],
             intake=self.intake,
         )
 
     def fingerprint(self) -> str:
-        """Return a hex digest of ids, captions and labels, in order, without pixels."""
+        """Return a hex digest of ids, captions, labels and entities, in order, without pixels."""
         digest = hashlib.sha256()
         for index, (name, captions) in enumerate(zip(self.ids, self.captions, strict=True)):
             label = "" if self.labels is None else int(self.labels[index])
             texts = [caption if isinstance(caption, str) else caption.tolist() for caption in captions]
-            digest.update(repr((name, texts, label)).encode("utf-8", "surrogatepass"))
+            entity = () if self.entities is None else (int(self.entities[index]),)
+            digest.update(repr((name, texts, label, *entity)).encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
 
 
 def concat(parts: Sequence[PairDataset]) -> PairDataset:
-    """Concatenate the pairs of all parts, with one class space (see `merge_classes`)."""
+    """Concatenate the pairs of all parts, with one class space (see `merge_classes`).
+
+    The result has entities if all parts have them.
+    """
     if not parts:
         raise InputError("there is nothing to concatenate; pass at least one data set")
     labels, space = merge_classes([(part.captions, part.labels, part.space) for part in parts])
+    entities = [part.entities for part in parts if part.entities is not None]
     stores = list({id(part.store): part.store for part in parts}.values())
     if len(stores) == 1:
         store, starts = stores[0], {id(stores[0]): 0}
@@ -155,6 +174,7 @@ def concat(parts: Sequence[PairDataset]) -> PairDataset:
         [captions for part in parts for captions in part.captions],
         [name for part in parts for name in part.ids],
         labels=labels,
+        entities=np.concatenate(entities) if len(entities) == len(parts) else None,
         space=space,
         positions=np.concatenate([part.positions + starts[id(part.store)] for part in parts]),
         intake=Intake.merged(part.intake for part in parts),

@@ -23,6 +23,7 @@ class QueryResults:
     encoded: the features.
     labels: int64 [n], the class of each image; None without classes.
     class_features: [C, D], unit rows; None without classes.
+    class_kinds: int64 [C]; an image is compared only with classes of its own class's kind. None: with all.
     device: where the similarities are computed, in float32.
     chunk: similarities held at once.
 
@@ -36,13 +37,14 @@ class QueryResults:
         labels: np.ndarray | None = None,
         class_features: Tensor | None = None,
         *,
+        class_kinds: np.ndarray | None = None,
         device: torch.device | str = "cpu",
         chunk: int = CHUNK,
     ) -> None:
         self.encoded, self.chunk = encoded, chunk
         self.images, self.captions = encoded.image_features.to(device), encoded.caption_features.to(device)
         self.image_of, self.caption_of = matching(encoded)  # [P] each
-        self.labels, self.class_features = labels, class_features
+        self.labels, self.class_features, self.class_kinds = labels, class_features, class_kinds
 
     @property
     def has_classes(self) -> bool:
@@ -66,10 +68,11 @@ class QueryResults:
 
     @cached_property
     def correct(self) -> np.ndarray:
-        """Whether each image is nearer to its own class than to every other; bool [n]. Only with classes."""
+        """Whether each image is nearer to its class than to all others of its kind; bool [n]. Only with classes."""
         assert self.labels is not None and self.class_features is not None
         labels = torch.as_tensor(np.asarray(self.labels), dtype=torch.long, device=self.images.device)
-        return _classified(self.images, self.class_features.to(self.images.device), labels, self.chunk)
+        classes = self.class_features.to(self.images.device)
+        return _classified(self.images, classes, labels, self.chunk, self.class_kinds)
 
     def captions_of(self, member: np.ndarray) -> np.ndarray:
         """Which captions belong to an image of `member` (bool [n]); bool [U]."""
@@ -84,11 +87,14 @@ def wrong_before_right(
     query_of: np.ndarray,  # [P] ascending: the query ...
     item_of: np.ndarray,  # [P] ... and the gallery item of each matching pair
     chunk: int,
+    item_kinds: np.ndarray | None = None,  # [G]
 ) -> np.ndarray:
     """Count, for each query, the items that do not match it and score at least as high as its best match; int64 [Q].
 
-    Ties (up to `TIE`) count against the model, and so does NaN. A query without a match is behind all G items.
+    Ties (up to `TIE`) count against the model, and so does NaN. A query without a match is behind all G items. With
+    `item_kinds`, only items of the kind of a query's matches count.
     """
+    kinds = None if item_kinds is None else torch.as_tensor(item_kinds, dtype=torch.int64, device=queries.device)
     ranks = np.empty(len(queries), dtype=np.int64)
     step = max(1, chunk // max(1, len(gallery)))
     for start in range(0, len(queries), step):
@@ -100,13 +106,20 @@ def wrong_before_right(
         best = similarity.new_full((stop - start,), -torch.inf)
         best.scatter_reduce_(0, rows, similarity[rows, items], "amax")
         similarity[rows, items] = -torch.inf
+        if kinds is not None:
+            own = torch.zeros(stop - start, dtype=torch.int64, device=queries.device)
+            own[rows] = kinds[items]
+            similarity.masked_fill_(own[:, None] != kinds, -torch.inf)
         lower = (similarity <= best[:, None] - TIE).sum(1)  # [step], the matching items among them
         ranks[start:stop] = (len(gallery) - lower).cpu().numpy()
     return ranks
 
 
-def _classified(images: Tensor, classes: Tensor, labels: Tensor, chunk: int) -> np.ndarray:
-    """Whether each image is nearer to its class than to every other class; bool [n]."""
+def _classified(
+    images: Tensor, classes: Tensor, labels: Tensor, chunk: int, class_kinds: np.ndarray | None
+) -> np.ndarray:
+    """Whether each image is nearer to its class than to every other class of its kind; bool [n]."""
+    kinds = None if class_kinds is None else torch.as_tensor(class_kinds, dtype=torch.int64, device=images.device)
     correct = np.empty(len(images), dtype=bool)
     step = max(1, chunk // max(1, len(classes)))
     for start in range(0, len(images), step):
@@ -114,5 +127,7 @@ def _classified(images: Tensor, classes: Tensor, labels: Tensor, chunk: int) -> 
         similarity = images[start : start + step] @ classes.T  # [step, C]
         mine = similarity.gather(1, own)
         similarity.scatter_(1, own, -torch.inf)
+        if kinds is not None:
+            similarity.masked_fill_(kinds[own] != kinds, -torch.inf)
         correct[start : start + step] = (similarity <= mine - TIE).all(1).cpu().numpy()
     return correct

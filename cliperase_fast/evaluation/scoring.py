@@ -26,7 +26,8 @@ def score(
     """Compute the scores of the forget and of the retain pairs, ready for JSON.
 
     forget_mask: bool [n]; without it all pairs form one set, "all".
-    class_features: [C, D], unit rows, in the order of `pairs.classes`; without it those of `encoded`.
+    class_features: [C, D], unit rows, in the order of `pairs.classes`; without it those of `encoded`. Where the data
+        has kinds of classes (`ClassSpace.kinds`), an image is compared with the classes of its own class's kind.
     device: where the similarities are computed, in float32.
     chunk: similarities held at once.
 
@@ -42,7 +43,9 @@ def score(
     """
     if class_features is None:
         class_features = encoded.class_features
-    queries = QueryResults(encoded, pairs.labels, class_features, device=device, chunk=chunk)
+    queries = QueryResults(
+        encoded, pairs.labels, class_features, class_kinds=pairs.class_kinds, device=device, chunk=chunk
+    )
     members = {"all": np.ones(len(encoded), dtype=bool)}
     if forget_mask is not None:
         forget_mask = np.asarray(forget_mask, dtype=bool)

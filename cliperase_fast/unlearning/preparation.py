@@ -240,9 +240,9 @@ def _make_loader(setup: Setup, cache: PixelCache | None) -> BatchLoader:
 
 
 def _group_ids(settings: UnlearnConfig, train: Split) -> np.ndarray | None:
-    """Return the class of each pair; empty if captions are to be compared; None if nothing is masked."""
+    """Return the entity or class of each pair; empty if captions are to be compared; None if nothing is masked."""
     if settings.false_negatives == "none":
         return None
-    if settings.false_negatives == "auto" and train.pairs.labels is not None:
-        return np.asarray(train.pairs.labels)
+    if settings.false_negatives == "auto" and train.pairs.group_ids is not None:
+        return np.asarray(train.pairs.group_ids)
     return np.empty(0, dtype=np.int64)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
-from cliperase_fast.data import as_pairs, concat, open_source
+from cliperase_fast.data import PairDataset, as_pairs, concat, open_source
 from cliperase_fast.errors import InputError
 
 
@@ -115,6 +116,31 @@ def test_fingerprint_sees_ids_captions_labels_and_order_but_not_pixels() -> None
     assert relabelled.labels is not None
     relabelled.labels = 1 - relabelled.labels
     assert base.fingerprint() != relabelled.fingerprint()
+
+
+def test_entities_follow_their_pairs_and_are_the_groups_before_classes() -> None:
+    plain = as_pairs(cats_and_dogs(), "a")
+    assert plain.entities is None
+    assert plain.labels is not None and np.array_equal(plain.group_ids, plain.labels)
+    named = PairDataset("a", plain.store, plain.captions, plain.ids, labels=plain.labels, space=plain.space,
+                        entities=np.arange(6) // 2)  # fmt: skip
+    assert named.group_ids.tolist() == [0, 0, 1, 1, 2, 2]
+    assert named.fingerprint() != plain.fingerprint()
+    parts = [named.subset([4, 1]), named.subset(np.arange(6) == 2)]
+    assert concat(parts).entities.tolist() == [2, 0, 1]
+    assert concat([*parts, plain]).entities is None
+    with pytest.raises(ValueError, match="one entry for each image"):
+        PairDataset("a", plain.store, plain.captions, plain.ids, entities=np.arange(5))
+
+
+def test_concat_keeps_kinds_of_classes_and_gives_classes_without_one_their_own() -> None:
+    shapes = open_source("shapes?train=1&test=1").train.subset([0])
+    plain = open_source("demo").train.subset([0])
+    shapes.space = replace(shapes.space, kinds=tuple(name.split()[1] for name in shapes.classes))
+    assert concat([shapes, shapes]).class_kinds.tolist() == shapes.class_kinds.tolist()
+    both = concat([plain, shapes])
+    assert both.space.kinds == ("",) * 10 + shapes.space.kinds
+    assert concat([plain, plain]).class_kinds is None
 
 
 def test_concat_names_the_classes_of_forget_and_retain_alike() -> None:

@@ -14,7 +14,7 @@ from cliperase_fast.report import ReportData, text_table, verdict
 from cliperase_fast.report.html import page
 
 IMAGES = torch.eye(4)
-PAIRS = SimpleNamespace(labels=np.arange(4), classes=tuple("abcd"))
+PAIRS = SimpleNamespace(class_kinds=None, labels=np.arange(4), classes=tuple("abcd"))
 FORGET = np.array([True, False, False, False])
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from cliperase_fast.evaluation import EncodedPairs, score
-from cliperase_fast.evaluation.queries import TIE
+from cliperase_fast.evaluation.queries import TIE, wrong_before_right
 
 RECALLS = [f"{direction}_r@{k}" for direction in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
 
@@ -28,7 +28,9 @@ def random_encoded(n=40, captions=30, most=5, classes=6, dim=8, seed=0):
     image = np.stack([text[rows].mean(0) for rows in index]) + 0.6 * rng.normal(size=(n, dim))
     labels = rng.integers(0, classes, size=n)
     encoded = EncodedPairs(unit(image), unit(text), index, unit(rng.normal(size=(classes, dim))))
-    return encoded, SimpleNamespace(labels=labels, classes=tuple(f"class {c}" for c in range(classes)))
+    return encoded, SimpleNamespace(
+        class_kinds=None, labels=labels, classes=tuple(f"class {c}" for c in range(classes))
+    )
 
 
 def oracle(encoded, pairs, member):
@@ -104,7 +106,7 @@ def test_collapsed_features_score_zero():
     point = unit(np.random.default_rng(0).normal(size=(1, dim)))
     index = [np.array([i % captions]) for i in range(n)]
     encoded = EncodedPairs(point.repeat(n, 1), point.repeat(captions, 1), index, point.repeat(classes, 1))
-    pairs = SimpleNamespace(labels=np.arange(n) % classes, classes=tuple(map(str, range(classes))))
+    pairs = SimpleNamespace(class_kinds=None, labels=np.arange(n) % classes, classes=tuple(map(str, range(classes))))
     scores = score(encoded, pairs)["all"]
     assert scores["zero_shot_top1"] == 0
     assert {scores[name] for name in RECALLS} == {0}
@@ -118,7 +120,7 @@ def test_a_tie_is_a_miss_and_a_real_lead_is_a_hit(gap, hit):
     right = [np.cos(angle), np.sin(angle)]
     wrong = [0.5, -np.sin(np.arccos(0.5))]
     encoded = EncodedPairs(unit([[1, 0]]), unit([right, wrong]), [np.array([0])], unit([right, wrong]))
-    pairs = SimpleNamespace(labels=np.array([0]), classes=("a", "b"))
+    pairs = SimpleNamespace(class_kinds=None, labels=np.array([0]), classes=("a", "b"))
     scores = score(encoded, pairs)["all"]
     assert scores["image_to_text_r@1"] == hit
     assert scores["zero_shot_top1"] == hit
@@ -129,7 +131,7 @@ def test_an_images_other_captions_are_not_wrong_answers():
     # The five captions of image 0 lie nearest to it, the worst of them still before any other.
     text = unit([[1, 0.1 * step] for step in range(5)] + [[0, 1]])
     encoded = EncodedPairs(unit([[1, 0], [0, 1]]), text, [np.arange(5), np.array([5])], None)
-    scores = score(encoded, SimpleNamespace(labels=None, classes=None))["all"]
+    scores = score(encoded, SimpleNamespace(class_kinds=None, labels=None, classes=None))["all"]
     assert scores["image_to_text_r@1"] == 1
     assert scores["text_to_image_r@1"] == 1
 
@@ -138,7 +140,7 @@ def test_any_image_with_the_caption_is_a_right_answer():
     # The caption's first image is far off, the second one is nearest; a third carries another caption.
     images = unit([[-1, 0], [1, 0], [0.9, 0.5]])
     encoded = EncodedPairs(images, unit([[1, 0], [0.9, 0.5]]), [np.array([0]), np.array([0]), np.array([1])], None)
-    pairs = SimpleNamespace(labels=None, classes=None)
+    pairs = SimpleNamespace(class_kinds=None, labels=None, classes=None)
     assert score(encoded, pairs)["all"]["text_to_image_r@1"] == 1
     # Both sets ask the caption they share, and the image of the other set answers it.
     assert score(encoded, pairs, np.array([True, False, False]))["forget"]["text_to_image_r@1"] == 1
@@ -147,14 +149,14 @@ def test_any_image_with_the_caption_is_a_right_answer():
 def test_forget_queries_search_the_whole_split():
     # Image 0 (forget) is nearer to the retain caption than to its own.
     encoded = EncodedPairs(unit([[1, 0], [0, 1]]), unit([[0.6, 0.8], [1, 0.1]]), [np.array([0]), np.array([1])], None)
-    scores = score(encoded, SimpleNamespace(labels=None, classes=None), np.array([True, False]))
+    scores = score(encoded, SimpleNamespace(class_kinds=None, labels=None, classes=None), np.array([True, False]))
     assert scores["forget"]["image_to_text_r@1"] == 0
 
 
 def test_without_classes_zero_shot_is_none():
     encoded, _ = random_encoded()
     unlabelled = EncodedPairs(encoded.image_features, encoded.caption_features, encoded.caption_index, None)
-    scores = score(unlabelled, SimpleNamespace(labels=None, classes=None))
+    scores = score(unlabelled, SimpleNamespace(class_kinds=None, labels=None, classes=None))
     assert scores["all"]["zero_shot_top1"] is None
     assert scores["per_class"] == {}
 
@@ -213,3 +215,31 @@ def test_scores_hold_plain_numbers_only():
     encoded, pairs = random_encoded()
     scores = score(encoded, pairs, np.arange(40) < 10)
     assert json.loads(json.dumps(scores, allow_nan=False)) == scores
+
+
+def test_zero_shot_compares_classes_of_the_kind_of_the_label():
+    encoded, pairs = random_encoded(n=60, classes=7)
+    kinds = np.array([2, 0, 2, 0, 0, 2, 1])
+    pairs.class_kinds = kinds
+    cosines = (encoded.image_features @ encoded.class_features.T).numpy()
+    expected = [
+        all(row[label] > row[other] for other in np.flatnonzero(kinds == kinds[label]) if other != label)
+        for row, label in zip(cosines, pairs.labels, strict=True)
+    ]
+    assert score(encoded, pairs)["all"]["zero_shot_top1"] == pytest.approx(np.mean(expected))
+    everywhere = cosines.argmax(1) == pairs.labels
+    assert np.mean(everywhere) < np.mean(expected) < 1
+    assert score(encoded, pairs, chunk=1)["all"] == score(encoded, pairs)["all"]
+
+
+def test_ranks_count_items_of_the_kind_of_the_match():
+    rng = np.random.default_rng(1)
+    queries, gallery = unit(rng.normal(size=(30, 4))), unit(rng.normal(size=(12, 4)))
+    kinds, match = np.arange(12) % 3, rng.integers(0, 12, 30)
+    expected = []
+    for query, own in zip(queries.numpy(), match, strict=True):
+        rivals = [item for item in np.flatnonzero(kinds == kinds[own]) if item != own]
+        expected.append(sum(query @ gallery[item].numpy() >= query @ gallery[own].numpy() for item in rivals))
+    for chunk in (1, 50, 10_000):
+        ranks = wrong_before_right(queries, gallery, np.arange(30), match, chunk, kinds)
+        assert ranks.tolist() == expected

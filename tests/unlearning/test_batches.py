@@ -2,10 +2,13 @@ import numpy as np
 import pytest
 import torch
 
+from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.data import as_pairs
 from cliperase_fast.data.drawing import seeded
 from cliperase_fast.distributed import Ranks
 from cliperase_fast.unlearning.batches import BatchLoader, BatchPlan, CaptionTable
+from cliperase_fast.unlearning.preparation import _group_ids
+from cliperase_fast.unlearning.splits import Split
 
 
 def plan(**changes):
@@ -109,6 +112,22 @@ def test_group_ids_follow_classes_or_captions(group_ids, expected):
         assert batch.group_ids[4:].tolist() == ((10 + batch.retain_indices) * 7).tolist()
     else:
         assert batch.group_ids.tolist() == batch.caption_of_pair.tolist()
+
+
+@pytest.mark.parametrize(
+    ("false_negatives", "entities", "expected"),
+    [("auto", True, "entities"), ("auto", False, "labels"), ("none", True, None), ("caption", True, "captions")],
+)
+def test_groups_of_a_run_are_entities_before_classes(false_negatives, entities, expected):
+    data = as_pairs([(torch.zeros(3, 2, 2), "abc"[i % 3]) for i in range(12)], "rows")
+    data.entities = np.arange(12) // 4 if entities else None
+    settings = UnlearnConfig(false_negatives=false_negatives)
+    found = _group_ids(settings, Split(data, 2))
+    if expected is None:
+        assert found is None
+    else:
+        wanted = {"entities": data.entities, "labels": data.labels, "captions": np.empty(0)}[expected]
+        assert found.tolist() == wanted.tolist()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
