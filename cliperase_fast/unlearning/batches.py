@@ -88,8 +88,13 @@ class Batch:
     tokens: Tensor  # [U, L], the distinct captions of the batch
     text_of_pair: Tensor  # [M + N], row of `tokens` for each pair
     caption_of_pair: np.ndarray  # [M + N], index into the caption table
-    retain_indices: np.ndarray  # [N], index into the retain set
+    pairs: np.ndarray  # [M + N], index into the training pairs
+    n_forget: int  # M
     group_ids: Tensor | None  # [M + N]
+
+    def count(self, joint: bool) -> int:
+        """Return M + N, or N unless `joint`."""
+        return len(self.pairs) if joint else len(self.pairs) - self.n_forget
 
 
 class CaptionTable:
@@ -192,15 +197,16 @@ class BatchLoader:
         sides = [self.ranks.shares(count) for count in (self.plan.forget_pairs, self.plan.retain_pairs)]
         return [sum(part.stop - part.start for part in of_rank) for of_rank in zip(*sides, strict=True)]
 
-    def _pairs_of(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+    def _pairs_of(self, number: int) -> tuple[np.ndarray, int]:
+        """Return this rank's pairs of a batch, and how many of them are forget pairs."""
         forget, retain = (pairs[self.ranks.share(len(pairs))] for pairs in self.plan.batch(number))
-        return np.concatenate([forget, self.plan.n_forget + retain]), retain
+        return np.concatenate([forget, self.plan.n_forget + retain]), len(forget)
 
     def _keys(self, number: int) -> list[tuple[int, int]]:
         return [(int(index), number) for index in self._pairs_of(number)[0]]
 
     def _batch(self, number: int, pixels: Tensor) -> Batch:
-        pairs, retain = self._pairs_of(number)
+        pairs, n_forget = self._pairs_of(number)
         # The captions of an image take turns, one for each pass.
         turn = number // self.plan.batches_per_epoch
         rows = np.array([self.captions.of_pair[i][(i + turn) % len(self.captions.of_pair[i])] for i in pairs])
@@ -210,7 +216,8 @@ class BatchLoader:
             tokens=self.captions.rows(unique),
             text_of_pair=torch.as_tensor(inverse, dtype=torch.int64, device="cpu"),
             caption_of_pair=rows,
-            retain_indices=retain,
+            pairs=pairs,
+            n_forget=n_forget,
             group_ids=self._groups(pairs, rows),
         )
 

@@ -16,7 +16,8 @@ from cliperase_fast.distributed import SINGLE_PROCESS, Ranks
 class BatchFeatures:
     """The features of a joint batch: M forget pairs, then N retain pairs. On several ranks, this rank's share of both.
 
-    Features are L2-normalised. Teacher features have no gradient; they are None if the method does not need them.
+    Features are L2-normalised. Teacher features have no gradient; they are None if the method does not need them, and
+    those of all pairs if it sets `joint_teacher`.
     """
 
     image: Tensor  # [M + N, D]
@@ -24,8 +25,8 @@ class BatchFeatures:
     logit_scale: Tensor  # a scalar, already exponentiated
     n_forget: int  # M
     group_ids: Tensor | None = None  # int64 [M + N]; pairs with equal ids are not negatives of each other
-    teacher_image: Tensor | None = None  # [N, D°]
-    teacher_text: Tensor | None = None  # [N, D°]
+    teacher_image: Tensor | None = None  # [N, D°], or [M + N, D°]
+    teacher_text: Tensor | None = None  # as teacher_image
     teacher_logit_scale: Tensor | None = None
     ranks: Ranks = SINGLE_PROCESS
     counts: tuple[Sequence[int], Sequence[int]] = ((), ())  # forget and retain pairs of each rank

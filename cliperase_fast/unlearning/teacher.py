@@ -1,4 +1,4 @@
-"""The frozen teacher's features of retain pairs: computed once and kept, or computed in every step."""
+"""The frozen teacher's features of training pairs: computed once and kept, or computed in every step."""
 
 from __future__ import annotations
 
@@ -34,7 +34,12 @@ MEMORY_LIMIT = 2**30  # bytes of cached features above which `auto` keeps them i
 
 
 class Teacher(Protocol):
-    """Teacher features of a batch's retain pairs: image [N, D°] and text [N, D°], float32, on the training device."""
+    """Teacher features of the retain pairs of a batch, image [N, D°] and text [N, D°]; with `joint` of all M + N pairs.
+
+    float32, on the training device.
+    """
+
+    joint: bool
 
     def features(self, batch: Batch) -> tuple[Tensor, Tensor]: ...
 
@@ -42,15 +47,17 @@ class Teacher(Protocol):
 class LiveTeacher:
     """Encodes every batch. Random transforms need it, as the teacher must see the student's view.
 
-    equal_parts: every rank encodes the same number of parts. A sharded teacher needs it, as each part gathers
-        parameters from all ranks.
+    joint: see `Teacher`. equal_parts: every rank encodes the same number of parts. A sharded teacher needs it, as each
+        part gathers parameters from all ranks.
     """
 
-    def __init__(self, adapter: ClipAdapter | ShardedTeacher, runtime: Runtime, equal_parts: bool = False) -> None:
-        self.adapter, self.runtime, self.equal_parts = adapter, runtime, equal_parts
+    def __init__(
+        self, adapter: ClipAdapter | ShardedTeacher, runtime: Runtime, joint: bool = False, equal_parts: bool = False
+    ) -> None:
+        self.adapter, self.runtime, self.joint, self.equal_parts = adapter, runtime, joint, equal_parts
 
     def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        count, device = len(batch.retain_indices), self.runtime.device
+        count, device = batch.count(self.joint), self.runtime.device
         unique, inverse = torch.unique(batch.text_of_pair[-count:], return_inverse=True)
         with inference(self.adapter.module, device, self.runtime.precision):
             image = self._encode(self.adapter.encode_image, batch.pixels[-count:])
@@ -66,50 +73,60 @@ class LiveTeacher:
 
 
 class CachedTeacher:
-    """Features encoded once for the retain pairs a run will visit, in memory or in a file."""
+    """Features encoded once for the pairs a run will visit, in memory or in a file."""
 
     def __init__(
-        self, image: np.ndarray | FeatureFile, text: Tensor, row_of_index: np.ndarray, device: torch.device
+        self,
+        image: np.ndarray | FeatureFile,
+        text: Tensor,
+        row_of_index: np.ndarray,
+        device: torch.device,
+        joint: bool = False,
     ) -> None:
         self.image = image  # [rows, D°] float32
         self.text = text  # [U, D°] float32
-        self.row_of_index = row_of_index
-        self.device = device
+        self.row_of_index = row_of_index  # [training pairs]
+        self.device, self.joint = device, joint
 
     def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        rows = self.row_of_index[batch.retain_indices]
+        rows = self.row_of_index[batch.pairs[-batch.count(self.joint) :]]
         image = torch.from_numpy(np.ascontiguousarray(self.image[rows]))
         captions = torch.as_tensor(batch.caption_of_pair[-len(rows) :], dtype=torch.int64, device="cpu")
         text = self.text[captions]
         return image.to(self.device), text.to(self.device)
 
 
-def make_teacher(run: Run, batches: int) -> Teacher:
-    """Return the run's teacher, live or cached for the pairs that so many batches visit."""
+def make_teacher(run: Run, batches: int, *, joint: bool = False) -> Teacher:
+    """Return the run's teacher, live or cached for the pairs that so many batches visit.
+
+    joint: for all pairs of a batch, not only for its retain pairs.
+    """
     setup = run.setup
     frozen, zero = setup.models.teacher, setup.deepspeed
     assert frozen is not None
     if setup.teacher_is_live:
         if zero is not None and zero["zero_optimization"]["stage"] == 3:
-            return LiveTeacher(ShardedTeacher(frozen, zero), run.runtime, equal_parts=True)
-        return LiveTeacher(frozen, run.runtime)
+            return LiveTeacher(ShardedTeacher(frozen, zero), run.runtime, joint, equal_parts=True)
+        return LiveTeacher(frozen, run.runtime, joint)
     train, loader = run.data.train, run.loader
+    used = train.n_forget + loader.plan.retain_used(batches)
     return cache_teacher(
         frozen,
-        train.pairs.subset(np.arange(train.n_forget, len(train.pairs))),
+        train.pairs,
         run.captions,
-        loader.plan.retain_used(batches),
+        np.concatenate([np.arange(train.n_forget), used]) if joint else used,
         run.runtime,
         transform=loader.pixels.transform,
         where=run.settings.teacher_cache,
         directory=run.directory / "cache",
         pixels=loader.pixels.cache,
+        joint=joint,
     )
 
 
 def cache_teacher(
     adapter: ClipAdapter,
-    retain: PairDataset,
+    pairs: PairDataset,
     captions: CaptionTable,
     used: np.ndarray,
     runtime: Runtime,
@@ -118,8 +135,9 @@ def cache_teacher(
     where: str,
     directory: Path | None,
     pixels: PixelCache | None = None,
+    joint: bool = False,
 ) -> CachedTeacher:
-    """Encode the `used` retain pairs (sorted indices) and all captions, a part on each rank; every rank gets all.
+    """Encode the `used` pairs (sorted indices) and all captions, a part on each rank; every rank gets all.
 
     where: "memory", "disk" (a file in `directory` on each machine), or "auto" (a file above `MEMORY_LIMIT` bytes if
     there is a directory). A complete file that an interrupted run left is reused if it was made from the same inputs.
@@ -129,7 +147,7 @@ def cache_teacher(
         say("computing the teacher's features of %d pairs", len(used))
     text = _encode_captions(adapter, captions, runtime)  # [U, D°]
     shape = (len(used), text.shape[1])
-    row_of_index = np.full(len(retain), -1, dtype=np.int64)
+    row_of_index = np.full(len(pairs), -1, dtype=np.int64)
     row_of_index[used] = np.arange(len(used))
     large = shape[0] * shape[1] * 4 > MEMORY_LIMIT
     if directory is None or where == "memory" or (where == "auto" and not large):
@@ -138,21 +156,21 @@ def cache_teacher(
         def keep(start: int, rows: np.ndarray) -> None:
             image[start : start + len(rows)] = rows
 
-        _encode_images(adapter, retain, used, keep, transform, runtime, pixels)
-        return CachedTeacher(image, text, row_of_index, runtime.device)
+        _encode_images(adapter, pairs, used, keep, transform, runtime, pixels)
+        return CachedTeacher(image, text, row_of_index, runtime.device, joint)
 
     made_from = {
         "model": adapter.identity(),
-        "data": retain.fingerprint(),
-        "transform": transform_identity([transform], retain),
+        "data": pairs.fingerprint(),
+        "transform": transform_identity([transform], pairs),
         "precision": runtime.precision,
         "shape": list(shape),
         "used": hashlib.sha256(used.tobytes()).hexdigest(),
     }
     name = "teacher_image_features" if ranks.size == 1 else f"teacher_image_features-{ranks.rank - ranks.local_rank}"
     file = FeatureFile(directory / f"{name}.f32", shape, made_from)
-    _fill(file, ranks, lambda keep: _encode_images(adapter, retain, used, keep, transform, runtime, pixels))
-    return CachedTeacher(file, text, row_of_index, runtime.device)
+    _fill(file, ranks, lambda keep: _encode_images(adapter, pairs, used, keep, transform, runtime, pixels))
+    return CachedTeacher(file, text, row_of_index, runtime.device, joint)
 
 
 def _fill(file: FeatureFile, ranks: Ranks, encode: Callable[[_Keep | None], None]) -> None:
@@ -194,7 +212,7 @@ def _encode_captions(adapter: ClipAdapter, captions: CaptionTable, runtime: Runt
 
 def _encode_images(
     adapter: ClipAdapter,
-    retain: PairDataset,
+    pairs: PairDataset,
     used: np.ndarray,
     keep: _Keep | None,
     transform: Callable[[Any], Tensor] | None,
@@ -206,7 +224,7 @@ def _encode_images(
     parts = np.split(used, range(runtime.batch_size, len(used), runtime.batch_size))
     shares = ranks.shares(len(parts))
     loader = DataLoader(
-        PixelDataset(retain, transform, None, cache),
+        PixelDataset(pairs, transform, None, cache),
         batch_sampler=[[(int(index), 0) for index in part] for part in parts[shares[ranks.rank]]],
         num_workers=runtime.num_workers,
         collate_fn=torch.stack,

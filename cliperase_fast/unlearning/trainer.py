@@ -33,11 +33,12 @@ from cliperase_fast.unlearning.tracker import Tracker
 class Trainer:
     """Trains the run's student in place by an objective.
 
-    needs_teacher: whether the objective reads the teacher's features of the retain pairs. Releases the run's other
-    models once their features are cached, and restores the checkpoint if the run resumes.
+    needs_teacher: whether the objective reads the teacher's features of the retain pairs. joint_teacher: and of the
+    forget pairs. Releases the run's other models once their features are cached, and restores the checkpoint if the run
+    resumes.
     """
 
-    def __init__(self, run: Run, objective: Objective, *, needs_teacher: bool) -> None:
+    def __init__(self, run: Run, objective: Objective, *, needs_teacher: bool, joint_teacher: bool = False) -> None:
         self.run, self.objective, self.settings = run, objective, run.settings
         self.loader, self.runtime, self.ranks = run.loader, run.runtime, run.ranks
         plan = self.loader.plan
@@ -51,7 +52,8 @@ class Trainer:
         self.meter = ChangeMeter(self.settings, self.steps_per_epoch, self.total_steps, self.ranks)
         self.engine = make_engine(run)
         self.tracker = Tracker(run, self.engine.weights)
-        self.teacher = make_teacher(run, self.total_steps * self.settings.accumulate) if needs_teacher else None
+        batches = self.total_steps * self.settings.accumulate
+        self.teacher = make_teacher(run, batches, joint=joint_teacher) if needs_teacher else None
         assert run.setup.models.teacher is not None
         self.teacher_scale = run.setup.models.teacher.logit_scale().detach().float().clone()
         run.setup.models.release()
@@ -169,7 +171,7 @@ class Trainer:
             image=image,
             text=text.index_select(0, batch.text_of_pair.to(device)),
             logit_scale=scale,
-            n_forget=len(batch.pixels) - len(batch.retain_indices),
+            n_forget=batch.n_forget,
             group_ids=None if batch.group_ids is None else batch.group_ids.to(device),
             teacher_image=teacher_image,
             teacher_text=teacher_text,

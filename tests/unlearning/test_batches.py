@@ -76,7 +76,8 @@ def test_pixels_are_those_of_the_planned_pairs_with_forget_first():
     batch = next(loader().batches(4, 5))
     forget, retain = plan().batch(4)
     assert batch.pixels[:, 0, 0, 0].tolist() == [*forget, *(10 + retain)]
-    assert np.array_equal(batch.retain_indices, retain)
+    assert batch.pairs.tolist() == [*forget, *(10 + retain)] and batch.n_forget == len(forget)
+    assert (batch.count(joint=True), batch.count(joint=False)) == (len(forget) + len(retain), len(retain))
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
@@ -87,7 +88,8 @@ def test_ranks_split_forget_and_retain_pairs_of_a_batch(size):
     for side, planned in ((forget, plan().batch(4)[0]), (retain, 10 + plan().batch(4)[1])):
         assert [i for pairs in side for i in pairs] == planned.tolist()
         assert max(map(len, side)) - min(map(len, side)) <= 1
-    assert [part.retain_indices.tolist() for part in parts] == [[i - 10 for i in pairs] for pairs in retain]
+    assert [part.pairs.tolist() for part in parts] == shown
+    assert [part.n_forget for part in parts] == [len(pairs) for pairs in forget]
     assert loader(ranks=Ranks(0, size)).pairs_of_ranks() == [len(pairs) for pairs in shown]
 
 
@@ -109,7 +111,7 @@ def test_group_ids_follow_classes_or_captions(group_ids, expected):
     if expected is None:
         assert batch.group_ids is None
     elif expected == "labels":
-        assert batch.group_ids[4:].tolist() == ((10 + batch.retain_indices) * 7).tolist()
+        assert batch.group_ids.tolist() == (batch.pairs * 7).tolist()
     else:
         assert batch.group_ids.tolist() == batch.caption_of_pair.tolist()
 

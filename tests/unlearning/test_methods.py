@@ -72,6 +72,35 @@ def test_cliperase_is_the_default_and_named_in_the_record(tmp_path):
     assert (config["method"], config["method_options"]) == ("cliperase", {})
 
 
+@pytest.mark.parametrize("teacher_cache", ["memory", "disk", "off"])
+@pytest.mark.parametrize("joint", [True, False])
+def test_teacher_features_are_those_of_the_pairs_that_the_method_asks_for(teacher_cache, joint):
+    """At the first step the student is the teacher, so that its features tell which pairs the teacher's belong to."""
+    seen = []
+
+    class Watching(TrainingMethod):
+        name, summary, source = "watching", "keeps the first batch", "a test"
+        needs, joint_teacher = ("forget", "retain", "teacher"), joint
+
+        def objective(self, run):
+            def terms(features):
+                seen.append(features)
+                return _Total(features.image.sum())
+
+            return terms
+
+    cf.register_method(Watching)
+    run(method="watching", teacher_cache=teacher_cache)
+    first = seen[0]
+    asked = slice(0 if joint else first.n_forget, None)
+    assert torch.allclose(first.teacher_image, first.image[asked], atol=1e-6)
+    assert torch.allclose(first.teacher_text, first.text[asked], atol=1e-6)
+
+
+class _Total(NamedTuple):
+    total: torch.Tensor
+
+
 def features(forget=3, retain=4, groups=None, seed=0):
     generator = torch.Generator().manual_seed(seed)
     image, text = (F.normalize(torch.randn(forget + retain, 8, generator=generator), dim=1) for _ in range(2))

@@ -46,7 +46,7 @@ def test_every_step_draws_new_views_which_the_teacher_sees_too(as_tensor, monkey
     result, _ = run(as_tensor, epochs=6)
     views = {}
     for batch in steps:
-        for index, pixels in zip(batch.retain_indices, batch.pixels[-len(batch.retain_indices) :], strict=True):
+        for index, pixels in zip(batch.pairs, batch.pixels, strict=True):
             views.setdefault(int(index), []).append(pixels)
     several = [of_image for of_image in views.values() if len(of_image) > 1]
     assert several

@@ -46,6 +46,7 @@ class Method(ABC):
     name: for `unlearn(method=...)`. summary: one line. source: the paper, or "baseline".
     Options: the dataclass of `method_options`; its `__post_init__` raises InputError for wrong values.
     needs: which of the forget pairs, the retain pairs and the teacher's features it reads.
+    joint_teacher: whether it reads the teacher's features of the forget pairs too, not only of the retain pairs.
     unused_settings: fields of UnlearnConfig that it ignores, so that setting them is an error.
     trains: whether a gradient must reach the parameters.
     """
@@ -55,6 +56,7 @@ class Method(ABC):
     source: ClassVar[str]
     Options: ClassVar[type] = NoOptions
     needs: ClassVar[tuple[str, ...]] = ("forget", "retain")
+    joint_teacher: ClassVar[bool] = False
     unused_settings: ClassVar[frozenset[str]] = frozenset()
     trains: ClassVar[bool] = True
 
@@ -106,7 +108,7 @@ class TrainingMethod(Method):
         """Return the function from the features of a joint batch to its loss terms."""
 
     def run(self, run: Run) -> TrainState:
-        trainer = Trainer(run, self.objective(run), needs_teacher=self.needs_teacher)
+        trainer = Trainer(run, self.objective(run), needs_teacher=self.needs_teacher, joint_teacher=self.joint_teacher)
         state = trainer.train()
         trainer.finish()
         return state
