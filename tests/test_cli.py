@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from cliperase_fast import UnlearnConfig, cli
-from cliperase_fast.cli_settings import given_settings
+from cliperase_fast.cli.parser import make_parser
+from cliperase_fast.cli.settings import given_settings
 
 
 def call(*words):
@@ -84,14 +85,14 @@ def test_flags_win_over_the_config_file_and_that_over_the_preset(tmp_path):
         "--paper",
         "flickr30k",
     ]
-    arguments = cli._parser().parse_args([*words, "--config", str(path), "--epochs", "3"])
+    arguments = make_parser().parse_args([*words, "--config", str(path), "--epochs", "3"])
     config = UnlearnConfig.from_dict(given_settings(arguments))
     assert (config.epochs, config.batch_size, config.learning_rate) == (3, 32, 1e-8)
 
 
 def settings_of(*words):
     needed = ("unlearn", "--model", "m", "--data", "demo", "--forget", "class:one", "--output", "o")
-    return given_settings(cli._parser().parse_args([*needed, *map(str, words)]))
+    return given_settings(make_parser().parse_args([*needed, *map(str, words)]))
 
 
 def test_a_method_and_its_options_are_given_as_words(tmp_path):

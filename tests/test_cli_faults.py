@@ -14,6 +14,8 @@ import pytest
 from processes import context
 
 from cliperase_fast import UnlearnConfig, cli, demo
+from cliperase_fast.cli import commands, running
+from cliperase_fast.cli.parser import make_parser
 from cliperase_fast.recipes import RECIPES
 from cliperase_fast.storage import lock
 from cliperase_fast.unlearning.run_directory import RunDirectory
@@ -66,7 +68,7 @@ def stop_with(monkeypatch, command, error):
     def stop(arguments):
         raise error
 
-    monkeypatch.setattr(cli, "_" + command.replace("-", "_"), stop)
+    monkeypatch.setattr(commands, command.replace("-", "_"), stop)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -94,14 +96,14 @@ def _terminate_itself(command, path):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(10)
 
-    setattr(cli, f"_{command}", work)
+    setattr(commands, command, work)
     cli.main([command, *COMMANDS[command]])
 
 
 @pytest.mark.parametrize("command", ["unlearn", "demo"])
 def test_the_advice_after_an_interruption_works(command):
     words = ["--resume"] if "--resume" in ADVICE[command] else []
-    cli._parser().parse_args([command, *COMMANDS[command], *words])
+    make_parser().parse_args([command, *COMMANDS[command], *words])
 
 
 @pytest.mark.parametrize(
@@ -114,7 +116,7 @@ def test_the_advice_after_an_interruption_works(command):
     ids=repr,
 )  # fmt: skip
 def test_system_errors_are_one_line(error, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "_drop_output", lambda: None)  # pytest's own
+    monkeypatch.setattr(running, "_drop_output", lambda: None)  # pytest's own
     stop_with(monkeypatch, "evaluate", error)
     assert cli.main(["evaluate", *COMMANDS["evaluate"]]) == 1
     told = capsys.readouterr().err
@@ -149,10 +151,10 @@ def test_progress_is_shown_as_requested(option, monkeypatch, capsys):
     def work(arguments):
         monkeypatch.setattr(logging.root, "handlers", [logging.StreamHandler()])  # as some libraries set it up
         say("a line")
-        told.append(cli._progress(arguments))
+        told.append(commands.progress_style(arguments))
         return 0
 
-    monkeypatch.setattr(cli, "_demo", work)
+    monkeypatch.setattr(commands, "demo", work)
     assert cli.main(["demo", *option]) == 0
     lines = capsys.readouterr().err
     wanted = "none" if option in (["--quiet"], ["--progress", "none"]) else "lines"  # auto: no terminal here

@@ -20,7 +20,6 @@ LONGEST = 500  # lines of a file
 LAYERS = [
     {PACKAGE},  # its __init__.py
     {"cli"},
-    {"cli_settings"},
     {"demo", "ledger"},
     {"export"},
     {"integrations"},

@@ -1,0 +1,144 @@
+"""What each command does with its parsed arguments. All return the exit code."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from cliperase_fast.cli.settings import given_settings
+from cliperase_fast.config import UnlearnConfig
+from cliperase_fast.errors import InputError
+
+
+def progress_style(arguments: argparse.Namespace) -> str:
+    """Return bars, lines or none."""
+    wanted = "none" if getattr(arguments, "quiet", False) else getattr(arguments, "progress", "none")
+    if wanted == "auto":
+        return "bars" if sys.stderr.isatty() else "lines"
+    return wanted
+
+
+def unlearn(arguments: argparse.Namespace) -> int:
+    config = UnlearnConfig.from_dict(given_settings(arguments))
+    from cliperase_fast.unlearning import unlearn
+
+    retain = arguments.retain if arguments.retain == "rest" else f"{arguments.data}#{arguments.retain}"
+    result = unlearn(
+        arguments.model,
+        f"{arguments.data}#{arguments.forget}",
+        retain,
+        test=arguments.test_data,
+        teacher=arguments.teacher,
+        config=config,
+        output_dir=arguments.output,
+        resume=arguments.resume,
+        progress=progress_style(arguments) == "bars",
+    )
+    if os.environ.get("RANK", "0") == "0":  # of several ranks the first
+        _print_result(result, Path(arguments.output))
+    return 0
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    from cliperase_fast.evaluation import evaluate
+    from cliperase_fast.report import class_table, text_table
+    from cliperase_fast.report.wording import left_out_lines
+    from cliperase_fast.storage import check_writable, write_text_atomically, writing
+
+    if arguments.output:  # before it takes minutes
+        if Path(arguments.output).is_dir():
+            raise InputError(f"--output={arguments.output} is a folder; give a file")
+        check_writable(Path(arguments.output).parent, "--output")
+    scores = evaluate(
+        arguments.model,
+        arguments.data,
+        forget=arguments.forget,
+        on_error=arguments.on_error,
+        batch_size=arguments.batch_size,
+        device=arguments.device,
+        precision=arguments.precision,
+        progress=progress_style(arguments) == "bars",
+    )
+    text = json.dumps(scores, indent=2)
+    if arguments.json:
+        print(text)
+    else:
+        left_out = "\n".join(f"Left out: {line}" for line in left_out_lines(scores.get("skipped", {})))
+        print("\n\n".join(part for part in (text_table(scores), class_table(scores["per_class"]), left_out) if part))
+    if arguments.output:
+        with writing(arguments.output):
+            Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
+            write_text_atomically(Path(arguments.output), text + "\n")
+    return 0
+
+
+def demo(arguments: argparse.Namespace) -> int:
+    from cliperase_fast.demo import clear_demo_run, run_demo
+    from cliperase_fast.unlearning.run_directory import holds_run
+
+    began = time.perf_counter()
+    output = Path(arguments.output)
+    clear_demo_run(output)
+    interrupted = output.is_dir() and holds_run(output)
+    result = run_demo(
+        f"{arguments.data}#{arguments.forget}",
+        output,
+        test=arguments.test_data,
+        resume=interrupted,
+        progress=progress_style(arguments) == "bars",
+        **given_settings(arguments),
+    )
+    _print_result(result, output)
+    print(f"\n{time.perf_counter() - began:.0f} s in all.")
+    return 0
+
+
+def train_open_clip(arguments: argparse.Namespace) -> int:
+    from cliperase_fast.integrations.open_clip import train_open_clip
+
+    return train_open_clip(_passed_on(arguments))
+
+
+def _passed_on(arguments: argparse.Namespace) -> list[str]:
+    given = arguments.arguments
+    return given[1:] if given[:1] == ["--"] else given
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    from cliperase_fast.planning.plan import plan_text, step_of
+
+    given = vars(arguments)
+    print(plan_text(step_of(**{name: given[name] for name in given.keys() - {"run", "command", "local_rank"}})))
+    return 0
+
+
+def bench(arguments: argparse.Namespace) -> int:
+    return importlib.import_module(f"cliperase_fast.benchmarks.{arguments.what}").main(_passed_on(arguments))
+
+
+def backends(arguments: argparse.Namespace) -> int:
+    from cliperase_fast.ops import backends
+
+    print(backends())
+    return 0
+
+
+def methods(arguments: argparse.Namespace) -> int:
+    from cliperase_fast.unlearning.methods import methods
+
+    print(methods())
+    return 0
+
+
+def _print_result(result: Any, output: Path) -> None:
+    print(result.summary())
+    print(f"\nmodel    {output / 'model'}")
+    if result.config.report:
+        print(f"report   {output / 'report.html'}")
+    print(f"verdict  {result.verdict.short}")

@@ -1,0 +1,207 @@
+"""The arguments of every command, and their help."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from cliperase_fast._version import __version__
+from cliperase_fast.cli import commands
+from cliperase_fast.cli.settings import add_settings, demo_defaults
+
+_SELECTORS = """\
+selectors:
+  class:apple              pairs of this class; several with commas
+  caption:apple,apples     pairs with a caption that holds one of these words
+  ids:FILE                 pairs listed in a file, one id a line
+"""
+
+_BENCHMARKS = ("loss", "train", "memory", "scaling")  # modules of benchmarks/
+
+_EXAMPLES = """\
+examples:
+  cliperase-fast demo
+  cliperase-fast unlearn --model ViT-B-32:openai --data cifar100:/data --forget class:apple --output runs/apple
+  cliperase-fast unlearn --model local-dir:my-clip --data 'wds:/data/{000..099}.tar' \\
+      --forget caption:dog,dogs --output runs/dog --precision bf16 --trainable last:4
+  cliperase-fast evaluate --model local-dir:runs/apple/model --data cifar100:/data --forget class:apple
+"""
+
+
+_WITH_DATA = ("unlearn", "evaluate", "demo")
+_EXAMPLES_OF = {
+    "unlearn": """\
+examples:
+  cliperase-fast unlearn --model ViT-B-32:openai --data cifar100:/data --forget class:apple --output runs/apple
+  cliperase-fast unlearn --model local-dir:my-clip --data folder:/photos --forget class:cat,dog --output runs/pets \\
+      --epochs 5 --learning-rate 1e-5
+  cliperase-fast unlearn ... the same ... --resume          (after an interruption)
+""",
+    "evaluate": """\
+examples:
+  cliperase-fast evaluate --model local-dir:runs/apple/model --data cifar100:/data --forget class:apple
+  cliperase-fast evaluate --model ViT-B-32:openai --data folder:/photos --output scores.json
+""",
+    "demo": """\
+examples:
+  cliperase-fast demo
+  cliperase-fast demo --forget class:three --output runs/three
+  cliperase-fast demo --data shapes --forget 'class:red circle' --output runs/shapes
+
+A run that was interrupted goes on when the same command is given again.
+""",
+    "train-open-clip": """\
+examples:
+  cliperase-fast train-open-clip -- --model ViT-B-32 --train-data 'data/{000..099}.tar' --batch-size 1024
+  torchrun --nproc_per_node 8 -m cliperase_fast.cli train-open-clip -- --model ViT-B-32 ...
+""",
+    "plan": """\
+examples:
+  cliperase-fast plan --batch 32768 --gpus 64 --model ViT-B-32
+  cliperase-fast plan --batch 32768 --gpus 8 --model ViT-L-14 --chunk 256 --zero 2
+
+Nothing is run or measured: docs/scaling.md says what the figures rest on.
+""",
+    "bench": """\
+examples:
+  cliperase-fast bench loss --quick
+  cliperase-fast bench memory
+  cliperase-fast bench loss --help          (what is measured, and how)
+
+With --quick it takes a minute or two.
+""",
+    "methods": """\
+examples:
+  cliperase-fast methods
+  cliperase-fast unlearn --method gradient_ascent ...
+
+docs/methods.md says how to add one.
+""",
+    "backends": """\
+examples:
+  cliperase-fast backends
+""",
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cliperase-fast",
+        description="Make a CLIP model forget chosen image-text associations and keep the rest (CLIPErase).",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"cliperase-fast {__version__}")
+    # The deepspeed launcher adds it; the environment has the same value.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    unlearn = _command(subparsers, "unlearn", "make a model forget", commands.unlearn)
+    unlearn.usage = "cliperase-fast unlearn --model MODEL --data SOURCE --forget SELECTOR --output DIR [settings]"
+    _add_model(unlearn)
+    unlearn.add_argument("--data", required=True, metavar="SOURCE", help="where the pairs come from, see below")
+    unlearn.add_argument("--forget", required=True, metavar="SELECTOR", help="which of them to forget, see below")
+    unlearn.add_argument("--retain", default="rest", metavar="SELECTOR", help="which to keep (default: all others)")
+    unlearn.add_argument("--test-data", metavar="SOURCE", help="where to measure (default: the source's test split)")
+    unlearn.add_argument("--teacher", metavar="MODEL", help="stay consistent with this model (default: --model itself)")
+    unlearn.add_argument("--output", required=True, metavar="DIR", help="the run directory")
+    unlearn.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    unlearn.add_argument("--config", metavar="FILE", help="YAML or JSON with settings; flags win over it")
+    unlearn.add_argument(
+        "--paper", choices=("cifar100", "cc12m", "flickr30k"), help="start from the paper's settings for this data"
+    )
+    _add_progress(unlearn)
+    add_settings(unlearn, {})
+
+    evaluate = _command(subparsers, "evaluate", "zero-shot accuracy and retrieval of a model", commands.evaluate)
+    _add_model(evaluate)
+    evaluate.add_argument("--data", required=True, metavar="SOURCE", help="what to measure on, see below")
+    evaluate.add_argument("--forget", metavar="SELECTOR", help="report these pairs and the others apart")
+    evaluate.add_argument("--json", action="store_true", help="print all scores as JSON, every class, for programs")
+    evaluate.add_argument("--output", metavar="FILE", help="also write the scores there, as JSON")
+    evaluate.add_argument(
+        "--on-error",
+        default="raise",
+        choices=("raise", "skip"),
+        help="pairs that cannot be used, such as unreadable images: raise, or skip and count (default: raise)",
+    )
+    evaluate.add_argument("--batch-size", type=int, default=256, metavar="N", help="images per batch (default: 256)")
+    evaluate.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
+    evaluate.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="default: fp32")
+
+    _add_progress(evaluate)
+
+    demo = _command(subparsers, "demo", "train a small CLIP and make it forget, from nothing", commands.demo)
+    demo.usage = "cliperase-fast demo [--data SOURCE] [--forget SELECTOR] [--output DIR] [settings]"
+    demo.add_argument("--data", default="demo", metavar="SOURCE", help="what to train on (default: demo, the digits)")
+    demo.add_argument("--forget", default="class:seven", metavar="SELECTOR", help="default: class:seven")
+    demo.add_argument("--test-data", metavar="SOURCE", help="where to measure (default: the source's test split)")
+    demo.add_argument("--output", default="runs/demo", metavar="DIR", help="the run directory (default: runs/demo)")
+    _add_progress(demo)
+    add_settings(demo, demo_defaults())
+
+    train = _command(
+        subparsers, "train-open-clip", "open_clip's own trainer, with the fused losses", commands.train_open_clip
+    )
+    train.usage = "cliperase-fast train-open-clip -- ARGUMENTS OF open_clip_train.main"
+    train.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS", help="passed on as they are")
+
+    plan = _command(subparsers, "plan", "memory and time of a step on many GPUs, computed", commands.plan)
+    plan.add_argument("--batch", type=int, required=True, metavar="N", help="pairs of a step, on all GPUs together")
+    plan.add_argument("--gpus", type=int, required=True, metavar="R", help="how many GPUs")
+    plan.add_argument("--model", required=True, metavar="ARCH", help="an architecture of open_clip: ViT-B-32")
+    plan.add_argument("--gpu", default="h100", help="a100, h100 or h200 (default: h100)")
+    plan.add_argument("--precision", default="bf16", help="bf16 or fp32 (default: bf16)")
+    plan.add_argument("--gather", default="all", help="texts of the others: all at once, or ring (default: all)")
+    plan.add_argument("--chunk", type=int, metavar="K", help="pairs encoded at a time, gradients of features cached")
+    plan.add_argument("--zero", type=int, default=0, metavar="STAGE", help="ZeRO 1, 2 or 3 (default: 0, none)")
+    plan.add_argument("--cached-teacher", action="store_true", help="the teacher's features are read, not computed")
+    plan.add_argument("--efficiency", type=float, default=0.5, help="part of the peak rates reached (default: 0.5)")
+    plan.add_argument("--strip-mib", type=int, metavar="MIB", help="memory for strips (default: CLIPERASE_STRIP_MIB)")
+
+    bench = _command(subparsers, "bench", "measure the losses and unlearn(), beside others", commands.bench)
+    bench.usage = "cliperase-fast bench {" + ",".join(_BENCHMARKS) + "} ..."
+    bench.add_argument("what", choices=_BENCHMARKS, metavar="{" + ",".join(_BENCHMARKS) + "}", help="what to measure")
+    bench.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS", help="passed on as they are")
+
+    _command(subparsers, "methods", "the unlearning methods, with their options", commands.methods)
+    _command(subparsers, "backends", "what computes the losses here", commands.backends)
+    return parser
+
+
+def _command(subparsers: Any, name: str, description: str, run: Any) -> argparse.ArgumentParser:
+    parser = subparsers.add_parser(
+        name,
+        help=description,
+        description=description[0].upper() + description[1:] + ".",
+        epilog="\n".join(part for part in (_EXAMPLES_OF[name], _data_help() if name in _WITH_DATA else "") if part),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _data_help() -> str:
+    from cliperase_fast.data.sources import sources_text
+
+    return f"data sources:\n{sources_text('  ')}\n\n{_SELECTORS}"
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="ARCH:TAG as open_clip names them (ViT-B-32:openai), ARCH:/path/to/checkpoint, local-dir:DIR, "
+        "or a transformers CLIP folder",
+    )
+
+
+def _add_progress(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--progress",
+        default="auto",
+        choices=("auto", "bars", "lines", "none"),
+        help="on standard error: bars, a line now and then, or none; auto: bars on a terminal, else lines "
+        "(default: auto)",
+    )
+    parser.add_argument("--quiet", action="store_true", help="the same as --progress none")
