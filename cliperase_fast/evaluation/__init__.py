@@ -1,5 +1,7 @@
 """Measure how well a model matches images and captions, for forget and retain pairs separately."""
 
+from cliperase_fast.evaluation.background import Background
+from cliperase_fast.evaluation.divergence import Divergence, DivergenceMeter
 from cliperase_fast.evaluation.encoding import (
     EncodedPairs,
     class_prompts,
@@ -15,6 +17,9 @@ from cliperase_fast.evaluation.scoring import score
 __all__ = [
     "METRICS",
     "PRIMARY",
+    "Background",
+    "Divergence",
+    "DivergenceMeter",
     "EncodedPairs",
     "Metric",
     "QueryResults",

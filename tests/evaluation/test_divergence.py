@@ -1,0 +1,106 @@
+"""Background levels and divergences, against their definitions written out one image at a time in float64."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cliperase_fast.evaluation import Background, DivergenceMeter, EncodedPairs
+from cliperase_fast.evaluation.divergence import CAPTIONS
+
+RETAIN = np.arange(40) >= 10
+
+
+def unit(rows):
+    return F.normalize(torch.as_tensor(rows, dtype=torch.float32), dim=-1)
+
+
+def encoded_pairs(seed, captions=30, n=40, classes=6, dim=8, labelled=True):
+    rng, drawn = np.random.default_rng(seed), np.random.default_rng(0)
+    index = [drawn.choice(captions, size=drawn.integers(1, 4), replace=False) for _ in range(n)]
+    features = [unit(rng.normal(size=(rows, dim))) for rows in (n, captions, classes)]
+    return EncodedPairs(features[0], features[1], index, features[2] if labelled else None)
+
+
+PAIRS = SimpleNamespace(labels=np.arange(40) % 5, classes=tuple(f"class {c}" for c in range(6)))
+UNLABELLED = SimpleNamespace(labels=None, classes=None)
+
+
+def kl(before, after, scale_before, scale_after, captions_before, captions_after):
+    """KL of one image; features in float64."""
+    logits = [scale_before * captions_before @ before, scale_after * captions_after @ after]
+    p, q = (np.exp(row - row.max()) / np.exp(row - row.max()).sum() for row in logits)
+    return float((p * np.log(p / q)).sum())
+
+
+def by_hand(before, after, scales, columns, features):
+    rows = np.flatnonzero(RETAIN)
+    images = [one.image_features.double().numpy() for one in (before, after)]
+    captions = [getattr(one, features).double().numpy()[columns] for one in (before, after)]
+    return np.array([kl(images[0][i], images[1][i], *scales, *captions) for i in rows])
+
+
+def test_divergence_is_the_kl_over_the_retained_classes():
+    before, after = encoded_pairs(1), encoded_pairs(2)
+    meter = DivergenceMeter(before, 20.0, PAIRS, RETAIN, classes=np.array([0, 1, 2, 4]))
+    expected = by_hand(before, after, (20.0, 13.0), [0, 1, 2, 4], "class_features")
+    assert meter.values(after, 13.0) == pytest.approx(expected, rel=1e-9)
+    found = meter(after, 13.0)
+    assert found.mean == pytest.approx(expected.mean(), rel=1e-9)
+    assert found.error == pytest.approx(expected.std(ddof=1) / np.sqrt(30), rel=1e-9)
+    labels = PAIRS.labels[RETAIN]
+    means = [expected[labels == c].mean() for c in range(5)]
+    worst = int(np.argmax(means))
+    assert found.worst_class == f"class {worst}"
+    assert (found.worst_mean, found.worst_pairs) == (pytest.approx(means[worst], rel=1e-9), 6)
+    assert found.worst_error == pytest.approx(expected[labels == worst].std(ddof=1) / np.sqrt(6), rel=1e-9)
+
+
+def test_divergence_is_zero_for_the_original_itself():
+    before = encoded_pairs(1)
+    found = DivergenceMeter(before, 100.0, PAIRS, RETAIN)(before, 100.0)
+    assert found.mean == found.worst_mean == 0.0
+
+
+def test_without_classes_the_captions_of_retain_pairs_are_compared():
+    before, after = encoded_pairs(1, labelled=False), encoded_pairs(2, labelled=False)
+    columns = np.unique(np.concatenate(before.caption_index[10:]))
+    found = DivergenceMeter(before, 20.0, UNLABELLED, RETAIN)(after, 20.0)
+    expected = by_hand(before, after, (20.0, 20.0), columns, "caption_features")
+    assert found.mean == pytest.approx(expected.mean(), rel=1e-9)
+    assert found.worst_class is None
+
+
+def test_a_fixed_sample_stands_for_many_captions():
+    before = encoded_pairs(1, captions=900, labelled=False)
+    before.caption_index[20] = np.arange(300, 900)
+    meters = [DivergenceMeter(before, 20.0, UNLABELLED, RETAIN, seed=seed) for seed in (3, 3, 4)]
+    samples = [meter.columns.tolist() for meter in meters]
+    assert samples[0] == samples[1] != samples[2]
+    assert len(set(samples[0])) == CAPTIONS
+    assert set(samples[0]) <= set(np.concatenate(before.caption_index[10:]).tolist())
+
+
+def test_chunks_give_the_same_divergence(monkeypatch):
+    before, after = encoded_pairs(1), encoded_pairs(2)
+    whole = DivergenceMeter(before, 20.0, PAIRS, RETAIN).values(after, 13.0)
+    monkeypatch.setattr("cliperase_fast.evaluation.divergence.CHUNK", 17)
+    assert DivergenceMeter(before, 20.0, PAIRS, RETAIN).values(after, 13.0) == pytest.approx(whole, rel=1e-12)
+
+
+def test_background_levels_are_mean_cosines_with_the_retain_pairs():
+    encoded = encoded_pairs(1)
+    background = Background.of(encoded, RETAIN)
+    image, text = encoded.image_features.double().numpy(), encoded.caption_features.double().numpy()
+    retained = np.flatnonzero(RETAIN)
+    of_image = [np.mean([np.mean(text[encoded.caption_index[r]] @ image[i]) for r in retained]) for i in range(40)]
+    of_caption = [np.mean(image[retained] @ row) for row in text]
+    assert background.of_images(encoded.image_features.double()).numpy() == pytest.approx(of_image, abs=1e-12)
+    assert background.of_captions(encoded.caption_features.double()).numpy() == pytest.approx(of_caption, abs=1e-12)
+    expected = np.mean([of_image[i] + np.mean(np.take(of_caption, encoded.caption_index[i])) for i in range(10)]) / 2
+    assert background.association(encoded, ~RETAIN) == pytest.approx(expected, abs=1e-12)
+    assert background.of_images(encoded.image_features).dtype == torch.float32
