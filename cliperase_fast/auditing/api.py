@@ -201,7 +201,7 @@ def _check_alike(models: Mapping[str, ClipAdapter], sets: AuditSets) -> None:
 
 def _knowing_oracles(scores: Mapping[str, Scores], layout: Layout) -> list[str]:
     """Warnings about oracles that name forget images more often than chance, by the lower end of the interval."""
-    chance = 1 / max(1, len(layout.names))
+    chance = layout.chance
     found = []
     for model, groups in scores.items():
         value, interval = groups["forgetting"]["zero_shot_top1"].value, groups["forgetting"]["zero_shot_top1"].interval

@@ -34,7 +34,8 @@ class ForgetTest:
     """Forget test images and the concepts to choose from, for models whose features are not known yet.
 
     images: int64 [m], numbers of the images in the test set. pixels: [m, 3, H, W]. prompts: the captions of each
-    concept, averaged. image_of, concept_of: int64 [P], the matching pairs, ascending by image.
+    concept, averaged. image_of, concept_of: int64 [P], the matching pairs, ascending by image. kinds: int64 [K], of
+    concepts; an image is asked about the kind of its concept. None: about all.
     """
 
     images: np.ndarray
@@ -42,6 +43,7 @@ class ForgetTest:
     prompts: tuple[tuple[Any, ...], ...]
     image_of: np.ndarray
     concept_of: np.ndarray
+    kinds: np.ndarray | None = None
 
     @classmethod
     def of(cls, adapter: ClipAdapter, sets: AuditSets, layout: Layout, seed: int) -> ForgetTest:
@@ -61,14 +63,26 @@ class ForgetTest:
             chosen = np.sort(np.concatenate([own, some]))
             prompts = tuple((layout.names[concept],) for concept in chosen)
             concept_of = np.searchsorted(chosen, concept_of)
-        return cls(images, pixels_of(adapter, sets.test, images), prompts, image_of, concept_of)
+        return cls(images, pixels_of(adapter, sets.test, images), prompts, image_of, concept_of, layout.kinds)
 
     def named(self, adapter: ClipAdapter, how: Encoding) -> np.ndarray:
         """Whether the model puts a caption of each image before those of all other concepts; bool [m]."""
         return self._first(self.image_features(adapter, how), self.concept_features(adapter, how))
 
     def _first(self, images: Tensor, concepts: Tensor) -> np.ndarray:
-        return metrics.wrong_before_right(images, concepts, self.image_of, self.concept_of) == 0
+        pairs = self.image_of, self.concept_of
+        return metrics.wrong_before_right(images, concepts, *pairs, item_kinds=self.kinds) == 0
+
+    def among_rivals(self, targets: Tensor) -> Tensor:
+        """What to add to logits so that only concepts of the target's kind count: 0 or -inf, float32.
+
+        targets: int64 [B], concepts. Returns [B, K], or a scalar 0 where all concepts are of one kind.
+        """
+        if self.kinds is None:
+            return torch.zeros((), dtype=torch.float32, device="cpu")
+        kinds = torch.as_tensor(self.kinds, dtype=torch.int64, device="cpu")
+        logits = torch.zeros(len(targets), len(kinds), dtype=torch.float32, device="cpu")
+        return logits.masked_fill_(kinds[targets][:, None] != kinds, -torch.inf)
 
     def image_features(self, adapter: ClipAdapter, how: Encoding) -> Tensor:
         """[m, D], float32 on the CPU."""
@@ -115,8 +129,8 @@ def prompt_attack(
 
     4 soft tokens stand behind the begin mark of every caption of a forget concept, as in CoOp (arXiv 2109.01134); each
     concept has its own. 50 steps of Adam at 1e-2 train them on 16 forget training images: the cross entropy over all
-    concepts at the model's scale. Weights and the other concepts' captions stay. Not for hand-made models, whose token
-    embedding is not known, and where a caption leaves no room for 4 tokens.
+    concepts (of the kind of the right one) at the model's scale. Weights and the other concepts' captions stay. Not for
+    hand-made models, whose token embedding is not known, and where a caption leaves no room for 4 tokens.
     """
     table = token_embedding(adapter)
     if table is None:
@@ -143,6 +157,7 @@ def prompt_attack(
         images = adapter.encode_image(pixels_of(adapter, shots, range(len(shots))).to(how.device)).float()
     optimizer = torch.optim.Adam([soft], lr=LEARNING_RATE)
     scale = adapter.logit_scale().detach()
+    rivals = test.among_rivals(targets).to(how.device)
 
     def prompted() -> Tensor:  # [K, D]
         rows = []
@@ -153,7 +168,7 @@ def prompt_attack(
 
     with evaluating(adapter.module), torch.enable_grad():
         for _ in range(STEPS):
-            loss = F.cross_entropy(scale * images @ prompted().T, targets.to(how.device))
+            loss = F.cross_entropy(scale * images @ prompted().T + rivals, targets.to(how.device))
             (soft.grad,) = torch.autograd.grad(loss, [soft])  # no gradient reaches the weights
             optimizer.step()
     with inference(adapter.module, how.device, how.precision):

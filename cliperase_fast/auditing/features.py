@@ -70,7 +70,7 @@ def encode_model(
 def training_correct(
     adapter: ClipAdapter, sets: AuditSets, concepts: Tensor, how: Encoding, name: str
 ) -> dict[str, np.ndarray]:
-    """Whether training images are nearest to their own class, bool arrays under "forget" and "retain".
+    """Whether training images are nearest to their class (of those of its kind): bool, under "forget" and "retain".
 
     concepts: [K, D], the class captions. At most `LARGEST_SAMPLE` images of each kind.
     """
@@ -79,7 +79,8 @@ def training_correct(
         some = sample(pairs, how.seed)
         images = _encode(adapter, some, how, name).image_features
         rows, labels = np.arange(len(some)), np.asarray(some.labels)
-        found[kind] = metrics.wrong_before_right(images, concepts, rows, labels) == 0
+        kinds = sets.test.class_kinds
+        found[kind] = metrics.wrong_before_right(images, concepts, rows, labels, item_kinds=kinds) == 0
     return found
 
 

@@ -23,6 +23,8 @@ class Layout:
     image_of, concept_of: int64 [P], every (image, concept) pair, ascending by image.
     caption_image_of, caption_of: int64 [Q], every (image, caption) pair for retrieval, ascending by image.
     labels: int64 [n], the class of each image; None where concepts are captions.
+    kinds: int64 [K], the kind of each concept (`ClassSpace.kinds`); an image is asked about the kind of its label only.
+        None: all are of one kind.
     """
 
     forget: np.ndarray
@@ -32,6 +34,7 @@ class Layout:
     caption_image_of: np.ndarray
     caption_of: np.ndarray
     labels: np.ndarray | None
+    kinds: np.ndarray | None = None
 
     @classmethod
     def of(cls, pairs: PairDataset, forget: np.ndarray) -> Layout:
@@ -44,7 +47,7 @@ class Layout:
         if pairs.classes is None or pairs.labels is None:
             return cls(forget, tuple(captions), image_of, caption_of, image_of, caption_of, None)
         labels = np.asarray(pairs.labels)
-        return cls(forget, pairs.classes, images, labels, image_of, caption_of, labels)
+        return cls(forget, pairs.classes, images, labels, image_of, caption_of, labels, pairs.class_kinds)
 
     @property
     def has_classes(self) -> bool:
@@ -81,6 +84,13 @@ class Layout:
         shows = np.zeros(len(self.forget), dtype=bool)
         shows[self.image_of[np.isin(self.concept_of, self.forget_concepts)]] = True
         return np.flatnonzero(~shows)
+
+    @property
+    def chance(self) -> float:
+        """How often a forget image is named by guessing: the mean of 1 / the number of concepts of its kind."""
+        if self.kinds is None:
+            return 1 / max(1, len(self.names))
+        return float(np.mean([1 / (self.kinds == self.kinds[label]).sum() for label in self.forget_concepts]))
 
     def pairs_among(self, images: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The (image, concept) pairs of some images (ascending), the images numbered from 0 as they are in `images`."""

@@ -45,16 +45,23 @@ def largest_cosines(queries: Tensor, gallery: Tensor, *, block: int = BLOCK) -> 
 
 
 def wrong_before_right(
-    queries: Tensor, gallery: Tensor, query_of: np.ndarray, item_of: np.ndarray, *, block: int = BLOCK
+    queries: Tensor,
+    gallery: Tensor,
+    query_of: np.ndarray,
+    item_of: np.ndarray,
+    *,
+    item_kinds: np.ndarray | None = None,
+    block: int = BLOCK,
 ) -> np.ndarray:
     """For each query, how many items that do not match it score at least as high as its best match; int64 [Q].
 
-    queries: [Q, D]. gallery: [G, D]. query_of, item_of: int64 [P], the matching pairs, in any order.
+    queries: [Q, D]. gallery: [G, D]. query_of, item_of: int64 [P], the matching pairs, in any order. item_kinds: int64
+    [G]; only items of the kind of a query's matches count. None: all of them.
     Ties (up to `TIE`) count against the model, and so does NaN. 0 means that the best match comes first. A query
     without a match is behind all G items.
     """
     order = np.argsort(query_of, kind="stable")
-    return wrong_before_right_in_order(queries, gallery, query_of[order], item_of[order], block)
+    return wrong_before_right_in_order(queries, gallery, query_of[order], item_of[order], block, item_kinds)
 
 
 def first_right(

@@ -3,7 +3,8 @@
 A `View` is one model on the audited pairs. Every function returns an `Estimate`, or several by name. All scores lie
 between 0 and 1, but for cosines (-1 to 1) and `worst_class_drop` (-1 to 1). Unless a definition says otherwise, a score
 is the mean over the classes of the mean over the images of a class; in data without classes it is the mean over the
-images. Ties of cosines count against the model.
+images. Where classes have kinds, an image is compared with the captions of its own class's kind, and a caption with
+the images of its kind. Ties of cosines count against the model.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class View:
     @cached_property
     def correct(self) -> np.ndarray:
         """Whether each image is nearer to a caption of its own than to that of every other concept; bool [n]."""
-        return _correct(self.features.images, self.features.concepts, self.layout.image_of, self.layout.concept_of)
+        return _correct(self.layout, self.features.images, self.features.concepts)
 
     @cached_property
     def neighbours(self) -> np.ndarray:
@@ -113,14 +114,15 @@ def mrr(view: View) -> dict[str, Estimate]:
 
     mrr_image_to_text: for each forget image 1 / rank of its concept's caption among the captions of all K concepts; of
         several right captions the best one counts.
-    mrr_text_to_image: for each forget concept's caption 1 / rank of the best image of the concept among all images that
-        are audited, mean over the forget concepts. Its bootstrap resamples the images within the classes (without
-        classes: the captions); no interval for galleries of more than some 33,000 images.
+    mrr_text_to_image: for each forget concept's caption 1 / rank of the best image of the concept among all audited
+        images (of concepts of its kind), mean over the forget concepts. Its bootstrap resamples the images within the
+        classes (without classes: the captions); no interval for galleries of more than some 33,000 images.
     mrr: the mean of the two.
     """
     layout, features = view.layout, view.features
     mine = layout.forget_images
-    ranks = 1 + metrics.wrong_before_right(features.images[mine], features.concepts, *layout.pairs_among(mine))
+    images, pairs = features.images[mine], layout.pairs_among(mine)
+    ranks = 1 + metrics.wrong_before_right(images, features.concepts, *pairs, item_kinds=layout.kinds)
     forward = view.mean(1 / ranks, mine)
     reverse = _text_to_image_mrr(view)
     return {"mrr": mean_estimate([forward, reverse]), "mrr_image_to_text": forward, "mrr_text_to_image": reverse}
@@ -131,9 +133,12 @@ def _text_to_image_mrr(view: View) -> Estimate:
     asked = np.flatnonzero(np.isin(layout.concept_of, layout.forget_concepts))
     query_of = np.searchsorted(layout.forget_concepts, layout.concept_of[asked])
     queries = view.features.concepts[layout.forget_concepts]
-    found = 1 / (1 + metrics.wrong_before_right(queries, images, query_of, layout.image_of[asked]))
     if not layout.has_classes:
+        found = 1 / (1 + metrics.wrong_before_right(queries, images, query_of, layout.image_of[asked]))
         return stratified_mean(found, seed=view.seed)
+    kinds = None if layout.kinds is None else layout.kinds[layout.strata]  # [n], of images
+    ranks = metrics.wrong_before_right(queries, images, query_of, layout.image_of[asked], item_kinds=kinds)
+    found = 1 / (1 + ranks)
     if len(images) > _LARGEST_GALLERY:
         return Estimate(float(found.mean()))
     counts = np.zeros((DRAWS, len(images)), dtype=np.float32)
@@ -141,8 +146,15 @@ def _text_to_image_mrr(view: View) -> Estimate:
         members = np.flatnonzero(layout.strata == stratum)
         counts[:, members] = resampled_counts.__wrapped__(len(members), view.seed, number)
     matches = layout.strata == layout.forget_concepts[:, None]  # [F, n]
-    draws = metrics.first_right(queries, images, matches, counts).mean(0)
-    return Estimate(float(found.mean()), draws)
+    parts = [(np.arange(len(queries)), np.arange(len(images)))]  # the queries and the images that each searches
+    if layout.kinds is not None and kinds is not None:
+        own = layout.kinds[layout.forget_concepts]
+        parts = [(np.flatnonzero(own == kind), np.flatnonzero(kinds == kind)) for kind in np.unique(own)]
+    draws = [
+        metrics.first_right(queries[rows], images[items], matches[rows][:, items], counts[:, items])
+        for rows, items in parts
+    ]
+    return Estimate(float(found.mean()), np.concatenate(draws).mean(0))
 
 
 def zero_shot_top1(view: View) -> Estimate:
@@ -198,7 +210,7 @@ def paraphrase_top1(view: View) -> dict[str, Estimate]:
             members = mine[layout.strata[mine] == variant.concept]
         if len(members) == 0:
             continue
-        correct = _correct(features.images[members], concepts, np.arange(len(members)), layout.strata[members])
+        correct = _correct(layout, features.images[members], concepts, members)
         hits[members] += correct
         asked[members] += 1
         single[variant.name] = view.mean(correct, members)
@@ -237,7 +249,7 @@ def worst_class_drop(view: View) -> Estimate:
     layout = view.layout
     if not layout.has_classes:
         return missing(NO_CLASSES)
-    before = _correct(view.before.images, view.before.concepts, layout.image_of, layout.concept_of)
+    before = _correct(layout, view.before.images, view.before.concepts)
     lost = before.astype(np.float64) - view.correct  # [n]
     kept = layout.retain_images
     by_class = {int(label): lost[kept[layout.strata[kept] == label]] for label in np.unique(layout.strata[kept])}
@@ -291,7 +303,7 @@ def other(view: View) -> dict[str, Estimate]:
     """
     found = {}
     for name, (images, classes, labels) in view.features.other.items():
-        correct = _correct(images, classes, np.arange(len(images)), labels)
+        correct = metrics.wrong_before_right(images, classes, np.arange(len(images)), labels) == 0
         found[f"other:{name}"] = stratified_mean(correct, labels, seed=view.seed)
     return {"other": mean_estimate(list(found.values())), **found} if found else {}
 
@@ -372,8 +384,11 @@ def _own(view: View, images: np.ndarray) -> np.ndarray:
     return metrics.own_cosines(view.features.images[images], view.features.concepts, *pairs)
 
 
-def _correct(images: Tensor, concepts: Tensor, image_of: np.ndarray, concept_of: np.ndarray) -> np.ndarray:
-    return metrics.wrong_before_right(images, concepts, image_of, concept_of) == 0
+def _correct(layout: Layout, images: Tensor, concepts: Tensor, members: np.ndarray | None = None) -> np.ndarray:
+    """Whether each image is nearer to its concept than to all others of its kind. members: which images of the layout
+    these are, ascending; None for all."""
+    pairs = (layout.image_of, layout.concept_of) if members is None else layout.pairs_among(members)
+    return metrics.wrong_before_right(images, concepts, *pairs, item_kinds=layout.kinds) == 0
 
 
 Score = Callable[[View], "Estimate | dict[str, Estimate]"]
