@@ -18,6 +18,7 @@ from cliperase_fast.ops import backends
 
 if TYPE_CHECKING:
     from cliperase_fast import export
+    from cliperase_fast.auditing import Audit, audit
     from cliperase_fast.evaluation import evaluate
     from cliperase_fast.integrations.open_clip import patch_open_clip, unpatch_open_clip
     from cliperase_fast.integrations.open_clip_losses import ClipLoss, DistillClipLoss, SigLipLoss
@@ -26,9 +27,11 @@ if TYPE_CHECKING:
     from cliperase_fast.unlearning.methods import methods, register_method
 
 _LAZY = {
+    "Audit": "cliperase_fast.auditing",
     "ClipLoss": "cliperase_fast.integrations.open_clip_losses",
     "DistillClipLoss": "cliperase_fast.integrations.open_clip_losses",
     "SigLipLoss": "cliperase_fast.integrations.open_clip_losses",
+    "audit": "cliperase_fast.auditing",
     "evaluate": "cliperase_fast.evaluation",
     "methods": "cliperase_fast.unlearning.methods",
     "patch_open_clip": "cliperase_fast.integrations.open_clip",
@@ -41,6 +44,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "Audit",
     "CLIPEraseLoss",
     "ClipLoss",
     "DistillClipLoss",
@@ -50,6 +54,7 @@ __all__ = [
     "UnlearnResult",
     "UnlearningError",
     "__version__",
+    "audit",
     "backends",
     "evaluate",
     "export",

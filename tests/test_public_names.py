@@ -21,7 +21,7 @@ def test_dir_lists_the_public_names_and_nothing_else(module):
 def test_dir_names_what_is_imported_on_first_use():
     code = (
         "import sys, cliperase_fast as cf; names = dir(cf); "
-        "assert {'unlearn', 'evaluate', 'UnlearnResult', 'export', 'patch_open_clip'} <= set(names); "
+        "assert {'audit', 'Audit', 'unlearn', 'evaluate', 'UnlearnResult', 'export', 'patch_open_clip'} <= set(names); "
         "sys.exit('open_clip' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

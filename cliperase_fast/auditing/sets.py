@@ -44,6 +44,31 @@ class AuditSets:
     holdouts: Mapping[str, PairDataset] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
+    @classmethod
+    def of(
+        cls,
+        forget: PairDataset,
+        retain: PairDataset,
+        test: tuple[PairDataset, PairDataset],
+        *,
+        other: Mapping[str, PairDataset] | None = None,
+        holdouts: Mapping[str, PairDataset] | None = None,
+        notes: Sequence[str] = (),
+    ) -> AuditSets:
+        """Put training pairs and (forget test, retain test) pairs into one class space; each may have its own."""
+        parts = [forget, retain, *test]
+        everything = concat(parts)
+        stops = np.cumsum([len(part) for part in parts])
+        return cls(
+            forget=everything.subset(np.arange(stops[0])),
+            retain=everything.subset(np.arange(stops[0], stops[1])),
+            test=everything.subset(np.arange(stops[1], stops[3])),
+            forget_mask=np.arange(stops[3] - stops[1]) < len(test[0]),
+            other=other or {},
+            holdouts=holdouts or {},
+            notes=tuple(notes),
+        )
+
 
 def open_sets(
     forget: Any,
@@ -95,20 +120,16 @@ def open_sets(
             notes.append("There is a single forget pair: it is scored as it was trained, and scores have no interval.")
     else:
         forget_test, retain_test = tests
-    parts = [forget_pairs, retain_pairs, forget_test, retain_test]
     for pairs in (forget_pairs, forget_test, retain_test):
         find_bad_images(pairs)
-    _require_one_kind(parts)
-    everything = concat(parts)  # one class space for all
-    stops = np.cumsum([len(part) for part in parts])
-    return AuditSets(
-        forget=everything.subset(np.arange(stops[0])),
-        retain=everything.subset(np.arange(stops[0], stops[1])),
-        test=everything.subset(np.arange(stops[1], stops[3])),
-        forget_mask=np.arange(stops[3] - stops[1]) < len(forget_test),
+    _require_one_kind([forget_pairs, retain_pairs, forget_test, retain_test])
+    return AuditSets.of(
+        forget_pairs,
+        retain_pairs,
+        (forget_test, retain_test),
         other={name: _further(data, f"other[{name!r}]", source_of, True) for name, data in (other or {}).items()},
         holdouts=_holdouts(holdouts or {}, source_of),
-        notes=tuple(notes),
+        notes=notes,
     )
 
 

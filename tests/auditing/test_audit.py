@@ -10,8 +10,13 @@ import torch
 from small import SYNONYMS, make_model, make_pairs, training_and_test, without_red
 from tiny_models import TwoTowers, tiny_clip
 
-from cliperase_fast.auditing import Audit, audit, relearning
+from cliperase_fast import Audit, audit
+from cliperase_fast.auditing import relearning
+from cliperase_fast.auditing.comparison import audit_models
+from cliperase_fast.auditing.features import Encoding
 from cliperase_fast.auditing.gap import IN_MEAN
+from cliperase_fast.auditing.sets import AuditSets
+from cliperase_fast.data import as_pairs
 from cliperase_fast.errors import InputError
 from cliperase_fast.models import load_model
 
@@ -91,6 +96,16 @@ def test_the_same_seed_gives_the_same_audit():
     assert {"relearn_area:4 shots", "relearn_area:1 shot", "relearn_area:neighbour", "relearn_area:unrelated"} < set(
         first["scores"]["after"]["depth"]
     )
+
+
+def test_prepared_pairs_give_the_audit_of_the_sets_they_came_from():
+    before, after = make_model(), without_red()
+    forget, retain, test = training_and_test()
+    forget, retain = as_pairs(forget, "forget"), as_pairs(retain, "retain")
+    sets = AuditSets.of(forget, retain, (as_pairs(test[0], "forget test"), as_pairs(test[1], "retain test")))
+    models = {"before": load_model(before), "after": load_model(after)}
+    found = audit_models(models, sets, Encoding(256, torch.device("cpu")), synonyms=SYNONYMS)
+    assert found.scores == run(before, after).scores
 
 
 def test_an_oracle_is_told_from_the_original():

@@ -1,0 +1,137 @@
+"""Audit loaded models on prepared pairs: their features, their scores, and the gap to the oracles."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from cliperase_fast.auditing.depth import check_depth, score_depth
+from cliperase_fast.auditing.estimates import Estimate, mean_estimate, resampled_counts
+from cliperase_fast.auditing.features import Encoding, encode_model, training_correct
+from cliperase_fast.auditing.gap import background, gaps, noise_floor, over_forgotten, tug_of_war
+from cliperase_fast.auditing.layout import Layout
+from cliperase_fast.auditing.result import Audit
+from cliperase_fast.auditing.scores import Features, View, score_features
+from cliperase_fast.auditing.sets import AuditSets
+from cliperase_fast.auditing.verdict import verdicts
+from cliperase_fast.auditing.vocabulary import TEMPLATES, Wording, check_synonyms, wordings
+from cliperase_fast.data.classes import check_templates
+from cliperase_fast.models import ClipAdapter
+from cliperase_fast.progress import say
+
+Scores = dict[str, dict[str, Estimate]]
+
+
+def audit_models(
+    models: Mapping[str, ClipAdapter],
+    sets: AuditSets,
+    how: Encoding,
+    *,
+    synonyms: Mapping[str, Sequence[str]] | None = None,
+    paraphrase_templates: Sequence[str] | str = TEMPLATES,
+    depth: bool | str = False,
+) -> Audit:
+    """Score the models on pairs that are opened already.
+
+    models: "before", "after" and, for models that never saw the forget pairs, "oracle 1", "oracle 2", ...; on the
+        device of `how`, in float32, all of them reading the same captions and images.
+    synonyms, paraphrase_templates, depth: as in `audit()`.
+    Raises InputError for features that are NaN or infinite. Warns of an oracle that knows the concept.
+    """
+    check_depth(depth)
+    layout = Layout.of(sets.test, sets.forget_mask)
+    names = list(
+        wordings(
+            sets.test, layout.forget_concepts, check_synonyms(synonyms, sets.test),
+            check_templates(paraphrase_templates) or (),
+        )
+    )  # fmt: skip
+    try:
+        return _audit(models, sets, layout, names, how, depth)
+    finally:
+        resampled_counts.cache_clear()
+
+
+def _audit(
+    models: Mapping[str, ClipAdapter],
+    sets: AuditSets,
+    layout: Layout,
+    names: Sequence[Wording],
+    how: Encoding,
+    depth: bool | str,
+) -> Audit:
+    features: dict[str, Features] = {}
+    scores: dict[str, Scores] = {}
+    for name, adapter in models.items():
+        say("auditing %s", name)
+        features[name] = encode_model(adapter, sets, layout, names, how, name)
+        view = View(layout, features[name], features["before"], how.seed)
+        scores[name] = score_features(view)
+        if depth:
+            scores[name]["depth"] |= score_depth(adapter, view, sets, how, full=depth == "full")
+    oracles = [scores[name] for name in models if name.startswith("oracle")]
+    notes = [*sets.notes, *_knowing_oracles(scores, layout)]
+    level = background(scores["before"])
+    gap = None
+    if oracles:
+        scores["oracle"] = _mean_scores(oracles)
+        floor, floors = noise_floor(oracles)
+        tug = _tug_of_war(models, features, sets, layout, how) if layout.has_classes else None
+        gap = {**gaps(scores["after"], scores["oracle"]), "floor": floor, "floors": floors, "tug_of_war": tug}
+    over = over_forgotten(scores["after"], oracles, level)
+    table = {
+        model: {group: {name: found.to_dict() for name, found in of.items()} for group, of in groups.items()}
+        for model, groups in scores.items()
+    }
+    data = {
+        "forget": sets.forget.name,
+        "test": sets.test.name,
+        "forget_test_pairs": len(layout.forget_images),
+        "retain_test_pairs": len(layout.retain_images),
+        "concepts": [str(layout.names[concept]) for concept in layout.forget_concepts[:20]],
+    }
+    return Audit(table, gap, level, over, verdicts(table, gap, level, over), notes, data)
+
+
+def _knowing_oracles(scores: Mapping[str, Scores], layout: Layout) -> list[str]:
+    """Warnings about oracles that name forget images more often than chance, by the lower end of the interval."""
+    chance = layout.chance
+    found = []
+    for model, groups in scores.items():
+        value, interval = groups["forgetting"]["zero_shot_top1"].value, groups["forgetting"]["zero_shot_top1"].interval
+        if model.startswith("oracle ") and value is not None and interval is not None and interval[0] > chance:
+            found.append(
+                f"{model} seems to know the concept: it names {100 * value:.0f} % of the forget images, and chance is "
+                f"{100 * chance:.0f} %. An oracle must be trained without the forget pairs."
+            )
+            warnings.warn(found[-1], stacklevel=2)
+    return found
+
+
+def _mean_scores(oracles: Sequence[Scores]) -> Scores:
+    return {
+        group: {
+            name: mean_estimate([oracle[group][name] for oracle in oracles if name in oracle[group]]) for name in found
+        }
+        for group, found in oracles[0].items()
+    }
+
+
+def _tug_of_war(
+    models: Mapping[str, ClipAdapter],
+    features: Mapping[str, Features],
+    sets: AuditSets,
+    layout: Layout,
+    how: Encoding,
+) -> float:
+    found = {}
+    for name, adapter in models.items():
+        if name == "before":
+            continue
+        correct = training_correct(adapter, sets, features[name].concepts, how, name)
+        correct["test"] = View(layout, features[name], features["before"]).correct
+        found[name] = {kind: float(hits.mean()) for kind, hits in correct.items()}
+    oracles = [values for name, values in found.items() if name != "after"]
+    return tug_of_war(found["after"], {kind: float(np.mean([one[kind] for one in oracles])) for kind in oracles[0]})
