@@ -127,7 +127,7 @@ def _own() -> list[Provider]:
                 _ours(name, f"-keep-{keep}", {"keep": keep}, name, note, _SWEPT) for keep, note in _KEEPING.items()
             ]
             sigmoid = _ours(name, "", {}, name, "gradients are formed in the forward pass", ("siglip",))
-            only = backend.sigmoid_devices
+            only = backend.loss_devices.get("sigmoid")
             providers.append(sigmoid if only is None else replace(sigmoid, devices=only))
         else:
             note = "the reference; holds N x N matrices" if name == "eager" else "forms the similarities twice"

@@ -13,7 +13,7 @@ from cliperase_fast import functional
 from cliperase_fast._version import __version__
 from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.errors import InputError, UnlearningError
-from cliperase_fast.losses import CLIPEraseLoss
+from cliperase_fast.losses import CalibratedLoss, CLIPEraseLoss
 from cliperase_fast.ops import backends
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ _LAZY = {
 __all__ = [
     "Audit",
     "CLIPEraseLoss",
+    "CalibratedLoss",
     "ClipLoss",
     "DistillClipLoss",
     "InputError",

@@ -140,7 +140,7 @@ def sigmoid_loss(
             raise InputError(
                 "negative_only is for texts of another rank, which a process_group gathers itself; leave one out"
             )
-        chosen = choose(backend, image_features, text_features, sharded=process_group is not None, sigmoid=True)
+        chosen = choose(backend, image_features, text_features, sharded=process_group is not None, loss="sigmoid")
         return scale, bias, chosen
 
     (scale, bias, chosen), (shards,) = agreed(

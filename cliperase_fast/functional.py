@@ -13,6 +13,8 @@ Formulas: CLIPErase (arXiv 2410.23330), with S = s I Tᵀ [N, N] and S° the sam
                     + mean_j KL(softmax_col(S°)_j || softmax_col(S)_j)
     total           = lambda_retain RM + lambda_forget FM + lambda_consistency CM
 
+The formulas of calibrated forgetting stand at `calibrated_loss`.
+
 Under transforms of `torch.func` (grad, vmap, jvp, ...) and forward-mode AD every backend computes as "eager" does, with
 N x N matrices. Only "eager" has second derivatives; the other backends raise UnlearningError. Features made in
 inference mode are copied if they must be saved for backward. Nonfinite features or scales give nonfinite losses.
@@ -36,12 +38,20 @@ import torch
 from torch import Tensor
 
 from cliperase_fast.distributed import LOCAL, Group, Shards, resolve_group, sharded_sweep, sum_over_ranks
+from cliperase_fast.errors import InputError
+from cliperase_fast.ops.calibrated import CalibratedInputs, background_levels
 from cliperase_fast.ops.registry import Backend, Implementation
 from cliperase_fast.ops.spec import SimilarityInputs, compute_dtype, no_autocast, savable
 from cliperase_fast.terms import CONSISTENCY_MODES, FORGET_LOSSES
-from cliperase_fast.validation import check_cliperase, check_contrast, refuse_on_ranks
+from cliperase_fast.validation import (
+    CALIBRATED_WEIGHTS,
+    check_calibrated,
+    check_cliperase,
+    check_contrast,
+    refuse_on_ranks,
+)
 
-__all__ = ["LossTerms", "clip_loss", "cliperase_loss", "similarity_kl"]
+__all__ = ["CalibratedTerms", "LossTerms", "calibrated_loss", "clip_loss", "cliperase_loss", "similarity_kl"]
 
 
 def __dir__() -> list[str]:
@@ -55,6 +65,16 @@ class LossTerms(NamedTuple):
     retain: Tensor
     forget: Tensor
     consistency: Tensor
+
+
+class CalibratedTerms(NamedTuple):
+    """The weighted sum, and the four terms before their weights; 0-d tensors, all differentiable."""
+
+    total: Tensor
+    retain: Tensor
+    forget: Tensor
+    consistency: Tensor
+    anchor: Tensor
 
 
 def cliperase_loss(
@@ -154,6 +174,103 @@ def cliperase_loss(
         total = torch.add(lambda_retain * retain_term, forget_term, alpha=lambda_forget)
         total = torch.add(total, consistency_term, alpha=lambda_consistency)
     return LossTerms(total, retain_term, forget_term, consistency_term)
+
+
+def calibrated_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    teacher_image: Tensor,
+    teacher_text: Tensor,
+    logit_scale: Tensor | float,
+    teacher_logit_scale: Tensor | float,
+    *,
+    forget_mask: Tensor,
+    group_ids: Tensor | None = None,
+    background_image: Tensor | None = None,
+    background_text: Tensor | None = None,
+    lambda_retain: float = 1.0,
+    lambda_forget: float = 3.0,
+    lambda_consistency: float = 3.0,
+    lambda_anchor: float = 30.0,
+    process_group: Any = LOCAL,
+    gather: str = "all",
+    backend: str = "auto",
+    keep: str = "auto",
+) -> CalibratedTerms:
+    """Compute the loss of calibrated forgetting, which stops at the level of unrelated pairs.
+
+    It has the modules of CLIPErase (arXiv 2410.23330), with an edited teacher, and is this library's own. The batch of
+    P pairs holds forget and retain pairs in any order. With C, C° the cosines [P, P] of student and teacher, and E the
+    entries (i, j) whose caption j is a forget caption and whose image i, of any kind, has the same concept,
+
+        C*  (b_i + b'_j) / 2 on E, C° elsewhere: the edited teacher
+        RM  as above, over the retain pairs only
+        FM  mean over E of relu(C - C*)²
+        CM  mean over rows i of KL(softmax(s° C*)_i || softmax(s C)_i), plus the same over columns, over all P pairs
+        AM  mean outside E of (C - C*)²
+        total = lambda_retain RM + lambda_forget FM + lambda_consistency CM + lambda_anchor AM
+
+    image_features, text_features: [P, D]; P may be 0.
+    teacher_image, teacher_text: [P, D°], the frozen teacher's features of the same pairs, without gradient.
+    logit_scale, teacher_logit_scale: numbers or tensors of one element, already exponentiated.
+    forget_mask: bool [P], True for the pairs to forget; all or none may be True.
+    group_ids: int64 [P], the concept of each pair: its class, or the entity that it is about. They define E, and retain
+        pairs of equal id are not negatives of each other in RM. Without ids the forget pairs are one concept, which no
+        retain pair has.
+    background_image, background_text: [P], the levels b and b', cosines without gradient: b_i = <I°_i, mean of T°>,
+        b'_j = <mean of I°, T°_j>, over the retain pairs of the training data. None: over those of this batch.
+    lambda_*: finite weights >= 0, not all 0. A term of weight 0 comes back as 0.
+    process_group, gather, keep: as in `cliperase_loss`; the batch of all ranks is one joint batch.
+    backend: as in `cliperase_loss`. "triton", and "native" on a GPU, do not have this loss; "auto" uses "torch" there.
+
+    Returns CalibratedTerms(total, retain, forget, consistency, anchor). A mean over an empty set is 0.
+    Raises InputError, before anything is computed, if an argument is not as above.
+    """
+    process_group = _group(process_group)
+    if process_group is not None:
+        raise InputError("calibrated_loss does not take a process_group yet; give the whole batch to each process")
+    weights = (lambda_retain, lambda_forget, lambda_consistency, lambda_anchor)
+    checked, _ = agreed(
+        process_group,
+        lambda: check_calibrated(
+            image_features, text_features, teacher_image, teacher_text, logit_scale, teacher_logit_scale, forget_mask,
+            group_ids, background_image, background_text, weights, sharded=process_group is not None, gather=gather,
+            backend=backend, keep=keep,
+        ),
+        lambda checked: described(
+            "calibrated_loss", gather, checked.backend, keep, image_features, text_features, checked.scale,
+            teacher_image, teacher_text, group_ids, background_image=background_image, background_text=background_text,
+            **dict(zip(CALIBRATED_WEIGHTS, weights, strict=True)),
+        ),
+        gather,
+        (image_features,),
+    )  # fmt: skip
+    assert checked.teacher_scale is not None
+    image, text, frozen_image, frozen_text, mask, ids, level_image, level_text = savable(
+        image_features, text_features, teacher_image, teacher_text, forget_mask, group_ids, background_image,
+        background_text,
+    )  # fmt: skip
+    with no_autocast(image_features):
+        if level_image is None or level_text is None:
+            levels = background_levels(frozen_image, frozen_text, mask)
+            level_image = levels[0] if level_image is None else level_image
+            level_text = levels[1] if level_text is None else level_text
+        inputs = CalibratedInputs(
+            image, text, checked.scale, frozen_image, frozen_text, checked.teacher_scale, mask, level_image, level_text,
+            ids, keep=keep,
+        )  # fmt: skip
+        if len(image) == 0:
+            terms = [_zero(inputs.image, inputs.text, inputs.scale)] * 4
+        else:
+            assert checked.run.calibrated is not None
+            terms = list(checked.run.calibrated.loss(inputs))
+        total = zero = terms[0].new_zeros(())
+        for place, weight in enumerate(weights):
+            if weight > 0:
+                total = torch.add(total, terms[place], alpha=weight)
+            else:
+                terms[place] = zero
+    return CalibratedTerms(total, *terms)
 
 
 def clip_loss(
@@ -324,14 +441,18 @@ def described(
 def _sweep(inputs: SimilarityInputs, run: Implementation, shards: Shards | None) -> tuple[Tensor, Tensor]:
     """Return (retention, consistency); for an empty batch, zeros with zero gradients."""
     if (inputs.n if shards is None else shards.total) == 0:
-        image, text = inputs.image, inputs.text
-        dtype = compute_dtype(image, text)
-        zero = image.sum(dtype=dtype) + text.sum(dtype=dtype) + 0 * inputs.scale.to(dtype)
+        zero = _zero(inputs.image, inputs.text, inputs.scale)
         return zero, zero
     if shards is None:
         return run.sweep(inputs)
     assert run.kernels is not None
     return sharded_sweep(run.kernels, shards, inputs)
+
+
+def _zero(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    """Return 0 with zero gradients, for features of no rows."""
+    dtype = compute_dtype(image, text)
+    return image.sum(dtype=dtype) + text.sum(dtype=dtype) + 0 * scale.to(dtype)
 
 
 def _forget(inputs: SimilarityInputs, forget: str, margin: float, run: Implementation, shards: Shards | None) -> Tensor:

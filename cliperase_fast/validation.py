@@ -25,6 +25,9 @@ ENVIRONMENT_VARIABLE = "CLIPERASE_BACKEND"
 _KEEP_MODES = ("auto", "nothing", "similarities")
 
 
+CALIBRATED_WEIGHTS = ("lambda_retain", "lambda_forget", "lambda_consistency", "lambda_anchor")
+
+
 class Checked(NamedTuple):
     """The results of checking the arguments of a loss."""
 
@@ -113,6 +116,44 @@ def check_contrast(
     return Checked(scale, teacher_scale, chosen, implementation(chosen, image_features.device))
 
 
+def check_calibrated(
+    image_features: Tensor,
+    text_features: Tensor,
+    teacher_image: Tensor,
+    teacher_text: Tensor,
+    logit_scale: Tensor | float,
+    teacher_logit_scale: Tensor | float,
+    forget_mask: Tensor,
+    group_ids: Tensor | None,
+    background_image: Tensor | None,
+    background_text: Tensor | None,
+    weights: tuple[float, ...],
+    *,
+    sharded: bool,
+    gather: str,
+    backend: str,
+    keep: str,
+) -> Checked:
+    """Check the arguments of `functional.calibrated_loss`; weights: in the order of `CALIBRATED_WEIGHTS`."""
+    check_weights(dict(zip(CALIBRATED_WEIGHTS, weights, strict=True)))
+    check_keep(keep)
+    check_gather(gather)
+    check_pairs("image_features", image_features, "text_features", text_features)
+    check_mask(forget_mask, image_features)
+    check_group_ids(group_ids, "image_features", image_features)
+    for name, level in (("background_image", background_image), ("background_text", background_text)):
+        check_level(name, level, image_features)
+    scale = as_scale("logit_scale", logit_scale, image_features)
+    if teacher_image is None or teacher_text is None or teacher_logit_scale is None:
+        raise InputError(
+            "teacher_image, teacher_text and teacher_logit_scale are needed: the loss compares with the frozen teacher"
+        )
+    teacher = (teacher_image, teacher_text)
+    teacher_scale = check_teacher("image_features", image_features, *teacher, teacher_logit_scale)
+    chosen = choose(backend, image_features, text_features, *teacher, sharded=sharded, loss="calibrated")
+    return Checked(scale, teacher_scale, chosen, implementation(chosen, image_features.device))
+
+
 def check_options(
     lambda_retain: float,
     lambda_forget: float,
@@ -123,16 +164,20 @@ def check_options(
 ) -> None:
     """Raise InputError unless the weights are finite, >= 0 and not all 0, and the other options are known."""
     values = (lambda_retain, lambda_forget, lambda_consistency)
-    weights = dict(zip((term.weight for term in TERMS.values()), values, strict=True))
+    check_weights(dict(zip((term.weight for term in TERMS.values()), values, strict=True)))
+    check_name("forget", forget, FORGET_LOSSES)
+    check_name("consistency", consistency, CONSISTENCY_MODES)
+    if not _is_number(margin) or not -1 <= margin <= 1:
+        raise InputError(f"margin={margin!r} is a cosine; it must be between -1 and 1")
+
+
+def check_weights(weights: dict[str, float]) -> None:
+    """Raise InputError unless the weights are finite, >= 0 and not all 0."""
     for name, weight in weights.items():
         if not _is_number(weight) or not 0 <= weight < math.inf:  # false for NaN as well
             raise InputError(f"{name}={weight!r} must be a finite number, 0 or larger")
     if not any(weights.values()):
         raise InputError(f"{', '.join(weights)} are all 0, so nothing would be trained; set one above 0")
-    check_name("forget", forget, FORGET_LOSSES)
-    check_name("consistency", consistency, CONSISTENCY_MODES)
-    if not _is_number(margin) or not -1 <= margin <= 1:
-        raise InputError(f"margin={margin!r} is a cosine; it must be between -1 and 1")
 
 
 def _is_number(value: object) -> bool:
@@ -224,6 +269,31 @@ def check_group_ids(group_ids: Tensor | None, name: str, image: Tensor) -> None:
     check_device("group_ids", group_ids, name, image)
 
 
+def check_mask(forget_mask: Tensor, image: Tensor) -> None:
+    if not isinstance(forget_mask, Tensor) or forget_mask.dtype != torch.bool:
+        kind = forget_mask.dtype if isinstance(forget_mask, Tensor) else type(forget_mask).__name__
+        raise InputError(f"forget_mask must be a bool tensor, True for each pair to forget, not {kind}")
+    if forget_mask.shape != image.shape[:1]:
+        raise InputError(
+            f"forget_mask has shape {shape_of(forget_mask)}; image_features {shape_of(image)} needs [{len(image)}]"
+        )
+    check_device("forget_mask", forget_mask, "image_features", image)
+
+
+def check_level(name: str, level: Tensor | None, image: Tensor) -> None:
+    """Check the background levels of a calibrated loss."""
+    if level is None:
+        return
+    if not isinstance(level, Tensor) or level.dtype not in DTYPES:
+        kind = level.dtype if isinstance(level, Tensor) else type(level).__name__
+        raise InputError(f"{name} must be a floating-point tensor, a cosine a pair, not {kind}")
+    if level.shape != image.shape[:1]:
+        raise InputError(f"{name} has shape {shape_of(level)}; image_features {shape_of(image)} needs [{len(image)}]")
+    check_device(name, level, "image_features", image)
+    if level.requires_grad and torch.is_grad_enabled():
+        raise InputError(f"{name} requires grad, but it comes from the frozen teacher; pass {name}.detach()")
+
+
 def _shortened(number: Any) -> str:
     text = str(number)
     return text if len(text) <= 30 else f"{text[:20]}... ({len(text)} characters)"
@@ -252,18 +322,18 @@ def choose(
     text: Tensor,
     *teacher: Tensor | None,
     sharded: bool = False,
-    sigmoid: bool = False,
+    loss: str = "softmax",
 ) -> Backend:
     """Choose the backend for these features. `requested`: a name, or "auto", which CLIPERASE_BACKEND overrides.
 
-    teacher: the teacher's features, if they are used. sharded: whether the batch is spread over processes. sigmoid:
-    whether the sigmoid loss is needed, which not every backend has on every device. Under transforms of `torch.func`
-    "eager" replaces every other backend.
+    teacher: the teacher's features, if they are used. sharded: whether the batch is spread over processes. loss:
+    "softmax", or "sigmoid" or "calibrated", which not every backend has on every device. Under transforms of
+    `torch.func` "eager" replaces every other backend.
 
     Raises InputError if the backend is unknown, is not available here, or does not support this device or dtype.
     """
     features = [tensor for tensor in (image, text, *teacher) if tensor is not None]
-    backend = _asked_for(requested, features, sharded, sigmoid)
+    backend = _asked_for(requested, features, sharded, loss)
     if backend.name != "eager" and transformed(*features):
         if sharded:
             refuse_on_ranks(*features)
@@ -279,13 +349,13 @@ def implementation(backend: Backend, device: torch.device) -> Implementation:
     return found
 
 
-def _asked_for(requested: str, features: list[Tensor], sharded: bool, sigmoid: bool) -> Backend:
+def _asked_for(requested: str, features: list[Tensor], sharded: bool, loss: str) -> Backend:
     image = features[0]
     origin = f"backend={requested!r}"
     if requested == "auto":
         from_environment = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
         if from_environment in ("", "auto"):
-            return _automatic(features, sharded, sigmoid)
+            return _automatic(features, sharded, loss)
         requested, origin = from_environment, f"{ENVIRONMENT_VARIABLE}={from_environment}"
     if not isinstance(requested, str) or requested not in REGISTRY:
         raise InputError(f"{origin} is not a backend; use auto, {', '.join(REGISTRY)}")
@@ -305,11 +375,11 @@ def _asked_for(requested: str, features: list[Tensor], sharded: bool, sigmoid: b
     for tensor in features:
         if tensor.dtype not in backend.dtypes:
             raise InputError(f"{origin} does not support {tensor.dtype}; use backend='auto' or convert the features")
-    if sigmoid and backend.sigmoid_devices is not None and image.device.type not in backend.sigmoid_devices:
-        raise InputError(
-            f"backend {backend.name!r} computes the sigmoid loss on {', '.join(backend.sigmoid_devices)} only, not on "
-            f"{image.device}; use backend='auto', 'torch' or 'triton'"
-        )
+    if not backend.computes(loss, image.device.type):
+        only = backend.loss_devices[loss]
+        where = f"on {', '.join(only)} only, not" if only else "not"
+        able = ", ".join(name for name, other in REGISTRY.items() if other.computes(loss, image.device.type))
+        raise InputError(f"{origin} computes the {loss} loss {where} on {image.device}; use auto, {able}")
     return backend
 
 
@@ -333,25 +403,26 @@ _EAGER_PAIRS = 256
 _ON_GPU = frozenset(name for name in REGISTRY if measured.TABLE and REGISTRY[name].missing is None)
 
 
-def _automatic(features: list[Tensor], sharded: bool, sigmoid: bool = False) -> Backend:
+def _automatic(features: list[Tensor], sharded: bool, loss: str) -> Backend:
     image = features[0]
     pairs, kind = image.shape[0], image.device.type
     if kind == "cuda" and _ON_GPU:
         widest = max((tensor.dtype for tensor in features), key=lambda dtype: dtype.itemsize)
         name = measured.fastest(image.device, widest, pairs, image.shape[1])
-        if name in _ON_GPU and _serves(REGISTRY[name], kind, features, sharded, sigmoid):
+        if name in _ON_GPU and _serves(REGISTRY[name], kind, features, sharded, loss):
             return REGISTRY[name]
     # On a CPU "native" was the fastest at every size.
     native = REGISTRY["native"]
-    if kind == "cpu" and native.why_missing is None and _serves(native, kind, features, sharded, sigmoid):
+    if kind == "cpu" and native.why_missing is None and _serves(native, kind, features, sharded, loss):
         return native
+    if not REGISTRY["torch"].computes(loss, kind):
+        return REGISTRY["eager"]
     return REGISTRY["eager" if pairs <= _EAGER_PAIRS and not sharded else "torch"]
 
 
-def _serves(backend: Backend, kind: str, features: list[Tensor], sharded: bool, sigmoid: bool) -> bool:
-    devices = (backend.devices, backend.sigmoid_devices if sigmoid else None)
+def _serves(backend: Backend, kind: str, features: list[Tensor], sharded: bool, loss: str) -> bool:
     return (
-        all(kinds is None or kind in kinds for kinds in devices)
+        backend.computes(loss, kind)
         and all(tensor.dtype in backend.dtypes for tensor in features)
         and not (sharded and not backend.shards)
     )

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cliperase_fast.ops.calibrated import CalibratedInputs
 from cliperase_fast.ops.spec import SimilarityInputs, compute_dtype
 
 
@@ -27,6 +28,35 @@ def sweep(inputs: SimilarityInputs) -> tuple[Tensor, Tensor]:
         rows = _divergence_rows(similarity, teacher, diagonal)
         consistency = (rows + _divergence_rows(similarity.T, teacher.T, diagonal)).mean()
     return retention, consistency
+
+
+def calibrated(inputs: CalibratedInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (retention, forget, consistency, anchor), see `ops/calibrated.py`. Memory: some fifteen P x P matrices."""
+    dtype, forgotten = inputs.dtype, inputs.forget_mask
+    cosines = inputs.image.to(dtype) @ inputs.text.to(dtype).T  # [P, P]
+    similarity = inputs.scale.to(dtype) * cosines
+    diagonal = torch.eye(len(cosines), dtype=torch.bool, device=cosines.device)  # [P, P]
+    ids = inputs.group_ids
+    same = diagonal if ids is None else ids[:, None] == ids[None, :]  # [P, P]
+    edited = forgotten & (forgotten[:, None] if ids is None else same)  # [P, P]
+
+    excluded = same | forgotten | forgotten[:, None]
+    rows = _retention_rows(similarity, diagonal, excluded)  # [P], 0 for forget pairs
+    retention = 0.5 * (rows + _retention_rows(similarity.T, diagonal, excluded)).sum() / _at_least_one(~forgotten)
+
+    background = 0.5 * (inputs.background_image.to(dtype)[:, None] + inputs.background_text.to(dtype))  # [P, P]
+    target = torch.where(edited, background, inputs.teacher_image.to(dtype) @ inputs.teacher_text.to(dtype).T)
+    teacher = inputs.teacher_scale.to(dtype) * target
+    consistency = _divergence_rows(similarity, teacher, diagonal) + _divergence_rows(similarity.T, teacher.T, diagonal)
+
+    difference = cosines - target
+    forget = difference.masked_fill(~edited, 0).relu().square().sum() / _at_least_one(edited)
+    anchor = difference.masked_fill(edited, 0).square().sum() / _at_least_one(~edited)
+    return retention, forget, consistency.mean(), anchor
+
+
+def _at_least_one(mask: Tensor) -> Tensor:
+    return mask.sum().clamp(min=1)
 
 
 def sigmoid(inputs: SimilarityInputs) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from packaging.version import Version
 
 from cliperase_fast.ops import measured
+from cliperase_fast.ops.calibrated import Calibrated
 from cliperase_fast.ops.native import extension
 from cliperase_fast.ops.sigmoid import Sigmoid
 from cliperase_fast.ops.spec import DTYPES, FeaturesKl, Sweep, SweepKernels
@@ -27,13 +28,16 @@ class Implementation(NamedTuple):
     sigmoid: Sigmoid
     features_kl: FeaturesKl
     kernels: SweepKernels | None = None  # for a sharded batch; None: not supported
+    calibrated: Calibrated | None = None  # None: the backend does not have this loss
 
 
 # The imports are statements in functions, because torch.compile traces the first call and can trace these.
 def _eager(device: str) -> Implementation:
     from cliperase_fast.ops import eager
 
-    return Implementation(eager.sweep, Sigmoid(eager.sigmoid), eager.features_kl)
+    return Implementation(
+        eager.sweep, Sigmoid(eager.sigmoid), eager.features_kl, calibrated=Calibrated(eager.calibrated)
+    )
 
 
 def _torch(device: str) -> Implementation:
@@ -104,13 +108,18 @@ class Backend:
     keeps: bool = False  # whether `keep` makes a difference
     elsewhere: str = ""  # why it does not run on a device type that it supports in principle
     shards: bool = True  # whether it supports a batch that is spread over processes
-    sigmoid_devices: tuple[str, ...] | None = None  # devices with the sigmoid loss; None: all of `devices`
+    # the device types on which it has the "sigmoid" and the "calibrated" loss; a loss left out: all of `devices`
+    loss_devices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     loaded: dict[str, Implementation] = field(default_factory=dict, compare=False, repr=False)  # by device type
 
     @property
     def missing(self) -> str | None:
         """The reason why it cannot run here; None if it can."""
         return self.why_missing() if self.why_missing else None
+
+    def computes(self, loss: str, device: str) -> bool:
+        """Return whether it has the loss "softmax", "sigmoid" or "calibrated" on a device type."""
+        return all(kinds is None or device in kinds for kinds in (self.devices, self.loss_devices.get(loss)))
 
 
 _NOT_RUN = "" if measured.TABLE else ", not yet run on one: must be selected explicitly there"
@@ -120,7 +129,7 @@ REGISTRY: dict[str, Backend] = {
     backend.name: backend
     for backend in (
         Backend("eager", _eager, "plain autograd, the readable reference; holds N x N matrices", shards=False),
-        Backend("torch", _torch, "strips of rows; never holds an N x N matrix"),
+        Backend("torch", _torch, "strips of rows; never holds an N x N matrix", loss_devices={"calibrated": ()}),
         Backend(
             "native",
             _native,
@@ -130,7 +139,7 @@ REGISTRY: dict[str, Backend] = {
             why_missing=None if _NO_NATIVE is None else lambda: _NO_NATIVE,
             elsewhere=_NO_NATIVE_CUDA or "",
             keeps=True,
-            sigmoid_devices=("cpu",),
+            loss_devices={"sigmoid": ("cpu",), "calibrated": ()},
         ),
         Backend(
             "triton",
@@ -140,6 +149,7 @@ REGISTRY: dict[str, Backend] = {
             dtypes=_NO_FLOAT64,
             why_missing=_why_no_triton,
             keeps=True,
+            loss_devices={"calibrated": ()},
         ),
     )
 }

@@ -113,7 +113,7 @@ def test_auto_on_a_gpu_that_was_not_measured_streams(measured_gpu):
 
 def test_auto_on_a_gpu_passes_over_what_cannot_do_it(measured_gpu, monkeypatch):
     for_native, for_eager = on_a_gpu(32_768), on_a_gpu(2048)
-    assert choose("auto", for_native, for_native, sigmoid=True).name == "torch"
+    assert choose("auto", for_native, for_native, loss="sigmoid").name == "torch"
     assert choose("auto", for_eager, for_eager, sharded=True).name == "torch"
     monkeypatch.setattr(validation, "_ON_GPU", frozenset({"eager", "torch", "triton"}))
     assert choose("auto", for_native, for_native).name == "torch"

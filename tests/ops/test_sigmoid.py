@@ -132,8 +132,8 @@ def test_backends_that_lack_it_are_refused_by_name(monkeypatch):
     monkeypatch.setitem(registry.REGISTRY, "native", built_with_cuda)
     on_a_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
     if backends()["native"].available:
-        with pytest.raises(InputError, match=r"computes the sigmoid loss on cpu only, not on cuda; use .*'torch'"):
-            choose("native", on_a_gpu, on_a_gpu, sigmoid=True)
+        with pytest.raises(InputError, match=r"computes the sigmoid loss on cpu only, not on cuda; use auto, .*torch"):
+            choose("native", on_a_gpu, on_a_gpu, loss="sigmoid")
 
 
 def test_an_empty_batch_is_zero_and_has_gradients():

@@ -1,0 +1,76 @@
+"""Compute the four terms of calibrated forgetting.
+
+With C, C° the cosines [P, P] of student and frozen teacher and S = s C, the mask of forget pairs and concept ids:
+
+    E   = {(i, j): caption j is a forget caption, image i has its concept}   the edited entries, for any image i
+    C*  = (b_i + b'_j) / 2 on E, C° elsewhere                                 the edited teacher
+    RM  = ½ [mean_i -log softmax_row(S)_ii + mean_j -log softmax_col(S)_jj], over the retain pairs only
+    FM  = mean over E of relu(C - C*)²
+    CM  = mean_i KL(softmax_row(s° C*)_i || softmax_row(S)_i) + the same over the columns, over all pairs
+    AM  = mean outside E of (C - C*)²
+
+b_i is the background level of image i, the mean cosine of it with unrelated captions in the teacher; b'_j that of
+caption j. Without ids, the forget pairs are one concept, and no retain pair has it. The mean of an empty set is 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cliperase_fast.ops.spec import compute_dtype
+
+
+@dataclass(eq=False)
+class CalibratedInputs:
+    """The arguments of the calibrated loss of P >= 1 pairs. Do not modify it.
+
+    Features are [P, width], of any strides and of mixed floating dtypes, on one device. Scales are 0-d, float32 or
+    float64. The losses are differentiable in image, text and scale.
+    """
+
+    image: Tensor  # [P, D]
+    text: Tensor  # [P, D]
+    scale: Tensor  # []
+    teacher_image: Tensor  # [P, D°]
+    teacher_text: Tensor  # [P, D°]
+    teacher_scale: Tensor  # []
+    forget_mask: Tensor  # bool [P]
+    background_image: Tensor  # [P], b, a cosine
+    background_text: Tensor  # [P], b'
+    group_ids: Tensor | None = None  # int64 [P]
+    strip_rows: int = 0  # rows formed at a time; 0: the backend chooses
+    keep: str = "auto"  # similarities for the backward pass, as in `SimilarityInputs`
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the losses are computed."""
+        return compute_dtype(self.image, self.text, self.teacher_image, self.teacher_text)
+
+
+class Calibrated(NamedTuple):
+    """Hold the calibrated loss of a backend."""
+
+    # returns (retention, forget, consistency, anchor), 0-d in the computing dtype, differentiable
+    loss: Callable[[CalibratedInputs], tuple[Tensor, Tensor, Tensor, Tensor]]
+
+
+def background_levels(
+    teacher_image: Tensor,
+    teacher_text: Tensor,
+    forget_mask: Tensor,
+    total: Callable[[Tensor], Tensor] = lambda own: own,
+) -> tuple[Tensor, Tensor]:
+    """Return b and b' [P] from the retain pairs at hand: cosines with the mean retain caption, and image.
+
+    total: sums a tensor over the processes that share the batch. Without retain pairs the levels are 0.
+    """
+    dtype = compute_dtype(teacher_image, teacher_text)
+    image, text = teacher_image.to(dtype), teacher_text.to(dtype)
+    retained = (~forget_mask).to(dtype)  # [P]
+    count = total(retained.sum()).clamp(min=1)
+    return image @ (total(retained @ text) / count), text @ (total(retained @ image) / count)
