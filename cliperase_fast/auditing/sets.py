@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from cliperase_fast.data import (
     overlap,
     parse_reference,
     select,
+    select_holdouts,
     split,
 )
 from cliperase_fast.data.checks import find_bad_images
@@ -83,10 +84,12 @@ def open_sets(
     """Open, select and check.
 
     forget: a map-style dataset of (image, caption) pairs, or "SOURCE#SELECTOR".
-    retain: a dataset, "SOURCE#SELECTOR", or "rest" for all that `forget` does not select from its source.
+    retain: a dataset, "SOURCE#SELECTOR", or "rest" for all that `forget` does not select from its source, without the
+        holdouts if the source has some (`Source.hold_out`).
     test: None for the source's own test split, a dataset or source of both kinds, or (forget test, retain test).
         Without any, a fifth of the pairs is held out; with the seed of `unlearn()`, the pairs that it held out too.
-    other: data sets with classes, by name. holdouts: data under "association" and "identity".
+    other: data sets with classes, by name. holdouts: data under "association" and "identity"; None for those of the
+        source, which retain="rest" leaves out.
 
     Raises InputError for whatever cannot be opened, selected or read.
     """
@@ -98,6 +101,8 @@ def open_sets(
         return opened[spec]
 
     forget_pairs, selector, source = _forget_pairs(forget, source_of)
+    if source is not None and not (isinstance(retain, str) and retain == "rest"):
+        source = replace(source, hold_out=None)  # the caller says what is kept
     retain_pairs = _retain_pairs(retain, selector, source, source_of)
     for pairs, name in ((forget_pairs, "forget"), (retain_pairs, "retain")):
         if len(pairs) == 0:
@@ -128,7 +133,7 @@ def open_sets(
         retain_pairs,
         (forget_test, retain_test),
         other={name: _further(data, f"other[{name!r}]", source_of, True) for name, data in (other or {}).items()},
-        holdouts=_holdouts(holdouts or {}, source_of),
+        holdouts=select_holdouts(source, selector) if holdouts is None else _holdouts(holdouts, source_of),
         notes=notes,
     )
 
@@ -149,7 +154,7 @@ def _retain_pairs(retain: Any, selector: str | None, source: Source | None, sour
     if retain == "rest":
         if source is None or selector is None:
             raise InputError("retain='rest' needs forget as 'SOURCE#SELECTOR'; give the retain pairs as a dataset")
-        return source.train.subset(~select(source.train, selector, other=source.test))
+        return source.train.subset(source.rest(source.train, select(source.train, selector, other=source.test)))
     spec, own = parse_reference(retain)
     opened = source_of(spec)
     return opened.train if own is None else opened.train.subset(select(opened.train, own, other=opened.test))
@@ -176,7 +181,7 @@ def _test_pairs(
                 f"{int(mask.sum())} of the {len(pairs)} test pairs share a caption with the forget pairs, so the test "
                 "set cannot be told apart: pass test=(forget_test, retain_test)"
             )
-    return pairs.subset(mask), pairs.subset(~mask)
+    return pairs.subset(mask), pairs.subset(source.rest(pairs, mask) if source and source.has(pairs) else ~mask)
 
 
 def _further(data: Any, name: str, source_of: Any, needs_classes: bool) -> PairDataset:

@@ -3,7 +3,7 @@
 from cliperase_fast.data.checks import check_images, overlap, split
 from cliperase_fast.data.classes import ClassSpace
 from cliperase_fast.data.pairs import PairDataset, as_pairs, caption_key, concat
-from cliperase_fast.data.selectors import parse_reference, select
+from cliperase_fast.data.selectors import parse_reference, select, select_holdouts
 from cliperase_fast.data.source_types import Source
 from cliperase_fast.data.sources import open_source
 
@@ -19,5 +19,6 @@ __all__ = [
     "overlap",
     "parse_reference",
     "select",
+    "select_holdouts",
     "split",
 ]

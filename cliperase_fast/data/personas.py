@@ -1,4 +1,4 @@
-"""Render fictitious people and write facts about them: associations that can be forgotten one by one.
+"""The source `personas`: rendered fictitious people and facts about them, associations to be forgotten one by one.
 
 A person is a drawn face whose parts (skin, hair, glasses, beard, hat, shirt) stay the same in every portrait, while
 pose, light and background change. Everything comes from a seed; nobody exists. Telephone numbers are of the range
@@ -8,10 +8,18 @@ pose, light and background change. Everything comes from a seed; nobody exists. 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from cliperase_fast.data.classes import GENERAL, ClassSpace
+from cliperase_fast.data.images import ArrayStore
+from cliperase_fast.data.pairs import PairDataset
+from cliperase_fast.data.shapes import COLOURS, render
+from cliperase_fast.data.source_types import Option, Request, Source, SourceType
+from cliperase_fast.errors import InputError
 
 FACTS = ("city", "job", "phone", "email")
 TEMPLATES: dict[str, tuple[str, ...]] = {
@@ -21,6 +29,18 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     "email": ("this person's address is {}", "write to {} to reach them", "e-mail: {}", "someone with the mailbox {}"),
 }
 MOST = 80  # people; as many jobs are listed below
+FORGET_SETS: dict[str, str] = {  # selectors of some facts of some people, for benchmarks
+    "phones": "class:person 0* phone",
+    "contacts": "class:person 1* phone,person 1* email",
+    "profiles": "class:person 2[0-4] city,person 2[0-4] job,person 2[0-4] email",
+}
+HELD_OUT_PEOPLE = 0.2  # of those without a forget pair
+_GENERAL_CLASSES = tuple(
+    f"{colour} {shape}"
+    for colour in ("red", "yellow", "green", "blue", "purple")
+    for shape in ("circle", "square", "triangle", "star", "cross")
+)
+_GENERAL_IMAGES = 3  # of a general class, for each portrait of a fact
 
 Colour = tuple[int, int, int]
 _SKIN: tuple[Colour, ...] = ((255, 224, 196), (236, 188, 150), (198, 134, 92), (141, 85, 54), (82, 48, 32))
@@ -119,8 +139,8 @@ def render_portrait(face: Face, size: int, rng: np.random.Generator) -> np.ndarr
     draw.ellipse(0, 0, 6.6, 8, face.skin)
     _draw_hair(draw, face)
     _draw_features(draw, face, look, smile=rng.uniform(-0.6, 1.2))
-    pixels = np.asarray(image.rotate(rng.uniform(-8, 8), Image.Resampling.BILINEAR, fillcolor=background), np.float32)
-    pixels = pixels.reshape(size, _SUPERSAMPLING, size, _SUPERSAMPLING, 3).mean((1, 3))  # [size, size, 3]
+    turned = image.rotate(rng.uniform(-8, 8), Image.Resampling.NEAREST, fillcolor=background)
+    pixels = np.asarray(turned.reduce(_SUPERSAMPLING), np.float32)  # [size, size, 3]
     lit = pixels * rng.uniform(0.8, 1.1) + rng.normal(0, 5, pixels.shape)
     return np.clip(np.rint(lit), 0, 255).astype(np.uint8)
 
@@ -207,3 +227,100 @@ def _cities(rng: np.random.Generator) -> list[str]:
 
 def _syllable(rng: np.random.Generator) -> str:
     return _ONSETS[rng.integers(len(_ONSETS))] + _VOWELS[rng.integers(len(_VOWELS))]
+
+
+def class_names(people: int) -> tuple[str, ...]:
+    """Return the classes: "person 07 phone" and so on, person by person, then "red circle" and so on."""
+    return (*(f"person {person:02} {fact}" for person in range(people) for fact in FACTS), *_GENERAL_CLASSES)
+
+
+def hold_out(pairs: PairDataset, forget: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    """Return the two holdouts of some forget pairs, bool [n]. forget: bool [n].
+
+    association: other facts of the people whom forget pairs are about. identity: all facts of a fifth of the other
+    people, drawn by the seed. One that would be empty is left out; so are both if no person is to be forgotten.
+    """
+    assert pairs.entities is not None and pairs.labels is not None
+    people = pairs.entities < MOST  # the entities above are general classes
+    mine = np.unique(pairs.entities[forget & people])
+    others = np.setdiff1d(pairs.entities[people], mine)
+    drawn = np.random.default_rng([seed, 3]).permutation(MOST)
+    chosen = [person for person in drawn if person in others][: max(1, round(HELD_OUT_PEOPLE * len(others)))]
+    masks = {
+        "association": np.isin(pairs.entities, mine) & ~np.isin(pairs.labels, pairs.labels[forget]),
+        "identity": np.isin(pairs.entities, chosen),
+    }
+    return {name: mask for name, mask in masks.items() if len(mine) and mask.any()}
+
+
+def _open(request: Request) -> Source:
+    """Render the train and test splits."""
+    if request.templates is not None:
+        raise InputError(f"{request.spec!r} has captions of its own for each kind of fact; leave the templates out")
+    number = request.numbers(
+        {"people": MOST, "train": 8, "test": 4, "size": 32, "seed": request.seed},
+        {"people": 2, "seed": 0, "size": 16},
+        {"people": MOST},
+    )
+    people = make_people(number["people"], number["seed"])
+    captions = [tuple(person.captions(fact)) for person in people for fact in FACTS]
+    captions += [(f"a {name}",) for name in _GENERAL_CLASSES]
+    kinds = FACTS * len(people) + (GENERAL,) * len(_GENERAL_CLASSES)
+    space = ClassSpace(class_names(len(people)), tuple(captions), kinds=kinds)
+    entities = [person for person in range(len(people)) for _ in FACTS]
+    entities += [MOST + number for number in range(len(_GENERAL_CLASSES))]  # the same for every number of people
+    parts = []
+    for part, split_name in enumerate(("train", "test")):
+        pixels, labels = _render_split(len(people), number[split_name], number["size"], number["seed"], part)
+        origin = f"personas/{number['size']}px-seed{number['seed']}/{split_name}"
+        starts = np.searchsorted(labels, labels)  # the first image of the class
+        parts.append(
+            PairDataset(
+                f"{request.spec} {split_name}",
+                ArrayStore(pixels, origin),
+                [space.prompts[label] for label in labels],
+                [f"{origin}/{space.names[label]}/{index - starts[index]}" for index, label in enumerate(labels)],
+                labels=labels,
+                entities=np.array(entities, dtype=np.int64)[labels],
+                space=space,
+            )
+        )
+    return Source(request.spec, *parts, hold_out=lambda pairs, forget: hold_out(pairs, forget, number["seed"]))
+
+
+@lru_cache(maxsize=4)  # a run opens its data several times
+def _render_split(people: int, portraits: int, size: int, seed: int, part: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return images uint8 [n, size, size, 3] and labels int64 [n], class by class; both are read-only.
+
+    portraits: of each fact; no two facts share one. part: the number of the split; splits and seeds draw independently.
+    """
+    pixels: list[np.ndarray] = []
+    counts = []
+    for number, person in enumerate(make_people(people, seed)):
+        for fact in range(len(FACTS)):
+            rng = np.random.default_rng([seed, part, number, fact])
+            pixels += [render_portrait(person.face, size, rng) for _ in range(portraits)]
+            counts.append(portraits)
+    for number, name in enumerate(_GENERAL_CLASSES):
+        colour, shape = name.split(" ")
+        rng = np.random.default_rng([seed, part, MOST, number])
+        pixels += [render(shape, COLOURS[colour], size, rng) for _ in range(_GENERAL_IMAGES * portraits)]
+        counts.append(_GENERAL_IMAGES * portraits)
+    images, labels = np.stack(pixels), np.repeat(np.arange(len(counts)), counts)
+    for array in (images, labels):
+        array.setflags(write=False)
+    return images, labels
+
+
+SOURCE = SourceType(
+    "personas",
+    'rendered portraits of fictitious people with facts about them, classes "person 07 phone" and so on',
+    _open,
+    (
+        Option("people", f"number of people, at most {MOST} ({MOST})"),
+        Option("train", "portraits per fact for training (8)"),
+        Option("test", "portraits per fact for the test (4)"),
+        Option("size", "width and height in pixels (32)"),
+        Option("seed", "seed of people and drawing (the run's)"),
+    ),
+)

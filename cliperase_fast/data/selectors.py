@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
+from fnmatch import fnmatchcase
 
 import numpy as np
 
 from cliperase_fast.data.classes import folded, readable
 from cliperase_fast.data.pairs import PairDataset
+from cliperase_fast.data.source_types import Source
 from cliperase_fast.errors import InputError
 from cliperase_fast.reading import read_lines, user_path
 
@@ -32,7 +34,8 @@ def parse_reference(reference: str) -> tuple[str, str | None]:
 def select(pairs: PairDataset, selector: str, *, other: PairDataset | None = None) -> np.ndarray:
     """Return a mask, bool [n], of the selected pairs: never none of them and never all.
 
-    class:a,b    pairs of these classes, by name (in any case, with spaces or underscores) or by a caption of the class
+    class:a,b    pairs of these classes, by name (in any case, with spaces or underscores) or by a caption of the class;
+                 "*", "?" and "[0-4]" stand for parts of names, as in file names, where no class is called so literally
     caption:a,b  images with a caption that contains one of these words or phrases as whole words, in any case
     ids:FILE     the ids in a text file, one per line
 
@@ -55,6 +58,17 @@ def select(pairs: PairDataset, selector: str, *, other: PairDataset | None = Non
     if mask.all():
         raise InputError(f"{selector!r} matches all {len(pairs)} pairs of {pairs.name}; nothing would be left to keep")
     return mask
+
+
+def select_holdouts(source: Source | None, selector: str | None) -> dict[str, PairDataset]:
+    """Return what the source holds out when `selector` is forgotten, among its test pairs if it has a test split.
+
+    Empty for sources without holdouts, and without a source or selector.
+    """
+    if source is None or selector is None or source.hold_out is None:
+        return {}
+    pairs, other = (source.train, None) if source.test is None else (source.test, source.train)
+    return source.holdouts(pairs, select(pairs, selector, other=other))
 
 
 def _usage() -> str:
@@ -86,10 +100,19 @@ def _by_class(pairs: PairDataset, value: str) -> np.ndarray:
         if not part.strip():
             continue
         found = find(part.strip())
-        if found is None:
+        matches = _matching(part.strip(), names) if found is None else [found]
+        if not matches:
             raise InputError(f"{pairs.name} has no class {part.strip()!r}; {_nearest(part.strip(), names)}")
-        wanted.append(found)
+        wanted += matches
     return np.isin(pairs.labels, wanted)
+
+
+def _matching(pattern: str, names: tuple[str, ...]) -> list[int]:
+    """Return the numbers of the classes whose names match a pattern with "*", "?" or "[...]"; none for a plain text."""
+    if not set("*?[") & set(pattern):
+        return []
+    wanted = folded(readable(pattern))
+    return [number for number, name in enumerate(names) if fnmatchcase(folded(readable(name)), wanted)]
 
 
 def _nearest(text: str, names: tuple[str, ...]) -> str:

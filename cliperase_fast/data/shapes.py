@@ -9,7 +9,6 @@ from cliperase_fast.data.classes import ClassSpace
 from cliperase_fast.data.images import ArrayStore
 from cliperase_fast.data.pairs import PairDataset
 from cliperase_fast.data.source_types import Option, Request, Source, SourceType
-from cliperase_fast.errors import InputError
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (225, 25, 30),
@@ -103,12 +102,7 @@ _OUTLINES: dict[str, list[tuple[np.ndarray, int]]] = {
 
 def _open(request: Request) -> Source:
     """Render the train and test splits."""
-    number = {"train": 100, "test": 20, "size": 32, "seed": request.seed}
-    for key, text in request.options.items():
-        if not text.isdigit() or (key != "seed" and int(text) < 1) or (key == "size" and int(text) < 16):
-            least = {"seed": 0, "size": 16}.get(key, 1)
-            raise InputError(f"{request.spec!r}: {key}={text!r} must be a whole number of at least {least}")
-        number[key] = int(text)
+    number = request.numbers({"train": 100, "test": 20, "size": 32, "seed": request.seed}, {"seed": 0, "size": 16})
     space = ClassSpace.from_templates(CLASSES, request.templates or ("a {}",))
     parts = []
     for part, split_name in enumerate(("train", "test")):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import numpy as np
 
 from cliperase_fast.data.classes import ClassSpace
 from cliperase_fast.data.intake import Intake
@@ -14,11 +16,31 @@ from cliperase_fast.reading import printable
 
 @dataclass
 class Source:
-    """What a name opens: training pairs, and test pairs if the data has a split of its own."""
+    """What a name opens: training pairs, and test pairs if the data has a split of its own.
+
+    hold_out: from pairs of the source and the forget pairs among them (bool [n]) to further pairs that unlearning must
+        not see, by which the audit measures what it does to them: bool [n] under "association" and "identity". None
+        for sources without holdouts.
+    """
 
     name: str
     train: PairDataset
     test: PairDataset | None
+    hold_out: Callable[[PairDataset, np.ndarray], dict[str, np.ndarray]] | None = field(default=None, kw_only=True)
+
+    def holdouts(self, pairs: PairDataset, forget: np.ndarray) -> dict[str, PairDataset]:
+        """Return the held-out pairs among `pairs` by name; forget: bool [n]. Empty without holdouts."""
+        masks = {} if self.hold_out is None else self.hold_out(pairs, forget)
+        return {name: pairs.subset(mask) for name, mask in masks.items()}
+
+    def rest(self, pairs: PairDataset, forget: np.ndarray) -> np.ndarray:
+        """Return which of `pairs` are neither forget pairs nor held out; bool [n]. forget: bool [n]."""
+        masks = {} if self.hold_out is None else self.hold_out(pairs, forget)
+        return ~np.any([forget, *masks.values()], axis=0)
+
+    def has(self, pairs: PairDataset) -> bool:
+        """Return whether `pairs` have the classes of this source, so that `rest` tells what is held out of them."""
+        return self.train.space is not None and pairs.space == self.train.space
 
 
 @dataclass(frozen=True)
@@ -39,6 +61,23 @@ class Request:
     @property
     def name(self) -> str:
         return printable(self.spec)
+
+    def numbers(
+        self, defaults: Mapping[str, int], least: Mapping[str, int], most: Mapping[str, int] | None = None
+    ) -> dict[str, int]:
+        """Return the options as whole numbers, with `defaults` for those not given.
+
+        least, most: bounds by name; without them at least 1.
+        Raises `InputError` for other values.
+        """
+        found = dict(defaults)
+        for key, text in self.options.items():
+            low, high = least.get(key, 1), (most or {}).get(key)
+            if not text.isdecimal() or int(text) < low or (high is not None and int(text) > high):
+                bounds = f"of at least {low}" if high is None else f"from {low} to {high}"
+                raise InputError(f"{self.spec!r}: {key}={text!r} must be a whole number {bounds}")
+            found[key] = int(text)
+        return found
 
     def prompted(self, pairs: PairDataset) -> PairDataset:
         """Return `pairs` with prompts from the templates, if given. Data with its own captions keeps them."""

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from urllib.parse import unquote
 
-from cliperase_fast.data import cifar, digits, flickr, folders, shapes, shards, tables
+from cliperase_fast.data import cifar, digits, flickr, folders, personas, shapes, shards, tables
 from cliperase_fast.data.classes import check_templates
 from cliperase_fast.data.intake import Intake
 from cliperase_fast.data.source_types import Request, Source, SourceType
@@ -22,6 +22,7 @@ from cliperase_fast.reading import printable
 SOURCES: tuple[SourceType, ...] = (
     digits.SOURCE,
     shapes.SOURCE,
+    personas.SOURCE,
     cifar.CIFAR10,
     cifar.CIFAR100,
     folders.SOURCE,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from cliperase_fast.data import (
     overlap,
     parse_reference,
     select,
+    select_holdouts,
     split,
 )
 from cliperase_fast.data.checks import find_bad_images
@@ -53,6 +54,7 @@ class PreparedData:
     test: Split
     intake: Intake  # what was left out or ignored
     names: dict[str, str]  # of each set, as the caller gave it
+    holdouts: dict[str, PairDataset] = field(default_factory=dict)  # see `PairSets`
 
     def fingerprint(self) -> str:
         parts = [f"{part.pairs.fingerprint()}:{part.n_forget}" for part in (self.train, self.validation, self.test)]
@@ -67,6 +69,7 @@ class PairSets:
     retain: PairDataset
     test: tuple[PairDataset, PairDataset] | None  # (forget, retain), None if they are still to be held out
     names: dict[str, str]
+    holdouts: dict[str, PairDataset] = field(default_factory=dict)  # test pairs that neither set may see, for the audit
 
     def fingerprint(self) -> str:
         parts = [self.forget, self.retain, *(self.test or ())]
@@ -79,24 +82,28 @@ def open_sets(
     """Open the sources and select the pairs.
 
     forget: a map-style dataset of (image, caption) pairs, or "SOURCE#SELECTOR".
-    retain: a dataset, "SOURCE#SELECTOR", or "rest" for all that `forget` does not select from its source.
+    retain: a dataset, "SOURCE#SELECTOR", or "rest" for all that `forget` does not select from its source, without the
+    holdouts if the source has some (`Source.hold_out`).
     test: None (the source's own test split, else `test_fraction` of the pairs), a dataset or "SOURCE" of both
     kinds, or a pair (forget test, retain test).
     """
     opener = _Opener(templates, config.seed, config.on_error)
     forget_pairs, selector, source = _forget_set(forget, opener)
+    if source is not None and not (isinstance(retain, str) and retain == "rest"):
+        source = replace(source, hold_out=None)  # the caller says what is kept
     retain_pairs = _retain_set(retain, forget, selector, source, opener)
     for pairs, name in ((forget_pairs, "forget"), (retain_pairs, "retain")):
         if len(pairs) == 0:
             raise InputError(f"the {name} set is empty: give at least one (image, caption) pair")
     retain_pairs = _without_overlap(forget_pairs, retain_pairs, config.overlap)
     test_sets = _test_sets(test, forget_pairs, retain_pairs, selector, source, opener)
+    holdouts = select_holdouts(source, selector)
     names = {
         "forget": forget if isinstance(forget, str) else forget_pairs.name,
-        "retain": retain if isinstance(retain, str) else retain_pairs.name,
+        "retain": (retain if isinstance(retain, str) else retain_pairs.name) + _without(holdouts),
         "test": test if isinstance(test, str) else _test_name(test, test_sets, config),
     }
-    return PairSets(forget_pairs, retain_pairs, test_sets, printable_data(names))
+    return PairSets(forget_pairs, retain_pairs, test_sets, printable_data(names), holdouts)
 
 
 def prepare_data(
@@ -125,6 +132,7 @@ def prepare_data(
         test=Split.of(forget_test, retain_test),
         intake=intake,
         names=sets.names,
+        holdouts=sets.holdouts,
     )
 
 
@@ -161,7 +169,7 @@ def _retain_set(retain: Any, forget: Any, selector: str | None, source: Source |
     if retain == "rest":
         if source is None or selector is None:
             raise InputError("retain='rest' needs forget as 'SOURCE#SELECTOR'; give the retain pairs as a dataset")
-        return source.train.subset(np.flatnonzero(~select(source.train, selector, other=source.test)))
+        return source.train.subset(source.rest(source.train, select(source.train, selector, other=source.test)))
     spec, retain_selector = parse_reference(retain)
     opened = opener(spec)
     if retain_selector is None:
@@ -212,7 +220,12 @@ def _test_sets(
         mask = _by_captions(pairs, forget, retain)
     else:
         mask = select(pairs, selector, other=source.train if source is not None else None)
-    return pairs.subset(np.flatnonzero(mask)), pairs.subset(np.flatnonzero(~mask))
+    kept = source.rest(pairs, mask) if source is not None and source.has(pairs) else ~mask
+    return pairs.subset(np.flatnonzero(mask)), pairs.subset(np.flatnonzero(kept))
+
+
+def _without(holdouts: Mapping[str, PairDataset]) -> str:
+    return f" without the holdouts ({' and '.join(holdouts)})" if holdouts else ""
 
 
 def _by_captions(pairs: PairDataset, forget: PairDataset, retain: PairDataset) -> np.ndarray:

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from cliperase_fast.data import PairDataset, as_pairs, open_source, parse_reference, select
+from cliperase_fast.data.shapes import COLOURS
 from cliperase_fast.errors import InputError
 
 CAPTIONS: list[str | list[str]] = [
@@ -137,6 +138,30 @@ def test_a_file_of_ids_may_hold_those_of_the_other_split(tmp_path: Path) -> None
     assert np.flatnonzero(select(source.test, f"ids:{file}", other=source.train)).tolist() == [7]
     with pytest.raises(InputError, match="1 of the 2 ids"):
         select(source.train, f"ids:{file}")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("red c*", ["red circle", "red cross", "red crescent"]),
+        ("RED_c*s*", ["red cross", "red crescent"]),
+        ("[rg]?e* arrow, pink ring", ["green arrow", "pink ring"]),
+        ("* circle,red circle", [f"{colour} circle" for colour in COLOURS]),
+    ],
+)
+def test_wildcards_stand_for_parts_of_class_names(pattern: str, expected: list[str]) -> None:
+    train = open_source("shapes?train=1&test=1").train
+    assert train.classes is not None
+    found = [train.classes[i] for i in np.flatnonzero(select(train, f"class:{pattern}"))]
+    assert sorted(found) == sorted(expected)
+
+
+def test_a_class_that_is_called_like_a_pattern_is_meant_literally() -> None:
+    pairs = as_pairs([(None, f"a {name}") for name in ("c*", "cat", "c?") * 2], "odd")
+    assert np.flatnonzero(select(pairs, "class:c*")).tolist() == [0, 3]
+    assert np.flatnonzero(select(pairs, "class:?a*")).tolist() == [1, 4]
+    with pytest.raises(InputError, match=r"has no class 'd\*'"):
+        select(pairs, "class:d*")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from cliperase_fast.errors import InputError
     ("spec", "message"),
     [
         ("cifar:/data", "unknown source 'cifar:/data'; did you mean 'cifar10:DIR'"),
-        ("/data/images", "unknown source.* Use one of demo, shapes, cifar10:DIR"),
+        ("/data/images", "unknown source.* Use one of demo, shapes, personas, cifar10:DIR"),
         ("/", "unknown source '/'; did you mean 'folder:/'"),
         ("/data/pairs.TSV?sep=,", r"did you mean 'csv:/data/pairs.TSV\?sep=,'"),
         ("/data/{0..9}.tar", r"did you mean 'wds:/data/\{0\.\.9\}\.tar'"),
@@ -31,6 +31,7 @@ from cliperase_fast.errors import InputError
         ("shapes?train=0", "train='0' must be a whole number of at least 1"),
         ("shapes?train=x", "train='x'"),
         ("shapes?size=8", "size='8' must be a whole number of at least 16"),
+        ("personas?people=81", "people='81' must be a whole number from 2 to 80"),
         ("csv:x.tsv?columns=2", "unknown option 'columns'"),
     ],
 )
@@ -73,7 +74,10 @@ def test_options_in_the_table_are_those_that_a_source_takes(tmp_path) -> None:
     assert [captions[0] for captions in table.captions] == ["a dog", "a cat"]
     shapes = open_source("shapes?train=2&test=1&size=16&seed=3")
     assert (len(shapes.train), len(shapes.test), shapes.train.image(0).size) == (200, 100, (16, 16))  # type: ignore[arg-type]
+    people = open_source("personas?people=3&train=2&test=1&size=16&seed=3")
+    assert (len(people.train), len(people.test), people.train.image(0).size) == (174, 87, (16, 16))  # type: ignore[arg-type]
     used = {"csv": "sep img caption root quotes", "shapes": "train test size seed", "folder": "classnames"}
+    used["personas"] = "people train test size seed"
     listed = {s.kind: " ".join(option.name for option in s.options) for s in sources.SOURCES if s.options}
     assert listed == used
 
