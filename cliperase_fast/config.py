@@ -295,26 +295,31 @@ def parse_options(words: Iterable[str]) -> dict[str, Any]:
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """Return the mapping in a YAML or JSON file."""
+    """Return the mapping in a YAML or JSON file of settings."""
+    return read_mapping(path, "the config file")
+
+
+def read_mapping(path: str | Path, what: str) -> dict[str, Any]:
+    """Return the mapping in a YAML or JSON file. what: names the file in errors, "the config file"."""
     import yaml
 
     path = Path(path)
-    text = read_text(path, _MAX_CONFIG, "the config file ")
+    text = read_text(path, _MAX_CONFIG, f"{what} ")
     try:
         if path.suffix == ".json":
-            settings = json.loads(text, object_pairs_hook=_once_each)
+            found = json.loads(text, object_pairs_hook=_once_each)
         else:
-            settings = yaml.load(text, _yaml_loader())
+            found = yaml.load(text, _yaml_loader())
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         if isinstance(error, InputError):
-            raise InputError(f"the config file {path} {error}") from error
+            raise InputError(f"{what} {path} {error}") from error
         said = " ".join(str(error).split())
-        raise InputError(f"the config file {path} is neither valid YAML nor JSON: {said}") from error
-    if settings is None:
+        raise InputError(f"{what} {path} is neither valid YAML nor JSON: {said}") from error
+    if found is None:
         return {}
-    if not isinstance(settings, dict):
-        raise InputError(f"the config file {path} must hold `name: value` lines, not a {type(settings).__name__}")
-    return settings
+    if not isinstance(found, dict):
+        raise InputError(f"{what} {path} must hold `name: value` lines, not a {type(found).__name__}")
+    return found
 
 
 _MAX_CONFIG = 1 << 20

@@ -23,6 +23,7 @@ from cliperase_fast.unlearning.run_directory import RunDirectory
 COMMANDS = {
     "unlearn": ["--model", "m", "--data", "demo", "--forget", "class:one", "--output", "o"],
     "evaluate": ["--model", "m", "--data", "demo"],
+    "audit": ["--before", "m", "--after", "m", "--data", "demo", "--forget", "class:one"],
     "demo": [],
     "train-open-clip": [],
     "plan": ["--batch", "2", "--gpus", "1", "--model", "ViT-B-32"],

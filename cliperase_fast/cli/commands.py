@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cliperase_fast.cli.settings import given_settings
-from cliperase_fast.config import UnlearnConfig
+from cliperase_fast.config import UnlearnConfig, read_mapping
 from cliperase_fast.errors import InputError
 
 
@@ -76,6 +76,81 @@ def evaluate(arguments: argparse.Namespace) -> int:
             Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
             write_text_atomically(Path(arguments.output), text + "\n")
     return 0
+
+
+def audit(arguments: argparse.Namespace) -> int:
+    from cliperase_fast.auditing import audit
+    from cliperase_fast.reading import printable_data
+
+    output = Path(arguments.output) if arguments.output else None
+    if output is not None:
+        _check_audit_folder(output)
+    retain = arguments.retain if arguments.retain == "rest" else f"{arguments.data}#{arguments.retain}"
+    result = audit(
+        arguments.before,
+        arguments.after,
+        f"{arguments.data}#{arguments.forget}",
+        retain,
+        oracle=arguments.oracle,
+        test=arguments.test_data,
+        synonyms=_read_synonyms(arguments.synonyms),
+        other=_named_sources(arguments.other, "other"),
+        holdouts=_named_sources(arguments.holdout, "holdout"),
+        templates=arguments.template,
+        depth=arguments.depth,
+        output_dir=output,
+        seed=arguments.seed,
+        batch_size=arguments.batch_size,
+        device=arguments.device,
+        precision=arguments.precision,
+        progress=progress_style(arguments) == "bars",
+    )
+    if arguments.json:
+        print(json.dumps(printable_data(result.to_dict()), indent=2, allow_nan=False))
+        return 0
+    print(result.summary())
+    if output is not None:
+        print()
+        for name, file in (("audit", "audit.json"), ("report", "audit.html")):
+            if (output / file).is_file():
+                print(f"{name:<8} {output / file}")
+    return 0
+
+
+def _check_audit_folder(folder: Path) -> None:
+    """Raise InputError unless the folder is new, empty, that of an earlier audit, or that of a run."""
+    from cliperase_fast.storage import check_writable
+    from cliperase_fast.unlearning.run_directory import holds_run
+
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output={folder} is a file; give a folder")
+    check_writable(folder, "--output")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "audit.json").is_file() and not holds_run(folder):
+        raise InputError(
+            f"--output={folder} holds other files: give a new folder, that of an earlier audit (its files are "
+            "replaced), or that of an unlearning run"
+        )
+
+
+def _read_synonyms(path: str | None) -> dict[str, list[str]] | None:
+    """Return the file's {class: [other names]}. YAML reads names such as 7 as numbers."""
+    if path is None:
+        return None
+    found = read_mapping(path, "the synonyms file")
+    return {str(name): list(map(str, others)) if isinstance(others, list) else others for name, others in found.items()}
+
+
+def _named_sources(words: list[str] | None, flag: str) -> dict[str, str] | None:
+    """Return {name: source} of words NAME=SOURCE."""
+    found: dict[str, str] = {}
+    for word in words or ():
+        name, equals, source = word.partition("=")
+        if not (equals and name and source):
+            raise InputError(f"--{flag}={word!r} is not NAME=SOURCE")
+        if name in found:
+            raise InputError(f"--{flag} names {name!r} twice: give each its own name")
+        found[name] = source
+    return found or None
 
 
 def demo(arguments: argparse.Namespace) -> int:

@@ -28,7 +28,7 @@ examples:
 """
 
 
-_WITH_DATA = ("unlearn", "evaluate", "demo")
+_WITH_DATA = ("unlearn", "evaluate", "audit", "demo")
 _EXAMPLES_OF = {
     "unlearn": """\
 examples:
@@ -41,6 +41,25 @@ examples:
 examples:
   cliperase-fast evaluate --model local-dir:runs/apple/model --data cifar100:/data --forget class:apple
   cliperase-fast evaluate --model ViT-B-32:openai --data folder:/photos --output scores.json
+""",
+    "audit": """\
+examples:
+  cliperase-fast audit --before ViT-B-32:openai --after local-dir:runs/apple/model --data cifar100:/data \\
+      --forget class:apple --output runs/apple
+  cliperase-fast audit --before local-dir:base --after local-dir:runs/cat/model --data folder:/photos \\
+      --forget class:cat --oracle local-dir:without-cats-1 --oracle local-dir:without-cats-2 --depth --output audit
+  cliperase-fast audit ... the same ... --json > scores.json
+
+what it tells, with 95 % intervals, for each model on the test pairs:
+  forgetting   whether the concept is still known: the cosine of forget images with their own captions
+               (association), their rank, zero-shot accuracy, and accuracy under other templates and names
+  collateral   what changed beside it: retain classes, the class that lost most, the nearest classes, other data
+  depth        with --depth, what attacks on copies of the model bring back: a linear probe on its layers,
+               relearning from few pictures, soft prompts, rounded weights (minutes instead of seconds)
+  gap          with --oracle, how far the model is from models that never saw the forget pairs, and how far
+               these are from each other; without one, unrelated pairs of the original are the reference
+An accuracy of 0 % alone does not show that a concept is gone. A model that pushes the concept further away than
+not knowing it explains is reported as over-forgotten: that marks the concept instead of removing it.
 """,
     "demo": """\
 examples:
@@ -125,11 +144,10 @@ def make_parser() -> argparse.ArgumentParser:
         choices=("raise", "skip"),
         help="pairs that cannot be used, such as unreadable images: raise, or skip and count (default: raise)",
     )
-    evaluate.add_argument("--batch-size", type=int, default=256, metavar="N", help="images per batch (default: 256)")
-    evaluate.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
-    evaluate.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="default: fp32")
-
+    _add_encoding(evaluate)
     _add_progress(evaluate)
+
+    _add_audit(subparsers)
 
     demo = _command(subparsers, "demo", "train a small CLIP and make it forget, from nothing", commands.demo)
     demo.usage = "cliperase-fast demo [--data SOURCE] [--forget SELECTOR] [--output DIR] [settings]"
@@ -187,13 +205,71 @@ def _data_help() -> str:
     return f"data sources:\n{sources_text('  ')}\n\n{_SELECTORS}"
 
 
+_MODEL = (
+    "ARCH:TAG as open_clip names them (ViT-B-32:openai), ARCH:/path/to/checkpoint, local-dir:DIR, "
+    "or a transformers CLIP folder"
+)
+
+
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model",
-        required=True,
-        help="ARCH:TAG as open_clip names them (ViT-B-32:openai), ARCH:/path/to/checkpoint, local-dir:DIR, "
-        "or a transformers CLIP folder",
+    parser.add_argument("--model", required=True, help=_MODEL)
+
+
+def _add_encoding(parser: argparse.ArgumentParser) -> None:
+    """Add how the encoders run."""
+    parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="images per batch (default: 256)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="default: fp32")
+
+
+def _add_audit(subparsers: Any) -> None:
+    audit = _command(subparsers, "audit", "what unlearning left behind, and what it damaged", commands.audit)
+    audit.usage = "cliperase-fast audit --before MODEL --after MODEL --data SOURCE --forget SELECTOR [--output DIR] ..."
+    audit.add_argument("--before", required=True, metavar="MODEL", help=f"the original: {_MODEL}")
+    audit.add_argument("--after", required=True, metavar="MODEL", help="the unlearned model")
+    audit.add_argument(
+        "--oracle",
+        action="append",
+        metavar="MODEL",
+        help="a model trained like the original without the forget pairs; repeat it, three or more are best",
     )
+    audit.add_argument("--data", required=True, metavar="SOURCE", help="where the pairs come from, see below")
+    audit.add_argument("--forget", required=True, metavar="SELECTOR", help="which of them were forgotten, see below")
+    audit.add_argument("--retain", default="rest", metavar="SELECTOR", help="which were kept (default: all others)")
+    audit.add_argument("--test-data", metavar="SOURCE", help="where to measure (default: the source's test split)")
+    audit.add_argument(
+        "--other",
+        action="append",
+        metavar="NAME=SOURCE",
+        help="data with other classes that the model should still name; may be repeated",
+    )
+    audit.add_argument(
+        "--holdout",
+        action="append",
+        metavar="KEY=SOURCE#SELECTOR",
+        help="pairs that unlearning never saw; KEY is association (of the same entities) or identity (of others)",
+    )
+    audit.add_argument(
+        "--synonyms",
+        metavar="FILE",
+        help="YAML or JSON with `class: [other names]` (default: a small list for digits, shapes and CIFAR-10)",
+    )
+    audit.add_argument(
+        "--template", action="append", metavar="TEXT", help="caption of a class, 'a photo of a {}'; may be repeated"
+    )
+    audit.add_argument(
+        "--depth",
+        nargs="?",
+        const=True,
+        default=False,
+        choices=("full",),
+        help="also attack copies of the models; full: relearn from 1, 4 and 16 pictures and other data too",
+    )
+    audit.add_argument("--output", metavar="DIR", help="write audit.json and audit.html there; a run's folder fits")
+    audit.add_argument("--json", action="store_true", help="print what audit.json holds, for programs")
+    audit.add_argument("--seed", type=int, default=0, metavar="N", help="of intervals and attacks (default: 0)")
+    _add_encoding(audit)
+    _add_progress(audit)
 
 
 def _add_progress(parser: argparse.ArgumentParser) -> None:
