@@ -21,6 +21,7 @@ from cliperase_fast import functional
 from cliperase_fast.data import PairDataset, open_source, parse_reference, select
 from cliperase_fast.data.drawing import seeded
 from cliperase_fast.defaults import torch_defaults
+from cliperase_fast.errors import InputError
 from cliperase_fast.models import load_model
 from cliperase_fast.progress import Steps, say
 from cliperase_fast.recipes import Recipe, recipe_for
@@ -77,16 +78,69 @@ def clear_demo_run(output_dir: Path) -> None:
         return
 
 
-@torch_defaults()
 def cached_small_clip(
     spec: str, recipe: Recipe, *, seed: int = 0, progress: bool = False, cache_dir: str | Path | None = None
 ) -> Path:
-    """Return the folder of a small CLIP trained on a source's training split. The first call trains it.
+    """Return the folder of a small CLIP trained on a source's training split (`cached_model`)."""
+    return cached_model(open_source(spec, seed=seed).train, recipe, seed=seed, progress=progress, cache_dir=cache_dir)
 
-    It is kept in `cache_dir`, else $CLIPERASE_CACHE, else ~/.cache/cliperase_fast.
+
+def cached_oracles(
+    spec: str,
+    selector: str,
+    count: int,
+    *,
+    recipe: Recipe | None = None,
+    seed: int = 0,
+    progress: bool = False,
+    cache_dir: str | Path | None = None,
+) -> list[Path]:
+    """Return the folders of `count` oracles: models that never saw the pairs that `selector` selects.
+
+    They are trained like `cached_small_clip(spec, recipe, seed=seed)`, on the same training split without these pairs.
+    Their own seeds, seed + 1 to seed + count, start each from other weights and show it the pairs in another order: one
+    oracle is one sample of a model that never knew. An interrupted call goes on at the oracle that it was training.
+    recipe: the source's own if None.
+
+    Raises InputError for a selector that selects no pair or every pair.
     """
+    _check_count(count)
     source = open_source(spec, seed=seed)
-    made_from = {**asdict(replace(recipe, unlearning={})), "data": source.train.fingerprint(), "seed": seed}
+    kept = source.train.subset(~select(source.train, selector, other=source.test))
+    return [
+        cached_model(
+            kept,
+            recipe or recipe_for(spec),
+            seed=seed + number,
+            what=f"oracle {number} of {count}",
+            progress=progress,
+            cache_dir=cache_dir,
+        )
+        for number in range(1, count + 1)
+    ]
+
+
+def _check_count(oracles: int) -> None:
+    if oracles < 1:
+        raise InputError(f"oracles={oracles} must be at least 1; leave it out to train none")
+
+
+@torch_defaults()
+def cached_model(
+    pairs: PairDataset,
+    recipe: Recipe,
+    *,
+    seed: int = 0,
+    what: str = "a small CLIP",
+    progress: bool = False,
+    cache_dir: str | Path | None = None,
+) -> Path:
+    """Return the folder of a model trained on these pairs. The first call trains it.
+
+    It is kept in `cache_dir`, else $CLIPERASE_CACHE, else ~/.cache/cliperase_fast, under a digest of the recipe, the
+    pairs (`PairDataset.fingerprint`) and the seed. what: the model, in messages.
+    """
+    made_from = {**asdict(replace(recipe, unlearning={})), "data": pairs.fingerprint(), "seed": seed}
     digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
     root = Path(cache_dir or os.environ.get("CLIPERASE_CACHE") or Path.home() / ".cache" / "cliperase_fast")
     path = root / f"small-clip-{digest}"
@@ -100,7 +154,7 @@ def cached_small_clip(
             stack.enter_context(lock(root / f".{path.name}.lock", waiting))
         if path.is_dir():  # the one that was waited for has trained it
             return path
-        model = train_small_clip(source.train, recipe, seed=seed, progress=progress)
+        model = train_small_clip(pairs, recipe, seed=seed, what=what, progress=progress)
         with writing(root, remedy):
             for draft in root.glob(f".{path.name}.*.tmp"):  # of a process that was killed
                 shutil.rmtree(draft)
@@ -109,12 +163,18 @@ def cached_small_clip(
 
 
 @torch_defaults()
-def train_small_clip(pairs: PairDataset, recipe: Recipe, *, seed: int = 0, progress: bool = False) -> nn.Module:
+def train_small_clip(
+    pairs: PairDataset, recipe: Recipe, *, seed: int = 0, what: str = "a small CLIP", progress: bool = False
+) -> nn.Module:
     """Train an open_clip model of a few million parameters on `pairs` with the contrastive loss.
 
-    Pairs of the same entity, or else of the same class, are not treated as negatives.
+    Pairs of the same entity, or else of the same class, are not treated as negatives. what: the model, in messages.
+    Raises InputError for pairs without either.
     """
     import open_clip
+
+    if pairs.group_ids is None:
+        raise InputError(f"{pairs.name} has no classes, which training a small CLIP needs: give data with classes")
 
     with seeded(seed):
         model = open_clip.model.CLIP(
@@ -135,9 +195,9 @@ def train_small_clip(pairs: PairDataset, recipe: Recipe, *, seed: int = 0, progr
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, recipe.learning_rate, total_steps=total, pct_start=0.1
         )
-        say("training a small CLIP on %d pairs: %d steps", len(pairs), total)
+        say("training %s on %d pairs: %d steps", what, len(pairs), total)
         model.train()
-        with Steps(total, "training a small CLIP", "step", bar=progress, leave=True) as steps:
+        with Steps(total, f"training {what}", "step", bar=progress, leave=True) as steps:
             for epoch in range(recipe.epochs):
                 order = torch.randperm(len(pairs), dtype=torch.int64, device="cpu")
                 for step in range(steps_per_epoch):

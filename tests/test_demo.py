@@ -1,0 +1,106 @@
+"""Tests of the demo's models: which pairs a model is trained on, and when one is taken from the cache."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from cliperase_fast import InputError, demo
+from cliperase_fast.data import open_source, select
+from cliperase_fast.models import load_model
+from cliperase_fast.recipes import Recipe
+
+SOURCE = "shapes?train=2&test=1"
+FORGET = "class:red circle,blue star"
+TINY = Recipe(8, {"patch_size": 4, "width": 32, "layers": 1, "head_width": 16}, epochs=1, batch_size=64)
+
+
+@pytest.fixture
+def trainings(monkeypatch):
+    """(pairs, seed) of every training."""
+    seen = []
+    train = demo.train_small_clip
+
+    def record(pairs, recipe, *, seed=0, **options):
+        seen.append((pairs, seed))
+        return train(pairs, recipe, seed=seed, **options)
+
+    monkeypatch.setattr(demo, "train_small_clip", record)
+    return seen
+
+
+def oracles(folder, count=2, selector=FORGET, **options):
+    return demo.cached_oracles(SOURCE, selector, count, recipe=TINY, cache_dir=folder, **options)
+
+
+def weights(path):
+    return torch.cat([weight.flatten() for weight in load_model(f"local-dir:{path}").module.parameters()])
+
+
+def test_an_oracle_is_trained_on_every_pair_but_the_forget_pairs(tmp_path, trainings):
+    oracles(tmp_path, 1)
+    source = open_source(SOURCE)
+    forget = select(source.train, FORGET, other=source.test)
+    ((pairs, _),) = trainings
+    assert pairs.ids == [name for name, gone in zip(source.train.ids, forget, strict=True) if not gone]
+    assert not {"red circle", "blue star"} & {pairs.classes[label] for label in np.unique(pairs.labels)}
+
+
+def test_oracles_start_from_other_weights_than_each_other_and_the_base_model(tmp_path, trainings):
+    base = demo.cached_small_clip(SOURCE, TINY, cache_dir=tmp_path)
+    paths = [base, *oracles(tmp_path, 2)]
+    assert [seed for _, seed in trainings] == [0, 1, 2]
+    found = [weights(path) for path in paths]
+    for first in range(3):
+        for second in range(first):
+            assert (found[first] != found[second]).float().mean() > 0.9
+
+
+def test_an_oracle_in_the_cache_is_not_trained_again(tmp_path, trainings):
+    paths = oracles(tmp_path, 2)
+    assert oracles(tmp_path, 3)[:2] == paths
+    assert [seed for _, seed in trainings] == [1, 2, 3]
+
+
+def test_oracles_of_other_pairs_or_another_seed_are_other_models(tmp_path, trainings):
+    known = set(oracles(tmp_path, 1)) | set(oracles(tmp_path, 1, "class:red circle"))
+    assert len(known | set(oracles(tmp_path, 1, seed=1))) == len(trainings) == 3
+
+
+def test_an_interrupted_training_goes_on_at_the_next_oracle(tmp_path, monkeypatch, trainings):
+    train = demo.train_small_clip
+
+    def stop_at_the_second(pairs, recipe, *, seed=0, **options):
+        if seed == 2:
+            raise KeyboardInterrupt
+        return train(pairs, recipe, seed=seed, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(demo, "train_small_clip", stop_at_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            oracles(tmp_path, 3)
+    oracles(tmp_path, 3)
+    assert [seed for _, seed in trainings] == [1, 2, 3]
+
+
+def test_the_progress_says_which_oracle_is_trained(tmp_path, caplog):
+    with caplog.at_level("INFO", "cliperase_fast"):
+        oracles(tmp_path, 2)
+    assert [line for line in caplog.messages if line.startswith("training")] == [
+        f"training oracle {number} of 2 on 196 pairs: 3 steps" for number in (1, 2)
+    ]
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_fewer_than_one_oracle_is_refused(tmp_path, count):
+    with pytest.raises(InputError, match=f"oracles={count} must be at least 1"):
+        oracles(tmp_path / "cache", count)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_pairs_without_classes_cannot_train_a_small_clip():
+    pairs = open_source(SOURCE).train
+    pairs.labels = pairs.space = None
+    with pytest.raises(InputError, match="has no classes"):
+        demo.train_small_clip(pairs, TINY)
