@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from cliperase_fast.auditing.result import Audit
 from cliperase_fast.auditing.scores import Features, View, score_features
 from cliperase_fast.auditing.sets import AuditSets
 from cliperase_fast.auditing.verdict import verdicts
-from cliperase_fast.auditing.vocabulary import TEMPLATES, Wording, check_synonyms, wordings
+from cliperase_fast.auditing.vocabulary import TEMPLATES, Wording, check_synonyms, fitting, wordings
 from cliperase_fast.data.classes import check_templates
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.progress import say
@@ -42,12 +43,14 @@ def audit_models(
     """
     check_depth(depth)
     layout = Layout.of(sets.test, sets.forget_mask)
-    names = list(
-        wordings(
-            sets.test, layout.forget_concepts, check_synonyms(synonyms, sets.test),
-            check_templates(paraphrase_templates) or (),
-        )
+    asked = wordings(
+        sets.test, layout.forget_concepts, check_synonyms(synonyms, sets.test),
+        check_templates(paraphrase_templates) or (),
     )  # fmt: skip
+    names, too_long = fitting(asked, models["before"])
+    if too_long:
+        note = f"{len(too_long)} templates and synonyms are longer than the model's context and were not asked for "
+        sets = replace(sets, notes=(*sets.notes, f"{note}(the first: {too_long[0].name!r})."))
     try:
         return _audit(models, sets, layout, names, how, depth)
     finally:

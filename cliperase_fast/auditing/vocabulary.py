@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from cliperase_fast.data import PairDataset
 from cliperase_fast.data.classes import folded, readable
 from cliperase_fast.errors import InputError
+from cliperase_fast.models import ClipAdapter
 
 TEMPLATES = (
     "{}",
@@ -133,3 +134,15 @@ def wordings(
         for synonym in synonyms.get(concept, ()):
             captions = tuple(template.replace("{}", synonym) for template in own or TEMPLATES)
             yield Wording(f"{name} = {synonym}", concept, (captions,))
+
+
+def fitting(asked: Iterable[Wording], adapter: ClipAdapter) -> tuple[list[Wording], list[Wording]]:
+    """Return the wordings whose captions fit the model's context, and those with one that does not."""
+    kept: list[Wording] = []
+    too_long: list[Wording] = []
+    for wording in asked:
+        captions = [caption for group in wording.captions for caption in group]
+        assert adapter.tokenizer is not None  # the classes have captions of text
+        overlong = adapter.tokenizer.overlong(captions, adapter.tokenizer(captions))
+        (too_long if overlong else kept).append(wording)
+    return kept, too_long

@@ -1,9 +1,11 @@
 import numpy as np
+import open_clip
 import pytest
 
-from cliperase_fast.auditing.vocabulary import TEMPLATES, check_synonyms, known_synonyms, wordings
+from cliperase_fast.auditing.vocabulary import TEMPLATES, check_synonyms, fitting, known_synonyms, wordings
 from cliperase_fast.data import open_source
 from cliperase_fast.errors import InputError
+from cliperase_fast.models import load_model
 
 
 @pytest.fixture(scope="module")
@@ -40,3 +42,18 @@ def test_synonyms_of_unknown_classes_are_refused(digits):
         check_synonyms({"eleven": ["11"]}, digits)
     with pytest.raises(InputError, match="give a list of texts"):
         check_synonyms({"seven": "heptad"}, digits)
+
+
+def test_wordings_longer_than_the_context_are_set_apart(digits):
+    model = open_clip.model.CLIP(
+        embed_dim=8,
+        vision_cfg={"image_size": 8, "patch_size": 4, "width": 16, "layers": 1, "head_width": 16},
+        text_cfg={"context_length": 7, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1},
+    )
+    asked = wordings(digits, np.array([7]), {7: ("sevens", "a number that follows six")}, TEMPLATES)
+    kept, too_long = fitting(asked, load_model(model))
+    assert [wording.name for wording in too_long] == [
+        "there is a {} in this picture",
+        "seven = a number that follows six",
+    ]
+    assert [wording.name for wording in kept] == [*TEMPLATES[:-1], "seven = sevens"]
