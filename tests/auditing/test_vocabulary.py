@@ -48,7 +48,7 @@ def test_wordings_longer_than_the_context_are_set_apart(digits):
     model = open_clip.model.CLIP(
         embed_dim=8,
         vision_cfg={"image_size": 8, "patch_size": 4, "width": 16, "layers": 1, "head_width": 16},
-        text_cfg={"context_length": 7, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1},
+        text_cfg={"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1},
     )
     asked = wordings(digits, np.array([7]), {7: ("sevens", "a number that follows six")}, TEMPLATES)
     kept, too_long = fitting(asked, load_model(model))
