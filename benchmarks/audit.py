@@ -1,0 +1,272 @@
+"""What unlearning leaves behind: each method's model audited against models that never knew, on data without downloads.
+
+    python -m benchmarks.audit digits        three digits, five oracles for each
+    python -m benchmarks.audit shapes        "red circle", three oracles
+    python -m benchmarks.audit cifar10 --shards '/data/train-{00000..00003}.tar' --test-shards /data/test-00000.tar
+
+The first run of each trains the original and the oracles, which are kept in the cache of `cliperase-fast demo`: seconds
+for a digits model, minutes for the others, on two idle cores. Each writes benchmarks/results/audit-NAME.json;
+`python -m benchmarks.write_docs` puts the figures into the docs. Digits are also compared with reference values.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cliperase_fast.auditing import audit
+from cliperase_fast.demo import cached_oracles, cached_small_clip, run_demo
+from cliperase_fast.recipes import recipe_for
+
+from .machine import RESULTS, describe
+
+# The settings of each unlearned model, over those that the demo has for the data.
+METHODS: dict[str, dict[str, Any]] = {
+    "cliperase": {},
+    "cliperase, hinge": {"forget_loss": "hinge"},
+    "gradient_ascent": {"method": "gradient_ascent"},
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """The audits of one command.
+
+    concepts: the selector of each thing to forget. attacked: the concepts that are audited with depth=True, which takes
+    minutes a model. oracles: how many for each concept. test: where to measure, if not on the source's own test split.
+    other: data sets of concepts that were never trained.
+    """
+
+    source: str
+    concepts: Mapping[str, str]
+    attacked: Sequence[str]
+    oracles: int = 3
+    test: str | None = None
+    other: Mapping[str, str] = field(default_factory=dict)
+
+
+def _classes(*names: str) -> dict[str, str]:
+    return {name: f"class:{name}" for name in names}
+
+
+STUDIES = {
+    "digits": Study(
+        "demo", _classes("seven", "three", "eight"), ["seven"], 5, other={"shapes": "shapes?train=1&test=10"}
+    ),
+    "shapes": Study("shapes", _classes("red circle"), ["red circle"], other={"digits": "demo"}),
+}
+
+
+def cifar10(shards: str, test_shards: str) -> Study:
+    return Study(
+        f"wds:{shards}", _classes("airplane"), ["airplane"], test=f"wds:{test_shards}", other={"digits": "demo"}
+    )
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A known value of one audit of the digits. source: which model it was measured on."""
+
+    what: str
+    method: str
+    model: str
+    group: str
+    score: str
+    value: float
+    tolerance: float
+
+
+# Forgetting "seven", measured once with an implementation of its own; the oracle's are those of a single one.
+REFERENCE_CONCEPT = "seven"
+REFERENCES = [
+    Reference("association, original", "cliperase", "before", "forgetting", "association", 0.84, 0.05),
+    Reference("association, CLIPErase", "cliperase", "after", "forgetting", "association", -0.90, 0.05),
+    Reference("association, oracle", "cliperase", "oracle", "forgetting", "association", -0.04, 0.05),
+    Reference("relearned after 5 steps, oracle", "cliperase", "oracle", "depth", "relearn@5", 0.64, 0.15),
+    Reference("relearned after 10 steps, oracle", "cliperase", "oracle", "depth", "relearn@10", 0.78, 0.15),
+    Reference("relearned after 10 steps, CLIPErase", "cliperase", "after", "depth", "relearn@10", 0.0, 0.15),
+    Reference("relearned after 20 steps, CLIPErase", "cliperase", "after", "depth", "relearn@20", 0.72, 0.15),
+]
+
+
+def run_study(study: Study, folder: Path, methods: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Forget each concept by each method and audit the result. folder: where the unlearned models go; runs that are
+    there already are audited as they are."""
+    bars = sys.stderr.isatty()
+    before = cached_small_clip(study.source, recipe_for(study.source), progress=bars)
+    runs = []
+    for concept, selector in study.concepts.items():
+        oracles = cached_oracles(study.source, selector, study.oracles, progress=bars)
+        for method, settings in methods.items():
+            print(f"--- {concept}, {method}", flush=True)
+            run = folder / re.sub(r"\W+", "-", f"{concept}-{method}")
+            forget = f"{study.source}#{selector}"
+            run_demo(forget, run, test=study.test, resume=run.is_dir(), progress=bars, report=False, **settings)
+            began = time.perf_counter()
+            found = audit(
+                f"local-dir:{before}",
+                f"local-dir:{run / 'model'}",
+                forget,
+                "rest",
+                oracle=[f"local-dir:{path}" for path in oracles],
+                test=study.test,
+                other=study.other,
+                depth=concept in study.attacked,
+                progress=bars,
+            )
+            print(found.summary(), flush=True)
+            seconds = round(time.perf_counter() - began, 1)
+            runs.append(
+                {"concept": concept, "method": method, "settings": dict(settings), "seconds": seconds, **kept(found)}
+            )
+    return runs
+
+
+def kept(found: Any) -> dict[str, Any]:
+    """What a record keeps of an audit; of each single oracle the values alone."""
+    data = found.to_dict()
+    scores = {}
+    for model, groups in data["scores"].items():
+        single = model.startswith("oracle ")
+        scores[model] = {
+            group: {name: {"value": of["value"]} if single else of for name, of in entries.items()}
+            for group, entries in groups.items()
+        }
+    return {
+        "scores": scores,
+        **{key: data[key] for key in ("gap", "background", "over_forgotten", "verdicts", "notes", "data")},
+    }
+
+
+def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """The scores of each model over all concepts: {model: {score: {"mean", "std", "low", "high", "count"}}}.
+
+    Models: "before", each method's name, and "oracle". low, high: the least and the largest value; for oracles over all
+    single ones. std: over the concepts (of oracles over all single ones), None for one value.
+    """
+    found: dict[str, dict[str, list[float]]] = {}
+    first = runs[0]["method"] if runs else None
+    for run in runs:
+        for model, groups in run["scores"].items():
+            if model == "oracle" or (model != "after" and run["method"] != first):
+                continue  # the original and the oracles are the same for every method
+            name = run["method"] if model == "after" else "oracle" if model.startswith("oracle ") else model
+            for entries in groups.values():
+                for score, of in entries.items():
+                    if of["value"] is not None:
+                        found.setdefault(name, {}).setdefault(score, []).append(of["value"])
+    return {name: {score: spread(values) for score, values in scores.items()} for name, scores in found.items()}
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    return {
+        "mean": float(np.mean(values)),
+        "std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+        "low": min(values),
+        "high": max(values),
+        "count": len(values),
+    }
+
+
+def compared(runs: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Each reference value beside the measured one. For oracles also the values of each, as one was measured there."""
+    by_method = {run["method"]: run for run in runs if run["concept"] == REFERENCE_CONCEPT}
+    found = []
+    for reference in REFERENCES:
+        if (run := by_method.get(reference.method)) is None:
+            continue
+        measured = run["scores"][reference.model][reference.group][reference.score]["value"]
+        row = {
+            "what": reference.what,
+            "reference": reference.value,
+            "tolerance": reference.tolerance,
+            "measured": measured,
+            "within": abs(measured - reference.value) <= reference.tolerance,
+        }
+        if reference.model == "oracle":
+            singles = [of for model, of in run["scores"].items() if model.startswith("oracle ")]
+            row["each"] = [of[reference.group][reference.score]["value"] for of in singles]
+        found.append(row)
+    return found
+
+
+def comparison_text(rows: Iterable[Mapping[str, Any]]) -> str:
+    lines = []
+    for row in rows:
+        each = f" (each: {', '.join(f'{value:.2f}' for value in row['each'])})" if "each" in row else ""
+        said = "within" if row["within"] else "NOT within"
+        lines.append(
+            f"{row['what']}: reference {row['reference']:.2f}, measured {row['measured']:.2f}{each}, "
+            f"{said} {row['tolerance']:.2f}"
+        )
+    return "\n".join(lines)
+
+
+def record_text(value: Any, depth: int = 0) -> str:
+    """JSON with one line for each dict or list that holds no other dict, its floats rounded to five digits."""
+    nested = isinstance(value, dict) and any(isinstance(of, dict) for of in value.values())
+    nested = nested or (isinstance(value, list) and any(isinstance(of, dict) for of in value))
+    if not nested:
+        return json.dumps(_rounded(value))
+    pad = " " * (depth + 1)
+    if isinstance(value, dict):
+        parts = [f"{pad}{json.dumps(key)}: {record_text(of, depth + 1)}" for key, of in value.items()]
+        opening, closing = "{}"
+    else:
+        parts = [f"{pad}{record_text(of, depth + 1)}" for of in value]
+        opening, closing = "[]"
+    return f"{opening}\n" + ",\n".join(parts) + f"\n{' ' * depth}{closing}"
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, 5)
+    if isinstance(value, dict):
+        return {key: _rounded(of) for key, of in value.items()}
+    return [_rounded(of) for of in value] if isinstance(value, list) else value
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=(*STUDIES, "cifar10"))
+    parser.add_argument("--shards", help="cifar10: webdataset shards to train on")
+    parser.add_argument("--test-shards", help="cifar10: webdataset shards to measure on")
+    parser.add_argument("--runs", type=Path, metavar="DIR", help="keep the unlearned models there, and use those there")
+    words = list(sys.argv[1:] if words is None else words)
+    arguments = parser.parse_args(words)
+    if arguments.name == "cifar10":
+        if not (arguments.shards and arguments.test_shards):
+            parser.error("cifar10 needs --shards and --test-shards")
+        study = cifar10(arguments.shards, arguments.test_shards)
+    else:
+        study = STUDIES[arguments.name]
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        runs = run_study(study, arguments.runs or Path(folder), METHODS)
+    seconds = round(time.perf_counter() - began, 1)
+    command = f"python -m benchmarks.audit {arguments.name}"
+    references = compared(runs) if arguments.name == "digits" else []
+    record = {
+        **describe(), "command": command, "seconds": seconds, "oracles": study.oracles, "summary": summary(runs),
+        "references": references, "runs": runs,
+    }  # fmt: skip
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"audit-{arguments.name}.json"
+    path.write_text(record_text(record) + "\n", encoding="utf-8")
+    if references:
+        print(comparison_text(references))
+    print(f"audit {arguments.name}: done in {seconds:.0f} s; written to {path}")
+
+
+if __name__ == "__main__":
+    main()
