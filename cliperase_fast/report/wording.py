@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cliperase_fast.evaluation.metrics import METRICS, PRIMARY, SHARE, Metric, find_metric
+from cliperase_fast.evaluation.metrics import METRICS, PRIMARY, SHARE, Format, Metric, find_metric
 from cliperase_fast.terms import TERMS
 
 FORGOTTEN = 0.01  # at or below this share the concept counts as gone
@@ -49,10 +49,26 @@ def value(metric: Metric, scores: Mapping[str, Any]) -> float | None:
 
 def cell(metric: Metric, score: float | None) -> str:
     """Write a score as tables show it."""
-    if metric.format is SHARE or score is None:
+    return written(score, metric.format)
+
+
+def written(score: float | None, form: Format) -> str:
+    """Write a score in its format; a dash where it is missing."""
+    if form is SHARE or score is None:
         return percent(score)
-    scale, digits, unit = metric.format
-    return f"{scale * score:.{digits}f}".replace("-", "−") + unit
+    return decimals(form.scale * score, form.digits) + form.unit
+
+
+def decimals(value: float, digits: int) -> str:
+    """Write a number with a true minus sign, and zero without one."""
+    return signed(value, digits).lstrip("+")
+
+
+def interval(low: float | None, high: float | None, form: Format) -> str:
+    """Write an interval without its unit, "[93.1, 98.4]"; empty where it is missing."""
+    if low is None or high is None:
+        return ""
+    return "[" + ", ".join(decimals(form.scale * end, form.digits) for end in (low, high)) + "]"
 
 
 def change(metric: Metric, before: float | None, after: float | None) -> str:
@@ -266,4 +282,4 @@ def _advice_of_method(forgotten: bool, kept: bool, now: Callable[[str], str], tr
 
 def left_out_lines(skipped: Mapping[str, Any]) -> list[str]:
     """Return a line for each reason why items were left out, with their number and the first of them."""
-    return [f"{row['count']} x {reason} (the first: {row['example']})" for reason, row in skipped.items()]
+    return [f"{row['count']:,} x {reason} (the first: {row['example']})" for reason, row in skipped.items()]

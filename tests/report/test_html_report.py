@@ -206,7 +206,7 @@ def test_skipped_items_are_counted_by_reason_with_an_example():
         "empty caption": {"count": 2, "example": "line 3"},
     }
     text = Reader(page(sample_run(result, metrics=[], similarities={}, embeddings={}))).text
-    assert "1000 x image cannot be decoded (the first: image0.jpg)" in text
+    assert "1,000 x image cannot be decoded (the first: image0.jpg)" in text
     assert "2 x empty caption (the first: line 3)" in text
 
 
