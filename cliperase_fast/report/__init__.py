@@ -1,9 +1,20 @@
 """Plots, a web page and a terminal table from a run's result dictionary and arrays."""
 
+from cliperase_fast.report.audit_html import audit_page
 from cliperase_fast.report.data import ReportData
 from cliperase_fast.report.html import write_html
 from cliperase_fast.report.plots import write_plots
-from cliperase_fast.report.table import class_table, text_table
+from cliperase_fast.report.table import audit_table, class_table, text_table
 from cliperase_fast.report.wording import Verdict, verdict
 
-__all__ = ["ReportData", "Verdict", "class_table", "text_table", "verdict", "write_html", "write_plots"]
+__all__ = [
+    "ReportData",
+    "Verdict",
+    "audit_page",
+    "audit_table",
+    "class_table",
+    "text_table",
+    "verdict",
+    "write_html",
+    "write_plots",
+]

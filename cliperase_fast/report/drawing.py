@@ -18,6 +18,7 @@ from cliperase_fast.report.wording import number
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 
 @dataclass(frozen=True)
@@ -117,26 +118,47 @@ def halo(theme: Theme) -> list[Any]:
     return [withStroke(linewidth=2.5, foreground=theme.surface)]
 
 
-def name_marks(axes: Axes, entries: Sequence[tuple[str, str, bool]], theme: Theme) -> None:
-    """Write a legend of (text, colour, filled) marks in one line above the panel, right of its title."""
-    from matplotlib.lines import Line2D
+@dataclass(frozen=True)
+class Mark:
+    """How a point is drawn. colour: of the theme, by name. shape: matplotlib's marker."""
 
-    marks = [
-        Line2D(
-            [],
-            [],
-            linestyle="",
-            marker="o",
-            markersize=5.5,
-            markeredgewidth=0 if filled else 1.5,
-            markeredgecolor=colour,
-            markerfacecolor=colour if filled else theme.surface,
-        )
-        for _, colour, filled in entries
-    ]
+    name: str
+    colour: str
+    filled: bool = True
+    shape: str = "o"
+
+    def draw(self, axes: Axes, x: float, y: float, theme: Theme, colour: str | None = None) -> None:
+        """Draw a point, in another colour if one is given."""
+        axes.plot([x], [y], **self._style(theme, colour), zorder=4 if self.filled else 3)
+
+    def entry(self, theme: Theme) -> Line2D:
+        """The mark for a legend."""
+        from matplotlib.lines import Line2D
+
+        return Line2D([], [], **self._style(theme, None))
+
+    def _style(self, theme: Theme, colour: str | None) -> dict[str, Any]:
+        shade = colour or getattr(theme, self.colour)
+        return {
+            "linestyle": "",
+            "marker": self.shape,
+            "markersize": 6 if self.shape == "o" else 5,
+            "markeredgewidth": 0 if self.filled else 1.5,
+            "markeredgecolor": shade,
+            "markerfacecolor": shade if self.filled else theme.surface,
+        }
+
+
+BEFORE = Mark("before", "neutral", filled=False)
+AFTER = Mark("after", "muted")
+ORACLE = Mark("oracles", "ink", shape="D")
+
+
+def name_marks(axes: Axes, marks: Sequence[Mark], theme: Theme) -> None:
+    """Write a legend of marks in one line above the panel, right of its title."""
     axes.legend(
-        marks,
-        [text for text, _, _ in entries],
+        [mark.entry(theme) for mark in marks],
+        [mark.name for mark in marks],
         loc="lower right",
         bbox_to_anchor=(1.0, 1.0),
         ncols=len(marks),
@@ -148,6 +170,15 @@ def name_marks(axes: Axes, entries: Sequence[tuple[str, str, bool]], theme: Them
         borderaxespad=0.6,
         borderpad=0.2,
     )
+
+
+def name_rows(axes: Axes, names: Sequence[tuple[str, bool]], theme: Theme) -> None:
+    """Name the rows at the heights n, ..., 1 on the left. names: (text, whether it is about what is forgotten)."""
+    axes.xaxis.grid(True, color=theme.grid, linewidth=0.8)
+    axes.yaxis.grid(False)
+    axes.set_yticks(range(len(names), 0, -1), [name for name, _ in names])
+    for label, (_, forgets) in zip(axes.get_yticklabels(), names, strict=True):
+        label.set(color=theme.forget if forgets else theme.ink, fontweight="bold" if forgets else "normal")
 
 
 _PASSES = 300  # two boxes need one, a crowd some dozens

@@ -14,6 +14,7 @@ from cliperase_fast.report.wording import (
     Headline,
     cell,
     change,
+    count,
     headline,
     left_out_lines,
     number,
@@ -103,8 +104,8 @@ def _sets(result: Mapping[str, Any]) -> list[dict[str, Any]]:
         ]
         if rows:
             pairs = old.get("pairs", new.get("pairs"))
-            count = "" if pairs is None else f"{_count(pairs)} pairs"
-            sets.append({"set": which, "count": count, "table": Table(("", "before", "after", "change"), rows)})
+            counted = "" if pairs is None else f"{count(pairs)} pairs"
+            sets.append({"set": which, "count": counted, "table": Table(("", "before", "after", "change"), rows)})
     return sets
 
 
@@ -119,7 +120,7 @@ def _grain(result: Mapping[str, Any]) -> str:
     pairs = number(((result.get("before") or {}).get("forget") or {}).get("pairs"))
     if not pairs or pairs >= 200:
         return ""
-    return f"With {_count(pairs)} forget pairs, one image is {100 / pairs:.1f} points."
+    return f"With {count(pairs)} forget pairs, one image is {100 / pairs:.1f} points."
 
 
 def _figures(run: ReportData) -> list[Any]:
@@ -167,7 +168,7 @@ def _classes(run: ReportData) -> dict[str, Any] | None:
             (
                 name,
                 row["set"],
-                _count(row.get("pairs")),
+                count(row.get("pairs")),
                 percent(row["before"]),
                 percent(row["after"]),
                 signed(100 * (row["after"] - row["before"]), 1),
@@ -208,7 +209,7 @@ def _facts(result: Mapping[str, Any]) -> list[tuple[str, Any]]:
 def _with_pairs(name: Any, pairs: Any) -> str | None:
     if name is None:
         return None
-    return str(name) if pairs is None else f"{name} ({_count(pairs)} training pairs)"
+    return str(name) if pairs is None else f"{name} ({count(pairs)} training pairs)"
 
 
 def _durations(seconds: Mapping[str, Any]) -> str:
@@ -232,7 +233,3 @@ def _speed(rate: float | None) -> str | None:
         if rate >= 10
         else f"{rate:.2g} pairs/s in training"
     )
-
-
-def _count(value: Any) -> str:
-    return "" if number(value) is None else f"{value:,.0f}"

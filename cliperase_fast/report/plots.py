@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from cliperase_fast.report.data import ReportData
 from cliperase_fast.report.drawing import (
+    AFTER,
+    BEFORE,
     LIGHT,
+    ORACLE,
+    Mark,
     Theme,
     draw_curve,
     font_size,
     halo,
     move_apart,
     name_marks,
+    name_rows,
     new_figure,
     panel,
     plain,
@@ -32,7 +37,7 @@ if TYPE_CHECKING:
 
 MOST_CLASSES = 40  # rows of the per-class figure
 MOST_LABELS = 20  # class names written into the embedding map
-_BINS = 48
+BINS = 48  # of a histogram
 _MAP_ROOM = (430.0, 370.0)  # pixels of a map inside its frame, about
 _MEAN_WIDTH = 0.28  # of a histogram's panel that the name of a mean takes
 _NO_TERMS = ("step", "epoch", "total")  # what a line holds before its terms
@@ -113,40 +118,38 @@ def recorded_terms(steps: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def draw_per_class(run: ReportData, theme: Theme) -> Figure | None:
-    """Draw each class's accuracy before and after, forget classes first, then by change."""
-    rows, total = changed_classes(run.result, MOST_CLASSES)
+    """Draw the accuracy of a run's classes; see `draw_classes`."""
+    return draw_classes(run.result, theme)
+
+
+def draw_classes(result: Mapping[str, Any], theme: Theme) -> Figure | None:
+    """Draw each class's accuracy before and after, forget classes first, then by change.
+
+    result: with "per_class". Where a class also has one of "oracle", it is marked.
+    """
+    rows, total = changed_classes(result, MOST_CLASSES)
     if not rows:
         return None
     figure = new_figure(520, 90 + 20 * len(rows), theme)
     axes = panel(figure.add_subplot(), "Accuracy by class", theme)
     if len(rows) < total:
-        axes.set_xlabel(f"the {len(rows)} most changed of {total} classes", color=theme.muted, fontsize=font_size(11))
+        text = f"the {len(rows)} most changed of {total:,} classes"
+        axes.set_xlabel(text, color=theme.muted, fontsize=font_size(11))
+    marks = [BEFORE, AFTER]
     for height, (_, row) in zip(range(len(rows), 0, -1), rows, strict=True):
         colour = theme.retain if row["set"] == "retain" else theme.forget
-        before, after = 100 * row["before"], 100 * row["after"]
+        before, after, oracle = 100 * row["before"], 100 * row["after"], number(row.get("oracle"))
         axes.plot([before, after], [height, height], color=colour, linewidth=2.2, alpha=0.35, zorder=2)
-        axes.plot(
-            [before],
-            [height],
-            "o",
-            markersize=6,
-            markerfacecolor=theme.surface,
-            markeredgecolor=theme.neutral,
-            markeredgewidth=1.5,
-            zorder=3,
-        )
-        axes.plot([after], [height], "o", markersize=6, color=colour, markeredgewidth=0, zorder=4)
+        if oracle is not None:
+            ORACLE.draw(axes, 100 * oracle, height, theme)
+            marks = [BEFORE, AFTER, ORACLE]
+        BEFORE.draw(axes, before, height, theme)
+        AFTER.draw(axes, after, height, theme, colour)
     axes.set_xlim(-3, 103)
     axes.set_ylim(0.3, len(rows) + 0.7)
     axes.set_xticks([0, 25, 50, 75, 100], ["0", "25", "50", "75", "100%"])
-    axes.xaxis.grid(True, color=theme.grid, linewidth=0.8)
-    axes.yaxis.grid(False)
-    names = [_class_label(name, row["set"]) for name, row in rows]
-    axes.set_yticks(range(len(rows), 0, -1), names)
-    for label, (_, row) in zip(axes.get_yticklabels(), rows, strict=True):
-        forgets = row["set"] != "retain"
-        label.set(color=theme.forget if forgets else theme.ink, fontweight="bold" if forgets else "normal")
-    name_marks(axes, [("before", theme.neutral, False), ("after", theme.muted, True)], theme)
+    name_rows(axes, [(_class_label(name, row["set"]), row["set"] != "retain") for name, row in rows], theme)
+    name_marks(axes, marks, theme)
     return figure
 
 
@@ -186,33 +189,58 @@ def draw_similarities(run: ReportData, theme: Theme) -> Figure | None:
         if (array := np.asarray(given, dtype=np.float64).ravel()).size
     }
     values = {key: array for key, array in values.items() if array.size}
-    present = [which for which in ("forget", "retain") if any(key[0] == which for key in values)]
-    if not present:
+    if not values:
         return None
     low, high = min(array.min() for array in values.values()), max(array.max() for array in values.values())
     pad = max(0.04 * (high - low), 0.01)
-    edges = np.linspace(low - pad, high + pad, _BINS + 1)
+    edges = np.linspace(low - pad, high + pad, BINS + 1)
+    histograms = {
+        key: Histogram(np.histogram(array, edges)[0] / len(array), float(array.mean())) for key, array in values.items()
+    }
+    titles = {"forget": "Forget pairs", "retain": "Retain pairs"}
+    return draw_histograms(histograms, edges, titles, "cosine of an image and its caption", theme)
+
+
+class Histogram(NamedTuple):
+    """shares: of the values in each bin. mean: of the values."""
+
+    shares: np.ndarray
+    mean: float
+
+
+def draw_histograms(
+    histograms: Mapping[tuple[str, str], Histogram],
+    edges: np.ndarray,
+    titles: Mapping[str, str],
+    axis: str,
+    theme: Theme,
+) -> Figure:
+    """Draw a panel for each set with a histogram, "before" and "after" in it, and mark their means.
+
+    histograms: by (set, "before" or "after"). edges: of the bins, for all. titles: by set, in the order of the panels;
+    "forget" has its own colour. axis: what the values are.
+    """
+    present = [which for which in titles if any(key[0] == which for key in histograms)]
     figure = new_figure(520, 40 + 250 * len(present), theme)
     for index, which in enumerate(present):
-        axes = panel(figure.add_subplot(len(present), 1, index + 1), f"{which.capitalize()} pairs", theme)
+        axes = panel(figure.add_subplot(len(present), 1, index + 1), titles[which], theme)
         colour = theme.forget if which == "forget" else theme.retain
         tallest = 0.0
-        for when, shade, alpha in (("before", theme.neutral, 0.45), ("after", colour, 0.45)):
-            if (which, when) not in values:
+        means = {}
+        for when, shade in (("before", theme.neutral), ("after", colour)):
+            if (which, when) not in histograms:
                 continue
-            array = values[which, when]
-            share = np.histogram(array, edges)[0] / len(array)
+            share, means[when] = histograms[which, when]
             tallest = max(tallest, share.max())
-            axes.stairs(share, edges, fill=True, color=shade, alpha=alpha, linewidth=0)
+            axes.stairs(share, edges, fill=True, color=shade, alpha=0.45, linewidth=0)
             axes.stairs(np.where(share > 0, share, np.nan), edges, color=shade, linewidth=1.4)  # no line at zero
-        means = {when: float(values[which, when].mean()) for when in ("before", "after") if (which, when) in values}
         _mark_means(axes, means, {"before": theme.muted, "after": colour}, edges, tallest, theme)
         axes.set_xlim(edges[0], edges[-1])
         axes.set_ylim(0, 1.42 * tallest)
         axes.set_yticks([])
         axes.yaxis.grid(False)
         if index == len(present) - 1:
-            axes.set_xlabel("cosine of an image and its caption", color=theme.muted, fontsize=font_size(11))
+            axes.set_xlabel(axis, color=theme.muted, fontsize=font_size(11))
     return figure
 
 
@@ -248,7 +276,7 @@ def draw_embeddings(run: ReportData, theme: Theme, moments: Sequence[str] = ("be
         axes.set_yticks([])
         for spine in axes.spines.values():
             spine.set(visible=True, color=theme.grid)
-        name_marks(axes, [("forget", theme.forget, True), ("retain", theme.retain, True)], theme)
+        name_marks(axes, [Mark("forget", "forget"), Mark("retain", "retain")], theme)
     return figure
 
 

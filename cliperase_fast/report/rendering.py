@@ -8,23 +8,32 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from cliperase_fast.report.data import ReportData
 from cliperase_fast.report.drawing import DARK, LIGHT, Theme, png
 
 if TYPE_CHECKING:
     from jinja2 import Environment
     from matplotlib.figure import Figure
 
+Data = TypeVar("Data")
+
 TEMPLATES = Path(__file__).parent / "templates"
 _LONG_WORD = 14  # letters that a class name may have in one piece beside the numbers, on a phone
 
 
-class Row(NamedTuple):
-    """The texts of a table's row. emphasis: "forget" for rows of what is forgotten."""
+class Cell(NamedTuple):
+    """A text with small ones below it: an interval, which a phone leaves out, and a note."""
 
-    cells: Sequence[str]
+    text: str
+    interval: str = ""
+    note: str = ""
+
+
+class Row(NamedTuple):
+    """The cells of a table's row. emphasis: "forget" for rows of what is forgotten, "sum" for what others add up to."""
+
+    cells: Sequence[str | Cell]
     emphasis: str = ""
 
 
@@ -49,11 +58,11 @@ class Picture:
     caption: str
 
 
-def picture(run: ReportData, draw: Callable[[ReportData, Theme], Figure | None], alt: str, caption: str) -> Any:
-    """Draw a figure in both themes. Returns None where the run has no data for it."""
+def picture(data: Data, draw: Callable[[Data, Theme], Figure | None], alt: str, caption: str) -> Picture | None:
+    """Draw a figure of the data in both themes. Returns None where the data has nothing for it."""
     images = []
     for theme in (LIGHT, DARK):
-        figure = draw(run, theme)
+        figure = draw(data, theme)
         if figure is None:
             return None
         width, height = (round(96 * inches) for inches in figure.get_size_inches())

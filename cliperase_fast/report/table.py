@@ -6,9 +6,22 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from cliperase_fast.report.wording import cell, change, percent, shown_metrics, value
+from cliperase_fast.evaluation.metrics import COSINE, Format
+from cliperase_fast.report.audit_scores import find_score
+from cliperase_fast.report.wording import (
+    cell,
+    change,
+    difference,
+    interval,
+    number,
+    percent,
+    shown_metrics,
+    value,
+    written,
+)
 
-_ASCII = str.maketrans({"−": "-", "–": "-", "─": "-", "→": ">"})
+_ASCII = str.maketrans({"−": "-", "–": "-", "─": "-", "→": ">", "…": "~"})
+_LONGEST_NAME = 26  # letters of a score's name in the audit's table
 
 
 def text_table(
@@ -52,6 +65,52 @@ def text_table(
     lines.insert(2, rule)
     text = "\n".join(line.rstrip() for line in lines)
     return text if unicode else text.translate(_ASCII)
+
+
+def audit_table(content: Mapping[str, Any], *, unicode: bool | None = None) -> str:
+    """Write an audit's scores by group: before and after with 95% intervals, the oracles' mean, the gap to it and the
+    noise floor.
+
+    content: what audit.json holds. unicode: as in `text_table`.
+    """
+    scores, gap = content["scores"], content.get("gap") or {}
+    floors = gap.get("floors") or {}
+    columns = ["before", "after", *(["oracles", "gap"] if gap else []), *(["floor"] if floors else [])]
+    rows = [["", *columns]]
+    for group, after in scores["after"].items():
+        rows.append([group, *[""] * len(columns)])
+        for score in after:
+            form = find_score(score).format
+            found = [(scores[model].get(group) or {}).get(score) or {} for model in ("before", "after")]
+            row = [f"  {_cut(score)}", *(_with_interval(one, form) for one in found)]
+            if gap:
+                target = ((scores.get("oracle") or {}).get(group) or {}).get(score) or {}
+                row += [written(number(target.get("value")), form), difference(number(gap.get(score)), form)]
+            rows.append(row + ([difference(number(floors.get(score)), form)] if floors else []))
+    if gap:
+        ends = (gap.get("mean"), *([gap.get("floor")] if floors else []))
+        rows.append(["mean gap", "", "", "", *(difference(number(end), COSINE) for end in ends)])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(columns) + 1)]
+    lines = [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    ]
+    lines.insert(1, "─" * max(map(len, lines)))
+    text = "\n".join(line.rstrip() for line in lines)
+    if unicode is None:
+        unicode = _encodable("−–─…", getattr(sys.stdout, "encoding", None))
+    return text if unicode else text.translate(_ASCII)
+
+
+def _with_interval(found: Mapping[str, Any], form: Format) -> str:
+    low, high = (number(found.get(end)) for end in ("low", "high"))
+    return f"{written(number(found.get('value')), form)} {interval(low, high, form)}".rstrip()
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1].rstrip() + "…"
 
 
 def class_table(per_class: Mapping[str, Mapping[str, Any]], *, limit: int = 20, unicode: bool | None = None) -> str:

@@ -32,6 +32,11 @@ def percent(share: float | None) -> str:
     return f"{100 * share:.1f}%"
 
 
+def count(value: Any) -> str:
+    """Write a number of things with thousands separators; empty where it is missing."""
+    return "" if number(value) is None else f"{value:,.0f}"
+
+
 def signed(value: float | None, digits: int) -> str:
     """Write a number with its sign (a true minus sign), and zero without one."""
     if value is None:
@@ -62,6 +67,11 @@ def written(score: float | None, form: Format) -> str:
 def decimals(value: float, digits: int) -> str:
     """Write a number with a true minus sign, and zero without one."""
     return signed(value, digits).lstrip("+")
+
+
+def difference(value: float | None, form: Format) -> str:
+    """Write the size of a difference of two values of this format: without its unit, shares in percentage points."""
+    return "–" if value is None else decimals(form.scale * value, form.digits)
 
 
 def interval(low: float | None, high: float | None, form: Format) -> str:

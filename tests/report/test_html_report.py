@@ -1,50 +1,18 @@
 from __future__ import annotations
 
 import base64
-import html.parser
 import io
 import re
 from html import escape
 
 import pytest
+from page_reader import KNOWN, Reader
 from PIL import Image
 from report_sample import EVIL, sample_result, sample_run
 
 from cliperase_fast.evaluation import METRICS
 from cliperase_fast.report import ReportData, verdict, write_html
 from cliperase_fast.report.html import page
-
-
-class Reader(html.parser.HTMLParser):
-    """Collects tags with their attributes, and the text, of a page whose tags must be properly nested."""
-
-    VOID = frozenset({"meta", "img", "source", "wbr"})
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.open: list[str] = []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.words).split())
-
-    def all(self, tag):
-        return [attributes for name, attributes in self.tags if name == tag]
 
 
 @pytest.fixture(scope="module")
@@ -142,11 +110,6 @@ def test_all_text_from_the_run_is_escaped():
     assert text.count("&lt;script&gt;") >= 14
     assert 'a "quoted" & name' in reader.text
     assert all(set(attributes) <= KNOWN for _, attributes in reader.tags)
-
-
-KNOWN = {*["lang", "charset", "content", "http-equiv", "name", "class", "style", "scope", "tabindex", "media"]} | {
-    *["srcset", "src", "width", "height", "alt"]
-}
 
 
 @pytest.mark.parametrize(
