@@ -10,11 +10,12 @@ import numpy as np
 
 from cliperase_fast.auditing.depth import check_depth, score_depth
 from cliperase_fast.auditing.estimates import Estimate, mean_estimate, resampled_counts
+from cliperase_fast.auditing.evidence import evidence
 from cliperase_fast.auditing.features import Encoding, encode_model, training_correct
-from cliperase_fast.auditing.gap import background, gaps, noise_floor, over_forgotten, tug_of_war
+from cliperase_fast.auditing.gap import background, gaps, noise_floor, over_forgotten_below, tug_of_war
 from cliperase_fast.auditing.layout import Layout
 from cliperase_fast.auditing.result import Audit
-from cliperase_fast.auditing.scores import Features, View, score_features
+from cliperase_fast.auditing.scores import View, score_features
 from cliperase_fast.auditing.sets import AuditSets
 from cliperase_fast.auditing.verdict import verdicts
 from cliperase_fast.auditing.vocabulary import TEMPLATES, Wording, check_synonyms, fitting, wordings
@@ -65,25 +66,27 @@ def _audit(
     how: Encoding,
     depth: bool | str,
 ) -> Audit:
-    features: dict[str, Features] = {}
+    views: dict[str, View] = {}
     scores: dict[str, Scores] = {}
     for name, adapter in models.items():
         say("auditing %s", name)
-        features[name] = encode_model(adapter, sets, layout, names, how, name)
-        view = View(layout, features[name], features["before"], how.seed)
+        features = encode_model(adapter, sets, layout, names, how, name)
+        view = views[name] = View(layout, features, views["before"].features if views else features, how.seed)
         scores[name] = score_features(view)
         if depth:
             scores[name]["depth"] |= score_depth(adapter, view, sets, how, full=depth == "full")
     oracles = [scores[name] for name in models if name.startswith("oracle")]
-    notes = [*sets.notes, *_knowing_oracles(scores, layout)]
     level = background(scores["before"])
+    notes = [*sets.notes, *_few_oracles(len(oracles), level), *_knowing_oracles(scores, layout)]
     gap = None
     if oracles:
         scores["oracle"] = _mean_scores(oracles)
         floor, floors = noise_floor(oracles)
-        tug = _tug_of_war(models, features, sets, layout, how) if layout.has_classes else None
+        tug = _tug_of_war(models, views, sets, how) if layout.has_classes else None
         gap = {**gaps(scores["after"], scores["oracle"]), "floor": floor, "floors": floors, "tug_of_war": tug}
-    over = over_forgotten(scores["after"], oracles, level)
+    limit = over_forgotten_below(oracles, level)
+    own = scores["after"]["forgetting"]["association"].value
+    over = None if own is None or limit is None else own < limit
     table = {
         model: {group: {name: found.to_dict() for name, found in of.items()} for group, of in groups.items()}
         for model, groups in scores.items()
@@ -95,7 +98,21 @@ def _audit(
         "retain_test_pairs": len(layout.retain_images),
         "concepts": [str(layout.names[concept]) for concept in layout.forget_concepts[:20]],
     }
-    return Audit(table, gap, level, over, verdicts(table, gap, level, over), notes, data)
+    said = verdicts(table, gap, level, over)
+    return Audit(table, gap, level, over, said, notes, data, limit, evidence(views))
+
+
+def _few_oracles(count: int, level: float | None) -> list[str]:
+    """What the reader must know about the reference of the scores."""
+    if count == 0:
+        known = "unknown" if level is None else f"{level:.3f}"
+        return [
+            f"No oracle was given: the background level of the original ({known}) is the reference for the "
+            "association, and the other scores have no target."
+        ]
+    if count == 1:
+        return ["One oracle is a single sample of what not knowing looks like: three or more also give a noise floor."]
+    return []
 
 
 def _knowing_oracles(scores: Mapping[str, Scores], layout: Layout) -> list[str]:
@@ -122,19 +139,13 @@ def _mean_scores(oracles: Sequence[Scores]) -> Scores:
     }
 
 
-def _tug_of_war(
-    models: Mapping[str, ClipAdapter],
-    features: Mapping[str, Features],
-    sets: AuditSets,
-    layout: Layout,
-    how: Encoding,
-) -> float:
+def _tug_of_war(models: Mapping[str, ClipAdapter], views: Mapping[str, View], sets: AuditSets, how: Encoding) -> float:
     found = {}
-    for name, adapter in models.items():
+    for name, view in views.items():
         if name == "before":
             continue
-        correct = training_correct(adapter, sets, features[name].concepts, how, name)
-        correct["test"] = View(layout, features[name], features["before"]).correct
+        correct = training_correct(models[name], sets, view.features.concepts, how, name)
+        correct["test"] = view.correct
         found[name] = {kind: float(hits.mean()) for kind, hits in correct.items()}
     oracles = [values for name, values in found.items() if name != "after"]
     return tug_of_war(found["after"], {kind: float(np.mean([one[kind] for one in oracles])) for kind in oracles[0]})

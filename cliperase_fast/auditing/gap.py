@@ -8,10 +8,11 @@ from itertools import combinations
 import numpy as np
 
 from cliperase_fast.auditing.estimates import Estimate
+from cliperase_fast.report.audit_scores import SCORES
 
 Scores = Mapping[str, Mapping[str, Estimate]]  # by group and name
 
-IN_MEAN = ("association", "retain_association", "image_side", "text_side", "retain_top1")
+IN_MEAN = tuple(name for name, score in SCORES.items() if score.in_mean)
 BELOW_ORACLES = 0.05
 BELOW_BACKGROUND = 0.1
 
@@ -54,20 +55,16 @@ def background(before: Scores) -> float | None:
     return float(np.mean(known)) if known else None
 
 
-def over_forgotten(after: Scores, oracles: Sequence[Scores], level: float | None) -> bool | None:
-    """Whether the association lies below what not knowing explains.
+def over_forgotten_below(oracles: Sequence[Scores], level: float | None) -> float | None:
+    """The association below which not knowing the concept does not explain it, so that a model is over-forgotten.
 
-    With oracles: below the lowest of them by more than 0.05. Without: below the background `level` of the original by
-    more than 0.1. None where neither is known.
+    With oracles: 0.05 below the lowest of them. Without: 0.1 below the background `level` of the original. None where
+    neither is known.
     """
-    own = after["forgetting"]["association"].value
     known = [value for oracle in oracles if (value := oracle["forgetting"]["association"].value) is not None]
-    if own is None or (not known and level is None):
-        return None
     if known:
-        return own < min(known) - BELOW_ORACLES
-    assert level is not None
-    return own < level - BELOW_BACKGROUND
+        return min(known) - BELOW_ORACLES
+    return None if level is None else level - BELOW_BACKGROUND
 
 
 def _values(scores: Scores) -> dict[str, float]:

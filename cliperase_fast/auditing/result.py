@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cliperase_fast.errors import InputError
-from cliperase_fast.reading import printable_data
+from cliperase_fast.reading import printable_data, read_text
+from cliperase_fast.report import audit_page, audit_table
 from cliperase_fast.storage import write_text_atomically, writing
 
 FORMAT = 1
+FILE, PAGE = "audit.json", "audit.html"
+_LARGEST = 1 << 28  # bytes of a file that is read
+_ALWAYS = ("scores", "gap", "background", "over_forgotten", "verdicts")  # keys of every audit.json
+_LATER = ("notes", "data", "over_forgotten_below", "evidence")  # keys that older ones may lack
 
 
 @dataclass(frozen=True, repr=False)
@@ -28,6 +35,8 @@ class Audit:
     over_forgotten: whether the association lies below what not knowing explains; None where that cannot be told.
     verdicts: what the scores say, by group. notes: what to know about the audit, such as a missing test split.
     data: names and sizes of the sets.
+    over_forgotten_below: the association below which the result is over-forgotten; None where that cannot be told.
+    evidence: histograms of cosines and the accuracy of each class, for the page (see `evidence.evidence`).
     """
 
     scores: dict[str, dict[str, dict[str, dict[str, Any]]]]
@@ -37,41 +46,46 @@ class Audit:
     verdicts: dict[str, str]
     notes: list[str] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
+    over_forgotten_below: float | None = None
+    evidence: dict[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"<Audit: {self.verdicts['forgetting']}>"
 
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Audit:
+        """Return the audit whose `to_dict()` this is. Raises InputError for anything else, or a newer format."""
+        return _read(content, "the content")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Audit:
+        """Read an audit.json, or the one in a folder. Raises InputError where that fails."""
+        file = Path(path) / FILE if Path(path).is_dir() else Path(path)
+        text = read_text(file, _LARGEST, "the audit ")
+        try:
+            content = json.loads(text)
+        except ValueError as error:
+            raise InputError(f"cannot read the audit {file}: it is not JSON ({error}); audit again") from error
+        return _read(content, str(file))
+
     def to_dict(self) -> dict[str, Any]:
         """What `audit.json` holds."""
-        return {
-            "format": FORMAT,
-            "scores": self.scores,
-            "gap": self.gap,
-            "background": self.background,
-            "over_forgotten": self.over_forgotten,
-            "verdicts": self.verdicts,
-            "notes": self.notes,
-            "data": self.data,
-        }
+        return {"format": FORMAT, **{name: getattr(self, name) for name in (*_ALWAYS, *_LATER)}}
 
     def summary(self) -> str:
         """The verdicts, a table of all scores in plain text, and the notes."""
-        shown = [name for name in ("before", "after", "oracle") if name in self.scores]
-        rows = [["", *shown]]
-        for group, after in self.scores["after"].items():
-            rows.append([group, *[""] * len(shown)])
-            rows += [
-                [f"  {score}", *(_cell(self.scores[name][group].get(score, {})) for name in shown)] for score in after
-            ]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = [
-            "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-            for row in rows
-        ]
-        return "\n".join([*self.verdicts.values(), "", *(line.rstrip() for line in lines), *self.notes])
+        verdicts = [f"{group.capitalize()}: {said}" for group, said in self.verdicts.items()]
+        return "\n\n".join(["\n".join(verdicts), audit_table(self.to_dict()), *self.notes])
+
+    def html(self) -> str:
+        """The page that `save()` writes: one file with everything in it, from what `to_dict()` holds."""
+        return audit_page(printable_data(self.to_dict()))
 
     def save(self, directory: str | Path) -> Path:
-        """Write `audit.json`; returns the folder. Raises InputError where the folder cannot be made."""
+        """Write audit.json and audit.html; returns the folder. Raises InputError where the folder cannot be made.
+
+        A failure in audit.html does not affect audit.json: it becomes a warning.
+        """
         directory = Path(directory)
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -79,15 +93,25 @@ class Audit:
             raise InputError(
                 f"the audit cannot be saved to {directory} ({error.strerror}): give a folder that can be written to"
             ) from error
-        with writing(directory / "audit.json"):
+        with writing(directory / FILE):
             text = json.dumps(printable_data(self.to_dict()), indent=2, allow_nan=False)
-            write_text_atomically(directory / "audit.json", text + "\n")
+            write_text_atomically(directory / FILE, text + "\n")
+        try:
+            write_text_atomically(directory / PAGE, self.html())
+        except Exception as error:  # the scores are saved; drawing may fail in any way
+            warnings.warn(f"{PAGE} is missing: {type(error).__name__}: {error}", stacklevel=2)
         return directory
 
 
-def _cell(found: dict[str, Any]) -> str:
-    if found.get("value") is None:
-        return "-"
-    if found["low"] is None:
-        return f"{found['value']:.3f}"
-    return f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+def _read(content: Any, name: str) -> Audit:
+    is_audit = isinstance(content, Mapping) and all(key in content for key in ("format", *_ALWAYS))
+    scores = content["scores"] if is_audit else None
+    if not isinstance(scores, Mapping) or not all(
+        isinstance(scores.get(model), Mapping) for model in ("before", "after")
+    ):
+        raise InputError(f"{name} is not an audit: give the audit.json that Audit.save() wrote")
+    if content["format"] != FORMAT:
+        raise InputError(
+            f"{name} has format {content['format']!r}, and this version reads {FORMAT}: use a newer cliperase_fast"
+        )
+    return Audit(**{key: content[key] for key in (*_ALWAYS, *_LATER) if key in content})
