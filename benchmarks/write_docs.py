@@ -15,6 +15,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from cliperase_fast.evaluation import METRICS
 from cliperase_fast.planning.cost_model import step_cost
 from cliperase_fast.planning.plan import step_of
 
-from . import loss_report, points_report
+from . import audit_report, loss_report, points_report
 from .machine import RESULTS, ROOT, abilities_text
 from .product_bound import bound_table
 from .providers import BASELINES, every_provider
@@ -315,7 +316,33 @@ def metrics_table() -> str:
     return table(("score", "meaning"), rows)
 
 
+def audit_table(make: Callable[[dict[str, Any]], audit_report.Table]) -> str:
+    return table(*make(records)) if (records := _audits()) else _NO_AUDITS
+
+
+def audit_verdicts() -> str:
+    lines = audit_report.verdict_lines(records) if (records := _audits()) else [_NO_AUDITS]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def audit_provenance() -> str:
+    return "\n".join(f"- {provenance(record)}" for record in _audits().values()) or _NO_AUDITS
+
+
+_NO_AUDITS = "Not measured yet: `python -m benchmarks.audit digits`."
+
+
+def _audits() -> dict[str, Any]:
+    """The committed audits by data set."""
+    names = [name for name in audit_report.DATA if (RESULTS / f"audit-{name}.json").exists()]
+    return {name: load(f"audit-{name}") for name in names}
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "audit-scores": lambda: table(*audit_report.scores_table()),
+    "audit-verdicts": audit_verdicts,
+    "audit-provenance": audit_provenance,
+    **{f"audit-{name}": partial(audit_table, make) for name, make in audit_report.TABLES.items()},
     "metrics": metrics_table,
     "grad-cache": grad_cache_table,
     "sharded-products": sharded_products_table,
