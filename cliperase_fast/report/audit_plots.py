@@ -21,7 +21,7 @@ from cliperase_fast.report.drawing import (
     panel,
     plain,
 )
-from cliperase_fast.report.plots import BINS, Histogram, draw_classes, draw_histograms
+from cliperase_fast.report.plots import BINS, Histogram, association_levels, draw_classes, draw_histograms
 from cliperase_fast.report.wording import number
 
 if TYPE_CHECKING:
@@ -257,8 +257,10 @@ def draw_cosines(content: Content, theme: Theme) -> Figure | None:
         return None
     width = next(iter(given.values()))["width"]
     starts = {key: round(found["low"] / width) for key, found in given.items()}  # in bins of the file
-    first = min(starts.values()) - 2
-    last = max(start + len(given[key]["counts"]) for key, start in starts.items()) + 2
+    levels = association_levels(content)
+    ends = [*starts.values(), *(int(value // width) for value in levels.values())]
+    first = min(ends) - 2
+    last = max(*ends, *(start + len(given[key]["counts"]) for key, start in starts.items())) + 2
     joined = max(1, -(-(last - first) // BINS))  # bins of the file in one of the figure
     bins = -(-(last - first) // joined)
     histograms = {}
@@ -269,7 +271,7 @@ def draw_cosines(content: Content, theme: Theme) -> Figure | None:
         histograms[key] = Histogram(counts.reshape(bins, joined).sum(1) / counts.sum(), found["mean"])
     edges = (first + joined * np.arange(bins + 1)) * width
     titles = {"forget": "Forget pairs", "retain": "Retain pairs", "other": "Pairs of concepts that were never trained"}
-    return draw_histograms(histograms, edges, titles, "cosine of an image and its caption", theme)
+    return draw_histograms(histograms, edges, titles, levels, theme)
 
 
 def draw_class_changes(content: Content, theme: Theme) -> Figure | None:

@@ -22,6 +22,7 @@ class ReportData:
         are enough.
     embedding_sets: "forget" or "retain" for each of the n images.
     embedding_labels: class name (or "") of each of the n images.
+    audit: the content of audit.json, if the run has one; audit.html stands beside the report.
     """
 
     title: str
@@ -31,3 +32,4 @@ class ReportData:
     embeddings: Mapping[str, np.ndarray] = field(default_factory=dict)
     embedding_sets: Sequence[str] = ()
     embedding_labels: Sequence[str] = ()
+    audit: Mapping[str, Any] | None = None

@@ -149,13 +149,35 @@ class Mark:
         }
 
 
+@dataclass(frozen=True)
+class Level:
+    """How a value to compare others with is drawn: a line across the panel. colour: of the theme, by name."""
+
+    name: str
+    colour: str
+    style: Any
+
+    def draw(self, axes: Axes, x: float, theme: Theme) -> None:
+        """Draw an upright line."""
+        axes.axvline(x, color=getattr(theme, self.colour), linewidth=1.3, linestyle=self.style, zorder=2)
+
+    def entry(self, theme: Theme) -> Line2D:
+        """The line for a legend."""
+        from matplotlib.lines import Line2D
+
+        return Line2D([], [], color=getattr(theme, self.colour), linewidth=1.3, linestyle=self.style)
+
+
+BACKGROUND_LEVEL = Level("background", "muted", (0, (1.2, 1.6)))
+ORACLE_LEVEL = Level("oracles", "ink", (0, (5, 2)))
 BEFORE = Mark("before", "neutral", filled=False)
 AFTER = Mark("after", "muted")
 ORACLE = Mark("oracles", "ink", shape="D")
 
 
-def name_marks(axes: Axes, marks: Sequence[Mark], theme: Theme) -> None:
-    """Write a legend of marks in one line above the panel, right of its title."""
+def name_marks(axes: Axes, marks: Sequence[Mark | Level], theme: Theme) -> None:
+    """Write a legend in one line above the panel, right of its title."""
+    lines = any(isinstance(mark, Level) for mark in marks)
     axes.legend(
         [mark.entry(theme) for mark in marks],
         [mark.name for mark in marks],
@@ -165,7 +187,8 @@ def name_marks(axes: Axes, marks: Sequence[Mark], theme: Theme) -> None:
         frameon=False,
         fontsize=font_size(11.5),
         labelcolor=theme.muted,
-        handletextpad=0.1,
+        handletextpad=0.5 if lines else 0.1,
+        handlelength=1.6 if lines else 2.0,
         columnspacing=0.9,
         borderaxespad=0.6,
         borderpad=0.2,

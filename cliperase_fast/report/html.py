@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cliperase_fast.report import plots
+from cliperase_fast.report.audit_html import association_facts, over_forgotten_lines, verdict_rows
 from cliperase_fast.report.data import ReportData
 from cliperase_fast.report.rendering import Row, Table, picture, render, write_page
 from cliperase_fast.report.wording import (
@@ -28,6 +29,10 @@ from cliperase_fast.report.wording import (
 _LEVELS = {
     "good": "Success", "mixed": "Mixed result", "bad": "Failure", "nothing": "No result", "unknown": "No scores",
 }  # fmt: skip
+
+_LEVELS_CAPTION = (
+    " The lines are what not knowing looks like: unrelated pairs of the original, and oracles where there are some."
+)
 
 
 def write_html(run: ReportData, path: str | Path) -> Path:
@@ -52,6 +57,7 @@ def page(run: ReportData) -> str:
         reason=selection.get("reason"),
         stopped_early=bool(selection.get("stopped_early")),
         notes=[f"{note}." for note in result.get("notes") or []],
+        audit=_audit(run),
         figures=_figures(run),
         classes=_classes(run),
         facts=_facts(result),
@@ -123,6 +129,17 @@ def _grain(result: Mapping[str, Any]) -> str:
     return f"With {count(pairs)} forget pairs, one image is {100 / pairs:.1f} points."
 
 
+def _audit(run: ReportData) -> dict[str, Any] | None:
+    """What the audit says, and the association beside what it is compared with."""
+    if run.audit is None:
+        return None
+    return {
+        "verdicts": verdict_rows(run.audit),
+        "association": association_facts(run.audit),
+        "warning": over_forgotten_lines(run.audit),
+    }
+
+
 def _figures(run: ReportData) -> list[Any]:
     figures = [
         picture(
@@ -135,7 +152,8 @@ def _figures(run: ReportData) -> list[Any]:
             run,
             plots.draw_similarities,
             "Histograms of the similarity of matching pairs, before and after",
-            "Matching pairs of the test split. Forget pairs should move left, retain pairs should stay.",
+            "Matching pairs of the test split. Forget pairs should move left, retain pairs should stay."
+            + (_LEVELS_CAPTION if run.audit is not None else ""),
         ),
         picture(
             run,

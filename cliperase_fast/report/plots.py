@@ -11,9 +11,12 @@ import numpy as np
 from cliperase_fast.report.data import ReportData
 from cliperase_fast.report.drawing import (
     AFTER,
+    BACKGROUND_LEVEL,
     BEFORE,
     LIGHT,
     ORACLE,
+    ORACLE_LEVEL,
+    Level,
     Mark,
     Theme,
     draw_curve,
@@ -191,14 +194,29 @@ def draw_similarities(run: ReportData, theme: Theme) -> Figure | None:
     values = {key: array for key, array in values.items() if array.size}
     if not values:
         return None
-    low, high = min(array.min() for array in values.values()), max(array.max() for array in values.values())
+    levels = association_levels(run.audit)
+    known = [*values.values(), np.array(list(levels.values()))] if levels else list(values.values())
+    low, high = min(array.min() for array in known), max(array.max() for array in known)
     pad = max(0.04 * (high - low), 0.01)
     edges = np.linspace(low - pad, high + pad, BINS + 1)
     histograms = {
         key: Histogram(np.histogram(array, edges)[0] / len(array), float(array.mean())) for key, array in values.items()
     }
     titles = {"forget": "Forget pairs", "retain": "Retain pairs"}
-    return draw_histograms(histograms, edges, titles, "cosine of an image and its caption", theme)
+    return draw_histograms(histograms, edges, titles, levels, theme)
+
+
+def association_levels(audit: Mapping[str, Any] | None) -> dict[Level, float]:
+    """What an audit compares the association of the forget pairs with: the background level of the original, and the
+    oracles' mean where there are some.
+
+    audit: the content of audit.json, or None.
+    """
+    content = audit or {}
+    oracle = (content.get("scores") or {}).get("oracle") or {}
+    target = (oracle.get("forgetting") or {}).get("association") or {}
+    levels = {BACKGROUND_LEVEL: number(content.get("background")), ORACLE_LEVEL: number(target.get("value"))}
+    return {level: value for level, value in levels.items() if value is not None}
 
 
 class Histogram(NamedTuple):
@@ -212,13 +230,13 @@ def draw_histograms(
     histograms: Mapping[tuple[str, str], Histogram],
     edges: np.ndarray,
     titles: Mapping[str, str],
-    axis: str,
+    levels: Mapping[Level, float],
     theme: Theme,
 ) -> Figure:
-    """Draw a panel for each set with a histogram, "before" and "after" in it, and mark their means.
+    """Draw a panel for each set with histograms of cosines, before and after, and mark their means.
 
     histograms: by (set, "before" or "after"). edges: of the bins, for all. titles: by set, in the order of the panels;
-    "forget" has its own colour. axis: what the values are.
+    "forget" has its own colour, and `levels` to compare its means with.
     """
     present = [which for which in titles if any(key[0] == which for key in histograms)]
     figure = new_figure(520, 40 + 250 * len(present), theme)
@@ -234,13 +252,17 @@ def draw_histograms(
             tallest = max(tallest, share.max())
             axes.stairs(share, edges, fill=True, color=shade, alpha=0.45, linewidth=0)
             axes.stairs(np.where(share > 0, share, np.nan), edges, color=shade, linewidth=1.4)  # no line at zero
+        if which == "forget" and levels:
+            for level, value in levels.items():
+                level.draw(axes, value, theme)
+            name_marks(axes, list(levels), theme)
         _mark_means(axes, means, {"before": theme.muted, "after": colour}, edges, tallest, theme)
         axes.set_xlim(edges[0], edges[-1])
         axes.set_ylim(0, 1.42 * tallest)
         axes.set_yticks([])
         axes.yaxis.grid(False)
         if index == len(present) - 1:
-            axes.set_xlabel(axis, color=theme.muted, fontsize=font_size(11))
+            axes.set_xlabel("cosine of an image and its caption", color=theme.muted, fontsize=font_size(11))
     return figure
 
 

@@ -6,6 +6,7 @@ import re
 from html import escape
 
 import pytest
+from audit_sample import sample_audit
 from page_reader import KNOWN, Reader
 from PIL import Image
 from report_sample import EVIL, sample_result, sample_run
@@ -201,3 +202,33 @@ def test_the_caption_of_the_losses_speaks_of_weights_for_cliperase_alone(reader)
     assert "weights (×)" in reader.text
     assert "weights (×)" not in text
     assert "deepspeed (none)" in text
+
+
+def test_a_run_with_an_audit_links_to_it_and_shows_the_association_beside_its_references(reader):
+    content = sample_audit()
+    text = page(sample_run(metrics=[], embeddings={}, audit=content))
+    audited = Reader(text)
+    assert [link["href"] for link in audited.all("a")] == ["audit.html"]
+    for said in content["verdicts"].values():
+        assert said in audited.text
+    for expected in (
+        "After −0.400 [−0.450, −0.350] Before 0.400 [0.350, 0.450] Background level of the original 0.000",
+        "Models that never saw the pairs −0.200 [−0.250, −0.150] (from −0.300 to −0.100)",
+        "Over-forgotten The association of the forget pairs is −0.400",
+        "The lines are what not knowing looks like",
+    ):
+        assert expected in audited.text, expected
+        assert expected not in reader.text
+    assert reader.all("a") == []
+    assert audited.open == []
+
+
+def test_an_audit_without_oracles_has_the_background_level_alone():
+    content = sample_audit(oracles=0, over_forgotten=False, verdicts={"forgetting": EVIL})
+    result = sample_result()
+    del result["per_class"]  # no figures, which take long
+    text = page(ReportData("x", result, audit=content))
+    assert "Background level of the original" in text
+    assert "never saw" not in text
+    assert "Over-forgotten" not in text
+    assert "<script" not in text

@@ -338,3 +338,17 @@ def test_long_names_of_partly_forgotten_classes_leave_room_for_the_title_and_the
     figure.draw_without_rendering()
     (axes,) = figure.axes
     assert not axes._left_title.get_window_extent().overlaps(axes.get_legend().get_window_extent())
+
+
+def test_the_levels_of_an_audit_stand_in_the_panel_of_the_forget_pairs():
+    audit = {"background": -0.9, "scores": {"oracle": {"forgetting": {"association": {"value": 0.25}}}}}
+    figure = drawn("similarities", audit=audit)
+    forget, retain = figure.axes
+    assert [text.get_text() for text in forget.get_legend().get_texts()] == ["background", "oracles"]
+    lines = [line.get_xdata()[0] for line in forget.lines if line.get_linestyle() == "--"]
+    assert lines == [-0.9, 0.25]
+    assert forget.get_xlim()[0] < -0.9
+    assert retain.get_legend() is None
+    assert drawn("similarities").axes[0].get_legend() is None
+    without = drawn("similarities", audit={**audit, "scores": {}})
+    assert [text.get_text() for text in without.axes[0].get_legend().get_texts()] == ["background"]
