@@ -377,9 +377,10 @@ def _asked_for(requested: str, features: list[Tensor], sharded: bool, loss: str)
             raise InputError(f"{origin} does not support {tensor.dtype}; use backend='auto' or convert the features")
     if not backend.computes(loss, image.device.type):
         only = backend.loss_devices[loss]
-        where = f"on {', '.join(only)} only, not" if only else "not"
+        what = f"computes the {loss} loss on {', '.join(only)} only" if only else f"does not compute the {loss} loss"
         able = ", ".join(name for name, other in REGISTRY.items() if other.computes(loss, image.device.type))
-        raise InputError(f"{origin} computes the {loss} loss {where} on {image.device}; use auto, {able}")
+        where = f", not on {image.device}" if only else ""
+        raise InputError(f"{origin} {what}{where}; use auto, {able}")
     return backend
 
 
@@ -415,8 +416,6 @@ def _automatic(features: list[Tensor], sharded: bool, loss: str) -> Backend:
     native = REGISTRY["native"]
     if kind == "cpu" and native.why_missing is None and _serves(native, kind, features, sharded, loss):
         return native
-    if not REGISTRY["torch"].computes(loss, kind):
-        return REGISTRY["eager"]
     return REGISTRY["eager" if pairs <= _EAGER_PAIRS and not sharded else "torch"]
 
 

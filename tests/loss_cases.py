@@ -9,12 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cliperase_fast.contrastive import distill_clip_loss, local_clip_loss, sigmoid_loss
-from cliperase_fast.functional import clip_loss, cliperase_loss, similarity_kl
+from cliperase_fast.functional import calibrated_loss, clip_loss, cliperase_loss, similarity_kl
 from cliperase_fast.ops import backends
+from cliperase_fast.ops.registry import REGISTRY
 
 N = 33  # inductor compiles smaller matrices differently
 WIDTH = 8
 GROUPS = torch.arange(N) % 12
+FORGET = GROUPS % 5 == 1  # among the first rows, and others
 # triton has its own tests, which run in its interpreter
 BACKENDS = tuple(name for name in ("eager", "torch", "native") if backends()[name].available)
 
@@ -54,6 +56,16 @@ def losses(backend: str, dtype: torch.dtype = torch.float32) -> dict[str, Loss]:
 
         return loss
 
+    able = backend if REGISTRY[backend].computes("calibrated", "cpu") else "torch"
+
+    def calibrated(group_ids: Tensor | None) -> Loss:
+        def loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+            return calibrated_loss(
+                image, text, *frozen[:2], scale, frozen[2], forget_mask=FORGET, group_ids=group_ids, backend=able
+            ).total
+
+        return loss
+
     return {
         "clip": lambda image, text, scale: clip_loss(image, text, scale, backend=backend),
         "kl": lambda image, text, scale: similarity_kl(image, text, scale, *frozen, backend=backend),
@@ -63,6 +75,8 @@ def losses(backend: str, dtype: torch.dtype = torch.float32) -> dict[str, Loss]:
         "cliperase": cliperase("cosine", "logits", GROUPS),
         "hinge, features": cliperase("hinge", "features", None),
         "contrastive, intra": cliperase("contrastive", "intra", None),
+        "calibrated": calibrated(GROUPS),
+        "calibrated, no groups": calibrated(None),
     }
 
 

@@ -17,12 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from cliperase_fast.ops.spec import compute_dtype
+from cliperase_fast.ops.spec import GradientTerms, Need, SimilarityInputs, Stats, compute_dtype
 
 
 @dataclass(eq=False)
@@ -52,11 +52,67 @@ class CalibratedInputs:
         return compute_dtype(self.image, self.text, self.teacher_image, self.teacher_text)
 
 
+class Edit(NamedTuple):
+    """Which entries of a block are edited, those of equal ids, and the cosines they get: row level + column level."""
+
+    row_ids: Tensor  # int64 [n]
+    column_ids: Tensor  # int64 [m]
+    row_levels: Tensor  # [n], half the background level, in the computing dtype
+    column_levels: Tensor  # [m]
+
+
+class Pull(NamedTuple):
+    """The factors of C - C* in the gradient with respect to S, both []."""
+
+    forget: Tensor  # of relu(C - C*), on E
+    anchor: Tensor  # outside E
+
+
+class CalibratedKernels(Protocol):
+    """Define what a streamed backend provides; `as_calibrated` of `ops/calibrated_sweep.py` makes a loss of it.
+
+    It works on blocks: rows and columns that are forget pairs or retain pairs, so that only blocks of forget columns
+    are edited. The scales are not 0. edit: None if no entry is edited.
+    """
+
+    name: str  # of its custom ops
+
+    def cache_size(self, inputs: SimilarityInputs) -> int:
+        """Return how many bytes the forward pass keeps, if `inputs` were one block with all rows and columns."""
+        ...
+
+    def workspace(self, size: int, device: torch.device) -> Tensor:
+        """Return memory for the caches of all blocks, uint8 [size], or fewer."""
+        ...
+
+    def cache_share(self, inputs: SimilarityInputs, available: int) -> int:
+        """Return how many of the available bytes a block uses."""
+        ...
+
+    def calibrated_forward(self, inputs: SimilarityInputs, edit: Edit | None, cache: Tensor) -> tuple[Stats, Tensor]:
+        """Return the statistics of S and of the edited S°, and two sums over all entries but those of own pairs.
+
+        The sums [2] are of relu(C - C*)² over edited entries, and of (C - C*)² over the others.
+        """
+        ...
+
+    def calibrated_backward(
+        self, inputs: SimilarityInputs, edit: Edit | None, terms: GradientTerms, pull: Pull, cache: Tensor, need: Need
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of image and text, and Σ dS_ij S_ij, in the computing dtype.
+
+        terms: of dS; their diagonal contains the pull on own pairs already. The gradients are of dS plus the pull, the
+        sum is of dS alone and leaves own pairs out. A gradient that is not needed is an empty tensor.
+        """
+        ...
+
+
 class Calibrated(NamedTuple):
     """Hold the calibrated loss of a backend."""
 
     # returns (retention, forget, consistency, anchor), 0-d in the computing dtype, differentiable
     loss: Callable[[CalibratedInputs], tuple[Tensor, Tensor, Tensor, Tensor]]
+    kernels: CalibratedKernels | None = None  # for a sharded batch; None: not supported
 
 
 def background_levels(

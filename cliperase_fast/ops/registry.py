@@ -43,7 +43,7 @@ def _eager(device: str) -> Implementation:
 def _torch(device: str) -> Implementation:
     from cliperase_fast.ops import eager, sigmoid, streaming
 
-    return Implementation(streaming.sweep, sigmoid.sigmoid, eager.features_kl, streaming.kernels)
+    return Implementation(streaming.sweep, sigmoid.sigmoid, eager.features_kl, streaming.kernels, streaming.calibrated)
 
 
 def _native(device: str) -> Implementation:
@@ -129,7 +129,7 @@ REGISTRY: dict[str, Backend] = {
     backend.name: backend
     for backend in (
         Backend("eager", _eager, "plain autograd, the readable reference; holds N x N matrices", shards=False),
-        Backend("torch", _torch, "strips of rows; never holds an N x N matrix", loss_devices={"calibrated": ()}),
+        Backend("torch", _torch, "strips of rows; never holds an N x N matrix"),
         Backend(
             "native",
             _native,

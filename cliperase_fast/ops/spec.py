@@ -376,8 +376,14 @@ class GradientTerms(NamedTuple):
     diagonal: Tensor  # [n], at the rows' own columns; 0 unless inputs.paired
 
 
-def gradient_terms(inputs: SimilarityInputs, saved: SavedStats, weights: Weights) -> GradientTerms:
-    """Return dS in its parts."""
+def gradient_terms(
+    inputs: SimilarityInputs, saved: SavedStats, weights: Weights, separate: bool | None = None
+) -> GradientTerms:
+    """Return dS in its parts.
+
+    separate: whether the retention has a softmax of its own, which is returned as `masked`; None: where there are
+    groups.
+    """
     r, anchors, factors = saved.both.split(_SOFTMAXES)  # [3, n + m]
 
     def softmax(which: int, weight: Tensor) -> Softmax:
@@ -387,7 +393,7 @@ def gradient_terms(inputs: SimilarityInputs, saved: SavedStats, weights: Weights
 
     student = masked = teacher = None
     if inputs.want_retention:
-        if inputs.masked:
+        if inputs.masked if separate is None else separate:
             masked = softmax(RETENTION, weights.retention)
         else:
             both = weights.retention + weights.consistency if inputs.want_consistency else weights.retention

@@ -7,11 +7,17 @@ turned into a strip of dS, from which dI = s dS T, dT = s dSᵀ I and ds = Σ_i 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from cliperase_fast.ops.autograd import as_sweep
+from cliperase_fast.ops.calibrated import Edit, Pull
+from cliperase_fast.ops.calibrated_sweep import as_calibrated
 from cliperase_fast.ops.spec import (
+    GradientTerms,
     Need,
     SavedStats,
     SimilarityInputs,
@@ -80,15 +86,75 @@ class _OffDiagonal:
         return [stat for stat in (self.column_max, self.column_sum, self.column_gap) if stat is not None]
 
 
+class _Comparison:
+    """Compare strips of S and S° for the calibrated loss: edit S°, and form C - C*, with 0 for own pairs."""
+
+    def __init__(self, inputs: SimilarityInputs, edit: Edit | None, height: int, like: Tensor) -> None:
+        assert inputs.teacher_scale is not None
+        self.pair_offset, self.edit = inputs.pair_offset, edit
+        self.teacher_scale = inputs.teacher_scale.to(like.dtype)
+        self.to_cosine = inputs.scale.to(like.dtype).reciprocal()
+        self.minus_to_cosine = -self.teacher_scale.reciprocal()
+        (self.buffer,) = _buffers(1, height, inputs.m, like)
+        self.sums = like.new_zeros(2)
+
+    def difference(self, strip: Tensor, teacher: Tensor, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """Edit the teacher's strip in place; return (C - C*, which entries are edited, None for none)."""
+        edited = None
+        if self.edit is not None:
+            edited = self.edit.row_ids[rows, None] == self.edit.column_ids  # [h, m]
+            level = (self.edit.row_levels[rows, None] + self.edit.column_levels).mul_(self.teacher_scale)
+            teacher.copy_(torch.where(edited, level, teacher))
+        difference = torch.mul(strip, self.to_cosine, out=self.buffer[: len(strip)])
+        difference.addcmul_(teacher, self.minus_to_cosine)
+        difference.diagonal(rows.start + self.pair_offset).zero_()
+        return difference, edited
+
+    def add_squares(self, strip: Tensor, teacher: Tensor, rows: slice) -> None:
+        """Edit the teacher's strip, and sum relu(C - C*)² where it is edited and (C - C*)² elsewhere."""
+        difference, edited = self.difference(strip, teacher, rows)
+        if edited is not None:
+            self.sums[0] += difference.masked_fill(~edited, 0).clamp_(min=0).square_().sum()
+            difference.masked_fill_(edited, 0)
+        self.sums[1] += difference.square_().sum()
+
+    def add_pull(self, gradient: Tensor, difference: Tensor, edited: Tensor | None, pull: Pull) -> None:
+        if edited is not None:
+            forget = difference.clamp(min=0).mul_(pull.forget)
+            gradient.add_(forget.masked_fill_(~edited, 0))
+            difference.masked_fill_(edited, 0)
+        gradient.addcmul_(difference, pull.anchor)
+
+
 class TorchKernels:
-    """Implement `ops.spec.SweepKernels`. Memory: four strips [h, m]; no similarities are kept for the backward pass."""
+    """Implement `ops.spec.SweepKernels` and `ops.calibrated.CalibratedKernels`.
+
+    Memory: four strips [h, m], five for the calibrated loss; no similarities are kept for the backward pass.
+    """
 
     name = "torch"
 
     def cache_size(self, inputs: SimilarityInputs) -> int:
         return 0
 
+    def cache_share(self, inputs: SimilarityInputs, available: int) -> int:
+        return 0
+
+    def workspace(self, size: int, device: torch.device) -> Tensor:
+        return torch.empty(0, dtype=torch.uint8, device=device)
+
     def forward(self, inputs: SimilarityInputs, cache_size: int) -> tuple[Stats, Tensor]:
+        stats, _ = self._forward(inputs, lambda *_: None)
+        return stats, self.workspace(0, inputs.image.device)
+
+    def calibrated_forward(self, inputs: SimilarityInputs, edit: Edit | None, cache: Tensor) -> tuple[Stats, Tensor]:
+        stats, comparison = self._forward(inputs, partial(_Comparison, inputs, edit))
+        assert comparison is not None
+        return stats, comparison.sums
+
+    def _forward(
+        self, inputs: SimilarityInputs, compare: Callable[[int, Tensor], _Comparison | None]
+    ) -> tuple[Stats, _Comparison | None]:
         n, m, dtype = inputs.n, inputs.m, inputs.dtype
         lowest = torch.finfo(dtype).min
         student, teacher = Similarity(inputs.image, inputs.text, inputs.scale, dtype), _teacher(inputs, dtype)
@@ -102,6 +168,7 @@ class TorchKernels:
             teacher_sums = _OffDiagonal(inputs, strip, with_gap=True)
             teacher_diagonal = strip.new_empty(n) if inputs.paired else None
             teacher_strip, gap = _buffers(2, height, m, strip)
+        comparison = compare(height, strip)
 
         for start in range(0, n, height):
             rows = slice(start, min(start + height, n))
@@ -109,6 +176,8 @@ class TorchKernels:
             s = student.strip(start, rows.stop, strip)
             if teacher is not None and teacher_sums is not None:
                 t = teacher.strip(start, rows.stop, teacher_strip)
+                if comparison is not None:
+                    comparison.add_squares(s, t, rows)
                 g = torch.sub(t, s, out=gap[:h])
                 if shift is None:
                     # Any constant works; this one keeps the gaps small, and so exact, if S° - S hardly varies.
@@ -134,14 +203,29 @@ class TorchKernels:
             teacher_diagonal,
             shift,
         )
-        return stats, torch.empty(0, dtype=torch.uint8, device=strip.device)
+        return stats, comparison
 
     losses = losses_from_stats
 
     def backward(
         self, inputs: SimilarityInputs, saved: SavedStats, weights: Weights, need: Need, partial: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
-        n, m, dtype = inputs.n, inputs.m, saved.both.dtype
+        return self._backward(inputs, gradient_terms(inputs, saved, weights), need, partial)
+
+    def calibrated_backward(
+        self, inputs: SimilarityInputs, edit: Edit | None, terms: GradientTerms, pull: Pull, cache: Tensor, need: Need
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self._backward(inputs, terms, need, True, (edit, pull))
+
+    def _backward(
+        self,
+        inputs: SimilarityInputs,
+        terms: GradientTerms,
+        need: Need,
+        partial: bool,
+        calibrated: tuple[Edit | None, Pull] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        n, m, dtype = inputs.n, inputs.m, terms.diagonal.dtype
         image, text = inputs.image, inputs.text
         lowest = torch.finfo(dtype).min
         student, teacher = Similarity(image, text, inputs.scale, dtype), _teacher(inputs, dtype)
@@ -149,7 +233,9 @@ class TorchKernels:
         strip, gradient, work = _buffers(3, height, m, student.text)
         if teacher is not None:
             (teacher_strip,) = _buffers(1, height, m, student.text)
-        terms = gradient_terms(inputs, saved, weights)
+        if calibrated is not None:
+            edit, pull = calibrated
+            comparison = _Comparison(inputs, edit, height, student.text)
 
         grad_image = image.new_empty(image.shape if need.image else (0,), dtype=dtype if partial else image.dtype)
         grad_text = student.text.new_zeros(text.shape if need.text else (0,))
@@ -158,23 +244,31 @@ class TorchKernels:
             rows = slice(start, min(start + height, n))
             h, own = rows.stop - start, start + inputs.pair_offset
             s, g, w = student.strip(start, rows.stop, strip), gradient[:h].zero_(), work[:h]
+            if terms.teacher is not None:
+                assert teacher is not None
+                t = teacher.strip(start, rows.stop, teacher_strip)
+                if calibrated is not None:
+                    difference, edited = comparison.difference(s, t, rows)
+                t.diagonal(own).fill_(lowest)
             s.diagonal(own).fill_(lowest)
             if terms.student is not None:
                 _add_softmax(g, s, rows, w, terms.student)
             if terms.teacher is not None:
-                assert teacher is not None
-                t = teacher.strip(start, rows.stop, teacher_strip)
-                t.diagonal(own).fill_(lowest)
                 _add_softmax(g, t, rows, w, terms.teacher)
             if terms.masked is not None:
-                _add_softmax(g, s.masked_fill_(_same_group(inputs, rows), lowest), rows, w, terms.masked)
+                masked = s if calibrated is None else s.clone()  # the gradient of the scale needs S as it is
+                _add_softmax(g, masked.masked_fill_(_same_group(inputs, rows), lowest), rows, w, terms.masked)
+            if calibrated is not None:
+                if need.scale:
+                    grad_scale += torch.mul(g, s, out=w).sum()
+                comparison.add_pull(g, difference, edited, pull)
             if inputs.paired:
                 g.diagonal(own).copy_(terms.diagonal[rows])
 
             image_rows = student.image_rows(start, rows.stop)
-            if need.image or need.scale:
+            if need.image or (need.scale and calibrated is None):
                 product = g @ student.text  # [h, D]
-                if need.scale:  # before the factor s, which may be 0
+                if need.scale and calibrated is None:  # before the factor s, which may be 0
                     grad_scale += (product * image_rows).sum()
                 if need.image:
                     grad_image[rows] = product.mul_(student.scale)
@@ -215,3 +309,4 @@ def _buffers(count: int, height: int, width: int, like: Tensor) -> list[Tensor]:
 
 kernels = TorchKernels()
 sweep = as_sweep(kernels)
+calibrated = as_calibrated(kernels)

@@ -53,7 +53,7 @@ def regime(name: str, scale: float, n: int) -> Batch:
 REGIMES = ("random", "converged", "anti-aligned", "collapsed", "collapsed teacher", "half converged")
 
 
-def _off_diagonal_mass(similarity: Tensor) -> tuple[Tensor, Tensor]:
+def off_diagonal_mass(similarity: Tensor) -> tuple[Tensor, Tensor]:
     """Row plus column softmax off the diagonal, [N, N], and 1 - P_ii of both, [N]; nothing cancels."""
     lowest = similarity.masked_fill(torch.eye(len(similarity), dtype=torch.bool), -torch.inf)
     mass = (lowest - similarity.logsumexp(1, keepdim=True)).exp() + (lowest - similarity.logsumexp(0)).exp()
@@ -64,11 +64,9 @@ def rounding_unit(batch: Batch, truth: Outcome, eps: float) -> dict[str, float]:
     """What a rounding of eps in the similarities may do to each result; see the head of this file."""
     s = batch.scale.item()
     similarity = s * batch.image @ batch.text.T
-    mass, rest = _off_diagonal_mass(similarity)
+    mass, rest = off_diagonal_mass(similarity)
     if batch.want_consistency:
-        teacher_mass, teacher_rest = _off_diagonal_mass(
-            batch.teacher_scale * batch.teacher_image @ batch.teacher_text.T
-        )
+        teacher_mass, teacher_rest = off_diagonal_mass(batch.teacher_scale * batch.teacher_image @ batch.teacher_text.T)
         mass, rest = mass + teacher_mass, rest + teacher_rest
     mass = (mass + rest.diag()) / len(mass)
     worst = max(mass.sum(0).max().item(), mass.sum(1).max().item())

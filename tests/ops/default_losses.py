@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cliperase_fast import functional
 from cliperase_fast.contrastive import distill_clip_loss, local_clip_loss, sigmoid_loss
+from cliperase_fast.ops.registry import REGISTRY
 
 N = 20
 Case = Callable[[str, torch.dtype], list[Tensor]]
@@ -67,6 +68,22 @@ def _cliperase(
     return _run(loss, dtype)
 
 
+def _calibrated(
+    backend: str, dtype: torch.dtype, groups: bool, keep: str, number: bool = False, background: bool = False
+) -> list[Tensor]:
+    def loss(image: Tensor, text: Tensor, scale: Tensor | float, *rest: Tensor) -> tuple[Tensor, ...]:
+        levels = (rest[0][:, 0], rest[1][:, 1]) if background else (None, None)
+        return functional.calibrated_loss(
+            image, text, *rest[:2], scale, rest[2].item() if number else rest[2], forget_mask=rest[3] % 3 == 1,
+            group_ids=rest[3] if groups else None, background_image=levels[0], background_text=levels[1],
+            backend=backend, keep=keep,
+        )  # fmt: skip
+
+    if backend != "auto" and not REGISTRY[backend].computes("calibrated", "cpu"):
+        backend = "torch"
+    return _run(loss, dtype, number)
+
+
 def _empty(backend: str, dtype: torch.dtype) -> list[Tensor]:
     def loss(image: Tensor, text: Tensor, scale: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         return (functional.clip_loss(image[:0], text[:0], scale, backend=backend),)
@@ -116,6 +133,9 @@ CASES: dict[str, Case] = {
         for forget, keep in (("cosine", "auto"), ("hinge", "similarities"), ("contrastive", "nothing"))
         for consistency in ("logits", "features", "intra")
     },
+    "calibrated": partial(_calibrated, groups=True, keep="nothing"),
+    "calibrated, levels given": partial(_calibrated, groups=True, keep="similarities", background=True),
+    "calibrated, no groups, numbers": partial(_calibrated, groups=False, keep="auto", number=True),
     "sigmoid": _sigmoid,
     "sigmoid, numbers": partial(_sigmoid, number=True),
     "sigmoid, other texts": partial(_sigmoid, negative_only=True),

@@ -1,0 +1,465 @@
+"""Make the calibrated loss of a backend's `CalibratedKernels`: one sweep over blocks, in either direction.
+
+The pairs are sorted, retain pairs first. Rows and columns are then two kinds, and the joint batch four blocks. Only
+blocks of forget columns are edited. The statistics of a row over the retain columns give the retention, and merged with
+those over the forget columns the consistency, so that the two softmaxes share their exponentials.
+
+The anchor and forget terms act on C, not on S. With H their gradient with respect to C,
+
+    dS' = dS + H / s        dI = s dS' T        dT = s dS'ᵀ I        ds = Σ_ij dS_ij S_ij / s
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cliperase_fast.ops.autograd import watched
+from cliperase_fast.ops.calibrated import Calibrated, CalibratedInputs, CalibratedKernels, Edit, Pull
+from cliperase_fast.ops.spec import (
+    NUM_SAVED,
+    GradientTerms,
+    Need,
+    SavedStats,
+    SimilarityInputs,
+    Softmax,
+    Stats,
+    Weights,
+    empty_stats,
+    gradient_terms,
+    loss_sums,
+    merge_stats,
+    no_autocast,
+    saved_stats,
+)
+from cliperase_fast.ops.transforms import batched, refuse_second_derivative
+
+RETAIN, FORGET = KINDS = (0, 1)
+_LEAST_SCALE = 1e-20  # a smaller one gives the same results, and C could not be found from S
+
+
+class SortedPairs:
+    """The pairs at hand, sorted: retain pairs first. Features are copies."""
+
+    def __init__(self, inputs: CalibratedInputs) -> None:
+        kept, forgotten = ((mask.nonzero()[:, 0]) for mask in (~inputs.forget_mask, inputs.forget_mask))
+        self.order = torch.cat((kept, forgotten))  # [P]
+        self.retained = len(kept)
+        self.dtype, self.strip_rows, self.keep = inputs.dtype, inputs.strip_rows, inputs.keep
+        self.image, self.text, self.teacher_image, self.teacher_text = (
+            features.index_select(0, self.order)
+            for features in (inputs.image, inputs.text, inputs.teacher_image, inputs.teacher_text)
+        )
+        self.ids = None if inputs.group_ids is None else inputs.group_ids[self.order]
+        self.image_levels, self.text_levels = (
+            levels[self.order].to(self.dtype) * 0.5 for levels in (inputs.background_image, inputs.background_text)
+        )
+        self.scale, self.teacher_scale = (
+            torch.where(scale.abs() < _LEAST_SCALE, _LEAST_SCALE, scale)
+            for scale in (inputs.scale, inputs.teacher_scale)
+        )
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def rows(self, kind: int) -> slice:
+        return slice(0, self.retained) if kind == RETAIN else slice(self.retained, len(self))
+
+    def forgotten_ids(self) -> Tensor | None:
+        return None if self.ids is None else self.ids[self.retained :]
+
+    def edited(self, forgotten_ids: Tensor | None, forgotten: int) -> Tensor:
+        """Return the number of edited entries in own rows, int64 []; of the forget columns: ids and number."""
+        if self.ids is None or forgotten_ids is None:
+            return self.order.new_tensor((len(self) - self.retained) * forgotten)
+        found = forgotten_ids.sort().values
+        return (torch.searchsorted(found, self.ids, right=True) - torch.searchsorted(found, self.ids)).sum()
+
+    def unsorted(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the gradient of sorted rows in the order of the user's."""
+        found = gradient.new_empty(gradient.shape, dtype=dtype)
+        return found.index_copy_(0, self.order, gradient.to(dtype))
+
+    def template(self, retention: bool = False, teacher: bool = True) -> SimilarityInputs:
+        """Return inputs that describe the statistics of the student, of the retention and of the teacher."""
+        ids = self.order if retention else None  # any ids: the retention has statistics of its own
+        if not teacher:
+            return SimilarityInputs(self.image, self.text, self.scale, group_ids=ids)
+        frozen = self.teacher_image, self.teacher_text, self.teacher_scale
+        return SimilarityInputs(self.image, self.text, self.scale, *frozen, ids)
+
+    def columns(self, kind: int) -> Columns:
+        """Return all pairs of a kind as columns, for a batch in one piece."""
+        rows = self.rows(kind)
+        ids = None if self.ids is None else self.ids[rows]
+        return Columns(kind, rows, self.text[rows], self.teacher_text[rows], ids, self.text_levels[rows], 0)
+
+
+class Columns(NamedTuple):
+    """Columns of one kind."""
+
+    kind: int
+    place: slice  # among all columns
+    text: Tensor  # [m, D]
+    teacher_text: Tensor  # [m, D°]
+    ids: Tensor | None  # int64 [m]
+    levels: Tensor  # [m]
+    pair_offset: int  # own rows of this kind are pairs with the columns from here on; m: with none
+
+
+class Block(NamedTuple):
+    rows: slice
+    columns: Columns
+    inputs: SimilarityInputs
+    edit: Edit | None
+
+
+def blocks(pairs: SortedPairs, columns: Columns) -> Iterator[Block]:
+    """Yield the blocks of own rows and these columns, without empty ones."""
+    for kind in KINDS:
+        rows, m = pairs.rows(kind), len(columns.text)
+        if rows.start == rows.stop or m == 0:
+            continue
+        ids = None if pairs.ids is None else pairs.ids[rows]
+        contrast = kind == columns.kind == RETAIN
+        inputs = SimilarityInputs(
+            pairs.image[rows], columns.text, pairs.scale, pairs.teacher_image[rows], columns.teacher_text,
+            pairs.teacher_scale, ids if contrast else None, want_retention=contrast, strip_rows=pairs.strip_rows,
+            keep=pairs.keep, column_group_ids=columns.ids if contrast else None,
+            pair_offset=columns.pair_offset if kind == columns.kind else m,
+        )  # fmt: skip
+        edit = None
+        if columns.kind == FORGET and ids is not None and columns.ids is not None:
+            edit = Edit(ids, columns.ids, pairs.image_levels[rows], columns.levels)
+        elif columns.kind == FORGET and kind == FORGET:
+            one = pairs.order.new_zeros(max(inputs.n, m))
+            edit = Edit(one[: inputs.n], one[:m], pairs.image_levels[rows], columns.levels)
+        yield Block(rows, columns, inputs, edit)
+
+
+class Caches:
+    """Hand out the parts of a workspace, to the blocks of either direction in the same order."""
+
+    def __init__(self, kernels: CalibratedKernels, workspace: Tensor) -> None:
+        self._kernels, self._workspace, self._used = kernels, workspace, 0
+
+    def next(self, inputs: SimilarityInputs) -> Tensor:
+        start = self._used
+        self._used += self._kernels.cache_share(inputs, len(self._workspace) - start)
+        return self._workspace[start : self._used]
+
+
+@dataclass
+class JointStats:
+    """The statistics of own rows and of all columns, as far as own rows have met them; all of one shift."""
+
+    pairs: SortedPairs
+    count: int  # columns in total
+    shift: Tensor | None = None
+    _met: set[tuple[str, int]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        pairs = self.pairs
+        self._joint, self._retention = pairs.template(), pairs.template(teacher=False)
+        self.rows, self.columns = empty_stats(self._joint, len(pairs)), empty_stats(self._joint, self.count)
+        self.retention_rows = empty_stats(self._retention, len(pairs))
+        self.retention_columns = empty_stats(self._retention, self.count)
+        self.own = self.rows.new_zeros(2, len(pairs))  # of own pairs: S and the edited S°
+        self.sums = self.rows.new_zeros(2)  # of the forget and the anchor term
+
+    def add(self, block: Block, stats: Stats, sums: Tensor) -> None:
+        assert stats.shift is not None
+        self.shift = stats.shift if self.shift is None else self.shift
+        rows, place = block.rows, block.columns.place
+        for name, into, where, found in (
+            ("rows", self.rows, rows, stats.rows),
+            ("columns", self.columns, place, stats.columns),
+        ):
+            joint = torch.cat((found[:2], found[-3:]))  # without the retention's, if it has its own
+            joint[-1] += (stats.shift - self.shift) * joint[-2]
+            self._merge(name, self._joint, into, where, joint)
+        if block.inputs.want_retention:  # the student's are the retention's if there are no groups
+            self._merge("retention rows", self._retention, self.retention_rows, rows, stats.rows[-5:-3])
+            self._merge("retention columns", self._retention, self.retention_columns, place, stats.columns[-5:-3])
+        self.sums += sums
+        if stats.diagonal is not None and stats.teacher_diagonal is not None:
+            self.own[0, rows], self.own[1, rows] = stats.diagonal, stats.teacher_diagonal
+
+    def _merge(self, name: str, like: SimilarityInputs, into: Tensor, place: slice, found: Tensor) -> None:
+        if (name, place.start) in self._met:
+            zero = found.new_zeros(())
+            found = merge_stats(like, torch.stack((into[:, place], found)), zero, zero)
+        self._met.add((name, place.start))
+        into[:, place] = found
+
+
+def sweep_forward(
+    kernels: CalibratedKernels, pairs: SortedPairs, columns: Iterable[Columns], count: int, workspace: Tensor
+) -> JointStats:
+    """Let own rows meet all columns, `count` of them."""
+    stats, caches = JointStats(pairs, count), Caches(kernels, workspace)
+    for some in columns:
+        for block in blocks(pairs, some):
+            cache = caches.next(block.inputs)
+            stats.add(block, *kernels.calibrated_forward(block.inputs, block.edit, cache))
+    return stats
+
+
+def finish(pairs: SortedPairs, stats: JointStats, of_columns: Tensor, retention: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (saved stats [NUM_SAVED, 2 P] of own rows and own columns, the sums [4] of the terms).
+
+    of_columns [5, P], retention [2, P]: the statistics of own pairs' columns, complete, with the shift of `stats`. The
+    sums are of retention, forget, consistency and anchor, over own rows and columns, and over the entries of own rows.
+    """
+    template = pairs.template(retention=True)
+    rows, columns = (
+        torch.cat((joint[:2], alone, joint[2:]))
+        for joint, alone in ((stats.rows, stats.retention_rows), (of_columns, retention))
+    )
+    own, teacher_own = stats.own.repeat(1, 2)
+    saved, gap = saved_stats(template, torch.cat((rows, columns), 1), own, teacher_own, stats.shift)
+    retained, consistent = loss_sums(template, saved, gap)
+    difference = _own_difference(pairs, stats.own)
+    forget = stats.sums[0] + difference[pairs.retained :].clamp(min=0).square().sum()
+    anchor = stats.sums[1] + difference[: pairs.retained].square().sum()
+    return saved, torch.stack((retained, forget, consistent, anchor))
+
+
+def _own_difference(pairs: SortedPairs, own: Tensor) -> Tensor:
+    """Return C - C* of own pairs, [P], from S and the edited S° [2, P]."""
+    student, teacher = own
+    return student / pairs.scale.to(own.dtype) - teacher / pairs.teacher_scale.to(own.dtype)
+
+
+def term_factors(pairs: int, retained: int, edited: Tensor, like: Tensor) -> Tensor:
+    """Return what makes means of the sums of the terms, [4]; 0 for an empty set.
+
+    pairs, retained, edited: the numbers in the whole batch, of all pairs, of retain pairs and of edited entries.
+    """
+    counts = torch.stack((edited, pairs * pairs - edited)).to(like.dtype)
+    forget, anchor = torch.where(counts > 0, counts.reciprocal(), 0)
+    return torch.stack((like.new_tensor(0.5 / max(1, retained)), forget, like.new_tensor(1 / pairs), anchor))
+
+
+class Gradients(NamedTuple):
+    """Of the terms' sums: the weights of the softmaxes, and the pull on C."""
+
+    weights: Weights
+    pull: Pull
+    own_pull: Tensor  # [P], on own pairs
+
+
+def incoming(pairs: SortedPairs, own: Tensor, factors: Tensor, grads: Tensor) -> Gradients:
+    """Return what the gradients of the four terms [4] mean for S; own: S and S° of own pairs [2, P]."""
+    retention, forget, consistency, anchor = factors * grads
+    to_s = 2 / pairs.scale.to(own.dtype)
+    pull = Pull(to_s * forget, to_s * anchor)
+    difference = _own_difference(pairs, own)
+    kept, forgotten = difference[: pairs.retained], difference[pairs.retained :].clamp(min=0)
+    own_pull = torch.cat((pull.anchor * kept, pull.forget * forgotten))
+    return Gradients(Weights(retention, consistency), pull, own_pull)
+
+
+def sweep_backward(
+    kernels: CalibratedKernels,
+    pairs: SortedPairs,
+    some: Columns,
+    saved: tuple[Tensor, Tensor, Tensor],
+    gradients: Gradients,
+    caches: Caches,
+    grad_image: Tensor,
+    need: Need,
+) -> tuple[Tensor, Tensor]:
+    """Return (the gradient of these columns' text, Σ dS_ij S_ij), and add to that of own images, [P, D] if needed.
+
+    saved: of own rows [NUM_SAVED, P], of all columns, and S and S° of own pairs [2, P].
+    """
+    of_rows, of_columns, own = saved
+    grad_text = of_rows.new_zeros(some.text.shape if need.text else (0,))
+    grad_scale = of_rows.new_zeros(())
+    for block in blocks(pairs, some):
+        inputs, rows = block.inputs, block.rows
+        both = torch.cat((of_rows[:, rows], of_columns[:, some.place]), 1)
+        terms = _terms(inputs, SavedStats(both, inputs.n, both), gradients.weights)
+        if inputs.paired:
+            grad_scale += (terms.diagonal * own[0, rows]).sum()
+            terms = terms._replace(diagonal=terms.diagonal + gradients.own_pull[rows])
+        cache = caches.next(inputs)
+        image, text, scale = kernels.calibrated_backward(inputs, block.edit, terms, gradients.pull, cache, need)
+        grad_scale += scale
+        if need.image:
+            grad_image[rows] += image
+        if need.text:
+            grad_text += text
+    return grad_text, grad_scale
+
+
+def _terms(inputs: SimilarityInputs, saved: SavedStats, weights: Weights) -> GradientTerms:
+    """Return dS of a block. Without groups one softmax serves retention and consistency."""
+    terms = gradient_terms(inputs, saved, weights, separate=inputs.want_retention)
+    if not inputs.want_retention or inputs.masked:
+        return terms
+    assert terms.student is not None and terms.masked is not None
+
+    def joined(alone: tuple[Tensor, Tensor], joint: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        # The anchor of the retention, over fewer entries, is the smaller one and still bounds all of the block.
+        anchor, factor = alone
+        return anchor, factor + joint[1] * (anchor - joint[0]).exp()
+
+    alone, joint = terms.masked, terms.student
+    student = Softmax(joined(alone.rows, joint.rows), joined(alone.columns, joint.columns))
+    return terms._replace(student=student, masked=None)
+
+
+_TENSORS = 10
+_ARGUMENTS = (
+    "Tensor image, Tensor text, Tensor scale, Tensor teacher_image, Tensor teacher_text, Tensor teacher_scale, "
+    "Tensor forget_mask, Tensor background_image, Tensor background_text, Tensor? group_ids, int strip_rows"
+)
+_FORWARD_SCHEMA = f"({_ARGUMENTS}, int cache_size) -> (Tensor, Tensor, Tensor, Tensor)"
+_BACKWARD_SCHEMA = (
+    f"(Tensor grad_terms, Tensor saved, Tensor factors, Tensor cache, {_ARGUMENTS}, bool need_image, bool need_text, "
+    "bool need_scale) -> (Tensor, Tensor, Tensor)"
+)
+_OWN = NUM_SAVED  # the row of the saved tensor with S and S° of own pairs
+
+
+def flatten(inputs: CalibratedInputs) -> tuple[Any, ...]:
+    return (
+        inputs.image, inputs.text, inputs.scale, inputs.teacher_image, inputs.teacher_text, inputs.teacher_scale,
+        inputs.forget_mask, inputs.background_image, inputs.background_text, inputs.group_ids, inputs.strip_rows,
+    )  # fmt: skip
+
+
+def _forward(kernels: CalibratedKernels, inputs: CalibratedInputs, cache_size: int) -> tuple[Tensor, ...]:
+    """Return (terms [4], saved [NUM_SAVED + 1, 2 P], factors [4], cache)."""
+    with no_autocast(inputs.image):
+        pairs = SortedPairs(inputs)
+        cache = kernels.workspace(cache_size, inputs.image.device)
+        stats = sweep_forward(kernels, pairs, map(pairs.columns, KINDS), len(pairs), cache)
+        saved, sums = finish(pairs, stats, stats.columns, stats.retention_columns)
+        edited = pairs.edited(pairs.forgotten_ids(), len(pairs) - pairs.retained)
+        factors = term_factors(len(pairs), pairs.retained, edited, saved)
+        return sums * factors, torch.cat((saved, stats.own.reshape(1, -1))), factors, cache
+
+
+def _backward(
+    kernels: CalibratedKernels,
+    grads: Tensor,
+    saved: Tensor,
+    factors: Tensor,
+    cache: Tensor,
+    inputs: CalibratedInputs,
+    need: Need,
+) -> tuple[Tensor, Tensor, Tensor]:
+    with no_autocast(inputs.image):
+        pairs = SortedPairs(inputs)
+        n = len(pairs)
+        of_rows, of_columns, own = saved[:NUM_SAVED, :n], saved[:NUM_SAVED, n:], saved[_OWN].view(2, n)
+        gradients = incoming(pairs, own, factors, grads)
+        caches = Caches(kernels, cache)
+        grad_image = saved.new_zeros(inputs.image.shape if need.image else (0,))
+        parts = [
+            sweep_backward(
+                kernels, pairs, pairs.columns(kind), (of_rows, of_columns, own), gradients, caches, grad_image, need
+            )
+            for kind in KINDS
+        ]
+        grad_scale = sum(part[1] for part in parts) / pairs.scale.to(saved.dtype)
+        return (
+            pairs.unsorted(grad_image, inputs.image.dtype) if need.image else grad_image.to(inputs.image.dtype),
+            pairs.unsorted(torch.cat([part[0] for part in parts]), inputs.text.dtype)
+            if need.text
+            else saved.new_zeros(0, dtype=inputs.text.dtype),
+            grad_scale.to(inputs.scale.dtype),
+        )
+
+
+def as_calibrated(kernels: CalibratedKernels) -> Calibrated:
+    """Register the custom ops `cliperase_fast::NAME_calibrated` and `..._backward`, and return the loss made of them.
+
+    Call it once for each `kernels`.
+    """
+
+    def forward_body(*arguments: Any) -> tuple[Tensor, ...]:
+        return _forward(kernels, CalibratedInputs(*arguments[:-1]), arguments[-1])
+
+    def backward_body(grads: Tensor, saved: Tensor, factors: Tensor, cache: Tensor, *arguments: Any) -> Any:
+        inputs, need = CalibratedInputs(*arguments[:-3]), Need(*arguments[-3:])
+        return _backward(kernels, grads, saved, factors, cache, inputs, need)
+
+    name = f"cliperase_fast::{kernels.name}_calibrated"
+    forward_op = torch.library.custom_op(name, forward_body, mutates_args=(), schema=_FORWARD_SCHEMA)
+    backward_op = torch.library.custom_op(f"{name}_backward", backward_body, mutates_args=(), schema=_BACKWARD_SCHEMA)
+    forward_op.register_fake(_fake_forward)
+    backward_op.register_fake(_fake_backward)
+    refuse_second_derivative(backward_op)
+
+    def differentiate(ctx: Any, need: Need, grad: Tensor, body: Any) -> tuple[Tensor | None, ...]:
+        saved, factors, cache, *tensors = ctx.saved_tensors
+        found = body(grad, saved, factors, cache, *tensors, ctx.strip_rows, *need)
+        return tuple(gradient if needed else None for gradient, needed in zip(found, need, strict=True))
+
+    def save(ctx: Any, flat: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+        ctx.strip_rows = flat[-1]
+        ctx.save_for_backward(*outputs[1:], *flat[:-1])
+
+    def op_backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
+        found = differentiate(ctx, Need(*ctx.needs_input_grad[:3]), grad, backward_op)
+        return *found, *[None] * (_TENSORS - 3), None, None
+
+    forward_op.register_autograd(op_backward, setup_context=lambda ctx, inputs, output: save(ctx, inputs[:-1], output))
+
+    class Directly(torch.autograd.Function):
+        """Call the kernels without the ops, which take longer than the loss of a small batch."""
+
+        @staticmethod
+        def forward(ctx: Any, strip_rows: int, cache_size: int, *tensors: Tensor) -> Tensor:
+            outputs = forward_body(*tensors, strip_rows, cache_size)
+            save(ctx, (*tensors, strip_rows), outputs)
+            return outputs[0]
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+            body = backward_op if torch.is_grad_enabled() or batched(grad) else backward_body
+            need = Need(*ctx.needs_input_grad[2:5])
+            return None, None, *differentiate(ctx, need, grad, body), *[None] * (_TENSORS - 3)
+
+    def loss(inputs: CalibratedInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        flat = flatten(inputs)
+        differentiable = any(tensor.requires_grad for tensor in flat[:3]) and torch.is_grad_enabled()
+        cache_size = 0
+        if differentiable:
+            teacher = inputs.teacher_image, inputs.teacher_text, inputs.teacher_scale
+            whole = SimilarityInputs(inputs.image, inputs.text, inputs.scale, *teacher, keep=inputs.keep)
+            cache_size = kernels.cache_size(whole)
+        if torch.compiler.is_compiling() or inputs.image.is_meta or watched(flat[:-1]):
+            terms = forward_op(*flat, cache_size)[0]
+        else:
+            terms = Directly.apply(inputs.strip_rows, cache_size, *flat[:-1])
+        return terms.unbind()
+
+    return Calibrated(loss, kernels)
+
+
+def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs, cache_size = CalibratedInputs(*arguments[:-1]), arguments[-1]
+    terms = inputs.image.new_empty(4, dtype=inputs.dtype)
+    saved = terms.new_empty(NUM_SAVED + 1, 2 * len(inputs.image))
+    return terms, saved, terms.new_empty(4), terms.new_empty(cache_size, dtype=torch.uint8)
+
+
+def _fake_backward(
+    grads: Tensor, saved: Tensor, factors: Tensor, cache: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    image, text, scale = arguments[:3]
+    need = Need(*arguments[-3:])
+    return (
+        image.new_empty(image.shape if need.image else (0,)),
+        text.new_empty(text.shape if need.text else (0,)),
+        scale.new_empty(()),
+    )

@@ -1,0 +1,319 @@
+"""The streamed calibrated loss: its strips, precision, custom ops and memory, against the float64 reference."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from accuracy_cases import UNDERFLOW, off_diagonal_mass, regime
+from calibrated_cases import STUDENT, TERMS, batch, exact, step
+from processes import apart, peak
+from torch import Tensor
+
+from cliperase_fast.errors import InputError
+from cliperase_fast.functional import calibrated_loss
+from cliperase_fast.ops import streaming
+from cliperase_fast.ops.calibrated import CalibratedInputs
+from cliperase_fast.ops.registry import REGISTRY
+from cliperase_fast.validation import choose
+
+STREAMED = [
+    name
+    for name, backend in REGISTRY.items()
+    if name != "eager" and backend.missing is None and backend.computes("calibrated", "cpu")
+]
+LAMBDAS = {"retain": 1.0, "forget": 3.0, "consistency": 3.0, "anchor": 30.0}
+
+
+@pytest.fixture
+def low_strips(monkeypatch):
+    """Strips of 3 rows in pure PyTorch."""
+    monkeypatch.setattr(streaming, "_STRIP_BYTES_CPU", 1)
+    monkeypatch.setattr(streaming, "_LEAST_ROWS", 3)
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    """Each to `tolerance` of its norm."""
+    for name, value in expected.items():
+        error = (found[name].double() - value.double()).norm().item()
+        assert error <= tolerance * (1e-3 + value.double().norm().item()), (name, error)
+
+
+def tolerance(backend: str) -> tuple[torch.dtype, float]:
+    float64 = torch.float64 in REGISTRY[backend].dtypes
+    return (torch.float64, 1e-10) if float64 else (torch.float32, 2e-6)
+
+
+@pytest.mark.parametrize("backend", STREAMED)
+@pytest.mark.parametrize("keep", ["nothing", "similarities"])
+@pytest.mark.parametrize("forget", ["some", "none", "all"])
+@pytest.mark.parametrize("groups", [True, False], ids=["groups", "no groups"])
+def test_several_strips_and_tiles_give_what_the_reference_gives(low_strips, backend, keep, forget, groups):
+    dtype, limit = tolerance(backend)
+    for n in (1, 2, 40, 600):
+        b = batch(n, 10, 7, dtype, forget, groups)
+        weights = (0.0, 0.7, -2.0, 1.3, 5.0)
+        found = step(b, weights, backend=backend, keep=keep)
+        assert_same(found, step(exact(b), weights, backend="eager"), limit)
+
+
+def unit(b: dict, expected: dict[str, Tensor], eps: float) -> dict[str, float]:
+    """What a rounding of the cosines and similarities may do to loss and gradients, as in `accuracy_cases.py`.
+
+    `mass` bounds the entries of dS, and `pull` the change of H for one of C.
+    """
+    mask, ids, n = b["forget_mask"], b["group_ids"], len(b["forget_mask"])
+    s, t = b["logit_scale"], b["teacher_logit_scale"]
+    cosines, teacher = b["image_features"] @ b["text_features"].T, b["teacher_image"] @ b["teacher_text"].T
+    edited = mask & (ids[:, None] == ids)
+    target = torch.where(edited, (b["background_image"][:, None] + b["background_text"]) / 2, teacher)
+    mass = torch.zeros(n, n, dtype=torch.float64)
+    for similarity in (s * cosines, t * target):
+        entries, own = off_diagonal_mass(similarity)
+        mass += LAMBDAS["consistency"] / n * (entries + own.diag())
+    if not mask.all():
+        kept = torch.nonzero(~mask)[:, 0]
+        entries, own = off_diagonal_mass(s * cosines[kept][:, kept])
+        mass[kept[:, None], kept] += LAMBDAS["retain"] / len(kept) * (entries + own.diag())
+    pull = torch.where(
+        edited, 2 * LAMBDAS["forget"] / edited.sum().clamp(min=1), 2 * LAMBDAS["anchor"] / (~edited).sum().clamp(min=1)
+    )
+    rounding = eps * (1 + s + t)
+    error = rounding * s * mass + 3 * eps * pull * (1 + (cosines - target).abs())
+    worst = max(error.sum(0).max().item(), error.sum(1).max().item())
+    of_loss = rounding * mass + 3 * eps * pull * (eps + (cosines - target).abs())
+    return {
+        "total": of_loss.sum().item() + eps * expected["total"].abs().item(),
+        "d image_features": worst,
+        "d text_features": worst,
+        "d logit_scale": (rounding * mass * cosines.abs()).sum().item(),
+    }
+
+
+REGIMES = ("random", "converged", "anti-aligned", "collapsed", "collapsed teacher", "half converged", "equal")
+
+
+def in_regime(name: str, scale: float, forget: str, n: int = 150) -> dict:
+    """A float64 batch of float32 numbers. "equal": the student is the teacher."""
+    b, of = batch(n, forget=forget), regime("converged" if name == "equal" else name, scale, n)
+    teacher = (of.image, of.text) if name == "equal" else (of.teacher_image, of.teacher_text)
+    numbers = {
+        "image_features": of.image, "text_features": of.text, "teacher_image": teacher[0], "teacher_text": teacher[1],
+        "logit_scale": of.scale, "teacher_logit_scale": of.teacher_scale,
+        "background_image": b["background_image"], "background_text": b["background_text"],
+    }  # fmt: skip
+    return {**b, **{key: value.float().double() for key, value in numbers.items()}}
+
+
+@pytest.mark.parametrize("backend", ["eager", *STREAMED])
+@pytest.mark.parametrize("scale", [1.0, 30.0, 100.0, 1000.0])
+@pytest.mark.parametrize("name", REGIMES)
+@pytest.mark.parametrize("forget", ["some", "all"])
+def test_float32_is_as_good_as_the_rounding_of_the_similarities_allows(monkeypatch, backend, name, scale, forget):
+    monkeypatch.setattr(streaming, "_STRIP_BYTES_CPU", 1)  # strips of 64 rows
+    b = in_regime(name, scale, forget)
+    expected = step(b, backend="eager")
+    single = {k: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in b.items()}
+    found = step(single, backend=backend)
+    for key, allowed in unit(b, expected, 2.0**-23).items():
+        error = (found[key].double() - expected[key]).abs().max().item()
+        assert error <= 2 * allowed + UNDERFLOW, (key, error / allowed)
+
+
+@pytest.mark.parametrize("backend", STREAMED)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["random", "converged", "equal"])
+def test_half_precision_features_cost_one_rounding_of_the_gradient(backend, dtype, name):
+    b = in_regime(name, 100.0, "some")
+    half = {k: v.to(dtype) if isinstance(v, Tensor) and v.ndim == 2 else v for k, v in b.items()}
+    half = {k: v.float() if isinstance(v, Tensor) and v.dtype == torch.float64 else v for k, v in half.items()}
+    expected, found = step(exact(half), backend="eager"), step(half, backend=backend)
+    assert found["d image_features"].dtype == dtype and found["total"].dtype == torch.float32
+    for key, allowed in unit(exact(half), expected, 2.0**-23).items():
+        if found[key].dtype == dtype:
+            allowed += torch.finfo(dtype).eps * expected[key].abs().max().item() + torch.finfo(dtype).smallest_normal
+        assert (found[key].double() - expected[key]).abs().max().item() <= 2 * allowed, key
+
+
+@pytest.mark.parametrize("backend", STREAMED)
+def test_a_student_that_is_its_teacher_is_not_pulled(backend):
+    b = {**in_regime("equal", 100.0, "none"), "group_ids": None}
+    single = {k: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in b.items()}
+    found = step(single, (0, 0, 0, 0, 1), backend=backend)
+    assert found["anchor"] <= 1e-13
+    assert max(found[f"d {name}"].abs().max().item() for name in STUDENT) <= 1e-8
+
+
+@pytest.mark.parametrize("backend", STREAMED)
+@pytest.mark.parametrize("name", ["group_ids", "no groups"])
+def test_a_retain_softmax_far_below_the_joint_one_keeps_its_digits(backend, name):
+    # forget captions near every image: exp of the distance between the two softmaxes overflows float32
+    b = in_regime("random", 1000.0, "some")
+    b["text_features"] = torch.where(b["forget_mask"][:, None], b["image_features"].mean(0), -b["text_features"])
+    b = {k: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in b.items()}
+    b["group_ids"] = b["group_ids"] if name == "group_ids" else None
+    assert_same(step(b, backend=backend), step(exact(b), backend="eager"), 1e-4)
+
+
+@pytest.mark.parametrize("backend", STREAMED)
+@pytest.mark.parametrize("needed", STUDENT)
+def test_a_single_input_may_need_the_gradient(backend, needed):
+    b = batch(20, dtype=torch.float32)
+    expected = step(b, backend=backend)[f"d {needed}"]
+    b[needed].requires_grad_()
+    calibrated_loss(**b, backend=backend).total.backward()
+    torch.testing.assert_close(b[needed].grad, expected)
+
+
+@pytest.mark.parametrize("backend", STREAMED)
+def test_two_runs_are_bitwise_equal_and_leave_the_inputs_alone(backend):
+    b = batch(300, dtype=torch.float32)
+    before = {k: v.clone() for k, v in b.items()}
+    first, second = (step(b, backend=backend) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert all(torch.equal(b[name], before[name]) for name in b)
+
+
+@pytest.mark.parametrize("backend", STREAMED)
+@pytest.mark.parametrize("forget", ["some", "none", "all"])
+def test_uninitialised_memory_is_never_read(low_strips, backend, forget):
+    dtype, limit = tolerance(backend)
+    torch.use_deterministic_algorithms(True)  # with it torch.empty is filled with NaN
+    try:
+        for keep in ("nothing", "similarities"):
+            b = batch(40, dtype=dtype, forget=forget)
+            assert_same(step(b, backend=backend, keep=keep), step(exact(b), backend="eager"), limit)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("backend", STREAMED)
+def test_autocast_changes_nothing(backend):
+    b = batch(33, dtype=torch.float32)
+    expected = step(b, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = step(b, backend=backend)
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@pytest.mark.parametrize("backend", STREAMED)
+def test_backward_twice_over_a_retained_graph_doubles_the_gradient(backend):
+    b = batch(20, dtype=torch.float32)
+    image = b["image_features"].requires_grad_()
+    total = calibrated_loss(**b, backend=backend).total
+    total.backward(retain_graph=True)
+    once = image.grad.clone()
+    total.backward()
+    torch.testing.assert_close(image.grad, 2 * once, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", STREAMED)
+@pytest.mark.parametrize("groups", [True, False], ids=["groups", "no groups"])
+def test_the_operators_keep_the_rules_of_torch_library(backend, groups):
+    b = batch(5, 4, 3, dtype=torch.float32, groups=groups)
+    leaves = [b[name].requires_grad_() for name in STUDENT]
+    flat = (
+        *leaves, b["teacher_image"], b["teacher_text"], b["teacher_logit_scale"], b["forget_mask"],
+        b["background_image"], b["background_text"], b["group_ids"], 2,
+    )  # fmt: skip
+    forward = getattr(torch.ops.cliperase_fast, f"{backend}_calibrated").default
+    backward = getattr(torch.ops.cliperase_fast, f"{backend}_calibrated_backward").default
+    torch.library.opcheck(forward, (*flat, 0))
+    _, *saved = (output.detach() for output in forward(*flat, 0))
+    frozen = [argument.detach() if isinstance(argument, Tensor) else argument for argument in flat]
+    for need in ((True, True, True), (False, True, False)):
+        torch.library.opcheck(backward, (torch.ones(4), *saved, *frozen, *need))
+
+
+@pytest.mark.parametrize("backend", ["eager", *STREAMED])
+def test_torch_compile_takes_the_whole_graph(backend):
+    b = batch(20, dtype=torch.float32, background=False)
+
+    def loss(image, text, scale):
+        student = {"image_features": image, "text_features": text, "logit_scale": scale}
+        return calibrated_loss(**{**b, **student}, backend=backend).total
+
+    torch._dynamo.reset()
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        leaves = [b[name].clone().requires_grad_() for name in STUDENT]
+        value = function(*leaves)
+        results.append((value.detach(), *torch.autograd.grad(value, leaves)))
+    torch.testing.assert_close(*results)
+
+
+def test_features_on_device_meta_give_a_loss_of_the_right_form():
+    b = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in batch(20, dtype=torch.float32).items()}
+    for backend in ("eager", "torch"):
+        image = b["image_features"].clone().requires_grad_()
+        loss = calibrated_loss(**{**b, "image_features": image}, backend=backend).total
+        loss.backward()
+        assert (loss.device.type, loss.shape, image.grad.shape) == ("meta", (), image.shape)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_one_sweep_over_the_joint_batch_edits_only_blocks_of_forget_columns(monkeypatch, direction):
+    seen = []
+    original = getattr(streaming.TorchKernels, f"calibrated_{direction}")
+
+    def watched(self, inputs, edit, *others):
+        seen.append((inputs.n, inputs.m, edit is not None))
+        return original(self, inputs, edit, *others)
+
+    monkeypatch.setattr(streaming.TorchKernels, f"calibrated_{direction}", watched)
+    mask = torch.arange(10) < 3
+    step({**batch(10), "forget_mask": mask}, backend="torch")
+    assert seen == [(7, 7, False), (3, 7, False), (7, 3, True), (3, 3, True)]
+    seen.clear()
+    step({**batch(10, groups=False), "forget_mask": mask}, backend="torch")
+    assert seen == [(7, 7, False), (3, 7, False), (7, 3, False), (3, 3, True)]
+
+
+def extra_memory(backend: str, n: int) -> int:
+    """Bytes at the peak beyond inputs and gradients."""
+
+    def run(b: dict) -> None:
+        calibrated_loss(**b, backend=backend, keep="nothing").total.backward()
+
+    def leaves(n: int) -> dict:
+        b = batch(n, 64, 64, dtype=torch.float32)
+        return {**b, **{name: b[name].requires_grad_() for name in STUDENT[:2]}}
+
+    run(leaves(300))  # loads what is loaded on first use
+    inputs = leaves(n)
+    return peak(lambda: run(inputs)) - sum(inputs[name].grad.nbytes for name in STUDENT[:2])
+
+
+@pytest.mark.parametrize("backend", STREAMED)
+def test_memory_is_that_of_strips_and_copies_of_the_features(backend):
+    n = 8192
+    extra = apart(extra_memory, backend, n)
+    strips, copies = 10 * (8 << 20), 14 * 4 * n * 64  # one similarity matrix has 256 MiB
+    assert 0 < extra < strips + copies, f"{extra / 2**20:.1f} MiB"
+
+
+def test_backends_without_the_loss_are_refused_by_name(monkeypatch):
+    features = torch.ones(2, 3)
+    triton = replace(REGISTRY["triton"], devices=("cuda", "cpu"), why_missing=None)
+    monkeypatch.setitem(REGISTRY, "triton", triton)
+    with pytest.raises(
+        InputError, match="backend='triton' does not compute the calibrated loss; use auto, eager, torch"
+    ):
+        choose("triton", features, features, loss="calibrated")
+    monkeypatch.setenv("CLIPERASE_BACKEND", "triton")
+    with pytest.raises(InputError, match="CLIPERASE_BACKEND=triton does not compute the calibrated loss"):
+        calibrated_loss(**batch(4, dtype=torch.float32))
+
+
+def test_terms_have_the_order_of_the_kernels():
+    b = batch(12)
+    inputs = CalibratedInputs(
+        b["image_features"], b["text_features"], b["logit_scale"], b["teacher_image"], b["teacher_text"],
+        b["teacher_logit_scale"], b["forget_mask"], b["background_image"], b["background_text"], b["group_ids"],
+    )  # fmt: skip
+    terms = calibrated_loss(**b, backend="eager")
+    for backend in ("eager", "torch"):
+        loss = REGISTRY[backend].load("cpu").calibrated
+        assert loss is not None
+        torch.testing.assert_close(loss.loss(inputs), tuple(getattr(terms, name) for name in TERMS))
