@@ -15,7 +15,7 @@ from cliperase_fast.auditing.depth import check_depth
 from cliperase_fast.auditing.features import Encoding
 from cliperase_fast.auditing.loading import check_alike, load_models
 from cliperase_fast.auditing.result import Audit
-from cliperase_fast.auditing.sets import open_sets
+from cliperase_fast.auditing.sets import open_sets, read_sets
 from cliperase_fast.auditing.vocabulary import TEMPLATES, check_synonyms
 from cliperase_fast.data.classes import check_templates
 from cliperase_fast.defaults import torch_defaults
@@ -81,9 +81,10 @@ def audit(
     chosen = _device(device, before)
     check_precision(precision, chosen)
     checked = check_templates(templates)
-    sets = open_sets(forget, retain, test, other=other, holdouts=holdouts, templates=checked, seed=seed)
-    check_synonyms(synonyms, sets.test)
+    opened = open_sets(forget, retain, test, other=other, holdouts=holdouts, templates=checked, seed=seed)
     models = load_models(before, after, oracle, tokenizer, transform, chosen)
+    sets = read_sets(opened, seed=seed)
+    check_synonyms(synonyms, sets.test)
     check_alike(models, sets)
     show = sys.stderr.isatty() if progress is None else progress
     how = Encoding(batch_size, chosen, precision, seed, show)

@@ -92,11 +92,11 @@ def _audit(
         for model, groups in scores.items()
     }
     data = {
-        "forget": sets.forget.name,
-        "test": sets.test.name,
+        **sets.names,
         "forget_test_pairs": len(layout.forget_images),
         "retain_test_pairs": len(layout.retain_images),
         "concepts": [str(layout.names[concept]) for concept in layout.forget_concepts[:20]],
+        "skipped": sets.skipped.to_dict(),
     }
     said = verdicts(table, gap, level, over)
     return Audit(table, gap, level, over, said, notes, data, limit, evidence(views))

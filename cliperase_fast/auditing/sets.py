@@ -1,28 +1,26 @@
-"""From what the caller names (datasets, source strings, selectors) to the pairs that are audited."""
+"""The pairs that are audited: opened from what the caller names, read and checked."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-from cliperase_fast.data import (
-    PairDataset,
-    Source,
-    as_pairs,
-    caption_key,
-    concat,
-    open_source,
-    overlap,
-    parse_reference,
-    select,
-    select_holdouts,
-    split,
+from cliperase_fast.data import PairDataset, concat, overlap
+from cliperase_fast.data.classes import folded, readable
+from cliperase_fast.data.intake import Tally
+from cliperase_fast.data.pair_sets import (
+    Opener,
+    PairSets,
+    open_pair_sets,
+    read_pair_sets,
+    read_pairs,
+    require_one_kind,
 )
-from cliperase_fast.data.checks import find_bad_images
+from cliperase_fast.distributed import SINGLE_PROCESS, Ranks
 from cliperase_fast.errors import InputError
 
 HELD_OUT = 0.2  # of data without a test split, as `unlearn()` does
@@ -34,7 +32,8 @@ class AuditSets:
     """The pairs of an audit, training and test pairs in one class space.
 
     forget, retain: training pairs. test: forget pairs, then retain pairs; forget_mask: bool [n], which are which.
-    other, holdouts: further data, scored by itself. notes: what the reader of the result must know.
+    other, holdouts: further data, scored by itself. names: of the sets, for the result.
+    skipped: pairs that were left out. notes: what the reader of the result must know.
     """
 
     forget: PairDataset
@@ -43,6 +42,8 @@ class AuditSets:
     forget_mask: np.ndarray
     other: Mapping[str, PairDataset] = field(default_factory=dict)
     holdouts: Mapping[str, PairDataset] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
+    skipped: Tally = field(default_factory=Tally)
     notes: tuple[str, ...] = ()
 
     @classmethod
@@ -54,6 +55,8 @@ class AuditSets:
         *,
         other: Mapping[str, PairDataset] | None = None,
         holdouts: Mapping[str, PairDataset] | None = None,
+        names: Mapping[str, str] | None = None,
+        skipped: Tally | None = None,
         notes: Sequence[str] = (),
     ) -> AuditSets:
         """Put training pairs and (forget test, retain test) pairs into one class space; each may have its own."""
@@ -67,8 +70,23 @@ class AuditSets:
             forget_mask=np.arange(stops[3] - stops[1]) < len(test[0]),
             other=other or {},
             holdouts=holdouts or {},
+            names=names or {"forget": forget.name, "retain": retain.name, "test": test[1].name},
+            skipped=skipped or Tally(),
             notes=tuple(notes),
         )
+
+
+@dataclass(frozen=True)
+class OpenedSets:
+    """The pairs as the caller named them, before any image is read."""
+
+    pairs: PairSets
+    other: Mapping[str, PairDataset]
+    holdouts: Mapping[str, PairDataset]
+
+    def fingerprint(self) -> str:
+        further = [f"{name}:{pairs.fingerprint()}" for name, pairs in [*self.other.items(), *self.holdouts.items()]]
+        return hashlib.sha256("|".join([self.pairs.fingerprint(), *further]).encode()).hexdigest()
 
 
 def open_sets(
@@ -79,153 +97,102 @@ def open_sets(
     other: Mapping[str, Any] | None = None,
     holdouts: Mapping[str, Any] | None = None,
     templates: Sequence[str] | None = None,
+    on_error: str = "raise",
     seed: int = 0,
-) -> AuditSets:
-    """Open, select and check.
+) -> OpenedSets:
+    """Open the sources and select the pairs.
 
-    forget: a map-style dataset of (image, caption) pairs, or "SOURCE#SELECTOR".
-    retain: a dataset, "SOURCE#SELECTOR", or "rest" for all that `forget` does not select from its source, without the
-        holdouts if the source has some (`Source.hold_out`).
-    test: None for the source's own test split, a dataset or source of both kinds, or (forget test, retain test).
-        Without any, a fifth of the pairs is held out; with the seed of `unlearn()`, the pairs that it held out too.
+    forget, retain, test: as in `open_pair_sets`. Retain pairs that are also forget pairs are left out.
     other: data sets with classes, by name. holdouts: data under "association" and "identity"; None for those of the
         source, which retain="rest" leaves out.
 
-    Raises InputError for whatever cannot be opened, selected or read.
+    Raises InputError for data that cannot be opened or selected, and for other or held-out data with forget pairs.
     """
-    opened: dict[str, Source] = {}
+    opener = Opener(templates, seed, on_error)
+    unknown = sorted(set(holdouts or {}) - set(HOLDOUTS))
+    if unknown:
+        raise InputError(f"holdouts has {unknown[0]!r}; its keys are {' and '.join(map(repr, HOLDOUTS))}")
+    sets = open_pair_sets(forget, retain, test, opener, overlap_policy="drop", test_fraction=HELD_OUT)
+    given = {name: _held_out(data, f"holdouts[{name!r}]", opener, sets) for name, data in (holdouts or {}).items()}
+    return OpenedSets(
+        sets,
+        other={name: _other(data, f"other[{name!r}]", opener, sets) for name, data in (other or {}).items()},
+        holdouts=sets.holdouts if holdouts is None else given,
+    )
 
-    def source_of(spec: str) -> Source:
-        if spec not in opened:
-            opened[spec] = open_source(spec, templates=templates, seed=seed)
-        return opened[spec]
 
-    forget_pairs, selector, source = _forget_pairs(forget, source_of)
-    if source is not None and not (isinstance(retain, str) and retain == "rest"):
-        source = replace(source, hold_out=None)  # the caller says what is kept
-    retain_pairs = _retain_pairs(retain, selector, source, source_of)
-    for pairs, name in ((forget_pairs, "forget"), (retain_pairs, "retain")):
-        if len(pairs) == 0:
-            raise InputError(f"the {name} set is empty: give at least one (image, caption) pair")
-    shared = overlap(forget_pairs, retain_pairs)
-    if len(shared) == len(retain_pairs):
-        raise InputError("every retain pair is also a forget pair: nothing is left to compare with")
-    retain_pairs = retain_pairs.subset(np.setdiff1d(np.arange(len(retain_pairs)), shared))
+def read_sets(
+    opened: OpenedSets,
+    *,
+    on_error: str = "raise",
+    seed: int = 0,
+    progress: bool = False,
+    ranks: Ranks = SINGLE_PROCESS,
+) -> AuditSets:
+    """Read every image once, skip or refuse unreadable ones, and hold out test pairs where there are none.
+
+    A fifth of the pairs is held out; with the seed of `unlearn()`, the pairs that it held out too. Every rank reads a
+    share of the images.
+    """
+    how: dict[str, Any] = {"on_error": on_error, "progress": progress, "ranks": ranks}
+    found = read_pair_sets(opened.pairs, test_fraction=HELD_OUT, seed=seed + 1, **how)
+    require_one_kind(found.forget, found.test[0])
+    skipped = found.intake.skipped
+    other, holdouts = (
+        {name: read_pairs(pairs, pairs.name, skipped, **how) for name, pairs in sets.items()}
+        for sets in (opened.other, opened.holdouts)
+    )
     notes = []
-    tests = _test_pairs(test, forget_pairs, retain_pairs, selector, source, source_of)
-    if tests is None:
+    if found.held_out:
         notes.append(
             f"The data has no test split, so {HELD_OUT:.0%} of the pairs are scored. The original may have been "
             "trained on them."
         )
-        (forget_pairs, forget_test), (retain_pairs, retain_test) = (
-            _hold_out(pairs, seed + 1) for pairs in (forget_pairs, retain_pairs)
-        )
-        if len(forget_pairs) < 2:
+        if len(found.forget) < 2:
             notes.append("There is a single forget pair: it is scored as it was trained, and scores have no interval.")
-    else:
-        forget_test, retain_test = tests
-    for pairs in (forget_pairs, forget_test, retain_test):
-        find_bad_images(pairs)
-    _require_one_kind([forget_pairs, retain_pairs, forget_test, retain_test])
+    if len(skipped):
+        notes.append(f"{len(skipped)} pairs are left out: {', '.join(skipped.counts)}.")
+    names = opened.pairs.names
     return AuditSets.of(
-        forget_pairs,
-        retain_pairs,
-        (forget_test, retain_test),
-        other={name: _further(data, f"other[{name!r}]", source_of, True) for name, data in (other or {}).items()},
-        holdouts=select_holdouts(source, selector) if holdouts is None else _holdouts(holdouts, source_of),
+        found.forget, found.retain, found.test, other=other, holdouts=holdouts, names=names, skipped=skipped,
         notes=notes,
-    )
+    )  # fmt: skip
 
 
-def _forget_pairs(forget: Any, source_of: Any) -> tuple[PairDataset, str | None, Source | None]:
-    if not isinstance(forget, str):
-        return as_pairs(forget, "forget"), None, None
-    spec, selector = parse_reference(forget)
-    if selector is None:
-        raise InputError(f"forget={forget!r} selects nothing: add what was forgotten, such as '{forget}#class:apple'")
-    source = source_of(spec)
-    return source.train.subset(select(source.train, selector, other=source.test)), selector, source
-
-
-def _retain_pairs(retain: Any, selector: str | None, source: Source | None, source_of: Any) -> PairDataset:
-    if not isinstance(retain, str):
-        return as_pairs(retain, "retain")
-    if retain == "rest":
-        if source is None or selector is None:
-            raise InputError("retain='rest' needs forget as 'SOURCE#SELECTOR'; give the retain pairs as a dataset")
-        return source.train.subset(source.rest(source.train, select(source.train, selector, other=source.test)))
-    spec, own = parse_reference(retain)
-    opened = source_of(spec)
-    return opened.train if own is None else opened.train.subset(select(opened.train, own, other=opened.test))
-
-
-def _test_pairs(
-    test: Any, forget: PairDataset, retain: PairDataset, selector: str | None, source: Source | None, source_of: Any
-) -> tuple[PairDataset, PairDataset] | None:
-    if test is None:
-        if source is None or source.test is None:
-            return None
-        pairs = source.test
-    elif isinstance(test, tuple) and len(test) == 2 and not isinstance(test[0], (tuple, str)):
-        return as_pairs(test[0], "forget test"), as_pairs(test[1], "retain test")
-    else:
-        pairs = _further(test, "test", source_of, False)
-    if selector is not None:
-        mask = select(pairs, selector, other=None if source is None else source.train)
-    else:
-        wanted, kept = ({caption_key(one) for group in part.captions for one in group} for part in (forget, retain))
-        mask = np.array([any(caption_key(one) in wanted - kept for one in group) for group in pairs.captions], bool)
-        if mask.all() or not mask.any():
-            raise InputError(
-                f"{int(mask.sum())} of the {len(pairs)} test pairs share a caption with the forget pairs, so the test "
-                "set cannot be told apart: pass test=(forget_test, retain_test)"
-            )
-    return pairs.subset(mask), pairs.subset(source.rest(pairs, mask) if source and source.has(pairs) else ~mask)
-
-
-def _further(data: Any, name: str, source_of: Any, needs_classes: bool) -> PairDataset:
-    if isinstance(data, str):
-        spec, selector = parse_reference(data)
-        source = source_of(spec)
-        pairs = source.train if source.test is None else source.test
-        pairs = pairs if selector is None else pairs.subset(select(pairs, selector))
-    else:
-        pairs = as_pairs(data, name)
-    if len(pairs) == 0:
-        raise InputError(f"{name} is empty: give at least one (image, caption) pair")
-    if needs_classes and pairs.classes is None:
+def _other(data: Any, name: str, opener: Opener, sets: PairSets) -> PairDataset:
+    pairs = _some(opener.test_pairs(data, name), name)
+    if pairs.classes is None or pairs.labels is None:
         raise InputError(f"{name} has no classes, which zero-shot accuracy needs: give data with classes")
+    forgotten = _names(sets.forget) - _names(sets.retain)
+    known = sorted(_names(pairs) & forgotten)
+    if known:
+        raise InputError(
+            f"{name} shows {known[0]!r}, which was forgotten: leave such pairs out, for its accuracy measures damage "
+            "to what should stay"
+        )
     return pairs
 
 
-def _holdouts(holdouts: Mapping[str, Any], source_of: Any) -> dict[str, PairDataset]:
-    unknown = set(holdouts) - set(HOLDOUTS)
-    if unknown:
-        raise InputError(f"holdouts has {sorted(unknown)[0]!r}; its keys are {' and '.join(map(repr, HOLDOUTS))}")
-    return {name: _further(data, f"holdouts[{name!r}]", source_of, False) for name, data in holdouts.items()}
-
-
-def _hold_out(pairs: PairDataset, seed: int) -> tuple[PairDataset, PairDataset]:
-    """(training, test). A single pair serves both."""
-    if len(pairs) < 2:
-        return pairs, pairs
-    rest, held_out = split(pairs, HELD_OUT, seed)
-    return pairs.subset(rest), pairs.subset(held_out)
-
-
-def _require_one_kind(parts: Sequence[PairDataset]) -> None:
-    kinds = {
-        (
-            "tensors" if isinstance(part.image(0), Tensor) else "PIL images",
-            "texts" if isinstance(part.captions[0][0], str) else f"{len(part.captions[0][0])} token ids",
-        ): part.name
-        for part in parts
-        if len(part)
-    }
-    if len(kinds) > 1:
-        (first, name), (second, other) = list(kinds.items())[:2]
+def _held_out(data: Any, name: str, opener: Opener, sets: PairSets) -> PairDataset:
+    pairs = _some(opener.test_pairs(data, name), name)
+    shared = overlap(sets.forget, pairs)
+    if len(shared):
         raise InputError(
-            f"{name} has {' with '.join(first)} and {other} has {' with '.join(second)}: give images and captions of "
-            "one kind in all sets"
+            f"{len(shared)} of the {len(pairs)} pairs of {name} are forget pairs (for example "
+            f"{pairs.ids[int(shared[0])]!r}): give pairs that unlearning did not see"
         )
+    return pairs
+
+
+def _some(pairs: PairDataset, name: str) -> PairDataset:
+    if len(pairs) == 0:
+        raise InputError(f"{name} is empty: give at least one (image, caption) pair")
+    return pairs
+
+
+def _names(pairs: PairDataset) -> set[str]:
+    """The classes that the pairs show and their captions, in a form that can be compared."""
+    shown = {one for group in pairs.captions for one in group if isinstance(one, str)}
+    if pairs.classes is not None and pairs.labels is not None:
+        shown |= {pairs.classes[label] for label in np.unique(pairs.labels)}
+    return {folded(readable(one)) for one in shown}

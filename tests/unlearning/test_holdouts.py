@@ -5,7 +5,7 @@ import pytest
 from tiny import QUICK, make_tiny_clip
 
 import cliperase_fast as cf
-from cliperase_fast.auditing.sets import open_sets as open_audit_sets
+from cliperase_fast.auditing import sets as audit_sets
 from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.data import open_source, select, select_holdouts
 from cliperase_fast.unlearning.splits import open_sets, prepare_data
@@ -37,6 +37,10 @@ def test_no_pair_of_a_run_is_held_out(held_out):
     assert {name: set(pairs.ids) for name, pairs in data.holdouts.items()} == held_out[1]
     assert data.names["retain"] == "rest without the holdouts (association and identity)"
     assert data.train.pairs.entities is not None
+
+
+def open_audit_sets(*data, **more):
+    return audit_sets.read_sets(audit_sets.open_sets(*data, **more))
 
 
 def test_the_audit_scores_the_holdouts_that_unlearning_leaves_out(held_out):
