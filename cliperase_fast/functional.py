@@ -13,8 +13,6 @@ Formulas: CLIPErase (arXiv 2410.23330), with S = s I Tᵀ [N, N] and S° the sam
                     + mean_j KL(softmax_col(S°)_j || softmax_col(S)_j)
     total           = lambda_retain RM + lambda_forget FM + lambda_consistency CM
 
-The formulas of calibrated forgetting stand at `calibrated_loss`.
-
 Under transforms of `torch.func` (grad, vmap, jvp, ...) and forward-mode AD every backend computes as "eager" does, with
 N x N matrices. Only "eager" has second derivatives; the other backends raise UnlearningError. Features made in
 inference mode are copied if they must be saved for backward. Nonfinite features or scales give nonfinite losses.
@@ -37,8 +35,16 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from cliperase_fast.distributed import LOCAL, Group, Shards, resolve_group, sharded_sweep, sum_over_ranks
-from cliperase_fast.errors import InputError
+from cliperase_fast.distributed import (
+    LOCAL,
+    Group,
+    Shards,
+    over_ranks,
+    resolve_group,
+    sharded_calibrated,
+    sharded_sweep,
+    sum_over_ranks,
+)
 from cliperase_fast.ops.calibrated import CalibratedInputs, background_levels
 from cliperase_fast.ops.registry import Backend, Implementation
 from cliperase_fast.ops.spec import SimilarityInputs, compute_dtype, no_autocast, savable
@@ -199,9 +205,9 @@ def calibrated_loss(
 ) -> CalibratedTerms:
     """Compute the loss of calibrated forgetting, which stops at the level of unrelated pairs.
 
-    It has the modules of CLIPErase (arXiv 2410.23330), with an edited teacher, and is this library's own. The batch of
-    P pairs holds forget and retain pairs in any order. With C, C° the cosines [P, P] of student and teacher, and E the
-    entries (i, j) whose caption j is a forget caption and whose image i, of any kind, has the same concept,
+    It has the modules of CLIPErase (arXiv 2410.23330), with an edited teacher, and is this library's own. The P pairs
+    are forget and retain pairs in any order. With C, C° the cosines [P, P] of student and teacher, and E the entries
+    (i, j) whose caption j is a forget caption and whose image i, of any kind, has the same concept,
 
         C*  (b_i + b'_j) / 2 on E, C° elsewhere: the edited teacher
         RM  as above, over the retain pairs only
@@ -227,10 +233,8 @@ def calibrated_loss(
     Raises InputError, before anything is computed, if an argument is not as above.
     """
     process_group = _group(process_group)
-    if process_group is not None:
-        raise InputError("calibrated_loss does not take a process_group yet; give the whole batch to each process")
     weights = (lambda_retain, lambda_forget, lambda_consistency, lambda_anchor)
-    checked, _ = agreed(
+    checked, shards = agreed(
         process_group,
         lambda: check_calibrated(
             image_features, text_features, teacher_image, teacher_text, logit_scale, teacher_logit_scale, forget_mask,
@@ -243,7 +247,8 @@ def calibrated_loss(
             **dict(zip(CALIBRATED_WEIGHTS, weights, strict=True)),
         ),
         gather,
-        (image_features,),
+        (image_features, image_features),
+        counts=lambda: (int((~forget_mask).sum()), int(forget_mask.sum())),
     )  # fmt: skip
     assert checked.teacher_scale is not None
     image, text, frozen_image, frozen_text, mask, ids, level_image, level_text = savable(
@@ -251,19 +256,14 @@ def calibrated_loss(
         background_text,
     )  # fmt: skip
     with no_autocast(image_features):
-        if level_image is None or level_text is None:
-            levels = background_levels(frozen_image, frozen_text, mask)
-            level_image = levels[0] if level_image is None else level_image
-            level_text = levels[1] if level_text is None else level_text
+        levels = background_levels(
+            frozen_image, frozen_text, mask, level_image, level_text, lambda own: over_ranks(own, shards[0])
+        )
         inputs = CalibratedInputs(
-            image, text, checked.scale, frozen_image, frozen_text, checked.teacher_scale, mask, level_image, level_text,
-            ids, keep=keep,
+            image, text, checked.scale, frozen_image, frozen_text, checked.teacher_scale, mask, *levels, ids,
+            keep=keep,
         )  # fmt: skip
-        if len(image) == 0:
-            terms = [_zero(inputs.image, inputs.text, inputs.scale)] * 4
-        else:
-            assert checked.run.calibrated is not None
-            terms = list(checked.run.calibrated.loss(inputs))
+        terms = list(_calibrated(inputs, checked.run, shards))
         total = zero = terms[0].new_zeros(())
         for place, weight in enumerate(weights):
             if weight > 0:
@@ -386,11 +386,13 @@ def agreed(
     gather: str,
     batches: tuple[Tensor, ...],
     own_values: bool = False,
+    counts: Callable[[], tuple[int, int]] | None = None,
 ) -> tuple[Found, list[Shards | None]]:
     """Run `check`, and return its result and the shards of each batch; None for each without a process_group.
 
     check: an InputError that it raises is raised on the other ranks too. describe: returns, for the result of `check`,
-    what must be the same on every rank. batches: the image features of one or two batches.
+    what must be the same on every rank. batches: the image features of one or two batches; counts: returns the pairs
+    of two batches that share their features.
     """
     if process_group is None:
         return check(), [None] * len(batches)
@@ -400,7 +402,7 @@ def agreed(
         checked = check()
         group.check_device(batches[0].device)
         said = describe(checked)
-    own = len(batches[0]), len(batches[1]) if len(batches) > 1 else 0
+    own = counts() if counts else (len(batches[0]), len(batches[1]) if len(batches) > 1 else 0)
     sizes = group.agree(said, own)[: len(batches)]
     return checked, [Shards(group, ranks, gather, own_values) for ranks in sizes]
 
@@ -447,6 +449,19 @@ def _sweep(inputs: SimilarityInputs, run: Implementation, shards: Shards | None)
         return run.sweep(inputs)
     assert run.kernels is not None
     return sharded_sweep(run.kernels, shards, inputs)
+
+
+def _calibrated(inputs: CalibratedInputs, run: Implementation, parts: list[Shards | None]) -> tuple[Tensor, ...]:
+    """Return the four terms; parts: the shards of the retain and of the forget pairs."""
+    assert run.calibrated is not None
+    retain, forget = parts
+    if (len(inputs.image) if retain is None or forget is None else retain.total + forget.total) == 0:
+        return (_zero(inputs.image, inputs.text, inputs.scale),) * 4
+    loss, kernels = run.calibrated
+    if retain is None or forget is None:
+        return loss(inputs)
+    assert kernels is not None
+    return sharded_calibrated(kernels, (retain, forget), inputs).unbind()
 
 
 def _zero(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:

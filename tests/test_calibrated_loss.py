@@ -256,7 +256,7 @@ def test_wrong_input_is_named_before_anything_is_computed(monkeypatch, changes, 
 
     monkeypatch.setattr(cf.functional, "background_levels", computed)
     with pytest.raises(InputError, match=match):
-        calibrated_loss(**{**batch(background=False), **changes})
+        calibrated_loss(**{**batch(), **changes})
 
 
 def test_the_module_gives_what_the_function_gives():

@@ -1,11 +1,11 @@
-"""Spread a batch over processes: the group and its checks, collectives, and the sharded softmax and sigmoid losses.
+"""Spread a batch over processes: the group and its checks, collectives, and the sharded losses.
 
 `world.py` serves whole runs: it joins the processes, shares work between them and propagates errors.
 """
 
 from __future__ import annotations
 
-from cliperase_fast.distributed.collectives import sum_over_ranks
+from cliperase_fast.distributed.collectives import over_ranks, sum_over_ranks
 from cliperase_fast.distributed.process_group import (
     GATHER_MODES,
     LOCAL,
@@ -15,6 +15,7 @@ from cliperase_fast.distributed.process_group import (
     check_process_group,
     resolve_group,
 )
+from cliperase_fast.distributed.sharded_calibrated import sharded_calibrated
 from cliperase_fast.distributed.sharded_sigmoid import sharded_sigmoid
 from cliperase_fast.distributed.sharded_softmax import sharded_sweep
 from cliperase_fast.distributed.world import SINGLE_PROCESS, Ranks, init_distributed
@@ -29,7 +30,9 @@ __all__ = [
     "Shards",
     "check_process_group",
     "init_distributed",
+    "over_ranks",
     "resolve_group",
+    "sharded_calibrated",
     "sharded_sigmoid",
     "sharded_sweep",
     "sum_over_ranks",

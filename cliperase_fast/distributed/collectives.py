@@ -80,6 +80,11 @@ def total_over_ranks(group: Group, value: Tensor) -> Tensor:
     return shares.sum(0)
 
 
+def over_ranks(value: Tensor, shards: Shards | None) -> Tensor:
+    """Sum `value`, which has no gradient, over the ranks of `shards`; None: return it as it is."""
+    return value if shards is None else total_over_ranks(shards.group, value)
+
+
 class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, group: Group) -> Tensor:

@@ -119,14 +119,21 @@ def background_levels(
     teacher_image: Tensor,
     teacher_text: Tensor,
     forget_mask: Tensor,
+    of_image: Tensor | None = None,
+    of_text: Tensor | None = None,
     total: Callable[[Tensor], Tensor] = lambda own: own,
 ) -> tuple[Tensor, Tensor]:
-    """Return b and b' [P] from the retain pairs at hand: cosines with the mean retain caption, and image.
+    """Return b and b' [P]: those given, or cosines with the mean caption, and the mean image, of the retain pairs here.
 
     total: sums a tensor over the processes that share the batch. Without retain pairs the levels are 0.
     """
+    if of_image is not None and of_text is not None:
+        return of_image, of_text
     dtype = compute_dtype(teacher_image, teacher_text)
     image, text = teacher_image.to(dtype), teacher_text.to(dtype)
     retained = (~forget_mask).to(dtype)  # [P]
     count = total(retained.sum()).clamp(min=1)
-    return image @ (total(retained @ text) / count), text @ (total(retained @ image) / count)
+    return (
+        image @ (total(retained @ text) / count) if of_image is None else of_image,
+        text @ (total(retained @ image) / count) if of_text is None else of_text,
+    )
