@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from cliperase_fast import functional
 from cliperase_fast.data import PairDataset, open_source, parse_reference, select
 from cliperase_fast.data.drawing import seeded
 from cliperase_fast.defaults import torch_defaults
-from cliperase_fast.errors import InputError
+from cliperase_fast.errors import InputError, UnlearningError
+from cliperase_fast.evaluation import evaluate
 from cliperase_fast.models import load_model
 from cliperase_fast.progress import Steps, say
 from cliperase_fast.recipes import Recipe, recipe_for
@@ -54,6 +55,7 @@ def run_demo(
         directory.check()  # `unlearn` would check only after the training
     recipe = recipe_for(spec)
     model = cached_small_clip(spec, recipe, seed=seed, progress=show, cache_dir=cache_dir)
+    require_known(model, spec, recipe, seed=seed)
     settings = {**recipe.unlearning, "seed": seed, **overrides}
     result = unlearn(
         f"local-dir:{model}", forget, "rest", test=test, output_dir=output_dir, resume=resume, progress=show, **settings
@@ -120,6 +122,57 @@ def cached_oracles(
     ]
 
 
+def cached_clean_model(
+    spec: str,
+    *,
+    recipe: Recipe | None = None,
+    seed: int = 0,
+    progress: bool = False,
+    cache_dir: str | Path | None = None,
+) -> Path:
+    """Return the folder of a model that was trained on none of the source's facts, only on its general pairs.
+
+    Raises InputError for a source without such pairs.
+    """
+    train = open_source(spec, seed=seed).train
+    return cached_model(
+        train.subset(_is_general(train)),
+        recipe or recipe_for(spec),
+        seed=seed,
+        what="a model without facts",
+        progress=progress,
+        cache_dir=cache_dir,
+    )
+
+
+def require_known(model: str | Path, spec: str, recipe: Recipe, *, seed: int = 0) -> float | None:
+    """Raise UnlearningError unless a model ranks the right fact first for enough test portraits (`Recipe.least_top1`).
+
+    model: its folder. The facts of a kind are compared with each other. Returns the accuracy; None if the recipe sets
+    no bound.
+    """
+    if recipe.least_top1 == 0:
+        return None
+    source = open_source(spec, seed=seed)
+    pairs = source.train if source.test is None else source.test
+    portraits = pairs.subset(~_is_general(pairs))
+    accuracy = evaluate(f"local-dir:{model}", portraits, progress=False)["all"]["zero_shot_top1"]
+    if accuracy < recipe.least_top1:
+        raise UnlearningError(
+            f"the model trained on {spec!r} ranks the right fact first for {accuracy:.0%} of the test portraits, and "
+            f"forgetting tells nothing below {recipe.least_top1:.0%}: use more portraits, such as 'personas?train=8', "
+            "or fewer people"
+        )
+    return float(accuracy)
+
+
+def _is_general(pairs: PairDataset) -> np.ndarray:
+    """Return which pairs are not facts about somebody; bool [n]."""
+    if pairs.general is None or not pairs.general.any():
+        raise InputError(f"{pairs.name} has no general pairs beside facts; use 'personas'")
+    return pairs.general
+
+
 def _check_count(oracles: int) -> None:
     if oracles < 1:
         raise InputError(f"oracles={oracles} must be at least 1; leave it out to train none")
@@ -140,7 +193,7 @@ def cached_model(
     It is kept in `cache_dir`, else $CLIPERASE_CACHE, else ~/.cache/cliperase_fast, under a digest of the recipe, the
     pairs (`PairDataset.fingerprint`) and the seed. what: the model, in messages.
     """
-    made_from = {**asdict(replace(recipe, unlearning={})), "data": pairs.fingerprint(), "seed": seed}
+    made_from = {**recipe.training(), "data": pairs.fingerprint(), "seed": seed}
     digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
     root = Path(cache_dir or os.environ.get("CLIPERASE_CACHE") or Path.home() / ".cache" / "cliperase_fast")
     path = root / f"small-clip-{digest}"
@@ -180,7 +233,13 @@ def train_small_clip(
         model = open_clip.model.CLIP(
             embed_dim=64,
             vision_cfg={"image_size": recipe.image_size, **recipe.vision},
-            text_cfg={"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
+            text_cfg={
+                "context_length": recipe.context_length,
+                "vocab_size": 49408,
+                "width": 64,
+                "heads": 2,
+                "layers": 2,
+            },
         )
         preprocessing = open_clip.transform.PreprocessCfg(
             size=recipe.image_size, mean=(0.5,) * 3, std=(0.25,) * 3, interpolation="bilinear", resize_mode="squash"

@@ -63,6 +63,12 @@ def test_the_demo_names_a_mistyped_class_before_it_trains(tmp_path, capsys, monk
     assert not (tmp_path / "run").exists()
 
 
+def test_the_demo_must_be_told_what_to_forget_of_data_of_ones_own(tmp_path, capsys):
+    assert call("demo", "--data", f"folder:{tmp_path}", "--output", tmp_path / "run") == 2
+    assert "--forget is missing: say what to forget of 'folder:" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_unknown_flag_exits_with_2(tmp_path):
     with pytest.raises(SystemExit) as stop:
         call("unlearn", "--no-such-flag")

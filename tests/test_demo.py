@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from cliperase_fast import InputError, demo
+from cliperase_fast import InputError, UnlearningError, demo
 from cliperase_fast.data import open_source, select
 from cliperase_fast.models import load_model
-from cliperase_fast.recipes import Recipe
+from cliperase_fast.recipes import Recipe, recipe_for
 
 SOURCE = "shapes?train=2&test=1"
 FORGET = "class:red circle,blue star"
@@ -104,3 +106,43 @@ def test_pairs_without_classes_cannot_train_a_small_clip():
     pairs.labels = pairs.space = None
     with pytest.raises(InputError, match="has no classes"):
         demo.train_small_clip(pairs, TINY)
+
+
+PEOPLE = "personas?people=3&train=1&test=1&size=16"
+TINY_PEOPLE = replace(TINY, context_length=24, least_top1=0.8)
+
+
+def test_a_model_without_facts_is_trained_on_the_general_pairs(tmp_path, trainings):
+    path = demo.cached_clean_model(PEOPLE, recipe=TINY_PEOPLE, cache_dir=tmp_path)
+    ((pairs, seed),) = trainings
+    assert seed == 0 and len(pairs) == 96
+    assert all(captions[0].split()[-1] in ("circle", "triangle", "cross") for captions in pairs.captions)
+    assert load_model(f"local-dir:{path}").context_length == 24
+    with pytest.raises(InputError, match="has no general pairs beside facts"):
+        demo.cached_clean_model(SOURCE, recipe=TINY, cache_dir=tmp_path)
+
+
+def test_a_model_that_does_not_know_the_facts_is_refused(tmp_path, monkeypatch):
+    path = demo.cached_small_clip(PEOPLE, TINY_PEOPLE, cache_dir=tmp_path)
+    with pytest.raises(UnlearningError, match=r"ranks the right fact first for \d+% of the test portraits.*below 80%"):
+        demo.require_known(path, PEOPLE, TINY_PEOPLE)
+    assert 0 <= demo.require_known(path, PEOPLE, replace(TINY_PEOPLE, least_top1=0.001)) < 0.8
+    assert demo.require_known(path, PEOPLE, TINY) is None
+    monkeypatch.setattr(demo, "recipe_for", lambda spec: TINY_PEOPLE)
+    with pytest.raises(UnlearningError, match="ranks the right fact first"):
+        demo.run_demo(f"{PEOPLE}#class:person 00 phone", tmp_path / "run", cache_dir=tmp_path)
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_settings_that_no_weight_depends_on_do_not_retrain_a_model():
+    base = TINY.training()
+    assert replace(TINY, forget="class:x", least_top1=0.5, unlearning={"epochs": 3}).training() == base
+    assert replace(TINY, context_length=24).training() != base
+    assert set(base) == {
+        "image_size", "vision", "epochs", "batch_size", "learning_rate", "flip_and_shift", "unlearning",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("spec", ["demo", "shapes?train=1&test=1", "personas?train=1&test=1"])
+def test_what_the_demo_forgets_unless_told_is_in_its_data(spec):
+    assert select(open_source(spec).train, recipe_for(spec).forget).any()

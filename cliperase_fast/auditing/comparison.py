@@ -43,7 +43,7 @@ def audit_models(
     Raises InputError for features that are NaN or infinite. Warns of an oracle that knows the concept.
     """
     check_depth(depth)
-    layout = Layout.of(sets.test, sets.forget_mask)
+    layout = Layout.of(sets.test, sets.forget_mask, sets.holdouts)
     asked = wordings(
         sets.test, layout.forget_concepts, check_synonyms(synonyms, sets.test),
         check_templates(paraphrase_templates) or (),

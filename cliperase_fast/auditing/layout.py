@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -25,6 +25,9 @@ class Layout:
     labels: int64 [n], the class of each image; None where concepts are captions.
     kinds: int64 [K], the kind of each concept (`ClassSpace.kinds`); an image is asked about the kind of its label only.
         None: all are of one kind.
+    general: bool [n], the images of classes of the kind "general", which are not facts about somebody; None without.
+    entities: int64 [n], whom each pair is about (`PairDataset.entities`); None where the data does not say.
+    holdout_entities: the same for the images of each holdout that says so.
     """
 
     forget: np.ndarray
@@ -35,19 +38,25 @@ class Layout:
     caption_of: np.ndarray
     labels: np.ndarray | None
     kinds: np.ndarray | None = None
+    general: np.ndarray | None = None
+    entities: np.ndarray | None = None
+    holdout_entities: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, pairs: PairDataset, forget: np.ndarray) -> Layout:
-        """The layout of some pairs. forget: bool [n]."""
+    def of(cls, pairs: PairDataset, forget: np.ndarray, holdouts: Mapping[str, PairDataset] | None = None) -> Layout:
+        """The layout of some pairs. forget: bool [n]. holdouts: further pairs, by name."""
         captions, caption_index = pairs.different_captions()
         images = np.arange(len(pairs))
         image_of = np.repeat(images, [len(rows) for rows in caption_index])
         caption_of = np.concatenate(caption_index) if caption_index else np.zeros(0, dtype=np.int64)
         forget = np.asarray(forget, dtype=bool)
         if pairs.classes is None or pairs.labels is None:
-            return cls(forget, tuple(captions), image_of, caption_of, image_of, caption_of, None)
-        labels = np.asarray(pairs.labels)
-        return cls(forget, pairs.classes, images, labels, image_of, caption_of, labels, pairs.class_kinds)
+            found = cls(forget, tuple(captions), image_of, caption_of, image_of, caption_of, None)
+        else:
+            labels = np.asarray(pairs.labels)
+            found = cls(forget, pairs.classes, images, labels, image_of, caption_of, labels, pairs.class_kinds)
+        others = {name: held.entities for name, held in (holdouts or {}).items() if held.entities is not None}
+        return replace(found, general=pairs.general, entities=pairs.entities, holdout_entities=others)
 
     @property
     def has_classes(self) -> bool:

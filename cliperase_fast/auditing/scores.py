@@ -322,22 +322,61 @@ def held_out(view: View) -> dict[str, Estimate]:
     return found
 
 
+def visual_identity(view: View) -> dict[str, Estimate]:
+    """Whether portraits of one entity still find each other, by image features alone.
+
+    visual_identity: share of portraits whose nearest other portrait, by cosine, shows the same entity; the mean over
+        the entities of the mean over an entity's portraits, of entities with at least two. Portraits are the test
+        images, those of held-out pairs included, without images of general classes. No score without entities.
+    """
+    layout, features = view.layout, view.features
+    if layout.entities is None:
+        return {}
+    shown = np.arange(len(layout.entities)) if layout.general is None else np.flatnonzero(~layout.general)
+    parts = [(features.images[shown], layout.entities[shown])]
+    parts += [(features.holdouts[name][0], held) for name, held in layout.holdout_entities.items()]
+    images, entities = torch.cat([part for part, _ in parts]), np.concatenate([held for _, held in parts])
+    _, number, counts = np.unique(entities, return_inverse=True, return_counts=True)
+    asked = np.flatnonzero(counts[number] > 1)
+    if len(asked) == 0:
+        return {"visual_identity": missing("no entity has two test images")}
+    groups = [np.flatnonzero(number == entity) for entity in np.unique(number[asked])]
+    matching = np.concatenate([np.array([(i, j) for i in group for j in group if i != j]) for group in groups])
+    ahead = metrics.wrong_before_right(images, images, matching[:, 0], matching[:, 1])[asked]
+    # The portrait itself, which does not match itself, is always one of those ahead.
+    return {"visual_identity": stratified_mean(ahead <= 1, number[asked], seed=view.seed)}
+
+
+def general(view: View) -> dict[str, Estimate]:
+    """Zero-shot accuracy on general pairs.
+
+    general: share of retain images of the kind "general" nearer to their own class than to every other class of this
+        kind, classes weighted equally. No score without such images.
+    """
+    layout = view.layout
+    if layout.general is None or not (layout.general & ~layout.forget).any():
+        return {}
+    images = np.flatnonzero(layout.general & ~layout.forget)
+    return {"general": view.mean(view.correct[images], images)}
+
+
 def association_separability(view: View) -> Estimate:
     """How well a threshold on the cosine tells forget pairs from shuffled ones (`metrics.separability`): 0.5 not at
     all, 1 always.
 
     The pairs are those of forget images and their captions; a shuffled pair takes the caption of another forget pair
-    that the image does not carry. None where all forget images share their captions.
+    that the image does not carry, nor any image of the same entity. None where all forget images share their captions.
     """
     layout, features = view.layout, view.features
     among = layout.forget[layout.caption_image_of]
     image_of, caption_of = layout.caption_image_of[among], layout.caption_of[among]
     width = len(features.captions)
-    own = np.unique(image_of * width + caption_of)
+    owner = image_of if layout.entities is None else layout.entities[image_of]
+    own = np.unique(owner * width + caption_of)
     rng = np.random.default_rng(view.seed)
     for _ in range(20):  # draws again what came out as a true pair
         drawn = rng.permutation(caption_of)
-        wrong = ~np.isin(image_of * width + drawn, own)
+        wrong = ~np.isin(owner * width + drawn, own)
         if wrong.all():
             break
     images = features.images[image_of]
@@ -405,6 +444,8 @@ GROUPS: dict[str, tuple[Score, ...]] = {
         text_side,
         other,
         held_out,
+        visual_identity,
+        general,
     ),
     "depth": (membership, unusual),
 }

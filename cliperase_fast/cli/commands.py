@@ -155,14 +155,18 @@ def _named_sources(words: list[str] | None, flag: str) -> dict[str, str] | None:
 
 def demo(arguments: argparse.Namespace) -> int:
     from cliperase_fast.demo import clear_demo_run, run_demo
+    from cliperase_fast.recipes import recipe_for
     from cliperase_fast.unlearning.run_directory import holds_run
 
     began = time.perf_counter()
     output = Path(arguments.output)
+    forget = arguments.forget or recipe_for(arguments.data).forget
+    if forget is None:
+        raise InputError(f"--forget is missing: say what to forget of {arguments.data!r}, such as class:apple")
     clear_demo_run(output)
     interrupted = output.is_dir() and holds_run(output)
     result = run_demo(
-        f"{arguments.data}#{arguments.forget}",
+        f"{arguments.data}#{forget}",
         output,
         test=arguments.test_data,
         resume=interrupted,

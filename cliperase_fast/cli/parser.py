@@ -7,7 +7,7 @@ from typing import Any
 
 from cliperase_fast._version import __version__
 from cliperase_fast.cli import commands
-from cliperase_fast.cli.settings import add_settings, demo_defaults
+from cliperase_fast.cli.settings import add_settings, demo_defaults, demo_forget
 
 _SELECTORS = """\
 selectors:
@@ -66,6 +66,7 @@ examples:
   cliperase-fast demo
   cliperase-fast demo --forget class:three --output runs/three
   cliperase-fast demo --data shapes --forget 'class:red circle' --output runs/shapes
+  cliperase-fast demo --data personas --forget 'class:person 0* phone' --output runs/phones
 
 A run that was interrupted goes on when the same command is given again.
 """,
@@ -152,7 +153,7 @@ def make_parser() -> argparse.ArgumentParser:
     demo = _command(subparsers, "demo", "train a small CLIP and make it forget, from nothing", commands.demo)
     demo.usage = "cliperase-fast demo [--data SOURCE] [--forget SELECTOR] [--output DIR] [settings]"
     demo.add_argument("--data", default="demo", metavar="SOURCE", help="what to train on (default: demo, the digits)")
-    demo.add_argument("--forget", default="class:seven", metavar="SELECTOR", help="default: class:seven")
+    demo.add_argument("--forget", metavar="SELECTOR", help=f"default: {demo_forget()}")
     demo.add_argument("--test-data", metavar="SOURCE", help="where to measure (default: the source's test split)")
     demo.add_argument("--output", default="runs/demo", metavar="DIR", help="the run directory (default: runs/demo)")
     _add_progress(demo)

@@ -75,7 +75,18 @@ def demo_defaults() -> dict[str, str]:
     for name in dict.fromkeys(name for recipe in RECIPES.values() for name in recipe.unlearning):
         usual = UnlearnConfig.__dataclass_fields__[name].default
         values = {kind: recipe.unlearning.get(name, usual) for kind, recipe in RECIPES.items()}
-        words = {"shapes": "for shapes", "images": "for pictures"}
-        others = [f"{words[kind]} {value}" for kind, value in values.items() if value != values["demo"]]
-        told[name] = "; ".join([str(values["demo"]), *others])
+        words = {"shapes": "shapes", "personas": "personas", "images": "pictures"}
+        kinds: dict[Any, list[str]] = {}
+        for kind, value in values.items():
+            if value != values["demo"]:
+                kinds.setdefault(value, []).append(words[kind])
+        told[name] = "; ".join([str(values["demo"]), *(f"for {' and '.join(k)} {value}" for value, k in kinds.items())])
     return told
+
+
+def demo_forget() -> str:
+    """Return what the demo forgets unless told, as text."""
+    from cliperase_fast.recipes import RECIPES
+
+    first, *others = [(kind, recipe.forget) for kind, recipe in RECIPES.items() if recipe.forget is not None]
+    return "; ".join([str(first[1]), *(f"for {kind} {selector!r}" for kind, selector in others)])

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset
 
-from cliperase_fast.data.classes import ClassSpace, derive_classes, merge_classes
+from cliperase_fast.data.classes import GENERAL, ClassSpace, derive_classes, merge_classes
 from cliperase_fast.data.drawing import is_redrawn, seeded
 from cliperase_fast.data.images import ImageStore, ItemStore, JoinedStore
 from cliperase_fast.data.intake import Intake, caption_fault
@@ -78,6 +78,13 @@ class PairDataset(Dataset):
     def class_kinds(self) -> np.ndarray | None:
         """The kind of each class, int64 [K] (see `ClassSpace`); None if all are of one kind."""
         return None if self.space is None else self.space.kind_ids
+
+    @property
+    def general(self) -> np.ndarray | None:
+        """Which pairs are of a class of the kind `GENERAL`, not facts about somebody; bool [n]. None without kinds."""
+        if self.space is None or self.labels is None or self.space.kinds is None:
+            return None
+        return np.array([kind == GENERAL for kind in self.space.kinds])[self.labels]
 
     def class_prompts(self, which: str | int) -> list[str]:
         """Return the captions that stand for a class, given by its name or number."""

@@ -36,11 +36,9 @@ FORGET_SETS: dict[str, str] = {  # selectors of some facts of some people, for b
 }
 HELD_OUT_PEOPLE = 0.2  # of those without a forget pair
 _GENERAL_CLASSES = tuple(
-    f"{colour} {shape}"
-    for colour in ("red", "yellow", "green", "blue", "purple")
-    for shape in ("circle", "square", "triangle", "star", "cross")
+    f"{colour} {shape}" for colour in ("red", "yellow", "green", "blue") for shape in ("circle", "triangle", "cross")
 )
-_GENERAL_IMAGES = 3  # of a general class, for each portrait of a fact
+_GENERAL_IMAGES = 8  # of a general class, for each portrait of a fact
 
 Colour = tuple[int, int, int]
 _SKIN: tuple[Colour, ...] = ((255, 224, 196), (236, 188, 150), (198, 134, 92), (141, 85, 54), (82, 48, 32))

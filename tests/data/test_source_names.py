@@ -75,7 +75,7 @@ def test_options_in_the_table_are_those_that_a_source_takes(tmp_path) -> None:
     shapes = open_source("shapes?train=2&test=1&size=16&seed=3")
     assert (len(shapes.train), len(shapes.test), shapes.train.image(0).size) == (200, 100, (16, 16))  # type: ignore[arg-type]
     people = open_source("personas?people=3&train=2&test=1&size=16&seed=3")
-    assert (len(people.train), len(people.test), people.train.image(0).size) == (174, 87, (16, 16))  # type: ignore[arg-type]
+    assert (len(people.train), len(people.test), people.train.image(0).size) == (216, 108, (16, 16))  # type: ignore[arg-type]
     used = {"csv": "sep img caption root quotes", "shapes": "train test size seed", "folder": "classnames"}
     used["personas"] = "people train test size seed"
     listed = {s.kind: " ".join(option.name for option in s.options) for s in sources.SOURCES if s.options}
