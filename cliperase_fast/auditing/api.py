@@ -15,13 +15,18 @@ from cliperase_fast.auditing.depth import check_depth
 from cliperase_fast.auditing.features import Encoding
 from cliperase_fast.auditing.loading import check_alike, load_models
 from cliperase_fast.auditing.result import Audit
-from cliperase_fast.auditing.sets import open_sets, read_sets
+from cliperase_fast.auditing.sets import AuditSets, open_sets, read_sets
 from cliperase_fast.auditing.vocabulary import TEMPLATES, check_synonyms
+from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.data.classes import check_templates
+from cliperase_fast.data.drawing import seeded
+from cliperase_fast.data.loading import PixelCache
 from cliperase_fast.defaults import torch_defaults
+from cliperase_fast.distributed import Ranks, init_distributed
 from cliperase_fast.errors import InputError
+from cliperase_fast.evaluation.evaluating import check_settings
 from cliperase_fast.models import ClipAdapter
-from cliperase_fast.models.runtime import check_precision, pick_device
+from cliperase_fast.models.runtime import device_of_rank
 from cliperase_fast.storage import check_writable
 
 
@@ -43,61 +48,108 @@ def audit(
     paraphrase_templates: Sequence[str] | str = TEMPLATES,
     tokenizer: Any = None,
     transform: Callable[[Any], Tensor] | None = None,
+    long_captions: str = "error",
+    on_error: str = "raise",
     seed: int = 0,
     batch_size: int = 256,
     device: str | torch.device = "auto",
     precision: str = "fp32",
+    num_workers: int = 0,
     progress: bool | None = None,
 ) -> Audit:
     """Measure what unlearning left behind and what it damaged.
 
-    before, after: the original and the unlearned model, in every form that `unlearn()` takes. None of the models is
-        changed.
+    before, after: the original and the unlearned model, each as `unlearn()` takes them. No model is changed.
     forget, retain, test: the pairs, as `unlearn()` takes them. Scores are those of the test pairs.
-    oracle: a model, or a list of models, trained like the original but without the forget pairs. Their mean is the
-        target. Give three at least: one alone is one sample of what not knowing looks like. Without any, the background
-        level of the original is the reference for the association.
+    oracle: a model, or a list of models, trained like the original but without the forget pairs. The mean of their
+        scores is the target, and their differences from each other are the noise floor. Pass at least three: models
+        that were trained with different seeds differ, and one model does not show by how much. Without oracles, the
+        background level of the original is the reference for the association, and the other scores have no target.
     synonyms: {class: [other names]}; None takes a small built-in list (digits, shapes, CIFAR-10).
-    other: {name: data set with classes} that the model should still be able to name; they must not show the forget
-        concepts. holdouts: {"association": data, "identity": data}, held-out pairs of the same and of other entities.
-    depth: True also attacks copies of the models (probes, relearning, soft prompts, rounding); "full" relearns from
-        fewer shots and other data too.
+    other: {name: data set with classes} that the model should still classify. Its pairs must not show what was
+        forgotten.
+    holdouts: {"association": data, "identity": data}, pairs that unlearning did not see: other facts of the entities
+        that the forget pairs are about, and facts of other entities. None takes those of the source, if it has some.
+    depth: True also attacks copies of the models (probes, relearning, soft prompts, rounding); "full" also relearns
+        from fewer shots and from other data.
     output_dir: where to save the result (`Audit.save`).
-    templates: captions that stand for a class, "a photo of a {}"; the data's own otherwise.
-    paraphrase_templates: other templates under which the concepts are asked for.
-    tokenizer, transform: needed only where the models do not bring them.
-    seed: of the bootstrap, the augmented views and the attacks. The same call gives the same result.
-    batch_size, device, precision, progress: as in `evaluate()`.
+    templates: captions that represent a class, "a photo of a {}"; default: the data's own.
+    paraphrase_templates: further templates, to ask for the concepts in other words.
+    tokenizer, transform: needed only if the models do not have their own.
+    seed: of the bootstrap, the augmented views and the attacks. The same call returns the same result.
+    long_captions, on_error, batch_size, device, precision, num_workers, progress: as in `evaluate()`.
 
-    Data without classes gets a reduced audit: every caption is a concept of its own, and scores of classes are None.
-    Raises InputError for wrong arguments, models that take different images or captions, and features that are NaN or
-    infinite. Warns of an oracle that knows the concept.
+    Data without classes gets a reduced audit. Every caption is then a concept of its own, ranks are taken among all
+    captions, and scores of classes are None: zero_shot_top1, paraphrase_top1, worst_class_drop, neighbours_top1 and
+    tug_of_war.
+
+    Several processes, started with torchrun, share the encoding, the scores and the attacks. All of them return the
+    same result, and the first one saves it.
+
+    Returns an `Audit`. Raises `InputError` before any encoding for wrong arguments, unreadable images and models that
+    read captions or images differently, and later for features that are NaN or infinite. Warns if an oracle knows the
+    concept.
     """
-    check_depth(depth)
-    if batch_size < 1:
-        raise InputError(f"batch_size={batch_size} must be at least 1")
-    if output_dir is not None:
-        check_writable(Path(output_dir), "output_dir")
-    chosen = _device(device, before)
-    check_precision(precision, chosen)
+    name = str(device) if str(device) != "auto" else str(_device_of(before) or "auto")
     checked = check_templates(templates)
-    opened = open_sets(forget, retain, test, other=other, holdouts=holdouts, templates=checked, seed=seed)
-    models = load_models(before, after, oracle, tokenizer, transform, chosen)
-    sets = read_sets(opened, seed=seed)
-    check_synonyms(synonyms, sets.test)
-    check_alike(models, sets)
-    show = sys.stderr.isatty() if progress is None else progress
-    how = Encoding(batch_size, chosen, precision, seed, show)
-    result = audit_models(models, sets, how, synonyms=synonyms, paraphrase_templates=paraphrase_templates, depth=depth)
-    if output_dir is not None:
-        result.save(output_dir)
+    check_templates(paraphrase_templates or None)
+    check_depth(depth)
+    # What reading data and trying a transform draws must not come from the caller's generators.
+    with init_distributed(name, UnlearnConfig.rank_timeout) as ranks, seeded(_checked_seed(seed), gpus=False):
+        show = (sys.stderr.isatty() if progress is None else progress) and ranks.first
+        how = ranks.run_on_all(
+            lambda: Encoding(
+                batch_size, device_of_rank(name, ranks), precision, seed, show, ranks, num_workers,
+                PixelCache(UnlearnConfig.image_cache_mib * 2**20),
+            )
+        )  # fmt: skip
+        ranks.run_on_all(lambda: check_settings(batch_size, num_workers, precision, how.device, long_captions))
+        if output_dir is not None:
+            ranks.run_on_first(lambda: check_writable(Path(output_dir), "output_dir"))
+        opened = ranks.run_on_all(
+            lambda: open_sets(
+                forget, retain, test, other=other, holdouts=holdouts, templates=checked, on_error=on_error, seed=seed
+            )
+        )
+        models = ranks.run_on_all(
+            lambda: load_models(
+                before, after, oracle, tokenizer=tokenizer, transform=transform, device=how.device,
+                truncate=long_captions == "truncate",
+            )
+        )  # fmt: skip
+        wanted = {"depth": depth, "precision": precision, "seed": seed, "batch_size": batch_size}
+        words = {"synonyms": repr(synonyms), "paraphrase_templates": repr(paraphrase_templates)}
+        ranks.agree({**wanted, **words, "the pairs": opened.fingerprint(), **_identities(models, ranks)})
+        sets = read_sets(opened, on_error=on_error, seed=seed, progress=show, ranks=ranks)
+        ranks.run_on_all(lambda: _check_fit(models, sets, synonyms))
+        result = audit_models(
+            models, sets, how, synonyms=synonyms, paraphrase_templates=paraphrase_templates, depth=depth
+        )
+        if output_dir is not None:
+            ranks.run_on_first(lambda: result.save(output_dir))
     return result
 
 
-def _device(device: str | torch.device, model: Any) -> torch.device:
-    if str(device) == "auto":
-        module = model.module if isinstance(model, ClipAdapter) else model
-        first = next(module.parameters(), None) if isinstance(module, nn.Module) else None
-        if first is not None:
-            return first.device
-    return pick_device(device)
+def _checked_seed(seed: int) -> int:
+    if not isinstance(seed, int) or seed < 0:
+        raise InputError(f"seed={seed!r} must be a whole number of at least 0")
+    return seed
+
+
+def _device_of(model: Any) -> torch.device | None:
+    """Return the device of a model that the caller holds; None for a name."""
+    module = model.module if isinstance(model, ClipAdapter) else model
+    first = next(module.parameters(), None) if isinstance(module, nn.Module) else None
+    return None if first is None else first.device
+
+
+def _identities(models: Mapping[str, ClipAdapter], ranks: Ranks) -> dict[str, str]:
+    """Return a digest of each model, where other ranks have some to compare."""
+    return {f"the model {name!r}": adapter.identity() for name, adapter in models.items()} if ranks.size > 1 else {}
+
+
+def _check_fit(
+    models: Mapping[str, ClipAdapter], sets: AuditSets, synonyms: Mapping[str, Sequence[str]] | None
+) -> None:
+    check_synonyms(synonyms, sets.test)
+    check_alike(models, sets)

@@ -19,6 +19,7 @@ from cliperase_fast.auditing.sets import AuditSets
 from cliperase_fast.data import caption_key
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.models.runtime import evaluating, inference
+from cliperase_fast.progress import Steps
 
 LARGEST_TEST = 1000  # forget test images that attacks are scored on
 LARGEST_GALLERY = 256  # concepts to choose from, where concepts are captions
@@ -46,9 +47,9 @@ class ForgetTest:
     kinds: np.ndarray | None = None
 
     @classmethod
-    def of(cls, adapter: ClipAdapter, sets: AuditSets, layout: Layout, seed: int) -> ForgetTest:
+    def of(cls, adapter: ClipAdapter, sets: AuditSets, layout: Layout, how: Encoding) -> ForgetTest:
         """At most 1,000 forget images. All classes, or of captions the forget ones and others up to 256 in all."""
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng(how.seed)
         images = layout.forget_images
         if len(images) > LARGEST_TEST:
             images = np.sort(rng.choice(images, LARGEST_TEST, replace=False))
@@ -63,7 +64,9 @@ class ForgetTest:
             chosen = np.sort(np.concatenate([own, some]))
             prompts = tuple((layout.names[concept],) for concept in chosen)
             concept_of = np.searchsorted(chosen, concept_of)
-        return cls(images, pixels_of(adapter, sets.test, images), prompts, image_of, concept_of, layout.kinds)
+        return cls(
+            images, pixels_of(adapter, sets.test, images, how.cache), prompts, image_of, concept_of, layout.kinds
+        )
 
     def named(self, adapter: ClipAdapter, how: Encoding) -> np.ndarray:
         """Whether the model puts a caption of each image before those of all other concepts; bool [m]."""
@@ -123,7 +126,7 @@ def quantised(adapter: ClipAdapter, bits: int) -> ClipAdapter:
 
 
 def prompt_attack(
-    adapter: ClipAdapter, sets: AuditSets, test: ForgetTest, how: Encoding
+    adapter: ClipAdapter, sets: AuditSets, test: ForgetTest, how: Encoding, progress: Steps
 ) -> tuple[np.ndarray | None, str]:
     """(Which forget test images are named with a trained prompt, bool [m]; or None and the reason.)
 
@@ -154,7 +157,8 @@ def prompt_attack(
     soft = soft.to(how.device).requires_grad_(True)
     fixed = test.concept_features(adapter, how).to(how.device)
     with inference(adapter.module, how.device, how.precision):
-        images = adapter.encode_image(pixels_of(adapter, shots, range(len(shots))).to(how.device)).float()
+        pixels = pixels_of(adapter, shots, range(len(shots)), how.cache)
+        images = adapter.encode_image(pixels.to(how.device)).float()
     optimizer = torch.optim.Adam([soft], lr=LEARNING_RATE)
     scale = adapter.logit_scale().detach()
     rivals = test.among_rivals(targets).to(how.device)
@@ -171,6 +175,7 @@ def prompt_attack(
             loss = F.cross_entropy(scale * images @ prompted().T + rivals, targets.to(how.device))
             (soft.grad,) = torch.autograd.grad(loss, [soft])  # no gradient reaches the weights
             optimizer.step()
+            progress.update()
     with inference(adapter.module, how.device, how.precision):
         concept_features = prompted().float().cpu()
     return test._first(test.image_features(adapter, how), concept_features), ""

@@ -21,7 +21,7 @@ from cliperase_fast.auditing.verdict import verdicts
 from cliperase_fast.auditing.vocabulary import TEMPLATES, Wording, check_synonyms, fitting, wordings
 from cliperase_fast.data.classes import check_templates
 from cliperase_fast.models import ClipAdapter
-from cliperase_fast.progress import say
+from cliperase_fast.progress import Steps, say
 
 Scores = dict[str, dict[str, Estimate]]
 
@@ -66,15 +66,17 @@ def _audit(
     how: Encoding,
     depth: bool | str,
 ) -> Audit:
+    tell = say if how.ranks.first else _nothing
     views: dict[str, View] = {}
-    scores: dict[str, Scores] = {}
     for name, adapter in models.items():
-        say("auditing %s", name)
-        features = encode_model(adapter, sets, layout, names, how, name)
-        view = views[name] = View(layout, features, views["before"].features if views else features, how.seed)
-        scores[name] = score_features(view)
-        if depth:
-            scores[name]["depth"] |= score_depth(adapter, view, sets, how, full=depth == "full")
+        tell("encoding the pairs with the model %r", name)
+        features = encode_model(adapter, sets, layout, names, how.of(adapter, models["before"], sets.test), name)
+        views[name] = View(layout, features, views["before"].features if views else features, how.seed)
+    scores = _score_all(views, how)
+    if depth:
+        tell("attacking copies of %d models", len(models))
+        for name, found in score_depth(models, views, sets, how, full=depth == "full").items():
+            scores[name]["depth"] |= found
     oracles = [scores[name] for name in models if name.startswith("oracle")]
     level = background(scores["before"])
     notes = [*sets.notes, *_few_oracles(len(oracles), level), *_knowing_oracles(scores, layout)]
@@ -100,6 +102,26 @@ def _audit(
     }
     said = verdicts(table, gap, level, over)
     return Audit(table, gap, level, over, said, notes, data, limit, evidence(views))
+
+
+def _nothing(*words: object) -> None:
+    """Log nothing: only the first rank logs."""
+
+
+def _score_all(views: Mapping[str, View], how: Encoding) -> dict[str, Scores]:
+    """The scores that need features only, by model; ranks share the models."""
+    own = list(views)[how.ranks.rank :: how.ranks.size]
+
+    def work() -> dict[str, Scores]:
+        with Steps(len(own), "scoring", "model", bar=how.progress) as steps:
+            found = {}
+            for name in own:
+                found[name] = score_features(views[name])
+                steps.update()
+            return found
+
+    found = {name: scores for of_rank in how.ranks.gather_results(work) for name, scores in of_rank.items()}
+    return {name: found[name] for name in views}
 
 
 def _few_oracles(count: int, level: float | None) -> list[str]:
@@ -144,7 +166,8 @@ def _tug_of_war(models: Mapping[str, ClipAdapter], views: Mapping[str, View], se
     for name, view in views.items():
         if name == "before":
             continue
-        correct = training_correct(models[name], sets, view.features.concepts, how, name)
+        own = how.of(models[name], models["before"], sets.test)
+        correct = training_correct(models[name], sets, view.features.concepts, own, name)
         correct["test"] = view.correct
         found[name] = {kind: float(hits.mean()) for kind, hits in correct.items()}
     oracles = [values for name, values in found.items() if name != "after"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,13 @@ from cliperase_fast.auditing.scores import Features, Variant
 from cliperase_fast.auditing.sets import AuditSets
 from cliperase_fast.auditing.vocabulary import Wording
 from cliperase_fast.data import PairDataset, caption_key
+from cliperase_fast.data.loading import PixelCache
 from cliperase_fast.distributed import SINGLE_PROCESS, Ranks
 from cliperase_fast.errors import InputError
 from cliperase_fast.evaluation import EncodedPairs, encode_pairs, require_finite
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.models.runtime import inference
+from cliperase_fast.progress import Steps
 
 VIEWS = 4  # augmented views of an image, for membership
 LARGEST_SAMPLE = 2048  # training pairs looked at, of each kind
@@ -29,7 +31,12 @@ LARGEST_SAMPLE = 2048  # training pairs looked at, of each kind
 
 @dataclass(frozen=True)
 class Encoding:
-    """How models encode: images in a forward pass, the device, the arithmetic, the seed of augmented views, ranks."""
+    """How models encode.
+
+    batch_size: images in a forward pass. precision: arithmetic of the encoders, as in `encode_pairs`.
+    seed: of the bootstrap, the augmented views and the attacks. ranks: processes that share the work.
+    num_workers: processes that load images. cache: of images under the transform of the models; None keeps none.
+    """
 
     batch_size: int
     device: torch.device
@@ -37,6 +44,12 @@ class Encoding:
     seed: int = 0
     progress: bool = False
     ranks: Ranks = SINGLE_PROCESS
+    num_workers: int = 0
+    cache: PixelCache | None = None
+
+    def of(self, adapter: ClipAdapter, other: ClipAdapter, pairs: PairDataset) -> Encoding:
+        """The same for `adapter`; without the cache if it turns images into other pixels than `other` does."""
+        return self if shares_transform(adapter, other, pairs) else replace(self, cache=None)
 
 
 def encode_model(
@@ -102,17 +115,26 @@ def view_cosines(adapter: ClipAdapter, pairs: PairDataset, concepts: Tensor, how
         captions, index = pairs.different_captions()
         text = encode_captions(adapter, captions, how)
         own = torch.stack([text[rows].mean(0) for rows in index])  # the mean cosine is that with the mean caption
-    found, start = [], 0
-    with inference(adapter.module, how.device, how.precision):
-        for pixels in pixel_batches(adapter, pairs, how.batch_size):
-            mine = own[start : start + len(pixels)]
-            cosines = torch.zeros(len(pixels), dtype=torch.float64, device="cpu")
-            for view in augmented_views(pixels, start, how.seed):
-                features = adapter.encode_image(view.to(how.device)).float().cpu()
-                cosines += (features * mine).sum(1).double()
-            found.append(cosines / VIEWS)
-            start += len(pixels)
-    return torch.cat(found).numpy()
+    starts = range(0, len(pairs), how.batch_size)
+
+    def work() -> list[np.ndarray]:
+        with (
+            inference(adapter.module, how.device, how.precision),
+            Steps(len(pairs), "encoding views", "image", bar=how.progress) as steps,
+        ):
+            found = []
+            for start in starts[how.ranks.share(len(starts))]:
+                mine = own[start : start + how.batch_size]
+                pixels = pixels_of(adapter, pairs, range(start, start + len(mine)), how.cache)
+                cosines = torch.zeros(len(pixels), dtype=torch.float64, device="cpu")
+                for view in augmented_views(pixels, start, how.seed):
+                    features = adapter.encode_image(view.to(how.device)).float().cpu()
+                    cosines += (features * mine).sum(1).double()
+                found.append((cosines / VIEWS).numpy())
+                steps.update(len(pixels))
+            return found
+
+    return np.concatenate([part for of_rank in how.ranks.gather_results(work) for part in of_rank])
 
 
 def augmented_views(pixels: Tensor, start: int, seed: int) -> Iterator[Tensor]:
@@ -134,23 +156,37 @@ def augmented_views(pixels: Tensor, start: int, seed: int) -> Iterator[Tensor]:
         yield torch.stack(views)
 
 
-def pixel_batches(adapter: ClipAdapter, pairs: PairDataset, batch_size: int) -> Iterator[Tensor]:
+def pixel_batches(adapter: ClipAdapter, pairs: PairDataset, how: Encoding) -> Iterator[Tensor]:
     """The images as the model takes them, [B, 3, H, W] on the CPU, in order."""
-    for start in range(0, len(pairs), batch_size):
-        yield pixels_of(adapter, pairs, range(start, min(start + batch_size, len(pairs))))
+    for start in range(0, len(pairs), how.batch_size):
+        yield pixels_of(adapter, pairs, range(start, min(start + how.batch_size, len(pairs))), how.cache)
 
 
-def pixels_of(adapter: ClipAdapter, pairs: PairDataset, rows: Sequence[int] | np.ndarray) -> Tensor:
+def pixels_of(
+    adapter: ClipAdapter, pairs: PairDataset, rows: Sequence[int] | np.ndarray, cache: PixelCache | None = None
+) -> Tensor:
     """Some images as the model takes them, [B, 3, H, W] on the CPU."""
-    return torch.stack([_pixels(adapter, pairs.image(int(row))) for row in rows])
+    return torch.stack([_pixels(adapter, pairs, int(row), cache) for row in rows])
 
 
-def _pixels(adapter: ClipAdapter, image: Any) -> Tensor:
+def _pixels(adapter: ClipAdapter, pairs: PairDataset, row: int, cache: PixelCache | None) -> Tensor:
+    if cache is not None and adapter.transform is not None:
+        return cache.pixels(pairs, row, adapter.transform).cpu()
+    image = pairs.image(row)
     if isinstance(image, Tensor):
         return image.cpu()
     if adapter.transform is None:
         raise InputError("the images need a transform and the model brings none: pass transform=")
     return adapter.transform(image)
+
+
+def shares_transform(first: ClipAdapter, second: ClipAdapter, pairs: PairDataset) -> bool:
+    """Whether two models turn images into the same pixels: by how their transforms print, and by the first image."""
+    if first.transform is second.transform or isinstance(pairs.image(0), Tensor):
+        return True
+    if repr(first.transform) != repr(second.transform):
+        return False
+    return torch.equal(pixels_of(first, pairs, [0]), pixels_of(second, pairs, [0]))
 
 
 def encode_captions(adapter: ClipAdapter, captions: Sequence[Any], how: Encoding) -> Tensor:
@@ -179,8 +215,10 @@ def _encode(adapter: ClipAdapter, pairs: PairDataset, how: Encoding, name: str) 
         batch_size=how.batch_size,
         device=how.device,
         precision=how.precision,
+        num_workers=how.num_workers,
         progress=how.progress,
         ranks=how.ranks,
+        cache=how.cache if how.num_workers == 0 else None,
     )
     try:
         require_finite(encoded, pairs)

@@ -14,18 +14,22 @@ from cliperase_fast.models import ClipAdapter, load_model
 from cliperase_fast.models.requirements import check_weights
 from cliperase_fast.models.runtime import in_float32
 
+CAPTIONS = 64  # whose token ids are compared
+
 
 def load_models(
-    before: Any, after: Any, oracle: Any, tokenizer: Any, transform: Any, device: torch.device
+    before: Any, after: Any, oracle: Any, *, tokenizer: Any, transform: Any, device: torch.device, truncate: bool
 ) -> dict[str, ClipAdapter]:
     """The models by name, on the device and in float32: the given ones where they are so, else copies."""
     given = {"before": before, "after": after}
+    if isinstance(oracle, (list, tuple)) and len(oracle) == 0:
+        raise InputError("oracle is an empty list: give at least one model, or None")
     oracles = list(oracle) if isinstance(oracle, (list, tuple)) else [] if oracle is None else [oracle]
     given |= {f"oracle {number}": one for number, one in enumerate(oracles, 1)}
     found = {}
     for name, model in given.items():
         try:
-            adapter = load_model(model, tokenizer=tokenizer, transform=transform, device=device)
+            adapter = load_model(model, tokenizer=tokenizer, transform=transform, device=device, truncate=truncate)
             check_weights(adapter, "model")
         except InputError as error:
             raise InputError(f"{name}: {error}") from error
@@ -35,10 +39,15 @@ def load_models(
 
 def check_alike(models: Mapping[str, ClipAdapter], sets: AuditSets) -> None:
     """Raise InputError unless all models read the same captions and images as the original."""
-    captions = [group[0] for group in sets.test.captions[:8]]
+    captions = sets.test.different_captions()[0][:CAPTIONS]
     first = models["before"]
     tokens, pixels = first.token_ids(captions), pixels_of(first, sets.test, [0])
     for name, adapter in models.items():
+        if None not in (limits := {first.context_length, adapter.context_length}) and len(limits) > 1:
+            raise InputError(
+                f"the models 'before' and {name!r} read captions of different lengths ({first.context_length} and "
+                f"{adapter.context_length} tokens): audit models of the same kind"
+            )
         own = adapter.token_ids(captions)
         if own.shape != tokens.shape or not torch.equal(own, tokens):
             raise InputError(

@@ -56,7 +56,7 @@ def pooled_features(adapter: ClipAdapter, pairs: PairDataset, how: Encoding) -> 
     blocks = adapter.blocks()[0]
     parts: dict[str, list[np.ndarray]] = {}
     with inference(adapter.module, how.device, how.precision):
-        for pixels in pixel_batches(adapter, pairs, how.batch_size):
+        for pixels in pixel_batches(adapter, pairs, how):
             with _outputs(blocks) as outputs:
                 features = adapter.encode_image(pixels.to(how.device))
             for number, output in sorted(outputs.items()):

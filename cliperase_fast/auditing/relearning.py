@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cliperase_fast import functional
 from cliperase_fast.auditing.attacks import ForgetTest
@@ -16,7 +16,9 @@ from cliperase_fast.auditing.features import Encoding, pixels_of
 from cliperase_fast.auditing.scores import View, neighbours
 from cliperase_fast.auditing.sets import AuditSets
 from cliperase_fast.data import PairDataset, caption_key
+from cliperase_fast.data.loading import PixelCache
 from cliperase_fast.models import ClipAdapter
+from cliperase_fast.models.fast_paths.embedding import train_rows
 from cliperase_fast.models.runtime import evaluating
 from cliperase_fast.progress import Steps
 
@@ -36,10 +38,8 @@ class Batch:
     groups: Tensor
 
 
-def relearning_curves(
-    adapter: ClipAdapter, view: View, sets: AuditSets, test: ForgetTest, how: Encoding, *, full: bool
-) -> dict[str, dict[int, np.ndarray]]:
-    """For each kind of data and number of steps, how often each forget test image is named; float64 [m], mean of draws.
+def shot_sources(view: View, sets: AuditSets, *, full: bool) -> dict[str, tuple[PairDataset, int]]:
+    """By the kind of data, the pairs to train on again and how many of them are drawn.
 
     Kinds: "16 shots" of the forget training pairs; with `full` also "4 shots", "1 shot", "neighbour" (16 pairs of the
     retain class nearest to the forget concept in the original) and "unrelated" (16 pairs of the retain class farthest
@@ -54,25 +54,22 @@ def relearning_curves(
                 members = np.flatnonzero(np.asarray(sets.retain.labels) == concept)
                 if len(members):
                     sources[kind] = (sets.retain.subset(members), SHOTS)
-    curves: dict[str, dict[int, np.ndarray]] = {}
-    with Steps(len(sources) * DRAWS * STEPS[-1], "relearning", "step", bar=how.progress) as steps:
-        for kind, (pairs, shots) in sources.items():
-            draws = [
-                relearn(
-                    adapter, draw_batch(adapter, pairs, sets.retain, shots, how.seed + draw), test, how, draw, steps
-                )
-                for draw in range(DRAWS)
-            ]
-            curves[kind] = {step: np.mean([draw[step] for draw in draws], axis=0) for step in STEPS}
-    return curves
+    return sources
 
 
-def draw_batch(adapter: ClipAdapter, shots_of: PairDataset, retain: PairDataset, shots: int, seed: int) -> Batch:
+def draw_batch(
+    adapter: ClipAdapter,
+    shots_of: PairDataset,
+    retain: PairDataset,
+    shots: int,
+    seed: int,
+    cache: PixelCache | None = None,
+) -> Batch:
     """`shots` pairs of one set and retain pairs up to `PAIRS` in all, drawn by the seed."""
     rng = np.random.default_rng([seed, shots])
     first = rng.choice(len(shots_of), min(shots, len(shots_of)), replace=False)
     rest = rng.choice(len(retain), min(PAIRS - len(first), len(retain)), replace=False)
-    pixels = torch.cat([pixels_of(adapter, shots_of, first), pixels_of(adapter, retain, rest)])
+    pixels = torch.cat([pixels_of(adapter, shots_of, first, cache), pixels_of(adapter, retain, rest, cache)])
     captions = [shots_of.captions[row] for row in first] + [retain.captions[row] for row in rest]
     if shots_of.group_ids is not None and retain.group_ids is not None:
         groups = np.concatenate([np.asarray(shots_of.group_ids)[first], np.asarray(retain.group_ids)[rest]])
@@ -91,18 +88,14 @@ def relearn(
     each image with one of its captions by turns. The model is in evaluation mode: no dropout, batch statistics fixed.
     """
     copy = adapter.clone()
-    copy.module.requires_grad_(True)
-    weights = [weight for weight in copy.module.parameters() if weight.is_floating_point()]
-    for weight in copy.module.parameters():
-        weight.grad = None
-    optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=0.0)
+    captions = _TokenTable(copy, batch.captions)
+    optimizer = torch.optim.AdamW(_weights(copy, captions.tokens), lr=LEARNING_RATE, weight_decay=0.0)
     rng = np.random.default_rng([how.seed, draw])
     pixels, groups = batch.pixels.to(how.device), batch.groups.to(how.device)
     found = {0: test.named(copy, how)}
     with evaluating(copy.module), torch.enable_grad():
         for step in range(1, STEPS[-1] + 1):
-            captions = [group[rng.integers(len(group))] for group in batch.captions]
-            tokens, rows = _different(copy, captions)
+            tokens, rows = captions.different([int(rng.integers(len(group))) for group in batch.captions])
             texts = copy.encode_text(tokens)[rows.to(how.device)]
             loss = functional.clip_loss(copy.encode_image(pixels), texts, copy.logit_scale(), group_ids=groups)
             optimizer.zero_grad(set_to_none=True)
@@ -115,13 +108,32 @@ def relearn(
     return found
 
 
-def _different(adapter: ClipAdapter, captions: Sequence[Any]) -> tuple[Tensor, Tensor]:
-    """Token ids of each different caption [U, L], and the row of each caption [B]."""
-    row: dict[Any, int] = {}
-    unique: list[Any] = []
-    for caption in captions:
-        if row.setdefault(caption_key(caption), len(unique)) == len(unique):
-            unique.append(caption)
-    return adapter.token_ids(unique), torch.tensor(
-        [row[caption_key(one)] for one in captions], dtype=torch.int64, device="cpu"
-    )
+def _weights(copy: ClipAdapter, tokens: Tensor) -> list[nn.Parameter]:
+    """All weights of the copy, ready to be trained; of the token embedding those of these token ids [U, L]."""
+    copy.module.requires_grad_(True)
+    for weight in copy.module.parameters():
+        weight.grad = None
+    named = [(name, weight) for name, weight in copy.module.named_parameters() if weight.is_floating_point()]
+    return [weight for _, weight in train_rows(copy, named, tokens)]
+
+
+class _TokenTable:
+    """The token ids of the captions of a batch, each different caption once. tokens: [U, L]."""
+
+    def __init__(self, adapter: ClipAdapter, captions: Sequence[tuple[Any, ...]]) -> None:
+        row: dict[Any, int] = {}
+        unique: list[Any] = []
+        for caption in (one for group in captions for one in group):
+            if row.setdefault(caption_key(caption), len(unique)) == len(unique):
+                unique.append(caption)
+        self.tokens = adapter.token_ids(unique)
+        self.rows = [[row[caption_key(one)] for one in group] for group in captions]
+
+    def different(self, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Token ids of each different caption [U', L], and the row of the caption of each pair [B].
+
+        chosen: which of its captions each pair takes.
+        """
+        place: dict[int, int] = {}
+        rows = [place.setdefault(group[number], len(place)) for group, number in zip(self.rows, chosen, strict=True)]
+        return self.tokens[list(place)], torch.tensor(rows, dtype=torch.int64, device="cpu")

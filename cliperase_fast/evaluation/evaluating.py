@@ -79,7 +79,7 @@ def evaluate(
     """
     progress = sys.stderr.isatty() if progress is None else progress
     chosen = _device(device, model)
-    _check_settings(batch_size, num_workers, precision, chosen, long_captions)
+    check_settings(batch_size, num_workers, precision, chosen, long_captions)
     templates = check_templates(templates)
     pairs, forget_mask = _pairs(data, forget, templates, on_error)
     say("checking the %d images of %s", len(pairs), pairs.name)
@@ -135,9 +135,8 @@ def _device(device: str | torch.device, model: Any) -> torch.device:
     return pick_device(device)
 
 
-def _check_settings(
-    batch_size: int, num_workers: int, precision: str, device: torch.device, long_captions: str
-) -> None:
+def check_settings(batch_size: int, num_workers: int, precision: str, device: torch.device, long_captions: str) -> None:
+    """Raise InputError for settings of the encoders that are not valid."""
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size} must be at least 1")
     if num_workers < 0:

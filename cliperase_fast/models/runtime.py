@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from cliperase_fast.distributed import Ranks
 from cliperase_fast.errors import InputError, tell_out_of_memory
 
 if TYPE_CHECKING:
@@ -34,6 +35,31 @@ def pick_device(device: str | torch.device) -> torch.device:
         raise InputError(
             f"device={str(device)!r} is not available (torch sees {torch.cuda.device_count()} GPUs); use cpu or auto"
         )
+    return chosen
+
+
+def device_of_rank(device: str | torch.device, ranks: Ranks) -> torch.device:
+    """Return the device with that name for this rank: of GPUs, the one with its local number, which becomes current.
+
+    Raises `InputError` where there is none for it, or where the process group cannot exchange its tensors.
+    """
+    chosen = pick_device(device)
+    if ranks.group is None:
+        return chosen
+    if chosen.type == "cuda":
+        if chosen.index is not None and ranks.size > 1:
+            raise InputError(
+                f"device={str(device)!r} is one GPU and there are {ranks.size} ranks: use 'auto' or 'cuda'"
+            )
+        if chosen.index is None:
+            if ranks.local_rank >= torch.cuda.device_count():
+                raise InputError(
+                    f"rank {ranks.rank} is process {ranks.local_rank + 1} of its machine and torch sees "
+                    f"{torch.cuda.device_count()} GPUs: start one process for each, or use device='cpu'"
+                )
+            chosen = torch.device("cuda", ranks.local_rank)
+        torch.cuda.set_device(chosen)
+    ranks.group.check_device(chosen)
     return chosen
 
 

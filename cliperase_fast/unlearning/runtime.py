@@ -9,9 +9,8 @@ import torch
 
 from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.distributed import SINGLE_PROCESS, Ranks
-from cliperase_fast.errors import InputError
 from cliperase_fast.models import ClipAdapter
-from cliperase_fast.models.runtime import autocast, check_precision, inference, pick_device
+from cliperase_fast.models.runtime import autocast, check_precision, device_of_rank, inference
 
 
 @dataclass(frozen=True)
@@ -25,10 +24,7 @@ class Runtime:
 
     @classmethod
     def from_config(cls, config: UnlearnConfig, progress: bool, ranks: Ranks) -> Runtime:
-        device = pick_device(config.device)
-        if ranks.group is not None:
-            device = _of_rank(config.device, device, ranks)
-            ranks.group.check_device(device)
+        device = device_of_rank(config.device, ranks)
         check_precision(config.precision, device)
         return cls(
             device, config.precision, config.eval_batch_size, config.num_workers, progress and ranks.first, ranks
@@ -39,20 +35,3 @@ class Runtime:
 
     def inference(self, adapter: ClipAdapter) -> AbstractContextManager[None]:
         return inference(adapter.module, self.device, self.precision)
-
-
-def _of_rank(name: str, device: torch.device, ranks: Ranks) -> torch.device:
-    """Return the GPU with this rank's local number."""
-    if device.type != "cuda":
-        return device
-    if device.index is not None and ranks.size > 1:
-        raise InputError(f"device={name!r} is one GPU and there are {ranks.size} ranks: use 'auto' or 'cuda'")
-    if device.index is None:
-        if ranks.local_rank >= torch.cuda.device_count():
-            raise InputError(
-                f"rank {ranks.rank} is process {ranks.local_rank + 1} of its machine and torch sees "
-                f"{torch.cuda.device_count()} GPUs: start one process for each, or use device='cpu'"
-            )
-        device = torch.device("cuda", ranks.local_rank)
-    torch.cuda.set_device(device)
-    return device
