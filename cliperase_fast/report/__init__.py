@@ -3,6 +3,7 @@
 from cliperase_fast.report.audit_html import audit_page
 from cliperase_fast.report.data import ReportData
 from cliperase_fast.report.html import write_html
+from cliperase_fast.report.model_card import audit_advice, model_card
 from cliperase_fast.report.plots import write_plots
 from cliperase_fast.report.table import audit_table, class_table, text_table
 from cliperase_fast.report.wording import Verdict, verdict
@@ -10,9 +11,11 @@ from cliperase_fast.report.wording import Verdict, verdict
 __all__ = [
     "ReportData",
     "Verdict",
+    "audit_advice",
     "audit_page",
     "audit_table",
     "class_table",
+    "model_card",
     "text_table",
     "verdict",
     "write_html",
