@@ -16,6 +16,7 @@ from cliperase_fast.errors import InputError
 from cliperase_fast.reading import read_text
 from cliperase_fast.terms import CONSISTENCY_MODES, FORGET_LOSSES, TERMS, described, nearest_name
 
+AUDIT_DEPTHS = ("depth", "full")  # beside False and True
 LOGGERS = ("none", "tensorboard", "wandb")  # beside metrics.jsonl; see unlearning/loggers.py
 
 
@@ -148,6 +149,11 @@ class UnlearnConfig:
     )
     keep_checkpoints: int = _option(2, "checkpoints kept", group="run")
     report: bool = _option(True, "write plots and report.html", group="run")
+    audit: bool | str = _option(
+        False,
+        "audit the result on the run's own test split; depth: with attacks on copies of the models, full: with more",
+        group="run",
+    )
     logger: str = _option(
         "none",
         "where metrics go besides metrics.jsonl: tensorboard, wandb (Weights & Biases) or none",
@@ -252,7 +258,7 @@ _PAPER: dict[str, Any] = {
     "early_stop": 0,
     "on_error": "raise", "overlap": "error", "long_captions": "error", "num_workers": 0, "image_cache_mib": 512,
     "eval_batch_size": 256, "teacher_cache": "auto",
-    "checkpoint_every": 100, "keep_checkpoints": 2, "report": True, "logger": "none",
+    "checkpoint_every": 100, "keep_checkpoints": 2, "report": True, "audit": False, "logger": "none",
 }  # fmt: skip
 
 
@@ -366,6 +372,10 @@ def _coerce(spec: dataclasses.Field[Any], value: Any) -> Any:
         if isinstance(value, Mapping):
             return dict(value)
         raise InputError(f"{spec.name}={_shortly(value)} must be a mapping")
+    if spec.name == "audit":
+        if isinstance(value, bool) or (isinstance(value, str) and value in AUDIT_DEPTHS):
+            return value
+        raise InputError(f"audit={_shortly(value)} must be true, false, {' or '.join(AUDIT_DEPTHS)}")
     if spec.name == "deepspeed":
         if isinstance(value, Mapping):
             return dict(value)

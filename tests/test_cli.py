@@ -111,6 +111,16 @@ def test_a_method_and_its_options_are_given_as_words(tmp_path):
     assert settings_of("--config", path, "--method", "other") == {"method": "other"}
 
 
+def test_the_audit_of_a_run_is_a_flag_with_an_optional_depth(tmp_path):
+    assert "audit" not in settings_of()
+    assert settings_of("--audit") == {"audit": True}
+    assert settings_of("--audit", "depth") == {"audit": "depth"}
+    path = tmp_path / "c.yaml"
+    path.write_text("audit: full\n")
+    assert UnlearnConfig.from_dict(settings_of("--config", path)).audit == "full"
+    assert settings_of("--config", path, "--no-audit") == {"audit": False}
+
+
 def test_an_unknown_method_exits_with_2_and_the_nearest_name(tmp_path, capsys):
     words = ["--model", "m", "--data", "demo", "--forget", "class:one", "--output", tmp_path / "run"]
     assert call("unlearn", *words, "--method", "gradient_asent") == 2

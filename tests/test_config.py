@@ -25,6 +25,8 @@ from cliperase_fast.config import parse_options, read_options
         ({"trainable": "last:0"}, "use all, image, text, last:K or lora"),
         ({"trainable": "head"}, "use all, image, text, last:K or lora"),
         ({"report": "yes"}, "report='yes' must be true or false"),
+        ({"audit": 1}, "audit=1 must be true, false, depth or full"),
+        ({"audit": "yes"}, "audit='yes' must be true, false, depth or full"),
         ({"margin": 2}, "must lie between -1 and 1"),
         ({"method": 3}, "method=3 must be a string"),
         ({"method_options": ["a"]}, "method_options=['a'] must be a mapping"),

@@ -220,4 +220,6 @@ def _print_result(result: Any, output: Path) -> None:
     print(f"\nmodel    {output / 'model'}")
     if result.config.report:
         print(f"report   {output / 'report.html'}")
+    if result.audit is not None:
+        print(f"audit    {output / 'audit.json'}")
     print(f"verdict  {result.verdict.short}")

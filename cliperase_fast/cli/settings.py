@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from typing import Any
 
-from cliperase_fast.config import UnlearnConfig, parse_options, read_settings
+from cliperase_fast.config import AUDIT_DEPTHS, UnlearnConfig, parse_options, read_settings
 
 
 def add_settings(parser: argparse.ArgumentParser, own_defaults: dict[str, str]) -> None:
@@ -30,6 +30,9 @@ def add_settings(parser: argparse.ArgumentParser, own_defaults: dict[str, str]) 
                 help=f"{spec.metadata['help']} (default: the method's own)",
             )
             continue
+        if spec.name == "audit":
+            _add_audit(groups[name], spec.metadata["help"])
+            continue
         default = own_defaults.get(spec.name, spec.default)
         if spec.type == "bool":
             default = "yes" if default else "no"
@@ -48,6 +51,13 @@ def add_settings(parser: argparse.ArgumentParser, own_defaults: dict[str, str]) 
                 else "TEXT",
                 help=text,
             )
+
+
+def _add_audit(group: Any, text: str) -> None:
+    group.add_argument(
+        "--audit", nargs="?", const=True, default=argparse.SUPPRESS, choices=AUDIT_DEPTHS, help=f"{text} (default: no)"
+    )
+    group.add_argument("--no-audit", dest="audit", action="store_false", default=argparse.SUPPRESS)
 
 
 def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.data.drawing import seeded
 from cliperase_fast.defaults import torch_defaults
 from cliperase_fast.distributed import init_distributed
+from cliperase_fast.unlearning.auditing import add_audit
 from cliperase_fast.unlearning.engines.deepspeed import restore_torch_linear
 from cliperase_fast.unlearning.methods import Method, make_method
 from cliperase_fast.unlearning.output_model import OutputModel, finalize_model
@@ -36,6 +37,7 @@ def unlearn(
     *,
     method: str | None = None,
     test: Any = None,
+    oracle: Any = None,
     teacher: Any = None,
     tokenizer: Callable[[Sequence[str]], Tensor] | None = None,
     transform: Callable[[Any], Tensor] | None = None,
@@ -59,6 +61,7 @@ def unlearn(
         config. Its options are given as `method_options={...}`.
     test: where the result is measured: a dataset or source of both kinds, or (forget_test, retain_test). By default the
         source's own test split, else a share `test_fraction` of the pairs, which are then not trained on.
+    oracle: for `audit=True`: a model, or a list of models, trained like the original but without the forget pairs.
     teacher: the model to stay consistent with; by default `model` as it is now.
     tokenizer, transform: inferred for open_clip and transformers models.
     config, overrides: an UnlearnConfig, a mapping or a YAML/JSON file; keywords win over it.
@@ -66,6 +69,8 @@ def unlearn(
     resume: go on from the last checkpoint in output_dir. On the CPU the weights come out as those of an uninterrupted
         run, bit for bit.
     templates: caption templates ("a photo of a {}") of class sources.
+    audit (a setting): True also audits the result on its test split (`cliperase_fast.audit`), once it is saved; "depth"
+        and "full" attack copies of the models too.
     progress: progress bars; by default when standard error is a terminal. Without them the logger "cliperase_fast" has
         a line for each phase and every few seconds (`logging.basicConfig(level=logging.INFO)` shows them).
 
@@ -77,7 +82,7 @@ def unlearn(
     when the training fails.
     """
     method_used, settings = make_method(_settings(config, method, overrides))
-    inputs = Inputs(model, forget, retain, test, teacher, tokenizer, transform, templates)
+    inputs = Inputs(model, forget, retain, test, teacher, tokenizer, transform, templates, oracle)
     show = sys.stderr.isatty() if progress is None else progress
     directory = RunDirectory(Path(output_dir) if output_dir is not None else None, resume)
     # What reading data and trying a transform draws must not come from the caller's generators.
@@ -100,7 +105,10 @@ def _unlearn(
         method.prepare(run)
         state = method.run(run)
         output = _finalize(run)
-    return record(run, method, state, output)
+    result = record(run, method, state, output)
+    if settings.audit:
+        add_audit(run, result)
+    return result
 
 
 def _finalize(run: Run) -> OutputModel:

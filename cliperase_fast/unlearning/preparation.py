@@ -22,6 +22,7 @@ from cliperase_fast.models.preprocessing import as_transform, try_transform
 from cliperase_fast.models.requirements import check_weights, require_trainable
 from cliperase_fast.models.runtime import in_float32
 from cliperase_fast.progress import say
+from cliperase_fast.unlearning.auditing import check_oracles
 from cliperase_fast.unlearning.batches import BatchLoader, BatchPlan, CaptionTable
 from cliperase_fast.unlearning.engines.deepspeed import read_deepspeed
 from cliperase_fast.unlearning.evaluator import Evaluator
@@ -57,6 +58,9 @@ def load(inputs: Inputs, settings: UnlearnConfig, method: Method, directory: Run
     assert original is not None and teacher is not None
     tell("checking the images")
     data = prepare_data(sets, settings, progress=runtime.progress, ranks=ranks)
+    if inputs.oracle is not None:
+        tell("checking the oracles")
+        ranks.run_on_all(partial(check_oracles, inputs, original, data, runtime))
     transform, random_views = _transforms(original, inputs.transform, data.train.pairs)
     if random_views and settings.teacher_cache in ("memory", "disk"):
         raise InputError(
@@ -72,7 +76,7 @@ def load(inputs: Inputs, settings: UnlearnConfig, method: Method, directory: Run
     live = method.needs_teacher and (random_views or settings.teacher_cache == "off")
     return Setup(
         inputs, settings, directory, runtime, deepspeed, data, captions, models, transform, random_views, live,
-        identity, checkpoint,
+        identity, checkpoint, sets.test is None,
     )  # fmt: skip
 
 
@@ -124,6 +128,8 @@ def _check_settings(
     """Raise InputError for what the settings alone show to be wrong. Returns DeepSpeed's configuration, if any."""
     ranks = runtime.ranks
     method.check_inputs(inputs.teacher)
+    if inputs.oracle is not None and not settings.audit:
+        raise InputError("oracle= is for the audit: pass audit=True too, or leave it out")
     require_logger(settings.logger, directory.path)
     probe = torch.empty(1, 1, dtype=torch.float32, device=runtime.device)
     choose(settings.backend, probe, probe)  # a missing backend is an error now, not in the first step
@@ -143,8 +149,7 @@ def _check_settings(
 
 def _load_models(inputs: Inputs, settings: UnlearnConfig, runtime: Runtime) -> Models:
     """Load the model and the teacher, which is the model itself unless one is given."""
-    cut = settings.long_captions == "truncate"
-    given = load_model(inputs.model, tokenizer=inputs.tokenizer, truncate=cut, device=runtime.device)
+    given = inputs.load_model(settings, runtime.device)
     check_weights(given, "model")
     require_trainable(given.module)
     original = in_float32(given)

@@ -56,6 +56,9 @@ def _content(run: Run, method: Method, state: TrainState, output: OutputModel) -
         "notes": [*method.notes(state), *([output.note] if output.note else []), *_cut_captions(run.student)],
         "weights": {**run.setup.models.dtypes, "returned": weight_dtypes(output.adapter)},
         "model": run.setup.inputs.model_name,
+        "library": output.adapter.kind,
+        "method": {"name": method.name, "summary": method.summary, "source": method.source},
+        "inputs": run.setup.inputs.named(),
         "data": _data(run),
         "config": run.settings.to_dict(),
         "seconds": {
@@ -67,6 +70,7 @@ def _content(run: Run, method: Method, state: TrainState, output: OutputModel) -
         "pairs_per_second": _pairs_per_second(run, state) if method.trains else None,
         "versions": installed_versions("torch", "open_clip_torch", "transformers", "numpy"),
         "seed": run.settings.seed,
+        "audit": None,
     }
 
 

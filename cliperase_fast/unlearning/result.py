@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from cliperase_fast.auditing import Audit
 from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.defaults import torch_defaults
 from cliperase_fast.errors import InputError
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.reading import printable_data
-from cliperase_fast.report import ReportData, Verdict, text_table, verdict, write_html, write_plots
+from cliperase_fast.report import ReportData, Verdict, model_card, text_table, verdict, write_html, write_plots
 from cliperase_fast.report.wording import left_out_lines
 from cliperase_fast.storage import write_text_atomically
 
@@ -28,7 +29,7 @@ class UnlearnResult:
     model: a copy of the caller's model with the chosen weights, in the caller's dtypes, or in float32 if rounding to
     those would undo the forgetting (record["weights"] says which). history: the lines of metrics.jsonl.
     before, after: scores of these weights on the test split, fractions from 0 to 1, under "forget" and "retain".
-    selection: why this checkpoint. record: all of result.json.
+    selection: why this checkpoint. audit: of `unlearn(audit=True)`. record: all of result.json.
     """
 
     adapter: ClipAdapter
@@ -39,6 +40,7 @@ class UnlearnResult:
     embeddings: dict[str, np.ndarray]
     embedding_sets: list[str]
     embedding_labels: list[str]
+    audit: Audit | None = None
     report_failure: str | None = None  # why plots or report.html could not be written
 
     def __repr__(self) -> str:
@@ -69,6 +71,8 @@ class UnlearnResult:
         """Return the verdict, a before/after table in plain text, why this checkpoint was chosen, and notes."""
         table, reason = text_table(self.before, self.after), self.selection["reason"]
         parts = [self.verdict.text, table, reason, *(f"{note}." for note in self.record["notes"])]
+        if self.audit is not None:
+            parts.append("\n".join(["Audit:", *(f"  {verdict}" for verdict in self.audit.verdicts.values())]))
         skipped = self.record["data"]["skipped"]
         if skipped:
             parts.append("\n".join(["Left out:", *(f"  {line}" for line in left_out_lines(skipped))]))
@@ -79,6 +83,8 @@ class UnlearnResult:
     @torch_defaults()
     def save(self, directory: str | Path) -> Path:
         """Write config.json, metrics.jsonl, model/, result.json, plots/ and report.html; returns the folder.
+
+        With an audit also audit.json and audit.html. model/README.md is the model's card.
 
         A failure in plots/ or report.html does not affect the rest: it becomes a warning in `summary()`.
 
@@ -92,17 +98,39 @@ class UnlearnResult:
             raise InputError(
                 f"the result cannot be saved to {directory} ({error.strerror}): give a folder that can be written to"
             ) from error
-        (directory / "result.json").unlink(missing_ok=True)  # from an earlier call
+        for name in ("result.json", "audit.json", "audit.html"):  # from an earlier call
+            (directory / name).unlink(missing_ok=True)
         self.adapter.save(directory / "model")
         write_text_atomically(directory / "config.json", json.dumps(self.config.to_dict(), indent=2) + "\n")
         lines = "".join(json.dumps(line) + "\n" for line in self.history)
         write_text_atomically(directory / "metrics.jsonl", lines)
+        self.save_evidence(directory)
+        return directory
+
+    def add_audit(self, audit: Audit, seconds: float) -> None:
+        """Keep an audit of the model, which took `seconds`, and mention it in the record."""
+        self.audit = audit
+        self.record["audit"] = {
+            "depth": self.config.audit,
+            "verdicts": audit.verdicts,
+            "over_forgotten": audit.over_forgotten,
+            "background": audit.background,
+            "gap": None if audit.gap is None else audit.gap["mean"],
+        }
+        self.record["seconds"]["audit"] = seconds
+        self.record["seconds"]["total"] += seconds
+
+    @torch_defaults()
+    def save_evidence(self, directory: Path) -> None:
+        """Write what `save` writes beside the model's weights and the history: the audit, the card, the record."""
         record = printable_data(self.record)
+        if self.audit is not None:
+            self.audit.save(directory)
+        write_text_atomically(directory / "model" / "README.md", model_card(record, directory / "model", directory))
         # Last: its presence says that the result is complete.
         write_text_atomically(directory / "result.json", json.dumps(record, indent=2) + "\n")
         if self.config.report:
             self._try_report(record, directory)
-        return directory
 
     def _try_report(self, record: dict[str, Any], directory: Path) -> None:
         self.report_failure = None

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.distributed import Ranks
 from cliperase_fast.evaluation import EncodedPairs
-from cliperase_fast.models import ClipAdapter
+from cliperase_fast.models import ClipAdapter, load_model
 from cliperase_fast.models.runtime import weight_dtypes
 from cliperase_fast.progress import say
 from cliperase_fast.unlearning.batches import BatchLoader, CaptionTable
@@ -36,6 +37,7 @@ class Inputs:
     tokenizer: Callable[[Sequence[str]], Tensor] | None
     transform: Callable[[Any], Tensor] | None
     templates: Sequence[str] | None
+    oracle: Any = None  # a model or a list of models, for the audit
 
     @property
     def model_is_the_callers(self) -> bool:
@@ -45,6 +47,17 @@ class Inputs:
     @property
     def model_name(self) -> str:
         return type(self.model).__name__ if self.model_is_the_callers else str(self.model)
+
+    def load_model(self, settings: UnlearnConfig, device: torch.device) -> ClipAdapter:
+        """Load the model, or wrap the caller's."""
+        cut = settings.long_captions == "truncate"
+        return load_model(self.model, tokenizer=self.tokenizer, truncate=cut, device=device)
+
+    def named(self) -> dict[str, Any]:
+        """Return what was named by strings, from which a later audit can load it; None for objects."""
+        found = {"model": self.model, "forget": self.forget, "retain": self.retain, "test": self.test}
+        texts = {name: str(value) if isinstance(value, (str, Path)) else None for name, value in found.items()}
+        return {**texts, "own_test": self.test is not None, "templates": list(self.templates or ())}
 
 
 @dataclass
@@ -85,6 +98,7 @@ class Setup:
     teacher_is_live: bool  # whether the teacher encodes every batch
     identity: dict[str, Any]  # what a run that resumes must share
     checkpoint: Checkpoint | None  # to resume from
+    test_held_out: bool  # whether the test pairs were taken from those given, as the data has no test split
 
 
 @dataclass(frozen=True)

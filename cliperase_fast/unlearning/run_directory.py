@@ -39,12 +39,12 @@ from cliperase_fast.unlearning.checkpoints import (
 from cliperase_fast.unlearning.engines.base import MOMENTS
 
 _LOCK = ".lock"
-_DRAFTS = (".config.json.", ".metrics.jsonl.", ".result.json.", ".report.html.", ".model.", ".probe-")
+_DRAFTS = (".config.json.", ".metrics.jsonl.", ".result.json.", ".report.html.", ".audit.json.", ".model.", ".probe-")
 
 # Settings that a resumed run may change, as they do not affect the weights.
 _FREE = {
     "num_workers", "report", "keep_checkpoints", "checkpoint_every", "deepspeed", "rank_timeout", "image_cache_mib",
-    "logger",
+    "logger", "audit",
 }  # fmt: skip
 
 
@@ -120,6 +120,12 @@ class RunDirectory:
         assert self.path is not None
         with writing(self.path, "the training is done and saved: go on with resume=True"):
             result.save(self.path)
+
+    def save_audit(self, result: Any) -> None:
+        """Write the result's audit, and what mentions it, beside the saved result."""
+        assert self.path is not None
+        with writing(self.path, "the model and its result are saved"):
+            result.save_evidence(self.path)
 
     def _lock(self) -> None:
         assert self.path is not None

@@ -26,7 +26,7 @@ from runs import (
 
 from cliperase_fast import InputError, UnlearnConfig, UnlearningError
 from cliperase_fast import distributed as cfd
-from cliperase_fast.unlearning import trainer
+from cliperase_fast.unlearning import auditing, trainer
 from cliperase_fast.unlearning.engines.deepspeed import ZeroEngine, read_deepspeed
 from cliperase_fast.unlearning.engines.local import LocalEngine
 
@@ -141,6 +141,41 @@ def test_one_rank_writes_and_the_model_loads_alone(two, tmp_path, deepspeed):
     assert not (output / "cache").exists()
     model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{output / 'model'}")
     assert np.allclose(features_of(model), found["features"], atol=1e-6)
+
+
+def _audited(rank: int, changes: dict) -> dict:
+    return run(epochs=1, audit=True, **changes).audit.to_dict()
+
+
+@pytest.mark.parametrize("deepspeed", ["", "zero3"])
+def test_an_audited_run_gives_all_ranks_one_audit_and_the_first_writes_it(two, tmp_path, deepspeed):
+    output = tmp_path / "run"
+    first, second = two.run(_audited, {"deepspeed": deepspeed, "output_dir": output})
+    assert first == second == json.loads((output / "audit.json").read_text())
+    assert json.loads((output / "result.json").read_text())["audit"]["verdicts"] == first["verdicts"]
+    alone = _audited(0, {})
+    for model in ("before", "after"):
+        ours, theirs = (found["scores"][model]["forgetting"]["association"]["value"] for found in (first, alone))
+        assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+def _failing_audit(rank: int, output: Path) -> str:
+    def fail(*arguments, **options):
+        raise RuntimeError("bad features")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(auditing, "audit_models", fail)
+        try:
+            run(epochs=1, audit=True, output_dir=output)
+        except UnlearningError as error:
+            return str(error)
+    return "it ran"
+
+
+def test_an_audit_that_fails_on_the_ranks_names_the_saved_result(two, tmp_path):
+    output = tmp_path / "run"
+    expected = f"RuntimeError: bad features); the unlearned model and its result are saved in {output}"
+    assert all(expected in found for found in two.run(_failing_audit, output))
 
 
 def back_to(output: Path, step: int) -> None:

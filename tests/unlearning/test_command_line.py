@@ -2,6 +2,8 @@
 
 import html
 import json
+import re
+import shlex
 
 import pytest
 from PIL import Image
@@ -52,6 +54,10 @@ def test_unlearn_then_evaluate(tmp_path, model, data, capsys):
         "report.html",
     }
 
+    card = (output / "model" / "README.md").read_text()
+    assert f"{data.partition(':')[0]}:" in card and "class:red" in card
+    assert f"cliperase-fast audit --before {model} --after local-dir:{output / 'model'}" in card
+
     scores = tmp_path / "scores.json"
     evaluate = ["evaluate", "--model", f"local-dir:{output / 'model'}", "--data", data, "--forget", "class:red"]
     assert call(*evaluate, "--output", scores) == 0
@@ -65,6 +71,38 @@ def test_unlearn_then_evaluate(tmp_path, model, data, capsys):
     assert call(*words) == 2
     assert "already used" in capsys.readouterr().err
     assert call(*words, "--resume") == 0
+
+
+def test_an_audited_run_names_its_audit(tmp_path, model, data, capsys):
+    output = tmp_path / "run"
+    words = ["unlearn", "--model", model, "--data", data, "--forget", "class:red", "--output", output, *QUICK]
+    assert call(*words, "--audit", "--no-report") == 0
+    told = capsys.readouterr().out
+    content = json.loads((output / "audit.json").read_text())
+    assert f"audit    {output / 'audit.json'}" in told.splitlines()
+    assert content["verdicts"]["forgetting"] in told
+    assert content["data"]["concepts"] == ["red"]
+
+
+def test_the_command_in_the_card_gives_the_audit_of_the_run(tmp_path, model, data, capsys):
+    for split, start in (("train", 0), ("test", 7)):  # a split of its own: no pairs are held out for validation alone
+        for colour in ("red", "green", "blue"):
+            (tmp_path / "split" / split / colour).mkdir(parents=True)
+            for number in range(start, 10):
+                source = tmp_path / "data" / colour / f"{number}.png"
+                (tmp_path / "split" / split / colour / source.name).write_bytes(source.read_bytes())
+    output = tmp_path / "run"
+    words = ["--data", f"folder:{tmp_path / 'split'}", "--forget", "class:red", "--output", output, *QUICK]
+    assert call("unlearn", "--model", model, *words, "--quiet") == 0
+    card = (output / "model" / "README.md").read_text()
+    (command,) = re.findall("^cliperase-fast (audit .*)$", card, re.M)
+    assert call(*shlex.split(command), "--quiet") == 0
+    scores = json.loads((output / "audit.json").read_text())["scores"]
+    record = json.loads((output / "result.json").read_text())
+    for name in ("before", "after"):
+        assert scores[name]["forgetting"]["association"]["value"] == pytest.approx(
+            record[name]["forget"]["association"], abs=1e-5
+        )
 
 
 def test_settings_come_from_a_file(tmp_path, model, data):
