@@ -142,14 +142,7 @@ def read_sets(
         {name: read_pairs(pairs, pairs.name, skipped, **how) for name, pairs in sets.items()}
         for sets in (opened.other, opened.holdouts)
     )
-    notes = []
-    if found.held_out:
-        notes.append(
-            f"The data has no test split, so {HELD_OUT:.0%} of the pairs are scored. The original may have been "
-            "trained on them."
-        )
-        if len(found.forget) < 2:
-            notes.append("There is a single forget pair: it is scored as it was trained, and scores have no interval.")
+    notes = held_out_notes(HELD_OUT, len(found.forget)) if found.held_out else []
     if len(skipped):
         notes.append(f"{len(skipped)} pairs are left out: {', '.join(skipped.counts)}.")
     names = opened.pairs.names
@@ -157,6 +150,17 @@ def read_sets(
         found.forget, found.retain, found.test, other=other, holdouts=holdouts, names=names, skipped=skipped,
         notes=notes,
     )  # fmt: skip
+
+
+def held_out_notes(fraction: float, forget_pairs: int) -> list[str]:
+    """Notes on test pairs that were held out, as the data has no test split. forget_pairs: for training."""
+    notes = [
+        f"The data has no test split, so {fraction:.0%} of the pairs are scored. The original may have been trained on "
+        "them."
+    ]
+    if forget_pairs < 2:
+        notes.append("There is a single forget pair: it is scored as it was trained, and scores have no interval.")
+    return notes
 
 
 def _other(data: Any, name: str, opener: Opener, sets: PairSets) -> PairDataset:

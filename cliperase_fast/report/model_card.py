@@ -14,7 +14,7 @@ from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.data.selectors import parse_reference
 from cliperase_fast.reading import printable_data
 from cliperase_fast.report.rendering import TEMPLATES
-from cliperase_fast.report.wording import cell, number, shown_metrics, value, verdict
+from cliperase_fast.report.wording import cell, count, number, shown_metrics, value, verdict
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -45,8 +45,8 @@ def model_card(result: Mapping[str, Any], model_dir: str | Path, output_dir: str
         forget=data["forget"],
         retain=data["retain"],
         test=data["test"],
-        forget_pairs=_count(data["forget_pairs"]),
-        retain_pairs=_count(data["retain_pairs"]),
+        forget_pairs=count(data["forget_pairs"]),
+        retain_pairs=count(data["retain_pairs"]),
         base=result["model"],
         version=result["versions"]["cliperase_fast"],
         verdict=verdict(result),
@@ -54,7 +54,7 @@ def model_card(result: Mapping[str, Any], model_dir: str | Path, output_dir: str
         method=result["method"],
         settings=_settings(config),
         notes=[f"{note}." for note in result["notes"]],
-        sets=[{"name": name, "pairs": _count(before.get("pairs"))} for name, before, _ in sets],
+        sets=[{"name": name, "pairs": count(before.get("pairs"))} for name, before, _ in sets],
         rows=[
             (metric.label, [cell(metric, value(metric, scores)) for _, *both in sets for scores in both])
             for metric in metrics
@@ -142,10 +142,6 @@ def _settings(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 def _grain(pairs: float | None) -> str:
     return f"With {pairs:,.0f} forget pairs, one image is {100 / pairs:.1f} points." if pairs else ""
-
-
-def _count(pairs: Any) -> str:
-    return "" if pairs is None else f"{pairs:,}"
 
 
 def _one_line(text: Any) -> str:

@@ -13,7 +13,7 @@ from cliperase_fast.auditing import Audit
 from cliperase_fast.auditing.comparison import audit_models
 from cliperase_fast.auditing.features import Encoding, pixels_of
 from cliperase_fast.auditing.loading import check_alike, load_models
-from cliperase_fast.auditing.sets import AuditSets
+from cliperase_fast.auditing.sets import AuditSets, held_out_notes
 from cliperase_fast.data import PairDataset
 from cliperase_fast.data.drawing import seeded
 from cliperase_fast.errors import InputError, UnlearningError
@@ -26,10 +26,6 @@ from cliperase_fast.unlearning.runtime import Runtime
 from cliperase_fast.unlearning.splits import PreparedData, Split
 
 _DEPTHS: dict[bool | str, bool | str] = {True: False, "depth": True, "full": "full"}  # setting -> audit(depth=...)
-_HELD_OUT = (
-    "The data has no test split, so some of the pairs were held out to be scored. The original may have been trained "
-    "on them."
-)
 
 
 def check_oracles(inputs: Inputs, original: ClipAdapter, data: PreparedData, runtime: Runtime) -> None:
@@ -80,13 +76,15 @@ def add_audit(run: Run, result: UnlearnResult) -> None:
 
 def _audit_sets(data: PreparedData, notes: Sequence[str] = ()) -> AuditSets:
     """Return the run's pairs as an audit takes them."""
-    return AuditSets.of(*_parts(data.train), _parts(data.test), holdouts=data.holdouts, notes=notes)
+    return AuditSets.of(*_parts(data.train), _parts(data.test), holdouts=data.holdouts, names=data.names, notes=notes)
 
 
 def _audit(run: Run, result: UnlearnResult) -> Audit:
     """Audit the returned weights. The original is loaded again, as nothing kept it through the training."""
     runtime, settings = run.runtime, run.settings
-    sets = _audit_sets(run.data, [_HELD_OUT] if run.setup.test_held_out else [])
+    held_out = run.setup.test_held_out
+    notes = held_out_notes(settings.test_fraction, run.data.train.n_forget) if held_out else ()
+    sets = _audit_sets(run.data, notes)
     models = run.ranks.run_on_all(partial(_load_models, run, result, sets))
     how = Encoding(
         runtime.batch_size, runtime.device, runtime.precision, settings.seed, runtime.progress, ranks=run.ranks

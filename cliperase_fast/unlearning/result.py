@@ -12,6 +12,8 @@ import numpy as np
 from torch import nn
 
 from cliperase_fast.auditing import Audit
+from cliperase_fast.auditing.result import FILE as AUDIT_FILE
+from cliperase_fast.auditing.result import PAGE as AUDIT_PAGE
 from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.defaults import torch_defaults
 from cliperase_fast.errors import InputError
@@ -98,7 +100,7 @@ class UnlearnResult:
             raise InputError(
                 f"the result cannot be saved to {directory} ({error.strerror}): give a folder that can be written to"
             ) from error
-        for name in ("result.json", "audit.json", "audit.html"):  # from an earlier call
+        for name in ("result.json", AUDIT_FILE, AUDIT_PAGE):  # from an earlier call
             (directory / name).unlink(missing_ok=True)
         self.adapter.save(directory / "model")
         write_text_atomically(directory / "config.json", json.dumps(self.config.to_dict(), indent=2) + "\n")
@@ -143,6 +145,7 @@ class UnlearnResult:
                 embeddings=self.embeddings,
                 embedding_sets=self.embedding_sets,
                 embedding_labels=printable_data(self.embedding_labels),
+                audit=None if self.audit is None else printable_data(self.audit.to_dict()),
             )
             write_plots(report, directory / "plots")
             write_html(report, directory / "report.html")

@@ -39,7 +39,16 @@ from cliperase_fast.unlearning.checkpoints import (
 from cliperase_fast.unlearning.engines.base import MOMENTS
 
 _LOCK = ".lock"
-_DRAFTS = (".config.json.", ".metrics.jsonl.", ".result.json.", ".report.html.", ".audit.json.", ".model.", ".probe-")
+_DRAFTS = (
+    ".config.json.",
+    ".metrics.jsonl.",
+    ".result.json.",
+    ".report.html.",
+    ".audit.json.",
+    ".audit.html.",
+    ".model.",
+    ".probe-",
+)
 
 # Settings that a resumed run may change, as they do not affect the weights.
 _FREE = {
