@@ -24,7 +24,7 @@ _QUESTIONS = {
     "depth": "What probes, training, prompts and rounding bring back.",
 }
 _COLUMNS = {"oracle": "oracles"}  # of a table, where it is not the model's name
-_LONGEST_NOTE = 60  # letters of a class or a variant below a score
+_LONGEST_NAME = 60  # letters of a class, a variant or a data set
 _TITLE_CONCEPTS = 3
 _LONGEST_TITLE = 80
 
@@ -55,10 +55,14 @@ def audit_page(content: Content) -> str:
 
 def _title(content: Content) -> str:
     """ "Audit of forgetting seven": the first concepts, cut where they are long."""
-    concepts = [str(concept) for concept in (content.get("data") or {}).get("concepts") or []]
-    shown = ", ".join(concepts[:_TITLE_CONCEPTS])
-    shown = f"{shown} and others" if len(concepts) > _TITLE_CONCEPTS else shown
-    return f"Audit of forgetting {_cut(shown, _LONGEST_TITLE)}" if shown.strip() else "Audit"
+    concepts = [_named(concept) for concept in (content.get("data") or {}).get("concepts") or []]
+    shown = ", ".join(concepts[:_TITLE_CONCEPTS]) + (" and others" if len(concepts) > _TITLE_CONCEPTS else "")
+    return f"Audit of forgetting {_cut(shown, _LONGEST_TITLE)}" if concepts else "Audit"
+
+
+def _named(name: Any) -> str:
+    """A class's name, cut where it is long."""
+    return _cut(str(name).strip() or "(no name)", _LONGEST_NAME)
 
 
 def _cut(text: str, most: int) -> str:
@@ -144,10 +148,10 @@ def _groups(content: Content) -> list[dict[str, Any]]:
         for score in after:
             cells = [_cell((scores[name].get(group) or {}).get(score) or {}, score) for name in models]
             if all(cell.text == percent(None) for cell in cells):
-                missing.append(f"{find_score(score).label} ({after[score].get('reason') or 'no value'})")
+                missing.append(f"{_label(score)} ({after[score].get('reason') or 'no value'})")
                 continue
             distance = [difference(number(gap.get(score)), find_score(score).format)] if gap else []
-            rows.append(Row((find_score(score).label, *cells, *distance)))
+            rows.append(Row((_label(score), *cells, *distance)))
         groups.append(
             {
                 "heading": GROUPS.get(group, group.capitalize()),
@@ -160,12 +164,16 @@ def _groups(content: Content) -> list[dict[str, Any]]:
     return groups
 
 
+def _label(score: str) -> str:
+    return _cut(find_score(score).label, _LONGEST_NAME)
+
+
 def _cell(found: Mapping[str, Any], score: str) -> Cell:
     """A score with its interval, and the class, the variant or the block that it is of."""
     form = find_score(score).format
-    note = next((str(found[key]) for key in ("class", "variant", "block") if found.get(key) is not None), "")
+    note = next((_named(found[key]) for key in ("class", "variant", "block") if found.get(key) is not None), "")
     low, high = (number(found.get(end)) for end in ("low", "high"))
-    return Cell(written(number(found.get("value")), form), interval(low, high, form), _cut(note, _LONGEST_NOTE))
+    return Cell(written(number(found.get("value")), form), interval(low, high, form), note)
 
 
 def _gap(content: Content) -> dict[str, Any] | None:
@@ -195,7 +203,7 @@ def _gap_row(content: Content, group: str, score: str) -> Row:
     form = find_score(score).format
     values = (written(value_of(content, model, group, score), form) for model in ("after", "oracle"))
     floor = number((gap.get("floors") or {}).get(score))
-    return Row((find_score(score).label, *values, *_distances(number(gap[score]), floor, form)))
+    return Row((_label(score), *values, *_distances(number(gap[score]), floor, form)))
 
 
 def _distances(gap: float | None, floor: float | None, form: Format) -> tuple[str, str, str]:
@@ -233,7 +241,7 @@ def _classes(content: Content) -> dict[str, Any] | None:
     cells = [
         Row(
             (
-                name.strip() or "(no name)",
+                _named(name),
                 row["set"],
                 count(row.get("pairs")),
                 percent(row["before"]),
@@ -266,7 +274,7 @@ def _facts(content: Content) -> list[tuple[str, Any]]:
         ("Data", " + ".join(dict.fromkeys(str(data[name]) for name in ("forget", "test") if data.get(name)))),
         ("Forget test pairs", count(data.get("forget_test_pairs"))),
         ("Retain test pairs", count(data.get("retain_test_pairs"))),
-        ("Forgotten concepts", ", ".join(str(concept) for concept in concepts)),
+        ("Forgotten concepts", ", ".join(map(_named, concepts))),
         ("Oracles", str(len(oracle_names(content)))),
     )
     return [(name, fact) for name, fact in facts if fact not in (None, "")]

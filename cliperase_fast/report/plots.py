@@ -151,7 +151,8 @@ def draw_classes(result: Mapping[str, Any], theme: Theme) -> Figure | None:
     axes.set_xlim(-3, 103)
     axes.set_ylim(0.3, len(rows) + 0.7)
     axes.set_xticks([0, 25, 50, 75, 100], ["0", "25", "50", "75", "100%"])
-    name_rows(axes, [(_class_label(name, row["set"]), row["set"] != "retain") for name, row in rows], theme)
+    room = 26 if len(marks) == 2 else 18  # letters, so that the title and the legend stand side by side
+    name_rows(axes, [(_class_label(name, row["set"], room), row["set"] != "retain") for name, row in rows], theme)
     name_marks(axes, marks, theme)
     return figure
 
@@ -333,10 +334,10 @@ FIGURES: dict[str, Callable[[ReportData, Theme], Any]] = {
 }
 
 
-def _class_label(name: str, which: str) -> str:
-    """Return the class's name, short enough to leave the panel room for its title and legend."""
+def _class_label(name: str, which: str, room: int) -> str:
+    """Return the class's name in at most `room` letters."""
     suffix = " (partly)" if which == "mixed" else ""
-    return plain(name, 26 - len(suffix)) + suffix
+    return plain(name, room - len(suffix)) + suffix
 
 
 def _weight(config: Mapping[str, Any], term: str) -> str:

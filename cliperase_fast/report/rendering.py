@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 Data = TypeVar("Data")
 
 TEMPLATES = Path(__file__).parent / "templates"
+_LETTERS = "[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]+"  # Hebrew, Arabic, Syriac and the like
+_RIGHT_TO_LEFT = re.compile(f"({_LETTERS}(?: +{_LETTERS})*)")
 _LONG_WORD = 14  # letters that a class name may have in one piece beside the numbers, on a phone
 
 
@@ -94,6 +96,7 @@ def environment() -> Environment:
         lstrip_blocks=True,
     )
     found.filters["breakable"] = _breakable
+    found.filters["isolated"] = _isolated
     return found
 
 
@@ -103,6 +106,14 @@ def _breakable(name: str) -> Any:
 
     words = (_pieces(word) if len(word) > _LONG_WORD else [word] for word in str(name).split(" "))
     return Markup(" ").join(Markup("<wbr>").join(pieces) for pieces in words)
+
+
+def _isolated(text: Any) -> Any:
+    """Escape a text. Words from right to left do not change the order of what stands around them."""
+    from markupsafe import Markup
+
+    parts = _RIGHT_TO_LEFT.split(str(text))  # every second one is such words
+    return Markup("").join(Markup("<bdi>{}</bdi>").format(part) if at % 2 else part for at, part in enumerate(parts))
 
 
 def _pieces(word: str) -> list[str]:

@@ -47,3 +47,23 @@ def test_a_variable_that_a_template_misses_is_an_error(other_pages):
 
 def test_a_figure_without_data_is_left_out():
     assert picture(sample_run(metrics=[]), plots.draw_losses, "", "") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("it is 'שבע': 2.8 points", "it is &#39;<bdi>שבע</bdi>&#39;: 2.8 points"),
+        ("שבע ספרות, سبعة", "<bdi>שבע ספרות</bdi>, <bdi>سبعة</bdi>"),
+        ("<b> & plain", "&lt;b&gt; &amp; plain"),
+        ("", ""),
+        (17, "17"),
+    ],
+)
+def test_words_from_right_to_left_leave_the_text_around_them_in_order(text, shown):
+    found = rendering.environment().from_string("{{ text | isolated }}").render(text=text)
+    assert found == shown
+
+
+def test_isolating_a_long_text_takes_no_time():
+    text = "א " * 50000
+    assert rendering.environment().from_string("{{ text | isolated }}").render(text=text).count("<bdi>") == 1
