@@ -30,7 +30,10 @@ _DEPTHS: dict[bool | str, bool | str] = {True: False, "depth": True, "full": "fu
 
 def check_oracles(inputs: Inputs, original: ClipAdapter, data: PreparedData, runtime: Runtime) -> None:
     """Load the oracles and drop them again. Raises InputError for one that cannot be compared with the original."""
-    models = load_models(original, original, inputs.oracle, inputs.tokenizer, original.transform, runtime.device)
+    models = load_models(
+        original, original, inputs.oracle, tokenizer=inputs.tokenizer, transform=original.transform,
+        device=runtime.device, truncate=original.truncate,
+    )  # fmt: skip
     sets = _audit_sets(data)
     check_alike(models, sets)
     pixels = pixels_of(original, sets.test, [0])  # [1, 3, H, W]
@@ -87,8 +90,9 @@ def _audit(run: Run, result: UnlearnResult) -> Audit:
     sets = _audit_sets(run.data, notes)
     models = run.ranks.run_on_all(partial(_load_models, run, result, sets))
     how = Encoding(
-        runtime.batch_size, runtime.device, runtime.precision, settings.seed, runtime.progress, ranks=run.ranks
-    )
+        runtime.batch_size, runtime.device, runtime.precision, settings.seed, runtime.progress, run.ranks,
+        runtime.num_workers, run.evaluator.cache,
+    )  # fmt: skip
     found = audit_models(models, sets, how, depth=_DEPTHS[settings.audit])
     return run.ranks.run_on_first(lambda: found)
 
@@ -100,9 +104,10 @@ def _load_models(run: Run, result: UnlearnResult, sets: AuditSets) -> dict[str, 
         original = in_float32(original)
     if original.identity() != run.setup.identity["model"]:
         raise UnlearningError(f"{inputs.model_name} has other weights than when the run began")
-    models = load_models(original, result.adapter, inputs.oracle, inputs.tokenizer, transform, run.runtime.device)
-    for adapter in models.values():
-        adapter.truncate = run.student.truncate
+    models = load_models(
+        original, result.adapter, inputs.oracle, tokenizer=inputs.tokenizer, transform=transform,
+        device=run.runtime.device, truncate=run.student.truncate,
+    )  # fmt: skip
     check_alike(models, sets)
     return models
 
