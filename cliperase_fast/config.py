@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from cliperase_fast.coercion import AUTO, Auto, coerce, is_auto
 from cliperase_fast.errors import InputError
 from cliperase_fast.reading import read_text
 from cliperase_fast.terms import CONSISTENCY_MODES, FORGET_LOSSES, TERMS, described, nearest_name
 
-AUDIT_DEPTHS = ("depth", "full")  # beside False and True
+PROBE_STEPS = 30  # optimizer steps by which learning rates are compared
 LOGGERS = ("none", "tensorboard", "wandb")  # beside metrics.jsonl; see unlearning/loggers.py
 
 
@@ -65,11 +64,21 @@ class UnlearnConfig:
     backend: str = _option("auto", "loss backend, see `cliperase-fast backends`", group="loss")
 
     # the optimisation
-    epochs: int = _option(20, "number of epochs")
+    epochs: int | Auto = _option(  # noqa: RUF009
+        AUTO, "number of epochs; auto: until the target is reached and the divergence from the original stops improving"
+    )
     epoch_over: str = _option("forget", "an epoch is one pass over this set; the other is cycled", ("forget", "retain"))
-    batch_size: int = _option(16, "pairs in a batch, forget and retain together")
-    forget_fraction: float = _option(0.5, "share of forget pairs in a batch (0.5: one to one)")
-    learning_rate: float = _option(1e-6, "peak learning rate")
+    batch_size: int | Auto = _option(  # noqa: RUF009
+        AUTO,
+        "pairs in a batch, forget and retain together; auto: 16, or 128 if learning_rate or epochs is auto",
+    )
+    forget_fraction: float | Auto = _option(  # noqa: RUF009
+        AUTO,
+        "share of forget pairs in a batch (0.5: one to one); auto: 0.5, or 0.25 if learning_rate or epochs is auto",
+    )
+    learning_rate: float | Auto = _option(  # noqa: RUF009
+        AUTO, f"peak learning rate; auto: the best of a few rates, each tried for {PROBE_STEPS} steps"
+    )
     optimizer: str = _option("adam", "optimizer", ("adam", "adamw"))
     weight_decay: float = _option(0.0, "weight decay (matrices only)")
     schedule: str = _option("constant", "learning rate after the warm-up", ("constant", "cosine"))
@@ -103,15 +112,27 @@ class UnlearnConfig:
     retain_floor: float = _option(
         0.02, "largest drop of the retain score a chosen checkpoint may show (0.02: two points)", group="selection"
     )
-    select: str = _option(
-        "floor",
-        "which checkpoint is kept: the one that forgets most within retain_floor, or the last",
-        ("floor", "last"),
+    worst_class_floor: float = _option(
+        0.3,
+        "select=divergence: largest divergence from the original, in nats, that a retained class may show in a chosen "
+        "checkpoint",
         group="selection",
     )
-    evaluate_every: int = _option(1, "epochs between two evaluations on the validation split", group="selection")
+    select: str = _option(
+        AUTO,
+        "which checkpoint is kept: the one that forgets most within retain_floor, the one at the target that diverges "
+        "least from the original, or the last; auto: floor, or divergence if learning_rate or epochs is auto",
+        (AUTO, "floor", "divergence", "last"),
+        group="selection",
+    )
+    evaluate_every: int = _option(
+        1, "epochs between two evaluations on the validation split (every 10 steps if epochs=auto)", group="selection"
+    )
     early_stop: int = _option(
-        0, "stop after this many evaluations without a better checkpoint; 0 for never", group="selection"
+        0,
+        "stop after this many evaluations without a better checkpoint; 0 for never, or for a number of the recipe's "
+        "own if epochs=auto",
+        group="selection",
     )
 
     # the data
@@ -163,7 +184,7 @@ class UnlearnConfig:
 
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
-            value = _coerce(spec, getattr(self, spec.name))
+            value = coerce(spec, getattr(self, spec.name))
             object.__setattr__(self, spec.name, value)
             choices = spec.metadata["choices"]
             if choices and value not in choices:
@@ -172,14 +193,19 @@ class UnlearnConfig:
                 )
         for name in ("epochs", "batch_size", "accumulate", "eval_batch_size", "evaluate_every", "lora_rank",
                      "checkpoint_every", "keep_checkpoints"):  # fmt: skip
-            self._require(getattr(self, name) >= 1, name, "must be at least 1")
+            self._require(is_auto(getattr(self, name)) or getattr(self, name) >= 1, name, "must be at least 1")
         for name in ("lambda_retain", "lambda_forget", "lambda_consistency", "weight_decay", "grad_clip",
                      "grad_cache_chunk", "warmup_steps", "num_workers", "early_stop", "retain_floor",
-                     "seed", "image_cache_mib"):  # fmt: skip
+                     "worst_class_floor", "seed", "image_cache_mib"):  # fmt: skip
             self._require(getattr(self, name) >= 0, name, "must not be negative")
         for name in ("val_fraction", "test_fraction", "forget_fraction"):
-            self._require(0 < getattr(self, name) < 1, name, "must lie between 0 and 1, both excluded")
-        self._require(self.learning_rate > 0, "learning_rate", "must be positive")
+            value = getattr(self, name)
+            self._require(is_auto(value) or 0 < value < 1, name, "must lie between 0 and 1, both excluded")
+        self._require(
+            isinstance(self.learning_rate, str) or self.learning_rate > 0,
+            "learning_rate",
+            "must be positive, or 'auto'",
+        )
         self._require(self.rank_timeout > 0, "rank_timeout", "must be positive")
         self._require(-1 <= self.margin <= 1, "margin", "is a cosine: it must lie between -1 and 1")
         self._require(
@@ -187,17 +213,36 @@ class UnlearnConfig:
             "lambda_retain, lambda_forget, lambda_consistency",
             "are all 0, so nothing would be trained",
         )
-        self._require(self.batch_size >= 2, "batch_size", "must be at least 2: one forget and one retain pair")
+        self._require(self.pairs_per_batch >= 2, "batch_size", "must be at least 2: one forget and one retain pair")
         self._require(
-            self.grad_cache_chunk <= self.batch_size,
+            self.grad_cache_chunk <= self.pairs_per_batch,
             "grad_cache_chunk",
-            f"is more than batch_size={self.batch_size}, so it has no effect: make it smaller, or 0 to turn it off",
+            f"is more than the {self.pairs_per_batch} pairs of a batch (batch_size), so it has no effect: make it "
+            "smaller, or 0 to turn it off",
         )
+        self._check_auto()
         kind, _, count = self.trainable.partition(":")
         known = self.trainable in ("all", "image", "text", "lora") or (
             kind == "last" and count.isdigit() and int(count) > 0
         )
         self._require(known, "trainable", f"is {self.trainable!r}: use all, image, text, last:K or lora")
+
+    def _check_auto(self) -> None:
+        """Raise InputError for settings that need a number where there is `auto`."""
+        if self.epochs == AUTO:
+            self._require(self.schedule != "cosine", "schedule", "ends with the last epoch: give a number of epochs")
+            self._require(
+                self.evaluate_every == 1,
+                "evaluate_every",
+                "counts epochs, and epochs='auto' evaluates every few steps: leave it out, or give a number of epochs",
+            )
+        if self.learning_rate == AUTO:
+            self._require(
+                self.warmup_steps < PROBE_STEPS,
+                "warmup_steps",
+                f"must be less than the {PROBE_STEPS} steps for which learning_rate='auto' tries a rate: make it "
+                "smaller, or give a learning_rate",
+            )
 
     def _require(self, holds: bool, name: str, complaint: str) -> None:
         if not holds:
@@ -205,13 +250,39 @@ class UnlearnConfig:
             raise InputError(f"{name}={value} {complaint}" if hasattr(self, name) else f"{name} {complaint}")
 
     @property
+    def automatic(self) -> bool:
+        """Whether the run finds its learning rate or its number of steps itself."""
+        return AUTO in (self.learning_rate, self.epochs)
+
+    @property
+    def pairs_per_batch(self) -> int:
+        """Pairs in a batch: `batch_size`, or what `auto` stands for."""
+        return (128 if self.automatic else 16) if isinstance(self.batch_size, str) else self.batch_size
+
+    @property
     def forget_pairs(self) -> int:
-        """Forget pairs in a batch (M); the rest of `batch_size` are retain pairs (N). Both at least 1."""
-        return min(max(round(self.batch_size * self.forget_fraction), 1), self.batch_size - 1)
+        """Forget pairs in a batch (M); the rest are retain pairs (N). Both at least 1."""
+        fraction = (0.25 if self.automatic else 0.5) if isinstance(self.forget_fraction, str) else self.forget_fraction
+        return min(max(round(self.pairs_per_batch * fraction), 1), self.pairs_per_batch - 1)
 
     @property
     def retain_pairs(self) -> int:
-        return self.batch_size - self.forget_pairs
+        return self.pairs_per_batch - self.forget_pairs
+
+    def resolved(self, unused: Collection[str] = ()) -> UnlearnConfig:
+        """Return the settings with numbers for batch_size and forget_fraction, and with the rule of selection.
+
+        unused: settings that the method does not use, which stay as they are. A method that uses no learning_rate
+        selects by the floor.
+        """
+        values: dict[str, Any] = {}
+        if self.batch_size == AUTO:
+            values["batch_size"] = self.pairs_per_batch
+        if self.forget_fraction == AUTO:
+            values["forget_fraction"] = 0.25 if self.automatic else 0.5
+        if self.select == AUTO:
+            values["select"] = "divergence" if self.automatic and "learning_rate" not in unused else "floor"
+        return dataclasses.replace(self, **{name: value for name, value in values.items() if name not in unused})
 
     @classmethod
     def paper(cls, dataset: str, **overrides: Any) -> UnlearnConfig:
@@ -254,8 +325,8 @@ _PAPER: dict[str, Any] = {
     "weight_decay": 0.0, "schedule": "constant", "warmup_steps": 0, "grad_clip": 0.0, "accumulate": 1,
     "grad_cache_chunk": 0, "precision": "fp32", "trainable": "all", "lora_rank": 8, "lora_alpha": 16.0, "seed": 0,
     "device": "auto", "deepspeed": "", "rank_timeout": 600.0,
-    "val_fraction": 0.1, "test_fraction": 0.2, "retain_floor": 0.02, "select": "floor", "evaluate_every": 1,
-    "early_stop": 0,
+    "val_fraction": 0.1, "test_fraction": 0.2, "retain_floor": 0.02, "worst_class_floor": 0.3, "select": "floor",
+    "evaluate_every": 1, "early_stop": 0,
     "on_error": "raise", "overlap": "error", "long_captions": "error", "num_workers": 0, "image_cache_mib": 512,
     "eval_batch_size": 256, "teacher_cache": "auto",
     "checkpoint_every": 100, "keep_checkpoints": 2, "report": True, "audit": False, "logger": "none",
@@ -274,7 +345,7 @@ def read_options(options: type, given: Mapping[str, Any], what: str) -> Any:
             known = f"; known are {', '.join(specs)}" if specs else "; it has no options"
             raise InputError(f"{what} has no option {name!r}{nearest_name(name, specs) or known}")
     try:
-        return options(**{name: _coerce(specs[name], value) for name, value in given.items()})
+        return options(**{name: coerce(specs[name], value) for name, value in given.items()})
     except TypeError as error:
         raise InputError(f"the options of {what}: {error}") from error
 
@@ -360,62 +431,3 @@ def _yaml_loader() -> Any:
             return dict(super().construct_mapping(node, deep))
 
     return Loader
-
-
-def _coerce(spec: dataclasses.Field[Any], value: Any) -> Any:
-    """Return `value` as the field's type, so that `1e-6` from YAML (a string there) and `1` for 1.0 both work.
-
-    A field of another type than bool, int, float or str takes any value.
-    """
-    wanted = getattr(spec.type, "__name__", spec.type)
-    if spec.name == "method_options":
-        if isinstance(value, Mapping):
-            return dict(value)
-        raise InputError(f"{spec.name}={_shortly(value)} must be a mapping")
-    if spec.name == "audit":
-        if isinstance(value, bool) or (isinstance(value, str) and value in AUDIT_DEPTHS):
-            return value
-        raise InputError(f"audit={_shortly(value)} must be true, false, {' or '.join(AUDIT_DEPTHS)}")
-    if spec.name == "deepspeed":
-        if isinstance(value, Mapping):
-            return dict(value)
-        if isinstance(value, (str, Path)):
-            return str(value)
-        raise InputError(f"{spec.name}={_shortly(value)} must be a string or a mapping")
-    if wanted == "bool":
-        if isinstance(value, bool):
-            return value
-        raise InputError(f"{spec.name}={_shortly(value)} must be true or false")
-    if wanted == "str":
-        if isinstance(value, str):
-            return value
-        if value is False and "off" in (spec.metadata.get("choices") or ()):  # YAML reads a bare `off` as false
-            return "off"
-        raise InputError(f"{spec.name}={_shortly(value)} must be a string")
-    if wanted not in ("int", "float"):
-        return value
-    number: type = int if wanted == "int" else float
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise InputError(f"{spec.name}={_shortly(value)} must be a number")
-    try:
-        converted = number(value)
-    except (ValueError, OverflowError) as error:
-        raise InputError(
-            f"{spec.name}={_shortly(value)} must be {'a whole number' if number is int else 'a number'}"
-        ) from error
-    if not math.isfinite(converted):
-        raise InputError(f"{spec.name}={value!r} must be finite")
-    if number is int and isinstance(value, float) and value != converted:
-        raise InputError(f"{spec.name}={value!r} must be a whole number")
-    return converted
-
-
-def _shortly(value: Any) -> str:
-    """Return a short repr of a few levels, as lists can contain each other or be deeply nested."""
-    brief = reprlib.Repr()
-    brief.maxlevel = 3
-    brief.maxstring = brief.maxother = brief.maxlong = 100
-    try:
-        return brief.repr(value)
-    except ValueError:  # a number of thousands of digits
-        return f"a {type(value).__name__}"

@@ -15,6 +15,14 @@ from cliperase_fast.config import parse_options, read_options
         ({"epochs": 0}, "epochs=0 must be at least 1"),
         ({"epochs": 2.5}, "epochs=2.5 must be a whole number"),
         ({"epochs": "many"}, "epochs='many' must be a whole number"),
+        ({"epochs": "automatic"}, "epochs='automatic' must be a whole number or 'auto'"),
+        ({"learning_rate": "fast"}, "learning_rate='fast' must be a number or 'auto'"),
+        ({"lambda_forget": "auto"}, "lambda_forget='auto' must be a number"),
+        ({"schedule": "cosine"}, "schedule=cosine ends with the last epoch: give a number of epochs"),
+        ({"evaluate_every": 2}, "evaluate_every=2 counts epochs"),
+        ({"warmup_steps": 30, "epochs": 2}, "must be less than the 30 steps for which learning_rate='auto' tries"),
+        ({"grad_cache_chunk": 200}, "more than the 128 pairs of a batch"),
+        ({"worst_class_floor": -0.1}, "worst_class_floor=-0.1 must not be negative"),
         ({"learning_rate": 0}, "learning_rate=0.0 must be positive"),
         ({"learning_rate": float("nan")}, "must be finite"),
         ({"lambda_retain": -1}, "lambda_retain=-1.0 must not be negative"),
@@ -143,3 +151,33 @@ def test_the_ratio_keeps_at_least_one_pair_of_each_kind(fraction, forget):
 
 def test_every_setting_has_a_help_text():
     assert all(spec.metadata["help"] for spec in dataclasses.fields(UnlearnConfig))
+
+
+NUMBERS = {"learning_rate": 1e-5, "epochs": 3}
+
+
+@pytest.mark.parametrize(
+    ("given", "batch", "select"),
+    [
+        ({}, (32, 96), "divergence"),
+        ({"learning_rate": 1e-5}, (32, 96), "divergence"),
+        ({"epochs": 3}, (32, 96), "divergence"),
+        (NUMBERS, (8, 8), "floor"),
+        ({"batch_size": 64}, (16, 48), "divergence"),
+        ({"forget_fraction": 0.5, "select": "floor"}, (64, 64), "floor"),
+        ({**NUMBERS, "batch_size": 12, "select": "divergence"}, (6, 6), "divergence"),
+    ],
+)
+def test_batches_and_selection_follow_from_what_is_automatic(given, batch, select):
+    config = UnlearnConfig(**given)
+    resolved = config.resolved()
+    for one in (config, resolved):
+        assert (one.forget_pairs, one.retain_pairs) == batch
+    assert (resolved.batch_size, resolved.select) == (sum(batch), select)
+    assert resolved.resolved() == resolved
+    assert (resolved.learning_rate, resolved.epochs) == (config.learning_rate, config.epochs)
+
+
+def test_settings_that_a_method_does_not_use_stay_as_they_are():
+    resolved = UnlearnConfig().resolved({"learning_rate", "batch_size", "forget_fraction"})
+    assert (resolved.batch_size, resolved.forget_fraction, resolved.select) == ("auto", "auto", "floor")

@@ -36,7 +36,7 @@ LAYERS = [
     {"ops"},
     {"config", "recipes", "tensor_files"},
     {"terms", "storage", "progress", "defaults", "extras"},
-    {"reading"},
+    {"coercion", "reading"},
     {"errors", "_version"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

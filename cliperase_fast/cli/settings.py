@@ -6,7 +6,8 @@ import argparse
 import dataclasses
 from typing import Any
 
-from cliperase_fast.config import AUDIT_DEPTHS, UnlearnConfig, parse_options, read_settings
+from cliperase_fast.coercion import AUDIT_DEPTHS
+from cliperase_fast.config import UnlearnConfig, parse_options, read_settings
 
 
 def add_settings(parser: argparse.ArgumentParser, own_defaults: dict[str, str]) -> None:
@@ -44,11 +45,7 @@ def add_settings(parser: argparse.ArgumentParser, own_defaults: dict[str, str]) 
                 flag,
                 default=argparse.SUPPRESS,
                 choices=spec.metadata["choices"],
-                metavar=None
-                if spec.metadata["choices"]
-                else spec.type.upper()
-                if spec.type in ("int", "float")
-                else "TEXT",
+                metavar=None if spec.metadata["choices"] else _placeholder(str(spec.type)),
                 help=text,
             )
 
@@ -58,6 +55,14 @@ def _add_audit(group: Any, text: str) -> None:
         "--audit", nargs="?", const=True, default=argparse.SUPPRESS, choices=AUDIT_DEPTHS, help=f"{text} (default: no)"
     )
     group.add_argument("--no-audit", dest="audit", action="store_false", default=argparse.SUPPRESS)
+
+
+def _placeholder(kind: str) -> str:
+    """Return what stands for a value of this type in the help."""
+    number, automatic, _ = kind.partition(" | Auto")
+    if number not in ("int", "float"):
+        return "TEXT"
+    return number.upper() + ("|auto" if automatic else "")
 
 
 def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 from cliperase_fast.evaluation.encoding import EncodedPairs
+
+PART = 1 << 16  # rows summed at a time
 
 
 @dataclass(frozen=True)
@@ -25,20 +28,30 @@ class Background:
 
     @classmethod
     def of(cls, encoded: EncodedPairs, retain: np.ndarray) -> Background:
-        """Compute the means over the retain pairs of a split in float64. retain: bool [n], at least one is true."""
+        """Compute the means over the retain pairs of a split. retain: bool [n], at least one is true."""
         rows = np.flatnonzero(retain)
-        weights = np.zeros(len(encoded.caption_features), dtype=np.float64)
-        for row in rows:
-            captions = encoded.caption_index[row]
-            np.add.at(weights, captions, 1 / len(captions))
-        image_sum = torch.zeros(encoded.image_features.shape[1], dtype=torch.float64, device="cpu")
-        for part in torch.from_numpy(rows).split(1 << 16):
-            image_sum += encoded.image_features[part].double().sum(0)
-        text_sum = torch.zeros(encoded.caption_features.shape[1], dtype=torch.float64, device="cpu")
-        for start in range(0, len(weights), 1 << 16):
-            part = slice(start, start + (1 << 16))
-            text_sum += torch.from_numpy(weights[part]) @ encoded.caption_features[part].double()
-        return cls(image_sum / len(rows), text_sum / len(rows))
+        parts = torch.from_numpy(rows).split(PART)
+        images = (encoded.image_features[part] for part in parts)
+        return cls.of_rows(images, encoded.caption_features, [encoded.caption_index[row] for row in rows])
+
+    @classmethod
+    def of_rows(cls, images: Iterable[Tensor], captions: Tensor, caption_index: Sequence[np.ndarray]) -> Background:
+        """Compute the means in float64.
+
+        images: the features of all retain images, in parts. captions: features [U, D]. caption_index: for each retain
+        image, the rows of its captions.
+        """
+        counts = np.array([len(rows) for rows in caption_index], dtype=np.int64)
+        weights = np.bincount(
+            np.concatenate(caption_index), weights=np.repeat(1 / counts, counts), minlength=len(captions)
+        )
+        image_sum = sum(part.double().cpu().sum(0) for part in images)
+        text_sum = sum(
+            torch.from_numpy(weights[start : start + PART]) @ captions[start : start + PART].double().cpu()
+            for start in range(0, len(weights), PART)
+        )
+        assert isinstance(image_sum, Tensor) and isinstance(text_sum, Tensor)
+        return cls(image_sum / len(counts), text_sum / len(counts))
 
     def of_images(self, image_features: Tensor) -> Tensor:
         """Return the levels [n] of images [n, D], in the dtype and on the device of the features."""

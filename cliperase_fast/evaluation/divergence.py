@@ -18,7 +18,7 @@ CAPTIONS = 256  # compared where there are no classes
 
 @dataclass(frozen=True)
 class Divergence:
-    """KL(original || student) over the retain images of a split, in nats.
+    """How far the retain images of a split have moved, in nats: the mean of `DivergenceMeter.values`.
 
     worst_class: the class with the largest mean, None without classes. The errors are standard errors of the means,
     None for the mean of a single image.
@@ -41,10 +41,16 @@ class DivergenceMeter:
 
     Each image has a distribution: the softmax of the scaled cosines with the captions of the retained classes (averaged
     over the captions of a class, as in zero-shot classification). Without classes, with a fixed sample of at most 256
-    captions of the split's retain pairs. Computed in float64.
+    captions of the split's retain pairs. The divergence of an image is
+
+        KL(original || student) + max(0, log((1 - f°) / (1 - f))),
+
+    where f is the probability of the forgotten captions (at most 256 without classes) if they are added to the softmax,
+    and f° that of the original. An image that moves to a forgotten caption counts, and one that leaves it does not.
+    Computed in float64.
 
     original: features of the original. logit_scale: the original's, exponentiated. pairs: the split. retain: bool [n].
-    classes: numbers of the retained classes; by default those of the split's retain pairs. seed: of the sample.
+    classes: numbers of the retained classes; by default those of the split's retain pairs. seed: of the samples.
     """
 
     def __init__(
@@ -61,23 +67,26 @@ class DivergenceMeter:
         self.labels: np.ndarray | None = None
         self.names = pairs.classes
         if pairs.labels is not None and original.class_features is not None:
-            self.labels = np.asarray(pairs.labels)[self.rows]
+            labels = np.asarray(pairs.labels)
+            self.labels = labels[self.rows]
             columns = np.unique(self.labels) if classes is None else np.unique(classes)
+            forgotten = np.setdiff1d(labels[~retain], columns)
         else:
-            used = np.unique(np.concatenate([original.caption_index[row] for row in self.rows]))
-            drawn = np.random.default_rng([seed, CAPTIONS]).permutation(len(used))[:CAPTIONS]
-            columns = used[np.sort(drawn)]
-        self.columns = torch.from_numpy(columns)
-        self.original = self._log_probabilities(original, logit_scale)  # [n, C]
+            columns = _captions(original, self.rows)
+            forgotten = np.setdiff1d(_captions(original, np.flatnonzero(~retain)), columns)
+            columns, forgotten = (_sample(found, seed) for found in (columns, forgotten))
+        self.columns, self.forgotten = torch.from_numpy(columns), torch.from_numpy(forgotten)
+        self.original = self._log_probabilities(original, logit_scale)
 
     def values(self, encoded: EncodedPairs, logit_scale: float) -> np.ndarray:
         """Return the divergence of each retain image of the split; float64 [n], at least 0 up to rounding."""
         found = np.empty(len(self.rows), dtype=np.float64)
-        step = max(1, CHUNK // max(1, len(self.columns)))
+        step = max(1, CHUNK // max(1, len(self.columns) + len(self.forgotten)))
         for start in range(0, len(self.rows), step):
-            before = self.original[start : start + step]
-            after = self._log_probabilities(encoded, logit_scale, start, start + step)
-            found[start : start + step] = (before.exp() * (before - after)).sum(1).numpy()
+            before, kept_before = (rows[start : start + step] for rows in self.original)
+            after, kept = self._log_probabilities(encoded, logit_scale, start, start + step)
+            moved = (kept_before - kept).clamp_min(0)
+            found[start : start + step] = ((before.exp() * (before - after)).sum(1) + moved).numpy()
         return found
 
     def __call__(self, encoded: EncodedPairs, logit_scale: float) -> Divergence:
@@ -94,11 +103,26 @@ class DivergenceMeter:
 
     def _log_probabilities(
         self, encoded: EncodedPairs, logit_scale: float, start: int = 0, stop: int | None = None
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
+        """Return the logarithms of the probabilities [n, C] of the retained captions among themselves, and of their sum
+        [n] among all captions."""
         captions = encoded.caption_features if self.labels is None else encoded.class_features
         assert captions is not None
-        images = encoded.image_features[torch.from_numpy(self.rows[start:stop])].double()
-        return (logit_scale * images @ captions[self.columns].double().T).log_softmax(1)
+        images = logit_scale * encoded.image_features[torch.from_numpy(self.rows[start:stop])].double()
+        logits = images @ captions[self.columns].double().T
+        others = images @ captions[self.forgotten].double().T
+        own = logits.logsumexp(1)  # [n]
+        return logits - own[:, None], own - torch.logaddexp(own, others.logsumexp(1))
+
+
+def _captions(encoded: EncodedPairs, rows: np.ndarray) -> np.ndarray:
+    """Return the captions of these images."""
+    return np.unique(np.concatenate([encoded.caption_index[row] for row in rows])) if len(rows) else rows
+
+
+def _sample(captions: np.ndarray, seed: int) -> np.ndarray:
+    drawn = np.random.default_rng([seed, CAPTIONS]).permutation(len(captions))[:CAPTIONS]
+    return captions[np.sort(drawn)]
 
 
 def _mean(values: np.ndarray) -> tuple[float, float | None]:

@@ -30,18 +30,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cliperase_fast.evaluation import Divergence
 from cliperase_fast.storage import draft_of, file_digest, flush_folder, write_file
 from cliperase_fast.tensor_files import read_tensors, write_tensors
 from cliperase_fast.unlearning.selection import Candidate
 
-FORMAT = 4
+FORMAT = 5
 STUDENT, OPTIMIZER, TRAINER, METRICS = "student.safetensors", "optimizer.safetensors", "trainer.pt", "metrics.jsonl"
 BEST, STATE = "best.safetensors", "state.json"
 _FILES = {STUDENT, OPTIMIZER, TRAINER, METRICS, BEST, STATE}
 _NAME = re.compile(r"step-(\d{8,})")
 _TYPES = {
     "step": int, "seconds": float, "identity": dict, "evaluations": list, "evaluations_without_improvement": int,
-    "stopped_early": bool,
+    "stopped_early": bool, "probes": list, "rate": float, "stop": str,
 }  # fmt: skip
 
 
@@ -85,6 +86,9 @@ class TrainState:
     evaluations: list[Candidate] = field(default_factory=list)  # on the validation split
     evaluations_without_improvement: int = 0
     stopped_early: bool = False
+    probes: list[dict[str, Any]] = field(default_factory=list)  # of learning rates, see `Probe`
+    rate: float = 0.0  # the learning rate that they led to, 0 until then
+    stop: str = ""  # why training ended, if its number of steps was open
     best: Candidate | None = None
     best_weights: str | None = None  # their SHA-256
     weights: dict[str, Tensor] = field(default_factory=dict)  # trained parameters and buffers
@@ -105,8 +109,8 @@ class TrainState:
         best = state["best"] or {"candidate": None, "sha256": None}
         found = {name: state[name] for name in _TYPES}
         return cls(
-            **{**found, "evaluations": [Candidate(**candidate) for candidate in state["evaluations"]]},
-            best=Candidate(**best["candidate"]) if best["candidate"] else None,
+            **{**found, "evaluations": [_candidate(candidate) for candidate in state["evaluations"]]},
+            best=_candidate(best["candidate"]) if best["candidate"] else None,
             best_weights=best["sha256"],
         )
 
@@ -299,12 +303,30 @@ def _from_format_3(state: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
+def _from_format_4(state: dict[str, Any]) -> dict[str, Any]:
+    """Add what came with automatic learning rates. Until then all numbers were given."""
+
+    def measured(candidate: Any) -> Any:
+        return {**candidate, "divergence": None} if isinstance(candidate, dict) else candidate
+
+    state = {**state, "probes": [], "rate": 0.0, "stop": ""}
+    if isinstance(evaluations := state.get("evaluations"), list):
+        state["evaluations"] = [measured(candidate) for candidate in evaluations]
+    if isinstance(best := state.get("best"), dict):
+        state["best"] = {**best, "candidate": measured(best.get("candidate"))}
+    identity = state.get("identity")
+    config = identity.get("config") if isinstance(identity, dict) else None
+    if isinstance(identity, dict) and isinstance(config, dict):
+        state["identity"] = {**identity, "config": {"worst_class_floor": 0.3, **config}}
+    return state
+
+
 def _readers() -> dict[object, Callable[[dict[str, Any]], dict[str, Any]]]:
     """What brings the fields of state.json up to date, by format. Formats before 3 named other files."""
-    return {3: _from_format_3, FORMAT: lambda state: state}
+    return {3: lambda state: _from_format_4(_from_format_3(state)), 4: _from_format_4, FORMAT: lambda state: state}
 
 
-_READABLE = "formats 3 and 4"
+_READABLE = "formats 3 to 5"
 
 
 def _check_fields(path: Path, state: dict[str, Any]) -> None:
@@ -328,11 +350,18 @@ def _check_fields(path: Path, state: dict[str, Any]) -> None:
 
 def _is_candidate(found: Any) -> bool:
     fields = dataclasses.fields(Candidate)
-    return (
-        isinstance(found, dict)
-        and found.keys() == {spec.name for spec in fields}
-        and all(type(found[spec.name]) in ((int,) if spec.type == "int" else (int, float)) for spec in fields)
-    )
+    if not isinstance(found, dict) or found.keys() != {spec.name for spec in fields}:
+        return False
+    numbers = [spec for spec in fields if spec.name != "divergence"]
+    if not all(type(found[spec.name]) in ((int,) if spec.type == "int" else (int, float)) for spec in numbers):
+        return False
+    divergence, known = found["divergence"], {spec.name for spec in dataclasses.fields(Divergence)}
+    return divergence is None or (isinstance(divergence, dict) and divergence.keys() == known)
+
+
+def _candidate(found: dict[str, Any]) -> Candidate:
+    divergence = found["divergence"]
+    return Candidate(**{**found, "divergence": None if divergence is None else Divergence(**divergence)})
 
 
 def _sealed(state: dict[str, Any]) -> bytes:

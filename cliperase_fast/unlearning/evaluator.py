@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cliperase_fast.data.loading import PixelCache
-from cliperase_fast.evaluation import EncodedPairs, encode_pairs, require_finite, score
+from cliperase_fast.evaluation import Divergence, DivergenceMeter, EncodedPairs, encode_pairs, require_finite, score
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.unlearning.runtime import Runtime
 from cliperase_fast.unlearning.selection import Candidate
@@ -48,11 +49,25 @@ class Evaluator:
         self.seconds += time.perf_counter() - began
         return scores
 
-    def candidate(self, adapter: ClipAdapter, part: Split, step: int, epoch: int) -> Candidate:
-        scores = self.score(self.encode(adapter, part), part)
+    def candidate(
+        self, encoded: EncodedPairs, part: Split, step: int, epoch: int, divergence: Divergence | None = None
+    ) -> Candidate:
+        """Summarise the scores of a split. Where the divergence was measured, scores that are missing become NaN."""
+        scores = self.score(encoded, part)
         name = "zero_shot_top1" if part.pairs.classes is not None else "image_to_text_r@1"
-        forget, retain = scores["forget"], scores["retain"]
-        return Candidate(step, epoch, forget[name], retain[name], forget["association"])
+        found = [scores["forget"][name], scores["retain"][name], scores["forget"]["association"]]
+        if divergence is not None:
+            found = [math.nan if value is None else value for value in found]
+        forget, retain, association = found
+        return Candidate(step, epoch, forget, retain, association, divergence)
+
+    def divergence(self, adapter: ClipAdapter, encoded: EncodedPairs, meter: DivergenceMeter) -> Divergence:
+        """Measure how far a model has moved. encoded: its features of the meter's split."""
+        scale = float(adapter.logit_scale().detach())
+        began = time.perf_counter()
+        found = self.runtime.ranks.run_on_first(lambda: meter(encoded, scale))
+        self.seconds += time.perf_counter() - began
+        return found
 
 
 def lowest(evaluations: Sequence[Candidate]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +26,11 @@ class Logger(Protocol):
 
     def close(self, failed: bool = False) -> None:
         """Write everything out. failed: whether training ended in an error."""
+
+
+def run_lines(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the lines of the run itself, without those of learning rates that were tried."""
+    return [line for line in lines if "probe" not in line]
 
 
 class JsonlLogger:
@@ -54,11 +60,11 @@ class TensorBoardLogger:
         from torch.utils.tensorboard import SummaryWriter
 
         old = directory.exists()
-        last = max((line["step"] for line in done), default=0)
+        last = max((line["step"] for line in run_lines(done)), default=0)
         self._writer = SummaryWriter(str(directory), purge_step=last + 1 if old else None)
         if not old:
             self._writer.add_text("config", "\n".join(f"    {name}: {value}" for name, value in settings.items()))
-            for line in done:  # of a run that had no such logger until now
+            for line in run_lines(done):  # of a run that had no such logger until now
                 self.log(line, line["step"])
 
     def log(self, line: dict[str, Any], step: int) -> None:
@@ -96,7 +102,7 @@ class WandbLogger:
             reinit="create_new",  # a run of the caller's own is not touched
             settings=wandb.Settings(console="off"),  # standard output stays the caller's
         )
-        for line in () if old else done:  # of a run that had no such logger until now
+        for line in () if old else run_lines(done):  # of a run that had no such logger until now
             self.log(line, line["step"])
 
     def log(self, line: dict[str, Any], step: int) -> None:
@@ -164,7 +170,7 @@ class MetricsLog:
 
     def append(self, line: dict[str, Any]) -> None:
         self._jsonl.log(line, line["step"])
-        if self._extra is not None:
+        if self._extra is not None and "probe" not in line:  # its steps come once, from the chosen probe
             try:
                 self._extra.log(line, line["step"])
             except Exception as error:

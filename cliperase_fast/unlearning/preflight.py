@@ -14,12 +14,15 @@ from cliperase_fast.data import PairDataset
 from cliperase_fast.data.drawing import seeded
 from cliperase_fast.data.images import pixel_bytes
 from cliperase_fast.errors import InputError, UnlearningError
-from cliperase_fast.evaluation import EncodedPairs
+from cliperase_fast.evaluation import Background, EncodedPairs
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.models.runtime import dtype_hint
 from cliperase_fast.unlearning.batches import CaptionTable
 from cliperase_fast.unlearning.engines.base import train_mode
+from cliperase_fast.unlearning.run import Baseline
 from cliperase_fast.unlearning.runtime import Runtime
+from cliperase_fast.unlearning.selection import Target
+from cliperase_fast.unlearning.splits import Split
 
 SAME = 1e-6  # features closer than this in every component are equal
 
@@ -139,6 +142,32 @@ def check_teacher(
             f"consistency='features' compares features directly, and the teacher's are {width} wide and the model's "
             f"{student.image_features.shape[1]}; use 'logits' or 'intra' with a teacher like this"
         )
+
+
+def check_forgettable(settings: UnlearnConfig, part: Split, baseline: Baseline) -> list[str]:
+    """Return a note if the model knows the forget pairs no better than by chance.
+
+    part: the validation split. Raises `InputError` if a run that trains to a target would start there.
+    """
+    before = baseline.validation
+    if settings.automatic:
+        background = Background.of(baseline.validation_encoded, ~part.forget_mask)  # of this split: the same but noise
+        target = Target(background.association(baseline.validation_encoded, part.forget_mask))
+        if target.reached(before):
+            raise InputError(
+                f"there is nothing to forget: on the validation split the model scores {before.forget:.1%} on the "
+                f"forget pairs, and their cosine of {before.forget_similarity:.2f} is that of unrelated pairs "
+                f"({target.background:.2f}); choose forget pairs that the model knows, or give numbers for "
+                "learning_rate and epochs to train anyway"
+            )
+    choices = len(part.pairs.classes or ()) or len(baseline.validation_encoded.caption_features)
+    if choices < 2 or before.forget > 1 / choices:
+        return []
+    return [
+        f"The model did not know the forget pairs better than by chance before the run: it scored {before.forget:.1%} "
+        f"on the {part.n_forget} forget pairs of the validation split, where guessing among {choices} scores "
+        f"{1 / choices:.1%}"
+    ]
 
 
 def _differ(pairs: PairDataset) -> bool:

@@ -16,6 +16,7 @@ from cliperase_fast.data import PairDataset
 from cliperase_fast.data.drawing import seeded
 from cliperase_fast.data.loading import PixelCache
 from cliperase_fast.errors import InputError
+from cliperase_fast.evaluation import DivergenceMeter
 from cliperase_fast.models import ClipAdapter, load_model, set_trainable
 from cliperase_fast.models.fast_paths.embedding import train_rows
 from cliperase_fast.models.preprocessing import as_transform, try_transform
@@ -29,13 +30,20 @@ from cliperase_fast.unlearning.evaluator import Evaluator
 from cliperase_fast.unlearning.identity import tokenizer_identity, transform_identity
 from cliperase_fast.unlearning.loggers import require_logger
 from cliperase_fast.unlearning.methods.base import Method
-from cliperase_fast.unlearning.preflight import check_captions, check_features, check_gradient, check_teacher
+from cliperase_fast.unlearning.preflight import (
+    check_captions,
+    check_features,
+    check_forgettable,
+    check_gradient,
+    check_teacher,
+)
 from cliperase_fast.unlearning.run import Baseline, Inputs, Models, Run, Setup
 from cliperase_fast.unlearning.run_directory import RunDirectory, identity_settings, resume_from
 from cliperase_fast.unlearning.runtime import Runtime
-from cliperase_fast.unlearning.selection import Selection
 from cliperase_fast.unlearning.splits import PreparedData, Split, open_sets, prepare_data
 from cliperase_fast.validation import choose
+
+FORGET_PAIRS, RETAIN_PAIRS = 256, 1024  # of the validation split that the recipe evaluates at most
 
 
 def load(inputs: Inputs, settings: UnlearnConfig, method: Method, directory: RunDirectory, runtime: Runtime) -> Setup:
@@ -58,6 +66,8 @@ def load(inputs: Inputs, settings: UnlearnConfig, method: Method, directory: Run
     assert original is not None and teacher is not None
     tell("checking the images")
     data = prepare_data(sets, settings, progress=runtime.progress, ranks=ranks)
+    if settings.automatic:
+        data.validation = _limited(data.validation, settings.seed)
     if inputs.oracle is not None:
         tell("checking the oracles")
         ranks.run_on_all(partial(check_oracles, inputs, original, data, runtime))
@@ -93,7 +103,10 @@ def prepare(setup: Setup, method: Method, began: float) -> Run:
     ranks.run_on_first(partial(setup.directory.check_room, parameters, student, original, settings.keep_checkpoints))
     cache = PixelCache(settings.image_cache_mib * 2**20) if settings.num_workers == 0 else None
     evaluator = Evaluator(runtime, cache)
-    baseline = _measure(original, data, evaluator, ranks.first)
+    baseline = _measure(original, data, evaluator, settings, ranks.first)
+    notes = ranks.run_on_first(partial(check_forgettable, settings, data.validation, baseline))
+    for note in notes:
+        (say if ranks.first else _nothing)("%s", note)
     loader = _make_loader(setup, cache)
     pixels, tokens = loader.pixels[0, 0], setup.captions.rows([0])
     if method.trains:
@@ -101,8 +114,8 @@ def prepare(setup: Setup, method: Method, began: float) -> Run:
     if method.needs_teacher:
         ranks.run_on_all(partial(check_teacher, settings, teacher, setup.captions, pixels, baseline.encoded, runtime))
     work = ranks.run_on_first(lambda: setup.directory.open(settings))
-    selection = Selection(baseline.validation.retain, settings.retain_floor, settings.select == "last")
-    return Run(setup, student, parameters, loader, evaluator, baseline, selection, work, began)
+    told = notes if settings.automatic else []
+    return Run(setup, student, parameters, loader, evaluator, baseline, work, began, notes=told)
 
 
 def make_plan(settings: UnlearnConfig, train: Split) -> BatchPlan:
@@ -116,6 +129,19 @@ def make_plan(settings: UnlearnConfig, train: Split) -> BatchPlan:
         epoch_over=settings.epoch_over,
         seed=settings.seed,
     )
+
+
+def _limited(part: Split, seed: int) -> Split:
+    """Return a split with a seeded sample of its pairs, as the recipe evaluates often."""
+    generator = np.random.default_rng([seed, len(part.pairs)])
+    forget, retain = (
+        first + np.sort(generator.permutation(count)[:most])
+        for first, count, most in (
+            (0, part.n_forget, FORGET_PAIRS),
+            (part.n_forget, len(part.pairs) - part.n_forget, RETAIN_PAIRS),
+        )
+    )
+    return Split(part.pairs.subset(np.concatenate([forget, retain])), len(forget))
 
 
 def _nothing(*words: object) -> None:
@@ -138,7 +164,7 @@ def _check_settings(
     smaller = min(settings.forget_pairs, settings.retain_pairs)
     if smaller < ranks.size:
         raise InputError(
-            f"batch_size={settings.batch_size} makes batches of {settings.forget_pairs} forget and "
+            f"batch_size={settings.pairs_per_batch} makes batches of {settings.forget_pairs} forget and "
             f"{settings.retain_pairs} retain pairs, and each of the {ranks.size} ranks needs one of both: raise "
             "batch_size or start fewer ranks"
         )
@@ -221,12 +247,23 @@ def _make_student(setup: Setup) -> ClipAdapter:
     return models.original if ours and not teaches else models.original.clone()
 
 
-def _measure(original: ClipAdapter, data: PreparedData, evaluator: Evaluator, first: bool) -> Baseline:
+def _measure(
+    original: ClipAdapter, data: PreparedData, evaluator: Evaluator, settings: UnlearnConfig, first: bool
+) -> Baseline:
     (say if first else _nothing)("measuring the model as it is, on %d test pairs", len(data.test.pairs))
     encoded = evaluator.encode(original, data.test, finite=True)
     check_features(encoded, data.test.pairs)
     scores = evaluator.score(encoded, data.test)
-    return Baseline(encoded, scores, evaluator.candidate(original, data.validation, 0, 0))
+    part = data.validation
+    of_validation = evaluator.encode(original, part)
+    candidate = evaluator.candidate(of_validation, part, 0, 0)
+    if not settings.automatic and settings.select != "divergence":
+        return Baseline(encoded, scores, candidate, of_validation)
+    scale = float(original.logit_scale().detach())
+    labels = data.train.pairs.labels
+    retained = None if labels is None else np.unique(np.asarray(labels)[data.train.n_forget :])
+    meter = DivergenceMeter(of_validation, scale, part.pairs, ~part.forget_mask, classes=retained, seed=settings.seed)
+    return Baseline(encoded, scores, candidate, of_validation, meter)
 
 
 def _make_loader(setup: Setup, cache: PixelCache | None) -> BatchLoader:

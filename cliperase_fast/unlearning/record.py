@@ -16,8 +16,12 @@ from cliperase_fast.unlearning.checkpoints import TrainState
 from cliperase_fast.unlearning.evaluator import by_set, embeddings, lowest, per_class
 from cliperase_fast.unlearning.methods.base import Method
 from cliperase_fast.unlearning.output_model import OutputModel
+from cliperase_fast.unlearning.recipe import Probe, choose
 from cliperase_fast.unlearning.result import UnlearnResult
 from cliperase_fast.unlearning.run import Run
+from cliperase_fast.unlearning.selection import Candidate, wilson
+
+ENOUGH_PAIRS = 100  # of each kind in the validation split; with fewer the result says how uncertain the choice is
 
 
 def record(run: Run, method: Method, state: TrainState, output: OutputModel) -> UnlearnResult:
@@ -53,7 +57,14 @@ def _content(run: Run, method: Method, state: TrainState, output: OutputModel) -
         "after": {name: output.scores[name] for name in ("forget", "retain")},
         "per_class": per_class(before["per_class"], output.scores["per_class"]),
         "selection": _selection(run, method, state),
-        "notes": [*method.notes(state), *([output.note] if output.note else []), *_cut_captions(run.student)],
+        "recipe": _recipe(run, state) if method.trains else None,
+        "notes": [
+            *run.notes,
+            *_uncertain_choice(run, state),
+            *method.notes(state),
+            *([output.note] if output.note else []),
+            *_cut_captions(run.student),
+        ],
         "weights": {**run.setup.models.dtypes, "returned": weight_dtypes(output.adapter)},
         "model": run.setup.inputs.model_name,
         "library": output.adapter.kind,
@@ -83,6 +94,7 @@ def _selection(run: Run, method: Method, state: TrainState) -> dict[str, Any]:
         "step": best.step,
         "reason": selection.reason(best, len(state.evaluations), method.describe(best), method.unused_settings),
         "within_floor": selection.within(best),
+        "target_reached": None if run.target is None else run.target.reached(best),
         "validation": {
             "forget": best.forget,
             "retain": best.retain,
@@ -91,7 +103,60 @@ def _selection(run: Run, method: Method, state: TrainState) -> dict[str, Any]:
         },
         "lowest": lowest(state.evaluations),
         "stopped_early": state.stopped_early,
+        "association": best.forget_similarity,
+        "background": None if run.target is None else run.target.background,
+        "divergence": None if best.divergence is None else best.divergence.to_dict(),
+        "pairs": validation_pairs(run),
+        "intervals": _intervals(run, best),
     }
+
+
+def _recipe(run: Run, state: TrainState) -> dict[str, Any] | None:
+    """Describe how the run found its learning rate and its number of steps; None if both were given."""
+    settings = run.settings
+    if not settings.automatic:
+        return None
+    assert run.target is not None
+    probes = [Probe(**probe) for probe in state.probes]
+    return {
+        "target": run.target.to_dict(),
+        "probes": state.probes,
+        "learning_rate": state.rate or settings.learning_rate,
+        "why": choose(probes)[1] if probes else "it was given",
+        "steps": state.step,
+        "stop": state.stop or "the number of epochs was given",
+    }
+
+
+def validation_pairs(run: Run) -> dict[str, int]:
+    part = run.data.validation
+    return {"forget": part.n_forget, "retain": len(part.pairs) - part.n_forget}
+
+
+def _intervals(run: Run, best: Candidate) -> dict[str, list[float]]:
+    """Return the 95 % intervals of the chosen candidate's scores on the validation split."""
+    return {name: list(wilson(getattr(best, name), count)) for name, count in validation_pairs(run).items()}
+
+
+def _uncertain_choice(run: Run, state: TrainState) -> list[str]:
+    """Return a note if few validation pairs decided which candidate was chosen."""
+    best, pairs = state.best, validation_pairs(run)
+    assert best is not None
+    if run.settings.select != "divergence" or min(pairs.values()) >= ENOUGH_PAIRS:
+        return []
+    forget, retain = (f"{low:.1%} to {high:.1%}" for low, high in _intervals(run, best).values())
+    text = (
+        f"The choice of the checkpoint rests on {pairs['forget']} forget and {pairs['retain']} retain pairs of the "
+        f"validation split: the 95 % intervals are {forget} for the forget score and {retain} for the retain score"
+    )
+    found = best.divergence
+    if found is not None and found.worst_class is not None and found.worst_mean is not None:
+        error = "unknown" if found.worst_error is None else f"{found.worst_error:.3f}"
+        text += (
+            f"; the worst class, {found.worst_class!r} with {found.worst_pairs} pairs, diverges by "
+            f"{found.worst_mean:.3f} nats (standard error {error})"
+        )
+    return [text]
 
 
 def _data(run: Run) -> dict[str, Any]:

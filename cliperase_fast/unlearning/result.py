@@ -140,7 +140,7 @@ class UnlearnResult:
             report = ReportData(
                 title=f"Forgetting {record['data']['forget']}",
                 result=record,
-                metrics=self.history,
+                metrics=[line for line in self.history if "probe" not in line],
                 similarities=self.similarities,
                 embeddings=self.embeddings,
                 embedding_sets=self.embedding_sets,

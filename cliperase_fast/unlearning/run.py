@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.distributed import Ranks
-from cliperase_fast.evaluation import EncodedPairs
+from cliperase_fast.evaluation import Background, DivergenceMeter, EncodedPairs
 from cliperase_fast.models import ClipAdapter, load_model
 from cliperase_fast.models.runtime import weight_dtypes
 from cliperase_fast.progress import say
@@ -21,7 +22,7 @@ from cliperase_fast.unlearning.checkpoints import Checkpoint
 from cliperase_fast.unlearning.evaluator import Evaluator
 from cliperase_fast.unlearning.run_directory import RunDirectory
 from cliperase_fast.unlearning.runtime import Runtime
-from cliperase_fast.unlearning.selection import Candidate, Selection
+from cliperase_fast.unlearning.selection import Candidate, Rule, Selection, Target, TargetSelection
 from cliperase_fast.unlearning.splits import PreparedData
 
 
@@ -108,6 +109,8 @@ class Baseline:
     encoded: EncodedPairs
     scores: dict[str, Any]
     validation: Candidate
+    validation_encoded: EncodedPairs
+    meter: DivergenceMeter | None = None  # of validation, None if nothing needs the divergence
 
 
 @dataclass
@@ -115,7 +118,8 @@ class Run:
     """A prepared run: the method changes `student` in place.
 
     parameters: those that may change, by name. loader: joint batches of forget and retain pairs. directory: where
-    checkpoints and metrics go. selection: which candidate is kept.
+    checkpoints and metrics go. background: the background levels of the original's features of the training split, and
+    target: where forgetting is complete; None until `set_target`, or if nothing needs them. notes: for the result.
     """
 
     setup: Setup
@@ -124,9 +128,11 @@ class Run:
     loader: BatchLoader
     evaluator: Evaluator
     baseline: Baseline
-    selection: Selection
     directory: Path
     began: float  # time.perf_counter() when `unlearn` was called
+    background: Background | None = None
+    target: Target | None = None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def settings(self) -> UnlearnConfig:
@@ -155,7 +161,37 @@ class Run:
 
     def validate(self, step: int, epoch: int) -> Candidate:
         """Score the student on the validation split."""
-        return self.evaluator.candidate(self.student, self.data.validation, step, epoch)
+        evaluator, part, meter = self.evaluator, self.data.validation, self.baseline.meter
+        encoded = evaluator.encode(self.student, part)
+        divergence = None if meter is None else evaluator.divergence(self.student, encoded, meter)
+        return evaluator.candidate(encoded, part, step, epoch, divergence)
+
+    @property
+    def needs_target(self) -> bool:
+        """Whether the run is judged by the background level and by the divergence from the original."""
+        return self.settings.automatic or self.settings.select == "divergence"
+
+    def set_target(self, background: Background) -> None:
+        """Take the background levels of the teacher, whose models must not have been released yet."""
+        self.background = background
+        if not self.needs_target:
+            return
+        models, part = self.setup.models, self.data.validation
+        assert models.teacher is not None
+        own = models.teacher is models.original
+        encoded = self.baseline.validation_encoded if own else self.evaluator.encode(models.teacher, part)
+        self.target = Target(background.association(encoded, part.forget_mask))
+
+    @cached_property
+    def selection(self) -> Rule:
+        """The rule by which the candidate to keep is chosen."""
+        settings, before = self.settings, self.baseline.validation.retain
+        if settings.select != "divergence":
+            return Selection(before, settings.retain_floor, settings.select == "last")
+        assert self.target is not None
+        part = self.data.validation
+        pairs = len(part.pairs) - part.n_forget
+        return TargetSelection(before, pairs, self.target, settings.retain_floor, settings.worst_class_floor)
 
     def say(self, message: str, *values: object) -> None:
         """Log a line of progress on the first rank."""

@@ -1,23 +1,94 @@
-"""Which candidate to keep: the one that forgets most among those within the floor on the retain score."""
+"""Which candidate to keep: the one that forgets most within a floor, or that diverges least at the target."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
+
+from cliperase_fast.evaluation import Divergence
+
+ASSOCIATION_MARGIN = 0.05  # above the background level, a cosine
+FORGET_SCORE = 0.05  # largest forget score at the target
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """An evaluation on the validation split. Scores: zero-shot accuracy, or recall@1 where there are no classes."""
+    """An evaluation on the validation split. Scores: zero-shot accuracy, or recall@1 where there are no classes.
+
+    divergence: from the original, None where nothing needs it.
+    """
 
     step: int
     epoch: int
     forget: float
     retain: float
     forget_similarity: float  # mean cosine of the forget pairs
+    divergence: Divergence | None = None
+
+    @property
+    def diverged(self) -> float:
+        """The mean divergence from the original, infinite if it was not measured or is not a number."""
+        mean = math.inf if self.divergence is None else self.divergence.mean
+        return mean if math.isfinite(mean) else math.inf
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where forgetting is complete: the forget pairs are as unrelated as pairs that have nothing to do with each other.
+
+    background: the background level of the validation split's forget pairs in the teacher, a cosine.
+    """
+
+    background: float
+
+    @property
+    def association(self) -> float:
+        """Largest mean cosine of the forget pairs at the target."""
+        return self.background + ASSOCIATION_MARGIN
+
+    def gap(self, candidate: Candidate) -> float:
+        """Return how much of the association and of the forget score is left above the target; 0 at the target."""
+        if not (math.isfinite(candidate.forget) and math.isfinite(candidate.forget_similarity)):
+            return math.inf
+        association = max(0.0, candidate.forget_similarity - self.association)
+        return association + max(0.0, candidate.forget - FORGET_SCORE)
+
+    def reached(self, candidate: Candidate) -> bool:
+        return self.gap(candidate) <= 1e-9  # the rounding of a fraction
+
+    def to_dict(self) -> dict[str, float]:
+        return {"background": self.background, "association": self.association, "forget": FORGET_SCORE}
+
+
+class Rule(Protocol):
+    """A rule of selection. All arguments are of the validation split."""
+
+    @property
+    def retain_before(self) -> float: ...
+
+    def within(self, candidate: Candidate) -> bool:
+        """Whether the candidate keeps enough of the rest."""
+        ...
+
+    def better(self, new: Candidate, old: Candidate | None) -> bool: ...
+
+    def progresses(self, new: Candidate, old: Candidate | None) -> bool:
+        """Whether training on is worth it."""
+        ...
+
+    def reason(
+        self, chosen: Candidate, evaluations: int, name: str = "", unused_settings: frozenset[str] = frozenset()
+    ) -> str:
+        """Say why this candidate was chosen.
+
+        evaluations: how many there were. name: what the method calls the candidate, by default its epoch and step.
+        unused_settings: those that the method does not use, so that they are not recommended.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -50,17 +121,7 @@ class Selection:
     def reason(
         self, chosen: Candidate, evaluations: int, name: str = "", unused_settings: frozenset[str] = frozenset()
     ) -> str:
-        """Say why this candidate was chosen.
-
-        evaluations: how many there were. name: what the method calls the candidate, by default its epoch and step.
-        unused_settings: those that the method does not use, so that they are not recommended.
-        """
-        name = name or f"Epoch {chosen.epoch} (step {chosen.step})"
-        scores = (
-            f"on the validation split forget {chosen.forget:.1%}, retain {chosen.retain:.1%} "
-            f"(before {self.retain_before:.1%})"
-        )
-        seen = f"{evaluations} checkpoint" + ("s" if evaluations != 1 else "")
+        name, scores, seen = _words(chosen, evaluations, name, self.retain_before)
         if self.last:
             return f"{name} is the last, as asked for: {scores}."
         if self.within(chosen):
@@ -72,6 +133,93 @@ class Selection:
             f"No checkpoint of {seen} kept the retain score within {100 * self.floor:g} points; "
             f"{name[0].lower()}{name[1:]} lost the least: {scores}. {_remedy(unused_settings)}."
         )
+
+
+@dataclass(frozen=True)
+class TargetSelection:
+    """Among the candidates at the target that keep the rest, the one that diverges least from the original.
+
+    A candidate keeps the rest if no retained class diverges by more than `class_floor` nats, and the retain score falls
+    by at most `floor`, both up to one standard error. If no such candidate is at the target, the one that comes closest
+    to it wins; if none keeps the rest, the one that diverges least.
+
+    pairs: retain pairs of the validation split.
+    """
+
+    retain_before: float
+    pairs: int
+    target: Target
+    floor: float
+    class_floor: float
+
+    def within(self, candidate: Candidate) -> bool:
+        before, after = self.retain_before, candidate.retain
+        error = math.sqrt((before * (1 - before) + after * (1 - after)) / max(self.pairs, 1))
+        return before - after - error <= self.floor + 1e-9 and self.worst(candidate) <= self.class_floor
+
+    @staticmethod
+    def worst(candidate: Candidate) -> float:
+        """Return the divergence of the worst class (without classes, of all pairs) less its standard error."""
+        found = candidate.divergence
+        if found is None:
+            return math.inf
+        mean, error = (found.mean, found.error) if found.worst_mean is None else (found.worst_mean, found.worst_error)
+        return mean - (error or 0.0) if math.isfinite(mean) else math.inf
+
+    def better(self, new: Candidate, old: Candidate | None) -> bool:
+        return old is None or self._rank(new) < self._rank(old)
+
+    progresses = better
+
+    def _rank(self, candidate: Candidate) -> tuple[float, ...]:
+        if not self.within(candidate):
+            return (2, candidate.diverged)
+        if not self.target.reached(candidate):
+            return (1, self.target.gap(candidate), candidate.diverged)
+        return (0, candidate.diverged)
+
+    def reason(
+        self, chosen: Candidate, evaluations: int, name: str = "", unused_settings: frozenset[str] = frozenset()
+    ) -> str:
+        """See `Rule.reason`."""
+        name, scores, seen = _words(chosen, evaluations, name, self.retain_before)
+        lower = name[0].lower() + name[1:]
+        diverged = f"{chosen.diverged:.3f} nats"
+        if not self.within(chosen):
+            return (
+                f"No checkpoint of {seen} kept the rest: the worst class diverged by more than {self.class_floor:g} "
+                f"nats, or the retain score fell by more than {100 * self.floor:g} points. The floor gave way; {lower} "
+                f"diverges least from the original ({diverged}): {scores}. Allow more with worst_class_floor or "
+                "retain_floor, or choose a method that keeps more."
+            )
+        if not self.target.reached(chosen):
+            return (
+                f"No checkpoint of {seen} reached the target (association at most {self.target.association:.2f}, "
+                f"forget at most {FORGET_SCORE:.0%}) and kept the rest. The target gave way; {lower} came closest to "
+                f"it (association {chosen.forget_similarity:.2f}): {scores}. Allow more with worst_class_floor or "
+                "retain_floor, or choose another method."
+            )
+        return (
+            f"{name} diverges least from the original ({diverged}) among those of {seen} that reached the target "
+            f"(association at most {self.target.association:.2f}, forget at most {FORGET_SCORE:.0%}): {scores}."
+        )
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share of `count` trials (Wilson 1927)."""
+    z = 1.959964
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _words(chosen: Candidate, evaluations: int, name: str, retain_before: float) -> tuple[str, str, str]:
+    """Return the candidate's name, its scores and the number of evaluations in words."""
+    name = name or f"Epoch {chosen.epoch} (step {chosen.step})"
+    scores = (
+        f"on the validation split forget {chosen.forget:.1%}, retain {chosen.retain:.1%} (before {retain_before:.1%})"
+    )
+    return name, scores, f"{evaluations} checkpoint" + ("s" if evaluations != 1 else "")
 
 
 def _remedy(unused: frozenset[str]) -> str:

@@ -26,10 +26,14 @@ class ChangeMeter:
 
     It measures the first step at the full learning rate (after the warm-up) with a nonzero gradient. A share of 0 is an
     `UnlearningError`, and so is a gradient that stays zero for an epoch. A small share is a warning.
+
+    trial: the rate is only tried, so steps that are too small are neither an error nor a warning.
     """
 
-    def __init__(self, config: UnlearnConfig, steps_per_epoch: int, total_steps: int, ranks: Ranks) -> None:
-        self.config, self.ranks = config, ranks
+    def __init__(
+        self, config: UnlearnConfig, steps_per_epoch: int, total_steps: int, ranks: Ranks, *, trial: bool = False
+    ) -> None:
+        self.config, self.ranks, self.trial = config, ranks, trial
         self.first = min(max(config.warmup_steps - 1, 0), total_steps - 1)
         self.patience = max(self.first, min(steps_per_epoch, total_steps) - 1)
         self.done = False
@@ -53,11 +57,11 @@ class ChangeMeter:
                 raise UnlearningError(f"the gradient was zero in each of {step + 1} steps: {why}")
             return {}
         self.done = True
-        if found.changed == 0:
+        if found.changed == 0 and not self.trial:
             why = _too_small(rate, found.median, float(norm))
             raise UnlearningError(f"step {step + 1} changed none of the weights: {why}")
         share = found.changed / found.reached
-        if share < FEW and self.ranks.first:
+        if share < FEW and self.ranks.first and not self.trial:
             warnings.warn(few_changed(share, rate), stacklevel=2)
         return {KEY: share}
 
@@ -101,7 +105,12 @@ class _Tally:
 
 def changed_share(metrics: list[dict[str, Any]]) -> float | None:
     """Return the measured share from the lines of metrics.jsonl, None if there is none yet."""
-    return next((line[KEY] for line in metrics if KEY in line), None)
+    line = _measured_line(metrics)
+    return None if line is None else line[KEY]
+
+
+def _measured_line(metrics: list[dict[str, Any]]) -> dict[str, Any] | None:
+    return next((line for line in metrics if KEY in line and "probe" not in line), None)
 
 
 def few_changed(share: float, rate: float) -> str:
@@ -113,8 +122,8 @@ def few_changed(share: float, rate: float) -> str:
 
 def notes(metrics: list[dict[str, Any]], settings: Mapping[str, Any]) -> list[str]:
     """Return what the result should say about its steps."""
-    share = changed_share(metrics)
-    found = [] if share is None or share >= FEW else [few_changed(share, settings["learning_rate"])]
+    line = _measured_line(metrics)
+    found = [] if line is None or line[KEY] >= FEW else [few_changed(line[KEY], line["learning_rate"])]
     if settings["lambda_forget"] == 0:
         found.append("With lambda_forget=0 no loss pushed the forget pairs apart: what they lost is a side effect")
     return found

@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader
 from cliperase_fast.data import PairDataset
 from cliperase_fast.data.loading import PixelCache
 from cliperase_fast.distributed import Ranks
+from cliperase_fast.evaluation import Background
+from cliperase_fast.evaluation.background import PART
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.models.runtime import inference
 from cliperase_fast.progress import Steps, say
@@ -96,10 +98,10 @@ class CachedTeacher:
         return image.to(self.device), text.to(self.device)
 
 
-def make_teacher(run: Run, batches: int, *, joint: bool = False) -> Teacher:
+def make_teacher(run: Run, batches: int, *, joint: bool = False, whole: bool = False) -> Teacher:
     """Return the run's teacher, live or cached for the pairs that so many batches visit.
 
-    joint: for all pairs of a batch, not only for its retain pairs.
+    joint: for all pairs of a batch, not only for its retain pairs. whole: cache all training pairs.
     """
     setup = run.setup
     frozen, zero = setup.models.teacher, setup.deepspeed
@@ -108,15 +110,37 @@ def make_teacher(run: Run, batches: int, *, joint: bool = False) -> Teacher:
         if zero is not None and zero["zero_optimization"]["stage"] == 3:
             return LiveTeacher(ShardedTeacher(frozen, zero), run.runtime, joint, equal_parts=True)
         return LiveTeacher(frozen, run.runtime, joint)
-    train, loader = run.data.train, run.loader
-    used = train.n_forget + loader.plan.retain_used(batches)
+    train, plan = run.data.train, run.loader.plan
+    retain = np.arange(plan.n_retain) if whole else plan.retain_used(batches)
+    forget = np.arange(train.n_forget if joint or whole else 0)
+    return _cache_of_run(run, np.concatenate([forget, train.n_forget + retain]), joint)
+
+
+def measure_background(run: Run, teacher: Teacher | None) -> Background:
+    """Compute the background levels of the teacher's features of the whole training split, once.
+
+    teacher: has them already if it caches all pairs; otherwise they are encoded here, with the transform of evaluation.
+    """
+    train = run.data.train
+    if not (isinstance(teacher, CachedTeacher) and bool((teacher.row_of_index >= 0).all())):
+        teacher = _cache_of_run(run, np.arange(len(train.pairs)), False)
+    image, rows = teacher.image, teacher.row_of_index[train.n_forget :]
+    parts = (rows[start : start + PART] for start in range(0, len(rows), PART))
+    images = (torch.from_numpy(np.ascontiguousarray(image[part])) for part in parts)
+    return Background.of_rows(images, teacher.text, run.captions.of_pair[train.n_forget :])
+
+
+def _cache_of_run(run: Run, used: np.ndarray, joint: bool) -> CachedTeacher:
+    """Cache the `used` training pairs. A random transform is replaced by that of evaluation."""
+    teacher, loader = run.setup.models.teacher, run.loader
+    assert teacher is not None
     return cache_teacher(
-        frozen,
-        train.pairs,
+        teacher,
+        run.data.train.pairs,
         run.captions,
-        np.concatenate([np.arange(train.n_forget), used]) if joint else used,
+        used,
         run.runtime,
-        transform=loader.pixels.transform,
+        transform=teacher.transform if run.setup.random_views else loader.pixels.transform,
         where=run.settings.teacher_cache,
         directory=run.directory / "cache",
         pixels=loader.pixels.cache,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -12,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cliperase_fast.coercion import AUTO
 from cliperase_fast.errors import InputError, UnlearningError
 from cliperase_fast.storage import writing
-from cliperase_fast.unlearning import checkpoints
+from cliperase_fast.unlearning import checkpoints, recipe
 from cliperase_fast.unlearning.checkpoints import Checkpoint, OptimizerState, TrainState
 from cliperase_fast.unlearning.loggers import MetricsLog
 from cliperase_fast.unlearning.run import Run
@@ -57,14 +59,19 @@ class Tracker:
 
     def evaluate(self, epoch: int) -> Candidate:
         """Score the student on the validation split; keep its weights if they are the best so far."""
-        state, selection = self.state, self.run.selection
-        candidate = self.run.validate(state.step, epoch)
+        candidate = self.run.validate(self.state.step, epoch)
+        self.consider(candidate)
+        return candidate
+
+    def consider(self, candidate: Candidate) -> None:
+        """Take an evaluation of the student as it is now; keep its weights if they are the best so far."""
+        state, selection, epoch = self.state, self.run.selection, candidate.epoch
         state.evaluations.append(candidate)
-        scores = {"forget": candidate.forget, "retain": candidate.retain}
-        self.log({"step": candidate.step, "epoch": epoch - 1, "validation": scores})
-        self.run.say("epoch %d, step %d: validation forget %.1f %%, retain %.1f %%", epoch, candidate.step,
-                     100 * candidate.forget, 100 * candidate.retain)  # fmt: skip
-        if selection.progresses(candidate, state.best):
+        self.log({"step": candidate.step, "epoch": epoch - 1, "validation": validation_scores(candidate)})
+        self.run.say("epoch %d, step %d: validation %s", epoch, candidate.step, describe_scores(candidate))
+        if self.run.settings.epochs == AUTO:
+            state.stop = self._stop_reason()
+        elif selection.progresses(candidate, state.best):
             state.evaluations_without_improvement = 0
         else:
             state.evaluations_without_improvement += 1
@@ -73,13 +80,19 @@ class Tracker:
             state.best = candidate
             weights = self.weights()
             state.best_weights = self._on_first(lambda: checkpoints.save_best(self._root, weights))
-        return candidate
+
+    def _stop_reason(self) -> str:
+        """Say why training should stop now, if its number of steps is open; empty if it should go on."""
+        evaluations, target, rule = self.state.evaluations, self.run.target, self.run.selection
+        assert target is not None
+        patience = self.run.settings.early_stop or recipe.PATIENCE
+        return recipe.stop_reason(evaluations, target, patience, [rule.within(one) for one in evaluations])
 
     def checkpoint(self, optimizer: Callable[[], OptimizerState] = OptimizerState) -> None:
         """Write a checkpoint, if the run has a directory. optimizer: returns the optimizer's state."""
         if not self.run.resumable:
             return
-        state = replace(self.state, weights=self.weights(), optimizer=optimizer(), random=_random_states())
+        state = replace(self.state, weights=self.weights(), optimizer=optimizer(), random=random_states())
         keep = self.run.settings.keep_checkpoints
         self._on_first(lambda: checkpoints.save_checkpoint(self._root, state, keep=keep))
 
@@ -87,7 +100,7 @@ class Tracker:
         """Continue from a checkpoint. load: puts its tensors in place. Raises InputError if they do not fit."""
         try:
             load(checkpoint.state)
-            _set_random_states(checkpoint.state.random)
+            set_random_states(checkpoint.state.random)
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             if isinstance(error, (InputError, UnlearningError)):
                 raise
@@ -131,7 +144,23 @@ class Tracker:
             raise UnlearningError(f"{damage}; {then or 'start again'}") from damage
 
 
-def _random_states() -> dict[str, Any]:
+def validation_scores(candidate: Candidate) -> dict[str, float]:
+    """Return the scores of an evaluation for its line of metrics.jsonl."""
+    scores = {"forget": candidate.forget, "retain": candidate.retain}
+    if candidate.divergence is not None:
+        scores.update(association=candidate.forget_similarity, divergence=candidate.divergence.mean)
+    return {name: value for name, value in scores.items() if math.isfinite(value)}
+
+
+def describe_scores(candidate: Candidate) -> str:
+    """Return the scores of an evaluation in words."""
+    text = f"forget {100 * candidate.forget:.1f} %, retain {100 * candidate.retain:.1f} %"
+    if candidate.divergence is not None:
+        text += f", association {candidate.forget_similarity:.2f}, divergence {candidate.divergence.mean:.3f}"
+    return text
+
+
+def random_states() -> dict[str, Any]:
     """Return the states of the global generators in types that a weights_only load accepts."""
     kind, keys, *rest = np.random.get_state(legacy=True)
     version, internal, gauss = random.getstate()
@@ -143,7 +172,7 @@ def _random_states() -> dict[str, Any]:
     }
 
 
-def _set_random_states(states: dict[str, Any]) -> None:
+def set_random_states(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     if states["cuda"]:
         torch.cuda.set_rng_state_all(states["cuda"])

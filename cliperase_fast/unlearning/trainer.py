@@ -5,18 +5,23 @@ from __future__ import annotations
 import math
 import random
 import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cliperase_fast.coercion import AUTO
 from cliperase_fast.config import UnlearnConfig
-from cliperase_fast.errors import UnlearningError, tell_out_of_memory
+from cliperase_fast.errors import tell_out_of_memory
 from cliperase_fast.models.fast_paths.blocks import disable_recompute, enable_recompute
 from cliperase_fast.models.fast_paths.embedding import merge_rows
 from cliperase_fast.progress import Steps
+from cliperase_fast.unlearning import recipe
 from cliperase_fast.unlearning.batches import Batch
 from cliperase_fast.unlearning.checkpoints import TrainState
 from cliperase_fast.unlearning.engines.base import Engine
@@ -24,9 +29,10 @@ from cliperase_fast.unlearning.engines.deepspeed import ZeroEngine
 from cliperase_fast.unlearning.engines.frozen_features import keep_front
 from cliperase_fast.unlearning.engines.local import LocalEngine
 from cliperase_fast.unlearning.objective import BatchFeatures, Objective
+from cliperase_fast.unlearning.probing import NotFiniteError, RateSearch
 from cliperase_fast.unlearning.run import Run
 from cliperase_fast.unlearning.step_effect import ChangeMeter, merge_lora
-from cliperase_fast.unlearning.teacher import make_teacher
+from cliperase_fast.unlearning.teacher import make_teacher, measure_background
 from cliperase_fast.unlearning.tracker import Tracker
 
 
@@ -41,19 +47,21 @@ class Trainer:
     def __init__(self, run: Run, objective: Objective, *, needs_teacher: bool, joint_teacher: bool = False) -> None:
         self.run, self.objective, self.settings = run, objective, run.settings
         self.loader, self.runtime, self.ranks = run.loader, run.runtime, run.ranks
-        plan = self.loader.plan
+        plan, epochs = self.loader.plan, self.settings.epochs
         self.steps_per_epoch = plan.steps_per_epoch(self.settings.accumulate)
-        self.total_steps = self.settings.epochs * self.steps_per_epoch
+        self.total_steps = recipe.MAX_STEPS if isinstance(epochs, str) else epochs * self.steps_per_epoch
         self.pairs_per_step = self.settings.accumulate * (plan.forget_pairs + plan.retain_pairs)
         self.counts = tuple(
             [share.stop - share.start for share in self.ranks.shares(count)]
             for count in (plan.forget_pairs, plan.retain_pairs)
         )
-        self.meter = ChangeMeter(self.settings, self.steps_per_epoch, self.total_steps, self.ranks)
+        self.meter = self.make_meter()
         self.engine = make_engine(run)
         self.tracker = Tracker(run, self.engine.weights)
-        batches = self.total_steps * self.settings.accumulate
-        self.teacher = make_teacher(run, batches, joint=joint_teacher) if needs_teacher else None
+        batches, whole = self.total_steps * self.settings.accumulate, run.needs_target or joint_teacher
+        self.teacher = make_teacher(run, batches, joint=joint_teacher, whole=whole) if needs_teacher else None
+        if whole:
+            run.set_target(measure_background(run, self.teacher))
         assert run.setup.models.teacher is not None
         self.teacher_scale = run.setup.models.teacher.logit_scale().detach().float().clone()
         run.setup.models.release()
@@ -61,6 +69,8 @@ class Trainer:
         if run.setup.checkpoint is not None:
             self.tracker.restore(run.setup.checkpoint, self._load)
             self.meter.resume(self.state.metrics)
+            if self.state.rate:
+                self.use_rate(self.state.rate)
 
     @property
     def state(self) -> TrainState:
@@ -71,18 +81,44 @@ class Trainer:
         self.engine.train_mode()
         if self.state.step == 0:
             self.tracker.checkpoint(self.engine.state)
-        done, total = self.state.step, self.total_steps
-        self.run.say("unlearning: %d steps of %d pairs, %d done", total, self.pairs_per_step, done)
-        bar = Steps(total, "unlearning", "step", bar=self.runtime.progress, initial=done, leave=True)
-        batches = self.loader.batches(done * self.settings.accumulate, total * self.settings.accumulate)
-        with bar, self.tracker.logging():
-            while self.state.step < total and not self.state.stopped_early:
-                with self._memory_errors():
-                    line, note = self._step([next(batches) for _ in range(self.settings.accumulate)])
+        with self.tracker.logging():
+            if self.settings.learning_rate == AUTO:
+                RateSearch(self).run()
+            self._train()
+        return self.state
+
+    def _train(self) -> None:
+        state, total, open_ended = self.state, self.total_steps, self.settings.epochs == AUTO
+        self.run.say("unlearning: %s%d steps of %d pairs, %d done", "at most " if open_ended else "", total,
+                     self.pairs_per_step, state.step)  # fmt: skip
+        bar = Steps(total, "unlearning", "step", bar=self.runtime.progress, initial=state.step, leave=True)
+        with bar:
+            for step, batches in self.joint_batches(state.step, total):
+                if state.stopped_early or state.stop:
+                    break
+                line, note, seconds = self.step(step, batches)
+                state.step = step + 1
+                state.seconds += seconds
                 self.tracker.log(line)
                 bar.update(note=note)
                 self._end_step()
-        return self.state
+        if open_ended:
+            state.stop = state.stop or f"the limit of {total} steps"
+            self.run.say("training ended at step %d: %s", state.step, state.stop)
+
+    def joint_batches(self, start: int, stop: int) -> Iterator[tuple[int, list[Batch]]]:
+        """Yield the number and the batches of the optimizer steps from `start` (how many are done) up to `stop`."""
+        count = self.settings.accumulate
+        batches = self.loader.batches(start * count, stop * count)
+        for step in range(start, stop):
+            yield step, list(islice(batches, count))
+
+    def use_rate(self, rate: float) -> None:
+        """Train at this peak learning rate."""
+        self.settings = replace(self.settings, learning_rate=rate)
+
+    def make_meter(self, trial: bool = False) -> ChangeMeter:
+        return ChangeMeter(self.settings, self.steps_per_epoch, self.total_steps, self.ranks, trial=trial)
 
     def finish(self) -> None:
         """End training: put the chosen weights into the student, in the modules that it had before training."""
@@ -102,7 +138,8 @@ class Trainer:
         setup, engine = self.run.setup, self.engine
         enable_recompute(engine.student)  # not before: the baseline and the teacher's features are the original's
         if self.ranks.size == 1 and not setup.random_views and not setup.teacher_is_live:
-            batches = self.total_steps * self.settings.accumulate
+            steps = min(self.total_steps, recipe.EXPECTED_STEPS) if self.settings.automatic else self.total_steps
+            batches = steps * self.settings.accumulate
             keep_front(engine, self.loader, batches, self.settings.image_cache_mib * 2**20, self.runtime)
 
     def _load(self, state: TrainState) -> None:
@@ -114,27 +151,40 @@ class Trainer:
         step = self.state.step
         epoch, rest = divmod(step, self.steps_per_epoch)
         last = step == self.total_steps
-        if rest == 0 and (epoch % self.settings.evaluate_every == 0 or last):
+        if self.settings.epochs == AUTO:
+            due = step % recipe.EVALUATE_STEPS == 0
+        else:
+            due = rest == 0 and epoch % self.settings.evaluate_every == 0
+        if due or last:
             self.engine.update_student()
-            self.tracker.evaluate(epoch)
-        if rest == 0 or last or step % self.settings.checkpoint_every == 0:
+            self.tracker.evaluate(self.epoch_of(step))
+        if rest == 0 or last or step % self.settings.checkpoint_every == 0 or self.state.stop:
             self.tracker.checkpoint(self.engine.state)
 
-    def _step(self, batches: list[Batch]) -> tuple[dict[str, Any], str]:
-        """Do an optimizer step. Returns its line of metrics.jsonl, and the note of the progress bar."""
-        began, done = time.perf_counter(), self.state.step
+    def epoch_of(self, step: int) -> int:
+        """Return the number of the epoch, from 1, in which so many steps end."""
+        return -(-step // self.steps_per_epoch)
+
+    def step(self, done: int, batches: list[Batch]) -> tuple[dict[str, Any], str, float]:
+        """Do an optimizer step. done: how many are done.
+
+        Returns its line of metrics.jsonl, the note of the progress bar, and the seconds it took.
+        """
+        with self._memory_errors(done):
+            return self._step(done, batches)
+
+    def _step(self, done: int, batches: list[Batch]) -> tuple[dict[str, Any], str, float]:
+        began = time.perf_counter()
         if self.ranks.size > 1:  # dropout differs between ranks, and depends only on the step and the rank
             _seed(self.settings.seed, done + 1, self.ranks.rank)
         rate = learning_rate(self.settings, done, self.total_steps)
-        terms = self._backward(batches)
+        terms = self._backward(done, batches)
         self.meter.before(done, self.engine)
         norm, fine = self.engine.step(rate)
         if not fine:
-            raise self._not_finite("gradient", terms)
+            raise self._not_finite(done, "gradient", terms)
         measured = self.meter.after(done, self.engine, rate, norm)
-        self.state.step = done + 1
         seconds = self.ranks.all_gather_numbers(time.perf_counter() - began)
-        self.state.seconds += seconds[0]
         line: dict[str, Any] = {
             "step": done + 1,
             "epoch": done // self.steps_per_epoch,
@@ -148,9 +198,9 @@ class Trainer:
             pairs = self.loader.pairs_of_ranks()
             line["rank_pairs_per_second"] = [len(batches) * n / s for n, s in zip(pairs, seconds, strict=True)]
         shown = [f"{name} {value:.4f}" for name, value in terms.items()]
-        return line, ", ".join([*shown, f"{line['pairs_per_second']:.0f} pairs/s"])
+        return line, ", ".join([*shown, f"{line['pairs_per_second']:.0f} pairs/s"]), seconds[0]
 
-    def _backward(self, batches: list[Batch]) -> dict[str, float]:
+    def _backward(self, done: int, batches: list[Batch]) -> dict[str, float]:
         """Accumulate the gradients of the batches. Returns the mean of each loss term."""
         sums: dict[str, float] = {}
         for batch in batches:
@@ -160,7 +210,7 @@ class Trainer:
                 sums[name] = sums.get(name, 0.0) + value
         means = {name: value / len(batches) for name, value in sums.items()}
         if not math.isfinite(means["total"]):
-            raise self._not_finite("loss", means)
+            raise self._not_finite(done, "loss", means)
         return means
 
     def _terms(self, batch: Batch, image: Tensor, text: Tensor, scale: Tensor) -> Any:
@@ -181,18 +231,18 @@ class Trainer:
         )
         return self.objective(features)
 
-    def _memory_errors(self) -> AbstractContextManager[None]:
+    def _memory_errors(self, done: int) -> AbstractContextManager[None]:
         chunk = self.settings.grad_cache_chunk
         return tell_out_of_memory(
-            f"training step {self.state.step + 1}",
-            f"give a smaller batch_size (now {self.settings.batch_size}), or a "
+            f"training step {done + 1}",
+            f"give a smaller batch_size (now {self.settings.pairs_per_batch}), or a "
             + (f"smaller grad_cache_chunk (now {chunk})" if chunk else "grad_cache_chunk, which encodes it in parts"),
         )
 
-    def _not_finite(self, what: str, terms: dict[str, float]) -> UnlearningError:
+    def _not_finite(self, done: int, what: str, terms: dict[str, float]) -> NotFiniteError:
         values = ", ".join(f"{name} {value:g}" for name, value in terms.items())
-        return UnlearningError(
-            f"the {what} is not finite at step {self.state.step + 1} ({values}); training stopped before that step "
+        return NotFiniteError(
+            f"the {what} is not finite at step {done + 1} ({values}); training stopped before that step "
             f"changed the weights. {self.tracker.last_checkpoint()}. Try a lower learning_rate (now "
             f"{self.settings.learning_rate:g}), grad_clip=1, or precision='fp32'"
         )
@@ -211,12 +261,14 @@ def learning_rate(settings: UnlearnConfig, step: int, total: int) -> float:
 
     step: how many are done. total: how many there will be.
     """
+    peak = settings.learning_rate
+    assert not isinstance(peak, str)
     if step < settings.warmup_steps:
-        return settings.learning_rate * (step + 1) / settings.warmup_steps
+        return peak * (step + 1) / settings.warmup_steps
     if settings.schedule == "constant":
-        return settings.learning_rate
+        return peak
     done = (step - settings.warmup_steps) / max(1, total - settings.warmup_steps)
-    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+    return peak * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
 def _seed(*entropy: int) -> None:

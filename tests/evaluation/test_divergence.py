@@ -37,17 +37,27 @@ def kl(before, after, scale_before, scale_after, captions_before, captions_after
     return float((p * np.log(p / q)).sum())
 
 
-def by_hand(before, after, scales, columns, features):
-    rows = np.flatnonzero(RETAIN)
+def retained_share(image, scale, captions, columns, forgotten):
+    weights = np.exp(scale * captions @ image)
+    return weights[columns].sum() / (weights[columns].sum() + weights[forgotten].sum())
+
+
+def by_hand(before, after, scales, columns, features, forgotten=()):
+    rows, forgotten = np.flatnonzero(RETAIN), list(forgotten)
     images = [one.image_features.double().numpy() for one in (before, after)]
-    captions = [getattr(one, features).double().numpy()[columns] for one in (before, after)]
-    return np.array([kl(images[0][i], images[1][i], *scales, *captions) for i in rows])
+    captions = [getattr(one, features).double().numpy() for one in (before, after)]
+    found = []
+    for i in rows:
+        shares = [retained_share(images[k][i], scales[k], captions[k], columns, forgotten) for k in (0, 1)]
+        moved = max(0.0, np.log(shares[0] / shares[1]))
+        found.append(moved + kl(images[0][i], images[1][i], *scales, *(rows[columns] for rows in captions)))
+    return np.array(found)
 
 
 def test_divergence_is_the_kl_over_the_retained_classes():
     before, after = encoded_pairs(1), encoded_pairs(2)
     meter = DivergenceMeter(before, 20.0, PAIRS, RETAIN, classes=np.array([0, 1, 2, 4]))
-    expected = by_hand(before, after, (20.0, 13.0), [0, 1, 2, 4], "class_features")
+    expected = by_hand(before, after, (20.0, 13.0), [0, 1, 2, 4], "class_features", [3])
     assert meter.values(after, 13.0) == pytest.approx(expected, rel=1e-9)
     found = meter(after, 13.0)
     assert found.mean == pytest.approx(expected.mean(), rel=1e-9)
@@ -66,11 +76,31 @@ def test_divergence_is_zero_for_the_original_itself():
     assert found.mean == found.worst_mean == 0.0
 
 
+def test_an_image_that_moves_to_a_forgotten_caption_diverges():
+    """With two retained classes far apart, the distribution over them alone would not show it."""
+    classes = unit(torch.eye(3))
+    images = unit([[0.0, 1.0, 0.0]] * 4)
+    index = [np.array([0])] + [np.array([1])] * 3
+    pairs = SimpleNamespace(labels=np.array([0, 1, 1, 2]), classes=("red", "green", "blue"))
+    retain = np.array([False, True, True, True])
+    before = EncodedPairs(images, classes, index, classes)
+    meter = DivergenceMeter(before, 50.0, pairs, retain)
+    turned = EncodedPairs(unit([[1.0, 0.9, 0.0]] * 4), classes, index, classes)
+    assert meter(turned, 50.0).mean > 3
+    assert DivergenceMeter(turned, 50.0, pairs, retain)(before, 50.0).mean < 1e-3  # the other way round
+
+
 def test_without_classes_the_captions_of_retain_pairs_are_compared():
     before, after = encoded_pairs(1, labelled=False), encoded_pairs(2, labelled=False)
     columns = np.unique(np.concatenate(before.caption_index[10:]))
+    before.caption_index[0][0] = 29  # of a forget pair alone
+    columns = np.setdiff1d(columns, [29])
+    for rows in before.caption_index[10:]:
+        rows[rows == 29] = columns[0]
     found = DivergenceMeter(before, 20.0, UNLABELLED, RETAIN)(after, 20.0)
-    expected = by_hand(before, after, (20.0, 20.0), columns, "caption_features")
+    others = np.setdiff1d(np.concatenate(before.caption_index[:10]), columns)
+    assert 29 in others
+    expected = by_hand(before, after, (20.0, 20.0), columns, "caption_features", others)
     assert found.mean == pytest.approx(expected.mean(), rel=1e-9)
     assert found.worst_class is None
 

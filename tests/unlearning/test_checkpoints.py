@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 
+from cliperase_fast.evaluation import Divergence
 from cliperase_fast.unlearning import checkpoints as ck
 from cliperase_fast.unlearning.selection import Candidate
 
@@ -119,9 +120,10 @@ def test_an_invalid_state_counts_as_damage(tmp_path, text):
 
 def test_every_field_survives_a_round_trip(tmp_path):
     best = best_of(tmp_path, 3)
+    measured = Candidate(2, 1, 0.25, 0.75, -0.5, Divergence(0.1, 0.01, 20, "red", 0.3, None, 1))
     fields = {
-        "identity": {"model": "m"}, "evaluations": [best[0], Candidate(2, 1, 0.25, 0.75, -0.5)],
-        "evaluations_without_improvement": 1, "stopped_early": True,
+        "identity": {"model": "m"}, "evaluations": [best[0], measured], "evaluations_without_improvement": 1,
+        "stopped_early": True, "probes": [{"rate": 1e-4, "steps": 30}], "rate": 1e-4, "stop": "the target was reached",
     }  # fmt: skip
     save(tmp_path, 5, 2, best=best, **fields)
     state = ck.load_newest(tmp_path).state
@@ -134,31 +136,41 @@ def test_every_field_survives_a_round_trip(tmp_path):
     assert filled == {spec.name for spec in dataclasses.fields(ck.TrainState)}, "a field is not written or not read"
 
 
-def as_format_3(path):
-    """Write the state as format 3 had it."""
+def as_format(number, path):
+    """Write the state as an earlier format had it."""
     state = json.loads((path / "state.json").read_text())
-    del state["digest"]
-    state["looks"] = state.pop("evaluations")
-    state["looks_without_better"] = state.pop("evaluations_without_improvement")
-    (path / "state.json").write_bytes(ck._sealed({**state, "format": 3}))
+    for name in ("digest", "probes", "rate", "stop"):
+        del state[name]
+    for candidate in (*state["evaluations"], *([state["best"]["candidate"]] if state["best"] else [])):
+        del candidate["divergence"]
+    if number == 3:
+        state["looks"] = state.pop("evaluations")
+        state["looks_without_better"] = state.pop("evaluations_without_improvement")
+    (path / "state.json").write_bytes(ck._sealed({**state, "format": number}))
 
 
-def test_format_3_is_migrated(tmp_path):
+@pytest.mark.parametrize("number", [3, 4])
+def test_earlier_formats_are_migrated(tmp_path, number):
     best = best_of(tmp_path, 3)
-    identity = {"model": "m", "config": {"epochs": 2}}
-    as_format_3(save(tmp_path, 1, 1, best=best, identity=identity, evaluations=[best[0]],
-                     evaluations_without_improvement=4))  # fmt: skip
+    config = {"epochs": 2} if number == 3 else {"method": "cliperase", "method_options": {}, "epochs": 2}
+    path = save(tmp_path, 1, 1, best=best, identity={"model": "m", "config": config}, evaluations=[best[0]],
+                evaluations_without_improvement=4)  # fmt: skip
+    as_format(number, path)
     assert len(ck.list_checkpoints(tmp_path)) == 1
     state = ck.load_newest(tmp_path).state
     assert (state.evaluations, state.evaluations_without_improvement) == ([best[0]], 4)
-    assert state.identity == {"model": "m", "config": {"method": "cliperase", "method_options": {}, "epochs": 2}}
+    assert (state.best, state.best_weights) == best
+    assert (state.probes, state.rate, state.stop) == ([], 0.0, "")
+    assert state.identity["config"] == {
+        "method": "cliperase", "method_options": {}, "epochs": 2, "worst_class_floor": 0.3,
+    }  # fmt: skip
     assert torch.equal(state.weights["weight"], torch.ones(3))
 
 
 @pytest.mark.parametrize(
     ("found", "says"),
-    [(2, "has format 2 and this version reads formats 3 and 4: resume with the version that wrote it, or start again"),
-     (5, "has format 5 and this version reads formats 3 and 4: upgrade cliperase_fast, or start again"),
+    [(2, "has format 2 and this version reads formats 3 to 5: resume with the version that wrote it, or start again"),
+     (6, "has format 6 and this version reads formats 3 to 5: upgrade cliperase_fast, or start again"),
      ("4", "has format '4'")],
 )  # fmt: skip
 @pytest.mark.parametrize("sealed", [True, False])

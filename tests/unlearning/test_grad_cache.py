@@ -161,7 +161,7 @@ def test_at_most_one_chunk_is_encoded_at_a_time():
     ("chunk", "says"),
     [
         (-1, "grad_cache_chunk=-1 must not be negative"),
-        (7, "grad_cache_chunk=7 is more than batch_size=6"),
+        (7, "grad_cache_chunk=7 is more than the 6 pairs of a batch"),
         (2.5, "grad_cache_chunk=2.5 must be a whole number"),
         ("all", "grad_cache_chunk='all' must be a whole number"),
     ],

@@ -91,11 +91,11 @@ def test_an_interrupted_half_precision_run_resumes_to_the_same_bits(tmp_path):
 
     step, calls = Trainer._step, []
 
-    def stopping(trainer, batches):
+    def stopping(trainer, done, batches):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return step(trainer, batches)
+        return step(trainer, done, batches)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Trainer, "_step", stopping)

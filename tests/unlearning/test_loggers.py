@@ -38,10 +38,10 @@ def killed_after(step, output, monkeypatch, **changes):
     """A run that ends in step `step` + 1, without notice."""
     whole = Trainer._step
 
-    def _step(self, batches):
-        if self.state.step == step:
+    def _step(self, done, batches):
+        if done == step:
             raise KeyboardInterrupt
-        return whole(self, batches)
+        return whole(self, done, batches)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Trainer, "_step", _step)

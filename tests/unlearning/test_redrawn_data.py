@@ -42,7 +42,7 @@ def run(as_tensor=True, **changes):
 @pytest.mark.parametrize("as_tensor", [False, True], ids=["PIL", "tensor"])
 def test_every_step_draws_new_views_which_the_teacher_sees_too(as_tensor, monkeypatch):
     steps, seen = [], Trainer._step
-    monkeypatch.setattr(Trainer, "_step", lambda trainer, batches: steps.append(batches[0]) or seen(trainer, batches))
+    monkeypatch.setattr(Trainer, "_step", lambda *given: steps.append(given[2][0]) or seen(*given))
     result, _ = run(as_tensor, epochs=6)
     views = {}
     for batch in steps:
@@ -68,11 +68,11 @@ def test_repeated_and_resumed_runs_have_the_same_bits(tmp_path, monkeypatch):
     whole, again = (run(epochs=3)[0] for _ in range(2))
     step, calls = Trainer._step, []
 
-    def stopping(trainer, batches):
+    def stopping(trainer, done, batches):
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return step(trainer, batches)
+        return step(trainer, done, batches)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Trainer, "_step", stopping)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from processes import context
 from safetensors.torch import load_file
-from test_checkpoints import as_format_3
+from test_checkpoints import as_format
 from tiny import make_pairs, make_tiny_clip, split_pairs
 
 from cliperase_fast import InputError, UnlearningError, storage, unlearn
@@ -349,7 +349,7 @@ def test_a_run_of_format_3_continues_to_the_same_bits(tmp_path, whole):
     for path in sorted(output.glob("checkpoints/step-*"))[2:]:
         shutil.rmtree(path)
     for path in output.glob("checkpoints/step-*"):
-        as_format_3(path)
+        as_format(3, path)
     run(output, resume=True, **CRASHING)
     assert_same_run(output, whole)
 

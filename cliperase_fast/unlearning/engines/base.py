@@ -70,6 +70,13 @@ class Engine(ABC):
             for name, tensor in self.saved.items():
                 tensor.copy_(weights[name])
 
+    def reset(self, weights: dict[str, Tensor], state: OptimizerState) -> None:
+        """Go back to these weights and this state of the optimizer, ready to train."""
+        self.close()
+        self.load_weights(weights)
+        self.load_state(state)
+        self.train_mode()
+
     @abstractmethod
     def step(self, rate: float) -> tuple[Tensor, bool]:
         """Step and clear the gradient. Returns its norm before clipping, and whether training can continue."""
@@ -107,7 +114,8 @@ class Engine(ABC):
             {"params": [p for p, ndim in parameters if ndim >= 2], "weight_decay": self.config.weight_decay},
             {"params": [p for p, ndim in parameters if ndim < 2], "weight_decay": 0.0},
         ]
-        return kind([group for group in groups if group["params"]], lr=self.config.learning_rate, fused=fused)
+        # `step` sets the rate before each step.
+        return kind([group for group in groups if group["params"]], lr=0.0, fused=fused)
 
     @abstractmethod
     def _encode(self, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:

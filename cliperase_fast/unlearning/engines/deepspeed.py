@@ -152,7 +152,7 @@ def _check(given: dict[str, Any], config: UnlearnConfig, ranks: Ranks) -> None:
     if stage not in (1, 2, 3) or isinstance(stage, bool):
         raise InputError(f"deepspeed: zero_optimization.stage is {stage!r} and must be 1, 2 or 3")
     ours: dict[str, tuple[Any, str]] = {
-        "train_batch_size": (config.batch_size * config.accumulate, "batch_size x accumulate"),
+        "train_batch_size": (config.pairs_per_batch * config.accumulate, "batch_size x accumulate"),
         "gradient_accumulation_steps": (config.accumulate, "accumulate"),
         "gradient_clipping": (config.grad_clip, "grad_clip"),
         "managed_gradient_accumulation": (False, "steps of its own"),
@@ -166,10 +166,10 @@ def _check(given: dict[str, Any], config: UnlearnConfig, ranks: Ranks) -> None:
         "optimizer.params.weight_decay": (config.weight_decay, "weight_decay"),
     }
     micro = given.get("train_micro_batch_size_per_gpu", "auto")
-    if micro != "auto" and micro * ranks.size != config.batch_size:
+    if micro != "auto" and micro * ranks.size != config.pairs_per_batch:
         raise InputError(
             f"deepspeed: train_micro_batch_size_per_gpu={micro} on {ranks.size} ranks makes batches of "
-            f"{micro * ranks.size} pairs, and batch_size={config.batch_size}; leave the key out"
+            f"{micro * ranks.size} pairs, and batch_size={config.pairs_per_batch}; leave the key out"
         )
     for key, (value, setting) in ours.items():
         found = _lookup(given, key)

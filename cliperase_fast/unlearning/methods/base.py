@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from cliperase_fast.coercion import AUTO
 from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.errors import InputError
 from cliperase_fast.unlearning.checkpoints import TrainState
@@ -19,6 +20,7 @@ from cliperase_fast.unlearning.objective import Objective
 from cliperase_fast.unlearning.run import Run
 from cliperase_fast.unlearning.selection import Candidate
 from cliperase_fast.unlearning.step_effect import notes
+from cliperase_fast.unlearning.teacher import measure_background
 from cliperase_fast.unlearning.tracker import Tracker
 from cliperase_fast.unlearning.trainer import Trainer
 
@@ -93,6 +95,8 @@ class Method(ABC):
 
     def describe(self, candidate: Candidate) -> str:
         """Return the candidate's name in the result's sentences."""
+        if self.settings.epochs == AUTO:
+            return f"Step {candidate.step}"
         return f"Epoch {candidate.epoch} (step {candidate.step})"
 
     def notes(self, state: TrainState) -> list[str]:
@@ -134,6 +138,8 @@ class ClosedFormMethod(Method):
     def run(self, run: Run) -> TrainState:
         kept = {**dict(run.parameters), **dict(run.student.module.named_buffers())}
         tracker = Tracker(run, lambda: kept)
+        if run.needs_target:
+            run.set_target(measure_background(run, None))
         run.setup.models.release()
         if run.setup.checkpoint is not None:  # written once the edit was done
             tracker.restore(run.setup.checkpoint, lambda state: None)

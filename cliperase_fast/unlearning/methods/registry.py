@@ -89,7 +89,7 @@ def register_method(method: M) -> M:
 
 
 def make_method(settings: UnlearnConfig) -> tuple[Method, UnlearnConfig]:
-    """Return the settings' method, and the settings with all of its options filled in.
+    """Return the settings' method, and the settings with its options filled in and with numbers where they are known.
 
     Raises InputError for an unknown method or option, or a value that is not of the option's type.
     """
@@ -99,6 +99,7 @@ def make_method(settings: UnlearnConfig) -> tuple[Method, UnlearnConfig]:
         raise InputError(f"method={settings.method!r} is not one of {', '.join(_METHODS)}{hint}")
     options = read_options(method.Options, settings.method_options, f"method {method.name!r}")
     settings = dataclasses.replace(settings, method_options=dataclasses.asdict(options))
+    settings = settings.resolved(method.unused_settings)
     return method(settings, options), settings
 
 

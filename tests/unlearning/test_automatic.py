@@ -1,0 +1,214 @@
+"""`unlearn()` without numbers, on a small model that knows four colours."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from processes import context
+from safetensors.torch import load_file
+
+import cliperase_fast as cf
+from cliperase_fast.evaluation import EncodedPairs
+from cliperase_fast.unlearning import recipe
+from cliperase_fast.unlearning.preflight import check_forgettable
+from cliperase_fast.unlearning.selection import Candidate
+from cliperase_fast.unlearning.trainer import Trainer
+
+sys.path.append(str(Path(__file__).parents[1] / "auditing"))
+from small import make_model, training_and_test
+
+QUIET = {"progress": False, "report": False, "val_fraction": 0.25}
+FORGET, RETAIN, TEST = training_and_test()
+
+
+def run(output=None, resume=False, model=None, **changes):
+    model = make_model() if model is None else model
+    return cf.unlearn(model, FORGET, RETAIN, test=TEST, output_dir=output, resume=resume, **{**QUIET, **changes})
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    output = tmp_path_factory.mktemp("whole") / "run"
+    return output, run(output)
+
+
+def test_a_call_without_numbers_forgets_and_keeps_the_rest(whole):
+    _, result = whole
+    assert result.before["forget"]["image_to_text_r@1"] > 0.9
+    assert result.after["forget"]["image_to_text_r@1"] == 0
+    assert result.after["retain"]["image_to_text_r@1"] > 0.9
+    assert result.config.learning_rate == result.config.epochs == "auto"
+    assert (result.config.batch_size, result.config.forget_fraction, result.config.select) == (128, 0.25, "divergence")
+
+
+def test_the_record_says_what_was_tried_and_why_training_ended(whole):
+    record = whole[1].record["recipe"]
+    target = record["target"]
+    assert target["association"] == pytest.approx(target["background"] + 0.05)
+    reached = [probe for probe in record["probes"] if probe["reached"]]
+    assert reached and record["learning_rate"] == min(reached, key=lambda probe: probe["divergence"])["rate"]
+    for probe in reached:
+        assert probe["association"] <= target["association"] and probe["forget"] <= 0.05 and probe["steps"] == 30
+    assert "the target was reached at step" in record["stop"]
+    assert len(record["probes"]) >= 2 and record["why"]
+
+
+def test_the_chosen_probe_is_the_beginning_of_the_run(whole):
+    _, result = whole
+    own = [line for line in result.history if "probe" not in line and "total" in line]
+    assert [line["step"] for line in own] == list(range(1, result.record["recipe"]["steps"] + 1))
+    assert {line["learning_rate"] for line in own} == {result.record["recipe"]["learning_rate"]}
+    tried = {line["probe"] for line in result.history if "probe" in line}
+    assert tried == {probe["rate"] for probe in result.record["recipe"]["probes"]}
+
+
+def test_the_result_says_how_uncertain_the_choice_is(whole):
+    selection = whole[1].selection
+    assert selection["pairs"] == {"forget": 3, "retain": 9}
+    assert selection["intervals"]["forget"] == pytest.approx([0.0, 0.5615], abs=1e-3)
+    assert selection["target_reached"] and selection["within_floor"]
+    assert selection["divergence"]["mean"] < 0.1 and selection["divergence"]["pairs"] == 9
+    assert selection["association"] <= selection["background"] + 0.05
+    assert any("rests on 3 forget and 9 retain pairs" in note for note in whole[1].record["notes"])
+
+
+def test_the_same_numbers_given_lead_to_the_same_weights():
+    found = run(method="gradient_ascent", select="last")
+    steps = found.record["recipe"]["steps"]
+    given = run(
+        method="gradient_ascent", select="last", learning_rate=found.record["recipe"]["learning_rate"], epochs=steps,
+        batch_size=128, forget_fraction=0.25,
+    )  # fmt: skip
+    assert given.record["recipe"] is None
+    ours, theirs = found.model.state_dict(), given.model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_given_rate_is_trained_until_the_target_without_probes():
+    record = run(learning_rate=1e-3).record["recipe"]
+    assert record["probes"] == [] and record["learning_rate"] == 1e-3
+    assert "the target was reached" in record["stop"]
+
+
+@pytest.mark.parametrize("epochs", [8, 35])
+def test_a_given_number_of_epochs_is_obeyed(epochs):
+    result = run(epochs=epochs)
+    record = result.record["recipe"]
+    assert record["steps"] == epochs and record["probes"]
+    assert max(probe["steps"] for probe in record["probes"]) == min(epochs, 30)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"trainable": "lora"}, {"trainable": "last:1"}, {"trainable": "text"}, {"grad_cache_chunk": 8, "accumulate": 2},
+     {"precision": "bf16"}, {"warmup_steps": 5}],
+    ids=str,
+)  # fmt: skip
+def test_every_way_of_training_finds_a_rate(changes):
+    result = run(epochs=30, **changes)
+    assert result.record["recipe"]["probes"]
+    assert result.after["forget"]["association"] < result.before["forget"]["association"] - 0.3
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(monkeypatch, calls):
+    """Raise in the step with this number, counted over all probes."""
+    step, seen = Trainer.step, []
+
+    def counted(self, done, batches):
+        seen.append(done)
+        if len(seen) == calls:
+            raise Stop
+        return step(self, done, batches)
+
+    monkeypatch.setattr(Trainer, "step", counted)
+    return seen
+
+
+def weights(output):
+    return load_file(Path(output) / "model" / "open_clip_model.safetensors")
+
+
+def assert_same_run(output, other):
+    ours, theirs = weights(output), weights(other)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    records = [json.loads((Path(path) / "result.json").read_text()) for path in (output, other)]
+    for record in records:
+        for probe in record["recipe"]["probes"]:
+            del probe["seconds"]
+    assert records[0]["recipe"] == records[1]["recipe"]
+    assert records[0]["selection"] == records[1]["selection"]
+
+
+@pytest.mark.parametrize(("first", "calls", "saved"), [(-8, 5, 0), (-8, 25, 1), (-6, 65, 2)])
+def test_a_run_that_stops_during_the_probes_continues_to_the_same_bits(tmp_path, monkeypatch, first, calls, saved):
+    """The last case stops in a probe after the one that is chosen, whose steps are repeated."""
+    monkeypatch.setattr(recipe, "first_rate", lambda parameters: recipe.rate_at(first))
+    whole = run(tmp_path / "whole", epochs=45)
+    with monkeypatch.context() as patched:
+        stop_at(patched, calls)
+        with pytest.raises(Stop):
+            run(tmp_path / "run", epochs=45)
+    done = [probe["steps"] for probe in whole.record["recipe"]["probes"]]
+    state = json.loads((tmp_path / "run/checkpoints/step-00000000/state.json").read_text())
+    assert [probe["steps"] for probe in state["probes"]] == done[:saved]
+    with monkeypatch.context() as patched:
+        seen = stop_at(patched, -1)
+        result = run(tmp_path / "run", resume=True, epochs=45)
+    chosen = [probe["rate"] for probe in result.record["recipe"]["probes"]].index(
+        result.record["recipe"]["learning_rate"]
+    )
+    assert seen.count(0) == len(done) - saved + (chosen < saved)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert [line["step"] for line in result.history] == [line["step"] for line in whole.history]
+
+
+@pytest.mark.parametrize("lines", [20, 90])
+def test_a_run_killed_by_sigkill_resumes_to_the_same_weights(tmp_path, whole, lines):
+    output = tmp_path / "run"
+    process = context().Process(target=run, args=(output,), daemon=True)
+    process.start()
+    log = output / "metrics.jsonl"
+    while process.is_alive() and not (log.is_file() and log.read_bytes().count(b"\n") >= lines):
+        time.sleep(0.001)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert not (output / "result.json").exists(), "the run ended before it could be killed"
+    run(output, resume=True)
+    assert_same_run(output, whole[0])
+
+
+def test_forget_pairs_at_the_target_are_an_error_before_anything_is_written(tmp_path):
+    model = run(learning_rate=1e-3, epochs=30, batch_size=64).model
+    with pytest.raises(cf.InputError, match=r"there is nothing to forget: on the validation split the model scores"):
+        run(tmp_path / "run", model=model)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("score", "noted"), [(0.5, False), (0.25, True)])
+def test_forget_pairs_known_only_by_chance_are_noted(score, noted):
+    encoded = EncodedPairs(torch.eye(8, 4), torch.eye(4), [np.array([row % 4]) for row in range(8)], torch.eye(4))
+    pairs = SimpleNamespace(classes=("a", "b", "c", "d"))
+    part = SimpleNamespace(pairs=pairs, n_forget=4, forget_mask=np.arange(8) < 4)
+    baseline = SimpleNamespace(validation=Candidate(0, 0, score, 1.0, 1.0), validation_encoded=encoded)
+    notes = check_forgettable(cf.UnlearnConfig(), part, baseline)
+    assert any("did not know the forget pairs better than by chance" in note for note in notes) is noted
+
+
+def test_a_target_that_no_rate_reaches_within_the_floor_is_reported(monkeypatch):
+    monkeypatch.setattr(recipe, "MAX_STEPS", 40)
+    result = run(worst_class_floor=0.0, method="gradient_ascent")
+    assert result.selection["target_reached"] is False or result.selection["within_floor"] is False
+    assert "gave way" in result.selection["reason"]

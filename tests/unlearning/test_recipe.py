@@ -1,0 +1,162 @@
+"""The decisions of the automatic recipe, from made-up measurements."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from cliperase_fast.evaluation import Divergence
+from cliperase_fast.unlearning import recipe
+from cliperase_fast.unlearning.recipe import Probe
+from cliperase_fast.unlearning.selection import Candidate, Target, TargetSelection, wilson
+
+TARGET = Target(0.0)  # association at most 0.05
+BEFORE = Candidate(0, 0, 1.0, 0.9, 0.8)
+
+
+def candidate(step, forget=0.0, association=0.0, divergence=0.05, retain=0.9, worst=None, error=0.0):
+    worst = divergence if worst is None else worst
+    return Candidate(step, 1, forget, retain, association, Divergence(divergence, 0.0, 50, "cat", worst, error, 10))
+
+
+def search(outcome, first=-8, most=recipe.BUDGET_UNREACHED):
+    """Run the search on a function from a rate's place on the grid to (steps, divergence, reached, progress)."""
+    probes = []
+    while (rate := recipe.next_rate(probes, recipe.rate_at(first), most)) is not None:
+        steps, divergence, reached, progress = outcome(round(2 * torch.tensor(rate).log10().item()))
+        probes.append(Probe(rate, steps, 0.0, 0.9, 0.0, divergence, progress, reached))
+        assert len(probes) < 20, "the search does not end"
+    return [probe.index for probe in probes], recipe.choose(probes)[0].index
+
+
+def world(index):
+    """Rates from 1e-4 on reach the target; the divergence grows with the rate."""
+    if index < -9:
+        return 10, 0.001, False, 0.005
+    if index < -8:
+        return 10, 0.01, False, 0.08
+    divergence = 0.02 * 2 ** (index + 8)
+    return (30, divergence, True, 1.0) if divergence < 1 else (10, divergence, False, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("first", "tried"),
+    [(-8, [-8, -9]), (-7, [-7, -8, -9]), (-9, [-9, -8]), (-11, [-11, -9, -8]), (0, [0, -2, -4, -5, -6])],
+)
+def test_the_search_goes_down_while_the_target_is_reached_and_up_while_it_is_not(first, tried):
+    assert search(world, first)[0] == tried
+
+
+@pytest.mark.parametrize("first", [-11, -10, -9, -8, -7])
+def test_the_lowest_divergence_at_the_target_is_found_from_any_start_nearby(first):
+    assert search(world, first)[1] == -8
+
+
+def test_without_a_rate_at_the_target_the_highest_gentle_one_is_taken():
+    tried, chosen = search(lambda index: (30, 10.0 ** (index + 7) * 0.05, False, 0.5))
+    assert max(tried) == -6
+    assert chosen == -7  # 0.05 nats; -6 diverges by 0.5
+
+
+def test_where_every_rate_ruins_the_model_the_gentlest_is_taken():
+    tried, chosen = search(lambda index: (10, 5.0 + index / 100, False, 1.0))
+    assert chosen == min(tried)
+
+
+def test_the_search_keeps_to_its_budget():
+    tried, _ = search(lambda index: (30, 0.05 + 0.001 * index, True, 1.0))
+    assert 30 * (len(tried) - 1) <= recipe.BUDGET
+    assert search(world, -8, most=0)[0] == [-8]
+
+
+def test_the_first_rate_is_a_thousandth_of_a_typical_weight():
+    matrices = [nn.Parameter(torch.full((4, 4), size)) for size in (0.001, 0.03, 0.04)]
+    assert recipe.first_rate([*matrices, nn.Parameter(torch.ones(4))]) == pytest.approx(10**-4.5, rel=1e-4)
+    assert recipe.first_rate([nn.Parameter(torch.zeros(2, 2)), *matrices[2:]]) == pytest.approx(10**-4.5, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("found", "why"),
+    [(candidate(10, 1.0, 0.79), "too slow"), (candidate(10, 1.0, 0.7), ""), (candidate(10, 0.0, 0.0, 1.5), "diverged"),
+     (candidate(10, 0.0, 0.0, float("nan")), "diverged")],
+)  # fmt: skip
+def test_a_hopeless_probe_ends_early(found, why):
+    assert recipe.early_end(found, TARGET, BEFORE) == why
+
+
+@pytest.mark.parametrize(
+    ("forget", "association", "reached"),
+    [(0.05, 0.05, True), (0.06, 0.05, False), (0.05, 0.06, False), (0.0, -0.9, True), (float("nan"), 0.0, False),
+     (0.0, float("nan"), False)],
+)  # fmt: skip
+def test_the_target_needs_the_association_and_the_score(forget, association, reached):
+    assert TARGET.reached(candidate(1, forget, association)) is reached
+
+
+def stop(*evaluations, within=True):
+    found = list(evaluations)
+    return recipe.stop_reason(found, TARGET, 3, [within] * len(found))
+
+
+def test_training_goes_on_while_the_divergence_at_the_target_falls():
+    falling = [candidate(10, 1.0, 0.5), *(candidate(20 + 10 * i, divergence=0.1 * 0.8**i) for i in range(14))]
+    assert not any(stop(*falling[: i + 1]) for i in range(len(falling)))
+    minute = [candidate(20 + 10 * i, divergence=0.001 * 0.5**i) for i in range(4)]
+    assert stop(*minute)
+    flat = [*falling[:5], *(candidate(60 + 10 * i, divergence=0.05) for i in range(3))]
+    assert not stop(*flat[:-1])
+    assert stop(*flat) == (
+        "the target was reached at step 20, and the divergence from the original stopped improving at step 50"
+    )
+
+
+def test_training_ends_when_the_forget_pairs_stop_coming_closer():
+    stuck = [candidate(10 * (i + 1), 0.5, 0.6 - 0.1 * min(i, 2)) for i in range(9)]
+    assert not stop(*stuck[:-1])
+    assert "was not reached: the forget pairs stopped coming closer to it at step 30" in stop(*stuck)
+
+
+def test_training_ends_when_the_rest_suffers_before_the_target_is_reached():
+    nearing = [candidate(10 * (i + 1), 0.5, 0.8 * 0.8**i) for i in range(6)]
+    assert not stop(*nearing)
+    assert "before the rest suffered more" in stop(*nearing, within=False)
+
+
+RULE = TargetSelection(0.9, 400, TARGET, floor=0.02, class_floor=0.3)
+
+
+def chosen(*candidates):
+    best = None
+    for one in candidates:
+        best = one if RULE.better(one, best) else best
+    return best
+
+
+def test_the_least_divergence_at_the_target_is_selected():
+    far, near, gentle = candidate(1, association=0.3, divergence=0.01), candidate(2), candidate(3, divergence=0.04)
+    assert chosen(far, near, gentle) is gentle
+    assert "Epoch 1 (step 3) diverges least from the original (0.040 nats)" in RULE.reason(gentle, 3)
+
+
+def test_a_class_that_diverges_too_much_is_not_selected():
+    worst, near = candidate(1, worst=0.4, divergence=0.01), candidate(2, divergence=0.2)
+    assert chosen(worst, near) is near
+    uncertain = candidate(3, worst=0.4, error=0.15, divergence=0.01)
+    assert chosen(uncertain, near) is uncertain  # within one standard error of the floor
+
+
+def test_a_large_drop_of_the_retain_score_is_not_selected():
+    assert chosen(candidate(1, retain=0.8, divergence=0.01), candidate(2)).step == 2
+
+
+def test_the_result_says_whether_the_target_or_the_floor_gave_way():
+    inside, outside = candidate(1, 0.5, 0.4), candidate(2, worst=0.9)
+    assert chosen(inside, outside) is inside
+    assert "The target gave way; epoch 1 (step 1) came closest to it" in RULE.reason(inside, 2)
+    assert "The floor gave way; epoch 1 (step 2) diverges least" in RULE.reason(outside, 1)
+
+
+def test_wilson_intervals_are_those_of_the_textbook():
+    assert wilson(0.0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
+    assert wilson(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
