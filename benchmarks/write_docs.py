@@ -317,8 +317,7 @@ def metrics_table() -> str:
 
 
 def audit_table(make: Callable[[dict[str, Any]], audit_report.Table]) -> str:
-    head, rows = make(records) if (records := _audits()) else ((), [])
-    return table(head, rows) if rows else _NO_AUDITS
+    return table(*make(records)) if (records := _audits()) else _NO_AUDITS
 
 
 def audit_verdicts() -> str:

@@ -125,15 +125,6 @@ SCORES: dict[str, Score] = {
         HIGHER,
     ),
     "inter_identity": Score("Other entities", "mean cosine of held-out pairs about other entities", COSINE, HIGHER),
-    "visual_identity": Score(
-        "Portraits of one entity",
-        "share of portraits whose nearest other portrait, by image features, shows the same entity",
-        SHARE,
-        HIGHER,
-    ),
-    "general": Score(
-        "General accuracy", "zero-shot accuracy on pairs that are not facts about an entity", SHARE, HIGHER
-    ),
     # depth
     "membership": Score(
         "Membership",

@@ -15,12 +15,13 @@ from cliperase_fast.config import UnlearnConfig, read_options
 from cliperase_fast.errors import InputError
 from cliperase_fast.terms import nearest_name
 from cliperase_fast.unlearning.methods.base import DATA, Method
+from cliperase_fast.unlearning.methods.calibrated import Calibrated
 from cliperase_fast.unlearning.methods.cliperase import CLIPErase
 from cliperase_fast.unlearning.methods.gradient_ascent import GradientAscent
 
 M = TypeVar("M", bound=type[Method])
 
-_BUILT_IN: tuple[type[Method], ...] = (CLIPErase, GradientAscent)
+_BUILT_IN: tuple[type[Method], ...] = (CLIPErase, Calibrated, GradientAscent)
 _METHODS: dict[str, type[Method]] = {}
 
 

@@ -1,0 +1,111 @@
+"""`method="calibrated"`: what the loss gets from a run, and where forgetting stops."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import QUICK, make_pairs, make_tiny_clip, split_pairs
+
+import cliperase_fast as cf
+from cliperase_fast import InputError, functional
+from cliperase_fast.models import load_model
+from cliperase_fast.unlearning.methods import calibrated
+
+
+def steps(result):
+    return [line for line in result.history if "total" in line]
+
+
+def run(**changes):
+    forget, retain = split_pairs(make_pairs(), "red")
+    return cf.unlearn(make_tiny_clip(), forget, retain, **{**QUICK, "method": "calibrated", **changes})
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The arguments of every call of the loss."""
+    seen = []
+    own = functional.calibrated_loss
+
+    def watched(*features, **options):
+        seen.append((features, options))
+        return own(*features, **options)
+
+    monkeypatch.setattr("cliperase_fast.losses.calibrated_loss", watched)
+    return seen
+
+
+def test_terms_of_every_step_are_logged():
+    lines = steps(run())
+    assert all({"total", "retain", "forget", "consistency", "anchor"} <= line.keys() for line in lines)
+    first = lines[0]
+    assert first["total"] == pytest.approx(
+        first["retain"] + 3 * first["forget"] + 3 * first["consistency"] + 30 * first["anchor"], rel=1e-5
+    )
+    assert first["anchor"] == pytest.approx(0, abs=1e-10)  # the student is the teacher
+
+
+def test_weights_and_options_reach_the_loss(calls):
+    run(lambda_retain=2.0, lambda_forget=5.0, lambda_consistency=0.5, method_options={"lambda_anchor": 7.0}, epochs=1)
+    given = {name: calls[0][1][f"lambda_{name}"] for name in ("retain", "forget", "consistency", "anchor")}
+    assert given == {"retain": 2.0, "forget": 5.0, "consistency": 0.5, "anchor": 7.0}
+
+
+@pytest.mark.parametrize("teacher_cache", ["memory", "off"])
+def test_background_levels_are_those_of_the_training_retain_pairs(calls, teacher_cache):
+    result = run(teacher_cache=teacher_cache, epochs=1)
+    original = load_model(make_tiny_clip())
+    (_, _, teacher_image, teacher_text, *_), options = calls[0]
+    mask = options["forget_mask"]
+    assert mask.tolist() == sorted(mask.tolist(), reverse=True) and 0 < mask.sum() < len(mask)
+    train = result.record["data"]["retain_pairs"]
+    assert train < 24  # some of the 24 retain pairs validate or test
+    with torch.no_grad():
+        captions = original.encode_text(original.token_ids(["a green square", "a blue square"]))
+    # Any mixture of the two captions that the training split may hold lies on their segment.
+    low, high = (teacher_image @ captions.T).aminmax(dim=1)
+    assert torch.all((options["background_image"] >= low - 1e-5) & (options["background_image"] <= high + 1e-5))
+    assert options["background_text"].shape == teacher_text.shape[:1]
+
+
+def test_concepts_are_the_classes(calls):
+    run(epochs=1)
+    ids, mask = calls[0][1]["group_ids"], calls[0][1]["forget_mask"]
+    assert ids[mask].unique().tolist() == [2]  # blue, green, red
+    assert set(ids[~mask].tolist()) == {0, 1}
+
+
+def test_forget_pairs_are_one_concept_where_classes_are_not_used(calls):
+    run(epochs=1, false_negatives="caption")
+    ids, mask = calls[0][1]["group_ids"], calls[0][1]["forget_mask"]
+    assert ids[mask].unique().tolist() == [calibrated._FORGET_CONCEPT]
+    assert (ids[~mask] >= 0).all()
+
+
+def test_forgetting_stops_at_the_background_where_cliperase_goes_on():
+    settings = {"epochs": 40, "learning_rate": 2e-3, "batch_size": 16, "evaluate_every": 40, "select": "last"}
+    stopped, pushed = (
+        run(method=method, **settings).after["forget"]["association"] for method in ("calibrated", "cliperase")
+    )
+    assert stopped > pushed + 0.2
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"forget_loss": "hinge"}, "does not use forget_loss"),
+        ({"consistency": "features"}, "does not use consistency"),
+        ({"method_options": {"lambda_anchor": -1.0}}, "lambda_anchor=-1.0 must be a finite number"),
+        ({"method_options": {"lambda_anchor": float("nan")}}, "lambda_anchor=nan must be finite"),
+    ],
+)
+def test_unused_settings_and_wrong_options_are_errors(changes, says):
+    with pytest.raises(InputError, match=says):
+        run(**changes)
+
+
+def test_gradient_caching_gives_the_same_terms_and_gradient():
+    whole, parts = (steps(run(batch_size=12, epochs=1, grad_cache_chunk=chunk)) for chunk in (0, 5))
+    for one, other in zip(whole, parts, strict=True):
+        for name in ("total", "forget", "grad_norm"):
+            assert one[name] == pytest.approx(other[name], rel=1e-3)
