@@ -100,11 +100,15 @@ def audit(arguments: argparse.Namespace) -> int:
         depth=arguments.depth,
         output_dir=output,
         seed=arguments.seed,
+        long_captions=arguments.long_captions,
+        on_error=arguments.on_error,
         batch_size=arguments.batch_size,
         device=arguments.device,
         precision=arguments.precision,
         progress=progress_style(arguments) == "bars",
     )
+    if os.environ.get("RANK", "0") != "0":  # of several ranks the first prints
+        return 0
     if arguments.json:
         print(json.dumps(printable_data(result.to_dict()), indent=2, allow_nan=False))
         return 0

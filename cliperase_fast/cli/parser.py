@@ -139,12 +139,6 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--forget", metavar="SELECTOR", help="report these pairs and the others apart")
     evaluate.add_argument("--json", action="store_true", help="print all scores as JSON, every class, for programs")
     evaluate.add_argument("--output", metavar="FILE", help="also write the scores there, as JSON")
-    evaluate.add_argument(
-        "--on-error",
-        default="raise",
-        choices=("raise", "skip"),
-        help="pairs that cannot be used, such as unreadable images: raise, or skip and count (default: raise)",
-    )
     _add_encoding(evaluate)
     _add_progress(evaluate)
 
@@ -217,7 +211,13 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_encoding(parser: argparse.ArgumentParser) -> None:
-    """Add how the encoders run."""
+    """Add what to do with pairs that cannot be used, and how the encoders run."""
+    parser.add_argument(
+        "--on-error",
+        default="raise",
+        choices=("raise", "skip"),
+        help="pairs that cannot be used, such as unreadable images: raise, or skip and count (default: raise)",
+    )
     parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="images per batch (default: 256)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="default: fp32")
@@ -265,6 +265,12 @@ def _add_audit(subparsers: Any) -> None:
         default=False,
         choices=("full",),
         help="also attack copies of the models; full: relearn from 1, 4 and 16 pictures and other data too",
+    )
+    audit.add_argument(
+        "--long-captions",
+        default="error",
+        choices=("error", "truncate"),
+        help="captions longer than the model's context: an error, or cut (default: error)",
     )
     audit.add_argument("--output", metavar="DIR", help="write audit.json and audit.html there; a run's folder fits")
     audit.add_argument("--json", action="store_true", help="print what audit.json holds, for programs")

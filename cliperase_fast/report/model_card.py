@@ -77,6 +77,7 @@ def audit_advice(result: Mapping[str, Any], model_dir: str | Path, output_dir: s
     if words is not None:
         words += ["--seed", str(config["seed"])] if config["seed"] else []
         words += ["--on-error", "skip"] if config["on_error"] == "skip" else []
+        words += ["--long-captions", "truncate"] if config["long_captions"] == "truncate" else []
         words += [] if output_dir is None else ["--output", str(output_dir)]
         return shlex.join(["cliperase-fast", "audit", *words])
     names = {"before": inputs["model"], "after": after if result["library"] in _LIBRARIES else None}

@@ -30,10 +30,7 @@ _DEPTHS: dict[bool | str, bool | str] = {True: False, "depth": True, "full": "fu
 
 def check_oracles(inputs: Inputs, original: ClipAdapter, data: PreparedData, runtime: Runtime) -> None:
     """Load the oracles and drop them again. Raises InputError for one that cannot be compared with the original."""
-    models = load_models(
-        original, original, inputs.oracle, tokenizer=inputs.tokenizer, transform=original.transform,
-        device=runtime.device, truncate=original.truncate,
-    )  # fmt: skip
+    models = _load_beside(original, original, inputs, runtime)
     sets = _audit_sets(data)
     check_alike(models, sets)
     pixels = pixels_of(original, sets.test, [0])  # [1, 3, H, W]
@@ -98,18 +95,24 @@ def _audit(run: Run, result: UnlearnResult) -> Audit:
 
 
 def _load_models(run: Run, result: UnlearnResult, sets: AuditSets) -> dict[str, ClipAdapter]:
-    inputs, transform = run.setup.inputs, run.student.transform
+    inputs = run.setup.inputs
     original = inputs.load_model(run.settings, run.runtime.device)
     if not inputs.model_is_the_callers:
         original = in_float32(original)
     if original.identity() != run.setup.identity["model"]:
         raise UnlearningError(f"{inputs.model_name} has other weights than when the run began")
-    models = load_models(
-        original, result.adapter, inputs.oracle, tokenizer=inputs.tokenizer, transform=transform,
-        device=run.runtime.device, truncate=run.student.truncate,
-    )  # fmt: skip
+    original.transform = run.student.transform
+    models = _load_beside(original, result.adapter, inputs, run.runtime)
     check_alike(models, sets)
     return models
+
+
+def _load_beside(original: ClipAdapter, after: ClipAdapter, inputs: Inputs, runtime: Runtime) -> dict[str, ClipAdapter]:
+    """Load the oracles, which read what the original reads."""
+    return load_models(
+        original, after, inputs.oracle, tokenizer=inputs.tokenizer, transform=original.transform,
+        device=runtime.device, truncate=original.truncate,
+    )  # fmt: skip
 
 
 def _parts(split: Split) -> tuple[PairDataset, PairDataset]:

@@ -122,7 +122,11 @@ def test_a_name_cannot_break_the_card(name):
     ("library", "inputs", "settings"),
     [
         ("open_clip", {}, {}),
-        ("transformers", {"model": "/models/it's mine", "forget": "folder:/a b#class:hot dog,cat"}, {"seed": 3}),
+        (
+            "transformers",
+            {"model": "/models/it's mine", "forget": "folder:/a b#class:hot dog,cat"},
+            {"seed": 3, "on_error": "skip"},
+        ),
         ("open_clip", {"retain": "demo#class:one", "test": "shapes", "own_test": True, "templates": ["a {}"]}, {}),
     ],
 )
@@ -137,7 +141,7 @@ def test_the_advised_command_is_one_that_the_command_line_takes(library, inputs,
     assert f"{found.data}#{found.forget}" == given["forget"]
     assert found.retain == given["retain"].rpartition("#")[2]
     assert (found.test_data, found.output) == (given["test"], "my run")
-    assert found.seed == settings.get("seed", 0)
+    assert (found.seed, found.on_error) == (settings.get("seed", 0), settings.get("on_error", "raise"))
     assert found.template == (given["templates"] or None)
 
 

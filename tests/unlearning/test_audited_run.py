@@ -82,17 +82,18 @@ def test_the_audit_changes_neither_the_result_nor_the_model_nor_the_generators()
     assert (audited.after, audited.history[-1]) == (plain.after, plain.history[-1])
 
 
-@pytest.mark.parametrize("chosen", ["depth", "full"])
-def test_the_audit_can_attack_copies_of_the_models(monkeypatch, chosen):
+@pytest.mark.parametrize(("chosen", "depth"), [(True, False), ("depth", True), ("full", "full")])
+def test_the_setting_says_how_deep_the_audit_goes(monkeypatch, chosen, depth):
     asked = []
 
-    def attack(*arguments, full):
-        asked.append(full)
-        return {}
+    def audit_models(*arguments, depth):
+        asked.append(depth)
+        return real(*arguments)
 
-    monkeypatch.setattr("cliperase_fast.auditing.comparison.score_depth", attack)
+    real = auditing.audit_models
+    monkeypatch.setattr(auditing, "audit_models", audit_models)
     result = run(audit=chosen)
-    assert asked == [chosen == "full"] * 2, "the original and the result"
+    assert asked == [depth]
     assert result.record["audit"]["depth"] == chosen
 
 
