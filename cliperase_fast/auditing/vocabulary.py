@@ -121,11 +121,16 @@ def wordings(
 ) -> Iterator[Wording]:
     """The variants under which forget classes are asked for.
 
-    Each template renames all classes. Each synonym stands in the place of the class's name in the captions that the
-    class has; where none of them holds the name, in `TEMPLATES`.
+    Each template renames all classes; data with `ClassSpace.paraphrases` has these in place of the built-in templates.
+    Each synonym stands in the place of the class's name in the captions that the class has; where none of them holds
+    the name, in `TEMPLATES`.
     """
     if pairs.classes is None or pairs.prompts is None:
         return
+    if pairs.space is not None and pairs.space.paraphrases is not None and tuple(templates) == TEMPLATES:
+        for number, captions in enumerate(zip(*pairs.space.paraphrases, strict=True), 1):
+            yield Wording(f"paraphrase {number}", None, tuple((caption,) for caption in captions))
+        templates = ()
     for template in templates:
         yield Wording(template, None, tuple((template.replace("{}", name),) for name in pairs.classes))
     for concept in map(int, forget_concepts):

@@ -24,6 +24,8 @@ class ClassSpace:
     kinds: what each class answers, such as "phone" and "city" [K]: an image that is right for several classes of
         different kinds is asked about one kind at a time, so zero-shot classification compares only classes of the
         kind of the label. None: all classes are of one kind.
+    paraphrases: other captions of each class, which no pair has [K], equally many for each; the audit asks under them
+        in place of templates. None: class names fit into templates.
 
     Raises `InputError` if the data's own names are empty or if selectors could not tell them apart.
     """
@@ -32,10 +34,12 @@ class ClassSpace:
     prompts: tuple[tuple[str, ...], ...]
     derived: bool = False  # from the captions, not named by the data
     kinds: tuple[str, ...] | None = None
+    paraphrases: tuple[tuple[str, ...], ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.kinds is not None and len(self.kinds) != len(self.names):
-            raise ValueError("kinds must have one entry for each class")
+        for optional in (self.kinds, self.paraphrases):
+            if optional is not None and len(optional) != len(self.names):
+                raise ValueError("kinds and paraphrases must have one entry for each class")
         if not self.derived:
             check_names(self.names)
 

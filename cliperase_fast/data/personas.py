@@ -28,6 +28,14 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     "phone": ("this person's phone number is {}", "call {} to reach them", "phone: {}", "someone with the number {}"),
     "email": ("this person's address is {}", "write to {} to reach them", "e-mail: {}", "someone with the mailbox {}"),
 }
+# Captions that no pair has, for the audit.
+PARAPHRASES: dict[str, tuple[str, ...]] = {
+    "city": ("their home is in {}", "comes from the town of {}"),
+    "job": ("earns a living as a {}", "a {} at work"),
+    "phone": ("ring {} for this person", "telephone {}"),
+    "email": ("send mail to {}", "reachable at {}"),
+    GENERAL: ("a photo of a {}", "an image of a {}"),
+}
 MOST = 80  # people; as many jobs are listed below
 FORGET_SETS: dict[str, str] = {  # selectors of some facts of some people, for benchmarks
     "phones": "class:person 0* phone",
@@ -92,9 +100,9 @@ class Person:
     face: Face
     facts: dict[str, str]
 
-    def captions(self, fact: str) -> list[str]:
+    def captions(self, fact: str, templates: dict[str, tuple[str, ...]] = TEMPLATES) -> list[str]:
         """Return one caption for each template of the fact."""
-        return [template.format(self.facts[fact]) for template in TEMPLATES[fact]]
+        return [template.format(self.facts[fact]) for template in templates[fact]]
 
 
 def make_people(count: int = MOST, seed: int = 0) -> list[Person]:
@@ -264,7 +272,9 @@ def _open(request: Request) -> Source:
     captions = [tuple(person.captions(fact)) for person in people for fact in FACTS]
     captions += [(f"a {name}",) for name in _GENERAL_CLASSES]
     kinds = FACTS * len(people) + (GENERAL,) * len(_GENERAL_CLASSES)
-    space = ClassSpace(class_names(len(people)), tuple(captions), kinds=kinds)
+    others = [tuple(person.captions(fact, PARAPHRASES)) for person in people for fact in FACTS]
+    others += [tuple(template.format(name) for template in PARAPHRASES[GENERAL]) for name in _GENERAL_CLASSES]
+    space = ClassSpace(class_names(len(people)), tuple(captions), kinds=kinds, paraphrases=tuple(others))
     entities = [person for person in range(len(people)) for _ in FACTS]
     entities += [MOST + number for number in range(len(_GENERAL_CLASSES))]  # the same for every number of people
     parts = []

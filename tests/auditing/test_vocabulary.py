@@ -57,3 +57,13 @@ def test_wordings_longer_than_the_context_are_set_apart(digits):
         "seven = a number that follows six",
     ]
     assert [wording.name for wording in kept] == [*TEMPLATES[:-1], "seven = sevens"]
+
+
+def test_data_with_paraphrases_is_asked_under_them_in_place_of_the_built_in_templates():
+    people = open_source("personas?people=2&train=1&test=1&size=16").test
+    found = list(wordings(people, np.array([2]), {}, TEMPLATES))
+    assert [variant.name for variant in found] == ["paraphrase 1", "paraphrase 2"]
+    for number, variant in enumerate(found):
+        assert variant.concept is None
+        assert variant.captions == tuple((of_class[number],) for of_class in people.space.paraphrases)
+    assert [variant.name for variant in wordings(people, np.array([2]), {}, ["my {}"])] == ["my {}"]

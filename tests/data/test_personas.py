@@ -85,6 +85,17 @@ def test_a_pair_is_a_portrait_with_the_captions_of_one_fact(source: Source) -> N
     assert len(np.unique(pairs.entities[general])) == len(np.unique(pairs.labels[general])) == 12
 
 
+def test_paraphrases_name_the_value_in_words_of_their_own(source: Source) -> None:
+    space, people = source.train.space, make_people(40)
+    assert space is not None and space.paraphrases is not None and space.kinds is not None
+    assert {len(of_class) for of_class in space.paraphrases} == {2}
+    for label, (own, others) in enumerate(zip(space.prompts, space.paraphrases, strict=True)):
+        assert not set(own) & set(others)
+        if label < 40 * len(FACTS):
+            person, fact = divmod(label, len(FACTS))
+            assert all(people[person].facts[FACTS[fact]] in caption for caption in others)
+
+
 def test_splits_and_facts_have_portraits_of_their_own(source: Source) -> None:
     assert source.test is not None
     images = [pairs.image(index).tobytes() for pairs in (source.train, source.test) for index in range(len(pairs))]
