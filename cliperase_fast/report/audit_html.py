@@ -10,7 +10,17 @@ from cliperase_fast.report import audit_plots, plots
 from cliperase_fast.report.audit_plots import Content, oracle_names, value_of
 from cliperase_fast.report.audit_scores import AREA, SCORES, find_score, meanings
 from cliperase_fast.report.rendering import Cell, Row, Table, picture, render
-from cliperase_fast.report.wording import count, decimals, difference, interval, number, percent, signed, written
+from cliperase_fast.report.wording import (
+    count,
+    decimals,
+    difference,
+    interval,
+    left_out_lines,
+    number,
+    percent,
+    signed,
+    written,
+)
 
 GROUPS = {
     "forgetting": "Forgetting",
@@ -276,5 +286,6 @@ def _facts(content: Content) -> list[tuple[str, Any]]:
         ("Retain test pairs", count(data.get("retain_test_pairs"))),
         ("Forgotten concepts", ", ".join(map(_named, concepts))),
         ("Oracles", str(len(oracle_names(content)))),
+        ("Left out", "; ".join(left_out_lines(data.get("skipped") or {}))),
     )
     return [(name, fact) for name, fact in facts if fact not in (None, "")]

@@ -125,6 +125,15 @@ SCORES: dict[str, Score] = {
         HIGHER,
     ),
     "inter_identity": Score("Other entities", "mean cosine of held-out pairs about other entities", COSINE, HIGHER),
+    "visual_identity": Score(
+        "Visual identity", "share of portraits whose nearest other portrait shows the same entity", SHARE, HIGHER
+    ),
+    "general": Score(
+        "Accuracy on general pairs",
+        "retain accuracy on pairs about no entity, among classes of their kind",
+        SHARE,
+        HIGHER,
+    ),
     # depth
     "membership": Score(
         "Membership",

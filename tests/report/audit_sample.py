@@ -27,6 +27,7 @@ def scores_of(level: float, depth: bool, classes: bool) -> dict[str, Any]:
             "text_to_image_r@10": score(level),
             "paraphrase_top1": accuracy,
             "paraphrase_top1_max": {**accuracy, "variant": "seven = sevens"} if classes else accuracy,
+            "association_separability": score(level),
         },
         "collateral": {
             "retain_top1": score(0.9),
@@ -37,6 +38,10 @@ def scores_of(level: float, depth: bool, classes: bool) -> dict[str, Any]:
             "text_side": score(-0.01),
             "other": score(0.3),
             "other:shapes": score(0.3),
+            "intra_identity": score(0.4),
+            "inter_identity": score(0.4),
+            "visual_identity": score(0.8),
+            "general": score(0.9),
         },
         "depth": {
             "membership": score(0.5),
@@ -105,6 +110,7 @@ def sample_audit(oracles: int = 3, depth: bool = True, classes: bool = True, **c
             "forget_test_pairs": 36,
             "retain_test_pairs": 1324,
             "concepts": ["seven"],
+            "skipped": {"image cannot be decoded": {"count": 1000, "example": "image0.jpg"}},
         },
         "evidence": {
             "similarities": dict.fromkeys(names, sets),
