@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from cliperase_fast.report.wording import percent
+
 Table = Mapping[str, Mapping[str, Mapping[str, Any]]]  # group, score, {"value", ...} of one model
 
 
@@ -105,7 +107,7 @@ def _value(group: Mapping[str, Mapping[str, Any]], name: str) -> float | None:
 
 
 def _percent(value: float | None) -> str:
-    return "an unknown share" if value is None else f"{100 * value:.1f} %"
+    return "an unknown share" if value is None else percent(value)
 
 
 def _number(value: float | None) -> str:

@@ -199,7 +199,7 @@ def test_the_result_is_json_with_stable_keys(tmp_path):
     assert {"value", "low", "high"} == set(saved["scores"]["after"]["forgetting"]["association"])
     assert isinstance(found, Audit)
     assert "association" in found.summary()
-    assert repr(found).startswith("<Audit: The model names 100.0 %")
+    assert repr(found).startswith("<Audit: The model names 100.0%")
 
 
 def test_an_oracle_that_knows_the_concept_is_warned_of():
