@@ -34,6 +34,7 @@ def unlearn(arguments: argparse.Namespace) -> int:
         f"{arguments.data}#{arguments.forget}",
         retain,
         test=arguments.test_data,
+        validation=arguments.validation_data,
         teacher=arguments.teacher,
         config=config,
         output_dir=arguments.output,

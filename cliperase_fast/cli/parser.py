@@ -123,6 +123,11 @@ def make_parser() -> argparse.ArgumentParser:
     unlearn.add_argument("--forget", required=True, metavar="SELECTOR", help="which of them to forget, see below")
     unlearn.add_argument("--retain", default="rest", metavar="SELECTOR", help="which to keep (default: all others)")
     unlearn.add_argument("--test-data", metavar="SOURCE", help="where to measure (default: the source's test split)")
+    unlearn.add_argument(
+        "--validation-data",
+        metavar="SOURCE",
+        help="where to choose the learning rate and the checkpoint (default: a share val_fraction of the pairs)",
+    )
     unlearn.add_argument("--teacher", metavar="MODEL", help="stay consistent with this model (default: --model itself)")
     unlearn.add_argument("--output", required=True, metavar="DIR", help="the run directory")
     unlearn.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")

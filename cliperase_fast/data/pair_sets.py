@@ -26,7 +26,8 @@ class PairSets:
     """The pairs as the caller named them, before any image is read.
 
     test: (forget, retain), None if they are still to be held out. names: of each set, as the caller gave it.
-    holdouts: test pairs of the source that neither set may see, for the audit (`Source.hold_out`).
+    holdouts: test pairs of the source that neither set may see, for the audit (`Source.hold_out`). validation: as
+    `test`.
     """
 
     forget: PairDataset
@@ -34,9 +35,10 @@ class PairSets:
     test: tuple[PairDataset, PairDataset] | None
     names: dict[str, str]
     holdouts: dict[str, PairDataset] = field(default_factory=dict)
+    validation: tuple[PairDataset, PairDataset] | None = None
 
     def fingerprint(self) -> str:
-        parts = [self.forget, self.retain, *(self.test or ())]
+        parts = [self.forget, self.retain, *(self.test or ()), *(self.validation or ())]
         return hashlib.sha256("|".join(part.fingerprint() for part in parts).encode()).hexdigest()
 
 
@@ -44,7 +46,7 @@ class PairSets:
 class ReadablePairs:
     """The pairs whose images can be read. test: (forget, retain). held_out: whether `test` was taken from the others.
 
-    A single pair that is held out is in both sets.
+    A single pair that is held out is in both sets. validation: (forget, retain) if the caller gave it.
     """
 
     forget: PairDataset
@@ -52,6 +54,7 @@ class ReadablePairs:
     test: tuple[PairDataset, PairDataset]
     held_out: bool
     intake: Intake  # what was left out or ignored
+    validation: tuple[PairDataset, PairDataset] | None = None
 
 
 class Opener:
@@ -80,7 +83,14 @@ class Opener:
 
 
 def open_pair_sets(
-    forget: Any, retain: Any, test: Any, opener: Opener, *, overlap_policy: str, test_fraction: float
+    forget: Any,
+    retain: Any,
+    test: Any,
+    opener: Opener,
+    *,
+    overlap_policy: str,
+    test_fraction: float,
+    validation: Any = None,
 ) -> PairSets:
     """Open the sources and select the pairs.
 
@@ -90,6 +100,7 @@ def open_pair_sets(
     test: None (the source's own test split, else `test_fraction` of the pairs, to be held out by `read_pair_sets`), a
         dataset or "SOURCE" of both kinds, or a pair (forget test, retain test).
     overlap_policy: for retain pairs that are also forget pairs: "error", or "drop" to leave them out.
+    validation: as `test`, but None means none.
     """
     forget_pairs, selector, source = _forget_set(forget, opener)
     if source is not None and not (isinstance(retain, str) and retain == "rest"):
@@ -99,13 +110,19 @@ def open_pair_sets(
     _require_some(retain_pairs, "retain")
     retain_pairs = _without_overlap(forget_pairs, retain_pairs, overlap_policy)
     test_sets = _test_sets(test, forget_pairs, retain_pairs, selector, source, opener)
+    validation_sets = None
+    if validation is not None:
+        validation_sets = _test_sets(validation, forget_pairs, retain_pairs, selector, source, opener, "validation")
+        _require_other_pairs(validation_sets, test_sets)
     holdouts = select_holdouts(source, selector)
     names = {
         "forget": forget if isinstance(forget, str) else forget_pairs.name,
         "retain": (retain if isinstance(retain, str) else retain_pairs.name) + _without(holdouts),
         "test": test if isinstance(test, str) else _test_name(test, test_sets, test_fraction),
     }
-    return PairSets(forget_pairs, retain_pairs, test_sets, printable_data(names), holdouts)
+    if validation is not None:
+        names["validation"] = validation if isinstance(validation, str) else "given datasets"
+    return PairSets(forget_pairs, retain_pairs, test_sets, printable_data(names), holdouts, validation_sets)
 
 
 def read_pair_sets(
@@ -121,20 +138,26 @@ def read_pair_sets(
 
     On several ranks each reads a share of the images.
     """
-    intake = Intake.merged(part.intake for part in (sets.forget, sets.retain, *(sets.test or ())))
+    intake = Intake.merged(
+        part.intake for part in (sets.forget, sets.retain, *(sets.test or ()), *(sets.validation or ()))
+    )
 
     def read(pairs: PairDataset, name: str) -> PairDataset:
         return read_pairs(pairs, name, intake.skipped, on_error=on_error, progress=progress, ranks=ranks)
 
     forget, retain = read(sets.forget, "forget"), read(sets.retain, "retain")
     require_one_kind(forget, retain)
+    validation = None
+    if sets.validation is not None:
+        validation = read(sets.validation[0], "forget validation"), read(sets.validation[1], "retain validation")
+        require_one_kind(*validation)
     if sets.test is not None:
         test = read(sets.test[0], "forget test"), read(sets.test[1], "retain test")
         require_one_kind(*test)
-        return ReadablePairs(forget, retain, test, False, intake)
+        return ReadablePairs(forget, retain, test, False, intake, validation)
     forget, forget_test = hold_out(forget, test_fraction, seed)
     retain, retain_test = hold_out(retain, test_fraction, seed)
-    return ReadablePairs(forget, retain, (forget_test, retain_test), True, intake)
+    return ReadablePairs(forget, retain, (forget_test, retain_test), True, intake, validation)
 
 
 def read_pairs(
@@ -234,21 +257,23 @@ def _test_sets(
     selector: str | None,
     source: Source | None,
     opener: Opener,
+    name: str = "test",
 ) -> tuple[PairDataset, PairDataset] | None:
+    """Return the forget and the retain pairs of a set. name: what the set is called in errors."""
     if test is None:
         if source is None or source.test is None:
             return None
         pairs = source.test
     elif isinstance(test, tuple) and len(test) == 2 and not isinstance(test[0], (tuple, str)):
-        parts = opener.pairs(test[0], "forget test"), opener.pairs(test[1], "retain test")
-        for part, name in zip(parts, ("forget test", "retain test"), strict=True):
-            _require_some(part, name)
+        parts = opener.pairs(test[0], f"forget {name}"), opener.pairs(test[1], f"retain {name}")
+        for part, kind in zip(parts, ("forget", "retain"), strict=True):
+            _require_some(part, f"{kind} {name}")
         return parts
     else:
-        pairs = opener.test_pairs(test, "test")
-        _require_some(pairs, "test")
+        pairs = opener.test_pairs(test, name)
+        _require_some(pairs, name)
     if selector is None:
-        mask = _by_captions(pairs, forget, retain)
+        mask = _by_captions(pairs, forget, retain, name)
     else:
         mask = select(pairs, selector, other=source.train if source is not None else None)
     kept = source.rest(pairs, mask) if source is not None and source.has(pairs) else ~mask
@@ -259,16 +284,31 @@ def _without(holdouts: Mapping[str, PairDataset]) -> str:
     return f" without the holdouts ({' and '.join(holdouts)})" if holdouts else ""
 
 
-def _by_captions(pairs: PairDataset, forget: PairDataset, retain: PairDataset) -> np.ndarray:
-    """Return which test pairs are forget pairs if only datasets were given: by captions that only forget pairs have."""
+def _require_other_pairs(
+    validation: tuple[PairDataset, PairDataset] | None, test: tuple[PairDataset, PairDataset] | None
+) -> None:
+    """Raise InputError if a checkpoint would be chosen on the pairs that the result is measured on."""
+    if validation is None or test is None:
+        return
+    for own, others, kind in zip(validation, test, ("forget", "retain"), strict=True):
+        _require_some(own, f"{kind} validation")
+        if own.fingerprint() == others.fingerprint():
+            raise InputError(
+                f"the {kind} validation pairs are the {kind} test pairs, so the result would be measured on what it "
+                "was chosen on: give other pairs as validation="
+            )
+
+
+def _by_captions(pairs: PairDataset, forget: PairDataset, retain: PairDataset, name: str) -> np.ndarray:
+    """Return which pairs are forget pairs if only datasets were given: by captions that only forget pairs have."""
     wanted = _captions(forget) - _captions(retain)
     mask = np.array(
         [any(caption_key(caption) in wanted for caption in captions) for captions in pairs.captions], dtype=bool
     )
     if mask.all() or not mask.any():
         raise InputError(
-            f"{int(mask.sum())} of the {len(pairs)} test pairs share a caption with the forget pairs, so the test set "
-            "cannot be split: pass test=(forget_test, retain_test)"
+            f"{int(mask.sum())} of the {len(pairs)} {name} pairs share a caption with the forget pairs, so the {name} "
+            f"set cannot be split: pass {name}=(forget_{name}, retain_{name})"
         )
     return mask
 

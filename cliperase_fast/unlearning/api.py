@@ -37,6 +37,7 @@ def unlearn(
     *,
     method: str | None = None,
     test: Any = None,
+    validation: Any = None,
     oracle: Any = None,
     teacher: Any = None,
     tokenizer: Callable[[Sequence[str]], Tensor] | None = None,
@@ -61,6 +62,8 @@ def unlearn(
         config. Its options are given as `method_options={...}`.
     test: where the result is measured: a dataset or source of both kinds, or (forget_test, retain_test). By default the
         source's own test split, else a share `test_fraction` of the pairs, which are then not trained on.
+    validation: where the learning rate and the checkpoint are chosen, as `test`: a set of your own is best if the model
+        was trained on these pairs. By default a share `val_fraction` of the pairs, which are then not trained on.
     oracle: for `audit=True`: a model, or a list of models, trained like the original but without the forget pairs.
     teacher: the model to stay consistent with; by default `model` as it is now.
     tokenizer, transform: inferred for open_clip and transformers models.
@@ -82,7 +85,7 @@ def unlearn(
     when the training fails.
     """
     method_used, settings = make_method(_settings(config, method, overrides))
-    inputs = Inputs(model, forget, retain, test, teacher, tokenizer, transform, templates, oracle)
+    inputs = Inputs(model, forget, retain, test, validation, teacher, tokenizer, transform, templates, oracle)
     show = sys.stderr.isatty() if progress is None else progress
     directory = RunDirectory(Path(output_dir) if output_dir is not None else None, resume)
     # What reading data and trying a transform draws must not come from the caller's generators.

@@ -17,7 +17,9 @@ class BatchFeatures:
     """The features of a joint batch: M forget pairs, then N retain pairs. On several ranks, this rank's share of both.
 
     Features are L2-normalised. Teacher features have no gradient; they are None if the method does not need them, and
-    those of all pairs if it sets `joint_teacher`.
+    those of all pairs if it sets `joint_teacher`, which gives it the background levels of all pairs too: the mean
+    cosine of an image with the captions of all retain pairs of the training split, and of a caption with their images,
+    both in the teacher.
     """
 
     image: Tensor  # [M + N, D]
@@ -28,6 +30,8 @@ class BatchFeatures:
     teacher_image: Tensor | None = None  # [N, D°], or [M + N, D°]
     teacher_text: Tensor | None = None  # as teacher_image
     teacher_logit_scale: Tensor | None = None
+    background_image: Tensor | None = None  # [M + N]
+    background_text: Tensor | None = None  # [M + N]
     ranks: Ranks = SINGLE_PROCESS
     counts: tuple[Sequence[int], Sequence[int]] = ((), ())  # forget and retain pairs of each rank
 
@@ -72,6 +76,8 @@ class BatchFeatures:
             group_ids=None if self.group_ids is None else whole(self.group_ids),
             teacher_image=None,
             teacher_text=None,
+            background_image=None,
+            background_text=None,
             ranks=SINGLE_PROCESS,
         )
 

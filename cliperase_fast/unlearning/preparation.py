@@ -56,7 +56,14 @@ def load(inputs: Inputs, settings: UnlearnConfig, method: Method, directory: Run
     deepspeed = ranks.run_on_all(lambda: _check_settings(inputs, settings, method, directory, runtime))
     tell("opening the data")
     sets = ranks.run_on_all(
-        lambda: open_sets(inputs.forget, inputs.retain, inputs.test, settings, templates=inputs.templates)
+        lambda: open_sets(
+            inputs.forget,
+            inputs.retain,
+            inputs.test,
+            settings,
+            templates=inputs.templates,
+            validation=inputs.validation,
+        )
     )
     plain = {name: repr(value) if isinstance(value, dict) else value for name, value in settings.to_dict().items()}
     ranks.agree({**plain, "the pairs": sets.fingerprint()})
@@ -66,7 +73,7 @@ def load(inputs: Inputs, settings: UnlearnConfig, method: Method, directory: Run
     assert original is not None and teacher is not None
     tell("checking the images")
     data = prepare_data(sets, settings, progress=runtime.progress, ranks=ranks)
-    if settings.automatic:
+    if settings.automatic and inputs.validation is None:
         data.validation = _limited(data.validation, settings.seed)
     if inputs.oracle is not None:
         tell("checking the oracles")

@@ -34,6 +34,7 @@ class Inputs:
     forget: Any
     retain: Any
     test: Any
+    validation: Any
     teacher: Any
     tokenizer: Callable[[Sequence[str]], Tensor] | None
     transform: Callable[[Any], Tensor] | None

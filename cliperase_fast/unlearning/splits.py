@@ -47,12 +47,24 @@ class PreparedData:
 
 
 def open_sets(
-    forget: Any, retain: Any, test: Any, config: UnlearnConfig, *, templates: Sequence[str] | None
+    forget: Any,
+    retain: Any,
+    test: Any,
+    config: UnlearnConfig,
+    *,
+    templates: Sequence[str] | None,
+    validation: Any = None,
 ) -> PairSets:
     """Open the sources and select the pairs, see `open_pair_sets`."""
     opener = Opener(templates, config.seed, config.on_error)
     return open_pair_sets(
-        forget, retain, test, opener, overlap_policy=config.overlap, test_fraction=config.test_fraction
+        forget,
+        retain,
+        test,
+        opener,
+        overlap_policy=config.overlap,
+        test_fraction=config.test_fraction,
+        validation=validation,
     )
 
 
@@ -68,11 +80,14 @@ def prepare_data(
         progress=progress,
         ranks=ranks,
     )
-    forget_train, forget_val = hold_out(found.forget, config.val_fraction, config.seed)
-    retain_train, retain_val = hold_out(found.retain, config.val_fraction, config.seed)
+    forget, retain, validation = found.forget, found.retain, found.validation
+    if validation is None:
+        forget, forget_validation = hold_out(forget, config.val_fraction, config.seed)
+        retain, retain_validation = hold_out(retain, config.val_fraction, config.seed)
+        validation = forget_validation, retain_validation
     return PreparedData(
-        train=Split.of(forget_train, retain_train),
-        validation=Split.of(forget_val, retain_val),
+        train=Split.of(forget, retain),
+        validation=Split.of(*validation),
         test=Split.of(*found.test),
         intake=found.intake,
         names=sets.names,

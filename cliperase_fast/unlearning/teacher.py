@@ -132,7 +132,7 @@ def measure_background(run: Run, teacher: Teacher | None) -> Background:
 
 def _cache_of_run(run: Run, used: np.ndarray, joint: bool) -> CachedTeacher:
     """Cache the `used` training pairs. A random transform is replaced by that of evaluation."""
-    teacher, loader = run.setup.models.teacher, run.loader
+    teacher, loader, where = run.setup.models.teacher, run.loader, run.settings.teacher_cache
     assert teacher is not None
     return cache_teacher(
         teacher,
@@ -141,7 +141,7 @@ def _cache_of_run(run: Run, used: np.ndarray, joint: bool) -> CachedTeacher:
         used,
         run.runtime,
         transform=teacher.transform if run.setup.random_views else loader.pixels.transform,
-        where=run.settings.teacher_cache,
+        where="auto" if where == "off" else where,  # off: the training does not use them
         directory=run.directory / "cache",
         pixels=loader.pixels.cache,
         joint=joint,

@@ -226,10 +226,22 @@ class Trainer:
             teacher_image=teacher_image,
             teacher_text=teacher_text,
             teacher_logit_scale=self.teacher_scale,
+            **self._background(teacher_image, teacher_text),
             ranks=self.ranks,
             counts=(self.counts[0], self.counts[1]),
         )
         return self.objective(features)
+
+    def _background(self, teacher_image: Tensor | None, teacher_text: Tensor | None) -> dict[str, Tensor]:
+        """Return the background levels of a batch for an objective that has the teacher's features of all pairs."""
+        levels = self.run.background
+        if self.teacher is None or not self.teacher.joint or levels is None:
+            return {}
+        assert teacher_image is not None and teacher_text is not None
+        return {
+            "background_image": levels.of_images(teacher_image),
+            "background_text": levels.of_captions(teacher_text),
+        }
 
     def _memory_errors(self, done: int) -> AbstractContextManager[None]:
         chunk = self.settings.grad_cache_chunk

@@ -23,7 +23,7 @@ from cliperase_fast.unlearning.selection import Candidate
 from cliperase_fast.unlearning.trainer import Trainer
 
 sys.path.append(str(Path(__file__).parents[1] / "auditing"))
-from small import make_model, training_and_test
+from small import make_model, make_pairs, training_and_test
 
 QUIET = {"progress": False, "report": False, "val_fraction": 0.25}
 FORGET, RETAIN, TEST = training_and_test()
@@ -212,3 +212,23 @@ def test_a_target_that_no_rate_reaches_within_the_floor_is_reported(monkeypatch)
     result = run(worst_class_floor=0.0, method="gradient_ascent")
     assert result.selection["target_reached"] is False or result.selection["within_floor"] is False
     assert "gave way" in result.selection["reason"]
+
+
+OWN = tuple([pair for pair in make_pairs(6, seed=7) if ("red" in pair[1]) is wanted] for wanted in (True, False))
+
+
+def test_own_validation_pairs_replace_the_held_out_ones(tmp_path):
+    result = run(tmp_path / "run", validation=OWN, epochs=10)
+    assert result.selection["pairs"] == {"forget": 6, "retain": 18}
+    assert result.record["data"]["forget_pairs"] == len(FORGET), "none of them is held out"
+    joined = run(validation=[*OWN[0], *OWN[1]], epochs=10)
+    assert joined.selection["validation"] == result.selection["validation"]
+    with pytest.raises(cf.InputError, match="it was made with other data"):
+        run(tmp_path / "run", resume=True, validation=(OWN[0], OWN[1][:-1]), epochs=10)
+
+
+def test_test_pairs_are_refused_as_validation_pairs():
+    with pytest.raises(cf.InputError, match="the forget validation pairs are the forget test pairs"):
+        run(validation=TEST)
+    with pytest.raises(cf.InputError, match="0 of the 18 validation pairs share a caption with the forget pairs"):
+        run(validation=OWN[1])

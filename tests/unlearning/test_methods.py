@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,8 @@ from tiny import QUICK, make_pairs, make_tiny_clip, split_pairs
 
 import cliperase_fast as cf
 from cliperase_fast import InputError, UnlearnConfig, cli
+from cliperase_fast.evaluation import encode_pairs
+from cliperase_fast.models import load_model
 from cliperase_fast.report import verdict
 from cliperase_fast.unlearning.methods import ClosedFormMethod, TrainingMethod, registry
 from cliperase_fast.unlearning.methods.gradient_ascent import forget_clip_loss
@@ -76,7 +79,7 @@ def test_cliperase_is_the_default_and_named_in_the_record(tmp_path):
 @pytest.mark.parametrize("joint", [True, False])
 def test_teacher_features_are_those_of_the_pairs_that_the_method_asks_for(teacher_cache, joint):
     """At the first step the student is the teacher, so that its features tell which pairs the teacher's belong to."""
-    seen = []
+    seen, runs = [], []
 
     class Watching(TrainingMethod):
         name, summary, source = "watching", "keeps the first batch", "a test"
@@ -85,6 +88,7 @@ def test_teacher_features_are_those_of_the_pairs_that_the_method_asks_for(teache
         def objective(self, run):
             def terms(features):
                 seen.append(features)
+                runs.append(run)
                 return _Total(features.image.sum())
 
             return terms
@@ -95,6 +99,15 @@ def test_teacher_features_are_those_of_the_pairs_that_the_method_asks_for(teache
     asked = slice(0 if joint else first.n_forget, None)
     assert torch.allclose(first.teacher_image, first.image[asked], atol=1e-6)
     assert torch.allclose(first.teacher_text, first.text[asked], atol=1e-6)
+    if not joint:
+        assert first.background_image is None and first.background_text is None
+        return
+    train = runs[0].data.train
+    encoded = encode_pairs(load_model(make_tiny_clip()), train.pairs, batch_size=64, device="cpu")
+    image = encoded.image_features[train.n_forget :]
+    text = encoded.caption_features[np.concatenate(encoded.caption_index[train.n_forget :])]
+    assert torch.allclose(first.background_image, (first.teacher_image @ text.T).mean(1), atol=1e-6)
+    assert torch.allclose(first.background_text, (first.teacher_text @ image.T).mean(1), atol=1e-6)
 
 
 class _Total(NamedTuple):
