@@ -52,7 +52,7 @@ def _native(device: str) -> Implementation:
 
     if device == "cuda":
         return Implementation(cuda.sweep, _torch(device).sigmoid, eager.features_kl, cuda.kernels)
-    return Implementation(cpu.sweep, cpu.sigmoid, eager.features_kl, cpu.kernels)
+    return Implementation(cpu.sweep, cpu.sigmoid, eager.features_kl, cpu.kernels, cpu.calibrated)
 
 
 def _triton(device: str) -> Implementation:
@@ -139,7 +139,7 @@ REGISTRY: dict[str, Backend] = {
             why_missing=None if _NO_NATIVE is None else lambda: _NO_NATIVE,
             elsewhere=_NO_NATIVE_CUDA or "",
             keeps=True,
-            loss_devices={"sigmoid": ("cpu",), "calibrated": ()},
+            loss_devices={"sigmoid": ("cpu",), "calibrated": ("cpu",)},
         ),
         Backend(
             "triton",

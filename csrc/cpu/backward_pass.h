@@ -1,6 +1,7 @@
 // The backward pass: dS, one strip at a time, and the gradients from it.
 #pragma once
 
+#include "comparison.h"
 #include "gradients.h"
 
 namespace cliperase {
@@ -43,7 +44,8 @@ inline void add_softmax(const Source& from, const TileSoftmax& softmax, i64 rows
 
 // Writes dS of one tile.
 inline void write_gradient(const SimilarityInputs& in, const Backward& b, const TilePlace& at, Groups groups,
-                           float* student, float* teacher, const TileCache::Header* head, float* ds) {
+                           float* student, float* teacher, const TileCache::Header* head, const TileSums& dots,
+                           float* ds) {
     const i64 row = at.row, rows = at.rows, column = at.column, columns = at.columns;
     const TileSoftmax terms = part_of(b.student, row, column);
     const Source from = source_of(student, terms, rows, columns, head && head->student_exponentials,
@@ -69,6 +71,12 @@ inline void write_gradient(const SimilarityInputs& in, const Backward& b, const 
     } else {
         add_softmax<false>(from, terms, rows, columns, groups, ds, false);
     }
+    if (in.comparison.wanted) {
+        const TileEdit edit(in.comparison, row, column, columns);
+        const auto add = edit.edits() ? add_pull<true> : add_pull<false>;
+        *dots.of(row, at.block) =
+            add(student, teacher, rows, Difference(in), edit, b.pull_forget, b.pull_anchor, ds);
+    }
     for_each_pair(in, row, rows, column, columns,
                   [&](i64 i, i64 j) { ds[i * TILE_COLUMNS + j] = b.diagonal[row + i]; });
 }
@@ -76,6 +84,7 @@ inline void write_gradient(const SimilarityInputs& in, const Backward& b, const 
 inline void backward(const SimilarityInputs& in, const Backward& b, char* scratch) {
     BumpAllocator allocator(scratch);
     const GradientLayout layout(in, b, true, allocator);
+    const TileSums dots(in, 1, allocator);
     const TileCache cache(b.cache, in);
     pass_over_strips(in, b, layout, b.cached_rows, [&](const TilePlace& at) {
         std::int32_t own_groups[TILE_COLUMNS];
@@ -93,16 +102,20 @@ inline void backward(const SimilarityInputs& in, const Backward& b, char* scratc
             exclude(in, at.row, at.rows, at.column, at.columns, excluded, student);
             if (in.has_teacher) {
                 layout.operands.teacher_tile(in, at.row_in_strip, at.rows, at.columns, teacher);
+                const TileEdit edit(in.comparison, at.row, at.column, at.columns);
+                if (edit.edits()) edit_teacher(edit, at.rows, in.teacher_scale, teacher);
                 exclude(in, at.row, at.rows, at.column, at.columns, {nullptr, nullptr}, teacher);
             }
         }
-        write_gradient(in, b, at, groups, student, teacher, head, layout.ds_tile(at.block, at.row_in_strip));
+        write_gradient(in, b, at, groups, student, teacher, head, dots, layout.ds_tile(at.block, at.row_in_strip));
     });
+    if (b.similarity_dot != nullptr) *b.similarity_dot = dots.total(0);
 }
 
 inline std::size_t backward_scratch(const SimilarityInputs& in, const Backward& b) {
     BumpAllocator allocator(nullptr);
     const GradientLayout layout(in, b, true, allocator);
+    const TileSums dots(in, 1, allocator);
     return allocator.used();
 }
 

@@ -54,6 +54,10 @@ float* floats(const char* name, const OwnedBuffer* buffer, Sizes sizes) {
     return buffer == nullptr ? nullptr : floats(name, *buffer, sizes);
 }
 
+const std::int32_t* ids(const char* name, const OwnedBuffer& buffer, Size size) {
+    return dense<const std::int32_t>(name, Dtype::int32, buffer, {size});
+}
+
 Matrix features(const char* name, const OwnedBuffer& buffer, Sizes sizes) {
     const void* const data = checked(buffer, {name, FEATURE_DTYPES, sizes, Layout::any, CPU});
     return {data, buffer.strides[0], buffer.strides[1], dtype_of(buffer)};
@@ -61,7 +65,9 @@ Matrix features(const char* name, const OwnedBuffer& buffer, Sizes sizes) {
 
 OwningInputs make_inputs(const OwnedBuffer& image, const OwnedBuffer& text, std::int64_t pair_offset, double scale,
                          const OwnedBuffer* teacher_image, const OwnedBuffer* teacher_text, double teacher_scale,
-                         const OwnedBuffer* row_groups, const OwnedBuffer* column_groups, int threads) {
+                         const OwnedBuffer* row_groups, const OwnedBuffer* column_groups, int threads, bool compares,
+                         const OwnedBuffer* row_ids, const OwnedBuffer* column_ids, const OwnedBuffer* row_levels,
+                         const OwnedBuffer* column_levels) {
     OwningInputs in{};
     in.image = features("image", image, {at_least(1), at_least(1)});
     in.rows = image.sizes[0], in.width = image.sizes[1];
@@ -78,11 +84,18 @@ OwningInputs make_inputs(const OwnedBuffer& image, const OwnedBuffer& text, std:
     if ((row_groups == nullptr) != (column_groups == nullptr))
         throw std::invalid_argument("row_groups and column_groups must be given together");
     if (row_groups != nullptr) {
-        in.row_groups = dense<const std::int32_t>("row_groups", Dtype::int32, *row_groups, {in.rows});
-        in.column_groups = dense<const std::int32_t>("column_groups", Dtype::int32, *column_groups, {in.columns});
+        in.row_groups = ids("row_groups", *row_groups, in.rows);
+        in.column_groups = ids("column_groups", *column_groups, in.columns);
     }
+    cliperase::Comparison& comparison = in.comparison;
+    comparison.wanted = compares;
+    if (row_ids != nullptr) comparison.row_ids = ids("row_ids", *row_ids, in.rows);
+    if (column_ids != nullptr) comparison.column_ids = ids("column_ids", *column_ids, in.columns);
+    comparison.row_levels = floats("row_levels", row_levels, {in.rows});
+    comparison.column_levels = floats("column_levels", column_levels, {in.columns});
     cliperase::check(in);
-    for (const OwnedBuffer* buffer : {&image, &text, teacher_image, teacher_text, row_groups, column_groups})
+    for (const OwnedBuffer* buffer : {&image, &text, teacher_image, teacher_text, row_groups, column_groups, row_ids,
+                                      column_ids, row_levels, column_levels})
         if (buffer != nullptr) in.owners.push_back(buffer->owner);
     return in;
 }
@@ -119,27 +132,32 @@ void run_forward(const SimilarityInputs& in, const Forward& out, const cliperase
     chosen.forward(in, out, scratch.data());
 }
 
-float forward(const OwningInputs& in, const OwnedBuffer* diagonal, const OwnedBuffer* teacher_diagonal,
-              const OwnedBuffer& row_stats, const OwnedBuffer& column_stats, const OwnedBuffer* cache_buffer,
-              const Name& isa) {
+// The shift, and the squares of a comparison.
+std::tuple<float, double, double> forward(const OwningInputs& in, const OwnedBuffer* diagonal,
+                                          const OwnedBuffer* teacher_diagonal, const OwnedBuffer& row_stats,
+                                          const OwnedBuffer& column_stats, const OwnedBuffer* cache_buffer,
+                                          const Name& isa) {
     const Cache cache = checked_cache(in, cache_buffer);
     const std::int64_t stats = cliperase::stat_count(in);
     float shift = 0;
+    double squares[2] = {0, 0};
     const Forward out{floats("diagonal", diagonal, {in.rows}),
                       floats("teacher_diagonal", teacher_diagonal, {in.rows}),
                       floats("row_stats", row_stats, {stats, in.rows}),
                       floats("column_stats", column_stats, {stats, in.columns}),
                       &shift,
                       cache.data,
-                      cache.rows};
+                      cache.rows,
+                      squares};
     run_forward(in, out, kernels_for(isa));
-    return shift;
+    return {shift, squares[0], squares[1]};
 }
 
 void losses(const OwningInputs& in, bool want_retention, const OwnedBuffer& retention, const OwnedBuffer& consistency,
             const OwnedBuffer& saved_stats, const OwnedBuffer* cache_buffer, const Name& isa) {
     if (in.rows != in.columns || in.pair_offset != 0)
         throw std::invalid_argument("losses takes a whole batch: as many rows as columns, and pair_offset = 0");
+    if (in.comparison.wanted) throw std::invalid_argument("losses takes no comparison");
     const Cache cache = checked_cache(in, cache_buffer);
     const std::int64_t n = in.rows, size = cliperase::stat_count(in) * n;
     float* const to_retention = floats("retention", retention, {});
@@ -182,6 +200,39 @@ double backward(const OwningInputs& in, const OwnedBuffer& saved_stats, bool wan
     return grad_scale;
 }
 
+cliperase::Softmax softmax(const float* terms, std::int64_t rows, std::int64_t columns) {
+    const float* const of_columns = terms + 2 * rows;
+    return {terms, of_columns, terms + rows, of_columns + columns};
+}
+
+// The gradients of a block with a comparison, from the terms of dS: of the student, the teacher and, where there are
+// groups, the masked student, each with anchors and factors of rows, then of columns.
+double compared_backward(const OwningInputs& in, const OwnedBuffer& terms, const OwnedBuffer* diagonal,
+                         double pull_forget, double pull_anchor, const OwnedBuffer* cache_buffer,
+                         const OwnedBuffer* grad_image, const OwnedBuffer* grad_text, const Name& isa) {
+    if (!in.comparison.wanted) throw std::invalid_argument("compared_backward needs inputs with a comparison");
+    const Cache cache = checked_cache(in, cache_buffer);
+    const std::int64_t size = 2 * (in.rows + in.columns);
+    const float* const from = floats("terms", terms, {2 + in.has_masked(), size});
+    double similarity_dot = 0;
+    cliperase::Backward b{};
+    b.cache = cache.data, b.cached_rows = cache.rows;
+    b.student = softmax(from, in.rows, in.columns);
+    b.teacher = softmax(from + size, in.rows, in.columns);
+    if (in.has_masked()) b.masked = softmax(from + 2 * size, in.rows, in.columns);
+    b.diagonal = floats("diagonal", diagonal, {in.rows});
+    b.grad_image = gradient("grad_image", grad_image, in.rows, in.width);
+    b.grad_text = gradient("grad_text", grad_text, in.columns, in.width);
+    b.pull_forget = static_cast<float>(pull_forget), b.pull_anchor = static_cast<float>(pull_anchor);
+    b.similarity_dot = &similarity_dot;
+    cliperase::check(in, b);
+    const cliperase::IsaKernels& chosen = kernels_for(isa);
+    const py::gil_scoped_release released;
+    const cliperase::Workspace scratch(chosen.backward_scratch(in, b));
+    chosen.backward(in, b, scratch.data());
+    return similarity_dot;
+}
+
 std::tuple<double, double, double> sigmoid(const OwningInputs& in, double bias, const OwnedBuffer* grad_image,
                                            const OwnedBuffer* grad_text, bool need_scale, bool need_bias,
                                            const Name& isa) {
@@ -214,7 +265,9 @@ void bind_cpu(py::module_& parent) {
         .def(py::init(&make_inputs), py::kw_only(), py::arg("image"), py::arg("text"), py::arg("pair_offset"),
              py::arg("scale"), py::arg("teacher_image") = py::none(), py::arg("teacher_text") = py::none(),
              py::arg("teacher_scale") = 0.0, py::arg("row_groups") = py::none(), py::arg("column_groups") = py::none(),
-             py::arg("threads") = 1);
+             py::arg("threads") = 1, py::arg("compares") = false, py::arg("row_ids") = py::none(),
+             py::arg("column_ids") = py::none(), py::arg("row_levels") = py::none(),
+             py::arg("column_levels") = py::none());
 
     py::class_<cliperase::Workspace>(module, "Workspace", py::buffer_protocol())
         .def(py::init<std::size_t>(), py::arg("bytes"))
@@ -232,7 +285,7 @@ void bind_cpu(py::module_& parent) {
     module.def("forward", &forward, py::arg("inputs"), py::kw_only(), py::arg("diagonal") = py::none(),
                py::arg("teacher_diagonal") = py::none(), py::arg("row_stats"), py::arg("column_stats"),
                py::arg("cache") = py::none(), py::arg("instruction_set") = py::none(),
-               "Writes the statistics; returns the shift.");
+               "Writes the statistics; returns the shift, and the two sums of a comparison.");
     module.def("losses", &losses, py::arg("inputs"), py::kw_only(), py::arg("want_retention"), py::arg("retention"),
                py::arg("consistency"), py::arg("saved_stats"), py::arg("cache") = py::none(),
                py::arg("instruction_set") = py::none(),
@@ -242,6 +295,11 @@ void bind_cpu(py::module_& parent) {
                py::arg("cache") = py::none(), py::arg("grad_image") = py::none(), py::arg("grad_text") = py::none(),
                py::arg("need_scale") = false, py::arg("instruction_set") = py::none(),
                "Writes the gradients for which there is a buffer; returns that of the scale.");
+    module.def("compared_backward", &compared_backward, py::arg("inputs"), py::kw_only(), py::arg("terms"),
+               py::arg("diagonal") = py::none(), py::arg("pull_forget"), py::arg("pull_anchor"),
+               py::arg("cache") = py::none(), py::arg("grad_image") = py::none(), py::arg("grad_text") = py::none(),
+               py::arg("instruction_set") = py::none(),
+               "Writes the gradients of a comparison for which there is a buffer; returns the sum of dS S.");
     module.def("sigmoid", &sigmoid, py::arg("inputs"), py::kw_only(), py::arg("bias"),
                py::arg("grad_image") = py::none(), py::arg("grad_text") = py::none(), py::arg("need_scale") = false,
                py::arg("need_bias") = false, py::arg("instruction_set") = py::none(),

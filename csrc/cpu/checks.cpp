@@ -1,6 +1,8 @@
 #include "sweep.h"
 
+#include <algorithm>
 #include <cstdint>
+#include <iterator>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -70,6 +72,15 @@ void check(const SimilarityInputs& in) {
         check_pointer("row_groups", in.row_groups, sizeof(std::int32_t));
         check_pointer("column_groups", in.column_groups, sizeof(std::int32_t));
     }
+    const Comparison& comparison = in.comparison;
+    const void* const edits[] = {comparison.row_ids, comparison.column_ids, comparison.row_levels,
+                                 comparison.column_levels};
+    const bool edited = std::any_of(std::begin(edits), std::end(edits), [](const void* data) { return data != nullptr; });
+    if (!comparison.wanted && !edited) return;
+    if (!comparison.wanted || !in.has_teacher) refuse("edited entries need a comparison, and that a teacher");
+    if (in.scale == 0 || in.teacher_scale == 0) refuse("scale and teacher_scale must not be 0 for a comparison");
+    if (edited)
+        for (const void* data : edits) check_pointer("the ids and levels of edited entries", data, sizeof(float));
 }
 
 void check(const SimilarityInputs& in, const Forward& out) {
@@ -78,6 +89,7 @@ void check(const SimilarityInputs& in, const Forward& out) {
     check_pointer("row_stats", out.row_stats, sizeof(float));
     check_pointer("column_stats", out.column_stats, sizeof(float));
     check_cache(in, out.cache, out.cached_rows);
+    if (in.comparison.wanted) check_pointer("squares", out.squares, sizeof(double));
 }
 
 void check(const SimilarityInputs& in, const Backward& b) {

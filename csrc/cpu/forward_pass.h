@@ -1,7 +1,7 @@
 // The forward pass: the statistics of all rows and columns.
 #pragma once
 
-#include "strips.h"
+#include "comparison.h"
 
 namespace cliperase {
 namespace CLIPERASE_ISA {
@@ -13,6 +13,7 @@ struct ForwardLayout {
     float* row_parts;     // [blocks, SCRATCH_STATS, strip]
     float* column_parts;  // [STRIP_TILES, SCRATCH_STATS, padded_columns]
     float* column_stats;  // [SCRATCH_STATS, padded_columns]
+    TileSums squares;     // of the comparison, [2] for each tile
     std::size_t bytes;
 
     ForwardLayout(const SimilarityInputs& in, char* scratch) : ForwardLayout(in, BumpAllocator(scratch)) {}
@@ -34,7 +35,8 @@ struct ForwardLayout {
         : strip(smaller(round_up(in.rows, W), STRIP_TILES * TILE_ROWS)),
           blocks(divide_up(in.columns, TILE_COLUMNS)),
           padded_columns(blocks * TILE_COLUMNS),
-          operands(in, strip, allocator) {
+          operands(in, strip, allocator),
+          squares(in, 2, allocator) {
         tiles = allocator.floats(in.threads * 2 * TILE);
         row_parts = allocator.floats(blocks * SCRATCH_STATS * strip);
         column_parts = allocator.floats(STRIP_TILES * SCRATCH_STATS * padded_columns);
@@ -44,15 +46,25 @@ struct ForwardLayout {
 };
 
 // Writes the statistics of one tile to the parts of its rows and columns.
+//
+// With a comparison the cache keeps the entries, which the backward pass needs, and never their exponentials.
 inline void add_tile(const SimilarityInputs& in, const Forward& out, const ForwardLayout& layout, i64 strip_start,
                      i64 row, i64 rows, i64 block, i64 columns, Groups groups, float* student, float* teacher,
                      TileCache::Header* head) {
     const i64 in_strip = row - strip_start, column = block * TILE_COLUMNS, tile = in_strip / TILE_ROWS;
     alignas(64) float row_top[TILE_ROWS], column_top[TILE_COLUMNS];
+    const bool stores = head != nullptr && !in.comparison.wanted;
+    const TileEdit edit(in.comparison, row, column, columns);
+    if (edit.edits()) edit_teacher(edit, rows, in.teacher_scale, teacher);
     for_each_pair(in, row, rows, column, columns, [&](i64 i, i64 j) {
         out.diagonal[row + i] = student[i * TILE_COLUMNS + j];
         if (in.has_teacher) out.teacher_diagonal[row + i] = teacher[i * TILE_COLUMNS + j];
     });
+    if (in.comparison.wanted) {
+        clear_uncompared(in, row, rows, column, columns, student, teacher);
+        const auto add = edit.edits() ? add_squares<true> : add_squares<false>;
+        add(student, teacher, rows, Difference(in), edit, layout.squares.of(row, block));
+    }
     exclude(in, row, rows, column, columns, in.excludes() ? groups : Groups{nullptr, nullptr}, student);
     if (in.has_teacher) {
         exclude(in, row, rows, column, columns, {nullptr, nullptr}, teacher);
@@ -62,13 +74,13 @@ inline void add_tile(const SimilarityInputs& in, const Forward& out, const Forwa
         const Stats of_columns = layout.column_part(tile, teacher_set(in)).at(column);
         if (!c.shared)
             write_separate_stats<true>(teacher, student, *out.shift, rows, of_rows, of_columns, row_top, column_top);
-        else if (head)
+        else if (stores)
             write_shared_stats<true, true>(teacher, student, *out.shift, rows, c, of_rows, of_columns, row_top,
                                            column_top);
         else
             write_shared_stats<true, false>(teacher, student, *out.shift, rows, c, of_rows, of_columns, row_top,
                                             column_top);
-        if (head) head->teacher_reference = c.value, head->teacher_exponentials = c.shared;
+        if (head) head->teacher_reference = c.value, head->teacher_exponentials = stores && c.shared;
     }
     bool masked_within = true;
     find_largest(student, rows, row_top, column_top);
@@ -96,10 +108,10 @@ inline void add_tile(const SimilarityInputs& in, const Forward& out, const Forwa
     }
     const Stats of_rows = layout.part(block, STUDENT_SET).at(in_strip);
     const Stats of_columns = layout.column_part(tile, STUDENT_SET).at(column);
-    const bool exponentials = c.shared && masked_within;
+    const bool exponentials = stores && c.shared && masked_within;
     if (!c.shared)
         write_separate_stats<false>(student, nullptr, 0, rows, of_rows, of_columns, row_top, column_top);
-    else if (head && exponentials)
+    else if (exponentials)
         write_shared_stats<false, true>(student, nullptr, 0, rows, c, of_rows, of_columns, row_top, column_top);
     else
         write_shared_stats<false, false>(student, nullptr, 0, rows, c, of_rows, of_columns, row_top, column_top);
@@ -184,6 +196,8 @@ inline void forward(const SimilarityInputs& in, const Forward& out, char* scratc
         }
     }
 
+    if (in.comparison.wanted)
+        for (i64 number = 0; number < 2; ++number) out.squares[number] = layout.squares.total(number);
     for (const StatSet& set : sets) {
         if (!set.used) continue;
         const Stats sums = layout.columns(set);

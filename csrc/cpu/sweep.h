@@ -17,6 +17,15 @@ struct Matrix {
     Dtype dtype;               // float16, bfloat16 or float32
 };
 
+// What the calibrated loss adds to a sweep with a teacher: it compares cosines, C = S / scale and C* = S° / teacher_scale,
+// where S° is edited first: entries with row_ids[i] == column_ids[j] become teacher_scale (row_level + column_level).
+// The ids and levels are null where no entry is edited. Neither scale is 0.
+struct Comparison {
+    bool wanted = false;
+    const std::int32_t *row_ids = nullptr, *column_ids = nullptr;
+    const float *row_levels = nullptr, *column_levels = nullptr;
+};
+
 struct SimilarityInputs {
     std::int64_t rows, columns, pair_offset;
     std::int64_t width;
@@ -31,6 +40,7 @@ struct SimilarityInputs {
     const std::int32_t* row_groups;     // [rows]
     const std::int32_t* column_groups;  // [columns]
     int threads;
+    Comparison comparison;
 
     bool paired() const { return pair_offset < columns; }
     bool excludes() const { return row_groups != nullptr && !has_teacher; }
@@ -50,6 +60,8 @@ struct Forward {
     float* shift;  // [], S° - S of the first row and column: any constant near S° - S would do; 0 without a teacher
     void* cache;   // tiles for the backward pass
     std::int64_t cached_rows;  // the first rows, whose tiles are cached; a multiple of CACHE_TILE_ROWS, or all
+    // With a comparison [2]: the sum of max(C - C*, 0)² over edited entries, and of (C - C*)² over the others.
+    double* squares = nullptr;
 };
 
 // A weighted softmax: w P_ij = exp(S_ij - anchor) * factor, summed over the softmax of the row and that of the column;
@@ -67,6 +79,10 @@ struct Backward {
     float* grad_image;  // [rows, width]
     float* grad_text;   // [columns, width]
     double* grad_scale;
+    // With a comparison: the factors of max(C - C*, 0) and of C - C*, which are added to dS where it is edited and
+    // elsewhere, and the sum of dS S without them, null where not needed. `diagonal` contains them already.
+    float pull_forget = 0, pull_anchor = 0;
+    double* similarity_dot = nullptr;
 };
 
 // The sigmoid loss: the sum of log(1 + exp(Y)) and its gradients, where Y = S + bias, negated for pairs. Takes neither

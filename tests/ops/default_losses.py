@@ -11,7 +11,6 @@ from torch import Tensor
 
 from cliperase_fast import functional
 from cliperase_fast.contrastive import distill_clip_loss, local_clip_loss, sigmoid_loss
-from cliperase_fast.ops.registry import REGISTRY
 
 N = 20
 Case = Callable[[str, torch.dtype], list[Tensor]]
@@ -79,8 +78,6 @@ def _calibrated(
             backend=backend, keep=keep,
         )  # fmt: skip
 
-    if backend != "auto" and not REGISTRY[backend].computes("calibrated", "cpu"):
-        backend = "torch"
     return _run(loss, dtype, number)
 
 

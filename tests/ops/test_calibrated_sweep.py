@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,7 @@ from cliperase_fast.errors import InputError
 from cliperase_fast.functional import calibrated_loss
 from cliperase_fast.ops import streaming
 from cliperase_fast.ops.calibrated import CalibratedInputs
+from cliperase_fast.ops.native import cpu, extension
 from cliperase_fast.ops.registry import REGISTRY
 from cliperase_fast.validation import choose
 
@@ -173,6 +175,52 @@ def test_two_runs_are_bitwise_equal_and_leave_the_inputs_alone(backend):
     first, second = (step(b, backend=backend) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert all(torch.equal(b[name], before[name]) for name in b)
+
+
+@pytest.mark.parametrize("keep", ["nothing", "similarities"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_native_gives_the_same_bits_for_any_number_of_threads(keep, dtype):
+    b, found = batch(700, 40, 24, dtype), []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            found.append(step(b, backend="native", keep=keep))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(value, other[name]) for other in found[1:] for name, value in found[0].items())
+
+
+def available_instructions() -> list[str]:
+    found = []
+    for name in ("avx512", "avx2", "portable"):
+        with contextlib.suppress(ValueError):
+            found.append(extension.load().cpu.instruction_set(name))
+    return found
+
+
+@pytest.mark.parametrize("instructions", available_instructions())
+def test_every_instruction_set_that_runs_here_gives_the_loss(monkeypatch, instructions):
+    monkeypatch.setenv("CLIPERASE_CPU", instructions)
+    b = batch(150, dtype=torch.float32)
+    assert_same(step(b, backend="native"), step(exact(b), backend="eager"), 2e-6)
+
+
+def test_a_part_of_the_similarities_may_be_kept(monkeypatch):
+    b = batch(700, 40, 24, torch.float32)
+    whole = step(b, backend="native", keep="nothing")
+    sizes = []
+    original = cpu.CpuKernels.calibrated_forward
+
+    def watched(self, inputs, edit, cache):
+        sizes.append(len(cache))
+        return original(self, inputs, edit, cache)
+
+    monkeypatch.setattr(cpu.CpuKernels, "calibrated_forward", watched)
+    for mebibytes in ("1", "2", "1000"):
+        monkeypatch.setenv("CLIPERASE_KEEP_MIB", mebibytes)
+        assert_same(step(b, backend="native", keep="similarities"), whole, 1e-6)
+    assert sizes[:4] == [0] * 4 and 0 < sum(sizes[4:8]) <= 2 << 20 and all(sizes[8:])
 
 
 @pytest.mark.parametrize("backend", STREAMED)

@@ -40,8 +40,16 @@ def of_inputs() -> dict[str, Tensor]:
     }  # fmt: skip
 
 
-def inputs(cpu, buffers, pair_offset: int = 0, threads: int = 1):
-    return cpu.SimilarityInputs(**buffers, pair_offset=pair_offset, scale=10.0, teacher_scale=8.0, threads=threads)
+def inputs(cpu, buffers, **changes):
+    options = {"pair_offset": 0, "scale": 10.0, "teacher_scale": 8.0, **changes}
+    return cpu.SimilarityInputs(**buffers, **options)
+
+
+def of_comparison() -> dict[str, Tensor]:
+    ids = (torch.arange(N) // 3).to(torch.int32)
+    return {
+        **of_inputs(), "row_ids": ids, "column_ids": ids.clone(), "row_levels": floats(N), "column_levels": floats(N),
+    }  # fmt: skip
 
 
 def cache() -> Tensor:
@@ -65,6 +73,11 @@ def sigmoid(cpu, of, buffers):
     cpu.sigmoid(inputs(cpu, plain), bias=0.0, need_scale=True, need_bias=True, **buffers)
 
 
+def compared_backward(cpu, of, buffers):
+    of = inputs(cpu, as_buffers(cpu, of_comparison()), compares=True)
+    cpu.compared_backward(of, pull_forget=0.5, pull_anchor=0.5, **buffers)
+
+
 ENTRY_POINTS: dict[Callable, Callable[[], dict[str, Tensor]]] = {
     forward: lambda: {
         "diagonal": floats(N), "teacher_diagonal": floats(N), "row_stats": floats(STATS, N),
@@ -76,6 +89,10 @@ ENTRY_POINTS: dict[Callable, Callable[[], dict[str, Tensor]]] = {
     backward: lambda: {
         "saved_stats": floats(NUM_SAVED, 2 * N), "grad_image": floats(N, 32),
         "grad_text": floats(N, 32), "cache": cache(),
+    },
+    compared_backward: lambda: {
+        "terms": floats(3, 4 * N), "diagonal": floats(N), "grad_image": floats(N, 32), "grad_text": floats(N, 32),
+        "cache": cache(),
     },
     sigmoid: lambda: {"grad_image": floats(N, 32), "grad_text": floats(N, 32)},
 }  # fmt: skip
@@ -202,6 +219,40 @@ def test_a_problem_keeps_its_memory_alive(cpu):
     assert gone() is not None
     del of
     assert gone() is None
+
+
+@pytest.mark.parametrize("name", ["row_ids", "column_ids", "row_levels", "column_levels"])
+def test_edited_entries_that_cannot_be_read_as_such_are_refused(cpu, name):
+    tensors = of_comparison()
+    for change in FAULTS.values():
+        with pytest.raises(ValueError, match=f"^{name} must be"):
+            inputs(cpu, {**as_buffers(cpu, tensors), name: as_buffer(cpu, change(tensors[name]))}, compares=True)
+    for address in UNREADABLE.values():
+        changed = {**as_buffers(cpu, tensors), name: forged(cpu, tensors[name], address)}
+        with pytest.raises(
+            ValueError, match=f"^({name} (must begin|is a null|reaches)|the ids and levels .* is a null)"
+        ):
+            inputs(cpu, changed, compares=True)
+    del tensors[name]
+    with pytest.raises(ValueError, match="the ids and levels of edited entries is a null pointer"):
+        inputs(cpu, as_buffers(cpu, tensors), compares=True)
+
+
+def test_a_comparison_needs_a_teacher_and_scales_that_are_not_zero(cpu):
+    tensors = as_buffers(cpu, of_comparison())
+    with pytest.raises(ValueError, match="edited entries need a comparison"):
+        inputs(cpu, tensors)
+    with pytest.raises(ValueError, match="and that a teacher"):
+        inputs(cpu, {name: tensor for name, tensor in tensors.items() if not name.startswith("teacher")}, compares=True)
+    for scale in ("scale", "teacher_scale"):
+        with pytest.raises(ValueError, match="must not be 0 for a comparison"):
+            inputs(cpu, tensors, compares=True, **{scale: 0.0})
+    of = inputs(cpu, tensors, compares=True)
+    with pytest.raises(ValueError, match="losses takes no comparison"):
+        losses(cpu, of, as_buffers(cpu, ENTRY_POINTS[losses]()))
+    plain, buffers = inputs(cpu, as_buffers(cpu, of_inputs())), as_buffers(cpu, ENTRY_POINTS[compared_backward]())
+    with pytest.raises(ValueError, match="compared_backward needs inputs with a comparison"):
+        cpu.compared_backward(plain, pull_forget=0.5, pull_anchor=0.5, **buffers)
 
 
 def test_the_sigmoid_loss_takes_neither_a_teacher_nor_groups(cpu):

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from cliperase_fast.ops.autograd import as_sweep, cache_budget
+from cliperase_fast.ops.calibrated import Edit, Pull
+from cliperase_fast.ops.calibrated_sweep import as_calibrated
 from cliperase_fast.ops.native import extension
 from cliperase_fast.ops.native.extension import as_buffer_or_none
 from cliperase_fast.ops.sigmoid import SigmoidParts, as_sigmoid
-from cliperase_fast.ops.spec import NUM_SAVED, Need, SavedStats, SimilarityInputs, Stats, Weights
+from cliperase_fast.ops.spec import NUM_SAVED, GradientTerms, Need, SavedStats, SimilarityInputs, Stats, Weights
 
 _FLOAT = 4  # bytes
 # What "auto" keeps depends on the cost of forming it again, which grows with the width. In a step of 8192 pairs with
@@ -28,7 +30,10 @@ _KEPT_OF_NARROW = 16 << 20
 
 
 class CpuKernels:
-    """Implement `ops.spec.SweepKernels`. Memory: O(N D), a strip of dS (16 MiB at most for N <= 16,384), the cache."""
+    """Implement `ops.spec.SweepKernels` and `ops.calibrated.CalibratedKernels`.
+
+    Memory: O(N D), a strip of dS (16 MiB at most for N <= 16,384), the cache.
+    """
 
     name = "native"
 
@@ -58,10 +63,13 @@ class CpuKernels:
 
     def forward(self, inputs: SimilarityInputs, cache_size: int) -> tuple[Stats, Tensor]:
         cache = self._workspace(cache_size)
-        call = Call(self._cpu, inputs)
+        return self._forward(inputs, Call(self._cpu, inputs), cache)[0], cache
+
+    def _forward(self, inputs: SimilarityInputs, call: Call, cache: Tensor) -> tuple[Stats, tuple[float, float]]:
+        """Return the statistics, and the two sums of a comparison."""
         diagonals = floats(2, inputs.n)
         rows, columns = floats(inputs.num_stats, inputs.n), floats(inputs.num_stats, inputs.m)
-        shift = self._cpu.forward(
+        shift, *sums = self._cpu.forward(
             call.problem,
             diagonal=call.buffer(diagonals[0]),
             teacher_diagonal=call.buffer(diagonals[1]),
@@ -73,7 +81,42 @@ class CpuKernels:
         diagonal = diagonals[0] if inputs.paired else None
         teacher_diagonal = diagonals[1] if inputs.paired and inputs.want_consistency else None
         gap_shift = torch.tensor(shift, dtype=torch.float32, device="cpu") if inputs.want_consistency else None
-        return Stats(rows, columns, diagonal, teacher_diagonal, gap_shift), cache
+        return Stats(rows, columns, diagonal, teacher_diagonal, gap_shift), (sums[0], sums[1])
+
+    def workspace(self, size: int, device: torch.device) -> Tensor:
+        return self._workspace(size)
+
+    def cache_share(self, inputs: SimilarityInputs, available: int) -> int:
+        row_bytes = self._tile_row_bytes(inputs)
+        return row_bytes * min(-(-inputs.n // self._tile_rows), available // row_bytes)
+
+    def calibrated_forward(self, inputs: SimilarityInputs, edit: Edit | None, cache: Tensor) -> tuple[Stats, Tensor]:
+        stats, sums = self._forward(inputs, Call(self._cpu, inputs, edit, compares=True), cache)
+        return stats, torch.tensor(sums, dtype=torch.float32, device="cpu")
+
+    def calibrated_backward(
+        self, inputs: SimilarityInputs, edit: Edit | None, terms: GradientTerms, pull: Pull, cache: Tensor, need: Need
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        call = Call(self._cpu, inputs, edit, compares=True)
+        softmaxes = [softmax for softmax in (terms.student, terms.teacher, terms.masked) if softmax is not None]
+        grad_image = gradient_buffer(inputs.image) if need.image else None
+        grad_text = gradient_buffer(inputs.text) if need.text else None
+        dot = self._cpu.compared_backward(
+            call.problem,
+            terms=call.buffer(torch.stack([torch.cat((*softmax.rows, *softmax.columns)) for softmax in softmaxes])),
+            diagonal=call.buffer(terms.diagonal) if inputs.paired else None,
+            pull_forget=pull.forget.item(),
+            pull_anchor=pull.anchor.item(),
+            cache=call.buffer(cache),
+            grad_image=call.buffer(grad_image),
+            grad_text=call.buffer(grad_text),
+            instruction_set=extension.instruction_set(),
+        )
+        return (
+            floats(0) if grad_image is None else finished(grad_image, inputs.image, True),
+            floats(0) if grad_text is None else finished(grad_text, inputs.text, True),
+            torch.tensor(dot, dtype=torch.float32, device="cpu"),
+        )
 
     def losses(self, inputs: SimilarityInputs, cache_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Compute `ops.spec.losses_from_stats` in one call."""
@@ -135,11 +178,18 @@ class CpuKernels:
 class Call:
     """Convert `SimilarityInputs` for the extension."""
 
-    def __init__(self, cpu: Any, inputs: SimilarityInputs) -> None:
+    def __init__(self, cpu: Any, inputs: SimilarityInputs, edit: Edit | None = None, compares: bool = False) -> None:
         self._cpu = cpu
         row_groups = column_groups = None
         if inputs.masked:
             row_groups, column_groups = map(self.buffer, _small_groups(inputs))
+        edited: dict[str, Any] = {}
+        if edit is not None:
+            row_ids, column_ids = _small(edit.row_ids, edit.column_ids)
+            edited = {
+                "row_ids": self.buffer(row_ids), "column_ids": self.buffer(column_ids),
+                "row_levels": self.buffer(edit.row_levels), "column_levels": self.buffer(edit.column_levels),
+            }  # fmt: skip
         teacher: dict[str, Any] = {}
         if inputs.teacher is not None:
             image, text, scale = inputs.teacher
@@ -154,7 +204,9 @@ class Call:
             row_groups=row_groups,
             column_groups=column_groups,
             threads=torch.get_num_threads(),
+            compares=compares,
             **teacher,
+            **edited,
         )
 
     def buffer(self, tensor: Tensor | None) -> Any:
@@ -175,8 +227,12 @@ def _small_groups(inputs: SimilarityInputs) -> list[Tensor]:
     if rows is columns:
         small = rows.unique(return_inverse=True)[1].to(torch.int32)
         return [small, small]
+    return _small(rows, columns)
+
+
+def _small(rows: Tensor, columns: Tensor) -> list[Tensor]:
     small = torch.cat((rows, columns)).unique(return_inverse=True)[1].to(torch.int32)
-    return [small[: inputs.n], small[inputs.n :]]
+    return [small[: len(rows)], small[len(rows) :]]
 
 
 def floats(*shape: int) -> Tensor:
@@ -229,4 +285,5 @@ class _CpuSigmoid:
 
 kernels = CpuKernels()
 sweep = as_sweep(kernels)
+calibrated = as_calibrated(kernels)
 sigmoid = as_sigmoid(_CpuSigmoid())

@@ -1,0 +1,123 @@
+// The calibrated loss on one tile of S and S°: edits S°, and compares the cosines.
+#pragma once
+
+#include <initializer_list>
+
+#include "strips.h"
+
+namespace cliperase {
+namespace CLIPERASE_ISA {
+
+// The ids and levels of a tile, those of columns padded to TILE_COLUMNS; null: no entry is edited.
+struct TileEdit {
+    const std::int32_t* row_ids = nullptr;
+    const float* row_levels = nullptr;
+    alignas(64) std::int32_t column_ids[TILE_COLUMNS];
+    alignas(64) float column_levels[TILE_COLUMNS];
+
+    TileEdit(const Comparison& from, i64 row, i64 column, i64 columns) {
+        if (from.row_ids == nullptr) return;
+        row_ids = from.row_ids + row, row_levels = from.row_levels + row;
+        for (i64 j = 0; j < TILE_COLUMNS; ++j) {
+            column_ids[j] = j < columns ? from.column_ids[column + j] : 0;
+            column_levels[j] = j < columns ? from.column_levels[column + j] : 0;
+        }
+    }
+    bool edits() const { return row_ids != nullptr; }
+    Ints at(i64 i, i64 j) const { return load(column_ids + j) == row_ids[i]; }
+};
+
+inline void edit_teacher(const TileEdit& edit, i64 rows, float scale, float* teacher) {
+    for (i64 i = 0; i < rows; ++i)
+        for (i64 j = 0; j < TILE_COLUMNS; j += W) {
+            float* to = teacher + i * TILE_COLUMNS + j;
+            const Floats level = (load(edit.column_levels + j) + edit.row_levels[i]) * scale;
+            store(to, edit.at(i, j) ? level : load(to));
+        }
+}
+
+// C - C* from the entries of S and S°.
+struct Difference {
+    float of_student, of_teacher;
+    explicit Difference(const SimilarityInputs& in) : of_student(1 / in.scale), of_teacher(1 / in.teacher_scale) {}
+    Floats operator()(Floats student, Floats teacher) const { return student * of_student - teacher * of_teacher; }
+};
+
+// Sets the entries of own pairs, and those beyond the last column, to 0: they are not compared here.
+inline void clear_uncompared(const SimilarityInputs& in, i64 row, i64 rows, i64 column, i64 columns, float* student,
+                             float* teacher) {
+    for (float* tile : {student, teacher}) {
+        for_each_pair(in, row, rows, column, columns, [&](i64 i, i64 j) { tile[i * TILE_COLUMNS + j] = 0; });
+        if (columns < TILE_COLUMNS)
+            for (i64 i = 0; i < rows; ++i)
+                for (i64 j = columns; j < TILE_COLUMNS; ++j) tile[i * TILE_COLUMNS + j] = 0;
+    }
+}
+
+// Writes the squares of a tile to squares [2], see `Forward`. Entries of own pairs and beyond the last column are 0.
+template <bool EDITS>
+inline void add_squares(const float* student, const float* teacher, i64 rows, Difference difference,
+                        const TileEdit& edit, double* squares) {
+    double forget = 0, anchor = 0;
+    for (i64 i = 0; i < rows; ++i) {
+        Floats of_forget{}, of_anchor{};
+        for (i64 j = 0; j < TILE_COLUMNS; j += W) {
+            const i64 at = i * TILE_COLUMNS + j;
+            const Floats d = difference(load(student + at), load(teacher + at));
+            if constexpr (EDITS) {
+                const Ints edited = edit.at(i, j);
+                const Floats above = d < 0 ? Floats{} : d;
+                of_forget += edited ? above * above : Floats{};
+                of_anchor += edited ? Floats{} : d * d;
+            } else {
+                of_anchor += d * d;
+            }
+        }
+        if constexpr (EDITS) forget += static_cast<double>(sum(of_forget));
+        anchor += static_cast<double>(sum(of_anchor));
+    }
+    squares[0] = forget, squares[1] = anchor;
+}
+
+// Adds the pull to dS of a tile, and returns the sum of dS S before that. LOWEST marks excluded entries.
+template <bool EDITS>
+inline double add_pull(const float* student, const float* teacher, i64 rows, Difference difference,
+                       const TileEdit& edit, float pull_forget, float pull_anchor, float* ds) {
+    double dot = 0;
+    for (i64 i = 0; i < rows; ++i) {
+        Floats of_row{};
+        for (i64 j = 0; j < TILE_COLUMNS; j += W) {
+            const i64 at = i * TILE_COLUMNS + j;
+            const Floats s = load(student + at), gradient = load(ds + at), d = difference(s, load(teacher + at));
+            const Ints excluded = s == LOWEST;
+            Floats pull = d * pull_anchor;
+            if constexpr (EDITS) pull = edit.at(i, j) ? (d < 0 ? Floats{} : d) * pull_forget : pull;
+            of_row += excluded ? Floats{} : gradient * s;
+            store(ds + at, excluded ? gradient : gradient + pull);
+        }
+        dot += static_cast<double>(sum(of_row));
+    }
+    return dot;
+}
+
+// The numbers of all tiles, `each` for one, summed in a fixed order.
+struct TileSums {
+    double* values;
+    i64 blocks, tiles, each;
+
+    TileSums(const SimilarityInputs& in, i64 numbers, BumpAllocator& allocator)
+        : blocks(divide_up(in.columns, TILE_COLUMNS)),
+          tiles(in.comparison.wanted ? divide_up(in.rows, TILE_ROWS) * blocks : 0),
+          each(numbers) {
+        values = reinterpret_cast<double*>(allocator.floats(2 * each * tiles));
+    }
+    double* of(i64 row, i64 block) const { return values + each * (row / TILE_ROWS * blocks + block); }
+    double total(i64 number) const {
+        double sum = 0;
+        for (i64 tile = 0; tile < tiles; ++tile) sum += values[each * tile + number];
+        return sum;
+    }
+};
+
+}  // namespace CLIPERASE_ISA
+}  // namespace cliperase
