@@ -31,5 +31,8 @@ inline void expect_close(const char* what, const char* isa, double found, double
 // test_losses.cpp
 void check_losses(const std::vector<const cliperase::IsaKernels*>& all_kernels);
 
+// test_comparison.cpp
+void check_comparison(const cliperase::IsaKernels& kernels);
+
 // test_buffers.cpp
 void check_buffers();

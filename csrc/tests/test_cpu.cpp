@@ -193,6 +193,7 @@ int main(int count, char** names) {
         check_sigmoid(*kernels, 300, 300, 0);
         check_sigmoid(*kernels, 17, 200, 100);
         check_sigmoid(*kernels, 5, 130, 130);
+        check_comparison(*kernels);
     }
     check_losses(all_kernels);
     for (const cliperase::IsaKernels* kernels : all_kernels) std::printf("%s ", kernels->name);
