@@ -46,7 +46,7 @@ def audit_models(
     layout = Layout.of(sets.test, sets.forget_mask, sets.holdouts)
     asked = wordings(
         sets.test, layout.forget_concepts, check_synonyms(synonyms, sets.test),
-        check_templates(paraphrase_templates) or (),
+        check_templates(paraphrase_templates or None) or (),
     )  # fmt: skip
     names, too_long = fitting(asked, models["before"])
     if too_long:
@@ -79,7 +79,9 @@ def _audit(
             scores[name]["depth"] |= found
     oracles = [scores[name] for name in models if name.startswith("oracle")]
     level = background(scores["before"])
-    notes = [*sets.notes, *_few_oracles(len(oracles), level), *_knowing_oracles(scores, layout)]
+    notes = [
+        *sets.notes, *_unscored(sets, layout), *_few_oracles(len(oracles), level), *_knowing_oracles(scores, layout)
+    ]  # fmt: skip
     gap = None
     if oracles:
         scores["oracle"] = _mean_scores(oracles)
@@ -122,6 +124,17 @@ def _score_all(views: Mapping[str, View], how: Encoding) -> dict[str, Scores]:
 
     found = {name: scores for of_rank in how.ranks.gather_results(work) for name, scores in of_rank.items()}
     return {name: found[name] for name in views}
+
+
+def _unscored(sets: AuditSets, layout: Layout) -> list[str]:
+    """A note on classes that were forgotten but that no test pair shows."""
+    if sets.forget.labels is None or sets.forget.classes is None:
+        return []
+    absent = np.setdiff1d(sets.forget.labels, layout.forget_concepts)
+    if len(absent) == 0:
+        return []
+    first = sets.forget.classes[absent[0]]
+    return [f"No test pair shows {len(absent)} of the forgotten classes, which have no scores (the first: {first!r})."]
 
 
 def _few_oracles(count: int, level: float | None) -> list[str]:

@@ -175,8 +175,10 @@ def recall(view: View) -> dict[str, Estimate]:
     layout, features = view.layout, view.features
     images, captions = features.images, features.captions
     mine = layout.forget_images
-    image_ranks = metrics.wrong_before_right(images, captions, layout.caption_image_of, layout.caption_of)[mine]
-    asked = np.unique(layout.caption_of[layout.forget[layout.caption_image_of]])
+    own = layout.forget[layout.caption_image_of]
+    image_of = np.searchsorted(mine, layout.caption_image_of[own])
+    image_ranks = metrics.wrong_before_right(images[mine], captions, image_of, layout.caption_of[own])
+    asked = np.unique(layout.caption_of[own])
     theirs = np.isin(layout.caption_of, asked)
     query_of = np.searchsorted(asked, layout.caption_of[theirs])
     caption_ranks = metrics.wrong_before_right(captions[asked], images, query_of, layout.caption_image_of[theirs])
