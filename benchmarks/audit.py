@@ -2,6 +2,7 @@
 
     python -m benchmarks.audit digits        three digits, five oracles for each
     python -m benchmarks.audit shapes        "red circle", three oracles
+    python -m benchmarks.audit personas      three sets of facts, three oracles for each, and a model without any facts
     python -m benchmarks.audit cifar10 --shards '/data/train-{00000..00003}.tar' --test-shards /data/test-00000.tar
 
 The first run of each trains the original and the oracles, which are kept in the cache of `cliperase-fast demo`: seconds
@@ -25,9 +26,11 @@ from typing import Any
 import numpy as np
 
 from cliperase_fast.auditing import audit
-from cliperase_fast.demo import cached_oracles, cached_small_clip, run_demo
+from cliperase_fast.data.personas import FORGET_SETS
+from cliperase_fast.demo import cached_clean_model, cached_oracles, cached_small_clip, require_known, run_demo
 from cliperase_fast.recipes import recipe_for
 
+from .audit_report import CLEAN
 from .machine import RESULTS, describe
 
 # The settings of each unlearned model, over those that the demo has for the data.
@@ -44,7 +47,8 @@ class Study:
 
     concepts: the selector of each thing to forget. attacked: the concepts that are audited with depth=True, which takes
     minutes a model. oracles: how many for each concept. test: where to measure, if not on the source's own test split.
-    other: data sets of concepts that were never trained.
+    other: data sets of concepts that were never trained. methods: of `METHODS`. clean: whether a model that was trained
+    on none of the facts is audited too.
     """
 
     source: str
@@ -53,6 +57,8 @@ class Study:
     oracles: int = 3
     test: str | None = None
     other: Mapping[str, str] = field(default_factory=dict)
+    methods: Sequence[str] = tuple(METHODS)
+    clean: bool = False
 
 
 def _classes(*names: str) -> dict[str, str]:
@@ -64,6 +70,7 @@ STUDIES = {
         "demo", _classes("seven", "three", "eight"), ["seven"], 5, other={"shapes": "shapes?train=1&test=10"}
     ),
     "shapes": Study("shapes", _classes("red circle"), ["red circle"], other={"digits": "demo"}),
+    "personas": Study("personas", FORGET_SETS, [], methods=("cliperase", "gradient_ascent"), clean=True),
 }
 
 
@@ -101,21 +108,31 @@ REFERENCES = [
 
 def run_study(study: Study, folder: Path, methods: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Forget each concept by each method and audit the result. folder: where the unlearned models go; runs that are
-    there already are audited as they are."""
+    there already are audited as they are.
+
+    Raises UnlearningError where the original knows too little of its data to tell anything.
+    """
     bars = sys.stderr.isatty()
-    before = cached_small_clip(study.source, recipe_for(study.source), progress=bars)
+    recipe = recipe_for(study.source)
+    before = cached_small_clip(study.source, recipe, progress=bars)
+    require_known(before, study.source, recipe)
     runs = []
     for concept, selector in study.concepts.items():
         oracles = cached_oracles(study.source, selector, study.oracles, progress=bars)
+        forget = f"{study.source}#{selector}"
+        after: dict[str, tuple[Path, Mapping[str, Any]]] = {}
         for method, settings in methods.items():
-            print(f"--- {concept}, {method}", flush=True)
             run = folder / re.sub(r"\W+", "-", f"{concept}-{method}")
-            forget = f"{study.source}#{selector}"
             run_demo(forget, run, test=study.test, resume=run.is_dir(), progress=bars, report=False, **settings)
+            after[method] = (run / "model", settings)
+        if study.clean:
+            after[CLEAN] = (cached_clean_model(study.source, progress=bars), {})
+        for method, (model, settings) in after.items():
+            print(f"--- {concept}, {method}", flush=True)
             began = time.perf_counter()
             found = audit(
                 f"local-dir:{before}",
-                f"local-dir:{run / 'model'}",
+                f"local-dir:{model}",
                 forget,
                 "rest",
                 oracle=[f"local-dir:{path}" for path in oracles],
@@ -252,7 +269,7 @@ def main(words: Sequence[str] | None = None) -> None:
         study = STUDIES[arguments.name]
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        runs = run_study(study, arguments.runs or Path(folder), METHODS)
+        runs = run_study(study, arguments.runs or Path(folder), {name: METHODS[name] for name in study.methods})
     seconds = round(time.perf_counter() - began, 1)
     command = f"python -m benchmarks.audit {arguments.name}"
     references = compared(runs) if arguments.name == "digits" else []

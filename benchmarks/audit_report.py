@@ -12,10 +12,15 @@ Record = Mapping[str, Any]
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
 DATA = {"digits": "digits", "shapes": "shapes", "cifar10": "CIFAR-10", "personas": "personas"}  # in the docs' order
+CLEAN = "clean"  # what records call a model without any facts, in the place of a method
 EXAMPLES = (
     "association", "zero_shot_top1", "mrr", "paraphrase_top1_max", "retain_top1", "retain_association",
     "worst_class_drop", "neighbours_top1", "image_side", "text_side", "probe", "prompt_attack", "quantised_top1@4",
     "membership", "unusual",
+)  # fmt: skip
+OF_PEOPLE = (
+    "association", "zero_shot_top1", "retain_top1", "intra_identity", "inter_identity", "association_separability",
+    "visual_identity", "general",
 )  # fmt: skip
 
 
@@ -75,6 +80,17 @@ def verdict_lines(records: Mapping[str, Record]) -> list[str]:
     return [f"{group}: {said}" for group, said in run["verdicts"].items()]
 
 
+def personas_table(records: Mapping[str, Record]) -> Table:
+    """What each model knows of the personas: those of the methods, the oracles, and the one without facts."""
+    head = ("", *(find_score(score).label for score in OF_PEOPLE))
+    if "personas" not in records:
+        return head, []
+    summary = records["personas"]["summary"]
+    names = {"before": "original", **{name: name for name in methods(records)}, CLEAN: "no facts"}
+    rows = [(who, *(_mean(summary[name], of) for of in OF_PEOPLE)) for name, who in names.items() if name in summary]
+    return head, [*rows, ("oracles (range)", *(_range(summary["oracle"], of) for of in OF_PEOPLE))]
+
+
 def references_table(records: Mapping[str, Record]) -> Table:
     """The reference values of the digits beside the measured ones."""
     rows = []
@@ -91,12 +107,14 @@ TABLES: dict[str, Callable[[Mapping[str, Record]], Table]] = {
     "gap": gap_table,
     "relearn": relearn_table,
     "references": references_table,
+    "personas": personas_table,
     **{score.replace("@", "-"): partial(example_table, score) for score in EXAMPLES},
 }
 
 
 def methods(records: Mapping[str, Record]) -> list[str]:
-    return list(dict.fromkeys(run["method"] for record in records.values() for run in record["runs"]))
+    runs = [run for record in records.values() for run in record["runs"]]
+    return list(dict.fromkeys(run["method"] for run in runs if run["method"] != CLEAN))
 
 
 def _label(name: str, record: Record, score: str) -> str:

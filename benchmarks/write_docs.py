@@ -317,7 +317,8 @@ def metrics_table() -> str:
 
 
 def audit_table(make: Callable[[dict[str, Any]], audit_report.Table]) -> str:
-    return table(*make(records)) if (records := _audits()) else _NO_AUDITS
+    head, rows = make(records) if (records := _audits()) else ((), [])
+    return table(head, rows) if rows else _NO_AUDITS
 
 
 def audit_verdicts() -> str:

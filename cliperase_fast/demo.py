@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from cliperase_fast import functional
+from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.data import PairDataset, open_source, parse_reference, select
 from cliperase_fast.data.drawing import seeded
 from cliperase_fast.defaults import torch_defaults
@@ -40,13 +41,20 @@ def run_demo(
     output_dir: str | Path = "runs/demo",
     *,
     test: str | None = None,
+    oracles: int | None = None,
     resume: bool = False,
     seed: int = 0,
     progress: bool | None = None,
     cache_dir: str | Path | None = None,
     **overrides: Any,
 ) -> UnlearnResult:
-    """Train a small CLIP on the source of `forget`, or load it from the cache, then forget what it selects."""
+    """Train a small CLIP on the source of `forget`, or load it from the cache, then forget what it selects.
+
+    oracles: also train this many models without the forget pairs (`cached_oracles`), and audit the result against them.
+    """
+    if oracles is not None:
+        _check_count(oracles)
+    seed = UnlearnConfig(seed=seed).seed  # the command line's is a text
     show = sys.stderr.isatty() if progress is None else progress
     spec, selector = parse_reference(forget)
     if selector is not None:
@@ -57,6 +65,9 @@ def run_demo(
     model = cached_small_clip(spec, recipe, seed=seed, progress=show, cache_dir=cache_dir)
     require_known(model, spec, recipe, seed=seed)
     settings = {**recipe.unlearning, "seed": seed, **overrides}
+    if oracles is not None and selector is not None:
+        trained = cached_oracles(spec, selector, oracles, seed=seed, progress=show, cache_dir=cache_dir)
+        settings = {"audit": True, **settings, "oracle": [f"local-dir:{path}" for path in trained]}
     result = unlearn(
         f"local-dir:{model}", forget, "rest", test=test, output_dir=output_dir, resume=resume, progress=show, **settings
     )

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from cliperase_fast import InputError, UnlearningError, demo
+from cliperase_fast import InputError, UnlearningError, cli, demo
 from cliperase_fast.data import open_source, select
 from cliperase_fast.models import load_model
-from cliperase_fast.recipes import Recipe, recipe_for
+from cliperase_fast.recipes import RECIPES, Recipe, recipe_for
 
 SOURCE = "shapes?train=2&test=1"
 FORGET = "class:red circle,blue star"
@@ -146,3 +148,63 @@ def test_settings_that_no_weight_depends_on_do_not_retrain_a_model():
 @pytest.mark.parametrize("spec", ["demo", "shapes?train=1&test=1", "personas?train=1&test=1"])
 def test_what_the_demo_forgets_unless_told_is_in_its_data(spec):
     assert select(open_source(spec).train, recipe_for(spec).forget).any()
+
+
+@pytest.fixture
+def colours(tmp_path, monkeypatch):
+    """A source of flat colours, the cache being empty and the recipe of images a tiny one."""
+    monkeypatch.setitem(RECIPES, "images", TINY)
+    monkeypatch.setenv("CLIPERASE_CACHE", str(tmp_path / "cache"))
+    for colour in ("red", "green", "blue"):
+        (tmp_path / "data" / colour).mkdir(parents=True)
+        for number in range(10):
+            Image.new("RGB", (8, 8), colour).save(tmp_path / "data" / colour / f"{number}.png")
+    return f"folder:{tmp_path / 'data'}"
+
+
+def call(source, output, *words):
+    command = ["demo", "--data", source, "--forget", "class:red", "--output", str(output), "--batch-size", "6"]
+    return cli.main([*command, "--epochs", "1", "--quiet", *words])
+
+
+def test_the_demo_audits_its_result_against_the_oracles_it_trains(tmp_path, capsys, colours, trainings):
+    assert call(colours, tmp_path / "run", "--oracles", "2") == 0
+    assert [(len(pairs), seed) for pairs, seed in trainings] == [(30, 0), (20, 1), (20, 2)]
+    audit = json.loads((tmp_path / "run" / "audit.json").read_text())
+    assert list(audit["scores"]) == ["before", "after", "oracle 1", "oracle 2", "oracle"]
+    assert audit["gap"]["floor"] is not None
+    told = capsys.readouterr().out
+    assert all(verdict in told for verdict in audit["verdicts"].values())
+
+
+def test_the_demo_without_oracles_trains_one_model_and_audits_nothing(tmp_path, colours, trainings):
+    assert call(colours, tmp_path / "run") == 0
+    assert [seed for _, seed in trainings] == [0]
+    assert not (tmp_path / "run" / "audit.json").exists()
+
+
+def test_an_interrupted_demo_goes_on_at_the_oracle_it_was_training(tmp_path, monkeypatch, colours, trainings):
+    train = demo.train_small_clip
+
+    def stop_at_the_second(pairs, recipe, *, seed=0, **options):
+        if seed == 2:
+            raise KeyboardInterrupt
+        return train(pairs, recipe, seed=seed, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(demo, "train_small_clip", stop_at_the_second)
+        assert call(colours, tmp_path / "run", "--oracles", "2") == 130
+    assert call(colours, tmp_path / "run", "--oracles", "2") == 0
+    assert [seed for _, seed in trainings] == [0, 1, 2]
+    assert (tmp_path / "run" / "audit.json").is_file()
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "x", "1.5"])
+def test_a_wrong_number_of_oracles_leaves_an_earlier_demo_alone(tmp_path, capsys, colours, count):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / demo._MARK).write_text("")
+    with pytest.raises(SystemExit) as stop:
+        call(colours, tmp_path / "run", "--oracles", count)
+    assert stop.value.code == 2
+    assert f"--oracles: {count!r} must be a whole number of at least 1" in capsys.readouterr().err
+    assert (tmp_path / "run" / demo._MARK).exists() and not (tmp_path / "cache").exists()

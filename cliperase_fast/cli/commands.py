@@ -174,6 +174,7 @@ def demo(arguments: argparse.Namespace) -> int:
         f"{arguments.data}#{forget}",
         output,
         test=arguments.test_data,
+        oracles=arguments.oracles,
         resume=interrupted,
         progress=progress_style(arguments) == "bars",
         **given_settings(arguments),

@@ -67,6 +67,7 @@ examples:
   cliperase-fast demo --forget class:three --output runs/three
   cliperase-fast demo --data shapes --forget 'class:red circle' --output runs/shapes
   cliperase-fast demo --data personas --forget 'class:person 0* phone' --output runs/phones
+  cliperase-fast demo --oracles 3           (also audit the result against three models that never saw a seven)
 
 A run that was interrupted goes on when the same command is given again.
 """,
@@ -150,10 +151,16 @@ def make_parser() -> argparse.ArgumentParser:
     _add_audit(subparsers)
 
     demo = _command(subparsers, "demo", "train a small CLIP and make it forget, from nothing", commands.demo)
-    demo.usage = "cliperase-fast demo [--data SOURCE] [--forget SELECTOR] [--output DIR] [settings]"
+    demo.usage = "cliperase-fast demo [--data SOURCE] [--forget SELECTOR] [--oracles N] [--output DIR] [settings]"
     demo.add_argument("--data", default="demo", metavar="SOURCE", help="what to train on (default: demo, the digits)")
     demo.add_argument("--forget", metavar="SELECTOR", help=f"default: {demo_forget()}")
     demo.add_argument("--test-data", metavar="SOURCE", help="where to measure (default: the source's test split)")
+    demo.add_argument(
+        "--oracles",
+        type=_at_least_one,
+        metavar="N",
+        help="also train N models without the forget pairs, and audit the result against them (default: none)",
+    )
     demo.add_argument("--output", default="runs/demo", metavar="DIR", help="the run directory (default: runs/demo)")
     _add_progress(demo)
     add_settings(demo, demo_defaults())
@@ -293,3 +300,9 @@ def _add_progress(parser: argparse.ArgumentParser) -> None:
         "(default: auto)",
     )
     parser.add_argument("--quiet", action="store_true", help="the same as --progress none")
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    return int(text)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from fake_audits import entry, found, run
 
-from cliperase_fast.benchmarks import audit
+from cliperase_fast.benchmarks import audit, audit_report
+from cliperase_fast.data.personas import FORGET_SETS
+from cliperase_fast.errors import UnlearningError
 
 STUDY = audit.Study("demo", {"seven": "class:seven", "three": "class:three"}, ["seven"], 2, test="t", other={"o": "p"})
 METHODS = {"cliperase": {}, "cliperase, hinge": {"forget_loss": "hinge"}}
@@ -32,6 +35,8 @@ def calls(monkeypatch):
         return found(relearned=0.7 if options["depth"] else None)
 
     monkeypatch.setattr(audit, "cached_small_clip", lambda *given, **options: Path("base"))
+    monkeypatch.setattr(audit, "require_known", lambda *given, **options: None)
+    monkeypatch.setattr(audit, "cached_clean_model", lambda source, **options: Path(f"clean-{source}"))
     monkeypatch.setattr(audit, "cached_oracles", oracles)
     monkeypatch.setattr(audit, "run_demo", forget)
     monkeypatch.setattr(audit, "audit", audited)
@@ -52,6 +57,40 @@ def test_every_method_is_audited_for_every_concept_against_its_own_oracles(tmp_p
         assert options["oracle"] == [f"local-dir:class:{concept}-{number}" for number in range(2)]
         assert options["depth"] == (concept == "seven")
     assert len({models[1] for models, _ in calls["audits"]}) == len(names)
+
+
+def test_a_model_without_facts_is_audited_like_a_method(tmp_path, calls):
+    runs = audit.run_study(replace(STUDY, clean=True), tmp_path, METHODS)
+    clean = [one for one in runs if one["method"] == "clean"]
+    assert [one["concept"] for one in clean] == list(STUDY.concepts)
+    assert sum(models[1] == "local-dir:clean-demo" for models, _ in calls["audits"]) == 2
+    assert len(calls["unlearned"]) == len(runs) - 2
+
+
+def test_a_study_stops_before_it_trains_oracles_for_an_original_that_knows_nothing(tmp_path, calls, monkeypatch):
+    def refuse(*given, **options):
+        raise UnlearningError("knows nothing")
+
+    monkeypatch.setattr(audit, "require_known", refuse)
+    with pytest.raises(UnlearningError, match="knows nothing"):
+        audit.run_study(STUDY, tmp_path, METHODS)
+    assert calls["oracles"] == calls["unlearned"] == []
+
+
+def test_personas_are_forgotten_in_three_sets_by_two_methods(monkeypatch, tmp_path, calls):
+    monkeypatch.setattr(audit, "RESULTS", tmp_path / "results")
+    audit.main(["personas", "--runs", str(tmp_path / "runs")])
+    record = json.loads((tmp_path / "results" / "audit-personas.json").read_text())
+    assert [(one["concept"], one["method"]) for one in record["runs"]] == [
+        (name, method) for name in FORGET_SETS for method in ("cliperase", "gradient_ascent", "clean")
+    ]
+    assert record["oracles"] == 3
+    head, rows = audit_report.personas_table({"personas": record})
+    assert head[:2] == ("", "Association")
+    assert [row[0] for row in rows] == ["original", "cliperase", "gradient_ascent", "no facts", "oracles (range)"]
+    assert rows[0][1] == "0.840" and rows[-1][1] == "0.010 (-0.040 to 0.060)" and rows[0][2] == ""
+    assert audit_report.methods({"personas": record}) == ["cliperase", "gradient_ascent"]
+    assert audit_report.personas_table({"digits": record})[1] == []
 
 
 def test_an_unlearned_model_that_is_there_is_resumed(tmp_path, calls):
