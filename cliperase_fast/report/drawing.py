@@ -170,6 +170,7 @@ class Level:
 
 BACKGROUND_LEVEL = Level("background", "muted", (0, (1.2, 1.6)))
 ORACLE_LEVEL = Level("oracles", "ink", (0, (5, 2)))
+TARGET_LEVEL = Level("target", "muted", (0, (4, 1.5, 1, 1.5)))
 BEFORE = Mark("before", "neutral", filled=False)
 AFTER = Mark("after", "muted")
 ORACLE = Mark("oracles", "ink", shape="D")

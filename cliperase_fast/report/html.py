@@ -10,6 +10,7 @@ from typing import Any
 from cliperase_fast.report import plots
 from cliperase_fast.report.audit_html import association_facts, over_forgotten_lines, verdict_rows
 from cliperase_fast.report.data import ReportData
+from cliperase_fast.report.recipe import recipe_section
 from cliperase_fast.report.rendering import Row, Table, picture, render, write_page
 from cliperase_fast.report.wording import (
     Headline,
@@ -33,6 +34,7 @@ _LEVELS = {
 _LEVELS_CAPTION = (
     " The lines are what not knowing looks like: unrelated pairs of the original, and oracles where there are some."
 )
+_TARGET_CAPTION = " The line is the target of the run, just above the cosine of unrelated pairs."
 
 
 def write_html(run: ReportData, path: str | Path) -> Path:
@@ -56,6 +58,7 @@ def page(run: ReportData) -> str:
         grain=_grain(result),
         reason=selection.get("reason"),
         stopped_early=bool(selection.get("stopped_early")),
+        recipe=recipe_section(result),
         notes=[f"{note}." for note in result.get("notes") or []],
         audit=_audit(run),
         figures=_figures(run),
@@ -153,7 +156,7 @@ def _figures(run: ReportData) -> list[Any]:
             plots.draw_similarities,
             "Histograms of the similarity of matching pairs, before and after",
             "Matching pairs of the test split. Forget pairs should move left, retain pairs should stay."
-            + (_LEVELS_CAPTION if run.audit is not None else ""),
+            + (_LEVELS_CAPTION if run.audit is not None else _TARGET_CAPTION if run.result.get("recipe") else ""),
         ),
         picture(
             run,

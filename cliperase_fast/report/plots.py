@@ -16,6 +16,7 @@ from cliperase_fast.report.drawing import (
     LIGHT,
     ORACLE,
     ORACLE_LEVEL,
+    TARGET_LEVEL,
     Level,
     Mark,
     Theme,
@@ -196,6 +197,9 @@ def draw_similarities(run: ReportData, theme: Theme) -> Figure | None:
     if not values:
         return None
     levels = association_levels(run.audit)
+    target = number(((run.result.get("recipe") or {}).get("target") or {}).get("association"))
+    if target is not None and not levels:
+        levels = {TARGET_LEVEL: target}
     known = [*values.values(), np.array(list(levels.values()))] if levels else list(values.values())
     low, high = min(array.min() for array in known), max(array.max() for array in known)
     pad = max(0.04 * (high - low), 0.01)

@@ -232,3 +232,37 @@ def test_an_audit_without_oracles_has_the_background_level_alone():
     assert "never saw" not in text
     assert "Over-forgotten" not in text
     assert "<script" not in text
+
+
+RECIPE = {
+    "target": {"background": -0.08, "association": -0.03, "forget": 0.05},
+    "probes": [
+        {"rate": 1e-4, "steps": 30, "forget": 0.0, "association": -0.11, "divergence": 0.051, "reached": True,
+         "stopped": ""},
+        {"rate": 3.16228e-5, "steps": 10, "forget": 0.9, "association": 0.8, "divergence": 0.002, "reached": False,
+         "stopped": "too slow"},
+        {"rate": 1e-2, "steps": 12, "forget": None, "association": None, "divergence": None, "reached": False,
+         "stopped": "not finite"},
+    ],
+    "learning_rate": 1e-4,
+    "why": "it is the only rate that reaches the target within 30 steps",
+    "steps": 60,
+    "stop": "the target was reached at step 30",
+}  # fmt: skip
+
+
+def test_a_run_without_numbers_shows_what_was_tried_and_where_it_ended():
+    reader = Reader(page(sample_run({**sample_result(), "recipe": RECIPE})))
+    for expected in (
+        "association at most −0.03, which is 0.05 above that of unrelated pairs; forget score at most 5.0%",
+        "0.0001: it is the only rate that reaches the target within 30 steps",
+        "step 60: the target was reached at step 30",
+        "0.0001 30 0.0% −0.11 0.051 at the target, chosen",
+        "3.2e-05 10 90.0% 0.80 0.002 too slow",
+        "0.01 12 – – – not finite",
+        "The line is the target of the run",
+    ):
+        assert expected in reader.text
+    for recipe in ({**RECIPE, "probes": []}, {"probes": [{}]}, None):
+        Reader(page(sample_run({**sample_result(), "recipe": recipe})))
+    assert "How the numbers were found" not in Reader(page(sample_run())).text

@@ -1,0 +1,59 @@
+"""How a run found its learning rate and where it ended, for the page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cliperase_fast.report.rendering import Row, Table
+from cliperase_fast.report.wording import number, percent
+
+_COLUMNS = ("Learning rate", "Steps", "Forget score", "Association", "Divergence", "Outcome")
+
+
+def recipe_section(result: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the target, the rates that were tried and why training ended; None if all numbers were given."""
+    recipe = result.get("recipe")
+    if not recipe:
+        return None
+    target = recipe.get("target") or {}
+    probes = recipe.get("probes") or []
+    rate = number(recipe.get("learning_rate"))
+    facts = [
+        (
+            "Target",
+            f"association at most {_cosine(target.get('association'))}, which is 0.05 above that of unrelated pairs; "
+            f"forget score at most {percent(number(target.get('forget')))}",
+        ),
+        ("Learning rate", f"{_rate(rate)}: {recipe.get('why')}"),
+        ("End of training", f"step {recipe.get('steps')}: {recipe.get('stop')}"),
+    ]
+    table = Table(_COLUMNS, [_row(probe, rate) for probe in probes], text_columns=1, minor=(1,)) if probes else None
+    return {"facts": facts, "table": table}
+
+
+def _row(probe: Mapping[str, Any], chosen: float | None) -> Row:
+    rate, divergence = number(probe.get("rate")), number(probe.get("divergence"))
+    outcome = probe.get("stopped") or ("at the target" if probe.get("reached") else "not at the target")
+    if rate is not None and rate == chosen:
+        outcome += ", chosen"
+    return Row(
+        (
+            _rate(rate),
+            str(probe.get("steps", "–")),
+            percent(number(probe.get("forget"))),
+            _cosine(probe.get("association")),
+            "–" if divergence is None else f"{divergence:.3f}",
+            outcome,
+        ),
+        "sum" if rate is not None and rate == chosen else "",
+    )
+
+
+def _rate(rate: float | None) -> str:
+    return "–" if rate is None else f"{rate:.2g}"
+
+
+def _cosine(value: Any) -> str:
+    found = number(value)
+    return "–" if found is None else f"{found:.2f}".replace("-", "−")
