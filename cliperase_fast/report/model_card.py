@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cliperase_fast.coercion import AUTO
 from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.data.selectors import parse_reference
 from cliperase_fast.reading import printable_data
@@ -52,7 +53,7 @@ def model_card(result: Mapping[str, Any], model_dir: str | Path, output_dir: str
         verdict=verdict(result),
         library=result["library"],
         method=result["method"],
-        settings=_settings(config),
+        settings=_settings(config, result["recipe"]),
         notes=[f"{note}." for note in result["notes"]],
         sets=[{"name": name, "pairs": count(before.get("pairs"))} for name, before, _ in sets],
         rows=[
@@ -127,8 +128,12 @@ def _title(result: Mapping[str, Any]) -> str:
     return ", ".join(names[:_NAMED]) + more or result["data"]["forget"]
 
 
-def _settings(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Return what the method's outcome depends on: some settings always, the others where they are not the default."""
+def _settings(config: Mapping[str, Any], recipe: Mapping[str, Any] | None) -> list[tuple[str, Any]]:
+    """Return what the method's outcome depends on: some settings always, the others where they are not the default.
+
+    recipe: what the run found for settings that are "auto", None where all were given.
+    """
+    found = {} if recipe is None else {"learning_rate": recipe["learning_rate"], "epochs": f"{recipe['steps']} steps"}
     shown: list[tuple[str, Any]] = []
     for spec in dataclasses.fields(UnlearnConfig):
         if spec.name in _HIDDEN or spec.name not in config:
@@ -137,7 +142,7 @@ def _settings(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
         if spec.name == "method_options":
             shown += [(f"method_options: {name}", option) for name, option in chosen.items()]
         elif spec.name in _ALWAYS or chosen != spec.default:
-            shown.append((spec.name, chosen))
+            shown.append((spec.name, f"auto: {found[spec.name]}" if chosen == AUTO and spec.name in found else chosen))
     return shown
 
 

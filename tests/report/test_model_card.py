@@ -30,6 +30,7 @@ def result_of_run(inputs=None, **changes):
         "notes": [],
         "versions": {"cliperase_fast": "9.8.7"},
         "audit": None,
+        "recipe": None,
     }
     return {**result, **changes}
 
@@ -75,6 +76,13 @@ def test_the_card_has_what_how_and_the_scores():
     assert "`cliperase_fast` 9.8.7" in card
     assert "one image is 2.8 points" in card
     assert "The licence of the original model applies." in card
+
+
+def test_the_card_has_what_an_automatic_run_found():
+    result = result_of_run(config=UnlearnConfig().to_dict(), recipe={"learning_rate": 3e-4, "steps": 70})
+    table = rows(card_of(result))
+    assert ["learning\\_rate", "auto: 0.0003"] in table
+    assert ["epochs", "auto: 70 steps"] in table
 
 
 def test_without_an_audit_the_card_has_the_command_that_makes_one():
