@@ -76,7 +76,12 @@ STUDIES = {
 
 def cifar10(shards: str, test_shards: str) -> Study:
     return Study(
-        f"wds:{shards}", _classes("airplane"), ["airplane"], test=f"wds:{test_shards}", other={"digits": "demo"}
+        f"wds:{shards}",
+        _classes("airplane"),
+        ["airplane"],
+        test=f"wds:{test_shards}",
+        other={"digits": "demo"},
+        methods=("cliperase", "gradient_ascent"),
     )
 
 
