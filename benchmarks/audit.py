@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +263,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("name", choices=(*STUDIES, "cifar10"))
     parser.add_argument("--shards", help="cifar10: webdataset shards to train on")
     parser.add_argument("--test-shards", help="cifar10: webdataset shards to measure on")
+    parser.add_argument("--only", metavar="NAME", help="forget only this one of what is forgotten in turn")
     parser.add_argument("--runs", type=Path, metavar="DIR", help="keep the unlearned models there, and use those there")
     words = list(sys.argv[1:] if words is None else words)
     arguments = parser.parse_args(words)
@@ -272,11 +273,16 @@ def main(words: Sequence[str] | None = None) -> None:
         study = cifar10(arguments.shards, arguments.test_shards)
     else:
         study = STUDIES[arguments.name]
+    command = f"python -m benchmarks.audit {arguments.name}"
+    if arguments.only is not None:
+        if arguments.only not in study.concepts:
+            parser.error(f"--only {arguments.only!r} is not one of {', '.join(study.concepts)}")
+        study = replace(study, concepts={arguments.only: study.concepts[arguments.only]})
+        command += f" --only {arguments.only!r}"
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         runs = run_study(study, arguments.runs or Path(folder), {name: METHODS[name] for name in study.methods})
     seconds = round(time.perf_counter() - began, 1)
-    command = f"python -m benchmarks.audit {arguments.name}"
     references = compared(runs) if arguments.name == "digits" else []
     record = {
         **describe(), "command": command, "seconds": seconds, "oracles": study.oracles, "summary": summary(runs),

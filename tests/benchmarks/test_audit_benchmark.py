@@ -162,6 +162,17 @@ def test_the_shards_must_be_named_for_cifar10(capsys):
     assert "cifar10 needs --shards and --test-shards" in capsys.readouterr().err
 
 
+def test_one_of_the_concepts_can_be_measured_alone(tmp_path, monkeypatch, capsys, calls):
+    monkeypatch.setattr(audit, "RESULTS", tmp_path / "results")
+    audit.main(["personas", "--only", "contacts"])
+    record = json.loads((tmp_path / "results" / "audit-personas.json").read_text())
+    assert {one["concept"] for one in record["runs"]} == {"contacts"}
+    assert record["command"] == "python -m benchmarks.audit personas --only 'contacts'"
+    with pytest.raises(SystemExit):
+        audit.main(["personas", "--only", "letters"])
+    assert "'letters' is not one of phones, contacts, profiles" in capsys.readouterr().err
+
+
 def test_the_record_says_how_and_where_it_was_measured(tmp_path, monkeypatch, capsys, calls):
     monkeypatch.setattr(audit, "RESULTS", tmp_path / "results")
     audit.main(["digits", "--runs", str(tmp_path / "runs")])
