@@ -1,4 +1,4 @@
-"""What the attacks share, and two of them: soft prompts in front of the forget caption, and rounded weights."""
+"""Attack a model with soft prompts in front of the forget caption and with rounded weights."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ BITS = (8, 4)
 
 @dataclass(frozen=True)
 class ForgetTest:
-    """Forget test images and the concepts to choose from, for models whose features are not known yet.
+    """Hold forget test images and the concepts to choose from, to ask models whose features are not computed yet.
 
     images: int64 [m], numbers of the images in the test set. pixels: [m, 3, H, W]. prompts: the captions of each
-    concept, averaged. image_of, concept_of: int64 [P], the matching pairs, ascending by image. kinds: int64 [K], of
-    concepts; an image is asked about the kind of its concept. None: about all.
+    concept, whose features are averaged. image_of, concept_of: int64 [P], the matching pairs, ascending by image.
+    kinds: int64 [K], the kind of each concept; an image is compared with concepts of its own kind. None: with all.
     """
 
     images: np.ndarray
@@ -48,7 +48,7 @@ class ForgetTest:
 
     @classmethod
     def of(cls, adapter: ClipAdapter, sets: AuditSets, layout: Layout, how: Encoding) -> ForgetTest:
-        """At most 1,000 forget images. All classes, or of captions the forget ones and others up to 256 in all."""
+        """Take at most 1,000 forget images, and all classes; without classes the forget captions among 256."""
         rng = np.random.default_rng(how.seed)
         images = layout.forget_images
         if len(images) > LARGEST_TEST:
@@ -69,7 +69,7 @@ class ForgetTest:
         )
 
     def named(self, adapter: ClipAdapter, how: Encoding) -> np.ndarray:
-        """Whether the model puts a caption of each image before those of all other concepts; bool [m]."""
+        """Return whether each image is nearer to a caption of its own than to those of all other concepts; bool [m]."""
         return self._first(self.image_features(adapter, how), self.concept_features(adapter, how))
 
     def _first(self, images: Tensor, concepts: Tensor) -> np.ndarray:
@@ -77,7 +77,7 @@ class ForgetTest:
         return metrics.wrong_before_right(images, concepts, *pairs, item_kinds=self.kinds) == 0
 
     def among_rivals(self, targets: Tensor) -> Tensor:
-        """What to add to logits so that only concepts of the target's kind count: 0 or -inf, float32.
+        """Return what to add to logits so that only concepts of the target's kind count: 0 or -inf, float32.
 
         targets: int64 [B], concepts. Returns [B, K], or a scalar 0 where all concepts are of one kind.
         """
@@ -88,7 +88,7 @@ class ForgetTest:
         return logits.masked_fill_(kinds[targets][:, None] != kinds, -torch.inf)
 
     def image_features(self, adapter: ClipAdapter, how: Encoding) -> Tensor:
-        """[m, D], float32 on the CPU."""
+        """Encode the images; float32 [m, D] on the CPU."""
         with inference(adapter.module, how.device, how.precision):
             parts = [
                 adapter.encode_image(part.to(how.device)).float().cpu() for part in self.pixels.split(how.batch_size)
@@ -96,7 +96,7 @@ class ForgetTest:
         return torch.cat(parts)
 
     def concept_features(self, adapter: ClipAdapter, how: Encoding) -> Tensor:
-        """[K, D], the mean over the captions of each concept, normalised again."""
+        """Return the normalised mean over the captions of each concept; float32 [K, D] on the CPU."""
         row: dict[Any, int] = {}
         unique: list[Any] = []
         for caption in (one for of in self.prompts for one in of):
@@ -110,7 +110,7 @@ class ForgetTest:
 
 
 def quantised(adapter: ClipAdapter, bits: int) -> ClipAdapter:
-    """A copy whose matrices (parameters of two or more dimensions) are rounded, symmetrically for each output channel.
+    """Return a copy whose matrices (parameters of two or more dimensions) are rounded symmetrically for each channel.
 
     A channel is a row of the first dimension; its largest magnitude becomes 2^(bits - 1) - 1 steps.
     """
@@ -128,12 +128,12 @@ def quantised(adapter: ClipAdapter, bits: int) -> ClipAdapter:
 def prompt_attack(
     adapter: ClipAdapter, sets: AuditSets, test: ForgetTest, how: Encoding, progress: Steps
 ) -> tuple[np.ndarray | None, str]:
-    """(Which forget test images are named with a trained prompt, bool [m]; or None and the reason.)
+    """Train a soft prompt for each forget concept; return which forget test images the model then names, bool [m].
 
-    4 soft tokens stand behind the begin mark of every caption of a forget concept, as in CoOp (arXiv 2109.01134); each
-    concept has its own. 50 steps of Adam at 1e-2 train them on 16 forget training images: the cross entropy over all
-    concepts (of the kind of the right one) at the model's scale. Weights and the other concepts' captions stay. Not for
-    hand-made models, whose token embedding is not known, and where a caption leaves no room for 4 tokens.
+    4 soft tokens follow the begin mark of every caption of a forget concept, as in CoOp (arXiv 2109.01134). 50 steps of
+    Adam at 1e-2 train them on 16 forget training images with the cross entropy over all concepts (of the right one's
+    kind) at the model's logit scale. The weights and the captions of other concepts do not change. Returns None and the
+    reason for generic models, whose token embedding is not known, and if a caption leaves no room for 4 tokens.
     """
     table = token_embedding(adapter)
     if table is None:
@@ -182,7 +182,7 @@ def prompt_attack(
 
 
 def token_embedding(adapter: ClipAdapter) -> nn.Embedding | None:
-    """The table of token vectors of an open_clip or transformers model; None for other kinds."""
+    """Return the token embedding of an open_clip or transformers model; None for other kinds."""
     if adapter.kind == "generic":
         return None
     for name, module in adapter.module.named_modules():
@@ -193,7 +193,7 @@ def token_embedding(adapter: ClipAdapter) -> nn.Embedding | None:
 
 @contextmanager
 def _soft_tokens(table: nn.Embedding, soft: Tensor) -> Iterator[None]:
-    """Put `soft` [4, W] in the place of the tokens behind the begin mark."""
+    """Replace the embeddings of the tokens after the begin mark with `soft` [4, W]."""
 
     def replace(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:  # [B, L, W]
         middle = soft.to(output.dtype).expand(len(output), -1, -1)
@@ -207,20 +207,20 @@ def _soft_tokens(table: nn.Embedding, soft: Tensor) -> Iterator[None]:
 
 
 def _read(adapter: ClipAdapter, tokens: Tensor) -> int:
-    """How many tokens of these captions are read: up to the last one that is not padding on the right."""
+    """Return how many tokens of these captions are read: up to the last one that is not padding on the right."""
     differs = (tokens != tokens[:, -1:]).any(0)
     return min(tokens.shape[1], int(differs.nonzero().max()) + 2) if bool(differs.any()) else tokens.shape[1]
 
 
 def _with_room(tokens: Tensor, adapter: ClipAdapter, device: torch.device) -> Tensor:
-    """Token ids [T, L] with 4 ordinary tokens behind the begin mark, of the same length where padding gives way."""
+    """Return token ids [T, L] with 4 ordinary tokens after the begin mark, cut to the context length."""
     filler = tokens[:, 1:2].expand(-1, CONTEXT)
     limit = adapter.context_length
     return torch.cat([tokens[:, :1], filler, tokens[:, 1:]], dim=1)[:, :limit].to("cpu")
 
 
 def _targets(shots: Any, test: ForgetTest, concepts: np.ndarray) -> Tensor | None:
-    """The number among the test's concepts of each shot."""
+    """Return the number of each shot's concept among those of the test; None if one is not among them."""
     if shots.labels is not None:
         labels = np.asarray(shots.labels)
         return torch.as_tensor(labels, dtype=torch.int64, device="cpu") if np.isin(labels, concepts).all() else None

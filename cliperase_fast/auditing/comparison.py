@@ -1,4 +1,4 @@
-"""Audit loaded models on prepared pairs: their features, their scores, and the gap to the oracles."""
+"""Audit loaded models on prepared pairs: features, scores, and the gap to the oracles."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def audit_models(
     paraphrase_templates: Sequence[str] | str = TEMPLATES,
     depth: bool | str = False,
 ) -> Audit:
-    """Score the models on pairs that are opened already.
+    """Score models on pairs that have been opened and read.
 
     models: "before", "after" and, for models that never saw the forget pairs, "oracle 1", "oracle 2", ...; on the
-        device of `how`, in float32, all of them reading the same captions and images.
+        device of `how`, in float32. All of them must read the same captions and images (`check_alike`).
     synonyms, paraphrase_templates, depth: as in `audit()`.
     Raises InputError for features that are NaN or infinite. Warns of an oracle that knows the concept.
     """
@@ -70,7 +70,7 @@ def _audit(
     views: dict[str, View] = {}
     for name, adapter in models.items():
         tell("encoding the pairs with the model %r", name)
-        features = encode_model(adapter, sets, layout, names, how.of(adapter, models["before"], sets.test), name)
+        features = encode_model(adapter, sets, layout, names, how.for_model(adapter, models["before"], sets.test), name)
         views[name] = View(layout, features, views["before"].features if views else features, how.seed)
     scores = _score_all(views, how)
     if depth:
@@ -79,9 +79,8 @@ def _audit(
             scores[name]["depth"] |= found
     oracles = [scores[name] for name in models if name.startswith("oracle")]
     level = background(scores["before"])
-    notes = [
-        *sets.notes, *_unscored(sets, layout), *_few_oracles(len(oracles), level), *_knowing_oracles(scores, layout)
-    ]  # fmt: skip
+    about_oracles = [*_few_oracles(len(oracles), level), *_knowing_oracles(scores, layout, how.ranks.first)]
+    notes = [*sets.notes, *_unscored(sets, layout), *about_oracles]
     gap = None
     if oracles:
         scores["oracle"] = _mean_scores(oracles)
@@ -111,7 +110,7 @@ def _nothing(*words: object) -> None:
 
 
 def _score_all(views: Mapping[str, View], how: Encoding) -> dict[str, Scores]:
-    """The scores that need features only, by model; ranks share the models."""
+    """Compute the scores that need features only, by model. Ranks share the models."""
     own = list(views)[how.ranks.rank :: how.ranks.size]
 
     def work() -> dict[str, Scores]:
@@ -127,7 +126,7 @@ def _score_all(views: Mapping[str, View], how: Encoding) -> dict[str, Scores]:
 
 
 def _unscored(sets: AuditSets, layout: Layout) -> list[str]:
-    """A note on classes that were forgotten but that no test pair shows."""
+    """Return a note on forgotten classes that no test pair shows."""
     if sets.forget.labels is None or sets.forget.classes is None:
         return []
     absent = np.setdiff1d(sets.forget.labels, layout.forget_concepts)
@@ -138,7 +137,7 @@ def _unscored(sets: AuditSets, layout: Layout) -> list[str]:
 
 
 def _few_oracles(count: int, level: float | None) -> list[str]:
-    """What the reader must know about the reference of the scores."""
+    """Return a note on what the scores are compared with, if there are fewer than two oracles."""
     if count == 0:
         known = "unknown" if level is None else f"{level:.3f}"
         return [
@@ -150,8 +149,8 @@ def _few_oracles(count: int, level: float | None) -> list[str]:
     return []
 
 
-def _knowing_oracles(scores: Mapping[str, Scores], layout: Layout) -> list[str]:
-    """Warnings about oracles that name forget images more often than chance, by the lower end of the interval."""
+def _knowing_oracles(scores: Mapping[str, Scores], layout: Layout, warn: bool) -> list[str]:
+    """Warn of oracles whose forget accuracy is above chance (its lower bound is); return the warnings."""
     chance = layout.chance
     found = []
     for model, groups in scores.items():
@@ -161,7 +160,8 @@ def _knowing_oracles(scores: Mapping[str, Scores], layout: Layout) -> list[str]:
                 f"{model} seems to know the concept: it names {100 * value:.0f} % of the forget images, and chance is "
                 f"{100 * chance:.0f} %. An oracle must be trained without the forget pairs."
             )
-            warnings.warn(found[-1], stacklevel=2)
+            if warn:
+                warnings.warn(found[-1], stacklevel=2)
     return found
 
 
@@ -179,7 +179,7 @@ def _tug_of_war(models: Mapping[str, ClipAdapter], views: Mapping[str, View], se
     for name, view in views.items():
         if name == "before":
             continue
-        own = how.of(models[name], models["before"], sets.test)
+        own = how.for_model(models[name], models["before"], sets.test)
         correct = training_correct(models[name], sets, view.features.concepts, own, name)
         correct["test"] = view.correct
         found[name] = {kind: float(hits.mean()) for kind, hits in correct.items()}

@@ -1,4 +1,4 @@
-"""The scores of attacks on copies of the models: what probes, training, prompts and rounding bring back."""
+"""Score what attacks on copies of the models bring back: probes, relearning, soft prompts and rounding."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def check_depth(depth: bool | str) -> None:
 
 @dataclass(frozen=True)
 class Attack:
-    """A piece of work on a copy of a model. key: the model, the attack and its variant. steps: what `run` reports."""
+    """Hold one attack on one model. key: the model, the attack and its variant. steps: of progress."""
 
     key: tuple[Any, ...]
     steps: int
@@ -41,26 +41,26 @@ class Attack:
 def score_depth(
     models: Mapping[str, ClipAdapter], views: Mapping[str, View], sets: AuditSets, how: Encoding, *, full: bool
 ) -> dict[str, dict[str, Estimate]]:
-    """The scores by model and name; the models stay as they are, to the last bit.
+    """Attack copies of the models; return the scores by model and name. The models themselves are not changed.
 
     probe: balanced accuracy of a linear probe, forget against rest, after the block where it is highest ("block");
         "blocks" has all of them. 0.5 is chance.
     relearn@S: share of forget test images named after S steps of training on 16 forget and 112 retain pairs, the mean
         of three draws; relearn_area: the mean over the numbers of steps. With `full` also `relearn_area:KIND` for the
         other kinds of data, its "curve" by steps.
-    prompt_attack: the share with 4 trained soft tokens in front of the caption.
-    quantised_top1@B: the share after rounding all matrices to B bits.
-    See `probing`, `relearning` and `attacks` for how. Classes weigh the same. Ranks share the attacks.
+    prompt_attack: the same with 4 trained soft tokens in the caption.
+    quantised_top1@B: the same after rounding all matrices to B bits.
+    `probing`, `relearning` and `attacks` describe each attack. Classes have equal weight. Ranks share the attacks.
     """
     tests = {
-        name: ForgetTest.of(adapter, sets, views[name].layout, how.of(adapter, models["before"], sets.test))
+        name: ForgetTest.of(adapter, sets, views[name].layout, how.for_model(adapter, models["before"], sets.test))
         for name, adapter in models.items()
     }
     todo = [
         attack
         for name, adapter in models.items()
         for attack in _attacks(
-            name, adapter, views[name], sets, tests[name], how.of(adapter, models["before"], sets.test), full
+            name, adapter, views[name], sets, tests[name], how.for_model(adapter, models["before"], sets.test), full
         )
     ]
     own = todo[how.ranks.rank :: how.ranks.size]
@@ -69,8 +69,10 @@ def score_depth(
         found = {}
         with Steps(sum(attack.steps for attack in own), "attacking", "step", bar=how.progress) as steps:
             for attack in own:
+                before = steps.done
                 with seeded(how.seed):
                     found[attack.key] = attack.run(steps)
+                steps.update(before + attack.steps - steps.done)  # what it did not report itself
         return found
 
     found = {key: result for of_rank in how.ranks.gather_results(work) for key, result in of_rank.items()}
@@ -80,7 +82,7 @@ def score_depth(
 def _attacks(
     name: str, adapter: ClipAdapter, view: View, sets: AuditSets, test: ForgetTest, how: Encoding, full: bool
 ) -> list[Attack]:
-    """All attacks on one model. What they return is combined by `_scores`."""
+    """List the attacks on one model; `_scores` combines what they return."""
     found = [Attack((name, "probe"), 1, partial(_probe, adapter, view, sets, how))]
     for kind, (pairs, shots) in relearning.shot_sources(view, sets, full=full).items():
         for draw in range(relearning.DRAWS):
@@ -93,7 +95,7 @@ def _attacks(
 
 
 def _scores(name: str, found: Mapping[tuple[Any, ...], Any], view: View, test: ForgetTest) -> dict[str, Estimate]:
-    """The estimates of one model from the results of its attacks."""
+    """Turn the results of the attacks on one model into estimates."""
     scores = {"probe": found[name, "probe"]}
     kinds = dict.fromkeys(key[2] for key in found if key[:2] == (name, "relearn"))
     for kind in kinds:
@@ -118,7 +120,6 @@ def _probe(adapter: ClipAdapter, view: View, sets: AuditSets, how: Encoding, ste
     if len(sets.forget) < 2:
         return missing("needs at least two forget training pairs")
     hits, truth = probe_hits(adapter, sets, view.layout, how)
-    steps.update()
     blocks = {
         block: stratified_mean(right, truth.astype(np.int64), seed=how.seed) for block, right in hits.items()
     }  # the mean over forget and rest of the share that is right
@@ -136,6 +137,4 @@ def _relearn(
 
 
 def _quantised(adapter: ClipAdapter, bits: int, test: ForgetTest, how: Encoding, steps: Steps) -> np.ndarray:
-    named = test.named(quantised(adapter, bits), how)
-    steps.update()
-    return named
+    return test.named(quantised(adapter, bits), how)

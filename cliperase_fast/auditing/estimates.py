@@ -1,4 +1,4 @@
-"""Values with 95 % bootstrap intervals.
+"""Estimate values with 95 % bootstrap intervals.
 
 The resampling depends only on the seed and on the sizes of the strata. Two models that are scored on the same pairs
 therefore see the same resamples, and the mean over several models has an interval of its own.
@@ -23,7 +23,7 @@ _COMPARISONS = 2**22  # pairs of a positive and a negative that are resampled on
 
 @dataclass(frozen=True)
 class Estimate:
-    """A score and its bootstrap distribution.
+    """Hold a score and its bootstrap distribution.
 
     value: None where the score does not exist, such as a mean over no pairs.
     draws: float64 [DRAWS], the score of each resample; None where nothing can be resampled.
@@ -36,14 +36,14 @@ class Estimate:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """The 2.5th and the 97.5th percentile of `draws`."""
+        """The 2.5th and 97.5th percentiles of `draws`."""
         if self.value is None or self.draws is None:
             return None
         low, high = np.percentile(self.draws, [2.5, 97.5])
         return float(low), float(high)
 
     def to_dict(self) -> dict[str, Any]:
-        """{"value", "low", "high"} and the notes; None for what does not exist."""
+        """Return {"value", "low", "high"} and the notes; None for what does not exist."""
         low, high = self.interval or (None, None)
         return {"value": self.value, "low": low, "high": high, **self.notes}
 
@@ -52,16 +52,16 @@ MISSING = Estimate(None)
 
 
 def missing(reason: str) -> Estimate:
-    """An estimate that does not exist, with the reason under "reason"."""
+    """Return an estimate without a value, with the reason under "reason"."""
     return Estimate(None, None, {"reason": reason})
 
 
 def stratified_mean(values: np.ndarray, strata: np.ndarray | None = None, *, seed: int = 0) -> Estimate:
-    """The mean over the strata of the mean in each of them, so that every stratum has the same weight.
+    """Average the values within each stratum, then over the strata, so that every stratum has the same weight.
 
     values: [n], numbers or bools. strata: integers [n]; None puts all values in one.
-    The bootstrap resamples within the strata. A single value, or strata of one value each, has no interval. No values,
-    or a value that is not finite, give no estimate.
+    The bootstrap resamples within the strata. A single value, or strata of one value each, has no interval. Without
+    values, or with one that is not finite, the estimate is `MISSING`.
     """
     values = np.asarray(values, dtype=np.float64)
     if len(values) == 0 or not np.isfinite(values).all():
@@ -75,10 +75,10 @@ def stratified_mean(values: np.ndarray, strata: np.ndarray | None = None, *, see
 
 
 def resampled_means(values: np.ndarray, seed: int, stratum: int) -> np.ndarray:
-    """The means of `DRAWS` resamples of float64 `values` [n] with replacement; float64 [DRAWS].
+    """Return the means of `DRAWS` resamples of float64 `values` [n] with replacement; float64 [DRAWS].
 
-    Of more than `LARGEST` values, means are drawn from the normal distribution that they then have: its standard
-    deviation is that of the values over √n.
+    For more than `LARGEST` values, the means are drawn from their limiting normal distribution, whose standard
+    deviation is that of the values divided by √n.
     """
     size = len(values)
     if size > LARGEST:
@@ -89,7 +89,7 @@ def resampled_means(values: np.ndarray, seed: int, stratum: int) -> np.ndarray:
 
 @lru_cache(maxsize=16)
 def resampled_counts(size: int, seed: int, stratum: int) -> np.ndarray:
-    """How often each of `size` values occurs in each resample; float32 [DRAWS, size], read-only."""
+    """Count how often each of `size` values occurs in each resample; float32 [DRAWS, size], read-only."""
     rng = np.random.default_rng([seed, stratum, size])
     chosen = rng.integers(0, size, (DRAWS, size)) + size * np.arange(DRAWS)[:, None]
     counts = np.bincount(chosen.ravel(), minlength=DRAWS * size).reshape(DRAWS, size).astype(np.float32)
@@ -98,7 +98,7 @@ def resampled_counts(size: int, seed: int, stratum: int) -> np.ndarray:
 
 
 def auc_estimate(positives: np.ndarray, negatives: np.ndarray, *, seed: int = 0) -> Estimate:
-    """`metrics.auc`, with both sets resampled.
+    """Estimate `metrics.auc`, resampling both sets.
 
     Above `_COMPARISONS` pairs of a positive and a negative, draws come from the normal distribution with the variance
     of DeLong, DeLong and Clarke-Pearson (Biometrics 44, 1988).
@@ -120,7 +120,7 @@ def auc_estimate(positives: np.ndarray, negatives: np.ndarray, *, seed: int = 0)
 
 
 def _placements(values: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """For each value the share of the others below it, ties counted as half."""
+    """Return for each value the share of the others below it, ties counted as half."""
     ordered = np.sort(others)
     return (np.searchsorted(ordered, values, side="left") + np.searchsorted(ordered, values, side="right")) / (
         2 * len(others)
@@ -128,14 +128,14 @@ def _placements(values: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def _counts_of_any_size(size: int, seed: int, stratum: int) -> np.ndarray:
-    """`resampled_counts`, kept only where it is small."""
+    """Return `resampled_counts`; small ones are cached."""
     return (resampled_counts if size <= LARGEST else resampled_counts.__wrapped__)(size, seed, stratum)
 
 
 def mean_estimate(estimates: Sequence[Estimate]) -> Estimate:
-    """The mean of the estimates that have a value, such as those of several oracles or data sets.
+    """Average the estimates that have a value, such as those of several oracles or data sets.
 
-    Resamples are averaged one by one: all estimates must come from the same seed.
+    Resamples are averaged one by one, so all estimates must come from the same seed.
     """
     known = [estimate for estimate in estimates if estimate.value is not None]
     if not known:

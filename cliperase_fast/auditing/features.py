@@ -1,4 +1,4 @@
-"""The features of one model, computed once: what all scores of `scores.py` need."""
+"""Compute the features of a model that the scores of `scores.py` need, once for all of them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LARGEST_SAMPLE = 2048  # training pairs looked at, of each kind
 
 @dataclass(frozen=True)
 class Encoding:
-    """How models encode.
+    """Hold how models encode.
 
     batch_size: images in a forward pass. precision: arithmetic of the encoders, as in `encode_pairs`.
     seed: of the bootstrap, the augmented views and the attacks. ranks: processes that share the work.
@@ -47,18 +47,18 @@ class Encoding:
     num_workers: int = 0
     cache: PixelCache | None = None
 
-    def of(self, adapter: ClipAdapter, other: ClipAdapter, pairs: PairDataset) -> Encoding:
-        """The same for `adapter`; without the cache if it turns images into other pixels than `other` does."""
+    def for_model(self, adapter: ClipAdapter, other: ClipAdapter, pairs: PairDataset) -> Encoding:
+        """Return a copy for `adapter`, without the cache if it turns images into other pixels than `other` does."""
         return self if shares_transform(adapter, other, pairs) else replace(self, cache=None)
 
 
 def encode_model(
     adapter: ClipAdapter, sets: AuditSets, layout: Layout, wordings: Sequence[Wording], how: Encoding, name: str
 ) -> Features:
-    """Encode everything that is audited.
+    """Encode all pairs of an audit with one model.
 
-    adapter: stands on the device of `how`, in float32. name: of the model, for messages.
-    Raises InputError where a feature is NaN or infinite.
+    adapter: on the device of `how`, in float32. name: of the model, for messages.
+    Raises InputError if a feature is NaN or infinite.
     """
     test = _encode(adapter, sets.test, how, name)
     concepts = test.caption_features if test.class_features is None else test.class_features
@@ -98,16 +98,16 @@ def training_correct(
 
 
 def sample(pairs: PairDataset, seed: int, count: int = LARGEST_SAMPLE) -> PairDataset:
-    """At most `count` of the pairs, drawn by the seed, in their order."""
+    """Return at most `count` of the pairs, drawn with the seed, in their order."""
     if len(pairs) <= count:
         return pairs
     return pairs.subset(np.sort(np.random.default_rng([seed, len(pairs)]).choice(len(pairs), count, replace=False)))
 
 
 def view_cosines(adapter: ClipAdapter, pairs: PairDataset, concepts: Tensor, how: Encoding) -> np.ndarray:
-    """For each image the mean over its `VIEWS` augmented views of the cosine with its own captions; float64 [n].
+    """Return for each image the mean cosine of its `VIEWS` augmented views with its own captions; float64 [n].
 
-    concepts: [K, D], used for data with classes; otherwise the mean over the captions of the image counts.
+    concepts: [K, D], the class captions. Data without classes takes the mean over the captions of the image.
     """
     if pairs.labels is not None:
         own = concepts[torch.as_tensor(np.asarray(pairs.labels), dtype=torch.int64, device="cpu")]  # [n, D]
@@ -138,11 +138,11 @@ def view_cosines(adapter: ClipAdapter, pairs: PairDataset, concepts: Tensor, how
 
 
 def augmented_views(pixels: Tensor, start: int, seed: int) -> Iterator[Tensor]:
-    """`VIEWS` versions of images [B, 3, H, W], number `start` and the following of their set.
+    """Yield `VIEWS` augmented versions of images [B, 3, H, W].
 
     Each view shifts the image by up to a sixteenth of its sides (at least one pixel), repeating the edge, and
-    multiplies its pixels by 0.9 to 1.1. Nothing is mirrored: that may change what an image shows. Drawn by the seed
-    and the number of the image, so that all models see the same views.
+    multiplies its pixels by 0.9 to 1.1. Images are not mirrored, which could change what they show. The draws depend on
+    the seed and the number of the image (`start` is that of the first), so that all models see the same views.
     """
     height, width = pixels.shape[-2:]
     reach = max(1, height // 16), max(1, width // 16)
@@ -157,7 +157,7 @@ def augmented_views(pixels: Tensor, start: int, seed: int) -> Iterator[Tensor]:
 
 
 def pixel_batches(adapter: ClipAdapter, pairs: PairDataset, how: Encoding) -> Iterator[Tensor]:
-    """The images as the model takes them, [B, 3, H, W] on the CPU, in order."""
+    """Yield the images as the model takes them, [B, 3, H, W] on the CPU, in order."""
     for start in range(0, len(pairs), how.batch_size):
         yield pixels_of(adapter, pairs, range(start, min(start + how.batch_size, len(pairs))), how.cache)
 
@@ -165,7 +165,7 @@ def pixel_batches(adapter: ClipAdapter, pairs: PairDataset, how: Encoding) -> It
 def pixels_of(
     adapter: ClipAdapter, pairs: PairDataset, rows: Sequence[int] | np.ndarray, cache: PixelCache | None = None
 ) -> Tensor:
-    """Some images as the model takes them, [B, 3, H, W] on the CPU."""
+    """Return some images as the model takes them, [B, 3, H, W] on the CPU."""
     return torch.stack([_pixels(adapter, pairs, int(row), cache) for row in rows])
 
 
@@ -181,7 +181,7 @@ def _pixels(adapter: ClipAdapter, pairs: PairDataset, row: int, cache: PixelCach
 
 
 def shares_transform(first: ClipAdapter, second: ClipAdapter, pairs: PairDataset) -> bool:
-    """Whether two models turn images into the same pixels: by how their transforms print, and by the first image."""
+    """Return whether two models turn images into the same pixels: whether repr and one image agree."""
     if first.transform is second.transform or isinstance(pairs.image(0), Tensor):
         return True
     if repr(first.transform) != repr(second.transform):
@@ -190,7 +190,7 @@ def shares_transform(first: ClipAdapter, second: ClipAdapter, pairs: PairDataset
 
 
 def encode_captions(adapter: ClipAdapter, captions: Sequence[Any], how: Encoding) -> Tensor:
-    """Text features [n, D] of captions, float32 on the CPU."""
+    """Encode captions; float32 [n, D] on the CPU."""
     tokens = adapter.token_ids(captions)
     with inference(adapter.module, how.device, how.precision):
         return torch.cat([adapter.encode_text(part).float().cpu() for part in tokens.split(how.batch_size)])

@@ -1,4 +1,4 @@
-"""How far an unlearned model is from models that never saw the forget pairs."""
+"""Measure how far an unlearned model is from models that never saw the forget pairs."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ BELOW_BACKGROUND = 0.1
 
 
 def gaps(after: Scores, target: Scores) -> dict[str, float | None]:
-    """|after - target| of every score that both have; "mean" over those of `IN_MEAN`."""
+    """Return |after - target| of every score that both have, and "mean" over those of `IN_MEAN`."""
     first, second = _values(after), _values(target)
     found: dict[str, float | None] = {name: abs(first[name] - second[name]) for name in first if name in second}
     return {**found, "mean": _mean_gap(after, target)}
 
 
 def noise_floor(oracles: Sequence[Scores]) -> tuple[float | None, dict[str, float]]:
-    """What two oracles differ by on average: the mean gap, and the gap of each score. None with fewer than two."""
+    """Return the mean gap between two oracles, and that of each score. None with fewer than two oracles."""
     pairs = list(combinations(oracles, 2))
     means = [mean for first, second in pairs if (mean := _mean_gap(first, second)) is not None]
     by_score: dict[str, list[float]] = {}
@@ -37,7 +37,7 @@ def noise_floor(oracles: Sequence[Scores]) -> tuple[float | None, dict[str, floa
 
 
 def tug_of_war(after: Mapping[str, float], target: Mapping[str, float]) -> float:
-    """Π (1 - |after - target|) over accuracies: 1 where the model behaves like the oracles, 0 at worst.
+    """Return Π (1 - |after - target|) over accuracies: 1 if the model behaves like the oracles, 0 at worst.
 
     after, target: zero-shot accuracy on the forget training pairs, the retain training pairs and the test pairs.
     """
@@ -45,7 +45,7 @@ def tug_of_war(after: Mapping[str, float], target: Mapping[str, float]) -> float
 
 
 def background(before: Scores) -> float | None:
-    """The association of unrelated images and captions in the original: the mean of `image_side` and `text_side`.
+    """Return the mean cosine of unrelated pairs in the original: the mean of `image_side` and `text_side`.
 
     This is the mean over forget images and forget captions of (b_i + b'_j) / 2, with b_i the cosine of the image with
     the mean caption of the other concepts and b'_j that of the caption with the mean other image.
@@ -56,7 +56,7 @@ def background(before: Scores) -> float | None:
 
 
 def over_forgotten_below(oracles: Sequence[Scores], level: float | None) -> float | None:
-    """The association below which not knowing the concept does not explain it, so that a model is over-forgotten.
+    """Return the association below which a model is over-forgotten: not knowing the concept does not explain it.
 
     With oracles: 0.05 below the lowest of them. Without: 0.1 below the background `level` of the original. None where
     neither is known.

@@ -1,4 +1,4 @@
-"""Which image shows which concept, and which of them are to be forgotten: the same for every model of an audit."""
+"""Hold which image shows which concept and which are forget pairs: the same for every model of an audit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cliperase_fast.data import PairDataset
 
 @dataclass(frozen=True)
 class Layout:
-    """The pairs that are scored, without their features.
+    """Describe the pairs that are scored, without their features.
 
     A concept is a class; in data without classes every different caption is a concept of its own.
 
@@ -44,7 +44,7 @@ class Layout:
 
     @classmethod
     def of(cls, pairs: PairDataset, forget: np.ndarray, holdouts: Mapping[str, PairDataset] | None = None) -> Layout:
-        """The layout of some pairs. forget: bool [n]. holdouts: further pairs, by name."""
+        """Return the layout of some pairs. forget: bool [n]. holdouts: further pairs, by name."""
         captions, caption_index = pairs.different_captions()
         images = np.arange(len(pairs))
         image_of = np.repeat(images, [len(rows) for rows in caption_index])
@@ -102,7 +102,7 @@ class Layout:
         return float(np.mean([1 / (self.kinds == self.kinds[label]).sum() for label in self.forget_concepts]))
 
     def pairs_among(self, images: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The (image, concept) pairs of some images (ascending), the images numbered from 0 as they are in `images`."""
+        """Return the (image, concept) pairs of some images (ascending), numbered by their place in `images`."""
         images = np.asarray(images)
         mine = np.isin(self.image_of, images)
         return np.searchsorted(images, self.image_of[mine]), self.concept_of[mine]

@@ -20,7 +20,7 @@ CAPTIONS = 64  # whose token ids are compared
 def load_models(
     before: Any, after: Any, oracle: Any, *, tokenizer: Any, transform: Any, device: torch.device, truncate: bool
 ) -> dict[str, ClipAdapter]:
-    """The models by name, on the device and in float32: the given ones where they are so, else copies."""
+    """Return the models by name, on the device and in float32; a model that is not is copied."""
     given = {"before": before, "after": after}
     if isinstance(oracle, (list, tuple)) and len(oracle) == 0:
         raise InputError("oracle is an empty list: give at least one model, or None")

@@ -1,4 +1,4 @@
-"""What scores are made of: cosines, ranks and areas, from features alone.
+"""Compute cosines, ranks and areas from features, for the scores.
 
 Features are float tensors with rows of unit length. Similarities are formed in blocks of at most `block` values.
 """
@@ -16,7 +16,7 @@ BLOCK = 2**24  # similarities held at once: 64 MiB in float32
 
 
 def own_cosines(images: Tensor, captions: Tensor, image_of: np.ndarray, caption_of: np.ndarray) -> np.ndarray:
-    """The mean cosine of each image with its own captions; float64 [n].
+    """Return the mean cosine of each image with its own captions; float64 [n].
 
     images: [n, D]. captions: [U, D]. image_of, caption_of: int64 [P], the matching pairs; every image has at least one.
     """
@@ -30,7 +30,7 @@ def own_cosines(images: Tensor, captions: Tensor, image_of: np.ndarray, caption_
 
 
 def mean_cosines(queries: Tensor, gallery: Tensor) -> np.ndarray:
-    """The mean cosine of each query with all rows of the gallery; float64 [Q].
+    """Return the mean cosine of each query with all rows of the gallery; float64 [Q].
 
     Exact without a [Q, G] matrix: it is the product of the query with the mean row.
     """
@@ -38,7 +38,7 @@ def mean_cosines(queries: Tensor, gallery: Tensor) -> np.ndarray:
 
 
 def largest_cosines(queries: Tensor, gallery: Tensor, *, block: int = BLOCK) -> np.ndarray:
-    """The cosine of each query with the nearest row of the gallery; float64 [Q]."""
+    """Return the cosine of each query with the nearest row of the gallery; float64 [Q]."""
     step = max(1, block // max(1, len(gallery)))
     parts = [(part @ gallery.T).amax(1) for part in queries.split(step)]
     return torch.cat(parts).double().cpu().numpy() if parts else np.zeros(0)
@@ -53,7 +53,7 @@ def wrong_before_right(
     item_kinds: np.ndarray | None = None,
     block: int = BLOCK,
 ) -> np.ndarray:
-    """For each query, how many items that do not match it score at least as high as its best match; int64 [Q].
+    """Count, for each query, the items that do not match it and score at least as high as its best match; int64 [Q].
 
     queries: [Q, D]. gallery: [G, D]. query_of, item_of: int64 [P], the matching pairs, in any order. item_kinds: int64
     [G]; only items of the kind of a query's matches count. None: all of them.
@@ -67,7 +67,7 @@ def wrong_before_right(
 def first_right(
     queries: Tensor, gallery: Tensor, matches: np.ndarray, counts: np.ndarray, *, block: int = BLOCK
 ) -> np.ndarray:
-    """Reciprocal rank of the best match of each query in resamples of the gallery; float64 [Q, B].
+    """Return the reciprocal rank of each query's best match in resamples of the gallery; float64 [Q, B].
 
     queries: [Q, D]. gallery: [G, D]. matches: bool [Q, G]. counts: [B, G], how often an item is in each resample.
     The rank is 1 + the number of items in the resample that do not match and score at least as high as the best match
@@ -91,7 +91,7 @@ def first_right(
 
 
 def auc(positives: np.ndarray, negatives: np.ndarray) -> float | None:
-    """The probability that a random positive is larger than a random negative, ties counted as half.
+    """Return the probability that a random positive is larger than a random negative, ties counted as half.
 
     None without positives or without negatives.
     """
@@ -104,17 +104,17 @@ def auc(positives: np.ndarray, negatives: np.ndarray) -> float | None:
 
 
 def true_positive_rate(positives: np.ndarray, negatives: np.ndarray, false_positive_rate: float) -> float:
-    """The share of positives above the lowest threshold that at most this share of the negatives exceeds."""
+    """Return the share of positives above the lowest threshold that at most this share of the negatives exceeds."""
     allowed = int(false_positive_rate * len(negatives))
     threshold = np.sort(negatives)[::-1][min(allowed, len(negatives) - 1)]
     return float((positives > threshold).mean())
 
 
 def separability(true: np.ndarray, shuffled: np.ndarray) -> float | None:
-    """How well one threshold on the cosine tells true pairs from shuffled ones: balanced accuracy.
+    """Return the balanced accuracy of telling true pairs from shuffled ones by one threshold on the cosine.
 
-    The threshold with the best balanced accuracy on the pairs of even number is applied to those of odd number, and the
-    other way round; the result is the mean of both. 0.5: not at all. None with fewer than two pairs of either kind.
+    The best threshold for the pairs with even numbers is applied to those with odd numbers, and vice versa; the result
+    is the mean of both. 0.5 is chance. None with fewer than two pairs of either kind.
     """
     if len(true) < 2 or len(shuffled) < 2:
         return None
@@ -127,7 +127,7 @@ def separability(true: np.ndarray, shuffled: np.ndarray) -> float | None:
 
 
 def _best_threshold(true: np.ndarray, shuffled: np.ndarray) -> float:
-    """The middle between two neighbouring values where true >= threshold and shuffled < threshold hold most often."""
+    """Return the midpoint of adjacent values for which true >= threshold and shuffled < threshold hold most often."""
     values = np.unique(np.concatenate([true, shuffled]))
     cuts = np.concatenate([values[:1] - 1, (values[1:] + values[:-1]) / 2, values[-1:] + 1])
     kept = 1 - np.searchsorted(np.sort(true), cuts, side="left") / len(true)

@@ -1,4 +1,4 @@
-"""Whether a linear classifier still finds the forget images inside the image tower."""
+"""Test whether a linear classifier still finds the forget images inside the image tower."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cliperase_fast.models.runtime import inference
 def probe_hits(
     adapter: ClipAdapter, sets: AuditSets, layout: Layout, how: Encoding
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """For each block which test images the probe classifies right, bool [n], and which are forget images, bool [n].
+    """Return for each block which test images the probe classifies correctly, bool [n]; and which are forget images.
 
     The features of an image after a block are the mean over its tokens or positions; "features" are the model's image
     features. scikit-learn's LogisticRegression with balanced class weights is fitted on training images (at most 2,048
@@ -42,7 +42,7 @@ def probe_hits(
 
 
 def fit_probe(train: np.ndarray, is_forget: np.ndarray, test: np.ndarray) -> np.ndarray:
-    """Which rows of `test` a logistic regression on `train` takes for forget images; bool."""
+    """Return which rows of `test` a logistic regression fitted on `train` classifies as forget images; bool."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -52,7 +52,7 @@ def fit_probe(train: np.ndarray, is_forget: np.ndarray, test: np.ndarray) -> np.
 
 
 def pooled_features(adapter: ClipAdapter, pairs: PairDataset, how: Encoding) -> dict[str, np.ndarray]:
-    """Mean-pooled features after every block of the image tower, float64 [n, W], as "block 1", ...; and "features"."""
+    """Return mean-pooled features after each image block as "block 1", ..., and "features"; float64 [n, W]."""
     blocks = adapter.blocks()[0]
     parts: dict[str, list[np.ndarray]] = {}
     with inference(adapter.module, how.device, how.precision):
@@ -67,13 +67,13 @@ def pooled_features(adapter: ClipAdapter, pairs: PairDataset, how: Encoding) -> 
 
 
 def _batch_first(adapter: ClipAdapter) -> bool:
-    """Whether the first dimension of a block's output is the image; open_clip's older towers have the token first."""
+    """Return whether a block's output has the image in its first dimension; some open_clip towers have tokens there."""
     transformer = getattr(getattr(adapter.module, "visual", None), "transformer", None)
     return bool(getattr(transformer, "batch_first", True))
 
 
 def mean_pooled(output: Tensor, images: int, batch_first: bool = True) -> Tensor:
-    """[B, W] of tokens [B, L, W] (or [L, B, W]), of maps [B, C, H, W] or [B, H, W, C], or of vectors [B, W].
+    """Average tokens [B, L, W] (or [L, B, W]) or maps [B, C, H, W] or [B, H, W, C] to [B, W]; vectors stay.
 
     A map's channels are taken to be its last dimension where the two before are equal and the first two are not.
     """
@@ -87,7 +87,7 @@ def mean_pooled(output: Tensor, images: int, batch_first: bool = True) -> Tensor
 
 @contextmanager
 def _outputs(blocks: list[nn.Module]) -> Iterator[dict[int, Tensor]]:
-    """What each block returns in a forward pass inside."""
+    """Collect what each block returns in a forward pass inside the block."""
     found: dict[int, Tensor] = {}
 
     def keep(number: int) -> Any:

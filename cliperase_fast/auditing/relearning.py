@@ -1,4 +1,4 @@
-"""How fast a concept comes back: a copy of the model is trained on a few pairs, with a loop of its own."""
+"""Measure how fast a concept comes back when a copy of the model is trained on a few pairs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DRAWS = 3
 
 @dataclass(frozen=True)
 class Batch:
-    """The pairs of one draw, the same in every step. groups: int64 [B]; equal ids are not negatives of each other."""
+    """Hold the pairs of one draw, used in every step. groups: int64 [B]; equal ids are not negatives of each other."""
 
     pixels: Tensor
     captions: list[tuple[Any, ...]]
@@ -39,7 +39,7 @@ class Batch:
 
 
 def shot_sources(view: View, sets: AuditSets, *, full: bool) -> dict[str, tuple[PairDataset, int]]:
-    """By the kind of data, the pairs to train on again and how many of them are drawn.
+    """Return, by kind of data, the pairs to train on and how many of them are drawn.
 
     Kinds: "16 shots" of the forget training pairs; with `full` also "4 shots", "1 shot", "neighbour" (16 pairs of the
     retain class nearest to the forget concept in the original) and "unrelated" (16 pairs of the retain class farthest
@@ -65,7 +65,7 @@ def draw_batch(
     seed: int,
     cache: PixelCache | None = None,
 ) -> Batch:
-    """`shots` pairs of one set and retain pairs up to `PAIRS` in all, drawn by the seed."""
+    """Draw `shots` pairs of one set, and retain pairs up to `PAIRS` in all."""
     rng = np.random.default_rng([seed, shots])
     first = rng.choice(len(shots_of), min(shots, len(shots_of)), replace=False)
     rest = rng.choice(len(retain), min(PAIRS - len(first), len(retain)), replace=False)
@@ -82,10 +82,11 @@ def draw_batch(
 def relearn(
     adapter: ClipAdapter, batch: Batch, test: ForgetTest, how: Encoding, draw: int, progress: Steps | None = None
 ) -> Mapping[int, np.ndarray]:
-    """Train a copy and ask it after each number of `STEPS` which forget test images it names, bool [m].
+    """Train a copy; return which forget test images it names after each number of steps in `STEPS`, bool [m].
 
-    AdamW at 1e-4 without weight decay on every weight, the CLIP loss with the group mask, the same batch in each step,
-    each image with one of its captions by turns. The model is in evaluation mode: no dropout, batch statistics fixed.
+    AdamW with a learning rate of 1e-4 and no weight decay trains every weight with the CLIP loss and group masks. Each
+    step uses the same images, each with a random one of its captions. The model is in evaluation mode, so there is no
+    dropout and batch statistics are fixed.
     """
     copy = adapter.clone()
     captions = _TokenTable(copy, batch.captions)
@@ -109,7 +110,7 @@ def relearn(
 
 
 def _weights(copy: ClipAdapter, tokens: Tensor) -> list[nn.Parameter]:
-    """All weights of the copy, ready to be trained; of the token embedding those of these token ids [U, L]."""
+    """Return the weights to train: all of the copy's, but of the token embedding only the rows of these ids [U, L]."""
     copy.module.requires_grad_(True)
     for weight in copy.module.parameters():
         weight.grad = None
@@ -118,7 +119,7 @@ def _weights(copy: ClipAdapter, tokens: Tensor) -> list[nn.Parameter]:
 
 
 class _TokenTable:
-    """The token ids of the captions of a batch, each different caption once. tokens: [U, L]."""
+    """Hold the token ids of the captions of a batch, each different caption once. tokens: [U, L]."""
 
     def __init__(self, adapter: ClipAdapter, captions: Sequence[tuple[Any, ...]]) -> None:
         row: dict[Any, int] = {}
@@ -130,7 +131,7 @@ class _TokenTable:
         self.rows = [[row[caption_key(one)] for one in group] for group in captions]
 
     def different(self, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Token ids of each different caption [U', L], and the row of the caption of each pair [B].
+        """Return the token ids of each different caption [U', L], and the row of each pair's caption [B].
 
         chosen: which of its captions each pair takes.
         """

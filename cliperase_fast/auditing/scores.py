@@ -1,4 +1,4 @@
-"""The scores that need features only, each with its exact definition.
+"""Compute the scores that need features only; each function has the exact definition of its score.
 
 A `View` is one model on the audited pairs. Every function returns an `Estimate`, or several by name. All scores lie
 between 0 and 1, but for cosines (-1 to 1) and `worst_class_drop` (-1 to 1). Unless a definition says otherwise, a score
@@ -40,7 +40,7 @@ NO_CLASSES = "the data has no classes"
 
 @dataclass(frozen=True)
 class Variant:
-    """Other captions for concepts.
+    """Hold other captions for concepts.
 
     name: the template or the synonym. concept: the only concept that is renamed, or None for all of them.
     features: [K, D], the captions of all concepts, or [1, D] of the renamed one; rows of unit length.
@@ -53,7 +53,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Features:
-    """What one model makes of the pairs; float32 on the CPU, rows of unit length.
+    """Hold the features of the pairs from one model; float32 on the CPU, rows of unit length.
 
     images: [n, D]. captions: [U, D], every different caption. concepts: [K, D], the mean caption of each class over the
     templates, normalised again; without classes the captions themselves.
@@ -75,7 +75,7 @@ class Features:
 
 @dataclass(frozen=True)
 class View:
-    """One model on the audited pairs. before: the original's features, for scores relative to it."""
+    """Hold one model's view of the audited pairs. before: the original's features, for scores relative to it."""
 
     layout: Layout
     features: Features
@@ -93,12 +93,12 @@ class View:
         return neighbours(self.before.concepts, self.layout)
 
     def mean(self, values: np.ndarray, images: np.ndarray) -> Estimate:
-        """The class-weighted mean of values [m] of some images [m]."""
+        """Return the class-weighted mean of values [m] of some images [m]."""
         return stratified_mean(values, self.layout.strata[images], seed=self.seed)
 
 
 def neighbours(concepts: Tensor, layout: Layout, count: int = NEIGHBOURS) -> np.ndarray:
-    """The other concepts with the largest cosine to any forget concept, nearest first; int64, at most `count`."""
+    """Return at most `count` other concepts with the largest cosine to any forget concept, nearest first; int64."""
     nearness = metrics.largest_cosines(concepts[layout.other_concepts], concepts[layout.forget_concepts])
     return layout.other_concepts[np.argsort(-nearness, kind="stable")[:count]]
 
@@ -388,10 +388,10 @@ def association_separability(view: View) -> Estimate:
 
 
 def membership(view: View) -> dict[str, Estimate]:
-    """Whether forget training pairs can be told from forget test pairs by the cosine of image and own captions.
+    """Telling forget training pairs from forget test pairs by the cosine of image and own captions.
 
     The cosine is the mean over 4 augmented views of the image (see `augmented_views`).
-    membership: area under the ROC curve, training pairs being the positives; 0.5: not at all.
+    membership: area under the ROC curve, training pairs being the positives; 0.5 is chance.
     membership_tpr@1%: the share of training pairs found at 1 % false positives; None with fewer than 1,000 test pairs.
     """
     training, test = view.features.training_cosines, view.features.test_cosines
@@ -404,12 +404,11 @@ def membership(view: View) -> dict[str, Estimate]:
 
 
 def unusual(view: View) -> Estimate:
-    """How unusual forget images look beside images of concepts that were never trained (the `other` data sets).
+    """Area under the ROC curve of telling forget images from images of concepts that were never trained (`other`).
 
-    The probability that a forget image has a lower highest cosine, over the captions of all concepts, than a
-    never-trained one: the area under the ROC curve of minus the highest cosine, forget images being the positives. 0.5:
-    they look like images of unknown concepts; near 0: still familiar; near 1: marked by the unlearning. None without
-    other data sets.
+    An image's score is minus its highest cosine with the captions of all concepts, and forget images are the positives.
+    0.5: forget images look like images of unknown concepts; near 0: they are still familiar; near 1: unlearning has
+    marked them. None without other data sets.
     """
     features = view.features
     if not features.other:
@@ -420,14 +419,16 @@ def unusual(view: View) -> Estimate:
 
 
 def _own(view: View, images: np.ndarray) -> np.ndarray:
-    """The mean cosine of each of these images with its own concepts' captions; float64."""
+    """Return the mean cosine of each of these images with its own concepts' captions; float64."""
     pairs = view.layout.pairs_among(images)
     return metrics.own_cosines(view.features.images[images], view.features.concepts, *pairs)
 
 
 def _correct(layout: Layout, images: Tensor, concepts: Tensor, members: np.ndarray | None = None) -> np.ndarray:
-    """Whether each image is nearer to its concept than to all others of its kind. members: which images of the layout
-    these are, ascending; None for all."""
+    """Return whether each image is nearer to its concept than to all others of its kind.
+
+    members: which images of the layout these are, ascending; None for all.
+    """
     pairs = (layout.image_of, layout.concept_of) if members is None else layout.pairs_among(members)
     return metrics.wrong_before_right(images, concepts, *pairs, item_kinds=layout.kinds) == 0
 
@@ -454,7 +455,7 @@ GROUPS: dict[str, tuple[Score, ...]] = {
 
 
 def score_features(view: View) -> dict[str, dict[str, Estimate]]:
-    """Every score that needs features only, by group and name."""
+    """Compute every score that needs features only, by group and name."""
     groups: dict[str, dict[str, Estimate]] = {}
     for group, functions in GROUPS.items():
         found = groups[group] = {}

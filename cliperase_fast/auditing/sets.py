@@ -1,4 +1,4 @@
-"""The pairs that are audited: opened from what the caller names, read and checked."""
+"""Open, read and check the pairs that are audited."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HOLDOUTS = ("association", "identity")
 
 @dataclass(frozen=True)
 class AuditSets:
-    """The pairs of an audit, training and test pairs in one class space.
+    """Hold the pairs of an audit, training and test pairs in one class space.
 
     forget, retain: training pairs. test: forget pairs, then retain pairs; forget_mask: bool [n], which are which.
     other, holdouts: further data, scored by itself. names: of the sets, for the result.
@@ -78,7 +78,7 @@ class AuditSets:
 
 @dataclass(frozen=True)
 class OpenedSets:
-    """The pairs as the caller named them, before any image is read."""
+    """Hold the pairs as the caller named them, before any image is read."""
 
     pairs: PairSets
     other: Mapping[str, PairDataset]
@@ -153,7 +153,7 @@ def read_sets(
 
 
 def held_out_notes(fraction: float, forget_pairs: int) -> list[str]:
-    """Notes on test pairs that were held out, as the data has no test split. forget_pairs: for training."""
+    """Return notes on test pairs held out of data without a test split. forget_pairs: the number left for training."""
     notes = [
         f"The data has no test split, so {fraction:.0%} of the pairs are scored. The original may have been trained on "
         "them."
@@ -195,7 +195,7 @@ def _some(pairs: PairDataset, name: str) -> PairDataset:
 
 
 def _names(pairs: PairDataset) -> set[str]:
-    """The classes that the pairs show and their captions, in a form that can be compared."""
+    """Return the classes that the pairs show and their captions, in a form that can be compared."""
     shown = {one for group in pairs.captions for one in group if isinstance(one, str)}
     if pairs.classes is not None and pairs.labels is not None:
         shown |= {pairs.classes[label] for label in np.unique(pairs.labels)}

@@ -1,4 +1,4 @@
-"""What the scores say, in plain words, a sentence or two for each group."""
+"""Say what the scores mean in plain words, a sentence or two for each group."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Table = Mapping[str, Mapping[str, Mapping[str, Any]]]  # group, score, {"value",
 def verdicts(
     scores: Mapping[str, Table], gap: Mapping[str, Any] | None, level: float | None, over: bool | None
 ) -> dict[str, str]:
-    """By group: "forgetting", "collateral", "depth", and "gap" where there are oracles.
+    """Return the verdicts by group: "forgetting", "collateral", "depth", and "gap" if there are oracles.
 
     scores: by model. level: the background level of the original. over: whether the result is over-forgotten.
     """
@@ -85,7 +85,7 @@ def _depth(scores: Mapping[str, Table]) -> str:
 
 
 def _relearned(depth: Mapping[str, Mapping[str, Any]]) -> str:
-    """After how many steps half of the forget images are named."""
+    """Say after how many steps half of the forget images are named."""
     curve = {int(name.partition("@")[2]): found["value"] for name, found in depth.items() if name[:8] == "relearn@"}
     steps = [step for step, value in sorted(curve.items()) if value is not None and value >= 0.5]
     if not steps:

@@ -1,4 +1,4 @@
-"""Other names for concepts: templates and synonyms, given by the caller or from small lists for the bundled data."""
+"""Name concepts in other words: templates and synonyms, given by the caller or from small built-in lists."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ _SHAPES = {
 
 @dataclass(frozen=True)
 class Wording:
-    """Captions of a variant: `captions` of concept number `concept`, or for each class in turn where it is None."""
+    """Hold the captions of a variant: of concept number `concept`, or of each class in turn if it is None."""
 
     name: str
     concept: int | None
@@ -84,7 +84,7 @@ class Wording:
 
 
 def known_synonyms(name: str) -> tuple[str, ...]:
-    """Synonyms, plurals and hypernyms of a class of the digits, the shapes or CIFAR-10; empty for other names."""
+    """Return synonyms, plurals and hypernyms of a class of the digits, the shapes or CIFAR-10; none for other names."""
     plain = folded(readable(name))
     if plain in _DIGITS or plain in _CIFAR10:
         return (_DIGITS | _CIFAR10)[plain]
@@ -95,7 +95,7 @@ def known_synonyms(name: str) -> tuple[str, ...]:
 
 
 def check_synonyms(synonyms: Mapping[str, Sequence[str]] | None, pairs: PairDataset) -> dict[int, tuple[str, ...]]:
-    """By number of the class, its other names. Raises `InputError` for names that are not classes of `pairs`."""
+    """Return other names by the number of the class. Raises `InputError` for names that are not classes of `pairs`."""
     if synonyms is None:
         return {number: known_synonyms(name) for number, name in enumerate(pairs.classes or ())}
     if pairs.classes is None:
@@ -119,7 +119,7 @@ def wordings(
     synonyms: Mapping[int, Sequence[str]],
     templates: Sequence[str],
 ) -> Iterator[Wording]:
-    """The variants under which forget classes are asked for.
+    """Yield the variants of the forget classes' captions.
 
     Each template renames all classes; data with `ClassSpace.paraphrases` has these in place of the built-in templates.
     Each synonym stands in the place of the class's name in the captions that the class has; where none of them holds
