@@ -344,7 +344,7 @@ FOUR = cfd.Ranks(0, 4, 0, object())  # type: ignore[arg-type]  # a group that no
 )
 def test_a_deepspeed_configuration_that_contradicts_ours_is_refused_by_its_key(given, text):
     with pytest.raises(InputError) as error:
-        read_deepspeed({"zero_optimization": {"stage": 2}, **given}, UnlearnConfig(), FOUR)
+        read_deepspeed({"zero_optimization": {"stage": 2}, **given}, UnlearnConfig(batch_size=16), FOUR)
     assert text in str(error.value)
 
 
@@ -355,7 +355,9 @@ def test_a_deepspeed_configuration_that_agrees_passes_with_its_other_keys(tmp_pa
         "zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}, "bf16": {"enabled": True},
     }  # fmt: skip
     (tmp_path / "ds.json").write_text(json.dumps(given))
-    config = UnlearnConfig(optimizer="adamw", precision="bf16", grad_clip=1.0)
+    config = UnlearnConfig(
+        optimizer="adamw", precision="bf16", grad_clip=1.0, batch_size=16, learning_rate=1e-6, epochs=1
+    )
     found = read_deepspeed(str(tmp_path / "ds.json"), config, FOUR)
     assert found["zero_optimization"] == given["zero_optimization"]
     assert found["bf16"]["enabled"] and found["gradient_clipping"] == 1.0 and "optimizer" not in found
