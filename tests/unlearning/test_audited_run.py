@@ -4,12 +4,16 @@ import copy
 import json
 import os
 import signal
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from processes import context
 from safetensors.torch import load_file
 from tiny import QUICK, make_pairs, make_tiny_clip, split_pairs
+from transformers import CLIPModel
 
 import cliperase_fast as cf
 from cliperase_fast import InputError, UnlearningError
@@ -17,6 +21,9 @@ from cliperase_fast.auditing import Audit
 from cliperase_fast.models import load_model
 from cliperase_fast.report import audit_advice
 from cliperase_fast.unlearning import auditing
+
+sys.path.append(str(Path(__file__).parents[1] / "models"))
+from tiny_models import tiny_clip
 
 PAIRS = split_pairs(make_pairs(), "red")
 TEST = split_pairs(make_pairs(seed=5), "red")
@@ -230,3 +237,14 @@ def test_a_finished_run_can_be_audited_later_and_a_result_without_audit_keeps_no
     assert "No audit was made" not in (tmp_path / "copy" / "model" / "README.md").read_text()
     run(output_dir=output, resume=True, audit=False)
     assert not (output / "audit.json").exists() and not (output / "audit.html").exists()
+
+
+def test_a_transformers_model_with_a_card_loads_in_its_library(tmp_path):
+    pairs = [(torch.full((3, 16, 16), i % 3 - 1.0) + i / 50, torch.tensor([8, 1 + i % 3, 9])) for i in range(36)]
+    forget, retain = [p for p in pairs if p[1][1] == 1], [p for p in pairs if p[1][1] != 1]
+    result = cf.unlearn(tiny_clip(), forget, retain, output_dir=tmp_path / "run", **{**QUICK, "audit": True})
+    card = ModelCard.load(tmp_path / "run" / "model" / "README.md")
+    assert card.data.library_name == "transformers"
+    loaded, ours = CLIPModel.from_pretrained(tmp_path / "run" / "model").state_dict(), result.model.state_dict()
+    assert all(torch.equal(loaded[name], ours[name]) for name in ours)
+    assert result.audit.scores["after"]["forgetting"]["association"]["value"] is not None
