@@ -35,6 +35,7 @@ def unlearn(arguments: argparse.Namespace) -> int:
         retain,
         test=arguments.test_data,
         validation=arguments.validation_data,
+        oracle=arguments.oracle,
         teacher=arguments.teacher,
         config=config,
         output_dir=arguments.output,

@@ -130,6 +130,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="where to choose the learning rate and the checkpoint (default: a share val_fraction of the pairs)",
     )
     unlearn.add_argument("--teacher", metavar="MODEL", help="stay consistent with this model (default: --model itself)")
+    _add_oracle(unlearn, "with --audit: ")
     unlearn.add_argument("--output", required=True, metavar="DIR", help="the run directory")
     unlearn.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
     unlearn.add_argument("--config", metavar="FILE", help="YAML or JSON with settings; flags win over it")
@@ -235,17 +236,21 @@ def _add_encoding(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="default: fp32")
 
 
+def _add_oracle(parser: argparse.ArgumentParser, when: str) -> None:
+    parser.add_argument(
+        "--oracle",
+        action="append",
+        metavar="MODEL",
+        help=f"{when}a model trained like the original without the forget pairs; repeat it, three or more are best",
+    )
+
+
 def _add_audit(subparsers: Any) -> None:
     audit = _command(subparsers, "audit", "what unlearning left behind, and what it damaged", commands.audit)
     audit.usage = "cliperase-fast audit --before MODEL --after MODEL --data SOURCE --forget SELECTOR [--output DIR] ..."
     audit.add_argument("--before", required=True, metavar="MODEL", help=f"the original: {_MODEL}")
     audit.add_argument("--after", required=True, metavar="MODEL", help="the unlearned model")
-    audit.add_argument(
-        "--oracle",
-        action="append",
-        metavar="MODEL",
-        help="a model trained like the original without the forget pairs; repeat it, three or more are best",
-    )
+    _add_oracle(audit, "")
     audit.add_argument("--data", required=True, metavar="SOURCE", help="where the pairs come from, see below")
     audit.add_argument("--forget", required=True, metavar="SELECTOR", help="which of them were forgotten, see below")
     audit.add_argument("--retain", default="rest", metavar="SELECTOR", help="which were kept (default: all others)")

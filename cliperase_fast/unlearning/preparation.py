@@ -162,7 +162,7 @@ def _check_settings(
     ranks = runtime.ranks
     method.check_inputs(inputs.teacher)
     if inputs.oracle is not None and not settings.audit:
-        raise InputError("oracle= is for the audit: pass audit=True too, or leave it out")
+        raise InputError("oracle= is for the audit: pass audit=True (--audit) too, or leave it out")
     require_logger(settings.logger, directory.path)
     probe = torch.empty(1, 1, dtype=torch.float32, device=runtime.device)
     choose(settings.backend, probe, probe)  # a missing backend is an error now, not in the first step

@@ -73,15 +73,19 @@ def test_unlearn_then_evaluate(tmp_path, model, data, capsys):
     assert call(*words, "--resume") == 0
 
 
+@pytest.mark.filterwarnings("ignore:oracle 1 seems to know")
 def test_an_audited_run_names_its_audit(tmp_path, model, data, capsys):
     output = tmp_path / "run"
     words = ["unlearn", "--model", model, "--data", data, "--forget", "class:red", "--output", output, *QUICK]
-    assert call(*words, "--audit", "--no-report") == 0
+    assert call(*words, "--oracle", model) == 2
+    assert "--audit" in capsys.readouterr().err
+    assert call(*words, "--audit", "--oracle", model, "--no-report") == 0
     told = capsys.readouterr().out
     content = json.loads((output / "audit.json").read_text())
     assert f"audit    {output / 'audit.json'}" in told.splitlines()
     assert content["verdicts"]["forgetting"] in told
     assert content["data"]["concepts"] == ["red"]
+    assert content["scores"]["oracle 1"] == content["scores"]["before"]
 
 
 def test_the_command_in_the_card_gives_the_audit_of_the_run(tmp_path, model, data, capsys):
