@@ -50,6 +50,7 @@ def measure(batch: int, chunk: int) -> dict[str, Any]:
         batch_size=batch,
         grad_cache_chunk=chunk,
         epochs=1,
+        learning_rate=1e-6,
         report=False,
         progress=False,
     )

@@ -252,8 +252,15 @@ def _advice(result: Mapping[str, Any], forgotten: bool, kept: bool) -> str:
     """Advise what to change after a run that is not good."""
     config = result.get("config") or {}
 
+    recipe = result.get("recipe") or {}
+    found = {"learning_rate": ("learning_rate", ""), "epochs": ("steps", " steps")}
+
     def now(name: str) -> str:
         value = number(config.get(name))
+        if config.get(name) == "auto" and name in found:
+            key, unit = found[name]
+            value = number(recipe.get(key))
+            return name if value is None else f"{name} (found: {value:.3g}{unit})"
         return name if value is None else f"{name} (now {value:g})"
 
     if config.get("method", "cliperase") != "cliperase":

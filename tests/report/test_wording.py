@@ -135,3 +135,10 @@ def test_nan_counts_as_missing():
     result = sample_result()
     result["after"]["forget"]["zero_shot_top1"] = float("nan")
     assert before_after(result, "forget", METRICS["zero_shot_top1"]) is None
+
+
+def test_advice_names_the_rate_and_the_steps_that_the_run_found():
+    result = sample_result((0.98, 0.0), (0.97, 0.92))
+    result["config"].update(learning_rate="auto", epochs="auto")
+    result["recipe"] = {"learning_rate": 3.16228e-05, "steps": 60}
+    assert "Lower learning_rate (found: 3.16e-05) or epochs (found: 60 steps)" in verdict(result).advice
