@@ -94,7 +94,7 @@ def personas_table(records: Mapping[str, Record]) -> Table:
 def references_table(records: Mapping[str, Record]) -> Table:
     """The reference values of the digits beside the measured ones."""
     rows = []
-    for row in records["digits"]["references"]:
+    for row in records.get("digits", {"references": ()})["references"]:
         each = ", ".join(f"{value:.2f}" for value in row.get("each", ()))
         said = "yes" if row["within"] else "**no**"
         rows.append(

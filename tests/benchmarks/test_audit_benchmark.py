@@ -91,6 +91,7 @@ def test_personas_are_forgotten_in_three_sets_by_two_methods(monkeypatch, tmp_pa
     assert rows[0][1] == "0.840" and rows[-1][1] == "0.010 (-0.040 to 0.060)" and rows[0][2] == ""
     assert audit_report.methods({"personas": record}) == ["cliperase", "gradient_ascent"]
     assert audit_report.personas_table({"digits": record})[1] == []
+    assert audit_report.references_table({"personas": record})[1] == []
 
 
 def test_an_unlearned_model_that_is_there_is_resumed(tmp_path, calls):
