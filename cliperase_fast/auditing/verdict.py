@@ -81,7 +81,7 @@ def _depth(scores: Mapping[str, Table]) -> str:
             f"Forget training pairs are told from unseen ones with an area of {after['membership']['value']:.2f} (0.50 "
             "is chance)."
         )
-    return " ".join(parts) or "Not measured: pass depth=True."
+    return " ".join(parts) or "Attacks on the model were not tried (depth=True, --depth)."
 
 
 def _relearned(depth: Mapping[str, Mapping[str, Any]]) -> str:
