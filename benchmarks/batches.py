@@ -9,7 +9,8 @@ Two kinds of data:
 The teacher's features are the student's, perturbed: a model that has begun to unlearn. The forget batch has N/8 pairs.
 
 Losses: "cliperase" is RM + 3 FM + 3 CM (retention, forgetting, consistency); "clip" RM alone, the contrastive loss of
-CLIP; "siglip" the sigmoid loss of SigLIP (arXiv 2303.15343), with a bias that makes pairs likely and siblings unlikely.
+CLIP; "siglip" the sigmoid loss of SigLIP (arXiv 2303.15343), with a bias that makes pairs likely and siblings unlikely;
+"calibrated" the loss of calibrated forgetting with its default weights, of N pairs of which the first N/8 are to go.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from cliperase_fast.contrastive import sigmoid_loss
 SCALE = {"peaked": 100.0, "random": 14.0}
 DATA = tuple(SCALE)
 BIAS = {"peaked": -27.0, "random": -10.0}  # of the sigmoid loss: between pairs and siblings; SigLIP's at its start
-LOSSES = ("cliperase", "clip", "siglip")
+LOSSES = ("cliperase", "clip", "siglip", "calibrated")
 WEIGHTS = (1.0, 3.0, 3.0)  # of RM, FM and CM: the paper's
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -55,7 +56,7 @@ class Case:
     @property
     def products(self) -> int:
         """Products of 2 N² D FLOP that no method without an N x N matrix can avoid: the floor."""
-        return {"cliperase": 6, "clip": 4, "siglip": 3}[self.loss]
+        return {"cliperase": 6, "clip": 4, "siglip": 3, "calibrated": 6}[self.loss]
 
     @property
     def forward_products(self) -> int:
@@ -63,7 +64,7 @@ class Case:
 
         The sigmoid loss needs no sum over a row before its gradient, so nothing has to be formed again.
         """
-        return 2 if self.loss == "cliperase" else 1
+        return 2 if self.loss in ("cliperase", "calibrated") else 1
 
     @property
     def flop(self) -> float:
@@ -126,14 +127,19 @@ def make_batch(case: Case, device: str, seed: int = 0) -> Batch:
 
     scale = torch.tensor(SCALE[data], device=device, dtype=torch.promote_types(dtype, torch.float32))
     image, text = pairs(case.n)
-    if case.loss != "cliperase":
+    if case.loss not in ("cliperase", "calibrated"):
         bias = torch.full_like(scale, BIAS[data]).requires_grad_() if case.loss == "siglip" else None
         return Batch(rounded(image), rounded(text), scale.requires_grad_(), bias=bias)
     teacher = [F.normalize(torch.add(own, noise(case.n), alpha=_DRIFT), dim=1).to(dtype) for own in (image, text)]
-    forget = pairs(max(1, case.n // 8))
-    return Batch(
-        rounded(image), rounded(text), scale.clone().requires_grad_(), *teacher, scale, *map(rounded, forget)
-    )  # fmt: skip
+    student = rounded(image), rounded(text), scale.clone().requires_grad_()
+    if case.loss == "calibrated":
+        return Batch(*student, *teacher, scale)
+    return Batch(*student, *teacher, scale, *map(rounded, pairs(forgotten(case.n))))
+
+
+def forgotten(n: int) -> int:
+    """Return how many pairs are forgotten: of a batch of their own, or the first ones of a joint batch."""
+    return max(1, n // 8)
 
 
 def gradients(loss: Loss, batch: Batch) -> tuple[Tensor, dict[str, Tensor | None]]:
@@ -178,7 +184,11 @@ def sigmoid_formula(*fields: Tensor | None) -> Tensor:
 
 
 def functional_loss(backend: str, **options: str) -> Loss:
-    """The public function of this package for a batch: `sigmoid_loss` with a bias, `clip_loss`, `cliperase_loss`."""
+    """The public function of this package for a batch.
+
+    It is `sigmoid_loss` with a bias, `clip_loss` without a teacher, `calibrated_loss` without a batch of forget pairs,
+    and `cliperase_loss`.
+    """
     retain, forget, consistency = WEIGHTS
 
     def loss(*fields: Tensor | None) -> Tensor:
@@ -187,6 +197,12 @@ def functional_loss(backend: str, **options: str) -> Loss:
             return sigmoid_loss(b.image, b.text, b.scale, b.bias, backend=backend)
         if b.teacher_image is None:
             return functional.clip_loss(b.image, b.text, b.scale, backend=backend, **options)
+        if b.forget_image is None:
+            mask = torch.arange(len(b.image), device=b.image.device) < forgotten(len(b.image))
+            return functional.calibrated_loss(
+                b.image, b.text, b.teacher_image, b.teacher_text, b.scale, b.teacher_scale, forget_mask=mask,
+                backend=backend, **options,
+            ).total  # fmt: skip
         return functional.cliperase_loss(
             b.forget_image, b.forget_text, b.image, b.text, b.teacher_image, b.teacher_text, b.scale, b.teacher_scale,
             lambda_retain=retain, lambda_forget=forget, lambda_consistency=consistency, backend=backend, **options,

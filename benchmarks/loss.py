@@ -8,8 +8,9 @@
     cliperase-fast bench loss --gpu-check                   the set of sizes for one GPU, in under five minutes
 
 Timed are one call of the loss ("forward") and torch.autograd.grad of it ("backward"). All providers get the same inputs
-and take turns in rounds. Losses: cliperase is RM + 3 FM + 3 CM (retention, forgetting, consistency), clip is RM, and
-siglip is the sigmoid loss.
+and take turns in rounds. Losses: cliperase is RM + 3 FM + 3 CM (retention, forgetting, consistency), clip is RM, siglip
+is the sigmoid loss, and calibrated is calibrated forgetting. Beside the last, ours-cliperase measures cliperase_loss on
+as many rows, and the table says how their times compare.
 
 Before the timing, each provider's loss and gradients are compared with float64 on 512 pairs of the same kind of data; a
 provider that fails this check is not timed. "floor" is 6 products (clip: 4, siglip: 3) of 2 N² D FLOP, measured in the

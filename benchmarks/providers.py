@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cliperase_fast.ops.registry import REGISTRY
+from cliperase_fast.ops.registry import REGISTRY, Backend
 
 from .batches import (
     CHECK_ROWS,
@@ -53,6 +53,11 @@ class Provider:
     adds_entropy: bool = False
     scale_gradient: bool = True
     note: str = ""
+    instead: str | None = None  # another loss, on as many rows, which is measured for comparison
+
+    def own_case(self, case: Case) -> Case:
+        """Return the case that it computes when asked for this one."""
+        return case if self.instead is None else replace(case, loss=self.instead)
 
     @property
     def ours(self) -> bool:
@@ -84,7 +89,7 @@ def _needs(devices: Collection[str]) -> str:
 
 def check(provider: Provider, case: Case, device: str) -> tuple[float, str | None]:
     """(worst relative error, what is wrong if it is too large) against float64, on a smaller batch of the same kind."""
-    small = replace(case, n=min(case.n, CHECK_ROWS))
+    small = provider.own_case(replace(case, n=min(case.n, CHECK_ROWS)))
     batch = make_batch(small, device, seed=1)
     found = errors(provider.make(small), batch, truth(batch), provider.adds_entropy, provider.scale_gradient)
     worst = max(found, key=lambda name: found[name] if found[name] == found[name] else float("inf"))
@@ -118,13 +123,14 @@ def default_names(loss: str) -> list[str]:
 
 
 def _own() -> list[Provider]:
-    providers = [
-        _ours("auto", "", {}, None, "what users get: the backend and keep= are chosen by device, size and width")
-    ]
+    chosen = "the backend and keep= are chosen by device, size and width"
+    cliperase = _ours("cliperase", "", {}, None, "cliperase_loss of as many retain pairs", ("calibrated",), "auto")
+    providers = [_ours("auto", "", {}, None, f"what users get: {chosen}"), replace(cliperase, instead="cliperase")]
     for name, backend in REGISTRY.items():
         if backend.keeps:
             providers += [
-                _ours(name, f"-keep-{keep}", {"keep": keep}, name, note, _SWEPT) for keep, note in _KEEPING.items()
+                _ours(name, f"-keep-{keep}", {"keep": keep}, name, note, _swept(backend))
+                for keep, note in _KEEPING.items()
             ]
             sigmoid = _ours(name, "", {}, name, "gradients are formed in the forward pass", ("siglip",))
             only = backend.loss_devices.get("sigmoid")
@@ -135,7 +141,11 @@ def _own() -> list[Provider]:
     return providers
 
 
-_SWEPT = ("cliperase", "clip")  # where `keep` makes a difference
+def _swept(backend: Backend) -> tuple[str, ...]:
+    """Return the losses of a backend for which `keep` makes a difference."""
+    return (
+        ("cliperase", "clip", "calibrated") if backend.loss_devices.get("calibrated") != () else ("cliperase", "clip")
+    )
 
 
 _KEEPING = {
@@ -151,10 +161,11 @@ def _ours(
     registered: str | None,
     note: str,
     losses: tuple[str, ...] = LOSSES,
+    asked: str | None = None,
 ) -> Provider:
     return Provider(
         f"ours-{backend}{suffix}",
-        lambda case: functional_loss(backend, **options),
+        lambda case: functional_loss(asked or backend, **options),
         losses=losses,
         # In Triton's interpreter a time says nothing.
         devices=("cuda",) if backend == "triton" else ("cpu", "cuda"),
@@ -234,7 +245,9 @@ def _open_clip() -> list[Provider]:
         ("open_clip-style", _open_clip_style, None),
     ):
         note = "holds N x N matrices; CM plus the teacher's entropies, a constant; FM is added here"
-        common: dict[str, Any] = {"package": package, "adds_entropy": True, "matrices": 4}
+        common: dict[str, Any] = {
+            "package": package, "adds_entropy": True, "matrices": 4, "losses": ("cliperase", "clip", "siglip"),
+        }  # fmt: skip
         made.append(Provider(name, make, note=note, **common))
         compiled = f"torch.compile, for each shape by itself; {note}"
         made.append(Provider(f"{name}-compiled", _compiled(make), note=compiled, **common))

@@ -113,7 +113,10 @@ class Runner:
     def _warm_up(self, provider: Provider, case: Case, batch: Batch, row: dict[str, Any]) -> tuple[Step, float]:
         """Steps that are not counted; the first compiles and allocates, the second shows how long one takes."""
         began = time.perf_counter()
-        step = loss_step(provider.make(case), batch, self._clock)
+        own = provider.own_case(case)
+        step = loss_step(
+            provider.make(own), batch if own == case else make_batch(own, self.settings.device), self._clock
+        )
         if self.settings.device == "cuda":
             _, first = self._peak.measure(provider.name, step)
             times, second = self._peak.measure(provider.name, step)

@@ -196,14 +196,17 @@ def test_strides_do_not_matter(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_order_of_the_pairs_does_not_matter(backend):
-    b = batch(11)
-    order = torch.randperm(11, generator=torch.Generator().manual_seed(0))
-    mixed = {name: v[order] if isinstance(v, torch.Tensor) and v.ndim else v for name, v in b.items()}
-    found, expected = step(mixed, backend=backend), step(b, backend=backend)
-    for name in ("d image_features", "d text_features"):
-        expected[name] = expected[name][order]
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+@pytest.mark.parametrize("groups", [True, False], ids=["groups", "no groups"])
+def test_order_of_the_pairs_does_not_matter(backend, groups):
+    b = batch(11, groups=groups)
+    whole = step(b, backend=backend)
+    mixed = torch.randperm(11, generator=torch.Generator().manual_seed(0))
+    # any order, forget pairs first, forget pairs last, forget pairs in one piece between the others
+    last = torch.argsort(b["forget_mask"], stable=True)
+    for order in (mixed, last.flip(0), last, last.roll(-2)):
+        ordered = {name: v[order] if isinstance(v, torch.Tensor) and v.ndim else v for name, v in b.items()}
+        expected = {name: v[order] if v.ndim else v for name, v in whole.items()}
+        torch.testing.assert_close(step(ordered, backend=backend), expected, rtol=1e-10, atol=1e-12)
 
 
 def test_eager_has_second_derivatives_and_the_others_refuse_them():

@@ -83,10 +83,9 @@ class _Sweep(torch.autograd.Function):
             caches = Caches(kernels, cache)
             image = of_rows.new_zeros(local.image.shape if need.image else (0,))
             scale = of_rows.new_zeros(())
-            texts = []
+            texts = of_rows.new_empty(local.text.shape if need.text else (0,))
             for kind in KINDS:
                 home = _TextGradient(parts[kind], of_rows, local.text.shape[1])
-                text = image
                 for some in _columns(parts, pairs, kind, gathered):
                     home.receive(len(some.text))
                     text, of_scale = sweep_backward(
@@ -95,12 +94,13 @@ class _Sweep(torch.autograd.Function):
                     scale = scale + of_scale
                     if need.text:
                         home.add(text)
-                texts.append(home.arrive() if need.text else text)
+                if need.text:
+                    texts[pairs.rows(kind)] = home.arrive()
             scale = (scale / pairs.scale.to(scale.dtype)).to(local.scale.dtype)
         return (
             None, None, None,
             pairs.unsorted(image, local.image.dtype) if need.image else None,
-            pairs.unsorted(torch.cat(texts), local.text.dtype) if need.text else None,
+            pairs.unsorted(texts, local.text.dtype) if need.text else None,
             scale if need.scale else None,
         )  # fmt: skip
 
@@ -147,7 +147,7 @@ def _cache_size(kernels: CalibratedKernels, parts: Parts, local: CalibratedInput
     text, teacher_text = (
         features.new_empty(columns, features.shape[1], device="meta") for features in (local.text, local.teacher_text)
     )
-    return kernels.cache_size(
+    return kernels.blocks_cache_size(
         SimilarityInputs(local.image, text, local.scale, local.teacher_image, teacher_text, local.teacher_scale,
                          keep=local.keep)
     )  # fmt: skip
@@ -164,16 +164,15 @@ def _finish(parts: Parts, pairs: SortedPairs, stats: JointStats) -> tuple[Tensor
         stats.shift = stats.rows.new_zeros(())
     found = torch.cat((stats.columns, stats.retention_columns, stats.shift.expand(1, stats.count)))  # [8, columns]
     joint, retention = pairs.template(), pairs.template(teacher=False)
-    merged = []
-    for shards, place in _places(parts):
+    of_columns = found.new_empty(7, len(pairs))
+    for kind, shards, place in _places(parts):
         received = to_owners(shards, found[:, place])  # [ranks, 8, own]
         both = merge_stats(joint, received[:, :5], received[:, 7], stats.shift)
-        merged.append(torch.cat((both, merge_stats(retention, received[:, 5:7], None, None))))
-    of_columns = torch.cat(merged, 1)  # [7, n]
+        alone = merge_stats(retention, received[:, 5:7], None, None)
+        of_columns[:, pairs.rows(kind)] = torch.cat((both, alone))
     saved, sums = finish(pairs, stats, of_columns[:5], of_columns[5:])
     of_rows, of_columns = saved[:, : len(pairs)], saved[:, len(pairs) :]
-    own_places = iter(of_columns.split([shards.own for shards, _ in _places(parts)], 1))
-    everyones = [gather_rows(shards, next(own_places).T)[0] for shards, _ in _places(parts)]
+    everyones = [gather_rows(shards, of_columns[:, pairs.rows(kind)].T)[0] for kind, shards, _ in _places(parts)]
 
     forgotten = pairs.forgotten_ids()
     if parts[FORGET].total and forgotten is not None:
@@ -186,10 +185,10 @@ def _finish(parts: Parts, pairs: SortedPairs, stats: JointStats) -> tuple[Tensor
     return terms, (of_rows, all_columns, stats.own, factors)
 
 
-def _places(parts: Parts) -> list[tuple[Shards, slice]]:
-    """Return the shards and the place among all columns of each kind that any rank has."""
+def _places(parts: Parts) -> list[tuple[int, Shards, slice]]:
+    """Return (kind, shards, place among all columns) of each kind that any rank has."""
     places = slice(0, parts[0].total), slice(parts[0].total, parts[0].total + parts[1].total)
-    return [(shards, place) for shards, place in zip(parts, places, strict=True) if shards.total]
+    return [(kind, parts[kind], places[kind]) for kind in KINDS if parts[kind].total]
 
 
 class _TextGradient:

@@ -77,8 +77,8 @@ class CalibratedKernels(Protocol):
 
     name: str  # of its custom ops
 
-    def cache_size(self, inputs: SimilarityInputs) -> int:
-        """Return how many bytes the forward pass keeps, if `inputs` were one block with all rows and columns."""
+    def blocks_cache_size(self, inputs: SimilarityInputs) -> int:
+        """Return how many bytes the forward pass keeps at the most of the blocks of all these rows and columns."""
         ...
 
     def workspace(self, size: int, device: torch.device) -> Tensor:

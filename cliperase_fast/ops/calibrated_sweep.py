@@ -1,6 +1,6 @@
 """Make the calibrated loss of a backend's `CalibratedKernels`: one sweep over blocks, in either direction.
 
-The pairs are sorted, retain pairs first. Rows and columns are then two kinds, and the joint batch four blocks. Only
+The pairs are sorted by kind. Rows and columns are then two kinds, and the joint batch four blocks. Only
 blocks of forget columns are edited. The statistics of a row over the retain columns give the retention, and merged with
 those over the forget columns the consistency, so that the two softmaxes share their exponentials.
 
@@ -43,20 +43,26 @@ _LEAST_SCALE = 1e-20  # a smaller one gives the same results, and C could not be
 
 
 class SortedPairs:
-    """The pairs at hand, sorted: retain pairs first. Features are copies."""
+    """The pairs at hand, each kind in one piece. Features are copies, unless the pairs come in that order."""
 
     def __init__(self, inputs: CalibratedInputs) -> None:
-        kept, forgotten = ((mask.nonzero()[:, 0]) for mask in (~inputs.forget_mask, inputs.forget_mask))
-        self.order = torch.cat((kept, forgotten))  # [P]
-        self.retained = len(kept)
+        self.mask = inputs.forget_mask
+        forgotten = self.mask.nonzero()[:, 0]
+        count, first = len(forgotten), int(forgotten[0]) if len(forgotten) else 0
+        self.order: Tensor | None = None  # [P]
+        in_one_piece = count == 0 or int(forgotten[-1]) - first + 1 == count
+        if not in_one_piece or 0 < first < len(self) - count:
+            self.order, first = torch.cat(((~self.mask).nonzero()[:, 0], forgotten)), len(self) - count
+        self._forgotten = slice(first, first + count)
+        self._retained = slice(count, len(self)) if first == 0 else slice(0, first)
+        self.retained = len(self) - count
         self.dtype, self.strip_rows, self.keep = inputs.dtype, inputs.strip_rows, inputs.keep
-        self.image, self.text, self.teacher_image, self.teacher_text = (
-            features.index_select(0, self.order)
-            for features in (inputs.image, inputs.text, inputs.teacher_image, inputs.teacher_text)
+        self.image, self.text, self.teacher_image, self.teacher_text = map(
+            self._sorted, (inputs.image, inputs.text, inputs.teacher_image, inputs.teacher_text)
         )
-        self.ids = None if inputs.group_ids is None else inputs.group_ids[self.order]
+        self.ids = None if inputs.group_ids is None else self._sorted(inputs.group_ids)
         self.image_levels, self.text_levels = (
-            levels[self.order].to(self.dtype) * 0.5 for levels in (inputs.background_image, inputs.background_text)
+            self._sorted(levels).to(self.dtype) * 0.5 for levels in (inputs.background_image, inputs.background_text)
         )
         self.scale, self.teacher_scale = (
             torch.where(scale.abs() < _LEAST_SCALE, _LEAST_SCALE, scale)
@@ -64,29 +70,34 @@ class SortedPairs:
         )
 
     def __len__(self) -> int:
-        return len(self.order)
+        return len(self.mask)
+
+    def _sorted(self, rows: Tensor) -> Tensor:
+        return rows if self.order is None else rows.index_select(0, self.order)
 
     def rows(self, kind: int) -> slice:
-        return slice(0, self.retained) if kind == RETAIN else slice(self.retained, len(self))
+        return self._retained if kind == RETAIN else self._forgotten
 
     def forgotten_ids(self) -> Tensor | None:
-        return None if self.ids is None else self.ids[self.retained :]
+        return None if self.ids is None else self.ids[self._forgotten]
 
     def edited(self, forgotten_ids: Tensor | None, forgotten: int) -> Tensor:
         """Return the number of edited entries in own rows, int64 []; of the forget columns: ids and number."""
         if self.ids is None or forgotten_ids is None:
-            return self.order.new_tensor((len(self) - self.retained) * forgotten)
+            return self.mask.new_tensor((len(self) - self.retained) * forgotten, dtype=torch.int64)
         found = forgotten_ids.sort().values
         return (torch.searchsorted(found, self.ids, right=True) - torch.searchsorted(found, self.ids)).sum()
 
     def unsorted(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the gradient of sorted rows in the order of the user's."""
+        if self.order is None:
+            return gradient.to(dtype)
         found = gradient.new_empty(gradient.shape, dtype=dtype)
         return found.index_copy_(0, self.order, gradient.to(dtype))
 
     def template(self, retention: bool = False, teacher: bool = True) -> SimilarityInputs:
         """Return inputs that describe the statistics of the student, of the retention and of the teacher."""
-        ids = self.order if retention else None  # any ids: the retention has statistics of its own
+        ids = self.mask if retention else None  # any ids: the retention has statistics of its own
         if not teacher:
             return SimilarityInputs(self.image, self.text, self.scale, group_ids=ids)
         frozen = self.teacher_image, self.teacher_text, self.teacher_scale
@@ -136,7 +147,7 @@ def blocks(pairs: SortedPairs, columns: Columns) -> Iterator[Block]:
         if columns.kind == FORGET and ids is not None and columns.ids is not None:
             edit = Edit(ids, columns.ids, pairs.image_levels[rows], columns.levels)
         elif columns.kind == FORGET and kind == FORGET:
-            one = pairs.order.new_zeros(max(inputs.n, m))
+            one = pairs.mask.new_zeros(max(inputs.n, m), dtype=torch.int64)
             edit = Edit(one[: inputs.n], one[:m], pairs.image_levels[rows], columns.levels)
         yield Block(rows, columns, inputs, edit)
 
@@ -224,8 +235,8 @@ def finish(pairs: SortedPairs, stats: JointStats, of_columns: Tensor, retention:
     saved, gap = saved_stats(template, torch.cat((rows, columns), 1), own, teacher_own, stats.shift)
     retained, consistent = loss_sums(template, saved, gap)
     difference = _own_difference(pairs, stats.own)
-    forget = stats.sums[0] + difference[pairs.retained :].clamp(min=0).square().sum()
-    anchor = stats.sums[1] + difference[: pairs.retained].square().sum()
+    forget = stats.sums[0] + difference[pairs.rows(FORGET)].clamp(min=0).square().sum()
+    anchor = stats.sums[1] + difference[pairs.rows(RETAIN)].square().sum()
     return saved, torch.stack((retained, forget, consistent, anchor))
 
 
@@ -259,8 +270,8 @@ def incoming(pairs: SortedPairs, own: Tensor, factors: Tensor, grads: Tensor) ->
     to_s = 2 / pairs.scale.to(own.dtype)
     pull = Pull(to_s * forget, to_s * anchor)
     difference = _own_difference(pairs, own)
-    kept, forgotten = difference[: pairs.retained], difference[pairs.retained :].clamp(min=0)
-    own_pull = torch.cat((pull.anchor * kept, pull.forget * forgotten))
+    own_pull = difference * pull.anchor
+    own_pull[pairs.rows(FORGET)] = difference[pairs.rows(FORGET)].clamp(min=0) * pull.forget
     return Gradients(Weights(retention, consistency), pull, own_pull)
 
 
@@ -279,7 +290,7 @@ def sweep_backward(
     saved: of own rows [NUM_SAVED, P], of all columns, and S and S° of own pairs [2, P].
     """
     of_rows, of_columns, own = saved
-    grad_text = of_rows.new_zeros(some.text.shape if need.text else (0,))
+    grad_text: Tensor | None = None
     grad_scale = of_rows.new_zeros(())
     for block in blocks(pairs, some):
         inputs, rows = block.inputs, block.rows
@@ -293,8 +304,9 @@ def sweep_backward(
         grad_scale += scale
         if need.image:
             grad_image[rows] += image
-        if need.text:
-            grad_text += text
+        grad_text = text if grad_text is None or not need.text else grad_text.add_(text)
+    if grad_text is None:  # without pairs here
+        grad_text = of_rows.new_zeros(some.text.shape if need.text else (0,))
     return grad_text, grad_scale
 
 
@@ -363,19 +375,19 @@ def _backward(
         gradients = incoming(pairs, own, factors, grads)
         caches = Caches(kernels, cache)
         grad_image = saved.new_zeros(inputs.image.shape if need.image else (0,))
-        parts = [
-            sweep_backward(
+        grad_text = saved.new_empty(inputs.text.shape if need.text else (0,))
+        grad_scale = saved.new_zeros(())
+        for kind in KINDS:
+            text, scale = sweep_backward(
                 kernels, pairs, pairs.columns(kind), (of_rows, of_columns, own), gradients, caches, grad_image, need
             )
-            for kind in KINDS
-        ]
-        grad_scale = sum(part[1] for part in parts) / pairs.scale.to(saved.dtype)
+            grad_scale += scale
+            if need.text:
+                grad_text[pairs.rows(kind)] = text
         return (
             pairs.unsorted(grad_image, inputs.image.dtype) if need.image else grad_image.to(inputs.image.dtype),
-            pairs.unsorted(torch.cat([part[0] for part in parts]), inputs.text.dtype)
-            if need.text
-            else saved.new_zeros(0, dtype=inputs.text.dtype),
-            grad_scale.to(inputs.scale.dtype),
+            pairs.unsorted(grad_text, inputs.text.dtype) if need.text else grad_text.to(inputs.text.dtype),
+            (grad_scale / pairs.scale.to(saved.dtype)).to(inputs.scale.dtype),
         )
 
 
@@ -436,7 +448,7 @@ def as_calibrated(kernels: CalibratedKernels) -> Calibrated:
         if differentiable:
             teacher = inputs.teacher_image, inputs.teacher_text, inputs.teacher_scale
             whole = SimilarityInputs(inputs.image, inputs.text, inputs.scale, *teacher, keep=inputs.keep)
-            cache_size = kernels.cache_size(whole)
+            cache_size = kernels.blocks_cache_size(whole)
         if torch.compiler.is_compiling() or inputs.image.is_meta or watched(flat[:-1]):
             terms = forward_op(*flat, cache_size)[0]
         else:

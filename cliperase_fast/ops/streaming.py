@@ -137,6 +137,9 @@ class TorchKernels:
     def cache_size(self, inputs: SimilarityInputs) -> int:
         return 0
 
+    def blocks_cache_size(self, inputs: SimilarityInputs) -> int:
+        return 0
+
     def cache_share(self, inputs: SimilarityInputs, available: int) -> int:
         return 0
 

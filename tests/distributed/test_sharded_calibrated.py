@@ -66,8 +66,13 @@ def on_some_ranks(n: int, first: int, last: int) -> Tensor:
 def test_four_uneven_ranks_one_of_them_empty(four, gather, groups, background):
     b = batch(20, groups=groups, background=background)
     check(four, UNEVEN, b=b, gather=gather)
-    # forget pairs on the last rank only; on all but it; nowhere; everywhere
-    for mask in (on_some_ranks(20, 12, 17), on_some_ranks(20, 0, 9), on_some_ranks(20, 0, 0), on_some_ranks(20, 0, 20)):
+    # forget pairs on the last rank only; first on it and on all of the first two; nowhere; everywhere
+    for mask in (
+        on_some_ranks(20, 12, 17),
+        on_some_ranks(20, 0, 12),
+        on_some_ranks(20, 0, 0),
+        on_some_ranks(20, 0, 20),
+    ):
         check(four, UNEVEN, b={**b, "forget_mask": mask}, gather=gather)
 
 

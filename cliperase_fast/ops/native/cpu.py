@@ -46,19 +46,25 @@ class CpuKernels:
         self._told = False
 
     def cache_size(self, inputs: SimilarityInputs) -> int:
+        return self._cache_size(inputs, 0)
+
+    def blocks_cache_size(self, inputs: SimilarityInputs) -> int:
+        return self._cache_size(inputs, 1)  # two kinds of rows or columns may begin one tile more
+
+    def _cache_size(self, inputs: SimilarityInputs, extra: int) -> int:
         if inputs.keep == "nothing":
             return 0
-        row_bytes = self._tile_row_bytes(inputs)
-        tile_rows = -(-inputs.n // self._tile_rows)
+        row_bytes = self._tile_row_bytes(inputs, extra)
+        tile_rows = -(-inputs.n // self._tile_rows) + extra
         budget = cache_budget(inputs.image.device)
         if inputs.keep == "auto" and _narrow(inputs):
             budget = min(budget, _KEPT_OF_NARROW)
         return row_bytes * min(tile_rows, budget // row_bytes)
 
-    def _tile_row_bytes(self, inputs: SimilarityInputs) -> int:
-        """Return the bytes that are kept for each `_tile_rows` rows."""
+    def _tile_row_bytes(self, inputs: SimilarityInputs, extra: int = 0) -> int:
+        """Return the bytes that are kept for each `_tile_rows` rows; extra: more blocks of columns."""
         tiles = 2 if inputs.want_consistency else 1
-        blocks = -(-inputs.m // self._tile_columns)
+        blocks = -(-inputs.m // self._tile_columns) + extra
         return _FLOAT * blocks * (self._tile_head + tiles * self._tile_rows * self._tile_columns)
 
     def forward(self, inputs: SimilarityInputs, cache_size: int) -> tuple[Stats, Tensor]:
