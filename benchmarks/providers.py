@@ -80,6 +80,8 @@ class Provider:
                 return missing
             if backend.devices is not None and device not in backend.devices:
                 return _needs(backend.devices)
+            if not backend.computes(case.loss, device):
+                return f"does not compute {case.loss} on {device}"
         return None
 
 
