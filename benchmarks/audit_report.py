@@ -49,14 +49,16 @@ def relearn_table(records: Mapping[str, Record]) -> Table:
     steps: list[int] = []
     rows = []
     for name, record in records.items():
-        for model, scores in record["summary"].items():
+        summary = record["summary"]
+        for model in (one for one in ("before", *methods({name: record}), "oracle") if one in summary):
+            scores = summary[model]
             curve = {int(score.partition("@")[2]): score for score in scores if score.startswith("relearn@")}
             if curve:
                 steps = sorted(curve)
                 cells = [(_range if model == "oracle" else _mean)(scores, curve[step]) for step in steps]
                 who = {"before": "original", "oracle": "oracles (range)"}.get(model, model)
                 rows.append((_label(name, record, curve[steps[0]]), who, *cells))
-    return ("", "", *(f"{step} steps" for step in steps)), rows
+    return ("", "", *(f"step {step}" for step in steps)), rows
 
 
 def gap_table(records: Mapping[str, Record]) -> Table:

@@ -330,7 +330,7 @@ def audit_provenance() -> str:
     return "\n".join(f"- {provenance(record)}" for record in _audits().values()) or _NO_AUDITS
 
 
-_NO_AUDITS = "Not measured yet: `python -m benchmarks.audit digits`."
+_NO_AUDITS = "Not measured yet: `python -m benchmarks.audit --help` says how."
 
 
 def _audits() -> dict[str, Any]:
