@@ -40,7 +40,8 @@ class DivergenceMeter:
     """Compares models with the original on the retain images of a split.
 
     Each image has a distribution: the softmax of the scaled cosines with the captions of the retained classes (averaged
-    over the captions of a class, as in zero-shot classification). Without classes, with a fixed sample of at most 256
+    over the captions of a class, as in zero-shot classification; of the kind of the image's class, where classes have
+    kinds). Without classes, with a fixed sample of at most 256
     captions of the split's retain pairs. The divergence of an image is
 
         KL(original || student) + max(0, log((1 - f°) / (1 - f))),

@@ -26,7 +26,7 @@ def encoded_pairs(seed, captions=30, n=40, classes=6, dim=8, labelled=True):
     return EncodedPairs(features[0], features[1], index, features[2] if labelled else None)
 
 
-PAIRS = SimpleNamespace(labels=np.arange(40) % 5, classes=tuple(f"class {c}" for c in range(6)))
+PAIRS = SimpleNamespace(labels=np.arange(40) % 5, classes=tuple(f"class {c}" for c in range(6)), class_kinds=None)
 UNLABELLED = SimpleNamespace(labels=None, classes=None)
 
 
@@ -52,6 +52,15 @@ def by_hand(before, after, scales, columns, features, forgotten=()):
         moved = max(0.0, np.log(shares[0] / shares[1]))
         found.append(moved + kl(images[0][i], images[1][i], *scales, *(rows[columns] for rows in captions)))
     return np.array(found)
+
+
+def test_an_image_is_compared_over_classes_of_its_own_kind():
+    before, after, kinds = encoded_pairs(1), encoded_pairs(2), np.array([0, 0, 1, 1, 1, 0])
+    pairs = SimpleNamespace(labels=PAIRS.labels, classes=PAIRS.classes, class_kinds=kinds)
+    found = DivergenceMeter(before, 20.0, pairs, RETAIN, classes=np.arange(5)).values(after, 13.0)
+    of_kind = [by_hand(before, after, (20.0, 13.0), columns, "class_features") for columns in ([0, 1], [2, 3, 4])]
+    expected = np.where(kinds[PAIRS.labels[RETAIN]] == 0, *of_kind)
+    assert found == pytest.approx(expected, rel=1e-9)
 
 
 def test_divergence_is_the_kl_over_the_retained_classes():
