@@ -23,10 +23,10 @@ from cliperase_fast.models import load_model
 
 @pytest.fixture(autouse=True)
 def few_steps(request, monkeypatch):
-    """Relearning takes few steps except where it is what is tested."""
+    """Relearning takes one draw, and few steps except where it is what is tested."""
+    monkeypatch.setattr(relearning, "DRAWS", 1)
     if "bring_a_hidden_concept_back" not in request.node.name:
         monkeypatch.setattr(relearning, "STEPS", (0, 1, 5))
-        monkeypatch.setattr(relearning, "DRAWS", 1)
 
 
 def run(before, after=None, **options):
