@@ -144,13 +144,14 @@ def check_teacher(
         )
 
 
-def check_forgettable(settings: UnlearnConfig, part: Split, baseline: Baseline) -> list[str]:
+def check_forgettable(automatic: bool, part: Split, baseline: Baseline) -> list[str]:
     """Return a note if the model knows the forget pairs no better than by chance.
 
-    part: the validation split. Raises `InputError` if a run that trains to a target would start there.
+    automatic: whether the run trains to a target; `InputError` is raised if it would start there. part: the validation
+    split.
     """
     before = baseline.validation
-    if settings.automatic:
+    if automatic:
         background = Background.of(baseline.validation_encoded, ~part.forget_mask)  # of this split: the same but noise
         target = Target(background.association(baseline.validation_encoded, part.forget_mask))
         if target.reached(before):

@@ -73,7 +73,7 @@ def load(inputs: Inputs, settings: UnlearnConfig, method: Method, directory: Run
     assert original is not None and teacher is not None
     tell("checking the images")
     data = prepare_data(sets, settings, progress=runtime.progress, ranks=ranks)
-    if settings.automatic and inputs.validation is None:
+    if settings.automatic and method.trains and inputs.validation is None:
         data.validation = _limited(data.validation, settings.seed)
     if inputs.oracle is not None:
         tell("checking the oracles")
@@ -110,8 +110,9 @@ def prepare(setup: Setup, method: Method, began: float) -> Run:
     ranks.run_on_first(partial(setup.directory.check_room, parameters, student, original, settings.keep_checkpoints))
     cache = PixelCache(settings.image_cache_mib * 2**20) if settings.num_workers == 0 else None
     evaluator = Evaluator(runtime, cache)
-    baseline = _measure(original, data, evaluator, settings, ranks.first)
-    notes = ranks.run_on_first(partial(check_forgettable, settings, data.validation, baseline))
+    automatic = settings.automatic and method.trains
+    baseline = _measure(original, data, evaluator, settings, automatic, ranks.first)
+    notes = ranks.run_on_first(partial(check_forgettable, automatic, data.validation, baseline))
     for note in notes:
         (say if ranks.first else _nothing)("%s", note)
     loader = _make_loader(setup, cache)
@@ -121,8 +122,8 @@ def prepare(setup: Setup, method: Method, began: float) -> Run:
     if method.needs_teacher:
         ranks.run_on_all(partial(check_teacher, settings, teacher, setup.captions, pixels, baseline.encoded, runtime))
     work = ranks.run_on_first(lambda: setup.directory.open(settings))
-    told = notes if settings.automatic else []
-    return Run(setup, student, parameters, loader, evaluator, baseline, work, began, notes=told)
+    told = notes if automatic else []
+    return Run(setup, student, parameters, loader, evaluator, baseline, work, began, automatic, notes=told)
 
 
 def make_plan(settings: UnlearnConfig, train: Split) -> BatchPlan:
@@ -255,7 +256,12 @@ def _make_student(setup: Setup) -> ClipAdapter:
 
 
 def _measure(
-    original: ClipAdapter, data: PreparedData, evaluator: Evaluator, settings: UnlearnConfig, first: bool
+    original: ClipAdapter,
+    data: PreparedData,
+    evaluator: Evaluator,
+    settings: UnlearnConfig,
+    automatic: bool,
+    first: bool,
 ) -> Baseline:
     (say if first else _nothing)("measuring the model as it is, on %d test pairs", len(data.test.pairs))
     encoded = evaluator.encode(original, data.test, finite=True)
@@ -264,7 +270,7 @@ def _measure(
     part = data.validation
     of_validation = evaluator.encode(original, part)
     candidate = evaluator.candidate(of_validation, part, 0, 0)
-    if not settings.automatic and settings.select != "divergence":
+    if not automatic and settings.select != "divergence":
         return Baseline(encoded, scores, candidate, of_validation)
     scale = float(original.logit_scale().detach())
     labels = data.train.pairs.labels

@@ -131,6 +131,7 @@ class Run:
     baseline: Baseline
     directory: Path
     began: float  # time.perf_counter() when `unlearn` was called
+    automatic: bool = False  # whether it finds its learning rate or its number of steps
     background: Background | None = None
     target: Target | None = None
     notes: list[str] = field(default_factory=list)
@@ -170,7 +171,7 @@ class Run:
     @property
     def needs_target(self) -> bool:
         """Whether the run is judged by the background level and by the divergence from the original."""
-        return self.settings.automatic or self.settings.select == "divergence"
+        return self.automatic or self.settings.select == "divergence"
 
     def set_target(self, background: Background) -> None:
         """Take the background levels of the teacher, whose models must not have been released yet."""

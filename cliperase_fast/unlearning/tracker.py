@@ -69,7 +69,7 @@ class Tracker:
         state.evaluations.append(candidate)
         self.log({"step": candidate.step, "epoch": epoch - 1, "validation": validation_scores(candidate)})
         self.run.say("epoch %d, step %d: validation %s", epoch, candidate.step, describe_scores(candidate))
-        if self.run.settings.epochs == AUTO:
+        if self.run.automatic and self.run.settings.epochs == AUTO:
             state.stop = self._stop_reason()
         elif selection.progresses(candidate, state.best):
             state.evaluations_without_improvement = 0

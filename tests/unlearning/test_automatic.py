@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 import cliperase_fast as cf
 from cliperase_fast.evaluation import EncodedPairs
 from cliperase_fast.unlearning import recipe
+from cliperase_fast.unlearning.methods import ClosedFormMethod, registry
 from cliperase_fast.unlearning.preflight import check_forgettable
 from cliperase_fast.unlearning.selection import Candidate
 from cliperase_fast.unlearning.trainer import Trainer
@@ -203,7 +204,7 @@ def test_forget_pairs_known_only_by_chance_are_noted(score, noted):
     pairs = SimpleNamespace(classes=("a", "b", "c", "d"))
     part = SimpleNamespace(pairs=pairs, n_forget=4, forget_mask=np.arange(8) < 4)
     baseline = SimpleNamespace(validation=Candidate(0, 0, score, 1.0, 1.0), validation_encoded=encoded)
-    notes = check_forgettable(cf.UnlearnConfig(), part, baseline)
+    notes = check_forgettable(False, part, baseline)
     assert any("did not know the forget pairs better than by chance" in note for note in notes) is noted
 
 
@@ -232,3 +233,22 @@ def test_test_pairs_are_refused_as_validation_pairs():
         run(validation=TEST)
     with pytest.raises(cf.InputError, match="0 of the 18 validation pairs share a caption with the forget pairs"):
         run(validation=OWN[1])
+
+
+class Nudge(ClosedFormMethod):
+    name, summary, source = "nudge", "moves the weights a little", "a test"
+
+    def edit(self, run, evaluate):
+        for _, parameter in run.parameters:
+            parameter.mul_(1.01)
+
+
+@pytest.mark.parametrize(("select", "measured"), [("auto", False), ("divergence", True)])
+def test_a_method_without_training_selects_by_the_floor_unless_asked(monkeypatch, select, measured):
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    cf.register_method(Nudge)
+    result = run(method="nudge", select=select)
+    assert result.config.select == ("divergence" if measured else "floor")
+    assert (result.selection["divergence"] is not None) is measured
+    assert (result.selection["background"] is not None) is measured
+    assert result.record["recipe"] is None
