@@ -40,9 +40,9 @@ class DivergenceMeter:
     """Compares models with the original on the retain images of a split.
 
     Each image has a distribution: the softmax of the scaled cosines with the captions of the retained classes (averaged
-    over the captions of a class, as in zero-shot classification; of the kind of the image's class, where classes have
-    kinds). Without classes, with a fixed sample of at most 256
-    captions of the split's retain pairs. The divergence of an image is
+    over the captions of a class, as in zero-shot classification). Where classes have kinds, those of the kind of the
+    image's class count. Without classes, a fixed sample of at most 256 captions of the split's retain pairs takes their
+    place. The divergence of an image is
 
         KL(original || student) + max(0, log((1 - f°) / (1 - f))),
 
@@ -77,6 +77,8 @@ class DivergenceMeter:
             forgotten = np.setdiff1d(_captions(original, np.flatnonzero(~retain)), columns)
             columns, forgotten = (_sample(found, seed) for found in (columns, forgotten))
         self.columns, self.forgotten = torch.from_numpy(columns), torch.from_numpy(forgotten)
+        kinds = None if self.labels is None else pairs.class_kinds
+        self.kinds = None if kinds is None else torch.from_numpy(np.asarray(kinds, dtype=np.int64))  # [K]
         self.original = self._log_probabilities(original, logit_scale)
 
     def values(self, encoded: EncodedPairs, logit_scale: float) -> np.ndarray:
@@ -110,10 +112,20 @@ class DivergenceMeter:
         captions = encoded.caption_features if self.labels is None else encoded.class_features
         assert captions is not None
         images = logit_scale * encoded.image_features[torch.from_numpy(self.rows[start:stop])].double()
-        logits = images @ captions[self.columns].double().T
-        others = images @ captions[self.forgotten].double().T
+        logits, others = (
+            self._of_own_kind(images @ captions[some].double().T, some, start, stop)
+            for some in (self.columns, self.forgotten)
+        )
         own = logits.logsumexp(1)  # [n]
         return logits - own[:, None], own - torch.logaddexp(own, others.logsumexp(1))
+
+    def _of_own_kind(self, logits: Tensor, classes: Tensor, start: int, stop: int | None) -> Tensor:
+        """Take classes of another kind than the image's out of the softmax. logits: [n, C]."""
+        if self.kinds is None or self.labels is None:
+            return logits
+        own = self.kinds[torch.from_numpy(self.labels[start:stop])]  # [n]
+        # Finite, so that the difference of two such entries is 0.
+        return logits.masked_fill(self.kinds[classes] != own[:, None], torch.finfo(logits.dtype).min)
 
 
 def _captions(encoded: EncodedPairs, rows: np.ndarray) -> np.ndarray:

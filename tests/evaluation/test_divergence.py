@@ -27,7 +27,7 @@ def encoded_pairs(seed, captions=30, n=40, classes=6, dim=8, labelled=True):
 
 
 PAIRS = SimpleNamespace(labels=np.arange(40) % 5, classes=tuple(f"class {c}" for c in range(6)), class_kinds=None)
-UNLABELLED = SimpleNamespace(labels=None, classes=None)
+UNLABELLED = SimpleNamespace(labels=None, classes=None, class_kinds=None)
 
 
 def kl(before, after, scale_before, scale_after, captions_before, captions_after):
@@ -90,7 +90,7 @@ def test_an_image_that_moves_to_a_forgotten_caption_diverges():
     classes = unit(torch.eye(3))
     images = unit([[0.0, 1.0, 0.0]] * 4)
     index = [np.array([0])] + [np.array([1])] * 3
-    pairs = SimpleNamespace(labels=np.array([0, 1, 1, 2]), classes=("red", "green", "blue"))
+    pairs = SimpleNamespace(labels=np.array([0, 1, 1, 2]), classes=("red", "green", "blue"), class_kinds=None)
     retain = np.array([False, True, True, True])
     before = EncodedPairs(images, classes, index, classes)
     meter = DivergenceMeter(before, 50.0, pairs, retain)
