@@ -158,7 +158,8 @@ def _knowing_oracles(scores: Mapping[str, Scores], layout: Layout, warn: bool) -
         if model.startswith("oracle ") and value is not None and interval is not None and interval[0] > chance:
             found.append(
                 f"{model} seems to know the concept: it names {100 * value:.0f} % of the forget images, and chance is "
-                f"{100 * chance:.0f} %. An oracle must be trained without the forget pairs."
+                f"{100 * chance:.0f} %. Train oracles without the forget pairs; if they were, the concept follows "
+                "from what they saw."
             )
             if warn:
                 warnings.warn(found[-1], stacklevel=2)
