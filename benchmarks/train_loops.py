@@ -308,10 +308,10 @@ def _instrument(trainer: Any, timeline: Timeline) -> None:
             timeline.mark("data")
             yield batch
 
-    def timed_step(given: list[Any]) -> dict[str, Any]:
-        line = step(given)
+    def timed_step(*given: Any) -> Any:
+        result = step(*given)
         timeline.close()
-        return line
+        return result
 
     def timed(function: Callable[..., Any], phase: str, backward: str | None = None) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
