@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cliperase_fast.ops.registry import REGISTRY, Backend
+from cliperase_fast.validation import computes
 
 from .batches import (
     CHECK_ROWS,
@@ -80,7 +81,7 @@ class Provider:
                 return missing
             if backend.devices is not None and device not in backend.devices:
                 return _needs(backend.devices)
-            if not backend.computes(case.loss, device):
+            if not computes(backend, case.loss, device):
                 return f"does not compute {case.loss} on {device}"
         return None
 

@@ -341,6 +341,11 @@ def choose(
     return backend
 
 
+def computes(backend: Backend, loss: str, device: str) -> bool:
+    """Return whether a backend has the loss "softmax", "sigmoid" or "calibrated" on a device type."""
+    return all(kinds is None or device in kinds for kinds in (backend.devices, backend.loss_devices.get(loss)))
+
+
 def implementation(backend: Backend, device: torch.device) -> Implementation:
     """Return the backend's implementation for this device, imported on first use."""
     found = backend.loaded.get(device.type)
@@ -375,10 +380,10 @@ def _asked_for(requested: str, features: list[Tensor], sharded: bool, loss: str)
     for tensor in features:
         if tensor.dtype not in backend.dtypes:
             raise InputError(f"{origin} does not support {tensor.dtype}; use backend='auto' or convert the features")
-    if not backend.computes(loss, image.device.type):
+    if not computes(backend, loss, image.device.type):
         only = backend.loss_devices[loss]
         what = f"computes the {loss} loss on {', '.join(only)} only" if only else f"does not compute the {loss} loss"
-        able = ", ".join(name for name, other in REGISTRY.items() if other.computes(loss, image.device.type))
+        able = ", ".join(name for name, other in REGISTRY.items() if computes(other, loss, image.device.type))
         where = f", not on {image.device}" if only else ""
         raise InputError(f"{origin} {what}{where}; use auto, {able}")
     return backend
@@ -421,7 +426,7 @@ def _automatic(features: list[Tensor], sharded: bool, loss: str) -> Backend:
 
 def _serves(backend: Backend, kind: str, features: list[Tensor], sharded: bool, loss: str) -> bool:
     return (
-        backend.computes(loss, kind)
+        computes(backend, loss, kind)
         and all(tensor.dtype in backend.dtypes for tensor in features)
         and not (sharded and not backend.shards)
     )

@@ -13,11 +13,12 @@ from cliperase_fast.errors import InputError, UnlearningError
 from cliperase_fast.functional import CalibratedTerms, calibrated_loss, clip_loss, similarity_kl
 from cliperase_fast.losses import CalibratedLoss
 from cliperase_fast.ops.registry import REGISTRY
+from cliperase_fast.validation import computes
 
 BACKENDS = tuple(
     name
     for name, backend in REGISTRY.items()
-    if backend.missing is None and backend.computes("calibrated", "cpu") and torch.float64 in backend.dtypes
+    if backend.missing is None and computes(backend, "calibrated", "cpu") and torch.float64 in backend.dtypes
 )
 WEIGHTS = (1.0, 3.0, 3.0, 30.0)
 

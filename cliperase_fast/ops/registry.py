@@ -117,10 +117,6 @@ class Backend:
         """The reason why it cannot run here; None if it can."""
         return self.why_missing() if self.why_missing else None
 
-    def computes(self, loss: str, device: str) -> bool:
-        """Return whether it has the loss "softmax", "sigmoid" or "calibrated" on a device type."""
-        return all(kinds is None or device in kinds for kinds in (self.devices, self.loss_devices.get(loss)))
-
 
 _NOT_RUN = "" if measured.TABLE else ", not yet run on one: must be selected explicitly there"
 _ON_A_GPU = "" if _NO_NATIVE_CUDA else f", CUDA on a GPU{_NOT_RUN}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cliperase_fast import config, errors
+from cliperase_fast import config, terms
 from cliperase_fast.benchmarks.call_path import call_path, of_backend
 from cliperase_fast.ops import backends
 
@@ -22,6 +22,7 @@ def test_the_native_backend_is_read_in_six_files() -> None:
 
 
 def test_entries_and_switches_are_counted() -> None:
-    files, switches = call_path(lambda: (config.UnlearnConfig.paper("cc12m"), errors.InputError("x")))
-    assert files == ["config.py"]
-    assert switches == 1
+    files, switches = call_path(lambda: (terms.nearest_name("retian", ["retain"]), config.UnlearnConfig.paper("cc12m")))
+    assert files[:2] == ["terms.py", "config.py"]
+    assert call_path(lambda: terms.nearest_name("retian", ["retain"])) == (["terms.py"], 1)
+    assert switches >= 2

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from cliperase_fast.functional import calibrated_loss
 from cliperase_fast.ops.registry import REGISTRY
+from cliperase_fast.validation import computes
 
 BACKENDS = [
     name
     for name, backend in REGISTRY.items()
-    if backend.shards and backend.missing is None and backend.computes("calibrated", "cpu")
+    if backend.shards and backend.missing is None and computes(backend, "calibrated", "cpu")
 ]
 # ranks -> pairs of each; an empty rank, and forget pairs on some ranks only (see `spread`)
 EVEN, UNEVEN = {2: [8, 8], 4: [5, 5, 5, 5]}, {2: [3, 13], 4: [7, 2, 0, 11]}

@@ -18,12 +18,12 @@ from cliperase_fast.ops import streaming
 from cliperase_fast.ops.calibrated import CalibratedInputs
 from cliperase_fast.ops.native import cpu, extension
 from cliperase_fast.ops.registry import REGISTRY
-from cliperase_fast.validation import choose
+from cliperase_fast.validation import choose, computes
 
 STREAMED = [
     name
     for name, backend in REGISTRY.items()
-    if name != "eager" and backend.missing is None and backend.computes("calibrated", "cpu")
+    if name != "eager" and backend.missing is None and computes(backend, "calibrated", "cpu")
 ]
 LAMBDAS = {"retain": 1.0, "forget": 3.0, "consistency": 3.0, "anchor": 30.0}
 
