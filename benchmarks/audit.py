@@ -263,7 +263,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("name", choices=(*STUDIES, "cifar10"))
     parser.add_argument("--shards", help="cifar10: webdataset shards to train on")
     parser.add_argument("--test-shards", help="cifar10: webdataset shards to measure on")
-    parser.add_argument("--only", metavar="NAME", help="forget only this one of what is forgotten in turn")
+    parser.add_argument("--only", metavar="NAME", help="forget only this concept, not each in turn")
     parser.add_argument("--runs", type=Path, metavar="DIR", help="keep the unlearned models there, and use those there")
     words = list(sys.argv[1:] if words is None else words)
     arguments = parser.parse_args(words)

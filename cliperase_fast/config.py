@@ -50,7 +50,7 @@ class UnlearnConfig:
     margin: float = _option(0.0, "hinge only: stop pushing a pair once its cosine is below this", group="loss")
     consistency: str = _option(
         "logits",
-        f"what is kept like the teacher's ({described(CONSISTENCY_MODES.values())})",
+        f"what stays close to the teacher ({described(CONSISTENCY_MODES.values())})",
         tuple(CONSISTENCY_MODES),
         group="loss",
     )

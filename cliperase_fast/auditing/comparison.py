@@ -145,7 +145,7 @@ def _few_oracles(count: int, level: float | None) -> list[str]:
             "association, and the other scores have no target."
         ]
     if count == 1:
-        return ["One oracle is a single sample of what not knowing looks like: three or more also give a noise floor."]
+        return ["One oracle is a single sample of a model that never knew the concept. Give three for a noise floor."]
     return []
 
 

@@ -1,4 +1,4 @@
-"""How far a model has moved from the original on retain pairs, as a divergence of what they predict."""
+"""Measure how far a model has moved from the original on retain pairs, as a divergence of their predictions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cliperase_fast.data import PairDataset
 from cliperase_fast.evaluation.encoding import EncodedPairs
 from cliperase_fast.evaluation.queries import CHUNK
 
-CAPTIONS = 256  # compared where there are no classes
+CAPTIONS = 256  # at most compared in data without classes
 
 
 @dataclass(frozen=True)

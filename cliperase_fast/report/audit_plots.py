@@ -34,7 +34,7 @@ Content = Mapping[str, Any]  # of audit.json
 
 RELEARN = "relearn@"
 _AREA = "relearn_area:"
-_FORGET_GROUPS = ("forgetting", "depth")  # scores of what is forgotten
+_FORGET_GROUPS = ("forgetting", "depth")  # scores of the forget pairs
 _COSINES, _SHARES, _AREAS = "Cosines", "Shares", "Ranks and areas"
 _ROW = 24  # pixels
 _OFFSET = 0.17  # of a row, between its middle and the marks of before and after

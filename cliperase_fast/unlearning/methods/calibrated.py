@@ -58,8 +58,8 @@ class Calibrated(TrainingMethod):
         by_concept = run.loader.group_ids is not None and run.loader.group_ids.size > 0
 
         def terms(features: BatchFeatures) -> CalibratedTerms:
-            assert run.background is not None
             assert features.teacher_image is not None and features.teacher_text is not None
+            assert features.background_image is not None and features.background_text is not None
             count, device = len(features.image), features.image.device
             forget_mask = torch.arange(count, dtype=torch.int64, device=device) < features.n_forget
             return loss(
@@ -71,8 +71,8 @@ class Calibrated(TrainingMethod):
                 features.teacher_logit_scale,
                 forget_mask=forget_mask,
                 group_ids=features.group_ids if by_concept else _one_concept(features.group_ids, forget_mask),
-                background_image=run.background.of_images(features.teacher_image),
-                background_text=run.background.of_captions(features.teacher_text),
+                background_image=features.background_image,
+                background_text=features.background_text,
             )
 
         return terms
