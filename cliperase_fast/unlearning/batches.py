@@ -26,6 +26,8 @@ class BatchPlan:
     Each set is walked in full batches of a fresh permutation per pass (the incomplete last batch of a pass is dropped,
     another one each time), so every batch holds exactly `forget_pairs` + `retain_pairs` different pairs. An epoch is
     one pass over the set named by `epoch_over`; the other set is cycled.
+
+    with_forget: whether batches hold forget pairs. Without them epochs are as long, with the same retain pairs.
     """
 
     n_forget: int
@@ -34,6 +36,12 @@ class BatchPlan:
     retain_pairs: int  # N, already at most n_retain
     epoch_over: str
     seed: int
+    with_forget: bool = True
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """How many forget pairs and how many retain pairs a batch holds."""
+        return self.forget_pairs if self.with_forget else 0, self.retain_pairs
 
     @property
     def batches_per_epoch(self) -> int:
@@ -47,10 +55,8 @@ class BatchPlan:
 
     def batch(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Return indices into the forget set [M] and the retain set [N] of the batch with this number, from 0."""
-        return (
-            self._draw(_FORGET, self.n_forget, self.forget_pairs, number),
-            self._draw(_RETAIN, self.n_retain, self.retain_pairs, number),
-        )
+        forget = self._draw(_FORGET, self.n_forget, self.forget_pairs, number)
+        return forget[: self.sizes[0]], self._draw(_RETAIN, self.n_retain, self.retain_pairs, number)
 
     def retain_used(self, batches: int) -> np.ndarray:
         """Return the sorted retain indices that the first `batches` batches visit."""
@@ -194,7 +200,7 @@ class BatchLoader:
 
     def pairs_of_ranks(self) -> list[int]:
         """Return how many pairs of a batch each rank has."""
-        sides = [self.ranks.shares(count) for count in (self.plan.forget_pairs, self.plan.retain_pairs)]
+        sides = [self.ranks.shares(count) for count in self.plan.sizes]
         return [sum(part.stop - part.start for part in of_rank) for of_rank in zip(*sides, strict=True)]
 
     def _pairs_of(self, number: int) -> tuple[np.ndarray, int]:

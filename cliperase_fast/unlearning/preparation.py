@@ -115,7 +115,7 @@ def prepare(setup: Setup, method: Method, began: float) -> Run:
     notes = ranks.run_on_first(partial(check_forgettable, automatic, data.validation, baseline))
     for note in notes:
         (say if ranks.first else _nothing)("%s", note)
-    loader = _make_loader(setup, cache)
+    loader = _make_loader(setup, cache, "forget" in method.needs)
     pixels, tokens = loader.pixels[0, 0], setup.captions.rows([0])
     if method.trains:
         ranks.run_on_all(partial(check_gradient, student, parameters, pixels, tokens, settings, runtime))
@@ -126,8 +126,8 @@ def prepare(setup: Setup, method: Method, began: float) -> Run:
     return Run(setup, student, parameters, loader, evaluator, baseline, work, began, automatic, notes=told)
 
 
-def make_plan(settings: UnlearnConfig, train: Split) -> BatchPlan:
-    """Return which pairs are in which batch."""
+def make_plan(settings: UnlearnConfig, train: Split, with_forget: bool = True) -> BatchPlan:
+    """Return which pairs are in which batch. with_forget: see `BatchPlan`."""
     n_retain = len(train.pairs) - train.n_forget
     return BatchPlan(
         n_forget=train.n_forget,
@@ -136,6 +136,7 @@ def make_plan(settings: UnlearnConfig, train: Split) -> BatchPlan:
         retain_pairs=min(settings.retain_pairs, n_retain),
         epoch_over=settings.epoch_over,
         seed=settings.seed,
+        with_forget=with_forget,
     )
 
 
@@ -169,12 +170,13 @@ def _check_settings(
     choose(settings.backend, probe, probe)  # a missing backend is an error now, not in the first step
     if ranks.size > 1 and settings.backend == "eager":
         raise InputError("backend='eager' does not work on several ranks; use 'auto' or 'torch'")
-    smaller = min(settings.forget_pairs, settings.retain_pairs)
-    if smaller < ranks.size:
+    counts = {"forget": settings.forget_pairs, "retain": settings.retain_pairs}
+    read = [name for name in counts if name in method.needs]
+    if any(counts[name] < ranks.size for name in read):
         raise InputError(
             f"batch_size={settings.pairs_per_batch} makes batches of {settings.forget_pairs} forget and "
-            f"{settings.retain_pairs} retain pairs, and each of the {ranks.size} ranks needs one of both: raise "
-            "batch_size or start fewer ranks"
+            f"{settings.retain_pairs} retain pairs, and each of the {ranks.size} ranks needs one "
+            f"{' and one '.join(read)} pair: raise batch_size or start fewer ranks"
         )
     if ranks.first:
         directory.check()
@@ -279,11 +281,11 @@ def _measure(
     return Baseline(encoded, scores, candidate, of_validation, meter)
 
 
-def _make_loader(setup: Setup, cache: PixelCache | None) -> BatchLoader:
+def _make_loader(setup: Setup, cache: PixelCache | None, with_forget: bool) -> BatchLoader:
     settings, train = setup.settings, setup.data.train
     return BatchLoader(
         train.pairs,
-        make_plan(settings, train),
+        make_plan(settings, train, with_forget),
         setup.captions,
         transform=setup.transform,
         random_transform=setup.random_views,

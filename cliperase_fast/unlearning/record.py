@@ -173,8 +173,7 @@ def _data(run: Run) -> dict[str, Any]:
 
 
 def _pairs_per_second(run: Run, state: TrainState) -> float:
-    plan = run.loader.plan
-    return state.step * run.settings.accumulate * (plan.forget_pairs + plan.retain_pairs) / state.seconds
+    return state.step * run.settings.accumulate * sum(run.loader.plan.sizes) / state.seconds
 
 
 def _cut_captions(adapter: ClipAdapter) -> list[str]:

@@ -50,11 +50,8 @@ class Trainer:
         plan, epochs = self.loader.plan, self.settings.epochs
         self.steps_per_epoch = plan.steps_per_epoch(self.settings.accumulate)
         self.total_steps = recipe.MAX_STEPS if isinstance(epochs, str) else epochs * self.steps_per_epoch
-        self.pairs_per_step = self.settings.accumulate * (plan.forget_pairs + plan.retain_pairs)
-        self.counts = tuple(
-            [share.stop - share.start for share in self.ranks.shares(count)]
-            for count in (plan.forget_pairs, plan.retain_pairs)
-        )
+        self.pairs_per_step = self.settings.accumulate * sum(plan.sizes)
+        self.counts = tuple([share.stop - share.start for share in self.ranks.shares(count)] for count in plan.sizes)
         self.meter = self.make_meter()
         self.engine = make_engine(run)
         self.tracker = Tracker(run, self.engine.weights)

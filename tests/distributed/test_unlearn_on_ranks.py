@@ -58,8 +58,9 @@ def alone(**changes):
         {"accumulate": 2, "grad_clip": 0.5, "grad_cache_chunk": 2},
         {"trainable": "image", "consistency": "intra"},
         {"method": "gradient_ascent", "batch_size": 12, "forget_fraction": 0.42},
+        {"method": "retain_finetune", "forget_fraction": 0.1},
     ],
-    ids=["plain", "accumulated, clipped, in chunks", "one tower", "gradient ascent, uneven shares"],
+    ids=["plain", "accumulated, clipped, in chunks", "one tower", "gradient ascent, uneven shares", "no forget pairs"],
 )
 def test_the_curve_and_the_scores_are_those_of_one_process(two, changes):
     first, second = two.run(run_here, changes)
@@ -292,7 +293,7 @@ def _refused(rank: int, changes: dict) -> str:
 
 def test_what_ranks_cannot_do_is_said_before_anything_is_done(two):
     for changes, text in (
-        ({"batch_size": 2}, "each of the 2 ranks needs one of both: raise batch_size or start fewer ranks"),
+        ({"batch_size": 2}, "each of the 2 ranks needs one forget and one retain pair: raise batch_size"),
         ({"backend": "eager"}, "backend='eager' does not work on several ranks"),
         ({"deepspeed": "zero9"}, "deepspeed='zero9' is neither one of zero1, zero2, zero3 nor a readable file"),
     ):

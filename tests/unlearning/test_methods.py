@@ -142,7 +142,7 @@ def test_gradient_ascent_raises_the_forget_loss_and_logs_its_own_terms():
     assert result.after["forget"]["association"] < result.before["forget"]["association"]
 
 
-@pytest.mark.parametrize("method", ["calibrated", "gradient_ascent", "push_apart", "drop_direction"])
+@pytest.mark.parametrize("method", ["calibrated", "gradient_ascent", "retain_finetune", "push_apart", "drop_direction"])
 def test_every_method_evaluates_reports_saves_and_resumes(tmp_path, monkeypatch, examples, method):
     output = tmp_path / "run"
     settings = {"method": method, "output_dir": output, "report": True}

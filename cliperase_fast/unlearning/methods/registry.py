@@ -18,10 +18,11 @@ from cliperase_fast.unlearning.methods.base import DATA, Method
 from cliperase_fast.unlearning.methods.calibrated import Calibrated
 from cliperase_fast.unlearning.methods.cliperase import CLIPErase
 from cliperase_fast.unlearning.methods.gradient_ascent import GradientAscent
+from cliperase_fast.unlearning.methods.retain_finetune import RetainFinetune
 
 M = TypeVar("M", bound=type[Method])
 
-_BUILT_IN: tuple[type[Method], ...] = (CLIPErase, Calibrated, GradientAscent)
+_BUILT_IN: tuple[type[Method], ...] = (CLIPErase, Calibrated, GradientAscent, RetainFinetune)
 _METHODS: dict[str, type[Method]] = {}
 
 

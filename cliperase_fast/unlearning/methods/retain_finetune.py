@@ -1,0 +1,57 @@
+"""Plain fine-tuning on the retain pairs: the control that shows what a method owes to training as such."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from cliperase_fast.functional import clip_loss
+from cliperase_fast.unlearning.checkpoints import TrainState
+from cliperase_fast.unlearning.methods.base import TERM_SETTINGS, TrainingMethod
+from cliperase_fast.unlearning.objective import BatchFeatures, Objective
+from cliperase_fast.unlearning.run import Run
+
+
+class RetainTerms(NamedTuple):
+    """total = retain, the CLIP loss of the retain pairs."""
+
+    total: Tensor
+    retain: Tensor
+
+
+class RetainFinetune(TrainingMethod):
+    """The retention module of CLIPErase alone.
+
+    The steps have the retain pairs of the other methods' batches, and no forget pairs. As nothing makes the model
+    forget, no learning rate reaches the target: the recipe takes the highest that changes the model little enough.
+    """
+
+    name = "retain_finetune"
+    summary = "the CLIP loss of the retain pairs alone: a control, which is not made to forget"
+    source = "control"
+    needs = ("retain",)
+    unused_settings = TERM_SETTINGS - {"backend"}
+
+    def objective(self, run: Run) -> Objective:
+        backend, process_group = self.settings.backend, run.ranks.process_group or "local"
+
+        def terms(features: BatchFeatures) -> RetainTerms:
+            loss = clip_loss(
+                features.retain_image,
+                features.retain_text,
+                features.logit_scale,
+                group_ids=features.retain_group_ids,
+                process_group=process_group,
+                backend=backend,
+            )
+            return RetainTerms(loss, loss)
+
+        return terms
+
+    def notes(self, state: TrainState) -> list[str]:
+        control = (
+            "retain_finetune is a control: it trains on the retain pairs alone, so what the forget pairs lost is a "
+            "side effect of the training"
+        )
+        return [*super().notes(state), control]
