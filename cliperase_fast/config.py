@@ -67,14 +67,15 @@ class UnlearnConfig:
     epochs: int | Auto = _option(  # noqa: RUF009
         AUTO, "number of epochs; auto: until the target is reached and the divergence from the original stops improving"
     )
+    steps: int = _option(0, "number of optimizer steps, in place of epochs; 0 for none")
     epoch_over: str = _option("forget", "an epoch is one pass over this set; the other is cycled", ("forget", "retain"))
     batch_size: int | Auto = _option(  # noqa: RUF009
         AUTO,
-        "pairs in a batch, forget and retain together; auto: 16, or 128 if learning_rate or epochs is auto",
+        "pairs in a batch, of both kinds; auto: 16 if learning_rate and epochs or steps are given, else 128",
     )
     forget_fraction: float | Auto = _option(  # noqa: RUF009
         AUTO,
-        "share of forget pairs in a batch (0.5: one to one); auto: 0.5, or 0.25 if learning_rate or epochs is auto",
+        "share of forget pairs in a batch (0.5: one to one); auto: 0.5 where batch_size=auto stands for 16, else 0.25",
     )
     learning_rate: float | Auto = _option(  # noqa: RUF009
         AUTO, f"peak learning rate; auto: the best of a few rates, each tried for {PROBE_STEPS} steps"
@@ -121,7 +122,7 @@ class UnlearnConfig:
     select: str = _option(
         AUTO,
         "which checkpoint is kept: the one that forgets most within retain_floor, the one at the target that diverges "
-        "least from the original, or the last; auto: floor, or divergence if learning_rate or epochs is auto",
+        "least from the original, or the last; auto: floor where batch_size=auto stands for 16, else divergence",
         (AUTO, "floor", "divergence", "last"),
         group="selection",
     )
@@ -195,7 +196,7 @@ class UnlearnConfig:
                      "checkpoint_every", "keep_checkpoints"):  # fmt: skip
             self._require(is_auto(getattr(self, name)) or getattr(self, name) >= 1, name, "must be at least 1")
         for name in ("lambda_retain", "lambda_forget", "lambda_consistency", "weight_decay", "grad_clip",
-                     "grad_cache_chunk", "warmup_steps", "num_workers", "early_stop", "retain_floor",
+                     "grad_cache_chunk", "steps", "warmup_steps", "num_workers", "early_stop", "retain_floor",
                      "worst_class_floor", "seed", "image_cache_mib"):  # fmt: skip
             self._require(getattr(self, name) >= 0, name, "must not be negative")
         for name in ("val_fraction", "test_fraction", "forget_fraction"):
@@ -229,8 +230,14 @@ class UnlearnConfig:
 
     def _check_auto(self) -> None:
         """Raise InputError for settings that need a number where there is `auto`."""
-        if self.epochs == AUTO:
+        self._require(
+            self.steps == 0 or self.epochs == AUTO,
+            "steps",
+            f"and epochs={self.epochs} both say how long to train: give one of them",
+        )
+        if self.open_ended:
             self._require(self.schedule != "cosine", "schedule", "ends with the last epoch: give a number of epochs")
+        if self.epochs == AUTO:
             self._require(
                 self.evaluate_every == 1,
                 "evaluate_every",
@@ -250,9 +257,14 @@ class UnlearnConfig:
             raise InputError(f"{name}={value} {complaint}" if hasattr(self, name) else f"{name} {complaint}")
 
     @property
+    def open_ended(self) -> bool:
+        """Whether the run finds its number of steps itself."""
+        return self.epochs == AUTO and self.steps == 0
+
+    @property
     def automatic(self) -> bool:
         """Whether the run finds its learning rate or its number of steps itself."""
-        return AUTO in (self.learning_rate, self.epochs)
+        return self.learning_rate == AUTO or self.open_ended
 
     @property
     def pairs_per_batch(self) -> int:
@@ -321,7 +333,7 @@ _PAPER: dict[str, Any] = {
     "method": "cliperase", "method_options": {},
     "lambda_retain": 1.0, "lambda_forget": 3.0, "lambda_consistency": 3.0, "forget_loss": "cosine", "margin": 0.0,
     "consistency": "logits", "false_negatives": "none", "backend": "auto",
-    "epochs": 20, "epoch_over": "forget", "batch_size": 16, "forget_fraction": 0.5, "optimizer": "adam",
+    "epochs": 20, "steps": 0, "epoch_over": "forget", "batch_size": 16, "forget_fraction": 0.5, "optimizer": "adam",
     "weight_decay": 0.0, "schedule": "constant", "warmup_steps": 0, "grad_clip": 0.0, "accumulate": 1,
     "grad_cache_chunk": 0, "precision": "fp32", "trainable": "all", "lora_rank": 8, "lora_alpha": 16.0, "seed": 0,
     "device": "auto", "deepspeed": "", "rank_timeout": 600.0,

@@ -136,7 +136,8 @@ def _settings(config: Mapping[str, Any], recipe: Mapping[str, Any] | None) -> li
     found = {} if recipe is None else {"learning_rate": recipe["learning_rate"], "epochs": f"{recipe['steps']} steps"}
     shown: list[tuple[str, Any]] = []
     for spec in dataclasses.fields(UnlearnConfig):
-        if spec.name in _HIDDEN or spec.name not in config:
+        given_steps = spec.name == "epochs" and bool(config.get("steps"))  # shown themselves
+        if spec.name in _HIDDEN or spec.name not in config or given_steps:
             continue
         chosen = config[spec.name]
         if spec.name == "method_options":

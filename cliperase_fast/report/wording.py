@@ -256,6 +256,8 @@ def _advice(result: Mapping[str, Any], forgotten: bool, kept: bool) -> str:
     found = {"learning_rate": ("learning_rate", ""), "epochs": ("steps", " steps")}
 
     def now(name: str) -> str:
+        if name == "epochs" and number(config.get("steps")):
+            name = "steps"
         value = number(config.get(name))
         if config.get(name) == "auto" and name in found:
             key, unit = found[name]

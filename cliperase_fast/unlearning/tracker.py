@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cliperase_fast.coercion import AUTO
 from cliperase_fast.errors import InputError, UnlearningError
 from cliperase_fast.storage import writing
 from cliperase_fast.unlearning import checkpoints, recipe
@@ -69,7 +68,7 @@ class Tracker:
         state.evaluations.append(candidate)
         self.log({"step": candidate.step, "epoch": epoch - 1, "validation": validation_scores(candidate)})
         self.run.say("epoch %d, step %d: validation %s", epoch, candidate.step, describe_scores(candidate))
-        if self.run.automatic and self.run.settings.epochs == AUTO:
+        if self.run.automatic and self.run.settings.open_ended:
             state.stop = self._stop_reason()
         elif selection.progresses(candidate, state.best):
             state.evaluations_without_improvement = 0

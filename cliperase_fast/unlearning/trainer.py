@@ -49,7 +49,8 @@ class Trainer:
         self.loader, self.runtime, self.ranks = run.loader, run.runtime, run.ranks
         plan, epochs = self.loader.plan, self.settings.epochs
         self.steps_per_epoch = plan.steps_per_epoch(self.settings.accumulate)
-        self.total_steps = recipe.MAX_STEPS if isinstance(epochs, str) else epochs * self.steps_per_epoch
+        in_epochs = recipe.MAX_STEPS if isinstance(epochs, str) else epochs * self.steps_per_epoch
+        self.total_steps = self.settings.steps or in_epochs
         self.pairs_per_step = self.settings.accumulate * sum(plan.sizes)
         self.counts = tuple([share.stop - share.start for share in self.ranks.shares(count)] for count in plan.sizes)
         self.meter = self.make_meter()
@@ -85,7 +86,7 @@ class Trainer:
         return self.state
 
     def _train(self) -> None:
-        state, total, open_ended = self.state, self.total_steps, self.settings.epochs == AUTO
+        state, total, open_ended = self.state, self.total_steps, self.settings.open_ended
         self.run.say("unlearning: %s%d steps of %d pairs, %d done", "at most " if open_ended else "", total,
                      self.pairs_per_step, state.step)  # fmt: skip
         bar = Steps(total, "unlearning", "step", bar=self.runtime.progress, initial=state.step, leave=True)

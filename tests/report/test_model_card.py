@@ -85,6 +85,12 @@ def test_the_card_has_what_an_automatic_run_found():
     assert ["epochs", "auto: 70 steps"] in table
 
 
+def test_the_card_shows_a_given_number_of_steps_in_place_of_epochs():
+    config = UnlearnConfig(steps=50, learning_rate=1e-4).to_dict()
+    names = dict(row[:2] for row in rows(card_of(result_of_run(config=config))))
+    assert names["steps"] == "50" and "epochs" not in names
+
+
 def test_without_an_audit_the_card_has_the_command_that_makes_one():
     card = card_of(result_of_run())
     assert "No audit was made" in card

@@ -47,6 +47,7 @@ def test_the_verdict_follows_from_the_scores(forget, retain, level, words):
         ((0.98, 0.0), (0.97, 0.965), {}, None),
         ((0.98, 0.97), (0.97, 0.97), {}, r"Raise learning_rate \(now 0.0001\) or epochs \(now 20\)"),
         ((0.98, 0.97), (0.97, 0.97), {"lambda_forget": 0.0}, "lambda_forget=0 nothing pushes"),
+        ((0.98, 0.97), (0.97, 0.97), {"epochs": "auto", "steps": 50}, r"or steps \(now 50\)"),
         ((0.98, 0.0), (0.97, 0.92), {}, r"Lower learning_rate \(now 0.0001\)"),
         ((0.98, 0.97), (0.97, 0.5), {}, "Lower learning_rate .* raise epochs"),
         ((0.0, 0.0), (0.97, 0.97), {}, "Choose forget pairs that the model gets right"),

@@ -93,6 +93,24 @@ def test_the_same_numbers_given_lead_to_the_same_weights():
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.parametrize("steps", [8, 35])
+def test_a_given_number_of_steps_is_obeyed(steps):
+    result = run(steps=steps)
+    record = result.record["recipe"]
+    assert record["steps"] == steps and record["stop"] == "the number of steps was given"
+    assert max(probe["steps"] for probe in record["probes"]) == min(steps, 30)
+
+
+def test_a_rate_and_a_number_of_steps_leave_nothing_to_find():
+    result = run(learning_rate=1e-3, steps=25)
+    own = [line["step"] for line in result.history if "total" in line]
+    evaluated = [line["step"] for line in result.history if "validation" in line]
+    assert own == list(range(1, 26)) and evaluated == [10, 20, 25]
+    assert result.record["recipe"] is None
+    assert (result.config.batch_size, result.config.select) == (16, "floor")
+    assert result.selection["reason"].startswith("Step ")
+
+
 def test_a_given_rate_is_trained_until_the_target_without_probes():
     record = run(learning_rate=1e-3).record["recipe"]
     assert record["probes"] == [] and record["learning_rate"] == 1e-3

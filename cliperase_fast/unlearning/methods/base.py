@@ -30,9 +30,9 @@ TERM_SETTINGS = frozenset(
      "teacher_cache"]
 )  # fmt: skip
 TRAINING_SETTINGS = frozenset(
-    ["false_negatives", "epochs", "epoch_over", "batch_size", "forget_fraction", "learning_rate", "optimizer",
-     "weight_decay", "schedule", "warmup_steps", "grad_clip", "accumulate", "grad_cache_chunk", "trainable",
-     "lora_rank", "lora_alpha", "deepspeed", "evaluate_every", "early_stop", "checkpoint_every"]
+    ["false_negatives", "epochs", "steps", "epoch_over", "batch_size", "forget_fraction", "learning_rate",
+     "optimizer", "weight_decay", "schedule", "warmup_steps", "grad_clip", "accumulate", "grad_cache_chunk",
+     "trainable", "lora_rank", "lora_alpha", "deepspeed", "evaluate_every", "early_stop", "checkpoint_every"]
 )  # fmt: skip
 DATA = ("forget", "retain", "teacher")  # what a method may need
 
