@@ -5,15 +5,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_ALIGNMENT = 16  # elements of a row and of a step from row to row, and bytes of an address
+
 
 def as_pair(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both in one dtype, with contiguous rows."""
+    """Return both in one dtype, with rows that GPUs copy in pieces of 16 bytes.
+
+    Rows are contiguous and begin at multiples of 16 bytes; the width is a multiple of 16, as Triton takes no other as
+    aligned. Features that are not so already are copied, with zeros beyond their width.
+    """
     dtype = torch.promote_types(image.dtype, text.dtype)
-    return _contiguous_rows(image.to(dtype)), _contiguous_rows(text.to(dtype))
+    return _aligned(image.to(dtype)), _aligned(text.to(dtype))
 
 
-def _contiguous_rows(features: Tensor) -> Tensor:
-    return features if features.stride(1) == 1 else features.contiguous()
+def _aligned(features: Tensor) -> Tensor:
+    rows, width = features.shape
+    padding = -width % _ALIGNMENT
+    steps_fit = features.stride(1) == 1 and features.stride(0) % _ALIGNMENT == 0
+    if padding == 0 and steps_fit and features.data_ptr() % _ALIGNMENT == 0:
+        return features
+    copy = features.new_empty(rows, width + padding)
+    copy[:, :width] = features
+    copy[:, width:] = 0
+    return copy
 
 
 def float32_precision() -> str:

@@ -17,18 +17,20 @@ from sweep_cases import outcome, random_batch
 from cliperase_fast import functional
 from cliperase_fast.errors import InputError
 from cliperase_fast.ops import backends, eager
+from cliperase_fast.ops.autograd import as_sweep
 from cliperase_fast.ops.triton import features_kl, forward
 from cliperase_fast.ops.triton import sweep as triton_sweep
-from cliperase_fast.ops.triton.sweep import sweep
 from cliperase_fast.validation import choose
+
+NAME = "triton_in_blocks"
+in_blocks = as_sweep(triton_sweep.TritonKernels(name=NAME, block_columns=64))  # dS: blocks of two tiles of columns
 
 
 @pytest.fixture
 def subject():
     return Subject(
-        sweep,
-        "triton",
-        triton_sweep,
+        in_blocks,
+        NAME,
         triton_sweep.TritonKernels,
         kept_row_bytes=lambda batch: 4 * len(batch.image) * (1 + batch.want_consistency),
         few_programs=lambda monkeypatch: monkeypatch.setattr(forward, "_PROGRAMS", 6),

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,7 +18,7 @@ from accuracy_cases import REGIMES, UNDERFLOW, assert_no_divergence, errors, reg
 from sweep_cases import Batch, Outcome, moved, naive_sweep, outcome, random_batch
 from torch import Tensor
 
-from cliperase_fast.ops import eager
+from cliperase_fast.ops import blocks, eager
 from cliperase_fast.ops.autograd import flatten
 from cliperase_fast.ops.spec import Sweep
 
@@ -30,7 +29,6 @@ class Subject:
 
     sweep: Sweep  # takes CPU tensors
     name: str  # of its operators
-    module: ModuleType  # where its kernels look up cache_budget and _CACHED_ROWS
     kernels: type
     kept_row_bytes: Callable[[Batch], int]
     few_programs: Callable[[pytest.MonkeyPatch], None] = lambda monkeypatch: None  # several tiles for each of them
@@ -118,8 +116,8 @@ def test_several_strips_of_several_blocks_and_chunks_of_several_tiles(subject, m
 def test_kept_similarities_give_what_forming_them_again_gives(subject, monkeypatch, dtype, form, kept_rows):
     batch = formed(replace(random_batch(130), group_ids=some_groups(130)), form)
     row_bytes = subject.kept_row_bytes(batch)
-    monkeypatch.setattr(subject.module, "cache_budget", lambda device: row_bytes * (kept_rows + 31))
-    monkeypatch.setattr(subject.module, "_CACHED_ROWS", 32)
+    monkeypatch.setattr(blocks, "cache_budget", lambda device: row_bytes * (kept_rows + 31))
+    monkeypatch.setattr(blocks, "_CACHED_ROWS", 32)
     kept = watch_kept(subject, monkeypatch)
     stored = check(subject, batch, dtype, strip_rows=64, keep="similarities")
     again = outcome(subject.sweep, batch.to(dtype), strip_rows=64)
@@ -185,8 +183,8 @@ def test_strides_do_not_matter(subject, kind):
             return tensor.T.contiguous().T
         if kind == "every other column":
             return torch.stack((tensor, torch.full_like(tensor, torch.nan)), 2).flatten(1)[:, ::2]
-        if kind == "rows of a wider tensor":
-            return torch.cat((tensor, torch.full_like(tensor, torch.nan)), 1)[:, : tensor.shape[1]]
+        if kind == "rows of a wider tensor":  # by one number: steps of an odd length
+            return torch.cat((tensor, torch.full_like(tensor[:, :1], torch.nan)), 1)[:, : tensor.shape[1]]
         return tensor[:1].expand_as(tensor)
 
     batch = random_batch(17).to(torch.float32)

@@ -17,8 +17,8 @@ from sweep_cases import outcome, random_batch
 from torch_defaults import DEFAULTS, assert_independent
 
 from cliperase_fast.ops.autograd import as_sweep
-from cliperase_fast.ops.native import cuda
-from cliperase_fast.ops.native.cuda import CudaKernels, block_shape
+from cliperase_fast.ops.blocks import block_shape
+from cliperase_fast.ops.native.cuda import CudaKernels
 from cliperase_fast.ops.native.extension import as_buffer
 
 NAME = "native_cuda_emulated"
@@ -39,7 +39,6 @@ def subject(sweep):
     return Subject(
         sweep,
         NAME,
-        cuda,
         CudaKernels,
         kept_row_bytes=lambda batch: 4 * -(-len(batch.image) // 8) * 8 * (1 + batch.want_consistency),
     )
@@ -232,18 +231,6 @@ def test_the_emulated_rounding_is_that_of_torch(kernels, dtype):
     tensors = {"row_terms": row_terms, "column_terms": column_terms, "diagonal": diagonal, "gradient": gradient}
     kernels.backward(as_block(kernels, student, pair_offset=n), stream=0, **as_buffers(kernels, tensors))
     assert torch.equal(gradient[0], values.to(dtype))
-
-
-@pytest.mark.parametrize("n", [1, 100, 4096, 8191, 1 << 20, 1 << 31])
-@pytest.mark.parametrize("budget", [1 << 20, 128 << 20, 12_000 << 20])
-@pytest.mark.parametrize("strip_rows", [0, 1, 1000])
-def test_blocks_fit_their_memory_whatever_the_number_of_pairs(n, budget, strip_rows):
-    rows, columns = block_shape(n, n, 10, budget, strip_rows)
-    assert rows % 64 == 0 and columns % 128 == 0
-    assert rows <= n + 63 and columns <= n + 127
-    assert rows * columns * 10 <= budget or rows == 64 or (strip_rows and columns == 128)
-    if not strip_rows and rows < n:  # no less than half of it is used
-        assert rows * columns * 10 > budget / 2 or budget == 1 << 20
 
 
 def test_a_million_pairs_fit_one_gpu(kernels):

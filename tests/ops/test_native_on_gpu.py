@@ -15,7 +15,6 @@ from kernel_checks import Subject
 from sweep_cases import Batch, moved, outcome, random_batch
 
 from cliperase_fast.ops.autograd import as_sweep
-from cliperase_fast.ops.native import cuda
 from cliperase_fast.ops.native.cuda import CudaKernels
 from cliperase_fast.ops.streaming import sweep as streamed
 
@@ -36,7 +35,6 @@ def subject():
     return Subject(
         sweep,
         NAME,
-        cuda,
         CudaKernels,
         kept_row_bytes=lambda batch: 4 * -(-len(batch.image) // 8) * 8 * (1 + batch.want_consistency),
         device="cuda",

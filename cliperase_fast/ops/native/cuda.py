@@ -1,9 +1,9 @@
 """Run the backend "native" on a GPU: torch's matrix products, and `csrc/cuda` for everything between them.
 
 S and S° are formed in blocks, float32 and unscaled. One pass over a block updates the stats of its rows and columns, in
-a fixed order and without atomics, so two runs are bitwise equal. Backward: a block of dS in the dtype of the features
-gives dI = s dS T and dT = s dSᵀ I, accumulated in float32. The blocks' memory does not grow with N, and the host never
-waits for the device. With keep="similarities" as many first rows of the products stay in memory as the budget holds.
+a fixed order and without atomics, so two runs are bitwise equal. Backward: the gradients come from a block of dS in the
+dtype of the features. The blocks' memory does not grow with N, and the host never waits for the device. Products that
+are kept (`blocks.kept_bytes`) stay in memory.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cliperase_fast.ops.autograd import as_sweep, cache_budget, strip_bytes
-from cliperase_fast.ops.matmul import add_product, as_pair, product
+from cliperase_fast.ops.autograd import as_sweep, strip_bytes
+from cliperase_fast.ops.blocks import FeatureGradients, block_shape, full_wave, in_blocks, kept_bytes, round_up
+from cliperase_fast.ops.matmul import as_pair, product
 from cliperase_fast.ops.native import extension
 from cliperase_fast.ops.native.extension import as_buffer_or_none
 from cliperase_fast.ops.spec import (
@@ -30,9 +31,7 @@ from cliperase_fast.ops.spec import (
 
 _FLOAT = 4  # bytes
 _LN_2 = 0.6931471805599453
-_ROWS = 64  # the rows of a block are a multiple of these, which both kernels process at once
-_COLUMNS = 128
-_CACHED_ROWS = 256
+_UNITS = (64, 128)  # rows and columns that both kernels process at once
 _VECTOR = 4  # entries that a kernel reads and writes at once
 _ALIGNMENT = 8  # entries: a row of every dtype begins at a multiple of 16 bytes
 
@@ -51,12 +50,8 @@ class CudaKernels:
         self._block_columns = block_columns
 
     def cache_size(self, inputs: SimilarityInputs) -> int:
-        """Return the bytes of the float32 products kept, of student and teacher; "auto" keeps nothing."""
-        if inputs.keep != "similarities":
-            return 0
-        row_bytes = _kept_row_bytes(inputs)
-        rows = cache_budget(inputs.image.device) // row_bytes
-        return row_bytes * (inputs.n if rows >= inputs.n else rows // _CACHED_ROWS * _CACHED_ROWS)
+        """Return the bytes of the float32 products of student and teacher; see `blocks.kept_bytes`."""
+        return kept_bytes(inputs, _FLOAT * _leading(inputs.m) * (1 + inputs.want_consistency))
 
     def forward(self, inputs: SimilarityInputs, cache_size: int) -> tuple[Stats, Tensor]:
         with torch.cuda.device_of(inputs.image):
@@ -99,19 +94,18 @@ class CudaKernels:
         self, inputs: SimilarityInputs, saved: SavedStats, weights: Weights, need: Need, partial: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
         with torch.cuda.device_of(inputs.image):
-            operands, image, text, n, m = _Operands(inputs), inputs.image, inputs.text, inputs.n, inputs.m
+            operands, image, n, m = _Operands(inputs), inputs.image, inputs.n, inputs.m
             softmaxes, diagonal, unit = unit_terms(
                 inputs, saved, Weights(weights.retention.float(), weights.consistency.float()),
                 loss_scale=2.0**13 if operands.image.dtype == torch.float16 else 1.0,
             )  # fmt: skip
             # anchors and factors: [2 terms, n] and [2 terms, m]
             row_terms, column_terms = softmaxes[:, : 2 * n].reshape(-1, n), softmaxes[:, 2 * n :].reshape(-1, m)
-            image_dtype, text_dtype, scale_dtype = image.dtype, text.dtype, inputs.scale.dtype
+            dtypes = (image.dtype, inputs.text.dtype, inputs.scale.dtype)
             if partial:
-                image_dtype = text_dtype = scale_dtype = torch.float32
-            grad_image = image.new_empty(image.shape if need.image else (0,), dtype=image_dtype)
-            grad_text = diagonal.new_zeros(text.shape if need.text else (0,))
-            grad_scale = diagonal.new_zeros(())
+                dtypes = (torch.float32,) * 3
+            factor = unit * operands.scale
+            found = FeatureGradients(operands.image, operands.text, image.shape[1], factor, need, dtypes)
             blocks = _Blocks(self, operands, inputs.strip_rows, saved.cache, None, gradient=True)
             kernels = blocks.kernels
             for rows, columns, block in blocks:
@@ -125,34 +119,8 @@ class CudaKernels:
                     gradient=blocks.buffer(padded),
                     stream=_stream(image.device),
                 )
-                image_rows = operands.image[rows]
-                if need.image or need.scale:
-                    if columns.start == 0:
-                        towards_text = product(gradient, operands.text[columns])  # [rows, D]
-                    else:
-                        add_product(towards_text, gradient, operands.text[columns])
-                    if columns.stop == m:
-                        if need.scale:  # before the factor s, which may be 0
-                            grad_scale += (towards_text * image_rows).sum()
-                        if need.image:
-                            grad_image[rows] = towards_text.mul_(unit * operands.scale)
-                if need.text:
-                    add_product(grad_text[columns], gradient.T, image_rows)
-            grad_text = grad_text.mul_(unit * operands.scale).to(text_dtype)
-            return grad_image, grad_text, (grad_scale * unit).to(scale_dtype)
-
-
-def block_shape(n: int, m: int, pair_bytes: int, budget: int, strip_rows: int = 0, columns: int = 0) -> tuple[int, int]:
-    """Return (rows, columns) of the largest block of n x m in `budget` bytes, 16 times as wide as high if possible.
-
-    strip_rows, columns: given numbers; 0: free. pair_bytes: memory of an entry. A block has whole tiles, at least one.
-    """
-    pairs = budget // pair_bytes
-    if not columns:
-        columns = pairs // strip_rows if strip_rows else int(4 * pairs**0.5)
-    columns = min(_round_up(m, _COLUMNS), max(_COLUMNS, columns // _COLUMNS * _COLUMNS))
-    rows = strip_rows or pairs // columns
-    return min(_round_up(n, _ROWS), max(1, rows // _ROWS) * _ROWS), columns
+                found.add(rows, columns, gradient)
+            return found.image, found.text, (found.scale * unit).to(dtypes[2])
 
 
 class _Operands:
@@ -200,7 +168,10 @@ class _Blocks:
         self.operands, n, m = operands, operands.n, operands.m
         matrices, dtype = 1 + operands.teacher, operands.image.dtype
         pair_bytes = matrices * _FLOAT + gradient * dtype.itemsize
-        self.rows, self.columns = block_shape(n, m, pair_bytes, strip_bytes(), strip_rows, owner._block_columns)
+        wave = full_wave(operands.image.device, operands.image.shape[1])
+        self.rows, self.columns = block_shape(
+            n, m, pair_bytes, strip_bytes(), _UNITS, wave, strip_rows, owner._block_columns
+        )
         self.kept = cache.view(torch.float32).view(matrices, -1, _leading(m))  # [matrices, kept rows, m and padding]
         device = operands.image.device
         self.kept_rows = self.kept.shape[1]
@@ -215,23 +186,19 @@ class _Blocks:
 
     def gradient_block(self, rows: slice, columns: slice) -> Tensor:
         """Return the block of dS, [rows, columns and their padding]."""
-        return self.gradient[: rows.stop - rows.start, : _round_up(columns.stop - columns.start, _VECTOR)]
+        return self.gradient[: rows.stop - rows.start, : round_up(columns.stop - columns.start, _VECTOR)]
 
     def buffer(self, tensor: Tensor | None) -> Any:
         return as_buffer_or_none(self.kernels, tensor)
 
     def __iter__(self) -> Iterator[tuple[slice, slice, Any]]:
-        n, m = self.operands.n, self.operands.m
-        for first, last in ((0, self.kept_rows), (self.kept_rows, n)):
-            for start in range(first, last, self.rows):
-                rows = slice(start, min(start + self.rows, last))
-                for begin in range(0, m, self.columns):
-                    columns = slice(begin, min(begin + self.columns, m))
-                    yield rows, columns, self._block(rows, columns, rows.start < self.kept_rows)
+        shape = self.rows, self.columns
+        for rows, columns in in_blocks(self.operands.n, self.operands.m, shape, self.kept_rows):
+            yield rows, columns, self._block(rows, columns, rows.start < self.kept_rows)
 
     def _block(self, rows: slice, columns: slice, kept: bool) -> Any:
         count, width = rows.stop - rows.start, columns.stop - columns.start
-        padded = _round_up(width, _VECTOR)  # kernels read and write whole vectors
+        padded = round_up(width, _VECTOR)  # kernels read and write whole vectors
         if kept:
             matrices = self.kept[:, rows, columns.start : columns.start + padded]
         else:
@@ -251,16 +218,8 @@ class _Blocks:
         )
 
 
-def _kept_row_bytes(inputs: SimilarityInputs) -> int:
-    return _FLOAT * _leading(inputs.m) * (1 + inputs.want_consistency)
-
-
 def _leading(n: int) -> int:
-    return _round_up(n, _ALIGNMENT)
-
-
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
+    return round_up(n, _ALIGNMENT)
 
 
 def _stream(device: torch.device) -> int:

@@ -1,7 +1,4 @@
-"""The backward pass: a strip of dS at a time, in the dtype of the features, and the gradients from it.
-
-dI = s dS T and dT = s dSᵀ I, where dT is accumulated in float32.
-"""
+"""The backward pass: a block of dS at a time, in the dtype of the features, and the gradients from it."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cliperase_fast.ops.matmul import add_product, product
+from cliperase_fast.ops.blocks import FeatureGradients, in_blocks
 from cliperase_fast.ops.spec import Need, SavedStats, SimilarityInputs, Weights, unit_terms
 from cliperase_fast.ops.triton.configs import Config
 from cliperase_fast.ops.triton.tiles import (
@@ -37,23 +34,25 @@ def _softmax_gradient(b_tile, p_softmax, o_row, m_row, o_column, m_column, n, m)
     return b_row + exp(b_tile - b_column_anchor[None, :]) * b_column_factor[None, :]
 
 
-@triton.jit(do_not_specialize=["strip_start", "strip_stop", "pair_offset"])
+@triton.jit(do_not_specialize=["row_start", "row_stop", "column_start", "column_stop", "pair_offset"])
 def backward_kernel(
     p_image, p_text, p_teacher_image, p_teacher_text, p_row_group, p_column_group, p_scalars, p_softmax, p_diagonal,
-    p_strip, p_cache, p_teacher_cache, strip_start, strip_stop, n, m, pair_offset, width, teacher_width,
-    stride_image, stride_text, stride_teacher_image, stride_teacher_text,
+    p_block, p_cache, p_teacher_cache, row_start, row_stop, column_start, column_stop, n, m, pair_offset, width,
+    teacher_width, stride_image, stride_text, stride_teacher_image, stride_teacher_text, stride_block,
     PLAIN: tl.constexpr, MASKED: tl.constexpr, TEACHER: tl.constexpr, READ_CACHE: tl.constexpr,
     GROUP_ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_K_TEACHER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A strip of dL/dS (up to one common factor), all terms together, into p_strip [strip rows, m], in its dtype.
+    """A block of dL/dS (up to one common factor), all terms together, into p_block [rows, stride_block], in its dtype.
 
     Row i and column i + pair_offset are a pair. p_softmax: [PLAIN + MASKED + TEACHER, 2 n + 2 m], see
     `_softmax_gradient`; p_diagonal: [n], dS of the pairs. READ_CACHE: the tiles of S and S° are read from where the
     forward kernel has stored them.
     """
-    o_row, o_column = tile_of_program(strip_start, strip_stop, m, GROUP_ROWS, BLOCK_M, BLOCK_N)  # [M], [N]
-    m_row, m_column = o_row < strip_stop, o_column < m
+    o_row, o_column = tile_of_program(
+        row_start, row_stop, column_start, column_stop, GROUP_ROWS, BLOCK_M, BLOCK_N
+    )  # [M], [N]
+    m_row, m_column = o_row < row_stop, o_column < column_stop
     o_safe_row = tl.minimum(o_row, n - 1).to(tl.int64)  # beyond the end: the last row again, masked below
     o_safe_column = tl.minimum(o_column, m - 1).to(tl.int64)
 
@@ -87,7 +86,7 @@ def backward_kernel(
         )
     b_diagonal = tl.load(p_diagonal + o_row, mask=m_row, other=0.0)  # [M]
     b_gradient = tl.where(o_row[:, None] + pair_offset == o_column[None, :], b_diagonal[:, None], b_gradient)
-    store_gradient(p_strip, b_gradient, o_row - strip_start, o_column, m, m_tile)
+    store_gradient(p_block, b_gradient, o_row - row_start, o_column - column_start, stride_block, m_tile)
 
 
 def gradients(
@@ -98,39 +97,32 @@ def gradients(
     weights: Weights,
     need: Need,
     partial: bool,
+    block_columns: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of image, text and scale, see `ops.spec.SweepKernels.backward`."""
-    image, text, n, m = operands.image, operands.text, operands.n, operands.m
+    """Return the gradients of image, text and scale, see `ops.spec.SweepKernels.backward`.
+
+    block_columns: of a block of dS; 0: chosen from its memory.
+    """
+    image, n, m = operands.image, operands.n, operands.m
     softmaxes, diagonal, unit = unit_terms(
         inputs, saved, Weights(weights.retention.float(), weights.consistency.float()),
         loss_scale=2.0**13 if image.dtype == torch.float16 else 1.0,
     )  # fmt: skip
     scalars = operands.scalars(unit)  # the shift is not used here
-    image_dtype, text_dtype, scale_dtype = inputs.image.dtype, inputs.text.dtype, inputs.scale.dtype
+    dtypes = (inputs.image.dtype, inputs.text.dtype, inputs.scale.dtype)
     if partial:
-        image_dtype = text_dtype = scale_dtype = torch.float32
-    grad_image = image.new_empty(image.shape if need.image else (0,), dtype=image_dtype)
-    grad_text = diagonal.new_zeros(text.shape if need.text else (0,))
-    grad_scale = diagonal.new_zeros(())
-    strip = image.new_empty(0, m)
+        dtypes = (torch.float32,) * 3
+    found = FeatureGradients(image, operands.text, inputs.image.shape[1], unit * operands.scale, need, dtypes)
+    shape = operands.gradient_block(config, inputs.strip_rows, block_columns)
+    buffer = image.new_empty(shape)
     cached_rows = operands.cached_rows(saved.cache)
-    for start, stop in operands.strips(m * image.itemsize, config, inputs.strip_rows, cached_rows):
-        if len(strip) < stop - start:
-            strip = image.new_empty(stop - start, m)
-        rows = strip[: stop - start]  # [h, m]
-        backward_kernel[(triton.cdiv(stop - start, config.block_m) * triton.cdiv(m, config.block_n),)](
-            *operands.features(), *operands.groups, scalars, softmaxes, diagonal, rows,
-            *operands.cached_tiles(saved.cache), start, stop, n, m, operands.pair_offset, *operands.widths(),
-            *operands.strides(), GROUP_ROWS=GROUP_ROWS, READ_CACHE=start < cached_rows, **operands.constants(config),
+    for rows, columns in in_blocks(n, m, shape, cached_rows):
+        block = buffer[: rows.stop - rows.start, : columns.stop - columns.start]
+        backward_kernel[(triton.cdiv(block.shape[0], config.block_m) * triton.cdiv(block.shape[1], config.block_n),)](
+            *operands.features(), *operands.groups, scalars, softmaxes, diagonal, block,
+            *operands.cached_tiles(saved.cache), rows.start, rows.stop, columns.start, columns.stop, n, m,
+            operands.pair_offset, *operands.widths(), *operands.strides(), shape[1], GROUP_ROWS=GROUP_ROWS,
+            READ_CACHE=rows.start < cached_rows, **operands.constants(config),
         )  # fmt: skip
-        image_rows = image[start:stop]
-        if need.image or need.scale:
-            towards_text = product(rows, text)  # [h, D]
-            if need.scale:  # before the factor s, which may be 0
-                grad_scale += (towards_text * image_rows).sum()
-            if need.image:
-                grad_image[start:stop] = towards_text.mul_(unit * operands.scale)
-        if need.text:
-            add_product(grad_text, rows.T, image_rows)
-    grad_text = grad_text.mul_(unit * operands.scale).to(text_dtype)
-    return grad_image, grad_text, (grad_scale * unit).to(scale_dtype)
+        found.add(rows, columns, block)
+    return found.image, found.text, (found.scale * unit).to(dtypes[2])

@@ -237,12 +237,15 @@ def _off_diagonal(
     rows, columns = scalars.new_empty(num_stats, n), scalars.new_empty(num_stats, m)
     tiles = triton.cdiv(m, config.block_n)
     cached_rows = operands.cached_rows(cache)
+    buffer = scalars.new_empty(0)  # one for all strips: two would be alive at a time
     for start, stop in operands.strips(4 * num_stats * m / config.block_m, config, strip_rows, cached_rows):
         blocks = triton.cdiv(stop - start, config.block_m)
         tiles_per_chunk = triton.cdiv(tiles, min(tiles, triton.cdiv(_PROGRAMS, blocks)))
         chunks = triton.cdiv(tiles, tiles_per_chunk)
         row_parts = scalars.new_empty(chunks, num_stats, stop - start)
-        column_parts = scalars.new_empty(blocks, num_stats, m)
+        if len(buffer) < blocks * num_stats * m:
+            buffer = scalars.new_empty(blocks * num_stats * m)
+        column_parts = buffer[: blocks * num_stats * m].view(blocks, num_stats, m)
         forward_kernel[(blocks, chunks)](
             *operands.features(), *operands.groups, scalars, row_parts, column_parts, *operands.cached_tiles(cache),
             start, stop, n, m, operands.pair_offset, *operands.widths(), tiles_per_chunk, *operands.strides(),

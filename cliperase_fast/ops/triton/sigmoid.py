@@ -1,6 +1,6 @@
 """The sigmoid loss of the backend "triton": one kernel forms a tile of S, sums its losses and stores dS.
 
-A strip of dS is formed in the dtype of the features, within the memory for strips, and multiplied by the features as in
+A block of dS is formed in the dtype of the features, within the memory for strips, and multiplied by the features as in
 the sweep. Sums of tiles are added in a fixed order, without atomics. No n x m tensor, no host synchronisation.
 """
 
@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from cliperase_fast.ops.matmul import add_product, product
+from cliperase_fast.ops.blocks import FeatureGradients, in_blocks
 from cliperase_fast.ops.sigmoid import SigmoidParts, as_sigmoid
 from cliperase_fast.ops.spec import Need, SimilarityInputs
 from cliperase_fast.ops.triton.sweep import choose_configs
@@ -42,21 +42,23 @@ def _softplus(b_y):
     return tl.maximum(b_y, 0.0) + 2 * (b_z + b_z * b_t * b_q), tl.where(b_y < 0, b_e * b_slope, b_slope)
 
 
-@triton.jit(do_not_specialize=["strip_start", "strip_stop", "pair_offset"])
+@triton.jit(do_not_specialize=["row_start", "row_stop", "column_start", "column_stop", "pair_offset"])
 def sigmoid_kernel(
-    p_image, p_text, p_scalars, p_sums, p_strip, strip_start, strip_stop, n, m, pair_offset, width, stride_image,
-    stride_text, GRADIENT: tl.constexpr, GROUP_ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    p_image, p_text, p_scalars, p_sums, p_block, row_start, row_stop, column_start, column_stop, n, m, pair_offset,
+    width, stride_image, stride_text, stride_block, GRADIENT: tl.constexpr, GROUP_ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The sum of a tile's losses and, with GRADIENT, its dS and the sum of that.
 
-    Row i and column i + pair_offset are a pair. p_scalars: s, b and the factor of dS in p_strip, [strip rows, m].
+    Row i and column i + pair_offset are a pair. p_scalars: s, b and the factor of dS in p_block [rows, stride_block].
     p_sums: [2, programs], of the losses and of dS.
     """
-    o_row, o_column = tile_of_program(strip_start, strip_stop, m, GROUP_ROWS, BLOCK_M, BLOCK_N)  # [M], [N]
+    o_row, o_column = tile_of_program(
+        row_start, row_stop, column_start, column_stop, GROUP_ROWS, BLOCK_M, BLOCK_N
+    )  # [M], [N]
     o_safe_row = tl.minimum(o_row, n - 1).to(tl.int64)  # beyond the end: the last row again, masked below
     o_safe_column = tl.minimum(o_column, m - 1).to(tl.int64)
-    m_tile = (o_row < strip_stop)[:, None] & (o_column < m)[None, :]  # [M, N]
+    m_tile = (o_row < row_stop)[:, None] & (o_column < column_stop)[None, :]  # [M, N]
     m_pair = o_row[:, None] + pair_offset == o_column[None, :]  # [M, N]
     b_x = similarity_tile(
         p_image, p_text, o_safe_row * stride_image, o_safe_column * stride_text, width,
@@ -69,13 +71,15 @@ def sigmoid_kernel(
         b_gradient = tl.where(m_tile, tl.where(m_pair, -b_slope, b_slope), 0.0)  # [M, N]
         tl.store(p_sum + tl.num_programs(0), tl.sum(b_gradient))
         b_gradient *= tl.load(p_scalars + 2)
-        store_gradient(p_strip, b_gradient, o_row - strip_start, o_column, m, m_tile)
+        store_gradient(p_block, b_gradient, o_row - row_start, o_column - column_start, stride_block, m_tile)
 
 
-class _TritonSigmoid:
+class TritonSigmoid:
     """Implements `ops.sigmoid.SigmoidKernels`; not for float64. dS is rounded to the features' dtype."""
 
-    name = "triton"
+    def __init__(self, name: str = "triton", block_columns: int = 0) -> None:
+        """block_columns: of a block of dS; 0: chosen from its memory."""
+        self.name, self.block_columns = name, block_columns
 
     def sigmoid(self, inputs: SimilarityInputs, need: Need) -> SigmoidParts:
         assert inputs.bias is not None
@@ -86,39 +90,30 @@ class _TritonSigmoid:
             loss_scale = _FLOAT16_LOSS_SCALE if image.dtype == torch.float16 else 1.0
             scalars = operands.scale.new_full((3,), loss_scale)
             scalars[0], scalars[1] = operands.scale, inputs.bias
-            grad_image = scalars.new_empty(image.shape if need.image else (0,))
-            grad_text = scalars.new_zeros(text.shape if need.text else (0,))
-            loss, grad_scale, grad_bias = (scalars.new_zeros(()) for _ in range(3))
+            loss, grad_bias = scalars.new_zeros(()), scalars.new_zeros(())
             constants = {key: value for key, value in operands.constants(config).items() if key not in _SWEEP_CONSTANTS}
-            strip = image.new_empty(0, m)
-            for start, stop in operands.strips(m * image.itemsize, config, inputs.strip_rows, 0):
-                programs = triton.cdiv(stop - start, config.block_m) * triton.cdiv(m, config.block_n)
+            factor = operands.scale / loss_scale
+            found = FeatureGradients(image, text, inputs.image.shape[1], factor, need, (torch.float32,) * 2)
+            shape = operands.gradient_block(config, inputs.strip_rows, self.block_columns)
+            buffer = image.new_empty(shape if gradient else (0, 0))
+            for rows, columns in in_blocks(n, m, shape, 0):
+                block = buffer[: rows.stop - rows.start, : columns.stop - columns.start]
+                tiles_m = triton.cdiv(rows.stop - rows.start, config.block_m)
+                programs = tiles_m * triton.cdiv(columns.stop - columns.start, config.block_n)
                 sums = scalars.new_empty(1 + gradient, programs)
-                if gradient and len(strip) < stop - start:
-                    strip = image.new_empty(stop - start, m)
-                rows = strip[: stop - start]  # [h, m]
                 sigmoid_kernel[(programs,)](
-                    image, text, scalars, sums, rows, start, stop, n, m, inputs.pair_offset, image.shape[1],
-                    image.stride(0), text.stride(0), GRADIENT=gradient, GROUP_ROWS=GROUP_ROWS, **constants,
+                    image, text, scalars, sums, block, rows.start, rows.stop, columns.start, columns.stop, n, m,
+                    inputs.pair_offset, image.shape[1], image.stride(0), text.stride(0), shape[1], GRADIENT=gradient,
+                    GROUP_ROWS=GROUP_ROWS, **constants,
                 )  # fmt: skip
                 loss += sums[0].sum()
-                if not gradient:
-                    continue
-                image_rows = image[start:stop]
-                if need.scale:
-                    grad_bias += sums[1].sum()
-                if need.image or need.scale:
-                    towards_text = product(rows, text)  # [h, D]
-                    if need.scale:  # before the factor s, which may be 0
-                        grad_scale += (towards_text * image_rows).sum()
-                    if need.image:
-                        grad_image[start:stop] = towards_text.mul_(operands.scale / loss_scale)
-                if need.text:
-                    add_product(grad_text, rows.T, image_rows)
-            grad_text = grad_text.mul_(operands.scale / loss_scale)
-            return SigmoidParts(loss, grad_image, grad_text, grad_scale / loss_scale, grad_bias)
+                if gradient:
+                    found.add(rows, columns, block)
+                    if need.scale:
+                        grad_bias += sums[1].sum()
+            return SigmoidParts(loss, found.image, found.text, found.scale / loss_scale, grad_bias)
 
 
 _SWEEP_CONSTANTS = ("PLAIN", "MASKED", "TEACHER", "EVEN_K_TEACHER")  # not of this kernel
 
-sigmoid = as_sigmoid(_TritonSigmoid())
+sigmoid = as_sigmoid(TritonSigmoid())

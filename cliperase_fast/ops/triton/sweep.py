@@ -1,7 +1,7 @@
 """Backend "triton": the loss sweep in fused kernels, on GPUs (and in Triton's interpreter, on the CPU).
 
-Both passes process one strip of rows at a time (`forward.py`, `backward.py`). No n x m tensor, no host synchronisation.
-With keep="similarities" the first rows of S and S° stay in memory, as many as the budget holds.
+The forward pass processes one strip of rows at a time, the backward pass one block of dS (`forward.py`, `backward.py`).
+No n x m tensor, no host synchronisation. Similarities that are kept (`blocks.kept_bytes`) stay in memory in between.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import torch
 import triton
 from torch import Tensor
 
-from cliperase_fast.ops.autograd import as_sweep, cache_budget
+from cliperase_fast.ops.autograd import as_sweep
+from cliperase_fast.ops.blocks import kept_bytes
 from cliperase_fast.ops.spec import (
     NUM_SAVED,
     Need,
@@ -28,7 +29,6 @@ from cliperase_fast.ops.triton.configs import INTERPRETER, Configs, configs_for
 from cliperase_fast.ops.triton.forward import forward_stats
 from cliperase_fast.ops.triton.tiles import Operands
 
-_CACHED_ROWS = 256  # rows are cached in multiples of this, which every block of rows divides
 _TUNING_PAIRS = 16384
 
 
@@ -39,19 +39,13 @@ class TritonKernels:
     whose last dimension is not contiguous are copied.
     """
 
-    name = "triton"
-
-    def __init__(self, configs: Configs | None = None) -> None:
-        """Use `configs`; None: those for the GPU, dtype and width at hand."""
-        self.configs = configs
+    def __init__(self, configs: Configs | None = None, name: str = "triton", block_columns: int = 0) -> None:
+        """Use `configs`; None: those for the GPU, dtype and width at hand. block_columns: see `backward.gradients`."""
+        self.configs, self.name, self.block_columns = configs, name, block_columns
 
     def cache_size(self, inputs: SimilarityInputs) -> int:
-        """Return the bytes of float32 S, and S° with a teacher, of the first rows; keep="auto" caches nothing."""
-        if inputs.keep != "similarities":
-            return 0
-        row_bytes = 4 * inputs.m * (1 + inputs.want_consistency)
-        rows = cache_budget(inputs.image.device) // row_bytes
-        return row_bytes * (inputs.n if rows >= inputs.n else rows // _CACHED_ROWS * _CACHED_ROWS)
+        """Return the bytes of float32 S, and S° with a teacher, of the first rows; see `blocks.kept_bytes`."""
+        return kept_bytes(inputs, 4 * inputs.m * (1 + inputs.want_consistency))
 
     def forward(self, inputs: SimilarityInputs, cache_size: int) -> tuple[Stats, Tensor]:
         with torch.cuda.device_of(inputs.image):
@@ -69,7 +63,7 @@ class TritonKernels:
             operands = Operands(inputs)
             configs = self.configs or choose_configs(operands)
             config = configs.backward_groups if operands.masked else configs.backward
-            return gradients(inputs, operands, config, saved, weights, need, partial)
+            return gradients(inputs, operands, config, saved, weights, need, partial, self.block_columns)
 
 
 def choose_configs(operands: Operands) -> Configs:

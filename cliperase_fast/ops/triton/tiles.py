@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cliperase_fast.ops.autograd import strip_bytes
+from cliperase_fast.ops.blocks import block_shape, full_wave, in_blocks
 from cliperase_fast.ops.matmul import as_pair, float32_precision
 from cliperase_fast.ops.spec import SimilarityInputs
 from cliperase_fast.ops.triton.configs import Config
@@ -62,27 +63,31 @@ def exp(b_x):
 
 
 @triton.jit
-def tile_of_program(strip_start, strip_stop, m, GROUP_ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Return the rows [M] and columns [N] of this program's tile of a strip of dS.
+def tile_of_program(
+    row_start, row_stop, column_start, column_stop, GROUP_ROWS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Return the rows [M] and columns [N] of this program's tile of a block of dS.
 
-    Programs of GROUP_ROWS row blocks walk the columns together, so that their tiles of text are read from the cache.
+    Programs of GROUP_ROWS row tiles walk the columns together, so that their tiles of text are read from the cache.
     """
-    blocks_m, blocks_n = tl.cdiv(strip_stop - strip_start, BLOCK_M), tl.cdiv(m, BLOCK_N)
+    tiles_m, tiles_n = tl.cdiv(row_stop - row_start, BLOCK_M), tl.cdiv(column_stop - column_start, BLOCK_N)
     i_program = tl.program_id(0)
-    i_group = i_program // (GROUP_ROWS * blocks_n)
-    rows_here = tl.minimum(blocks_m - i_group * GROUP_ROWS, GROUP_ROWS)
-    i_row = i_group * GROUP_ROWS + (i_program % (GROUP_ROWS * blocks_n)) % rows_here
-    i_column = (i_program % (GROUP_ROWS * blocks_n)) // rows_here
-    o_row = strip_start + i_row * BLOCK_M + tl.arange(0, BLOCK_M)  # [M]
-    return o_row, i_column * BLOCK_N + tl.arange(0, BLOCK_N)
+    i_group = i_program // (GROUP_ROWS * tiles_n)
+    rows_here = tl.minimum(tiles_m - i_group * GROUP_ROWS, GROUP_ROWS)
+    i_row = i_group * GROUP_ROWS + (i_program % (GROUP_ROWS * tiles_n)) % rows_here
+    i_column = (i_program % (GROUP_ROWS * tiles_n)) // rows_here
+    o_row = row_start + i_row * BLOCK_M + tl.arange(0, BLOCK_M)  # [M]
+    return o_row, column_start + i_column * BLOCK_N + tl.arange(0, BLOCK_N)
 
 
 @triton.jit
-def store_gradient(p_strip, b_gradient, o_row_in_strip, o_column, m, m_tile):
-    """Store a tile of dS in the strip [strip rows, m], in the dtype of the strip."""
-    if p_strip.dtype.element_ty != tl.float32:
-        b_gradient = b_gradient.to(p_strip.dtype.element_ty, fp_downcast_rounding="rtne")  # [M, N]
-    tl.store(p_strip + o_row_in_strip.to(tl.int64)[:, None] * m + o_column[None, :], b_gradient, mask=m_tile)
+def store_gradient(p_block, b_gradient, o_row_in_block, o_column_in_block, stride_block, m_tile):
+    """Store a tile of dS in the block [rows, stride_block], in the dtype of the block."""
+    if p_block.dtype.element_ty != tl.float32:
+        b_gradient = b_gradient.to(p_block.dtype.element_ty, fp_downcast_rounding="rtne")  # [M, N]
+    o_tile = o_row_in_block.to(tl.int64)[:, None] * stride_block + o_column_in_block[None, :]  # [M, N]
+    tl.store(p_block + o_tile, b_gradient, mask=m_tile)
 
 
 class Operands:
@@ -105,13 +110,21 @@ class Operands:
     def strips(self, row_bytes: float, config: Config, strip_rows: int, cached_rows: int) -> Iterator[tuple[int, int]]:
         """Yield (start, stop) of strips of rows; none has both cached rows and others.
 
-        A strip is a whole number of blocks: `strip_rows` rows, or, for 0, those that the memory for strips holds.
+        A strip is a whole number of tiles: `strip_rows` rows, or, for 0, those that the memory for strips holds.
         """
-        rows = strip_rows or int(strip_bytes() / row_bytes)
-        height = min(max(1, rows // config.block_m), triton.cdiv(self.n, config.block_m)) * config.block_m
-        for first, last in ((0, cached_rows), (cached_rows, self.n)):
-            for start in range(first, last, height):
-                yield start, min(start + height, last)
+        height, _ = block_shape(
+            self.n, 1, row_bytes, strip_bytes(), (config.block_m, 1), strip_rows=strip_rows, columns=1
+        )
+        for rows, _ in in_blocks(self.n, 1, (height, 1), cached_rows):
+            yield rows.start, rows.stop
+
+    def gradient_block(self, config: Config, strip_rows: int, columns: int) -> tuple[int, int]:
+        """Return the shape of the blocks of dS, in whole tiles; columns: see `block_shape`."""
+        dtype, width = self.image.dtype, self.image.shape[1]
+        return block_shape(
+            self.n, self.m, dtype.itemsize, strip_bytes(), (config.block_m, config.block_n),
+            full_wave(self.image.device, width), strip_rows, columns,
+        )  # fmt: skip
 
     def scalars(self, shift: Tensor | None) -> Tensor:
         """Return s, s° and `shift`, float32 [3]; 0 where absent."""
