@@ -79,12 +79,9 @@ native-sanitize: $(TEST)
 avx512-check: $(TEST)
 	PATH="$(CURDIR)/$(BIN):$$PATH" csrc/tests/avx512/run.sh
 
-# pytest imports only the files that hold such tests: those need torch, triton and pytest, and not the extra `dev`.
+# Needs torch, triton, pytest, pybind11, cmake and nvcc, and no network. GPU_SECONDS: for all of it, 180 by default.
 gpu-check:
-	CLIPERASE_EXTENSION=1 CLIPERASE_CUDA=ON '$(PYTHON)' setup.py -q build_ext --inplace
-	'$(PYTHON)' -m pytest -m gpu $(shell grep -rl --include='test_*.py' 'pytest.mark.gpu' tests)
-	'$(PYTHON)' -m benchmarks.loss --gpu-check
-	'$(PYTHON)' -m benchmarks.fastest
+	'$(PYTHON)' -m benchmarks.gpu_check $(if $(GPU_SECONDS),--seconds $(GPU_SECONDS))
 
 # The CUDA kernels, emulated on the CPU, under the address and undefined-behaviour sanitizers.
 cuda-sanitize: $(TEST)

@@ -4,7 +4,8 @@
     python -m benchmarks.fastest --check    change nothing; exit 1 when benchmarks/results/ say otherwise
 
 The table is by compute capability, dtype, width and number of pairs, for forward and backward of RM + FM + CM on data
-like a trained model's. A backend is ranked by its faster `keep`, and only if its loss and gradients agree with float64.
+like a trained model's. A backend is ranked by what it does with `keep="auto"`, the default, and only if its loss and
+gradients agree with float64.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def table_of(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, dict[str,
         for run in record["runs"] if capability else []:
             provider = run["provider"]
             wanted = (run["loss"], run["data"], run["status"]) == ("cliperase", "peaked", "ok")
-            if not wanted or not provider.startswith(_OURS):
+            if not wanted or not provider.startswith(_OURS) or not run.get("auto", True):
                 continue
             backend = provider.removeprefix(_OURS).partition("-")[0]
             if backend != "auto":

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cliperase_fast.ops.registry import REGISTRY, Backend
-from cliperase_fast.validation import computes
+from cliperase_fast.ops.spec import SimilarityInputs
+from cliperase_fast.validation import computes, implementation
 
 from .batches import (
     CHECK_ROWS,
@@ -23,6 +24,7 @@ from .batches import (
     LIMITS,
     LOSSES,
     WEIGHTS,
+    Batch,
     Case,
     Loss,
     errors,
@@ -55,6 +57,7 @@ class Provider:
     scale_gradient: bool = True
     note: str = ""
     instead: str | None = None  # another loss, on as many rows, which is measured for comparison
+    keep: str | None = None  # that it asks for
 
     def own_case(self, case: Case) -> Case:
         """Return the case that it computes when asked for this one."""
@@ -63,6 +66,23 @@ class Provider:
     @property
     def ours(self) -> bool:
         return self.name.startswith("ours-")
+
+    def does_as_auto(self, batch: Batch) -> bool:
+        """Return whether keep="auto" keeps as many bytes of this batch's similarities as this provider does."""
+        if self.keep is None or self.backend is None or batch.bias is not None:
+            return True
+        kernels = implementation(REGISTRY[self.backend], batch.image.device).kernels
+        assert kernels is not None
+        sizes = {
+            kernels.cache_size(
+                SimilarityInputs(
+                    batch.image, batch.text, batch.scale, batch.teacher_image, batch.teacher_text, batch.teacher_scale,
+                    keep=keep,
+                )
+            )
+            for keep in (self.keep, "auto")
+        }  # fmt: skip
+        return len(sizes) == 1
 
     def limit(self, dtype: torch.dtype) -> float:
         return LIMITS[dtype] * (0.1 if self.ours else 1.0)
@@ -175,6 +195,7 @@ def _ours(
         backend=registered,
         matrices=6 if backend == "eager" else 0,
         note=note,
+        keep=options.get("keep"),
     )
 
 

@@ -88,6 +88,7 @@ class Runner:
                 row["reason"] = reason
                 continue
             try:
+                row["auto"] = provider.does_as_auto(batch)
                 row["error"], wrong = self._checked(provider, case)
                 if wrong is not None:
                     row.update(status="failed", reason=wrong)

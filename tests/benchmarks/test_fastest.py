@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from cliperase_fast.benchmarks import fastest
 from cliperase_fast.ops import measured
 
@@ -17,11 +19,12 @@ def record(*runs: dict, capability: str | None = "9.0") -> dict:
     return {"machine": {"gpu": "a GPU", "capability": capability}, "runs": list(runs)}
 
 
-def test_the_fastest_of_our_backends_is_taken_by_its_faster_keep():
-    triton = run("ours-triton-keep-nothing", 5), run("ours-triton-keep-similarities", 3)
-    native = run("ours-native-keep-nothing", 4), run("ours-native-keep-similarities", 6)
+@pytest.mark.parametrize(("kept", "name"), [(True, "triton"), (False, "native")])
+def test_backends_are_ranked_by_what_auto_keeps(kept, name):
+    triton = run("ours-triton-keep-nothing", 5, auto=not kept), run("ours-triton-keep-similarities", 3, auto=kept)
+    native = run("ours-native-keep-nothing", 4, auto=not kept), run("ours-native-keep-similarities", 6, auto=kept)
     others = run("ours-torch", 9), run("ours-auto", 1), run("open_clip", 0.5), run("floor", 0.1)
-    assert fastest.table_of([record(*native, *triton, *others)]) == {"9.0": {"bfloat16": {"768": {"8192": "triton"}}}}
+    assert fastest.table_of([record(*native, *triton, *others)]) == {"9.0": {"bfloat16": {"768": {"8192": name}}}}
 
 
 def test_sizes_are_separate_and_records_are_merged():

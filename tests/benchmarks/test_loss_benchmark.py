@@ -228,3 +228,10 @@ def test_one_size_is_drawn_as_bars_and_several_as_lines(sizes):
         assert [len(line.get_xdata()) for line in axes.lines] == ([] if len(sizes) == 1 else [len(sizes)] * 3)
         assert len(axes.patches) == (3 if len(sizes) == 1 else 0)
         plots.plt.close(figure)
+
+
+def test_a_provider_says_whether_auto_would_keep_as_much():
+    known, batch = providers.every_provider(), make_batch(replace(CASE, n=64, width=64), "cpu")
+    kept = {keep: known[f"ours-native-keep-{keep}"].does_as_auto(batch) for keep in ("similarities", "nothing")}
+    assert kept == {"similarities": True, "nothing": False}
+    assert known["ours-torch"].does_as_auto(batch)
