@@ -13,7 +13,6 @@ for a digits model, minutes for the others, on two idle cores. Each writes bench
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 import tempfile
@@ -23,8 +22,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cliperase_fast.auditing import audit
 from cliperase_fast.data.personas import FORGET_SETS
 from cliperase_fast.demo import cached_clean_model, cached_oracles, cached_small_clip, require_known, run_demo
@@ -32,6 +29,7 @@ from cliperase_fast.recipes import recipe_for
 
 from .audit_report import CLEAN
 from .machine import RESULTS, describe
+from .records import add_shards, classes, record_text, shards_of, spread
 
 # The settings of each unlearned model, over those that the demo has for the data.
 METHODS: dict[str, dict[str, Any]] = {
@@ -61,15 +59,11 @@ class Study:
     clean: bool = False
 
 
-def _classes(*names: str) -> dict[str, str]:
-    return {name: f"class:{name}" for name in names}
-
-
 STUDIES = {
     "digits": Study(
-        "demo", _classes("seven", "three", "eight"), ["seven"], 5, other={"shapes": "shapes?train=1&test=10"}
+        "demo", classes("seven", "three", "eight"), ["seven"], 5, other={"shapes": "shapes?train=1&test=10"}
     ),
-    "shapes": Study("shapes", _classes("red circle"), ["red circle"], other={"digits": "demo"}),
+    "shapes": Study("shapes", classes("red circle"), ["red circle"], other={"digits": "demo"}),
     "personas": Study("personas", FORGET_SETS, [], methods=("cliperase", "gradient_ascent"), clean=True),
 }
 
@@ -77,7 +71,7 @@ STUDIES = {
 def cifar10(shards: str, test_shards: str) -> Study:
     return Study(
         f"wds:{shards}",
-        _classes("airplane"),
+        classes("airplane"),
         ["airplane"],
         test=f"wds:{test_shards}",
         other={"digits": "demo"},
@@ -190,16 +184,6 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, 
     return {name: {score: spread(values) for score, values in scores.items()} for name, scores in found.items()}
 
 
-def spread(values: Sequence[float]) -> dict[str, Any]:
-    return {
-        "mean": float(np.mean(values)),
-        "std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
-        "low": min(values),
-        "high": max(values),
-        "count": len(values),
-    }
-
-
 def compared(runs: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Each reference value beside the measured one. For oracles also the values of each, as one was measured there."""
     by_method = {run["method"]: run for run in runs if run["concept"] == REFERENCE_CONCEPT}
@@ -234,43 +218,16 @@ def comparison_text(rows: Iterable[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def record_text(value: Any, depth: int = 0) -> str:
-    """JSON with one line for each dict or list that holds no other dict, its floats rounded to five digits."""
-    nested = isinstance(value, dict) and any(isinstance(of, dict) for of in value.values())
-    nested = nested or (isinstance(value, list) and any(isinstance(of, dict) for of in value))
-    if not nested:
-        return json.dumps(_rounded(value))
-    pad = " " * (depth + 1)
-    if isinstance(value, dict):
-        parts = [f"{pad}{json.dumps(key)}: {record_text(of, depth + 1)}" for key, of in value.items()]
-        opening, closing = "{}"
-    else:
-        parts = [f"{pad}{record_text(of, depth + 1)}" for of in value]
-        opening, closing = "[]"
-    return f"{opening}\n" + ",\n".join(parts) + f"\n{' ' * depth}{closing}"
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return round(value, 5)
-    if isinstance(value, dict):
-        return {key: _rounded(of) for key, of in value.items()}
-    return [_rounded(of) for of in value] if isinstance(value, list) else value
-
-
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=(*STUDIES, "cifar10"))
-    parser.add_argument("--shards", help="cifar10: webdataset shards to train on")
-    parser.add_argument("--test-shards", help="cifar10: webdataset shards to measure on")
+    add_shards(parser, "cifar10")
     parser.add_argument("--only", metavar="NAME", help="forget only this concept, not each in turn")
     parser.add_argument("--runs", type=Path, metavar="DIR", help="keep the unlearned models there, and use those there")
     words = list(sys.argv[1:] if words is None else words)
     arguments = parser.parse_args(words)
     if arguments.name == "cifar10":
-        if not (arguments.shards and arguments.test_shards):
-            parser.error("cifar10 needs --shards and --test-shards")
-        study = cifar10(arguments.shards, arguments.test_shards)
+        study = cifar10(*shards_of(parser, arguments))
     else:
         study = STUDIES[arguments.name]
     command = f"python -m benchmarks.audit {arguments.name}"

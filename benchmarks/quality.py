@@ -24,6 +24,7 @@ import numpy as np
 from cliperase_fast.demo import run_demo
 
 from .machine import RESULTS, describe
+from .records import add_shards, shards_of
 
 ABLATION = {
     "all three": {},
@@ -121,14 +122,11 @@ def kinship(per_class: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=("digits", "rates", "shapes", "cifar10"))
-    parser.add_argument("--shards", help="cifar10: webdataset shards to train on")
-    parser.add_argument("--test-shards", help="cifar10: webdataset shards to measure on")
+    add_shards(parser, "cifar10")
     arguments = parser.parse_args()
     began = time.perf_counter()
     if arguments.name == "cifar10":
-        if not (arguments.shards and arguments.test_shards):
-            parser.error("cifar10 needs --shards and --test-shards")
-        runs = cifar10(arguments.shards, arguments.test_shards)
+        runs = cifar10(*shards_of(parser, arguments))
     else:
         runs = {"digits": digits, "rates": rates, "shapes": shapes}[arguments.name]()
     record = {**describe(), "command": f"python -m benchmarks.quality {arguments.name}", "runs": runs}

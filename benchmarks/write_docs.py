@@ -24,7 +24,7 @@ from cliperase_fast.evaluation import METRICS
 from cliperase_fast.planning.cost_model import step_cost
 from cliperase_fast.planning.plan import step_of
 
-from . import audit_report, loss_report, points_report
+from . import audit_report, loss_report, points_report, unaided_report
 from .machine import RESULTS, ROOT, abilities_text
 from .product_bound import bound_table
 from .providers import BASELINES, every_provider
@@ -339,7 +339,23 @@ def _audits() -> dict[str, Any]:
     return {name: load(f"audit-{name}") for name in names}
 
 
+def unaided(name: str) -> str:
+    """The tables and the verdicts of one data set."""
+    if not (RESULTS / f"unaided-{name}.json").exists():
+        return unaided_report.NOT_MEASURED
+    record = load(f"unaided-{name}")
+    parts = [table(*part) if isinstance(part, tuple) else part for part in unaided_report.section(record)]
+    return "\n\n".join([*parts, provenance(record)])
+
+
+def unaided_overall() -> str:
+    names = [name for name in unaided_report.DATA if (RESULTS / f"unaided-{name}.json").exists()]
+    return unaided_report.overall_line({name: load(f"unaided-{name}") for name in names})
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "unaided": unaided_overall,
+    **{f"unaided-{name}": partial(unaided, name) for name in unaided_report.DATA},
     "audit-scores": lambda: table(*audit_report.scores_table()),
     "audit-verdicts": audit_verdicts,
     "audit-provenance": audit_provenance,

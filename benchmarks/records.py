@@ -1,0 +1,62 @@
+"""What the benchmarks of unlearned models share: data given by path, the spread of values, and records as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+def classes(*names: str) -> dict[str, str]:
+    """The selector of each class."""
+    return {name: f"class:{name}" for name in names}
+
+
+def add_shards(parser: argparse.ArgumentParser, *data: str) -> None:
+    """Add the options that name shards. data: what needs them."""
+    for option, what in (("--shards", "train"), ("--test-shards", "measure")):
+        parser.add_argument(option, help=f"{', '.join(data)}: webdataset shards to {what} on")
+
+
+def shards_of(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> tuple[str, str]:
+    """The shards that were named; exits with an error if one of the options is missing."""
+    if not (arguments.shards and arguments.test_shards):
+        parser.error(f"{arguments.name} needs --shards and --test-shards")
+    return arguments.shards, arguments.test_shards
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    return {
+        "mean": float(np.mean(values)),
+        "std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+        "low": min(values),
+        "high": max(values),
+        "count": len(values),
+    }
+
+
+def record_text(value: Any, depth: int = 0) -> str:
+    """JSON with one line for each dict or list that holds no other dict, its floats of six digits."""
+    nested = isinstance(value, dict) and any(isinstance(of, dict) for of in value.values())
+    nested = nested or (isinstance(value, list) and any(isinstance(of, dict) for of in value))
+    if not nested:
+        return json.dumps(_rounded(value))
+    pad = " " * (depth + 1)
+    if isinstance(value, dict):
+        parts = [f"{pad}{json.dumps(key)}: {record_text(of, depth + 1)}" for key, of in value.items()]
+        opening, closing = "{}"
+    else:
+        parts = [f"{pad}{record_text(of, depth + 1)}" for of in value]
+        opening, closing = "[]"
+    return f"{opening}\n" + ",\n".join(parts) + f"\n{' ' * depth}{closing}"
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _rounded(of) for key, of in value.items()}
+    return [_rounded(of) for of in value] if isinstance(value, list) else value

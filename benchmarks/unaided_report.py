@@ -1,0 +1,181 @@
+"""The tables and verdicts of benchmarks/results/unaided-*.json: for docs/unaided.md, and as text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from .unaided_verdicts import (
+    AUDITED,
+    CALIBRATED,
+    GIVEN,
+    after,
+    done,
+    failed,
+    gap_of,
+    gaps_by_seed,
+    mean_of,
+    overall,
+    retain_drop,
+)
+
+Record = Mapping[str, Any]
+Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
+
+DATA = {
+    "digits": "digits", "shapes": "shapes", "personas": "personas", "cifar10": "CIFAR-10",
+    "towers": "pretrained towers",
+}  # fmt: skip
+NOT_MEASURED = "Not measured yet: `python -m benchmarks.unaided --help` says how."
+
+
+def scores_table(record: Record) -> Table:
+    """A row for each method: the means over its runs."""
+    runs, rows = record["runs"], []
+    for method in AUDITED:
+        own = done(runs, method)
+        if not own:
+            continue
+
+        def mean(value: Callable[[Record], float], method: str = method) -> float:
+            found = mean_of(runs, method, value)
+            assert found is not None
+            return found
+
+        failures = sum(run["method"] == method for run in failed(runs))
+        seeds = list(gaps_by_seed(runs, method).values())
+        spread = f" ± {np.std(seeds, ddof=1):.3f}" if len(seeds) > 1 else ""
+        rows.append(
+            (
+                method,
+                f"{len(own)}" + (f" ({failures} failed)" if failures else ""),
+                _percent(mean(partial(after, score="zero_shot_top1"))),
+                _percent(max(after(run, "zero_shot_top1") for run in own)),
+                _points(mean(retain_drop)),
+                _points(mean(partial(after, score="worst_class_drop"))),
+                _points(max(run["scores"]["after"]["worst_class_drop"]["low"] for run in own)),
+                *(f"{mean(partial(after, score=score)):.2f}" for score in ("association", "image_side", "text_side")),
+                f"{mean(gap_of):.3f}{spread}",
+                f"{mean(lambda run: run['seconds']):.1f} s",
+            )
+        )
+    head = (
+        "", "runs", "forget top-1", "highest", "retain drop", "worst class drop", "highest lower bound", "association",
+        "image side", "text side", "mean gap", "time",
+    )  # fmt: skip
+    return head, [*rows, *_reference_rows(runs)]
+
+
+def _reference_rows(runs: Sequence[Record]) -> list[tuple[str, ...]]:
+    """What the originals and the oracles score, from the audits of `calibrated`."""
+    own = done(runs, CALIBRATED)
+    if not own:
+        return []
+
+    def cells(model: str) -> list[float]:
+        names = ("zero_shot_top1", "association", "image_side", "text_side")
+        return [float(np.mean([run["scores"][model][name] for run in own])) for name in names]
+
+    before, oracle = cells("before"), cells("oracle")
+    tops = [[run["scores"][model]["retain_top1"] for model in ("before", "oracle")] for run in own]
+    drop = float(np.mean([top - of_oracles for top, of_oracles in tops]))
+    floor = float(np.mean([run["floor"] for run in own]))
+    return [
+        ("the originals", "", _percent(before[0]), "", "", "", "", *(f"{value:.2f}" for value in before[1:]), "", ""),
+        ("the oracles", "", _percent(oracle[0]), "", _points(drop), "", "", *(f"{value:.2f}" for value in oracle[1:]),
+         f"{floor:.3f} between two", ""),
+    ]  # fmt: skip
+
+
+def choices_table(record: Record) -> Table:
+    """A row for each concept and seed: what the recipe of `calibrated` chose, and what it cost."""
+    runs = record["runs"]
+    given = {(run["concept"], run["seed"]): run for run in done(runs, GIVEN)}
+    rows = []
+    for run in done(runs, CALIBRATED):
+        recipe, timed = run["recipe"], given.get((run["concept"], run["seed"]))
+        ratio = "" if timed is None else f"{run['seconds'] / timed['seconds']:.2f}"
+        rows.append(
+            (
+                run["concept"], str(run["seed"]), f"{recipe['learning_rate']:.2g}", str(recipe["probes"]),
+                str(recipe["steps"]), str(recipe["chosen_step"]), "yes" if recipe["target_reached"] else "**no**",
+                "yes" if recipe["within_floor"] else "**no**", f"{run['seconds']:.1f} s", ratio,
+                _percent(after(run, "zero_shot_top1")), f"{gap_of(run):.3f}",
+            )
+        )  # fmt: skip
+    head = (
+        "concept", "seed", "learning rate", "rates tried", "steps", "kept step", "target reached", "within the floors",
+        "time", "times as long as with numbers", "forget top-1", "mean gap",
+    )  # fmt: skip
+    return head, rows
+
+
+def verdict_lines(record: Record) -> list[str]:
+    said = {True: "holds", False: "**does not hold**", None: "open"}
+    return [f"- {name}: {said[found['holds']]}: {found['text']}." for name, found in record["verdicts"].items()]
+
+
+def failure_lines(record: Record) -> list[str]:
+    return [
+        f"- {run['concept']}, seed {run['seed']}, {run['method']}: {run['error']}" for run in failed(record["runs"])
+    ]
+
+
+def section(record: Record) -> list[str | Table]:
+    """What the docs say of one data set: texts and tables."""
+    failures = failure_lines(record)
+    return [
+        scores_table(record),
+        "\n".join(verdict_lines(record)),
+        *(["Runs that failed:\n\n" + "\n".join(failures)] if failures else []),
+        choices_table(record),
+    ]
+
+
+def overall_line(records: Mapping[str, Record]) -> str:
+    """Whether `calibrated` wins on all data sets, in a sentence."""
+    text = overall(records, tuple(DATA))["text"]
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def run_line(run: Record) -> str:
+    """A run in one line of text."""
+    name = f"{run['concept']}, seed {run['seed']}, {run['method']}"
+    if "error" in run:
+        return f"{name}: FAILED: {run['error']}"
+    took = f"{run['seconds']:.1f} s"
+    if "scores" not in run:
+        return f"{name}: {took}, up to the kept step {run['chosen']['seconds']:.1f} s"
+    drop, recipe = run["scores"]["after"]["worst_class_drop"], run["recipe"]
+    return (
+        f"{name}: forget {_percent(after(run, 'zero_shot_top1'))}, retain drop {_points(retain_drop(run))}, "
+        f"worst class {_points(drop['value'])} (from {_points(drop['low'])}), "
+        f"association {after(run, 'association'):.2f}, gap {gap_of(run):.3f}, "
+        f"rate {recipe['learning_rate']:.2g}, {recipe['chosen_step']} of {recipe['steps']} steps, {took}, "
+        f"audit {run['audit_seconds']:.1f} s"
+    )
+
+
+def study_text(name: str, record: Record) -> str:
+    """The tables and the verdicts of one data set as plain text."""
+    parts = [_plain(part) if isinstance(part, tuple) else part for part in section(record)]
+    return "\n\n".join([f"--- {DATA[name]}", *parts])
+
+
+def _plain(table: Table) -> str:
+    head, rows = table
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:.1f}"

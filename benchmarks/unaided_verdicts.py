@@ -1,0 +1,253 @@
+"""What the runs of `benchmarks.unaided` must show, and whether they do: arithmetic over its records.
+
+A run is {"concept", "seed", "method", ...} with "error" if it failed, else with "recipe", "scores", "gap", "floor" and
+"seconds", see `benchmarks.unaided`. A verdict is {"holds", "text", ...}: holds is None where it cannot be told yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+CALIBRATED = "calibrated"  # without any setting
+GIVEN = "calibrated, numbers given"  # with the learning rate and the steps that it found; only timed
+FIXED = "cliperase, version 0.1"  # with the numbers of version 0.1's demo
+SEARCHED = "cliperase"  # without any setting
+CONTROL = "retain_finetune"  # with the learning rate and the steps that `calibrated` found
+METHODS = (CALIBRATED, GIVEN, FIXED, SEARCHED, CONTROL)
+AUDITED = tuple(method for method in METHODS if method != GIVEN)
+
+GAP = ("association", "image_side", "text_side", "retain_top1")  # the scores of the mean gap
+QUARTERED = ("digits", "shapes", "cifar10")  # data whose gap must be at most a quarter of version 0.1's
+FORGOTTEN, RUNS = 0.05, 0.95  # largest forget top-1, and the share of runs that must keep to it
+RETAIN_DROP, CLASS_DROP = 0.02, 0.1
+IDENTITY = 0.05
+RATIO = 2.0
+
+Run = Mapping[str, Any]
+Runs = Sequence[Run]
+Verdict = dict[str, Any]
+
+
+def verdicts(name: str, runs: Runs) -> dict[str, Verdict]:
+    """The verdicts on one data set. name: of the data set, as `benchmarks.unaided` has it."""
+    found = {"forgets": _forgets(runs), "retain": _retain(runs)}
+    found["worst class"] = _worst_class_halved(runs) if name == "towers" else _worst_class(runs)
+    if name in QUARTERED:
+        found["gap"] = _quartered(runs)
+    if name == "personas":
+        found["identity"] = _identity(runs)
+    found["not better with the recipe"] = _not_better(runs)
+    found["time"] = _time(runs)
+    found["wins"] = _wins(runs)
+    return found
+
+
+def overall(records: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> Verdict:
+    """Whether `calibrated` wins on all data sets. records: those there are, by name. names: those there should be."""
+    wins = {name: record["verdicts"]["wins"]["holds"] for name, record in records.items()}
+    lost = [name for name, holds in wins.items() if holds is False]
+    open_ = [name for name in names if wins.get(name) is None]
+    if lost:
+        return _verdict(False, f"calibrated does not win on {', '.join(lost)}")
+    if open_:
+        return _verdict(None, f"not known yet for {', '.join(open_)}")
+    return _verdict(True, f"calibrated wins on {', '.join(wins)}")
+
+
+def done(runs: Runs, method: str) -> list[Run]:
+    """The runs of a method that did not fail."""
+    return [run for run in runs if run["method"] == method and "error" not in run]
+
+
+def failed(runs: Runs) -> list[Run]:
+    return [run for run in runs if "error" in run]
+
+
+def after(run: Run, score: str) -> float:
+    return run["scores"]["after"][score]["value"]
+
+
+def retain_drop(run: Run) -> float:
+    return run["scores"]["before"]["retain_top1"] - after(run, "retain_top1")
+
+
+def mean_of(runs: Runs, method: str, value: Callable[[Run], float]) -> float | None:
+    """The mean of a value over a method's runs, None without any."""
+    found = [value(run) for run in done(runs, method)]
+    return float(np.mean(found)) if found else None
+
+
+def gap_of(run: Run) -> float:
+    return run["gap"]["mean"]
+
+
+def gaps_by_seed(runs: Runs, method: str) -> dict[int, float]:
+    """The mean gap of each seed over the concepts."""
+    by_seed: dict[int, list[float]] = {}
+    for run in done(runs, method):
+        by_seed.setdefault(run["seed"], []).append(gap_of(run))
+    return {seed: float(np.mean(gaps)) for seed, gaps in sorted(by_seed.items())}
+
+
+def time_ratios(runs: Runs, chosen: bool = False, of: str = "seconds") -> list[float]:
+    """Time without any number over the time with the rate and the steps given, for each concept and seed.
+
+    chosen: with the steps up to the checkpoint that was kept, not with those that were trained. of: "seconds" on the
+    clock, or "cpu_seconds".
+    """
+    searched = {(run["concept"], run["seed"]): run[of] for run in done(runs, CALIBRATED)}
+    return [
+        searched[place] / (run["chosen"] if chosen else run)[of]
+        for run in done(runs, GIVEN)
+        if (place := (run["concept"], run["seed"])) in searched
+    ]
+
+
+def _verdict(holds: bool | None, text: str, **numbers: Any) -> Verdict:
+    return {"holds": holds, "text": text, **numbers}
+
+
+_UNKNOWN = "not measured yet"
+
+
+def _forgets(runs: Runs) -> Verdict:
+    tried = [run for run in runs if run["method"] == CALIBRATED]
+    if not tried:
+        return _verdict(None, _UNKNOWN)
+    good = sum("error" not in run and after(run, "zero_shot_top1") <= FORGOTTEN for run in tried)
+    return _verdict(
+        good >= RUNS * len(tried),
+        f"forget top-1 is at most {FORGOTTEN:.0%} in {good} of {len(tried)} runs (wanted: {RUNS:.0%} of them)",
+        good=good,
+        runs=len(tried),
+    )
+
+
+def _retain(runs: Runs) -> Verdict:
+    drop = mean_of(runs, CALIBRATED, retain_drop)
+    if drop is None:
+        return _verdict(None, _UNKNOWN)
+    return _verdict(
+        drop <= RETAIN_DROP,
+        f"retain top-1 falls by {_points(drop)} on average (wanted: at most {_points(RETAIN_DROP)})",
+        drop=drop,
+    )
+
+
+def _worst_class(runs: Runs) -> Verdict:
+    lower = {
+        method: [run["scores"]["after"]["worst_class_drop"]["low"] for run in done(runs, method)]
+        for method in (CALIBRATED, CONTROL)
+    }
+    if not lower[CALIBRATED]:
+        return _verdict(None, _UNKNOWN)
+    good = sum(low <= CLASS_DROP for low in lower[CALIBRATED])
+    worst = {method: max(values) for method, values in lower.items() if values}
+    beside = f"; the largest bound with {CONTROL} is {_points(worst[CONTROL])}" if CONTROL in worst else ""
+    return _verdict(
+        good == len(lower[CALIBRATED]),
+        f"the lower 95 % bound of the worst class's drop is at most {_points(CLASS_DROP)} in {good} of "
+        f"{len(lower[CALIBRATED])} runs, and {_points(worst[CALIBRATED])} in the worst (wanted: all runs){beside}",
+        largest=worst[CALIBRATED],
+        of_control=worst.get(CONTROL),
+    )
+
+
+def _worst_class_halved(runs: Runs) -> Verdict:
+    ours, theirs = (mean_of(runs, method, lambda run: after(run, "worst_class_drop")) for method in (CALIBRATED, FIXED))
+    if ours is None or theirs is None:
+        return _verdict(None, _UNKNOWN)
+    return _verdict(
+        ours <= theirs / 2,
+        f"the worst class falls by {_points(ours)} on average, with {FIXED} by {_points(theirs)} (wanted: at "
+        "most half)",
+        drop=ours,
+        of_version=theirs,
+    )
+
+
+def _quartered(runs: Runs) -> Verdict:
+    ours, theirs = (mean_of(runs, method, gap_of) for method in (CALIBRATED, FIXED))
+    if ours is None or theirs is None:
+        return _verdict(None, _UNKNOWN)
+    share = "" if theirs == 0 else f", {ours / theirs:.0%} of it"
+    return _verdict(
+        ours <= theirs / 4,
+        f"the mean gap is {ours:.3f}, with {FIXED} {theirs:.3f}{share} (wanted: at most a quarter)",
+        gap=ours,
+        of_version=theirs,
+    )
+
+
+def _not_better(runs: Runs) -> Verdict:
+    ours, theirs = (mean_of(runs, method, gap_of) for method in (CALIBRATED, SEARCHED))
+    if ours is None or theirs is None:
+        return _verdict(None, _UNKNOWN)
+    return _verdict(
+        ours <= theirs,
+        f"the mean gap of cliperase with the automatic recipe is {theirs:.3f}, that of {CALIBRATED} {ours:.3f} "
+        "(wanted: not larger)",
+        gap=ours,
+        of_searched=theirs,
+    )
+
+
+def _identity(runs: Runs) -> Verdict:
+    found = {
+        score: [after(run, score) - run["scores"]["oracle"][score] for run in done(runs, CALIBRATED)]
+        for score in ("intra_identity", "inter_identity")
+    }
+    if not all(found.values()):
+        return _verdict(None, _UNKNOWN)
+    far = {score: max(map(abs, values)) for score, values in found.items()}
+    told = ", ".join(
+        f"{score} {np.mean(values):+.3f} on average and {far[score]:.3f} away at most"
+        for score, values in found.items()
+    )
+    return _verdict(
+        max(far.values()) <= IDENTITY,
+        f"from the oracles' mean: {told} (wanted: within {IDENTITY:g} in every run)",
+        **{score: float(np.mean(values)) for score, values in found.items()},
+        largest=max(far.values()),
+    )
+
+
+def _time(runs: Runs) -> Verdict:
+    ratios, to_choice = time_ratios(runs), time_ratios(runs, chosen=True)
+    if not ratios:
+        return _verdict(None, _UNKNOWN)
+    mean, processor = float(np.mean(ratios)), float(np.mean(time_ratios(runs, of="cpu_seconds")))
+    return _verdict(
+        mean <= RATIO,
+        f"a call takes {mean:.2f} times as long as with the rate and the steps given ({processor:.2f} times the "
+        f"processor time), {max(ratios):.2f} times at most, and {np.mean(to_choice):.2f} times as long as with the "
+        f"steps up to the checkpoint that it keeps (wanted: at most {RATIO:g} times on average)",
+        ratio=mean,
+        largest=max(ratios),
+        of_processor=processor,
+        to_choice=float(np.mean(to_choice)),
+    )
+
+
+def _wins(runs: Runs) -> Verdict:
+    """Whether the mean gap is smaller than with cliperase, beyond the spread of the seeds, paired by seed."""
+    if any(run["method"] == CALIBRATED for run in failed(runs)):
+        return _verdict(False, f"a run of {CALIBRATED} failed")
+    ours = gaps_by_seed(runs, CALIBRATED)
+    parts, holds = [], []
+    for method in (FIXED, SEARCHED):
+        theirs = gaps_by_seed(runs, method)
+        differences = [theirs[seed] - ours[seed] for seed in ours if seed in theirs]
+        if len(differences) < 2:
+            return _verdict(None, "needs two seeds at least")
+        mean, spread = float(np.mean(differences)), float(np.std(differences, ddof=1))
+        holds.append(mean > spread)
+        parts.append(f"by {mean:.3f} than with {method}, where the seeds spread by {spread:.3f}")
+    return _verdict(all(holds), f"the mean gap is smaller {', and '.join(parts)}")
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:.1f} points"
