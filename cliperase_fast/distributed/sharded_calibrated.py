@@ -79,7 +79,7 @@ class _Sweep(torch.autograd.Function):
         local, need = CalibratedInputs(*arguments), Need(*ctx.needs_input_grad[3:])
         with no_autocast(local.image):
             pairs = SortedPairs(local)
-            gradients = incoming(pairs, own, factors, parts[0].group.size * grads)
+            gradients = incoming(pairs, own, factors * (parts[0].group.size * grads))
             caches = Caches(kernels, cache)
             image = of_rows.new_zeros(local.image.shape if need.image else (0,))
             scale = of_rows.new_zeros(())

@@ -81,6 +81,23 @@ class CalibratedKernels(Protocol):
         """Return how many bytes the forward pass keeps at the most of the blocks of all these rows and columns."""
         ...
 
+    def calibrated_losses(self, inputs: CalibratedInputs, cache_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return (terms [4], saved, factors [4], cache) of a batch in one piece, for `calibrated_gradients`.
+
+        It is `calibrated_sweep.losses_by_blocks`, unless the backend has something faster.
+        """
+        ...
+
+    def calibrated_gradients(
+        self, inputs: CalibratedInputs, saved: Tensor, weights: Tensor, cache: Tensor, need: Need
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of image, text and scale; weights [4]: those of the terms times their factors.
+
+        It is `calibrated_sweep.gradients_by_blocks`, unless the backend has something faster. The caller turns the
+        gradients into the dtypes of the inputs. A gradient that is not needed is an empty tensor (0-d for the scale).
+        """
+        ...
+
     def workspace(self, size: int, device: torch.device) -> Tensor:
         """Return memory for the caches of all blocks, uint8 [size], or fewer."""
         ...

@@ -1,8 +1,9 @@
 """Make the calibrated loss of a backend's `CalibratedKernels`: one sweep over blocks, in either direction.
 
-The pairs are sorted by kind. Rows and columns are then two kinds, and the joint batch four blocks. Only
-blocks of forget columns are edited. The statistics of a row over the retain columns give the retention, and merged with
-those over the forget columns the consistency, so that the two softmaxes share their exponentials.
+The pairs are sorted by kind. Rows and columns are then two kinds, and the joint batch four blocks. Only blocks of
+forget columns are edited. The statistics of a row over the retain columns give the retention, and merged with those
+over the forget columns the consistency, so that the two softmaxes share their exponentials. A backend may do all of it
+at once for a batch in one piece, as `native/cpu.py` does.
 
 The anchor and forget terms act on C, not on S. With H their gradient with respect to C,
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +44,10 @@ RETAIN, FORGET = KINDS = (0, 1)
 _LEAST_SCALE = 1e-20  # a smaller one gives the same results, and C could not be found from S
 
 
+def _not_zero(scale: Tensor) -> Tensor:
+    return torch.where(scale.abs() < _LEAST_SCALE, _LEAST_SCALE, scale)
+
+
 class SortedPairs:
     """The pairs at hand, each kind in one piece. Features are copies, unless the pairs come in that order."""
 
@@ -64,9 +70,22 @@ class SortedPairs:
         self.image_levels, self.text_levels = (
             self._sorted(levels).to(self.dtype) * 0.5 for levels in (inputs.background_image, inputs.background_text)
         )
-        self.scale, self.teacher_scale = (
-            torch.where(scale.abs() < _LEAST_SCALE, _LEAST_SCALE, scale)
-            for scale in (inputs.scale, inputs.teacher_scale)
+        self._given = inputs
+
+    @cached_property
+    def scale(self) -> Tensor:
+        return _not_zero(self._given.scale)
+
+    @cached_property
+    def teacher_scale(self) -> Tensor:
+        return _not_zero(self._given.teacher_scale)
+
+    def scale_numbers(self) -> tuple[float, float]:
+        """Return scale and teacher_scale as numbers, which on a CPU takes less time than an operation on tensors."""
+        scale, teacher_scale = self._given.scale.item(), self._given.teacher_scale.item()
+        return (
+            _LEAST_SCALE if abs(scale) < _LEAST_SCALE else scale,
+            _LEAST_SCALE if abs(teacher_scale) < _LEAST_SCALE else teacher_scale,
         )
 
     def __len__(self) -> int:
@@ -264,9 +283,9 @@ class Gradients(NamedTuple):
     own_pull: Tensor  # [P], on own pairs
 
 
-def incoming(pairs: SortedPairs, own: Tensor, factors: Tensor, grads: Tensor) -> Gradients:
-    """Return what the gradients of the four terms [4] mean for S; own: S and S° of own pairs [2, P]."""
-    retention, forget, consistency, anchor = factors * grads
+def incoming(pairs: SortedPairs, own: Tensor, weights: Tensor) -> Gradients:
+    """Return what the gradients of the terms times their factors [4] mean for S; own: S and S° of own pairs [2, P]."""
+    retention, forget, consistency, anchor = weights
     to_s = 2 / pairs.scale.to(own.dtype)
     pull = Pull(to_s * forget, to_s * anchor)
     difference = _own_difference(pairs, own)
@@ -347,48 +366,43 @@ def flatten(inputs: CalibratedInputs) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def _forward(kernels: CalibratedKernels, inputs: CalibratedInputs, cache_size: int) -> tuple[Tensor, ...]:
-    """Return (terms [4], saved [NUM_SAVED + 1, 2 P], factors [4], cache)."""
-    with no_autocast(inputs.image):
-        pairs = SortedPairs(inputs)
-        cache = kernels.workspace(cache_size, inputs.image.device)
-        stats = sweep_forward(kernels, pairs, map(pairs.columns, KINDS), len(pairs), cache)
-        saved, sums = finish(pairs, stats, stats.columns, stats.retention_columns)
-        edited = pairs.edited(pairs.forgotten_ids(), len(pairs) - pairs.retained)
-        factors = term_factors(len(pairs), pairs.retained, edited, saved)
-        return sums * factors, torch.cat((saved, stats.own.reshape(1, -1))), factors, cache
+def losses_by_blocks(
+    kernels: CalibratedKernels, inputs: CalibratedInputs, cache_size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute `CalibratedKernels.calibrated_losses`; saved is [NUM_SAVED + 1, 2 P]."""
+    pairs = SortedPairs(inputs)
+    cache = kernels.workspace(cache_size, inputs.image.device)
+    stats = sweep_forward(kernels, pairs, map(pairs.columns, KINDS), len(pairs), cache)
+    saved, sums = finish(pairs, stats, stats.columns, stats.retention_columns)
+    edited = pairs.edited(pairs.forgotten_ids(), len(pairs) - pairs.retained)
+    factors = term_factors(len(pairs), pairs.retained, edited, saved)
+    return sums * factors, torch.cat((saved, stats.own.reshape(1, -1))), factors, cache
 
 
-def _backward(
-    kernels: CalibratedKernels,
-    grads: Tensor,
-    saved: Tensor,
-    factors: Tensor,
-    cache: Tensor,
-    inputs: CalibratedInputs,
-    need: Need,
+def gradients_by_blocks(
+    kernels: CalibratedKernels, inputs: CalibratedInputs, saved: Tensor, weights: Tensor, cache: Tensor, need: Need
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with no_autocast(inputs.image):
-        pairs = SortedPairs(inputs)
-        n = len(pairs)
-        of_rows, of_columns, own = saved[:NUM_SAVED, :n], saved[:NUM_SAVED, n:], saved[_OWN].view(2, n)
-        gradients = incoming(pairs, own, factors, grads)
-        caches = Caches(kernels, cache)
-        grad_image = saved.new_zeros(inputs.image.shape if need.image else (0,))
-        grad_text = saved.new_empty(inputs.text.shape if need.text else (0,))
-        grad_scale = saved.new_zeros(())
-        for kind in KINDS:
-            text, scale = sweep_backward(
-                kernels, pairs, pairs.columns(kind), (of_rows, of_columns, own), gradients, caches, grad_image, need
-            )
-            grad_scale += scale
-            if need.text:
-                grad_text[pairs.rows(kind)] = text
-        return (
-            pairs.unsorted(grad_image, inputs.image.dtype) if need.image else grad_image.to(inputs.image.dtype),
-            pairs.unsorted(grad_text, inputs.text.dtype) if need.text else grad_text.to(inputs.text.dtype),
-            (grad_scale / pairs.scale.to(saved.dtype)).to(inputs.scale.dtype),
+    """Compute `CalibratedKernels.calibrated_gradients`."""
+    pairs = SortedPairs(inputs)
+    n = len(pairs)
+    of_rows, of_columns, own = saved[:NUM_SAVED, :n], saved[:NUM_SAVED, n:], saved[_OWN].view(2, n)
+    gradients = incoming(pairs, own, weights)
+    caches = Caches(kernels, cache)
+    grad_image = saved.new_zeros(inputs.image.shape if need.image else (0,))
+    grad_text = saved.new_empty(inputs.text.shape if need.text else (0,))
+    grad_scale = saved.new_zeros(())
+    for kind in KINDS:
+        text, scale = sweep_backward(
+            kernels, pairs, pairs.columns(kind), (of_rows, of_columns, own), gradients, caches, grad_image, need
         )
+        grad_scale += scale
+        if need.text:
+            grad_text[pairs.rows(kind)] = text
+    return (
+        pairs.unsorted(grad_image, inputs.image.dtype) if need.image else grad_image,
+        pairs.unsorted(grad_text, inputs.text.dtype) if need.text else grad_text,
+        grad_scale / pairs.scale.to(saved.dtype),
+    )
 
 
 def as_calibrated(kernels: CalibratedKernels) -> Calibrated:
@@ -398,11 +412,15 @@ def as_calibrated(kernels: CalibratedKernels) -> Calibrated:
     """
 
     def forward_body(*arguments: Any) -> tuple[Tensor, ...]:
-        return _forward(kernels, CalibratedInputs(*arguments[:-1]), arguments[-1])
+        inputs = CalibratedInputs(*arguments[:-1])
+        with no_autocast(inputs.image):
+            return kernels.calibrated_losses(inputs, arguments[-1])
 
     def backward_body(grads: Tensor, saved: Tensor, factors: Tensor, cache: Tensor, *arguments: Any) -> Any:
         inputs, need = CalibratedInputs(*arguments[:-3]), Need(*arguments[-3:])
-        return _backward(kernels, grads, saved, factors, cache, inputs, need)
+        with no_autocast(inputs.image):
+            image, text, scale = kernels.calibrated_gradients(inputs, saved, factors * grads, cache, need)
+        return image.to(inputs.image.dtype), text.to(inputs.text.dtype), scale.to(inputs.scale.dtype)
 
     name = f"cliperase_fast::{kernels.name}_calibrated"
     forward_op = torch.library.custom_op(name, forward_body, mutates_args=(), schema=_FORWARD_SCHEMA)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cliperase_fast.ops.autograd import as_sweep
 from cliperase_fast.ops.calibrated import Edit, Pull
-from cliperase_fast.ops.calibrated_sweep import as_calibrated
+from cliperase_fast.ops.calibrated_sweep import as_calibrated, gradients_by_blocks, losses_by_blocks
 from cliperase_fast.ops.spec import (
     GradientTerms,
     Need,
@@ -142,6 +142,8 @@ class TorchKernels:
 
     def cache_share(self, inputs: SimilarityInputs, available: int) -> int:
         return 0
+
+    calibrated_losses, calibrated_gradients = losses_by_blocks, gradients_by_blocks
 
     def workspace(self, size: int, device: torch.device) -> Tensor:
         return torch.empty(0, dtype=torch.uint8, device=device)

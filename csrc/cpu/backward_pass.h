@@ -47,7 +47,8 @@ inline void write_gradient(const SimilarityInputs& in, const Backward& b, const 
                            float* student, float* teacher, const TileCache::Header* head, const TileSums& dots,
                            float* ds) {
     const i64 row = at.row, rows = at.rows, column = at.column, columns = at.columns;
-    const TileSoftmax terms = part_of(b.student, row, column);
+    const bool retained = in.has_masked() && is_retained(in, at), masked = retained && in.row_groups != nullptr;
+    const TileSoftmax terms = part_of(retained && !masked ? b.retained : b.student, row, column);
     const Source from = source_of(student, terms, rows, columns, head && head->student_exponentials,
                                   head ? head->student_reference : 0);
     if (in.has_teacher) {
@@ -67,14 +68,14 @@ inline void write_gradient(const SimilarityInputs& in, const Backward& b, const 
             add_softmax<false>(from, terms, rows, columns, groups, ds, false);
             add_softmax<false>(other, teacher_terms, rows, columns, groups, ds, true);
         }
-        if (in.has_masked()) add_softmax<true>(from, part_of(b.masked, row, column), rows, columns, groups, ds, true);
+        if (masked) add_softmax<true>(from, part_of(b.masked, row, column), rows, columns, groups, ds, true);
     } else {
         add_softmax<false>(from, terms, rows, columns, groups, ds, false);
     }
     if (in.comparison.wanted) {
-        const TileEdit edit(in.comparison, row, column, columns);
+        const TileEdit edit(in.comparison, at);
         const auto add = edit.edits() ? add_pull<true> : add_pull<false>;
-        *dots.of(row, at.block) =
+        *dots.of(at) =
             add(student, teacher, rows, Difference(in), edit, b.pull_forget, b.pull_anchor, ds);
     }
     for_each_pair(in, row, rows, column, columns,
@@ -88,21 +89,21 @@ inline void backward(const SimilarityInputs& in, const Backward& b, char* scratc
     const TileCache cache(b.cache, in);
     pass_over_strips(in, b, layout, b.cached_rows, [&](const TilePlace& at) {
         std::int32_t own_groups[TILE_COLUMNS];
-        const Groups groups = block_groups(in, at.row, at.column, at.columns, own_groups);
+        const Groups groups = block_groups(in, at, own_groups);
         const Groups excluded = in.excludes() ? groups : Groups{nullptr, nullptr};
         float *student = layout.own_tiles(), *teacher = student + TILE;
         const TileCache::Header* head = nullptr;
         if (at.row < b.cached_rows) {
-            float* tiles = cache.at(at.row / TILE_ROWS, at.block);
+            float* tiles = cache.at(at.row_tile, at.block);
             head = reinterpret_cast<const TileCache::Header*>(tiles);
             student = tiles + TileCache::HEADER;
             teacher = student + TILE;
         } else {
-            layout.operands.student_tile(in, at.row_in_strip, at.rows, at.columns, student);
+            layout.operands.student_tile(in, at, student);
             exclude(in, at.row, at.rows, at.column, at.columns, excluded, student);
             if (in.has_teacher) {
-                layout.operands.teacher_tile(in, at.row_in_strip, at.rows, at.columns, teacher);
-                const TileEdit edit(in.comparison, at.row, at.column, at.columns);
+                layout.operands.teacher_tile(in, at, teacher);
+                const TileEdit edit(in.comparison, at);
                 if (edit.edits()) edit_teacher(edit, at.rows, in.teacher_scale, teacher);
                 exclude(in, at.row, at.rows, at.column, at.columns, {nullptr, nullptr}, teacher);
             }

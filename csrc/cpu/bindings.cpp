@@ -8,9 +8,11 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "bind_buffer.h"
+#include "cpu/calibrated.h"
 #include "cpu/softmax_stats.h"
 #include "cpu/sweep.h"
 #include "cpu/workspace.h"
@@ -67,7 +69,8 @@ OwningInputs make_inputs(const OwnedBuffer& image, const OwnedBuffer& text, std:
                          const OwnedBuffer* teacher_image, const OwnedBuffer* teacher_text, double teacher_scale,
                          const OwnedBuffer* row_groups, const OwnedBuffer* column_groups, int threads, bool compares,
                          const OwnedBuffer* row_ids, const OwnedBuffer* column_ids, const OwnedBuffer* row_levels,
-                         const OwnedBuffer* column_levels) {
+                         const OwnedBuffer* column_levels,
+                         const std::optional<std::pair<std::int64_t, std::int64_t>>& forget) {
     OwningInputs in{};
     in.image = features("image", image, {at_least(1), at_least(1)});
     in.rows = image.sizes[0], in.width = image.sizes[1];
@@ -93,6 +96,8 @@ OwningInputs make_inputs(const OwnedBuffer& image, const OwnedBuffer& text, std:
     if (column_ids != nullptr) comparison.column_ids = ids("column_ids", *column_ids, in.columns);
     comparison.row_levels = floats("row_levels", row_levels, {in.rows});
     comparison.column_levels = floats("column_levels", column_levels, {in.columns});
+    comparison.joint = forget.has_value();
+    if (forget) std::tie(comparison.forget_begin, comparison.forget_end) = *forget;
     cliperase::check(in);
     for (const OwnedBuffer* buffer : {&image, &text, teacher_image, teacher_text, row_groups, column_groups, row_ids,
                                       column_ids, row_levels, column_levels})
@@ -107,14 +112,15 @@ struct Cache {
 
 Cache checked_cache(const SimilarityInputs& in, const OwnedBuffer* buffer) {
     if (buffer == nullptr) return {};
-    const std::int64_t row_bytes = cliperase::cache_row_bytes(in), tile = cliperase::CACHE_TILE_ROWS;
+    const std::int64_t row_bytes = cliperase::cache_row_bytes(in);
     void* const data =
         checked(*buffer, {"cache", {Dtype::uint8}, {at_least(row_bytes)}, Layout::dense, CPU, sizeof(float)});
-    const std::int64_t bytes = buffer->sizes[0], limit = (in.rows + tile - 1) / tile * row_bytes;
+    const cliperase::Tiling tiles = cliperase::row_tiles(in);
+    const std::int64_t bytes = buffer->sizes[0], limit = tiles.tiles * row_bytes;
     if (bytes % row_bytes != 0 || bytes > limit)
         throw std::invalid_argument("cache has " + std::to_string(bytes) + " bytes; it must have a multiple of " +
                                     std::to_string(row_bytes) + ", at most " + std::to_string(limit));
-    return {data, std::min(in.rows, bytes / row_bytes * tile)};
+    return {data, tiles.start(bytes / row_bytes)};
 }
 
 const cliperase::IsaKernels& kernels_for(const Name& name) {
@@ -211,6 +217,7 @@ double compared_backward(const OwningInputs& in, const OwnedBuffer& terms, const
                          double pull_forget, double pull_anchor, const OwnedBuffer* cache_buffer,
                          const OwnedBuffer* grad_image, const OwnedBuffer* grad_text, const Name& isa) {
     if (!in.comparison.wanted) throw std::invalid_argument("compared_backward needs inputs with a comparison");
+    if (in.comparison.joint) throw std::invalid_argument("compared_backward takes no joint batch");
     const Cache cache = checked_cache(in, cache_buffer);
     const std::int64_t size = 2 * (in.rows + in.columns);
     const float* const from = floats("terms", terms, {2 + in.has_masked(), size});
@@ -231,6 +238,52 @@ double compared_backward(const OwningInputs& in, const OwnedBuffer& terms, const
     const cliperase::Workspace scratch(chosen.backward_scratch(in, b));
     chosen.backward(in, b, scratch.data());
     return similarity_dot;
+}
+
+void check_joint(const SimilarityInputs& in) {
+    if (!in.comparison.joint) throw std::invalid_argument("the calibrated loss needs inputs of a joint batch");
+}
+
+void calibrated(const OwningInputs& in, const OwnedBuffer& terms, const OwnedBuffer& factors, const OwnedBuffer& saved,
+                const OwnedBuffer* cache_buffer, const Name& isa) {
+    check_joint(in);
+    const Cache cache = checked_cache(in, cache_buffer);
+    const std::int64_t n = in.rows, size = cliperase::stat_count(in) * n;
+    float* const to_terms = floats("terms", terms, {cliperase::CALIBRATED_TERMS});
+    float* const to_factors = floats("factors", factors, {cliperase::CALIBRATED_TERMS});
+    float* const to_saved = floats("saved", saved, {cliperase::SAVED_STATS + 1, 2 * n});
+    const cliperase::Workspace memory(static_cast<std::size_t>(2 * size + 2 * n) * sizeof(float));
+    float *rows = reinterpret_cast<float*>(memory.data()), shift = 0;
+    double squares[2] = {0, 0};
+    const Forward found{
+        rows + 2 * size, rows + 2 * size + n, rows, rows + size, &shift, cache.data, cache.rows, squares};
+    run_forward(in, found, kernels_for(isa));
+    cliperase::calibrated_terms(in, found, to_terms, to_factors, to_saved);
+}
+
+double calibrated_backward(const OwningInputs& in, const OwnedBuffer& saved, const OwnedBuffer& weights,
+                           const OwnedBuffer* cache_buffer, const OwnedBuffer* grad_image, const OwnedBuffer* grad_text,
+                           const Name& isa) {
+    check_joint(in);
+    const Cache cache = checked_cache(in, cache_buffer);
+    const float* const from = floats("saved", saved, {cliperase::SAVED_STATS + 1, 2 * in.rows});
+    const float* const of_terms = floats("weights", weights, {cliperase::CALIBRATED_TERMS});
+    double each[cliperase::CALIBRATED_TERMS], similarity_dot = 0;
+    std::copy(of_terms, of_terms + cliperase::CALIBRATED_TERMS, each);
+    cliperase::Backward b{};
+    b.cache = cache.data, b.cached_rows = cache.rows;
+    b.grad_image = gradient("grad_image", grad_image, in.rows, in.width);
+    b.grad_text = gradient("grad_text", grad_text, in.columns, in.width);
+    b.similarity_dot = &similarity_dot;
+    const cliperase::IsaKernels& chosen = kernels_for(isa);
+    const py::gil_scoped_release released;
+    const cliperase::Workspace terms(static_cast<std::size_t>(cliperase::terms_size(in)) * sizeof(float));
+    const double of_pairs =
+        cliperase::calibrated_gradient_terms(in, from, each, reinterpret_cast<float*>(terms.data()), b);
+    cliperase::check(in, b);
+    const cliperase::Workspace scratch(chosen.backward_scratch(in, b));
+    chosen.backward(in, b, scratch.data());
+    return (of_pairs + similarity_dot) / static_cast<double>(in.scale);
 }
 
 std::tuple<double, double, double> sigmoid(const OwningInputs& in, double bias, const OwnedBuffer* grad_image,
@@ -267,7 +320,10 @@ void bind_cpu(py::module_& parent) {
              py::arg("teacher_scale") = 0.0, py::arg("row_groups") = py::none(), py::arg("column_groups") = py::none(),
              py::arg("threads") = 1, py::arg("compares") = false, py::arg("row_ids") = py::none(),
              py::arg("column_ids") = py::none(), py::arg("row_levels") = py::none(),
-             py::arg("column_levels") = py::none());
+             py::arg("column_levels") = py::none(), py::arg("forget") = py::none())
+        .def_property_readonly("row_tiles", [](const OwningInputs& in) { return cliperase::row_tiles(in).tiles; })
+        .def_property_readonly("cache_row_bytes",
+                               [](const OwningInputs& in) { return cliperase::cache_row_bytes(in); });
 
     py::class_<cliperase::Workspace>(module, "Workspace", py::buffer_protocol())
         .def(py::init<std::size_t>(), py::arg("bytes"))
@@ -300,6 +356,13 @@ void bind_cpu(py::module_& parent) {
                py::arg("cache") = py::none(), py::arg("grad_image") = py::none(), py::arg("grad_text") = py::none(),
                py::arg("instruction_set") = py::none(),
                "Writes the gradients of a comparison for which there is a buffer; returns the sum of dS S.");
+    module.def("calibrated", &calibrated, py::arg("inputs"), py::kw_only(), py::arg("terms"), py::arg("factors"),
+               py::arg("saved"), py::arg("cache") = py::none(), py::arg("instruction_set") = py::none(),
+               "Writes the terms of a joint batch, their factors and what the backward pass needs.");
+    module.def("calibrated_backward", &calibrated_backward, py::arg("inputs"), py::kw_only(), py::arg("saved"),
+               py::arg("weights"), py::arg("cache") = py::none(), py::arg("grad_image") = py::none(),
+               py::arg("grad_text") = py::none(), py::arg("instruction_set") = py::none(),
+               "Writes the gradients for which there is a buffer; returns that of the scale.");
     module.def("sigmoid", &sigmoid, py::arg("inputs"), py::kw_only(), py::arg("bias"),
                py::arg("grad_image") = py::none(), py::arg("grad_text") = py::none(), py::arg("need_scale") = false,
                py::arg("need_bias") = false, py::arg("instruction_set") = py::none(),

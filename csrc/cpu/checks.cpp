@@ -45,9 +45,26 @@ void check_cache(const SimilarityInputs& in, const void* cache, std::int64_t row
     check_between("cached_rows", rows, 0, in.rows);
     if (rows == 0) return;
     check_pointer("cache", cache, sizeof(float));
-    if (rows != in.rows && rows % CACHE_TILE_ROWS != 0)
+    if (rows != in.rows && rows % CACHE_TILE_ROWS != 0 && rows != row_tiles(in).cut)
         refuse("cached_rows = " + std::to_string(rows) + " must be all rows or a multiple of " +
                std::to_string(CACHE_TILE_ROWS));
+}
+
+void check_joint(const SimilarityInputs& in) {
+    const Comparison& comparison = in.comparison;
+    const std::int64_t begin = comparison.forget_begin, end = comparison.forget_end;
+    if (!comparison.wanted || !in.has_teacher) refuse("a joint batch needs a comparison, and that a teacher");
+    if (in.scale == 0 || in.teacher_scale == 0) refuse("scale and teacher_scale must not be 0 for a comparison");
+    if (in.rows != in.columns || in.pair_offset != 0)
+        refuse("a joint batch has as many rows as columns, and pair_offset = 0");
+    check_between("forget_end", end, 0, in.rows);
+    check_between("forget_begin", begin, 0, end);
+    if (begin != 0 && end != in.rows) refuse("the pairs to forget must be the first or the last ones");
+    const bool by_ids = comparison.row_ids != nullptr;
+    if (by_ids != (comparison.column_ids != nullptr) || by_ids != (in.row_groups != nullptr))
+        refuse("a joint batch needs all of row_ids, column_ids, row_groups and column_groups, or none");
+    for (const void* data : {comparison.row_levels, comparison.column_levels})
+        check_pointer("the levels of edited entries", data, sizeof(float));
 }
 
 }  // namespace
@@ -73,6 +90,7 @@ void check(const SimilarityInputs& in) {
         check_pointer("column_groups", in.column_groups, sizeof(std::int32_t));
     }
     const Comparison& comparison = in.comparison;
+    if (comparison.joint) return check_joint(in);
     const void* const edits[] = {comparison.row_ids, comparison.column_ids, comparison.row_levels,
                                  comparison.column_levels};
     const bool edited = std::any_of(std::begin(edits), std::end(edits), [](const void* data) { return data != nullptr; });
@@ -95,7 +113,8 @@ void check(const SimilarityInputs& in, const Forward& out) {
 void check(const SimilarityInputs& in, const Backward& b) {
     check_softmax("student", b.student);
     if (in.has_teacher) check_softmax("teacher", b.teacher);
-    if (in.has_masked()) check_softmax("masked", b.masked);
+    if (in.has_masked() && in.row_groups != nullptr) check_softmax("masked", b.masked);
+    if (in.has_masked() && in.row_groups == nullptr) check_softmax("retained", b.retained);
     if (in.paired()) check_pointer("diagonal", b.diagonal, sizeof(float));
     check_cache(in, b.cache, b.cached_rows);
     if (b.grad_scale != nullptr && b.grad_image == nullptr) refuse("the gradient of scale needs grad_image");

@@ -8,6 +8,11 @@
 namespace cliperase {
 namespace CLIPERASE_ISA {
 
+// Whether all pairs of a tile are to be retained.
+inline bool is_retained(const SimilarityInputs& in, const TilePlace& at) {
+    return !in.comparison.forgets(at.row) && !in.comparison.forgets(at.column);
+}
+
 // The ids and levels of a tile, those of columns padded to TILE_COLUMNS; null: no entry is edited.
 struct TileEdit {
     const std::int32_t* row_ids = nullptr;
@@ -15,12 +20,15 @@ struct TileEdit {
     alignas(64) std::int32_t column_ids[TILE_COLUMNS];
     alignas(64) float column_levels[TILE_COLUMNS];
 
-    TileEdit(const Comparison& from, i64 row, i64 column, i64 columns) {
-        if (from.row_ids == nullptr) return;
-        row_ids = from.row_ids + row, row_levels = from.row_levels + row;
+    TileEdit(const Comparison& from, const TilePlace& at) {
+        static const std::int32_t EQUAL[TILE_ROWS] = {};
+        const bool by_ids = from.row_ids != nullptr;
+        if (from.row_levels == nullptr) return;
+        if (from.joint && !(from.forgets(at.column) && (by_ids || from.forgets(at.row)))) return;
+        row_ids = by_ids ? from.row_ids + at.row : EQUAL, row_levels = from.row_levels + at.row;
         for (i64 j = 0; j < TILE_COLUMNS; ++j) {
-            column_ids[j] = j < columns ? from.column_ids[column + j] : 0;
-            column_levels[j] = j < columns ? from.column_levels[column + j] : 0;
+            column_ids[j] = by_ids && j < at.columns ? from.column_ids[at.column + j] : 0;
+            column_levels[j] = j < at.columns ? from.column_levels[at.column + j] : 0;
         }
     }
     bool edits() const { return row_ids != nullptr; }
@@ -106,12 +114,12 @@ struct TileSums {
     i64 blocks, tiles, each;
 
     TileSums(const SimilarityInputs& in, i64 numbers, BumpAllocator& allocator)
-        : blocks(divide_up(in.columns, TILE_COLUMNS)),
-          tiles(in.comparison.wanted ? divide_up(in.rows, TILE_ROWS) * blocks : 0),
+        : blocks(column_tiles(in).tiles),
+          tiles(in.comparison.wanted ? row_tiles(in).tiles * blocks : 0),
           each(numbers) {
         values = reinterpret_cast<double*>(allocator.floats(2 * each * tiles));
     }
-    double* of(i64 row, i64 block) const { return values + each * (row / TILE_ROWS * blocks + block); }
+    double* of(const TilePlace& at) const { return values + each * (at.row_tile * blocks + at.block); }
     double total(i64 number) const {
         double sum = 0;
         for (i64 tile = 0; tile < tiles; ++tile) sum += values[each * tile + number];

@@ -11,7 +11,7 @@ struct ForwardLayout {
     Operands operands;
     float* tiles;         // for each thread a tile of S and one of S°
     float* row_parts;     // [blocks, SCRATCH_STATS, strip]
-    float* column_parts;  // [STRIP_TILES, SCRATCH_STATS, padded_columns]
+    float* column_parts;  // [tiles of a strip, SCRATCH_STATS, padded_columns]
     float* column_stats;  // [SCRATCH_STATS, padded_columns]
     TileSums squares;     // of the comparison, [2] for each tile
     std::size_t bytes;
@@ -25,6 +25,11 @@ struct ForwardLayout {
     Stats column_part(i64 tile, const StatSet& set) const {
         return sums(column_parts + tile * SCRATCH_STATS * padded_columns, set, padded_columns);
     }
+    // The parts of a tile's rows and columns.
+    Stats rows_of(const TilePlace& at, const StatSet& set) const { return part(at.block, set).at(at.row_in_strip); }
+    Stats columns_of(const TilePlace& at, const StatSet& set) const {
+        return column_part(at.tile, set).at(at.block * TILE_COLUMNS);
+    }
     Stats columns(const StatSet& set) const { return sums(column_stats, set, padded_columns); }
 
   private:
@@ -33,13 +38,13 @@ struct ForwardLayout {
     }
     ForwardLayout(const SimilarityInputs& in, BumpAllocator allocator)
         : strip(smaller(round_up(in.rows, W), STRIP_TILES * TILE_ROWS)),
-          blocks(divide_up(in.columns, TILE_COLUMNS)),
+          blocks(column_tiles(in).tiles),
           padded_columns(blocks * TILE_COLUMNS),
           operands(in, strip, allocator),
           squares(in, 2, allocator) {
         tiles = allocator.floats(in.threads * 2 * TILE);
         row_parts = allocator.floats(blocks * SCRATCH_STATS * strip);
-        column_parts = allocator.floats(STRIP_TILES * SCRATCH_STATS * padded_columns);
+        column_parts = allocator.floats(tiles_of_strip(in, strip) * SCRATCH_STATS * padded_columns);
         column_stats = allocator.floats(SCRATCH_STATS * padded_columns);
         bytes = allocator.used();
     }
@@ -48,13 +53,12 @@ struct ForwardLayout {
 // Writes the statistics of one tile to the parts of its rows and columns.
 //
 // With a comparison the cache keeps the entries, which the backward pass needs, and never their exponentials.
-inline void add_tile(const SimilarityInputs& in, const Forward& out, const ForwardLayout& layout, i64 strip_start,
-                     i64 row, i64 rows, i64 block, i64 columns, Groups groups, float* student, float* teacher,
-                     TileCache::Header* head) {
-    const i64 in_strip = row - strip_start, column = block * TILE_COLUMNS, tile = in_strip / TILE_ROWS;
+inline void add_tile(const SimilarityInputs& in, const Forward& out, const ForwardLayout& layout, const TilePlace& at,
+                     Groups groups, float* student, float* teacher, TileCache::Header* head) {
+    const i64 row = at.row, rows = at.rows, column = at.column, columns = at.columns;
     alignas(64) float row_top[TILE_ROWS], column_top[TILE_COLUMNS];
     const bool stores = head != nullptr && !in.comparison.wanted;
-    const TileEdit edit(in.comparison, row, column, columns);
+    const TileEdit edit(in.comparison, at);
     if (edit.edits()) edit_teacher(edit, rows, in.teacher_scale, teacher);
     for_each_pair(in, row, rows, column, columns, [&](i64 i, i64 j) {
         out.diagonal[row + i] = student[i * TILE_COLUMNS + j];
@@ -63,15 +67,15 @@ inline void add_tile(const SimilarityInputs& in, const Forward& out, const Forwa
     if (in.comparison.wanted) {
         clear_uncompared(in, row, rows, column, columns, student, teacher);
         const auto add = edit.edits() ? add_squares<true> : add_squares<false>;
-        add(student, teacher, rows, Difference(in), edit, layout.squares.of(row, block));
+        add(student, teacher, rows, Difference(in), edit, layout.squares.of(at));
     }
     exclude(in, row, rows, column, columns, in.excludes() ? groups : Groups{nullptr, nullptr}, student);
     if (in.has_teacher) {
         exclude(in, row, rows, column, columns, {nullptr, nullptr}, teacher);
         find_largest(teacher, rows, row_top, column_top);
         const Reference c = shared_reference(row_top, rows, column_top);
-        const Stats of_rows = layout.part(block, teacher_set(in)).at(in_strip);
-        const Stats of_columns = layout.column_part(tile, teacher_set(in)).at(column);
+        const Stats of_rows = layout.rows_of(at, teacher_set(in));
+        const Stats of_columns = layout.columns_of(at, teacher_set(in));
         if (!c.shared)
             write_separate_stats<true>(teacher, student, *out.shift, rows, of_rows, of_columns, row_top, column_top);
         else if (stores)
@@ -83,17 +87,18 @@ inline void add_tile(const SimilarityInputs& in, const Forward& out, const Forwa
         if (head) head->teacher_reference = c.value, head->teacher_exponentials = stores && c.shared;
     }
     bool masked_within = true;
+    const bool retained = is_retained(in, at), masked_apart = in.row_groups != nullptr && retained;
     find_largest(student, rows, row_top, column_top);
     const Reference c = shared_reference(row_top, rows, column_top);
-    if (in.has_masked()) {
+    if (in.has_masked() && masked_apart) {
         alignas(64) float masked_row_top[TILE_ROWS], masked_column_top[TILE_COLUMNS];
         float* masked = layout.own_tiles() + TILE;  // the teacher's tile is no longer needed, if there was one
         std::memcpy(masked, student, static_cast<std::size_t>(rows) * TILE_COLUMNS * sizeof(float));
         exclude(in, row, rows, column, columns, groups, masked);
         find_largest(masked, rows, masked_row_top, masked_column_top);
         const Reference own = shared_reference(masked_row_top, rows, masked_column_top);
-        const Stats of_rows = layout.part(block, masked_set(in)).at(in_strip);
-        const Stats of_columns = layout.column_part(tile, masked_set(in)).at(column);
+        const Stats of_rows = layout.rows_of(at, masked_set(in));
+        const Stats of_columns = layout.columns_of(at, masked_set(in));
         if (own.shared)
             write_shared_stats<false, false>(masked, nullptr, 0, rows, own, of_rows, of_columns, masked_row_top,
                                              masked_column_top);
@@ -106,8 +111,8 @@ inline void add_tile(const SimilarityInputs& in, const Forward& out, const Forwa
         for (i64 j = 0; j < TILE_COLUMNS; ++j)
             masked_within &= masked_column_top[j] == LOWEST || masked_column_top[j] >= c.value - REACH;
     }
-    const Stats of_rows = layout.part(block, STUDENT_SET).at(in_strip);
-    const Stats of_columns = layout.column_part(tile, STUDENT_SET).at(column);
+    const Stats of_rows = layout.rows_of(at, STUDENT_SET);
+    const Stats of_columns = layout.columns_of(at, STUDENT_SET);
     const bool exponentials = stores && c.shared && masked_within;
     if (!c.shared)
         write_separate_stats<false>(student, nullptr, 0, rows, of_rows, of_columns, row_top, column_top);
@@ -115,6 +120,13 @@ inline void add_tile(const SimilarityInputs& in, const Forward& out, const Forwa
         write_shared_stats<false, true>(student, nullptr, 0, rows, c, of_rows, of_columns, row_top, column_top);
     else
         write_shared_stats<false, false>(student, nullptr, 0, rows, c, of_rows, of_columns, row_top, column_top);
+    if (in.has_masked() && !masked_apart) {
+        const Stats own_rows = layout.rows_of(at, masked_set(in)), own_columns = layout.columns_of(at, masked_set(in));
+        if (retained)
+            copy(of_rows, own_rows, rows), copy(of_columns, own_columns, TILE_COLUMNS);
+        else
+            clear(own_rows, rows), clear(own_columns, TILE_COLUMNS);
+    }
     if (head) head->student_reference = c.value, head->student_exponentials = exponentials;
 }
 
@@ -136,35 +148,33 @@ inline void forward(const SimilarityInputs& in, const Forward& out, char* scratc
     for (const StatSet& set : sets)
         if (set.used) clear(layout.columns(set), layout.padded_columns);
 
+    const Tiling rows = row_tiles(in), blocks = column_tiles(in);
 #pragma omp parallel num_threads(in.threads)
     for (i64 start = 0; start < in.rows; start += layout.strip) {
-        const i64 strip = smaller(layout.strip, in.rows - start);
+        const Strip strip(rows, start, layout.strip);
 #pragma omp for schedule(static)
-        for (i64 group = 0; group < RowGroup::in_strip(strip); ++group)
+        for (i64 group = 0; group < RowGroup::count_of(strip.tiles); ++group)
             layout.operands.pack_rows_of(in, start, {group, strip});
 
-        const TileShares shares(strip, layout.blocks, in.threads);
+        const TileShares shares(strip, blocks.tiles, in.threads);
         i64 packed = -1;  // the block whose columns this thread has packed
 #pragma omp for schedule(dynamic, shares.chunk)
         for (i64 task = 0; task < shares.count; ++task) {
-            const i64 block = task / shares.tiles, i = task % shares.tiles * TILE_ROWS;
-            const i64 column = block * TILE_COLUMNS, columns = smaller(TILE_COLUMNS, in.columns - column);
-            const i64 row = start + i, rows = smaller(TILE_ROWS, strip - i);
+            const TilePlace at(strip, task % shares.tiles, blocks, task / shares.tiles);
             std::int32_t own_groups[TILE_COLUMNS];
-            if (block != packed) layout.operands.pack_columns_of(in, column, columns);
-            packed = block;
+            if (at.block != packed) layout.operands.pack_columns_of(in, at.column, at.columns);
+            packed = at.block;
             float *student = layout.own_tiles(), *teacher = student + TILE;
             TileCache::Header* head = nullptr;
-            if (row < out.cached_rows) {
-                float* tiles = cache.at(row / TILE_ROWS, block);
+            if (at.row < out.cached_rows) {
+                float* tiles = cache.at(at.row_tile, at.block);
                 head = reinterpret_cast<TileCache::Header*>(tiles);
                 student = tiles + TileCache::HEADER;
                 teacher = student + TILE;
             }
-            layout.operands.student_tile(in, i, rows, columns, student);
-            if (in.has_teacher) layout.operands.teacher_tile(in, i, rows, columns, teacher);
-            add_tile(in, out, layout, start, row, rows, block, columns,
-                     block_groups(in, row, column, columns, own_groups), student, teacher, head);
+            layout.operands.student_tile(in, at, student);
+            if (in.has_teacher) layout.operands.teacher_tile(in, at, teacher);
+            add_tile(in, out, layout, at, block_groups(in, at, own_groups), student, teacher, head);
         }
 
 #pragma omp for schedule(static) nowait
@@ -178,7 +188,7 @@ inline void forward(const SimilarityInputs& in, const Forward& out, char* scratc
         // One vector of rows at a time. Parts beyond the last row of the strip are uninitialised; their statistics are
         // not used.
 #pragma omp for schedule(static)
-        for (i64 i = 0; i < strip; i += W) {
+        for (i64 i = 0; i < strip.rows; i += W) {
             for (const StatSet& set : sets) {
                 if (!set.used) continue;
                 alignas(64) float reference[W], total[W], gap[W];
@@ -187,7 +197,7 @@ inline void forward(const SimilarityInputs& in, const Forward& out, char* scratc
                 for (i64 block = 0; block < layout.blocks; ++block) merge(merged, layout.part(block, set).at(i), W);
                 finish_stats(merged, W);
                 float* to = out.row_stats + set.result * in.rows + start + i;
-                for (i64 lane = 0; lane < smaller(W, strip - i); ++lane) {
+                for (i64 lane = 0; lane < smaller(W, strip.rows - i); ++lane) {
                     to[lane] = reference[lane];
                     to[in.rows + lane] = total[lane];
                     if (merged.gap) to[2 * in.rows + lane] = gap[lane];
@@ -201,12 +211,15 @@ inline void forward(const SimilarityInputs& in, const Forward& out, char* scratc
     for (const StatSet& set : sets) {
         if (!set.used) continue;
         const Stats sums = layout.columns(set);
-        finish_stats(sums, in.columns);
-        const auto bytes = static_cast<std::size_t>(in.columns) * sizeof(float);
-        float* to = out.column_stats + set.result * in.columns;
-        std::memcpy(to, sums.reference, bytes);
-        std::memcpy(to + in.columns, sums.total, bytes);
-        if (sums.gap) std::memcpy(to + 2 * in.columns, sums.gap, bytes);
+        finish_stats(sums, layout.padded_columns);
+        for (i64 block = 0; block < blocks.tiles; ++block) {
+            const Stats from = sums.at(block * TILE_COLUMNS);
+            const auto bytes = static_cast<std::size_t>(blocks.length(block)) * sizeof(float);
+            float* to = out.column_stats + set.result * in.columns + blocks.start(block);
+            std::memcpy(to, from.reference, bytes);
+            std::memcpy(to + in.columns, from.total, bytes);
+            if (from.gap) std::memcpy(to + 2 * in.columns, from.gap, bytes);
+        }
     }
 }
 

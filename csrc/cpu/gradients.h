@@ -19,7 +19,7 @@ struct GradientLayout {
     template <typename Wanted>
     GradientLayout(const SimilarityInputs& in, const Wanted& wanted, bool gradients, BumpAllocator& allocator)
         : strip(strip_rows(in, gradients)),
-          blocks(divide_up(in.columns, TILE_COLUMNS)),
+          blocks(column_tiles(in).tiles),
           width(round_up(in.width, NR)),
           tiles_each(in.has_teacher ? 2 : 1),
           operands(in, strip, allocator) {
@@ -36,26 +36,20 @@ struct GradientLayout {
   private:
     static i64 strip_rows(const SimilarityInputs& in, bool gradients) {
         const i64 most = STRIP_TILES * TILE_ROWS;
-        const i64 fit = STRIP_FLOATS / round_up(in.columns, TILE_COLUMNS) / TILE_ROWS * TILE_ROWS;
+        const i64 fit = STRIP_FLOATS / (column_tiles(in).tiles * TILE_COLUMNS) / TILE_ROWS * TILE_ROWS;
         return smaller(in.rows, gradients ? larger(TILE_ROWS, smaller(fit, most)) : most);
     }
-};
-
-// A tile of a strip: rows [row, row + rows), at row_in_strip of the strip, and columns [column, column + columns),
-// block number `block`.
-struct TilePlace {
-    i64 row, rows, row_in_strip, column, columns, block;
 };
 
 // Every thread of a parallel region calls the functions below, except those for one block.
 
 // Packs text [columns, width] in panels, for dI.
 inline void pack_text_panels(const SimilarityInputs& in, float* panels) {
+    const Tiling blocks = column_tiles(in);
 #pragma omp for schedule(static)
-    for (i64 block = 0; block < divide_up(in.columns, TILE_COLUMNS); ++block) {
-        const i64 column = block * TILE_COLUMNS, columns = smaller(TILE_COLUMNS, in.columns - column);
-        pack_panels(in.text, column, columns, in.width, 1, panels, column, in.columns);
-    }
+    for (i64 block = 0; block < blocks.tiles; ++block)
+        pack_panels(in.text, blocks.start(block), blocks.length(block), in.width, 1, panels, blocks.start(block),
+                    in.columns);
 }
 
 // A share of the width of a gradient.
@@ -69,7 +63,7 @@ struct PanelGroup {
 // dT of one block of columns, `width` columns from panel `first` on, = or += dSᵀ times the strip of scale * image.
 inline void add_text_gradient(const SimilarityInputs& in, const GradientLayout& layout, i64 block, i64 first, i64 width,
                               i64 strip, float* grad_text, bool add) {
-    const i64 column = block * TILE_COLUMNS, columns = smaller(TILE_COLUMNS, in.columns - column);
+    const i64 column = column_tiles(in).start(block), columns = column_tiles(in).length(block);
     product(columns, width, strip, Columns<TILE_COLUMNS>{layout.ds_tile(block, 0)},
             {layout.image_panels + first * layout.strip * NR, layout.strip * NR, 0},
             grad_text + column * gradient_stride(in.width) + first * NR, gradient_stride(in.width), add);
@@ -80,17 +74,16 @@ inline void write_image_gradient(const SimilarityInputs& in, const GradientLayou
                                  float* grad_image) {
     const i64 stride = gradient_stride(in.width), panel_groups = PanelGroup::count(in),
               row_groups = divide_up(strip, ROW_GROUP);
+    const Tiling blocks = column_tiles(in);
 #pragma omp for schedule(dynamic)
     for (i64 task = 0; task < row_groups * panel_groups; ++task) {
         const i64 row = task / panel_groups * ROW_GROUP, rows = smaller(ROW_GROUP, strip - row);
         const PanelGroup panels(in, task % panel_groups);
         float* to = grad_image + (start + row) * stride + panels.first * NR;
-        for (i64 block = 0; block < layout.blocks; ++block) {
-            const i64 column = block * TILE_COLUMNS, depth = smaller(TILE_COLUMNS, in.columns - column);
-            product(rows, panels.width, depth, Rows{layout.ds_tile(block, row), TILE_COLUMNS},
-                    {layout.text_panels + panels.first * in.columns * NR, in.columns * NR, column}, to, stride,
-                    block > 0);
-        }
+        for (i64 block = 0; block < blocks.tiles; ++block)
+            product(rows, panels.width, blocks.length(block), Rows{layout.ds_tile(block, row), TILE_COLUMNS},
+                    {layout.text_panels + panels.first * in.columns * NR, in.columns * NR, blocks.start(block)}, to,
+                    stride, block > 0);
     }
 }
 
@@ -112,13 +105,14 @@ inline void scale_image_gradient(const SimilarityInputs& in, i64 start, i64 stri
 template <typename Wanted, typename WriteTile>
 inline void pass_over_strips(const SimilarityInputs& in, const Wanted& wanted, const GradientLayout& layout,
                              i64 cached_rows, WriteTile write_tile) {
+    const Tiling rows = row_tiles(in), blocks = column_tiles(in);
 #pragma omp parallel num_threads(in.threads)
     {
         if (wanted.grad_image) pack_text_panels(in, layout.text_panels);
         for (i64 start = 0; start < in.rows; start += layout.strip) {
-            const i64 strip = smaller(layout.strip, in.rows - start);
+            const Strip strip(rows, start, layout.strip);
 #pragma omp for schedule(static)
-            for (i64 i = 0; i < RowGroup::in_strip(strip); ++i) {
+            for (i64 i = 0; i < RowGroup::count_of(strip.tiles); ++i) {
                 const RowGroup group(i, strip);
                 const i64 row = start + group.row;
                 if (row + group.count > cached_rows) layout.operands.pack_rows_of(in, start, group);
@@ -126,31 +120,31 @@ inline void pass_over_strips(const SimilarityInputs& in, const Wanted& wanted, c
                     pack_panels(in.image, row, group.count, in.width, in.scale, layout.image_panels, group.row,
                                 layout.strip);
             }
-            const TileShares shares(strip, layout.blocks, in.threads);
+            const TileShares shares(strip, blocks.tiles, in.threads);
             i64 packed = -1;  // the block whose columns this thread has packed
 #pragma omp for schedule(dynamic, shares.chunk)
             for (i64 task = 0; task < shares.count; ++task) {
-                const i64 block = task / shares.tiles, i = task % shares.tiles * TILE_ROWS;
-                const i64 column = block * TILE_COLUMNS, columns = smaller(TILE_COLUMNS, in.columns - column);
-                if (start + strip > cached_rows && block != packed)
-                    layout.operands.pack_columns_of(in, column, columns);
-                packed = block;
-                write_tile(TilePlace{start + i, smaller(TILE_ROWS, strip - i), i, column, columns, block});
+                const TilePlace at(strip, task % shares.tiles, blocks, task / shares.tiles);
+                if (start + strip.rows > cached_rows && at.block != packed)
+                    layout.operands.pack_columns_of(in, at.column, at.columns);
+                packed = at.block;
+                write_tile(at);
                 // While dS of the block is in the cache.
-                if (wanted.grad_text && shares.whole_blocks() && i + TILE_ROWS >= strip)
-                    add_text_gradient(in, layout, block, 0, in.width, strip, wanted.grad_text, start > 0);
+                if (wanted.grad_text && shares.whole_blocks() && at.tile == shares.tiles - 1)
+                    add_text_gradient(in, layout, at.block, 0, in.width, strip.rows, wanted.grad_text, start > 0);
             }
             if (wanted.grad_text && !shares.whole_blocks()) {
 #pragma omp for schedule(dynamic)
-                for (i64 task = 0; task < layout.blocks * PanelGroup::count(in); ++task) {
+                for (i64 task = 0; task < blocks.tiles * PanelGroup::count(in); ++task) {
                     const PanelGroup panels(in, task % PanelGroup::count(in));
-                    add_text_gradient(in, layout, task / PanelGroup::count(in), panels.first, panels.width, strip,
-                                      wanted.grad_text, start > 0);
+                    add_text_gradient(in, layout, task / PanelGroup::count(in), panels.first, panels.width,
+                                      strip.rows, wanted.grad_text, start > 0);
                 }
             }
             if (wanted.grad_image) {
-                write_image_gradient(in, layout, start, strip, wanted.grad_image);
-                scale_image_gradient(in, start, strip, wanted.grad_image, wanted.grad_scale ? layout.dots : nullptr);
+                write_image_gradient(in, layout, start, strip.rows, wanted.grad_image);
+                scale_image_gradient(in, start, strip.rows, wanted.grad_image,
+                                     wanted.grad_scale ? layout.dots : nullptr);
             }
         }
     }

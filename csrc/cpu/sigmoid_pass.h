@@ -28,7 +28,7 @@ struct SigmoidLayout : GradientLayout {
     double* sums;  // [blocks, STRIP_TILES, 2], of the loss and of dS
 
     double* tile_sums(const TilePlace& at) const {
-        return sums + 2 * (at.block * STRIP_TILES + at.row_in_strip / TILE_ROWS);
+        return sums + 2 * (at.block * STRIP_TILES + at.tile);
     }
 
     SigmoidLayout(const SimilarityInputs& in, const Sigmoid& s, BumpAllocator& allocator)
@@ -82,7 +82,7 @@ inline void sigmoid(const SimilarityInputs& in, const Sigmoid& s, char* scratch)
     for (i64 i = 0; i < 2 * layout.blocks * STRIP_TILES; ++i) layout.sums[i] = 0;
     pass_over_strips(in, s, layout, 0, [&](const TilePlace& at) {
         float* tile = layout.own_tiles();
-        layout.operands.student_tile(in, at.row_in_strip, at.rows, at.columns, tile);
+        layout.operands.student_tile(in, at, tile);
         float* ds = s.gradients() ? layout.ds_tile(at.block, at.row_in_strip) : nullptr;
         sigmoid_tile(in, s, at, tile, ds, layout.tile_sums(at));
     });

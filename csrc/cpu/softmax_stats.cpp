@@ -38,6 +38,28 @@ Softmax softmax(const SimilarityInputs& in, const float* saved_stats, int which,
     return {anchor, anchor + in.rows, memory, memory + in.rows};
 }
 
+// The softmaxes of retention and student in one: exp(S_ij - anchor) factor, with the anchor of the retention. It is
+// over fewer entries, so that its anchor is the smaller one; it bounds all entries of pairs to retain.
+Softmax joint_softmax(const SimilarityInputs& in, const float* saved_stats, double weight_retention,
+                      double weight_consistency, float* memory) {
+    const std::int64_t n = in.rows, count = 2 * n;
+    const float* const anchors = saved_stats + SAVED_SOFTMAXES * count;
+    const float* const factors = saved_stats + 2 * SAVED_SOFTMAXES * count;
+#pragma omp parallel for num_threads(in.threads) if (count > PART)
+    for (std::int64_t at = 0; at < count; ++at) {
+        const auto weighted = [&](int which, double weight) {
+            return weight * static_cast<double>(factors[which * count + at]);
+        };
+        const double down = static_cast<double>(anchors[RETENTION * count + at]) -
+                            static_cast<double>(anchors[STUDENT * count + at]);
+        const double both =
+            weighted(RETENTION, weight_retention) + weighted(STUDENT, weight_consistency) * std::exp(down);
+        memory[at] = in.comparison.forgets(at % n) ? 0 : static_cast<float>(both);
+    }
+    const float* const anchor = anchors + RETENTION * count;
+    return {anchor, anchor + n, memory, memory + n};
+}
+
 // The losses and saved statistics of positions `begin` to `end` of 2 n: rows, then columns.
 Losses compute_part(const SimilarityInputs& in, bool want_retention, const Forward& found, float* saved_stats,
                     std::int64_t begin, std::int64_t end) {
@@ -56,10 +78,11 @@ Losses compute_part(const SimilarityInputs& in, bool want_retention, const Forwa
         const float diagonal = found.diagonal[i];
         const Anchored student = anchored(sums[0], sums[n], diagonal);
         const Anchored retention = in.has_masked() ? anchored(sums[2 * n], sums[3 * n], diagonal) : student;
-        write(RETENTION, retention);
+        const bool retained = !in.comparison.forgets(i);
+        write(RETENTION, retained ? retention : Anchored{0, 0, 0});
         write(STUDENT, student);
         write(TEACHER, {0, 0, 0});
-        if (want_retention) losses.retention += static_cast<double>(log1p_exp(retention.odds));
+        if (want_retention && retained) losses.retention += static_cast<double>(log1p_exp(retention.odds));
         if (in.has_teacher) {
             const float* sums_of_teacher = sums + (in.has_masked() ? 4 : 2) * n;
             const float own = found.teacher_diagonal[i];
@@ -89,18 +112,21 @@ Losses compute_losses(const SimilarityInputs& in, bool want_retention, const For
 
 std::int64_t terms_size(const SimilarityInputs& in) { return SAVED_SOFTMAXES * (in.rows + in.columns) + in.rows; }
 
-void gradient_terms(const SimilarityInputs& in, const float* saved_stats, bool want_retention, double weight_retention,
-                    double weight_consistency, float* memory, Backward& into) {
+float* gradient_terms(const SimilarityInputs& in, const float* saved_stats, bool want_retention,
+                      double weight_retention, double weight_consistency, float* memory, Backward& into) {
     const std::int64_t n = in.rows, count = in.rows + in.columns;
     float* diagonal = memory + SAVED_SOFTMAXES * count;
     // Retention and consistency share the student's softmax, unless groups give the retention a softmax of its own.
     const double of_retention = want_retention ? weight_retention : 0, own = in.has_masked() ? 0 : of_retention;
     const int student = in.has_teacher ? STUDENT : RETENTION;
     into.student = softmax(in, saved_stats, student, own + (in.has_teacher ? weight_consistency : 0), memory);
-    if (in.has_masked()) into.masked = softmax(in, saved_stats, RETENTION, of_retention, memory + count);
+    if (in.has_masked() && in.row_groups != nullptr)
+        into.masked = softmax(in, saved_stats, RETENTION, of_retention, memory + count);
+    if (in.has_masked() && in.row_groups == nullptr)
+        into.retained = joint_softmax(in, saved_stats, of_retention, weight_consistency, memory + count);
     if (in.has_teacher) into.teacher = softmax(in, saved_stats, TEACHER, -weight_consistency, memory + 2 * count);
     into.diagonal = diagonal;
-    if (!in.paired()) return;
+    if (!in.paired()) return diagonal;
 #pragma omp parallel for num_threads(in.threads) if (n > PART)
     for (std::int64_t i = 0; i < n; ++i) {
         const auto both = [&](int which) {
@@ -109,10 +135,11 @@ void gradient_terms(const SimilarityInputs& in, const float* saved_stats, bool w
                    static_cast<double>(one_minus_p(odds[n + in.pair_offset]));
         };
         double entry = 0;
-        if (want_retention) entry -= weight_retention * both(RETENTION);
+        if (want_retention && !in.comparison.forgets(i)) entry -= weight_retention * both(RETENTION);
         if (in.has_teacher) entry += weight_consistency * (both(TEACHER) - both(STUDENT));
         diagonal[i] = static_cast<float>(entry);
     }
+    return diagonal;
 }
 
 }  // namespace cliperase

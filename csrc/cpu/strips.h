@@ -61,7 +61,7 @@ struct TileCache {
 
     TileCache(const void* cache, const SimilarityInputs& in)
         : data(static_cast<char*>(const_cast<void*>(cache))),
-          blocks(divide_up(in.columns, TILE_COLUMNS)),
+          blocks(column_tiles(in).tiles),
           tiles(in.has_teacher ? 2 : 1) {}
     i64 floats_each() const { return HEADER + tiles * TILE; }
     float* at(i64 row_tile, i64 block) const {
@@ -127,17 +127,48 @@ inline double entry(const Matrix& left, const Matrix& right, i64 width, float sc
     return static_cast<double>(scale) * found;
 }
 
+// The rows [start, start + rows) of a strip, and its tiles, from `first_tile` of all on.
+struct Strip {
+    Tiling all;
+    i64 start, rows, first_tile, tiles;
+
+    Strip(const Tiling& tiling, i64 from, i64 most)
+        : all(tiling),
+          start(from),
+          rows(smaller(most, tiling.count - from)),
+          first_tile(tiling.at(from)),
+          tiles(tiling.at(from + rows) - first_tile) {}
+    // The first row of a tile, counted from the start of the strip.
+    i64 row_of(i64 tile) const { return all.start(first_tile + tile) - start; }
+};
+
+// A tile of a strip: rows [row, row + rows), at row_in_strip of the strip, and columns [column, column + columns).
+// tile: its number in the strip; row_tile: among all tiles of rows; block: among all tiles of columns.
+struct TilePlace {
+    i64 tile, row_tile, row_in_strip, row, rows, block, column, columns;
+
+    TilePlace(const Strip& strip, i64 tile_in_strip, const Tiling& blocks, i64 block_of_columns)
+        : tile(tile_in_strip),
+          row_tile(strip.first_tile + tile),
+          row_in_strip(strip.row_of(tile)),
+          row(strip.start + row_in_strip),
+          rows(strip.all.length(row_tile)),
+          block(block_of_columns),
+          column(blocks.start(block)),
+          columns(blocks.length(block)) {}
+};
+
 // A strip is packed in groups of MR rows; the last group of a tile may be smaller. count < 1: the group is beyond the
-// strip.
+// tile.
 constexpr i64 TILE_GROUPS = (TILE_ROWS + MR - 1) / MR;
 
 struct RowGroup {
-    i64 index, row, count;
-    RowGroup(i64 group, i64 strip)
+    i64 index, row, count;  // row: in the strip
+    RowGroup(i64 group, const Strip& strip)
         : index(group),
-          row(group / TILE_GROUPS * TILE_ROWS + group % TILE_GROUPS * MR),
-          count(smaller(smaller(MR, TILE_ROWS - group % TILE_GROUPS * MR), strip - row)) {}
-    static i64 in_strip(i64 strip) { return divide_up(strip, TILE_ROWS) * TILE_GROUPS; }
+          row(strip.row_of(group / TILE_GROUPS) + group % TILE_GROUPS * MR),
+          count(smaller(MR, strip.row_of(group / TILE_GROUPS + 1) - row)) {}
+    static i64 count_of(i64 tiles) { return tiles * TILE_GROUPS; }
 };
 
 // How threads share the tiles of a strip, in order of column blocks: a whole block at a time, whose columns are then
@@ -145,12 +176,17 @@ struct RowGroup {
 struct TileShares {
     i64 tiles, count, chunk;  // in a block, in total, taken at a time
 
-    TileShares(i64 strip, i64 blocks, int threads)
-        : tiles(divide_up(strip, TILE_ROWS)),
+    TileShares(const Strip& strip, i64 blocks, int threads)
+        : tiles(strip.tiles),
           count(blocks * tiles),
           chunk(smaller(tiles, larger(i64{1}, count / (2 * threads)))) {}
     bool whole_blocks() const { return chunk == tiles; }
 };
+
+// The most tiles of a strip of so many rows.
+inline i64 tiles_of_strip(const SimilarityInputs& in, i64 strip) {
+    return divide_up(strip, TILE_ROWS) + (row_tiles(in).cut < in.rows);
+}
 
 // The packed features of a strip of rows and of a block of columns.
 struct Operands {
@@ -160,7 +196,7 @@ struct Operands {
 
     Operands(const SimilarityInputs& in, i64 strip, BumpAllocator& allocator) {
         const i64 teacher_width = in.has_teacher ? in.teacher_width : 0;
-        const i64 groups = RowGroup::in_strip(strip);
+        const i64 groups = RowGroup::count_of(tiles_of_strip(in, strip));
         image = allocator.floats(groups * MR * in.width);
         teacher_image = allocator.floats(groups * MR * teacher_width);
         text_floats = in.width * round_up(TILE_COLUMNS, NR);
@@ -183,28 +219,28 @@ struct Operands {
         pack_transposed(in.text, column, columns, in.width, own_text());
         if (in.has_teacher) pack_transposed(in.teacher_text, column, columns, in.teacher_width, own_teacher_text());
     }
-    // A tile of S: rows of the strip from `row` on.
-    void student_tile(const SimilarityInputs& in, i64 row, i64 rows, i64 columns, float* out) const {
-        product(rows, columns, in.width, groups_at(image, row, in.width), {own_text(), in.width * NR, 0}, out,
+    // A tile of S.
+    void student_tile(const SimilarityInputs& in, const TilePlace& at, float* out) const {
+        product(at.rows, at.columns, in.width, groups_of(image, at.tile, in.width), {own_text(), in.width * NR, 0}, out,
                 TILE_COLUMNS, false);
     }
-    void teacher_tile(const SimilarityInputs& in, i64 row, i64 rows, i64 columns, float* out) const {
-        product(rows, columns, in.teacher_width, groups_at(teacher_image, row, in.teacher_width),
+    void teacher_tile(const SimilarityInputs& in, const TilePlace& at, float* out) const {
+        product(at.rows, at.columns, in.teacher_width, groups_of(teacher_image, at.tile, in.teacher_width),
                 {own_teacher_text(), in.teacher_width * NR, 0}, out, TILE_COLUMNS, false);
     }
 
   private:
-    static RowGroups groups_at(const float* packed, i64 row, i64 width) {
-        return {packed + row / TILE_ROWS * TILE_GROUPS * MR * width, MR * width};
+    static RowGroups groups_of(const float* packed, i64 tile, i64 width) {
+        return {packed + tile * TILE_GROUPS * MR * width, MR * width};
     }
 };
 
 // The groups of a tile, padded to TILE_COLUMNS columns in `own` where the block is narrower.
-inline Groups block_groups(const SimilarityInputs& in, i64 row, i64 column, i64 columns, std::int32_t* own) {
+inline Groups block_groups(const SimilarityInputs& in, const TilePlace& at, std::int32_t* own) {
     if (in.row_groups == nullptr) return {nullptr, nullptr};
-    if (columns == TILE_COLUMNS) return {in.row_groups + row, in.column_groups + column};
-    for (i64 j = 0; j < TILE_COLUMNS; ++j) own[j] = j < columns ? in.column_groups[column + j] : 0;
-    return {in.row_groups + row, own};
+    if (at.columns == TILE_COLUMNS) return {in.row_groups + at.row, in.column_groups + at.column};
+    for (i64 j = 0; j < TILE_COLUMNS; ++j) own[j] = j < at.columns ? in.column_groups[at.column + j] : 0;
+    return {in.row_groups + at.row, own};
 }
 
 // The indices of the statistics of one softmax in the scratch memory, and of the first one in the results.

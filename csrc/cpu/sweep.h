@@ -4,6 +4,7 @@
 // diagonal, are excluded from all statistics. pair_offset = columns: the columns hold no row's pair.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -24,6 +25,14 @@ struct Comparison {
     bool wanted = false;
     const std::int32_t *row_ids = nullptr, *column_ids = nullptr;
     const float *row_levels = nullptr, *column_levels = nullptr;
+    // A joint batch: rows and columns are the same pairs, of which [forget_begin, forget_end), at the beginning or the
+    // end, are to forget and the others to retain. Only columns to forget are edited; without ids all their entries in
+    // rows to forget. The student's masked statistics are those of the pairs to retain alone.
+    bool joint = false;
+    std::int64_t forget_begin = 0, forget_end = 0;
+
+    bool forgets(std::int64_t pair) const { return forget_begin <= pair && pair < forget_end; }
+    std::int64_t cut() const { return forget_begin > 0 ? forget_begin : forget_end; }  // between the kinds
 };
 
 struct SimilarityInputs {
@@ -44,7 +53,7 @@ struct SimilarityInputs {
 
     bool paired() const { return pair_offset < columns; }
     bool excludes() const { return row_groups != nullptr && !has_teacher; }
-    bool has_masked() const { return row_groups != nullptr && has_teacher; }
+    bool has_masked() const { return (row_groups != nullptr || comparison.joint) && has_teacher; }
 };
 
 // The number of statistics of a row or column, in this order and where present: of the student, its reference (near the
@@ -59,7 +68,7 @@ struct Forward {
     float* column_stats;      // [stat_count, columns]
     float* shift;  // [], S° - S of the first row and column: any constant near S° - S would do; 0 without a teacher
     void* cache;   // tiles for the backward pass
-    std::int64_t cached_rows;  // the first rows, whose tiles are cached; a multiple of CACHE_TILE_ROWS, or all
+    std::int64_t cached_rows;  // the first rows, whose tiles are cached: whole tiles
     // With a comparison [2]: the sum of max(C - C*, 0)² over edited entries, and of (C - C*)² over the others.
     double* squares = nullptr;
 };
@@ -72,6 +81,7 @@ struct Softmax {
 
 struct Backward {
     Softmax student, masked, teacher;
+    Softmax retained;  // of a joint batch without groups: student and masked in one, for tiles of pairs to retain
     const float* diagonal;  // [rows], dS of the pairs; unused without pairs
     const void* cache;
     std::int64_t cached_rows;
@@ -107,10 +117,35 @@ void check(const SimilarityInputs& inputs, const Sigmoid& sigmoid);
 constexpr std::int64_t CACHE_TILE_ROWS = 256, CACHE_TILE_COLUMNS = 128,
                        CACHE_TILE_HEADER = 16;  // in elements of 4 bytes
 
-// Bytes of the cache for each CACHE_TILE_ROWS rows.
+// The tiles of rows or of columns, `size` long or shorter. The tile with `cut` inside is cut in two, so that no tile of
+// a joint batch has pairs of both kinds.
+struct Tiling {
+    std::int64_t count, size, cut, tiles;
+
+    Tiling(std::int64_t items, std::int64_t tile, std::int64_t cut_at)
+        : count(items),
+          size(tile),
+          cut(cut_at % tile != 0 && cut_at < items ? cut_at : items),
+          tiles((items + tile - 1) / tile + (cut < items)) {}
+    // The first item of a tile.
+    std::int64_t start(std::int64_t tile) const {
+        const std::int64_t at = tile <= cut / size ? tile * size : std::max(cut, (tile - 1) * size);
+        return std::min(at, count);
+    }
+    std::int64_t length(std::int64_t tile) const { return start(tile + 1) - start(tile); }
+    // The tile that starts at `item`, a multiple of `size`, or the number of tiles for all items.
+    std::int64_t at(std::int64_t item) const { return (item + size - 1) / size + (item > cut); }
+};
+
+inline Tiling row_tiles(const SimilarityInputs& in) { return {in.rows, CACHE_TILE_ROWS, in.comparison.cut()}; }
+inline Tiling column_tiles(const SimilarityInputs& in) {
+    return {in.columns, CACHE_TILE_COLUMNS, in.comparison.cut()};
+}
+
+// Bytes of the cache for each tile of rows.
 inline std::int64_t cache_row_bytes(const SimilarityInputs& in) {
-    const std::int64_t blocks = (in.columns + CACHE_TILE_COLUMNS - 1) / CACHE_TILE_COLUMNS;
-    return 4 * blocks * (CACHE_TILE_HEADER + (1 + in.has_teacher) * CACHE_TILE_ROWS * CACHE_TILE_COLUMNS);
+    const std::int64_t tile = CACHE_TILE_HEADER + (1 + in.has_teacher) * CACHE_TILE_ROWS * CACHE_TILE_COLUMNS;
+    return 4 * column_tiles(in).tiles * tile;
 }
 
 std::int64_t gradient_stride(std::int64_t width);

@@ -35,6 +35,12 @@ inline void clear(Stats sums, i64 count) {
     }
 }
 
+inline void copy(Stats from, Stats to, i64 count) {
+    const auto bytes = static_cast<std::size_t>(count) * sizeof(float);
+    std::memcpy(to.reference, from.reference, bytes);
+    std::memcpy(to.total, from.total, bytes);
+}
+
 // Merges `part` into `into`, element by element. `count`: a whole number of vectors.
 inline void merge(Stats into, Stats part, i64 count) {
     for (i64 i = 0; i < count; i += W) {

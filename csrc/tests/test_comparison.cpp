@@ -6,6 +6,7 @@
 #include <random>
 #include <vector>
 
+#include "calibrated.h"
 #include "expect.h"
 #include "sweep.h"
 #include "workspace.h"
@@ -124,6 +125,112 @@ void check_block(const cliperase::IsaKernels& kernels, const Block& block, bool 
     }
 }
 
+// The joint batch of a block's pairs, written entry by entry.
+struct Joint {
+    const Block& block;
+    std::int64_t n, begin, end;
+    bool groups;
+
+    bool forgets(std::int64_t i) const { return begin <= i && i < end; }
+    bool same(std::int64_t i, std::int64_t j) const {
+        return groups ? block.row_ids[i] == block.row_ids[j] : forgets(i) && forgets(j);
+    }
+    bool edits(std::int64_t i, std::int64_t j) const { return forgets(j) && same(i, j); }
+    bool retains(std::int64_t i, std::int64_t j) const {
+        return !forgets(i) && !forgets(j) && (i == j || !groups || !same(i, j));
+    }
+    double target(std::int64_t i, std::int64_t j) const {
+        if (edits(i, j)) return double(block.row_levels[i]) + double(block.column_levels[j]);
+        return Block::cosine(block.teacher_image, block.teacher_text, TEACHER_WIDTH, i, j);
+    }
+    SimilarityInputs inputs(int threads) const {
+        SimilarityInputs in = block.inputs(threads);
+        const std::int32_t* const ids = groups ? block.row_ids.data() : nullptr;
+        in.comparison.row_ids = in.comparison.column_ids = in.row_groups = in.column_groups = ids;
+        in.comparison.joint = true, in.comparison.forget_begin = begin, in.comparison.forget_end = end;
+        return in;
+    }
+};
+
+// The terms of a joint batch, and the gradients of a weighted sum of them.
+void check_joint(const cliperase::IsaKernels& kernels, const Joint& joint, std::int64_t cached_tiles, int threads) {
+    const std::int64_t n = joint.n, stride = cliperase::gradient_stride(WIDTH);
+    const SimilarityInputs in = joint.inputs(threads);
+    cliperase::check(in);
+    const cliperase::Tiling tiles = cliperase::row_tiles(in);
+    std::vector<float> own(n), teacher_own(n), rows(7 * n), columns(7 * n);
+    std::vector<float> cache(tiles.tiles * cliperase::cache_row_bytes(in) / 4);
+    float shift = 0, terms[4], factors[4];
+    double squares[2] = {-1, -1};
+    const cliperase::Forward out{own.data(), teacher_own.data(), rows.data(), columns.data(), &shift, cache.data(),
+                                 tiles.start(std::min(cached_tiles, tiles.tiles)), squares};
+    cliperase::check(in, out);
+    const cliperase::Workspace scratch(kernels.forward_scratch(in));
+    kernels.forward(in, out, scratch.data());
+    std::vector<float> saved((cliperase::SAVED_STATS + 1) * 2 * n);
+    cliperase::calibrated_terms(in, out, terms, factors, saved.data());
+
+    const double weights[4] = {0.5, -1.25, 2, 0.75};
+    std::vector<float> grad_image(n * stride), grad_text(n * stride), memory(cliperase::terms_size(in));
+    double dot = 0;
+    cliperase::Backward b{};
+    b.cache = cache.data(), b.cached_rows = out.cached_rows, b.similarity_dot = &dot;
+    b.grad_image = grad_image.data(), b.grad_text = grad_text.data();
+    const double of_pairs = cliperase::calibrated_gradient_terms(in, saved.data(), weights, memory.data(), b);
+    cliperase::check(in, b);
+    const cliperase::Workspace more(kernels.backward_scratch(in, b));
+    kernels.backward(in, b, more.data());
+
+    std::vector<double> s(n * n), t(n * n);
+    for (std::int64_t i = 0; i < n; ++i)
+        for (std::int64_t j = 0; j < n; ++j) {
+            s[i * n + j] = double(SCALE) * joint.block.student(i, j);
+            t[i * n + j] = double(TEACHER_SCALE) * joint.target(i, j);
+        }
+    double sums[4] = {}, counts[4] = {2, 0, double(n), 0}, of_scale = 0;
+    std::vector<double> ds(n * n), of_image(n * WIDTH), of_text(n * WIDTH);
+    for (const bool by_row : {true, false})
+        for (std::int64_t i = 0; i < n; ++i) {
+            const auto at = [&](std::int64_t j) { return by_row ? i * n + j : j * n + i; };
+            double all = 0, of_teacher = 0, retained = 0;
+            for (std::int64_t j = 0; j < n; ++j) {
+                all += std::exp(s[at(j)]), of_teacher += std::exp(t[at(j)]);
+                if (joint.retains(i, j)) retained += std::exp(s[at(j)]);
+            }
+            if (!joint.forgets(i)) sums[0] += std::log(retained) - s[at(i)], counts[0] += by_row ? 2 : 0;
+            for (std::int64_t j = 0; j < n; ++j) {
+                const double p = std::exp(s[at(j)]) / all, q = std::exp(t[at(j)]) / of_teacher;
+                sums[2] += q * (std::log(q) - std::log(p));
+                ds[at(j)] += weights[2] * (p - q);
+                if (joint.retains(i, j)) ds[at(j)] += weights[0] * (std::exp(s[at(j)]) / retained - (i == j));
+            }
+        }
+    counts[0] = std::max(2.0, counts[0] - 2);
+    for (std::int64_t i = 0; i < n; ++i)
+        for (std::int64_t j = 0; j < n; ++j) {
+            const int term = joint.edits(i, j) ? 1 : 3;
+            double d = joint.block.student(i, j) - joint.target(i, j);
+            if (term == 1) d = std::max(d, 0.0);
+            sums[term] += d * d, counts[term] += 1;
+            of_scale += ds[i * n + j] * s[i * n + j];
+            const double gradient = ds[i * n + j] + 2 * weights[term] * d / double(SCALE);
+            for (std::int64_t k = 0; k < WIDTH; ++k) {
+                of_image[i * WIDTH + k] += double(SCALE) * gradient * double(joint.block.text[j * WIDTH + k]);
+                of_text[j * WIDTH + k] += double(SCALE) * gradient * double(joint.block.image[i * WIDTH + k]);
+            }
+        }
+    for (int term = 0; term < 4; ++term) {
+        expect_close("factor", kernels.name, factors[term], counts[term] > 0 ? 1 / counts[term] : 0, 1e-6);
+        expect_close("term", kernels.name, terms[term], counts[term] > 0 ? sums[term] / counts[term] : 0, 1e-5);
+    }
+    expect_close("sum of dS S", kernels.name, of_pairs + dot, of_scale, 1e-4);
+    for (std::int64_t i = 0; i < n; ++i)
+        for (std::int64_t k = 0; k < WIDTH; ++k) {
+            expect_close("image", kernels.name, grad_image[i * stride + k], of_image[i * WIDTH + k], 2e-4);
+            expect_close("text", kernels.name, grad_text[i * stride + k], of_text[i * WIDTH + k], 2e-4);
+        }
+}
+
 }  // namespace
 
 void check_comparison(const cliperase::IsaKernels& kernels) {
@@ -133,4 +240,13 @@ void check_comparison(const cliperase::IsaKernels& kernels) {
             check_block(kernels, Block(17, 200, 100, edited), keep, 1);      // own rows among other columns
             check_block(kernels, Block(5, 130, 130, edited), keep, 2);       // other columns only
         }
+    const Block several(400, 400, 0, true), few(5, 5, 0, true);
+    for (const bool groups : {false, true}) {
+        for (const std::int64_t cached_tiles : {0, 1, 9}) {
+            check_joint(kernels, {several, 400, 0, 70, groups}, cached_tiles, 3);     // to forget first
+            check_joint(kernels, {several, 400, 300, 400, groups}, cached_tiles, 1);  // last
+        }
+        check_joint(kernels, {several, 400, 0, 256, groups}, 1, 2);  // whole tiles
+        for (const std::int64_t end : {0, 1, 4, 5}) check_joint(kernels, {few, 5, 0, end, groups}, 1, 1);
+    }
 }

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from accuracy_cases import UNDERFLOW, off_diagonal_mass, regime
-from calibrated_cases import STUDENT, TERMS, batch, exact, step
+from calibrated_cases import STUDENT, TERMS, batch, exact, masks, step
 from processes import apart, peak
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from cliperase_fast.errors import InputError
 from cliperase_fast.functional import calibrated_loss
 from cliperase_fast.ops import streaming
 from cliperase_fast.ops.calibrated import CalibratedInputs
+from cliperase_fast.ops.calibrated_sweep import gradients_by_blocks, losses_by_blocks
 from cliperase_fast.ops.native import cpu, extension
 from cliperase_fast.ops.registry import REGISTRY
 from cliperase_fast.validation import choose, computes
@@ -210,17 +211,36 @@ def test_a_part_of_the_similarities_may_be_kept(monkeypatch):
     b = batch(700, 40, 24, torch.float32)
     whole = step(b, backend="native", keep="nothing")
     sizes = []
-    original = cpu.CpuKernels.calibrated_forward
+    original = cpu.CpuKernels.calibrated_losses
 
-    def watched(self, inputs, edit, cache):
-        sizes.append(len(cache))
-        return original(self, inputs, edit, cache)
+    def watched(self, inputs, cache_size):
+        found = original(self, inputs, cache_size)
+        sizes.append(len(found[-1]))
+        return found
 
-    monkeypatch.setattr(cpu.CpuKernels, "calibrated_forward", watched)
+    monkeypatch.setattr(cpu.CpuKernels, "calibrated_losses", watched)
     for mebibytes in ("1", "2", "1000"):
         monkeypatch.setenv("CLIPERASE_KEEP_MIB", mebibytes)
         assert_same(step(b, backend="native", keep="similarities"), whole, 1e-6)
-    assert sizes[:4] == [0] * 4 and 0 < sum(sizes[4:8]) <= 2 << 20 and all(sizes[8:])
+    none, some, every = sizes
+    assert none == 0 < some <= 2 << 20 < every
+
+
+@pytest.mark.parametrize("keep", ["nothing", "similarities"])
+@pytest.mark.parametrize("forget", ["first", "last", "some", "none", "all"])
+@pytest.mark.parametrize("groups", [True, False], ids=["groups", "no groups"])
+def test_native_gives_the_same_in_one_sweep_and_by_blocks(monkeypatch, keep, forget, groups):
+    n = 700
+    b = batch(n, 40, 24, torch.float32, groups=groups)
+    places = torch.arange(n)
+    # neither 300 nor 400 is a whole number of tiles
+    b["forget_mask"] = {"first": places < 300, "last": places >= 400, **masks(n)}[forget]
+    monkeypatch.setenv("CLIPERASE_KEEP_MIB", "4")  # less than the whole
+    found = step(b, backend="native", keep=keep)
+    monkeypatch.setattr(cpu.CpuKernels, "calibrated_losses", losses_by_blocks)
+    monkeypatch.setattr(cpu.CpuKernels, "calibrated_gradients", gradients_by_blocks)
+    assert_same(found, step(b, backend="native", keep=keep), 1e-6)
+    assert_same(found, step(exact(b), backend="eager"), 2e-6)
 
 
 @pytest.mark.parametrize("backend", STREAMED)

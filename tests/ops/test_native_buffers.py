@@ -78,6 +78,18 @@ def compared_backward(cpu, of, buffers):
     cpu.compared_backward(of, pull_forget=0.5, pull_anchor=0.5, **buffers)
 
 
+def joint(cpu, **changes):
+    return inputs(cpu, as_buffers(cpu, of_comparison()), **{"compares": True, "forget": (0, 256), **changes})
+
+
+def calibrated(cpu, of, buffers):
+    cpu.calibrated(joint(cpu), **buffers)
+
+
+def calibrated_backward(cpu, of, buffers):
+    cpu.calibrated_backward(joint(cpu), **buffers)
+
+
 ENTRY_POINTS: dict[Callable, Callable[[], dict[str, Tensor]]] = {
     forward: lambda: {
         "diagonal": floats(N), "teacher_diagonal": floats(N), "row_stats": floats(STATS, N),
@@ -93,6 +105,13 @@ ENTRY_POINTS: dict[Callable, Callable[[], dict[str, Tensor]]] = {
     compared_backward: lambda: {
         "terms": floats(3, 4 * N), "diagonal": floats(N), "grad_image": floats(N, 32), "grad_text": floats(N, 32),
         "cache": cache(),
+    },
+    calibrated: lambda: {
+        "terms": floats(4), "factors": floats(4), "saved": floats(NUM_SAVED + 1, 2 * N), "cache": cache(),
+    },
+    calibrated_backward: lambda: {
+        "saved": floats(NUM_SAVED + 1, 2 * N), "weights": floats(4), "grad_image": floats(N, 32),
+        "grad_text": floats(N, 32), "cache": cache(),
     },
     sigmoid: lambda: {"grad_image": floats(N, 32), "grad_text": floats(N, 32)},
 }  # fmt: skip
@@ -253,6 +272,39 @@ def test_a_comparison_needs_a_teacher_and_scales_that_are_not_zero(cpu):
     plain, buffers = inputs(cpu, as_buffers(cpu, of_inputs())), as_buffers(cpu, ENTRY_POINTS[compared_backward]())
     with pytest.raises(ValueError, match="compared_backward needs inputs with a comparison"):
         cpu.compared_backward(plain, pull_forget=0.5, pull_anchor=0.5, **buffers)
+
+
+def test_a_joint_batch_that_is_not_one_is_refused(cpu):
+    for forget in ((0, N + 1), (-1, 5), (5, 4)):
+        with pytest.raises(ValueError, match=r"^forget_(begin|end) = -?[0-9]+ must lie between"):
+            joint(cpu, forget=forget)
+    with pytest.raises(ValueError, match="must be the first or the last ones"):
+        joint(cpu, forget=(1, N - 1))
+    with pytest.raises(ValueError, match="a joint batch needs a comparison, and that a teacher"):
+        joint(cpu, compares=False)
+    with pytest.raises(ValueError, match="as many rows as columns, and pair_offset = 0"):
+        joint(cpu, pair_offset=N)
+    with pytest.raises(ValueError, match="must not be 0 for a comparison"):
+        joint(cpu, scale=0.0)
+    tensors = of_comparison()
+    for name, message in (
+        ("row_ids", "all of row_ids, column_ids, row_groups and column_groups, or none"),
+        ("column_levels", "the levels of edited entries is a null pointer"),
+    ):
+        some = as_buffers(cpu, {other: tensor for other, tensor in tensors.items() if other != name})
+        with pytest.raises(ValueError, match=message):
+            inputs(cpu, some, compares=True, forget=(0, 5))
+
+
+def test_a_joint_batch_and_blocks_are_not_taken_for_each_other(cpu):
+    blocks = inputs(cpu, as_buffers(cpu, of_comparison()), compares=True)
+    with pytest.raises(ValueError, match="needs inputs of a joint batch"):
+        cpu.calibrated(blocks, **as_buffers(cpu, ENTRY_POINTS[calibrated]()))
+    with pytest.raises(ValueError, match="needs inputs of a joint batch"):
+        cpu.calibrated_backward(blocks, **as_buffers(cpu, ENTRY_POINTS[calibrated_backward]()))
+    with pytest.raises(ValueError, match="compared_backward takes no joint batch"):
+        buffers = as_buffers(cpu, ENTRY_POINTS[compared_backward]())
+        cpu.compared_backward(joint(cpu), pull_forget=0.5, pull_anchor=0.5, **buffers)
 
 
 def test_the_sigmoid_loss_takes_neither_a_teacher_nor_groups(cpu):

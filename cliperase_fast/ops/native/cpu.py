@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from cliperase_fast.ops.autograd import as_sweep, cache_budget
-from cliperase_fast.ops.calibrated import Edit, Pull
-from cliperase_fast.ops.calibrated_sweep import as_calibrated
+from cliperase_fast.ops.calibrated import CalibratedInputs, Edit, Pull
+from cliperase_fast.ops.calibrated_sweep import FORGET, SortedPairs, as_calibrated
 from cliperase_fast.ops.native import extension
 from cliperase_fast.ops.native.extension import as_buffer_or_none
 from cliperase_fast.ops.sigmoid import SigmoidParts, as_sigmoid
@@ -27,6 +27,7 @@ _FLOAT = 4  # bytes
 # keeps no more than a strip of dS takes anyway.
 _NARROW = 48  # widths below are narrow
 _KEPT_OF_NARROW = 16 << 20
+_TERMS = 4  # of the calibrated loss
 
 
 class CpuKernels:
@@ -95,6 +96,70 @@ class CpuKernels:
     def cache_share(self, inputs: SimilarityInputs, available: int) -> int:
         row_bytes = self._tile_row_bytes(inputs)
         return row_bytes * min(-(-inputs.n // self._tile_rows), available // row_bytes)
+
+    def calibrated_losses(self, inputs: CalibratedInputs, cache_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Compute `ops.calibrated_sweep.losses_by_blocks` in one call, and so in one sweep."""
+        pairs, cache = SortedPairs(inputs), self._workspace(cache_size)
+        terms, factors, saved = floats(_TERMS), floats(_TERMS), floats(NUM_SAVED + 1, 2 * len(pairs))
+        problem = self._joint_problem(pairs)
+        self._cpu.calibrated(
+            problem,
+            terms=self._buffer(terms),
+            factors=self._buffer(factors),
+            saved=self._buffer(saved),
+            cache=self._buffer(_whole_tiles(problem, cache)),
+            instruction_set=extension.instruction_set(),
+        )
+        return terms, saved, factors, cache
+
+    def calibrated_gradients(
+        self, inputs: CalibratedInputs, saved: Tensor, weights: Tensor, cache: Tensor, need: Need
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        pairs = SortedPairs(inputs)
+        grad_image = gradient_buffer(pairs.image) if need.image else None
+        grad_text = gradient_buffer(pairs.text) if need.text else None
+        problem = self._joint_problem(pairs)
+        scale = self._cpu.calibrated_backward(
+            problem,
+            saved=self._buffer(saved),
+            weights=self._buffer(weights),
+            cache=self._buffer(_whole_tiles(problem, cache)),
+            grad_image=self._buffer(grad_image),
+            grad_text=self._buffer(grad_text),
+            instruction_set=extension.instruction_set(),
+        )
+        image, text = (
+            floats(0) if gradient is None else pairs.unsorted(finished(gradient, features, True), features.dtype)
+            for gradient, features in ((grad_image, pairs.image), (grad_text, pairs.text))
+        )
+        return image, text, torch.tensor(scale, dtype=torch.float32, device="cpu")
+
+    def _joint_problem(self, pairs: SortedPairs) -> Any:
+        ids, forgotten = None, pairs.rows(FORGET)
+        scale, teacher_scale = pairs.scale_numbers()
+        if pairs.ids is not None:
+            ids = self._buffer(pairs.ids.unique(return_inverse=True)[1].to(torch.int32))
+        return self._cpu.SimilarityInputs(
+            image=self._buffer(pairs.image),
+            text=self._buffer(pairs.text),
+            pair_offset=0,
+            scale=scale,
+            teacher_image=self._buffer(pairs.teacher_image),
+            teacher_text=self._buffer(pairs.teacher_text),
+            teacher_scale=teacher_scale,
+            row_groups=ids,
+            column_groups=ids,
+            threads=torch.get_num_threads(),
+            compares=True,
+            row_ids=ids,
+            column_ids=ids,
+            row_levels=self._buffer(pairs.image_levels),
+            column_levels=self._buffer(pairs.text_levels),
+            forget=(forgotten.start, forgotten.stop),
+        )
+
+    def _buffer(self, tensor: Tensor | None) -> Any:
+        return as_buffer_or_none(self._cpu, tensor)
 
     def calibrated_forward(self, inputs: SimilarityInputs, edit: Edit | None, cache: Tensor) -> tuple[Stats, Tensor]:
         stats, sums = self._forward(inputs, Call(self._cpu, inputs, edit, compares=True), cache)
@@ -217,6 +282,12 @@ class Call:
 
     def buffer(self, tensor: Tensor | None) -> Any:
         return as_buffer_or_none(self._cpu, tensor)
+
+
+def _whole_tiles(problem: Any, cache: Tensor) -> Tensor:
+    """Return the part of a cache, made for any joint batch of this size, that this one fills."""
+    row_bytes: int = problem.cache_row_bytes
+    return cache[: row_bytes * min(problem.row_tiles, len(cache) // row_bytes)]
 
 
 def _narrow(inputs: SimilarityInputs) -> bool:
