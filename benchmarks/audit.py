@@ -32,8 +32,13 @@ from .machine import RESULTS, describe
 from .records import add_shards, classes, record_text, shards_of, spread
 
 # The settings of each unlearned model, over those that the demo has for the data.
+_AUTOMATIC = {
+    **dict.fromkeys(("learning_rate", "epochs", "batch_size", "forget_fraction"), "auto"),
+    "evaluate_every": 1,
+}
 METHODS: dict[str, dict[str, Any]] = {
     "cliperase": {},
+    "calibrated": {"method": "calibrated", **_AUTOMATIC},
     "cliperase, hinge": {"forget_loss": "hinge"},
     "gradient_ascent": {"method": "gradient_ascent"},
 }

@@ -233,9 +233,14 @@ def _time(runs: Runs) -> Verdict:
 
 
 def _wins(runs: Runs) -> Verdict:
-    """Whether the mean gap is smaller than with cliperase, beyond the spread of the seeds, paired by seed."""
+    """Whether it forgets with a mean gap that is smaller than cliperase's beyond the spread of the seeds, paired.
+
+    A model that forgets nothing is near the oracles where these infer the concept from what they saw.
+    """
     if any(run["method"] == CALIBRATED for run in failed(runs)):
         return _verdict(False, f"a run of {CALIBRATED} failed")
+    if _forgets(runs)["holds"] is False:
+        return _verdict(False, "too many runs do not forget, which no gap makes up for")
     ours = gaps_by_seed(runs, CALIBRATED)
     parts, holds = [], []
     for method in (FIXED, SEARCHED):

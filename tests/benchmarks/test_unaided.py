@@ -149,6 +149,12 @@ def test_a_failed_run_is_no_win():
     assert verdict("wins", [*runs, failure(FIXED, seed=2)])["holds"]
 
 
+def test_a_method_that_does_not_forget_is_no_win_however_small_its_gap():
+    runs = [one(seed=seed, forget=0.5, gap=0.0) for seed in (0, 1)]
+    found = verdict("wins", [*runs, *seeds(SEARCHED, (0.2, 0.2)), *seeds(FIXED, (0.4, 0.4))])
+    assert found["holds"] is False and "do not forget" in found["text"]
+
+
 def test_calibrated_wins_overall_where_it_wins_on_all_data():
     def record(holds):
         return {"verdicts": {"wins": {"holds": holds}}}
