@@ -18,6 +18,7 @@ from tiny_models import (
     pixels_for,
     randomised,
     tiny_config,
+    tiny_hugging_face,
     tiny_open_clip,
     word_tokenizer,
 )
@@ -286,19 +287,10 @@ def test_a_hugging_face_text_tower_is_saved_with_all_that_loading_it_needs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, pooler: str, projection: str | None
 ) -> None:
     import huggingface_hub
-    import transformers
-    from open_clip.hf_model import HFTextEncoder
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    model = tiny_open_clip(custom_text=True)
-    kind = {"roberta": transformers.RobertaConfig, "bert": transformers.BertConfig}[family]
-    config = kind(
-        vocab_size=99, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32,
-        max_position_embeddings=20, pad_token_id=0,
-    )  # fmt: skip
-    config._name_or_path = "nobody/no-such-model"
-    model.text = HFTextEncoder("", output_dim=24, config=config, pooler_type=pooler, proj_type=projection)
-    adapter = load_model(randomised(model.eval()), tokenizer=word_tokenizer())
+    model = tiny_hugging_face(family, pooler, projection)
+    adapter = load_model(model, tokenizer=word_tokenizer())
     length = 19 if family == "roberta" else 20  # its positions begin behind the padding's
     assert adapter.context_length == length
     assert [len(blocks) for blocks in adapter.blocks()] == [2, 2]

@@ -5,7 +5,7 @@ import copy
 import open_clip
 import pytest
 import torch
-from tiny_models import CAPTIONS, MODELS, TwoTowers, tiny_clip, tiny_open_clip, word_tokenizer
+from tiny_models import CAPTIONS, MODELS, TwoTowers, tiny_clip, tiny_hugging_face, tiny_open_clip, word_tokenizer
 
 from cliperase_fast.models import load_model, merge_lora, set_trainable
 
@@ -18,6 +18,10 @@ SAFE = {
     "open_clip, linear projection": lambda: tiny_open_clip(text_cfg={"proj_bias": True}),
     "open_clip, no projection": lambda: tiny_open_clip(embed_dim=32, text_cfg={"proj_type": "none"}),
     "open_clip, custom blocks": lambda: tiny_open_clip(text_cfg={"qk_norm": True, "scale_attn": True}),
+    "text tower of transformers, mean": tiny_hugging_face,
+    "text tower of transformers, RoBERTa": lambda: tiny_hugging_face("roberta", "mean_pooler", "mlp"),
+    "text tower of transformers, first token": lambda: tiny_hugging_face("bert", "cls_last_hidden_state_pooler"),
+    "text tower of transformers, pooler": lambda: tiny_hugging_face("bert", "cls_pooler"),
     "transformers": tiny_clip,
     "transformers, old end mark": lambda: tiny_clip(eos_token_id=2),
 }
@@ -28,23 +32,38 @@ def with_padding_mask(model):
     return model
 
 
+def with_tokens(model):
+    model.text.output_tokens = True
+    return model
+
+
+def with_other_pooling(model):
+    model.text.pooler.__class__ = type("Own", (type(model.text.pooler),), {})
+    return model
+
+
 UNSAFE = {
     "not causal": lambda: tiny_open_clip(text_cfg={"no_causal_mask": True}),
     "reads the last position": lambda: tiny_open_clip(text_cfg={"pool_type": "last"}),
     "class token behind the padding": lambda: tiny_open_clip(custom_text=True, text_cfg={"embed_cls": True}),
     "padding mask": lambda: with_padding_mask(tiny_open_clip(custom_text=True)),
+    "tower of transformers that returns its tokens": lambda: with_tokens(tiny_hugging_face()),
+    "tower of transformers with unknown pooling": lambda: with_other_pooling(tiny_hugging_face()),
     "unknown towers": TwoTowers,
 }
 
 
 def adapter_of(make):
     model = make().double()
-    tokenizer = word_tokenizer() if not isinstance(model, (open_clip.CLIP, open_clip.CustomTextCLIP)) else None
+    native = isinstance(model, (open_clip.CLIP, open_clip.CustomTextCLIP)) and not hasattr(
+        getattr(model, "text", None), "config"
+    )
+    tokenizer = None if native else word_tokenizer()
     return load_model(model, tokenizer=tokenizer)
 
 
 def tokens_of(adapter):
-    words = ["a photo of a dog", "red", "a red cat"] if adapter.kind == "transformers" else CAPTIONS
+    words = CAPTIONS if adapter.vocabulary_size > 99 else ["a photo of a dog", "red", "a red cat"]
     return adapter.tokenize(words)
 
 

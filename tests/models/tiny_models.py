@@ -55,6 +55,31 @@ TIMM = {
 }
 
 
+TIMM_CONVOLUTION = {
+    **TIMM,
+    "vision_cfg": {**TIMM["vision_cfg"], "timm_model_name": "test_efficientnet", "image_size": 64},
+}
+
+
+def tiny_hugging_face(
+    family: str = "bert", pooler: str = "mean_pooler", projection: str | None = None, **vision: Any
+) -> nn.Module:
+    """A tiny open_clip model with a text tower from transformers, a BERT or a RoBERTa of up to 20 positions."""
+    import transformers
+    from open_clip.hf_model import HFTextEncoder
+
+    kind = {"roberta": transformers.RobertaConfig, "bert": transformers.BertConfig}[family]
+    config = kind(
+        vocab_size=99, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32,
+        max_position_embeddings=20, pad_token_id=0,
+    )  # fmt: skip
+    config._name_or_path = "nobody/no-such-model"
+    model: Any = tiny_open_clip(**(vision or {"custom_text": True}))
+    torch.manual_seed(1)
+    model.text = HFTextEncoder("", output_dim=24, config=config, pooler_type=pooler, proj_type=projection)
+    return randomised(model.eval())
+
+
 def pixels_for(model: nn.Module, count: int = 3) -> Tensor:  # [count, 3, H, W]
     if hasattr(model, "visual"):
         size = model.visual.image_size

@@ -24,7 +24,7 @@ from cliperase_fast.models.adapters.open_clip_config import (
     text_limit,
 )
 from cliperase_fast.models.adapters.open_clip_files import load_folder
-from cliperase_fast.models.fast_paths.padding import CausalReader, read_length
+from cliperase_fast.models.fast_paths.padding import CausalReader, masked_length, read_length
 from cliperase_fast.models.preprocessing import is_hugging_face, is_open_clip, is_simple
 from cliperase_fast.models.requirements import require_no_parametrizations
 from cliperase_fast.models.saving import save_weights
@@ -33,7 +33,7 @@ CLIP_VOCABULARY = 49408  # entries of CLIP's byte-pair vocabulary, which open_cl
 
 _TAIL = re.compile(
     r"visual\.(ln_post|proj|attn_pool|attn_pool_contrastive|attnpool|head"
-    r"|trunk\.(norm|fc_norm|norm_head|final_conv|attn_pool|head))\b"
+    r"|trunk\.(norm|fc_norm|norm_head|final_conv|conv_head|bn2|attn_pool|head))\b"
     r"|(text\.)?(ln_final|text_projection|proj|pooler|transformer\.pooler)\b"
 )
 
@@ -155,6 +155,8 @@ class OpenClipAdapter(ClipAdapter):
         return _first(self._model.encode_text(tokens))
 
     def _read_length(self, tokens: Tensor) -> int:
+        if hasattr(self._text, "config"):
+            return masked_length(self.module, tokens)
         reader = self._causal_reader()
         return tokens.shape[1] if reader is None else read_length(tokens, reader.end)
 

@@ -2,6 +2,7 @@
 
 A causal tower that takes a caption's features at its end token never sees the positions after that token. Cutting a
 batch to its longest caption then changes neither features nor gradients. Of 77 positions, "a photo of a dog" needs 7.
+The same holds for open_clip's towers from transformers that hide the padding from attention and pooling.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+# In transformers: encoders whose attention never reads padding, and whose positions count from the first token.
+_HIDE_PADDING = ("bert", "roberta", "xlm-roberta")
 
 
 def end_position(tokens: Tensor, end: int | None) -> Tensor:  # [B, L] -> int64 [B]
@@ -20,6 +24,32 @@ def end_position(tokens: Tensor, end: int | None) -> Tensor:  # [B, L] -> int64 
 def read_length(tokens: Tensor, end: int | None) -> int:
     """Return how many positions of these captions [B, L] can affect the features."""
     return int(end_position(tokens, end).max()) + 1 if len(tokens) else tokens.shape[1]
+
+
+def masked_length(module: Any, tokens: Tensor) -> int:
+    """Return how many positions a tower from transformers reads: all up to the last one that is not padding.
+
+    All of them unless every part of the tower is known to hide the padding. module: the open_clip model.
+    """
+    import open_clip
+    from open_clip import hf_model
+
+    text = module.text
+    poolers = (hf_model.MeanPooler, hf_model.ClsPooler, hf_model.ClsLastHiddenStatePooler)
+    known = (
+        type(module).encode_text is open_clip.CustomTextCLIP.encode_text
+        and "encode_text" not in vars(module)
+        and type(text) is hf_model.HFTextEncoder
+        and type(text.pooler) in poolers
+        and text.config.model_type in _HIDE_PADDING
+        and type(text.transformer).__module__.startswith("transformers.models.")
+        and not _hooked(text)
+        and not text.output_tokens
+    )
+    if not known:
+        return tokens.shape[1]
+    read = (tokens != text.config.pad_token_id).any(dim=0).nonzero()
+    return int(read[-1]) + 1 if len(read) else tokens.shape[1]
 
 
 def is_causal(mask: Tensor) -> bool:
