@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny_models import RESNET, TIMM, TwoTowers, pixels_for, tiny_clip, tiny_open_clip
+from tiny_models import RESNET, TIMM, TIMM_CONVOLUTION, TwoTowers, pixels_for, tiny_clip, tiny_open_clip
 
 from cliperase_fast.models import load_model, set_trainable
 from cliperase_fast.models.fast_paths.blocks import enable_recompute
@@ -16,7 +16,15 @@ VISION = {
     "mean of the tokens": lambda: tiny_open_clip(vision_cfg={"pool_type": "avg"}),
     "attention pooling": lambda: tiny_open_clip(vision_cfg={"attentional_pool": True}),
     "norm after pooling": lambda: tiny_open_clip(vision_cfg={"final_ln_after_pool": True}),
+    "timm, EfficientNet": lambda: tiny_open_clip(**TIMM_CONVOLUTION),
+    "timm, ConvNeXt": lambda: tiny_open_clip(**timm_tower("test_convnext")),
 }
+
+
+def timm_tower(name):
+    return {**TIMM_CONVOLUTION, "vision_cfg": {**TIMM_CONVOLUTION["vision_cfg"], "timm_model_name": name}}
+
+
 WHOLE = {
     "open_clip": tiny_open_clip,
     "resnet": lambda: tiny_open_clip(**RESNET),
@@ -24,6 +32,11 @@ WHOLE = {
     "transformers": tiny_clip,
     "generic": TwoTowers,
 }
+
+
+def checkpointed(model):
+    model.visual.set_grad_checkpointing(True)
+    return model
 
 
 def prepared(model, trainable):
@@ -93,8 +106,17 @@ def test_nothing_is_frozen_where_a_part_in_front_is_trained_seen_random_or_compu
         (lambda: tiny_open_clip(vision_cfg={"patch_dropout": 0.5}), "text"),
         (lambda: tiny_open_clip(vision_cfg={"patch_dropout": 0.5}), "last:1"),
         (lambda: tiny_open_clip(**RESNET), "last:1"),
+        (lambda: tiny_open_clip(**TIMM), "last:1"),
+        (lambda: checkpointed(tiny_open_clip(**TIMM_CONVOLUTION)), "last:1"),
     ],
-    ids=["all trained", "random, whole", "random, in front", "a tower we cannot part"],
+    ids=[
+        "all trained",
+        "random, whole",
+        "random, in front",
+        "a tower we cannot part",
+        "a transformer of timm's",
+        "computed again",
+    ],
 )
 def test_nothing_is_frozen_where_that_is_not_known(make, trainable):
     model = make()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import MODELS, RESNET, TIMM, TwoTowers, tiny_clip, tiny_open_clip
+from tiny_models import MODELS, RESNET, TIMM, TIMM_CONVOLUTION, TwoTowers, tiny_clip, tiny_open_clip
 from torch import nn
 
 from cliperase_fast.errors import InputError
@@ -97,6 +97,15 @@ def test_the_last_blocks_of_a_timm_trunk() -> None:
         "visual.trunk.fc_norm",
     }
     assert "visual.head.proj.weight" in image
+
+
+def test_the_last_stages_of_an_efficientnet_come_with_the_layers_behind_them() -> None:
+    model = tiny_open_clip(**TIMM_CONVOLUTION)
+    last = f"visual.trunk.blocks.{len(model.visual.trunk.blocks) - 1}."
+    image = {name for name in chosen(model, "last:1") if name.startswith("visual.")}
+    behind = {name.rsplit(".", 1)[0] for name in image if not name.startswith(last)}
+    assert behind == {"visual.trunk.conv_head", "visual.trunk.bn2", "visual.head.proj"}
+    assert behind < {name.rsplit(".", 1)[0] for name in image}
 
 
 def test_the_last_blocks_of_a_transformers_model() -> None:

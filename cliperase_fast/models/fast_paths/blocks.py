@@ -84,21 +84,29 @@ def disable_recompute(adapter: ClipAdapter) -> None:
 
 def plain_vision(adapter: ClipAdapter) -> Any:
     """Return the image tower if it is open_clip's vision transformer with its own forward and no hooks, else None."""
-    if adapter.kind != "open_clip":
+    visual = own_vision(adapter)
+    if visual is None:
         return None
-    import open_clip
     from open_clip import transformer
 
-    model: Any = adapter.module
-    encoders = (open_clip.CLIP.encode_image, open_clip.CustomTextCLIP.encode_image)
-    visual = model.visual
-    if "encode_image" in vars(model) or type(model).encode_image not in encoders:
-        return None
     if type(visual) is not transformer.VisionTransformer or type(visual.transformer) is not transformer.Transformer:
         return None
     if not getattr(visual.transformer, "batch_first", True) or visual.output_tokens:
         return None
-    return None if _watched(visual) else visual
+    return visual
+
+
+def own_vision(adapter: ClipAdapter) -> Any:
+    """Return the image tower of an open_clip model with open_clip's own encode_image and no hooks, else None."""
+    if adapter.kind != "open_clip":
+        return None
+    import open_clip
+
+    model: Any = adapter.module
+    encoders = (open_clip.CLIP.encode_image, open_clip.CustomTextCLIP.encode_image)
+    if "encode_image" in vars(model) or type(model).encode_image not in encoders:
+        return None
+    return None if _watched(model.visual) else model.visual
 
 
 def _last_block(adapter: ClipAdapter) -> Any:

@@ -5,15 +5,22 @@ If an image is the same in every epoch, so is the output of the front, and compu
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cliperase_fast.models.adapters.base import ClipAdapter, normalise
-from cliperase_fast.models.fast_paths.blocks import plain_vision
+from cliperase_fast.models.fast_paths.blocks import own_vision, plain_vision
+
+# Of timm's convolutional towers: the layers before the stages, the stages, and the layers between them and the head.
+_TIMM_TOWERS = {
+    "EfficientNet": (("conv_stem", "bn1"), "blocks", ("conv_head", "bn2")),
+    "ConvNeXt": (("stem",), "stages", ("norm_pre",)),
+}
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,7 @@ class FrozenFront:
         pixels: [B, 3, H, W] on the model's device, to try it with in the model's current mode: both parts together must
         give the same features as the tower, without drawing random numbers.
         """
-        for front in (cls(adapter.encode_image, lambda features: features), _of_blocks(adapter)):
+        for front in (cls(adapter.encode_image, lambda features: features), _of_blocks(adapter), _of_timm(adapter)):
             if front is not None and front._holds(adapter, pixels):
                 return front
         return None
@@ -54,24 +61,59 @@ def _of_blocks(adapter: ClipAdapter) -> FrozenFront | None:
     if visual.transformer.grad_checkpointing:  # done by the transformer, not by its blocks
         return None
     blocks = list(visual.transformer.resblocks)
-    trained = [any(parameter.requires_grad for parameter in block.parameters()) for block in blocks]
-    count = trained.index(True) if True in trained else len(blocks)
+    count = _count_frozen(blocks)
     if count == 0:
         return None
 
     def first(pixels: Tensor) -> Tensor:
-        x = visual._embeds(pixels)
-        for block in blocks[:count]:
-            x = block(x)
-        return x
+        return _through(blocks[:count], visual._embeds(pixels))
 
     def rest(x: Tensor) -> Tensor:
-        for block in blocks[count:]:
-            x = block(x)
-        pooled = visual._pool(x)[0]
+        pooled = visual._pool(_through(blocks[count:], x))[0]
         return normalise(pooled if visual.proj is None else pooled @ visual.proj)
 
     return FrozenFront(first, rest)
+
+
+def _of_timm(adapter: ClipAdapter) -> FrozenFront | None:
+    """Split a convolutional tower of timm's before the first stage with a trained parameter."""
+    visual: Any = own_vision(adapter)
+    timm = sys.modules.get("timm")
+    if visual is None or timm is None or not hasattr(visual, "trunk"):
+        return None
+    trunk = visual.trunk
+    kind = type(trunk)
+    if kind.__name__ not in _TIMM_TOWERS or kind is not getattr(timm.models, kind.__name__, None):
+        return None
+    before, stages, after = _TIMM_TOWERS[kind.__name__]
+    if getattr(trunk, "grad_checkpointing", False):  # done by the trunk, not by its stages
+        return None
+    blocks = list(getattr(trunk, stages))
+    count = _count_frozen(blocks)
+    if count == 0:
+        return None
+    front = [*(getattr(trunk, name) for name in before), *blocks[:count]]
+    back = [*blocks[count:], *(getattr(trunk, name) for name in after)]
+
+    def first(pixels: Tensor) -> Tensor:
+        return _through(front, pixels)
+
+    def rest(x: Tensor) -> Tensor:
+        return normalise(visual.head(trunk.forward_head(_through(back, x))))
+
+    return FrozenFront(first, rest)
+
+
+def _count_frozen(blocks: list[nn.Module]) -> int:
+    """Return how many of the first blocks have no trained parameter."""
+    trained = [any(parameter.requires_grad for parameter in block.parameters()) for block in blocks]
+    return trained.index(True) if True in trained else len(blocks)
+
+
+def _through(modules: list[nn.Module], x: Tensor) -> Tensor:
+    for module in modules:
+        x = module(x)
+    return x
 
 
 def _random_states(like: Tensor) -> list[Tensor]:
