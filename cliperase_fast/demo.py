@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -24,7 +25,7 @@ from cliperase_fast.data.drawing import seeded
 from cliperase_fast.defaults import torch_defaults
 from cliperase_fast.errors import InputError, UnlearningError
 from cliperase_fast.evaluation import evaluate
-from cliperase_fast.models import load_model
+from cliperase_fast.models import ClipAdapter, load_model
 from cliperase_fast.progress import Steps, say
 from cliperase_fast.recipes import Recipe, recipe_for
 from cliperase_fast.storage import Locked, lock, writing
@@ -201,13 +202,29 @@ def cached_model(
 ) -> Path:
     """Return the folder of a model trained on these pairs. The first call trains it.
 
-    It is kept in `cache_dir`, else $CLIPERASE_CACHE, else ~/.cache/cliperase_fast, under a digest of the recipe, the
-    pairs (`PairDataset.fingerprint`) and the seed. what: the model, in messages.
+    It is kept as `cached_folder` says, by the recipe, the pairs (`PairDataset.fingerprint`) and the seed. what: the
+    model, in messages.
     """
     made_from = {**recipe.training(), "data": pairs.fingerprint(), "seed": seed}
+    return cached_folder(
+        "small-clip",
+        made_from,
+        lambda: load_model(train_small_clip(pairs, recipe, seed=seed, what=what, progress=progress)),
+        cache_dir,
+    )
+
+
+def cached_folder(
+    prefix: str, made_from: Mapping[str, Any], make: Callable[[], ClipAdapter], cache_dir: str | Path | None = None
+) -> Path:
+    """Return the folder of the model that `make` returns, which only the first call does.
+
+    It is kept in `cache_dir`, else $CLIPERASE_CACHE, else ~/.cache/cliperase_fast, as `prefix` and a digest of
+    `made_from`: everything that decides its weights, in values that JSON holds.
+    """
     digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
     root = Path(cache_dir or os.environ.get("CLIPERASE_CACHE") or Path.home() / ".cache" / "cliperase_fast")
-    path = root / f"small-clip-{digest}"
+    path = root / f"{prefix}-{digest}"
     if path.is_dir():  # saved by one rename, so it is complete if it exists
         return path
     remedy = "or name another folder for small models with CLIPERASE_CACHE"
@@ -218,11 +235,11 @@ def cached_model(
             stack.enter_context(lock(root / f".{path.name}.lock", waiting))
         if path.is_dir():  # the one that was waited for has trained it
             return path
-        model = train_small_clip(pairs, recipe, seed=seed, what=what, progress=progress)
+        model = make()
         with writing(root, remedy):
             for draft in root.glob(f".{path.name}.*.tmp"):  # of a process that was killed
                 shutil.rmtree(draft)
-            load_model(model).save(path)
+            model.save(path)
     return path
 
 
