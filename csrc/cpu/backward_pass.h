@@ -34,9 +34,9 @@ inline void add_softmax(const Source& from, const TileSoftmax& softmax, i64 rows
         Factors factors;
         factors.move(softmax, rows, columns, from.reference);
         if (from.exponentials)
-            add_shared<true, MASKED>(from.tile, rows, from.reference, factors, groups, ds, add);
+            add_shared<true, MASKED>(from.tile, rows, round_up(columns, W), from.reference, factors, groups, ds, add);
         else
-            add_shared<false, MASKED>(from.tile, rows, from.reference, factors, groups, ds, add);
+            add_shared<false, MASKED>(from.tile, rows, round_up(columns, W), from.reference, factors, groups, ds, add);
     } else {
         add_separate<MASKED>(from.tile, rows, columns, softmax, groups, ds, add);
     }
@@ -46,7 +46,7 @@ inline void add_softmax(const Source& from, const TileSoftmax& softmax, i64 rows
 inline void write_gradient(const SimilarityInputs& in, const Backward& b, const TilePlace& at, Groups groups,
                            float* student, float* teacher, const TileCache::Header* head, const TileSums& dots,
                            float* ds) {
-    const i64 row = at.row, rows = at.rows, column = at.column, columns = at.columns;
+    const i64 row = at.row, rows = at.rows, column = at.column, columns = at.columns, width = at.width;
     const bool retained = in.has_masked() && is_retained(in, at), masked = retained && in.row_groups != nullptr;
     const TileSoftmax terms = part_of(retained && !masked ? b.retained : b.student, row, column);
     const Source from = source_of(student, terms, rows, columns, head && head->student_exponentials,
@@ -60,10 +60,10 @@ inline void write_gradient(const SimilarityInputs& in, const Backward& b, const 
             factors.move(terms, rows, columns, from.reference);
             teacher_factors.move(teacher_terms, rows, columns, other.reference);
             if (from.exponentials)
-                write_both<true>(student, teacher, rows, 0, 0, factors, teacher_factors, ds);
+                write_both<true>(student, teacher, rows, width, 0, 0, factors, teacher_factors, ds);
             else
-                write_both<false>(student, teacher, rows, from.reference, other.reference, factors, teacher_factors,
-                                  ds);
+                write_both<false>(student, teacher, rows, width, from.reference, other.reference, factors,
+                                  teacher_factors, ds);
         } else {
             add_softmax<false>(from, terms, rows, columns, groups, ds, false);
             add_softmax<false>(other, teacher_terms, rows, columns, groups, ds, true);
@@ -76,7 +76,7 @@ inline void write_gradient(const SimilarityInputs& in, const Backward& b, const 
         const TileEdit edit(in.comparison, at);
         const auto add = edit.edits() ? add_pull<true> : add_pull<false>;
         *dots.of(at) =
-            add(student, teacher, rows, Difference(in), edit, b.pull_forget, b.pull_anchor, ds);
+            add(student, teacher, rows, width, Difference(in), edit, b.pull_forget, b.pull_anchor, ds);
     }
     for_each_pair(in, row, rows, column, columns,
                   [&](i64 i, i64 j) { ds[i * TILE_COLUMNS + j] = b.diagonal[row + i]; });
@@ -104,7 +104,7 @@ inline void backward(const SimilarityInputs& in, const Backward& b, char* scratc
             if (in.has_teacher) {
                 layout.operands.teacher_tile(in, at, teacher);
                 const TileEdit edit(in.comparison, at);
-                if (edit.edits()) edit_teacher(edit, at.rows, in.teacher_scale, teacher);
+                if (edit.edits()) edit_teacher(edit, at.rows, at.width, in.teacher_scale, teacher);
                 exclude(in, at.row, at.rows, at.column, at.columns, {nullptr, nullptr}, teacher);
             }
         }

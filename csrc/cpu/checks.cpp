@@ -93,7 +93,8 @@ void check(const SimilarityInputs& in) {
     if (comparison.joint) return check_joint(in);
     const void* const edits[] = {comparison.row_ids, comparison.column_ids, comparison.row_levels,
                                  comparison.column_levels};
-    const bool edited = std::any_of(std::begin(edits), std::end(edits), [](const void* data) { return data != nullptr; });
+    const bool edited =
+        std::any_of(std::begin(edits), std::end(edits), [](const void* data) { return data != nullptr; });
     if (!comparison.wanted && !edited) return;
     if (!comparison.wanted || !in.has_teacher) refuse("edited entries need a comparison, and that a teacher");
     if (in.scale == 0 || in.teacher_scale == 0) refuse("scale and teacher_scale must not be 0 for a comparison");

@@ -35,9 +35,9 @@ struct TileEdit {
     Ints at(i64 i, i64 j) const { return load(column_ids + j) == row_ids[i]; }
 };
 
-inline void edit_teacher(const TileEdit& edit, i64 rows, float scale, float* teacher) {
+inline void edit_teacher(const TileEdit& edit, i64 rows, i64 width, float scale, float* teacher) {
     for (i64 i = 0; i < rows; ++i)
-        for (i64 j = 0; j < TILE_COLUMNS; j += W) {
+        for (i64 j = 0; j < width; j += W) {
             float* to = teacher + i * TILE_COLUMNS + j;
             const Floats level = (load(edit.column_levels + j) + edit.row_levels[i]) * scale;
             store(to, edit.at(i, j) ? level : load(to));
@@ -56,20 +56,20 @@ inline void clear_uncompared(const SimilarityInputs& in, i64 row, i64 rows, i64 
                              float* teacher) {
     for (float* tile : {student, teacher}) {
         for_each_pair(in, row, rows, column, columns, [&](i64 i, i64 j) { tile[i * TILE_COLUMNS + j] = 0; });
-        if (columns < TILE_COLUMNS)
-            for (i64 i = 0; i < rows; ++i)
-                for (i64 j = columns; j < TILE_COLUMNS; ++j) tile[i * TILE_COLUMNS + j] = 0;
+        const i64 width = round_up(columns, W);
+        for (i64 i = 0; columns < width && i < rows; ++i)
+            for (i64 j = columns; j < width; ++j) tile[i * TILE_COLUMNS + j] = 0;
     }
 }
 
 // Writes the squares of a tile to squares [2], see `Forward`. Entries of own pairs and beyond the last column are 0.
 template <bool EDITS>
-inline void add_squares(const float* student, const float* teacher, i64 rows, Difference difference,
+inline void add_squares(const float* student, const float* teacher, i64 rows, i64 width, Difference difference,
                         const TileEdit& edit, double* squares) {
     double forget = 0, anchor = 0;
     for (i64 i = 0; i < rows; ++i) {
         Floats of_forget{}, of_anchor{};
-        for (i64 j = 0; j < TILE_COLUMNS; j += W) {
+        for (i64 j = 0; j < width; j += W) {
             const i64 at = i * TILE_COLUMNS + j;
             const Floats d = difference(load(student + at), load(teacher + at));
             if constexpr (EDITS) {
@@ -89,12 +89,12 @@ inline void add_squares(const float* student, const float* teacher, i64 rows, Di
 
 // Adds the pull to dS of a tile, and returns the sum of dS S before that. LOWEST marks excluded entries.
 template <bool EDITS>
-inline double add_pull(const float* student, const float* teacher, i64 rows, Difference difference,
+inline double add_pull(const float* student, const float* teacher, i64 rows, i64 width, Difference difference,
                        const TileEdit& edit, float pull_forget, float pull_anchor, float* ds) {
     double dot = 0;
     for (i64 i = 0; i < rows; ++i) {
         Floats of_row{};
-        for (i64 j = 0; j < TILE_COLUMNS; j += W) {
+        for (i64 j = 0; j < width; j += W) {
             const i64 at = i * TILE_COLUMNS + j;
             const Floats s = load(student + at), gradient = load(ds + at), d = difference(s, load(teacher + at));
             const Ints excluded = s == LOWEST;

@@ -55,11 +55,11 @@ struct ForwardLayout {
 // With a comparison the cache keeps the entries, which the backward pass needs, and never their exponentials.
 inline void add_tile(const SimilarityInputs& in, const Forward& out, const ForwardLayout& layout, const TilePlace& at,
                      Groups groups, float* student, float* teacher, TileCache::Header* head) {
-    const i64 row = at.row, rows = at.rows, column = at.column, columns = at.columns;
+    const i64 row = at.row, rows = at.rows, column = at.column, columns = at.columns, width = at.width;
     alignas(64) float row_top[TILE_ROWS], column_top[TILE_COLUMNS];
     const bool stores = head != nullptr && !in.comparison.wanted;
     const TileEdit edit(in.comparison, at);
-    if (edit.edits()) edit_teacher(edit, rows, in.teacher_scale, teacher);
+    if (edit.edits()) edit_teacher(edit, rows, width, in.teacher_scale, teacher);
     for_each_pair(in, row, rows, column, columns, [&](i64 i, i64 j) {
         out.diagonal[row + i] = student[i * TILE_COLUMNS + j];
         if (in.has_teacher) out.teacher_diagonal[row + i] = teacher[i * TILE_COLUMNS + j];
@@ -67,43 +67,44 @@ inline void add_tile(const SimilarityInputs& in, const Forward& out, const Forwa
     if (in.comparison.wanted) {
         clear_uncompared(in, row, rows, column, columns, student, teacher);
         const auto add = edit.edits() ? add_squares<true> : add_squares<false>;
-        add(student, teacher, rows, Difference(in), edit, layout.squares.of(at));
+        add(student, teacher, rows, width, Difference(in), edit, layout.squares.of(at));
     }
     exclude(in, row, rows, column, columns, in.excludes() ? groups : Groups{nullptr, nullptr}, student);
     if (in.has_teacher) {
         exclude(in, row, rows, column, columns, {nullptr, nullptr}, teacher);
-        find_largest(teacher, rows, row_top, column_top);
+        find_largest(teacher, rows, width, row_top, column_top);
         const Reference c = shared_reference(row_top, rows, column_top);
         const Stats of_rows = layout.rows_of(at, teacher_set(in));
         const Stats of_columns = layout.columns_of(at, teacher_set(in));
         if (!c.shared)
-            write_separate_stats<true>(teacher, student, *out.shift, rows, of_rows, of_columns, row_top, column_top);
+            write_separate_stats<true>(teacher, student, *out.shift, rows, width, of_rows, of_columns, row_top,
+                                       column_top);
         else if (stores)
-            write_shared_stats<true, true>(teacher, student, *out.shift, rows, c, of_rows, of_columns, row_top,
+            write_shared_stats<true, true>(teacher, student, *out.shift, rows, width, c, of_rows, of_columns, row_top,
                                            column_top);
         else
-            write_shared_stats<true, false>(teacher, student, *out.shift, rows, c, of_rows, of_columns, row_top,
+            write_shared_stats<true, false>(teacher, student, *out.shift, rows, width, c, of_rows, of_columns, row_top,
                                             column_top);
         if (head) head->teacher_reference = c.value, head->teacher_exponentials = stores && c.shared;
     }
     bool masked_within = true;
     const bool retained = is_retained(in, at), masked_apart = in.row_groups != nullptr && retained;
-    find_largest(student, rows, row_top, column_top);
+    find_largest(student, rows, width, row_top, column_top);
     const Reference c = shared_reference(row_top, rows, column_top);
     if (in.has_masked() && masked_apart) {
         alignas(64) float masked_row_top[TILE_ROWS], masked_column_top[TILE_COLUMNS];
         float* masked = layout.own_tiles() + TILE;  // the teacher's tile is no longer needed, if there was one
         std::memcpy(masked, student, static_cast<std::size_t>(rows) * TILE_COLUMNS * sizeof(float));
         exclude(in, row, rows, column, columns, groups, masked);
-        find_largest(masked, rows, masked_row_top, masked_column_top);
+        find_largest(masked, rows, width, masked_row_top, masked_column_top);
         const Reference own = shared_reference(masked_row_top, rows, masked_column_top);
         const Stats of_rows = layout.rows_of(at, masked_set(in));
         const Stats of_columns = layout.columns_of(at, masked_set(in));
         if (own.shared)
-            write_shared_stats<false, false>(masked, nullptr, 0, rows, own, of_rows, of_columns, masked_row_top,
+            write_shared_stats<false, false>(masked, nullptr, 0, rows, width, own, of_rows, of_columns, masked_row_top,
                                              masked_column_top);
         else
-            write_separate_stats<false>(masked, nullptr, 0, rows, of_rows, of_columns, masked_row_top,
+            write_separate_stats<false>(masked, nullptr, 0, rows, width, of_rows, of_columns, masked_row_top,
                                         masked_column_top);
         // The backward pass uses the student's exponentials for these rows and columns too.
         for (i64 i = 0; i < rows; ++i)
@@ -115,11 +116,11 @@ inline void add_tile(const SimilarityInputs& in, const Forward& out, const Forwa
     const Stats of_columns = layout.columns_of(at, STUDENT_SET);
     const bool exponentials = stores && c.shared && masked_within;
     if (!c.shared)
-        write_separate_stats<false>(student, nullptr, 0, rows, of_rows, of_columns, row_top, column_top);
+        write_separate_stats<false>(student, nullptr, 0, rows, width, of_rows, of_columns, row_top, column_top);
     else if (exponentials)
-        write_shared_stats<false, true>(student, nullptr, 0, rows, c, of_rows, of_columns, row_top, column_top);
+        write_shared_stats<false, true>(student, nullptr, 0, rows, width, c, of_rows, of_columns, row_top, column_top);
     else
-        write_shared_stats<false, false>(student, nullptr, 0, rows, c, of_rows, of_columns, row_top, column_top);
+        write_shared_stats<false, false>(student, nullptr, 0, rows, width, c, of_rows, of_columns, row_top, column_top);
     if (in.has_masked() && !masked_apart) {
         const Stats own_rows = layout.rows_of(at, masked_set(in)), own_columns = layout.columns_of(at, masked_set(in));
         if (retained)

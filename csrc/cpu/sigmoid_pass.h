@@ -38,10 +38,10 @@ struct SigmoidLayout : GradientLayout {
 
 // Adds the losses of all entries of a tile to sums[0] and, with GRADIENT, writes dS and adds it to sums[1].
 template <bool GRADIENT>
-inline void softplus_tile(const float* tile, i64 rows, float bias, float* ds, double* sums) {
+inline void softplus_tile(const float* tile, i64 rows, i64 width, float bias, float* ds, double* sums) {
     for (i64 i = 0; i < rows; ++i) {
         Floats loss{}, slope{};
-        for (i64 j = 0; j < TILE_COLUMNS; j += W) {
+        for (i64 j = 0; j < width; j += W) {
             const Softplus found = softplus(load(tile + i * TILE_COLUMNS + j) + bias);
             loss += found.value;
             if constexpr (GRADIENT) {
@@ -64,9 +64,9 @@ inline void sigmoid_tile(const SimilarityInputs& in, const Sigmoid& s, const Til
                   [&](i64 i, i64 j) { own[i] = -(tile[i * TILE_COLUMNS + j] + s.bias); });
     exclude(in, row, rows, column, columns, {nullptr, nullptr}, tile);
     if (ds)
-        softplus_tile<true>(tile, rows, s.bias, ds, sums);
+        softplus_tile<true>(tile, rows, at.width, s.bias, ds, sums);
     else
-        softplus_tile<false>(tile, rows, s.bias, ds, sums);
+        softplus_tile<false>(tile, rows, at.width, s.bias, ds, sums);
     for_each_pair(in, row, rows, column, columns, [&](i64 i, i64 j) {
         const Softplus found = softplus(all(own[i]));
         sums[0] += static_cast<double>(found.value[0]);

@@ -83,12 +83,12 @@ inline void for_each_pair(const SimilarityInputs& in, i64 row, i64 rows, i64 col
 inline void exclude(const SimilarityInputs& in, i64 row, i64 rows, i64 column, i64 columns, Groups groups,
                     float* tile) {
     for_each_pair(in, row, rows, column, columns, [&](i64 i, i64 j) { tile[i * TILE_COLUMNS + j] = LOWEST; });
-    if (columns < TILE_COLUMNS)
-        for (i64 i = 0; i < rows; ++i)
-            for (i64 j = columns; j < TILE_COLUMNS; ++j) tile[i * TILE_COLUMNS + j] = LOWEST;
+    const i64 width = round_up(columns, W);
+    for (i64 i = 0; columns < width && i < rows; ++i)
+        for (i64 j = columns; j < width; ++j) tile[i * TILE_COLUMNS + j] = LOWEST;
     if (groups.rows == nullptr) return;
     for (i64 i = 0; i < rows; ++i)
-        for (i64 j = 0; j < TILE_COLUMNS; j += W) {
+        for (i64 j = 0; j < width; j += W) {
             float* at = tile + i * TILE_COLUMNS + j;
             const Ints same = load(groups.columns + j) == groups.rows[i];
             store(at, same ? all(LOWEST) : load(at));
@@ -143,9 +143,10 @@ struct Strip {
 };
 
 // A tile of a strip: rows [row, row + rows), at row_in_strip of the strip, and columns [column, column + columns).
-// tile: its number in the strip; row_tile: among all tiles of rows; block: among all tiles of columns.
+// tile: its number in the strip; row_tile: among all tiles of rows; block: among all tiles of columns; width: columns
+// rounded up to whole vectors.
 struct TilePlace {
-    i64 tile, row_tile, row_in_strip, row, rows, block, column, columns;
+    i64 tile, row_tile, row_in_strip, row, rows, block, column, columns, width;
 
     TilePlace(const Strip& strip, i64 tile_in_strip, const Tiling& blocks, i64 block_of_columns)
         : tile(tile_in_strip),
@@ -155,7 +156,8 @@ struct TilePlace {
           rows(strip.all.length(row_tile)),
           block(block_of_columns),
           column(blocks.start(block)),
-          columns(blocks.length(block)) {}
+          columns(blocks.length(block)),
+          width(round_up(columns, W)) {}
 };
 
 // A strip is packed in groups of MR rows; the last group of a tile may be smaller. count < 1: the group is beyond the

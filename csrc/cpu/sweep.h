@@ -18,9 +18,9 @@ struct Matrix {
     Dtype dtype;               // float16, bfloat16 or float32
 };
 
-// What the calibrated loss adds to a sweep with a teacher: it compares cosines, C = S / scale and C* = S° / teacher_scale,
-// where S° is edited first: entries with row_ids[i] == column_ids[j] become teacher_scale (row_level + column_level).
-// The ids and levels are null where no entry is edited. Neither scale is 0.
+// What the calibrated loss adds to a sweep with a teacher: it compares cosines, C = S / scale and
+// C* = S° / teacher_scale, where S° is edited first: entries with row_ids[i] == column_ids[j] become
+// teacher_scale (row_level + column_level). The ids and levels are null where no entry is edited. Neither scale is 0.
 struct Comparison {
     bool wanted = false;
     const std::int32_t *row_ids = nullptr, *column_ids = nullptr;

@@ -53,14 +53,17 @@ inline void merge(Stats into, Stats part, i64 count) {
     }
 }
 
+// Here and below, `width` is the number of columns of a tile rounded up to whole vectors; those beyond it are neither
+// read nor written.
+
 // Writes the largest entry of each row and column of a tile; LOWEST where all are excluded.
-inline void find_largest(const float* tile, i64 rows, float* of_rows, float* of_columns) {
+inline void find_largest(const float* tile, i64 rows, i64 width, float* of_rows, float* of_columns) {
     for (i64 j = 0; j < TILE_COLUMNS; j += W) store(of_columns + j, all(LOWEST));
     i64 i = 0;
     for (; i + 4 <= rows; i += 4) {
         const float* row = tile + i * TILE_COLUMNS;
         Floats top[4] = {all(LOWEST), all(LOWEST), all(LOWEST), all(LOWEST)};
-        for (i64 j = 0; j < TILE_COLUMNS; j += W) {
+        for (i64 j = 0; j < width; j += W) {
             Floats column = load(of_columns + j);
             for (int r = 0; r < 4; ++r) {
                 const Floats entry = load(row + r * TILE_COLUMNS + j);
@@ -73,7 +76,7 @@ inline void find_largest(const float* tile, i64 rows, float* of_rows, float* of_
     }
     for (; i < rows; ++i) {
         Floats top = all(LOWEST);
-        for (i64 j = 0; j < TILE_COLUMNS; j += W) {
+        for (i64 j = 0; j < width; j += W) {
             const Floats entry = load(tile + i * TILE_COLUMNS + j);
             top = larger(top, entry);
             store(of_columns + j, larger(load(of_columns + j), entry));
@@ -111,14 +114,14 @@ inline void write_columns(Stats of_columns, const float* total, const float* gap
 // GAP: `other` is S, and the gap is summed; tile and other are equal where entries are excluded. STORE: the
 // exponentials replace the entries of the tile.
 template <bool GAP, bool STORE>
-inline void write_shared_stats(float* tile, const float* other, float shift, i64 rows, Reference c, Stats of_rows,
-                               Stats of_columns, const float* row_top, const float* column_top) {
+inline void write_shared_stats(float* tile, const float* other, float shift, i64 rows, i64 width, Reference c,
+                               Stats of_rows, Stats of_columns, const float* row_top, const float* column_top) {
     alignas(64) float total[TILE_COLUMNS] = {}, gap[GAP ? TILE_COLUMNS : W] = {};
     for (i64 i = 0; i < rows; i += 2) {
         const bool second = i + 1 < rows;  // an odd last row is read twice but counted once
         float* row[2] = {tile + i * TILE_COLUMNS, tile + (i + second) * TILE_COLUMNS};
         Floats sum_of[2] = {}, gap_of[2] = {};
-        for (i64 j = 0; j < TILE_COLUMNS; j += W) {
+        for (i64 j = 0; j < width; j += W) {
             Floats column_total = load(total + j), column_gap{};
             if constexpr (GAP) column_gap = load(gap + j);
             for (int r = 0; r < 2; ++r) {
@@ -148,12 +151,12 @@ inline void write_shared_stats(float* tile, const float* other, float shift, i64
 
 // Writes the statistics of a tile with a reference for each row and column: two exponentials for each entry.
 template <bool GAP>
-inline void write_separate_stats(const float* tile, const float* other, float shift, i64 rows, Stats of_rows,
+inline void write_separate_stats(const float* tile, const float* other, float shift, i64 rows, i64 width, Stats of_rows,
                                  Stats of_columns, float* row_top, float* column_top) {
     alignas(64) float total[TILE_COLUMNS] = {}, gap[TILE_COLUMNS] = {};
     for (i64 i = 0; i < rows; ++i) {
         Floats row_total{}, row_gap{};
-        for (i64 j = 0; j < TILE_COLUMNS; j += W) {
+        for (i64 j = 0; j < width; j += W) {
             const Floats entry = load(tile + i * TILE_COLUMNS + j);
             // Relative to its own reference, LOWEST, a row or column without entries would give exp(0).
             const Floats by_row = row_top[i] == LOWEST ? Floats{} : exp(entry - row_top[i]);
@@ -230,13 +233,13 @@ struct Factors {
 // ds (+)= exp(S - c) (row factor + column factor), without entries of equal groups if MASKED. EXPONENTIALS: `tile`
 // holds exp(S - c) already.
 template <bool EXPONENTIALS, bool MASKED>
-inline void add_shared(const float* tile, i64 rows, float c, const Factors& factors, Groups groups, float* ds,
-                       bool add) {
+inline void add_shared(const float* tile, i64 rows, i64 width, float c, const Factors& factors, Groups groups,
+                       float* ds, bool add) {
     for (i64 i = 0; i < rows; ++i) {
         const float* row = tile + i * TILE_COLUMNS;
         float* to = ds + i * TILE_COLUMNS;
         const float factor = factors.row[i];
-        for (i64 j = 0; j < TILE_COLUMNS; j += W) {
+        for (i64 j = 0; j < width; j += W) {
             const Floats e = EXPONENTIALS ? load(row + j) : exp(load(row + j) - c);
             Floats gradient = e * (load(factors.column + j) + factor);
             if constexpr (MASKED) gradient = load(groups.columns + j) == groups.rows[i] ? Floats{} : gradient;
@@ -247,12 +250,12 @@ inline void add_shared(const float* tile, i64 rows, float c, const Factors& fact
 
 // Writes dS of a tile with a teacher and no groups, the common case, in one pass.
 template <bool EXPONENTIALS>
-inline void write_both(const float* student, const float* teacher, i64 rows, float c, float c_teacher, const Factors& f,
-                       const Factors& g, float* ds) {
+inline void write_both(const float* student, const float* teacher, i64 rows, i64 width, float c, float c_teacher,
+                       const Factors& f, const Factors& g, float* ds) {
     for (i64 i = 0; i < rows; ++i) {
         const i64 at = i * TILE_COLUMNS;
         const float f_row = f.row[i], g_row = g.row[i];
-        for (i64 j = 0; j < TILE_COLUMNS; j += W) {
+        for (i64 j = 0; j < width; j += W) {
             Floats e = load(student + at + j), t = load(teacher + at + j);
             if constexpr (!EXPONENTIALS) e = exp(e - c), t = exp(t - c_teacher);
             store(ds + at + j, e * (load(f.column + j) + f_row) + t * (load(g.column + j) + g_row));
@@ -264,6 +267,7 @@ inline void write_both(const float* student, const float* teacher, i64 rows, flo
 template <bool MASKED>
 inline void add_separate(const float* tile, i64 rows, i64 columns, const TileSoftmax& softmax, Groups groups, float* ds,
                          bool add) {
+    const i64 width = round_up(columns, W);
     alignas(64) float anchor[TILE_COLUMNS] = {}, factor[TILE_COLUMNS] = {};
     for (i64 j = 0; j < columns; ++j) {
         anchor[j] = softmax.column_anchor[j];
@@ -271,7 +275,7 @@ inline void add_separate(const float* tile, i64 rows, i64 columns, const TileSof
     }
     for (i64 i = 0; i < rows; ++i) {
         float* to = ds + i * TILE_COLUMNS;
-        for (i64 j = 0; j < TILE_COLUMNS; j += W) {
+        for (i64 j = 0; j < width; j += W) {
             const Floats entry = load(tile + i * TILE_COLUMNS + j);
             // Excluded entries would exceed anchors computed without them.
             Floats by_row = entry - softmax.row_anchor[i], by_column = entry - load(anchor + j);
