@@ -14,14 +14,16 @@ from cliperase_fast.evaluation.encoding import EncodedPairs
 from cliperase_fast.evaluation.queries import CHUNK
 
 CAPTIONS = 256  # at most compared in data without classes
+LEAST_PAIRS = 4  # of a class that is judged on its own
 
 
 @dataclass(frozen=True)
 class Divergence:
     """How far the retain images of a split have moved, in nats: the mean of `DivergenceMeter.values`.
 
-    worst_class: the class with the largest mean, None without classes. The errors are standard errors of the means,
-    None for the mean of a single image.
+    worst_class: the class with the largest mean less its standard error, None without classes. Classes of fewer than
+    `LEAST_PAIRS` images are judged together, as their own means tell little. The errors are standard errors of the
+    means, None for the mean of a single image.
     """
 
     mean: float
@@ -98,11 +100,22 @@ class DivergenceMeter:
         mean, error = _mean(values)
         if self.labels is None or self.names is None:
             return Divergence(mean, error, len(values))
-        by_class = {label: values[self.labels == label] for label in np.unique(self.labels)}
-        worst = max(by_class, key=lambda label: float(by_class[label].mean()))
-        return Divergence(
-            mean, error, len(values), self.names[worst], *_mean(by_class[worst]), worst_pairs=len(by_class[worst])
-        )
+        by_class = self._by_class(values)
+        found = {name: _mean(of) for name, of in by_class.items()}
+        worst = max(found, key=lambda name: lower_bound(*found[name]))
+        return Divergence(mean, error, len(values), worst, *found[worst], worst_pairs=len(by_class[worst]))
+
+    def _by_class(self, values: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the values of each class, and together those of classes with few images."""
+        assert self.labels is not None and self.names is not None
+        numbers, counts = np.unique(self.labels, return_counts=True)
+        small = numbers[counts < LEAST_PAIRS]
+        found = {self.names[label]: values[self.labels == label] for label in np.setdiff1d(numbers, small)}
+        if len(small) == 1:
+            found[self.names[small[0]]] = values[self.labels == small[0]]
+        elif len(small) > 1:
+            found[f"{len(small)} classes of fewer than {LEAST_PAIRS} pairs"] = values[np.isin(self.labels, small)]
+        return found
 
     def _log_probabilities(
         self, encoded: EncodedPairs, logit_scale: float, start: int = 0, stop: int | None = None
@@ -142,3 +155,8 @@ def _mean(values: np.ndarray) -> tuple[float, float | None]:
     """Return the mean and its standard error."""
     error = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
     return float(values.mean()), error
+
+
+def lower_bound(mean: float, error: float | None) -> float:
+    """Return a mean less its standard error where that is known; infinity for a mean that is not a number."""
+    return mean - (error or 0.0) if np.isfinite(mean) else float("inf")

@@ -22,7 +22,7 @@ import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from cliperase_fast.storage import draft_of, file_digest, flush_folder, write_fi
 from cliperase_fast.tensor_files import read_tensors, write_tensors
 from cliperase_fast.unlearning.selection import Candidate
 
-FORMAT = 5
+FORMAT = 6
 STUDENT, OPTIMIZER, TRAINER, METRICS = "student.safetensors", "optimizer.safetensors", "trainer.pt", "metrics.jsonl"
 BEST, STATE = "best.safetensors", "state.json"
 _FILES = {STUDENT, OPTIMIZER, TRAINER, METRICS, BEST, STATE}
@@ -281,13 +281,13 @@ def _read_state(path: Path) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{STATE} cannot be read: {str(error).partition(chr(10))[0]}") from error
     if not isinstance(state, dict):
         raise DamagedCheckpoint(f"{STATE} holds no state")
-    if "digest" not in state and "format" in state and state["format"] not in _readers():
+    if "digest" not in state and "format" in state and state["format"] not in _READS:
         raise UnsupportedFormat(path, state["format"])
     if json.loads(_sealed({key: value for key, value in state.items() if key != "digest"})) != state:
         raise DamagedCheckpoint(f"{STATE} does not match its digest")
-    if state["format"] not in _readers():
+    if state["format"] not in _READS:
         raise UnsupportedFormat(path, state["format"])
-    state = _readers()[state["format"]](state)
+    state = _up_to_date(state)
     _check_fields(path, state)
     return state
 
@@ -296,37 +296,52 @@ def _from_format_3(state: dict[str, Any]) -> dict[str, Any]:
     """Rename the fields of format 3, and name the method, which was always CLIPErase."""
     renamed = {"looks": "evaluations", "looks_without_better": "evaluations_without_improvement"}
     state = {renamed.get(name, name): value for name, value in state.items()}
-    identity = state.get("identity")
-    config = identity.get("config") if isinstance(identity, dict) else None
-    if isinstance(identity, dict) and isinstance(config, dict):
-        state["identity"] = {**identity, "config": {"method": "cliperase", "method_options": {}, **config}}
-    return state
+    return _with_settings(state, {"method": "cliperase", "method_options": {}})
 
 
 def _from_format_4(state: dict[str, Any]) -> dict[str, Any]:
     """Add what came with automatic learning rates. Until then all numbers were given."""
+    state = _with_measured({**state, "probes": [], "rate": 0.0, "stop": ""}, {"divergence": None})
+    return _with_settings(state, {"worst_class_floor": 0.3})
+
+
+def _from_format_5(state: dict[str, Any]) -> dict[str, Any]:
+    """Add the standard error of the association, which did not count before, and the number of steps."""
+    return _with_settings(_with_measured(state, {"association_error": 0.0}), {"steps": 0})
+
+
+def _with_measured(state: dict[str, Any], scores: dict[str, Any]) -> dict[str, Any]:
+    """Add scores to every evaluation."""
 
     def measured(candidate: Any) -> Any:
-        return {**candidate, "divergence": None} if isinstance(candidate, dict) else candidate
+        return {**candidate, **scores} if isinstance(candidate, dict) else candidate
 
-    state = {**state, "probes": [], "rate": 0.0, "stop": ""}
     if isinstance(evaluations := state.get("evaluations"), list):
-        state["evaluations"] = [measured(candidate) for candidate in evaluations]
+        state = {**state, "evaluations": [measured(candidate) for candidate in evaluations]}
     if isinstance(best := state.get("best"), dict):
-        state["best"] = {**best, "candidate": measured(best.get("candidate"))}
-    identity = state.get("identity")
-    config = identity.get("config") if isinstance(identity, dict) else None
-    if isinstance(identity, dict) and isinstance(config, dict):
-        state["identity"] = {**identity, "config": {"worst_class_floor": 0.3, **config}}
+        state = {**state, "best": {**best, "candidate": measured(best.get("candidate"))}}
     return state
 
 
-def _readers() -> dict[object, Callable[[dict[str, Any]], dict[str, Any]]]:
-    """What brings the fields of state.json up to date, by format. Formats before 3 named other files."""
-    return {3: lambda state: _from_format_4(_from_format_3(state)), 4: _from_format_4, FORMAT: lambda state: state}
+def _with_settings(state: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Add settings to the run's identity, unless it has them."""
+    identity = state.get("identity")
+    config = identity.get("config") if isinstance(identity, dict) else None
+    if isinstance(identity, dict) and isinstance(config, dict):
+        state = {**state, "identity": {**identity, "config": {**settings, **config}}}
+    return state
 
 
-_READABLE = "formats 3 to 5"
+_UPGRADES = {3: _from_format_3, 4: _from_format_4, 5: _from_format_5}  # to the next format; 2 names other files
+_READS = (*_UPGRADES, FORMAT)
+_READABLE = f"formats {_READS[0]} to {FORMAT}"
+
+
+def _up_to_date(state: dict[str, Any]) -> dict[str, Any]:
+    """Bring the fields of state.json of a readable format up to date."""
+    for number in range(state["format"], FORMAT):
+        state = _UPGRADES[number](state)
+    return state
 
 
 def _check_fields(path: Path, state: dict[str, Any]) -> None:

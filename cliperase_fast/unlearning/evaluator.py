@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 
 from cliperase_fast.data.loading import PixelCache
-from cliperase_fast.evaluation import Divergence, DivergenceMeter, EncodedPairs, encode_pairs, require_finite, score
+from cliperase_fast.evaluation import (
+    Divergence,
+    DivergenceMeter,
+    EncodedPairs,
+    encode_pairs,
+    pair_similarities,
+    require_finite,
+    score,
+)
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.unlearning.runtime import Runtime
 from cliperase_fast.unlearning.selection import Candidate
@@ -59,7 +67,15 @@ class Evaluator:
         if divergence is not None:
             found = [math.nan if value is None else value for value in found]
         forget, retain, association = found
-        return Candidate(step, epoch, forget, retain, association, divergence)
+        error = 0.0 if divergence is None else self._association_error(encoded, part)
+        return Candidate(step, epoch, forget, retain, association, divergence, error)
+
+    def _association_error(self, encoded: EncodedPairs, part: Split) -> float:
+        """Return the standard error of the mean cosine of the forget pairs, 0 for fewer than two."""
+        if part.n_forget < 2:
+            return 0.0
+        found = self.runtime.ranks.run_on_first(lambda: pair_similarities(encoded)[part.forget_mask])
+        return float(found.std(ddof=1)) / math.sqrt(part.n_forget)
 
     def divergence(self, adapter: ClipAdapter, encoded: EncodedPairs, meter: DivergenceMeter) -> Divergence:
         """Measure how far a model has moved. encoded: its features of the meter's split."""

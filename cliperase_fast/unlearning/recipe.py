@@ -1,4 +1,4 @@
-"""The automatic recipe's decisions: which learning rate to try next, which to take, and when to stop.
+"""The automatic recipe's decisions: which learning rate to try next, which to take, when to lower it, when to stop.
 
 All of them are functions of what was measured, so that a resumed run decides the same.
 """
@@ -19,7 +19,12 @@ EARLY = 10  # steps after which a hopeless probe stops
 EVALUATE_STEPS = 10  # optimizer steps between two evaluations
 MAX_STEPS = 1000  # optimizer steps of a run that chooses their number itself
 EXPECTED_STEPS = 150  # of probes and training together, to judge what is worth computing in advance
-DIVERGENCE = 0.1  # nats; above it a rate that does not reach the target is too high
+DIVERGENCE = 0.1  # nats; above it a rate that is not on its way to the target is too high
+HEALING = 0.5  # nats; as much is fine for a rate on its way, as the divergence falls again once the forgetting is done
+UNNOTICED = 0.01  # nats; a rate at the target that diverges less needs no comparison with a lower one
+RUINED = 1.0  # nats; above it a rate is too high even at the target
+ON_ITS_WAY = 0.5  # share of the way to the target that a probe has made
+STAGES = (1.0, 0.3, 0.1)  # times the learning rate, one after another; the lower ones let what was disturbed settle
 STRENGTH = 1e-3  # the first rate as a share of a typical weight, as Adam moves every weight by about the rate
 BUDGET, BUDGET_UNREACHED = 60, 90  # steps of other probes, once a rate reaches the target and before
 PATIENCE = 3  # evaluations without an improvement at the target; twice as many before it
@@ -53,6 +58,14 @@ class Probe:
     def diverged(self) -> float:
         return math.inf if self.divergence is None else self.divergence
 
+    @property
+    def gentle(self) -> bool:
+        return self.diverged <= DIVERGENCE
+
+    @property
+    def promising(self) -> bool:
+        return self.progress >= ON_ITS_WAY and self.diverged <= HEALING
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -76,7 +89,7 @@ def early_end(candidate: Candidate, target: Target, before: Candidate) -> str:
 
     Early on, forgetting grows at most with the square of the steps.
     """
-    if candidate.diverged > 10 * DIVERGENCE:
+    if candidate.diverged > RUINED:
         return "diverged"
     if progress(candidate, target, before) < (EARLY / PROBE_STEPS) ** 2:
         return "too slow"
@@ -109,7 +122,8 @@ def next_rate(probes: Sequence[Probe], first: float, most: int = BUDGET_UNREACHE
     if reached:
         low = min(reached)
         worse = low + 1 in reached and tried[low].diverged >= tried[low + 1].diverged
-        found = None if worse or low - 1 in tried else low - 1
+        done = worse or low - 1 in tried or tried[low].diverged <= UNNOTICED
+        found = None if done else low - 1
     else:
         found = _next_unreached(tried)
     return None if found is None else rate_at(found)
@@ -117,14 +131,14 @@ def next_rate(probes: Sequence[Probe], first: float, most: int = BUDGET_UNREACHE
 
 def _next_unreached(tried: dict[int, Probe]) -> int | None:
     """Return the place to try next while no rate reaches the target."""
-    weak = [index for index, probe in tried.items() if probe.diverged <= DIVERGENCE]
+    weak = [index for index, probe in tried.items() if probe.gentle or probe.promising]
     strong = [index for index in tried if index not in weak]
     if not strong:
         top = max(weak)
         return top + (2 if tried[top].progress < 0.01 else 1)
     low = min(strong)
     if not weak:
-        return low - (2 if tried[low].diverged > 10 * DIVERGENCE else 1)
+        return low - (2 if tried[low].diverged > RUINED else 1)
     middle = (max(weak) + low) // 2
     return None if middle in tried else middle
 
@@ -140,45 +154,72 @@ def choose(probes: Sequence[Probe]) -> tuple[Probe, str]:
             if len(reached) > 1
             else f"it is the only rate that reaches the target within {best.steps} steps"
         )
-    gentle = [probe for probe in probes if probe.diverged <= DIVERGENCE]
     none = "no rate reaches the target so soon"
-    if gentle:
-        best = max(gentle, key=lambda probe: probe.rate)
-        return best, f"{none}, and it is the highest whose divergence is at most {DIVERGENCE:g} nats"
-    return min(probes, key=lambda probe: (probe.diverged, probe.rate)), f"{none}, and it diverges least"
+    gentle = max((probe for probe in probes if probe.gentle), key=lambda probe: probe.rate, default=None)
+    promising = [probe for probe in probes if probe.promising]
+    if gentle is not None and (gentle.promising or not promising):
+        return gentle, f"{none}, and it is the highest whose divergence is at most {DIVERGENCE:g} nats"
+    best = min(promising or probes, key=lambda probe: (probe.diverged, probe.rate))
+    where = " of those that come more than half way" if promising else ""
+    return best, f"{none}, and it diverges least{where} ({best.diverged:.3f} nats)"
 
 
-def stop_reason(evaluations: Sequence[Candidate], target: Target, patience: int, within: Sequence[bool]) -> str:
-    """Say why training should stop after the last of these evaluations; empty if it should go on.
+@dataclass(frozen=True)
+class Course:
+    """Where training stands after some evaluations.
+
+    stage: number of the learning rate in `STAGES`. stop: why training should stop now, empty if it should go on.
+    """
+
+    stage: int = 0
+    stop: str = ""
+
+    @property
+    def factor(self) -> float:
+        return STAGES[self.stage]
+
+
+def course(evaluations: Sequence[Candidate], target: Target, patience: int, within: Sequence[bool]) -> Course:
+    """Follow the evaluations of a run from its first step on.
+
+    A stage ends when so many evaluations (`patience`, twice as many in the first stage before the target is reached)
+    bring no improvement: before the target is reached of the distance to it, then of the divergence at the target.
 
     within: whether each of them keeps the rest.
     """
-    first = next((number for number, candidate in enumerate(evaluations) if target.reached(candidate)), None)
-    if first is not None:
-        at = evaluations[first:]
-        scores = [one.diverged if target.reached(one) else math.inf for one in at]
-        best, since = _best(scores)
-        if since >= patience:
-            return (
-                f"the target was reached at step {at[0].step}, and the divergence from the original stopped improving "
-                f"at step {at[best].step}"
-            )
-        return ""
-    best, since = _best([target.gap(candidate) for candidate in evaluations])
-    if since >= 2 * patience:
-        return (
-            f"the target was not reached: the forget pairs stopped coming closer to it at step {evaluations[best].step}"
-        )
-    lost = list(within)[-2 * patience :]
-    if len(lost) == 2 * patience and not any(lost):
-        return "the target was not reached before the rest suffered more than the floor allows"
-    return ""
+    stage = waited = 0
+    best, reached = math.inf, None
+    improved = 0
+    for number, candidate in enumerate(evaluations):
+        at = target.reached(candidate)
+        if at and reached is None:
+            best, reached = math.inf, candidate.step
+        score = target.gap(candidate) if reached is None else candidate.diverged if at else math.inf
+        if score < min(best * (1 - IMPROVEMENT), best - LEAST_IMPROVEMENT) or (math.isinf(best) and score < best):
+            best, waited, improved = score, 0, candidate.step
+        else:
+            waited += 1
+        if reached is None and _suffers(evaluations[: number + 1], within, 2 * patience):
+            return Course(stage, "the target was not reached before the rest suffered more than the floor allows")
+        if waited >= (2 * patience if reached is None and stage == 0 else patience):
+            if stage + 1 == len(STAGES):
+                return Course(stage, _end(reached, improved))
+            stage, waited = stage + 1, 0
+    return Course(stage)
 
 
-def _best(scores: Sequence[float]) -> tuple[int, int]:
-    """Return which score was the last real improvement on the one before it, and how many came after it."""
-    best = 0
-    for number, score in enumerate(scores):
-        if score < min(scores[best] * (1 - IMPROVEMENT), scores[best] - LEAST_IMPROVEMENT):
-            best = number
-    return best, len(scores) - 1 - best
+def _suffers(evaluations: Sequence[Candidate], within: Sequence[bool], count: int) -> bool:
+    """Whether none of the last evaluations keeps the rest, and their divergence does not fall either."""
+    last = evaluations[-count:]
+    if len(last) < count or any(within[len(evaluations) - count : len(evaluations)]):
+        return False
+    return last[-1].diverged >= last[0].diverged
+
+
+def _end(reached: int | None, improved: int) -> str:
+    if reached is None:
+        return f"the target was not reached: the forget pairs stopped coming closer to it at step {improved}"
+    return (
+        f"the target was reached at step {reached}, and the divergence from the original stopped improving at step "
+        f"{improved}"
+    )

@@ -7,16 +7,19 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from cliperase_fast.evaluation import Divergence
+from cliperase_fast.evaluation.divergence import lower_bound
 
 ASSOCIATION_MARGIN = 0.05  # above the background level, a cosine
 FORGET_SCORE = 0.05  # largest forget score at the target
+CLOSE = 0.05  # distances from the target that fall into the same multiple of this count as equal
 
 
 @dataclass(frozen=True)
 class Candidate:
     """An evaluation on the validation split. Scores: zero-shot accuracy, or recall@1 where there are no classes.
 
-    divergence: from the original, None where nothing needs it.
+    divergence: from the original, None where nothing needs it. association_error: standard error of
+    `forget_similarity`, 0 where it is unknown.
     """
 
     step: int
@@ -25,6 +28,7 @@ class Candidate:
     retain: float
     forget_similarity: float  # mean cosine of the forget pairs
     divergence: Divergence | None = None
+    association_error: float = 0.0
 
     @property
     def diverged(self) -> float:
@@ -51,10 +55,13 @@ class Target:
         return self.background + ASSOCIATION_MARGIN
 
     def gap(self, candidate: Candidate) -> float:
-        """Return how much of the association and of the forget score is left above the target; 0 at the target."""
+        """Return how much of the association and of the forget score is left above the target; 0 at the target.
+
+        The association counts up to one standard error.
+        """
         if not (math.isfinite(candidate.forget) and math.isfinite(candidate.forget_similarity)):
             return math.inf
-        association = max(0.0, candidate.forget_similarity - self.association)
+        association = max(0.0, candidate.forget_similarity - candidate.association_error - self.association)
         return association + max(0.0, candidate.forget - FORGET_SCORE)
 
     def reached(self, candidate: Candidate) -> bool:
@@ -141,7 +148,8 @@ class TargetSelection:
 
     A candidate keeps the rest if no retained class diverges by more than `class_floor` nats, and the retain score falls
     by at most `floor`, both up to one standard error. If no such candidate is at the target, the one that comes closest
-    to it wins; if none keeps the rest, the one that diverges least.
+    to it wins, and of those that come about as close (`CLOSE`) the one that diverges least; if none keeps the rest, the
+    one that diverges least.
 
     pairs: retain pairs of the validation split.
     """
@@ -164,7 +172,7 @@ class TargetSelection:
         if found is None:
             return math.inf
         mean, error = (found.mean, found.error) if found.worst_mean is None else (found.worst_mean, found.worst_error)
-        return mean - (error or 0.0) if math.isfinite(mean) else math.inf
+        return lower_bound(mean, error)
 
     def better(self, new: Candidate, old: Candidate | None) -> bool:
         return old is None or self._rank(new) < self._rank(old)
@@ -175,7 +183,8 @@ class TargetSelection:
         if not self.within(candidate):
             return (2, candidate.diverged)
         if not self.target.reached(candidate):
-            return (1, self.target.gap(candidate), candidate.diverged)
+            gap = self.target.gap(candidate)
+            return (1, gap if math.isinf(gap) else int(gap / CLOSE), candidate.diverged)
         return (0, candidate.diverged)
 
     def reason(

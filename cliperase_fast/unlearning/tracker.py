@@ -33,6 +33,7 @@ class Tracker:
     def __init__(self, run: Run, weights: Callable[[], dict[str, Tensor]]) -> None:
         self.run, self.weights = run, weights
         self.state = TrainState(identity=run.setup.identity)
+        self.course = recipe.Course()  # of a run whose number of steps is open
         self._log: MetricsLog | None = None
         self._root = run.directory / "checkpoints"
 
@@ -69,7 +70,7 @@ class Tracker:
         self.log({"step": candidate.step, "epoch": epoch - 1, "validation": validation_scores(candidate)})
         self.run.say("epoch %d, step %d: validation %s", epoch, candidate.step, describe_scores(candidate))
         if self.run.automatic and self.run.settings.open_ended:
-            state.stop = self._stop_reason()
+            self._follow()
         elif selection.progresses(candidate, state.best):
             state.evaluations_without_improvement = 0
         else:
@@ -80,12 +81,18 @@ class Tracker:
             weights = self.weights()
             state.best_weights = self._on_first(lambda: checkpoints.save_best(self._root, weights))
 
-    def _stop_reason(self) -> str:
-        """Say why training should stop now, if its number of steps is open; empty if it should go on."""
+    def _follow(self) -> None:
+        """Decide whether training should stop now, and at which share of the learning rate it goes on."""
+        before, now = self.course.stage, self._course()
+        self.course, self.state.stop = now, now.stop
+        if now.stage > before and not now.stop:
+            self.run.say("learning rate times %g from step %d on", now.factor, self.state.step)
+
+    def _course(self) -> recipe.Course:
         evaluations, target, rule = self.state.evaluations, self.run.target, self.run.selection
         assert target is not None
         patience = self.run.settings.early_stop or recipe.PATIENCE
-        return recipe.stop_reason(evaluations, target, patience, [rule.within(one) for one in evaluations])
+        return recipe.course(evaluations, target, patience, [rule.within(one) for one in evaluations])
 
     def checkpoint(self, optimizer: Callable[[], OptimizerState] = OptimizerState) -> None:
         """Write a checkpoint, if the run has a directory. optimizer: returns the optimizer's state."""
@@ -111,6 +118,8 @@ class Tracker:
         self.state = replace(
             checkpoint.state, identity=self.run.setup.identity, weights={}, optimizer=OptimizerState(), random={}
         )
+        if self.run.settings.open_ended:
+            self.course = self._course()
 
     def best_weights(self) -> dict[str, Tensor]:
         """Read the weights of the chosen candidate, on the CPU of every rank."""

@@ -175,7 +175,7 @@ class Trainer:
         began = time.perf_counter()
         if self.ranks.size > 1:  # dropout differs between ranks, and depends only on the step and the rank
             _seed(self.settings.seed, done + 1, self.ranks.rank)
-        rate = learning_rate(self.settings, done, self.total_steps)
+        rate = learning_rate(self.settings, done, self.total_steps) * self.tracker.course.factor
         terms = self._backward(done, batches)
         self.meter.before(done, self.engine)
         norm, fine = self.engine.step(rate)

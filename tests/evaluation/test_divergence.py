@@ -72,11 +72,36 @@ def test_divergence_is_the_kl_over_the_retained_classes():
     assert found.mean == pytest.approx(expected.mean(), rel=1e-9)
     assert found.error == pytest.approx(expected.std(ddof=1) / np.sqrt(30), rel=1e-9)
     labels = PAIRS.labels[RETAIN]
-    means = [expected[labels == c].mean() for c in range(5)]
-    worst = int(np.argmax(means))
+    means, errors = np.array([_mean(expected[labels == c]) for c in range(5)]).T
+    worst = int(np.argmax(means - errors))
     assert found.worst_class == f"class {worst}"
     assert (found.worst_mean, found.worst_pairs) == (pytest.approx(means[worst], rel=1e-9), 6)
-    assert found.worst_error == pytest.approx(expected[labels == worst].std(ddof=1) / np.sqrt(6), rel=1e-9)
+    assert found.worst_error == pytest.approx(errors[worst], rel=1e-9)
+
+
+def _mean(values):
+    return values.mean(), values.std(ddof=1) / np.sqrt(len(values))
+
+
+def test_a_class_whose_mean_is_uncertain_is_not_the_worst():
+    values = {"sure": [0.5, 0.5, 0.5, 0.6], "unsure": [2.0, 0.0, 0.0, 0.1]}
+    meter = SimpleNamespace(_by_class=lambda found: {name: np.array(of) for name, of in values.items()},
+                            values=lambda encoded, scale: np.zeros(8), labels=0, names=0)  # fmt: skip
+    found = DivergenceMeter.__call__(meter, None, 1.0)
+    assert (found.worst_class, found.worst_mean) == ("sure", pytest.approx(0.525))
+
+
+def test_classes_of_few_pairs_are_judged_together():
+    before, after = encoded_pairs(1), encoded_pairs(2)
+    labels = np.array([*[5] * 10, *[0] * 20, *[1] * 3, *[2] * 3, *[3] * 4])
+    pairs = SimpleNamespace(labels=labels, classes=PAIRS.classes, class_kinds=None)
+    meter = DivergenceMeter(before, 20.0, pairs, RETAIN)
+    values = np.concatenate([np.full(20, 0.1), np.full(6, 0.4), np.full(4, 0.3)])
+    found = meter._by_class(values)
+    assert {name: len(of) for name, of in found.items()} == {
+        "class 0": 20, "class 3": 4, "2 classes of fewer than 4 pairs": 6,
+    }  # fmt: skip
+    assert meter(after, 13.0).pairs == 30
 
 
 def test_divergence_is_zero_for_the_original_itself():

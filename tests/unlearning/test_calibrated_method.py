@@ -10,6 +10,7 @@ import cliperase_fast as cf
 from cliperase_fast import InputError, functional
 from cliperase_fast.models import load_model
 from cliperase_fast.unlearning.methods import calibrated
+from cliperase_fast.unlearning.objective import BatchFeatures
 
 
 def steps(result):
@@ -37,12 +38,38 @@ def calls(monkeypatch):
 
 def test_terms_of_every_step_are_logged():
     lines = steps(run())
-    assert all({"total", "retain", "forget", "consistency", "anchor"} <= line.keys() for line in lines)
-    first = lines[0]
-    assert first["total"] == pytest.approx(
-        first["retain"] + 3 * first["forget"] + 3 * first["consistency"] + 30 * first["anchor"], rel=1e-5
-    )
-    assert first["anchor"] == pytest.approx(0, abs=1e-10)  # the student is the teacher
+    weights = {"retain": 1, "forget": 3, "consistency": 3, "anchor": 90, "pairs": 90, "excess": 12}
+    for line in lines:
+        assert line["total"] == pytest.approx(sum(weight * line[name] for name, weight in weights.items()), rel=1e-5)
+    first, last = lines[0], lines[-1]
+    assert first["anchor"] + first["pairs"] == pytest.approx(0, abs=1e-10)  # the student is the teacher
+    assert first["excess"] > last["excess"] >= 0 and last["pairs"] > 0
+
+
+def unit(*shape):
+    return torch.nn.functional.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)
+
+
+def features(count=9, forgotten=4, width=5):
+    torch.manual_seed(3)
+    image, text = unit(count, width).requires_grad_(), unit(count, width).requires_grad_()
+    return BatchFeatures(
+        image, text, torch.tensor(20.0), forgotten, teacher_image=unit(count, 3), teacher_text=unit(count, 3),
+        background_image=torch.rand(count) - 0.5, background_text=torch.rand(count) - 0.5,
+    )  # fmt: skip
+
+
+def test_terms_of_single_pairs_are_those_of_the_formula():
+    given = features()
+    pairs, excess = calibrated.pair_terms(given)
+    own, before = ((a * b).sum(1) for a, b in ((given.image, given.text), (given.teacher_image, given.teacher_text)))
+    above = own[:4] - (given.background_image + given.background_text)[:4] / 2
+    assert (above > 0).any() and (above < 0).any()
+    assert excess.item() == pytest.approx(above.clamp_min(0).mean().item(), rel=1e-6)
+    assert pairs.item() == pytest.approx((own - before)[4:].square().mean().item(), rel=1e-6)
+    (pairs + excess).backward()
+    assert torch.all((given.image.grad[:4].abs().sum(1) > 0) == (above > 0))
+    assert torch.all(given.image.grad[4:].abs().sum(1) > 0)
 
 
 def test_weights_and_options_reach_the_loss(calls):
@@ -96,6 +123,8 @@ def test_forgetting_stops_at_the_background_where_cliperase_goes_on():
         ({"forget_loss": "hinge"}, "does not use forget_loss"),
         ({"consistency": "features"}, "does not use consistency"),
         ({"method_options": {"lambda_anchor": -1.0}}, "lambda_anchor=-1.0 must be a finite number"),
+        ({"method_options": {"lambda_excess": float("inf")}}, "lambda_excess=inf must be finite"),
+        ({"method_options": {"lambda_pairs": -0.5}}, "lambda_pairs=-0.5 must be a finite number"),
         ({"method_options": {"lambda_anchor": float("nan")}}, "lambda_anchor=nan must be finite"),
     ],
 )

@@ -139,20 +139,27 @@ def test_every_field_survives_a_round_trip(tmp_path):
 def as_format(number, path):
     """Write the state as an earlier format had it."""
     state = json.loads((path / "state.json").read_text())
-    for name in ("digest", "probes", "rate", "stop"):
-        del state[name]
-    for candidate in (*state["evaluations"], *([state["best"]["candidate"]] if state["best"] else [])):
-        del candidate["divergence"]
+    del state["digest"]
+    candidates = [*state["evaluations"], *([state["best"]["candidate"]] if state["best"] else [])]
+    for candidate in candidates:
+        del candidate["association_error"]
+    if number < 5:
+        for name in ("probes", "rate", "stop"):
+            del state[name]
+        for candidate in candidates:
+            del candidate["divergence"]
     if number == 3:
         state["looks"] = state.pop("evaluations")
         state["looks_without_better"] = state.pop("evaluations_without_improvement")
     (path / "state.json").write_bytes(ck._sealed({**state, "format": number}))
 
 
-@pytest.mark.parametrize("number", [3, 4])
+@pytest.mark.parametrize("number", [3, 4, 5])
 def test_earlier_formats_are_migrated(tmp_path, number):
     best = best_of(tmp_path, 3)
     config = {"epochs": 2} if number == 3 else {"method": "cliperase", "method_options": {}, "epochs": 2}
+    if number == 5:
+        config["worst_class_floor"] = 0.3
     path = save(tmp_path, 1, 1, best=best, identity={"model": "m", "config": config}, evaluations=[best[0]],
                 evaluations_without_improvement=4)  # fmt: skip
     as_format(number, path)
@@ -162,15 +169,15 @@ def test_earlier_formats_are_migrated(tmp_path, number):
     assert (state.best, state.best_weights) == best
     assert (state.probes, state.rate, state.stop) == ([], 0.0, "")
     assert state.identity["config"] == {
-        "method": "cliperase", "method_options": {}, "epochs": 2, "worst_class_floor": 0.3,
+        "method": "cliperase", "method_options": {}, "epochs": 2, "worst_class_floor": 0.3, "steps": 0,
     }  # fmt: skip
     assert torch.equal(state.weights["weight"], torch.ones(3))
 
 
 @pytest.mark.parametrize(
     ("found", "says"),
-    [(2, "has format 2 and this version reads formats 3 to 5: resume with the version that wrote it, or start again"),
-     (6, "has format 6 and this version reads formats 3 to 5: upgrade cliperase_fast, or start again"),
+    [(2, "has format 2 and this version reads formats 3 to 6: resume with the version that wrote it, or start again"),
+     (7, "has format 7 and this version reads formats 3 to 6: upgrade cliperase_fast, or start again"),
      ("4", "has format '4'")],
 )  # fmt: skip
 @pytest.mark.parametrize("sealed", [True, False])

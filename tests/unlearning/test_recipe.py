@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -54,9 +56,38 @@ def test_the_lowest_divergence_at_the_target_is_found_from_any_start_nearby(firs
 
 
 def test_without_a_rate_at_the_target_the_highest_gentle_one_is_taken():
-    tried, chosen = search(lambda index: (30, 10.0 ** (index + 7) * 0.05, False, 0.5))
+    tried, chosen = search(lambda index: (30, 10.0 ** (index + 7) * 0.05, False, 0.4))
     assert max(tried) == -6
     assert chosen == -7  # 0.05 nats; -6 diverges by 0.5
+
+
+def test_a_rate_on_its_way_may_diverge_more_as_that_heals():
+    def outcome(index):  # 1e-4 comes half way, 1e-3 reaches the target; both disturb the rest
+        return 30, 0.3 if index < -6 else 0.2, index >= -6, 0.1 if index < -8 else 0.7
+
+    assert search(outcome) == ([-8, -7, -6], -6)
+
+    def never(index):
+        return 30, 0.3 if index < -6 else 0.2, False, 0.1 if index < -8 else 0.7
+
+    assert search(never)[1] == -6  # it diverges least of those on their way
+
+
+def test_a_gentle_rate_on_its_way_is_taken_before_a_higher_one_that_disturbs():
+    def outcome(index):
+        return 30, {-8: 0.05, -7: 0.08}.get(index, 0.4), False, 0.8
+
+    tried, chosen = search(outcome)
+    assert chosen == -7 and max(tried) > -7
+
+
+def test_no_lower_rate_is_tried_where_the_divergence_is_negligible():
+    assert search(lambda index: (30, 0.009, True, 1.0)) == ([-8], -8)
+    assert len(search(lambda index: (30, 0.011, True, 1.0))[0]) > 1
+
+
+def test_a_rate_that_ruins_the_model_does_not_reach_the_target():
+    assert recipe.early_end(candidate(10, divergence=1.1), TARGET, BEFORE) == "diverged"
 
 
 def test_where_every_rate_ruins_the_model_the_gentlest_is_taken():
@@ -94,33 +125,71 @@ def test_the_target_needs_the_association_and_the_score(forget, association, rea
     assert TARGET.reached(candidate(1, forget, association)) is reached
 
 
-def stop(*evaluations, within=True):
+def course(*evaluations, within=True, patience=3):
     found = list(evaluations)
-    return recipe.stop_reason(found, TARGET, 3, [within] * len(found))
+    return recipe.course(found, TARGET, patience, [within] * len(found))
 
 
-def test_training_goes_on_while_the_divergence_at_the_target_falls():
+def stages(evaluations, **options):
+    """The stage after each evaluation, up to the stop."""
+    found = [course(*evaluations[: count + 1], **options) for count in range(len(evaluations))]
+    return [one.stage for one in found if not one.stop], next((one.stop for one in found if one.stop), "")
+
+
+def test_training_goes_on_at_its_rate_while_the_divergence_at_the_target_falls():
     falling = [candidate(10, 1.0, 0.5), *(candidate(20 + 10 * i, divergence=0.1 * 0.8**i) for i in range(14))]
-    assert not any(stop(*falling[: i + 1]) for i in range(len(falling)))
+    assert stages(falling) == ([0] * 15, "")
     minute = [candidate(20 + 10 * i, divergence=0.001 * 0.5**i) for i in range(4)]
-    assert stop(*minute)
-    flat = [*falling[:5], *(candidate(60 + 10 * i, divergence=0.05) for i in range(3))]
-    assert not stop(*flat[:-1])
-    assert stop(*flat) == (
-        "the target was reached at step 20, and the divergence from the original stopped improving at step 50"
+    assert stages(minute)[0][-1] == 1
+
+
+def test_the_rate_falls_twice_and_training_ends_when_the_divergence_stops_improving():
+    falling = [candidate(10, 1.0, 0.5), *(candidate(20 + 10 * i, divergence=0.1 * 0.8**i) for i in range(4))]
+    flat = [*falling, *(candidate(60 + 10 * i, divergence=0.0512) for i in range(9))]
+    assert stages(flat) == (
+        [0] * 7 + [1] * 3 + [2] * 3,
+        "the target was reached at step 20, and the divergence from the original stopped improving at step 50",
     )
+    assert [recipe.Course(stage).factor for stage in (0, 1, 2)] == [1.0, 0.3, 0.1]
+
+
+def test_a_stage_that_improves_lasts():
+    flat = [candidate(10 * i, divergence=0.1) for i in range(1, 5)]
+    settling = [candidate(50 + 10 * i, divergence=0.09 * 0.9**i) for i in range(6)]
+    assert stages([*flat, *settling]) == ([0] * 3 + [1] * 7, "")
+
+
+def test_an_evaluation_that_leaves_the_target_does_not_count_as_an_improvement():
+    found = [candidate(10, divergence=0.1), *(candidate(20 + 10 * i, 1.0, 0.5, 0.01) for i in range(3))]
+    assert stages(found)[0] == [0, 0, 0, 1]
 
 
 def test_training_ends_when_the_forget_pairs_stop_coming_closer():
-    stuck = [candidate(10 * (i + 1), 0.5, 0.6 - 0.1 * min(i, 2)) for i in range(9)]
-    assert not stop(*stuck[:-1])
-    assert "was not reached: the forget pairs stopped coming closer to it at step 30" in stop(*stuck)
+    stuck = [candidate(10 * (i + 1), 0.5, 0.6 - 0.1 * min(i, 2)) for i in range(15)]
+    found, why = stages(stuck)
+    assert found == [0] * 8 + [1] * 3 + [2] * 3
+    assert "was not reached: the forget pairs stopped coming closer to it at step 30" in why
 
 
 def test_training_ends_when_the_rest_suffers_before_the_target_is_reached():
     nearing = [candidate(10 * (i + 1), 0.5, 0.8 * 0.8**i) for i in range(6)]
-    assert not stop(*nearing)
-    assert "before the rest suffered more" in stop(*nearing, within=False)
+    assert not course(*nearing).stop
+    assert "before the rest suffered more" in course(*nearing, within=False).stop
+    healing = [candidate(10 * (i + 1), 0.5, 0.8 * 0.8**i, 0.5 - 0.05 * i) for i in range(6)]
+    assert not course(*healing, within=False).stop
+
+
+def test_the_association_counts_up_to_its_standard_error():
+    above = candidate(1, 0.0, 0.08)
+    assert not TARGET.reached(above)
+    assert TARGET.reached(replace(above, association_error=0.03))
+    assert not TARGET.reached(replace(above, association_error=0.02))
+
+
+def test_of_candidates_about_as_close_to_the_target_the_gentler_one_is_selected():
+    near, gentle = candidate(1, association=0.11, divergence=0.2), candidate(2, association=0.14, divergence=0.1)
+    far = candidate(3, association=0.3, divergence=0.01)
+    assert chosen(near, gentle, far) is gentle
 
 
 RULE = TargetSelection(0.9, 400, TARGET, floor=0.02, class_floor=0.3)
