@@ -34,6 +34,8 @@ _MARK = re.compile(r"(<!-- figures: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", r
 
 PICTURES = ROOT / "docs" / "plots"
 
+_CALIBRATED = "loss-cpu-calibrated"
+
 _GROUP_ORDER = {"forgotten": 0, "others": 2}  # what shares a word stands between them
 
 
@@ -123,10 +125,19 @@ def loss_cpu_tables() -> str:
     parts = []
     for path in sorted(RESULTS.glob("loss-cpu*.json")):
         record = load(path.stem)
-        for title, speedups in loss_report.speedup_tables(record).items():
-            parts.append(f"**{title}**\n\n{table(*speedups)}")
-        parts.append(provenance(record))
+        speedups = loss_report.speedup_tables(record)
+        parts += [f"**{title}**\n\n{table(*of)}" for title, of in speedups.items()]
+        parts += [provenance(record)] if speedups else []
     return "\n\n".join(parts) or "Not measured yet."
+
+
+def calibrated_cost_tables() -> str:
+    """The time of the calibrated loss over that of `cliperase_loss`."""
+    if not (RESULTS / f"{_CALIBRATED}.json").exists():
+        return "Not measured yet."
+    record = load(_CALIBRATED)
+    tables = loss_report.beside_cliperase_tables(record)
+    return "\n\n".join([*(f"**{title}**\n\n{table(*of)}" for title, of in tables.items()), provenance(record)])
 
 
 def loss_cpu_parts_table() -> str:
@@ -375,6 +386,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "trainers": trainers_table,
     "native-kernels": native_kernels_table,
     "loss-cpu": loss_cpu_tables,
+    "loss-calibrated": calibrated_cost_tables,
     "product-bound": product_bound_table,
     "loss-cpu-parts": loss_cpu_parts_table,
     "loss-gpu": loss_gpu_tables,

@@ -235,3 +235,19 @@ def test_a_provider_says_whether_auto_would_keep_as_much():
     kept = {keep: known[f"ours-native-keep-{keep}"].does_as_auto(batch) for keep in ("similarities", "nothing")}
     assert kept == {"similarities": True, "nothing": False}
     assert known["ours-torch"].does_as_auto(batch)
+
+
+def test_the_calibrated_loss_stands_beside_cliperase_loss_by_size_and_width():
+    def row(n: int, width: int, provider: str, ms: float) -> dict:
+        case = {"loss": "calibrated", "data": "peaked", "dtype": "float32", "n": n, "width": width}
+        return {**case, "provider": provider, "status": "ok", "both_ms": {"median": ms}}
+
+    runs = [
+        row(2048, 128, "ours-auto", 11.0), row(2048, 128, "ours-cliperase", 10.0),
+        row(512, 64, "ours-auto", 3.0), row(512, 64, "ours-cliperase", 2.0),
+        row(512, 128, "ours-auto", 3.0),
+    ]  # fmt: skip
+    tables = loss_report.beside_cliperase_tables({"runs": runs})
+    lines = [("512", "1.50x", ""), ("2,048", "", "1.10x")]
+    assert tables == {"peaked data, float32": (("N", "D = 64", "D = 128"), lines)}
+    assert loss_report.speedup_tables({"runs": runs}) == {}
