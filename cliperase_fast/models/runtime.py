@@ -103,6 +103,18 @@ def inference(module: nn.Module, device: torch.device, precision: str) -> Iterat
         yield
 
 
+def in_fast_layout(visual: nn.Module, pixels: Tensor) -> Tensor:  # [B, C, H, W], the same values
+    """Return the input of a convolutional image tower in the memory layout in which the tower is fastest.
+
+    On a CPU, depthwise convolutions with batch norms take two thirds of the time if the channels come last.
+    """
+    if pixels.ndim != 4 or pixels.device.type != "cpu":
+        return pixels
+    depthwise = any(isinstance(part, nn.Conv2d) and part.groups > 1 for part in visual.modules())
+    batch_norms = any(isinstance(part, nn.BatchNorm2d) for part in visual.modules())
+    return pixels.contiguous(memory_format=torch.channels_last) if depthwise and batch_norms else pixels
+
+
 def in_float32(adapter: ClipAdapter) -> ClipAdapter:
     """Return an adapter whose floating-point weights are float32: the same one, or a copy if some are not.
 

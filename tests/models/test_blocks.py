@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
-from tiny_models import RESNET, TIMM, TwoTowers, pixels_for, tiny_clip, tiny_open_clip
+from tiny_models import RESNET, TIMM, TIMM_CONVOLUTION, TwoTowers, pixels_for, tiny_clip, tiny_open_clip
 
 from cliperase_fast.models import load_model, set_trainable
 from cliperase_fast.models.fast_paths import blocks
 from cliperase_fast.models.fast_paths.blocks import disable_recompute, enable_recompute
+from cliperase_fast.models.runtime import in_fast_layout
 
 FITTING = {
     "CLIP": tiny_open_clip,
@@ -84,3 +85,15 @@ def test_a_block_that_somebody_watches_or_lora_wraps_is_left_alone():
     set_trainable(lora, "lora", 2)
     enable_recompute(lora)
     lora.encode_image(pixels_for(lora.module)).sum().backward()
+
+
+def test_a_tower_of_depthwise_convolutions_gets_its_channels_last_and_computes_the_same():
+    adapter = load_model(tiny_open_clip(**TIMM_CONVOLUTION).double())
+    pixels = pixels_for(adapter.module).double()
+    expected = adapter.module.encode_image(pixels, normalize=True)
+    seen = []
+    adapter.module.visual.trunk.conv_stem.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    torch.testing.assert_close(adapter.encode_image(pixels), expected, rtol=1e-10, atol=1e-12)
+    assert seen[0].is_contiguous(memory_format=torch.channels_last) and not seen[0].is_contiguous()
+    transformer = tiny_open_clip()
+    assert in_fast_layout(transformer.visual, pixels) is pixels

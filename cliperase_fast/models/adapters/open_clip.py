@@ -27,6 +27,7 @@ from cliperase_fast.models.adapters.open_clip_files import load_folder
 from cliperase_fast.models.fast_paths.padding import CausalReader, masked_length, read_length
 from cliperase_fast.models.preprocessing import is_hugging_face, is_open_clip, is_simple
 from cliperase_fast.models.requirements import require_no_parametrizations
+from cliperase_fast.models.runtime import in_fast_layout
 from cliperase_fast.models.saving import save_weights
 
 CLIP_VOCABULARY = 49408  # entries of CLIP's byte-pair vocabulary, which open_clip includes
@@ -145,7 +146,7 @@ class OpenClipAdapter(ClipAdapter):
         return longest_stack(trunk.modules())
 
     def _image_features(self, pixels: Tensor) -> Tensor:
-        return _first(self._model.encode_image(pixels))
+        return _first(self._model.encode_image(in_fast_layout(self._model.visual, pixels)))
 
     def _text_features(self, tokens: Tensor) -> Tensor:
         if tokens.shape[1] < self.context_length:

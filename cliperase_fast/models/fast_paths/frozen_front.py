@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cliperase_fast.models.adapters.base import ClipAdapter, normalise
 from cliperase_fast.models.fast_paths.blocks import own_vision, plain_vision
+from cliperase_fast.models.runtime import in_fast_layout
 
 # Of timm's convolutional towers: the layers before the stages, the stages, and the layers between them and the head.
 _TIMM_TOWERS = {
@@ -96,10 +97,10 @@ def _of_timm(adapter: ClipAdapter) -> FrozenFront | None:
     back = [*blocks[count:], *(getattr(trunk, name) for name in after)]
 
     def first(pixels: Tensor) -> Tensor:
-        return _through(front, pixels)
+        return _through(front, in_fast_layout(visual, pixels))
 
     def rest(x: Tensor) -> Tensor:
-        return normalise(visual.head(trunk.forward_head(_through(back, x))))
+        return normalise(visual.head(trunk.forward_head(_through(back, in_fast_layout(visual, x)))))
 
     return FrozenFront(first, rest)
 
