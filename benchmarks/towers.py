@@ -373,7 +373,7 @@ def main(words: Sequence[str] | None = None) -> None:
         found = evaluate(f"local-dir:{folder}", f"wds:{arguments.test_shards}")
         print(f"{variant}: zero-shot top-1 {found['all']['zero_shot_top1']:.1%}, {folder}")
         for name, scores in found["per_class"].items():
-            print(f"    {name}: {scores['zero_shot_top1']:.1%}")
+            print(f"    {name}: {scores['accuracy']:.1%}")
 
 
 if __name__ == "__main__":
