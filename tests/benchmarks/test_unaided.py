@@ -238,8 +238,9 @@ def study(calls, **changes):
         calls.originals.append(seed)
         return Path(f"original-{seed}")
 
+    concepts = {"seven": "class:seven", "three": "class:three"}
     parts = {
-        "source": "demo", "concepts": {"seven": "class:seven", "three": "class:three"}, "fixed": unaided.DEMO,
+        "source": "demo", "concepts": concepts, "fixed": dict.fromkeys(concepts, unaided.DEMO),
         "original": original, "oracles": lambda concept: [Path(f"{concept}-1"), Path(f"{concept}-2")], "test": "t",
     }  # fmt: skip
     return unaided.Study(**{**parts, **changes})
@@ -279,7 +280,7 @@ def test_the_methods_get_no_setting_version_01s_numbers_or_what_calibrated_found
         {"method": "calibrated", **found, "steps": 40},
         {"method": "cliperase", "epochs": 10, "batch_size": 64, "learning_rate": 1e-4},
         {"method": "cliperase"},
-        {"method": "retain_finetune", **found, "steps": 40, "select": "last"},
+        {"method": "retain_finetune", **found, "steps": 40, "schedule": "cosine", "select": "last"},
     ]
 
 
@@ -391,8 +392,8 @@ def test_no_oracle_has_the_seed_of_an_original():
 
 def test_the_fixed_numbers_are_those_of_version_01():
     """Version 0.1's demo had them as its recipes for digits and photographs, and for shapes."""
-    assert unaided.STUDIES["digits"]().fixed == {"epochs": 10, "batch_size": 64, "learning_rate": 1e-4}
-    assert unaided.STUDIES["shapes"]().fixed == {
+    assert unaided.STUDIES["digits"]().fixed["one"] == {"epochs": 10, "batch_size": 64, "learning_rate": 1e-4}
+    assert unaided.STUDIES["shapes"]().fixed["red circle"] == {
         "epochs": 100, "batch_size": 128, "forget_fraction": 0.25, "learning_rate": 3e-4, "evaluate_every": 10,
     }  # fmt: skip
 
