@@ -104,15 +104,16 @@ def check_contrast(
     gather: str,
     backend: str,
     keep: str,
+    loss: str = "softmax",
 ) -> Checked:
-    """Check the arguments of `functional.contrast`."""
+    """Check the arguments of `functional.contrast`; loss: see `choose`."""
     check_keep(keep)
     check_gather(gather)
     check_pairs("image_features", image_features, "text_features", text_features)
     check_group_ids(group_ids, "image_features", image_features)
     scale = as_scale("logit_scale", logit_scale, image_features)
     teacher_scale = None if teacher is None else check_teacher("image_features", image_features, *teacher)
-    chosen = choose(backend, image_features, text_features, *(teacher or ())[:2], sharded=sharded)
+    chosen = choose(backend, image_features, text_features, *(teacher or ())[:2], sharded=sharded, loss=loss)
     return Checked(scale, teacher_scale, chosen, implementation(chosen, image_features.device))
 
 
@@ -136,22 +137,19 @@ def check_calibrated(
 ) -> Checked:
     """Check the arguments of `functional.calibrated_loss`; weights: in the order of `CALIBRATED_WEIGHTS`."""
     check_weights(dict(zip(CALIBRATED_WEIGHTS, weights, strict=True)))
-    check_keep(keep)
-    check_gather(gather)
-    check_pairs("image_features", image_features, "text_features", text_features)
-    check_mask(forget_mask, image_features)
-    check_group_ids(group_ids, "image_features", image_features)
-    for name, level in (("background_image", background_image), ("background_text", background_text)):
-        check_level(name, level, image_features)
-    scale = as_scale("logit_scale", logit_scale, image_features)
     if teacher_image is None or teacher_text is None or teacher_logit_scale is None:
         raise InputError(
             "teacher_image, teacher_text and teacher_logit_scale are needed: the loss compares with the frozen teacher"
         )
-    teacher = (teacher_image, teacher_text)
-    teacher_scale = check_teacher("image_features", image_features, *teacher, teacher_logit_scale)
-    chosen = choose(backend, image_features, text_features, *teacher, sharded=sharded, loss="calibrated")
-    return Checked(scale, teacher_scale, chosen, implementation(chosen, image_features.device))
+    teacher = (teacher_image, teacher_text, teacher_logit_scale)
+    checked = check_contrast(
+        image_features, text_features, logit_scale, teacher, group_ids, sharded=sharded, gather=gather,
+        backend=backend, keep=keep, loss="calibrated",
+    )  # fmt: skip
+    check_mask(forget_mask, image_features)
+    for name, level in (("background_image", background_image), ("background_text", background_text)):
+        check_level(name, level, image_features)
+    return checked
 
 
 def check_options(

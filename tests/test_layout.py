@@ -31,6 +31,7 @@ LAYERS = [
     {"losses"},
     {"contrastive"},
     {"functional"},
+    {"agreement"},
     {"validation"},
     {"distributed"},
     {"ops"},
