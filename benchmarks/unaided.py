@@ -32,10 +32,12 @@ from typing import Any
 import numpy as np
 
 from cliperase_fast.auditing import audit
+from cliperase_fast.auditing.features import keep_features
 from cliperase_fast.data import open_source
 from cliperase_fast.data.personas import FORGET_SETS
 from cliperase_fast.demo import cached_model, cached_oracles, require_known
 from cliperase_fast.errors import UnlearningError
+from cliperase_fast.models import load_model
 from cliperase_fast.recipes import recipe_for
 from cliperase_fast.storage import write_text_atomically
 from cliperase_fast.unlearning import unlearn
@@ -168,13 +170,14 @@ def run_study(
 ) -> None:
     """Do the runs that the record lacks. retry: also those that failed. runs: where to keep the unlearned models."""
     for concept in concepts:
-        for seed in range(seeds):
-            known = {method: record.find(concept, seed, method) for method in METHODS}
-            missing = [method for method, run in known.items() if run is None or (retry and "error" in run)]
-            if GIVEN in missing and CALIBRATED not in missing:  # they are timed side by side
-                missing.insert(0, CALIBRATED)
-            if missing:
-                _Bench(study, record, concept, seed, runs).run(missing)
+        with keep_features():  # the seeds share the oracles
+            for seed in range(seeds):
+                known = {method: record.find(concept, seed, method) for method in METHODS}
+                missing = [method for method, run in known.items() if run is None or (retry and "error" in run)]
+                if GIVEN in missing and CALIBRATED not in missing:  # they are timed side by side
+                    missing.insert(0, CALIBRATED)
+                if missing:
+                    _Bench(study, record, concept, seed, runs).run(missing)
 
 
 class _Bench:
@@ -191,7 +194,9 @@ class _Bench:
             for method in methods:
                 self._add(method, {"error": f"the original: {error}"})
             return
-        self.oracles = self.study.oracles(self.concept)
+        # Loaded once for all audits; `unlearn` loads the original itself, as that is part of its time.
+        self.before = load_model(f"local-dir:{self.original}")
+        self.oracles = [load_model(f"local-dir:{path}") for path in self.study.oracles(self.concept)]
         for method in methods:
             try:
                 found = self._timed() if method == GIVEN else self._audited(method)
@@ -247,11 +252,11 @@ class _Bench:
             result.save(self.runs / f"{self.record.name}-{self.concept}-{self.seed}-{method}".replace(" ", "-"))
         began = time.perf_counter()
         found = audit(
-            f"local-dir:{self.original}",
+            self.before,
             result.adapter,
             self.forget,
             "rest",
-            oracle=[f"local-dir:{path}" for path in self.oracles],
+            oracle=self.oracles,
             test=self.study.test,
         ).to_dict()
         audit_seconds = time.perf_counter() - began

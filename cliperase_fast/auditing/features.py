@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +29,22 @@ from cliperase_fast.progress import Steps
 
 VIEWS = 4  # augmented views of an image, for membership
 LARGEST_SAMPLE = 2048  # training pairs looked at, of each kind
+
+T = TypeVar("T")
+_KEPT: ContextVar[dict[Any, Any] | None] = ContextVar("kept", default=None)
+
+
+@contextmanager
+def keep_features() -> Iterator[None]:
+    """Keep what the audits in this context encode, so that a model which several of them share is encoded once.
+
+    The images must not change meanwhile: pairs are told apart by their names, captions and labels.
+    """
+    token = _KEPT.set({})
+    try:
+        yield
+    finally:
+        _KEPT.reset(token)
 
 
 @dataclass(frozen=True)
@@ -60,6 +78,15 @@ def encode_model(
     adapter: on the device of `how`, in float32. name: of the model, for messages.
     Raises InputError if a feature is NaN or infinite.
     """
+    return _kept(
+        lambda: _encode_model(adapter, sets, layout, wordings, how, name),
+        lambda: ("features", _key(adapter, sets, how), tuple(wordings)),
+    )
+
+
+def _encode_model(
+    adapter: ClipAdapter, sets: AuditSets, layout: Layout, wordings: Sequence[Wording], how: Encoding, name: str
+) -> Features:
     test = _encode(adapter, sets.test, how, name)
     concepts = test.caption_features if test.class_features is None else test.class_features
     others = {key: (_encode(adapter, pairs, how, name), pairs) for key, pairs in sets.other.items()}
@@ -87,6 +114,15 @@ def training_correct(
 
     concepts: [K, D], the class captions. At most `LARGEST_SAMPLE` images of each kind.
     """
+    return _kept(
+        lambda: _training_correct(adapter, sets, concepts, how, name),
+        lambda: ("training", _key(adapter, sets, how)),
+    )
+
+
+def _training_correct(
+    adapter: ClipAdapter, sets: AuditSets, concepts: Tensor, how: Encoding, name: str
+) -> dict[str, np.ndarray]:
     found = {}
     for kind, pairs in (("forget", sets.forget), ("retain", sets.retain)):
         some = sample(pairs, how.seed)
@@ -95,6 +131,25 @@ def training_correct(
         kinds = sets.test.class_kinds
         found[kind] = metrics.wrong_before_right(images, concepts, rows, labels, item_kinds=kinds) == 0
     return found
+
+
+def _kept(compute: Callable[[], T], key: Callable[[], Any]) -> T:
+    """Return what is computed, or was computed before in the same context of `keep_features`."""
+    kept = _KEPT.get()
+    if kept is None:
+        return compute()
+    name = key()
+    if name not in kept:
+        kept[name] = compute()
+    return kept[name]
+
+
+def _key(adapter: ClipAdapter, sets: AuditSets, how: Encoding) -> tuple[Any, ...]:
+    """Return what the features of a model depend on."""
+    named = {"forget": sets.forget, "retain": sets.retain, "test": sets.test, **sets.other, **sets.holdouts}
+    pairs = tuple((name, of.fingerprint()) for name, of in named.items())
+    model = (adapter.identity(), repr(adapter.transform))
+    return (*model, pairs, sets.forget_mask.tobytes(), how.batch_size, str(how.device), how.precision, how.seed)
 
 
 def sample(pairs: PairDataset, seed: int, count: int = LARGEST_SAMPLE) -> PairDataset:

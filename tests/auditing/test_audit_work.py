@@ -10,7 +10,7 @@ from small import SYNONYMS, make_model, training_and_test, without_red
 
 from cliperase_fast import audit
 from cliperase_fast.auditing import relearning
-from cliperase_fast.auditing.features import Encoding
+from cliperase_fast.auditing.features import Encoding, keep_features
 from cliperase_fast.auditing.relearning import draw_batch, relearn
 from cliperase_fast.data import as_pairs
 from cliperase_fast.models import load_model
@@ -78,3 +78,33 @@ def test_relearning_without_unused_token_rows_ends_in_the_same_weights():
             whole = relearn(adapter, batch, Features(), how, 0)
     assert all(np.array_equal(found[step], whole[step]) for step in (0, 1, 4))
     assert not np.array_equal(found[0], found[4])
+
+
+def counted(model):
+    """The model's adapter, and the sizes of the image batches that it encodes."""
+    adapter, seen = load_model(model), []
+    own = adapter.module.encode_image
+    adapter.module.encode_image = lambda images, *more, **options: (
+        seen.append(len(images)) or own(images, *more, **options)
+    )
+    return adapter, seen
+
+
+def test_audits_in_one_context_encode_a_model_that_they_share_once():
+    forget, retain, test = training_and_test()
+    options = {"test": test, "synonyms": SYNONYMS, "progress": False}
+    before, (oracle, seen) = load_model(make_model()), counted(without_red(1))
+    plain = [audit(before, without_red(seed), forget, retain, oracle=[oracle], **options) for seed in (2, 3)]
+    alone = len(seen)
+    seen.clear()
+    with keep_features():
+        kept = [audit(before, without_red(seed), forget, retain, oracle=[oracle], **options) for seed in (2, 3)]
+        assert len(seen) == alone / 2
+        assert [one.to_dict() for one in kept] == [one.to_dict() for one in plain]
+        with torch.no_grad():
+            oracle.module.text_projection.mul_(-1)
+        other = audit(before, without_red(3), forget, retain, oracle=[oracle], **options)
+        assert other.scores["oracle"] != kept[1].scores["oracle"], "another model by its weights"
+    seen.clear()
+    audit(before, without_red(2), forget, retain, oracle=[oracle], **options)
+    assert len(seen) == alone / 2, "nothing is kept after the context"

@@ -230,6 +230,7 @@ def calls(monkeypatch, tmp_path):
     monkeypatch.setattr(unaided, "RESULTS", tmp_path)
     monkeypatch.setattr(unaided, "unlearn", forget)
     monkeypatch.setattr(unaided, "audit", audit)
+    monkeypatch.setattr(unaided, "load_model", lambda name: f"loaded {name}")
     return seen
 
 
@@ -265,8 +266,8 @@ def test_every_method_forgets_every_concept_in_every_original(calls):
     assert {model for model, *_ in calls.unlearned} == {"local-dir:original-0", "local-dir:original-10"}
     assert all(settings["test"] == "t" and retain == "rest" for *_, retain, settings in calls.unlearned)
     models, options = calls.audits[0]
-    assert models == ("local-dir:original-0", "after calibrated", "demo#class:seven", "rest")
-    assert options == {"oracle": ["local-dir:seven-1", "local-dir:seven-2"], "test": "t"}
+    assert models == ("loaded local-dir:original-0", "after calibrated", "demo#class:seven", "rest")
+    assert options == {"oracle": ["loaded local-dir:seven-1", "loaded local-dir:seven-2"], "test": "t"}
     assert len(calls.audits) == 2 * 2 * 4
 
 
