@@ -17,7 +17,6 @@ from .unaided_verdicts import (
     failed,
     gap_of,
     gaps_by_seed,
-    mean_of,
     overall,
     retain_drop,
 )
@@ -29,65 +28,72 @@ DATA = {
     "digits": "digits", "shapes": "shapes", "personas": "personas", "cifar10": "CIFAR-10",
     "towers": "pretrained towers",
 }  # fmt: skip
+LEVELS = {
+    "association": "association", "image_side": "image side", "text_side": "text side",
+    "intra_identity": "intra-identity", "inter_identity": "inter-identity",
+}  # fmt: skip
 NOT_MEASURED = "Not measured yet: `python -m benchmarks.unaided --help` says how."
 
 
 def scores_table(record: Record) -> Table:
-    """A row for each method: the means over its runs."""
-    runs, rows = record["runs"], []
-    for method in AUDITED:
-        own = done(runs, method)
-        if not own:
-            continue
-
-        def mean(value: Callable[[Record], float], method: str = method) -> float:
-            found = mean_of(runs, method, value)
-            assert found is not None
-            return found
-
-        failures = sum(run["method"] == method for run in failed(runs))
-        seeds = list(gaps_by_seed(runs, method).values())
-        spread = f" ± {np.std(seeds, ddof=1):.3f}" if len(seeds) > 1 else ""
-        rows.append(
-            (
-                method,
-                f"{len(own)}" + (f" ({failures} failed)" if failures else ""),
-                _percent(mean(partial(after, score="zero_shot_top1"))),
-                _percent(max(after(run, "zero_shot_top1") for run in own)),
-                _points(mean(retain_drop)),
-                _points(mean(partial(after, score="worst_class_drop"))),
-                _points(max(run["scores"]["after"]["worst_class_drop"]["low"] for run in own)),
-                *(f"{mean(partial(after, score=score)):.2f}" for score in ("association", "image_side", "text_side")),
-                f"{mean(gap_of):.3f}{spread}",
-                f"{mean(lambda run: run['seconds']):.1f} s",
-            )
-        )
+    """A row for each method: the means over its runs. Then the originals and the oracles."""
+    runs = record["runs"]
+    levels = _levels(runs)
     head = (
-        "", "runs", "forget top-1", "highest", "retain drop", "worst class drop", "highest lower bound", "association",
-        "image side", "text side", "mean gap", "time",
+        "", "runs", "forget top-1", "highest", "retain drop", "worst class drop", "highest lower bound",
+        *(LEVELS[name] for name in levels), "mean gap", "time",
     )  # fmt: skip
-    return head, [*rows, *_reference_rows(runs)]
+    return head, [*(_method_row(runs, method, levels) for method in AUDITED), *_reference_rows(runs, levels)]
 
 
-def _reference_rows(runs: Sequence[Record]) -> list[tuple[str, ...]]:
+def _levels(runs: Sequence[Record]) -> list[str]:
+    """The cosines to show: those that the data has."""
+    own = [run for method in AUDITED for run in done(runs, method)]
+    return [name for name in LEVELS if all(name in run["scores"]["after"] for run in own)]
+
+
+def _method_row(runs: Sequence[Record], method: str, levels: Sequence[str]) -> tuple[str, ...]:
+    own = done(runs, method)
+    failures = sum(run["method"] == method for run in failed(runs))
+    count = f"{len(own)}" + (f" ({failures} failed)" if failures else "")
+    if not own:
+        return (method, count, *[""] * (len(levels) + 7))
+    seeds = list(gaps_by_seed(runs, method).values())
+    spread = f" ± {np.std(seeds, ddof=1):.3f}" if len(seeds) > 1 else ""
+
+    def mean(value: Callable[[Record], float]) -> float:
+        return float(np.mean([value(run) for run in own]))
+
+    return (
+        method,
+        count,
+        _percent(mean(partial(after, score="zero_shot_top1"))),
+        _percent(max(after(run, "zero_shot_top1") for run in own)),
+        _points(mean(retain_drop)),
+        _points(mean(partial(after, score="worst_class_drop"))),
+        _points(max(run["scores"]["after"]["worst_class_drop"]["low"] for run in own)),
+        *(f"{mean(partial(after, score=name)):.2f}" for name in levels),
+        f"{mean(gap_of):.3f}{spread}",
+        f"{mean(lambda run: run['seconds']):.1f} s",
+    )
+
+
+def _reference_rows(runs: Sequence[Record], levels: Sequence[str]) -> list[tuple[str, ...]]:
     """What the originals and the oracles score, from the audits of `calibrated`."""
     own = done(runs, CALIBRATED)
     if not own:
         return []
 
-    def cells(model: str) -> list[float]:
-        names = ("zero_shot_top1", "association", "image_side", "text_side")
-        return [float(np.mean([run["scores"][model][name] for run in own])) for name in names]
+    def row(who: str, model: str, gap: str) -> tuple[str, ...]:
+        def mean(name: str) -> float:
+            return float(np.mean([run["scores"][model][name] for run in own]))
 
-    before, oracle = cells("before"), cells("oracle")
-    tops = [[run["scores"][model]["retain_top1"] for model in ("before", "oracle")] for run in own]
-    drop = float(np.mean([top - of_oracles for top, of_oracles in tops]))
+        drop = float(np.mean([run["scores"]["before"]["retain_top1"] for run in own])) - mean("retain_top1")
+        cosines = (f"{mean(name):.2f}" for name in levels)
+        return (who, "", _percent(mean("zero_shot_top1")), "", _points(drop), "", "", *cosines, gap, "")
+
     floor = float(np.mean([run["floor"] for run in own]))
-    return [
-        ("the originals", "", _percent(before[0]), "", "", "", "", *(f"{value:.2f}" for value in before[1:]), "", ""),
-        ("the oracles", "", _percent(oracle[0]), "", _points(drop), "", "", *(f"{value:.2f}" for value in oracle[1:]),
-         f"{floor:.3f} between two", ""),
-    ]  # fmt: skip
+    return [row("the originals", "before", ""), row("the oracles", "oracle", f"{floor:.3f} between two")]
 
 
 def choices_table(record: Record) -> Table:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cliperase_fast.benchmarks import unaided, unaided_report, write_docs
+from cliperase_fast.benchmarks import towers, unaided, unaided_report, write_docs
 from cliperase_fast.benchmarks.unaided_verdicts import CALIBRATED, CONTROL, FIXED, GIVEN, METHODS, SEARCHED, overall
 from cliperase_fast.benchmarks.unaided_verdicts import verdicts as verdicts_of
 from cliperase_fast.errors import UnlearningError
@@ -369,8 +369,13 @@ def test_tables_have_a_row_for_each_method_and_each_choice():
     runs = [*(one(method, seed=seed) for method in (CALIBRATED, FIXED) for seed in (0, 1)), given(), failure(SEARCHED)]
     content = {"runs": runs, "verdicts": verdicts_of("digits", runs)}
     head, rows = unaided_report.scores_table(content)
-    assert [row[0] for row in rows] == [CALIBRATED, FIXED, "the originals", "the oracles"]
+    assert [row[:2] for row in rows] == [
+        (CALIBRATED, "2"), (FIXED, "2"), (SEARCHED, "0 (1 failed)"), (CONTROL, "0"), ("the originals", ""),
+        ("the oracles", ""),
+    ]  # fmt: skip
     assert all(len(row) == len(head) for row in rows)
+    assert dict(zip(head, rows[0], strict=True))["intra-identity"] == "0.80"
+    assert dict(zip(head, rows[-1], strict=True))["mean gap"] == "0.020 between two"
     assert dict(zip(head, rows[0], strict=True))["mean gap"] == "0.050 ± 0.000"
     head, rows = unaided_report.choices_table(content)
     assert dict(zip(head, rows[0], strict=True))["times as long as with numbers"] == "1.25"
@@ -413,6 +418,25 @@ def test_originals_and_oracles_have_the_same_split_and_recipe(monkeypatch):
     of.oracles("one")
     assert seen[0][:2] == seen[1][:2] and seen[0][1] == recipe_for("demo") and [one[2] for one in seen[:2]] == [0, 10]
     assert seen[2][:3] == ("demo", "class:one", 5) and "seed" not in seen[2][3], "the seeds 1 to 5"
+
+
+def test_cosines_that_the_data_does_not_have_have_no_column():
+    run = one()
+    del run["scores"]["after"]["intra_identity"]
+    head, rows = unaided_report.scores_table({"runs": [run, one(FIXED)]})
+    assert "intra-identity" not in head and "inter-identity" in head and all(len(row) == len(head) for row in rows)
+
+
+def test_the_towers_oracles_never_saw_the_class_and_have_seeds_of_their_own(monkeypatch):
+    seen = []
+    monkeypatch.setattr(towers, "towers_model", lambda shards, **options: seen.append((shards, options)) or Path())
+    of = unaided.towers("s.tar", "t.tar")
+    of.original(20)
+    of.oracles("airplane")
+    assert (of.source, of.test) == ("wds:s.tar", "wds:t.tar")
+    assert [(options["seed"], options.get("without")) for _, options in seen] == [
+        (20, None), (1, "airplane"), (2, "airplane"), (3, "airplane"),
+    ]  # fmt: skip
 
 
 def test_only_models_are_trained_to_prepare(calls, monkeypatch):
