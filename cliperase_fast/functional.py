@@ -204,7 +204,8 @@ def calibrated_loss(
     image_features, text_features: [P, D]; P may be 0.
     teacher_image, teacher_text: [P, D°], the frozen teacher's features of the same pairs, without gradient.
     logit_scale, teacher_logit_scale: numbers or tensors of one element, already exponentiated.
-    forget_mask: bool [P], True for the pairs to forget; all or none may be True.
+    forget_mask: bool [P], True for the pairs to forget; all or none may be True. If these are the first or the last
+        pairs, the features need not be copied.
     group_ids: int64 [P], the concept of each pair: its class, or the entity that it is about. They define E, and retain
         pairs of equal id are not negatives of each other in RM. Without ids the forget pairs are one concept, which no
         retain pair has.
