@@ -25,7 +25,7 @@ def recipe_section(result: Mapping[str, Any]) -> dict[str, Any] | None:
             f"association at most {_cosine(target.get('association'))}, which is 0.05 above that of unrelated pairs; "
             f"forget score at most {percent(number(target.get('forget')))}",
         ),
-        ("Learning rate", f"{_rate(rate)}: {recipe.get('why')}"),
+        ("Learning rate", f"{_rate(rate)}: {recipe.get('why')}{_lowered(recipe.get('lowered'))}"),
         ("End of training", f"step {recipe.get('steps')}: {recipe.get('stop')}"),
     ]
     table = Table(_COLUMNS, [_row(probe, rate) for probe in probes], text_columns=1, minor=(1,)) if probes else None
@@ -48,6 +48,11 @@ def _row(probe: Mapping[str, Any], chosen: float | None) -> Row:
         ),
         "sum" if rate is not None and rate == chosen else "",
     )
+
+
+def _lowered(steps: Any) -> str:
+    """Say from which steps the rate was lower."""
+    return f"; lowered after step {' and '.join(map(str, steps))}" if isinstance(steps, list) and steps else ""
 
 
 def _rate(rate: float | None) -> str:

@@ -168,15 +168,16 @@ def choose(probes: Sequence[Probe]) -> tuple[Probe, str]:
 class Course:
     """Where training stands after some evaluations.
 
-    stage: number of the learning rate in `STAGES`. stop: why training should stop now, empty if it should go on.
+    lowered: the steps after which the learning rate fell to the next of `STAGES`. stop: why training should stop now,
+    empty if it should go on.
     """
 
-    stage: int = 0
+    lowered: tuple[int, ...] = ()
     stop: str = ""
 
     @property
     def factor(self) -> float:
-        return STAGES[self.stage]
+        return STAGES[len(self.lowered)]
 
 
 def course(evaluations: Sequence[Candidate], target: Target, patience: int, within: Sequence[bool]) -> Course:
@@ -187,9 +188,9 @@ def course(evaluations: Sequence[Candidate], target: Target, patience: int, with
 
     within: whether each of them keeps the rest.
     """
-    stage = waited = 0
+    lowered: tuple[int, ...] = ()
     best, reached = math.inf, None
-    improved = 0
+    improved = waited = 0
     for number, candidate in enumerate(evaluations):
         at = target.reached(candidate)
         if at and reached is None:
@@ -200,12 +201,12 @@ def course(evaluations: Sequence[Candidate], target: Target, patience: int, with
         else:
             waited += 1
         if reached is None and _suffers(evaluations[: number + 1], within, 2 * patience):
-            return Course(stage, "the target was not reached before the rest suffered more than the floor allows")
-        if waited >= (2 * patience if reached is None and stage == 0 else patience):
-            if stage + 1 == len(STAGES):
-                return Course(stage, _end(reached, improved))
-            stage, waited = stage + 1, 0
-    return Course(stage)
+            return Course(lowered, "the target was not reached before the rest suffered more than the floor allows")
+        if waited >= (2 * patience if reached is None and not lowered else patience):
+            if len(lowered) + 1 == len(STAGES):
+                return Course(lowered, _end(reached, improved))
+            lowered, waited = (*lowered, candidate.step), 0
+    return Course(lowered)
 
 
 def _suffers(evaluations: Sequence[Candidate], within: Sequence[bool], count: int) -> bool:

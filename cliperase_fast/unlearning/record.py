@@ -124,6 +124,7 @@ def _recipe(run: Run, state: TrainState) -> dict[str, Any] | None:
         "learning_rate": state.rate or settings.learning_rate,
         "why": choose(probes)[1] if probes else "it was given",
         "steps": state.step,
+        "lowered": list(run.course(state.evaluations).lowered) if settings.open_ended else [],
         "stop": state.stop or f"the number of {'steps' if settings.steps else 'epochs'} was given",
     }
 

@@ -20,6 +20,7 @@ from cliperase_fast.progress import say
 from cliperase_fast.unlearning.batches import BatchLoader, CaptionTable
 from cliperase_fast.unlearning.checkpoints import Checkpoint
 from cliperase_fast.unlearning.evaluator import Evaluator
+from cliperase_fast.unlearning.recipe import PATIENCE, Course, course
 from cliperase_fast.unlearning.run_directory import RunDirectory
 from cliperase_fast.unlearning.runtime import Runtime
 from cliperase_fast.unlearning.selection import Candidate, Rule, Selection, Target, TargetSelection
@@ -194,6 +195,12 @@ class Run:
         part = self.data.validation
         pairs = len(part.pairs) - part.n_forget
         return TargetSelection(before, pairs, self.target, settings.retain_floor, settings.worst_class_floor)
+
+    def course(self, evaluations: Sequence[Candidate]) -> Course:
+        """Return where training stands after these evaluations, in a run that finds its number of steps itself."""
+        assert self.target is not None
+        patience = self.settings.early_stop or PATIENCE
+        return course(evaluations, self.target, patience, [self.selection.within(one) for one in evaluations])
 
     def say(self, message: str, *values: object) -> None:
         """Log a line of progress on the first rank."""

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from cliperase_fast.errors import InputError, UnlearningError
 from cliperase_fast.storage import writing
-from cliperase_fast.unlearning import checkpoints, recipe
+from cliperase_fast.unlearning import checkpoints
 from cliperase_fast.unlearning.checkpoints import Checkpoint, OptimizerState, TrainState
 from cliperase_fast.unlearning.loggers import MetricsLog
+from cliperase_fast.unlearning.recipe import Course
 from cliperase_fast.unlearning.run import Run
 from cliperase_fast.unlearning.selection import Candidate
 
@@ -33,7 +34,7 @@ class Tracker:
     def __init__(self, run: Run, weights: Callable[[], dict[str, Tensor]]) -> None:
         self.run, self.weights = run, weights
         self.state = TrainState(identity=run.setup.identity)
-        self.course = recipe.Course()  # of a run whose number of steps is open
+        self.course = Course()  # of a run whose number of steps is open
         self._log: MetricsLog | None = None
         self._root = run.directory / "checkpoints"
 
@@ -70,7 +71,7 @@ class Tracker:
         self.log({"step": candidate.step, "epoch": epoch - 1, "validation": validation_scores(candidate)})
         self.run.say("epoch %d, step %d: validation %s", epoch, candidate.step, describe_scores(candidate))
         if self.run.automatic and self.run.settings.open_ended:
-            self._follow()
+            self._take_course()
         elif selection.progresses(candidate, state.best):
             state.evaluations_without_improvement = 0
         else:
@@ -81,18 +82,12 @@ class Tracker:
             weights = self.weights()
             state.best_weights = self._on_first(lambda: checkpoints.save_best(self._root, weights))
 
-    def _follow(self) -> None:
+    def _take_course(self) -> None:
         """Decide whether training should stop now, and at which share of the learning rate it goes on."""
-        before, now = self.course.stage, self._course()
+        before, now = self.course.factor, self.run.course(self.state.evaluations)
         self.course, self.state.stop = now, now.stop
-        if now.stage > before and not now.stop:
+        if now.factor < before:
             self.run.say("learning rate times %g from step %d on", now.factor, self.state.step)
-
-    def _course(self) -> recipe.Course:
-        evaluations, target, rule = self.state.evaluations, self.run.target, self.run.selection
-        assert target is not None
-        patience = self.run.settings.early_stop or recipe.PATIENCE
-        return recipe.course(evaluations, target, patience, [rule.within(one) for one in evaluations])
 
     def checkpoint(self, optimizer: Callable[[], OptimizerState] = OptimizerState) -> None:
         """Write a checkpoint, if the run has a directory. optimizer: returns the optimizer's state."""
@@ -119,7 +114,7 @@ class Tracker:
             checkpoint.state, identity=self.run.setup.identity, weights={}, optimizer=OptimizerState(), random={}
         )
         if self.run.settings.open_ended:
-            self.course = self._course()
+            self.course = self.run.course(self.state.evaluations)
 
     def best_weights(self) -> dict[str, Tensor]:
         """Read the weights of the chosen candidate, on the CPU of every rank."""

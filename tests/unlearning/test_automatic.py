@@ -69,6 +69,8 @@ def test_the_chosen_probe_is_the_beginning_of_the_run(whole):
     rate = result.record["recipe"]["learning_rate"]
     rates = [line["learning_rate"] for line in own]
     assert rates == sorted(rates, reverse=True)
+    first, second = result.record["recipe"]["lowered"]
+    assert [rates[step] / rate for step in (first - 1, first, second)] == pytest.approx([1.0, 0.3, 0.1])
     assert sorted(set(rates), reverse=True) == pytest.approx([rate * factor for factor in recipe.STAGES])
     tried = {line["probe"] for line in result.history if "probe" in line}
     assert tried == {probe["rate"] for probe in result.record["recipe"]["probes"]}

@@ -133,7 +133,7 @@ def course(*evaluations, within=True, patience=3):
 def stages(evaluations, **options):
     """The stage after each evaluation, up to the stop."""
     found = [course(*evaluations[: count + 1], **options) for count in range(len(evaluations))]
-    return [one.stage for one in found if not one.stop], next((one.stop for one in found if one.stop), "")
+    return [len(one.lowered) for one in found if not one.stop], next((one.stop for one in found if one.stop), "")
 
 
 def test_training_goes_on_at_its_rate_while_the_divergence_at_the_target_falls():
@@ -150,7 +150,8 @@ def test_the_rate_falls_twice_and_training_ends_when_the_divergence_stops_improv
         [0] * 7 + [1] * 3 + [2] * 3,
         "the target was reached at step 20, and the divergence from the original stopped improving at step 50",
     )
-    assert [recipe.Course(stage).factor for stage in (0, 1, 2)] == [1.0, 0.3, 0.1]
+    assert course(*flat[:10]).lowered == (80,)
+    assert [recipe.Course((10,) * count).factor for count in range(3)] == [1.0, 0.3, 0.1]
 
 
 def test_a_stage_that_improves_lasts():
