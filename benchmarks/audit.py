@@ -29,16 +29,12 @@ from cliperase_fast.recipes import recipe_for
 
 from .audit_report import CLEAN
 from .machine import RESULTS, describe
-from .records import add_shards, classes, record_text, shards_of, spread
+from .records import add_shards, classes, demo_settings, record_text, shards_of, spread
 
-# The settings of each unlearned model, over those that the demo has for the data.
-_AUTOMATIC = {
-    **dict.fromkeys(("learning_rate", "epochs", "batch_size", "forget_fraction"), "auto"),
-    "evaluate_every": 1,
-}
+# The settings of each unlearned model, over those of version 0.1's demo. `calibrated` has no others.
 METHODS: dict[str, dict[str, Any]] = {
     "cliperase": {},
-    "calibrated": {"method": "calibrated", **_AUTOMATIC},
+    "calibrated": {"method": "calibrated"},
     "cliperase, hinge": {"forget_loss": "hinge"},
     "gradient_ascent": {"method": "gradient_ascent"},
 }
@@ -127,7 +123,8 @@ def run_study(study: Study, folder: Path, methods: Mapping[str, Mapping[str, Any
         after: dict[str, tuple[Path, Mapping[str, Any]]] = {}
         for method, settings in methods.items():
             run = folder / re.sub(r"\W+", "-", f"{concept}-{method}")
-            run_demo(forget, run, test=study.test, resume=run.is_dir(), progress=bars, report=False, **settings)
+            given = settings if method == "calibrated" else {**demo_settings(study.source), **settings}
+            run_demo(forget, run, test=study.test, resume=run.is_dir(), progress=bars, report=False, **given)
             after[method] = (run / "model", settings)
         if study.clean:
             after[CLEAN] = (cached_clean_model(study.source, progress=bars), {})

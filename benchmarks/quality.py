@@ -1,4 +1,4 @@
-"""How well unlearning works, on data that needs no download: forget something, measure what went and what stayed.
+"""How well version 0.1's demo forgets, on data that needs no download: what went, and what stayed.
 
     python -m benchmarks.quality digits      several digits, and each loss left out in turn; two minutes on two cores
     python -m benchmarks.quality rates       digits under several learning rates; a minute
@@ -24,7 +24,7 @@ import numpy as np
 from cliperase_fast.demo import run_demo
 
 from .machine import RESULTS, describe
-from .records import add_shards, shards_of
+from .records import add_shards, demo_settings, shards_of
 
 ABLATION = {
     "all three": {},
@@ -80,7 +80,8 @@ def measure(name: str, forget: str, settings: Mapping[str, Any], test: str | Non
     print(f"--- {name}", flush=True)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        result = run_demo(forget, Path(folder) / "run", test=test, report=False, **settings)
+        given = {**demo_settings(forget), **settings}
+        result = run_demo(forget, Path(folder) / "run", test=test, report=False, **given)
     print(result.summary(), flush=True)
     return {
         "name": name,

@@ -9,6 +9,18 @@ from typing import Any
 
 import numpy as np
 
+# How version 0.1's demo unlearned: photographs and digits, and data with few pairs of each class.
+DEMO = {"epochs": 10, "batch_size": 64, "learning_rate": 1e-4}
+DEMO_FEW_PAIRS = {
+    "epochs": 100, "batch_size": 128, "forget_fraction": 0.25, "learning_rate": 3e-4, "evaluate_every": 10,
+}  # fmt: skip
+
+
+def demo_settings(source: str) -> dict[str, Any]:
+    """The settings of version 0.1's demo for a source."""
+    kind = source.partition(":")[0].partition("?")[0]
+    return {"method": "cliperase", **(DEMO_FEW_PAIRS if kind in ("shapes", "personas") else DEMO)}
+
 
 def classes(*names: str) -> dict[str, str]:
     """The selector of each class."""

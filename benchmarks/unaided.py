@@ -44,15 +44,10 @@ from cliperase_fast.unlearning import unlearn
 
 from . import unaided_report
 from .machine import RESULTS, describe
-from .records import add_shards, classes, record_text, shards_of
+from .records import DEMO, DEMO_FEW_PAIRS, add_shards, classes, record_text, shards_of
 from .unaided_verdicts import CALIBRATED, CONTROL, FIXED, GAP, GIVEN, METHODS, SEARCHED, verdicts
 
 SEEDS = 3
-# Version 0.1's demo trained like this, and on data with few pairs of each class like that.
-DEMO = {"epochs": 10, "batch_size": 64, "learning_rate": 1e-4}
-DEMO_FEW_PAIRS = {
-    "epochs": 100, "batch_size": 128, "forget_fraction": 0.25, "learning_rate": 3e-4, "evaluate_every": 10,
-}  # fmt: skip
 # One of a hundred combinations, which a model that never saw it still infers from its parts; a shape; a colour.
 SHAPES = {"red circle": "class:red circle", "stars": "class:* star", "purple": "class:purple *"}
 SCORES = {

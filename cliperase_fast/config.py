@@ -66,8 +66,8 @@ class UnlearnConfig:
     # the optimisation
     epochs: int | Auto = _option(  # noqa: RUF009
         AUTO,
-        "number of epochs; auto: until the target is reached and the divergence from the original stops improving, also "
-        "at 0.3 and 0.1 of the learning rate",
+        "number of epochs; auto: until the target is reached and the divergence from the original stops improving, "
+        "also at 0.3 and 0.1 of the learning rate",
     )
     steps: int = _option(0, "number of optimizer steps, in place of epochs; 0 for none")
     epoch_over: str = _option("forget", "an epoch is one pass over this set; the other is cycled", ("forget", "retain"))

@@ -65,7 +65,7 @@ def run_demo(
     recipe = recipe_for(spec)
     model = cached_small_clip(spec, recipe, seed=seed, progress=show, cache_dir=cache_dir)
     require_known(model, spec, recipe, seed=seed)
-    settings = {**recipe.unlearning, "seed": seed, **overrides}
+    settings = {"seed": seed, **overrides}
     if oracles is not None and selector is not None:
         trained = cached_oracles(spec, selector, oracles, seed=seed, progress=show, cache_dir=cache_dir)
         settings = {"audit": True, **settings, "oracle": [f"local-dir:{path}" for path in trained]}

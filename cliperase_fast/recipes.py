@@ -1,15 +1,15 @@
-"""Recipes for the demo: how its small CLIP models are trained, and matching settings of `unlearn()`."""
+"""Recipes for the demo: how its small CLIP models are trained."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train the small model on a source, and matching settings of `unlearn()`.
+    """How to train the small model on a source.
 
     context_length: of the text tower, in tokens. forget: what the demo forgets unless told. least_top1: the zero-shot
     accuracy on test portraits that the model must reach for its data to be of use, a fraction.
@@ -21,14 +21,13 @@ class Recipe:
     batch_size: int = 128
     learning_rate: float = 1e-3
     flip_and_shift: bool = False  # for natural images: mirror, and shift by a few pixels
-    unlearning: Mapping[str, Any] = field(default_factory=dict)
     context_length: int = 16
     forget: str | None = None
     least_top1: float = 0.0
 
     def training(self) -> dict[str, Any]:
-        """Return what the trained weights depend on. Models of recipes without a new field stay in the cache."""
-        made_from = {**asdict(self), "unlearning": {}}
+        """Return what the trained weights depend on. Models of earlier versions stay in the cache."""
+        made_from = {**asdict(self), "unlearning": {}}  # once a field that no weight depended on
         for name in ("forget", "least_top1", *(["context_length"] if self.context_length == 16 else [])):
             del made_from[name]
         return made_from
@@ -42,23 +41,13 @@ _CONVOLUTION = {
     "timm_pool": "",
     "timm_proj": "linear",
 }
-_UNLEARNING = {"epochs": 10, "batch_size": 64, "learning_rate": 1e-4}
-# One class of a hundred: its epochs are short, and classes that share its words need time to settle.
-_FEW_PAIRS = {
-    "epochs": 100,
-    "batch_size": 128,
-    "forget_fraction": 0.25,
-    "learning_rate": 3e-4,
-    "evaluate_every": 10,
-}
 RECIPES = {
-    "demo": Recipe(16, _TRANSFORMER, epochs=25, unlearning=_UNLEARNING, forget="class:seven"),
+    "demo": Recipe(16, _TRANSFORMER, epochs=25, forget="class:seven"),
     "shapes": Recipe(
         32,
         _CONVOLUTION,
         epochs=12,
         learning_rate=2e-3,
-        unlearning=_FEW_PAIRS,
         forget="class:red circle",
     ),
     "personas": Recipe(
@@ -66,12 +55,11 @@ RECIPES = {
         _CONVOLUTION,
         epochs=20,
         learning_rate=2e-3,
-        unlearning=_FEW_PAIRS,
         context_length=24,
         forget="class:person 0* phone",
         least_top1=0.8,
     ),
-    "images": Recipe(32, _CONVOLUTION, epochs=60, learning_rate=2e-3, flip_and_shift=True, unlearning=_UNLEARNING),
+    "images": Recipe(32, _CONVOLUTION, epochs=60, learning_rate=2e-3, flip_and_shift=True),
 }
 
 

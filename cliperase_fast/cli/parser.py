@@ -7,7 +7,7 @@ from typing import Any
 
 from cliperase_fast._version import __version__
 from cliperase_fast.cli import commands
-from cliperase_fast.cli.settings import add_settings, demo_defaults, demo_forget
+from cliperase_fast.cli.settings import add_settings, demo_forget
 
 _SELECTORS = """\
 selectors:
@@ -138,7 +138,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--paper", choices=("cifar100", "cc12m", "flickr30k"), help="start from the paper's settings for this data"
     )
     _add_progress(unlearn)
-    add_settings(unlearn, {})
+    add_settings(unlearn)
 
     evaluate = _command(subparsers, "evaluate", "zero-shot accuracy and retrieval of a model", commands.evaluate)
     _add_model(evaluate)
@@ -164,7 +164,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--output", default="runs/demo", metavar="DIR", help="the run directory (default: runs/demo)")
     _add_progress(demo)
-    add_settings(demo, demo_defaults())
+    add_settings(demo)
 
     train = _command(
         subparsers, "train-open-clip", "open_clip's own trainer, with the fused losses", commands.train_open_clip

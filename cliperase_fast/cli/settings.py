@@ -10,11 +10,8 @@ from cliperase_fast.coercion import AUDIT_DEPTHS
 from cliperase_fast.config import UnlearnConfig, parse_options, read_settings
 
 
-def add_settings(parser: argparse.ArgumentParser, own_defaults: dict[str, str]) -> None:
-    """Add a flag for every field of UnlearnConfig. A flag that is not given leaves the config file's value.
-
-    own_defaults: the command's own defaults, as text.
-    """
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for every field of UnlearnConfig. A flag that is not given leaves the config file's value."""
     groups: dict[str, Any] = {}
     for spec in dataclasses.fields(UnlearnConfig):
         name = spec.metadata["group"]
@@ -34,7 +31,7 @@ def add_settings(parser: argparse.ArgumentParser, own_defaults: dict[str, str]) 
         if spec.name == "audit":
             _add_audit(groups[name], spec.metadata["help"])
             continue
-        default = own_defaults.get(spec.name, spec.default)
+        default = spec.default
         if spec.type == "bool":
             default = "yes" if default else "no"
         text = f"{spec.metadata['help']} (default: {default if default != '' else 'none'})".replace("%", "%%")
@@ -80,23 +77,6 @@ def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
             value = getattr(arguments, spec.name)
             settings[spec.name] = parse_options(value) if spec.name == "method_options" else value
     return settings
-
-
-def demo_defaults() -> dict[str, str]:
-    """Return the demo's own defaults as text: those of the digits, and of other recipes that differ."""
-    from cliperase_fast.recipes import RECIPES
-
-    told: dict[str, str] = {}
-    for name in dict.fromkeys(name for recipe in RECIPES.values() for name in recipe.unlearning):
-        usual = UnlearnConfig.__dataclass_fields__[name].default
-        values = {kind: recipe.unlearning.get(name, usual) for kind, recipe in RECIPES.items()}
-        words = {"shapes": "shapes", "personas": "personas", "images": "pictures"}
-        kinds: dict[Any, list[str]] = {}
-        for kind, value in values.items():
-            if value != values["demo"]:
-                kinds.setdefault(value, []).append(words[kind])
-        told[name] = "; ".join([str(values["demo"]), *(f"for {' and '.join(k)} {value}" for value, k in kinds.items())])
-    return told
 
 
 def demo_forget() -> str:

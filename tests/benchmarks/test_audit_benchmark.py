@@ -14,7 +14,7 @@ from cliperase_fast.data.personas import FORGET_SETS
 from cliperase_fast.errors import UnlearningError
 
 STUDY = audit.Study("demo", {"seven": "class:seven", "three": "class:three"}, ["seven"], 2, test="t", other={"o": "p"})
-METHODS = {"cliperase": {}, "cliperase, hinge": {"forget_loss": "hinge"}}
+METHODS = {"cliperase": {}, "cliperase, hinge": {"forget_loss": "hinge"}, "calibrated": {"method": "calibrated"}}
 
 
 @pytest.fixture
@@ -53,6 +53,7 @@ def test_every_method_is_audited_for_every_concept_against_its_own_oracles(tmp_p
     ):
         assert reference == models[2] == f"demo#class:{concept}" and models[3] == "rest"
         assert METHODS[method].items() <= settings.items() and settings["test"] == options["test"] == "t"
+        assert settings.get("learning_rate") == (None if method == "calibrated" else 1e-4)
         assert models[0] == "local-dir:base" and options["other"] == {"o": "p"}
         assert options["oracle"] == [f"local-dir:class:{concept}-{number}" for number in range(2)]
         assert options["depth"] == (concept == "seven")

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cliperase_fast.benchmarks import towers, unaided, unaided_report, write_docs
+from cliperase_fast.benchmarks import records, towers, unaided, unaided_report, write_docs
 from cliperase_fast.benchmarks.unaided_verdicts import CALIBRATED, CONTROL, FIXED, GIVEN, METHODS, SEARCHED, overall
 from cliperase_fast.benchmarks.unaided_verdicts import verdicts as verdicts_of
 from cliperase_fast.errors import UnlearningError
@@ -241,7 +241,7 @@ def study(calls, **changes):
 
     concepts = {"seven": "class:seven", "three": "class:three"}
     parts = {
-        "source": "demo", "concepts": concepts, "fixed": dict.fromkeys(concepts, unaided.DEMO),
+        "source": "demo", "concepts": concepts, "fixed": dict.fromkeys(concepts, records.DEMO),
         "original": original, "oracles": lambda concept: [Path(f"{concept}-1"), Path(f"{concept}-2")], "test": "t",
     }  # fmt: skip
     return unaided.Study(**{**parts, **changes})

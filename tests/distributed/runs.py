@@ -108,13 +108,13 @@ def run_with_random_views(rank: int, changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_on_digits(rank: int, cache: Path, deepspeed: str) -> dict[str, Any]:
-    """The demo's run."""
+    """A run on the demo's data."""
     from cliperase_fast.demo import cached_small_clip
     from cliperase_fast.recipes import RECIPES
 
     recipe = RECIPES["demo"]
     model = f"local-dir:{cached_small_clip('demo', recipe, cache_dir=cache)}"
-    settings = {**recipe.unlearning, "deepspeed": deepspeed, "report": False}
+    settings = {"epochs": 10, "batch_size": 64, "learning_rate": 1e-4, "deepspeed": deepspeed, "report": False}
     result = cf.unlearn(model, "demo#class:seven", "rest", progress=False, **settings)
     return told(result, features=False)
 

@@ -37,6 +37,8 @@ def test_forgetting_alone_destroys_the_retain_accuracy(tmp_path, quick_model_cac
         tmp_path / "run",
         cache_dir=quick_model_cache,
         report=False,
+        learning_rate=1e-4,
+        batch_size=64,
         epochs=20,
         evaluate_every=20,
         **FORGETTING_ALONE,
