@@ -9,6 +9,8 @@ from dataclasses import replace
 
 import torch
 from accuracy_cases import allowed_errors, errors
+from calibrated_cases import batch as joint_batch
+from calibrated_cases import exact, step
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sweep_cases import Batch, Outcome, outcome, random_batch
@@ -110,3 +112,42 @@ def test_nonfinite_and_extreme_values_never_crash(data, batch, keep, value):
     assert result.image.shape == batch.image.shape and result.text.shape == batch.text.shape
     if value == "nan" and len(batch.image) > 1 and (spoiled != "teacher_image" or batch.want_consistency):
         assert (result.retention + result.consistency).isnan()
+
+
+@st.composite
+def joint_batches(draw: st.DrawFn) -> dict:
+    """Arguments of the calibrated loss, with forget pairs first, last or anywhere."""
+    n = draw(SIZES)
+    b = joint_batch(n, draw(WIDTHS), draw(WIDTHS), torch.float32, groups=draw(st.booleans()))
+    place, forgotten = torch.arange(n), draw(st.integers(0, n))
+    order = draw(st.sampled_from(["first", "last", "anywhere"]))
+    b["forget_mask"] = {
+        "first": place < forgotten, "last": place >= n - forgotten, "anywhere": place * 5 % 7 < 2,
+    }[order]  # fmt: skip
+    kinds = st.sampled_from(["plain", "transposed", "part of a wider one", "every other row"])
+    for name in ("image_features", "text_features", "teacher_image", "teacher_text"):
+        b[name] = with_stride(b[name].to(draw(st.sampled_from(DTYPES))), draw(kinds))
+    return b
+
+
+@FUZZ
+@given(joint_batches(), st.sampled_from(["nothing", "similarities"]), st.integers(1, 3))
+def test_any_joint_batch_of_the_calibrated_loss_matches_float64(b, keep, threads):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        found = step(b, backend="native", keep=keep)
+    finally:
+        torch.set_num_threads(before)
+    for name, expected in step(exact(b), backend="eager").items():
+        allowed = 5e-6 + (0 if found[name].dtype == torch.float32 else torch.finfo(found[name].dtype).eps)
+        error = (found[name].double() - expected).norm().item()
+        assert error <= allowed * (1e-3 + expected.norm().item()), (name, error)
+
+
+@FUZZ
+@given(joint_batches(), st.sampled_from(["nothing", "similarities"]), st.sampled_from(["nan", "inf", "3e38", "1e-42"]))
+def test_nonfinite_and_extreme_values_never_crash_the_calibrated_loss(b, keep, value):
+    b["image_features"][0] = torch.tensor(float(value)).to(b["image_features"].dtype)
+    found = step(b, backend="native", keep=keep)
+    assert value != "nan" or found["total"].isnan()
