@@ -269,6 +269,13 @@ class UnlearnConfig:
         return self.learning_rate == AUTO or self.open_ended
 
     @property
+    def drops_out(self) -> bool:
+        """Whether dropout is on in training. It is off where the student must stay near the original, which has none:
+        its noise would count as a divergence in every step.
+        """
+        return not (self.automatic or self.method == "calibrated")
+
+    @property
     def pairs_per_batch(self) -> int:
         """Pairs in a batch: `batch_size`, or what `auto` stands for."""
         return (128 if self.automatic else 16) if isinstance(self.batch_size, str) else self.batch_size

@@ -89,7 +89,7 @@ def check_gradient(
             f"trainable={config.trainable!r} leaves nothing to train in this {type(student.module).__name__}: none of "
             "its parameters is a floating-point one of that part"
         )
-    with seeded(config.seed), _training(student.module), torch.enable_grad(), runtime.autocast():
+    with seeded(config.seed), _training(student.module, config.drops_out), torch.enable_grad(), runtime.autocast():
         reached = {
             "image": student.encode_image(pixels[None].to(runtime.device)).requires_grad,
             "text": student.encode_text(tokens).requires_grad,
@@ -177,9 +177,9 @@ def _differ(pairs: PairDataset) -> bool:
 
 
 @contextmanager
-def _training(module: nn.Module) -> Iterator[None]:
+def _training(module: nn.Module, drops_out: bool) -> Iterator[None]:
     before = [(part, part.training) for part in module.modules()]
-    train_mode(module)
+    train_mode(module, drops_out)
     try:
         yield
     finally:

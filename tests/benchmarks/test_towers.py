@@ -13,6 +13,7 @@ import torch
 import transformers
 from PIL import Image
 
+import cliperase_fast as cf
 from cliperase_fast.benchmarks import towers
 from cliperase_fast.data import as_pairs
 from cliperase_fast.errors import InputError
@@ -164,6 +165,28 @@ def test_the_seed_and_the_pairs_decide_what_is_trained(image_weights, text_folde
     ]
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2]) and not torch.equal(found[0], found[3])
+
+
+def test_joined_towers_forget_and_are_saved_and_audited(image_weights, text_folder, pairs, tmp_path):
+    model = joined(image_weights, text_folder)
+    trained(model, pairs)
+    model.save(tmp_path / "before")
+    is_dog = np.array(["dog" in captions[0] for captions in pairs.captions])
+    forget, retain = pairs.subset(is_dog), pairs.subset(~is_dog)
+    before = f"local-dir:{tmp_path / 'before'}"
+    result = cf.unlearn(
+        before, forget, retain, method="calibrated", steps=30, batch_size=8, test=pairs, output_dir=tmp_path / "run",
+        progress=False, report=False,
+    )  # fmt: skip
+    assert result.after["forget"]["association"] < result.before["forget"]["association"] - 0.2
+    after = load_model(f"local-dir:{tmp_path / 'run' / 'model'}")
+    statistics = [name for name in model.module.state_dict() if "running" in name]
+    assert statistics
+    for name in statistics:
+        assert torch.equal(after.module.state_dict()[name], model.module.state_dict()[name]), name
+    found = cf.audit(before, f"local-dir:{tmp_path / 'run' / 'model'}", forget, retain, test=pairs, progress=False)
+    scores = found.scores["after"]["forgetting"]["association"]
+    assert scores["value"] == pytest.approx(result.after["forget"]["association"], abs=1e-4)
 
 
 def packaged(content=b"weights"):

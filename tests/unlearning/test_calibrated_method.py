@@ -9,6 +9,7 @@ from tiny import QUICK, make_pairs, make_tiny_clip, split_pairs
 import cliperase_fast as cf
 from cliperase_fast import InputError, functional
 from cliperase_fast.models import load_model
+from cliperase_fast.unlearning.engines.base import train_mode
 from cliperase_fast.unlearning.methods import calibrated
 from cliperase_fast.unlearning.objective import BatchFeatures
 
@@ -17,9 +18,9 @@ def steps(result):
     return [line for line in result.history if "total" in line]
 
 
-def run(**changes):
+def run(model=None, **changes):
     forget, retain = split_pairs(make_pairs(), "red")
-    return cf.unlearn(make_tiny_clip(), forget, retain, **{**QUICK, "method": "calibrated", **changes})
+    return cf.unlearn(model or make_tiny_clip(), forget, retain, **{**QUICK, "method": "calibrated", **changes})
 
 
 @pytest.fixture
@@ -138,3 +139,34 @@ def test_gradient_caching_gives_the_same_terms_and_gradient():
     for one, other in zip(whole, parts, strict=True):
         for name in ("total", "forget", "grad_norm"):
             assert one[name] == pytest.approx(other[name], rel=1e-3)
+
+
+def test_the_students_features_equal_the_originals_where_dropout_would_count_as_a_change(calls):
+    run(model=make_tiny_clip(patch_dropout=0.5))
+    (image, text, teacher_image, teacher_text, *_), _ = calls[0]
+    torch.testing.assert_close(image, teacher_image)
+    torch.testing.assert_close(text, teacher_text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "drops_out"),
+    [
+        ({"learning_rate": 1e-4, "epochs": 2}, True),
+        ({"epochs": 2}, False),
+        ({"learning_rate": 1e-4}, False),
+        ({"learning_rate": 1e-4, "epochs": 2, "method": "calibrated"}, False),
+    ],
+)
+def test_dropout_is_on_only_in_runs_with_given_numbers_that_know_no_target(changes, drops_out):
+    assert cf.UnlearnConfig(**changes).drops_out is drops_out
+
+
+@pytest.mark.parametrize("drops_out", [True, False])
+def test_only_modules_that_drop_values_leave_training_mode(drops_out):
+    block = torch.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.5, batch_first=True)
+    plain = torch.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = torch.nn.Sequential(block, plain)
+    train_mode(model, drops_out)
+    inputs = torch.randn(2, 3, 8)
+    assert torch.equal(model(inputs), model(inputs)) is not drops_out
+    assert model.training and all(part.training for part in plain.modules())

@@ -19,6 +19,9 @@ from cliperase_fast.unlearning.runtime import Runtime
 # Computes the terms from image features [M + N, D], text features [U, D] of the distinct captions, and the scale.
 Terms = Callable[[Batch, Tensor, Tensor, Tensor], LossTerms]
 
+# What modules of torch, transformers, timm and open_clip call their rate of dropout.
+_RATES = ("p", "dropout", "attention_dropout", "drop_prob", "drop_rate", "prob")
+
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of each parameter in Adam
 
 
@@ -39,7 +42,7 @@ class Engine(ABC):
         self.saved: dict[str, Tensor] = {**dict(parameters), **dict(student.module.named_buffers())}
 
     def train_mode(self) -> None:
-        train_mode(self.training.module)
+        train_mode(self.training.module, self.config.drops_out)
 
     def backward(self, batch: Batch, share: float, terms_of: Terms) -> LossTerms:
         """Add `share` times the gradient of the batch to the parameters'. Returns the terms of the whole batch."""
@@ -143,12 +146,22 @@ class Engine(ABC):
         return [-(-count // self.config.grad_cache_chunk) for count in rows]
 
 
-def train_mode(module: nn.Module) -> None:
-    """Set training mode. Batch norms keep the original's statistics, which batches rich in forget pairs would shift."""
+def train_mode(module: nn.Module, drops_out: bool = True) -> None:
+    """Set training mode. Batch norms keep the original's statistics, which batches rich in forget pairs would shift.
+
+    drops_out: whether modules that drop values at random do so.
+    """
     module.train()
     for part in module.modules():
-        if isinstance(part, nn.modules.batchnorm._BatchNorm):
-            part.eval()
+        if isinstance(part, nn.modules.batchnorm._BatchNorm) or not (drops_out or _is_steady(part)):
+            part.training = False
+
+
+def _is_steady(part: nn.Module) -> bool:
+    """Return whether a module has no rate of dropout above zero, neither its own nor that of a dropout inside it."""
+    modules = (part, *(child for child in part.children() if isinstance(child, nn.modules.dropout._DropoutNd)))
+    rates = (getattr(module, name, 0.0) for module in modules for name in _RATES)
+    return not any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
 def pad_rows(rows: Tensor, count: int) -> Tensor:
