@@ -59,8 +59,16 @@ def alone(**changes):
         {"trainable": "image", "consistency": "intra"},
         {"method": "gradient_ascent", "batch_size": 12, "forget_fraction": 0.42},
         {"method": "retain_finetune", "forget_fraction": 0.1},
+        {"method": "calibrated", "batch_size": 12, "forget_fraction": 0.42},
     ],
-    ids=["plain", "accumulated, clipped, in chunks", "one tower", "gradient ascent, uneven shares", "no forget pairs"],
+    ids=[
+        "plain",
+        "accumulated, clipped, in chunks",
+        "one tower",
+        "gradient ascent, uneven shares",
+        "no forget pairs",
+        "calibrated, uneven shares",
+    ],
 )
 def test_the_curve_and_the_scores_are_those_of_one_process(two, changes):
     first, second = two.run(run_here, changes)
