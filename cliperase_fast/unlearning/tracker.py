@@ -113,7 +113,7 @@ class Tracker:
         self.state = replace(
             checkpoint.state, identity=self.run.setup.identity, weights={}, optimizer=OptimizerState(), random={}
         )
-        if self.run.settings.open_ended:
+        if self.run.automatic and self.run.settings.open_ended:
             self.course = self.run.course(self.state.evaluations)
 
     def best_weights(self) -> dict[str, Tensor]:
