@@ -117,9 +117,9 @@ def test_the_recipe_takes_the_highest_rate_that_changes_the_model_little_enough(
         make_model(), forget, retain, test=test, method=METHOD, progress=False, report=False, val_fraction=0.25
     )
     found = result.record["recipe"]
-    assert result.selection["target_reached"] is False and not any(probe["reached"] for probe in found["probes"])
+    assert not any(probe["reached"] for probe in found["probes"])
     gentle = [probe["rate"] for probe in found["probes"] if probe["divergence"] <= recipe.DIVERGENCE]
-    assert found["learning_rate"] == max(gentle)
+    assert found["learning_rate"] == max(gentle) < max(probe["rate"] for probe in found["probes"])
     assert "no rate reaches the target" in found["why"]
 
 

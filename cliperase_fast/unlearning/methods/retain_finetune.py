@@ -23,8 +23,8 @@ class RetainTerms(NamedTuple):
 class RetainFinetune(TrainingMethod):
     """The retention module of CLIPErase alone.
 
-    The steps have the retain pairs of the other methods' batches, and no forget pairs. As nothing makes the model
-    forget, no learning rate reaches the target: the recipe takes the highest that changes the model little enough.
+    The steps have the retain pairs of the other methods' batches, and no forget pairs. Nothing makes the model forget,
+    so trial runs end before the target, and the recipe takes the highest rate that changes the model little enough.
     """
 
     name = "retain_finetune"
