@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from cliperase_fast.coercion import AUTO
 from cliperase_fast.config import PROBE_STEPS
 from cliperase_fast.errors import UnlearningError
 from cliperase_fast.progress import Steps
@@ -81,7 +80,7 @@ class RateSearch:
 
     def _most(self) -> int:
         """Return how many steps the other probes may take: at most those of a run whose number of steps is given."""
-        return recipe.BUDGET_UNREACHED if self.trainer.settings.epochs == AUTO else self.trainer.total_steps
+        return recipe.BUDGET_UNREACHED if self.trainer.settings.open_ended else self.trainer.total_steps
 
     def _try(self, rate: float, start: _Snapshot, again: Probe | None = None) -> _Trial:
         """Train a few steps at this rate. again: the same probe of an earlier start, whose lines are known already."""
