@@ -7,6 +7,7 @@
 # make avx512-check   the C++ sweep's test on an emulated processor with AVX-512 (says which Debian packages it needs)
 # make bench-check   compare the losses' speed relative to open_clip's with the committed ratios
 # make gpu-check   on a machine with a GPU, with the python in PYTHON: the GPU tests, the loss benchmark, auto's choice
+# make gpu-tournament   there too: the variants of the Triton kernels against each other; make gpu-tune: more configurations
 # make clean   remove .venv, builds and caches
 PYTHON ?= python3
 VENV   := .venv
@@ -30,7 +31,7 @@ $(shell $(BIN)/python -I -c '' || rm -rf $(VENV))
 $(shell test "$$(cat $(VENV)/.folder 2> /dev/null)" = "$$(pwd -P)" || rm -f $(DEMO) $(TEST))
 endif
 
-.PHONY: demo test lint long-check bench-check native-sanitize cuda-sanitize avx512-check gpu-check clean
+.PHONY: demo test lint long-check bench-check native-sanitize cuda-sanitize avx512-check gpu-check gpu-tournament gpu-tune clean
 
 demo: $(DEMO)
 	$(RUN) cliperase_fast.cli demo
@@ -82,6 +83,13 @@ avx512-check: $(TEST)
 # Needs torch, triton, pytest, pybind11, cmake and nvcc, and no network. GPU_SECONDS: for all of it, 180 by default.
 gpu-check:
 	'$(PYTHON)' -m benchmarks.gpu_check $(if $(GPU_SECONDS),--seconds $(GPU_SECONDS))
+
+# The variants of the Triton kernels against each other, then more launch configurations: no build is needed.
+gpu-tournament:
+	'$(PYTHON)' -m benchmarks.tournament $(if $(GPU_SECONDS),--seconds $(GPU_SECONDS))
+
+gpu-tune:
+	'$(PYTHON)' -m benchmarks.tournament --tune 768 512 $(if $(GPU_SECONDS),--seconds $(GPU_SECONDS))
 
 # The CUDA kernels, emulated on the CPU, under the address and undefined-behaviour sanitizers.
 cuda-sanitize: $(TEST)

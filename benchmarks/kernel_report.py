@@ -20,9 +20,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from cliperase_fast.ops.triton.backward import backward_kernel
-from cliperase_fast.ops.triton.configs import TABLE, Config
+from cliperase_fast.ops.triton.configs import SHARED, TABLE, Config
 from cliperase_fast.ops.triton.features_kl import WIDEST, features_kl_kernel, features_kl_launch, features_kl_warps
 from cliperase_fast.ops.triton.forward import forward_kernel, merge_kernel, pair_dot_kernel
+from cliperase_fast.ops.triton.shared import (
+    CHECKED_COLUMNS,
+    anchors_kernel,
+    check_kernel,
+    repair_kernel,
+    shared_backward_kernel,
+    shared_forward_kernel,
+)
 from cliperase_fast.ops.triton.sigmoid import sigmoid_kernel
 from cliperase_fast.ops.triton.tiles import GROUP_ROWS, OPTIONS
 
@@ -39,6 +47,9 @@ FORMS = {
     "both, groups": (1, 1, 1, 0),
     "both, groups, cached": (1, 1, 1, 1),
 }
+# Of the variants also this one, whose tiles are larger than those with groups.
+SHARED_FORMS = {**FORMS, "consistency, or both, cached": (1, 0, 1, 1)}
+_FEW = ("consistency, or both", "both, groups, cached")  # of the variants in float16
 SIGMOID_FORMS = ("sigmoid loss", "sigmoid loss and gradients")
 _FLOATS = (
     "p_sums",
@@ -52,8 +63,19 @@ _FLOATS = (
     "p_out",
     "p_cache",
     "p_teacher_cache",
+    "p_row_moved",
+    "p_row_range",
+    "p_column_moved",
+    "p_column_range",
+    "p_moved",
+    "p_ranges",
 )
-_POINTERS = {"p_row_group": "*i64", "p_column_group": "*i64", **dict.fromkeys(_FLOATS, "*fp32")}
+# The launchers do not specialise the kernels for these.
+_NOT_ALIGNED = (
+    "strip_start", "strip_stop", "row_stop", "column_stop", "pair_offset", "tiles_per_chunk",
+    "start", "first", "positions", "parts", "count",
+)  # fmt: skip
+_POINTERS = {"p_missing": "*i32", "p_row_group": "*i64", "p_column_group": "*i64", **dict.fromkeys(_FLOATS, "*fp32")}
 
 
 @dataclass(frozen=True)
@@ -80,36 +102,52 @@ class Resources:
     spilled_bytes: int
     shared_bytes: int
     tensor_cores: bool
+    shape: str  # of the tensor cores' instructions, as far as PTX says it
 
 
 def cases() -> Iterator[Case]:
-    """Every form of the large kernels, in every shipped configuration."""
+    """Every form of the large kernels, in every shipped configuration, then the variants."""
     for major, by_kind in TABLE.items():
         for (half, narrow), configs in by_kind.items():
             for dtype in ("bf16", "fp16") if half else ("fp32",):
-                for form, (_, masked, _, _) in FORMS.items():
+                for form, (_, masked, _, cached) in FORMS.items():
                     backward = configs.backward_groups if masked else configs.backward
-                    for kernel, config in (("forward", configs.forward), ("backward", backward)):
+                    forward = configs.forward_groups if masked or cached else configs.forward
+                    for kernel, config in (("forward", forward), ("backward", backward)):
                         yield Case(kernel, form, dtype, narrow, COMPUTE_CAPABILITY[major], config)
                 for form in SIGMOID_FORMS:
                     yield Case("sigmoid", form, dtype, narrow, COMPUTE_CAPABILITY[major], configs.backward)
+    for major, configs in SHARED.items():
+        for dtype in ("bf16", "fp16"):
+            for form, (_, masked, _, cached) in SHARED_FORMS.items():
+                forward = configs.forward_groups if masked or cached else configs.forward
+                backward = configs.backward_groups if masked else configs.backward
+                for kernel, config in (("forward", forward), ("repair", forward), ("backward", backward)):
+                    if dtype == "bf16" or form in _FEW:
+                        yield Case(kernel, form, dtype, False, COMPUTE_CAPABILITY[major], config)
 
 
 def compile_case(case: Case) -> Resources:
     if case.form in SIGMOID_FORMS:
         return _compile_sigmoid(case)
-    plain, masked, teacher, cached = FORMS[case.form]
+    plain, masked, teacher, cached = SHARED_FORMS[case.form]
     constants: dict[str, Any] = {
         "PLAIN": plain, "MASKED": masked, "TEACHER": teacher, "EVEN_K": True, "EVEN_K_TEACHER": True,
         "BLOCK_M": case.config.block_m, "BLOCK_N": case.config.block_n, "BLOCK_K": case.config.block_k,
         "PRECISION": "ieee",
     }  # fmt: skip
-    if case.kernel == "forward":
-        kernel = forward_kernel
-        constants.update({"NUM_STATS": 2 * (plain + masked) + 3 * teacher, "WRITE_CACHE": cached})
-    else:
-        kernel = backward_kernel
+    shared = case.config.shared
+    if case.kernel == "backward":
+        kernel = shared_backward_kernel if shared else backward_kernel
         constants.update({"GROUP_ROWS": GROUP_ROWS, "READ_CACHE": cached})
+    else:
+        kernel = shared_forward_kernel if shared else forward_kernel
+        constants.update({"NUM_STATS": 2 * (plain + masked) + 3 * teacher, "WRITE_CACHE": cached})
+    if case.kernel == "repair":
+        kernel = repair_kernel
+        constants["CHUNK"] = 64
+    elif shared:
+        constants["SAME_WIDTH"] = True
     absent = [] if masked else ["p_row_group", "p_column_group"]
     absent += [] if teacher else ["p_teacher_image", "p_teacher_text"]
     absent += [] if cached else ["p_cache", "p_teacher_cache"]
@@ -127,9 +165,12 @@ def _compile_sigmoid(case: Case) -> Resources:
 
 def compile_small(target: int) -> dict[str, Resources]:
     """The kernels that only load and add."""
+    check = {"NUM_STATS": 7, "BLOCK_N": 128, "TILES": CHECKED_COLUMNS // 128}
     merge = {"FRESH": False, "STUDENTS": 2, "TEACHER": 1, "NUM_STATS": 7, "BLOCK": 256}
     return {
         "merge": _compile(merge_kernel, merge, "fp32", target, 4, 3),
+        "check": _compile(check_kernel, check, "fp32", target, 4, 3),
+        "anchors": _compile(anchors_kernel, {"BLOCK": 128}, "fp32", target, 4, 3),
         "pair_dot": _compile(pair_dot_kernel, {"BLOCK_M": 16, "BLOCK_K": 256}, "bf16", target, 4, 3),
         **{
             f"features_kl, {'backward' if backward else 'forward'}, width {block}": _compile(
@@ -155,14 +196,15 @@ def _compile(kernel: Any, constants: dict[str, Any], dtype: str, target: int, wa
             signature[name] = _POINTERS.get(name, f"*{dtype}")
         else:
             signature[name] = "i32"
-        loose = name in ("strip_start", "strip_stop", "pair_offset", "tiles_per_chunk", "start", "positions", "parts")
-        if name not in constants and not loose:
+        if name not in constants and name not in _NOT_ALIGNED:
             aligned[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
     options = {"num_warps": warps, "num_stages": stages, **OPTIONS}  # as the launchers set them
     compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     registers, spilled = _registers(compiled.asm["cubin"])
-    return Resources(registers, spilled, compiled.metadata.shared, TENSOR_CORES[target] in compiled.asm["ptx"])
+    ptx = compiled.asm["ptx"]
+    shape = " ".join(sorted(set(re.findall(r"mma\S*\.(m\d+n\d+k\d+)", ptx))))
+    return Resources(registers, spilled, compiled.metadata.shared, TENSOR_CORES[target] in ptx, shape)
 
 
 def _registers(cubin: bytes) -> tuple[int, int]:

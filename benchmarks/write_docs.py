@@ -87,8 +87,8 @@ def kernels_table() -> str:
     rows = []
     for (target, dtype, narrow, kernel, tile), run in worst.items():
         width = "up to 64" if narrow else "any"
-        block_m, block_n, block_k, warps, stages = tile
-        shape = f"{block_m} x {block_n} x {block_k}, {warps} warps, {stages} stages"
+        block_m, block_n, block_k, warps, stages, shared = tile
+        shape = f"{block_m} x {block_n} x {block_k}, {warps} warps, {stages} stages" + ", shared" * shared
         counts = str(run["registers"]), str(run["spilled_bytes"]), f"{run['shared_bytes'] / 1024:.0f} KiB"
         rows.append((f"sm_{target}", dtype, width, kernel, shape, run["form"], *counts))
     head = (

@@ -86,12 +86,12 @@ def kept_bytes(inputs: SimilarityInputs, row_bytes: int) -> int:
     device = inputs.image.device
     budget, whole = cache_budget(device), row_bytes * inputs.n
     if inputs.keep == "auto":
-        return whole if whole <= budget and whole <= free_bytes(device) // 2 else 0
+        return whole if whole <= budget and whole <= free_bytes(device, 2 * whole) // 2 else 0
     return min(whole, row_bytes * (budget // row_bytes // _CACHED_ROWS * _CACHED_ROWS)) if whole > budget else whole
 
 
-def free_bytes(device: torch.device) -> int:
-    """Return the memory that torch can still allocate on a GPU, without waiting for it.
+def free_bytes(device: torch.device, enough: int) -> int:
+    """Return the memory that torch can still allocate on a GPU, or a part of it that is `enough`, without waiting.
 
     Returns 0 without a GPU, and while torch.compile traces: what is free then is not what is free at a call.
     """
@@ -100,6 +100,8 @@ def free_bytes(device: torch.device) -> int:
     if torch.cuda.is_current_stream_capturing():  # the driver must not be asked, and unused memory is not reused
         return torch.cuda.get_device_properties(device).total_memory - torch.cuda.memory_reserved(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if unused >= enough:
+        return unused
     return torch.cuda.mem_get_info(device)[0] + unused
 
 

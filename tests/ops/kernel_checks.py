@@ -63,7 +63,7 @@ def check(subject: Subject, batch: Batch, dtype: torch.dtype = torch.float32, **
     """`batch` in `dtype` against float64; what was found."""
     batch = batch.to(dtype).to(torch.float64)
     truth = outcome(eager.sweep, batch)
-    result = outcome(subject.sweep, batch.to(dtype), **options)
+    result = outcome(subject.sweep, batch.to(dtype), **{"keep": "nothing", **options})
     assert result.image.dtype == result.text.dtype == dtype
     assert result.retention.dtype == result.consistency.dtype == result.scale.dtype == torch.float32
     naive = errors(outcome(naive_sweep, batch.to(dtype)), truth)
@@ -120,7 +120,7 @@ def test_kept_similarities_give_what_forming_them_again_gives(subject, monkeypat
     monkeypatch.setattr(blocks, "_CACHED_ROWS", 32)
     kept = watch_kept(subject, monkeypatch)
     stored = check(subject, batch, dtype, strip_rows=64, keep="similarities")
-    again = outcome(subject.sweep, batch.to(dtype), strip_rows=64)
+    again = outcome(subject.sweep, batch.to(dtype), strip_rows=64, keep="nothing")
     assert kept == [row_bytes * kept_rows, 0]
     for ours, theirs in zip(again.tensors(), stored.tensors(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5 + torch.finfo(dtype).eps, atol=1e-6)

@@ -74,7 +74,7 @@ def inputs(n: int, keep: str):
 )
 def test_auto_keeps_all_rows_where_budget_and_half_of_the_free_memory_hold_them(monkeypatch, budget, free, kept):
     monkeypatch.setattr(blocks, "cache_budget", lambda device: budget)
-    monkeypatch.setattr(blocks, "free_bytes", lambda device: free)
+    monkeypatch.setattr(blocks, "free_bytes", lambda device, enough: free)
     assert kept_bytes(inputs(600, "auto"), 2400) == kept * 2400
     assert kept_bytes(inputs(600, "nothing"), 2400) == 0
     assert kept_bytes(inputs(600, "similarities"), 2400) == (600 if budget >= 600 * 2400 else 512) * 2400
@@ -88,11 +88,12 @@ def test_free_memory_is_what_the_driver_and_torch_have_and_unknown_when_compilin
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 500)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 450)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    assert blocks.free_bytes(gpu) == 350 and blocks.free_bytes(torch.device("cpu")) == 0
+    assert blocks.free_bytes(gpu, 51) == 350 and blocks.free_bytes(torch.device("cpu"), 1) == 0
+    assert blocks.free_bytes(gpu, 50) == 50  # torch has enough itself, so the driver is not asked
     capturing = True
-    assert blocks.free_bytes(gpu) == 500
+    assert blocks.free_bytes(gpu, 1) == 500
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert blocks.free_bytes(gpu) == 0
+    assert blocks.free_bytes(gpu, 1) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

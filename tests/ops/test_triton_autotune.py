@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
 from cliperase_fast.errors import InputError
 from cliperase_fast.ops.triton import autotune
-from cliperase_fast.ops.triton.configs import TABLE, Configs
+from cliperase_fast.ops.triton.configs import SHARED, TABLE, Config, Configs
 
 SHIPPED = TABLE[9][True, False]
 LIMIT = 227 << 10
@@ -18,7 +20,7 @@ DEVICE = torch.device("cuda", 0)
 def wanted(configs: Configs, way: str) -> float:
     """Return a time that is shortest for 128 x 128 and two stages forward, and for 256 x 64 backward."""
     config = getattr(configs, way)
-    shape = (128, 128) if way == "forward" else (256, 64)
+    shape = (128, 128) if way.startswith("forward") else (256, 64)
     return 1.0 + abs(config.block_m - shape[0]) + abs(config.block_n - shape[1]) + config.stages + config.block_k
 
 
@@ -32,6 +34,10 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     autotune.load.cache_clear()
     return tmp_path
+
+
+def fields_of(configs: Configs) -> list[Config]:
+    return [getattr(configs, field.name) for field in fields(Configs)]
 
 
 def ask(timer=wanted, width: int = 768) -> Configs:
@@ -97,9 +103,12 @@ def test_candidates_fit_the_shared_memory_and_divide_the_cached_rows():
         found = list(autotune.candidates(itemsize, LIMIT))
         assert len(found) == len(set(found)) > 20
         for config in found:
-            assert (config.block_m + config.block_n) * config.block_k * itemsize * config.stages <= LIMIT
+            tiles = (config.block_m + config.block_n) * config.block_k * itemsize * config.stages
+            assert tiles * (1 + config.shared) <= LIMIT
             assert 256 % config.block_m == 0
     assert len(list(autotune.candidates(2, 100 << 10))) < len(list(autotune.candidates(2, LIMIT)))
+    for config in (Config(64, 128, 64, 4, 3), Config(64, 64, 64, 4, 3), *(c for c in fields_of(SHARED[9]))):
+        assert config in autotune.candidates(2, LIMIT)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"a": {"forward": {"block_m": 1}}}'])

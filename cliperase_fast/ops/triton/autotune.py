@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, replace
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from cliperase_fast.ops.triton.configs import Config, Configs
 
 VARIABLE = "CLIPERASE_AUTOTUNE"
 
-# Returns the time of one kernel ("forward", "backward" or "backward_groups") with these configurations, in ms.
+# Returns the time of one kernel, which is a field of Configs, with these configurations, in ms.
 Timer = Callable[[Configs, str], float]
 
 
@@ -48,13 +50,21 @@ def configs(device: torch.device, dtype: torch.dtype, width: int, shipped: Confi
     return found.get(key, shipped)
 
 
-def search(what: str, shipped: Configs, itemsize: int, shared_bytes: int, timer: Timer) -> Configs:
-    """Return the fastest configuration of each kernel; prints progress to stderr. itemsize: bytes a feature."""
+def search(
+    what: str, shipped: Configs, itemsize: int, shared_bytes: int, timer: Timer, seconds: float = float("inf")
+) -> Configs:
+    """Return the fastest configuration of each kernel; prints progress to stderr.
+
+    itemsize: bytes a feature. seconds: for each kernel, after which no other configuration is tried.
+    """
     best = shipped
     for field in fields(Configs):
         start: Config = getattr(shipped, field.name)
         times: dict[Config, float] = {}
+        began = time.monotonic()
         for config in (start, *(other for other in candidates(itemsize, shared_bytes) if other != start)):
+            if time.monotonic() - began > seconds:
+                break
             try:
                 times[config] = timer(replace(shipped, **{field.name: config}), field.name)
             except OutOfResources:
@@ -74,10 +84,14 @@ def candidates(itemsize: int, shared_bytes: int) -> Iterator[Config]:
     """Yield configurations to try, whose tiles fit the shared memory of a block."""
     deep = 128 // itemsize  # 128 bytes of each row, the widest swizzle of the copy engines
     for block_m, block_n in ((64, 64), (128, 64), (64, 128), (128, 128), (256, 64), (128, 256), (256, 128)):
-        for block_k in (deep // 2, deep):
-            for stages in (2, 3, 4):
-                if (block_m + block_n) * block_k * itemsize * stages <= shared_bytes:
-                    yield Config(block_m, block_n, block_k, 4 if block_m * block_n <= 64 * 64 else 8, stages)
+        # With 4 warps two blocks of threads can be on a multiprocessor, and one computes while the other loads.
+        for warps in (4, 8) if block_m * block_n <= 64 * 128 else (8,):
+            for block_k, stages in product((deep // 2, deep), (2, 3, 4)):
+                tiles_bytes = (block_m + block_n) * block_k * itemsize * stages
+                if tiles_bytes <= shared_bytes:
+                    yield Config(block_m, block_n, block_k, warps, stages)
+                if 2 * tiles_bytes <= shared_bytes:  # tiles of student and teacher at a time
+                    yield Config(block_m, block_n, block_k, warps, stages, shared=True)
 
 
 def saved_path(device: torch.device) -> Path:

@@ -22,35 +22,61 @@ class Config:
     block_k: int
     warps: int
     stages: int
+    shared: bool = False  # one exponential for an entry's row and column: see `shared.py`
 
 
 @dataclass(frozen=True)
 class Configs:
-    """The configurations of the forward and the backward kernel."""
+    """The configurations of the forward and the backward kernel.
+
+    With group_ids a kernel has a configuration of its own, and the forward kernel uses it also to store similarities:
+    the second softmax, and the addresses, take more registers.
+    """
 
     forward: Config
     backward: Config
-    backward_groups: Config  # with group_ids: the second softmax takes more registers
+    backward_groups: Config
+    forward_groups: Config
 
 
-_HALF = Configs(Config(64, 128, 64, 8, 4), Config(128, 64, 64, 8, 4), Config(64, 64, 64, 8, 4))
-_HALF_AMPERE = Configs(Config(128, 64, 32, 8, 4), Config(128, 64, 32, 8, 4), Config(64, 64, 32, 8, 4))
-_HALF_NARROW = Configs(Config(64, 128, 32, 8, 2), Config(128, 64, 32, 8, 2), Config(64, 64, 32, 8, 2))
+def _configs(forward: Config, backward: Config, backward_groups: Config) -> Configs:
+    return Configs(forward, backward, backward_groups, forward)
+
+
+_HALF = _configs(Config(64, 128, 64, 8, 4), Config(128, 64, 64, 8, 4), Config(64, 64, 64, 8, 4))
+_HALF_AMPERE = _configs(Config(128, 64, 32, 8, 4), Config(128, 64, 32, 8, 4), Config(64, 64, 32, 8, 4))
+_HALF_NARROW = _configs(Config(64, 128, 32, 8, 2), Config(128, 64, 32, 8, 2), Config(64, 64, 32, 8, 2))
 _SINGLE_TILE = Config(64, 64, 16, 8, 3)
-_SINGLE = Configs(_SINGLE_TILE, Config(64, 64, 32, 8, 3), _SINGLE_TILE)
-_SINGLE_AMPERE = Configs(_SINGLE_TILE, Config(32, 32, 16, 4, 3), Config(32, 32, 16, 4, 3))
-_SINGLE_BLACKWELL = Configs(_SINGLE_TILE, Config(32, 32, 32, 4, 2), Config(32, 32, 32, 4, 2))
+_SINGLE = _configs(_SINGLE_TILE, _SINGLE_TILE, _SINGLE_TILE)
+_SINGLE_AMPERE = _configs(_SINGLE_TILE, Config(32, 32, 16, 4, 3), Config(32, 32, 16, 4, 3))
+_SINGLE_BLACKWELL = _configs(_SINGLE_TILE, Config(32, 32, 32, 4, 2), Config(32, 32, 32, 4, 2))
 
 # Major number of the compute capability (8: A100, 9: H100 and H200, 10: B200) -> (half precision, narrow).
 TABLE: dict[int, dict[tuple[bool, bool], Configs]] = {
     major: {(True, False): wide, (True, True): _HALF_NARROW, (False, False): single, (False, True): single}
     for major, wide, single in ((8, _HALF_AMPERE, _SINGLE_AMPERE), (9, _HALF, _SINGLE), (10, _HALF, _SINGLE_BLACKWELL))
 }
+# Variants for wide features in half precision that have not been compared with the above on a GPU yet, by architecture.
+# Select them with `TritonKernels(SHARED[9])`; `python -m benchmarks.tournament` measures them.
+SHARED: dict[int, Configs] = {
+    8: Configs(
+        Config(64, 128, 32, 8, 4, True), Config(128, 64, 32, 8, 4, True), Config(64, 64, 32, 8, 4, True),
+        Config(128, 64, 32, 8, 4, True),
+    ),
+    9: Configs(
+        Config(128, 128, 64, 8, 3, True), Config(128, 128, 64, 8, 3, True), Config(128, 64, 64, 8, 4, True),
+        Config(128, 64, 64, 8, 4, True),
+    ),
+    10: Configs(
+        Config(128, 64, 64, 8, 4, True), Config(128, 64, 64, 8, 4, True), Config(64, 64, 64, 8, 4, True),
+        Config(64, 64, 64, 8, 4, True),
+    ),
+}  # fmt: skip
 DEFAULT = 8  # for architectures that are not in the table: needs the least shared memory
 
 # The interpreter runs programs one after the other in Python: large blocks, but small enough for tests to have several.
 _INTERPRETED = Config(32, 32, 32, 1, 1)
-INTERPRETER = Configs(_INTERPRETED, _INTERPRETED, _INTERPRETED)
+INTERPRETER = _configs(_INTERPRETED, _INTERPRETED, _INTERPRETED)
 
 
 def configs_for(architecture: int, dtype: torch.dtype, width: int) -> Configs:

@@ -6,45 +6,24 @@ fixed order, without atomics, so that two runs are bitwise equal.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from cliperase_fast.ops.spec import Stats
 from cliperase_fast.ops.triton.configs import Config
-from cliperase_fast.ops.triton.tiles import LOWEST, OPTIONS, Operands, exp, similarity_tile
+from cliperase_fast.ops.triton.shared import (
+    CHECKED_COLUMNS,
+    check_kernel,
+    repair_kernel,
+    shared_forward_kernel,
+)
+from cliperase_fast.ops.triton.softmax_tiles import merge_parts, stats_tile, store_rows
+from cliperase_fast.ops.triton.tiles import LOWEST, OPTIONS, Operands
 
 _PROGRAMS = 1024  # a launch has about this many where it can: several for each multiprocessor
 _MERGE_BLOCK = 256
-
-
-@triton.jit
-def _merge(b_max, b_sum, b_gap, b_more_max, b_more_sum, b_more_gap):
-    """Merge two partial (maximum, sum of exp, sum of exp times gap)."""
-    b_new = tl.maximum(b_max, b_more_max)
-    b_keep, b_add = exp(b_max - b_new), exp(b_more_max - b_new)
-    return b_new, b_sum * b_keep + b_more_sum * b_add, b_gap * b_keep + b_more_gap * b_add
-
-
-@triton.jit
-def _reduce(b_tile, b_gap, AXIS: tl.constexpr, HAS_GAP: tl.constexpr):
-    """Return the partial (maximum, sum, gap) of a tile's rows [M] (AXIS 1) or columns [N] (AXIS 0)."""
-    b_max = tl.max(b_tile, AXIS)
-    b_exp = exp(b_tile - tl.expand_dims(b_max, AXIS))  # [M, N]
-    b_sum = tl.sum(b_exp, AXIS)
-    if HAS_GAP:
-        return b_max, b_sum, tl.sum(b_exp * b_gap, AXIS)
-    return b_max, b_sum, b_sum
-
-
-@triton.jit
-def _store(p_stats, o_stats, m_stats, n, b_max, b_sum, b_gap, FIRST: tl.constexpr, HAS_GAP: tl.constexpr):
-    """Store statistics FIRST, FIRST + 1 (and FIRST + 2) of an array [NUM_STATS, n]."""
-    p_first = p_stats + o_stats + FIRST * n
-    tl.store(p_first, b_max, mask=m_stats)
-    tl.store(p_first + n, b_sum, mask=m_stats)
-    if HAS_GAP:
-        tl.store(p_first + 2 * n, b_gap, mask=m_stats)
 
 
 @triton.jit(do_not_specialize=["strip_start", "strip_stop", "pair_offset", "tiles_per_chunk"])
@@ -65,80 +44,25 @@ def forward_kernel(
     """
     i_block, i_chunk = tl.program_id(0), tl.program_id(1)
     o_row = strip_start + i_block * BLOCK_M + tl.arange(0, BLOCK_M)  # [M]
-    m_row = o_row < strip_stop  # [M]
-    o_safe_row = tl.minimum(o_row, n - 1).to(tl.int64)  # beyond the end: the last row again, masked below
     b_scale = tl.load(p_scalars)  # []
-    o_image = o_safe_row * stride_image  # [M]
-    if MASKED:
-        b_row_group = tl.load(p_row_group + o_safe_row)  # [M]
-    if TEACHER:
-        b_teacher_scale = tl.load(p_scalars + 1)  # []
-        b_shift = tl.load(p_scalars + 2)  # []
-        o_teacher_image = o_safe_row * stride_teacher_image  # [M]
-
     b_zero = tl.zeros([BLOCK_M], tl.float32)  # [M]
-    b_max, b_sum, b_no_gap = b_zero + LOWEST, b_zero, b_zero
-    b_masked_max, b_masked_sum = b_zero + LOWEST, b_zero
-    b_teacher_max, b_teacher_sum, b_gap = b_zero + LOWEST, b_zero, b_zero
-
+    b_max, b_masked_max, b_teacher_max = b_zero + LOWEST, b_zero + LOWEST, b_zero + LOWEST
+    b_sum, b_masked_sum, b_teacher_sum, b_gap = b_zero, b_zero, b_zero, b_zero
     first = i_chunk * tiles_per_chunk * BLOCK_N
     last = tl.minimum(first + tiles_per_chunk * BLOCK_N, m)
     for i_column in range(first, last, BLOCK_N):
-        o_column = i_column + tl.arange(0, BLOCK_N)  # [N]
-        m_column = o_column < m  # [N]
-        o_safe_column = tl.minimum(o_column, m - 1).to(tl.int64)  # [N]
-        b_s = similarity_tile(
-            p_image, p_text, o_image, o_safe_column * stride_text, width,
-            BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
-        ) * b_scale  # [M, N]  # fmt: skip
-        m_tile = m_row[:, None] & m_column[None, :]  # [M, N]
-        m_off = m_tile & (o_row[:, None] + pair_offset != o_column[None, :])  # [M, N]
-        if WRITE_CACHE:
-            o_cache = o_safe_row[:, None] * m + o_column[None, :]  # [M, N]
-            tl.store(p_cache + o_cache, b_s, mask=m_tile)
-        o_stats = i_block.to(tl.int64) * NUM_STATS * m + o_column  # [N], in p_column_stats
-        b_tile_gap = b_s
-        if TEACHER:
-            b_t = similarity_tile(
-                p_teacher_image, p_teacher_text, o_teacher_image, o_safe_column * stride_teacher_text, teacher_width,
-                BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K_TEACHER, PRECISION,
-            ) * b_teacher_scale  # [M, N]  # fmt: skip
-            if WRITE_CACHE:
-                tl.store(p_teacher_cache + o_cache, b_t, mask=m_tile)
-            b_tile_gap = tl.where(m_off, b_t - b_s - b_shift, 0.0)  # [M, N]
-            b_t = tl.where(m_off, b_t, LOWEST)
-            b_part_max, b_part_sum, b_part_gap = _reduce(b_t, b_tile_gap, 1, True)  # [M]
-            b_teacher_max, b_teacher_sum, b_gap = _merge(
-                b_teacher_max, b_teacher_sum, b_gap, b_part_max, b_part_sum, b_part_gap
-            )
-            b_part_max, b_part_sum, b_part_gap = _reduce(b_t, b_tile_gap, 0, True)  # [N]
-            _store(
-                p_column_stats, o_stats, m_column, m, b_part_max, b_part_sum, b_part_gap, 2 * PLAIN + 2 * MASKED, True
-            )
-        b_s = tl.where(m_off, b_s, LOWEST)
-        if PLAIN:
-            b_part_max, b_part_sum, b_part_gap = _reduce(b_s, b_s, 1, False)  # [M]
-            b_max, b_sum, b_no_gap = _merge(b_max, b_sum, b_no_gap, b_part_max, b_part_sum, b_no_gap)
-            b_part_max, b_part_sum, b_part_gap = _reduce(b_s, b_s, 0, False)  # [N]
-            _store(p_column_stats, o_stats, m_column, m, b_part_max, b_part_sum, b_part_gap, 0, False)
-        if MASKED:
-            b_column_group = tl.load(p_column_group + o_safe_column)  # [N]
-            b_s = tl.where(b_row_group[:, None] == b_column_group[None, :], LOWEST, b_s)
-            b_part_max, b_part_sum, b_part_gap = _reduce(b_s, b_s, 1, False)  # [M]
-            b_masked_max, b_masked_sum, b_no_gap = _merge(
-                b_masked_max, b_masked_sum, b_no_gap, b_part_max, b_part_sum, b_no_gap
-            )
-            b_part_max, b_part_sum, b_part_gap = _reduce(b_s, b_s, 0, False)  # [N]
-            _store(p_column_stats, o_stats, m_column, m, b_part_max, b_part_sum, b_part_gap, 2 * PLAIN, False)
-
-    rows = strip_stop - strip_start
-    o_stats = i_chunk.to(tl.int64) * NUM_STATS * rows + (o_row - strip_start)  # [M], in p_row_stats
-    if PLAIN:
-        _store(p_row_stats, o_stats, m_row, rows, b_max, b_sum, b_sum, 0, False)
-    if MASKED:
-        _store(p_row_stats, o_stats, m_row, rows, b_masked_max, b_masked_sum, b_sum, 2 * PLAIN, False)
-    if TEACHER:
-        _store(p_row_stats, o_stats, m_row, rows, b_teacher_max, b_teacher_sum, b_gap, 2 * PLAIN + 2 * MASKED, True)
+        b_max, b_sum, b_masked_max, b_masked_sum, b_teacher_max, b_teacher_sum, b_gap = stats_tile(
+            b_max, b_sum, b_masked_max, b_masked_sum, b_teacher_max, b_teacher_sum, b_gap, o_row,
+            i_column + tl.arange(0, BLOCK_N), i_block, p_image, p_text, p_teacher_image, p_teacher_text,
+            p_row_group, p_column_group, b_scale, p_scalars, p_column_stats, p_cache, p_teacher_cache, strip_stop, n, m,
+            pair_offset, width, teacher_width, stride_image, stride_text, stride_teacher_image, stride_teacher_text,
+            PLAIN, MASKED, TEACHER, NUM_STATS, WRITE_CACHE, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, EVEN_K_TEACHER,
+            PRECISION,
+        )  # fmt: skip
+    store_rows(
+        p_row_stats, b_max, b_sum, b_masked_max, b_masked_sum, b_teacher_max, b_teacher_sum, b_gap, o_row, i_chunk,
+        strip_start, strip_stop, PLAIN, MASKED, TEACHER, NUM_STATS,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["start", "positions", "parts"])
@@ -168,7 +92,7 @@ def merge_kernel(
             b_part_gap = b_part_sum
             if i_kind == STUDENTS:
                 b_part_gap = tl.load(p_part + 2 * positions, mask=m_n, other=0.0)
-            b_max, b_sum, b_gap = _merge(b_max, b_sum, b_gap, b_part_max, b_part_sum, b_part_gap)
+            b_max, b_sum, b_gap = merge_parts(b_max, b_sum, b_gap, b_part_max, b_part_sum, b_part_gap)
         tl.store(p_kind, b_max, mask=m_n)
         tl.store(p_kind + n, b_sum, mask=m_n)
         if i_kind == STUDENTS:
@@ -237,6 +161,7 @@ def _off_diagonal(
     rows, columns = scalars.new_empty(num_stats, n), scalars.new_empty(num_stats, m)
     tiles = triton.cdiv(m, config.block_n)
     cached_rows = operands.cached_rows(cache)
+    constants = operands.constants(config)
     buffer = scalars.new_empty(0)  # one for all strips: two would be alive at a time
     for start, stop in operands.strips(4 * num_stats * m / config.block_m, config, strip_rows, cached_rows):
         blocks = triton.cdiv(stop - start, config.block_m)
@@ -246,11 +171,22 @@ def _off_diagonal(
         if len(buffer) < blocks * num_stats * m:
             buffer = scalars.new_empty(blocks * num_stats * m)
         column_parts = buffer[: blocks * num_stats * m].view(blocks, num_stats, m)
-        forward_kernel[(blocks, chunks)](
-            *operands.features(), *operands.groups, scalars, row_parts, column_parts, *operands.cached_tiles(cache),
-            start, stop, n, m, operands.pair_offset, *operands.widths(), tiles_per_chunk, *operands.strides(),
-            NUM_STATS=num_stats, WRITE_CACHE=start < cached_rows, **operands.constants(config),
+        missing = scalars.new_empty(blocks, tiles, dtype=torch.int32) if config.shared else None
+        arguments = (
+            *operands.features(), *operands.groups, scalars, row_parts, column_parts,
+            *(() if missing is None else (missing,)), *operands.cached_tiles(cache), start, stop, n, m,
+            operands.pair_offset, *operands.widths(), tiles_per_chunk, *operands.strides(),
         )  # fmt: skip
+        constants = {**constants, "NUM_STATS": num_stats, "WRITE_CACHE": start < cached_rows}
+        if missing is not None:
+            shared_forward_kernel[(blocks, chunks)](*arguments, SAME_WIDTH=operands.same_width, **constants)
+            group = max(1, CHECKED_COLUMNS // config.block_n)
+            check_kernel[(blocks, triton.cdiv(tiles, group))](
+                column_parts, missing, m, NUM_STATS=num_stats, BLOCK_N=config.block_n, TILES=group, **OPTIONS
+            )
+            repair_kernel[(blocks, chunks)](*arguments, CHUNK=triton.next_power_of_2(tiles_per_chunk), **constants)
+        else:
+            forward_kernel[(blocks, chunks)](*arguments, **constants)
         _merge_into(rows, row_parts, start, operands, fresh=True)
         _merge_into(columns, column_parts, 0, operands, fresh=start == 0)
     return rows, columns

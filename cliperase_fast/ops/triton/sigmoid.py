@@ -42,7 +42,7 @@ def _softplus(b_y):
     return tl.maximum(b_y, 0.0) + 2 * (b_z + b_z * b_t * b_q), tl.where(b_y < 0, b_e * b_slope, b_slope)
 
 
-@triton.jit(do_not_specialize=["row_start", "row_stop", "column_start", "column_stop", "pair_offset"])
+@triton.jit(do_not_specialize=["row_stop", "column_stop", "pair_offset"])
 def sigmoid_kernel(
     p_image, p_text, p_scalars, p_sums, p_block, row_start, row_stop, column_start, column_stop, n, m, pair_offset,
     width, stride_image, stride_text, stride_block, GRADIENT: tl.constexpr, GROUP_ROWS: tl.constexpr,
@@ -53,12 +53,12 @@ def sigmoid_kernel(
     Row i and column i + pair_offset are a pair. p_scalars: s, b and the factor of dS in p_block [rows, stride_block].
     p_sums: [2, programs], of the losses and of dS.
     """
-    o_row, o_column = tile_of_program(
-        row_start, row_stop, column_start, column_stop, GROUP_ROWS, BLOCK_M, BLOCK_N
-    )  # [M], [N]
+    i_row, i_column = tile_of_program(row_stop - row_start, column_stop - column_start, GROUP_ROWS, BLOCK_M, BLOCK_N)
+    o_row = row_start + i_row * BLOCK_M + tl.arange(0, BLOCK_M)  # [M]
+    o_column = column_start + i_column * BLOCK_N + tl.arange(0, BLOCK_N)  # [N]
     o_safe_row = tl.minimum(o_row, n - 1).to(tl.int64)  # beyond the end: the last row again, masked below
     o_safe_column = tl.minimum(o_column, m - 1).to(tl.int64)
-    m_tile = (o_row < row_stop)[:, None] & (o_column < column_stop)[None, :]  # [M, N]
+    m_tile = (o_row < n)[:, None] & (o_column < m)[None, :]  # [M, N]
     m_pair = o_row[:, None] + pair_offset == o_column[None, :]  # [M, N]
     b_x = similarity_tile(
         p_image, p_text, o_safe_row * stride_image, o_safe_column * stride_text, width,

@@ -29,7 +29,7 @@ from cliperase_fast.ops.triton.configs import INTERPRETER, Configs, configs_for
 from cliperase_fast.ops.triton.forward import forward_stats
 from cliperase_fast.ops.triton.tiles import Operands
 
-_TUNING_PAIRS = 16384
+TUNING_PAIRS = 16384
 
 
 class TritonKernels:
@@ -52,7 +52,8 @@ class TritonKernels:
             operands = Operands(inputs)
             configs = self.configs or choose_configs(operands)
             cache = torch.empty(cache_size, dtype=torch.uint8, device=inputs.image.device)
-            return forward_stats(operands, configs.forward, inputs.strip_rows, cache), cache
+            config = configs.forward_groups if operands.masked or cache_size else configs.forward
+            return forward_stats(operands, config, inputs.strip_rows, cache), cache
 
     losses = losses_from_stats
 
@@ -75,11 +76,13 @@ def choose_configs(operands: Operands) -> Configs:
     if operands.teacher_image is not None:
         dtype = torch.promote_types(dtype, operands.teacher_image.dtype)
     shipped = configs_for(torch.cuda.get_device_capability(device)[0], dtype, width)
-    timer = partial(_milliseconds, device, dtype, width, min(operands.m, _TUNING_PAIRS))
+    timer = partial(kernel_milliseconds, device, dtype, width, min(operands.m, TUNING_PAIRS))
     return autotune.configs(device, dtype, width, shipped, timer)
 
 
-def _milliseconds(device: torch.device, dtype: torch.dtype, width: int, n: int, configs: Configs, way: str) -> float:
+def kernel_milliseconds(
+    device: torch.device, dtype: torch.dtype, width: int, n: int, configs: Configs, way: str
+) -> float:
     """Return the median time of one pass over random features, with a teacher as wide as the student."""
     generator = torch.Generator(device).manual_seed(0)
     features = (torch.randn(n, width, generator=generator, dtype=torch.float32, device=device) for _ in range(4))
@@ -87,10 +90,10 @@ def _milliseconds(device: torch.device, dtype: torch.dtype, width: int, n: int, 
         torch.nn.functional.normalize(each, dim=1).to(dtype) for each in features
     )
     scale = torch.full((), 50.0, dtype=torch.float32, device=device)
-    group_ids = torch.arange(n, dtype=torch.int64, device=device) // 2 if way == "backward_groups" else None
+    group_ids = torch.arange(n, dtype=torch.int64, device=device) // 2 if way.endswith("_groups") else None
     inputs = SimilarityInputs(image, text, scale, teacher_image, teacher_text, scale, group_ids)
     kernels = TritonKernels(configs)
-    if way == "forward":
+    if way.startswith("forward"):
         return triton.testing.do_bench(lambda: kernels.forward(inputs, 0), return_mode="median")
     weight = torch.full((), 1 / n, dtype=torch.float32, device=device)
     cache = torch.empty(0, dtype=torch.uint8, device=device)

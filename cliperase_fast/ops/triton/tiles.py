@@ -27,11 +27,27 @@ from cliperase_fast.ops.triton.configs import Config
 # Stands for log 0: finite, so that no difference is NaN, and far below every logit.
 LOWEST = tl.constexpr(-1.0e30)
 LOG2_E = tl.constexpr(1.4426950408889634)
+# What is 60 below a reference is still exact: exp(-60) is 1e-26, and 1e-12 of it is a normal number.
+REACH = tl.constexpr(60.0)
 # Triton's interpreter multiplies the bits of bfloat16 as integers; in float32 the products are the same.
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 GROUP_ROWS = 8  # row blocks that walk the columns together, see `tile_of_program`
 OPTIONS = {"enable_fp_fusion": True}  # explicit, as Triton's default changes in 3.10
+
+
+@triton.jit
+def _add_product(b_sum, p_left, p_right, o_k, width, EVEN_K: tl.constexpr, PRECISION: tl.constexpr):
+    """Add the product of the features o_k [K] at p_left [M, K] and p_right [K, N]."""
+    if EVEN_K:
+        b_left, b_right = tl.load(p_left), tl.load(p_right)  # [M, K], [K, N]
+    else:
+        m_k = o_k < width  # [K]
+        b_left = tl.load(p_left, mask=m_k[None, :], other=0.0)  # [M, K]
+        b_right = tl.load(p_right, mask=m_k[:, None], other=0.0)  # [K, N]
+    if INTERPRETED:
+        b_left, b_right = b_left.to(tl.float32), b_right.to(tl.float32)
+    return tl.dot(b_left, b_right, b_sum, input_precision=PRECISION)  # [M, N]
 
 
 @triton.jit
@@ -45,16 +61,35 @@ def similarity_tile(
         o_k = i_k + tl.arange(0, BLOCK_K)  # [K]
         p_l = p_left + o_left[:, None] + o_k[None, :]  # [M, K]
         p_r = p_right + o_right[None, :] + o_k[:, None]  # [K, N]
-        if EVEN_K:
-            b_left, b_right = tl.load(p_l), tl.load(p_r)  # [M, K], [K, N]
-        else:
-            m_k = o_k < width  # [K]
-            b_left = tl.load(p_l, mask=m_k[None, :], other=0.0)  # [M, K]
-            b_right = tl.load(p_r, mask=m_k[:, None], other=0.0)  # [K, N]
-        if _INTERPRETED:
-            b_left, b_right = b_left.to(tl.float32), b_right.to(tl.float32)
-        b_sum = tl.dot(b_left, b_right, b_sum, input_precision=PRECISION)  # [M, N]
+        b_sum = _add_product(b_sum, p_l, p_r, o_k, width, EVEN_K, PRECISION)
     return b_sum
+
+
+@triton.jit
+def both_similarity_tiles(
+    p_left, p_right, p_teacher_left, p_teacher_right, o_left, o_right, o_teacher_left, o_teacher_right, width,
+    teacher_width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+    EVEN_K_TEACHER: tl.constexpr, SAME_WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return `similarity_tile` of the student's and of the teacher's features, in one loop if they are equally wide."""
+    b_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    b_teacher_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if SAME_WIDTH:
+        for i_k in range(0, width, BLOCK_K):
+            o_k = i_k + tl.arange(0, BLOCK_K)  # [K]
+            p_l = p_left + o_left[:, None] + o_k[None, :]  # [M, K]
+            p_r = p_right + o_right[None, :] + o_k[:, None]  # [K, N]
+            p_tl = p_teacher_left + o_teacher_left[:, None] + o_k[None, :]  # [M, K]
+            p_tr = p_teacher_right + o_teacher_right[None, :] + o_k[:, None]  # [K, N]
+            b_sum = _add_product(b_sum, p_l, p_r, o_k, width, EVEN_K, PRECISION)
+            b_teacher_sum = _add_product(b_teacher_sum, p_tl, p_tr, o_k, width, EVEN_K, PRECISION)
+    else:
+        b_sum = similarity_tile(p_left, p_right, o_left, o_right, width, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION)
+        b_teacher_sum = similarity_tile(
+            p_teacher_left, p_teacher_right, o_teacher_left, o_teacher_right, teacher_width, BLOCK_M, BLOCK_N, BLOCK_K,
+            EVEN_K_TEACHER, PRECISION,
+        )  # fmt: skip
+    return b_sum, b_teacher_sum
 
 
 @triton.jit
@@ -63,22 +98,17 @@ def exp(b_x):
 
 
 @triton.jit
-def tile_of_program(
-    row_start, row_stop, column_start, column_stop, GROUP_ROWS: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Return the rows [M] and columns [N] of this program's tile of a block of dS.
+def tile_of_program(rows, columns, GROUP_ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Return which row and column of tiles is this program's, of a block of dS with so many rows and columns.
 
-    Programs of GROUP_ROWS row tiles walk the columns together, so that their tiles of text are read from the cache.
+    Programs of GROUP_ROWS rows of tiles walk the columns together, so that their tiles of text are read from the cache.
     """
-    tiles_m, tiles_n = tl.cdiv(row_stop - row_start, BLOCK_M), tl.cdiv(column_stop - column_start, BLOCK_N)
+    tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
     i_program = tl.program_id(0)
     i_group = i_program // (GROUP_ROWS * tiles_n)
     rows_here = tl.minimum(tiles_m - i_group * GROUP_ROWS, GROUP_ROWS)
     i_row = i_group * GROUP_ROWS + (i_program % (GROUP_ROWS * tiles_n)) % rows_here
-    i_column = (i_program % (GROUP_ROWS * tiles_n)) // rows_here
-    o_row = row_start + i_row * BLOCK_M + tl.arange(0, BLOCK_M)  # [M]
-    return o_row, column_start + i_column * BLOCK_N + tl.arange(0, BLOCK_N)
+    return i_row, (i_program % (GROUP_ROWS * tiles_n)) // rows_here
 
 
 @triton.jit
@@ -139,6 +169,11 @@ class Operands:
 
     def widths(self) -> tuple[int, int]:
         return self.image.shape[1], 0 if self.teacher_image is None else self.teacher_image.shape[1]
+
+    @property
+    def same_width(self) -> bool:
+        """Whether student and teacher are equally wide."""
+        return len(set(self.widths())) == 1
 
     def strides(self) -> tuple[int, ...]:
         return tuple(0 if tensor is None else tensor.stride(0) for tensor in self.features())

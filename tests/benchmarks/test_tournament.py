@@ -1,0 +1,97 @@
+"""Tests of the tournament of kernel variants: its bookkeeping, and a rehearsal of it in Triton's interpreter."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from cliperase_fast.benchmarks import tournament
+from cliperase_fast.benchmarks.tournament import Entry, Tournament
+from cliperase_fast.ops.triton.configs import Config
+
+ROOT = Path(__file__).parents[2]
+LATER = time.monotonic() + 3600
+
+
+def begin(tmp_path, *entries: Entry) -> Tournament:
+    made = Tournament("cpu", (64,), 96, [tmp_path / "results.jsonl", tmp_path / "copy.jsonl"])
+    made.entries = lambda: iter(entries)
+    return made
+
+
+def written(tmp_path) -> list[dict]:
+    lines = (tmp_path / "results.jsonl").read_text()
+    assert lines == (tmp_path / "copy.jsonl").read_text()
+    return [row for row in map(json.loads, lines.splitlines()) if row["status"] != "begun"]
+
+
+def test_results_are_written_as_they_come_and_a_second_run_goes_on(tmp_path):
+    calls = []
+
+    def entry(key: str) -> Entry:
+        def run() -> dict:
+            calls.append((key, [row["key"] for row in written(tmp_path)] if calls else []))
+            return {"ms": 1.0}
+
+        return Entry(key, run)
+
+    assert not begin(tmp_path, entry("a")).run(time.monotonic() - 1)
+    assert begin(tmp_path, entry("a"), entry("b")).run(LATER)
+    assert begin(tmp_path, entry("a"), entry("b"), entry("c")).run(LATER)
+    assert calls == [("a", []), ("b", ["a"]), ("c", ["a", "b"])]
+
+
+def test_a_failure_is_a_result_and_leaves_out_what_needs_it(tmp_path):
+    def wrong() -> dict:
+        raise ArithmeticError("off by 2")
+
+    entries = (
+        Entry("correct", wrong),
+        Entry("timed", lambda: {"ms": 1.0}, "correct"),
+        Entry("other", lambda: {"ms": 2.0}),
+    )
+    assert begin(tmp_path, *entries).run(LATER)
+    assert [(row["key"], row["status"]) for row in written(tmp_path)] == [
+        ("correct", "failed"), ("timed", "left out"), ("other", "passed"),
+    ]  # fmt: skip
+    assert written(tmp_path)[0]["reason"] == "ArithmeticError: off by 2"
+
+
+def test_an_entry_that_has_ended_the_process_twice_is_not_tried_again(tmp_path):
+    def fatal() -> dict:
+        raise SystemExit
+
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            begin(tmp_path, Entry("fatal", fatal), Entry("next", dict)).run(LATER)
+    assert begin(tmp_path, Entry("fatal", fatal), Entry("next", dict)).run(LATER)
+    assert [row["status"] for row in written(tmp_path)] == ["failed", "passed"]
+
+
+def test_the_fastest_that_passed_is_the_best(tmp_path):
+    made = begin(tmp_path)
+    slow, fast = made.configs["forward"]
+    for key, config, status, ms in (("forward", slow, "passed", 2.0), ("forward", fast, "passed", 1.0)):
+        made.write({"key": f"{key} {tournament.name(config)}", "status": status, "ms": ms, "config": asdict(config)})
+    broken = made.configs["backward"][1]
+    made.write({"key": f"backward {tournament.name(broken)}", "status": "failed", "ms": 0.1, "config": asdict(broken)})
+    best = made.best()
+    assert best.forward == fast and best.backward == made.shipped.backward and isinstance(best.forward, Config)
+
+
+@pytest.mark.long
+def test_the_whole_tournament_can_be_rehearsed_in_the_interpreter(tmp_path):
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OUT": str(tmp_path)}
+    command = [sys.executable, "-m", "cliperase_fast.benchmarks.tournament", "--rehearse"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows = [json.loads(line) for line in (tmp_path / "tournament-cpu.jsonl").read_text().splitlines()]
+    assert {row["status"] for row in rows} == {"begun", "passed"}
+    assert rows[-1]["key"] == "best" and rows[-1]["configs"]["forward"]["block_m"] == 32
