@@ -197,7 +197,9 @@ def test_the_gpu_set_can_be_rehearsed_on_the_cpu():
     plan = loss.gpu_plan("cpu")
     assert len(plan) == len(loss.gpu_plan("cuda")) and max(case.n for case, _ in plan) <= 1024
     assert all(set(who) <= set(providers.default_names(case.loss)) for case, who in plan)
-    assert all(set(who) <= {"ours-torch"} for _, who in loss.gpu_plan("cpu", ["ours-torch"]))
+    assert all(set(who) == {"ours-torch"} for _, who in loss.gpu_plan("cpu", ["ours-torch"]))
+    (first, own), (again, others) = loss.gpu_plan("cuda")[:2]
+    assert first == again and "ours-triton-keep-nothing" in own and "open_clip-compiled" in others
 
 
 @pytest.mark.parametrize(
