@@ -11,7 +11,9 @@ import numpy as np
 from .unaided_verdicts import (
     AUDITED,
     CALIBRATED,
+    FIXED,
     GIVEN,
+    SEARCHED,
     after,
     done,
     failed,
@@ -94,6 +96,32 @@ def _reference_rows(runs: Sequence[Record], levels: Sequence[str]) -> list[tuple
 
     floor = float(np.mean([run["floor"] for run in own]))
     return [row("the originals", "before", ""), row("the oracles", "oracle", f"{floor:.3f} between two")]
+
+
+def overview_table(records: Mapping[str, Record]) -> Table:
+    """A row for each data set: what `calibrated` without settings forgot and kept, and the mean gaps of each method."""
+    rows = []
+    for name, record in records.items():
+        own = done(record["runs"], CALIBRATED)
+        if not own:
+            continue
+        before, left = (
+            float(np.mean([run["scores"][model]["zero_shot_top1"] for run in own])) for model in ("before", "oracle")
+        )
+        gone = float(np.mean([after(run, "zero_shot_top1") for run in own]))
+        drop = float(np.mean([retain_drop(run) for run in own]))
+        gaps = [
+            f"{np.mean([gap_of(run) for run in found]):.3f}" if (found := done(record["runs"], method)) else "–"
+            for method in (CALIBRATED, SEARCHED, FIXED)
+        ]
+        floor = float(np.mean([run["floor"] for run in own]))
+        shares = (_percent(share) for share in (before, gone, left))
+        rows.append((DATA[name], f"{len(own)}", *shares, _points(drop), *gaps, f"{floor:.3f}"))
+    head = (
+        "", "runs", "forget before", "forget after", "oracles", "retain drop", "gap: calibrated", "cliperase",
+        "cliperase, version 0.1", "between two oracles",
+    )  # fmt: skip
+    return head, rows
 
 
 def choices_table(record: Record) -> Table:

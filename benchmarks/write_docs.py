@@ -359,13 +359,15 @@ def unaided(name: str) -> str:
     return "\n\n".join([*parts, provenance(record)])
 
 
-def unaided_overall() -> str:
+def _unaided() -> dict[str, Any]:
+    """The committed runs without settings by data set."""
     names = [name for name in unaided_report.DATA if (RESULTS / f"unaided-{name}.json").exists()]
-    return unaided_report.overall_line({name: load(f"unaided-{name}") for name in names})
+    return {name: load(f"unaided-{name}") for name in names}
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "unaided": unaided_overall,
+    "unaided": lambda: unaided_report.overall_line(_unaided()),
+    "unaided-overview": lambda: table(*unaided_report.overview_table(_unaided())),
     **{f"unaided-{name}": partial(unaided, name) for name in unaided_report.DATA},
     "audit-scores": lambda: table(*audit_report.scores_table()),
     "audit-verdicts": audit_verdicts,

@@ -2,13 +2,13 @@
 
 The loss is `functional.calibrated_loss` plus two terms over single pairs, O((M + N) D):
 
-    excess = mean over the forget pairs of relu(C_mm - C*_mm),    C*_mm the pair's background level
-    pairs  = mean over the retain pairs of (C_ii - C°_ii)²
+    level = mean over the forget pairs of |C_mm - C*_mm|,    C*_mm the pair's background level
+    pairs = mean over the retain pairs of (C_ii - C°_ii)²
 
 The loss alone stops above the background where concepts share their parts, as "red circle" shares red with other
-shapes: its squared distance fades near the target and balances with the anchor. The excess does not fade, and is 0 once
-the background is reached. The anchor is a mean over all P² cosines, among which those of the retain pairs themselves
-hardly count; without `pairs` they fall by about 0.1.
+shapes: its squared distance fades near the target and balances with the anchor. Nor does it lift forget pairs that have
+fallen below the background, as digits do in the first steps. The absolute distance does both. The anchor is a mean over
+all P² cosines, among which those of the retain pairs themselves hardly count; without `pairs` they fall by about 0.1.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class CalibratedOptions:
     """Weights of the terms that only this method has.
 
     lambda_anchor: of the squared distance of all other cosines from the original's. lambda_pairs: of that of the retain
-    pairs' own cosines. lambda_excess: of the cosine that forget pairs have above their background level.
+    pairs' own cosines. lambda_level: of the distance of the forget pairs' cosines from their background level.
     """
 
     lambda_anchor: float = 90.0
     lambda_pairs: float = 90.0
-    lambda_excess: float = 12.0
+    lambda_level: float = 12.0
 
     def __post_init__(self) -> None:
         for name, weight in asdict(self).items():
@@ -56,7 +56,7 @@ class CalibratedObjective(NamedTuple):
     consistency: Tensor
     anchor: Tensor
     pairs: Tensor
-    excess: Tensor
+    level: Tensor
 
 
 class Calibrated(TrainingMethod):
@@ -106,31 +106,29 @@ class Calibrated(TrainingMethod):
                 background_image=features.background_image,
                 background_text=features.background_text,
             )
-            pairs, excess = pair_terms(features)
-            total = found.total + options.lambda_pairs * pairs + options.lambda_excess * excess
-            return CalibratedObjective(
-                total, found.retain, found.forget, found.consistency, found.anchor, pairs, excess
-            )
+            pairs, level = pair_terms(features)
+            total = found.total + options.lambda_pairs * pairs + options.lambda_level * level
+            return CalibratedObjective(total, found.retain, found.forget, found.consistency, found.anchor, pairs, level)
 
         return terms
 
 
 def pair_terms(features: BatchFeatures) -> tuple[Tensor, Tensor]:
-    """Return the terms `pairs` and `excess` of the module's formula over the batch of all ranks; 0-d float32."""
+    """Return the terms `pairs` and `level` of the module's formula over the batch of all ranks; 0-d float32."""
     count, ranks = features.n_forget, features.ranks
     assert features.teacher_image is not None and features.teacher_text is not None
     assert features.background_image is not None and features.background_text is not None
     cosines = _cosines(features.image, features.text)  # [M + N]
     background = (features.background_image + features.background_text)[:count].float() / 2  # [M]
-    excess = (cosines[:count] - background).relu()
+    level = (cosines[:count] - background).abs()
     original = _cosines(features.teacher_image[count:], features.teacher_text[count:])  # [N]
     moved = (cosines[count:] - original).square()
     if ranks.size > 1:
-        excess, moved = (
+        level, moved = (
             ranks.all_gather_with_gradient(part, counts)
-            for part, counts in zip((excess, moved), features.counts, strict=True)
+            for part, counts in zip((level, moved), features.counts, strict=True)
         )
-    return moved.mean(), excess.mean()
+    return moved.mean(), level.mean()
 
 
 def _cosines(image: Tensor, text: Tensor) -> Tensor:
