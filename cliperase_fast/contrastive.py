@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cliperase_fast.agreement import agreed, described
 from cliperase_fast.distributed import LOCAL, resolve_group, sharded_sigmoid
 from cliperase_fast.errors import InputError
-from cliperase_fast.functional import contrast
+from cliperase_fast.functional import agreed, contrast, described
 from cliperase_fast.ops import eager
 from cliperase_fast.ops.registry import Backend
 from cliperase_fast.ops.rows import row_losses

@@ -31,7 +31,6 @@ LAYERS = [
     {"losses"},
     {"contrastive"},
     {"functional"},
-    {"agreement"},
     {"validation"},
     {"distributed"},
     {"ops"},
