@@ -129,7 +129,7 @@ class RateSearch:
             association=_finite(candidate.forget_similarity),
             divergence=diverged,
             progress=_finite(recipe.progress(candidate, self.target, self.before)) or 0.0,
-            reached=diverged is not None and self.target.reached(candidate) and not stopped,
+            reached=not stopped and recipe.reaches(candidate, self.target),
             stopped=stopped,
             seconds=seconds,
         )

@@ -96,6 +96,11 @@ def early_end(candidate: Candidate, target: Target, before: Candidate) -> str:
     return ""
 
 
+def reaches(candidate: Candidate, target: Target) -> bool:
+    """Whether a probe that ends like this is at the target, and the model is not ruined."""
+    return target.reached(candidate) and candidate.diverged <= RUINED
+
+
 def progress(candidate: Candidate, target: Target, before: Candidate) -> float:
     """Return the share of the way from the original to the target, by association where it is above the target."""
     if before.forget_similarity > target.association:

@@ -1,4 +1,4 @@
-"""Tests of what `make gpu-check` does with its stages, with short commands in place of builds and measurements."""
+"""Run the stages of `make gpu-check` with short commands in place of builds and measurements."""
 
 from __future__ import annotations
 

@@ -87,7 +87,10 @@ def test_no_lower_rate_is_tried_where_the_divergence_is_negligible():
 
 
 def test_a_rate_that_ruins_the_model_does_not_reach_the_target():
-    assert recipe.early_end(candidate(10, divergence=1.1), TARGET, BEFORE) == "diverged"
+    assert recipe.reaches(candidate(30, divergence=0.9), TARGET)
+    assert not recipe.reaches(candidate(30, divergence=1.1), TARGET)
+    assert not recipe.reaches(candidate(30, divergence=float("nan")), TARGET)
+    assert not recipe.reaches(candidate(30, association=0.2), TARGET)
 
 
 def test_where_every_rate_ruins_the_model_the_gentlest_is_taken():

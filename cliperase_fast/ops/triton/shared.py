@@ -29,7 +29,7 @@ from cliperase_fast.ops.triton.tiles import (
 )
 
 _LEAST = tl.constexpr(8.75651076269652e-27)  # exp(-REACH)
-# Bits of what is missing of a tile: rows' statistics of a kind, and columns' of any.
+# Bits that say which statistics of a tile are missing: one for each kind of row statistics, one for all columns.
 _PLAIN, _MASKED, _TEACHER, _COLUMNS = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4), tl.constexpr(8)
 CHECKED_COLUMNS = 2048  # of a program of `check_kernel`
 

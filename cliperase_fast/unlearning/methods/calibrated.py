@@ -8,7 +8,7 @@ The loss is `functional.calibrated_loss` plus two terms over single pairs, O((M 
 The loss alone stops above the background where concepts share their parts, as "red circle" shares red with other
 shapes: its squared distance fades near the target and balances with the anchor. Nor does it lift forget pairs that have
 fallen below the background, as digits do in the first steps. The absolute distance does both. The anchor is a mean over
-all P² cosines, among which those of the retain pairs themselves hardly count; without `pairs` they fall by about 0.1.
+all P² cosines, among which those of the retain pairs themselves hardly count, so that they fall without `pairs`.
 """
 
 from __future__ import annotations
