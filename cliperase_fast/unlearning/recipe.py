@@ -24,6 +24,7 @@ HEALING = 0.5  # nats; as much is fine for a rate on its way, as the divergence 
 UNNOTICED = 0.01  # nats; a rate at the target that diverges less needs no comparison with a lower one
 RUINED = 1.0  # nats; above it a rate is too high even at the target
 ON_ITS_WAY = 0.5  # share of the way to the target that a probe has made
+GENTLY_ON_ITS_WAY = 0.25  # the same of a gentle probe, from which training goes on without disturbing the rest
 STAGES = (1.0, 0.3, 0.1)  # times the learning rate, one after another; the lower ones let what was disturbed settle
 STRENGTH = 1e-3  # the first rate as a share of a typical weight, as Adam moves every weight by about the rate
 BUDGET, BUDGET_UNREACHED = 60, 90  # steps of other probes, once a rate reaches the target and before
@@ -149,24 +150,31 @@ def _next_unreached(tried: dict[int, Probe]) -> int | None:
 
 
 def choose(probes: Sequence[Probe]) -> tuple[Probe, str]:
-    """Return the probe to go on from, and why."""
+    """Return the probe to go on from, and why. A gentle one on its way goes before one that is there but disturbs."""
     reached = [probe for probe in probes if probe.reached]
-    if reached:
-        best = min(reached, key=lambda probe: (probe.diverged, probe.rate))
+    gently = [probe for probe in probes if probe.gentle and (probe.reached or probe.progress >= GENTLY_ON_ITS_WAY)]
+    there = [probe for probe in reached if probe.gentle] or ([] if gently else reached)
+    if there:
+        best = _least_divergent(there)
         return best, (
-            f"it diverges least from the original ({best.diverged:.3f} nats) of the {len(reached)} rates that reach "
+            f"it diverges least from the original ({best.diverged:.3f} nats) of the {len(there)} rates that reach "
             f"the target within {best.steps} steps"
-            if len(reached) > 1
+            if len(there) > 1
             else f"it is the only rate that reaches the target within {best.steps} steps"
         )
-    none = "no rate reaches the target so soon"
-    gentle = max((probe for probe in probes if probe.gentle), key=lambda probe: probe.rate, default=None)
+    none = "no rate reaches the target so soon" + (f" within {DIVERGENCE:g} nats of divergence" if reached else "")
     promising = [probe for probe in probes if probe.promising]
-    if gentle is not None and (gentle.promising or not promising):
-        return gentle, f"{none}, and it is the highest whose divergence is at most {DIVERGENCE:g} nats"
-    best = min(promising or probes, key=lambda probe: (probe.diverged, probe.rate))
+    if gently or not promising:
+        highest = max(gently or [p for p in probes if p.gentle], key=lambda probe: probe.rate, default=None)
+        if highest is not None:
+            return highest, f"{none}, and it is the highest whose divergence is at most {DIVERGENCE:g} nats"
+    best = _least_divergent(promising or probes)
     where = " of those that come more than half way" if promising else ""
     return best, f"{none}, and it diverges least{where} ({best.diverged:.3f} nats)"
+
+
+def _least_divergent(probes: Sequence[Probe]) -> Probe:
+    return min(probes, key=lambda probe: (probe.diverged, probe.rate))
 
 
 @dataclass(frozen=True)

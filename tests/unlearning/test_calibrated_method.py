@@ -39,37 +39,58 @@ def calls(monkeypatch):
 
 def test_terms_of_every_step_are_logged():
     lines = steps(run())
-    weights = {"retain": 1, "forget": 3, "consistency": 3, "anchor": 90, "pairs": 90, "level": 12}
+    weights = {"retain": 1, "forget": 3, "consistency": 3, "anchor": 30, "held": 3000, "level": 33}
     for line in lines:
         assert line["total"] == pytest.approx(sum(weight * line[name] for name, weight in weights.items()), rel=1e-5)
     first, last = lines[0], lines[-1]
-    assert first["anchor"] + first["pairs"] == pytest.approx(0, abs=1e-10)  # the student is the teacher
-    assert first["level"] > last["level"] >= 0 and last["pairs"] > 0
+    assert first["anchor"] + first["held"] == pytest.approx(0, abs=1e-10)  # the student is the teacher
+    assert first["level"] > last["level"] >= 0 and last["held"] > 0
 
 
 def unit(*shape):
     return torch.nn.functional.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)
 
 
-def features(count=9, forgotten=4, width=5):
+def features(count=9, forgotten=4, width=5, teacher_width=5):
     torch.manual_seed(3)
     image, text = unit(count, width).requires_grad_(), unit(count, width).requires_grad_()
     return BatchFeatures(
-        image, text, torch.tensor(20.0), forgotten, teacher_image=unit(count, 3), teacher_text=unit(count, 3),
+        image, text, torch.tensor(20.0), forgotten,
+        teacher_image=unit(count, teacher_width), teacher_text=unit(count, teacher_width),
         background_image=torch.rand(count) - 0.5, background_text=torch.rand(count) - 0.5,
     )  # fmt: skip
 
 
-def test_terms_of_single_pairs_are_those_of_the_formula():
+def test_the_level_is_the_distance_of_forget_pairs_from_the_background():
     given = features()
-    pairs, level = calibrated.pair_terms(given)
-    own, before = ((a * b).sum(1) for a, b in ((given.image, given.text), (given.teacher_image, given.teacher_text)))
-    above = own[:4] - (given.background_image + given.background_text)[:4] / 2
+    _, level = calibrated.pair_terms(given)
+    above = (given.image * given.text).sum(1)[:4] - (given.background_image + given.background_text)[:4] / 2
     assert (above > 0).any() and (above < 0).any()
     assert level.item() == pytest.approx(above.abs().mean().item(), rel=1e-6)
-    assert pairs.item() == pytest.approx((own - before)[4:].square().mean().item(), rel=1e-6)
-    (pairs + level).backward()
-    assert torch.all(given.image.grad.abs().sum(1) > 0)
+
+
+def test_features_are_held_but_for_the_captions_of_forget_pairs():
+    given = features()
+    held, _ = calibrated.pair_terms(given)
+    image, text = ((own - old).pow(2).sum(1) for own, old in
+                   ((given.image, given.teacher_image), (given.text, given.teacher_text)))  # fmt: skip
+    assert held.item() == pytest.approx((image[:4].mean() + image[4:].mean() + text[4:].mean()).item(), rel=1e-6)
+    held.backward()
+    assert torch.all(given.image.grad.abs().sum(1) > 0) and torch.all(given.text.grad[4:].abs().sum(1) > 0)
+    assert torch.all(given.text.grad[:4] == 0)
+
+
+def test_with_another_teacher_the_cosines_of_retain_pairs_are_held():
+    given = features(teacher_width=3)
+    held, _ = calibrated.pair_terms(given, own_teacher=False)
+    own, before = ((a * b).sum(1) for a, b in ((given.image, given.text), (given.teacher_image, given.teacher_text)))
+    assert held.item() == pytest.approx((own - before)[4:].square().mean().item(), rel=1e-6)
+
+
+def test_a_run_holds_its_features_unless_it_has_another_teacher():
+    own, other = (steps(run(teacher=teacher, epochs=1))[0]["held"] for teacher in (None, make_tiny_clip(seed=5)))
+    assert own == pytest.approx(0, abs=1e-10) and other > 1e-3
+    assert other < 4.0  # (C - C°)², not the distance of features of another model
 
 
 def test_weights_and_options_reach_the_loss(calls):
@@ -124,7 +145,7 @@ def test_forgetting_stops_at_the_background_where_cliperase_goes_on():
         ({"consistency": "features"}, "does not use consistency"),
         ({"method_options": {"lambda_anchor": -1.0}}, "lambda_anchor=-1.0 must be a finite number"),
         ({"method_options": {"lambda_level": float("inf")}}, "lambda_level=inf must be finite"),
-        ({"method_options": {"lambda_pairs": -0.5}}, "lambda_pairs=-0.5 must be a finite number"),
+        ({"method_options": {"lambda_held": -0.5}}, "lambda_held=-0.5 must be a finite number"),
         ({"method_options": {"lambda_anchor": float("nan")}}, "lambda_anchor=nan must be finite"),
     ],
 )

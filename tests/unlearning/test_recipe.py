@@ -81,6 +81,16 @@ def test_a_gentle_rate_on_its_way_is_taken_before_a_higher_one_that_disturbs():
     assert chosen == -7 and max(tried) > -7
 
 
+def test_a_gentle_rate_on_its_way_is_taken_before_one_that_is_there_but_disturbs():
+    def outcome(index):
+        return 30, {-8: 0.02}.get(index, 0.3), index == -7, 1.0 if index == -7 else way
+
+    way = 0.3
+    assert search(outcome) == ([-8, -7], -8)
+    way = 0.2
+    assert search(outcome)[1] == -7
+
+
 def test_no_lower_rate_is_tried_where_the_divergence_is_negligible():
     assert search(lambda index: (30, 0.009, True, 1.0)) == ([-8], -8)
     assert len(search(lambda index: (30, 0.011, True, 1.0))[0]) > 1

@@ -3,12 +3,17 @@
 The loss is `functional.calibrated_loss` plus two terms over single pairs, O((M + N) D):
 
     level = mean over the forget pairs of |C_mm - C*_mm|,    C*_mm the pair's background level
-    pairs = mean over the retain pairs of (C_ii - C°_ii)²
+    held  = mean |I_m - I°_m|² over the forget pairs + mean (|I_i - I°_i|² + |T_i - T°_i|²) over the retain pairs
 
 The loss alone stops above the background where concepts share their parts, as "red circle" shares red with other
 shapes: its squared distance fades near the target and balances with the anchor. Nor does it lift forget pairs that have
-fallen below the background, as digits do in the first steps. The absolute distance does both. The anchor is a mean over
-all P² cosines, among which those of the retain pairs themselves hardly count, so that they fall without `pairs`.
+fallen below the background, as digits do in the first steps. The absolute distance does both.
+
+Cosines say little about what a batch does not show, such as other facts about a person who is in the forget pairs.
+`held` keeps the features themselves, so that these stay where they are; only the captions of the forget pairs are free.
+A teacher that is not the original has features of its own; then the cosines of the retain pairs are held instead:
+
+    held  = mean over the retain pairs of (C_ii - C°_ii)²
 """
 
 from __future__ import annotations
@@ -33,13 +38,14 @@ _FORGET_CONCEPT = -1  # of all forget pairs of data whose pairs name no concept
 class CalibratedOptions:
     """Weights of the terms that only this method has.
 
-    lambda_anchor: of the squared distance of all other cosines from the original's. lambda_pairs: of that of the retain
-    pairs' own cosines. lambda_level: of the distance of the forget pairs' cosines from their background level.
+    lambda_anchor: of the squared distance of all other cosines from the original's. lambda_held: of that of the
+    features of images and of retained captions. lambda_level: of the distance of the forget pairs' cosines from their
+    background level.
     """
 
-    lambda_anchor: float = 90.0
-    lambda_pairs: float = 90.0
-    lambda_level: float = 12.0
+    lambda_anchor: float = 30.0
+    lambda_held: float = 3000.0
+    lambda_level: float = 33.0
 
     def __post_init__(self) -> None:
         for name, weight in asdict(self).items():
@@ -55,7 +61,7 @@ class CalibratedObjective(NamedTuple):
     forget: Tensor
     consistency: Tensor
     anchor: Tensor
-    pairs: Tensor
+    held: Tensor
     level: Tensor
 
 
@@ -87,7 +93,7 @@ class Calibrated(TrainingMethod):
         )
         by_concept = run.loader.group_ids is not None and run.loader.group_ids.size > 0
 
-        options = self.options
+        options, own_teacher = self.options, run.setup.inputs.teacher is None
 
         def terms(features: BatchFeatures) -> CalibratedObjective:
             assert features.teacher_image is not None and features.teacher_text is not None
@@ -106,29 +112,49 @@ class Calibrated(TrainingMethod):
                 background_image=features.background_image,
                 background_text=features.background_text,
             )
-            pairs, level = pair_terms(features)
-            total = found.total + options.lambda_pairs * pairs + options.lambda_level * level
-            return CalibratedObjective(total, found.retain, found.forget, found.consistency, found.anchor, pairs, level)
+            held, level = pair_terms(features, own_teacher)
+            total = found.total + options.lambda_held * held + options.lambda_level * level
+            return CalibratedObjective(total, found.retain, found.forget, found.consistency, found.anchor, held, level)
 
         return terms
 
 
-def pair_terms(features: BatchFeatures) -> tuple[Tensor, Tensor]:
-    """Return the terms `pairs` and `level` of the module's formula over the batch of all ranks; 0-d float32."""
-    count, ranks = features.n_forget, features.ranks
-    assert features.teacher_image is not None and features.teacher_text is not None
+def pair_terms(features: BatchFeatures, own_teacher: bool = True) -> tuple[Tensor, Tensor]:
+    """Return the terms `held` and `level` of the module's formula over the batch of all ranks; 0-d float32.
+
+    own_teacher: whether the teacher is the original.
+    """
+    count = features.n_forget
+    image, text, teacher_image, teacher_text = (
+        features.image,
+        features.text,
+        features.teacher_image,
+        features.teacher_text,
+    )
+    assert teacher_image is not None and teacher_text is not None
     assert features.background_image is not None and features.background_text is not None
-    cosines = _cosines(features.image, features.text)  # [M + N]
+    cosines = _cosines(image, text)  # [M + N]
     background = (features.background_image + features.background_text)[:count].float() / 2  # [M]
     level = (cosines[:count] - background).abs()
-    original = _cosines(features.teacher_image[count:], features.teacher_text[count:])  # [N]
-    moved = (cosines[count:] - original).square()
-    if ranks.size > 1:
-        level, moved = (
-            ranks.all_gather_with_gradient(part, counts)
-            for part, counts in zip((level, moved), features.counts, strict=True)
-        )
-    return moved.mean(), level.mean()
+    if own_teacher:
+        of_images = _distances(image, teacher_image)  # [M + N]
+        moved = of_images[count:] + _distances(text[count:], teacher_text[count:])  # [N]
+        held = _mean(moved, features, 1) + _mean(of_images[:count], features, 0)
+    else:
+        held = _mean((cosines - _cosines(teacher_image, teacher_text))[count:].square(), features, 1)
+    return held, _mean(level, features, 0)
+
+
+def _mean(part: Tensor, features: BatchFeatures, which: int) -> Tensor:
+    """Return the mean over the pairs of all ranks. which: 0 for a part over forget pairs, 1 over retain pairs."""
+    if features.ranks.size > 1:
+        part = features.ranks.all_gather_with_gradient(part, features.counts[which])
+    return part.mean()
+
+
+def _distances(rows: Tensor, others: Tensor) -> Tensor:
+    """Return the squared distance between rows of the same number in float32; [n, D] twice -> [n]."""
+    return (rows.float() - others.float()).square().sum(1)
 
 
 def _cosines(image: Tensor, text: Tensor) -> Tensor:
