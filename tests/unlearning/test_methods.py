@@ -19,7 +19,7 @@ from cliperase_fast.evaluation import encode_pairs
 from cliperase_fast.models import load_model
 from cliperase_fast.report import verdict
 from cliperase_fast.unlearning.methods import ClosedFormMethod, TrainingMethod, registry
-from cliperase_fast.unlearning.methods.gradient_ascent import forget_clip_loss
+from cliperase_fast.unlearning.methods.clip_losses import forget_clip_loss
 from cliperase_fast.unlearning.objective import BatchFeatures
 from cliperase_fast.unlearning.selection import Candidate, Selection
 

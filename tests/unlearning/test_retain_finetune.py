@@ -82,7 +82,7 @@ def test_the_retain_pairs_and_the_length_of_an_epoch_are_those_of_the_other_meth
 
 
 def test_the_loss_is_the_clip_loss_of_the_retain_pairs(monkeypatch):
-    from cliperase_fast.unlearning.methods import retain_finetune
+    from cliperase_fast.unlearning.methods import clip_losses
 
     calls = []
 
@@ -90,7 +90,7 @@ def test_the_loss_is_the_clip_loss_of_the_retain_pairs(monkeypatch):
         calls.append((image.detach(), text.detach(), scale.detach(), options["group_ids"]))
         return functional.clip_loss(image, text, scale, **options)
 
-    monkeypatch.setattr(retain_finetune, "clip_loss", watched)
+    monkeypatch.setattr(clip_losses, "clip_loss", watched)
     result = run(epochs=1)
     lines = [line for line in result.history if "total" in line]
     assert len(lines) == len(calls)

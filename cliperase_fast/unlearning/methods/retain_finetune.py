@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from cliperase_fast.functional import clip_loss
 from cliperase_fast.unlearning.checkpoints import TrainState
 from cliperase_fast.unlearning.methods.base import TERM_SETTINGS, TrainingMethod
+from cliperase_fast.unlearning.methods.clip_losses import retain_clip_loss
 from cliperase_fast.unlearning.objective import BatchFeatures, Objective
 from cliperase_fast.unlearning.run import Run
 
@@ -34,17 +34,10 @@ class RetainFinetune(TrainingMethod):
     unused_settings = TERM_SETTINGS - {"backend"}
 
     def objective(self, run: Run) -> Objective:
-        backend, process_group = self.settings.backend, run.ranks.process_group or "local"
+        backend = self.settings.backend
 
         def terms(features: BatchFeatures) -> RetainTerms:
-            loss = clip_loss(
-                features.retain_image,
-                features.retain_text,
-                features.logit_scale,
-                group_ids=features.retain_group_ids,
-                process_group=process_group,
-                backend=backend,
-            )
+            loss = retain_clip_loss(features, backend)
             return RetainTerms(loss, loss)
 
         return terms
