@@ -87,6 +87,7 @@ def load(inputs: Inputs, settings: UnlearnConfig, method: Method, directory: Run
     teacher.transform = original.transform
     captions = ranks.run_on_all(partial(CaptionTable, data.train.pairs, original.token_ids))
     ranks.run_on_all(partial(check_captions, original, captions, runtime))
+    ranks.run_on_all(partial(method.check_model, original, data.train, captions))
     identity = _identity(models, data, transform, captions, settings, directory)
     ranks.agree({f"the {name}": value for name, value in identity.items() if name != "config"})
     checkpoint = resume_from(directory.path, identity, ranks) if directory.resume else None

@@ -148,12 +148,16 @@ class ClipAdapter(ABC):
         """
         if tokens.ndim != 2:
             raise InputError(f"token ids must be [B, L], not {list(tokens.shape)}")
+        return normalise(self._checked(self.text_output(tokens), "encode_text", len(tokens)))
+
+    def text_output(self, tokens: Tensor) -> Tensor:  # [B, L] -> [B, D]
+        """Return what the text tower computes: in its own dtype, and with rows of any length. See `encode_text`."""
         if tokens.device.type == "cpu":  # on a GPU, finding the longest caption would synchronise
             tokens = tokens[:, : self._read_length(tokens)]
             first = next(self.module.parameters(), None)
             if first is not None:
                 tokens = tokens.to(first.device, non_blocking=True)
-        return normalise(self._checked(self._text_features(tokens), "encode_text", len(tokens)))
+        return self._text_features(tokens)
 
     def logit_scale(self) -> Tensor:
         """Return exp of the model's `logit_scale` parameter, a differentiable 0-d tensor."""

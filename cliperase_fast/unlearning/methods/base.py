@@ -15,10 +15,13 @@ from torch import Tensor
 from cliperase_fast.coercion import AUTO
 from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.errors import InputError
+from cliperase_fast.models import ClipAdapter
+from cliperase_fast.unlearning.batches import CaptionTable
 from cliperase_fast.unlearning.checkpoints import TrainState
 from cliperase_fast.unlearning.objective import Objective
 from cliperase_fast.unlearning.run import Run
 from cliperase_fast.unlearning.selection import Candidate
+from cliperase_fast.unlearning.splits import Split
 from cliperase_fast.unlearning.step_effect import notes
 from cliperase_fast.unlearning.teacher import measure_background
 from cliperase_fast.unlearning.tracker import Tracker
@@ -81,6 +84,13 @@ class Method(ABC):
                 )
         if teacher is not None and "teacher" not in self.needs:
             raise InputError(f"method={self.name!r} does not use a teacher: leave out teacher=")
+
+    def check_model(self, model: ClipAdapter, train: Split, captions: CaptionTable) -> None:
+        """Raise InputError for a model or training pairs that the method cannot work on. Optional.
+
+        It is called before anything is measured or written, and leaves the model as it is.
+        """
+        return
 
     def prepare(self, run: Run) -> None:
         """Compute what the method needs before it changes the student, such as a mask of weights. Optional.

@@ -19,10 +19,11 @@ from cliperase_fast.unlearning.methods.calibrated import Calibrated
 from cliperase_fast.unlearning.methods.cliperase import CLIPErase
 from cliperase_fast.unlearning.methods.gradient_ascent import GradientAscent
 from cliperase_fast.unlearning.methods.retain_finetune import RetainFinetune
+from cliperase_fast.unlearning.methods.text_projection import TextProjection
 
 M = TypeVar("M", bound=type[Method])
 
-_BUILT_IN: tuple[type[Method], ...] = (CLIPErase, Calibrated, GradientAscent, RetainFinetune)
+_BUILT_IN: tuple[type[Method], ...] = (CLIPErase, Calibrated, GradientAscent, RetainFinetune, TextProjection)
 _METHODS: dict[str, type[Method]] = {}
 
 
