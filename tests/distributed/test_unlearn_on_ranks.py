@@ -60,6 +60,8 @@ def alone(**changes):
         {"method": "gradient_ascent", "batch_size": 12, "forget_fraction": 0.42},
         {"method": "retain_finetune", "forget_fraction": 0.1},
         {"method": "calibrated", "batch_size": 12, "forget_fraction": 0.42},
+        {"method": "gradient_difference", "batch_size": 12, "forget_fraction": 0.42},
+        {"method": "kl_minimization", "batch_size": 12, "forget_fraction": 0.42},
     ],
     ids=[
         "plain",
@@ -68,6 +70,8 @@ def alone(**changes):
         "gradient ascent, uneven shares",
         "no forget pairs",
         "calibrated, uneven shares",
+        "gradient difference",
+        "KL minimisation",
     ],
 )
 def test_the_curve_and_the_scores_are_those_of_one_process(two, changes):

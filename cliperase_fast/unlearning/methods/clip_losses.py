@@ -16,11 +16,11 @@ def forget_clip_loss(features: BatchFeatures) -> Tensor:
     of a forget pair are not negatives of it. It forms the similarities of forget pairs with the whole batch,
     2 M (M + N). On several ranks pass `features.gather()`.
     """
-    count = features.n_forget
+    count, dtype = features.n_forget, torch.promote_types(features.image.dtype, torch.float32)
     with torch.autocast(features.image.device.type, enabled=False):
-        image, text = features.image.float(), features.text.float()
+        image, text = features.image.to(dtype), features.text.to(dtype)
         losses = [
-            _cross_entropy(features.logit_scale.float() * rows[:count] @ columns.T, features.group_ids)
+            _cross_entropy(features.logit_scale.to(dtype) * rows[:count] @ columns.T, features.group_ids)
             for rows, columns in ((image, text), (text, image))
         ]
     return (losses[0] + losses[1]) / 2

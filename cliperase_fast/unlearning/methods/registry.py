@@ -18,12 +18,22 @@ from cliperase_fast.unlearning.methods.base import DATA, Method
 from cliperase_fast.unlearning.methods.calibrated import Calibrated
 from cliperase_fast.unlearning.methods.cliperase import CLIPErase
 from cliperase_fast.unlearning.methods.gradient_ascent import GradientAscent
+from cliperase_fast.unlearning.methods.gradient_difference import GradientDifference
+from cliperase_fast.unlearning.methods.kl_minimization import KlMinimization
 from cliperase_fast.unlearning.methods.retain_finetune import RetainFinetune
 from cliperase_fast.unlearning.methods.text_projection import TextProjection
 
 M = TypeVar("M", bound=type[Method])
 
-_BUILT_IN: tuple[type[Method], ...] = (CLIPErase, Calibrated, GradientAscent, RetainFinetune, TextProjection)
+_BUILT_IN: tuple[type[Method], ...] = (
+    CLIPErase,
+    Calibrated,
+    GradientAscent,
+    GradientDifference,
+    KlMinimization,
+    RetainFinetune,
+    TextProjection,
+)
 _METHODS: dict[str, type[Method]] = {}
 
 
