@@ -19,6 +19,7 @@ from cliperase_fast.ops import backends
 if TYPE_CHECKING:
     from cliperase_fast import export
     from cliperase_fast.auditing import Audit, audit
+    from cliperase_fast.comparing import Comparison, compare
     from cliperase_fast.evaluation import evaluate
     from cliperase_fast.integrations.open_clip import patch_open_clip, unpatch_open_clip
     from cliperase_fast.integrations.open_clip_losses import ClipLoss, DistillClipLoss, SigLipLoss
@@ -29,9 +30,11 @@ if TYPE_CHECKING:
 _LAZY = {
     "Audit": "cliperase_fast.auditing",
     "ClipLoss": "cliperase_fast.integrations.open_clip_losses",
+    "Comparison": "cliperase_fast.comparing",
     "DistillClipLoss": "cliperase_fast.integrations.open_clip_losses",
     "SigLipLoss": "cliperase_fast.integrations.open_clip_losses",
     "audit": "cliperase_fast.auditing",
+    "compare": "cliperase_fast.comparing",
     "evaluate": "cliperase_fast.evaluation",
     "methods": "cliperase_fast.unlearning.methods",
     "patch_open_clip": "cliperase_fast.integrations.open_clip",
@@ -48,6 +51,7 @@ __all__ = [
     "CLIPEraseLoss",
     "CalibratedLoss",
     "ClipLoss",
+    "Comparison",
     "DistillClipLoss",
     "InputError",
     "SigLipLoss",
@@ -57,6 +61,7 @@ __all__ = [
     "__version__",
     "audit",
     "backends",
+    "compare",
     "evaluate",
     "export",
     "functional",

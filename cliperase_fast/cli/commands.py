@@ -123,6 +123,29 @@ def audit(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def compare(arguments: argparse.Namespace) -> int:
+    from cliperase_fast.comparing import ALL, FILE, PAGE, compare
+
+    retain = arguments.retain if arguments.retain == "rest" else f"{arguments.data}#{arguments.retain}"
+    names = [name.strip() for name in arguments.methods.split(",") if name.strip()]
+    result = compare(
+        arguments.model,
+        f"{arguments.data}#{arguments.forget}",
+        retain,
+        methods=ALL if names == [ALL] else names,
+        output_dir=arguments.output,
+        oracle=arguments.oracle,
+        oracle_seconds=arguments.oracle_seconds,
+        test=arguments.test_data,
+        depth=arguments.depth,
+        config=given_settings(arguments),
+        progress=progress_style(arguments) == "bars",
+    )
+    print(result.summary())
+    print(f"\nscores   {result.folder / FILE}\nreport   {result.folder / PAGE}")
+    return 1 if len(result.failed) == len(result.methods) else 0
+
+
 def _check_audit_folder(folder: Path) -> None:
     """Raise InputError unless the folder is new, empty, that of an earlier audit, or that of a run."""
     from cliperase_fast.storage import check_writable

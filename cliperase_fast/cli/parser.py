@@ -28,7 +28,7 @@ examples:
 """
 
 
-_WITH_DATA = ("unlearn", "evaluate", "audit", "demo")
+_WITH_DATA = ("unlearn", "evaluate", "audit", "compare", "demo")
 _EXAMPLES_OF = {
     "unlearn": """\
 examples:
@@ -60,6 +60,16 @@ what it tells, with 95 % intervals, for each model on the test pairs:
                these are from each other; without one, unrelated pairs of the original are the reference
 An accuracy of 0 % alone does not show that a concept is gone. A model that pushes the concept further away than
 not knowing it explains is reported as over-forgotten: that marks the concept instead of removing it.
+""",
+    "compare": """\
+examples:
+  cliperase-fast compare --methods all --model local-dir:base --data folder:/photos --forget class:cat --output runs/cat
+  cliperase-fast compare --methods calibrated,cliperase,retain_finetune --model ViT-B-32:openai --data cifar100:/data \\
+      --forget class:apple --oracle local-dir:without-apples-1 --oracle local-dir:without-apples-2 --output runs/apple
+
+Every method gets the same model, pairs, splits and audit, and a run directory of its own in --output. The command
+goes on after a method that fails, and the same command again continues where it ended. `cliperase-fast methods`
+lists the methods. A setting that a method does not use is left out for it.
 """,
     "demo": """\
 examples:
@@ -150,6 +160,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_progress(evaluate)
 
     _add_audit(subparsers)
+    _add_compare(subparsers)
 
     demo = _command(subparsers, "demo", "train a small CLIP and make it forget, from nothing", commands.demo)
     demo.usage = "cliperase-fast demo [--data SOURCE] [--forget SELECTOR] [--oracles N] [--output DIR] [settings]"
@@ -275,14 +286,7 @@ def _add_audit(subparsers: Any) -> None:
     audit.add_argument(
         "--template", action="append", metavar="TEXT", help="caption of a class, 'a photo of a {}'; may be repeated"
     )
-    audit.add_argument(
-        "--depth",
-        nargs="?",
-        const=True,
-        default=False,
-        choices=("full",),
-        help="also attack copies of the models; full: relearn from 1, 4 and 16 pictures and other data too",
-    )
+    _add_depth(audit)
     audit.add_argument(
         "--long-captions",
         default="error",
@@ -294,6 +298,39 @@ def _add_audit(subparsers: Any) -> None:
     audit.add_argument("--seed", type=int, default=0, metavar="N", help="of intervals and attacks (default: 0)")
     _add_encoding(audit)
     _add_progress(audit)
+
+
+def _add_compare(subparsers: Any) -> None:
+    compare = _command(subparsers, "compare", "several methods on the same model and pairs", commands.compare)
+    compare.usage = (
+        "cliperase-fast compare --methods all --model MODEL --data SOURCE --forget SELECTOR --output DIR [settings]"
+    )
+    compare.add_argument("--methods", default="all", metavar="NAMES", help="all, or names with commas (default: all)")
+    _add_model(compare)
+    compare.add_argument("--data", required=True, metavar="SOURCE", help="where the pairs come from, see below")
+    compare.add_argument("--forget", required=True, metavar="SELECTOR", help="which of them to forget, see below")
+    compare.add_argument("--retain", default="rest", metavar="SELECTOR", help="which to keep (default: all others)")
+    compare.add_argument("--test-data", metavar="SOURCE", help="where to measure (default: the source's test split)")
+    _add_oracle(compare, "")
+    compare.add_argument(
+        "--oracle-seconds", type=float, metavar="S", help="how long training one of them took, to be shown beside"
+    )
+    _add_depth(compare)
+    compare.add_argument("--output", required=True, metavar="DIR", help="the folder of the runs and of the comparison")
+    compare.add_argument("--config", metavar="FILE", help="YAML or JSON with settings for all methods; flags win")
+    _add_progress(compare)
+    add_settings(compare, without=("method", "method_options", "audit"))
+
+
+def _add_depth(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--depth",
+        nargs="?",
+        const=True,
+        default=False,
+        choices=("full",),
+        help="also attack copies of the models; full: relearn from 1, 4 and 16 pictures and other data too",
+    )
 
 
 def _add_progress(parser: argparse.ArgumentParser) -> None:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Container
 from typing import Any
 
 from cliperase_fast.coercion import AUDIT_DEPTHS
 from cliperase_fast.config import UnlearnConfig, parse_options, read_settings
 
 
-def add_settings(parser: argparse.ArgumentParser) -> None:
-    """Add a flag for every field of UnlearnConfig. A flag that is not given leaves the config file's value."""
+def add_settings(parser: argparse.ArgumentParser, without: Container[str] = ()) -> None:
+    """Add a flag for every field of UnlearnConfig. A flag that is not given leaves the config file's value.
+
+    without: the fields that get none.
+    """
     groups: dict[str, Any] = {}
     for spec in dataclasses.fields(UnlearnConfig):
+        if spec.name in without:
+            continue
         name = spec.metadata["group"]
         if name not in groups:
             groups[name] = parser.add_argument_group(f"settings: {name}")

@@ -1,6 +1,7 @@
 """Plots, a web page and a terminal table from a run's result dictionary and arrays."""
 
 from cliperase_fast.report.audit_html import audit_page
+from cliperase_fast.report.comparison import comparison_page, comparison_table
 from cliperase_fast.report.data import ReportData
 from cliperase_fast.report.html import write_html
 from cliperase_fast.report.model_card import audit_advice, model_card
@@ -15,6 +16,8 @@ __all__ = [
     "audit_page",
     "audit_table",
     "class_table",
+    "comparison_page",
+    "comparison_table",
     "model_card",
     "text_table",
     "verdict",

@@ -231,3 +231,42 @@ def move_apart(centres: np.ndarray, sizes: np.ndarray, room: tuple[float, float]
         if not covers:
             break
     return placed
+
+
+def name_points(
+    axes: Axes,
+    points: np.ndarray,
+    names: Sequence[str],
+    forgets: Sequence[bool],
+    room: tuple[float, float],
+    theme: Theme,
+    *,
+    below: float = 0.0,
+) -> None:
+    """Write names at points [n, 2] or beside them, with a line to the point, so that no name covers another.
+
+    forgets: which names are about what is forgotten. room: the size of the axes, about, in CSS pixels. below: how far
+    under its point a name stands where it can.
+    """
+    heights = [12 if bold else 11 for bold in forgets]  # pixels
+    low, high = (np.array(ends) for ends in zip(axes.get_xlim(), axes.get_ylim(), strict=True))
+    scale = np.array(room) / (high - low)
+    sizes = np.array([(0.6 * tall * len(text) + 4, 1.3 * tall) for text, tall in zip(names, heights, strict=True)])
+    wanted = (points - low) * scale - (0.0, below)
+    places = move_apart(wanted, sizes, room) / scale + low
+    for text, bold, tall, point, place, size in zip(names, forgets, heights, points, places, sizes, strict=True):
+        colour = theme.forget if bold else theme.ink
+        if (np.abs(place - point) * scale > size / 2 + below).any():
+            axes.plot(*zip(point, place, strict=True), color=colour, linewidth=0.7, zorder=4)
+        axes.text(
+            float(place[0]),
+            float(place[1]),
+            text,
+            ha="center",
+            va="center",
+            fontsize=font_size(tall),
+            fontweight="bold" if bold else "normal",
+            color=colour,
+            path_effects=halo(theme),
+            zorder=6 if bold else 5,
+        )

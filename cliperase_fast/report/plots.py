@@ -23,8 +23,8 @@ from cliperase_fast.report.drawing import (
     draw_curve,
     font_size,
     halo,
-    move_apart,
     name_marks,
+    name_points,
     name_rows,
     new_figure,
     panel,
@@ -435,26 +435,5 @@ def _name_groups(axes: Axes, points: np.ndarray, labels: np.ndarray, forget: np.
     if not names:
         return
     forgets = [bool(forget[labels == name].all()) for name in names]
-    heights = [12 if bold else 11 for bold in forgets]  # pixels
-    shown = [plain(name, 16) for name in names]
-    low, high = (np.array(ends) for ends in zip(axes.get_xlim(), axes.get_ylim(), strict=True))
-    scale = np.array(_MAP_ROOM) / (high - low)
     middles = np.array([np.median(points[labels == name], axis=0) for name in names])
-    sizes = np.array([(0.6 * tall * len(text) + 4, 1.3 * tall) for text, tall in zip(shown, heights, strict=True)])
-    places = move_apart((middles - low) * scale, sizes, _MAP_ROOM) / scale + low
-    for text, bold, tall, middle, place, size in zip(shown, forgets, heights, middles, places, sizes, strict=True):
-        colour = theme.forget if bold else theme.ink
-        if (np.abs(place - middle) * scale > size / 2).any():
-            axes.plot(*zip(middle, place, strict=True), color=colour, linewidth=0.7, zorder=4)
-        axes.text(
-            float(place[0]),
-            float(place[1]),
-            text,
-            ha="center",
-            va="center",
-            fontsize=font_size(tall),
-            fontweight="bold" if bold else "normal",
-            color=colour,
-            path_effects=halo(theme),
-            zorder=6 if bold else 5,
-        )
+    name_points(axes, middles, [plain(name, 16) for name in names], forgets, _MAP_ROOM, theme)

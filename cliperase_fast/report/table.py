@@ -33,16 +33,14 @@ def text_table(
     (an evaluation alone) each set has one column.
     unicode: use rules and minus signs beyond ASCII; None: if standard output can encode them.
     """
-    if unicode is None:
-        unicode = _encodable("−–─", getattr(sys.stdout, "encoding", None))
     sets = [name for name in ("all", "forget", "retain") if name in before]
     columns = ["before", "after", "change"] if after is not None else ["score"]
-    shown = shown_metrics(*(scores[name] for scores in (before, after) if scores is not None for name in sets))
+    metrics = shown_metrics(*(scores[name] for scores in (before, after) if scores is not None for name in sets))
 
     blocks = []  # for each set: its rows of texts
     for name in sets:
         rows = [columns]
-        for metric in shown:
+        for metric in metrics:
             old = value(metric, before[name])
             if after is None:
                 rows.append([cell(metric, old)])
@@ -52,7 +50,7 @@ def text_table(
         blocks.append(rows)
     headings = [f"{name} ({before[name]['pairs']} pairs)" for name in sets]
 
-    labels = ["", *(metric.label for metric in shown)]
+    labels = ["", *(metric.label for metric in metrics)]
     left = max(len(label) for label in labels)
     lines = ["".join(["".ljust(left), *(f"   {heading}" for heading in _headings(headings, blocks))])]
     for row, label in enumerate(labels):
@@ -63,8 +61,7 @@ def text_table(
         lines.append("".join(texts))
     rule = "─" * max(len(line) for line in lines)
     lines.insert(2, rule)
-    text = "\n".join(line.rstrip() for line in lines)
-    return text if unicode else text.translate(_ASCII)
+    return shown("\n".join(line.rstrip() for line in lines), unicode)
 
 
 def audit_table(content: Mapping[str, Any], *, unicode: bool | None = None) -> str:
@@ -98,10 +95,7 @@ def audit_table(content: Mapping[str, Any], *, unicode: bool | None = None) -> s
         for row in rows
     ]
     lines.insert(1, "─" * max(map(len, lines)))
-    text = "\n".join(line.rstrip() for line in lines)
-    if unicode is None:
-        unicode = _encodable("−–─…", getattr(sys.stdout, "encoding", None))
-    return text if unicode else text.translate(_ASCII)
+    return shown("\n".join(line.rstrip() for line in lines), unicode)
 
 
 def _with_interval(found: Mapping[str, Any], form: Format) -> str:
@@ -150,6 +144,13 @@ def _total(widths: list[int]) -> int:
 
 def _headings(headings: list[str], blocks: list[list[list[str]]]) -> list[str]:
     return [heading.rjust(_total(_widths(block, heading))) for heading, block in zip(headings, blocks, strict=True)]
+
+
+def shown(text: str, unicode: bool | None) -> str:
+    """Return the text without signs beyond ASCII, unless `unicode`, or with None if standard output can encode them."""
+    if unicode is None:
+        unicode = _encodable("−–─…", getattr(sys.stdout, "encoding", None))
+    return text if unicode else text.translate(_ASCII)
 
 
 def _encodable(text: str, encoding: str | None) -> bool:
