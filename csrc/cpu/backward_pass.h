@@ -108,7 +108,8 @@ inline void backward(const SimilarityInputs& in, const Backward& b, char* scratc
                 exclude(in, at.row, at.rows, at.column, at.columns, {nullptr, nullptr}, teacher);
             }
         }
-        write_gradient(in, b, at, groups, student, teacher, head, dots, layout.ds_tile(at.block, at.row_in_strip));
+        write_gradient(in, b, at, groups, student, teacher, head, dots, layout.ds.tile(at));
+        layout.ds.finish(at);
     });
     if (b.similarity_dot != nullptr) *b.similarity_dot = dots.total(0);
 }

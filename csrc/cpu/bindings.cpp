@@ -123,12 +123,16 @@ Cache checked_cache(const SimilarityInputs& in, const OwnedBuffer* buffer) {
     return {data, tiles.start(bytes / row_bytes)};
 }
 
-const cliperase::IsaKernels& kernels_for(const Name& name) {
+const cliperase::IsaKernels& kernels_named(const Name& name) {
     const cliperase::IsaKernels* const found = cliperase::choose_kernels(name ? name->c_str() : nullptr);
     if (found == nullptr)
         throw std::invalid_argument("instruction set " + *name +
-                                    " is not available here; use avx512, avx2 or portable");
+                                    " is not available here; use avx512_bf16, avx512, avx2 or portable");
     return *found;
+}
+
+const cliperase::IsaKernels& kernels_for(const SimilarityInputs& in, const Name& name) {
+    return kernels_named(name).taking(in);
 }
 
 void run_forward(const SimilarityInputs& in, const Forward& out, const cliperase::IsaKernels& chosen) {
@@ -155,7 +159,7 @@ std::tuple<float, double, double> forward(const OwningInputs& in, const OwnedBuf
                       cache.data,
                       cache.rows,
                       squares};
-    run_forward(in, out, kernels_for(isa));
+    run_forward(in, out, kernels_for(in, isa));
     return {shift, squares[0], squares[1]};
 }
 
@@ -172,7 +176,7 @@ void losses(const OwningInputs& in, bool want_retention, const OwnedBuffer& rete
     const cliperase::Workspace memory(static_cast<std::size_t>(2 * size + 2 * n) * sizeof(float));
     float *rows = reinterpret_cast<float*>(memory.data()), shift = 0;
     const Forward found{rows + 2 * size, rows + 2 * size + n, rows, rows + size, &shift, cache.data, cache.rows};
-    run_forward(in, found, kernels_for(isa));
+    run_forward(in, found, kernels_for(in, isa));
     const cliperase::Losses result = cliperase::compute_losses(in, want_retention, found, to_saved_stats);
     const double pairs = static_cast<double>(n);
     *to_retention = static_cast<float>(0.5 * result.retention / pairs);
@@ -195,7 +199,7 @@ double backward(const OwningInputs& in, const OwnedBuffer& saved_stats, bool wan
     b.grad_scale = need_scale ? &grad_scale : nullptr;
     const float* const from_saved_stats =
         floats("saved_stats", saved_stats, {cliperase::SAVED_STATS, in.rows + in.columns});
-    const cliperase::IsaKernels& chosen = kernels_for(isa);
+    const cliperase::IsaKernels& chosen = kernels_for(in, isa);
     const py::gil_scoped_release released;
     const cliperase::Workspace terms(static_cast<std::size_t>(cliperase::terms_size(in)) * sizeof(float));
     cliperase::gradient_terms(in, from_saved_stats, want_retention, weight_retention, weight_consistency,
@@ -233,7 +237,7 @@ double compared_backward(const OwningInputs& in, const OwnedBuffer& terms, const
     b.pull_forget = static_cast<float>(pull_forget), b.pull_anchor = static_cast<float>(pull_anchor);
     b.similarity_dot = &similarity_dot;
     cliperase::check(in, b);
-    const cliperase::IsaKernels& chosen = kernels_for(isa);
+    const cliperase::IsaKernels& chosen = kernels_for(in, isa);
     const py::gil_scoped_release released;
     const cliperase::Workspace scratch(chosen.backward_scratch(in, b));
     chosen.backward(in, b, scratch.data());
@@ -257,7 +261,7 @@ void calibrated(const OwningInputs& in, const OwnedBuffer& terms, const OwnedBuf
     double squares[2] = {0, 0};
     const Forward found{
         rows + 2 * size, rows + 2 * size + n, rows, rows + size, &shift, cache.data, cache.rows, squares};
-    run_forward(in, found, kernels_for(isa));
+    run_forward(in, found, kernels_for(in, isa));
     cliperase::calibrated_terms(in, found, to_terms, to_factors, to_saved);
 }
 
@@ -275,7 +279,7 @@ double calibrated_backward(const OwningInputs& in, const OwnedBuffer& saved, con
     b.grad_image = gradient("grad_image", grad_image, in.rows, in.width);
     b.grad_text = gradient("grad_text", grad_text, in.columns, in.width);
     b.similarity_dot = &similarity_dot;
-    const cliperase::IsaKernels& chosen = kernels_for(isa);
+    const cliperase::IsaKernels& chosen = kernels_for(in, isa);
     const py::gil_scoped_release released;
     const cliperase::Workspace terms(static_cast<std::size_t>(cliperase::terms_size(in)) * sizeof(float));
     const double of_pairs =
@@ -297,7 +301,7 @@ std::tuple<double, double, double> sigmoid(const OwningInputs& in, double bias, 
                                need_scale ? &grad_scale : nullptr,
                                need_bias ? &grad_bias : nullptr};
     cliperase::check(in, s);
-    const cliperase::IsaKernels& chosen = kernels_for(isa);
+    const cliperase::IsaKernels& chosen = kernels_for(in, isa);
     const py::gil_scoped_release released;
     const cliperase::Workspace scratch(chosen.sigmoid_scratch(in, s));
     chosen.sigmoid(in, s, scratch.data());
@@ -334,7 +338,7 @@ void bind_cpu(py::module_& parent) {
     module.def("pooled_bytes", &cliperase::pooled_bytes, "Bytes in the pool that no workspace uses.");
     module.def("limit_pooled_bytes", &cliperase::limit_pooled_bytes, py::arg("limit"));
     module.def(
-        "instruction_set", [](const Name& name) { return std::string(kernels_for(name).name); },
+        "instruction_set", [](const Name& name) { return std::string(kernels_named(name).name); },
         py::arg("name") = py::none(),
         "The instruction set in use: `name`, or the widest. ValueError where `name` does not run here.");
 

@@ -7,6 +7,9 @@ namespace cliperase {
 namespace {
 
 bool runs(const IsaKernels* kernels) {
+#if defined(CLIPERASE_AVX512_BF16)
+    if (kernels == &avx512_bf16_kernels) return runs(&avx512_kernels) && __builtin_cpu_supports("avx512bf16");
+#endif
 #if defined(CLIPERASE_X86)
     if (kernels == &avx512_kernels)
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
@@ -20,6 +23,9 @@ bool runs(const IsaKernels* kernels) {
 
 const IsaKernels* choose_kernels(const char* name) {
     const IsaKernels* const widest_first[] = {
+#if defined(CLIPERASE_AVX512_BF16)
+        &avx512_bf16_kernels,
+#endif
 #if defined(CLIPERASE_X86)
         &avx512_kernels,
         &avx2_kernels,

@@ -1,37 +1,38 @@
 // A pass that forms dS, for either loss, by strips and tiles, and the gradients from it.
 #pragma once
 
-#include "strips.h"
+#include "gradient_strip.h"
 
 namespace cliperase {
 namespace CLIPERASE_ISA {
 
 // Its scratch memory. Wanted: a Backward or a Sigmoid, with the gradients that are wanted.
 struct GradientLayout {
-    i64 strip, blocks, width, tiles_each;
+    i64 strip, strip_steps, blocks, column_steps, width, tiles_each;
     Operands operands;
-    float* image_panels;  // [strip, width] in panels: the strip of image times scale, for dT
-    float* text_panels;   // [columns, width] in panels, for dI
-    float* tiles;         // for each thread a tile of S and, with a teacher, one of S°
-    float* ds;    // [blocks, strip, TILE_COLUMNS] if there are gradients, and MR rows that products read beyond it
-    float* dots;  // [rows], <dI_i, I_i>
+    GradientStrip ds;    // empty without gradients
+    Step* image_panels;  // [strip, width] in panels: the strip of image, for dT
+    Step* text_panels;   // [columns, width] in panels, for dI
+    float* tiles;        // for each thread a tile of S and, with a teacher, one of S°
+    float* dots;         // [rows], <dI_i, I_i>
 
     template <typename Wanted>
     GradientLayout(const SimilarityInputs& in, const Wanted& wanted, bool gradients, BumpAllocator& allocator)
         : strip(strip_rows(in, gradients)),
+          strip_steps(steps(strip) + PER_STEP - 1),  // one more where a tile has an odd number of rows
           blocks(column_tiles(in).tiles),
+          column_steps(total_steps(column_tiles(in))),
           width(round_up(in.width, NR)),
           tiles_each(in.has_teacher ? 2 : 1),
-          operands(in, strip, allocator) {
-        image_panels = allocator.floats(wanted.grad_text ? strip * width : 0);
-        text_panels = allocator.floats(wanted.grad_image ? in.columns * width : 0);
+          operands(in, strip, allocator),
+          ds(gradients ? blocks : 0, strip, in.threads, allocator) {
+        image_panels = allocator.packed(wanted.grad_text ? strip_steps * width : 0);
+        text_panels = allocator.packed(wanted.grad_image ? column_steps * width : 0);
         tiles = allocator.floats(in.threads * tiles_each * TILE);
-        ds = allocator.floats(gradients ? (blocks * strip + MR) * TILE_COLUMNS : 0);
         dots = allocator.floats(wanted.grad_scale ? in.rows : 0);
     }
 
     float* own_tiles() const { return tiles + thread() * tiles_each * TILE; }
-    float* ds_tile(i64 block, i64 row_in_strip) const { return ds + (block * strip + row_in_strip) * TILE_COLUMNS; }
 
   private:
     static i64 strip_rows(const SimilarityInputs& in, bool gradients) {
@@ -44,12 +45,12 @@ struct GradientLayout {
 // Every thread of a parallel region calls the functions below, except those for one block.
 
 // Packs text [columns, width] in panels, for dI.
-inline void pack_text_panels(const SimilarityInputs& in, float* panels) {
+inline void pack_text_panels(const SimilarityInputs& in, const GradientLayout& layout) {
     const Tiling blocks = column_tiles(in);
 #pragma omp for schedule(static)
     for (i64 block = 0; block < blocks.tiles; ++block)
-        pack_panels(in.text, blocks.start(block), blocks.length(block), in.width, 1, panels, blocks.start(block),
-                    in.columns);
+        pack_panels(in.text, blocks.start(block), blocks.length(block), in.width, 1, layout.text_panels,
+                    first_step(blocks, blocks.start(block)), layout.column_steps);
 }
 
 // A share of the width of a gradient.
@@ -60,13 +61,14 @@ struct PanelGroup {
     static i64 count(const SimilarityInputs& in) { return divide_up(divide_up(in.width, NR), PANEL_GROUP); }
 };
 
-// dT of one block of columns, `width` columns from panel `first` on, = or += dSᵀ times the strip of scale * image.
+// dT of one block of columns, `width` columns from panel `first` on, = or += scale * dSᵀ times the strip of image.
 inline void add_text_gradient(const SimilarityInputs& in, const GradientLayout& layout, i64 block, i64 first, i64 width,
-                              i64 strip, float* grad_text, bool add) {
+                              const Strip& strip, float* grad_text) {
     const i64 column = column_tiles(in).start(block), columns = column_tiles(in).length(block);
-    product(columns, width, strip, Columns<TILE_COLUMNS>{layout.ds_tile(block, 0)},
-            {layout.image_panels + first * layout.strip * NR, layout.strip * NR, 0},
-            grad_text + column * gradient_stride(in.width) + first * NR, gradient_stride(in.width), add);
+    product(columns, width, strip.steps(), layout.ds.columns(block),
+            {layout.image_panels + first * layout.strip_steps * NR, layout.strip_steps * NR, 0},
+            grad_text + column * gradient_stride(in.width) + first * NR, gradient_stride(in.width),
+            product_factor(in.scale), strip.start > 0);
 }
 
 // Writes dI of a strip, without the factor scale.
@@ -81,9 +83,10 @@ inline void write_image_gradient(const SimilarityInputs& in, const GradientLayou
         const PanelGroup panels(in, task % panel_groups);
         float* to = grad_image + (start + row) * stride + panels.first * NR;
         for (i64 block = 0; block < blocks.tiles; ++block)
-            product(rows, panels.width, blocks.length(block), Rows{layout.ds_tile(block, row), TILE_COLUMNS},
-                    {layout.text_panels + panels.first * in.columns * NR, in.columns * NR, blocks.start(block)}, to,
-                    stride, block > 0);
+            product(rows, panels.width, steps(blocks.length(block)), layout.ds.rows(block, row),
+                    {layout.text_panels + panels.first * layout.column_steps * NR, layout.column_steps * NR,
+                     first_step(blocks, blocks.start(block))},
+                    to, stride, 1, block > 0);
     }
 }
 
@@ -100,7 +103,7 @@ inline void scale_image_gradient(const SimilarityInputs& in, i64 start, i64 stri
     }
 }
 
-// Runs the whole pass. write_tile(place) writes dS of a tile to layout.ds_tile, if there are gradients; for the first
+// Runs the whole pass. write_tile(place) writes dS of a tile to layout.ds, if there are gradients; for the first
 // `cached_rows` it needs no packed features.
 template <typename Wanted, typename WriteTile>
 inline void pass_over_strips(const SimilarityInputs& in, const Wanted& wanted, const GradientLayout& layout,
@@ -108,7 +111,7 @@ inline void pass_over_strips(const SimilarityInputs& in, const Wanted& wanted, c
     const Tiling rows = row_tiles(in), blocks = column_tiles(in);
 #pragma omp parallel num_threads(in.threads)
     {
-        if (wanted.grad_image) pack_text_panels(in, layout.text_panels);
+        if (wanted.grad_image) pack_text_panels(in, layout);
         for (i64 start = 0; start < in.rows; start += layout.strip) {
             const Strip strip(rows, start, layout.strip);
 #pragma omp for schedule(static)
@@ -117,8 +120,8 @@ inline void pass_over_strips(const SimilarityInputs& in, const Wanted& wanted, c
                 const i64 row = start + group.row;
                 if (row + group.count > cached_rows) layout.operands.pack_rows_of(in, start, group);
                 if (wanted.grad_text)
-                    pack_panels(in.image, row, group.count, in.width, in.scale, layout.image_panels, group.row,
-                                layout.strip);
+                    pack_panels(in.image, row, group.count, in.width, packed_factor(in.scale), layout.image_panels,
+                                group.step, layout.strip_steps);
             }
             const TileShares shares(strip, blocks.tiles, in.threads);
             i64 packed = -1;  // the block whose columns this thread has packed
@@ -131,14 +134,14 @@ inline void pass_over_strips(const SimilarityInputs& in, const Wanted& wanted, c
                 write_tile(at);
                 // While dS of the block is in the cache.
                 if (wanted.grad_text && shares.whole_blocks() && at.tile == shares.tiles - 1)
-                    add_text_gradient(in, layout, at.block, 0, in.width, strip.rows, wanted.grad_text, start > 0);
+                    add_text_gradient(in, layout, at.block, 0, in.width, strip, wanted.grad_text);
             }
             if (wanted.grad_text && !shares.whole_blocks()) {
 #pragma omp for schedule(dynamic)
                 for (i64 task = 0; task < blocks.tiles * PanelGroup::count(in); ++task) {
                     const PanelGroup panels(in, task % PanelGroup::count(in));
-                    add_text_gradient(in, layout, task / PanelGroup::count(in), panels.first, panels.width,
-                                      strip.rows, wanted.grad_text, start > 0);
+                    add_text_gradient(in, layout, task / PanelGroup::count(in), panels.first, panels.width, strip,
+                                      wanted.grad_text);
                 }
             }
             if (wanted.grad_image) {

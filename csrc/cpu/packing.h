@@ -31,10 +31,18 @@ inline float to_float(Float16 value) {
     return sign ? -out : out;
 }
 
-template <typename T>
-inline float element(const Matrix& m, i64 i, i64 k) {
-    return to_float(static_cast<const T*>(m.data)[i * m.row + k * m.column]);
+// A step along the depth, which begins at the number `from` and of which `left` numbers are left; `next`: the distance
+// to the one after it.
+#if defined(CLIPERASE_BF16)
+inline Step to_step(const Bfloat16* from, i64 next, i64 left, float) {
+    return pair_of(from->bits, left > 1 ? from[next].bits : std::uint16_t{0});
 }
+#else
+template <typename T>
+inline Step to_step(const T* from, i64, i64, float factor) {
+    return factor * to_float(*from);
+}
+#endif
 
 // Calls `work` with a null pointer to the element's type.
 template <typename Work>
@@ -44,29 +52,43 @@ inline void with_dtype(Dtype dtype, Work work) {
     if (dtype == Dtype::float16) work(static_cast<Float16*>(nullptr));
 }
 
-// out [width, MR] = scale * `count` rows of m, at most MR, then zeros.
-inline void pack_group(const Matrix& m, i64 start, i64 count, i64 width, float scale, float* out) {
-    with_dtype(m.dtype, [&](auto* type) {
+// The same for features, which are all bfloat16 if products multiply pairs.
+template <typename Work>
+inline void with_feature_dtype(Dtype dtype, Work work) {
+#if defined(CLIPERASE_BF16)
+    static_cast<void>(dtype);
+    work(static_cast<Bfloat16*>(nullptr));
+#else
+    with_dtype(dtype, work);
+#endif
+}
+
+// out [steps of width, MR] = factor * `count` rows of m, at most MR, then zeros.
+inline void pack_group(const Matrix& m, i64 start, i64 count, i64 width, float factor, Step* out) {
+    with_feature_dtype(m.dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         const T* row[MR];
         for (i64 r = 0; r < MR; ++r) row[r] = static_cast<const T*>(m.data) + (start + smaller(r, count - 1)) * m.row;
-        for (i64 k = 0; k < width; ++k)
-            for (i64 r = 0; r < MR; ++r) out[k * MR + r] = scale * to_float(row[r][k * m.column]);
+        for (i64 k = 0; k < steps(width); ++k)
+            for (i64 r = 0; r < MR; ++r)
+                out[k * MR + r] = to_step(row[r] + PER_STEP * k * m.column, m.column, width - PER_STEP * k, factor);
         for (i64 r = count; r < MR; ++r)
-            for (i64 k = 0; k < width; ++k) out[k * MR + r] = 0;
+            for (i64 k = 0; k < steps(width); ++k) out[k * MR + r] = 0;
     });
 }
 
-// Rows of m as the columns of B: B [width, count] in panels, `width` deep.
-inline void pack_transposed(const Matrix& m, i64 start, i64 count, i64 width, float* out) {
-    with_dtype(m.dtype, [&](auto* type) {
+// Rows of m as the columns of B: B [steps of width, count] in panels.
+inline void pack_transposed(const Matrix& m, i64 start, i64 count, i64 width, Step* out) {
+    with_feature_dtype(m.dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         for (i64 panel = 0; panel * NR < count; ++panel) {
             const i64 lanes = Panels::width(count, panel), valid = smaller(lanes, count - panel * NR);
             const T* from = static_cast<const T*>(m.data) + (start + panel * NR) * m.row;
-            float* to = out + panel * width * NR;
-            for (i64 k = 0; k < width; ++k) {
-                for (i64 lane = 0; lane < valid; ++lane) to[lane] = to_float(from[lane * m.row + k * m.column]);
+            Step* to = out + panel * steps(width) * NR;
+            for (i64 k = 0; k < steps(width); ++k) {
+                const i64 at = PER_STEP * k;
+                for (i64 lane = 0; lane < valid; ++lane)
+                    to[lane] = to_step(from + lane * m.row + at * m.column, m.column, width - at, 1);
                 for (i64 lane = valid; lane < lanes; ++lane) to[lane] = 0;
                 to += lanes;
             }
@@ -74,15 +96,17 @@ inline void pack_transposed(const Matrix& m, i64 start, i64 count, i64 width, fl
     });
 }
 
-// Rows of m as the rows of B: rows `at` to `at + count` of B [depth, width] in panels of `depth` rows.
-inline void pack_panels(const Matrix& m, i64 start, i64 count, i64 width, float scale, float* out, i64 at, i64 depth) {
-    with_dtype(m.dtype, [&](auto* type) {
+// Rows of m times factor as the rows of B [depth, width], in panels: as the steps from `at` on, of `depth`.
+inline void pack_panels(const Matrix& m, i64 start, i64 count, i64 width, float factor, Step* out, i64 at, i64 depth) {
+    with_feature_dtype(m.dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         for (i64 panel = 0; panel * NR < width; ++panel) {
             const i64 lanes = Panels::width(width, panel), valid = smaller(lanes, width - panel * NR);
-            float* to = out + panel * depth * NR + at * lanes;
-            for (i64 i = 0; i < count; ++i) {
-                for (i64 lane = 0; lane < valid; ++lane) to[lane] = scale * element<T>(m, start + i, panel * NR + lane);
+            const T* from = static_cast<const T*>(m.data) + start * m.row + panel * NR * m.column;
+            Step* to = out + panel * depth * NR + at * lanes;
+            for (i64 i = 0; i < count; i += PER_STEP) {
+                for (i64 lane = 0; lane < valid; ++lane)
+                    to[lane] = to_step(from + i * m.row + lane * m.column, m.row, count - i, factor);
                 for (i64 lane = valid; lane < lanes; ++lane) to[lane] = 0;
                 to += lanes;
             }

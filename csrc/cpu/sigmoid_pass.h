@@ -83,8 +83,8 @@ inline void sigmoid(const SimilarityInputs& in, const Sigmoid& s, char* scratch)
     pass_over_strips(in, s, layout, 0, [&](const TilePlace& at) {
         float* tile = layout.own_tiles();
         layout.operands.student_tile(in, at, tile);
-        float* ds = s.gradients() ? layout.ds_tile(at.block, at.row_in_strip) : nullptr;
-        sigmoid_tile(in, s, at, tile, ds, layout.tile_sums(at));
+        sigmoid_tile(in, s, at, tile, s.gradients() ? layout.ds.tile(at) : nullptr, layout.tile_sums(at));
+        if (s.gradients()) layout.ds.finish(at);
     });
     double loss = 0, bias = 0;
     for (i64 i = 0; i < layout.blocks * STRIP_TILES; ++i) loss += layout.sums[2 * i], bias += layout.sums[2 * i + 1];

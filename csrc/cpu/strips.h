@@ -33,6 +33,7 @@ class BumpAllocator {
         used_ += round_up(count, ALIGNED) * static_cast<i64>(sizeof(float));
         return base_ ? reinterpret_cast<float*>(base_ + at) : nullptr;
     }
+    Step* packed(i64 count) { return reinterpret_cast<Step*>(floats(count)); }
     std::size_t used() const { return static_cast<std::size_t>(used_); }
 
   private:
@@ -127,6 +128,16 @@ inline double entry(const Matrix& left, const Matrix& right, i64 width, float sc
     return static_cast<double>(scale) * found;
 }
 
+// The first step of a tile where all items in steps, tile by tile, are the depth of a product; `start`: its first item.
+// No step has items of two tiles: it would if the tile before it had an odd length.
+inline i64 first_step(const Tiling& tiling, i64 start) {
+    return start / PER_STEP + (start >= tiling.cut && tiling.cut % PER_STEP != 0);
+}
+inline i64 total_steps(const Tiling& tiling) {
+    const i64 last = tiling.tiles - 1;
+    return first_step(tiling, tiling.start(last)) + steps(tiling.length(last));
+}
+
 // The rows [start, start + rows) of a strip, and its tiles, from `first_tile` of all on.
 struct Strip {
     Tiling all;
@@ -140,18 +151,22 @@ struct Strip {
           tiles(tiling.at(from + rows) - first_tile) {}
     // The first row of a tile, counted from the start of the strip.
     i64 row_of(i64 tile) const { return all.start(first_tile + tile) - start; }
+    // The first step of a tile, counted likewise.
+    i64 step_of(i64 tile) const { return first_step(all, start + row_of(tile)) - first_step(all, start); }
+    i64 steps() const { return step_of(tiles - 1) + CLIPERASE_ISA::steps(all.length(first_tile + tiles - 1)); }
 };
 
-// A tile of a strip: rows [row, row + rows), at row_in_strip of the strip, and columns [column, column + columns).
-// tile: its number in the strip; row_tile: among all tiles of rows; block: among all tiles of columns; width: columns
-// rounded up to whole vectors.
+// A tile of a strip: rows [row, row + rows), at row_in_strip and step_in_strip of the strip, and columns
+// [column, column + columns). tile: its number in the strip; row_tile: among all tiles of rows; block: among all tiles
+// of columns; width: columns rounded up to whole vectors.
 struct TilePlace {
-    i64 tile, row_tile, row_in_strip, row, rows, block, column, columns, width;
+    i64 tile, row_tile, row_in_strip, step_in_strip, row, rows, block, column, columns, width;
 
     TilePlace(const Strip& strip, i64 tile_in_strip, const Tiling& blocks, i64 block_of_columns)
         : tile(tile_in_strip),
           row_tile(strip.first_tile + tile),
           row_in_strip(strip.row_of(tile)),
+          step_in_strip(strip.step_of(tile)),
           row(strip.start + row_in_strip),
           rows(strip.all.length(row_tile)),
           block(block_of_columns),
@@ -163,12 +178,14 @@ struct TilePlace {
 // A strip is packed in groups of MR rows; the last group of a tile may be smaller. count < 1: the group is beyond the
 // tile.
 constexpr i64 TILE_GROUPS = (TILE_ROWS + MR - 1) / MR;
+static_assert(MR % PER_STEP == 0);
 
 struct RowGroup {
-    i64 index, row, count;  // row: in the strip
+    i64 index, row, step, count;  // row, step: in the strip
     RowGroup(i64 group, const Strip& strip)
         : index(group),
           row(strip.row_of(group / TILE_GROUPS) + group % TILE_GROUPS * MR),
+          step(strip.step_of(group / TILE_GROUPS) + group % TILE_GROUPS * MR / PER_STEP),
           count(smaller(MR, strip.row_of(group / TILE_GROUPS + 1) - row)) {}
     static i64 count_of(i64 tiles) { return tiles * TILE_GROUPS; }
 };
@@ -192,30 +209,28 @@ inline i64 tiles_of_strip(const SimilarityInputs& in, i64 strip) {
 
 // The packed features of a strip of rows and of a block of columns.
 struct Operands {
-    float *image, *teacher_image;  // TILE_GROUPS groups of rows for each tile of the strip, times the scale
-    float *text, *teacher_text;    // panels [width, TILE_COLUMNS] for each thread
-    i64 text_floats, teacher_text_floats;
+    Step *image, *teacher_image;  // TILE_GROUPS groups of rows for each tile of the strip
+    Step *text, *teacher_text;    // panels [width, TILE_COLUMNS] for each thread
+    i64 width, teacher_width;     // in steps
 
     Operands(const SimilarityInputs& in, i64 strip, BumpAllocator& allocator) {
-        const i64 teacher_width = in.has_teacher ? in.teacher_width : 0;
         const i64 groups = RowGroup::count_of(tiles_of_strip(in, strip));
-        image = allocator.floats(groups * MR * in.width);
-        teacher_image = allocator.floats(groups * MR * teacher_width);
-        text_floats = in.width * round_up(TILE_COLUMNS, NR);
-        teacher_text_floats = teacher_width * round_up(TILE_COLUMNS, NR);
-        text = allocator.floats(in.threads * text_floats);
-        teacher_text = allocator.floats(in.threads * teacher_text_floats);
+        width = steps(in.width), teacher_width = in.has_teacher ? steps(in.teacher_width) : 0;
+        image = allocator.packed(groups * MR * width);
+        teacher_image = allocator.packed(groups * MR * teacher_width);
+        text = allocator.packed(in.threads * width * TEXT_COLUMNS);
+        teacher_text = allocator.packed(in.threads * teacher_width * TEXT_COLUMNS);
     }
-    float* own_text() const { return text + thread() * text_floats; }
-    float* own_teacher_text() const { return teacher_text + thread() * teacher_text_floats; }
+    Step* own_text() const { return text + thread() * width * TEXT_COLUMNS; }
+    Step* own_teacher_text() const { return teacher_text + thread() * teacher_width * TEXT_COLUMNS; }
 
     void pack_rows_of(const SimilarityInputs& in, i64 strip_start, const RowGroup& group) const {
         if (group.count < 1) return;
         const i64 row = strip_start + group.row;
-        pack_group(in.image, row, group.count, in.width, in.scale, image + group.index * MR * in.width);
+        pack_group(in.image, row, group.count, in.width, packed_factor(in.scale), image + group.index * MR * width);
         if (in.has_teacher)
-            pack_group(in.teacher_image, row, group.count, in.teacher_width, in.teacher_scale,
-                       teacher_image + group.index * MR * in.teacher_width);
+            pack_group(in.teacher_image, row, group.count, in.teacher_width, packed_factor(in.teacher_scale),
+                       teacher_image + group.index * MR * teacher_width);
     }
     void pack_columns_of(const SimilarityInputs& in, i64 column, i64 columns) const {
         pack_transposed(in.text, column, columns, in.width, own_text());
@@ -223,17 +238,19 @@ struct Operands {
     }
     // A tile of S.
     void student_tile(const SimilarityInputs& in, const TilePlace& at, float* out) const {
-        product(at.rows, at.columns, in.width, groups_of(image, at.tile, in.width), {own_text(), in.width * NR, 0}, out,
-                TILE_COLUMNS, false);
+        product(at.rows, at.columns, width, groups_of(image, at.tile, width), {own_text(), width * NR, 0}, out,
+                TILE_COLUMNS, product_factor(in.scale), false);
     }
     void teacher_tile(const SimilarityInputs& in, const TilePlace& at, float* out) const {
-        product(at.rows, at.columns, in.teacher_width, groups_of(teacher_image, at.tile, in.teacher_width),
-                {own_teacher_text(), in.teacher_width * NR, 0}, out, TILE_COLUMNS, false);
+        product(at.rows, at.columns, teacher_width, groups_of(teacher_image, at.tile, teacher_width),
+                {own_teacher_text(), teacher_width * NR, 0}, out, TILE_COLUMNS, product_factor(in.teacher_scale),
+                false);
     }
 
   private:
-    static RowGroups groups_of(const float* packed, i64 tile, i64 width) {
-        return {packed + tile * TILE_GROUPS * MR * width, MR * width};
+    static constexpr i64 TEXT_COLUMNS = (TILE_COLUMNS + NR - 1) / NR * NR;
+    static RowGroups groups_of(const Step* packed, i64 tile, i64 depth) {
+        return {packed + tile * TILE_GROUPS * MR * depth, MR * depth};
     }
 };
 

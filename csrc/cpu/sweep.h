@@ -52,6 +52,12 @@ struct SimilarityInputs {
     Comparison comparison;
 
     bool paired() const { return pair_offset < columns; }
+    bool all_bfloat16() const {
+        const auto both = [](const Matrix& a, const Matrix& b) {
+            return a.dtype == Dtype::bfloat16 && b.dtype == Dtype::bfloat16;
+        };
+        return both(image, text) && (!has_teacher || both(teacher_image, teacher_text));
+    }
     bool excludes() const { return row_groups != nullptr && !has_teacher; }
     bool has_masked() const { return (row_groups != nullptr || comparison.joint) && has_teacher; }
 };
@@ -160,12 +166,19 @@ struct IsaKernels {
     void (*backward)(const SimilarityInputs&, const Backward&, char* scratch);
     std::size_t (*sigmoid_scratch)(const SimilarityInputs&, const Sigmoid&);
     void (*sigmoid)(const SimilarityInputs&, const Sigmoid&, char* scratch);
+    // Of kernels that take only bfloat16 features: those that take any in their place. Null: these do.
+    const IsaKernels* for_any_dtype = nullptr;
+
+    const IsaKernels& taking(const SimilarityInputs& in) const {
+        return for_any_dtype == nullptr || in.all_bfloat16() ? *this : *for_any_dtype;
+    }
 };
 
 extern const IsaKernels portable_kernels;
 #if defined(CLIPERASE_X86)
 extern const IsaKernels avx2_kernels;
 extern const IsaKernels avx512_kernels;
+extern const IsaKernels avx512_bf16_kernels;  // with CLIPERASE_AVX512_BF16, where the compiler knows the instructions
 #endif
 
 // The kernels of the widest instruction set that this processor runs, or of the named one; null where it is unknown or

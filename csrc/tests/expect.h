@@ -28,6 +28,11 @@ inline void expect_close(const char* what, const char* isa, double found, double
     expect_within(what, isa, found, expected, tolerance * (1 + std::abs(expected)));
 }
 
+// What dS may be off by, relative to itself: kernels for bfloat16 round it.
+inline double rounding_of_ds(const cliperase::IsaKernels& kernels) {
+    return kernels.for_any_dtype == nullptr ? 0 : 1.0 / (1 << 8);
+}
+
 // test_losses.cpp
 void check_losses(const std::vector<const cliperase::IsaKernels*>& all_kernels);
 

@@ -6,6 +6,7 @@
 #include <random>
 #include <vector>
 
+#include "batch.h"
 #include "calibrated.h"
 #include "expect.h"
 #include "sweep.h"
@@ -14,36 +15,48 @@
 namespace {
 
 using cliperase::SimilarityInputs;
+using Values = std::vector<float>;
 
 constexpr std::int64_t WIDTH = 19, TEACHER_WIDTH = 11;
 constexpr float SCALE = 3.0f, TEACHER_SCALE = -2.0f;
 
 struct Block {
     std::int64_t n, m, pair_offset;
-    bool edited;
-    std::vector<float> image, text, teacher_image, teacher_text, row_levels, column_levels;
+    bool edited, bfloat16;
+    Values image, text, teacher_image, teacher_text, row_levels, column_levels;
+    std::vector<std::uint16_t> halves[4];  // the features as bfloat16
     std::vector<std::int32_t> row_ids, column_ids;
 
-    Block(std::int64_t rows, std::int64_t columns, std::int64_t offset, bool edits)
-        : n(rows), m(columns), pair_offset(offset), edited(edits), image(rows * WIDTH), text(columns * WIDTH),
+    Block(std::int64_t rows, std::int64_t columns, std::int64_t offset, bool edits, bool half)
+        : n(rows), m(columns), pair_offset(offset), edited(edits), bfloat16(half), image(rows * WIDTH), text(columns * WIDTH),
           teacher_image(rows * TEACHER_WIDTH), teacher_text(columns * TEACHER_WIDTH), row_levels(rows),
           column_levels(columns), row_ids(rows), column_ids(columns) {
         std::mt19937 random(3);
         std::normal_distribution<float> normal(0, 0.3f);
-        for (std::vector<float>* values : {&image, &text, &teacher_image, &teacher_text, &row_levels, &column_levels})
+        for (Values* values : {&image, &text, &teacher_image, &teacher_text, &row_levels, &column_levels})
             for (float& x : *values) x = normal(random);
+        std::vector<std::uint16_t>* to = halves;
+        for (Values* values : {&image, &text, &teacher_image, &teacher_text}) {
+            for (float& x : *values) {
+                to->push_back(static_cast<std::uint16_t>(encode(Dtype::bfloat16, double(x))));
+                if (bfloat16) x = static_cast<float>(decode(Dtype::bfloat16, to->back()));
+            }
+            ++to;
+        }
         for (std::size_t i = 0; i < row_ids.size(); ++i) row_ids[i] = static_cast<std::int32_t>(i % 3);
         for (std::size_t j = 0; j < column_ids.size(); ++j) column_ids[j] = static_cast<std::int32_t>(j % 4);
     }
     SimilarityInputs inputs(int threads) const {
         SimilarityInputs in{};
-        const auto matrix = [](const std::vector<float>& values, std::int64_t width) {
-            return cliperase::Matrix{values.data(), width, 1, cliperase::Dtype::float32};
+        const auto matrix = [&](const Values& values, int number, std::int64_t width) {
+            const void* const data = bfloat16 ? static_cast<const void*>(halves[number].data()) : values.data();
+            return cliperase::Matrix{data, width, 1, bfloat16 ? Dtype::bfloat16 : Dtype::float32};
         };
         in.rows = n, in.columns = m, in.pair_offset = pair_offset, in.width = WIDTH, in.scale = SCALE;
         in.has_teacher = true, in.teacher_width = TEACHER_WIDTH, in.teacher_scale = TEACHER_SCALE;
-        in.image = matrix(image, WIDTH), in.text = matrix(text, WIDTH), in.threads = threads;
-        in.teacher_image = matrix(teacher_image, TEACHER_WIDTH), in.teacher_text = matrix(teacher_text, TEACHER_WIDTH);
+        in.image = matrix(image, 0, WIDTH), in.text = matrix(text, 1, WIDTH), in.threads = threads;
+        in.teacher_image = matrix(teacher_image, 2, TEACHER_WIDTH);
+        in.teacher_text = matrix(teacher_text, 3, TEACHER_WIDTH);
         in.comparison.wanted = true;
         if (edited) {
             in.comparison.row_ids = row_ids.data(), in.comparison.column_ids = column_ids.data();
@@ -61,6 +74,38 @@ struct Block {
     double target(std::int64_t i, std::int64_t j) const {
         if (edits(i, j)) return double(row_levels[i]) + double(column_levels[j]);
         return cosine(teacher_image, teacher_text, TEACHER_WIDTH, i, j);
+    }
+};
+
+// The gradients of image and text from dS, entry by entry, and what they may be off by.
+struct Gradients {
+    const Block& block;
+    double rounding;
+    std::vector<double> image, text, image_mass, text_mass;
+
+    Gradients(const Block& of, const cliperase::IsaKernels& kernels)
+        : block(of), rounding(rounding_of_ds(kernels)), image(of.n * WIDTH), text(of.m * WIDTH),
+          image_mass(of.n * WIDTH), text_mass(of.m * WIDTH) {}
+    void add(std::int64_t i, std::int64_t j, double ds) {
+        for (std::int64_t k = 0; k < WIDTH; ++k) {
+            const double of_image = double(SCALE) * ds * double(block.text[j * WIDTH + k]);
+            const double of_text = double(SCALE) * ds * double(block.image[i * WIDTH + k]);
+            image[i * WIDTH + k] += of_image, image_mass[i * WIDTH + k] += std::abs(of_image);
+            text[j * WIDTH + k] += of_text, text_mass[j * WIDTH + k] += std::abs(of_text);
+        }
+    }
+    void expect(const char* isa, const Values& grad_image, const Values& grad_text, double tolerance) const {
+        compare("gradient of image", isa, grad_image, image, image_mass, tolerance);
+        compare("gradient of text", isa, grad_text, text, text_mass, tolerance);
+    }
+
+  private:
+    void compare(const char* what, const char* isa, const Values& found, const std::vector<double>& exact,
+                 const std::vector<double>& mass, double tolerance) const {
+        const std::int64_t stride = cliperase::gradient_stride(WIDTH);
+        for (std::size_t at = 0; at < exact.size(); ++at)
+            expect_within(what, isa, found[at / WIDTH * stride + at % WIDTH], exact[at],
+                          tolerance * (1 + std::abs(exact[at])) + rounding * mass[at]);
     }
 };
 
@@ -94,7 +139,7 @@ void check_block(const cliperase::IsaKernels& kernels, const Block& block, bool 
     kernels.backward(in, b, more.data());
 
     double forget = 0, anchor = 0, of_scale = 0;
-    std::vector<double> of_image(n * WIDTH), of_text(m * WIDTH);
+    Gradients gradients(block, kernels);
     for (std::int64_t i = 0; i < n; ++i)
         for (std::int64_t j = 0; j < m; ++j) {
             const double difference = block.student(i, j) - block.target(i, j), above = std::max(difference, 0.0);
@@ -109,20 +154,12 @@ void check_block(const cliperase::IsaKernels& kernels, const Block& block, bool 
                 of_scale += gradient * s;
                 gradient += block.edits(i, j) ? 0.5 * above : -0.75 * difference;
             }
-            for (std::int64_t k = 0; k < WIDTH; ++k) {
-                of_image[i * WIDTH + k] += double(SCALE) * gradient * double(block.text[j * WIDTH + k]);
-                of_text[j * WIDTH + k] += double(SCALE) * gradient * double(block.image[i * WIDTH + k]);
-            }
+            gradients.add(i, j, gradient);
         }
     expect_close("forget squares", kernels.name, squares[0], forget, 1e-5);
     expect_close("anchor squares", kernels.name, squares[1], anchor, 1e-5);
     expect_close("sum of dS S", kernels.name, dot, of_scale, 1e-5);
-    for (std::int64_t k = 0; k < WIDTH; ++k) {
-        for (std::int64_t i = 0; i < n; ++i)
-            expect_close("pulled image", kernels.name, grad_image[i * stride + k], of_image[i * WIDTH + k], 1e-4);
-        for (std::int64_t j = 0; j < m; ++j)
-            expect_close("pulled text", kernels.name, grad_text[j * stride + k], of_text[j * WIDTH + k], 1e-4);
-    }
+    gradients.expect(kernels.name, grad_image, grad_text, 1e-4);
 }
 
 // The joint batch of a block's pairs, written entry by entry.
@@ -188,7 +225,8 @@ void check_joint(const cliperase::IsaKernels& kernels, const Joint& joint, std::
             t[i * n + j] = double(TEACHER_SCALE) * joint.target(i, j);
         }
     double sums[4] = {}, counts[4] = {2, 0, double(n), 0}, of_scale = 0;
-    std::vector<double> ds(n * n), of_image(n * WIDTH), of_text(n * WIDTH);
+    std::vector<double> ds(n * n);
+    Gradients gradients(joint.block, kernels);
     for (const bool by_row : {true, false})
         for (std::int64_t i = 0; i < n; ++i) {
             const auto at = [&](std::int64_t j) { return by_row ? i * n + j : j * n + i; };
@@ -213,40 +251,35 @@ void check_joint(const cliperase::IsaKernels& kernels, const Joint& joint, std::
             if (term == 1) d = std::max(d, 0.0);
             sums[term] += d * d, counts[term] += 1;
             of_scale += ds[i * n + j] * s[i * n + j];
-            const double gradient = ds[i * n + j] + 2 * weights[term] * d / double(SCALE);
-            for (std::int64_t k = 0; k < WIDTH; ++k) {
-                of_image[i * WIDTH + k] += double(SCALE) * gradient * double(joint.block.text[j * WIDTH + k]);
-                of_text[j * WIDTH + k] += double(SCALE) * gradient * double(joint.block.image[i * WIDTH + k]);
-            }
+            gradients.add(i, j, ds[i * n + j] + 2 * weights[term] * d / double(SCALE));
         }
     for (int term = 0; term < 4; ++term) {
         expect_close("factor", kernels.name, factors[term], counts[term] > 0 ? 1 / counts[term] : 0, 1e-6);
         expect_close("term", kernels.name, terms[term], counts[term] > 0 ? sums[term] / counts[term] : 0, 1e-5);
     }
     expect_close("sum of dS S", kernels.name, of_pairs + dot, of_scale, 1e-4);
-    for (std::int64_t i = 0; i < n; ++i)
-        for (std::int64_t k = 0; k < WIDTH; ++k) {
-            expect_close("image", kernels.name, grad_image[i * stride + k], of_image[i * WIDTH + k], 2e-4);
-            expect_close("text", kernels.name, grad_text[i * stride + k], of_text[i * WIDTH + k], 2e-4);
-        }
+    gradients.expect(kernels.name, grad_image, grad_text, 2e-4);
 }
 
 }  // namespace
 
 void check_comparison(const cliperase::IsaKernels& kernels) {
+    const bool half = kernels.for_any_dtype != nullptr;
     for (const bool keep : {false, true})
         for (const bool edited : {false, true}) {
-            check_block(kernels, Block(300, 300, 0, edited), keep, 3);  // several tiles
-            check_block(kernels, Block(17, 200, 100, edited), keep, 1);      // own rows among other columns
-            check_block(kernels, Block(5, 130, 130, edited), keep, 2);       // other columns only
+            check_block(kernels, Block(300, 300, 0, edited, half), keep, 3);  // several tiles
+            check_block(kernels, Block(17, 200, 100, edited, half), keep, 1);      // own rows among other columns
+            check_block(kernels, Block(5, 130, 130, edited, half), keep, 2);       // other columns only
         }
-    const Block several(400, 400, 0, true), few(5, 5, 0, true);
+    const Block several(400, 400, 0, true, half), few(5, 5, 0, true, half);
     for (const bool groups : {false, true}) {
         for (const std::int64_t cached_tiles : {0, 1, 9}) {
             check_joint(kernels, {several, 400, 0, 70, groups}, cached_tiles, 3);     // to forget first
             check_joint(kernels, {several, 400, 300, 400, groups}, cached_tiles, 1);  // last
         }
         check_joint(kernels, {several, 400, 0, 256, groups}, 1, 2);  // whole tiles
+        check_joint(kernels, {several, 400, 0, 131, groups}, 0, 2);  // tiles of an odd length, and some after them
+        check_joint(kernels, {several, 400, 261, 400, groups}, 1, 3);
         for (const std::int64_t end : {0, 1, 4, 5}) check_joint(kernels, {few, 5, 0, end, groups}, 1, 1);
     }
 }

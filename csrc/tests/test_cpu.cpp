@@ -10,11 +10,12 @@
 #include "sweep.h"
 #include "workspace.h"
 
-#if defined(CLIPERASE_X86)
 namespace cliperase {
+extern const IsaKernels emulated_bf16_kernels;  // emulated_bf16.cpp
+#if defined(CLIPERASE_X86)
 extern const IsaKernels wide_kernels;  // wide.cpp
-}
 #endif
+}  // namespace cliperase
 
 namespace {
 
@@ -164,11 +165,31 @@ void check_sigmoid(const cliperase::IsaKernels& kernels, std::int64_t n, std::in
 
 }  // namespace
 
+// Kernels that take only bfloat16 hand other features, and mixed ones, to those for any dtype.
+void check_choice_by_dtype() {
+    const cliperase::IsaKernels& kernels = cliperase::emulated_bf16_kernels;
+    const Data data(3, 3, 5);
+    SimilarityInputs in = data.inputs(0, 1);
+    const auto expect = [&](const cliperase::IsaKernels& expected) {
+        if (&kernels.taking(in) != &expected || &expected.taking(in) != &expected)
+            fail("wrong choice for the dtypes", kernels.name);
+    };
+    expect(cliperase::portable_kernels);
+    in.image.dtype = cliperase::Dtype::bfloat16;
+    expect(cliperase::portable_kernels);
+    in.text.dtype = cliperase::Dtype::bfloat16;
+    expect(kernels);
+    in.has_teacher = true, in.teacher_image = in.image, in.teacher_text = data.inputs(0, 1).text;
+    expect(cliperase::portable_kernels);
+    in.teacher_text = in.text;
+    expect(kernels);
+}
+
 // Tests every instruction set that runs here, or those that are named, which must all run here.
 int main(int count, char** names) {
     const cliperase::IsaKernels *const chosen = cliperase::choose_kernels(nullptr), *widest = nullptr;
     std::vector<const cliperase::IsaKernels*> all_kernels;
-    for (const char* name : {"portable", "avx2", "avx512"})
+    for (const char* name : {"portable", "avx2", "avx512", "avx512_bf16"})
         if (const cliperase::IsaKernels* kernels = cliperase::choose_kernels(name))
             all_kernels.push_back(widest = kernels);
     std::printf("chosen: %s\n", chosen ? chosen->name : "nothing");
@@ -178,13 +199,17 @@ int main(int count, char** names) {
     if (cliperase::choose_kernels("avx2") && !cliperase::choose_kernels("avx512"))
         all_kernels.push_back(&cliperase::wide_kernels);
 #endif
+    all_kernels.push_back(&cliperase::emulated_bf16_kernels);
     if (count > 1) all_kernels.clear();
     for (int at = 1; at < count; ++at) {
         const cliperase::IsaKernels* const kernels = cliperase::choose_kernels(names[at]);
         kernels ? all_kernels.push_back(kernels) : fail("does not run here", names[at]);
     }
     check_buffers();
+    check_choice_by_dtype();
     for (const cliperase::IsaKernels* kernels : all_kernels) {
+        check_comparison(*kernels);
+        if (kernels->for_any_dtype != nullptr) continue;  // the features below are float32
         for (const bool keep : {false, true}) {
             check_kernels(*kernels, 300, 300, 0, keep);   // two tiles of rows, three of columns
             check_kernels(*kernels, 17, 200, 100, keep);  // own rows among other columns
@@ -193,7 +218,6 @@ int main(int count, char** names) {
         check_sigmoid(*kernels, 300, 300, 0);
         check_sigmoid(*kernels, 17, 200, 100);
         check_sigmoid(*kernels, 5, 130, 130);
-        check_comparison(*kernels);
     }
     check_losses(all_kernels);
     for (const cliperase::IsaKernels* kernels : all_kernels) std::printf("%s ", kernels->name);

@@ -74,6 +74,7 @@ Doubles transposed(const Doubles& s, int64_t n) {
 // The exact values, and the allowed errors of float32.
 struct Truth : Outcome {
     double allowed_loss = 0, allowed_gradient = 0, allowed_scale = 0;
+    double mass_of_gradient = 0, mass_of_scale = 0;  // the largest sums of |dS| times what it is multiplied by
 
     explicit Truth(const Batch& batch) {
         const Case& c = batch.of;
@@ -124,15 +125,16 @@ struct Truth : Outcome {
                     text[j * c.width + k] += c.scale * entry * batch.image.values[i * c.width + k];
                 }
                 scale += entry * s[i * n + j] / c.scale;
-                allowed_scale += weight * std::abs(s[i * n + j]) / c.scale;
+                mass_of_scale += weight * std::abs(s[i * n + j]) / c.scale;
                 row_mass[i] += weight, column_mass[j] += weight, total_mass += weight;
             }
         const double unit = 4 * EPS * (1 + c.scale + (c.consistency ? c.teacher_scale : 0.0f));
         const double worst = std::max(*std::max_element(row_mass.begin(), row_mass.end()),
                                       *std::max_element(column_mass.begin(), column_mass.end()));
         allowed_loss = unit * total_mass + EPS * (std::abs(retention) + std::abs(consistency)) + UNDERFLOW;
-        allowed_gradient = unit * c.scale * worst + UNDERFLOW;
-        allowed_scale = unit * allowed_scale + UNDERFLOW;
+        mass_of_gradient = c.scale * worst;
+        allowed_gradient = unit * mass_of_gradient + UNDERFLOW;
+        allowed_scale = unit * mass_of_scale + UNDERFLOW;
     }
 };
 
@@ -181,20 +183,40 @@ bool same_bits(const Outcome& a, const Outcome& b) {
            a.text == b.text;
 }
 
-void check(const std::vector<const IsaKernels*>& all_kernels, const Case& c, const std::vector<int64_t>& cached_rows) {
+// The kernels that take any dtype, or those that take only bfloat16.
+std::vector<const IsaKernels*> kernels_for(const std::vector<const IsaKernels*>& all_kernels, bool only_bfloat16) {
+    std::vector<const IsaKernels*> found;
+    for (const IsaKernels* kernels : all_kernels)
+        if ((kernels->for_any_dtype != nullptr) == only_bfloat16) found.push_back(kernels);
+    return found;
+}
+
+// Calls run(kernels, c), with those that take only bfloat16 on the same case in bfloat16.
+template <typename Run>
+void in_its_dtype(const std::vector<const IsaKernels*>& all_kernels, const Case& c, Run run) {
+    run(kernels_for(all_kernels, false), c);
+    if (c.dtype == Dtype::float16) return;
+    Case rounded = c;
+    rounded.dtype = Dtype::bfloat16;
+    run(kernels_for(all_kernels, true), rounded);
+}
+
+void check_in(const std::vector<const IsaKernels*>& all_kernels, const Case& c,
+              const std::vector<int64_t>& cached_rows) {
     const Batch batch(c);
     const Truth truth(batch);
     for (const IsaKernels* kernels : all_kernels)
         for (const int64_t cached : cached_rows) {
+            const double allowed_gradient = truth.allowed_gradient + rounding_of_ds(*kernels) * truth.mass_of_gradient;
+            const double allowed_scale = truth.allowed_scale + rounding_of_ds(*kernels) * truth.mass_of_scale;
             context = c.name() + ", cached " + std::to_string(cached);
             const Outcome found = run(*kernels, batch, cached, 2);
             expect_within("retention", kernels->name, found.retention, truth.retention, truth.allowed_loss);
             expect_within("consistency", kernels->name, found.consistency, truth.consistency, truth.allowed_loss);
-            expect_within("gradient of scale", kernels->name, found.scale, truth.scale, truth.allowed_scale);
+            expect_within("gradient of scale", kernels->name, found.scale, truth.scale, allowed_scale);
             for (std::size_t k = 0; k < truth.image.size(); ++k) {
-                expect_within("gradient of image", kernels->name, found.image[k], truth.image[k],
-                              truth.allowed_gradient);
-                expect_within("gradient of text", kernels->name, found.text[k], truth.text[k], truth.allowed_gradient);
+                expect_within("gradient of image", kernels->name, found.image[k], truth.image[k], allowed_gradient);
+                expect_within("gradient of text", kernels->name, found.text[k], truth.text[k], allowed_gradient);
             }
             if (cached == cached_rows.back() && !same_bits(found, run(*kernels, batch, cached, 1)))
                 fail("one and two threads give different bits", kernels->name);
@@ -204,8 +226,12 @@ void check(const std::vector<const IsaKernels*>& all_kernels, const Case& c, con
         }
 }
 
+void check(const std::vector<const IsaKernels*>& all_kernels, const Case& c, const std::vector<int64_t>& cached_rows) {
+    in_its_dtype(all_kernels, c, [&](const auto& kernels, const Case& of) { check_in(kernels, of, cached_rows); });
+}
+
 // The sigmoid loss of a batch with this bias, and its gradients.
-void check_sigmoid(const std::vector<const IsaKernels*>& all_kernels, const Case& c, float bias) {
+void check_sigmoid_in(const std::vector<const IsaKernels*>& all_kernels, const Case& c, float bias) {
     const Batch batch(c);
     const int64_t n = c.n, stride = cliperase::gradient_stride(c.width);
     const Doubles s = similarity(batch.image, batch.text, c.scale);
@@ -226,6 +252,7 @@ void check_sigmoid(const std::vector<const IsaKernels*>& all_kernels, const Case
     const double unit = 4 * EPS * (1 + c.scale + std::abs(bias));
     for (const IsaKernels* kernels : all_kernels) {
         context = c.name();
+        const double of_gradient = unit + rounding_of_ds(*kernels);
         std::vector<float> grad_image(n * stride, NAN), grad_text(n * stride, NAN);
         double found = NAN, grad_scale = NAN, grad_bias = NAN;
         const cliperase::Sigmoid wanted{bias, &found, grad_image.data(), grad_text.data(), &grad_scale, &grad_bias};
@@ -237,15 +264,19 @@ void check_sigmoid(const std::vector<const IsaKernels*>& all_kernels, const Case
         }
         expect_within("sigmoid loss", kernels->name, found, loss, unit * mass + EPS * loss + UNDERFLOW);
         expect_within("sigmoid gradient of bias", kernels->name, grad_bias, of_bias, unit * mass + UNDERFLOW);
-        expect_within("sigmoid gradient of scale", kernels->name, grad_scale, of_scale, unit * mass + UNDERFLOW);
+        expect_within("sigmoid gradient of scale", kernels->name, grad_scale, of_scale, of_gradient * mass + UNDERFLOW);
         for (int64_t i = 0; i < n; ++i)
             for (int64_t k = 0; k < c.width; ++k) {
                 expect_within("sigmoid gradient of image", kernels->name, grad_image[i * stride + k],
-                              image[i * c.width + k], c.scale * (unit * image_mass[i] + UNDERFLOW));
+                              image[i * c.width + k], c.scale * (of_gradient * image_mass[i] + UNDERFLOW));
                 expect_within("sigmoid gradient of text", kernels->name, grad_text[i * stride + k],
-                              text[i * c.width + k], c.scale * (unit * text_mass[i] + UNDERFLOW));
+                              text[i * c.width + k], c.scale * (of_gradient * text_mass[i] + UNDERFLOW));
             }
     }
+}
+
+void check_sigmoid(const std::vector<const IsaKernels*>& all_kernels, const Case& c, float bias) {
+    in_its_dtype(all_kernels, c, [&](const auto& kernels, const Case& of) { check_sigmoid_in(kernels, of, bias); });
 }
 
 }  // namespace

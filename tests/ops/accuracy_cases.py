@@ -15,6 +15,7 @@ from sweep_cases import Batch, Outcome, outcome, random_batch
 from torch import Tensor
 
 from cliperase_fast.ops import eager
+from cliperase_fast.ops.native import extension
 from cliperase_fast.ops.spec import Sweep
 
 UNDERFLOW = 1e-36  # float32 ends near 1e-38; what is smaller comes out as 0
@@ -88,6 +89,29 @@ def allowed_errors(batch: Batch, truth: Outcome, dtype: torch.dtype) -> dict[str
         eps, smallest = torch.finfo(dtype).eps, torch.finfo(dtype).smallest_normal
         for key in ("image", "text"):
             allowed[key] += eps / 2 * getattr(truth, key).abs().max().item() + smallest * eps
+    return allowed
+
+
+def rounds_ds(backend: str, *dtypes: torch.dtype) -> bool:
+    """Whether a backend rounds dS to bfloat16 on this CPU, for features of these dtypes."""
+    if backend != "native" or any(dtype != torch.bfloat16 for dtype in dtypes):
+        return False
+    return extension.load().cpu.instruction_set(extension.instruction_set()) == "avx512_bf16"
+
+
+def rounding_of_ds(batch: Batch, truth: Outcome, dtype: torch.dtype) -> dict[str, float]:
+    """What rounding dS to `dtype`, a half precision, may do to the gradients: half an eps of their mass."""
+    of_similarities = 1 + batch.scale.item() + (batch.teacher_scale.item() if batch.want_consistency else 0)
+    mass = rounding_unit(batch, truth, 1 / of_similarities)
+    return {key: torch.finfo(dtype).eps / 2 * mass[key] for key in ("image", "text", "scale")}
+
+
+def native_errors(batch: Batch, truth: Outcome, dtype: torch.dtype) -> dict[str, float]:
+    """Allowed errors of the backend "native" on this CPU, for features that are all of `dtype`."""
+    allowed = allowed_errors(batch, truth, dtype)
+    if rounds_ds("native", dtype):
+        for key, value in rounding_of_ds(batch, truth, dtype).items():
+            allowed[key] += value
     return allowed
 
 

@@ -14,7 +14,15 @@ from typing import Any
 
 import pytest
 import torch
-from accuracy_cases import REGIMES, UNDERFLOW, assert_no_divergence, errors, regime, rounding_unit
+from accuracy_cases import (
+    REGIMES,
+    UNDERFLOW,
+    assert_no_divergence,
+    errors,
+    regime,
+    rounding_of_ds,
+    rounding_unit,
+)
 from sweep_cases import Batch, Outcome, moved, naive_sweep, outcome, random_batch
 from torch import Tensor
 
@@ -49,11 +57,9 @@ def margins(batch: Batch, truth: Outcome, dtype: torch.dtype) -> dict[str, float
     allowed = {key: 2 * value + UNDERFLOW for key, value in unit.items()}
     if dtype in HALF:
         half_eps = torch.finfo(dtype).eps / 2
-        of_similarities = 1 + batch.scale.item() + (batch.teacher_scale.item() if batch.want_consistency else 0)
-        mass = rounding_unit(batch, truth, 1 / of_similarities)
         vanished = 2.0**-38 * rounding_unit(batch, truth, 1.0)["loss"] if dtype == torch.float16 else 0.0
-        for key in ("image", "text", "scale"):
-            allowed[key] += half_eps * mass[key] + vanished * (1.0 if key == "scale" else batch.scale.item())
+        for key, rounding in rounding_of_ds(batch, truth, dtype).items():
+            allowed[key] += rounding + vanished * (1.0 if key == "scale" else batch.scale.item())
             if key != "scale":  # is float32
                 allowed[key] += half_eps * getattr(truth, key).abs().max().item() + torch.finfo(dtype).tiny
     return allowed

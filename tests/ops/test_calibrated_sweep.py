@@ -194,7 +194,7 @@ def test_native_gives_the_same_bits_for_any_number_of_threads(keep, dtype):
 
 def available_instructions() -> list[str]:
     found = []
-    for name in ("avx512", "avx2", "portable"):
+    for name in ("avx512_bf16", "avx512", "avx2", "portable"):
         with contextlib.suppress(ValueError):
             found.append(extension.load().cpu.instruction_set(name))
     return found

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accuracy_cases import REGIMES, allowed_errors, errors, regime
+from accuracy_cases import REGIMES, errors, native_errors, regime
 from rectangles import in_pieces
 from sweep_cases import Batch, Outcome, outcome, random_batch
 from torch import Tensor
@@ -25,7 +25,7 @@ from cliperase_fast.ops.spec import SimilarityInputs
 from cliperase_fast.validation import choose
 
 FORMS = {"both": (True, True), "rm": (True, False), "kl": (False, True)}
-INSTRUCTION_SETS = ("portable", "avx2", "avx512")
+INSTRUCTION_SETS = {"portable": "", "avx2": " avx2 ", "avx512": " avx512f ", "avx512_bf16": " avx512_bf16 "}
 
 
 def formed(batch: Batch, form: str) -> Batch:
@@ -39,7 +39,7 @@ def check(batch: Batch, dtype: torch.dtype = torch.float32, **options: int | str
     truth = outcome(eager.sweep, batch)
     result = outcome(sweep, batch.to(dtype), **options)
     assert result.image.dtype == result.text.dtype == dtype
-    allowed = allowed_errors(batch, truth, dtype)
+    allowed = native_errors(batch, truth, dtype)
     for key, error in errors(result, truth).items():
         assert error <= allowed[key], (key, error, allowed[key])
     return result
@@ -81,9 +81,8 @@ def test_any_width_and_dtype(width, teacher_width, dtype):
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
 @pytest.mark.parametrize("keep", ["nothing", "similarities"])
 def test_each_instruction_set_that_runs_here(monkeypatch, name, keep):
-    flags = {"portable": "", "avx2": " avx2 ", "avx512": " avx512f "}[name]
     with open("/proc/cpuinfo") as cpuinfo:
-        here = flags.strip() in cpuinfo.read()
+        here = INSTRUCTION_SETS[name].strip() in cpuinfo.read()
     monkeypatch.setenv("CLIPERASE_CPU", name)
     missing = extension.why_missing()
     if not here:
@@ -93,6 +92,23 @@ def test_each_instruction_set_that_runs_here(monkeypatch, name, keep):
     for wanted in FORMS:
         check(formed(replace(random_batch(300), group_ids=some_groups(300)), wanted), keep=keep)
     check(random_batch(200, width=70), torch.bfloat16, keep=keep)
+
+
+def test_products_of_bfloat16_are_chosen_where_all_features_are_bfloat16(monkeypatch):
+    def with_instructions(name: str, batch: Batch) -> Outcome:
+        monkeypatch.setenv("CLIPERASE_CPU", name)
+        return outcome(sweep, batch)
+
+    monkeypatch.delenv("CLIPERASE_CPU", raising=False)
+    batch = random_batch(300).to(torch.bfloat16)
+    one_is_float32 = [replace(batch, **{name: getattr(batch, name).float()}) for name in ("text", "teacher_image")]
+    if extension.load().cpu.instruction_set() != "avx512_bf16":  # no other processor has the instruction
+        with pytest.raises(ValueError, match="avx512_bf16 is not available"):
+            extension.load().cpu.instruction_set("avx512_bf16")
+        return
+    assert not same_bits(with_instructions("avx512_bf16", batch), with_instructions("avx512", batch))
+    for other in (batch.to(torch.float32), batch.to(torch.float16), *one_is_float32):
+        assert same_bits(with_instructions("avx512_bf16", other), with_instructions("avx512", other))
 
 
 @pytest.mark.parametrize("scale", [1.0, 30.0, 100.0, 1000.0])

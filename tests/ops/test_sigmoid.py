@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from accuracy_cases import rounds_ds
 from sigmoid_checks import *  # noqa: F403
 from sigmoid_checks import Subject, check, outcome, random_case
 
@@ -22,7 +23,8 @@ NATIVE = pytest.mark.skipif(not backends()["native"].available, reason=backends(
 
 @pytest.fixture(params=["torch", pytest.param("native", marks=NATIVE)])
 def subject(request):
-    return Subject(registry.REGISTRY[request.param].load("cpu").sigmoid.loss, request.param)
+    loss = registry.REGISTRY[request.param].load("cpu").sigmoid.loss
+    return Subject(loss, request.param, rounds_ds=rounds_ds(request.param, torch.bfloat16))
 
 
 @pytest.fixture
@@ -59,16 +61,18 @@ def test_several_tiles_and_strips_of_the_cpp_loss(native, n, m, pair_offset):
 
 
 @NATIVE
-@pytest.mark.parametrize("name", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("name", ["portable", "avx2", "avx512", "avx512_bf16"])
 def test_each_instruction_set_that_runs_here(native, monkeypatch, name):
-    flags = {"portable": "", "avx2": " avx2 ", "avx512": " avx512f "}[name]
+    flags = {"portable": "", "avx2": " avx2 ", "avx512": " avx512f ", "avx512_bf16": " avx512_bf16 "}[name]
     monkeypatch.setenv("CLIPERASE_CPU", name)
     with open("/proc/cpuinfo") as cpuinfo:
         if flags.strip() not in cpuinfo.read():
             assert extension.why_missing() is not None
             return
     for width in (20, 300):
-        check(native, random_case(140, 300, 100, width=width))
+        case = random_case(140, 300, 100, width=width)
+        check(native, case)
+        check(replace(native, rounds_ds=rounds_ds("native", torch.bfloat16)), case, torch.bfloat16)
 
 
 @NATIVE

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accuracy_cases import REGIMES, allowed_errors, errors, regime, rounding_unit
+from accuracy_cases import REGIMES, allowed_errors, errors, native_errors, regime, rounding_unit
 from sweep_cases import BACKENDS, CPU_BACKENDS, Batch, naive_sweep, outcome, random_batch
 
 from cliperase_fast.ops import eager, streaming
@@ -80,18 +80,19 @@ def test_the_bound_would_notice_one_minus_p(scale):
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
-@pytest.mark.parametrize("scale", [1.0, 100.0])
+@pytest.mark.parametrize("scale", [1.0, 30.0, 100.0, 1000.0])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", REGIMES)
 def test_half_precision_features_cost_one_rounding_of_the_gradient(backend, dtype, name, scale):
     # computed in float32, so that only the rounding of the gradients to `dtype` comes on top, and nothing for
-    # the losses or the gradient of the (float32) scale; a sweep written in `dtype` has many times that error
+    # the losses or the gradient of the (float32) scale; a sweep written in `dtype` has many times that error.
+    # Products of bfloat16 on the CPU also round dS, never the similarities.
     batch = regime(name, scale, N).to(dtype).to(torch.float64)
     truth = outcome(eager.sweep, batch)
     result = outcome(REGISTRY[backend].load("cpu").sweep, batch.to(dtype))
     assert result.image.dtype == result.text.dtype == dtype
     assert result.retention.dtype == result.consistency.dtype == torch.float32
-    allowed = allowed_errors(batch, truth, dtype)
+    allowed = (native_errors if backend == "native" else allowed_errors)(batch, truth, dtype)
     naive = errors(outcome(naive_sweep, batch.to(dtype)), truth)
     for key, error in errors(result, truth).items():
         margin = allowed[key]
