@@ -118,7 +118,7 @@ def prepare(setup: Setup, method: Method, began: float) -> Run:
         (say if ranks.first else _nothing)("%s", note)
     loader = _make_loader(setup, cache, "forget" in method.needs)
     pixels, tokens = loader.pixels[0, 0], setup.captions.rows([0])
-    if method.trains:
+    if method.trains or method.needs_gradient:
         ranks.run_on_all(partial(check_gradient, student, parameters, pixels, tokens, settings, runtime))
     if method.needs_teacher:
         ranks.run_on_all(partial(check_teacher, settings, teacher, setup.captions, pixels, baseline.encoded, runtime))

@@ -53,7 +53,7 @@ class Method(ABC):
     needs: which of the forget pairs, the retain pairs and the teacher's features it reads.
     joint_teacher: whether it reads the teacher's features of the forget pairs too, not only of the retain pairs.
     unused_settings: fields of UnlearnConfig that it ignores, so that setting them is an error.
-    trains: whether a gradient must reach the parameters.
+    trains: whether the trainer trains the parameters. needs_gradient: whether a gradient must reach them otherwise.
     """
 
     name: ClassVar[str]
@@ -64,6 +64,7 @@ class Method(ABC):
     joint_teacher: ClassVar[bool] = False
     unused_settings: ClassVar[frozenset[str]] = frozenset()
     trains: ClassVar[bool] = True
+    needs_gradient: ClassVar[bool] = False
 
     def __init__(self, settings: UnlearnConfig, options: Any) -> None:
         self.settings, self.options = settings, options

@@ -21,6 +21,8 @@ from cliperase_fast.unlearning.methods.gradient_ascent import GradientAscent
 from cliperase_fast.unlearning.methods.gradient_difference import GradientDifference
 from cliperase_fast.unlearning.methods.kl_minimization import KlMinimization
 from cliperase_fast.unlearning.methods.retain_finetune import RetainFinetune
+from cliperase_fast.unlearning.methods.slug import SingleLayerUnlearningGradient
+from cliperase_fast.unlearning.methods.ssd import SelectiveSynapticDampening
 from cliperase_fast.unlearning.methods.text_projection import TextProjection
 
 M = TypeVar("M", bound=type[Method])
@@ -33,6 +35,8 @@ _BUILT_IN: tuple[type[Method], ...] = (
     KlMinimization,
     RetainFinetune,
     TextProjection,
+    SelectiveSynapticDampening,
+    SingleLayerUnlearningGradient,
 )
 _METHODS: dict[str, type[Method]] = {}
 
