@@ -11,6 +11,12 @@ from torch import Tensor
 
 from cliperase_fast.distributed import SINGLE_PROCESS, Ranks
 
+# The fields of `BatchFeatures` with a row for each pair.
+_OF_PAIRS = (
+    "image", "text", "group_ids", "teacher_image", "teacher_text", "background_image", "background_text",
+    "image_tower", "text_tower", "teacher_image_tower", "teacher_text_tower",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class BatchFeatures:
@@ -19,7 +25,8 @@ class BatchFeatures:
     Features are L2-normalised. Teacher features have no gradient; they are None if the method does not need them, and
     those of all pairs if it sets `joint_teacher`, which gives it the background levels of all pairs too: the mean
     cosine of an image with the captions of all retain pairs of the training split, and of a caption with their images,
-    both in the teacher.
+    both in the teacher. Methods that set `tower_features` also get the features of each tower before its projection,
+    which are not normalised.
     """
 
     image: Tensor  # [M + N, D]
@@ -32,6 +39,10 @@ class BatchFeatures:
     teacher_logit_scale: Tensor | None = None
     background_image: Tensor | None = None  # [M + N]
     background_text: Tensor | None = None  # [M + N]
+    image_tower: Tensor | None = None  # [M + N, W]
+    text_tower: Tensor | None = None  # [M + N, W']
+    teacher_image_tower: Tensor | None = None  # as teacher_image, W wide
+    teacher_text_tower: Tensor | None = None  # as teacher_text, W' wide
     ranks: Ranks = SINGLE_PROCESS
     counts: tuple[Sequence[int], Sequence[int]] = ((), ())  # forget and retain pairs of each rank
 
@@ -56,7 +67,7 @@ class BatchFeatures:
         return None if self.group_ids is None else self.group_ids[self.n_forget :]
 
     def gather(self) -> BatchFeatures:
-        """Return the whole batch of all ranks, without teacher features.
+        """Return the whole batch of all ranks.
 
         A loss of it that every rank computes has the gradient that the engine expects: its mean over the ranks is that
         of the whole batch.
@@ -64,22 +75,20 @@ class BatchFeatures:
         if self.ranks.size == 1:
             return self
 
-        def whole(rows: Tensor) -> Tensor:
-            parts = zip((rows[: self.n_forget], rows[self.n_forget :]), self.counts, strict=True)
-            return torch.cat([self.ranks.all_gather_with_gradient(part, counts) for part, counts in parts])
+        def whole(rows: Tensor | None) -> Tensor | None:  # of all pairs or of the retain pairs
+            if rows is None:
+                return None
+            n_forget = len(rows) - len(self.retain_image)
+            parts = zip((rows[:n_forget], rows[n_forget:]), self.counts, strict=True)
+            return torch.cat(
+                [
+                    self.ranks.all_gather_with_gradient(part, counts)
+                    for part, counts in (parts if n_forget else [(rows, self.counts[1])])
+                ]
+            )
 
-        return replace(
-            self,
-            image=whole(self.image),
-            text=whole(self.text),
-            n_forget=sum(self.counts[0]),
-            group_ids=None if self.group_ids is None else whole(self.group_ids),
-            teacher_image=None,
-            teacher_text=None,
-            background_image=None,
-            background_text=None,
-            ranks=SINGLE_PROCESS,
-        )
+        found: dict[str, Any] = {name: whole(getattr(self, name)) for name in _OF_PAIRS}
+        return replace(self, **found, n_forget=sum(self.counts[0]), ranks=SINGLE_PROCESS)
 
 
 class Objective(Protocol):

@@ -158,6 +158,11 @@ class Run:
         return self.setup.captions
 
     @property
+    def feature_width(self) -> int:
+        """Number of features of the original's embeddings, D."""
+        return self.baseline.encoded.image_features.shape[1]
+
+    @property
     def resumable(self) -> bool:
         """Whether checkpoints are written."""
         return self.setup.directory.path is not None

@@ -21,6 +21,7 @@ from cliperase_fast.evaluation import Background
 from cliperase_fast.evaluation.background import PART
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.models.runtime import inference
+from cliperase_fast.models.tower_features import with_tower_features
 from cliperase_fast.progress import Steps, say
 from cliperase_fast.unlearning.batches import Batch, CaptionTable, PixelDataset
 from cliperase_fast.unlearning.engines.base import pad_rows
@@ -84,11 +85,13 @@ class CachedTeacher:
         row_of_index: np.ndarray,
         device: torch.device,
         joint: bool = False,
+        width: int | None = None,
     ) -> None:
         self.image = image  # [rows, D°] float32
         self.text = text  # [U, D°] float32
         self.row_of_index = row_of_index  # [training pairs]
         self.device, self.joint = device, joint
+        self.width = width  # columns of projected features, None if there are no others
 
     def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
         rows = self.row_of_index[batch.pairs[-batch.count(self.joint) :]]
@@ -98,14 +101,19 @@ class CachedTeacher:
         return image.to(self.device), text.to(self.device)
 
 
-def make_teacher(run: Run, batches: int, *, joint: bool = False, whole: bool = False) -> Teacher:
+def make_teacher(
+    run: Run, batches: int, *, joint: bool = False, whole: bool = False, tower_features: bool = False
+) -> Teacher:
     """Return the run's teacher, live or cached for the pairs that so many batches visit.
 
     joint: for all pairs of a batch, not only for its retain pairs. whole: cache all training pairs.
+    tower_features: whether its features are those of `with_tower_features`.
     """
     setup = run.setup
     frozen, zero = setup.models.teacher, setup.deepspeed
     assert frozen is not None
+    if tower_features:
+        frozen = wide_adapter(run, frozen)
     if setup.teacher_is_live:
         if zero is not None and zero["zero_optimization"]["stage"] == 3:
             return LiveTeacher(ShardedTeacher(frozen, zero), run.runtime, joint, equal_parts=True)
@@ -113,7 +121,19 @@ def make_teacher(run: Run, batches: int, *, joint: bool = False, whole: bool = F
     train, plan = run.data.train, run.loader.plan
     retain = np.arange(plan.n_retain) if whole else plan.retain_used(batches)
     forget = np.arange(train.n_forget if joint or whole else 0)
-    return _cache_of_run(run, np.concatenate([forget, train.n_forget + retain]), joint)
+    used = np.concatenate([forget, train.n_forget + retain])
+    if not tower_features:
+        return _cache_of_run(run, used, joint)
+    cached = _cache_of_run(run, used, joint, frozen)
+    cached.width = run.feature_width
+    return cached
+
+
+def wide_adapter(run: Run, adapter: ClipAdapter) -> ClipAdapter:
+    """Return `with_tower_features` of a model of the run."""
+    with run.runtime.inference(adapter):
+        pixels = run.loader.pixels[0, 0][None].to(run.runtime.device)
+        return with_tower_features(adapter, pixels, run.captions.rows([0]))
 
 
 def measure_background(run: Run, teacher: Teacher | None) -> Background:
@@ -124,18 +144,26 @@ def measure_background(run: Run, teacher: Teacher | None) -> Background:
     train = run.data.train
     if not (isinstance(teacher, CachedTeacher) and bool((teacher.row_of_index >= 0).all())):
         teacher = _cache_of_run(run, np.arange(len(train.pairs)), False)
+    width = teacher.width
     image, rows = teacher.image, teacher.row_of_index[train.n_forget :]
     parts = (rows[start : start + PART] for start in range(0, len(rows), PART))
-    images = (torch.from_numpy(np.ascontiguousarray(image[part])) for part in parts)
-    return Background.of_rows(images, teacher.text, run.captions.of_pair[train.n_forget :])
+    images = (torch.from_numpy(np.ascontiguousarray(image[part][:, :width])) for part in parts)
+    return Background.of_rows(images, teacher.text[:, :width], run.captions.of_pair[train.n_forget :])
 
 
-def _cache_of_run(run: Run, used: np.ndarray, joint: bool) -> CachedTeacher:
-    """Cache the `used` training pairs. A random transform is replaced by that of evaluation."""
+def _cache_of_run(run: Run, used: np.ndarray, joint: bool, wide: ClipAdapter | None = None) -> CachedTeacher:
+    """Cache the `used` training pairs. A random transform is replaced by that of evaluation.
+
+    wide: the teacher with its towers' features.
+    """
     teacher, loader, where = run.setup.models.teacher, run.loader, run.settings.teacher_cache
     assert teacher is not None
+    width = None
+    if wide is not None:
+        with run.runtime.inference(teacher):
+            width = wide.encode_image(loader.pixels[0, 0][None].to(run.runtime.device)).shape[1]
     return cache_teacher(
-        teacher,
+        wide or teacher,
         run.data.train.pairs,
         run.captions,
         used,
@@ -145,6 +173,7 @@ def _cache_of_run(run: Run, used: np.ndarray, joint: bool) -> CachedTeacher:
         directory=run.directory / "cache",
         pixels=loader.pixels.cache,
         joint=joint,
+        image_width=width,
     )
 
 
@@ -160,17 +189,19 @@ def cache_teacher(
     directory: Path | None,
     pixels: PixelCache | None = None,
     joint: bool = False,
+    image_width: int | None = None,
 ) -> CachedTeacher:
     """Encode the `used` pairs (sorted indices) and all captions, a part on each rank; every rank gets all.
 
     where: "memory", "disk" (a file in `directory` on each machine), or "auto" (a file above `MEMORY_LIMIT` bytes if
-    there is a directory). A complete file that an interrupted run left is reused if it was made from the same inputs.
+    there is a directory). image_width: of an adapter whose image features are not as wide as its text features.
+    A complete file that an interrupted run left is reused if it was made from the same inputs.
     """
     ranks = runtime.ranks
     if ranks.first:
         say("computing the teacher's features of %d pairs", len(used))
     text = _encode_captions(adapter, captions, runtime)  # [U, D°]
-    shape = (len(used), text.shape[1])
+    shape = (len(used), image_width or text.shape[1])
     row_of_index = np.full(len(pairs), -1, dtype=np.int64)
     row_of_index[used] = np.arange(len(used))
     large = shape[0] * shape[1] * 4 > MEMORY_LIMIT

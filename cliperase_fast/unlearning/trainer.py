@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import islice
@@ -18,6 +18,7 @@ from torch import Tensor
 from cliperase_fast.coercion import AUTO
 from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.errors import tell_out_of_memory
+from cliperase_fast.models import ClipAdapter
 from cliperase_fast.models.fast_paths.blocks import disable_recompute, enable_recompute
 from cliperase_fast.models.fast_paths.embedding import merge_rows
 from cliperase_fast.progress import Steps
@@ -32,7 +33,7 @@ from cliperase_fast.unlearning.objective import BatchFeatures, Objective
 from cliperase_fast.unlearning.probing import NotFiniteError, RateSearch
 from cliperase_fast.unlearning.run import Run
 from cliperase_fast.unlearning.step_effect import ChangeMeter, merge_lora
-from cliperase_fast.unlearning.teacher import make_teacher, measure_background
+from cliperase_fast.unlearning.teacher import make_teacher, measure_background, wide_adapter
 from cliperase_fast.unlearning.tracker import Tracker
 
 
@@ -40,11 +41,20 @@ class Trainer:
     """Trains the run's student in place by an objective.
 
     needs_teacher: whether the objective reads the teacher's features of the retain pairs. joint_teacher: and of the
-    forget pairs. Releases the run's other models once their features are cached, and restores the checkpoint if the run
-    resumes.
+    forget pairs. tower_features: whether it reads the features of the towers too, see `Method`. Releases the run's
+    other models once their features are cached, and restores the checkpoint if the run resumes.
     """
 
-    def __init__(self, run: Run, objective: Objective, *, needs_teacher: bool, joint_teacher: bool = False) -> None:
+    def __init__(
+        self,
+        run: Run,
+        objective: Objective,
+        *,
+        needs_teacher: bool,
+        joint_teacher: bool = False,
+        tower_features: bool = False,
+        make_engine: Callable[[Run, ClipAdapter], Engine] | None = None,
+    ) -> None:
         self.run, self.objective, self.settings = run, objective, run.settings
         self.loader, self.runtime, self.ranks = run.loader, run.runtime, run.ranks
         plan, epochs = self.loader.plan, self.settings.epochs
@@ -54,10 +64,16 @@ class Trainer:
         self.pairs_per_step = self.settings.accumulate * sum(plan.sizes)
         self.counts = tuple([share.stop - share.start for share in self.ranks.shares(count)] for count in plan.sizes)
         self.meter = self.make_meter()
-        self.engine = make_engine(run)
+        student = wide_adapter(run, run.student) if tower_features else run.student
+        self.width = run.feature_width if tower_features else None
+        self.engine = (make_engine or engine_of)(run, student)
         self.tracker = Tracker(run, self.engine.weights)
         batches, whole = self.total_steps * self.settings.accumulate, run.needs_target or joint_teacher
-        self.teacher = make_teacher(run, batches, joint=joint_teacher, whole=whole) if needs_teacher else None
+        self.teacher = (
+            make_teacher(run, batches, joint=joint_teacher, whole=whole, tower_features=tower_features)
+            if needs_teacher
+            else None
+        )
         if whole:
             run.set_target(measure_background(run, self.teacher))
         assert run.setup.models.teacher is not None
@@ -215,9 +231,17 @@ class Trainer:
         """Compute the terms from image features [M + N, D] and the text features [U, D] of different captions."""
         device = self.runtime.device
         teacher_image, teacher_text = self.teacher.features(batch) if self.teacher is not None else (None, None)
+        text = text.index_select(0, batch.text_of_pair.to(device))
+        towers: dict[str, Tensor] = {}
+        if self.width is not None:
+            image, towers["image_tower"] = _split(image, self.width)
+            text, towers["text_tower"] = _split(text, self.width)
+            if teacher_image is not None and teacher_text is not None:
+                teacher_image, towers["teacher_image_tower"] = _split(teacher_image, self.width)
+                teacher_text, towers["teacher_text_tower"] = _split(teacher_text, self.width)
         features = BatchFeatures(
             image=image,
-            text=text.index_select(0, batch.text_of_pair.to(device)),
+            text=text,
             logit_scale=scale,
             n_forget=batch.n_forget,
             group_ids=None if batch.group_ids is None else batch.group_ids.to(device),
@@ -225,6 +249,7 @@ class Trainer:
             teacher_text=teacher_text,
             teacher_logit_scale=self.teacher_scale,
             **self._background(teacher_image, teacher_text),
+            **towers,
             ranks=self.ranks,
             counts=(self.counts[0], self.counts[1]),
         )
@@ -258,12 +283,16 @@ class Trainer:
         )
 
 
-def make_engine(run: Run) -> Engine:
-    """Return the engine that the settings ask for."""
+def engine_of(run: Run, student: ClipAdapter) -> Engine:
+    """Return the engine that the settings ask for. student: the run's, or an adapter of the same module."""
     setup = run.setup
     if setup.deepspeed is None:
-        return LocalEngine(run.student, run.parameters, setup.settings, setup.runtime)
-    return ZeroEngine(run.student, run.parameters, setup.settings, setup.runtime, setup.deepspeed)
+        return LocalEngine(student, run.parameters, setup.settings, setup.runtime)
+    return ZeroEngine(student, run.parameters, setup.settings, setup.runtime, setup.deepspeed)
+
+
+def _split(rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    return rows[:, :width], rows[:, width:]
 
 
 def learning_rate(settings: UnlearnConfig, step: int, total: int) -> float:

@@ -62,6 +62,7 @@ def alone(**changes):
         {"method": "calibrated", "batch_size": 12, "forget_fraction": 0.42},
         {"method": "gradient_difference", "batch_size": 12, "forget_fraction": 0.42},
         {"method": "kl_minimization", "batch_size": 12, "forget_fraction": 0.42},
+        {"method": "multidelete", "batch_size": 12, "forget_fraction": 0.42},
     ],
     ids=[
         "plain",
@@ -72,6 +73,7 @@ def alone(**changes):
         "calibrated, uneven shares",
         "gradient difference",
         "KL minimisation",
+        "MultiDelete",
     ],
 )
 def test_the_curve_and_the_scores_are_those_of_one_process(two, changes):

@@ -6,6 +6,7 @@ import copy
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -26,6 +27,33 @@ Tower = Literal["image", "text", "scale"]
 # Shorter features are divided by this norm instead of their own, so that a zero vector has finite gradients.
 SMALLEST_NORM = 1e-6
 _OTHER_FLOATS = (torch.float16, torch.bfloat16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """The matrix or module `owner.name` that a tower ends with.
+
+    without: what to put in its place for the tower to return its own features.
+    """
+
+    owner: nn.Module
+    name: str
+    without: nn.Module | None = None
+
+    @contextmanager
+    def left_out(self) -> Iterator[None]:
+        """Let the tower return its own features inside the block."""
+        held: Any = self.owner._modules if self.name in self.owner._modules else self.owner._parameters
+        own = held[self.name]
+        held[self.name] = self.without
+        try:
+            yield
+        finally:
+            held[self.name] = own
+
+    def __call__(self, features: Tensor) -> Tensor:  # [B, W] -> [B, D]
+        own: Any = getattr(self.owner, self.name)
+        return features @ own if isinstance(own, Tensor) else own(features)
 
 
 class ClipAdapter(ABC):
@@ -134,10 +162,7 @@ class ClipAdapter(ABC):
         """Return L2-normalised image features, float32 (float64 for a float64 model); differentiable."""
         if pixels.ndim != 4:
             raise InputError(f"images must be [B, 3, H, W], not {list(pixels.shape)}")
-        first = next(self.module.parameters(), None)
-        if pixels.dtype in _OTHER_FLOATS and first is not None and first.dtype == torch.float32:
-            pixels = pixels.float()  # from a transform or a dataset with another dtype
-        return normalise(self._checked(self._image_features(pixels), "encode_image", len(pixels)))
+        return normalise(self._checked(self.image_output(pixels), "encode_image", len(pixels)))
 
     @torch_defaults()
     def encode_text(self, tokens: Tensor) -> Tensor:  # [B, L] -> [B, D]
@@ -149,6 +174,13 @@ class ClipAdapter(ABC):
         if tokens.ndim != 2:
             raise InputError(f"token ids must be [B, L], not {list(tokens.shape)}")
         return normalise(self._checked(self.text_output(tokens), "encode_text", len(tokens)))
+
+    def image_output(self, pixels: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, D]
+        """Return what the image tower computes, as `text_output` does. See `encode_image`."""
+        first = next(self.module.parameters(), None)
+        if pixels.dtype in _OTHER_FLOATS and first is not None and first.dtype == torch.float32:
+            pixels = pixels.float()  # from a transform or a dataset with another dtype
+        return self._image_features(pixels)
 
     def text_output(self, tokens: Tensor) -> Tensor:  # [B, L] -> [B, D]
         """Return what the text tower computes: in its own dtype, and with rows of any length. See `encode_text`."""
@@ -221,6 +253,10 @@ class ClipAdapter(ABC):
     def blocks(self) -> tuple[list[nn.Module], list[nn.Module]]:
         """Return the repeated blocks of (image tower, text tower) in order; empty if unknown."""
         return self._blocks_of("image"), self._blocks_of("text")
+
+    def projection(self, tower: Tower) -> Projection | None:
+        """Return the last projection of a tower, from its own features to the common space; None if unknown."""
+        return None
 
     @abstractmethod
     def tower(self, name: str) -> Tower | None:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cliperase_fast.errors import InputError
-from cliperase_fast.models.adapters.base import ClipAdapter, Tower, longest_stack
+from cliperase_fast.models.adapters.base import ClipAdapter, Projection, Tower, longest_stack
 from cliperase_fast.models.adapters.open_clip_config import (
     TEXT_CONFIG,
     Config,
@@ -128,6 +128,21 @@ class OpenClipAdapter(ClipAdapter):
 
     def is_tail(self, name: str) -> bool:
         return _TAIL.match(name) is not None
+
+    def projection(self, tower: Tower) -> Projection | None:
+        if tower == "text":
+            if hasattr(self._text, "config"):
+                return Projection(self._text, "proj", nn.Identity())
+            known = getattr(self._text, "text_projection", None) is not None
+            return Projection(self._text, "text_projection") if known else None
+        visual: Any = self.module.visual
+        if isinstance(getattr(visual, "proj", None), Tensor):
+            return Projection(visual, "proj")
+        head = getattr(visual, "head", None) if hasattr(visual, "trunk") else None
+        for name in ("proj", "mlp"):  # of timm's towers
+            if isinstance(head, nn.Module) and isinstance(getattr(head, name, None), nn.Module):
+                return Projection(head, name, nn.Identity())
+        return None
 
     def _blocks_of(self, tower: Tower) -> list[nn.Module]:
         if tower == "text":

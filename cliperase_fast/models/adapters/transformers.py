@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cliperase_fast.errors import InputError
 from cliperase_fast.extras import import_extra
-from cliperase_fast.models.adapters.base import ClipAdapter, Family, Tower, first_lines
+from cliperase_fast.models.adapters.base import ClipAdapter, Family, Projection, Tower, first_lines
 from cliperase_fast.models.adapters.open_clip import CLIP_VOCABULARY
 from cliperase_fast.models.checkpoint_files import read_checkpoint
 from cliperase_fast.models.equivalence import feature_difference, random_pixels, tolerance
@@ -100,6 +100,9 @@ class TransformersAdapter(ClipAdapter):
 
     def is_tail(self, name: str) -> bool:
         return _TAIL.match(name) is not None
+
+    def projection(self, tower: Tower) -> Projection | None:
+        return Projection(self.module, "visual_projection" if tower == "image" else "text_projection", nn.Identity())
 
     def _blocks_of(self, tower: Tower) -> list[nn.Module]:
         owner = self._model.vision_model if tower == "image" else self._model.text_model

@@ -51,7 +51,8 @@ class FrozenFront:
         if made.requires_grad or not unchanged:  # a gradient would reach a trained parameter
             return False
         with torch.no_grad():
-            return torch.allclose(self.rest(made), adapter.encode_image(pixels), rtol=1e-5, atol=1e-6)
+            found, expected = self.rest(made), adapter.encode_image(pixels)
+            return found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def _of_blocks(adapter: ClipAdapter) -> FrozenFront | None:

@@ -52,6 +52,7 @@ class Method(ABC):
     Options: the dataclass of `method_options`; its `__post_init__` raises InputError for wrong values.
     needs: which of the forget pairs, the retain pairs and the teacher's features it reads.
     joint_teacher: whether it reads the teacher's features of the forget pairs too, not only of the retain pairs.
+    tower_features: whether it reads the features of each tower before its projection too, of student and teacher.
     unused_settings: fields of UnlearnConfig that it ignores, so that setting them is an error.
     trains: whether the trainer trains the parameters. needs_gradient: whether a gradient must reach them otherwise.
     """
@@ -62,6 +63,7 @@ class Method(ABC):
     Options: ClassVar[type] = NoOptions
     needs: ClassVar[tuple[str, ...]] = ("forget", "retain")
     joint_teacher: ClassVar[bool] = False
+    tower_features: ClassVar[bool] = False
     unused_settings: ClassVar[frozenset[str]] = frozenset()
     trains: ClassVar[bool] = True
     needs_gradient: ClassVar[bool] = False
@@ -123,7 +125,13 @@ class TrainingMethod(Method):
         """Return the function from the features of a joint batch to its loss terms."""
 
     def run(self, run: Run) -> TrainState:
-        trainer = Trainer(run, self.objective(run), needs_teacher=self.needs_teacher, joint_teacher=self.joint_teacher)
+        trainer = Trainer(
+            run,
+            self.objective(run),
+            needs_teacher=self.needs_teacher,
+            joint_teacher=self.joint_teacher,
+            tower_features=self.tower_features,
+        )
         state = trainer.train()
         trainer.finish()
         return state

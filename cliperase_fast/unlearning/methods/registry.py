@@ -20,6 +20,7 @@ from cliperase_fast.unlearning.methods.cliperase import CLIPErase
 from cliperase_fast.unlearning.methods.gradient_ascent import GradientAscent
 from cliperase_fast.unlearning.methods.gradient_difference import GradientDifference
 from cliperase_fast.unlearning.methods.kl_minimization import KlMinimization
+from cliperase_fast.unlearning.methods.multidelete import MultiDelete
 from cliperase_fast.unlearning.methods.retain_finetune import RetainFinetune
 from cliperase_fast.unlearning.methods.slug import SingleLayerUnlearningGradient
 from cliperase_fast.unlearning.methods.ssd import SelectiveSynapticDampening
@@ -33,6 +34,7 @@ _BUILT_IN: tuple[type[Method], ...] = (
     GradientAscent,
     GradientDifference,
     KlMinimization,
+    MultiDelete,
     RetainFinetune,
     TextProjection,
     SelectiveSynapticDampening,
