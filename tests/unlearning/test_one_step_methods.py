@@ -14,7 +14,7 @@ from torch import nn
 import cliperase_fast as cf
 from cliperase_fast import InputError
 from cliperase_fast.models import load_model
-from cliperase_fast.unlearning.methods import gradients, slug, ssd
+from cliperase_fast.unlearning.methods import gradients, slug, ssd, task_vector
 from cliperase_fast.unlearning.methods.gradients import AllPairs
 from cliperase_fast.unlearning.methods.strength import search_strength
 from cliperase_fast.unlearning.selection import Candidate
@@ -22,7 +22,7 @@ from cliperase_fast.unlearning.selection import Candidate
 sys.path.append(str(Path(__file__).parents[1] / "auditing"))
 from small import make_model, training_and_test
 
-METHODS = ["ssd", "slug"]
+METHODS = ["ssd", "slug", "task_vector", "negmerge"]
 
 
 def run(method, **changes):
@@ -158,6 +158,73 @@ def test_a_search_ends_at_the_largest_strength_that_is_not_enough():
     assert seen == [1, 2, 3]
 
 
+def test_only_entries_whose_sign_agrees_in_all_vectors_are_kept():
+    rows = [[1.0, -1.0, 2.0, 0.0], [3.0, -2.0, -1.0, 1.0], [2.0, -6.0, 4.0, 2.0]]
+    vectors = [[torch.tensor(row)] for row in rows]
+    assert task_vector.merge_agreeing(vectors)[0].tolist() == [2, -3, 0, 0]
+
+
+def test_an_entry_that_disagreed_once_stays_zero():
+    vectors = [[torch.tensor([1.0, 2.0])], [torch.tensor([-1.0, 2.0])], [torch.tensor([-1.0, 2.0])]]
+    assert task_vector.merge_agreeing(vectors)[0].tolist() == [0, 2]
+
+
+def test_size_0_is_the_original_and_size_1_moves_away_from_the_fine_tune():
+    weight = nn.Parameter(torch.tensor([1.0, 2.0]))
+    one, start, vector = (
+        SimpleNamespace(parameters=[("w", weight)]),
+        weight.detach().clone(),
+        [torch.tensor([0.5, -1.0])],
+    )
+    task_vector.subtract(one, [start], vector, 1.0)
+    assert weight.tolist() == [0.5, 3]
+    task_vector.subtract(one, [start], vector, 0.0)
+    assert torch.equal(weight, start)
+
+
+def test_a_fine_tune_lowers_the_forget_loss_and_leaves_the_student_as_it_was(monkeypatch):
+    seen = {}
+
+    class Looking(task_vector.TaskVector):
+        def edit(self, run, evaluate):
+            def watched(features):
+                losses.append(task_vector.forget_clip_loss(features.gather()))
+                return losses[-1]
+
+            def loss():
+                next(gradients.gradients(run, run.loader, range(1), [watched]))
+                return float(losses[-1])
+
+            losses = []
+            before, weights = loss(), [parameter.clone() for _, parameter in run.parameters]
+            vector = task_vector.fine_tune(run, 1e-3, 20)
+            assert all(torch.equal(p, w) for (_, p), w in zip(run.parameters, weights, strict=True))
+            assert all(parameter.grad is None for _, parameter in run.parameters)
+            task_vector.subtract(run, weights, vector, -1.0)
+            seen.update(before=before, after=loss())
+
+    monkeypatch.setitem(cf.unlearning.methods.registry._METHODS, "task_vector", Looking)
+    run("task_vector")
+    assert seen["after"] < 0.9 * seen["before"]
+
+
+def test_subtracting_a_fine_tune_forgets():
+    result = run("task_vector", method_options={"learning_rate": 1e-3, "steps": 20})
+    assert result.after["forget"]["association"] < result.before["forget"]["association"] - 0.1
+
+
+def test_the_fine_tunes_of_negmerge_differ_in_rate_and_batches(monkeypatch):
+    seen = []
+
+    def fine_tune(run, rate, steps, first=0):
+        seen.append((rate, steps, first))
+        return [torch.ones_like(parameter) for _, parameter in run.parameters]
+
+    monkeypatch.setattr(task_vector, "fine_tune", fine_tune)
+    run("negmerge", method_options={"models": 3, "learning_rate": 1e-4, "steps": 5})
+    assert seen == [(pytest.approx(5e-5), 5, 0), (pytest.approx(1e-4), 5, 5), (pytest.approx(2e-4), 5, 10)]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_finished_edit_is_not_repeated(tmp_path, monkeypatch, method):
     first = run(method, output_dir=tmp_path / "run")
@@ -195,6 +262,10 @@ def test_a_model_without_gradients_is_refused_before_anything_is_written(tmp_pat
         ("ssd", {"method_options": {"alpha": 0}}, "alpha=0.0 must be"),
         ("ssd", {"method_options": {"dampening": -1}}, "dampening=-1.0 must be"),
         ("slug", {"method_options": {"evaluations": 0}}, "evaluations=0 must be at least 1"),
+        ("task_vector", {"method_options": {"learning_rate": 0}}, "learning_rate=0.0 must be"),
+        ("task_vector", {"method_options": {"steps": 0}}, "steps=0 must be at least 1"),
+        ("negmerge", {"method_options": {"models": 1}}, "models=1 must be at least 2"),
+        ("task_vector", {"learning_rate": 1e-3}, "does not use learning_rate"),
         ("ssd", {"deepspeed": "zero2"}, "does not use deepspeed"),
         ("slug", {"steps": 3}, "does not use steps"),
     ],

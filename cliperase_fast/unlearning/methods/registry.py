@@ -24,6 +24,7 @@ from cliperase_fast.unlearning.methods.multidelete import MultiDelete
 from cliperase_fast.unlearning.methods.retain_finetune import RetainFinetune
 from cliperase_fast.unlearning.methods.slug import SingleLayerUnlearningGradient
 from cliperase_fast.unlearning.methods.ssd import SelectiveSynapticDampening
+from cliperase_fast.unlearning.methods.task_vector import NegMerge, TaskVector
 from cliperase_fast.unlearning.methods.text_projection import TextProjection
 
 M = TypeVar("M", bound=type[Method])
@@ -39,6 +40,8 @@ _BUILT_IN: tuple[type[Method], ...] = (
     TextProjection,
     SelectiveSynapticDampening,
     SingleLayerUnlearningGradient,
+    TaskVector,
+    NegMerge,
 )
 _METHODS: dict[str, type[Method]] = {}
 
