@@ -63,6 +63,7 @@ def alone(**changes):
         {"method": "gradient_difference", "batch_size": 12, "forget_fraction": 0.42},
         {"method": "kl_minimization", "batch_size": 12, "forget_fraction": 0.42},
         {"method": "multidelete", "batch_size": 12, "forget_fraction": 0.42},
+        {"method": "salun", "batch_size": 12, "forget_fraction": 0.42},
     ],
     ids=[
         "plain",
@@ -74,6 +75,7 @@ def alone(**changes):
         "gradient difference",
         "KL minimisation",
         "MultiDelete",
+        "SalUn",
     ],
 )
 def test_the_curve_and_the_scores_are_those_of_one_process(two, changes):

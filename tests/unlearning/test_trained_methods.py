@@ -13,11 +13,11 @@ import cliperase_fast as cf
 from cliperase_fast import InputError
 from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.functional import clip_loss
-from cliperase_fast.unlearning.methods import make_method, multidelete
+from cliperase_fast.unlearning.methods import make_method, multidelete, relabel, salun
 from cliperase_fast.unlearning.methods.clip_losses import forget_clip_loss
 from cliperase_fast.unlearning.objective import BatchFeatures
 
-METHODS = ["gradient_difference", "kl_minimization", "multidelete"]
+METHODS = ["gradient_difference", "kl_minimization", "multidelete", "relabel", "salun"]
 
 
 def run(method, model=None, **changes):
@@ -138,12 +138,91 @@ def test_multidelete_refuses_another_teacher():
         run("multidelete", teacher=make_tiny_clip())
 
 
+def test_relabel_gives_no_forget_image_a_caption_of_its_own_concept():
+    features = batch(groups=(0, 1, 0, 0, 2, 1, 0, 3), forget=3)
+    places = relabel.new_captions(features)
+    assert (places >= 3).all() and len(set(places.tolist())) > 1
+    assert (features.group_ids[places] != features.group_ids[:3]).all()
+
+
+def test_relabel_is_the_clip_loss_of_the_new_captions_over_the_whole_batch():
+    features = batch(groups=(0, 0, 7, 1, 7, 2, 1), forget=3)  # no other concept is missing for any of them
+    places = relabel.new_captions(features).tolist()
+    shown = [features.group_ids[place].item() for place in places] + features.group_ids[3:].tolist()
+    expected = 0.0
+    for m, place in enumerate(places):
+        captions = [j for j in range(7) if j == place or features.group_ids[j] != shown[m]]
+        images = [i for i in range(7) if i == m or shown[i] != shown[m]]
+        for row, columns, own in ((features.image[m], features.text[captions], captions.index(place)),
+                                  (features.text[place], features.image[images], images.index(m))):  # fmt: skip
+            expected -= (9 * columns @ row).log_softmax(0)[own].item() / 6
+    found = objective("relabel")(features)
+    assert found.relabelled.item() == pytest.approx(expected, rel=1e-12)
+    assert found.total.item() == pytest.approx(expected + retain_loss(features).item(), rel=1e-12)
+
+
+def test_relabel_leaves_out_images_without_another_concept():
+    features = batch(groups=(0, 1, 0, 0, 0, 0))
+    assert relabel.new_captions(features).tolist() == [-1, 3]
+    assert objective("relabel")(batch(groups=(0, 0, 0, 0), forget=1)).relabelled.item() == 0
+
+
+def test_the_saliency_mask_has_one_threshold_for_all_weights():
+    gradients = [torch.tensor([[3.0, -1.0], [0.0, 0.5]]), torch.tensor([-4.0, 2.0, 0.1, 0.0])]
+    masks = salun.largest(gradients, 0.5)
+    assert [mask.tolist() for mask in masks] == [[[True, True], [False, False]], [True, True, False, False]]
+    everything = salun.largest(gradients, 1.0)
+    assert all(torch.equal(mask, gradient != 0) for mask, gradient in zip(everything, gradients, strict=True))
+
+
+@pytest.mark.parametrize("changes", [{}, {"grad_cache_chunk": 2, "accumulate": 2, "optimizer": "adamw"}])
+def test_masked_weights_are_bitwise_equal_after_salun(monkeypatch, changes):
+    seen = {}
+
+    def watched(self, run):
+        own(self, run)
+        seen.update(zip((name for name, _ in run.parameters), self.masks, strict=True))
+
+    own = salun.SalUn.prepare
+    monkeypatch.setattr(salun.SalUn, "prepare", watched)
+    result = run("salun", trainable="image", method_options={"fraction": 0.3}, **changes)
+    before, after = make_tiny_clip().state_dict(), result.model.state_dict()
+    assert len(seen) > 10 and 0.29 < sum(m.sum() for m in seen.values()) / sum(m.numel() for m in seen.values()) < 0.31
+    moved = 0
+    for name, mask in seen.items():
+        assert torch.equal(after[name][~mask], before[name][~mask])
+        moved += int((after[name] != before[name]).sum())
+    assert moved > 0.9 * sum(int(mask.sum()) for mask in seen.values())
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "says"),
+    [
+        ("relabel", {"false_negatives": "none"}, "false_negatives='none' leaves out; use 'auto'"),
+        ("salun", {"trainable": "lora"}, "trainable='lora' leaves frozen; use 'all'"),
+        ("salun", {"weight_decay": 0.1}, "method='salun' does not use weight_decay"),
+        ("salun", {"method_options": {"fraction": 0}}, "fraction=0.0 must be above 0"),
+        ("multidelete", {"deepspeed": "zero1"}, "method='multidelete' does not use deepspeed"),
+    ],
+)  # fmt: skip
+def test_what_a_method_cannot_do_is_refused_by_name(method, changes, says):
+    with pytest.raises(InputError, match=says):
+        run(method, **changes)
+
+
+REFUSED = {("salun", "lora")}
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
-    "changes", [{}, {"trainable": "lora"}, {"trainable": "last:1"}, {"grad_cache_chunk": 2, "accumulate": 2}],
-    ids=["all", "lora", "last block", "gradient cache"],
+    "changes", [{"trainable": "lora"}, {"trainable": "last:1"}, {"grad_cache_chunk": 2, "accumulate": 2}],
+    ids=["lora", "last block", "gradient cache"],
 )  # fmt: skip
 def test_a_method_trains_every_kind_of_parameters(method, changes):
+    if (method, changes.get("trainable")) in REFUSED:
+        with pytest.raises(InputError, match=changes["trainable"]):
+            run(method, **changes)
+        return
     result = run(method, **changes)
     assert len(steps(result)) >= 2
     assert result.after["forget"]["association"] != result.before["forget"]["association"]

@@ -21,7 +21,9 @@ from cliperase_fast.unlearning.methods.gradient_ascent import GradientAscent
 from cliperase_fast.unlearning.methods.gradient_difference import GradientDifference
 from cliperase_fast.unlearning.methods.kl_minimization import KlMinimization
 from cliperase_fast.unlearning.methods.multidelete import MultiDelete
+from cliperase_fast.unlearning.methods.relabel import Relabel
 from cliperase_fast.unlearning.methods.retain_finetune import RetainFinetune
+from cliperase_fast.unlearning.methods.salun import SalUn
 from cliperase_fast.unlearning.methods.slug import SingleLayerUnlearningGradient
 from cliperase_fast.unlearning.methods.ssd import SelectiveSynapticDampening
 from cliperase_fast.unlearning.methods.task_vector import NegMerge, TaskVector
@@ -36,7 +38,9 @@ _BUILT_IN: tuple[type[Method], ...] = (
     GradientDifference,
     KlMinimization,
     MultiDelete,
+    Relabel,
     RetainFinetune,
+    SalUn,
     TextProjection,
     SelectiveSynapticDampening,
     SingleLayerUnlearningGradient,
