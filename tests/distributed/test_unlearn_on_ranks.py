@@ -64,6 +64,8 @@ def alone(**changes):
         {"method": "kl_minimization", "batch_size": 12, "forget_fraction": 0.42},
         {"method": "multidelete", "batch_size": 12, "forget_fraction": 0.42},
         {"method": "salun", "batch_size": 12, "forget_fraction": 0.42},
+        {"method": "balanced", "batch_size": 12, "forget_fraction": 0.42},
+        {"method": "masked_distillation", "batch_size": 12, "forget_fraction": 0.42},
     ],
     ids=[
         "plain",
@@ -76,6 +78,8 @@ def alone(**changes):
         "KL minimisation",
         "MultiDelete",
         "SalUn",
+        "balanced",
+        "masked distillation",
     ],
 )
 def test_the_curve_and_the_scores_are_those_of_one_process(two, changes):

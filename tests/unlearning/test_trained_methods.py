@@ -13,11 +13,19 @@ import cliperase_fast as cf
 from cliperase_fast import InputError
 from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.functional import clip_loss
-from cliperase_fast.unlearning.methods import make_method, multidelete, relabel, salun
+from cliperase_fast.unlearning.methods import balanced, make_method, masked_distillation, multidelete, relabel, salun
 from cliperase_fast.unlearning.methods.clip_losses import forget_clip_loss
 from cliperase_fast.unlearning.objective import BatchFeatures
 
-METHODS = ["gradient_difference", "kl_minimization", "multidelete", "relabel", "salun"]
+METHODS = [
+    "balanced",
+    "gradient_difference",
+    "kl_minimization",
+    "masked_distillation",
+    "multidelete",
+    "relabel",
+    "salun",
+]
 
 
 def run(method, model=None, **changes):
@@ -210,17 +218,65 @@ def test_what_a_method_cannot_do_is_refused_by_name(method, changes, says):
         run(method, **changes)
 
 
-REFUSED = {("salun", "lora")}
+def test_the_weights_of_balanced_give_both_gradients_the_same_length():
+    torch.manual_seed(0)
+    forget, retain = ([torch.randn(3, 2), torch.randn(4)] for _ in range(2))
+    one, other = (torch.cat([part.reshape(-1) for part in parts]).double() for parts in (forget, retain))
+    shared = (1 + F.cosine_similarity(one, other, dim=0)).sqrt()
+    found = balanced.weights_of(forget, retain)
+    assert [w.item() for w in found] == pytest.approx([(1 / (g.norm() * shared)).item() for g in (one, other)])
+    opposed = balanced.weights_of(forget, [-2 * part for part in forget])
+    assert opposed[0].item() == pytest.approx(1 / (one.norm().item() * 1e-3**0.5)) == 2 * opposed[1].item()
+    assert balanced.weights_of([torch.zeros(2)], [torch.tensor([3.0, 4.0])])[1].item() == pytest.approx(0.2)
+
+
+def test_a_step_of_balanced_follows_the_weighted_gradients(monkeypatch):
+    seen = []
+    own = balanced.BalancedEngine.reduce_gradients
+
+    def watched(engine):
+        sums = engine.sums
+        own(engine)
+        seen.append((sums, [parameter.grad.clone() for parameter in engine.parameters]))
+
+    monkeypatch.setattr(balanced.BalancedEngine, "reduce_gradients", watched)
+    lines = steps(run("balanced", epochs=1, accumulate=2))
+    (forget, retain), gradient = seen[0]
+    weights = balanced.weights_of(forget, retain)
+    for one, other, found in zip(forget, retain, gradient, strict=True):
+        assert torch.allclose(found, weights[0].float() * one + weights[1].float() * other)
+    assert lines[0]["grad_norm"] == pytest.approx(2**0.5, rel=1e-4)  # of two unit vectors over sqrt(1 + cos)
+
+
+def test_the_targets_of_masked_distillation_sum_to_1_without_the_concept():
+    features = replace(batch(groups=(0, 1, 0, 2, 3, 2), forget=2), teacher_image=unit(6, 4), teacher_text=unit(6, 4),
+                       teacher_logit_scale=torch.tensor(6.0, dtype=torch.float64))  # fmt: skip
+    mask = masked_distillation.removed(features)
+    assert mask.nonzero().tolist() == [[0, 0], [1, 1], [2, 0]]
+    teacher = 6 * features.teacher_image @ features.teacher_text.T
+    own = 9 * features.image @ features.text.T
+    expected = 0.0
+    for logits, student, removed in ((teacher, own, mask), (teacher.T, own.T, mask.T)):
+        targets = masked_distillation.masked_targets(logits, removed)
+        assert torch.allclose(targets.sum(1), torch.ones(6, dtype=torch.float64)) and (targets[removed] == 0).all()
+        plain = logits.softmax(1)
+        assert torch.allclose(targets[~removed], (plain * ~removed / (plain * ~removed).sum(1, True))[~removed])
+        kept = targets.where(~removed, 1)
+        expected += (targets * (kept.log() - student.log_softmax(1))).sum().item() / 6
+    assert objective("masked_distillation")(features).total.item() == pytest.approx(expected, rel=1e-12)
+
+
+REFUSED = {("salun", "lora"), ("balanced", 2)}
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
-    "changes", [{"trainable": "lora"}, {"trainable": "last:1"}, {"grad_cache_chunk": 2, "accumulate": 2}],
+    "changes", [{"trainable": "lora"}, {"trainable": "last:1"}, {"grad_cache_chunk": 2, "accumulate": 3}],
     ids=["lora", "last block", "gradient cache"],
 )  # fmt: skip
 def test_a_method_trains_every_kind_of_parameters(method, changes):
-    if (method, changes.get("trainable")) in REFUSED:
-        with pytest.raises(InputError, match=changes["trainable"]):
+    if any((method, value) in REFUSED for value in changes.values()):
+        with pytest.raises(InputError, match=r"lora|does not use grad_cache_chunk"):
             run(method, **changes)
         return
     result = run(method, **changes)

@@ -36,7 +36,7 @@ class LocalEngine(Engine):
         """Step and clear the gradient. A gradient that is not finite changes no weights; fp16 skips such a step."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.runtime.ranks.all_reduce_mean([p.grad for p in self.parameters if p.grad is not None])
+        self.reduce_gradients()
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip or math.inf)
         if not self.scaler.is_enabled() and not torch.isfinite(norm):
@@ -45,6 +45,10 @@ class LocalEngine(Engine):
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return norm, True
+
+    def reduce_gradients(self) -> None:
+        """Average the gradients over the ranks."""
+        self.runtime.ranks.all_reduce_mean([p.grad for p in self.parameters if p.grad is not None])
 
     def stepped(self) -> list[tuple[Tensor, Tensor | None]]:
         state = self.optimizer.state

@@ -18,6 +18,7 @@ from cliperase_fast.errors import InputError
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.unlearning.batches import CaptionTable
 from cliperase_fast.unlearning.checkpoints import TrainState
+from cliperase_fast.unlearning.engines.base import Engine
 from cliperase_fast.unlearning.objective import Objective
 from cliperase_fast.unlearning.run import Run
 from cliperase_fast.unlearning.selection import Candidate
@@ -25,7 +26,7 @@ from cliperase_fast.unlearning.splits import Split
 from cliperase_fast.unlearning.step_effect import notes
 from cliperase_fast.unlearning.teacher import measure_background
 from cliperase_fast.unlearning.tracker import Tracker
-from cliperase_fast.unlearning.trainer import Trainer
+from cliperase_fast.unlearning.trainer import Trainer, engine_of
 
 # Settings that only some methods use, for `unused_settings`.
 TERM_SETTINGS = frozenset(
@@ -131,10 +132,15 @@ class TrainingMethod(Method):
             needs_teacher=self.needs_teacher,
             joint_teacher=self.joint_teacher,
             tower_features=self.tower_features,
+            make_engine=self.make_engine,
         )
         state = trainer.train()
         trainer.finish()
         return state
+
+    def make_engine(self, run: Run, student: ClipAdapter) -> Engine:
+        """Return the engine that trains. student: the run's, or an adapter of the same module."""
+        return engine_of(run, student)
 
     def notes(self, state: TrainState) -> list[str]:
         return notes(state.metrics, self.settings.to_dict())

@@ -14,12 +14,14 @@ from typing import TypeVar
 from cliperase_fast.config import UnlearnConfig, read_options
 from cliperase_fast.errors import InputError
 from cliperase_fast.terms import nearest_name
+from cliperase_fast.unlearning.methods.balanced import Balanced
 from cliperase_fast.unlearning.methods.base import DATA, Method
 from cliperase_fast.unlearning.methods.calibrated import Calibrated
 from cliperase_fast.unlearning.methods.cliperase import CLIPErase
 from cliperase_fast.unlearning.methods.gradient_ascent import GradientAscent
 from cliperase_fast.unlearning.methods.gradient_difference import GradientDifference
 from cliperase_fast.unlearning.methods.kl_minimization import KlMinimization
+from cliperase_fast.unlearning.methods.masked_distillation import MaskedDistillation
 from cliperase_fast.unlearning.methods.multidelete import MultiDelete
 from cliperase_fast.unlearning.methods.relabel import Relabel
 from cliperase_fast.unlearning.methods.retain_finetune import RetainFinetune
@@ -34,9 +36,11 @@ M = TypeVar("M", bound=type[Method])
 _BUILT_IN: tuple[type[Method], ...] = (
     CLIPErase,
     Calibrated,
+    Balanced,
     GradientAscent,
     GradientDifference,
     KlMinimization,
+    MaskedDistillation,
     MultiDelete,
     Relabel,
     RetainFinetune,
