@@ -14,7 +14,7 @@ from torch import nn
 import cliperase_fast as cf
 from cliperase_fast import InputError, UnlearningError
 from cliperase_fast.models import load_model
-from cliperase_fast.unlearning.methods.text_projection import TextHead, ridge_projection
+from cliperase_fast.unlearning.methods.text_projection import TextHead, TextProjection, ridge_projection
 
 sys.path.append(str(Path(__file__).parents[1] / "auditing"))  # whose modules find those of tests/models
 from small import make_model, training_and_test
@@ -69,6 +69,15 @@ def test_a_run_forgets_and_keeps_the_features_of_other_captions():
     original = model.state_dict()
     changed = [name for name, tensor in result.model.state_dict().items() if not torch.equal(tensor, original[name])]
     assert changed == ["text_projection"]
+
+
+def test_a_finished_edit_is_not_repeated(tmp_path, monkeypatch):
+    sets, settings = split_pairs(make_pairs(), "red"), {**QUIET, "output_dir": tmp_path / "run"}
+    first = cf.unlearn(make_tiny_clip(), *sets, **settings)
+    monkeypatch.setattr(TextProjection, "edit", None)
+    again = cf.unlearn(make_tiny_clip(), *sets, **settings, resume=True)
+    assert torch.equal(first.model.text_projection, again.model.text_projection)
+    assert (again.after, again.selection, again.history) == (first.after, first.selection, first.history)
 
 
 def test_less_is_removed_where_all_would_cost_more_than_the_floor(monkeypatch):
