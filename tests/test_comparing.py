@@ -36,9 +36,11 @@ class Broken(TrainingMethod):
         raise RuntimeError("this method is broken")
 
 
-@pytest.fixture(autouse=True)
-def two_more_methods(monkeypatch):
-    monkeypatch.setattr(registry, "_METHODS", {**registry._METHODS, "shift": Shift, "broken": Broken})
+@pytest.fixture(autouse=True, scope="module")
+def two_more_methods():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "_METHODS", {**registry._METHODS, "shift": Shift, "broken": Broken})
+        yield
 
 
 def compare(folder, methods=("shift", "retain_finetune"), **changes):
@@ -47,33 +49,46 @@ def compare(folder, methods=("shift", "retain_finetune"), **changes):
     )
 
 
-def test_every_method_gets_a_run_an_audit_and_an_entry(tmp_path):
-    result = compare(tmp_path / "runs", oracle=[without_red(1), without_red(2)], oracle_seconds=3.0)
-    assert list(result.methods) == ["shift", "retain_finetune"] and not result.failed
-    for name, entry in result.methods.items():
-        audit = cf.Audit.load(tmp_path / "runs" / name)
+@pytest.fixture(scope="module")
+def compared(two_more_methods, tmp_path_factory):
+    """A comparison of three methods, one of which is broken, with two oracles."""
+    oracles = [without_red(1), without_red(2)]
+    methods = ["broken", "shift", "retain_finetune"]
+    return compare(tmp_path_factory.mktemp("compared") / "runs", methods, oracle=oracles, oracle_seconds=3.0)
+
+
+def test_every_method_gets_a_run_an_audit_and_an_entry(compared):
+    for name in ("shift", "retain_finetune"):
+        entry, audit = compared.methods[name], cf.Audit.load(compared.folder / name)
         for score in ("association", "zero_shot_top1"):
             assert entry["scores"][score] == audit.scores["after"]["forgetting"][score]
         assert entry["gap"] == audit.gap["mean"] and entry["seconds"] > 0
-        assert result.content["models"]["oracle"]["association"] == audit.scores["oracle"]["forgetting"]["association"]
-    saved = json.loads((tmp_path / "runs" / "compare.json").read_text())
-    assert saved == result.content
-    assert "shift" in (tmp_path / "runs" / "compare.html").read_text()
-    assert all(name in result.summary() for name in ("shift", "retain_finetune", "2 oracles, mean"))
+        of_oracles = compared.content["models"]["oracle"]["association"]
+        assert of_oracles == audit.scores["oracle"]["forgetting"]["association"]
+    saved = json.loads((compared.folder / "compare.json").read_text())
+    assert saved == compared.content
+    assert "shift" in (compared.folder / "compare.html").read_text()
+    assert all(name in compared.summary() for name in ("shift", "retain_finetune", "2 oracles, mean"))
 
 
-def test_the_size_of_the_change_is_that_of_the_numbers_that_differ(tmp_path):
-    entry = compare(tmp_path / "runs", ["shift"]).methods["shift"]
+def test_the_size_of_the_change_is_that_of_the_numbers_that_differ(compared):
+    entry = compared.methods["shift"]
     assert entry["changed_mib"] == pytest.approx(2 * 4 / 2**20)
     assert entry["peak_mib"] is None or entry["peak_mib"] >= 0
 
 
-def test_a_failed_method_is_listed_and_the_others_go_on(tmp_path):
-    result = compare(tmp_path / "runs", ["broken", "shift"])
-    assert result.failed == {"broken": "RuntimeError: this method is broken"}
-    assert "scores" in result.methods["shift"]
-    assert "broken has no result" in result.summary()
-    assert "this method is broken" in (tmp_path / "runs" / "compare.html").read_text()
+def test_a_failed_method_is_listed_and_the_others_go_on(compared):
+    assert compared.failed == {"broken": "RuntimeError: this method is broken"}
+    assert "scores" in compared.methods["shift"]
+    assert "broken has no result" in compared.summary()
+    assert "this method is broken" in (compared.folder / "compare.html").read_text()
+
+
+def test_a_setting_that_a_method_does_not_use_is_left_out_for_it(compared):
+    assert {"learning_rate", "epochs", "batch_size"} <= set(compared.methods["shift"]["left_out"])
+    assert not set(compared.methods["retain_finetune"]["left_out"]) & {"learning_rate", "epochs", "batch_size"}
+    config = json.loads((compared.folder / "retain_finetune" / "config.json").read_text())
+    assert config["learning_rate"] == SETTINGS["learning_rate"]
 
 
 def test_the_same_call_continues_and_repeats_what_failed(tmp_path, monkeypatch):
@@ -90,14 +105,6 @@ def test_the_same_call_continues_and_repeats_what_failed(tmp_path, monkeypatch):
     second = compare(tmp_path / "runs", ["broken", "shift"])
     assert called == ["broken"]
     assert not second.failed and second.methods["shift"] == first.methods["shift"]
-
-
-def test_a_setting_that_a_method_does_not_use_is_left_out_for_it(tmp_path):
-    result = compare(tmp_path / "runs")
-    assert {"learning_rate", "epochs", "batch_size"} <= set(result.methods["shift"]["left_out"])
-    assert not set(result.methods["retain_finetune"]["left_out"]) & {"learning_rate", "epochs", "batch_size"}
-    config = json.loads((tmp_path / "runs" / "retain_finetune" / "config.json").read_text())
-    assert config["learning_rate"] == SETTINGS["learning_rate"]
 
 
 @pytest.mark.parametrize(
