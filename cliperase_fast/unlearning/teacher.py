@@ -91,7 +91,7 @@ class CachedTeacher:
         self.text = text  # [U, D°] float32
         self.row_of_index = row_of_index  # [training pairs]
         self.device, self.joint = device, joint
-        self.width = width  # columns of projected features, None if there are no others
+        self.width = width  # D of the projected features if those of the towers follow them, else None
 
     def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
         rows = self.row_of_index[batch.pairs[-batch.count(self.joint) :]]

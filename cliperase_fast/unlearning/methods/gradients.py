@@ -70,19 +70,19 @@ def gradients(run: Run, loader: BatchLoader, numbers: range, losses: Sequence[Lo
     """
     train_mode(run.student.module, drops_out=False)
     for number, batch in zip(numbers, loader.batches(numbers.start, numbers.stop), strict=True):
-        counts = [
-            [part.stop - part.start for part in run.ranks.shares(len(side))] for side in loader.plan.batch(number)
-        ]
-        yield _gradients_of(run, batch, (counts[0], counts[1]), losses)
+        forget, retain = (len(side) for side in loader.plan.batch(number))
+        yield _gradients_of(run, batch, (forget, retain), losses)
 
 
-def _gradients_of(
-    run: Run, batch: Batch, counts: tuple[list[int], list[int]], losses: Sequence[Loss]
-) -> list[list[Tensor]]:
+def _gradients_of(run: Run, batch: Batch, sizes: tuple[int, int], losses: Sequence[Loss]) -> list[list[Tensor]]:
     parameters = [parameter for _, parameter in run.parameters]
     remedy = f"give a smaller batch_size (now {run.settings.pairs_per_batch})"
     with torch.enable_grad(), tell_out_of_memory("the gradient of a batch", remedy):
-        features = _features(run, batch, counts)
+        image, text = (
+            run.student.encode_image(batch.pixels.to(run.runtime.device)),
+            run.student.encode_text(batch.tokens),
+        )
+        features = features_of(run, batch, sizes, image, text, run.student.logit_scale())
         found = []
         for index, loss in enumerate(losses):
             more = index + 1 < len(losses)
@@ -98,16 +98,21 @@ def _gradients_of(
     return found
 
 
-def _features(run: Run, batch: Batch, counts: tuple[list[int], list[int]]) -> BatchFeatures:
+def features_of(
+    run: Run, batch: Batch, sizes: tuple[int, int], image: Tensor, text: Tensor, scale: Tensor
+) -> BatchFeatures:
+    """Return the features of a batch as a loss takes them.
+
+    sizes: forget and retain pairs of all ranks. image: [M + N, D]; text: of the different captions [U, D].
+    """
     device = run.runtime.device
-    image = run.student.encode_image(batch.pixels.to(device))
-    text = run.student.encode_text(batch.tokens)
+    forget, retain = ([part.stop - part.start for part in run.ranks.shares(size)] for size in sizes)
     return BatchFeatures(
         image=image,
         text=text.index_select(0, batch.text_of_pair.to(device)),
-        logit_scale=run.student.logit_scale(),
+        logit_scale=scale,
         n_forget=batch.n_forget,
         group_ids=None if batch.group_ids is None else batch.group_ids.to(device),
         ranks=run.ranks,
-        counts=counts,
+        counts=(forget, retain),
     )

@@ -26,8 +26,8 @@ from cliperase_fast.unlearning.checkpoints import TrainState
 from cliperase_fast.unlearning.engines.local import LocalEngine
 from cliperase_fast.unlearning.methods.clip_losses import forget_clip_loss
 from cliperase_fast.unlearning.methods.gradient_ascent import AscentTerms
+from cliperase_fast.unlearning.methods.gradients import features_of, forget_batches
 from cliperase_fast.unlearning.methods.relabel import Relabel
-from cliperase_fast.unlearning.objective import BatchFeatures
 from cliperase_fast.unlearning.run import Run
 
 
@@ -78,22 +78,11 @@ class SalUn(Relabel):
 def forget_gradient(run: Run) -> list[Tensor]:
     """Return the gradient of the forget loss for each of the run's parameters, over one pass of the forget pairs."""
     engine = LocalEngine(run.student, run.parameters, run.settings, run.runtime)
-    plan = run.loader.plan
-    batches = max(1, plan.n_forget // plan.forget_pairs)
+    batches = forget_batches(run)
 
     def terms(batch: Batch, image: Tensor, text: Tensor, scale: Tensor) -> Any:
-        device = image.device
-        shares = [run.ranks.shares(size) for size in plan.sizes]
-        counts = [[share.stop - share.start for share in side] for side in shares]
-        features = BatchFeatures(
-            image=image,
-            text=text.index_select(0, batch.text_of_pair.to(device)),
-            logit_scale=scale,
-            n_forget=batch.n_forget,
-            group_ids=None if batch.group_ids is None else batch.group_ids.to(device),
-            ranks=run.ranks,
-            counts=(counts[0], counts[1]),
-        )
+        forget, retain = run.loader.plan.sizes
+        features = features_of(run, batch, (forget, retain), image, text, scale)
         loss = forget_clip_loss(features.gather())
         return AscentTerms(loss, loss)
 
