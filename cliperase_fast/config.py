@@ -16,6 +16,7 @@ from cliperase_fast.reading import read_text
 from cliperase_fast.terms import CONSISTENCY_MODES, FORGET_LOSSES, TERMS, described, nearest_name
 
 PROBE_STEPS = 30  # optimizer steps by which learning rates are compared
+RECIPES = Path(__file__).parent / "recipes"  # NAME.yaml: settings that a search on validation data found for a method
 LOGGERS = ("none", "tensorboard", "wandb")  # beside metrics.jsonl; see unlearning/loggers.py
 
 
