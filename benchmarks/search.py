@@ -2,9 +2,10 @@
 
     python -m benchmarks.search               all methods: the runs that the result file lacks, then the recipes
     python -m benchmarks.search slug ssd      these methods
+    python -m benchmarks.search --first       the first concept alone
     python -m benchmarks.search --write       only write the recipes, from the runs there are
 
-Four settings of each method forget the digit "nine"; the two best of them also forget all hearts of the shapes. Both
+Three settings of each method forget the digit "nine"; the two best of them also forget all hearts of the shapes. Both
 originals are those of seed 0 (`benchmarks.unaided`); neither concept is in another benchmark's tables. The learning
 rate and the number of steps are left to the automatic recipe where a method has them, so what is searched are a
 method's own options, or the make-up of its batches where it has none.
@@ -51,34 +52,27 @@ def _options(*values: Mapping[str, Any]) -> list[Setting]:
     return [{"method_options": dict(of)} if of else {} for of in values]
 
 
-_BATCHES: list[Setting] = [{}, {"forget_fraction": 0.125}, {"forget_fraction": 0.5}, {"batch_size": 64}]
-_FINE_TUNES = _options(
-    {}, {"learning_rate": 1e-4}, {"learning_rate": 1e-5, "steps": 30}, {"learning_rate": 1e-4, "steps": 30}
-)
+_BATCHES: list[Setting] = [{}, {"forget_fraction": 0.125}, {"forget_fraction": 0.5}]
+_FINE_TUNES = _options({}, {"learning_rate": 1e-4}, {"learning_rate": 1e-4, "steps": 30})
 # The first setting of each is its defaults.
 SETTINGS: Mapping[str, Sequence[Setting]] = {
-    "cliperase": [
-        {}, {"lambda_consistency": 10.0}, {"forget_loss": "hinge"}, {"forget_loss": "hinge", "lambda_consistency": 10.0}
-    ],
-    "calibrated": _options({}, {"lambda_held": 1000.0}, {"lambda_held": 10000.0}, {"lambda_anchor": 100.0}),
+    "calibrated": _options({}, {"lambda_held": 1000.0}, {"lambda_held": 10000.0}),
+    "cliperase": [{}, {"forget_loss": "hinge"}, {"lambda_consistency": 10.0}],
+    "ssd": _options({}, {"alpha": 30.0}, {"alpha": 100.0}),
+    "slug": [{}, {"forget_fraction": 0.5}, {"method_options": {"evaluations": 20}}],
+    "task_vector": _FINE_TUNES,
+    "negmerge": _FINE_TUNES,
+    "text_projection": _options({}, {"ridge": 1e-4}, {"ridge": 1.0}),
+    "multidelete": _options({}, {"lambda_decoupling": 3.0}, {"lambda_decoupling": 10.0}),
     "gradient_ascent": _BATCHES,
     "gradient_difference": _BATCHES,
     "kl_minimization": _BATCHES,
     "relabel": _BATCHES,
-    "salun": _options({}, {"fraction": 0.1}, {"fraction": 0.25}, {"fraction": 0.8}),
-    "multidelete": _options(
-        {}, {"lambda_decoupling": 3.0}, {"lambda_decoupling": 10.0},
-        {"lambda_decoupling": 10.0, "lambda_multimodal": 10.0},
-    ),
-    "ssd": _options({}, {"alpha": 30.0}, {"alpha": 100.0}, {"alpha": 300.0}),
-    "slug": [{}, {"batch_size": 64}, {"forget_fraction": 0.5}, {"method_options": {"evaluations": 20}}],
-    "task_vector": _FINE_TUNES,
-    "negmerge": _FINE_TUNES,
-    "text_projection": _options({}, {"ridge": 1e-4}, {"ridge": 0.1}, {"ridge": 1.0}),
+    "salun": _options({}, {"fraction": 0.25}, {"fraction": 0.8}),
     "balanced": _BATCHES,
     "masked_distillation": _BATCHES,
     "retain_finetune": _BATCHES,
-}  # fmt: skip
+}
 
 
 class Search:
@@ -90,14 +84,14 @@ class Search:
 
     def find(self, method: str, setting: Setting, data: tuple[str, str]) -> dict[str, Any] | None:
         wanted = (method, dict(setting), *data)
-        return next((r for r in self.runs if (r["method"], r["setting"], r["source"], r["forget"]) == wanted), None)
+        return next((r for r in self.runs if (r["method"], r["setting"], r["source"], r["concept"]) == wanted), None)
 
     def run(self, method: str, setting: Setting, data: tuple[str, str]) -> dict[str, Any]:
         """Return the run of a setting, which is done if it is not there yet."""
         found = self.find(method, setting, data)
         if found is None:
             found = {
-                "method": method, "setting": dict(setting), "source": data[0], "forget": data[1],
+                "method": method, "setting": dict(setting), "source": data[0], "concept": data[1],
                 "commit": describe()["commit"], **self._measure(method, setting, data),
             }  # fmt: skip
             self.runs.append(found)
@@ -115,17 +109,16 @@ class Search:
         write_text_atomically(PATH, record_text(content) + "\n")
 
     def chosen(self) -> dict[str, Setting]:
-        """Return the best setting of each method whose runs are complete."""
-        found = {}
-        for method, settings in SETTINGS.items():
-            first = [self.find(method, setting, FIRST) for setting in settings]
-            if None in first:
-                continue
-            both = [[self.find(method, setting, data) for data in (FIRST, SECOND)] for setting in best(settings, first)]
-            if all(run is not None for runs in both for run in runs):
-                best_runs = min(both, key=rank)
-                found[method] = best_runs[0]["setting"]
-        return found
+        """Return the best setting of each method: by both concepts if all methods have the runs, else by the first."""
+        first = {method: [self.find(method, of, FIRST) for of in settings] for method, settings in SETTINGS.items()}
+        ranked = {method: best(SETTINGS[method], runs) for method, runs in first.items() if None not in runs}
+        second = [self.find(method, setting, SECOND) for method, settings in ranked.items() for setting in settings]
+        if len(ranked) < len(SETTINGS) or None in second:
+            return {method: settings[0] for method, settings in ranked.items()}
+        return {
+            method: min(settings, key=lambda of: rank([self.find(method, of, data) for data in (FIRST, SECOND)]))
+            for method, settings in ranked.items()
+        }
 
     def _measure(self, method: str, setting: Setting, data: tuple[str, str]) -> dict[str, Any]:
         source, forget = data
@@ -159,8 +152,9 @@ def rank(runs: Sequence[Mapping[str, Any]]) -> tuple[float, ...]:
     """Return what is smaller for better runs of one setting. Failed runs come last."""
     if any("error" in run for run in runs):
         return (float("inf"),)
-    left = int(np.mean([run["left"] for run in runs]) / CLOSE)
-    return (sum(not run["kept"] for run in runs), left, float(np.mean([run["divergence"] for run in runs])))
+    lost = sum(not run["kept"] for run in runs)
+    left = 0 if lost else int(np.mean([run["left"] for run in runs]) / CLOSE)
+    return (lost, left, float(np.mean([run["divergence"] for run in runs])))
 
 
 def best(settings: Sequence[Setting], runs: Sequence[Mapping[str, Any]]) -> list[Setting]:
@@ -170,7 +164,7 @@ def best(settings: Sequence[Setting], runs: Sequence[Mapping[str, Any]]) -> list
 
 
 def run_line(run: Mapping[str, Any]) -> str:
-    name = f"{run['method']} {json.dumps(run['setting'])}, {run['source']}#{run['forget']}"
+    name = f"{run['method']} {json.dumps(run['setting'])}, {run['source']}#{run['concept']}"
     if "error" in run:
         return f"{name}: FAILED: {run['error']}"
     return (
@@ -186,13 +180,14 @@ def write_recipes(chosen: Mapping[str, Setting]) -> None:
     RECIPES.mkdir(exist_ok=True)
     for method, setting in chosen.items():
         body = yaml.safe_dump({"method": method, **COMMON, **setting}, sort_keys=False)
-        head = "# Written by `python -m benchmarks.search`: the best of four settings on validation data.\n"
+        head = "# Written by `python -m benchmarks.search`: the best of three settings on validation data.\n"
         write_text_atomically(RECIPES / f"{method}.yaml", head + body)
 
 
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("methods", nargs="*", metavar="METHOD", help="all if none is named")
+    parser.add_argument("--first", action="store_true", help="only the first concept")
     parser.add_argument("--write", action="store_true", help="only write the recipes")
     arguments = parser.parse_args(words)
     unknown = [name for name in arguments.methods if name not in SETTINGS]
@@ -205,7 +200,7 @@ def main(words: Sequence[str] | None = None) -> None:
         for method in names:
             for setting in SETTINGS[method]:
                 search.run(method, setting, FIRST)
-        for method in names:
+        for method in names if not arguments.first else []:
             first = [search.run(method, setting, FIRST) for setting in SETTINGS[method]]
             for setting in best(SETTINGS[method], first):
                 search.run(method, setting, SECOND)
