@@ -103,21 +103,33 @@ class Search:
         RESULTS.mkdir(exist_ok=True)
         commits = ", ".join(dict.fromkeys(run["commit"] for run in self.runs))
         content = {
-            **describe(), "commit": commits, "command": "python -m benchmarks.search", "common": COMMON,
+            **describe(), "commit": commits, "command": "python -m benchmarks.search", "common": COMMON, "tried": self.tried,
             "seconds": sum(run["seconds"] for run in self.runs), "chosen": self.chosen(), "runs": self.runs,
         }  # fmt: skip
         write_text_atomically(PATH, record_text(content) + "\n")
 
+    @property
+    def tried(self) -> int:
+        """How many settings of every method have a run on the first concept."""
+        most = max(map(len, SETTINGS.values()))
+        complete = [all(self.find(m, of[number], FIRST) for m, of in SETTINGS.items()) for number in range(most)]
+        return [*complete, False].index(False)
+
+    def best(self, method: str) -> list[Setting]:
+        """Return the settings that go on to the second concept, the best first."""
+        settings = SETTINGS[method][: self.tried]
+        return sorted(settings, key=lambda of: rank([self.find(method, of, FIRST)]))[:KEPT]
+
     def chosen(self) -> dict[str, Setting]:
         """Return the best setting of each method: by both concepts if all methods have the runs, else by the first."""
-        first = {method: [self.find(method, of, FIRST) for of in settings] for method, settings in SETTINGS.items()}
-        ranked = {method: best(SETTINGS[method], runs) for method, runs in first.items() if None not in runs}
-        second = [self.find(method, setting, SECOND) for method, settings in ranked.items() for setting in settings]
-        if len(ranked) < len(SETTINGS) or None in second:
-            return {method: settings[0] for method, settings in ranked.items()}
+        if not self.tried:
+            return {}
+        concepts = (FIRST, SECOND)
+        if not all(self.find(method, of, SECOND) for method in SETTINGS for of in self.best(method)):
+            concepts = (FIRST,)
         return {
-            method: min(settings, key=lambda of: rank([self.find(method, of, data) for data in (FIRST, SECOND)]))
-            for method, settings in ranked.items()
+            method: min(self.best(method), key=lambda of: rank([self.find(method, of, data) for data in concepts]))
+            for method in SETTINGS
         }
 
     def _measure(self, method: str, setting: Setting, data: tuple[str, str]) -> dict[str, Any]:
@@ -157,12 +169,6 @@ def rank(runs: Sequence[Mapping[str, Any]]) -> tuple[float, ...]:
     return (lost, left, float(np.mean([run["divergence"] for run in runs])))
 
 
-def best(settings: Sequence[Setting], runs: Sequence[Mapping[str, Any]]) -> list[Setting]:
-    """Return the settings that go on to the second concept. runs: one of each setting, on the first."""
-    order = sorted(range(len(settings)), key=lambda index: rank([runs[index]]))
-    return [settings[index] for index in order[:KEPT]]
-
-
 def run_line(run: Mapping[str, Any]) -> str:
     name = f"{run['method']} {json.dumps(run['setting'])}, {run['source']}#{run['concept']}"
     if "error" in run:
@@ -175,12 +181,12 @@ def run_line(run: Mapping[str, Any]) -> str:
     )
 
 
-def write_recipes(chosen: Mapping[str, Setting]) -> None:
-    """Write a file for each method."""
+def write_recipes(chosen: Mapping[str, Setting], tried: int) -> None:
+    """Write a file for each method. tried: how many settings of each were."""
     RECIPES.mkdir(exist_ok=True)
     for method, setting in chosen.items():
         body = yaml.safe_dump({"method": method, **COMMON, **setting}, sort_keys=False)
-        head = "# Written by `python -m benchmarks.search`: the best of three settings on validation data.\n"
+        head = f"# Written by `python -m benchmarks.search`: the best of {tried} settings on validation data.\n"
         write_text_atomically(RECIPES / f"{method}.yaml", head + body)
 
 
@@ -197,16 +203,15 @@ def main(words: Sequence[str] | None = None) -> None:
     search = Search()
     if not arguments.write:
         names = arguments.methods or list(SETTINGS)
-        for method in names:
-            for setting in SETTINGS[method]:
-                search.run(method, setting, FIRST)
-        for method in names if not arguments.first else []:
-            first = [search.run(method, setting, FIRST) for setting in SETTINGS[method]]
-            for setting in best(SETTINGS[method], first):
+        for number in range(max(map(len, SETTINGS.values()))):  # so that an unfinished search is the same for all
+            for method in names:
+                search.run(method, SETTINGS[method][number], FIRST)
+        for method in names if search.tried and not arguments.first else []:
+            for setting in search.best(method):
                 search.run(method, setting, SECOND)
         search.write()
     chosen = search.chosen()
-    write_recipes(chosen)
+    write_recipes(chosen, search.tried)
     for method, setting in chosen.items():
         print(f"{method}: {json.dumps(setting)}")
 
