@@ -103,8 +103,9 @@ class Search:
         RESULTS.mkdir(exist_ok=True)
         commits = ", ".join(dict.fromkeys(run["commit"] for run in self.runs))
         content = {
-            **describe(), "commit": commits, "command": "python -m benchmarks.search", "common": COMMON, "tried": self.tried,
-            "seconds": sum(run["seconds"] for run in self.runs), "chosen": self.chosen(), "runs": self.runs,
+            **describe(), "commit": commits, "command": "python -m benchmarks.search", "common": COMMON,
+            "tried": self.tried, "seconds": sum(run["seconds"] for run in self.runs), "chosen": self.chosen(),
+            "runs": self.runs,
         }  # fmt: skip
         write_text_atomically(PATH, record_text(content) + "\n")
 
