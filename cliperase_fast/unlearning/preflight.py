@@ -153,7 +153,7 @@ def check_forgettable(automatic: bool, part: Split, baseline: Baseline) -> list[
     before = baseline.validation
     if automatic:
         background = Background.of(baseline.validation_encoded, ~part.forget_mask)  # of this split: the same but noise
-        target = Target(background.association(baseline.validation_encoded, part.forget_mask))
+        target = Target(background.association(baseline.validation_encoded, part.forget_mask), part.n_forget)
         if target.reached(before):
             raise InputError(
                 f"there is nothing to forget: on the validation split the model scores {before.forget:.1%} on the "

@@ -24,7 +24,6 @@ HEALING = 0.5  # nats; as much is fine for a rate on its way, as the divergence 
 UNNOTICED = 0.01  # nats; a rate at the target that diverges less needs no comparison with a lower one
 RUINED = 1.0  # nats; above it a rate is too high even at the target
 ON_ITS_WAY = 0.5  # share of the way to the target that a probe has made
-GENTLY_ON_ITS_WAY = 0.25  # the same of a gentle probe, from which training goes on without disturbing the rest
 STAGES = (1.0, 0.3, 0.1)  # times the learning rate, one after another; the lower ones let what was disturbed settle
 STRENGTH = 1e-3  # the first rate as a share of a typical weight, as Adam moves every weight by about the rate
 BUDGET, BUDGET_UNREACHED = 60, 90  # steps of other probes, once a rate reaches the target and before
@@ -150,9 +149,12 @@ def _next_unreached(tried: dict[int, Probe]) -> int | None:
 
 
 def choose(probes: Sequence[Probe]) -> tuple[Probe, str]:
-    """Return the probe to go on from, and why. A gentle one on its way goes before one that is there but disturbs."""
+    """Return the probe to go on from, and why.
+
+    A gentle one that was not too slow goes before one that is at the target but disturbs the rest.
+    """
     reached = [probe for probe in probes if probe.reached]
-    gently = [probe for probe in probes if probe.gentle and (probe.reached or probe.progress >= GENTLY_ON_ITS_WAY)]
+    gently = [probe for probe in probes if probe.gentle and not probe.stopped]
     there = [probe for probe in reached if probe.gentle] or ([] if gently else reached)
     if there:
         best = _least_divergent(there)

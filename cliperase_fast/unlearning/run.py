@@ -188,7 +188,7 @@ class Run:
         assert models.teacher is not None
         own = models.teacher is models.original
         encoded = self.baseline.validation_encoded if own else self.evaluator.encode(models.teacher, part)
-        self.target = Target(background.association(encoded, part.forget_mask))
+        self.target = Target(background.association(encoded, part.forget_mask), part.n_forget)
 
     @cached_property
     def selection(self) -> Rule:

@@ -44,10 +44,12 @@ class Candidate:
 class Target:
     """Where forgetting is complete: the forget pairs are as unrelated as pairs that have nothing to do with each other.
 
-    background: the background level of the validation split's forget pairs in the teacher, a cosine.
+    background: the background level of the validation split's forget pairs in the teacher, a cosine. pairs: how many
+    these are.
     """
 
     background: float
+    pairs: int
 
     @property
     def association(self) -> float:
@@ -57,12 +59,16 @@ class Target:
     def gap(self, candidate: Candidate) -> float:
         """Return how much of the association and of the forget score is left above the target; 0 at the target.
 
-        The association counts up to one standard error.
+        The association counts up to one standard error. The forget score counts with its own on top, as a score just
+        below the limit on a few pairs is above it on others; a single pair that is left counts as it is.
         """
         if not (math.isfinite(candidate.forget) and math.isfinite(candidate.forget_similarity)):
             return math.inf
         association = max(0.0, candidate.forget_similarity - candidate.association_error - self.association)
-        return association + max(0.0, candidate.forget - FORGET_SCORE)
+        error = math.sqrt(candidate.forget * (1 - candidate.forget) / max(self.pairs, 1))
+        if candidate.forget * self.pairs < 1.5:
+            error = 0.0
+        return association + max(0.0, candidate.forget + error - FORGET_SCORE)
 
     def reached(self, candidate: Candidate) -> bool:
         return self.gap(candidate) <= 1e-9  # the rounding of a fraction

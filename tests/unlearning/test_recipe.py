@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import nn
 
+from cliperase_fast.config import PROBE_STEPS
 from cliperase_fast.evaluation import Divergence
 from cliperase_fast.unlearning import recipe
 from cliperase_fast.unlearning.recipe import Probe
 from cliperase_fast.unlearning.selection import Candidate, Target, TargetSelection, wilson
 
-TARGET = Target(0.0)  # association at most 0.05
+TARGET = Target(0.0, 100)  # association at most 0.05
 BEFORE = Candidate(0, 0, 1.0, 0.9, 0.8)
 
 
@@ -27,7 +28,8 @@ def search(outcome, first=-8, most=recipe.BUDGET_UNREACHED):
     probes = []
     while (rate := recipe.next_rate(probes, recipe.rate_at(first), most)) is not None:
         steps, divergence, reached, progress = outcome(round(2 * torch.tensor(rate).log10().item()))
-        probes.append(Probe(rate, steps, 0.0, 0.9, 0.0, divergence, progress, reached))
+        stopped = "" if steps == PROBE_STEPS else "too slow"
+        probes.append(Probe(rate, steps, 0.0, 0.9, 0.0, divergence, progress, reached, stopped))
         assert len(probes) < 20, "the search does not end"
     return [probe.index for probe in probes], recipe.choose(probes)[0].index
 
@@ -81,14 +83,14 @@ def test_a_gentle_rate_on_its_way_is_taken_before_a_higher_one_that_disturbs():
     assert chosen == -7 and max(tried) > -7
 
 
-def test_a_gentle_rate_on_its_way_is_taken_before_one_that_is_there_but_disturbs():
+def test_a_gentle_rate_is_taken_before_one_that_is_there_but_disturbs_unless_it_was_too_slow():
     def outcome(index):
-        return 30, {-8: 0.02}.get(index, 0.3), index == -7, 1.0 if index == -7 else way
+        return (steps, 0.02, False, 0.2) if index == -8 else (30, 0.3, index == -7, 1.0)
 
-    way = 0.3
+    steps = 30
     assert search(outcome) == ([-8, -7], -8)
-    way = 0.2
-    assert search(outcome)[1] == -7
+    steps = 10
+    assert search(outcome) == ([-8, -7], -7)
 
 
 def test_no_lower_rate_is_tried_where_the_divergence_is_negligible():
@@ -131,7 +133,7 @@ def test_a_hopeless_probe_ends_early(found, why):
 
 @pytest.mark.parametrize(
     ("forget", "association", "reached"),
-    [(0.05, 0.05, True), (0.06, 0.05, False), (0.05, 0.06, False), (0.0, -0.9, True), (float("nan"), 0.0, False),
+    [(0.03, 0.05, True), (0.04, 0.05, False), (0.03, 0.06, False), (0.0, -0.9, True), (float("nan"), 0.0, False),
      (0.0, float("nan"), False)],
 )  # fmt: skip
 def test_the_target_needs_the_association_and_the_score(forget, association, reached):
@@ -198,6 +200,14 @@ def test_the_association_counts_up_to_its_standard_error():
     assert not TARGET.reached(above)
     assert TARGET.reached(replace(above, association_error=0.03))
     assert not TARGET.reached(replace(above, association_error=0.02))
+
+
+@pytest.mark.parametrize(
+    ("left", "pairs", "reached"),
+    [(2, 60, False), (3, 60, False), (3, 100, True), (1, 20, True), (1, 19, False), (0, 4, True)],
+)
+def test_the_forget_score_counts_with_its_standard_error_on_top_unless_a_single_pair_is_left(left, pairs, reached):
+    assert Target(0.0, pairs).reached(candidate(1, left / pairs)) is reached
 
 
 def test_of_candidates_about_as_close_to_the_target_the_gentler_one_is_selected():
