@@ -1,4 +1,4 @@
-"""Show the progress of long work: a bar on a terminal, or a line now and then through Python's logging.
+"""Show the progress of long work: a bar on a terminal or in a notebook, or lines through Python's logging.
 
 The logger is "cliperase_fast". The library adds no handler; `logging.basicConfig(level=logging.INFO)` shows the lines.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 log = logging.getLogger("cliperase_fast")
 log.addHandler(logging.NullHandler())
@@ -28,8 +28,8 @@ def say(message: str, *values: object) -> None:
 class Steps:
     """Count the steps of one piece of work. A context manager.
 
-    what: the work, in a word or two. unit: the name of a step. bar: draw a bar on standard error; otherwise log at most
-    one line per `SECONDS`. leave: keep the finished bar on the screen.
+    what: the work, in a word or two. unit: the name of a step. bar: draw a bar, on standard error or as a notebook's
+    widget; otherwise log at most one line per `SECONDS`. leave: keep the finished bar on the screen.
     """
 
     def __init__(self, total: int, what: str, unit: str, *, bar: bool, initial: int = 0, leave: bool = False) -> None:

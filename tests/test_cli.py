@@ -1,5 +1,7 @@
 import dataclasses
+import functools
 import json
+import shlex
 import subprocess
 import sys
 
@@ -119,6 +121,57 @@ def test_the_audit_of_a_run_is_a_flag_with_an_optional_depth(tmp_path):
     path.write_text("audit: full\n")
     assert UnlearnConfig.from_dict(settings_of("--config", path)).audit == "full"
     assert settings_of("--config", path, "--no-audit") == {"audit": False}
+
+
+def test_print_config_needs_no_other_flag_and_prints_a_config_file(tmp_path, capsys):
+    assert call("unlearn", "--print-config", "--paper", "flickr30k", "--epochs", 3) == 0
+    path = tmp_path / "printed.yaml"
+    path.write_text(capsys.readouterr().out)
+    assert UnlearnConfig.from_file(path) == UnlearnConfig.paper("flickr30k", epochs=3)
+    assert "# loss\nlambda_retain: 1.0\n" in path.read_text()
+
+
+def test_without_print_config_the_required_flags_stay_required(capsys):
+    with pytest.raises(SystemExit) as stop:
+        call("unlearn", "--paper", "flickr30k")
+    assert stop.value.code == 2
+    assert "--model, --data, --forget, --output" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["unlearn", "audit", "compare", "demo"])
+def test_the_test_set_has_the_name_of_the_python_argument(command):
+    models = ["--before", "a", "--after", "b"] if command == "audit" else ["--model", "a"] * (command != "demo")
+    words = [command, *models, "--data", "demo", "--forget", "class:one", "--output", "o"]
+    for flag in ("--test", "--test-data"):
+        assert make_parser().parse_args([*words, flag, "shapes"]).test_data == "shapes"
+
+
+def completed(shell_script, *words):
+    """Return what bash offers for the last of `words`."""
+    set_up = f"COMP_WORDS=({' '.join(shlex.quote(word) for word in words)}); COMP_CWORD={len(words) - 1}"
+    code = f'{shell_script}\n{set_up}; _cliperase_fast; echo "${{COMPREPLY[@]}}"'
+    return subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True).stdout.split()
+
+
+def test_bash_completes_commands_flags_and_values(capsys):
+    assert call("completion", "bash") == 0
+    found = functools.partial(completed, capsys.readouterr().out, "cliperase-fast")
+    assert found("un") == ["unlearn"]
+    assert found("unlearn", "--forget-") == ["--forget-loss", "--forget-fraction"]
+    assert found("unlearn", "--optimizer", "") == ["adam", "adamw"]
+    assert "cifar100:" in found("unlearn", "--model", "m", "--data", "ci")
+    assert "calibrated" in found("unlearn", "--method", "cal")
+    assert found("bench", "l") == ["loss"]
+    assert found("unlearn", "--model", "") == []  # bash then offers files
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_scripts_for_other_shells_have_every_command_and_setting(shell, capsys):
+    assert call("completion", shell) == 0
+    text = capsys.readouterr().out
+    assert "unlearn" in text and "doctor" in text
+    for spec in dataclasses.fields(UnlearnConfig):
+        assert spec.name.replace("_", "-") in text
 
 
 def test_an_unknown_method_exits_with_2_and_the_nearest_name(tmp_path, capsys):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import tqdm.auto
 
 from cliperase_fast import progress
 
@@ -49,6 +50,12 @@ def test_where_a_bar_is_drawn_no_line_is_written(clock, caplog, capfd):
             steps.update(note="loss 1")
     assert caplog.records == []
     assert "unlearning" in capfd.readouterr().err
+
+
+def test_a_notebook_with_ipywidgets_gets_its_own_bar():
+    """tqdm.auto chooses at import; a plain tqdm would print each refresh as text."""
+    with progress.Steps(3, "unlearning", "step", bar=True) as steps:
+        assert isinstance(steps._bar, tqdm.auto.tqdm)
 
 
 def test_the_library_is_silent_until_logging_is_set_up():

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cliperase_fast.cli.settings import given_settings
+from cliperase_fast.cli.settings import given_settings, settings_text
 from cliperase_fast.config import UnlearnConfig, read_mapping
 from cliperase_fast.errors import InputError
 
@@ -26,6 +26,9 @@ def progress_style(arguments: argparse.Namespace) -> str:
 
 def unlearn(arguments: argparse.Namespace) -> int:
     config = UnlearnConfig.from_dict(given_settings(arguments))
+    if arguments.print_config:
+        print(settings_text(config), end="")
+        return 0
     from cliperase_fast.unlearning import unlearn
 
     retain = arguments.retain if arguments.retain == "rest" else f"{arguments.data}#{arguments.retain}"
@@ -220,10 +223,11 @@ def _passed_on(arguments: argparse.Namespace) -> list[str]:
 
 
 def plan(arguments: argparse.Namespace) -> int:
-    from cliperase_fast.planning.plan import plan_text, step_of
+    from cliperase_fast.planning.plan import plan_data, plan_text, step_of
 
     given = vars(arguments)
-    print(plan_text(step_of(**{name: given[name] for name in given.keys() - {"run", "command", "local_rank"}})))
+    step = step_of(**{name: given[name] for name in given.keys() - {"run", "command", "local_rank", "json"}})
+    print(json.dumps(plan_data(step), indent=2) if arguments.json else plan_text(step))
     return 0
 
 
@@ -242,6 +246,21 @@ def methods(arguments: argparse.Namespace) -> int:
     from cliperase_fast.unlearning.methods import methods
 
     print(methods())
+    return 0
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    from cliperase_fast.cli.doctor import examine, report
+
+    found = examine()
+    print(json.dumps(found, indent=2) if arguments.json else report(found))
+    return 1 if found["problems"] else 0
+
+
+def completion(arguments: argparse.Namespace) -> int:
+    from cliperase_fast.cli.completion import script
+
+    print(script(arguments.parser, arguments.shell), end="")
     return 0
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from cliperase_fast._version import __version__
 from cliperase_fast.cli import commands
+from cliperase_fast.cli.completion import SHELLS
 from cliperase_fast.cli.settings import add_settings, demo_forget
 
 _SELECTORS = """\
@@ -112,6 +113,21 @@ docs/methods.md says how to add one.
 examples:
   cliperase-fast backends
 """,
+    "doctor": """\
+examples:
+  cliperase-fast doctor
+  cliperase-fast doctor --json > doctor.json         (to attach to a bug report)
+
+Each backend computes small losses and their gradients, which are compared with float64. The exit code is 1 if a backend
+fails or a library is missing or of an unsupported version. Missing optional libraries and backends are listed only.
+""",
+    "completion": """\
+examples:
+  eval "$(cliperase-fast completion bash)"           (in ~/.bashrc; zsh in ~/.zshrc)
+  cliperase-fast completion fish > ~/.config/fish/completions/cliperase-fast.fish
+
+The script does not start cliperase-fast. Print it again after an update.
+""",
 }
 
 
@@ -133,9 +149,11 @@ def make_parser() -> argparse.ArgumentParser:
     unlearn.add_argument("--data", required=True, metavar="SOURCE", help="where the pairs come from, see below")
     unlearn.add_argument("--forget", required=True, metavar="SELECTOR", help="which of them to forget, see below")
     unlearn.add_argument("--retain", default="rest", metavar="SELECTOR", help="which to keep (default: all others)")
-    unlearn.add_argument("--test-data", metavar="SOURCE", help="where to measure (default: the source's test split)")
+    _add_test(unlearn)
     unlearn.add_argument(
+        "--validation",
         "--validation-data",
+        dest="validation_data",
         metavar="SOURCE",
         help="where to choose the learning rate and the checkpoint (default: a share val_fraction of the pairs)",
     )
@@ -146,6 +164,11 @@ def make_parser() -> argparse.ArgumentParser:
     unlearn.add_argument("--config", metavar="FILE", help="YAML or JSON with settings; flags win over it")
     unlearn.add_argument(
         "--paper", choices=("cifar100", "cc12m", "flickr30k"), help="start from the paper's settings for this data"
+    )
+    unlearn.add_argument(
+        "--print-config",
+        action=_PrintConfig,
+        help="print all settings as YAML for --config, and do nothing else; needs no other flag",
     )
     _add_progress(unlearn)
     add_settings(unlearn)
@@ -166,7 +189,7 @@ def make_parser() -> argparse.ArgumentParser:
     demo.usage = "cliperase-fast demo [--data SOURCE] [--forget SELECTOR] [--oracles N] [--output DIR] [settings]"
     demo.add_argument("--data", default="demo", metavar="SOURCE", help="what to train on (default: demo, the digits)")
     demo.add_argument("--forget", metavar="SELECTOR", help=f"default: {demo_forget()}")
-    demo.add_argument("--test-data", metavar="SOURCE", help="where to measure (default: the source's test split)")
+    _add_test(demo)
     demo.add_argument(
         "--oracles",
         type=_at_least_one,
@@ -196,6 +219,8 @@ def make_parser() -> argparse.ArgumentParser:
     plan.add_argument("--efficiency", type=float, default=0.5, help="part of the peak rates reached (default: 0.5)")
     plan.add_argument("--strip-mib", type=int, metavar="MIB", help="memory for strips (default: CLIPERASE_STRIP_MIB)")
 
+    plan.add_argument("--json", action="store_true", help="print the figures as JSON, for programs")
+
     bench = _command(subparsers, "bench", "measure the losses and unlearn(), beside others", commands.bench)
     bench.usage = "cliperase-fast bench {" + ",".join(_BENCHMARKS) + "} ..."
     bench.add_argument("what", choices=_BENCHMARKS, metavar="{" + ",".join(_BENCHMARKS) + "}", help="what to measure")
@@ -203,7 +228,24 @@ def make_parser() -> argparse.ArgumentParser:
 
     _command(subparsers, "methods", "the unlearning methods, with their options", commands.methods)
     _command(subparsers, "backends", "what computes the losses here", commands.backends)
+    doctor = _command(subparsers, "doctor", "what is installed, and whether it computes correctly", commands.doctor)
+    doctor.add_argument("--json", action="store_true", help="print the findings as JSON, for programs")
+    completion = _command(subparsers, "completion", "completion of commands and flags in a shell", commands.completion)
+    completion.add_argument("shell", choices=SHELLS, help="whose script to print")
+    completion.set_defaults(parser=parser)
     return parser
+
+
+class _PrintConfig(argparse.Action):
+    """A flag with which no other one is required."""
+
+    def __init__(self, option_strings: list[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, default=False, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *values: Any) -> None:
+        setattr(namespace, self.dest, True)
+        for action in parser._actions:
+            action.required = False
 
 
 def _command(subparsers: Any, name: str, description: str, run: Any) -> argparse.ArgumentParser:
@@ -232,6 +274,16 @@ _MODEL = (
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help=_MODEL)
+
+
+def _add_test(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--test",
+        "--test-data",
+        dest="test_data",
+        metavar="SOURCE",
+        help="where to measure (default: the source's test split)",
+    )
 
 
 def _add_encoding(parser: argparse.ArgumentParser) -> None:
@@ -265,7 +317,7 @@ def _add_audit(subparsers: Any) -> None:
     audit.add_argument("--data", required=True, metavar="SOURCE", help="where the pairs come from, see below")
     audit.add_argument("--forget", required=True, metavar="SELECTOR", help="which of them were forgotten, see below")
     audit.add_argument("--retain", default="rest", metavar="SELECTOR", help="which were kept (default: all others)")
-    audit.add_argument("--test-data", metavar="SOURCE", help="where to measure (default: the source's test split)")
+    _add_test(audit)
     audit.add_argument(
         "--other",
         action="append",
@@ -310,7 +362,7 @@ def _add_compare(subparsers: Any) -> None:
     compare.add_argument("--data", required=True, metavar="SOURCE", help="where the pairs come from, see below")
     compare.add_argument("--forget", required=True, metavar="SELECTOR", help="which of them to forget, see below")
     compare.add_argument("--retain", default="rest", metavar="SELECTOR", help="which to keep (default: all others)")
-    compare.add_argument("--test-data", metavar="SOURCE", help="where to measure (default: the source's test split)")
+    _add_test(compare)
     _add_oracle(compare, "")
     compare.add_argument(
         "--oracle-seconds", type=float, metavar="S", help="how long training one of them took, to be shown beside"

@@ -85,6 +85,17 @@ def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     return settings
 
 
+def settings_text(config: UnlearnConfig) -> str:
+    """Return all settings as YAML that `--config` reads, in the groups of the help."""
+    import yaml
+
+    groups: dict[str, dict[str, Any]] = {}
+    for spec in dataclasses.fields(config):
+        groups.setdefault(spec.metadata["group"], {})[spec.name] = getattr(config, spec.name)
+    parts = [f"# {name}\n{yaml.safe_dump(values, sort_keys=False)}" for name, values in groups.items()]
+    return "\n".join(parts)
+
+
 def demo_forget() -> str:
     """Return what the demo forgets unless told, as text."""
     from cliperase_fast.recipes import RECIPES

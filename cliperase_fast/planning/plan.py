@@ -81,6 +81,32 @@ def count_model(name: str, dtype: torch.dtype) -> Model:
     )  # fmt: skip
 
 
+def plan_data(step: Step) -> dict[str, Any]:
+    """Return the figures of `plan_text` as JSON data: bytes of a GPU's memory and seconds of a step, part by part."""
+    cost, device = step_cost(step), step.device
+    needed = sum(cost.memory.values())
+    fits = needed <= device.memory
+    return {
+        "model": step.model.name,
+        "batch": step.batch,
+        "gpus": step.gpus,
+        "gpu": device.name,
+        "precision": step.precision,
+        "gather": step.gather,
+        "chunk": step.chunk,
+        "zero": step.zero,
+        "cached_teacher": step.cached_teacher,
+        "efficiency": step.efficiency,
+        "memory_bytes": {**cost.memory, "together": needed},
+        "gpu_memory_bytes": device.memory,
+        "seconds": {**cost.seconds, "together": sum(cost.seconds.values())},
+        "loss": {"flop": cost.sweep.operations, "moved_bytes": cost.sweep.moved, "received_bytes": cost.sweep.received},
+        "fits": fits,
+        "remedy": None if fits else _remedy(step, cost.memory),
+        "source": device.source,
+    }
+
+
 def plan_text(step: Step) -> str:
     """Write the memory of a GPU and the time of a step, part by part, and whether it fits. Nothing is measured."""
     cost, device = step_cost(step), step.device

@@ -1,5 +1,7 @@
 """`cliperase-fast plan`."""
 
+import json
+
 import pytest
 
 from cliperase_fast import cli
@@ -17,6 +19,16 @@ def test_plan_prints_memory_and_time_as_computed(capsys):
     told = capsys.readouterr().out
     assert "memory of a GPU" in told and "time of a step" in told and "Computed, not measured" in told
     assert "does not fit" not in told
+
+
+def test_plan_prints_the_same_figures_as_json(capsys):
+    assert cli.main(["plan", "--batch", "65536", "--gpus", "64", "--model", "ViT-B-32", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    cost = step_cost(step_of(batch=65536, gpus=64, model="ViT-B-32"))
+    assert told["memory_bytes"] == {**cost.memory, "together": sum(cost.memory.values())}
+    assert told["seconds"] == {**cost.seconds, "together": sum(cost.seconds.values())}
+    assert told["fits"] == (told["memory_bytes"]["together"] <= told["gpu_memory_bytes"])
+    assert (told["remedy"] is None) == told["fits"]
 
 
 def test_a_step_that_does_not_fit_comes_with_a_remedy(capsys):
