@@ -5,14 +5,12 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from cliperase_fast.data import PairDataset
 from cliperase_fast.data.loading import PixelCache
@@ -22,7 +20,7 @@ from cliperase_fast.evaluation.background import PART
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.models.runtime import inference
 from cliperase_fast.models.tower_features import with_tower_features
-from cliperase_fast.progress import Steps, say
+from cliperase_fast.progress import say
 from cliperase_fast.unlearning.batches import Batch, CaptionTable, PixelDataset
 from cliperase_fast.unlearning.engines.base import pad_rows
 from cliperase_fast.unlearning.engines.deepspeed import ShardedTeacher
@@ -275,27 +273,16 @@ def _encode_images(
     cache: PixelCache | None,
 ) -> None:
     """Pass each part to `keep` with the number of its first row. With None, encode only for the other ranks."""
-    ranks = runtime.ranks
-    parts = np.split(used, range(runtime.batch_size, len(used), runtime.batch_size))
-    shares = ranks.shares(len(parts))
-    loader = DataLoader(
-        PixelDataset(pairs, transform, None, cache),
-        batch_sampler=[[(int(index), 0) for index in part] for part in parts[shares[ranks.rank]]],
-        num_workers=runtime.num_workers,
-        collate_fn=torch.stack,
-    )
-    rounds = max(share.stop - share.start for share in shares)
-    own = iter(loader)
 
-    def next_of_own() -> list[Tensor]:
-        return [adapter.encode_image(pixels.to(runtime.device)).float().cpu() for pixels in islice(own, 1)]
+    def keep_rows(start: int, rows: Tensor) -> None:
+        assert keep is not None
+        keep(start, rows.numpy().astype(np.float32, copy=False))
 
-    with runtime.inference(adapter), Steps(rounds, "teacher's features", "batch", bar=runtime.progress) as steps:
-        for turn in range(rounds):
-            parts_of_turn = [parts[share][turn : turn + 1] for share in shares]  # of each rank; the last may have none
-            counts = [sum(map(len, part)) for part in parts_of_turn]
-            found = ranks.all_gather_rows(next_of_own, counts).numpy().astype(np.float32, copy=False)
-            for share, rows in zip(shares, np.split(found, np.cumsum(counts)[:-1]), strict=True):
-                if keep is not None and len(rows):
-                    keep((share.start + turn) * runtime.batch_size, rows)
-            steps.update()
+    with runtime.inference(adapter):
+        runtime.encode_images(
+            PixelDataset(pairs, transform, None, cache),
+            used,
+            lambda pixels: adapter.encode_image(pixels).float(),
+            None if keep is None else keep_rows,
+            "teacher's features",
+        )

@@ -145,20 +145,16 @@ class Trainer:
 
     def _speed_up(self) -> None:
         """Recompute activations, and train from the features of frozen layers where that gives the same weights."""
-        if not isinstance(
-            self.engine, LocalEngine
-        ):  # DeepSpeed follows the order of modules, which recomputing changes
-            return
         setup, engine = self.run.setup, self.engine
-        enable_recompute(engine.student)  # not before: the baseline and the teacher's features are the original's
-        if self.ranks.size == 1 and not setup.random_views and not setup.teacher_is_live:
+        if isinstance(engine, LocalEngine):  # DeepSpeed follows the order of modules, which recomputing changes
+            enable_recompute(engine.student)  # not before: the baseline and the teacher's features are the original's
+        if not setup.random_views and not setup.teacher_is_live:
             steps = min(self.total_steps, recipe.EXPECTED_STEPS) if self.settings.automatic else self.total_steps
             batches = steps * self.settings.accumulate
             keep_front(engine, self.loader, batches, self.settings.image_cache_mib * 2**20, self.runtime)
 
     def _load(self, state: TrainState) -> None:
-        self.engine.load_weights(state.weights)
-        self.engine.load_state(state.optimizer)
+        self.engine.reset(state.weights, state.optimizer)
 
     def _end_step(self) -> None:
         """Evaluate and write a checkpoint if it is time to."""

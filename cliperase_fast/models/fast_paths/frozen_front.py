@@ -26,10 +26,14 @@ _TIMM_TOWERS = {
 
 @dataclass(frozen=True)
 class FrozenFront:
-    """Image features in two parts: `rest(first(pixels))` is `encode_image(pixels)`."""
+    """Image features in two parts: `rest(first(pixels))` is `encode_image(pixels)`.
+
+    owners: modules whose parameters the parts use without calling the modules' own forward passes.
+    """
 
     first: Callable[[Tensor], Tensor]  # [B, 3, H, W] -> [B, ...], without a trained parameter
     rest: Callable[[Tensor], Tensor]  # -> [B, D]
+    owners: tuple[nn.Module, ...] = ()
 
     @classmethod
     def of(cls, adapter: ClipAdapter, pixels: Tensor) -> FrozenFront | None:
@@ -74,7 +78,7 @@ def _of_blocks(adapter: ClipAdapter) -> FrozenFront | None:
         pooled = visual._pool(_through(blocks[count:], x))[0]
         return normalise(pooled if visual.proj is None else pooled @ visual.proj)
 
-    return FrozenFront(first, rest)
+    return FrozenFront(first, rest, (visual, visual.transformer))
 
 
 def _of_timm(adapter: ClipAdapter) -> FrozenFront | None:
@@ -103,7 +107,7 @@ def _of_timm(adapter: ClipAdapter) -> FrozenFront | None:
     def rest(x: Tensor) -> Tensor:
         return normalise(visual.head(trunk.forward_head(_through(back, in_fast_layout(visual, x)))))
 
-    return FrozenFront(first, rest)
+    return FrozenFront(first, rest, (visual, trunk))
 
 
 def _count_frozen(blocks: list[nn.Module]) -> int:

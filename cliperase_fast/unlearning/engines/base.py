@@ -59,10 +59,13 @@ class Engine(ABC):
                 strict=True,
             )
         )
-        terms = terms_of(
-            batch, image.features[: len(batch.pixels)], text.features[: len(batch.tokens)], self._logit_scale()
-        )
-        self._backpropagate(self._scaled(terms.total * share))
+        scale = self._logit_scale()
+        terms = terms_of(batch, image.features[: len(batch.pixels)], text.features[: len(batch.tokens)], scale)
+        loss = self._scaled(terms.total * share)
+        if scale.requires_grad:
+            self._backpropagate(loss)
+        else:  # the gradient is only the features', and DeepSpeed refuses a backward pass without parameters
+            loss.backward()
         image.backward()
         text.backward()
         return terms
@@ -79,6 +82,21 @@ class Engine(ABC):
         self.load_weights(weights)
         self.load_state(state)
         self.train_mode()
+
+    @abstractmethod
+    def find_front(self, pixels: Tensor) -> bool:
+        """Look for frozen first layers of the image tower, in the mode of the steps; return whether there are any.
+
+        pixels: [1, 3, H, W], to try them with; the same on every rank.
+        """
+
+    @abstractmethod
+    def front_of(self, pixels: Tensor) -> Tensor:
+        """Return the output of the frozen layers that were found, [B, ...], for pixels [B, 3, H, W] on the device."""
+
+    @abstractmethod
+    def train_from_front(self) -> None:
+        """From now on take that output in place of pixels in every step."""
 
     @abstractmethod
     def step(self, rate: float) -> tuple[Tensor, bool]:

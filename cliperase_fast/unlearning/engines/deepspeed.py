@@ -6,7 +6,7 @@ import copy
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,9 +19,10 @@ from cliperase_fast.distributed import Ranks
 from cliperase_fast.errors import InputError
 from cliperase_fast.extras import import_extra
 from cliperase_fast.models import ClipAdapter
+from cliperase_fast.models.fast_paths.frozen_front import FrozenFront
 from cliperase_fast.reading import read_text
 from cliperase_fast.unlearning.checkpoints import OptimizerState
-from cliperase_fast.unlearning.engines.base import MOMENTS, Engine
+from cliperase_fast.unlearning.engines.base import MOMENTS, Engine, train_mode
 from cliperase_fast.unlearning.runtime import Runtime
 
 _STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
@@ -204,18 +205,20 @@ class _Encoders(nn.Module):
     def __init__(self, adapter: ClipAdapter) -> None:
         super().__init__()
         self.module, self.adapter = adapter.module, adapter
+        self.encode_image: Callable[[Tensor], Tensor] = adapter.encode_image  # or a part of it
 
     def forward(
         self, pixels: Tensor | None = None, tokens: Tensor | None = None, scale: bool = False
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         return (
-            None if pixels is None else self.adapter.encode_image(pixels),
+            None if pixels is None else self.encode_image(pixels),
             None if tokens is None else self.adapter.encode_text(tokens),
             self.adapter.logit_scale() if scale else None,
         )
 
 
-def _wrapped(adapter: ClipAdapter, stage: int) -> _Encoders:
+def _wrapped(adapter: ClipAdapter, stage: int, owners: Iterable[nn.Module] = ()) -> _Encoders:
+    """Wrap the encoders for DeepSpeed. owners: modules whose own forward passes will not run, see `FrozenFront`."""
     import deepspeed
 
     encoders = _Encoders(adapter)
@@ -223,8 +226,9 @@ def _wrapped(adapter: ClipAdapter, stage: int) -> _Encoders:
         if parameter.ndim == 0:  # DeepSpeed's broadcast and partitions want at least one dimension
             parameter.data = parameter.data.reshape(1)
     if stage == 3:
-        for parameter in adapter.module.parameters(recurse=False):  # used outside the model's own forward pass
-            deepspeed.zero.register_external_parameter(encoders, parameter)
+        for owner in (adapter.module, *owners):  # whose parameters are used outside their own forward passes
+            for parameter in owner.parameters(recurse=False):
+                deepspeed.zero.register_external_parameter(encoders, parameter)
     return encoders
 
 
@@ -246,10 +250,31 @@ class ZeroEngine(Engine):
         self.zero, self.stage = zero, zero["zero_optimization"]["stage"]
         self._loaded: OptimizerState | None = None
         self._engine: Any = None
+        self._probe: Tensor | None = None  # pixels to find the frozen front with
+        self._front: FrozenFront | None = None
+        self._from_front = False
 
     def train_mode(self) -> None:
         self._start()
         super().train_mode()
+
+    def find_front(self, pixels: Tensor) -> bool:
+        self._probe = pixels.to(self.runtime.device)
+        self.train_mode()
+        return self._front is not None
+
+    def front_of(self, pixels: Tensor) -> Tensor:
+        assert self._front is not None
+        before, self._encoders.encode_image = self._encoders.encode_image, self._front.first
+        try:
+            with torch.no_grad():
+                return self._encode_image(pixels)
+        finally:
+            self._encoders.encode_image = before
+
+    def train_from_front(self) -> None:
+        assert self._front is not None
+        self._encoders.encode_image, self._from_front = self._front.rest, True
 
     def step(self, rate: float) -> tuple[Tensor, bool]:
         for group in self._engine.optimizer.param_groups:
@@ -319,7 +344,13 @@ class ZeroEngine(Engine):
             return
         self.training = self.student.clone()
         module = self.training.module
-        encoders = _wrapped(self.training, self.stage)
+        if self._probe is not None:
+            train_mode(module, self.config.drops_out)
+            with torch.no_grad():
+                self._front = FrozenFront.of(self.training, self._probe)
+        self._encoders = encoders = _wrapped(self.training, self.stage, self._front.owners if self._front else ())
+        if self._from_front:
+            self.train_from_front()
         named = dict(module.named_parameters())
         self.sharded = {name: named[name] for name in self.names}
         optimizer = self.make_optimizer(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.models import ClipAdapter
+from cliperase_fast.models.fast_paths.frozen_front import FrozenFront
 from cliperase_fast.unlearning.checkpoints import OptimizerState
 from cliperase_fast.unlearning.engines.base import MOMENTS, Engine
 from cliperase_fast.unlearning.runtime import Runtime
@@ -28,9 +29,25 @@ class LocalEngine(Engine):
     ) -> None:
         super().__init__(student, parameters, config, runtime)
         self.encode_image: Callable[[Tensor], Tensor] = student.encode_image  # or of the activations of a frozen front
+        self._front: FrozenFront | None = None
         self.parameters = [parameter for _, parameter in parameters]
         self.optimizer = self.make_optimizer((parameter, parameter.ndim) for parameter in self.parameters)
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
+
+    def find_front(self, pixels: Tensor) -> bool:
+        self.train_mode()  # in which the front must not be random
+        with torch.no_grad(), self.runtime.autocast():
+            self._front = FrozenFront.of(self.student, pixels.to(self.runtime.device))
+        return self._front is not None
+
+    def front_of(self, pixels: Tensor) -> Tensor:
+        assert self._front is not None
+        with torch.no_grad(), self.runtime.autocast():
+            return self._front.first(pixels)
+
+    def train_from_front(self) -> None:
+        assert self._front is not None
+        self.encode_image = self._front.rest
 
     def step(self, rate: float) -> tuple[Tensor, bool]:
         """Step and clear the gradient. A gradient that is not finite changes no weights; fp16 skips such a step."""
