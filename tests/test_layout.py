@@ -35,7 +35,7 @@ LAYERS = [
     {"distributed"},
     {"ops"},
     {"config", "recipes", "tensor_files"},
-    {"terms", "storage", "progress", "defaults", "extras"},
+    {"terms", "storage", "progress", "defaults", "allocation", "extras"},
     {"coercion", "reading"},
     {"errors", "_version"},
 ]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cliperase_fast.allocation import reuse_freed_memory
 from cliperase_fast.auditing.comparison import audit_models
 from cliperase_fast.auditing.depth import check_depth
 from cliperase_fast.auditing.features import Encoding
@@ -30,6 +31,7 @@ from cliperase_fast.models.runtime import device_of_rank
 from cliperase_fast.storage import check_writable
 
 
+@reuse_freed_memory()
 @torch_defaults()
 def audit(
     before: Any,

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cliperase_fast.allocation import reuse_freed_memory
 from cliperase_fast.data import (
     PairDataset,
     as_pairs,
@@ -33,6 +34,7 @@ from cliperase_fast.models.runtime import check_precision, in_float32, pick_devi
 from cliperase_fast.progress import say
 
 
+@reuse_freed_memory()
 @torch_defaults()
 def evaluate(
     model: Any,

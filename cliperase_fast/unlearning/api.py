@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cliperase_fast.allocation import reuse_freed_memory
 from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.data.drawing import seeded
 from cliperase_fast.defaults import torch_defaults
@@ -27,6 +28,7 @@ from cliperase_fast.unlearning.run_directory import RunDirectory
 from cliperase_fast.unlearning.runtime import Runtime
 
 
+@reuse_freed_memory()
 @torch_defaults()
 @torch.inference_mode(False)
 @torch.enable_grad()
