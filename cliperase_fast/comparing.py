@@ -18,7 +18,7 @@ from cliperase_fast.auditing import Audit
 from cliperase_fast.auditing.features import keep_features
 from cliperase_fast.auditing.loading import load_models
 from cliperase_fast.auditing.sets import open_sets
-from cliperase_fast.config import UnlearnConfig
+from cliperase_fast.config import UnlearnConfig, recipe_names, recipe_settings
 from cliperase_fast.distributed import SINGLE_PROCESS
 from cliperase_fast.errors import InputError, UnlearningError
 from cliperase_fast.models.runtime import device_of_rank
@@ -75,6 +75,7 @@ def compare(
     oracle_seconds: float | None = None,
     test: Any = None,
     depth: bool | str = False,
+    recipes: bool = True,
     tokenizer: Callable[[Sequence[str]], Tensor] | None = None,
     transform: Callable[[Any], Tensor] | None = None,
     config: UnlearnConfig | Mapping[str, Any] | str | Path | None = None,
@@ -93,7 +94,8 @@ def compare(
     oracle: a model, or a list of models, trained like the original without the forget pairs: the target.
     oracle_seconds: how long it took to train one of them, to be shown beside the seconds of the methods.
     depth: also attack copies of the models, for the relearning area, as in `audit()`.
-    config, overrides: settings for all methods. A setting that a method does not use is left out for it.
+    recipes: whether each method starts from its recipe (`UnlearnConfig.recipe`), else from its defaults.
+    config, overrides: settings for all methods, over recipes. A setting that a method does not use is left out for it.
 
     Returns a `Comparison`. Raises `InputError` before any work for unknown methods, wrong settings, models and data
     that cannot be read, and a folder that holds something else.
@@ -107,11 +109,12 @@ def compare(
     given = {"forget": forget, "retain": retain, "test": test, "oracle": oracle}
     shared = {**given, "tokenizer": tokenizer, "transform": transform, "progress": progress}
     for name in names:
-        make_method(UnlearnConfig.from_dict(_settings_of(name, settings)))
+        make_method(UnlearnConfig.from_dict(_settings_of(name, settings, recipes)))
     folder = Path(output_dir)
     check_writable(folder, "output_dir")
     originals = _check(model, given, settings, tokenizer, transform)
-    record = _Record(folder, {**_named(model, given), "depth": depth, "settings": settings}, oracle_seconds)
+    inputs = {**_named(model, given), "depth": depth, "recipes": recipes, "settings": settings}
+    record = _Record(folder, inputs, oracle_seconds)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder), keep_features():
@@ -120,7 +123,9 @@ def compare(
                 say("%s is done already", name)
                 continue
             say("method %d of %d: %s", number, len(names), name)
-            record.add(name, _attempt(name, model, shared, settings, folder / name, originals, record))
+            used = _settings_of(name, settings, recipes)
+            entry = _attempt(name, model, shared, used, folder / name, originals, record)
+            record.add(name, {**entry, "left_out": sorted(settings.keys() - used.keys())})
     return Comparison(record.content, folder)
 
 
@@ -165,10 +170,11 @@ def _settings(
     }
 
 
-def _settings_of(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings without those that the method does not use."""
+def _settings_of(name: str, settings: Mapping[str, Any], recipes: bool) -> dict[str, Any]:
+    """Return the settings over the method's recipe, without those that the method does not use."""
     method, _ = make_method(UnlearnConfig(method=name))
-    return {"method": name, **{key: value for key, value in settings.items() if key not in method.unused_settings}}
+    base = recipe_settings(name) if recipes and name in recipe_names() else {"method": name}
+    return {**base, **{key: value for key, value in settings.items() if key not in method.unused_settings}}
 
 
 def _check(
@@ -181,10 +187,10 @@ def _check(
     loaded = load_models(
         model, model, given["oracle"], tokenizer=tokenizer, transform=transform, device=device, truncate=True
     )
-    return _weights(loaded["before"].module)
+    return weights_of(loaded["before"].module)
 
 
-def _weights(module: nn.Module) -> dict[str, Tensor]:
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
     return {name: weight.detach().float().cpu().clone() for name, weight in module.named_parameters()}
 
 
@@ -265,12 +271,11 @@ def _attempt(
     original: Mapping[str, Tensor],
     record: _Record,
 ) -> dict[str, Any]:
-    """Unlearn by a method. Returns its entry."""
-    memory = _PeakMemory()
+    """Unlearn by a method. settings: of this method. Returns its entry."""
+    memory = PeakMemory()
     try:
         result = unlearn(
-            model, output_dir=folder, resume=folder.is_dir() and holds_run(folder), config=_settings_of(name, settings),
-            **shared,
+            model, output_dir=folder, resume=folder.is_dir() and holds_run(folder), config=settings, **shared
         )  # fmt: skip
     except Exception as error:  # whatever a method fails with, the others go on
         known = isinstance(error, (InputError, UnlearningError))
@@ -290,8 +295,7 @@ def _attempt(
         "verdict": result.verdict.short,
         "seconds": seconds["total"] - seconds["audit"],
         "peak_mib": memory.mib(),
-        "changed_mib": _changed(original, result.model) / 2**20,
-        "left_out": sorted(settings.keys() - _settings_of(name, settings).keys()),
+        "changed_mib": changed_bytes(original, result.model) / 2**20,
     }
 
 
@@ -305,7 +309,7 @@ def _scores(audit: Audit, model: str) -> dict[str, Any]:
     }
 
 
-def _changed(original: Mapping[str, Tensor], module: nn.Module) -> int:
+def changed_bytes(original: Mapping[str, Tensor], module: nn.Module) -> int:
     """Return the bytes of the weights that differ from the original's."""
     bytes_ = 0
     for name, weight in module.named_parameters():
@@ -315,7 +319,7 @@ def _changed(original: Mapping[str, Tensor], module: nn.Module) -> int:
     return bytes_
 
 
-class _PeakMemory:
+class PeakMemory:
     """The largest memory of the process (on a GPU: of torch there) since it was made, beyond that of this moment."""
 
     _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")

@@ -28,8 +28,8 @@ def _option(default: Any, help: str, choices: tuple[str, ...] | None = None, gro
 class UnlearnConfig:
     """Settings of `unlearn()`. Defaults follow CLIPErase (arXiv 2410.23330) where the paper states them.
 
-    Build one with keywords, `UnlearnConfig.paper(name)`, `from_file(path)` or `from_dict(mapping)`; all of them raise
-    `InputError` for a wrong name or value. Frozen: derive a variant with `dataclasses.replace`.
+    Build one with keywords, `UnlearnConfig.paper(name)`, `recipe(method)`, `from_file(path)` or `from_dict(mapping)`;
+    all of them raise `InputError` for a wrong name or value. Frozen: derive a variant with `dataclasses.replace`.
     """
 
     method: str = _option("cliperase", "unlearning method, see `cliperase-fast methods`", group="method")
@@ -320,6 +320,14 @@ class UnlearnConfig:
         return cls.from_dict({**_PAPER, "learning_rate": rates[dataset], **overrides})
 
     @classmethod
+    def recipe(cls, method: str, **overrides: Any) -> UnlearnConfig:
+        """Return the settings that a search on validation data found for a method (`python -m benchmarks.search`).
+
+        Raises InputError for a method that has no recipe.
+        """
+        return cls.from_dict({**recipe_settings(method), **overrides})
+
+    @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> UnlearnConfig:
         """Build from a mapping. Raises InputError for an unknown key, with the nearest known one."""
         known = [spec.name for spec in dataclasses.fields(cls)]
@@ -391,6 +399,20 @@ def parse_options(words: Iterable[str]) -> dict[str, Any]:
         else:
             raise InputError(f"method_options={word!r} is neither KEY=VALUE nor a JSON object")
     return found
+
+
+def recipe_names() -> list[str]:
+    """Return the methods that have a recipe."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def recipe_settings(method: str) -> dict[str, Any]:
+    """Return the settings in a method's recipe, its name among them."""
+    known = recipe_names()
+    if method not in known:
+        hint = nearest_name(method, known) or f"; there are those of {', '.join(known)}"
+        raise InputError(f"method={method!r} has no recipe{hint}")
+    return read_settings(RECIPES / f"{method}.yaml")
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:

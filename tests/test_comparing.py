@@ -91,6 +91,30 @@ def test_a_setting_that_a_method_does_not_use_is_left_out_for_it(compared):
     assert config["learning_rate"] == SETTINGS["learning_rate"]
 
 
+@pytest.fixture
+def recipe_of_shift(tmp_path, monkeypatch):
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "shift.yaml").write_text("method: shift\nselect: divergence\nretain_floor: 0.5\n")
+    monkeypatch.setattr(cf.config, "RECIPES", tmp_path / "recipes")
+
+
+def test_methods_start_from_their_recipes_and_settings_win(recipe_of_shift, tmp_path, monkeypatch):
+    used = []
+
+    def stop(*_, config, **__):
+        used.append(config)
+        raise InputError("enough")
+
+    monkeypatch.setattr(comparing, "unlearn", stop)
+    for number, changes in enumerate(({}, {"retain_floor": 0.1}, {"recipes": False})):
+        compare(tmp_path / f"runs{number}", ["shift"], **changes)
+    recipe = {"method": "shift", "select": "divergence", "retain_floor": 0.5}
+    audited = {"audit": True, "report": False}
+    assert used == [{**recipe, **audited}, {**recipe, "retain_floor": 0.1, **audited}, {"method": "shift", **audited}]
+    with pytest.raises(InputError, match="was made with recipes=False, not True"):
+        compare(tmp_path / "runs2", ["shift"])
+
+
 def test_the_same_call_continues_and_repeats_what_failed(tmp_path, monkeypatch):
     first = compare(tmp_path / "runs", ["broken", "shift"])
     called = []

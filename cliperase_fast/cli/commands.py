@@ -141,6 +141,7 @@ def compare(arguments: argparse.Namespace) -> int:
         oracle_seconds=arguments.oracle_seconds,
         test=arguments.test_data,
         depth=arguments.depth,
+        recipes=arguments.recipes,
         config=given_settings(arguments),
         progress=progress_style(arguments) == "bars",
     )

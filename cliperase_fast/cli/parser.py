@@ -166,6 +166,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--paper", choices=("cifar100", "cc12m", "flickr30k"), help="start from the paper's settings for this data"
     )
     unlearn.add_argument(
+        "--recipe", metavar="METHOD", help="start from the settings that a search on validation data found for a method"
+    )
+    unlearn.add_argument(
         "--print-config",
         action=_PrintConfig,
         help="print all settings as YAML for --config, and do nothing else; needs no other flag",
@@ -370,6 +373,12 @@ def _add_compare(subparsers: Any) -> None:
     _add_depth(compare)
     compare.add_argument("--output", required=True, metavar="DIR", help="the folder of the runs and of the comparison")
     compare.add_argument("--config", metavar="FILE", help="YAML or JSON with settings for all methods; flags win")
+    compare.add_argument(
+        "--no-recipes",
+        dest="recipes",
+        action="store_false",
+        help="start from the methods' defaults, not from their recipes (see unlearn --recipe)",
+    )
     _add_progress(compare)
     add_settings(compare, without=("method", "method_options", "audit"))
 

@@ -8,7 +8,7 @@ from collections.abc import Container
 from typing import Any
 
 from cliperase_fast.coercion import AUDIT_DEPTHS
-from cliperase_fast.config import UnlearnConfig, parse_options, read_settings
+from cliperase_fast.config import UnlearnConfig, parse_options, read_settings, recipe_settings
 
 
 def add_settings(parser: argparse.ArgumentParser, without: Container[str] = ()) -> None:
@@ -69,10 +69,12 @@ def _placeholder(kind: str) -> str:
 
 
 def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the settings that the user gave: preset, over it the config file, over it flags."""
+    """Return the settings that the user gave: preset and recipe, over them the config file, over it flags."""
     settings: dict[str, Any] = {}
     if getattr(arguments, "paper", None):
         settings.update(UnlearnConfig.paper(arguments.paper).to_dict())
+    if getattr(arguments, "recipe", None):
+        settings.update(recipe_settings(arguments.recipe))
     if getattr(arguments, "config", None):
         settings.update(read_settings(arguments.config))
     method = getattr(arguments, "method", None)

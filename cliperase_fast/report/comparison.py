@@ -179,6 +179,7 @@ def comparison_page(content: Content) -> str:
             ("Data", " + ".join(str(inputs[name]) for name in ("forget", "retain", "test") if inputs.get(name))),
             ("Forget test pairs", count(data.get("forget_test_pairs"))),
             ("Retain test pairs", count(data.get("retain_test_pairs"))),
+            ("Settings of a method", "its recipe" if inputs.get("recipes") else "its defaults"),
             ("Settings for all methods", ", ".join(f"{k}={v}" for k, v in inputs["settings"].items() if k != "audit")),
         ],
     )  # fmt: skip
