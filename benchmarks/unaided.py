@@ -128,11 +128,16 @@ OF_SHARDS: Mapping[str, Callable[[str, str], Study]] = {"cifar10": cifar10, "tow
 
 
 class Record:
-    """The result file of a study. runs: those that are done, each a run of one method."""
+    """The result file of a study. runs: those that are done, each a run of one method.
 
-    def __init__(self, name: str, command: str, order: Sequence[str]) -> None:
-        self.name, self.command, self.order = name, command, list(order)
-        self.path = RESULTS / f"unaided-{name}.json"
+    order: of the concepts. methods: in their order.
+    """
+
+    kind = "unaided"  # the first word of the file's name
+
+    def __init__(self, name: str, command: str, order: Sequence[str], methods: Sequence[str] = METHODS) -> None:
+        self.name, self.command, self.order, self.methods = name, command, list(order), list(methods)
+        self.path = RESULTS / f"{self.kind}-{name}.json"
         self.runs: list[dict[str, Any]] = []
         if self.path.exists():
             self.runs = json.loads(self.path.read_text(encoding="utf-8"))["runs"]
@@ -151,13 +156,17 @@ class Record:
     def content(self) -> dict[str, Any]:
         commits = ", ".join(dict.fromkeys(run["commit"] for run in self.runs))
         return {
-            **describe(), "commit": commits, "command": self.command, "gap": list(GAP),
+            **describe(), "commit": commits, "command": self.command,
             "seconds": sum(run.get("seconds", 0.0) + run.get("audit_seconds", 0.0) for run in self.runs),
-            "verdicts": verdicts(self.name, self.runs), "runs": self.runs,
+            **self.extra(), "runs": self.runs,
         }  # fmt: skip
 
+    def extra(self) -> dict[str, Any]:
+        """What the file says beside its runs."""
+        return {"gap": list(GAP), "verdicts": verdicts(self.name, self.runs)}
+
     def _place(self, run: Mapping[str, Any]) -> tuple[int, int, int]:
-        return self.order.index(run["concept"]), run["seed"], METHODS.index(run["method"])
+        return self.order.index(run["concept"]), run["seed"], self.methods.index(run["method"])
 
 
 def run_study(
@@ -176,9 +185,11 @@ def run_study(
 
 
 class _Bench:
-    """The runs of one concept on one original."""
+    """The runs of one concept on one original. line: writes a run in a line of text."""
 
-    def __init__(self, study: Study, record: Record, concept: str, seed: int, runs: Path | None) -> None:
+    line = staticmethod(unaided_report.run_line)
+
+    def __init__(self, study: Study, record: Record, concept: str, seed: int, runs: Path | None = None) -> None:
         self.study, self.record, self.concept, self.seed, self.runs = study, record, concept, seed, runs
         self.forget = f"{study.source}#{study.concepts[concept]}"
 
@@ -194,7 +205,7 @@ class _Bench:
         self.oracles = [load_model(f"local-dir:{path}") for path in self.study.oracles(self.concept)]
         for method in methods:
             try:
-                found = self._timed() if method == GIVEN else self._audited(method)
+                found = self.measured(method)
             except Exception as error:  # a failure is a result
                 found = {"error": f"{type(error).__name__}: {error}"}
             self._add(method, found)
@@ -206,16 +217,24 @@ class _Bench:
             **found,
         }  # fmt: skip
         self.record.add(run)
-        print(unaided_report.run_line(run), flush=True)
+        print(self.line(run), flush=True)
 
-    def _settings(self, method: str) -> dict[str, Any]:
+    def measured(self, method: str) -> dict[str, Any]:
+        """Do a run of a method."""
+        return self._timed() if method == GIVEN else self._audited(method)
+
+    def settings(self, method: str) -> dict[str, Any]:
         """What a method is called with."""
         if method == FIXED:
             return {"method": "cliperase", **self.study.fixed[self.concept]}
         if method == CONTROL:
-            decay = {"schedule": "cosine"}  # calibrated lowers its rate too
-            return {**self._chosen("chosen_step"), **decay, "method": "retain_finetune", "select": "last"}
+            return self.control()
         return {"method": {CALIBRATED: "calibrated", SEARCHED: "cliperase"}[method]}
+
+    def control(self) -> dict[str, Any]:
+        """The settings of plain fine-tuning with the rate and the steps that `calibrated` found."""
+        decay = {"schedule": "cosine"}  # calibrated lowers its rate too
+        return {**self._chosen("chosen_step"), **decay, "method": "retain_finetune", "select": "last"}
 
     def _chosen(self, steps: str) -> dict[str, Any]:
         """The numbers that `calibrated` found. steps: which number of steps, of its record's "recipe"."""
@@ -226,7 +245,7 @@ class _Bench:
         numbers = {name: recipe[name] for name in ("learning_rate", "batch_size", "forget_fraction")}
         return {**numbers, "steps": recipe[steps]}
 
-    def _call(self, settings: Mapping[str, Any]) -> tuple[Any, dict[str, float]]:
+    def call(self, settings: Mapping[str, Any]) -> tuple[Any, dict[str, float]]:
         """Unlearn. Returns the result, and the seconds that the call took on the clock and on the processor."""
         clock, processor = time.perf_counter(), time.process_time()
         result = unlearn(f"local-dir:{self.original}", self.forget, "rest", test=self.study.test, **settings)
@@ -236,39 +255,44 @@ class _Bench:
     def _timed(self) -> dict[str, Any]:
         """Call `calibrated` with the rate and the steps that it found: those it trained, and those up to its choice."""
         trained, chosen = ({**self._chosen(steps), "method": "calibrated"} for steps in ("steps", "chosen_step"))
-        took = self._call(trained)[1]
-        short = took if chosen == trained else self._call(chosen)[1]
+        took = self.call(trained)[1]
+        short = took if chosen == trained else self.call(chosen)[1]
         return {"settings": trained, **took, "chosen": {"steps": chosen["steps"], **short}}
 
     def _audited(self, method: str) -> dict[str, Any]:
-        settings = self._settings(method)
-        result, took = self._call(settings)
+        settings = self.settings(method)
+        result, took = self.call(settings)
         if self.runs is not None:
             result.save(self.runs / f"{self.record.name}-{self.concept}-{self.seed}-{method}".replace(" ", "-"))
         began = time.perf_counter()
+        found = self.audit(result)
+        audit_seconds = time.perf_counter() - began
+        return {
+            "settings": settings, **took, "audit_seconds": audit_seconds, "recipe": _recipe(result), **found
+        }  # fmt: skip
+
+    def audit(self, result: Any) -> dict[str, Any]:
+        """Return the scores of a result."""
         found = audit(
             self.before,
             result.adapter,
             self.forget,
             "rest",
-            oracle=self.oracles,
+            oracle=self.oracles or None,
             test=self.study.test,
         ).to_dict()
-        audit_seconds = time.perf_counter() - began
-        return {
-            "settings": settings, **took, "audit_seconds": audit_seconds, "recipe": _recipe(result), **scores(found)
-        }  # fmt: skip
+        return scores(found)
 
 
 def _recipe(result: Any) -> dict[str, Any]:
     """What the run used and found; of a run with fixed numbers what was given."""
     recipe, selection, config = result.record["recipe"], result.selection, result.config
-    steps = max(line["step"] for line in result.history if "total" in line and "probe" not in line)
+    trained = [line["step"] for line in result.history if "total" in line and "probe" not in line]
     return {
         "learning_rate": config.learning_rate if recipe is None else recipe["learning_rate"],
         "batch_size": config.batch_size,
         "forget_fraction": config.forget_fraction,
-        "steps": steps,
+        "steps": max(trained, default=0),
         "chosen_step": selection["step"],
         "target_reached": selection["target_reached"],
         "within_floor": selection["within_floor"],
@@ -291,10 +315,13 @@ def scores(found: Mapping[str, Any]) -> dict[str, Any]:
         }
         for model, groups in found["scores"].items()
     }
+    kept_scores = {"scores": kept, "over_forgotten": found["over_forgotten"]}
+    if found["gap"] is None:
+        return kept_scores
     gap = {name: found["gap"][name] for name in (*GAP, "intra_identity", "inter_identity") if name in found["gap"]}
     gap["mean"] = float(np.mean([gap[name] for name in GAP]))
     floor = float(np.mean([found["gap"]["floors"][name] for name in GAP]))
-    return {"scores": kept, "gap": gap, "floor": floor, "over_forgotten": found["over_forgotten"]}
+    return {**kept_scores, "gap": gap, "floor": floor}
 
 
 def prepare(study: Study, concepts: Iterable[str], seeds: int) -> None:

@@ -195,11 +195,11 @@ def run_line(run: Record) -> str:
 
 def study_text(name: str, record: Record) -> str:
     """The tables and the verdicts of one data set as plain text."""
-    parts = [_plain(part) if isinstance(part, tuple) else part for part in section(record)]
+    parts = [plain_table(part) if isinstance(part, tuple) else part for part in section(record)]
     return "\n\n".join([f"--- {DATA[name]}", *parts])
 
 
-def _plain(table: Table) -> str:
+def plain_table(table: Table) -> str:
     head, rows = table
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     return "\n".join(

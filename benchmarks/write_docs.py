@@ -24,7 +24,7 @@ from cliperase_fast.evaluation import METRICS
 from cliperase_fast.planning.cost_model import step_cost
 from cliperase_fast.planning.plan import step_of
 
-from . import audit_report, loss_report, points_report, unaided_report
+from . import audit_report, leaderboard_report, loss_report, points_report, unaided_report
 from .machine import RESULTS, ROOT, abilities_text
 from .product_bound import bound_table
 from .providers import BASELINES, every_provider
@@ -198,13 +198,16 @@ def _points(what: str) -> str:
 
 
 def draw_pictures() -> None:
-    """Of the scaling records, into the docs."""
+    """Of the scaling records and the leaderboard, into the docs."""
     from .plots import draw
+
+    PICTURES.mkdir(exist_ok=True)
+    for name, record in leaderboard_report.records().items():
+        leaderboard_report.draw(record, PICTURES / f"leaderboard-{name}.png")
 
     for path in sorted(RESULTS.glob("scaling-*.json")):
         with tempfile.TemporaryDirectory() as folder:
             for picture in draw(load(path.stem), Path(folder)):
-                PICTURES.mkdir(exist_ok=True)
                 shutil.copy(picture, PICTURES / f"scaling-{picture.name}")
 
 
@@ -350,13 +353,31 @@ def _audits() -> dict[str, Any]:
     return {name: load(f"audit-{name}") for name in names}
 
 
+Part = str | tuple[Sequence[str], Sequence[Sequence[str]]]
+
+
+def sections(name: str, parts: Callable[[dict[str, Any]], Sequence[Part]], missing: str) -> str:
+    """The texts and tables that `parts` makes of a result file. missing: what to say where there is none."""
+    if not (RESULTS / f"{name}.json").exists():
+        return missing
+    record = load(name)
+    return "\n\n".join([*(table(*of) if isinstance(of, tuple) else of for of in parts(record)), provenance(record)])
+
+
 def unaided(name: str) -> str:
     """The tables and the verdicts of one data set."""
-    if not (RESULTS / f"unaided-{name}.json").exists():
-        return unaided_report.NOT_MEASURED
-    record = load(f"unaided-{name}")
-    parts = [table(*part) if isinstance(part, tuple) else part for part in unaided_report.section(record)]
-    return "\n\n".join([*parts, provenance(record)])
+    return sections(f"unaided-{name}", unaided_report.section, unaided_report.NOT_MEASURED)
+
+
+def leaderboard(name: str) -> str:
+    """The tables of one board, and its picture."""
+    parts = partial(leaderboard_report.docs, name, PICTURES)
+    return sections(f"leaderboard-{name}", parts, leaderboard_report.NOT_MEASURED)
+
+
+def leaderboard_top() -> str:
+    records = leaderboard_report.records()
+    return table(*leaderboard_report.overview_table(records)) if records else leaderboard_report.NOT_MEASURED
 
 
 def _unaided() -> dict[str, Any]:
@@ -369,6 +390,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "unaided": lambda: unaided_report.overall_line(_unaided()),
     "unaided-overview": lambda: table(*unaided_report.overview_table(_unaided())),
     **{f"unaided-{name}": partial(unaided, name) for name in unaided_report.DATA},
+    "leaderboard-top": leaderboard_top,
+    "search": lambda: sections("search", leaderboard_report.search, "Not measured yet: `python -m benchmarks.search`."),
+    **{f"leaderboard-{name}": partial(leaderboard, name) for name in leaderboard_report.BOARDS},
     "audit-scores": lambda: table(*audit_report.scores_table()),
     "audit-verdicts": audit_verdicts,
     "audit-provenance": audit_provenance,
