@@ -36,6 +36,7 @@ from cliperase_fast.ops.spec import (
     loss_sums,
     merge_stats,
     no_autocast,
+    one_minus_p,
     saved_stats,
 )
 from cliperase_fast.ops.transforms import batched, refuse_second_derivative
@@ -332,6 +333,10 @@ def sweep_backward(
 def _terms(inputs: SimilarityInputs, saved: SavedStats, weights: Weights) -> GradientTerms:
     """Return dS of a block. Without groups one softmax serves retention and consistency."""
     terms = gradient_terms(inputs, saved, weights, separate=inputs.want_retention)
+    # An entry of a softmax of rows or of columns is at most its weight times 1 - P.
+    used = torch.stack((weights.retention * inputs.want_retention, weights.consistency, weights.consistency)).abs()
+    largest = one_minus_p(saved.both[: len(used)]).amax(1)
+    terms = terms._replace(largest=2 * (used * largest).sum())
     if not inputs.want_retention or inputs.masked:
         return terms
     assert terms.student is not None and terms.masked is not None

@@ -58,9 +58,9 @@ def _native(device: str) -> Implementation:
 def _triton(device: str) -> Implementation:
     from cliperase_fast.ops.triton.features_kl import features_kl
     from cliperase_fast.ops.triton.sigmoid import sigmoid
-    from cliperase_fast.ops.triton.sweep import kernels, sweep
+    from cliperase_fast.ops.triton.sweep import calibrated, kernels, sweep
 
-    return Implementation(sweep, sigmoid, features_kl, kernels)
+    return Implementation(sweep, sigmoid, features_kl, kernels, calibrated)
 
 
 # Looked up once, because torch.compile traces the choice of a backend.
@@ -145,7 +145,6 @@ REGISTRY: dict[str, Backend] = {
             dtypes=_NO_FLOAT64,
             why_missing=_why_no_triton,
             keeps=True,
-            loss_devices={"calibrated": ()},
         ),
     )
 }

@@ -374,6 +374,7 @@ class GradientTerms(NamedTuple):
     masked: Softmax | None  # of S without the pairs of equal group id
     teacher: Softmax | None
     diagonal: Tensor  # [n], at the rows' own columns; 0 unless inputs.paired
+    largest: Tensor | None = None  # [], what no entry off the diagonal exceeds; only of the calibrated loss
 
 
 def gradient_terms(

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accuracy_cases import UNDERFLOW, off_diagonal_mass, regime
+from accuracy_cases import UNDERFLOW
+from calibrated_accuracy import REGIMES, assert_same, in_regime, unit
 from calibrated_cases import STUDENT, TERMS, batch, exact, masks, step
 from processes import apart, peak
 from torch import Tensor
@@ -26,7 +27,6 @@ STREAMED = [
     for name, backend in REGISTRY.items()
     if name != "eager" and backend.missing is None and computes(backend, "calibrated", "cpu")
 ]
-LAMBDAS = {"retain": 1.0, "forget": 3.0, "consistency": 3.0, "anchor": 30.0}
 
 
 @pytest.fixture
@@ -34,13 +34,6 @@ def low_strips(monkeypatch):
     """Strips of 3 rows in pure PyTorch."""
     monkeypatch.setattr(streaming, "_STRIP_BYTES_CPU", 1)
     monkeypatch.setattr(streaming, "_LEAST_ROWS", 3)
-
-
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    """Each to `tolerance` of its norm."""
-    for name, value in expected.items():
-        error = (found[name].double() - value.double()).norm().item()
-        assert error <= tolerance * (1e-3 + value.double().norm().item()), (name, error)
 
 
 def tolerance(backend: str) -> tuple[torch.dtype, float]:
@@ -59,54 +52,6 @@ def test_several_strips_and_tiles_give_what_the_reference_gives(low_strips, back
         weights = (0.0, 0.7, -2.0, 1.3, 5.0)
         found = step(b, weights, backend=backend, keep=keep)
         assert_same(found, step(exact(b), weights, backend="eager"), limit)
-
-
-def unit(b: dict, expected: dict[str, Tensor], eps: float) -> dict[str, float]:
-    """What a rounding of the cosines and similarities may do to loss and gradients, as in `accuracy_cases.py`.
-
-    `mass` bounds the entries of dS, and `pull` the change of H for one of C.
-    """
-    mask, ids, n = b["forget_mask"], b["group_ids"], len(b["forget_mask"])
-    s, t = b["logit_scale"], b["teacher_logit_scale"]
-    cosines, teacher = b["image_features"] @ b["text_features"].T, b["teacher_image"] @ b["teacher_text"].T
-    edited = mask & (ids[:, None] == ids)
-    target = torch.where(edited, (b["background_image"][:, None] + b["background_text"]) / 2, teacher)
-    mass = torch.zeros(n, n, dtype=torch.float64)
-    for similarity in (s * cosines, t * target):
-        entries, own = off_diagonal_mass(similarity)
-        mass += LAMBDAS["consistency"] / n * (entries + own.diag())
-    if not mask.all():
-        kept = torch.nonzero(~mask)[:, 0]
-        entries, own = off_diagonal_mass(s * cosines[kept][:, kept])
-        mass[kept[:, None], kept] += LAMBDAS["retain"] / len(kept) * (entries + own.diag())
-    pull = torch.where(
-        edited, 2 * LAMBDAS["forget"] / edited.sum().clamp(min=1), 2 * LAMBDAS["anchor"] / (~edited).sum().clamp(min=1)
-    )
-    rounding = eps * (1 + s + t)
-    error = rounding * s * mass + 3 * eps * pull * (1 + (cosines - target).abs())
-    worst = max(error.sum(0).max().item(), error.sum(1).max().item())
-    of_loss = rounding * mass + 3 * eps * pull * (eps + (cosines - target).abs())
-    return {
-        "total": of_loss.sum().item() + eps * expected["total"].abs().item(),
-        "d image_features": worst,
-        "d text_features": worst,
-        "d logit_scale": (rounding * mass * cosines.abs()).sum().item(),
-    }
-
-
-REGIMES = ("random", "converged", "anti-aligned", "collapsed", "collapsed teacher", "half converged", "equal")
-
-
-def in_regime(name: str, scale: float, forget: str, n: int = 150) -> dict:
-    """A float64 batch of float32 numbers. "equal": the student is the teacher."""
-    b, of = batch(n, forget=forget), regime("converged" if name == "equal" else name, scale, n)
-    teacher = (of.image, of.text) if name == "equal" else (of.teacher_image, of.teacher_text)
-    numbers = {
-        "image_features": of.image, "text_features": of.text, "teacher_image": teacher[0], "teacher_text": teacher[1],
-        "logit_scale": of.scale, "teacher_logit_scale": of.teacher_scale,
-        "background_image": b["background_image"], "background_text": b["background_text"],
-    }  # fmt: skip
-    return {**b, **{key: value.float().double() for key, value in numbers.items()}}
 
 
 @pytest.mark.parametrize("backend", ["eager", *STREAMED])
@@ -363,7 +308,7 @@ def test_memory_is_that_of_strips_and_copies_of_the_features(backend):
 
 def test_backends_without_the_loss_are_refused_by_name(monkeypatch):
     features = torch.ones(2, 3)
-    triton = replace(REGISTRY["triton"], devices=("cuda", "cpu"), why_missing=None)
+    triton = replace(REGISTRY["triton"], devices=("cuda", "cpu"), why_missing=None, loss_devices={"calibrated": ()})
     monkeypatch.setitem(REGISTRY, "triton", triton)
     with pytest.raises(
         InputError, match="backend='triton' does not compute the calibrated loss; use auto, eager, torch"

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cliperase_fast.ops.spec import Stats
+from cliperase_fast.ops.triton.calibrated import Comparison
 from cliperase_fast.ops.triton.configs import Config
 from cliperase_fast.ops.triton.shared import (
     CHECKED_COLUMNS,
@@ -118,10 +119,15 @@ def pair_dot_kernel(
     tl.store(p_out + o_row, b_sum, mask=m_row)
 
 
-def forward_stats(operands: Operands, config: Config, strip_rows: int, cache: Tensor) -> Stats:
-    """Return the statistics of a sweep; fills `cache`, uint8. strip_rows: see `Operands.strips`."""
+def forward_stats(
+    operands: Operands, config: Config, strip_rows: int, cache: Tensor, comparison: Comparison | None = None
+) -> Stats:
+    """Return the statistics of a sweep; fills `cache`, uint8. strip_rows: see `Operands.strips`.
+
+    comparison: of the calibrated loss, whose edit the statistics then follow, but not the entries of pairs.
+    """
     diagonal, teacher_diagonal, shift = _diagonals(operands)
-    rows, columns = _off_diagonal(operands, operands.scalars(shift), config, strip_rows, cache)
+    rows, columns = _off_diagonal(operands, operands.scalars(shift), config, strip_rows, cache, comparison)
     return Stats(rows, columns, diagonal, teacher_diagonal, shift)
 
 
@@ -154,7 +160,7 @@ def _pair_dot(left: Tensor, right: Tensor, scale: Tensor) -> Tensor:
 
 
 def _off_diagonal(
-    operands: Operands, scalars: Tensor, config: Config, strip_rows: int, cache: Tensor
+    operands: Operands, scalars: Tensor, config: Config, strip_rows: int, cache: Tensor, comparison: Comparison | None
 ) -> tuple[Tensor, Tensor]:
     """Return the statistics of rows, [num_stats, n], and of columns, [num_stats, m]."""
     n, m, num_stats = operands.n, operands.m, operands.num_stats
@@ -171,7 +177,8 @@ def _off_diagonal(
         if len(buffer) < blocks * num_stats * m:
             buffer = scalars.new_empty(blocks * num_stats * m)
         column_parts = buffer[: blocks * num_stats * m].view(blocks, num_stats, m)
-        missing = scalars.new_empty(blocks, tiles, dtype=torch.int32) if config.shared else None
+        shares = config.shared and comparison is None
+        missing = scalars.new_empty(blocks, tiles, dtype=torch.int32) if shares else None
         arguments = (
             *operands.features(), *operands.groups, scalars, row_parts, column_parts,
             *(() if missing is None else (missing,)), *operands.cached_tiles(cache), start, stop, n, m,
@@ -185,6 +192,8 @@ def _off_diagonal(
                 column_parts, missing, m, NUM_STATS=num_stats, BLOCK_N=config.block_n, TILES=group, **OPTIONS
             )
             repair_kernel[(blocks, chunks)](*arguments, CHUNK=triton.next_power_of_2(tiles_per_chunk), **constants)
+        elif comparison is not None:
+            comparison.launch((blocks, chunks), arguments, constants)
         else:
             forward_kernel[(blocks, chunks)](*arguments, **constants)
         _merge_into(rows, row_parts, start, operands, fresh=True)

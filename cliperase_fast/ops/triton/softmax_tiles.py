@@ -41,35 +41,18 @@ def store_stats(p_stats, o_stats, m_stats, n, b_max, b_sum, b_gap, FIRST: tl.con
 
 
 @triton.jit
-def stats_tile(
-    b_max, b_sum, b_masked_max, b_masked_sum, b_teacher_max, b_teacher_sum, b_gap, o_row, o_column, i_block, p_image,
-    p_text, p_teacher_image, p_teacher_text, p_row_group, p_column_group, b_scale, p_scalars, p_column_stats, p_cache,
-    p_teacher_cache, strip_stop, n, m, pair_offset, width, teacher_width, stride_image, stride_text,
-    stride_teacher_image, stride_teacher_text, PLAIN: tl.constexpr, MASKED: tl.constexpr, TEACHER: tl.constexpr,
-    NUM_STATS: tl.constexpr, WRITE_CACHE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, EVEN_K_TEACHER: tl.constexpr, PRECISION: tl.constexpr,
+def add_stats(
+    b_max, b_sum, b_masked_max, b_masked_sum, b_teacher_max, b_teacher_sum, b_gap, b_s, b_t, m_off, o_column,
+    o_safe_row, o_safe_column, i_block, p_row_group, p_column_group, p_scalars, p_column_stats, m,
+    PLAIN: tl.constexpr, MASKED: tl.constexpr, TEACHER: tl.constexpr, NUM_STATS: tl.constexpr,
 ):  # fmt: skip
-    """Store the statistics of columns o_column [N], and return those of rows o_row [M] with the tile's added."""
-    m_row, m_column = o_row < strip_stop, o_column < m
-    o_safe_row = tl.minimum(o_row, n - 1).to(tl.int64)  # beyond the end: the last row again, masked below
-    o_safe_column = tl.minimum(o_column, m - 1).to(tl.int64)  # [N]
-    b_s = similarity_tile(
-        p_image, p_text, o_safe_row * stride_image, o_safe_column * stride_text, width,
-        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
-    ) * b_scale  # [M, N]  # fmt: skip
-    m_tile = m_row[:, None] & m_column[None, :]  # [M, N]
-    m_off = m_tile & (o_row[:, None] + pair_offset != o_column[None, :])  # [M, N]
-    if WRITE_CACHE:
-        o_cache = o_safe_row[:, None] * m + o_column[None, :]  # [M, N]
-        tl.store(p_cache + o_cache, b_s, mask=m_tile)
+    """Store the statistics of the columns o_column [N] of a tile, and return those of its rows with the tile's added.
+
+    b_s, b_t: S and S° [M, N]; m_off: which entries count; o_safe_row, o_safe_column: places that exist.
+    """
+    m_column = o_column < m
     o_stats = i_block.to(tl.int64) * NUM_STATS * m + o_column  # [N], in p_column_stats
     if TEACHER:
-        b_t = similarity_tile(
-            p_teacher_image, p_teacher_text, o_safe_row * stride_teacher_image, o_safe_column * stride_teacher_text,
-            teacher_width, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K_TEACHER, PRECISION,
-        ) * tl.load(p_scalars + 1)  # [M, N]  # fmt: skip
-        if WRITE_CACHE:
-            tl.store(p_teacher_cache + o_cache, b_t, mask=m_tile)
         b_tile_gap = tl.where(m_off, b_t - b_s - tl.load(p_scalars + 2), 0.0)  # [M, N]
         b_t = tl.where(m_off, b_t, LOWEST)
         b_part_max, b_part_sum, b_part_gap = reduce_tile(b_t, b_tile_gap, 1, True)  # [M]
@@ -96,6 +79,43 @@ def stats_tile(
         b_part_max, b_part_sum, b_part_gap = reduce_tile(b_s, b_s, 0, False)  # [N]
         store_stats(p_column_stats, o_stats, m_column, m, b_part_max, b_part_sum, b_part_gap, 2 * PLAIN, False)
     return b_max, b_sum, b_masked_max, b_masked_sum, b_teacher_max, b_teacher_sum, b_gap
+
+
+@triton.jit
+def stats_tile(
+    b_max, b_sum, b_masked_max, b_masked_sum, b_teacher_max, b_teacher_sum, b_gap, o_row, o_column, i_block, p_image,
+    p_text, p_teacher_image, p_teacher_text, p_row_group, p_column_group, b_scale, p_scalars, p_column_stats, p_cache,
+    p_teacher_cache, strip_stop, n, m, pair_offset, width, teacher_width, stride_image, stride_text,
+    stride_teacher_image, stride_teacher_text, PLAIN: tl.constexpr, MASKED: tl.constexpr, TEACHER: tl.constexpr,
+    NUM_STATS: tl.constexpr, WRITE_CACHE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, EVEN_K_TEACHER: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Store the statistics of columns o_column [N], and return those of rows o_row [M] with the tile's added."""
+    m_row, m_column = o_row < strip_stop, o_column < m
+    o_safe_row = tl.minimum(o_row, n - 1).to(tl.int64)  # beyond the end: the last row again, masked below
+    o_safe_column = tl.minimum(o_column, m - 1).to(tl.int64)  # [N]
+    b_s = similarity_tile(
+        p_image, p_text, o_safe_row * stride_image, o_safe_column * stride_text, width,
+        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
+    ) * b_scale  # [M, N]  # fmt: skip
+    m_tile = m_row[:, None] & m_column[None, :]  # [M, N]
+    m_off = m_tile & (o_row[:, None] + pair_offset != o_column[None, :])  # [M, N]
+    if WRITE_CACHE:
+        o_cache = o_safe_row[:, None] * m + o_column[None, :]  # [M, N]
+        tl.store(p_cache + o_cache, b_s, mask=m_tile)
+    b_t = b_s
+    if TEACHER:
+        b_t = similarity_tile(
+            p_teacher_image, p_teacher_text, o_safe_row * stride_teacher_image, o_safe_column * stride_teacher_text,
+            teacher_width, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K_TEACHER, PRECISION,
+        ) * tl.load(p_scalars + 1)  # [M, N]  # fmt: skip
+        if WRITE_CACHE:
+            tl.store(p_teacher_cache + o_cache, b_t, mask=m_tile)
+    return add_stats(
+        b_max, b_sum, b_masked_max, b_masked_sum, b_teacher_max, b_teacher_sum, b_gap, b_s, b_t, m_off, o_column,
+        o_safe_row, o_safe_column, i_block, p_row_group, p_column_group, p_scalars, p_column_stats, m, PLAIN, MASKED,
+        TEACHER, NUM_STATS,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -13,9 +13,12 @@ import triton
 from torch import Tensor
 
 from cliperase_fast.ops.autograd import as_sweep
-from cliperase_fast.ops.blocks import kept_bytes
+from cliperase_fast.ops.blocks import kept_bytes, kept_rows
+from cliperase_fast.ops.calibrated import Edit, Pull
+from cliperase_fast.ops.calibrated_sweep import as_calibrated, gradients_by_blocks, losses_by_blocks
 from cliperase_fast.ops.spec import (
     NUM_SAVED,
+    GradientTerms,
     Need,
     SavedStats,
     SimilarityInputs,
@@ -25,6 +28,7 @@ from cliperase_fast.ops.spec import (
 )
 from cliperase_fast.ops.triton import autotune
 from cliperase_fast.ops.triton.backward import gradients
+from cliperase_fast.ops.triton.calibrated import Comparison, calibrated_gradients, edited_diagonal
 from cliperase_fast.ops.triton.configs import INTERPRETER, Configs, configs_for
 from cliperase_fast.ops.triton.forward import forward_stats
 from cliperase_fast.ops.triton.tiles import Operands
@@ -33,7 +37,7 @@ TUNING_PAIRS = 16384
 
 
 class TritonKernels:
-    """Implements `ops.spec.SweepKernels`; not for float64.
+    """Implements `ops.spec.SweepKernels` and `ops.calibrated.CalibratedKernels`; not for float64.
 
     Features in half precision: products accumulate in float32, but dS is rounded to the features' dtype. Features
     whose last dimension is not contiguous are copied.
@@ -45,7 +49,7 @@ class TritonKernels:
 
     def cache_size(self, inputs: SimilarityInputs) -> int:
         """Return the bytes of float32 S, and S° with a teacher, of the first rows; see `blocks.kept_bytes`."""
-        return kept_bytes(inputs, 4 * inputs.m * (1 + inputs.want_consistency))
+        return kept_bytes(inputs, _kept_row_bytes(inputs))
 
     def forward(self, inputs: SimilarityInputs, cache_size: int) -> tuple[Stats, Tensor]:
         with torch.cuda.device_of(inputs.image):
@@ -66,18 +70,62 @@ class TritonKernels:
             config = configs.backward_groups if operands.masked else configs.backward
             return gradients(inputs, operands, config, saved, weights, need, partial, self.block_columns)
 
+    blocks_cache_size = cache_size
+
+    def cache_share(self, inputs: SimilarityInputs, available: int) -> int:
+        row_bytes = _kept_row_bytes(inputs)
+        return row_bytes * kept_rows(inputs.n, row_bytes, available)
+
+    def workspace(self, size: int, device: torch.device) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, device=device)
+
+    calibrated_losses, calibrated_gradients = losses_by_blocks, gradients_by_blocks
+
+    def calibrated_forward(self, inputs: SimilarityInputs, edit: Edit | None, cache: Tensor) -> tuple[Stats, Tensor]:
+        with torch.cuda.device_of(inputs.image):
+            operands, comparison = Operands(inputs), Comparison(edit, inputs.scale.float())
+            config = (self.configs or shipped_configs(operands)).forward
+            stats = forward_stats(operands, config, inputs.strip_rows, cache, comparison)
+            diagonal = edited_diagonal(inputs, edit, stats.teacher_diagonal)
+            return stats._replace(teacher_diagonal=diagonal), comparison.sums
+
+    def calibrated_backward(
+        self, inputs: SimilarityInputs, edit: Edit | None, terms: GradientTerms, pull: Pull, cache: Tensor, need: Need
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.cuda.device_of(inputs.image):
+            operands = Operands(inputs)
+            config = (self.configs or shipped_configs(operands)).backward
+            return calibrated_gradients(inputs, operands, config, edit, terms, pull, cache, need, self.block_columns)
+
+
+def _kept_row_bytes(inputs: SimilarityInputs) -> int:
+    """Return the bytes of a row of S, and of S° with a teacher, in float32."""
+    return 4 * inputs.m * (1 + inputs.want_consistency)
+
 
 def choose_configs(operands: Operands) -> Configs:
-    """Return the launch configurations for the device, the widest dtype and the largest width of `operands`."""
+    """Return the launch configurations of the sweep: those saved for this GPU, found on request, or shipped."""
     device = operands.image.device
     if device.type != "cuda":
         return INTERPRETER
-    dtype, width = operands.image.dtype, max(operands.widths())
+    dtype, width = _widest(operands)
+    timer = partial(kernel_milliseconds, device, dtype, width, min(operands.m, TUNING_PAIRS))
+    return autotune.configs(device, dtype, width, shipped_configs(operands), timer)
+
+
+def shipped_configs(operands: Operands) -> Configs:
+    """Return the shipped configurations for the device, the widest dtype and the largest width of `operands`."""
+    device = operands.image.device
+    if device.type != "cuda":
+        return INTERPRETER
+    return configs_for(torch.cuda.get_device_capability(device)[0], *_widest(operands))
+
+
+def _widest(operands: Operands) -> tuple[torch.dtype, int]:
+    dtype = operands.image.dtype
     if operands.teacher_image is not None:
         dtype = torch.promote_types(dtype, operands.teacher_image.dtype)
-    shipped = configs_for(torch.cuda.get_device_capability(device)[0], dtype, width)
-    timer = partial(kernel_milliseconds, device, dtype, width, min(operands.m, TUNING_PAIRS))
-    return autotune.configs(device, dtype, width, shipped, timer)
+    return dtype, max(operands.widths())
 
 
 def kernel_milliseconds(
@@ -105,3 +153,4 @@ def kernel_milliseconds(
 
 kernels = TritonKernels()
 sweep = as_sweep(kernels)
+calibrated = as_calibrated(kernels)
