@@ -87,11 +87,11 @@ def rate_at(index: int) -> float:
 def early_end(candidate: Candidate, target: Target, before: Candidate) -> str:
     """Say why a probe should not go on after its first steps; empty if it should.
 
-    Early on, forgetting grows at most with the square of the steps.
+    Early on, forgetting grows at most with the square of the steps, so that a slow one will not come half way.
     """
     if candidate.diverged > RUINED:
         return "diverged"
-    if progress(candidate, target, before) < (EARLY / PROBE_STEPS) ** 2:
+    if progress(candidate, target, before) < ON_ITS_WAY * (EARLY / PROBE_STEPS) ** 2:
         return "too slow"
     return ""
 

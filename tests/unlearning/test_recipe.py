@@ -124,7 +124,7 @@ def test_the_first_rate_is_a_thousandth_of_a_typical_weight():
 
 @pytest.mark.parametrize(
     ("found", "why"),
-    [(candidate(10, 1.0, 0.79), "too slow"), (candidate(10, 1.0, 0.7), ""), (candidate(10, 0.0, 0.0, 1.5), "diverged"),
+    [(candidate(10, 1.0, 0.77), "too slow"), (candidate(10, 1.0, 0.75), ""), (candidate(10, 0.0, 0.0, 1.5), "diverged"),
      (candidate(10, 0.0, 0.0, float("nan")), "diverged")],
 )  # fmt: skip
 def test_a_hopeless_probe_ends_early(found, why):
