@@ -13,6 +13,7 @@ EXTRAS = {
     "transformers": "transformers",
     "lora": "peft",
     "webdataset": "webdataset",
+    "parquet": "pyarrow",
     "deepspeed": "deepspeed",
     "open-clip-training": "open_clip_train.main",
     "lightning": "lightning",

@@ -13,6 +13,7 @@ from typing import Any
 
 from cliperase_fast.cli.settings import given_settings, settings_text
 from cliperase_fast.config import UnlearnConfig, read_mapping
+from cliperase_fast.data.sources import with_option
 from cliperase_fast.errors import InputError
 
 
@@ -24,6 +25,14 @@ def progress_style(arguments: argparse.Namespace) -> str:
     return wanted
 
 
+def _name_classes(arguments: argparse.Namespace) -> None:
+    """Add --class-names to the sources of pairs, as their option ?classnames=."""
+    for flag in ("data", "test_data", "validation_data"):
+        spec = getattr(arguments, flag, None)
+        if spec is not None:
+            setattr(arguments, flag, with_option(spec, "classnames", arguments.class_names))
+
+
 def unlearn(arguments: argparse.Namespace) -> int:
     config = UnlearnConfig.from_dict(given_settings(arguments))
     if arguments.print_config:
@@ -31,6 +40,7 @@ def unlearn(arguments: argparse.Namespace) -> int:
         return 0
     from cliperase_fast.unlearning import unlearn
 
+    _name_classes(arguments)
     retain = arguments.retain if arguments.retain == "rest" else f"{arguments.data}#{arguments.retain}"
     result = unlearn(
         arguments.model,
@@ -60,6 +70,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
         if Path(arguments.output).is_dir():
             raise InputError(f"--output={arguments.output} is a folder; give a file")
         check_writable(Path(arguments.output).parent, "--output")
+    _name_classes(arguments)
     scores = evaluate(
         arguments.model,
         arguments.data,
@@ -90,6 +101,7 @@ def audit(arguments: argparse.Namespace) -> int:
     output = Path(arguments.output) if arguments.output else None
     if output is not None:
         _check_audit_folder(output)
+    _name_classes(arguments)
     retain = arguments.retain if arguments.retain == "rest" else f"{arguments.data}#{arguments.retain}"
     result = audit(
         arguments.before,
@@ -129,6 +141,7 @@ def audit(arguments: argparse.Namespace) -> int:
 def compare(arguments: argparse.Namespace) -> int:
     from cliperase_fast.comparing import ALL, FILE, PAGE, compare
 
+    _name_classes(arguments)
     retain = arguments.retain if arguments.retain == "rest" else f"{arguments.data}#{arguments.retain}"
     names = [name.strip() for name in arguments.methods.split(",") if name.strip()]
     result = compare(

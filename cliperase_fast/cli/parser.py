@@ -147,6 +147,7 @@ def make_parser() -> argparse.ArgumentParser:
     unlearn.usage = "cliperase-fast unlearn --model MODEL --data SOURCE --forget SELECTOR --output DIR [settings]"
     _add_model(unlearn)
     unlearn.add_argument("--data", required=True, metavar="SOURCE", help="where the pairs come from, see below")
+    _add_class_names(unlearn)
     unlearn.add_argument("--forget", required=True, metavar="SELECTOR", help="which of them to forget, see below")
     unlearn.add_argument("--retain", default="rest", metavar="SELECTOR", help="which to keep (default: all others)")
     _add_test(unlearn)
@@ -179,6 +180,7 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate = _command(subparsers, "evaluate", "zero-shot accuracy and retrieval of a model", commands.evaluate)
     _add_model(evaluate)
     evaluate.add_argument("--data", required=True, metavar="SOURCE", help="what to measure on, see below")
+    _add_class_names(evaluate)
     evaluate.add_argument("--forget", metavar="SELECTOR", help="report these pairs and the others apart")
     evaluate.add_argument("--json", action="store_true", help="print all scores as JSON, every class, for programs")
     evaluate.add_argument("--output", metavar="FILE", help="also write the scores there, as JSON")
@@ -279,6 +281,14 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help=_MODEL)
 
 
+def _add_class_names(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--class-names",
+        metavar="FILE",
+        help="the names of the classes of a source with ?classnames=: a line 'KEY NAME' for each, or JSON {key: name}",
+    )
+
+
 def _add_test(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--test",
@@ -318,6 +328,7 @@ def _add_audit(subparsers: Any) -> None:
     audit.add_argument("--after", required=True, metavar="MODEL", help="the unlearned model")
     _add_oracle(audit, "")
     audit.add_argument("--data", required=True, metavar="SOURCE", help="where the pairs come from, see below")
+    _add_class_names(audit)
     audit.add_argument("--forget", required=True, metavar="SELECTOR", help="which of them were forgotten, see below")
     audit.add_argument("--retain", default="rest", metavar="SELECTOR", help="which were kept (default: all others)")
     _add_test(audit)
@@ -363,6 +374,7 @@ def _add_compare(subparsers: Any) -> None:
     compare.add_argument("--methods", default="all", metavar="NAMES", help="all, or names with commas (default: all)")
     _add_model(compare)
     compare.add_argument("--data", required=True, metavar="SOURCE", help="where the pairs come from, see below")
+    _add_class_names(compare)
     compare.add_argument("--forget", required=True, metavar="SELECTOR", help="which of them to forget, see below")
     compare.add_argument("--retain", default="rest", metavar="SELECTOR", help="which to keep (default: all others)")
     _add_test(compare)

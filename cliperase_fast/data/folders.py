@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from cliperase_fast.data.class_files import WORDNET, read_names
 from cliperase_fast.data.classes import DEFAULT_TEMPLATES, ClassSpace, readable
 from cliperase_fast.data.decoding import image_suffixes, is_other_image
 from cliperase_fast.data.images import FileStore
@@ -17,7 +16,7 @@ from cliperase_fast.data.intake import Intake
 from cliperase_fast.data.pairs import PairDataset
 from cliperase_fast.data.source_types import Option, Request, Source, SourceType
 from cliperase_fast.errors import InputError
-from cliperase_fast.reading import has_surrogates, printable, read_text, user_path
+from cliperase_fast.reading import has_surrogates, printable, user_path
 
 _SYSTEM = frozenset({"__macosx", "thumbs.db", "desktop.ini", "ehthumbs.db"})
 # Names of split folders, the preferred one first.
@@ -36,7 +35,8 @@ def open_folder(
 ) -> tuple[PairDataset, PairDataset | None]:
     """Open DIR/CLASS/**/*.jpg, or DIR/train/CLASS/... with DIR/test (else DIR/val), in any case.
 
-    classnames: a file that names the class of each folder, see `_read_names`; by default the folder's own name is used.
+    classnames: a file that names the class of each folder, see `class_files.read_names`; by default the folder's own
+        name is used.
     """
     root = user_path(path)
     if not root.is_dir():
@@ -45,7 +45,7 @@ def open_folder(
     folders = _class_folders(train_root, intake)
     if not folders:
         raise InputError(f"{train_root} has no folders; put the images of each class into {train_root}/CLASS/")
-    names = _named(folders, train_root, None if classnames is None else _read_names(classnames, root))
+    names = _named(folders, train_root, None if classnames is None else read_names(classnames, root))
     found = [_find_images(train_root / folder, intake) for folder in folders]
     for folder in [folder for folder, images in zip(folders, found, strict=True) if not images]:
         intake.fault(
@@ -130,9 +130,6 @@ def _class_folders(folder: Path, intake: Intake) -> list[str]:
     return names
 
 
-_WORDNET = re.compile(r"n\d{8}")
-
-
 def _named(folders: list[str], root: Path, known: dict[str, str] | None) -> list[str]:
     """Return the class name of each folder; raise `InputError` for empty, unreadable or duplicate names."""
     names = []
@@ -145,7 +142,7 @@ def _named(folders: list[str], root: Path, known: dict[str, str] | None) -> list
             raise InputError(f"the name of the folder {shown!r} in {root} is not UTF-8; rename it")
         if not name:
             raise InputError(f"the folder {shown!r} in {root} has no class name; rename it")
-        if known is None and _WORDNET.fullmatch(folder):
+        if known is None and WORDNET.fullmatch(folder):
             raise InputError(
                 f"the folder {shown!r} in {root} is a WordNet id, which would appear in the captions; name the classes "
                 "with '?classnames=FILE' after the folder (a line 'n01440764 tench' for each)"
@@ -155,37 +152,6 @@ def _named(folders: list[str], root: Path, known: dict[str, str] | None) -> list
     if double is not None:
         raise InputError(f"two folders in {root} stand for the class {double!r}; rename one")
     return names
-
-
-def _read_names(file: str, root: Path) -> dict[str, str]:
-    """Read the class name of each folder: lines "FOLDER NAME", or JSON {folder: name}.
-
-    The folder's name ends at a space, tab or comma. JSON of the form of ImageNet's class index, {"0": [folder, name]},
-    is read too.
-    """
-    path = user_path(file)
-    if not path.exists() and (root / path).exists():
-        path = root / path
-    text = read_text(path, 16 << 20, "the file of class names ")
-    if path.suffix.lower() == ".json":
-        try:
-            content = json.loads(text)
-            pairs = [(key, one) if isinstance(one, str) else tuple(one) for key, one in content.items()]
-            if not all(len(pair) == 2 and all(isinstance(part, str) for part in pair) for pair in pairs):
-                raise ValueError("a value is neither a name nor [folder, name]")
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise InputError(f"the file of class names {path} is not JSON {{folder: name}}: {error}") from error
-    else:
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        pairs = [tuple(re.split(r"\t|,|\s", line, maxsplit=1)) for line in lines]
-        bad = next((line for line, pair in zip(lines, pairs, strict=True) if len(pair) != 2), None)
-        if bad is not None:
-            raise InputError(f"the file of class names {path} has the line {bad!r}; write 'FOLDER NAME'")
-    known: dict[str, str] = {}
-    for folder, name in pairs:
-        if known.setdefault(folder, name.strip()) != name.strip():
-            raise InputError(f"the file of class names {path} names the folder {folder!r} twice; keep one")
-    return known
 
 
 def _find_images(folder: Path, intake: Intake) -> list[Path]:

@@ -10,9 +10,9 @@ import difflib
 import os
 import re
 from collections.abc import Sequence
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
-from cliperase_fast.data import cifar, digits, flickr, folders, personas, shapes, shards, tables
+from cliperase_fast.data import cifar, coco, digits, flickr, folders, hugging_face, personas, shapes, shards, tables
 from cliperase_fast.data.classes import check_templates
 from cliperase_fast.data.intake import Intake
 from cliperase_fast.data.source_types import Request, Source, SourceType
@@ -28,6 +28,9 @@ SOURCES: tuple[SourceType, ...] = (
     folders.SOURCE,
     tables.SOURCE,
     flickr.SOURCE,
+    coco.SOURCE,
+    hugging_face.HUGGING_FACE,
+    hugging_face.PARQUET,
     shards.SOURCE,
 )
 
@@ -92,11 +95,33 @@ if open_source.__doc__:  # python -OO has none
     open_source.__doc__ += sources_text("    ") + "\n"
 
 
+def with_option(spec: str, name: str, value: str | None) -> str:
+    """Return the name of a source with one more option; unchanged if the value is None.
+
+    Raises `InputError` if the source does not have the option.
+    """
+    if value is None:
+        return spec
+    kind = re.split("[:?]", spec, maxsplit=1)[0]
+    source = next((source for source in SOURCES if source.kind == kind), None)
+    if source is None:
+        return spec  # refused when it is opened
+    if name not in [option.name for option in source.options]:
+        able = ", ".join(one.usage for one in SOURCES if name in [option.name for option in one.options])
+        raise InputError(f"the source {spec!r} has no option {name!r}; {able} have it")
+    _, options = _options(spec, source, spec)
+    if name in options:
+        raise InputError(f"{spec!r} already has {name}={options[name]!r}; give it once")
+    return f"{spec}{'&' if options else '?'}{name}={quote(value, safe='/ ')}"
+
+
 def _path_hint(spec: str) -> str:
     """Return a hint for a path without a kind before it."""
     file = spec.partition("?")[0].lower()
     if file.endswith(".tar"):
         kind = "wds"
+    elif file.endswith(".parquet"):
+        kind = "parquet"
     elif file.endswith((".csv", ".tsv", ".txt")):
         kind = "csv"
     else:

@@ -78,6 +78,9 @@ def test_options_in_the_table_are_those_that_a_source_takes(tmp_path) -> None:
     assert (len(people.train), len(people.test), people.train.image(0).size) == (216, 108, (16, 16))  # type: ignore[arg-type]
     used = {"csv": "sep img caption root quotes", "shapes": "train test size seed", "folder": "classnames"}
     used["personas"] = "people train test size seed"
+    used["coco"] = "root"  # these three: test_coco_source.py and test_hugging_face.py
+    used["parquet"] = "img caption label id root classnames"
+    used["hf"] = f"split {used['parquet']}"
     listed = {s.kind: " ".join(option.name for option in s.options) for s in sources.SOURCES if s.options}
     assert listed == used
 
@@ -158,3 +161,21 @@ def test_colours_and_shapes_can_be_distinguished() -> None:
     distance = torch.cdist(torch.as_tensor(outline), torch.as_tensor(train_outline))  # [300, 1000]
     nearest = source.train.labels[distance.argmin(dim=1).numpy()] % len(SHAPES)
     assert (nearest == source.test.labels % len(SHAPES)).mean() > 0.85
+
+
+def test_an_option_is_added_to_the_name_of_a_source_that_has_it() -> None:
+    assert sources.with_option("folder:/x", "classnames", "/a&b.txt") == "folder:/x?classnames=/a%26b.txt"
+    assert sources.with_option("parquet:/x?img=a", "classnames", "n") == "parquet:/x?img=a&classnames=n"
+    assert sources.with_option("demo", "classnames", None) == "demo"
+    with pytest.raises(InputError, match="the source 'demo' has no option 'classnames'; folder:DIR, hf:DIR, parquet"):
+        sources.with_option("demo", "classnames", "n")
+    with pytest.raises(InputError, match="already has classnames='m'; give it once"):
+        sources.with_option("folder:/x?classnames=m", "classnames", "n")
+
+
+def test_class_names_of_the_command_line_reach_the_source(tmp_path: Path, capsys) -> None:
+    (tmp_path / "n01440764").mkdir()
+    (tmp_path / "names.txt").write_text("n01443537 goldfish\n")
+    words = ["--model", "local-dir:x", "--data", f"folder:{tmp_path}", "--class-names", f"{tmp_path}/names.txt"]
+    assert cli.main(["evaluate", *words]) == 2
+    assert "the file of class names has no line for the folder 'n01440764'" in capsys.readouterr().err
