@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from cliperase_fast.distributed.collectives import over_ranks, sum_over_ranks
+from cliperase_fast.distributed.gradients import GradientExchange
 from cliperase_fast.distributed.process_group import (
     GATHER_MODES,
     LOCAL,
@@ -25,6 +26,7 @@ __all__ = [
     "LOCAL",
     "SINGLE_PROCESS",
     "WORLD",
+    "GradientExchange",
     "Group",
     "Ranks",
     "Shards",

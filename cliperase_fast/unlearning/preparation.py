@@ -25,7 +25,7 @@ from cliperase_fast.models.runtime import in_float32
 from cliperase_fast.progress import say
 from cliperase_fast.unlearning.auditing import check_oracles
 from cliperase_fast.unlearning.batches import BatchLoader, BatchPlan, CaptionTable
-from cliperase_fast.unlearning.engines.deepspeed import read_deepspeed
+from cliperase_fast.unlearning.engines.deepspeed_config import read_deepspeed
 from cliperase_fast.unlearning.evaluator import Evaluator
 from cliperase_fast.unlearning.identity import tokenizer_identity, transform_identity
 from cliperase_fast.unlearning.loggers import require_logger

@@ -213,8 +213,8 @@ class Trainer:
     def _backward(self, done: int, batches: list[Batch]) -> dict[str, float]:
         """Accumulate the gradients of the batches. Returns the mean of each loss term."""
         sums: dict[str, float] = {}
-        for batch in batches:
-            terms = self.engine.backward(batch, 1 / len(batches), self._terms)
+        for left, batch in zip(reversed(range(len(batches))), batches, strict=True):
+            terms = self.engine.backward(batch, 1 / len(batches), self._terms, last=left == 0)
             values = torch.stack([term.detach().double() for term in terms]).cpu().tolist()
             for name, value in zip(terms._fields, values, strict=True):
                 sums[name] = sums.get(name, 0.0) + value

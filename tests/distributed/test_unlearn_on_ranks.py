@@ -27,7 +27,8 @@ from runs import (
 from cliperase_fast import InputError, UnlearnConfig, UnlearningError
 from cliperase_fast import distributed as cfd
 from cliperase_fast.unlearning import auditing, trainer
-from cliperase_fast.unlearning.engines.deepspeed import ZeroEngine, read_deepspeed
+from cliperase_fast.unlearning.engines.deepspeed import ZeroEngine
+from cliperase_fast.unlearning.engines.deepspeed_config import read_deepspeed
 from cliperase_fast.unlearning.engines.local import LocalEngine
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.functional import LossTerms
 from cliperase_fast.models import ClipAdapter
+from cliperase_fast.models.adapters.base import Tower
 from cliperase_fast.unlearning.batches import Batch
 from cliperase_fast.unlearning.checkpoints import OptimizerState
 from cliperase_fast.unlearning.engines.grad_cache import ChunkedFeatures
@@ -44,10 +45,15 @@ class Engine(ABC):
     def train_mode(self) -> None:
         train_mode(self.training.module, self.config.drops_out)
 
-    def backward(self, batch: Batch, share: float, terms_of: Terms) -> LossTerms:
-        """Add `share` times the gradient of the batch to the parameters'. Returns the terms of the whole batch."""
+    def backward(self, batch: Batch, share: float, terms_of: Terms, last: bool = False) -> LossTerms:
+        """Add `share` times the gradient of the batch to the parameters'. Returns the terms of the whole batch.
+
+        last: whether it is the last batch before `step`.
+        """
         if self.config.grad_cache_chunk == 0:
             terms = terms_of(batch, *self._encode(batch.pixels, batch.tokens))
+            if last:
+                self._before_last_pass()
             self._backpropagate(self._scaled(terms.total * share))
             return terms
         image, text = (
@@ -66,8 +72,8 @@ class Engine(ABC):
             self._backpropagate(loss)
         else:  # the gradient is only the features', and DeepSpeed refuses a backward pass without parameters
             loss.backward()
-        image.backward()
-        text.backward()
+        image.backward(lambda: self._before_last_pass("image") if last else None)
+        text.backward(lambda: self._before_last_pass("text") if last else None)
         return terms
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
@@ -154,6 +160,10 @@ class Engine(ABC):
     @abstractmethod
     def _backpropagate(self, scalar: Tensor) -> None:
         """Add the gradient of `scalar` to the parameters'."""
+
+    @abstractmethod
+    def _before_last_pass(self, tower: Tower | None = None) -> None:
+        """Prepare for the last backward pass of a step. tower: of this tower's parameters only; None: of all."""
 
     def _scaled(self, loss: Tensor) -> Tensor:
         """Multiply by the gradient scaler's factor, which gradients of features then have too."""

@@ -41,15 +41,20 @@ class ChunkedFeatures:
                 parts.append(encode(chunk))
         self.features = torch.cat(parts).requires_grad_()  # [B, D]
 
-    def backward(self) -> None:
+    def backward(self, before_last: Callable[[], object] = lambda: None) -> None:
+        """Run the backward pass of every chunk. before_last: called before that of the last one."""
         assert self.features.grad is not None, "the loss's backward pass comes first"
         after = self._random_state()
         gradients = self.features.grad.tensor_split(len(self.chunks))
-        for chunk, gradient, state in zip(self.chunks, gradients, self.states, strict=True):
+        for left, chunk, gradient, state in zip(
+            reversed(range(len(self.chunks))), self.chunks, gradients, self.states, strict=True
+        ):
             self._set_random_state(state)
             features = self.encode(chunk)
             if not features.requires_grad:  # a frozen tower
                 break
+            if left == 0:
+                before_last()
             self.backpropagate((features * gradient).sum())
         self._set_random_state(after)
 

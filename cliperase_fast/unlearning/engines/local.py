@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from cliperase_fast.config import UnlearnConfig
+from cliperase_fast.distributed import GradientExchange
 from cliperase_fast.models import ClipAdapter
+from cliperase_fast.models.adapters.base import Tower
 from cliperase_fast.models.fast_paths.frozen_front import FrozenFront
 from cliperase_fast.unlearning.checkpoints import OptimizerState
 from cliperase_fast.unlearning.engines.base import MOMENTS, Engine
@@ -19,9 +21,8 @@ from cliperase_fast.unlearning.runtime import Runtime
 class LocalEngine(Engine):
     """Trains the whole student on every rank.
 
-    The ranks' gradients are averaged once per step, after accumulation. DistributedDataParallel would overlap this with
-    the last backward pass, but with cached gradients no backward pass is the last for all parameters, and it does not
-    wrap the methods by which encoders are called.
+    The ranks' gradients are averaged once per step, after accumulation, while the last backward pass runs (of each
+    tower, with cached gradients). DistributedDataParallel does not wrap the methods by which encoders are called.
     """
 
     def __init__(
@@ -31,6 +32,10 @@ class LocalEngine(Engine):
         self.encode_image: Callable[[Tensor], Tensor] = student.encode_image  # or of the activations of a frozen front
         self._front: FrozenFront | None = None
         self.parameters = [parameter for _, parameter in parameters]
+        self.towers: list[Tower | None] = ["text"] * len(parameters)  # whose last backward pass is the parameter's last
+        if config.grad_cache_chunk:
+            self.towers = ["image" if student.tower(name) == "image" else "text" for name in self.names]
+        self.exchange = GradientExchange(runtime.ranks, [self._of_tower("image"), self._of_tower("text")])
         self.optimizer = self.make_optimizer((parameter, parameter.ndim) for parameter in self.parameters)
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
 
@@ -65,7 +70,8 @@ class LocalEngine(Engine):
 
     def reduce_gradients(self) -> None:
         """Average the gradients over the ranks."""
-        self.runtime.ranks.all_reduce_mean([p.grad for p in self.parameters if p.grad is not None])
+        if self.runtime.ranks.size > 1:
+            self.exchange.finish()
 
     def stepped(self) -> list[tuple[Tensor, Tensor | None]]:
         state = self.optimizer.state
@@ -78,6 +84,8 @@ class LocalEngine(Engine):
         """Do nothing: the student itself is trained."""
 
     def close(self) -> None:
+        if self.exchange.started:  # by a step that ended before its gradients were needed, on all ranks
+            self.exchange.finish()
         self.optimizer.zero_grad(set_to_none=True)
 
     def state(self) -> OptimizerState:
@@ -116,6 +124,13 @@ class LocalEngine(Engine):
 
     def _logit_scale(self) -> Tensor:
         return self.student.logit_scale()
+
+    def _before_last_pass(self, tower: Tower | None = None) -> None:
+        if self.runtime.ranks.size > 1:
+            self.exchange.start(self._of_tower(tower))
+
+    def _of_tower(self, tower: Tower | None) -> list[nn.Parameter]:
+        return [p for p, of in zip(self.parameters, self.towers, strict=True) if tower in (None, of)]
 
     def _backpropagate(self, scalar: Tensor) -> None:
         scalar.backward()

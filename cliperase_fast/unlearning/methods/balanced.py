@@ -61,7 +61,7 @@ class BalancedEngine(LocalEngine):
         super().__init__(student, parameters, config, runtime)
         self.sums: list[list[Tensor]] = []  # of minus the forget loss, of the retain loss
 
-    def backward(self, batch: Batch, share: float, terms_of: Terms) -> Any:
+    def backward(self, batch: Batch, share: float, terms_of: Terms, last: bool = False) -> Any:
         terms: Any = terms_of(batch, *self._encode(batch.pixels, batch.tokens))
         found = [
             torch.autograd.grad(self._scaled(loss * share), self.parameters, retain_graph=keep, allow_unused=True)
