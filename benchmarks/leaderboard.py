@@ -221,15 +221,16 @@ def oracle_cost(board: Board) -> dict[str, float]:
         return {"seconds": time.perf_counter() - clock, "cpu_seconds": time.process_time() - processor}
 
 
-def estimate(board: Board, record: Leaderboard) -> str:
+def estimate(board: Board, record: Leaderboard, only: Sequence[str] = ()) -> str:
     """How long the missing runs would take on a free core, by the runs of the same rows, else by all runs there are."""
     costs: dict[str, list[float]] = {}
     for run in (run for run in record.runs if "error" not in run):
-        costs.setdefault(run["method"], []).append(run["cpu_seconds"] + run["audit_seconds"])
+        busy = run["cpu_seconds"] / run["seconds"] if run["seconds"] else 1.0  # the audit's clock ran on a shared core
+        costs.setdefault(run["method"], []).append(run["cpu_seconds"] + busy * run["audit_seconds"])
     everything = [cost for found in costs.values() for cost in found]
     missing = [
         row for seed in range(board.seeds) for concept in board.concepts
-        for row in missing_runs(board, record, concept, seed)
+        for row in missing_runs(board, record, concept, seed, only)
     ]  # fmt: skip
     if not everything:
         return f"{record.name}: {len(missing)} runs are missing, none is measured"
@@ -275,7 +276,7 @@ def main(words: Sequence[str] | None = None) -> None:
     unknown = [row for row in only if row not in record.methods]
     if unknown:
         parser.error(f"--only {unknown[0]!r} is not one of {', '.join(record.methods)}")
-    print(estimate(board, record), flush=True)
+    print(estimate(board, record, only), flush=True)
     if arguments.estimate:
         return
     run_board(board, record, only=only, retry=arguments.retry)

@@ -336,7 +336,8 @@ def _percent(share: float) -> str:
 
 
 def _points(share: float) -> str:
-    return f"{100 * share:.1f}"
+    """A share in percentage points, without a minus before zero."""
+    return f"{100 * share:.1f}".replace("-0.0", "0.0")
 
 
 def _cosine(value: float) -> str:
@@ -349,4 +350,7 @@ def _gap(value: float) -> str:
 
 def _mib(values: Sequence[float | None]) -> str:
     known = [value for value in values if value is not None]
-    return f"{np.mean(known):,.1f} MiB" if known else "–"
+    if not known:
+        return "–"
+    mean = float(np.mean(known))
+    return f"{mean:,.1f} MiB" if mean >= 1 else f"{mean:.2g} MiB"
