@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -41,7 +42,9 @@ from .machine import IN_CHECKOUT, ROOT, describe, own_folder
 SECONDS = 180.0
 _END = 15.0  # seconds for what comes after the last measurement
 _GPU_TEST = "pytest.mark.gpu"
-_OUTCOMES = re.compile(r"::\S.* (PASSED|FAILED|ERROR|SKIPPED)\b")
+_WORKERS = 6  # processes that test at the same time: most of the tests' time is compilation
+# As pytest writes an outcome, then as pytest-xdist does.
+_OUTCOMES = re.compile(r"::\S.* (PASSED|FAILED|ERROR|SKIPPED)\b|^\[gw\d+\].*? (PASSED|FAILED|ERROR|SKIPPED) .*::")
 
 
 @dataclass(frozen=True)
@@ -105,13 +108,25 @@ def stages(target: str) -> list[Stage]:
         key=lambda path: ("triton" not in path.name, path.name),
     )
     python, build = [sys.executable, "-u", "-m"], build_stage(target)
-    tests = [*python, "pytest", "-vv", "-p", "no:cacheprovider", "--tb=short", "-m", "gpu", *map(str, files)]
+    # A file that cannot be imported, for want of the extension or of a library, does not stop the others.
+    tests = [
+        *python, "pytest", "-vv", "-p", "no:cacheprovider", "--tb=short", "-m", "gpu",
+        "--continue-on-collection-errors", *_in_parallel(), *map(str, files),
+    ]  # fmt: skip
     return [
         *([] if build is None else [build]),
         Stage("tests", tests, 0.4),
         Stage("benchmark", [*python, "benchmarks.loss", "--gpu-check", "--no-plots", "--limit", "{limit}"], 1.0),
         Stage("choice", [*python, "benchmarks.fastest"], 1.0),
     ]
+
+
+def _in_parallel() -> list[str]:
+    """Return pytest's options for several processes, if pytest-xdist is installed and there are processors for them."""
+    workers = min(_WORKERS, (os.cpu_count() or 1) // 2)
+    if workers < 2 or importlib.util.find_spec("xdist") is None:
+        return []
+    return ["-n", str(workers), "--dist", "loadgroup"]  # tests that take much memory are one group
 
 
 def check(wanted: Sequence[Stage], seconds: float, folders: Sequence[Path]) -> list[Result]:
@@ -161,7 +176,7 @@ def _run(stage: Stage, limit: float, folders: Sequence[Path]) -> Result:
         reader.join()
         for log in logs:
             log.close()
-    tests = Counter(found[1].lower() for line in lines if (found := _OUTCOMES.search(line)))
+    tests = Counter(found[found.lastindex or 0].lower() for line in lines if (found := _OUTCOMES.search(line)))
     last = next((line for line in reversed(lines) if line.strip()), "")
     return Result(stage.name, status, round(time.monotonic() - began, 1), dict(tests), last[:500])
 

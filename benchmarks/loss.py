@@ -39,14 +39,17 @@ _QUICK = {"sizes": [1024], "widths": [128], "seconds": 1.0}
 
 def gpu_plan(device: str, names: Sequence[str] | None = None) -> list[tuple[Case, Sequence[str]]]:
     """What `--gpu-check` measures, the most wanted first; on the CPU a rehearsal with small sizes."""
-    clip, names = names or default_names("clip"), names or default_names("cliperase")
+    clip, calibrated = names or default_names("clip"), names or default_names("calibrated")
+    names = names or default_names("cliperase")
     own = [name for name in names if name.startswith("ours-") and name != "ours-eager"]
     others = [name for name in names if name not in own]
+    calibrated = [name for name in calibrated if name != "ours-eager"]
     target = Case("cliperase", "peaked", "bfloat16", 32_768, 768)
     plan = [
         (target, own),  # by themselves, so that they are written before the others compile
         *([(target, others)] if others else []),
         (replace(target, n=65_536), names),
+        (replace(target, loss="calibrated"), calibrated),
         (replace(target, n=262_144), own),
         (replace(target, loss="clip"), clip),
         (replace(target, loss="clip", n=65_536), clip),

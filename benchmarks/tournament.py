@@ -6,17 +6,22 @@
     TRITON_INTERPRET=1 python -m benchmarks.tournament --rehearse     small sizes in Triton's interpreter
 
 The rounds, the most important first: correctness of each variant against float64; the forward and the backward kernel
-of RM + CM in bfloat16 with N = 32,768 and D = 768; whole sweeps with N = 32,768 and 65,536; the kernels with kept
-similarities; the products dI and dT for several shapes of blocks of dS. Each result is a line of tournament-GPU.jsonl,
-written as it comes into runs/bench, and into the folder $OUT if that is set. A second run goes on where the first one
-stopped, and leaves out an entry that has ended the process twice. The last line has the best configuration, which is
-saved like a tuned one, so that the losses use it from then on. Delete the file to measure again.
+of RM + CM in bfloat16 with N = 32,768 and D = 768; whole sweeps with N = 32,768 and 65,536; the calibrated loss; the
+kernels with kept similarities; the products dI and dT for several shapes of blocks of dS; the GPU's counters during the
+best sweep, where Nsight Compute (`ncu`) is installed. Each result is a line of tournament-GPU.jsonl, written as it
+comes into runs/bench, and into the folder $OUT if that is set. A second run goes on where the first one stopped (on
+another machine, with the file in its runs/bench), and leaves out an entry that has ended the process twice. The last
+line has the best configuration, which is saved like a tuned one, so that the losses use it from then on. Delete the
+file to measure again.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import itertools
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -35,6 +40,8 @@ from torch import Tensor
 
 from cliperase_fast.ops import eager
 from cliperase_fast.ops.autograd import as_sweep
+from cliperase_fast.ops.calibrated import Calibrated, CalibratedInputs
+from cliperase_fast.ops.calibrated_sweep import as_calibrated
 from cliperase_fast.ops.matmul import add_product, product
 from cliperase_fast.ops.spec import Need, SavedStats, SimilarityInputs, Sweep, Weights
 from cliperase_fast.ops.triton import autotune
@@ -42,7 +49,7 @@ from cliperase_fast.ops.triton.configs import INTERPRETER, SHARED, Config, Confi
 from cliperase_fast.ops.triton.sweep import TUNING_PAIRS, TritonKernels, kernel_milliseconds
 
 from . import gpu_check
-from .batches import Batch, Case, make_batch
+from .batches import Batch, Case, forgotten, make_batch
 from .machine import IN_CHECKOUT, describe
 from .options import device_slug
 from .timing import Clock
@@ -53,6 +60,8 @@ _REHEARSAL = (64, 96)
 _LARGEST_ERROR = 1e-2  # relative, of bfloat16 gradients
 _REPEATS, _MEASURE_SECONDS = 15, 0.4
 _STARTS = 4  # of the measuring process
+_SECTIONS = ("SpeedOfLight", "Occupancy", "MemoryWorkloadAnalysis", "WarpStateStats")  # of Nsight Compute
+_COUNTER_SECONDS = 90.0
 # Rows and columns of a block of dS, beside the one that is used; 2048 x N is the strip of earlier versions.
 _BLOCKS = ((2048, 32_768), (4096, 8192), (8192, 8192), (5632, 5632), (5632, 11_264), (11_264, 5632))
 # Not shipped and not in SHARED: two blocks of threads on a multiprocessor, other tiles and stages.
@@ -64,6 +73,8 @@ _BACKWARD = (
     Config(64, 64, 64, 4, 3), Config(128, 128, 64, 8, 2, True), Config(128, 64, 64, 8, 4, True),
     Config(64, 128, 64, 4, 2, True), Config(128, 64, 64, 4, 3), Config(128, 128, 64, 8, 3),
 )  # fmt: skip
+# Beside the configuration that is used; others of 128 rows and columns spill in this loss.
+_CALIBRATED = (Config(64, 64, 64, 8, 4), Config(64, 64, 64, 4, 3))
 
 Row = dict[str, Any]
 
@@ -147,6 +158,7 @@ class Tournament:
         for way, configs in self.configs.items():
             for config in configs:
                 yield Entry(f"correct {way} {name(config)}", lambda way=way, config=config: self.correct(way, config))
+        yield Entry("correct calibrated", self.correct_calibrated)
         for way in ("forward", "backward"):
             for config in self.configs[way]:
                 call = lambda way=way, config=config: self.time_kernel(way, config, n, kept=False)  # noqa: E731
@@ -154,6 +166,10 @@ class Tournament:
         for size in self.sizes:
             yield Entry(f"sweep {size} shipped", lambda size=size: self.time_sweep(self.shipped, size, "nothing"))
             yield Entry(f"sweep {size} best", lambda size=size: self.time_sweep(self.best(), size, "nothing"))
+        used, *others = self.calibrated_configs()
+        for config, keep in ((used, "nothing"), (used, "similarities"), *((other, "nothing") for other in others)):
+            call = lambda config=config, keep=keep: self.time_calibrated(config, n, keep)  # noqa: E731
+            yield Entry(f"calibrated {n} {name(config)}, keep {keep}", call, "correct calibrated")
         for way in ("forward_groups", "backward"):
             for config in self.configs[way]:
                 call = lambda way=way, config=config: self.time_kernel(way, config, n, kept=True)  # noqa: E731
@@ -164,6 +180,7 @@ class Tournament:
             yield Entry(
                 f"products {rows} x {columns}", lambda rows=rows, columns=columns: self.time_products(rows, columns)
             )
+        yield Entry("counters", lambda: counters(self.best(), n, self.width))
         yield Entry("best", lambda: {"configs": asdict(self.best())})
 
     def with_config(self, way: str, config: Config) -> TritonKernels:
@@ -189,10 +206,7 @@ class Tournament:
             inputs = self.inputs(count, groups, keep="similarities" if way == "forward_groups" else "nothing")
             found = _outcome(as_sweep_of(self.with_config(way, config)), inputs, inputs.image.dtype)
             truth = _outcome(eager.sweep, inputs, torch.float64)
-            for ours, exact in zip(found, truth, strict=True):
-                worst = max(worst, ((ours.double() - exact).norm() / exact.norm()).item())
-        if not worst <= _LARGEST_ERROR:
-            raise ArithmeticError(f"off by {worst:.1e}, more than {_LARGEST_ERROR:.0e}")
+            worst = max(worst, _worst(found, truth))
         return {"error": worst}
 
     def time_kernel(self, way: str, config: Config, n: int, kept: bool) -> Row:
@@ -207,6 +221,44 @@ class Tournament:
             saved, weights = SavedStats(both, n, cache), Weights(weight, weight)
             ms = self.median_ms(lambda: kernels.backward(inputs, saved, weights, Need()))
         return {"ms": ms, "config": asdict(config)}
+
+    def calibrated_configs(self) -> list[Config]:
+        """Return the tiles to try for the calibrated loss, in both directions; those that are used come first."""
+        return unique(self.shipped.forward, *(_CALIBRATED if self.device == "cuda" else ()))
+
+    def calibrated_with(self, config: Config) -> Calibrated:
+        same = config == self.shipped.forward
+        configs = self.shipped if same else Configs(config, config, config, config)
+        return as_calibrated(_named(TritonKernels(configs)))
+
+    def calibrated_inputs(self, n: int, keep: str, dtype: torch.dtype | None = None) -> CalibratedInputs:
+        """Return a batch whose first eighth is to be forgotten, in `dtype` if given; the student needs gradients."""
+        b = self.batch(n)
+
+        def converted(tensor: Tensor | None) -> Tensor:
+            assert tensor is not None
+            tensor = tensor.detach()
+            return tensor if dtype is None else tensor.to(dtype)
+
+        student = [converted(tensor).requires_grad_() for tensor in (b.image, b.text, b.scale)]
+        teacher = [converted(tensor) for tensor in (b.teacher_image, b.teacher_text, b.teacher_scale)]
+        mask = torch.arange(n, dtype=torch.int64, device=self.device) < forgotten(n)
+        levels = torch.full((2, n), 0.05, dtype=torch.float32, device=self.device)
+        return CalibratedInputs(*student, *teacher, mask, *levels, keep=keep)
+
+    def correct_calibrated(self) -> Row:
+        """Compare the calibrated loss of a few hundred pairs, as it is used, with float64."""
+        count = 600 if self.device == "cuda" else 40
+        found = _calibrated_outcome(
+            self.calibrated_with(self.shipped.forward).loss, self.calibrated_inputs(count, "nothing")
+        )
+        truth = _calibrated_outcome(eager.calibrated, self.calibrated_inputs(count, "nothing", torch.float64))
+        return {"error": _worst(found, truth)}
+
+    def time_calibrated(self, config: Config, n: int, keep: str) -> Row:
+        """Time forward and backward of the calibrated loss with its default weights."""
+        loss, inputs = self.calibrated_with(config).loss, self.calibrated_inputs(n, keep)
+        return {"ms": self.median_ms(lambda: _calibrated_outcome(loss, inputs)), "config": asdict(config)}
 
     def time_products(self, rows: int, columns: int) -> Row:
         """Time dI and dT of the whole batch, in blocks of dS of this shape."""
@@ -283,15 +335,67 @@ def unique(*configs: Config) -> list[Config]:
     return list(dict.fromkeys(configs))
 
 
-_sweeps = 0
+_NUMBERS = itertools.count()
+
+
+def _named(kernels: TritonKernels) -> TritonKernels:
+    """Give `kernels` a name that is not taken."""
+    kernels.name = f"tournament_{next(_NUMBERS)}"
+    return kernels
 
 
 def as_sweep_of(kernels: TritonKernels) -> Sweep:
-    """Return `as_sweep` under a name that is not taken."""
-    global _sweeps
-    _sweeps += 1
-    kernels.name = f"tournament_{_sweeps}"
-    return as_sweep(kernels)
+    return as_sweep(_named(kernels))
+
+
+def _worst(found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
+    """Return the largest relative error. Raises ArithmeticError if it is too large."""
+    worst = max(
+        ((ours.double().cpu() - exact.cpu()).norm() / exact.cpu().norm()).item()
+        for ours, exact in zip(found, truth, strict=True)
+    )
+    if not worst <= _LARGEST_ERROR:
+        raise ArithmeticError(f"off by {worst:.1e}, more than {_LARGEST_ERROR:.0e}")
+    return worst
+
+
+def _calibrated_outcome(loss: Callable[[CalibratedInputs], Sequence[Tensor]], inputs: CalibratedInputs) -> list[Tensor]:
+    """Return the loss with its default weights, and the gradients."""
+    terms = loss(inputs)
+    total = terms[0] + 3 * terms[1] + 3 * terms[2] + 30 * terms[3]
+    return [total.detach(), *torch.autograd.grad(total, (inputs.image, inputs.text, inputs.scale))]
+
+
+def counters(configs: Configs, n: int, width: int) -> Row:
+    """Return what Nsight Compute counts in the kernels of one sweep: {kernel: {metric: value}}."""
+    tool = shutil.which("ncu")
+    if tool is None:
+        return {"reason": "ncu is not installed"}
+    command = [
+        tool, "--clock-control", "none", "--kernel-name", "regex:forward_kernel|backward_kernel",
+        "--launch-count", "12", "--csv", "--page", "details", *(f"--section={section}" for section in _SECTIONS),
+        sys.executable, "-m", f"{__package__}.tournament", "--sweep", json.dumps(asdict(configs)), str(n), str(width),
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, cwd=gpu_check.ROOT, capture_output=True, text=True, check=False, timeout=_COUNTER_SECONDS
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith('"')]
+    found: dict[str, dict[str, str]] = {}
+    for row in csv.DictReader(lines):
+        kernel = found.setdefault(row["Kernel Name"], {})
+        kernel.setdefault(f"{row['Metric Name']} [{row['Metric Unit']}]", row["Metric Value"])  # of the first launch
+    if not found:
+        raise RuntimeError(f"ncu printed no counters: {(done.stdout + done.stderr).strip()[-300:]}")
+    return {"kernels": found}
+
+
+def run_sweep(configs: Configs, n: int, width: int) -> None:
+    """Run forward and backward once, for a profiler."""
+    tournament = Tournament("cuda", (n,), width, [Path(os.devnull)])
+    inputs = tournament.inputs(n)
+    losses = as_sweep_of(TritonKernels(configs))(inputs)
+    torch.autograd.grad(losses[0] + 3 * losses[1], [inputs.image, inputs.text, inputs.scale])
+    torch.cuda.synchronize()
 
 
 def _outcome(sweep: Sweep, inputs: SimilarityInputs, dtype: torch.dtype) -> list[Tensor]:
@@ -353,12 +457,17 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for all of it ({SECONDS:.0f})")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, in Triton's interpreter")
     parser.add_argument("--tune", type=int, nargs="+", metavar="WIDTH", help="search configurations for these widths")
+    parser.add_argument("--sweep", nargs=3, help=argparse.SUPPRESS)  # configurations, N, D: one sweep for a profiler
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)  # in this process, without a new start
     arguments = parser.parse_args(words)
     if not IN_CHECKOUT:
         raise SystemExit("the tournament is not for an installed package: run this in a checkout")
     if not arguments.rehearse and not torch.cuda.is_available():
         raise SystemExit("torch sees no GPU; use --rehearse with TRITON_INTERPRET=1")
+    if arguments.sweep:
+        configs, n, width = arguments.sweep
+        run_sweep(Configs(**{way: Config(**config) for way, config in json.loads(configs).items()}), int(n), int(width))
+        return 0
     if arguments.tune:
         tune(arguments.tune, arguments.seconds)
         return 0

@@ -29,6 +29,12 @@ def test_a_failure_does_not_stop_later_stages_and_every_result_is_written_as_it_
         assert "test_a PASSED" in (folder / "tests.log").read_text()
 
 
+def test_outcomes_of_several_test_processes_are_counted(tmp_path):
+    lines = "[gw1] [ 10%] PASSED tests/t.py::test_a[x y] \\n[gw0] [ 20%] FAILED tests/t.py::test_b@memory \\n"
+    (result,) = gpu_check.check([python("tests", f"print('{lines}FAILED tests/t.py::test_b - why')")], 60, [tmp_path])
+    assert result.tests == {"passed": 1, "failed": 1}
+
+
 def test_a_stage_that_hangs_is_ended_and_leaves_the_next_its_time(tmp_path):
     hangs = python("tests", "import time; print('begun', flush=True); time.sleep(600)", share=0.1)
     results = gpu_check.check([hangs, python("benchmark", "print('measured')")], 40, [tmp_path])
@@ -70,6 +76,7 @@ def test_the_stages_test_first_and_measure_whatever_came_of_it(monkeypatch):
     monkeypatch.setattr(gpu_check, "build_stage", lambda target: None)
     tests, benchmark, choice = gpu_check.stages("90a")
     names = [word.rpartition("/")[2] for word in tests.command if word.endswith(".py")]
+    assert "--continue-on-collection-errors" in tests.command
     assert names[0] == "test_triton_on_gpu.py" and "test_native_on_gpu.py" in names and "test_gpu_check.py" not in names
     assert "--gpu-check" in benchmark.command and "{limit}" in benchmark.command
     assert choice.command[-1] == "benchmarks.fastest"

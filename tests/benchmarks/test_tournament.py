@@ -86,6 +86,21 @@ def test_the_fastest_that_passed_is_the_best(tmp_path):
     assert best.forward == fast and best.backward == made.shipped.backward and isinstance(best.forward, Config)
 
 
+def test_counters_are_those_of_the_first_launch_of_each_kernel(monkeypatch, tmp_path):
+    tool = tmp_path / "ncu"
+    rows = (("forward_kernel", "Duration", 7), ("backward_kernel", "Duration", 5), ("forward_kernel", "Duration", 9))
+    lines = ["==PROF== Connected", '"Kernel Name","Metric Name","Metric Unit","Metric Value"']
+    lines += [f'"{kernel}","{metric}","ms","{value}"' for kernel, metric, value in rows]
+    tool.write_text("#!/bin/sh\ncat <<'END'\n" + "\n".join(lines) + "\nEND\n")
+    tool.chmod(0o755)
+    monkeypatch.setattr(tournament.shutil, "which", lambda name: str(tool))
+    found = tournament.counters(begin(tmp_path).shipped, 64, 96)["kernels"]
+    assert found == {"forward_kernel": {"Duration [ms]": "7"}, "backward_kernel": {"Duration [ms]": "5"}}
+    tool.write_text("#!/bin/sh\necho no permission\n")
+    with pytest.raises(RuntimeError, match="no permission"):
+        tournament.counters(begin(tmp_path).shipped, 64, 96)
+
+
 @pytest.mark.long
 def test_the_whole_tournament_can_be_rehearsed_in_the_interpreter(tmp_path):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OUT": str(tmp_path)}

@@ -57,6 +57,7 @@ def run(sweep_of, batch, **options):
     return [*(loss.detach() for loss in losses), *torch.autograd.grad(sum(losses), leaves)]
 
 
+@pytest.mark.xdist_group("memory")
 @pytest.mark.parametrize("keep", ["nothing", "similarities"])
 def test_blocks_and_kept_rows_of_more_entries_than_32_bits_count(monkeypatch, keep):
     # 50,048² are more than 2^31 entries; one block holds them all

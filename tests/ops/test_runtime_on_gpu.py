@@ -129,6 +129,7 @@ def test_the_other_consistencies_agree_with_float64(backend, consistency):
     assert worst(step(backend, inputs, consistency=consistency), exact) < 1e-4
 
 
+@pytest.mark.xdist_group("memory")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("keep", ["nothing", "similarities"])
 def test_more_similarities_than_32_bits_count(monkeypatch, backend, keep):

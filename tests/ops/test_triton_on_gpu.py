@@ -10,6 +10,7 @@ import pytest
 import sigmoid_checks
 import torch
 from accuracy_cases import rounding_unit
+from calibrated_cases import batch, exact, step
 from sweep_cases import Batch, moved, outcome, random_batch
 
 from cliperase_fast.ops import eager
@@ -29,12 +30,12 @@ DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 @pytest.mark.parametrize("groups", [False, True], ids=["no groups", "groups"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_losses_and_gradients(dtype, groups, width, n):
-    batch = replace(random_batch(n, width, 96, scale=50.0), group_ids=torch.arange(n) // 2 if groups else None)
-    batch = batch.to(dtype).to(torch.float64)
-    truth = outcome(eager.sweep, batch)
-    unit = rounding_unit(batch, truth, torch.finfo(torch.float32).eps)
-    mass = rounding_unit(batch, truth, 1 / (1 + batch.scale.item() + batch.teacher_scale.item()))
-    runs = [moved_outcome(batch.to(dtype)) for _ in range(2)]
+    given = replace(random_batch(n, width, 96, scale=50.0), group_ids=torch.arange(n) // 2 if groups else None)
+    given = given.to(dtype).to(torch.float64)
+    truth = outcome(eager.sweep, given)
+    unit = rounding_unit(given, truth, torch.finfo(torch.float32).eps)
+    mass = rounding_unit(given, truth, 1 / (1 + given.scale.item() + given.teacher_scale.item()))
+    runs = [moved_outcome(given.to(dtype)) for _ in range(2)]
     for first, second in zip(*(run.tensors() for run in runs), strict=True):
         assert torch.equal(first, second)
     losses = runs[0].retention.double() + runs[0].consistency.double()
@@ -50,9 +51,9 @@ def test_losses_and_gradients(dtype, groups, width, n):
 @pytest.mark.parametrize("keep", ["nothing", "similarities"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_variants_with_one_exponential_agree_with_the_shipped_kernels(dtype, keep, width, teacher_width, scale):
-    batch = moved(random_batch(1000 if DEVICE == "cuda" else 40, width, teacher_width, scale=scale).to(dtype), DEVICE)
+    given = moved(random_batch(1000 if DEVICE == "cuda" else 40, width, teacher_width, scale=scale).to(dtype), DEVICE)
     shared = as_sweep(TritonKernels(SHARED[architecture()], f"shared_{next(NAMES)}"))
-    pairs = zip(*(outcome(one, batch, keep=keep).tensors() for one in (shared, sweep)), strict=True)
+    pairs = zip(*(outcome(one, given, keep=keep).tensors() for one in (shared, sweep)), strict=True)
     for ours, theirs in pairs:
         error = (ours.double() - theirs.double()).norm() / theirs.double().norm()
         assert error <= 4 * torch.finfo(dtype).eps
@@ -61,6 +62,20 @@ def test_the_variants_with_one_exponential_agree_with_the_shipped_kernels(dtype,
 def architecture() -> int:
     major = torch.cuda.get_device_capability()[0] if DEVICE == "cuda" else 9
     return major if major in SHARED else 8
+
+
+@pytest.mark.parametrize("groups", [False, True], ids=["no groups", "groups"])
+@pytest.mark.parametrize("keep", ["nothing", "similarities"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_calibrated_loss(dtype, keep, groups):
+    b = batch(1000 if DEVICE == "cuda" else 40, 192, 96, dtype, groups=groups)
+    given = {key: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for key, value in b.items()}
+    runs = [step(given, backend="triton", keep=keep) for _ in range(2)]
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+    truth = step(exact(b), backend="eager")
+    for name, value in truth.items():
+        error = (runs[0][name].cpu().double() - value).norm() / value.norm()
+        assert error <= 4 * torch.finfo(dtype).eps + 2e-5, name
 
 
 @pytest.mark.parametrize(("n", "m", "pair_offset"), [(17, 17, 0), (1000, 1300, 300), (130, 1000, 1000)])
@@ -76,5 +91,5 @@ def test_the_sigmoid_loss(dtype, n, m, pair_offset):
     )
 
 
-def moved_outcome(batch: Batch):
-    return outcome(sweep, moved(batch, DEVICE), keep="nothing")
+def moved_outcome(given: Batch):
+    return outcome(sweep, moved(given, DEVICE), keep="nothing")
