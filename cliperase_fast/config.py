@@ -152,6 +152,16 @@ class UnlearnConfig:
     long_captions: str = _option(
         "error", "captions longer than the model's context: an error, or cut", ("error", "truncate"), group="data"
     )
+    max_retain_pairs: int = _option(
+        50_000,
+        "retain pairs to use at most, a seeded sample of more; held-out pairs are taken from them; 0 for all",
+        group="data",
+    )
+    max_test_pairs: int = _option(
+        10_000,
+        "pairs of a test or validation split to score at most, a seeded sample of more; 0 for all",
+        group="data",
+    )
     num_workers: int = _option(0, "processes that load images", group="data")
     image_cache_mib: int = _option(
         512,
@@ -200,7 +210,7 @@ class UnlearnConfig:
             self._require(is_auto(getattr(self, name)) or getattr(self, name) >= 1, name, "must be at least 1")
         for name in ("lambda_retain", "lambda_forget", "lambda_consistency", "weight_decay", "grad_clip",
                      "grad_cache_chunk", "steps", "warmup_steps", "num_workers", "early_stop", "retain_floor",
-                     "worst_class_floor", "seed", "image_cache_mib"):  # fmt: skip
+                     "worst_class_floor", "seed", "image_cache_mib", "max_retain_pairs", "max_test_pairs"):  # fmt: skip
             self._require(getattr(self, name) >= 0, name, "must not be negative")
         for name in ("val_fraction", "test_fraction", "forget_fraction"):
             value = getattr(self, name)
@@ -224,6 +234,12 @@ class UnlearnConfig:
             f"is more than the {self.pairs_per_batch} pairs of a batch (batch_size), so it has no effect: make it "
             "smaller, or 0 to turn it off",
         )
+        self._require(
+            self.max_retain_pairs == 0 or self.max_retain_pairs >= self.retain_pairs,
+            "max_retain_pairs",
+            f"is less than the {self.retain_pairs} retain pairs of a batch: give more, or a smaller batch_size",
+        )
+        self._require(self.max_test_pairs != 1, "max_test_pairs", "must be at least 2: one forget and one retain pair")
         self._check_auto()
         kind, _, count = self.trainable.partition(":")
         known = self.trainable in ("all", "image", "text", "lora") or (
@@ -357,8 +373,8 @@ _PAPER: dict[str, Any] = {
     "device": "auto", "deepspeed": "", "rank_timeout": 600.0,
     "val_fraction": 0.1, "test_fraction": 0.2, "retain_floor": 0.02, "worst_class_floor": 0.3, "select": "floor",
     "evaluate_every": 1, "early_stop": 0,
-    "on_error": "raise", "overlap": "error", "long_captions": "error", "num_workers": 0, "image_cache_mib": 512,
-    "eval_batch_size": 256, "teacher_cache": "auto",
+    "on_error": "raise", "overlap": "error", "long_captions": "error", "max_retain_pairs": 0, "max_test_pairs": 0,
+    "num_workers": 0, "image_cache_mib": 512, "eval_batch_size": 256, "teacher_cache": "auto",
     "checkpoint_every": 100, "keep_checkpoints": 2, "report": True, "audit": False, "logger": "none",
 }  # fmt: skip
 

@@ -156,13 +156,15 @@ def overlap(first: PairDataset, second: PairDataset) -> np.ndarray:
         for key in _keys(captions):
             origins.setdefault(key, set()).add(first.store.origin(int(first.positions[index])))
     for index, captions in enumerate(second.captions):
+        keys = _keys(captions) & origins.keys()
+        if not keys:
+            continue
         position = int(second.positions[index])
-        keys = _keys(captions)
         if keys & mine.get(second.store.identity(position), set()):
             found.append(index)
             continue
         for key in keys:
-            if origins.get(key, set()) - {second.store.origin(position)}:
+            if origins[key] - {second.store.origin(position)}:
                 unknown.setdefault(key, []).append(index)
     return np.unique(np.array(found + _same_pixels(first, second, unknown), dtype=np.int64))
 
@@ -189,7 +191,7 @@ def _by_identity(pairs: PairDataset) -> dict[Any, set[Any]]:
 
 
 def _keys(captions: tuple[Any, ...]) -> set[Any]:
-    return {caption_key(caption) for caption in captions}
+    return {caption if isinstance(caption, str) else caption_key(caption) for caption in captions}
 
 
 def _digest(pairs: PairDataset, index: int) -> str | None:

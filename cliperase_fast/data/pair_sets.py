@@ -20,6 +20,11 @@ from cliperase_fast.distributed import SINGLE_PROCESS, Ranks
 from cliperase_fast.errors import InputError
 from cliperase_fast.reading import printable_data
 
+SampleCounts = dict[str, dict[str, int]]  # {"retain": {"pairs": 50000, "of": 120000}, "forget test": ...}
+
+# Of larger sets of files only some images are read before work starts; the others are read when they are used.
+READ_WHOLE, READ_SAMPLE = 5_000, 1_000
+
 
 @dataclass(frozen=True)
 class PairSets:
@@ -27,7 +32,7 @@ class PairSets:
 
     test: (forget, retain), None if they are still to be held out. names: of each set, as the caller gave it.
     holdouts: test pairs of the source that neither set may see, for the audit (`Source.hold_out`). validation: as
-    `test`.
+    `test`. sampled: how many of how many pairs were drawn, of each set that was too large (`SampleCounts`).
     """
 
     forget: PairDataset
@@ -36,6 +41,7 @@ class PairSets:
     names: dict[str, str]
     holdouts: dict[str, PairDataset] = field(default_factory=dict)
     validation: tuple[PairDataset, PairDataset] | None = None
+    sampled: SampleCounts = field(default_factory=dict)
 
     def fingerprint(self) -> str:
         parts = [self.forget, self.retain, *(self.test or ()), *(self.validation or ())]
@@ -46,7 +52,8 @@ class PairSets:
 class ReadablePairs:
     """The pairs whose images can be read. test: (forget, retain). held_out: whether `test` was taken from the others.
 
-    A single pair that is held out is in both sets. validation: (forget, retain) if the caller gave it.
+    A single pair that is held out is in both sets. validation: (forget, retain) if the caller gave it. all_read:
+    whether every image was read, and not only a sample of a large set.
     """
 
     forget: PairDataset
@@ -55,6 +62,7 @@ class ReadablePairs:
     held_out: bool
     intake: Intake  # what was left out or ignored
     validation: tuple[PairDataset, PairDataset] | None = None
+    all_read: bool = True
 
 
 class Opener:
@@ -133,17 +141,23 @@ def read_pair_sets(
     seed: int,
     progress: bool = False,
     ranks: Ranks = SINGLE_PROCESS,
+    sample: bool = False,
 ) -> ReadablePairs:
     """Read every image once, skip or refuse unreadable ones, and hold out test pairs where there are none.
 
-    On several ranks each reads a share of the images.
+    sample: read only a sample of the images of a large set. On several ranks each reads a share of the images.
     """
     intake = Intake.merged(
         part.intake for part in (sets.forget, sets.retain, *(sets.test or ()), *(sets.validation or ()))
     )
 
+    all_read = True
+
     def read(pairs: PairDataset, name: str) -> PairDataset:
-        return read_pairs(pairs, name, intake.skipped, on_error=on_error, progress=progress, ranks=ranks)
+        nonlocal all_read
+        rows = rows_to_read(pairs, seed) if sample else None
+        all_read = all_read and rows is None
+        return read_pairs(pairs, name, intake.skipped, on_error=on_error, progress=progress, ranks=ranks, rows=rows)
 
     forget, retain = read(sets.forget, "forget"), read(sets.retain, "retain")
     require_one_kind(forget, retain)
@@ -154,10 +168,18 @@ def read_pair_sets(
     if sets.test is not None:
         test = read(sets.test[0], "forget test"), read(sets.test[1], "retain test")
         require_one_kind(*test)
-        return ReadablePairs(forget, retain, test, False, intake, validation)
+        return ReadablePairs(forget, retain, test, False, intake, validation, all_read)
     forget, forget_test = hold_out(forget, test_fraction, seed)
     retain, retain_test = hold_out(retain, test_fraction, seed)
-    return ReadablePairs(forget, retain, (forget_test, retain_test), True, intake, validation)
+    return ReadablePairs(forget, retain, (forget_test, retain_test), True, intake, validation, all_read)
+
+
+def rows_to_read(pairs: PairDataset, seed: int) -> np.ndarray | None:
+    """Return a seeded sample of the rows whose images are still to be read, int64 and sorted; None for all of a few."""
+    unread = [row for row, position in enumerate(pairs.positions) if not pairs.store.decoded(int(position))]
+    if len(unread) <= READ_WHOLE:
+        return None
+    return np.sort(np.random.default_rng([seed, len(unread)]).permutation(unread)[:READ_SAMPLE])
 
 
 def read_pairs(
@@ -168,18 +190,26 @@ def read_pairs(
     on_error: str = "raise",
     progress: bool = False,
     ranks: Ranks = SINGLE_PROCESS,
+    rows: np.ndarray | None = None,
 ) -> PairDataset:
-    """Return the pairs whose images can be read; `skipped` counts the others. On several ranks each reads a share."""
-    own = np.arange(len(pairs))[ranks.share(len(pairs))]
-    found = ranks.gather_results(lambda: find_bad_images(pairs.subset(own), on_error=on_error, progress=progress))
-    firsts = [share.start for share in ranks.shares(len(pairs))]
+    """Return the pairs whose images can be read; `skipped` counts the others. On several ranks each reads a share.
+
+    rows: read only these, and return the other pairs unread.
+    """
+    rows = np.arange(len(pairs)) if rows is None else rows
+    read = pairs if len(rows) == len(pairs) else pairs.subset(rows)
+    if read is not pairs:
+        read.name = f"a sample of {pairs.name}"
+    own = np.arange(len(read))[ranks.share(len(read))]
+    found = ranks.gather_results(lambda: find_bad_images(read.subset(own), on_error=on_error, progress=progress))
+    firsts = [share.start for share in ranks.shares(len(read))]
     good = np.concatenate([first + of_rank for first, (of_rank, _) in zip(firsts, found, strict=True)])
     bad = [image for _, of_rank in found for image in of_rank]
     for image in bad:
         skipped.add(image.reason, image.message)
     if len(good) == 0:
-        raise InputError(f"none of the {len(pairs)} images of the {name} set can be read (first: {bad[0].message})")
-    return pairs if len(good) == len(pairs) else pairs.subset(good)
+        raise InputError(f"none of the {len(read)} images of the {name} set can be read (first: {bad[0].message})")
+    return pairs if len(good) == len(read) else pairs.without(np.delete(rows, good))
 
 
 def require_one_kind(first: PairDataset, second: PairDataset) -> None:
@@ -318,7 +348,7 @@ def _captions(pairs: PairDataset) -> set[Any]:
 
 
 def _image_kind(pairs: PairDataset) -> str:
-    return "tensors" if isinstance(pairs.image(0), Tensor) else "PIL images"
+    return "tensors" if isinstance(pairs.first_image(), Tensor) else "PIL images"
 
 
 def _caption_kind(pairs: PairDataset) -> str:

@@ -107,6 +107,16 @@ class PairDataset(Dataset):
                 return self.store.image(position)
         return self.store.image(position)
 
+    def first_image(self) -> Image.Image | Tensor:
+        """Return the first image that can be read, of at most 100; raise `InputError` of the first one otherwise."""
+        fault: InputError | None = None
+        for index in range(min(len(self), 100)):
+            try:
+                return self.image(index)
+            except InputError as error:
+                fault = fault or error
+        raise fault or InputError(f"{self.name} is empty: give at least one (image, caption) pair")
+
     def __getitem__(self, index: int) -> tuple[Image.Image | Tensor, Any]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} is out of range for {self.name}, which has {len(self)} images")
@@ -118,10 +128,13 @@ class PairDataset(Dataset):
         captions: list[Any] = []
         of_image = []
         for mine in self.captions:
+            own = []
             for caption in mine:
-                if rows.setdefault(caption_key(caption), len(captions)) == len(captions):
+                row = rows.setdefault(caption if isinstance(caption, str) else caption_key(caption), len(captions))
+                if row == len(captions):
                     captions.append(caption)
-            of_image.append(np.array([rows[caption_key(caption)] for caption in mine], dtype=np.int64))
+                own.append(row)
+            of_image.append(np.array(own, dtype=np.int64))
         return captions, of_image
 
     def subset(self, indices: Sequence[int] | np.ndarray | Tensor) -> PairDataset:
@@ -145,6 +158,10 @@ class PairDataset(Dataset):
             positions=self.positions[chosen],
             intake=self.intake,
         )
+
+    def without(self, indices: Sequence[int] | np.ndarray) -> PairDataset:
+        """Return the images that are not at these indices, in order."""
+        return self.subset(np.setdiff1d(np.arange(len(self)), indices))
 
     def fingerprint(self) -> str:
         """Return a hex digest of ids, captions, labels and entities, in order, without pixels."""

@@ -110,9 +110,14 @@ def wrong_before_right(
             own = torch.zeros(stop - start, dtype=torch.int64, device=queries.device)
             own[rows] = kinds[items]
             similarity.masked_fill_(own[:, None] != kinds, -torch.inf)
-        lower = (similarity <= best[:, None] - TIE).sum(1)  # [step], the matching items among them
-        ranks[start:stop] = (len(gallery) - lower).cpu().numpy()
+        lower = _count_true(similarity <= best[:, None] - TIE)  # [step], the matching items among them
+        ranks[start:stop] = len(gallery) - lower
     return ranks
+
+
+def _count_true(mask: Tensor) -> np.ndarray:  # [n, G] -> int64 [n]
+    """Count what is true in each row. On the CPU numpy is several times as fast as torch."""
+    return np.count_nonzero(mask.numpy(), axis=1) if mask.device.type == "cpu" else mask.sum(1).cpu().numpy()
 
 
 def _classified(

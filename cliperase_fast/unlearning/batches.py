@@ -12,11 +12,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cliperase_fast.data import PairDataset
+from cliperase_fast.data.checks import BadImage
 from cliperase_fast.data.drawing import seeded
+from cliperase_fast.data.intake import ItemError
 from cliperase_fast.data.loading import PixelCache, load_batches
 from cliperase_fast.distributed import SINGLE_PROCESS, Ranks
+from cliperase_fast.errors import InputError, UnlearningError
+from cliperase_fast.progress import say
 
 _FORGET, _RETAIN = 0, 1
+_ALL_CAPTIONS = 16_384  # different captions that are all tokenised before training starts
+_LONGEST = 256  # captions of more that are checked then, as they may not fit the model's context
+_IN_A_ROW = 100  # unreadable images after which nothing replaces a pair
 
 
 @dataclass(frozen=True)
@@ -104,28 +111,116 @@ class Batch:
 
 
 class CaptionTable:
-    """The distinct captions of some pairs, tokenised once.
+    """The distinct captions of some pairs, tokenised once, all together in batches if they are not too many.
 
-    tokens [U, L] are kept in the smallest integer type that holds the ids; `of_pair[i]` lists the rows of pair i.
+    Of more than `_ALL_CAPTIONS` only some are tokenised here, the longest among them, and the others when `rows` first
+    returns them. `of_pair[i]` lists the rows of pair i.
     """
 
     def __init__(self, pairs: PairDataset, token_ids: Callable[[Sequence[Any]], Tensor]) -> None:
-        captions, self.of_pair = pairs.different_captions()
-        parts = [captions[start : start + 4096] for start in range(0, len(captions), 4096)]
-        self.tokens = torch.cat([token_ids(part).to(torch.int32) for part in parts])  # [U, L]
-        if int(self.tokens.max()) < 2**15:
-            self.tokens = self.tokens.to(torch.int16)
+        self.captions, self.of_pair = pairs.different_captions()
+        self._token_ids, self._ids, self._name = token_ids, pairs.ids, pairs.name
+        self.complete = len(self.captions) <= _ALL_CAPTIONS
+        self._first = np.arange(len(self.captions)) if self.complete else self._some()
+        tokens = self._tokenised(self._first)  # [U, L]
+        if self.complete:
+            self._tokens = tokens.to(torch.int16) if int(tokens.max()) < 2**15 else tokens
+            return
+        # Pages that are never written cost no memory.
+        self._tokens = torch.zeros(len(self.captions), tokens.shape[1], dtype=torch.int32, device="cpu")
+        self._known = np.zeros(len(self.captions), dtype=bool)
+        self._tokens[torch.from_numpy(self._first)] = tokens
+        self._known[self._first] = True
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return len(self.captions)
+
+    @property
+    def first_tokens(self) -> Tensor:
+        """The tokens of the captions that were tokenised first: all of them, or some of many."""
+        return self._tokens if self.complete else self._tokens[torch.from_numpy(self._first)]
 
     @property
     def highest(self) -> int:
-        """The row with the highest token id, which a model with a smaller vocabulary cannot encode."""
-        return int(self.tokens.amax(1).argmax())
+        """The row with the highest token id of these, which a model with a smaller vocabulary cannot encode."""
+        return int(self._first[int(self.first_tokens.amax(1).argmax())])
 
     def rows(self, indices: Sequence[int] | Tensor | np.ndarray) -> Tensor:
-        return self.tokens[torch.as_tensor(indices, dtype=torch.int64, device="cpu")].long()
+        wanted = torch.as_tensor(indices, dtype=torch.int64, device="cpu")
+        if not self.complete:
+            unknown = np.unique(wanted.numpy())
+            unknown = unknown[~self._known[unknown]]
+            if len(unknown):
+                self._tokens[torch.from_numpy(unknown)] = self._tokenised(unknown)
+                self._known[unknown] = True
+        return self._tokens[wanted].long()
+
+    def _some(self) -> np.ndarray:
+        """Return the rows to begin with: spread evenly, and the longest captions."""
+        lengths = np.array([len(caption) for caption in self.captions])
+        longest = np.argpartition(lengths, -_LONGEST)[-_LONGEST:]
+        spread = np.linspace(0, len(lengths) - 1, _ALL_CAPTIONS // 4).astype(np.int64)
+        return np.unique(np.concatenate([longest, spread]))
+
+    def _tokenised(self, rows: np.ndarray) -> Tensor:  # [U] -> [U, L] int32
+        try:
+            parts = np.split(rows, range(4096, len(rows), 4096))
+            return torch.cat([self._token_ids([self.captions[row] for row in part]).to(torch.int32) for part in parts])
+        except InputError as error:
+            if self.complete:
+                raise
+            raise InputError(f"{error} (a caption of {self._pair_of(rows)})") from error
+
+    def _pair_of(self, rows: np.ndarray) -> str:
+        """Name the first pair with a caption that cannot be tokenised."""
+        for row in map(int, rows):
+            try:
+                self._token_ids([self.captions[row]])
+            except InputError:
+                pair = next(index for index, own in enumerate(self.of_pair) if row in own)
+                return f"{self._ids[pair]!r} of {self._name}"
+        return self._name
+
+
+class Substitutes:
+    """Replaces training pairs whose images cannot be read by the next readable pair of the same set, in its order.
+
+    Which pair replaces which depends on the files alone, so that a run can be resumed. Images are read when they are
+    first asked about, into `cache` where that keeps them. found: the bad images by the row of their pair.
+    """
+
+    def __init__(self, pairs: PairDataset, n_forget: int, read: Callable[[int], object]) -> None:
+        self.pairs, self.n_forget, self.read = pairs, n_forget, read
+        self.found: dict[int, BadImage] = {}
+        self._good = np.zeros(len(pairs), dtype=bool)
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        """Return the rows to use in place of these; int64, of the same length."""
+        if self._good[rows].all():
+            return rows
+        return np.array([self._replaced(int(row)) for row in rows], dtype=np.int64)
+
+    def _replaced(self, row: int) -> int:
+        first, stop = (0, self.n_forget) if row < self.n_forget else (self.n_forget, len(self.pairs))
+        for step in range(min(stop - first, _IN_A_ROW)):
+            other = first + (row - first + step) % (stop - first)
+            if self._readable(other):
+                return other
+        raise UnlearningError(
+            f"{_IN_A_ROW} images of {self.pairs.name} in a row cannot be read, from {self.pairs.ids[row]!r} on (the "
+            f"first: {self.found[row].message})"
+        )
+
+    def _readable(self, row: int) -> bool:
+        if not self._good[row] and row not in self.found:
+            try:
+                self.read(row)
+                self._good[row] = True
+            except InputError as error:
+                reason = error.reason if isinstance(error, ItemError) else "image cannot be read"
+                self.found[row] = BadImage(reason, str(error))
+                say("left out %s: %s", self.pairs.ids[row], error)
+        return bool(self._good[row])
 
 
 class PixelDataset(Dataset):
@@ -163,10 +258,25 @@ class PixelDataset(Dataset):
         return self.transform(image)
 
 
+class _Numbered:
+    """The keys of batches, each list made when it is asked for."""
+
+    def __init__(self, numbers: range, keys: Callable[[int], list[tuple[int, int]]]) -> None:
+        self.numbers, self.keys = numbers, keys
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return map(self.keys, self.numbers)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+
 class BatchLoader:
     """Loads batches in the plan's order, with `num_workers` processes.
 
     On several ranks each loads its contiguous share of the forget pairs and of the retain pairs of a batch.
+    substitutes: replaces pairs whose images cannot be read; None if all are known to be readable, or if one that is not
+    is an error.
     """
 
     def __init__(
@@ -181,8 +291,9 @@ class BatchLoader:
         num_workers: int = 0,
         ranks: Ranks = SINGLE_PROCESS,
         cache: PixelCache | None = None,
+        substitutes: Substitutes | None = None,
     ) -> None:
-        self.ranks = ranks
+        self.ranks, self.substitutes = ranks, substitutes
         self.plan, self.captions, self.group_ids, self.num_workers = plan, captions, group_ids, num_workers
         self.pixels = PixelDataset(pairs, transform, plan.seed if random_transform else None, cache)
         self.images: Dataset = self.pixels  # or the activations of frozen layers
@@ -190,7 +301,7 @@ class BatchLoader:
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         loader = DataLoader(
             self.images,
-            batch_sampler=[self._keys(number) for number in range(start, stop)],
+            batch_sampler=_Numbered(range(start, stop), self._keys),
             num_workers=self.num_workers,
             collate_fn=torch.stack,
             generator=torch.Generator("cpu"),  # its own, so that starting it leaves the global random state unchanged
@@ -206,7 +317,26 @@ class BatchLoader:
     def _pairs_of(self, number: int) -> tuple[np.ndarray, int]:
         """Return this rank's pairs of a batch, and how many of them are forget pairs."""
         forget, retain = (pairs[self.ranks.share(len(pairs))] for pairs in self.plan.batch(number))
-        return np.concatenate([forget, self.plan.n_forget + retain]), len(forget)
+        return self.readable(np.concatenate([forget, self.plan.n_forget + retain])), len(forget)
+
+    def readable(self, pairs: np.ndarray) -> np.ndarray:
+        """Return the training pairs to use in place of these."""
+        return pairs if self.substitutes is None else self.substitutes(pairs)
+
+    def drawn(self, batches: int, *, forget: bool, whole: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return what the first `batches` batches read: the sorted training pairs, and the rows of their captions.
+
+        forget: with the forget pairs, all of them. whole: all training pairs and captions. Rows are None for all.
+        """
+        retain = np.arange(self.plan.n_retain) if whole else self.plan.retain_used(batches)
+        pairs = np.concatenate([np.arange(self.plan.n_forget if forget or whole else 0), self.plan.n_forget + retain])
+        pairs = np.unique(self.readable(pairs)) if self.substitutes is not None else pairs
+        if self.captions.complete or whole:
+            return pairs, None
+        turns = 1 + (batches - 1) // self.plan.batches_per_epoch
+        rows = [own[(index + np.arange(min(turns, len(own)))) % len(own)]
+                for index in map(int, pairs) for own in (self.captions.of_pair[index],)]  # fmt: skip
+        return pairs, np.unique(np.concatenate(rows))
 
     def _keys(self, number: int) -> list[tuple[int, int]]:
         return [(int(index), number) for index in self._pairs_of(number)[0]]

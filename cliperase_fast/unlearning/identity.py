@@ -21,8 +21,8 @@ from cliperase_fast.data.drawing import seeded
 from cliperase_fast.evaluation import class_prompts
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.unlearning.batches import CaptionTable
+from cliperase_fast.unlearning.splits import probe_rows
 
-_IMAGES = 4  # of the data, beside the fixed one
 _SEED = 20241030
 
 
@@ -35,8 +35,7 @@ def transform_identity(transforms: Sequence[Callable[[Any], Tensor] | None], pai
     first = pairs.image(0)
     if isinstance(first, Tensor):  # passed on as they are
         return "none"
-    chosen = np.unique(np.linspace(0, len(pairs) - 1, _IMAGES).astype(int))
-    probes = [_picture(first.size), *(pairs.image(int(index)) for index in chosen)]
+    probes = [_picture(first.size), *(pairs.image(int(index)) for index in probe_rows(len(pairs)))]
     digest = hashlib.sha256()
     for transform in transforms:
         if transform is None:
@@ -48,10 +47,10 @@ def transform_identity(transforms: Sequence[Callable[[Any], Tensor] | None], pai
 
 
 def tokenizer_identity(adapter: ClipAdapter, captions: CaptionTable, pairs: PairDataset) -> str:
-    """Return a hex digest of the token ids of the training captions and of the class prompts of `pairs`."""
+    """Return a hex digest of the token ids of training captions, or some of many, and of `pairs`' prompts."""
     prompts = [prompt for of_class in class_prompts(pairs) or () for prompt in of_class]
     digest = hashlib.sha256()
-    for tokens in (captions.tokens, *([adapter.token_ids(prompts)] if prompts else [])):  # [U, L], [X, L]
+    for tokens in (captions.first_tokens, *([adapter.token_ids(prompts)] if prompts else [])):  # [U, L], [X, L]
         digest.update(f"{list(tokens.shape)};".encode())
         digest.update(tokens.to("cpu", torch.int64).contiguous().numpy().tobytes())
     return digest.hexdigest()

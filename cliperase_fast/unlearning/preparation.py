@@ -24,7 +24,7 @@ from cliperase_fast.models.requirements import check_weights, require_trainable
 from cliperase_fast.models.runtime import in_float32
 from cliperase_fast.progress import say
 from cliperase_fast.unlearning.auditing import check_oracles
-from cliperase_fast.unlearning.batches import BatchLoader, BatchPlan, CaptionTable
+from cliperase_fast.unlearning.batches import BatchLoader, BatchPlan, CaptionTable, Substitutes
 from cliperase_fast.unlearning.engines.deepspeed_config import read_deepspeed
 from cliperase_fast.unlearning.evaluator import Evaluator
 from cliperase_fast.unlearning.identity import tokenizer_identity, transform_identity
@@ -37,10 +37,12 @@ from cliperase_fast.unlearning.preflight import (
     check_gradient,
     check_teacher,
 )
+from cliperase_fast.unlearning.recipe import EXPECTED_STEPS, MAX_STEPS
 from cliperase_fast.unlearning.run import Baseline, Inputs, Models, Run, Setup
 from cliperase_fast.unlearning.run_directory import RunDirectory, identity_settings, resume_from
 from cliperase_fast.unlearning.runtime import Runtime
 from cliperase_fast.unlearning.splits import PreparedData, Split, open_sets, prepare_data
+from cliperase_fast.unlearning.teacher import BACKGROUND_WHOLE
 from cliperase_fast.validation import choose
 
 FORGET_PAIRS, RETAIN_PAIRS = 256, 1024  # of the validation split that the recipe evaluates at most
@@ -91,7 +93,7 @@ def load(inputs: Inputs, settings: UnlearnConfig, method: Method, directory: Run
     identity = _identity(models, data, transform, captions, settings, directory)
     ranks.agree({f"the {name}": value for name, value in identity.items() if name != "config"})
     checkpoint = resume_from(directory.path, identity, ranks) if directory.resume else None
-    live = method.needs_teacher and (random_views or settings.teacher_cache == "off")
+    live = method.needs_teacher and (random_views or not _keeps_teacher(settings, data.train))
     return Setup(
         inputs, settings, directory, runtime, deepspeed, data, captions, models, transform, random_views, live,
         identity, checkpoint, sets.test is None,
@@ -106,8 +108,8 @@ def prepare(setup: Setup, method: Method, began: float) -> Run:
     assert original is not None and teacher is not None
     student = _make_student(setup)
     parameters = set_trainable(student, settings.trainable, settings.lora_rank, settings.lora_alpha)
-    if method.trains and settings.weight_decay == 0:
-        parameters = train_rows(student, parameters, setup.captions.tokens)
+    if method.trains and settings.weight_decay == 0 and setup.captions.complete:
+        parameters = train_rows(student, parameters, setup.captions.first_tokens)
     ranks.run_on_first(partial(setup.directory.check_room, parameters, student, original, settings.keep_checkpoints))
     cache = PixelCache(settings.image_cache_mib * 2**20) if settings.num_workers == 0 else None
     evaluator = Evaluator(runtime, cache)
@@ -125,6 +127,15 @@ def prepare(setup: Setup, method: Method, began: float) -> Run:
     work = ranks.run_on_first(lambda: setup.directory.open(settings))
     told = notes if automatic else []
     return Run(setup, student, parameters, loader, evaluator, baseline, work, began, automatic, notes=told)
+
+
+def _keeps_teacher(settings: UnlearnConfig, train: Split) -> bool:
+    """Return whether the teacher's features are kept: not if that would encode many more pairs than are drawn."""
+    plan = make_plan(settings, train)
+    if settings.teacher_cache != "auto" or not settings.open_ended or plan.n_retain <= BACKGROUND_WHOLE:
+        return settings.teacher_cache != "off"
+    used = plan.retain_used(MAX_STEPS * settings.accumulate)
+    return len(used) <= EXPECTED_STEPS * settings.accumulate * plan.retain_pairs
 
 
 def make_plan(settings: UnlearnConfig, train: Split, with_forget: bool = True) -> BatchPlan:
@@ -294,7 +305,19 @@ def _make_loader(setup: Setup, cache: PixelCache | None, with_forget: bool) -> B
         num_workers=settings.num_workers,
         ranks=setup.runtime.ranks,
         cache=cache,
+        substitutes=_substitutes(setup, cache),
     )
+
+
+def _substitutes(setup: Setup, cache: PixelCache | None) -> Substitutes | None:
+    """Return what replaces unreadable pairs while training, where they are skipped and not all were read before."""
+    data, transform = setup.data, setup.transform
+    if data.all_read or setup.settings.on_error != "skip":
+        return None
+    pairs = data.train.pairs
+    if cache is not None and transform is not None and not setup.random_views:
+        return Substitutes(pairs, data.train.n_forget, lambda row: cache.pixels(pairs, row, transform))
+    return Substitutes(pairs, data.train.n_forget, pairs.image)
 
 
 def _group_ids(settings: UnlearnConfig, train: Split) -> np.ndarray | None:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from cliperase_fast._version import installed_versions
+from cliperase_fast.data.intake import Tally
 from cliperase_fast.evaluation import pair_similarities
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.models.runtime import weight_dtypes
@@ -19,6 +20,7 @@ from cliperase_fast.unlearning.output_model import OutputModel
 from cliperase_fast.unlearning.recipe import Probe, choose
 from cliperase_fast.unlearning.result import UnlearnResult
 from cliperase_fast.unlearning.run import Run
+from cliperase_fast.unlearning.sampling import sample_notes, test_intervals
 from cliperase_fast.unlearning.selection import Candidate, wilson
 
 ENOUGH_PAIRS = 100  # of each kind in the validation split; with fewer the result says how uncertain the choice is
@@ -52,14 +54,17 @@ def record(run: Run, method: Method, state: TrainState, output: OutputModel) -> 
 def _content(run: Run, method: Method, state: TrainState, output: OutputModel) -> dict[str, Any]:
     """Return the content of result.json, without the verdict."""
     before = run.baseline.scores
+    intervals = _test_intervals(run, output)
     return {
         "before": {name: before[name] for name in ("forget", "retain")},
         "after": {name: output.scores[name] for name in ("forget", "retain")},
+        "test_intervals": intervals,
         "per_class": per_class(before["per_class"], output.scores["per_class"]),
         "selection": _selection(run, method, state),
         "recipe": _recipe(run, state) if method.trains else None,
         "notes": [
             *run.notes,
+            *sample_notes(run.data.sampled, output.scores, intervals and intervals["after"]),
             *_uncertain_choice(run, state),
             *method.notes(state),
             *([output.note] if output.note else []),
@@ -160,6 +165,29 @@ def _uncertain_choice(run: Run, state: TrainState) -> list[str]:
     return [text]
 
 
+def _test_intervals(run: Run, output: OutputModel) -> dict[str, Any] | None:
+    """Return the 95 % intervals of the test scores before and after if the test split was sampled, else None."""
+    test, sampled = run.data.test, run.data.sampled
+    if not {"forget test", "retain test"} & sampled.keys():
+        return None
+    found = {"before": (run.baseline.scores, run.baseline.encoded), "after": (output.scores, output.encoded)}
+    return {
+        when: test_intervals(scores, by_set(pair_similarities(encoded), test))
+        for when, (scores, encoded) in found.items()
+    }
+
+
+def _skipped(run: Run) -> Tally:
+    """Return what was left out before training and, on any rank, while training."""
+    skipped = Tally()
+    skipped.update(run.data.intake.skipped)
+    own = run.loader.substitutes.found if run.loader.substitutes is not None else {}
+    of_ranks = run.ranks.gather_results(lambda: own)
+    for image in {row: image for found in of_ranks for row, image in found.items()}.values():
+        skipped.add(image.reason, image.message)
+    return skipped
+
+
 def _data(run: Run) -> dict[str, Any]:
     data = run.data
     return {
@@ -167,7 +195,8 @@ def _data(run: Run) -> dict[str, Any]:
         "fingerprint": data.fingerprint(),
         "forget_pairs": data.train.n_forget,
         "retain_pairs": len(data.train.pairs) - data.train.n_forget,
-        "skipped": data.intake.skipped.to_dict(),
+        "sampled": data.sampled,
+        "skipped": _skipped(run).to_dict(),
         "ignored": data.intake.ignored.to_dict(),
         "cut_captions": len(run.student.cut_captions),
     }

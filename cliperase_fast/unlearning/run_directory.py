@@ -53,7 +53,7 @@ _DRAFTS = (
 # Settings that a resumed run may change, as they do not affect the weights.
 _FREE = {
     "num_workers", "report", "keep_checkpoints", "checkpoint_every", "deepspeed", "rank_timeout", "image_cache_mib",
-    "logger", "audit",
+    "logger", "audit", "on_error",
 }  # fmt: skip
 
 

@@ -31,6 +31,8 @@ from cliperase_fast.unlearning.runtime import Runtime
 
 _Keep = Callable[[int, np.ndarray], None]  # takes the number of the first row, and rows [n, D°]
 
+# Retain pairs up to which all give the background levels, and how many of more.
+BACKGROUND_WHOLE, BACKGROUND_SAMPLE = 10_000, 4_096
 MEMORY_LIMIT = 2**30  # bytes of cached features above which `auto` keeps them in a file
 
 
@@ -84,19 +86,31 @@ class CachedTeacher:
         device: torch.device,
         joint: bool = False,
         width: int | None = None,
+        row_of_caption: np.ndarray | None = None,
     ) -> None:
         self.image = image  # [rows, D°] float32
         self.text = text  # [U, D°] float32
         self.row_of_index = row_of_index  # [training pairs]
+        self.row_of_caption = row_of_caption  # [captions], None if `text` has all of them
         self.device, self.joint = device, joint
         self.width = width  # D of the projected features if those of the towers follow them, else None
 
     def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
         rows = self.row_of_index[batch.pairs[-batch.count(self.joint) :]]
         image = torch.from_numpy(np.ascontiguousarray(self.image[rows]))
-        captions = torch.as_tensor(batch.caption_of_pair[-len(rows) :], dtype=torch.int64, device="cpu")
-        text = self.text[captions]
+        captions = self.caption_rows(batch.caption_of_pair[-len(rows) :])
+        text = self.text[torch.as_tensor(captions, dtype=torch.int64, device="cpu")]
         return image.to(self.device), text.to(self.device)
+
+    def has(self, pairs: np.ndarray, captions: np.ndarray | None) -> bool:
+        """Return whether it has these training pairs, and these captions of the table or, for None, all of them."""
+        known = self.row_of_caption
+        text = known is None or (captions is not None and bool((known[captions] >= 0).all()))
+        return text and bool((self.row_of_index[pairs] >= 0).all())
+
+    def caption_rows(self, captions: np.ndarray) -> np.ndarray:
+        """Return the rows of `text` for captions of the table."""
+        return captions if self.row_of_caption is None else self.row_of_caption[captions]
 
 
 def make_teacher(
@@ -104,7 +118,8 @@ def make_teacher(
 ) -> Teacher:
     """Return the run's teacher, live or cached for the pairs that so many batches visit.
 
-    joint: for all pairs of a batch, not only for its retain pairs. whole: cache all training pairs.
+    joint: for all pairs of a batch, not only for its retain pairs. whole: cache all training pairs, for the background,
+    unless that is measured on a sample.
     tower_features: whether its features are those of `with_tower_features`.
     """
     setup = run.setup
@@ -116,13 +131,11 @@ def make_teacher(
         if zero is not None and zero["zero_optimization"]["stage"] == 3:
             return LiveTeacher(ShardedTeacher(frozen, zero), run.runtime, joint, equal_parts=True)
         return LiveTeacher(frozen, run.runtime, joint)
-    train, plan = run.data.train, run.loader.plan
-    retain = np.arange(plan.n_retain) if whole else plan.retain_used(batches)
-    forget = np.arange(train.n_forget if joint or whole else 0)
-    used = np.concatenate([forget, train.n_forget + retain])
+    whole = whole and run.loader.plan.n_retain <= BACKGROUND_WHOLE
+    used, rows = run.loader.drawn(batches, forget=joint, whole=whole)
     if not tower_features:
-        return _cache_of_run(run, used, joint)
-    cached = _cache_of_run(run, used, joint, frozen)
+        return _cache_of_run(run, used, joint, rows=rows)
+    cached = _cache_of_run(run, used, joint, frozen, rows)
     cached.width = run.feature_width
     return cached
 
@@ -135,24 +148,41 @@ def wide_adapter(run: Run, adapter: ClipAdapter) -> ClipAdapter:
 
 
 def measure_background(run: Run, teacher: Teacher | None) -> Background:
-    """Compute the background levels of the teacher's features of the whole training split, once.
+    """Compute the background levels of the teacher's features of the training split, once.
 
     teacher: has them already if it caches all pairs; otherwise they are encoded here, with the transform of evaluation.
+    Of more than `BACKGROUND_WHOLE` retain pairs a sample counts, with one caption each.
     """
-    train = run.data.train
-    if not (isinstance(teacher, CachedTeacher) and bool((teacher.row_of_index >= 0).all())):
-        teacher = _cache_of_run(run, np.arange(len(train.pairs)), False)
+    train, of_pair = run.data.train, run.captions.of_pair
+    n_retain, rows = len(train.pairs) - train.n_forget, None
+    if n_retain <= BACKGROUND_WHOLE:
+        pairs, used = np.arange(train.n_forget, len(train.pairs)), np.arange(len(train.pairs))
+        index = of_pair[train.n_forget :]
+    else:
+        drawn = np.random.default_rng([run.settings.seed, n_retain]).permutation(n_retain)[:BACKGROUND_SAMPLE]
+        pairs = used = np.unique(run.loader.readable(train.n_forget + np.sort(drawn)))
+        index = [of_pair[pair][[pair % len(of_pair[pair])]] for pair in map(int, pairs)]
+        rows = None if run.captions.complete else np.unique(np.concatenate(index))
+    if not (isinstance(teacher, CachedTeacher) and teacher.has(used, rows)):
+        teacher = _cache_of_run(run, used, False, rows=rows, name="background")
     width = teacher.width
-    image, rows = teacher.image, teacher.row_of_index[train.n_forget :]
-    parts = (rows[start : start + PART] for start in range(0, len(rows), PART))
+    image, image_rows = teacher.image, teacher.row_of_index[pairs]
+    parts = (image_rows[start : start + PART] for start in range(0, len(image_rows), PART))
     images = (torch.from_numpy(np.ascontiguousarray(image[part][:, :width])) for part in parts)
-    return Background.of_rows(images, teacher.text[:, :width], run.captions.of_pair[train.n_forget :])
+    return Background.of_rows(images, teacher.text[:, :width], [teacher.caption_rows(own) for own in index])
 
 
-def _cache_of_run(run: Run, used: np.ndarray, joint: bool, wide: ClipAdapter | None = None) -> CachedTeacher:
+def _cache_of_run(
+    run: Run,
+    used: np.ndarray,
+    joint: bool,
+    wide: ClipAdapter | None = None,
+    rows: np.ndarray | None = None,
+    name: str = "teacher",
+) -> CachedTeacher:
     """Cache the `used` training pairs. A random transform is replaced by that of evaluation.
 
-    wide: the teacher with its towers' features.
+    wide: the teacher with its towers' features. rows: see `cache_teacher`. name: of a file of them.
     """
     teacher, loader, where = run.setup.models.teacher, run.loader, run.settings.teacher_cache
     assert teacher is not None
@@ -172,6 +202,8 @@ def _cache_of_run(run: Run, used: np.ndarray, joint: bool, wide: ClipAdapter | N
         pixels=loader.pixels.cache,
         joint=joint,
         image_width=width,
+        rows=rows,
+        name=name,
     )
 
 
@@ -188,8 +220,12 @@ def cache_teacher(
     pixels: PixelCache | None = None,
     joint: bool = False,
     image_width: int | None = None,
+    rows: np.ndarray | None = None,
+    name: str = "teacher",
 ) -> CachedTeacher:
-    """Encode the `used` pairs (sorted indices) and all captions, a part on each rank; every rank gets all.
+    """Encode the `used` pairs (sorted indices) and captions, a part on each rank; every rank gets all.
+
+    rows: of the captions to encode, sorted; None for all.
 
     where: "memory", "disk" (a file in `directory` on each machine), or "auto" (a file above `MEMORY_LIMIT` bytes if
     there is a directory). image_width: of an adapter whose image features are not as wide as its text features.
@@ -198,7 +234,11 @@ def cache_teacher(
     ranks = runtime.ranks
     if ranks.first:
         say("computing the teacher's features of %d pairs", len(used))
-    text = _encode_captions(adapter, captions, runtime)  # [U, D°]
+    text = _encode_captions(adapter, captions, runtime, rows)  # [U, D°]
+    row_of_caption = None
+    if rows is not None:
+        row_of_caption = np.full(len(captions), -1, dtype=np.int64)
+        row_of_caption[rows] = np.arange(len(rows))
     shape = (len(used), image_width or text.shape[1])
     row_of_index = np.full(len(pairs), -1, dtype=np.int64)
     row_of_index[used] = np.arange(len(used))
@@ -210,7 +250,7 @@ def cache_teacher(
             image[start : start + len(rows)] = rows
 
         _encode_images(adapter, pairs, used, keep, transform, runtime, pixels)
-        return CachedTeacher(image, text, row_of_index, runtime.device, joint)
+        return CachedTeacher(image, text, row_of_index, runtime.device, joint, row_of_caption=row_of_caption)
 
     made_from = {
         "model": adapter.identity(),
@@ -220,10 +260,10 @@ def cache_teacher(
         "shape": list(shape),
         "used": hashlib.sha256(used.tobytes()).hexdigest(),
     }
-    name = "teacher_image_features" if ranks.size == 1 else f"teacher_image_features-{ranks.rank - ranks.local_rank}"
-    file = FeatureFile(directory / f"{name}.f32", shape, made_from)
+    part = "" if ranks.size == 1 else f"-{ranks.rank - ranks.local_rank}"
+    file = FeatureFile(directory / f"{name}_image_features{part}.f32", shape, made_from)
     _fill(file, ranks, lambda keep: _encode_images(adapter, pairs, used, keep, transform, runtime, pixels))
-    return CachedTeacher(file, text, row_of_index, runtime.device, joint)
+    return CachedTeacher(file, text, row_of_index, runtime.device, joint, row_of_caption=row_of_caption)
 
 
 def _fill(file: FeatureFile, ranks: Ranks, encode: Callable[[_Keep | None], None]) -> None:
@@ -252,8 +292,9 @@ def _fill(file: FeatureFile, ranks: Ranks, encode: Callable[[_Keep | None], None
         raise
 
 
-def _encode_captions(adapter: ClipAdapter, captions: CaptionTable, runtime: Runtime) -> Tensor:
-    parts = torch.arange(len(captions), dtype=torch.int64, device="cpu").split(runtime.batch_size)
+def _encode_captions(adapter: ClipAdapter, captions: CaptionTable, runtime: Runtime, rows: np.ndarray | None) -> Tensor:
+    chosen = torch.as_tensor(np.arange(len(captions)) if rows is None else rows, dtype=torch.int64, device="cpu")
+    parts = chosen.split(runtime.batch_size)
     shares = runtime.ranks.shares(len(parts))
     own = parts[shares[runtime.ranks.rank]]
     with runtime.inference(adapter):

@@ -6,7 +6,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cliperase_fast.coercion import AUTO
 from cliperase_fast.config import UnlearnConfig
-from cliperase_fast.errors import tell_out_of_memory
+from cliperase_fast.errors import InputError, UnlearningError, tell_out_of_memory
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.models.fast_paths.blocks import disable_recompute, enable_recompute
 from cliperase_fast.models.fast_paths.embedding import merge_rows
@@ -125,7 +125,9 @@ class Trainer:
         count = self.settings.accumulate
         batches = self.loader.batches(start * count, stop * count)
         for step in range(start, stop):
-            yield step, list(islice(batches, count))
+            with self._bad_pairs(step):
+                loaded = list(islice(batches, count))
+            yield step, loaded
 
     def use_rate(self, rate: float) -> None:
         """Train at this peak learning rate."""
@@ -148,7 +150,7 @@ class Trainer:
         setup, engine = self.run.setup, self.engine
         if isinstance(engine, LocalEngine):  # DeepSpeed follows the order of modules, which recomputing changes
             enable_recompute(engine.student)  # not before: the baseline and the teacher's features are the original's
-        if not setup.random_views and not setup.teacher_is_live:
+        if not setup.random_views and not setup.teacher_is_live and self.loader.substitutes is None:
             steps = min(self.total_steps, recipe.EXPECTED_STEPS) if self.settings.automatic else self.total_steps
             batches = steps * self.settings.accumulate
             keep_front(engine, self.loader, batches, self.settings.image_cache_mib * 2**20, self.runtime)
@@ -269,6 +271,18 @@ class Trainer:
             f"give a smaller batch_size (now {self.settings.pairs_per_batch}), or a "
             + (f"smaller grad_cache_chunk (now {chunk})" if chunk else "grad_cache_chunk, which encodes it in parts"),
         )
+
+    @contextmanager
+    def _bad_pairs(self, done: int) -> Iterator[None]:
+        """Turn a pair that cannot be used, met while training, into an UnlearningError that says how to go on."""
+        try:
+            yield
+        except InputError as error:
+            saved = f" {self.tracker.last_checkpoint()}." if self.ranks.size == 1 else ""
+            raise UnlearningError(
+                f"training stopped before step {done + 1}: {error}.{saved} Repair it and go on with resume=True, also "
+                "with on_error='skip', which puts another pair in the place of an unreadable image"
+            ) from error
 
     def _not_finite(self, done: int, what: str, terms: dict[str, float]) -> NotFiniteError:
         values = ", ".join(f"{name} {value:g}" for name, value in terms.items())

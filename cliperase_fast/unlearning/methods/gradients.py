@@ -55,6 +55,7 @@ def loader_of_all(run: Run) -> BatchLoader:
         num_workers=run.settings.num_workers,
         ranks=run.ranks,
         cache=run.loader.pixels.cache,
+        substitutes=run.loader.substitutes,
     )
 
 
