@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,25 +173,45 @@ def _encode_images(
         raise InputError(f"{pairs.name} is empty: give at least one (image, caption) pair")
     batches = [list(range(start, min(start + batch_size, len(pairs)))) for start in range(0, len(pairs), batch_size)]
     own = batches[ranks.share(len(batches))]
-    loader = DataLoader(
-        _Pixels(pairs, adapter.transform, cache),
-        batch_sampler=own,
-        num_workers=num_workers,
-        collate_fn=_stack,
-        pin_memory=device.type == "cuda",
-        generator=torch.Generator("cpu"),  # otherwise the loader would draw from the global generator
-    )
 
     def encoded() -> list[Tensor]:
         parts: list[Tensor] = []
         with Steps(sum(map(len, own)), "encoding", "image", bar=progress) as steps:
-            for pixels in load_batches(loader):
-                features = _encode_image(adapter, pixels.to(device, non_blocking=True)).float().cpu()  # [B, D]
+            for features in _image_features(adapter, pairs, own, device, num_workers, cache):
                 parts.append(features)
                 steps.update(len(features))
         return parts
 
     return ranks.all_gather_rows(encoded, [sum(map(len, batches[share])) for share in ranks.shares(len(batches))])
+
+
+def image_feature_parts(
+    adapter: ClipAdapter, pairs: PairDataset, batch_size: int, device: torch.device, precision: str, num_workers: int
+) -> Iterator[Tensor]:
+    """Yield the features [B, D] of all images in order, a batch at a time; float32 on the CPU. See `encode_pairs`."""
+    batches = [list(range(start, min(start + batch_size, len(pairs)))) for start in range(0, len(pairs), batch_size)]
+    with inference(adapter.module, device, precision):
+        yield from _image_features(adapter, pairs, batches, device, num_workers, None)
+
+
+def _image_features(
+    adapter: ClipAdapter,
+    pairs: PairDataset,
+    batches: list[list[int]],
+    device: torch.device,
+    num_workers: int,
+    cache: PixelCache | None,
+) -> Iterator[Tensor]:
+    loader = DataLoader(
+        _Pixels(pairs, adapter.transform, cache),
+        batch_sampler=batches,
+        num_workers=num_workers,
+        collate_fn=_stack,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator("cpu"),  # otherwise the loader would draw from the global generator
+    )
+    for pixels in load_batches(loader):
+        yield _encode_image(adapter, pixels.to(device, non_blocking=True)).float().cpu()  # [B, D]
 
 
 def _encode_image(adapter: ClipAdapter, pixels: Tensor) -> Tensor:
