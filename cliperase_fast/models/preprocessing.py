@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,6 +12,23 @@ import torch
 from torch import Tensor
 
 from cliperase_fast.errors import InputError
+
+
+def clip_tokenizer(context_length: int | None = None) -> Any:
+    """Return open_clip's SimpleTokenizer with its default settings, and its context length unless one is given.
+
+    All of them share their tables: building these takes longer than loading a small model.
+    """
+    tokenizer = copy.copy(_clip_tables())
+    tokenizer.context_length = context_length or tokenizer.context_length
+    return tokenizer
+
+
+@functools.cache
+def _clip_tables() -> Any:
+    import open_clip
+
+    return open_clip.SimpleTokenizer()
 
 
 def is_simple(tokenizer: Any) -> bool:
@@ -43,7 +62,9 @@ class CaptionTokenizer:
     def __init__(self, source: Any, context_length: int | None, unread_id: int | None = None) -> None:
         open_clip = sys.modules.get("open_clip")
         if open_clip is not None and source is open_clip.tokenize:
-            source = open_clip.SimpleTokenizer()  # the function calls one, and its tokens can be counted
+            source = clip_tokenizer(
+                open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH
+            )  # the function calls one, and its tokens can be counted
         source = getattr(source, "tokenizer", source) if _is_processor(source) else source
         if isinstance(source, type):
             raise InputError(f"tokenizer is the class {source.__name__}; pass an instance of it")

@@ -63,6 +63,16 @@ def new_figure(width: float, height: float, theme: Theme) -> Figure:
     return Figure(figsize=(width / 96, height / 96), dpi=192, facecolor=theme.surface, layout=layout)
 
 
+def copy_layout(figure: Figure, drawn: Figure) -> None:
+    """Place the axes of a figure where they are in the same figure, drawn in another theme.
+
+    Finding their places takes half the time of drawing.
+    """
+    figure.set_layout_engine("none")
+    for axes, placed in zip(figure.axes, drawn.axes, strict=True):
+        axes.set_position(placed.get_position(original=True))
+
+
 def font_size(pixels: float) -> float:
     """Convert CSS pixels to points, matplotlib's unit of font sizes."""
     return 0.75 * pixels

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from cliperase_fast.report.drawing import DARK, LIGHT, Theme, png
+from cliperase_fast.report.drawing import DARK, LIGHT, Theme, copy_layout, png
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -62,14 +62,17 @@ class Picture:
 
 def picture(data: Data, draw: Callable[[Data, Theme], Figure | None], alt: str, caption: str) -> Picture | None:
     """Draw a figure of the data in both themes. Returns None where the data has nothing for it."""
-    images = []
-    for theme in (LIGHT, DARK):
-        figure = draw(data, theme)
-        if figure is None:
-            return None
-        width, height = (round(96 * inches) for inches in figure.get_size_inches())
-        images.append("data:image/png;base64," + base64.b64encode(png(figure)).decode("ascii"))
-    return Picture(images[0], images[1], width, height, alt, caption)
+    figure, dark = draw(data, LIGHT), draw(data, DARK)
+    if figure is None or dark is None:
+        return None
+    width, height = (round(96 * inches) for inches in figure.get_size_inches())
+    light_image = _image(figure)
+    copy_layout(dark, figure)
+    return Picture(light_image, _image(dark), width, height, alt, caption)
+
+
+def _image(figure: Figure) -> str:
+    return "data:image/png;base64," + base64.b64encode(png(figure)).decode("ascii")
 
 
 def render(template: str, **variables: Any) -> str:

@@ -13,7 +13,7 @@ from tiny_models import TwoTowers, tiny_clip, tiny_open_clip, word_tokenizer
 
 from cliperase_fast.errors import InputError
 from cliperase_fast.models import ClipAdapter, load_model
-from cliperase_fast.models.preprocessing import CaptionTokenizer
+from cliperase_fast.models.preprocessing import CaptionTokenizer, clip_tokenizer
 
 LONG = "a photo of a very small dog that chases two round red balls over the green grass of the park"
 
@@ -184,3 +184,11 @@ def test_a_tokenizer_that_fails_or_is_a_class_is_named() -> None:
 def test_a_list_of_token_tensors_is_a_table() -> None:
     adapter = load_model(tiny_open_clip(), tokenizer=lambda captions: list(torch.ones(len(captions), 16).long()))
     assert adapter.tokenize(["a", "b"]).tolist() == [[1] * 16] * 2
+
+
+def test_models_share_the_tables_of_their_tokenizers_but_not_the_context_length() -> None:
+    short, long = clip_tokenizer(8), clip_tokenizer(12)
+    assert short.encoder is long.encoder
+    for tokenizer in (short, long):
+        expected = open_clip.SimpleTokenizer(context_length=tokenizer.context_length)
+        assert torch.equal(tokenizer(["a red square"]), expected(["a red square"]))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+
 import jinja2
 import pytest
 from report_sample import EVIL, sample_run
 
 from cliperase_fast.report import plots, rendering
+from cliperase_fast.report.drawing import DARK, png
 from cliperase_fast.report.rendering import Row, Table, picture, render
 
 PAGE = """\
@@ -47,6 +50,13 @@ def test_a_variable_that_a_template_misses_is_an_error(other_pages):
 
 def test_a_figure_without_data_is_left_out():
     assert picture(sample_run(metrics=[]), plots.draw_losses, "", "") is None
+
+
+def test_the_dark_picture_is_that_of_the_figure_with_a_layout_of_its_own():
+    run = sample_run()
+    found = picture(run, plots.draw_losses, "", "")
+    alone = png(plots.draw_losses(run, DARK))
+    assert base64.b64decode(found.dark.partition(",")[2]) == alone
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from cliperase_fast.models.adapters.open_clip_config import (
 )
 from cliperase_fast.models.adapters.open_clip_files import load_folder
 from cliperase_fast.models.fast_paths.padding import CausalReader, masked_length, read_length
-from cliperase_fast.models.preprocessing import is_hugging_face, is_open_clip, is_simple
+from cliperase_fast.models.preprocessing import clip_tokenizer, is_hugging_face, is_open_clip, is_simple
 from cliperase_fast.models.requirements import require_no_parametrizations
 from cliperase_fast.models.runtime import in_fast_layout
 from cliperase_fast.models.saving import save_weights
@@ -60,7 +60,6 @@ class OpenClipAdapter(ClipAdapter):
         truncate: bool = False,
         model_cfg: Config | None = None,
     ) -> None:
-        import open_clip
         from open_clip.transform import PreprocessCfg, image_transform_v2
 
         self.model_cfg = model_cfg
@@ -70,7 +69,7 @@ class OpenClipAdapter(ClipAdapter):
         if transform is None:
             transform = image_transform_v2(PreprocessCfg(**self.preprocess_cfg()), is_train=False)
         if tokenizer is None and self.vocabulary_size == CLIP_VOCABULARY:
-            tokenizer = open_clip.SimpleTokenizer(context_length=self.context_length)
+            tokenizer = clip_tokenizer(self.context_length)
         super().__init__(module, tokenizer=tokenizer, transform=transform, truncate=truncate)
 
     @property

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from cliperase_fast.errors import InputError
 from cliperase_fast.models.adapters.base import ClipAdapter, Family, first_lines
 from cliperase_fast.models.adapters.open_clip import OpenClipAdapter
 from cliperase_fast.models.adapters.open_clip_files import load_folder, load_weights, offline_if_unreachable
+from cliperase_fast.models.preprocessing import clip_tokenizer
 
 _MARKER = OpenClipAdapter._marker
 _WEIGHT_FILES = (".pt", ".pth", ".bin", ".safetensors", ".npz", ".npy")
@@ -166,12 +166,9 @@ def _load_saved(folder: Path, options: dict[str, Any]) -> ClipAdapter:
 
 def _wrap(module: nn.Module, name: str, config: dict[str, Any], options: dict[str, Any]) -> ClipAdapter:
     """Wrap a loaded module. name: the one open_clip's `get_tokenizer` has for the model."""
-    import open_clip
-
     if options["tokenizer"] is None:
         try:
-            with offline_if_unreachable() if config["text_cfg"].get("hf_tokenizer_name") else nullcontext():
-                options = {**options, "tokenizer": open_clip.get_tokenizer(name)}
+            options = {**options, "tokenizer": _tokenizer(name, config["text_cfg"])}
         except Exception as error:  # network, cache and file errors of several libraries
             folder = name.removeprefix("local-dir:")
             by_hand = f", or save its files into {folder} with tokenizer.save_pretrained" if folder != name else ""
@@ -179,6 +176,18 @@ def _wrap(module: nn.Module, name: str, config: dict[str, Any], options: dict[st
                 f"the tokenizer of {name} could not be loaded: {first_lines(error)}. Pass tokenizer={by_hand}"
             ) from error
     return OpenClipAdapter(module, model_cfg=config, **options)
+
+
+def _tokenizer(name: str, text_cfg: dict[str, Any]) -> Any:
+    """Return what open_clip's `get_tokenizer` does."""
+    import open_clip
+
+    if text_cfg.get("hf_tokenizer_name"):
+        with offline_if_unreachable():
+            return open_clip.get_tokenizer(name)
+    if name.startswith("local-dir:") and not text_cfg.get("tokenizer_kwargs"):
+        return clip_tokenizer(text_cfg.get("context_length"))
+    return open_clip.get_tokenizer(name)
 
 
 FAMILY = Family(

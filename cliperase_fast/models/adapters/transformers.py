@@ -21,7 +21,7 @@ from cliperase_fast.models.adapters.open_clip import CLIP_VOCABULARY
 from cliperase_fast.models.checkpoint_files import read_checkpoint
 from cliperase_fast.models.equivalence import feature_difference, random_pixels, tolerance
 from cliperase_fast.models.fast_paths.padding import read_length
-from cliperase_fast.models.preprocessing import ImageProcessorTransform, is_hugging_face
+from cliperase_fast.models.preprocessing import ImageProcessorTransform, clip_tokenizer, is_hugging_face
 from cliperase_fast.models.requirements import require_no_parametrizations
 from cliperase_fast.models.saving import apart
 from cliperase_fast.models.state_names import match_names
@@ -63,9 +63,7 @@ class TransformersAdapter(ClipAdapter):
         if transform is None:
             transform = _default_image_processor(module)
         if tokenizer is None and self._has_clip_vocabulary:
-            import open_clip
-
-            tokenizer = open_clip.SimpleTokenizer(context_length=self.context_length)
+            tokenizer = clip_tokenizer(self.context_length)
         super().__init__(module, tokenizer=tokenizer, transform=transform, truncate=truncate)
 
     @property
