@@ -28,11 +28,11 @@ def measure(batch: int, chunk: int) -> dict[str, Any]:
     from cliperase_fast import unlearn
     from cliperase_fast.data import open_source
     from cliperase_fast.demo import train_small_clip
+    from cliperase_fast.demo_models import DEMO_MODELS
     from cliperase_fast.models import load_model
-    from cliperase_fast.recipes import RECIPES
 
     digits = open_source("demo").train
-    model = train_small_clip(digits, replace(RECIPES["demo"], epochs=1))  # its weights do not matter here
+    model = train_small_clip(digits, replace(DEMO_MODELS["demo"], epochs=1))  # its weights do not matter here
     transform = load_model(model).transform
     assert transform is not None
     images = [transform(digits.image(index)) for index in range(len(digits))]

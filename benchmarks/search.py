@@ -31,7 +31,7 @@ import yaml
 from cliperase_fast.config import RECIPES
 from cliperase_fast.data import open_source
 from cliperase_fast.demo import cached_model
-from cliperase_fast.recipes import recipe_for
+from cliperase_fast.demo_models import demo_model_for
 from cliperase_fast.storage import write_text_atomically
 from cliperase_fast.unlearning import unlearn
 from cliperase_fast.unlearning.methods import methods
@@ -136,7 +136,9 @@ class Search:
     def _measure(self, method: str, setting: Setting, data: tuple[str, str]) -> dict[str, Any]:
         source, forget = data
         if source not in self.originals:
-            self.originals[source] = f"local-dir:{cached_model(open_source(source).train, recipe_for(source), seed=0)}"
+            self.originals[source] = (
+                f"local-dir:{cached_model(open_source(source).train, demo_model_for(source), seed=0)}"
+            )
         settings = {"method": method, **COMMON, **setting}
         clock, processor = time.perf_counter(), time.process_time()
         try:

@@ -30,8 +30,8 @@ from torch import Tensor
 from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.data import PairDataset, open_source, select
 from cliperase_fast.demo import cached_small_clip
+from cliperase_fast.demo_models import DEMO_MODELS
 from cliperase_fast.models import load_model, set_trainable
-from cliperase_fast.recipes import RECIPES
 from cliperase_fast.unlearning import api
 from cliperase_fast.unlearning.methods import base as methods_base
 from cliperase_fast.unlearning.preparation import make_plan
@@ -68,7 +68,7 @@ class Setting:
 
 
 def _demo_model(folder: Path, quick: bool) -> str:
-    recipe = replace(RECIPES["demo"], epochs=5) if quick else RECIPES["demo"]
+    recipe = replace(DEMO_MODELS["demo"], epochs=5) if quick else DEMO_MODELS["demo"]
     return f"local-dir:{cached_small_clip('demo', recipe, cache_dir=folder)}"
 
 

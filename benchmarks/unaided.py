@@ -36,9 +36,9 @@ from cliperase_fast.auditing.features import keep_features
 from cliperase_fast.data import open_source
 from cliperase_fast.data.personas import FORGET_SETS
 from cliperase_fast.demo import cached_model, cached_oracles, require_known
+from cliperase_fast.demo_models import demo_model_for
 from cliperase_fast.errors import UnlearningError
 from cliperase_fast.models import load_model
-from cliperase_fast.recipes import recipe_for
 from cliperase_fast.storage import write_text_atomically
 from cliperase_fast.unlearning import unlearn
 
@@ -88,7 +88,7 @@ def small(
     bars = sys.stderr.isatty()
 
     def original(seed: int) -> Path:
-        recipe = recipe_for(source)
+        recipe = demo_model_for(source)
         folder = cached_model(open_source(source).train, recipe, seed=seed, progress=bars)
         require_known(folder, source, recipe)
         return folder

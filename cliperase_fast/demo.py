@@ -23,11 +23,11 @@ from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.data import PairDataset, open_source, parse_reference, select
 from cliperase_fast.data.drawing import seeded
 from cliperase_fast.defaults import torch_defaults
+from cliperase_fast.demo_models import DemoModel, demo_model_for
 from cliperase_fast.errors import InputError, UnlearningError
 from cliperase_fast.evaluation import evaluate
 from cliperase_fast.models import ClipAdapter, load_model
 from cliperase_fast.progress import Steps, say
-from cliperase_fast.recipes import Recipe, recipe_for
 from cliperase_fast.storage import Locked, lock, writing
 from cliperase_fast.unlearning.api import unlearn
 from cliperase_fast.unlearning.result import UnlearnResult
@@ -62,7 +62,7 @@ def run_demo(
         select(open_source(spec, seed=seed).train, selector)  # raises for a mistyped class before training
     with RunDirectory(Path(output_dir), resume) as directory:
         directory.check()  # `unlearn` would check only after the training
-    recipe = recipe_for(spec)
+    recipe = demo_model_for(spec)
     model = cached_small_clip(spec, recipe, seed=seed, progress=show, cache_dir=cache_dir)
     require_known(model, spec, recipe, seed=seed)
     settings = {"seed": seed, **overrides}
@@ -93,7 +93,7 @@ def clear_demo_run(output_dir: Path) -> None:
 
 
 def cached_small_clip(
-    spec: str, recipe: Recipe, *, seed: int = 0, progress: bool = False, cache_dir: str | Path | None = None
+    spec: str, recipe: DemoModel, *, seed: int = 0, progress: bool = False, cache_dir: str | Path | None = None
 ) -> Path:
     """Return the folder of a small CLIP trained on a source's training split (`cached_model`)."""
     return cached_model(open_source(spec, seed=seed).train, recipe, seed=seed, progress=progress, cache_dir=cache_dir)
@@ -104,7 +104,7 @@ def cached_oracles(
     selector: str,
     count: int,
     *,
-    recipe: Recipe | None = None,
+    recipe: DemoModel | None = None,
     seed: int = 0,
     progress: bool = False,
     cache_dir: str | Path | None = None,
@@ -124,7 +124,7 @@ def cached_oracles(
     return [
         cached_model(
             kept,
-            recipe or recipe_for(spec),
+            recipe or demo_model_for(spec),
             seed=seed + number,
             what=f"oracle {number} of {count}",
             progress=progress,
@@ -137,7 +137,7 @@ def cached_oracles(
 def cached_clean_model(
     spec: str,
     *,
-    recipe: Recipe | None = None,
+    recipe: DemoModel | None = None,
     seed: int = 0,
     progress: bool = False,
     cache_dir: str | Path | None = None,
@@ -149,7 +149,7 @@ def cached_clean_model(
     train = open_source(spec, seed=seed).train
     return cached_model(
         train.subset(_is_general(train)),
-        recipe or recipe_for(spec),
+        recipe or demo_model_for(spec),
         seed=seed,
         what="a model without facts",
         progress=progress,
@@ -157,8 +157,8 @@ def cached_clean_model(
     )
 
 
-def require_known(model: str | Path, spec: str, recipe: Recipe, *, seed: int = 0) -> float | None:
-    """Raise UnlearningError unless a model ranks the right fact first for enough test portraits (`Recipe.least_top1`).
+def require_known(model: str | Path, spec: str, recipe: DemoModel, *, seed: int = 0) -> float | None:
+    """Raise UnlearningError unless a model ranks the right fact first for enough test portraits (its `least_top1`).
 
     model: its folder. The facts of a kind are compared with each other. Returns the accuracy; None if the recipe sets
     no bound.
@@ -193,7 +193,7 @@ def _check_count(oracles: int) -> None:
 @torch_defaults()
 def cached_model(
     pairs: PairDataset,
-    recipe: Recipe,
+    recipe: DemoModel,
     *,
     seed: int = 0,
     what: str = "a small CLIP",
@@ -245,7 +245,7 @@ def cached_folder(
 
 @torch_defaults()
 def train_small_clip(
-    pairs: PairDataset, recipe: Recipe, *, seed: int = 0, what: str = "a small CLIP", progress: bool = False
+    pairs: PairDataset, recipe: DemoModel, *, seed: int = 0, what: str = "a small CLIP", progress: bool = False
 ) -> nn.Module:
     """Train an open_clip model of a few million parameters on `pairs` with the contrastive loss.
 
@@ -301,7 +301,7 @@ def train_small_clip(
 
 
 def _contrastive(
-    adapter: Any, pairs: PairDataset, pixels: Tensor, chosen: Tensor, epoch: int, recipe: Recipe
+    adapter: Any, pairs: PairDataset, pixels: Tensor, chosen: Tensor, epoch: int, recipe: DemoModel
 ) -> Tensor:
     captions = [pairs.captions[i][(i + epoch) % len(pairs.captions[i])] for i in chosen.tolist()]
     unique = sorted(set(captions))

@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader
 import cliperase_fast as cf
 from cliperase_fast.data import open_source, select
 from cliperase_fast.demo import cached_small_clip
+from cliperase_fast.demo_models import DEMO_MODELS
 from cliperase_fast.integrations.lightning import UnlearningModule
-from cliperase_fast.recipes import RECIPES
 
-folder = f"local-dir:{cached_small_clip('demo', RECIPES['demo'])}"
+folder = f"local-dir:{cached_small_clip('demo', DEMO_MODELS['demo'])}"
 model, _, transform = open_clip.create_model_and_transforms(folder)
 tokenize = open_clip.get_tokenizer(folder)
 pairs = open_source("demo").train

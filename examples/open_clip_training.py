@@ -19,10 +19,10 @@ from open_clip_train.main import main as train
 import cliperase_fast as cf
 from cliperase_fast.data import open_source
 from cliperase_fast.demo import cached_small_clip
+from cliperase_fast.demo_models import DEMO_MODELS
 from cliperase_fast.integrations.open_clip_unlearning import unlearning
-from cliperase_fast.recipes import RECIPES
 
-folder = cached_small_clip("demo", RECIPES["demo"])
+folder = cached_small_clip("demo", DEMO_MODELS["demo"])
 work = Path(tempfile.mkdtemp())
 pairs = open_source("demo").train
 lines = {"forget": ["filepath\ttitle"], "retain": ["filepath\ttitle"]}

@@ -16,15 +16,15 @@ from transformers import Trainer, TrainingArguments
 import cliperase_fast as cf
 from cliperase_fast.data import open_source
 from cliperase_fast.demo import cached_small_clip
+from cliperase_fast.demo_models import DEMO_MODELS
 from cliperase_fast.integrations.transformers import FusedLossMixin
-from cliperase_fast.recipes import RECIPES
 
 
 class ClipTrainer(FusedLossMixin, Trainer):
     pass
 
 
-folder = f"local-dir:{cached_small_clip('demo', RECIPES['demo'])}"
+folder = f"local-dir:{cached_small_clip('demo', DEMO_MODELS['demo'])}"
 original, _, transform = open_clip.create_model_and_transforms(folder)
 tokenize = open_clip.get_tokenizer(folder)
 torch.manual_seed(0)

@@ -11,18 +11,18 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # set for this process by the Makefile;
 @pytest.fixture(scope="session")
 def model_cache(tmp_path_factory):
     """A folder of small trained models, shared by all test processes; the digits' is in it already."""
-    from cliperase_fast.recipes import RECIPES
+    from cliperase_fast.demo_models import DEMO_MODELS
 
-    return _with_digits(tmp_path_factory, RECIPES["demo"])
+    return _with_digits(tmp_path_factory, DEMO_MODELS["demo"])
 
 
 @pytest.fixture
 def quick_model_cache(tmp_path_factory, monkeypatch):
     """The same with the digits' less trained, for the demo too."""
-    from cliperase_fast.recipes import RECIPES
+    from cliperase_fast.demo_models import DEMO_MODELS
 
-    monkeypatch.setitem(RECIPES, "demo", replace(RECIPES["demo"], epochs=16))
-    return _with_digits(tmp_path_factory, RECIPES["demo"])
+    monkeypatch.setitem(DEMO_MODELS, "demo", replace(DEMO_MODELS["demo"], epochs=16))
+    return _with_digits(tmp_path_factory, DEMO_MODELS["demo"])
 
 
 def _with_digits(tmp_path_factory, recipe):

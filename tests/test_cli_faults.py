@@ -16,7 +16,7 @@ from processes import context
 from cliperase_fast import UnlearnConfig, cli, demo
 from cliperase_fast.cli import commands, running
 from cliperase_fast.cli.parser import make_parser
-from cliperase_fast.recipes import RECIPES
+from cliperase_fast.demo_models import DEMO_MODELS
 from cliperase_fast.storage import lock
 from cliperase_fast.unlearning.run_directory import RunDirectory
 
@@ -171,7 +171,7 @@ def _fill_cache(folder, number):
         return open_clip.model.CLIP(16, vision, text).eval()
 
     demo.train_small_clip = train
-    path = demo.cached_small_clip("demo", RECIPES["demo"], cache_dir=folder / "cache")
+    path = demo.cached_small_clip("demo", DEMO_MODELS["demo"], cache_dir=folder / "cache")
     (folder / f"path-{number}").write_text(str(path))
 
 

@@ -12,12 +12,12 @@ from PIL import Image
 
 from cliperase_fast import InputError, UnlearningError, cli, demo
 from cliperase_fast.data import open_source, select
+from cliperase_fast.demo_models import DEMO_MODELS, DemoModel, demo_model_for
 from cliperase_fast.models import load_model
-from cliperase_fast.recipes import RECIPES, Recipe, recipe_for
 
 SOURCE = "shapes?train=2&test=1"
 FORGET = "class:red circle,blue star"
-TINY = Recipe(8, {"patch_size": 4, "width": 32, "layers": 1, "head_width": 16}, epochs=1, batch_size=64)
+TINY = DemoModel(8, {"patch_size": 4, "width": 32, "layers": 1, "head_width": 16}, epochs=1, batch_size=64)
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_a_model_that_does_not_know_the_facts_is_refused(tmp_path, monkeypatch):
         demo.require_known(path, PEOPLE, TINY_PEOPLE)
     assert 0 <= demo.require_known(path, PEOPLE, replace(TINY_PEOPLE, least_top1=0.001)) < 0.8
     assert demo.require_known(path, PEOPLE, TINY) is None
-    monkeypatch.setattr(demo, "recipe_for", lambda spec: TINY_PEOPLE)
+    monkeypatch.setattr(demo, "demo_model_for", lambda spec: TINY_PEOPLE)
     with pytest.raises(UnlearningError, match="ranks the right fact first"):
         demo.run_demo(f"{PEOPLE}#class:person 00 phone", tmp_path / "run", cache_dir=tmp_path)
     assert not (tmp_path / "run" / "model").exists()
@@ -147,13 +147,13 @@ def test_settings_that_no_weight_depends_on_do_not_retrain_a_model():
 
 @pytest.mark.parametrize("spec", ["demo", "shapes?train=1&test=1", "personas?train=1&test=1"])
 def test_what_the_demo_forgets_unless_told_is_in_its_data(spec):
-    assert select(open_source(spec).train, recipe_for(spec).forget).any()
+    assert select(open_source(spec).train, demo_model_for(spec).forget).any()
 
 
 @pytest.fixture
 def colours(tmp_path, monkeypatch):
     """A source of flat colours, the cache being empty and the recipe of images a tiny one."""
-    monkeypatch.setitem(RECIPES, "images", TINY)
+    monkeypatch.setitem(DEMO_MODELS, "images", TINY)
     monkeypatch.setenv("CLIPERASE_CACHE", str(tmp_path / "cache"))
     for colour in ("red", "green", "blue"):
         (tmp_path / "data" / colour).mkdir(parents=True)

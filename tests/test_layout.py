@@ -34,7 +34,7 @@ LAYERS = [
     {"validation"},
     {"distributed"},
     {"ops"},
-    {"config", "recipes", "tensor_files"},
+    {"config", "demo_models", "tensor_files"},
     {"terms", "storage", "progress", "defaults", "allocation", "extras"},
     {"coercion", "reading"},
     {"errors", "_version"},

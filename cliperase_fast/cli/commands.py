@@ -201,12 +201,12 @@ def _named_sources(words: list[str] | None, flag: str) -> dict[str, str] | None:
 
 def demo(arguments: argparse.Namespace) -> int:
     from cliperase_fast.demo import clear_demo_run, run_demo
-    from cliperase_fast.recipes import recipe_for
+    from cliperase_fast.demo_models import demo_model_for
     from cliperase_fast.unlearning.run_directory import holds_run
 
     began = time.perf_counter()
     output = Path(arguments.output)
-    forget = arguments.forget or recipe_for(arguments.data).forget
+    forget = arguments.forget or demo_model_for(arguments.data).forget
     if forget is None:
         raise InputError(f"--forget is missing: say what to forget of {arguments.data!r}, such as class:apple")
     clear_demo_run(output)

@@ -100,7 +100,7 @@ def settings_text(config: UnlearnConfig) -> str:
 
 def demo_forget() -> str:
     """Return what the demo forgets unless told, as text."""
-    from cliperase_fast.recipes import RECIPES
+    from cliperase_fast.demo_models import DEMO_MODELS
 
-    first, *others = [(kind, recipe.forget) for kind, recipe in RECIPES.items() if recipe.forget is not None]
+    first, *others = [(kind, recipe.forget) for kind, recipe in DEMO_MODELS.items() if recipe.forget is not None]
     return "; ".join([str(first[1]), *(f"for {kind} {selector!r}" for kind, selector in others)])

@@ -11,8 +11,8 @@ import pytest
 from cliperase_fast.benchmarks import records, towers, unaided, unaided_report, write_docs
 from cliperase_fast.benchmarks.unaided_verdicts import CALIBRATED, CONTROL, FIXED, GIVEN, METHODS, SEARCHED, overall
 from cliperase_fast.benchmarks.unaided_verdicts import verdicts as verdicts_of
+from cliperase_fast.demo_models import demo_model_for
 from cliperase_fast.errors import UnlearningError
-from cliperase_fast.recipes import recipe_for
 
 FOUND = {"learning_rate": 3.16228e-05, "batch_size": 128, "forget_fraction": 0.25, "steps": 60, "chosen_step": 40}
 
@@ -416,7 +416,9 @@ def test_originals_and_oracles_have_the_same_split_and_recipe(monkeypatch):
     for seed in (0, 10):
         of.original(seed)
     of.oracles("one")
-    assert seen[0][:2] == seen[1][:2] and seen[0][1] == recipe_for("demo") and [one[2] for one in seen[:2]] == [0, 10]
+    assert (
+        seen[0][:2] == seen[1][:2] and seen[0][1] == demo_model_for("demo") and [one[2] for one in seen[:2]] == [0, 10]
+    )
     assert seen[2][:3] == ("demo", "class:one", 5) and "seed" not in seen[2][3], "the seeds 1 to 5"
 
 

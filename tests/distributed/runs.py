@@ -110,9 +110,9 @@ def run_with_random_views(rank: int, changes: dict[str, Any]) -> dict[str, Any]:
 def run_on_digits(rank: int, cache: Path, deepspeed: str) -> dict[str, Any]:
     """A run on the demo's data."""
     from cliperase_fast.demo import cached_small_clip
-    from cliperase_fast.recipes import RECIPES
+    from cliperase_fast.demo_models import DEMO_MODELS
 
-    recipe = RECIPES["demo"]
+    recipe = DEMO_MODELS["demo"]
     model = f"local-dir:{cached_small_clip('demo', recipe, cache_dir=cache)}"
     settings = {"epochs": 10, "batch_size": 64, "learning_rate": 1e-4, "deepspeed": deepspeed, "report": False}
     result = cf.unlearn(model, "demo#class:seven", "rest", progress=False, **settings)

@@ -13,8 +13,8 @@ from torch_defaults import assert_independent, torch_default
 from cliperase_fast import export
 from cliperase_fast.data import open_source
 from cliperase_fast.demo import train_small_clip
+from cliperase_fast.demo_models import DEMO_MODELS
 from cliperase_fast.models import load_model
-from cliperase_fast.recipes import RECIPES
 
 DEFAULTS = ("float64", "bfloat16", "meta")
 MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -73,7 +73,7 @@ def test_conversions_do_not_depend_on_the_defaults_of_torch(default):
 
 @pytest.mark.parametrize("default", DEFAULTS)
 def test_the_demos_model_does_not_depend_on_the_defaults_of_torch(default):
-    recipe = replace(RECIPES["demo"], epochs=1)
+    recipe = replace(DEMO_MODELS["demo"], epochs=1)
     pairs = open_source("demo").train.subset(range(0, 1024, 64))
 
     def trained() -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Recipes for the demo: how its small CLIP models are trained."""
+"""The models of the demo: how each small CLIP is made and trained."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Recipe:
+class DemoModel:
     """How to train the small model on a source.
 
     context_length: of the text tower, in tokens. forget: what the demo forgets unless told. least_top1: the zero-shot
@@ -41,16 +41,16 @@ _CONVOLUTION = {
     "timm_pool": "",
     "timm_proj": "linear",
 }
-RECIPES = {
-    "demo": Recipe(16, _TRANSFORMER, epochs=25, forget="class:seven"),
-    "shapes": Recipe(
+DEMO_MODELS = {
+    "demo": DemoModel(16, _TRANSFORMER, epochs=25, forget="class:seven"),
+    "shapes": DemoModel(
         32,
         _CONVOLUTION,
         epochs=12,
         learning_rate=2e-3,
         forget="class:red circle",
     ),
-    "personas": Recipe(
+    "personas": DemoModel(
         32,
         _CONVOLUTION,
         epochs=20,
@@ -59,10 +59,10 @@ RECIPES = {
         forget="class:person 0* phone",
         least_top1=0.8,
     ),
-    "images": Recipe(32, _CONVOLUTION, epochs=60, learning_rate=2e-3, flip_and_shift=True),
+    "images": DemoModel(32, _CONVOLUTION, epochs=60, learning_rate=2e-3, flip_and_shift=True),
 }
 
 
-def recipe_for(spec: str) -> Recipe:
-    """Return the recipe of a source: the digits, the shapes, the personas, or small photographs."""
-    return RECIPES.get(spec.partition(":")[0].partition("?")[0], RECIPES["images"])
+def demo_model_for(spec: str) -> DemoModel:
+    """Return how the model of a source is trained: the digits, the shapes, the personas, or small photographs."""
+    return DEMO_MODELS.get(spec.partition(":")[0].partition("?")[0], DEMO_MODELS["images"])
