@@ -94,7 +94,12 @@ class UnlearnConfig:
         "encode a batch this many pairs at a time and each twice (gradient caching): the same gradients, with the "
         "activations of one chunk in memory; 0 for the whole batch at once",
     )
-    precision: str = _option("fp32", "arithmetic of the encoders; fp16 needs a GPU", ("fp32", "bf16", "fp16"))
+    precision: str = _option(
+        "fp32",
+        "arithmetic of the encoders; fp16 needs a GPU; auto: bf16 where the device is fast at it and the model's "
+        "features and scores stay nearly the same, else fp32",
+        ("fp32", "bf16", "fp16", AUTO),
+    )
     trainable: str = _option("all", "what is trained: all, image, text, last:K (the last K blocks of each tower), lora")
     lora_rank: int = _option(8, "rank of the LoRA update (trainable=lora)")
     lora_alpha: float = _option(16.0, "scale of the LoRA update (trainable=lora)")

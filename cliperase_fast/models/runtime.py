@@ -71,6 +71,16 @@ def check_precision(precision: str, device: torch.device) -> None:
         raise InputError(f"precision='fp16' needs a GPU and the device is {device}; use 'bf16' or 'fp32'")
 
 
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Return whether the device multiplies bfloat16 matrices faster than float32 ones (AVX512-BF16, AMX, GPUs from
+    compute capability 8.0).
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Return the autocast context of that precision; "fp32" keeps the dtype of the parameters."""
     dtype = PRECISIONS[precision]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -30,6 +31,7 @@ from cliperase_fast.unlearning.evaluator import Evaluator
 from cliperase_fast.unlearning.identity import tokenizer_identity, transform_identity
 from cliperase_fast.unlearning.loggers import require_logger
 from cliperase_fast.unlearning.methods.base import Method
+from cliperase_fast.unlearning.precision import choose_precision
 from cliperase_fast.unlearning.preflight import (
     check_captions,
     check_features,
@@ -81,6 +83,11 @@ def load(inputs: Inputs, settings: UnlearnConfig, method: Method, directory: Run
         tell("checking the oracles")
         ranks.run_on_all(partial(check_oracles, inputs, original, data, runtime))
     transform, random_views = _transforms(original, inputs.transform, data.train.pairs)
+    precision = choose_precision(settings, original, data.validation, runtime)
+    if precision.requested != precision.used:
+        tell("precision %s: %s", precision.used, precision.reason)
+        settings, runtime = replace(settings, precision=precision.used), replace(runtime, precision=precision.used)
+        deepspeed = ranks.run_on_all(lambda: _deepspeed(settings, runtime))
     if random_views and settings.teacher_cache in ("memory", "disk"):
         raise InputError(
             f"teacher_cache={settings.teacher_cache!r} needs a deterministic transform and the one given is random (or "
@@ -96,7 +103,7 @@ def load(inputs: Inputs, settings: UnlearnConfig, method: Method, directory: Run
     live = method.needs_teacher and (random_views or not _keeps_teacher(settings, data.train))
     return Setup(
         inputs, settings, directory, runtime, deepspeed, data, captions, models, transform, random_views, live,
-        identity, checkpoint, sets.test is None,
+        identity, checkpoint, sets.test is None, precision,
     )  # fmt: skip
 
 
@@ -125,7 +132,7 @@ def prepare(setup: Setup, method: Method, began: float) -> Run:
     if method.needs_teacher:
         ranks.run_on_all(partial(check_teacher, settings, teacher, setup.captions, pixels, baseline.encoded, runtime))
     work = ranks.run_on_first(lambda: setup.directory.open(settings))
-    told = notes if automatic else []
+    told = [*setup.precision.notes(), *(notes if automatic else [])]
     return Run(setup, student, parameters, loader, evaluator, baseline, work, began, automatic, notes=told)
 
 
@@ -192,7 +199,11 @@ def _check_settings(
         )
     if ranks.first:
         directory.check()
-    return read_deepspeed(settings.deepspeed, settings, ranks) if settings.deepspeed else None
+    return _deepspeed(settings, runtime)
+
+
+def _deepspeed(settings: UnlearnConfig, runtime: Runtime) -> dict[str, Any] | None:
+    return read_deepspeed(settings.deepspeed, settings, runtime.ranks) if settings.deepspeed else None
 
 
 def _load_models(inputs: Inputs, settings: UnlearnConfig, runtime: Runtime) -> Models:

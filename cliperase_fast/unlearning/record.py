@@ -77,6 +77,7 @@ def _content(run: Run, method: Method, state: TrainState, output: OutputModel) -
         "inputs": run.setup.inputs.named(),
         "data": _data(run),
         "config": run.settings.to_dict(),
+        "precision": run.setup.precision.to_dict(),
         "seconds": {
             "total": time.perf_counter() - run.began,
             "train": state.seconds,

@@ -20,6 +20,7 @@ from cliperase_fast.progress import say
 from cliperase_fast.unlearning.batches import BatchLoader, CaptionTable
 from cliperase_fast.unlearning.checkpoints import Checkpoint
 from cliperase_fast.unlearning.evaluator import Evaluator
+from cliperase_fast.unlearning.precision import Precision
 from cliperase_fast.unlearning.recipe import PATIENCE, Course, course
 from cliperase_fast.unlearning.run_directory import RunDirectory
 from cliperase_fast.unlearning.runtime import Runtime
@@ -102,6 +103,7 @@ class Setup:
     identity: dict[str, Any]  # what a run that resumes must share
     checkpoint: Checkpoint | None  # to resume from
     test_held_out: bool  # whether the test pairs were taken from those given, as the data has no test split
+    precision: Precision  # of the encoders; that of `settings` is the one used
 
 
 @dataclass(frozen=True)

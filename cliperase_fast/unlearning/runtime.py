@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from cliperase_fast.coercion import AUTO
 from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.distributed import SINGLE_PROCESS, Ranks
 from cliperase_fast.models import ClipAdapter
@@ -32,11 +33,11 @@ class Runtime:
 
     @classmethod
     def from_config(cls, config: UnlearnConfig, progress: bool, ranks: Ranks) -> Runtime:
+        """Build it from the settings. `auto` is float32 here, until the model is known (`choose_precision`)."""
         device = device_of_rank(config.device, ranks)
-        check_precision(config.precision, device)
-        return cls(
-            device, config.precision, config.eval_batch_size, config.num_workers, progress and ranks.first, ranks
-        )
+        precision = "fp32" if config.precision == AUTO else config.precision
+        check_precision(precision, device)
+        return cls(device, precision, config.eval_batch_size, config.num_workers, progress and ranks.first, ranks)
 
     def autocast(self) -> torch.autocast:
         return autocast(self.device, self.precision)
