@@ -1,7 +1,7 @@
 """Compare the speed and memory of `unlearn()` with those of a straightforward loop.
 
     cliperase-fast bench train --quick                      the demo model alone, under a minute on two cores
-    cliperase-fast bench train                              the demo model and ViT-B-32; some minutes on two cores
+    cliperase-fast bench train                              a small ViT and ViT-B-32 too; some minutes on two cores
     cliperase-fast bench train --settings vit-b-32 --rounds 2 --json mine.json
     cliperase-fast bench train --from mine.json             measure nothing; show a record
     cliperase-fast bench train --compare before.json after.json

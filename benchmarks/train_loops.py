@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -85,6 +85,23 @@ def _vit_model(folder: Path, quick: bool) -> str:
     return f"ViT-B-32:{path}"
 
 
+def _small_vit_model(folder: Path, quick: bool) -> str:
+    """A vision transformer of 6 layers of width 256 at 96 pixels, with random weights, the same in every run."""
+    path = folder / "small-vit"
+    if not path.is_dir():
+        torch.manual_seed(0)
+        tower = {"layers": 6, "width": 256}
+        model = open_clip.model.CLIP(
+            embed_dim=256,
+            vision_cfg={"image_size": 96, "patch_size": 16, "head_width": 64, **tower},
+            text_cfg={"heads": 4, **tower},
+        )
+        preprocessing = open_clip.transform.PreprocessCfg(size=96, mean=(0.5,) * 3, std=(0.25,) * 3)
+        open_clip.model.set_model_preprocess_cfg(model, asdict(preprocessing))
+        load_model(model).save(path)
+    return f"local-dir:{path}"
+
+
 def _vit_sets(quick: bool) -> dict[str, Any]:
     """Rendered shapes: red ones are forgotten, blue ones kept; captions like "a red circle"."""
     each, tests = (4, 1) if quick else (8, 2)
@@ -108,6 +125,14 @@ SETTINGS = {
         {**_SHARED, "batch_size": 64, "learning_rate": 1e-4, "epochs": 60, "evaluate_every": 20},
         rounds=2,
         quick={"epochs": 10, "evaluate_every": 10},
+    ),
+    "small-vit": Setting(
+        "ViT of 6 layers of width 256, random weights, shapes at 96 x 96, batch 64",
+        _small_vit_model,
+        _vit_sets,
+        {**_SHARED, "batch_size": 64, "learning_rate": 1e-5, "epochs": 3, "evaluate_every": 1},
+        rounds=1,
+        quick={"epochs": 1, "batch_size": 16},
     ),
     "vit-b-32": Setting(
         "open_clip ViT-B-32, random weights, shapes at 224 x 224, batch 64",
