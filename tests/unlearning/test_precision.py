@@ -126,5 +126,17 @@ def test_one_slow_rank_decides_for_all(fast):
 
 
 def test_the_command_line_takes_auto():
-    words = "unlearn --model m --data demo --forget class:one --output o --precision auto".split()
+    words = [
+        "unlearn",
+        "--model",
+        "m",
+        "--data",
+        "demo",
+        "--forget",
+        "class:one",
+        "--output",
+        "o",
+        "--precision",
+        "auto",
+    ]
     assert make_parser().parse_args(words).precision == "auto"
