@@ -21,9 +21,11 @@ if TYPE_CHECKING:
     from cliperase_fast.auditing import Audit, audit
     from cliperase_fast.comparing import Comparison, compare
     from cliperase_fast.evaluation import evaluate
+    from cliperase_fast.inspecting import inspect_data
     from cliperase_fast.integrations.open_clip import patch_open_clip, unpatch_open_clip
     from cliperase_fast.integrations.open_clip_losses import ClipLoss, DistillClipLoss, SigLipLoss
     from cliperase_fast.integrations.transformers import patch_transformers_clip, unpatch_transformers_clip
+    from cliperase_fast.querying import select_by_query
     from cliperase_fast.unlearning import UnlearnResult, unlearn
     from cliperase_fast.unlearning.methods import methods, register_method
 
@@ -38,8 +40,10 @@ _LAZY = {
     "evaluate": "cliperase_fast.evaluation",
     "methods": "cliperase_fast.unlearning.methods",
     "patch_open_clip": "cliperase_fast.integrations.open_clip",
+    "inspect_data": "cliperase_fast.inspecting",
     "patch_transformers_clip": "cliperase_fast.integrations.transformers",
     "register_method": "cliperase_fast.unlearning.methods",
+    "select_by_query": "cliperase_fast.querying",
     "unlearn": "cliperase_fast.unlearning",
     "unpatch_open_clip": "cliperase_fast.integrations.open_clip",
     "unpatch_transformers_clip": "cliperase_fast.integrations.transformers",
@@ -65,10 +69,12 @@ __all__ = [
     "evaluate",
     "export",
     "functional",
+    "inspect_data",
     "methods",
     "patch_open_clip",
     "patch_transformers_clip",
     "register_method",
+    "select_by_query",
     "unlearn",
     "unpatch_open_clip",
     "unpatch_transformers_clip",

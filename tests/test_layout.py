@@ -20,7 +20,7 @@ LONGEST = 500  # lines of a file
 LAYERS = [
     {PACKAGE},  # its __init__.py
     {"cli"},
-    {"comparing", "demo", "ledger"},
+    {"comparing", "demo", "ledger", "inspecting", "querying"},
     {"export"},
     {"integrations"},
     {"unlearning"},

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from cliperase_fast._version import __version__
-from cliperase_fast.cli import commands
+from cliperase_fast.cli import commands, inspect, select
 from cliperase_fast.cli.completion import SHELLS
 from cliperase_fast.cli.settings import add_settings, demo_forget
 
@@ -29,8 +29,10 @@ examples:
 """
 
 
-_WITH_DATA = ("unlearn", "evaluate", "audit", "compare", "demo")
+_WITH_DATA = ("unlearn", "evaluate", "audit", "compare", "demo", "inspect", "select")
 _EXAMPLES_OF = {
+    "inspect": inspect.EXAMPLES,
+    "select": select.EXAMPLES,
     "unlearn": """\
 examples:
   cliperase-fast unlearn --model ViT-B-32:openai --data cifar100:/data --forget class:apple --output runs/apple
@@ -189,6 +191,16 @@ def make_parser() -> argparse.ArgumentParser:
 
     _add_audit(subparsers)
     _add_compare(subparsers)
+
+    look = _command(subparsers, "inspect", "what data and a forget set hold, before training", inspect.inspect)
+    inspect.add_arguments(look)
+    _add_progress(look)
+
+    find = _command(subparsers, "select", "find pairs by a text or example images", select.select)
+    _add_model(find)
+    select.add_arguments(find)
+    _add_encoding(find)
+    _add_progress(find)
 
     demo = _command(subparsers, "demo", "train a small CLIP and make it forget, from nothing", commands.demo)
     demo.usage = "cliperase-fast demo [--data SOURCE] [--forget SELECTOR] [--oracles N] [--output DIR] [settings]"

@@ -82,7 +82,7 @@ def _shardlists() -> ModuleType:
 
 
 def _expand(pattern: str, shardlists: ModuleType) -> list[str]:
-    count = _count_braces(os.path.expandvars(pattern))
+    count = count_braces(os.path.expandvars(pattern))
     if count > _MAX_SHARDS:
         raise InputError(f"the braces in {pattern[:200]!r} name {count} shards, more than {_MAX_SHARDS}; name fewer")
     try:
@@ -108,7 +108,7 @@ def _expand(pattern: str, shardlists: ModuleType) -> list[str]:
     return shards
 
 
-def _count_braces(pattern: str) -> int:
+def count_braces(pattern: str) -> int:
     """Return the most names that the braces can give: nested lists count as a product."""
     count = 1
     for inner in re.findall(r"\{([^{}]*)\}", pattern):

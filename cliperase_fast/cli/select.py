@@ -1,0 +1,76 @@
+"""The command `select`: find pairs by a question to the model, and write their ids."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from cliperase_fast.errors import InputError
+
+EXAMPLES = """\
+examples:
+  cliperase-fast select --model ViT-B-32:openai --data folder:/photos --query 'photos of a red car' --k 200 \\
+      --output red-cars.txt
+  cliperase-fast select --model local-dir:my-clip --data 'csv:/data/pairs.csv' --like car1.jpg --like car2.jpg \\
+      --threshold 0.8 --features car.features --output red-cars.txt
+  cliperase-fast unlearn ... --forget ids:red-cars.txt
+
+Look at the page beside the file of ids (red-cars.html) before anything is forgotten. With --features a second query
+over the same data needs no images.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", required=True, metavar="SOURCE", help="where the pairs come from, see below")
+    parser.add_argument("--query", action="append", default=[], metavar="TEXT", help="what to find; may be repeated")
+    parser.add_argument(
+        "--like", action="append", default=[], metavar="FILE", help="an image of what to find; may be repeated"
+    )
+    parser.add_argument("--k", type=int, metavar="N", help="find the N most similar pairs")
+    parser.add_argument("--threshold", type=float, metavar="X", help="find pairs of at least this cosine")
+    parser.add_argument("--features", metavar="FILE", help="keep the image features there for further queries")
+    parser.add_argument(
+        "--output", required=True, metavar="FILE", help="the file of ids; the page is beside it (.html)"
+    )
+
+
+def select(arguments: argparse.Namespace) -> int:
+    from cliperase_fast.cli.commands import progress_style
+    from cliperase_fast.querying import select_by_query
+    from cliperase_fast.report.wording import left_out_lines
+    from cliperase_fast.storage import check_writable
+
+    output = Path(arguments.output)
+    if output.is_dir():
+        raise InputError(f"--output={output} is a folder; give a file")
+    check_writable(output.parent, "--output")
+    query: list[Any] = [*arguments.query, *map(Path, arguments.like)]
+    if not query:
+        raise InputError("say what to find: give --query TEXT or --like FILE")
+    found = select_by_query(
+        arguments.model,
+        arguments.data,
+        query,
+        k=arguments.k,
+        threshold=arguments.threshold,
+        features=arguments.features,
+        on_error=arguments.on_error,
+        batch_size=arguments.batch_size,
+        device=arguments.device,
+        precision=arguments.precision,
+        progress=progress_style(arguments) == "bars",
+    )
+    found.save_ids(output)
+    sheet = found.save_sheet(output.with_suffix(".html"))
+    values = found.similarities[found.rows]
+    print(
+        f"found    {len(found)} of {len(found.pairs)} pairs, with a similarity of {values[-1]:.3f} to {values[0]:.3f}"
+    )
+    if found.also:
+        print(f"         and {len(found.also)} test pairs that are as similar")
+    for line in left_out_lines(found.skipped):
+        print(f"left out {line}")
+    print(f"ids      {output}\npictures {sheet}\nnext     cliperase-fast unlearn --model {arguments.model} "
+          f"--data '{arguments.data}' --forget ids:{output} --output DIR")  # fmt: skip
+    return 0

@@ -1,0 +1,288 @@
+"""`select_by_query()`: the pairs whose images are most similar to a text or to example images, by the model itself."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cliperase_fast.data import PairDataset, as_pairs, open_source, parse_reference, select
+from cliperase_fast.data.decoding import decode
+from cliperase_fast.data.intake import Tally
+from cliperase_fast.data.pair_sets import read_pairs
+from cliperase_fast.defaults import torch_defaults
+from cliperase_fast.errors import InputError
+from cliperase_fast.evaluation.encoding import image_feature_parts
+from cliperase_fast.evaluation.evaluating import check_settings
+from cliperase_fast.evaluation.ranking import PART, best_rows, cosines, mean_query
+from cliperase_fast.models import ClipAdapter, load_model
+from cliperase_fast.models.preprocessing import try_transform
+from cliperase_fast.models.requirements import check_weights
+from cliperase_fast.models.runtime import in_float32, inference, pick_device
+from cliperase_fast.progress import Steps, say
+from cliperase_fast.report.contact_sheet import Group, contact_sheet, thumbnails
+from cliperase_fast.report.rendering import write_page
+from cliperase_fast.storage import write_text_atomically, writing
+from cliperase_fast.unlearning.feature_file import FeatureFile
+
+SHOWN, AROUND = 96, 24  # pictures of the most similar pairs, and on each side of the cut
+
+
+@dataclass(frozen=True)
+class QueryMatches:
+    """The pairs that a query found.
+
+    query: in words. pairs: all pairs that were ranked. similarities: the cosine of each of them, float32 [n]; NaN for
+    none. rows: of the pairs found, the most similar first. also: ids of the source's test pairs that are as similar,
+    so that the forgetting is measured on them. skipped: what was left out.
+    """
+
+    query: str
+    pairs: PairDataset
+    similarities: np.ndarray
+    rows: np.ndarray
+    also: list[str] = field(default_factory=list)
+    skipped: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def ids(self) -> list[str]:
+        """The ids of the pairs found, the most similar first."""
+        return [self.pairs.ids[row] for row in self.rows]
+
+    @property
+    def found(self) -> PairDataset:
+        """The pairs found, for `unlearn(forget=...)`."""
+        return self.pairs.subset(self.rows)
+
+    @property
+    def rest(self) -> PairDataset:
+        """All other pairs."""
+        return self.pairs.without(self.rows)
+
+    def save_ids(self, path: str | Path) -> Path:
+        """Write the ids, one a line, for the selector `ids:FILE`; those of test pairs too."""
+        odd = next((name for name in (*self.ids, *self.also) if name != name.strip() or "\n" in name), None)
+        if odd is not None:
+            raise InputError(f"the id {odd!r} does not fit into a file of ids: rename that image")
+        path = Path(path)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text_atomically(path, "".join(f"{name}\n" for name in (*self.ids, *self.also)))
+        return path
+
+    def save_sheet(self, path: str | Path) -> Path:
+        """Write a page with pictures of the most similar pairs and of those on both sides of the cut."""
+        with writing(path):
+            return write_page(self.sheet(), path)
+
+    def sheet(self) -> str:
+        """Return that page."""
+        values = self.similarities
+        order = best_rows(values, k=len(self) + AROUND)
+        below = [row for row in order if row not in set(self.rows.tolist())][:AROUND]
+
+        def group(heading: str, text: str, rows: Sequence[int]) -> Group:
+            return Group(heading, text, thumbnails(self.pairs, rows, [f"{values[row]:.3f}" for row in rows]))
+
+        groups = [group("The most similar", "These would be forgotten.", self.rows[:SHOWN].tolist())]
+        last = self.rows[max(SHOWN, len(self) - AROUND) :].tolist()
+        if last:
+            groups.append(group("The last that were found", "Should they still be forgotten?", last))
+        if below:
+            groups.append(group("The next, which were not found", "Should they be forgotten too?", below))
+        facts = [
+            ("Data", self.pairs.name),
+            ("Found", f"{len(self)} of {len(self.pairs)} pairs"),
+            ("Similarity", f"{values[self.rows[-1]]:.3f} to {values[self.rows[0]]:.3f}, a cosine"),
+            *([("Test pairs", f"{len(self.also)} as similar")] if self.also else []),
+        ]
+        return contact_sheet(self.query, "Pairs found by a query", facts, groups)
+
+
+@torch_defaults()
+def select_by_query(
+    model: Any,
+    data: Any,
+    query: Any,
+    *,
+    k: int | None = None,
+    threshold: float | None = None,
+    features: str | Path | Tensor | None = None,
+    tokenizer: Callable[[Sequence[str]], Tensor] | None = None,
+    transform: Callable[[Any], Tensor] | None = None,
+    on_error: str = "raise",
+    batch_size: int = 256,
+    device: str | torch.device = "auto",
+    precision: str = "fp32",
+    num_workers: int = 0,
+    progress: bool | None = None,
+) -> QueryMatches:
+    """Find the pairs whose images the model finds most similar to a query, to forget them.
+
+    model: whatever `unlearn()` takes.
+    data: a dataset of (image, caption) pairs, "SOURCE" or "SOURCE#SELECTOR". The test split of a source is ranked too.
+    query: a text such as "photos of a red car", an example image (PIL, or a `Path`), or a list of these, whose mean
+        direction counts.
+    k, threshold: how many pairs are found at most, and the least cosine. At least one of them is needed.
+    features: a file that keeps the image features, so that further queries need no images; it is written if it does not
+        exist. Or the features themselves, unit rows [n, D].
+    tokenizer, transform: needed only if the model does not have its own.
+    on_error: for unreadable images: "raise", or "skip" to leave them out and count them.
+    batch_size, device, precision, num_workers, progress: as in `evaluate()`.
+
+    Memory holds one similarity for each pair and one batch; features are not kept in it. Raises `InputError` for wrong
+    arguments, and if nothing or everything matches.
+    """
+    if k is None and threshold is None:
+        raise InputError("say how many pairs to find: give k=, or the least similarity threshold=")
+    if k is not None and k < 1:
+        raise InputError(f"k={k} must be at least 1")
+    if threshold is not None and not -1 <= threshold <= 1:
+        raise InputError(f"threshold={threshold} is a cosine: it must lie between -1 and 1")
+    chosen = pick_device(device)
+    check_settings(batch_size, num_workers, precision, chosen, "error")
+    show = sys.stderr.isatty() if progress is None else progress
+    train, test = _open(data, on_error)
+    skipped = Tally()
+    if on_error == "skip" and not isinstance(features, Tensor):
+        train = read_pairs(train, train.name, skipped, on_error=on_error, progress=show)
+        test = None if test is None else read_pairs(test, test.name, skipped, on_error=on_error, progress=show)
+    adapter = in_float32(load_model(model, tokenizer=tokenizer, device=chosen))
+    check_weights(adapter, "model")
+    if transform is not None:
+        adapter.transform = transform
+    words = _in_words(query)
+    with inference(adapter.module, chosen, precision):
+        direction = mean_query(_encoded_query(adapter, query, chosen))
+
+    def ranked(pairs: PairDataset, given: Any) -> np.ndarray:
+        parts = _features(adapter, pairs, given, batch_size, chosen, precision, num_workers, show)
+        return cosines(parts, direction, len(pairs))
+
+    say("ranking %d images of %s", len(train), train.name)
+    similarities = ranked(train, features)
+    rows = best_rows(similarities, k=k, threshold=threshold)
+    _check_found(rows, similarities, train, words, threshold)
+    also = []
+    if test is not None:
+        of_test = ranked(test, None if features is None or isinstance(features, Tensor) else _beside(Path(features)))
+        also = [test.ids[row] for row in best_rows(of_test, threshold=float(similarities[rows[-1]]))]
+    return QueryMatches(words, train, similarities, rows, also, skipped.to_dict())
+
+
+def _open(data: Any, on_error: str) -> tuple[PairDataset, PairDataset | None]:
+    """Return the pairs to rank, and the test pairs of their source."""
+    if not isinstance(data, str):
+        pairs, test = as_pairs(data, "data", on_error=on_error), None
+    else:
+        spec, selector = parse_reference(data)
+        source = open_source(spec, on_error=on_error)
+        pairs, test = source.train, source.test
+        if selector is not None:
+            pairs = pairs.subset(select(pairs, selector, other=test))
+            test = None  # the selector may match none of it
+    if len(pairs) < 2:
+        raise InputError(f"{pairs.name} has {len(pairs)} pairs; ranking needs at least two")
+    return pairs, test
+
+
+def _in_words(query: Any) -> str:
+    parts = list(query) if isinstance(query, (list, tuple)) else [query]
+    if not parts:
+        raise InputError("the query is an empty list: give a text or an example image")
+    return ", ".join(part if isinstance(part, str) else str(part) if isinstance(part, Path) else "an example image"
+                     for part in parts)  # fmt: skip
+
+
+def _encoded_query(adapter: ClipAdapter, query: Any, device: torch.device) -> Tensor:  # [Q, D]
+    parts = list(query) if isinstance(query, (list, tuple)) else [query]
+    features = []
+    for part in parts:
+        if isinstance(part, str):
+            if not part.strip():
+                raise InputError("the query is an empty text: describe what to find, such as 'photos of a red car'")
+            features.append(adapter.encode_text(adapter.token_ids([part])))
+            continue
+        image = decode(str(part), str(part)) if isinstance(part, Path) else part
+        if isinstance(image, Image.Image):
+            if adapter.transform is None:
+                raise InputError("the example image needs a transform and the model brings none: pass transform=")
+            image = try_transform(adapter.transform, image.convert("RGB"))
+        if not isinstance(image, Tensor):
+            raise InputError(f"the query is a {type(part).__name__}: give a text, a PIL image or the Path of an image")
+        features.append(adapter.encode_image(image[None].to(device)))
+    return torch.cat([part.float().cpu() for part in features])
+
+
+def _features(
+    adapter: ClipAdapter, pairs: PairDataset, given: Any, batch_size: int, device: torch.device, precision: str,
+    num_workers: int, progress: bool,
+) -> Iterator[Tensor]:  # fmt: skip
+    """Yield the image features in parts: given, read from a file, or encoded and maybe written to it."""
+    if isinstance(given, Tensor):
+        if given.ndim != 2 or len(given) != len(pairs):
+            raise InputError(
+                f"features is a tensor {list(given.shape)} and {pairs.name} has {len(pairs)} pairs: give [n, D]"
+            )
+        yield from given.split(PART)
+        return
+    file = None
+    if given is not None:
+        with inference(adapter.module, device, precision):
+            width = adapter.encode_text(adapter.token_ids([pairs.captions[0][0]])).shape[1]
+        made_from = {"model": adapter.identity(), "data": pairs.fingerprint(), "precision": precision}
+        file = FeatureFile(Path(given), (len(pairs), width), made_from)
+        if file.state() == "whole":
+            for start in range(0, len(pairs), PART):
+                yield torch.from_numpy(file[np.arange(start, min(start + PART, len(pairs)))])
+            return
+        file.create()
+    start = 0
+    try:
+        with Steps(len(pairs), "encoding", "image", bar=progress) as steps:
+            for part in image_feature_parts(adapter, pairs, batch_size, device, precision, num_workers):
+                if file is not None:
+                    file.write(start, part.numpy())
+                start += len(part)
+                steps.update(len(part))
+                yield part
+        if file is not None:
+            file.finish()
+    except BaseException:
+        if file is not None:
+            file.discard()
+        raise
+
+
+def _beside(path: Path) -> Path:
+    """Return the file of the test split's features."""
+    return path.with_name(f"{path.stem}-test{path.suffix}")
+
+
+def _check_found(
+    rows: np.ndarray, similarities: np.ndarray, pairs: PairDataset, words: str, threshold: float | None
+) -> None:
+    if len(rows) == len(pairs):
+        raise InputError(
+            f"all {len(pairs)} pairs of {pairs.name} match {words!r}, so nothing would be left to keep: give a smaller "
+            "k or a higher threshold"
+        )
+    if len(rows):
+        return
+    if not np.isfinite(similarities).any():
+        raise InputError(f"the model's features of {pairs.name} are not finite, so nothing can be ranked")
+    best = int(np.nanargmax(similarities))
+    raise InputError(
+        f"no pair of {pairs.name} has a similarity of {threshold:g} to {words!r}: the highest is "
+        f"{similarities[best]:.3f} ({pairs.ids[best]!r}); give a lower threshold, or k"
+    )

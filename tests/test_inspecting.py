@@ -1,0 +1,78 @@
+"""Looking at data before anything is trained: `inspect_data()` and the command `inspect`."""
+
+import json
+import shutil
+
+import pytest
+from models.tiny_models import picture
+
+import cliperase_fast as cf
+from cliperase_fast import cli
+from cliperase_fast.errors import InputError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """12 pictures in three classes and two splits; one is damaged, one occurs twice, one is in both splits."""
+    root = tmp_path / "data"
+    for number in range(12):
+        name = ("cat", "dog", "owl")[number % 3]
+        path = root / ("test" if number > 8 else "train") / name / f"{number:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(number).save(path)
+    (root / "train" / "dog" / "04.png").write_bytes(b"not an image")
+    shutil.copy(root / "train" / "owl" / "02.png", root / "train" / "owl" / "copy.png")
+    shutil.copy(root / "train" / "cat" / "00.png", root / "test" / "cat" / "again.png")
+    return root
+
+
+def test_sets_classes_duplicates_and_unreadable_images_are_counted(folder):
+    found = cf.inspect_data(f"folder:{folder}", "class:cat")
+    content = found.content
+    assert {name: row["pairs"] for name, row in content["sets"].items()} == {
+        "forget": 3, "retain": 7, "forget test": 2, "retain test": 2
+    }  # fmt: skip
+    assert content["classes"]["owl"] == {"forget": 0, "retain": 4, "forget test": 0, "retain test": 1}
+    assert content["unreadable"]["count"] == 1 and "04.png" in content["unreadable"]["examples"][0]
+    assert sorted(map(sorted, content["duplicates"]["examples"])) == [
+        ["test/cat/again.png (forget test)", "train/cat/00.png (forget)"],
+        ["train/owl/02.png (retain)", "train/owl/copy.png (retain)"],
+    ]
+    assert "1 images are in forget and in forget test" in content["notes"]
+    assert content["longest"][0]["caption"] == "a photo of a cat"
+    assert content["read"] == content["images"] == 14
+    text = found.text()
+    assert "04.png" in text and "train/owl/copy.png" in text and "owl" in text
+
+
+def test_without_a_forget_set_the_splits_are_shown_and_few_images_suffice(folder):
+    found = cf.inspect_data(f"folder:{folder}", images=2)
+    assert {name: row["pairs"] for name, row in found.content["sets"].items()} == {"train": 10, "test": 4}
+    assert found.content["read"] == 4 < found.content["images"]
+
+
+def test_pairs_in_both_sets_are_counted(tmp_path):
+    picture(0).save(tmp_path / "0.png")
+    picture(1).save(tmp_path / "1.png")
+    picture(2).save(tmp_path / "2.png")
+    (tmp_path / "t.csv").write_text("filepath\ttitle\n0.png\ta red car\n1.png\ta dog\n1.png\ta red dog\n2.png\ta hat\n")
+    found = cf.inspect_data(f"csv:{tmp_path}/t.csv", "caption:car", retain="caption:red,dog,car")
+    assert found.content["overlap"] == 1
+    assert found.content["classes"] == {} and "no classes" in found.text()
+
+
+def test_the_command_prints_json_and_writes_a_page_without_training(folder, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    words = ["inspect", "--data", f"folder:{folder}", "--forget", "class:owl", "--quiet"]
+    assert cli.main([*words, "--json", "--output", str(page)]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["sets"]["forget"]["pairs"] == 4
+    text = page.read_text()
+    assert text.count("data:image/jpeg") == 13 and "04.png cannot be read" in text and "a photo of a owl" in text
+    assert cli.main([*words[:4], "class:zebra"]) == 2
+    assert "no class 'zebra'" in capsys.readouterr().err
+
+
+def test_a_negative_number_of_images_is_refused():
+    with pytest.raises(InputError, match="images=-1"):
+        cf.inspect_data("demo", images=-1)

@@ -1,0 +1,138 @@
+"""Finding pairs by a question to the model: `select_by_query()` and the command `select`."""
+
+import numpy as np
+import pytest
+import torch
+from models.tiny_models import picture, tiny_open_clip
+from PIL import Image
+
+import cliperase_fast as cf
+from cliperase_fast import cli
+from cliperase_fast.data import open_source, select
+from cliperase_fast.errors import InputError
+from cliperase_fast.evaluation.ranking import best_rows, cosines, nearest
+from cliperase_fast.models import load_model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_open_clip()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """40 pictures in two classes."""
+    for number in range(40):
+        path = tmp_path / "data" / ("cat" if number % 2 else "dog") / f"{number:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(number).save(path)
+    return tmp_path / "data"
+
+
+def transform(image):
+    return torch.from_numpy(np.asarray(image.resize((16, 16)), dtype=np.float32) / 255 - 0.5).permute(2, 0, 1)
+
+
+def query(model, data, text="a photo of a cat", **settings):
+    return cf.select_by_query(model, data, text, transform=transform, progress=False, batch_size=7, **settings)
+
+
+def test_nearest_agrees_with_a_sort_and_keeps_the_order_of_equal_rows():
+    features = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
+    features = torch.nn.functional.normalize(features[torch.arange(100) % 60], dim=1)  # some rows twice
+    direction = torch.nn.functional.normalize(torch.ones(1, 8), dim=1)
+    expected = np.argsort(-(features @ direction[0]).numpy(), kind="stable")
+    for k in (1, 7, 99, 200):
+        assert nearest(features, direction, k=k).tolist() == expected[:k].tolist()
+    parts = cosines(features.half().split(9), direction[0], 100)
+    np.testing.assert_allclose(parts, (features @ direction[0]).numpy(), atol=2e-3)
+
+
+def test_best_rows_leaves_out_nan_and_what_is_below_the_threshold():
+    values = np.array([0.3, np.nan, 0.9, 0.3, 0.1], dtype=np.float32)
+    assert best_rows(values, k=3).tolist() == [2, 0, 3]
+    assert best_rows(values, k=2).tolist() == [2, 0]
+    assert best_rows(values, threshold=0.3).tolist() == [2, 0, 3]
+    assert best_rows(values, k=1, threshold=0.2).tolist() == [2]
+
+
+def test_a_query_ranks_by_the_models_own_similarity(model, folder):
+    found = query(model, f"folder:{folder}", k=5)
+    pairs = open_source(f"folder:{folder}").train
+    with torch.no_grad():
+        pixels = torch.stack([transform(pairs.image(row)) for row in range(len(pairs))])
+        tokens = load_model(model).token_ids(["a photo of a cat"])
+        text = model.encode_text(tokens, normalize=True)
+        expected = (model.encode_image(pixels, normalize=True) @ text[0]).numpy()
+    np.testing.assert_allclose(found.similarities, expected, atol=1e-5)
+    assert found.ids == [pairs.ids[row] for row in np.argsort(-expected)[:5]]
+    assert len(found.rest) == 35 and set(found.rest.ids) & set(found.ids) == set()
+
+
+def test_an_example_image_finds_itself_first(model, folder):
+    path = folder / "cat" / "07.png"
+    assert query(model, f"folder:{folder}", path, k=3).ids[0] == "cat/07.png"
+    assert query(model, f"folder:{folder}", Image.open(path), threshold=0.9999).ids[0] == "cat/07.png"
+
+
+def test_kept_features_answer_without_the_images(model, folder, tmp_path):
+    file = tmp_path / "kept.features"
+    first = query(model, f"folder:{folder}", k=5, features=file)
+    for path in folder.rglob("*.png"):
+        path.write_bytes(b"gone")
+    again = query(model, f"folder:{folder}", k=5, features=file)
+    assert again.ids == first.ids
+    np.testing.assert_allclose(again.similarities, first.similarities, atol=1e-6)
+    with pytest.raises(InputError, match=r"\.png"):
+        query(tiny_open_clip(seed=1), f"folder:{folder}", k=5, features=file)  # another model's are not used
+
+
+def test_queries_that_cannot_be_answered_are_refused(model, folder):
+    data = f"folder:{folder}"
+    with pytest.raises(InputError, match=r"no pair of .* has a similarity of 0.999 to 'a photo of a cat': the highest"):
+        query(model, data, threshold=0.999)
+    with pytest.raises(InputError, match=r"all 40 pairs .* nothing would be left"):
+        query(model, data, k=40)
+    with pytest.raises(InputError, match="give k="):
+        query(model, data)
+    with pytest.raises(InputError, match="threshold=3 is a cosine"):
+        query(model, data, threshold=3)
+    with pytest.raises(InputError, match="empty text"):
+        query(model, data, " ", k=3)
+    (folder / "dog" / "00.png").write_bytes(b"not an image")
+    with pytest.raises(InputError, match=r"00\.png"):
+        query(model, data, k=3)
+    skipping = query(model, data, k=3, on_error="skip")
+    assert len(skipping.pairs) == 39
+    assert sum(row["count"] for row in skipping.skipped.values()) == 1
+
+
+def test_the_test_split_is_searched_too(model, folder):
+    (folder / "cat").rename(folder.parent / "cat")
+    for split in ("train", "test"):
+        (folder / split).mkdir()
+    (folder.parent / "cat").rename(folder / "train" / "cat")
+    (folder / "dog").rename(folder / "test" / "cat")
+    found = query(model, f"folder:{folder}", k=5)
+    assert found.also and all(name.startswith("test/") for name in found.also)
+    assert all(name.startswith("train/") for name in found.ids)
+
+
+def test_the_command_writes_ids_that_a_selector_reads_and_a_page(model, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("cliperase_fast.querying.load_model", lambda *args, **kwargs: loaded(model))
+    output = tmp_path / "found.txt"
+    words = ["select", "--model", "m", "--data", f"folder:{folder}", "--query", "<b>red</b> cars", "--k", "6"]
+    assert cli.main([*words, "--output", str(output), "--quiet"]) == 0
+    pairs = open_source(f"folder:{folder}").train
+    assert select(pairs, f"ids:{output}").sum() == 6
+    page = output.with_suffix(".html").read_text()
+    assert page.count("data:image/jpeg") == 6 + 24 and "&lt;b&gt;red&lt;/b&gt; cars" in page and "<b>red" not in page
+    assert f"--forget ids:{output}" in capsys.readouterr().out
+    assert cli.main([*words[:5], "--k", "3", "--output", str(output)]) == 2
+    assert "give --query TEXT or --like FILE" in capsys.readouterr().err
+
+
+def loaded(model):
+    adapter = load_model(model)
+    adapter.transform = transform
+    return adapter
