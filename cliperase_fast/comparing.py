@@ -126,6 +126,7 @@ def compare(
             used = _settings_of(name, settings, recipes)
             entry = _attempt(name, model, shared, used, folder / name, originals, record)
             record.add(name, {**entry, "left_out": sorted(settings.keys() - used.keys())})
+        record.write_page()
     return Comparison(record.content, folder)
 
 
@@ -249,9 +250,14 @@ class _Record:
 
     def add(self, name: str, entry: dict[str, Any]) -> None:
         self.content["methods"] = {**self.content["methods"], name: printable_data(entry)}
-        with writing(self.folder / FILE):
+        with writing(self.folder / FILE, "the same call continues"):
             text = json.dumps(self.content, indent=2, allow_nan=False)
             write_text_atomically(self.folder / FILE, text + "\n")
+        self.write_page()
+
+    def write_page(self) -> None:
+        """Write compare.html. A call that was interrupted between the two files may have left an older one."""
+        with writing(self.folder / PAGE, "the same call continues"):
             write_text_atomically(self.folder / PAGE, comparison_page(self.content))
 
     def describe(self, audit: Audit) -> None:

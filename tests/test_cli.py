@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from cliperase_fast import UnlearnConfig, cli
+from cliperase_fast import UnlearnConfig, cli, config
 from cliperase_fast.cli.parser import make_parser
 from cliperase_fast.cli.settings import given_settings
 
@@ -94,13 +94,26 @@ def test_flags_win_over_the_config_file_and_that_over_the_preset(tmp_path):
         "flickr30k",
     ]
     arguments = make_parser().parse_args([*words, "--config", str(path), "--epochs", "3"])
-    config = UnlearnConfig.from_dict(given_settings(arguments))
-    assert (config.epochs, config.batch_size, config.learning_rate) == (3, 32, 1e-8)
+    found = UnlearnConfig.from_dict(given_settings(arguments))
+    assert (found.epochs, found.batch_size, found.learning_rate) == (3, 32, 1e-8)
 
 
 def settings_of(*words):
     needed = ("unlearn", "--model", "m", "--data", "demo", "--forget", "class:one", "--output", "o")
     return given_settings(make_parser().parse_args([*needed, *map(str, words)]))
+
+
+def test_flags_and_the_config_file_win_over_a_recipe(tmp_path, monkeypatch):
+    monkeypatch.setattr(config, "RECIPES", tmp_path)
+    (tmp_path / "ssd.yaml").write_text("method: ssd\nmethod_options: {alpha: 30.0}\nselect: divergence\nseed: 1\n")
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({"seed": 2, "retain_floor": 0.1}))
+    recipe = {"method": "ssd", "method_options": {"alpha": 30.0}, "select": "divergence", "seed": 1}
+    assert settings_of("--recipe", "ssd") == recipe
+    assert settings_of("--recipe", "ssd", "--config", path) == {**recipe, "seed": 2, "retain_floor": 0.1}
+    path.write_text(json.dumps({"method": "slug"}))
+    assert "method_options" not in settings_of("--recipe", "ssd", "--config", path)
+    assert settings_of("--recipe", "ssd", "--method", "slug", "--seed", 3).keys() == {"method", "select", "seed"}
 
 
 def test_a_method_and_its_options_are_given_as_words(tmp_path):

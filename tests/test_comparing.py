@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import cliperase_fast as cf
-from cliperase_fast import InputError, cli, comparing
+from cliperase_fast import InputError, UnlearningError, cli, comparing
 from cliperase_fast.unlearning.methods import ClosedFormMethod, TrainingMethod, registry
 
 sys.path.append(str(Path(__file__).parent / "auditing"))
@@ -129,6 +130,26 @@ def test_the_same_call_continues_and_repeats_what_failed(tmp_path, monkeypatch):
     second = compare(tmp_path / "runs", ["broken", "shift"])
     assert called == ["broken"]
     assert not second.failed and second.methods["shift"] == first.methods["shift"]
+
+
+@pytest.mark.parametrize("file", ["compare.json", "compare.html"])
+def test_a_full_disk_is_one_line_and_the_same_call_goes_on(tmp_path, monkeypatch, file):
+    write = comparing.write_text_atomically
+
+    def full(path, text):
+        if path.name == file and path.exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, text)
+
+    compare(tmp_path / "runs", ["broken"])
+    kept = (tmp_path / "runs" / file).read_text()
+    monkeypatch.setattr(comparing, "write_text_atomically", full)
+    with pytest.raises(UnlearningError, match=f"cannot write .*{file}.*; the same call continues"):
+        compare(tmp_path / "runs", ["shift"])
+    assert (tmp_path / "runs" / file).read_text() == kept
+    monkeypatch.setattr(comparing, "write_text_atomically", write)
+    assert "scores" in compare(tmp_path / "runs", ["shift"]).methods["shift"]
+    assert "shift" in (tmp_path / "runs" / file).read_text()
 
 
 @pytest.mark.parametrize(

@@ -76,10 +76,10 @@ def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     if getattr(arguments, "recipe", None):
         settings.update(recipe_settings(arguments.recipe))
     if getattr(arguments, "config", None):
-        settings.update(read_settings(arguments.config))
-    method = getattr(arguments, "method", None)
-    if method is not None and method != settings.get("method"):
-        settings.pop("method_options", None)  # of the method that the flag replaces
+        found = read_settings(arguments.config)
+        _replace_method(settings, found.get("method"))
+        settings.update(found)
+    _replace_method(settings, getattr(arguments, "method", None))
     for spec in dataclasses.fields(UnlearnConfig):
         if hasattr(arguments, spec.name):
             value = getattr(arguments, spec.name)
@@ -96,6 +96,12 @@ def settings_text(config: UnlearnConfig) -> str:
         groups.setdefault(spec.metadata["group"], {})[spec.name] = getattr(config, spec.name)
     parts = [f"# {name}\n{yaml.safe_dump(values, sort_keys=False)}" for name, values in groups.items()]
     return "\n".join(parts)
+
+
+def _replace_method(settings: dict[str, Any], method: Any) -> None:
+    """Drop the options of the method that `method` is about to replace."""
+    if method is not None and method != settings.get("method"):
+        settings.pop("method_options", None)
 
 
 def demo_forget() -> str:
