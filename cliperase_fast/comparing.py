@@ -201,7 +201,9 @@ def _named(model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     def text(value: Any) -> Any:
         if isinstance(value, (list, tuple)) and all(isinstance(one, (str, Path, nn.Module)) for one in value):
             return [text(one) for one in value]
-        return str(value) if value is None or isinstance(value, (str, Path)) else f"<{type(value).__name__}>"
+        if value is None:
+            return None
+        return str(value) if isinstance(value, (str, Path)) else f"<{type(value).__name__}>"
 
     return {"model": text(model), **{name: text(value) for name, value in given.items()}}
 

@@ -108,7 +108,8 @@ def test_methods_start_from_their_recipes_and_settings_win(recipe_of_shift, tmp_
 
     monkeypatch.setattr(comparing, "unlearn", stop)
     for number, changes in enumerate(({}, {"retain_floor": 0.1}, {"recipes": False})):
-        compare(tmp_path / f"runs{number}", ["shift"], **changes)
+        found = compare(tmp_path / f"runs{number}", ["shift"], **changes)
+    assert (found.content["inputs"]["recipes"], found.content["inputs"]["oracle"]) == (False, None)
     recipe = {"method": "shift", "select": "divergence", "retain_floor": 0.5}
     audited = {"audit": True, "report": False}
     assert used == [{**recipe, **audited}, {**recipe, "retain_floor": 0.1, **audited}, {"method": "shift", **audited}]
