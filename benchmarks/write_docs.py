@@ -24,7 +24,7 @@ from cliperase_fast.evaluation import METRICS
 from cliperase_fast.planning.cost_model import step_cost
 from cliperase_fast.planning.plan import step_of
 
-from . import audit_report, leaderboard_report, loss_report, points_report, unaided_report
+from . import audit_report, leaderboard_report, ledger_report, loss_report, points_report, unaided_report
 from .machine import RESULTS, ROOT, abilities_text
 from .product_bound import bound_table
 from .providers import BASELINES, every_provider
@@ -386,7 +386,16 @@ def _unaided() -> dict[str, Any]:
     return {name: load(f"unaided-{name}") for name in names}
 
 
+def ledger_figures() -> str:
+    if not (RESULTS / "ledger.json").exists():
+        return ledger_report.NOT_MEASURED
+    parts = load("ledger")["parts"]
+    shown = [table(*part) if isinstance(part, tuple) else part for part in ledger_report.section(parts)]
+    return "\n\n".join([*shown, *(provenance(part) for part in parts.values())])
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "ledger": ledger_figures,
     "unaided": lambda: unaided_report.overall_line(_unaided()),
     "unaided-overview": lambda: table(*unaided_report.overview_table(_unaided())),
     **{f"unaided-{name}": partial(unaided, name) for name in unaided_report.DATA},

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from cliperase_fast.integrations.open_clip import patch_open_clip, unpatch_open_clip
     from cliperase_fast.integrations.open_clip_losses import ClipLoss, DistillClipLoss, SigLipLoss
     from cliperase_fast.integrations.transformers import patch_transformers_clip, unpatch_transformers_clip
+    from cliperase_fast.ledger import Ledger
     from cliperase_fast.querying import select_by_query
     from cliperase_fast.unlearning import UnlearnResult, unlearn
     from cliperase_fast.unlearning.methods import methods, register_method
@@ -34,6 +35,7 @@ _LAZY = {
     "ClipLoss": "cliperase_fast.integrations.open_clip_losses",
     "Comparison": "cliperase_fast.comparing",
     "DistillClipLoss": "cliperase_fast.integrations.open_clip_losses",
+    "Ledger": "cliperase_fast.ledger",
     "SigLipLoss": "cliperase_fast.integrations.open_clip_losses",
     "audit": "cliperase_fast.auditing",
     "compare": "cliperase_fast.comparing",
@@ -58,6 +60,7 @@ __all__ = [
     "Comparison",
     "DistillClipLoss",
     "InputError",
+    "Ledger",
     "SigLipLoss",
     "UnlearnConfig",
     "UnlearnResult",

@@ -7,6 +7,7 @@ from typing import Any
 
 from cliperase_fast._version import __version__
 from cliperase_fast.cli import commands, inspect, select
+from cliperase_fast.cli import ledger as ledgers
 from cliperase_fast.cli.completion import SHELLS
 from cliperase_fast.cli.settings import add_settings, demo_forget
 
@@ -29,7 +30,7 @@ examples:
 """
 
 
-_WITH_DATA = ("unlearn", "evaluate", "audit", "compare", "demo", "inspect", "select")
+_WITH_DATA = ("unlearn", "evaluate", "audit", "compare", "ledger", "demo", "inspect", "select")
 _EXAMPLES_OF = {
     "inspect": inspect.EXAMPLES,
     "select": select.EXAMPLES,
@@ -74,6 +75,8 @@ Every method gets the same model, pairs, splits and audit, and a run directory o
 goes on after a method that fails, and the same command again continues where it ended. `cliperase-fast methods`
 lists the methods. A setting that a method does not use is left out for it.
 """,
+    "ledger": ledgers.EXAMPLES,
+    "apply": ledgers.APPLY_EXAMPLES,
     "demo": """\
 examples:
   cliperase-fast demo
@@ -191,6 +194,10 @@ def make_parser() -> argparse.ArgumentParser:
 
     _add_audit(subparsers)
     _add_compare(subparsers)
+    ledger = _command(subparsers, "ledger", "requests to forget over time, each undoable and provable", ledgers.ledger)
+    ledgers.add_ledger(ledger, _MODEL, _add_progress)
+    apply = _command(subparsers, "apply", "add a request of somebody's ledger to the same base", ledgers.apply)
+    ledgers.add_apply(apply, _MODEL)
 
     look = _command(subparsers, "inspect", "what data and a forget set hold, before training", inspect.inspect)
     inspect.add_arguments(look)

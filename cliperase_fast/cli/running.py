@@ -16,7 +16,11 @@ from cliperase_fast.cli.parser import make_parser
 from cliperase_fast.errors import InputError, UnlearningError
 
 # How to go on with a command that was stopped.
-_GOES_ON = {"unlearn": "; the same command with --resume goes on", "demo": "; the same command goes on"}
+_GOES_ON = {
+    "unlearn": "; the same command with --resume goes on",
+    "demo": "; the same command goes on",
+    "ledger": "; the same command goes on",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

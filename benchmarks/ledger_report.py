@@ -1,0 +1,88 @@
+"""The figures of benchmarks/results/ledger.json, for docs/ledger.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+Part = str | tuple[Sequence[str], Sequence[Sequence[str]]]  # a text, or a table's head and rows
+
+NOT_MEASURED = "Not measured yet: `python -m benchmarks.ledger shapes`, `kills`, `ranks`."
+_WAYS = {"exact": "exactly", "replay": "by replaying", "merge": "by merging"}
+
+
+def section(parts: Mapping[str, Any]) -> list[Part]:
+    """Return texts and tables. parts: of the record."""
+    found: list[Part] = []
+    if "after" in parts.get("shapes", {}):
+        found += _shapes(parts["shapes"])
+    if "kills" in parts:
+        kills = parts["kills"]
+        found.append(
+            f"**Killed sessions.** {kills['same_head']} of {kills['kills']} ended with the head of a session that was "
+            f"left alone; {kills['too_late']} of them were done before they were to be killed."
+        )
+    if "ranks" in parts:
+        found.append(
+            f"**On {parts['ranks']['ranks']} ranks.** The session of three requests on digits, after the last one:"
+        )
+        found.append((_HEAD[:5], list(_ranks(parts["ranks"]))))
+    return found or [NOT_MEASURED]
+
+
+_HEAD = ("", "forget top-1", "association", "background", "retain top-1", "at the target")
+
+
+def _shapes(shapes: Mapping[str, Any]) -> Iterator[Part]:
+    last = list(shapes["requests"].values())[-1]["audits"]
+    after = shapes["after"]
+    kept, change = "within" if after["within_floor"] else "below", 100 * after["retain_change"]
+    yield (
+        f"**Five requests in a row.** After the last one {len(after['at_target'])} of {len(last)} are at the target; "
+        f"the retain accuracy changed by {change:+.1f} points at worst, {kept} the floor of 2 points:"
+    )
+    yield _HEAD, [(name, *_cells(audit), "yes" if audit["at_target"] else "no") for name, audit in last.items()]
+    deltas = [request["delta"] for request in shapes["requests"].values()]
+    small, large = (end(delta["bytes"] for delta in deltas) / 2**20 for end in (min, max))
+    whole = deltas[0]["whole_bytes"] / 2**20
+    yield f"A delta takes {small:.1f} to {large:.1f} MiB, where the changed tensors have {whole:.1f} MiB."
+    if shapes["undo"]:
+        yield "**Undone, each in a copy.** The undone concept in the base and after undoing, and the other requests:"
+        yield (
+            ("request", "how", "images", "top-1, base", "undone", "association, base", "undone", "others forgotten"),
+            [
+                (
+                    one["undone"], _WAYS[one["how"]], str(one["concept"]["forget_pairs"]),
+                    *(_percent(one["concept"]["forget_top1"][state]) for state in ("base", "now")),
+                    *(f"{one['concept']['association'][state]:.3f}" for state in ("base", "now")),
+                    "yes" if one["others_at_target"] else "no",
+                )
+                for one in shapes["undo"].values()
+            ],
+        )  # fmt: skip
+        for how, pooled in shapes.get("pooled", {}).items():
+            if pooled:
+                base, now = (_percent(pooled[state]) for state in ("base", "now"))
+                yield (
+                    f"Undone {_WAYS[how]}, pooled over {pooled['images']} test images: {base} in the base, {now} after "
+                    "undoing."
+                )
+
+
+def _ranks(ranks: Mapping[str, Any]) -> Iterator[Sequence[str]]:
+    for name, audit in ranks["two_ranks"].items():
+        yield f"{name}, {ranks['ranks']} ranks", *_cells(audit)
+        yield f"{name}, one process", *_cells(ranks["one_process"][name])
+
+
+def _cells(audit: Mapping[str, Any]) -> tuple[str, ...]:
+    return (
+        f"{_percent(audit['forget_top1']['base'])} → {_percent(audit['forget_top1']['now'])}",
+        f"{audit['association']['base']:.3f} → {audit['association']['now']:.3f}",
+        f"{audit['background']:.3f}",
+        f"{_percent(audit['retain_top1']['base'])} → {_percent(audit['retain_top1']['now'])}",
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"

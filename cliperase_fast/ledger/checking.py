@@ -1,0 +1,120 @@
+"""Recompute the hashes of a ledger, and say what it holds in short."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cliperase_fast.errors import InputError, UnlearningError
+from cliperase_fast.ledger.deltas import State, apply_delta, digest_of, state_of
+from cliperase_fast.ledger.log import Entry, Log, Step
+from cliperase_fast.ledger.weights import Weights
+from cliperase_fast.reading import read_text
+from cliperase_fast.storage import file_digest
+
+SUMMARY = "ledger.json"
+_LARGEST = 1 << 28
+
+
+def verify(folder: Path, log: Log, weights: Weights, head: str | None) -> None:
+    """Recompute all hashes; the chain of `log` was checked when it was read. See `Ledger.verify`."""
+    if head is not None and head not in {entry.hash for entry in log.entries}:
+        raise UnlearningError(
+            f"the log of {folder} does not have the head {head[:12]}… (its last line has {log.head[:12]}…): it was "
+            "changed or cut since that head was kept, or the head is of another ledger"
+        )
+    _check_summary(folder, log)
+    for entry in log.entries:
+        for name, audit in entry.audits.items():
+            _check_audit(folder / audit["file"], audit["sha256"], name)
+    base = weights.base(log.base)
+    states: list[tuple[Step, State]] = []  # of the steps of the line before
+    start = state_of(base.module)
+    digest = log.base.weights
+    for entry in log.entries[1:]:
+        _require(entry.content["before"] == digest, folder, entry, "does not continue the weights of the line before")
+        steps = entry.steps
+        shared = 0
+        while shared < min(len(states), len(steps)) and states[shared][0] == steps[shared]:
+            shared += 1
+        del states[shared:]
+        for step in steps[shared:]:
+            state = dict(states[-1][1] if states else start)
+            try:
+                apply_delta(state, weights.read(step))
+            except ValueError as error:
+                raise UnlearningError(f"{folder / step.file} does not fit the base: {error}") from error
+            states.append((step, state))
+        digest = digest_of(states[-1][1] if states else start)
+        _require(digest == entry.weights, folder, entry, "names other weights than its deltas lead to")
+
+
+def _require(holds: bool, folder: Path, entry: Entry, what: str) -> None:
+    if not holds:
+        raise UnlearningError(f"line {entry.number + 1} of the log of {folder} {what}: it was changed")
+
+
+def _check_audit(path: Path, sha256: str, name: str) -> None:
+    try:
+        found = file_digest(path)
+    except OSError as error:
+        raise UnlearningError(f"the audit {path} cannot be read ({error.strerror}); restore it from a copy") from error
+    if found != sha256:
+        raise UnlearningError(
+            f"the audit {path} of request {name!r} was changed: its SHA-256 is {found[:12]}… and the log has "
+            f"{sha256[:12]}…; restore it from a copy"
+        )
+
+
+def _check_summary(folder: Path, log: Log) -> None:
+    """Compare ledger.json with the log. After a kill it may lack the last lines, but never has others."""
+    path = folder / SUMMARY
+    if not path.exists():
+        return
+    try:
+        chain = [line["hash"] for line in json.loads(read_text(path, _LARGEST))["chain"]]
+    except (ValueError, KeyError, TypeError, InputError) as error:
+        raise UnlearningError(
+            f"{path} cannot be read ({error}); remove it, the next request writes it again"
+        ) from error
+    if chain != [entry.hash for entry in log.entries][: len(chain)]:
+        raise UnlearningError(f"{path} has another chain than the log: one of the two was changed; restore both")
+
+
+def summary(log: Log) -> dict[str, Any]:
+    """Return the content of ledger.json, from which the page is made too.
+
+    chain: the hash of each line. requests: of each its line, whether it is in force, and its audits then and now.
+    """
+    undone = log.undone()
+    latest: dict[str, Mapping[str, Any]] = {}
+    for entry in log.entries:
+        latest.update(entry.audits)
+    return {
+        "format": log.base.content["format"],
+        "base": {key: log.base.content[key] for key in ("reference", "library", "weights")},
+        "head": log.head,
+        "weights": log.last.weights,
+        "chain": [
+            {"number": entry.number, "kind": entry.kind, "id": entry.id, "hash": entry.hash} for entry in log.entries
+        ],
+        "requests": [
+            {
+                **{key: entry.content[key] for key in ("id", "date", "by", "note", "selection", "settings", "held")},
+                "undone": None if entry.id not in undone else _undone(undone[entry.id]),
+                "delta": next(iter(entry.content["deltas"].values())),
+                "versions": entry.content["versions"],
+                "ranks": entry.content["ranks"],
+                "then": entry.audits.get(entry.id),
+                "now": latest.get(entry.id),
+            }
+            for entry in log.requests()
+        ],
+        "unaudited": log.last.content.get("unaudited", {}),
+    }
+
+
+def _undone(entry: Entry) -> dict[str, Any]:
+    return {key: entry.content[key] for key in ("date", "by", "note", "how")}

@@ -1,0 +1,356 @@
+"""The work behind `Ledger`: lock the directory, unlearn on top of a state, measure all requests, and record a line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from cliperase_fast._version import installed_versions
+from cliperase_fast.config import UnlearnConfig
+from cliperase_fast.distributed import Ranks, init_distributed
+from cliperase_fast.errors import InputError
+from cliperase_fast.ledger.checking import SUMMARY, summary
+from cliperase_fast.ledger.deltas import State, digest_of, merge_undone, state_of
+from cliperase_fast.ledger.log import FILE, FORMAT, Entry, Log, Step
+from cliperase_fast.ledger.measuring import Measured, audit_requests, encoding, stored_audit, summarise
+from cliperase_fast.ledger.pairs import HOLDING, DataAtHand, RequestPairs, held_among, without_earlier
+from cliperase_fast.ledger.weights import Weights, reference_of
+from cliperase_fast.models import ClipAdapter
+from cliperase_fast.progress import say
+from cliperase_fast.reading import printable_data
+from cliperase_fast.storage import Locked, file_digest, lock, write_text_atomically, writing
+from cliperase_fast.unlearning import unlearn
+from cliperase_fast.unlearning.methods import make_method
+
+AUDITS, DELTAS, WORK = "audits", "deltas", "work"
+METHOD = "calibrated"
+_LOCK = ".lock"
+_OWN = ("audit", "report")  # settings of runs that the ledger decides
+
+
+class LedgerWork:
+    """What a ledger holds, and how its lines come about; `Ledger` has the calls for users."""
+
+    dir: Path
+    _weights: Weights
+    _data: DataAtHand
+    _log: Log
+
+    @contextmanager
+    def _working(self, settings: UnlearnConfig) -> Iterator[Ranks]:
+        """Lock the ledger and read its log again. Raises `InputError` if another process works there."""
+        require_group()
+        with init_distributed(settings.device, settings.rank_timeout) as ranks, ExitStack() as stack:
+            ranks.run_on_first(lambda: self._lock(stack))
+            self._log = ranks.run_on_all(lambda: Log.read(self.dir / FILE))
+            ranks.agree({"the head of the ledger": self._log.head})
+            ranks.run_on_all(lambda: self._base() and None)
+            yield ranks
+
+    def _lock(self, stack: ExitStack) -> None:
+        try:
+            with writing(self.dir / _LOCK):
+                stack.enter_context(lock(self.dir / _LOCK))
+        except Locked as holder:
+            raise InputError(f"the ledger {self.dir} is in use by {holder}: wait for it to end") from None
+
+    def _start(self) -> None:
+        """Make a new or empty directory a ledger. Raises `InputError` for a directory that holds something else."""
+        try:
+            if (self.dir / FILE).is_file():
+                return
+            if self.dir.exists() and not self.dir.is_dir():
+                raise InputError(f"{self.dir} is a file; a ledger is a directory")
+            foreign = self.dir.is_dir() and any(path.name not in (_LOCK, f".{FILE}.tmp") for path in self.dir.iterdir())
+        except OSError as error:
+            raise InputError(f"{self.dir} cannot be read ({error.strerror}): give a ledger's directory") from error
+        if foreign:
+            raise InputError(f"{self.dir} is not a ledger and holds other files: give a new directory, or a ledger's")
+        if self._weights.given is None:
+            raise InputError(f"{self.dir} is not a ledger yet: give the model that it starts from, base=MODEL")
+        base = self._weights.load()
+        with writing(self.dir), ExitStack() as stack:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            self._lock(stack)
+            if not (self.dir / FILE).is_file():  # another process may have started it meanwhile
+                Log(self.dir / FILE).append(
+                    {
+                        "format": FORMAT,
+                        "kind": "base",
+                        "reference": reference_of(self._weights.given),
+                        "library": base.kind,
+                        "weights": digest_of(state_of(base.module)),
+                    }
+                )
+
+    def _base(self) -> ClipAdapter:
+        return self._weights.base(self._log.base)
+
+    def _state(self, steps: Sequence[Step]) -> State:
+        return self._weights.state(self._log.base, steps)
+
+    def _adapter(self, steps: Sequence[Step]) -> ClipAdapter:
+        return self._weights.adapter(self._log.base, self._state(steps))
+
+    def _require_active(self, id: str) -> None:
+        self._log.find(id)
+        undone = self._log.undone().get(id)
+        if undone is not None:
+            raise InputError(f"request {id!r} was undone on {undone.content['date']} and is not in force")
+
+    def _recorded(self, id: str, content: Mapping[str, Any]) -> Entry | None:
+        """Return the line of a request that was made before, None for a new id."""
+        entry = next((entry for entry in self._log.requests() if entry.id == id), None)
+        if entry is None:
+            return None
+        self._require_active(id)
+        wanted = json.loads(json.dumps(printable_data(dict(content))))
+        words = {"selection": "other pairs", "settings": "other settings"}
+        different = [words[name] for name, value in wanted.items() if entry.content[name] != value]
+        if different:
+            raise InputError(
+                f"request {id!r} is recorded with {' and '.join(different)}: give the new request another id"
+            )
+        say("request %s is recorded already", id)
+        return entry
+
+    def _next_id(self) -> str:
+        taken = {entry.id for entry in self._log.entries}
+        number = len(self._log.entries)
+        while f"{number:04d}" in taken:
+            number += 1
+        return f"{number:04d}"
+
+    def _unlearned(
+        self,
+        name: str,
+        own: RequestPairs,
+        earlier: Sequence[Entry],
+        steps: Sequence[Step],
+        settings: UnlearnConfig,
+        ranks: Ranks,
+        progress: bool | None,
+    ) -> tuple[State, State, dict[str, Any]]:
+        """Unlearn pairs on top of the steps. Returns the state before and after, and facts for the line.
+
+        earlier: the requests that must stay forgotten. An interrupted run of the same request goes on.
+        """
+        at_hand = {entry.id: self._data.find(entry) for entry in earlier}
+        held = [found for found in at_hand.values() if isinstance(found, RequestPairs)]
+        holds = settings.method in HOLDING and bool(held) and not own.single
+        pairs = ranks.run_on_all(lambda: without_earlier(own, held, settings))
+        if holds:
+            pairs = ranks.run_on_all(lambda: held_among(pairs, held))
+        before = self._state(steps)
+        key = {"settings": settings.to_dict(), "pairs": own.fingerprints(), "steps": [step.sha256 for step in steps]}
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
+        result = unlearn(
+            self._weights.adapter(self._log.base, before),
+            pairs.forget,
+            pairs.retain,
+            test=pairs.test,
+            validation=None if own.single else pairs.validation,
+            config=replace(settings, audit=False, report=False, overlap="drop"),
+            output_dir=self.dir / WORK / f"{name}-{digest[:16]}",
+            resume=True,
+            progress=progress,
+        )
+        selection, recipe = result.selection, result.record["recipe"] or {}
+        facts = {
+            "held": [id for id, found in at_hand.items() if holds and isinstance(found, RequestPairs)],
+            "not_at_hand": {id: found for id, found in at_hand.items() if isinstance(found, str)},
+            "run": {
+                "step": selection["step"],
+                "learning_rate": recipe.get("learning_rate"),
+                "target": (recipe.get("target") or {}).get("association"),
+                "target_reached": selection["target_reached"],
+                "within_floor": selection["within_floor"],
+            },
+        }
+        return before, state_of(result.model), facts
+
+    def _replay_plan(self, id: str, steps: Sequence[Step]) -> tuple[int, list[Entry]]:
+        """Return how many steps a replay without the request keeps, and the requests that it repeats.
+
+        Requests that were taken back by merging, behind the first step that changes, are left out of the replay too.
+        """
+        merged = {step.id for step in steps if step.kind == "merge"}
+        first = min(at for at, step in enumerate(steps) if step.kind == "forget" and step.id == id)
+        while True:  # what a merge behind the first step takes back may lie before it
+            behind = {step.id for step in steps[first:] if step.kind == "merge"}
+            start = min([first, *(at for at, step in enumerate(steps) if step.kind == "forget" and step.id in behind)])
+            if start == first:
+                break
+            first = start
+        again = [step.id for step in steps[first:] if step.kind == "forget" and step.id not in merged | {id}]
+        return first, [self._log.find(name) for name in again]
+
+    def _missing_for_replay(self, id: str) -> str:
+        """Say which pairs a replay would need and are not at hand; empty if it can be done."""
+        _, again = self._replay_plan(id, self._log.last.steps)
+        found = {entry.id: self._data.find(entry) for entry in again}
+        return "; ".join(f"request {name!r}: {why}" for name, why in found.items() if isinstance(why, str))
+
+    def _replayed(
+        self, id: str, number: int, device: str | None, ranks: Ranks, progress: bool | None
+    ) -> tuple[list[Step], dict[str, Any]]:
+        """Repeat the requests behind `id` without it. Returns the new steps, and descriptions of the new deltas."""
+        steps = self._log.last.steps
+        keep, again = self._replay_plan(id, steps)
+        found, deltas = list(steps[:keep]), {}
+        for entry in again:
+            say("replaying request %s", entry.id)
+            own = self._data.find(entry)
+            assert isinstance(own, RequestPairs)
+            settings = UnlearnConfig.from_dict(entry.content["settings"])
+            settings = settings if device is None else replace(settings, device=device)
+            earlier = [self._log.find(step.id) for step in in_force(found)]
+            before, after, _ = self._unlearned(entry.id, own, earlier, found, settings, ranks, progress)
+            step, delta = self._store(f"{number:04d}-{entry.id}", entry.id, "forget", before, after, entry, ranks)
+            found.append(step)
+            deltas[step.file] = delta
+        return found, deltas
+
+    def _merged(self, id: str, place: int, number: int, ranks: Ranks) -> tuple[list[Step], dict[str, Any]]:
+        """Take a request back by its delta alone."""
+        steps = self._log.last.steps
+        before, after, current = (self._state(part) for part in (steps[:place], steps[: place + 1], steps))
+        merged = merge_undone(before, after, current)
+        step, delta = self._store(f"{number:04d}-undo-{id}", id, "merge", current, merged, self._log.find(id), ranks)
+        return [*steps, step], {step.file: delta}
+
+    def _store(
+        self, name: str, id: str, kind: str, before: State, after: State, like: Entry | float, ranks: Ranks
+    ) -> tuple[Step, dict[str, Any]]:
+        """Write a delta on the first rank. like: its tolerance, or the line whose tolerance it takes."""
+        tolerance = like if isinstance(like, float) else float(like.content["tolerance"])
+        file = f"{DELTAS}/{name}.safetensors"
+        return ranks.run_on_first(lambda: self._weights.write(file, id, kind, before, after, tolerance))
+
+    def _alone(
+        self, entry: Entry, state: State, settings: UnlearnConfig, ranks: Ranks, progress: bool | None
+    ) -> dict[str, Any] | None:
+        """Return the scores of a request's pairs in a state without any other request; None if they are not at hand."""
+        pairs = self._data.find(entry)
+        if isinstance(pairs, str):
+            return None
+        how = ranks.run_on_all(lambda: encoding(settings, ranks, self._shows(ranks, progress)))
+        current = self._weights.adapter(self._log.base, state)
+        request = Measured(entry.id, pairs, False, _target(entry.content))
+        return summarise(audit_requests(self._base(), current, [request], how)[entry.id], request)
+
+    def _shows(self, ranks: Ranks, progress: bool | None) -> bool:
+        return (sys.stderr.isatty() if progress is None else progress) and ranks.first
+
+    def _record(
+        self,
+        content: Mapping[str, Any],
+        steps: Sequence[Step],
+        deltas: Mapping[str, Any],
+        settings: UnlearnConfig,
+        ranks: Ranks,
+        progress: bool | None,
+    ) -> Entry:
+        """Measure all requests in the state that the steps lead to, and add the line. All ranks call it together."""
+        number, state = len(self._log.entries), self._state(steps)
+        measured, unmeasured = self._to_measure(content)
+        how = ranks.run_on_all(lambda: encoding(settings, ranks, self._shows(ranks, progress)))
+        current = self._weights.adapter(self._log.base, state)
+        audits = audit_requests(self._base(), current, measured, how)
+        requests = {one.id: one for one in measured}
+
+        def write() -> None:
+            files = {}
+            for name, audit in audits.items():
+                file = f"{AUDITS}/{number:04d}-{name}.json"
+                with writing(self.dir / file, "the ledger is as it was"):
+                    (self.dir / AUDITS).mkdir(exist_ok=True)
+                    text = json.dumps(printable_data(stored_audit(audit)), indent=2, allow_nan=False)
+                    write_text_atomically(self.dir / file, text + "\n")
+                files[name] = {"file": file, "sha256": file_digest(self.dir / file)}
+            line = {
+                **content,
+                "before": self._log.last.weights,
+                "weights": digest_of(state),
+                "steps": [step.to_dict() for step in steps],
+                "deltas": dict(deltas),
+                "audits": {name: {**summarise(audit, requests[name]), **files[name]} for name, audit in audits.items()},
+                "unaudited": unmeasured,
+                "ranks": ranks.size,
+                "versions": installed_versions("torch", "open_clip_torch", "transformers", "numpy"),
+            }
+            entry = self._log.append(line)
+            for id in entry.returned:
+                say("request %s is above the target: its pairs are known again, see its audit", id)
+            with writing(self.dir / SUMMARY, "the request is recorded"):
+                write_text_atomically(self.dir / SUMMARY, json.dumps(summary(self._log), indent=2) + "\n")
+            shutil.rmtree(self.dir / WORK, ignore_errors=True)
+
+        ranks.run_on_first(write)
+        self._log = ranks.run_on_all(lambda: Log.read(self.dir / FILE))
+        return self._log.last
+
+    def _to_measure(self, content: Mapping[str, Any]) -> tuple[list[Measured], dict[str, str]]:
+        """Return the requests in force and the one that the line takes back, and why others are not at hand."""
+        found, missing = [], {}
+        of = content.get("of")
+        for entry in self._log.active():
+            pairs = self._data.find(entry)
+            if isinstance(pairs, str):
+                missing[entry.id] = pairs
+            else:
+                found.append(Measured(entry.id, pairs, entry.id == of, _target(entry.content)))
+        if content["kind"] == "forget":
+            own = self._data.known(content["id"])
+            found.append(Measured(content["id"], own, False, _target(content), in_full=True))
+        return found, missing
+
+
+def _target(content: Mapping[str, Any]) -> float | None:
+    """Return the association at which the run of a request called it forgotten."""
+    return content["run"]["target"]
+
+
+def in_force(steps: Sequence[Step]) -> list[Step]:
+    """Return the steps of requests that no later step takes back."""
+    merged = {step.id for step in steps if step.kind == "merge"}
+    return [step for step in steps if step.kind == "forget" and step.id not in merged]
+
+
+def require_group() -> None:
+    """Raise `InputError` in a process that a launcher started and that has not joined the others."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        raise InputError(
+            "a ledger on several ranks needs torch.distributed: call torch.distributed.init_process_group() before "
+            "Ledger(...)"
+        )
+
+
+def ledger_settings(
+    config: UnlearnConfig | Mapping[str, Any] | str | Path | None, method: str | None, given: Mapping[str, Any]
+) -> UnlearnConfig:
+    """Return the settings of a request: config, over it the keywords, checked by the method."""
+    for name in _OWN:
+        if name in given:
+            raise InputError(f"{name}= is not for a ledger, which audits every state itself; leave it out")
+    if isinstance(config, UnlearnConfig):
+        base = config
+    elif config is None or isinstance(config, Mapping):
+        base = UnlearnConfig.from_dict({"method": METHOD, **(config or {})})
+    else:
+        base = UnlearnConfig.from_file(config)
+    values = base.to_dict()
+    if method is not None and method != base.method:
+        values.update(method=method, method_options={})
+    _, settings = make_method(UnlearnConfig.from_dict({**values, **given, "audit": False, "report": False}))
+    return settings

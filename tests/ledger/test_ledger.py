@@ -1,0 +1,170 @@
+"""A ledger's requests: what they forget, how they are taken back, and what is stored."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+from colours import MODEL, REQUESTS, SETTINGS, copied, make_ledger, pairs_of
+from small import make_pairs
+
+from cliperase_fast import InputError, Ledger
+from cliperase_fast.ledger import apply_patch
+from cliperase_fast.ledger.deltas import digest_of, state_of
+
+
+def weights_of(model):
+    return digest_of(state_of(model))
+
+
+def top1(entry, colour, state="now"):
+    return entry.audits[colour]["forget_top1"][state]
+
+
+def test_all_requests_are_forgotten_after_the_last(three):
+    last = three.entries[-1]
+    assert set(last.audits) == set(REQUESTS) and three.active == list(REQUESTS)
+    assert all(top1(last, colour, "base") == 1 and top1(last, colour) <= 0.2 for colour in REQUESTS)
+    assert all(audit["retain_top1"]["now"] >= audit["retain_top1"]["base"] - 0.02 for audit in last.audits.values())
+    assert last.content["held"] == ["red", "green"]
+
+
+def test_the_base_is_left_as_it_is(three):
+    assert weights_of(MODEL) == three.entries[0].weights != three.entries[-1].weights == weights_of(three.model())
+
+
+def test_the_head_is_the_digest_of_the_last_line_which_holds_that_of_the_line_before(three):
+    lines = (three.dir / "log.jsonl").read_bytes().splitlines()
+    digests = [hashlib.sha256(line).hexdigest() for line in lines]
+    assert three.head() == digests[-1]
+    assert [json.loads(line)["previous"] for line in lines[1:]] == digests[:-1]
+    assert json.loads((three.dir / "ledger.json").read_text())["head"] == three.head()
+    assert three.verify() and three.verify(three.head()) and three.verify(digests[1])
+
+
+def test_no_caption_is_stored(three):
+    captions = {caption for _, caption in make_pairs()}
+    for path in three.dir.rglob("*"):
+        if path.is_file():
+            assert not any(caption.encode() in path.read_bytes() for caption in captions), path
+
+
+def test_undoing_the_last_request_restores_the_weights_before_it(three, tmp_path):
+    ledger = copied(three, tmp_path / "ledger")
+    entry = ledger.undo("blue")
+    assert entry.content["how"] == "exact" and entry.weights == three.entries[2].weights
+    assert ledger.active == ["red", "green"] and entry.audits["blue"]["undone"]
+    assert ledger.undo("green").weights == three.entries[1].weights and ledger.verify()
+
+
+def test_undoing_an_earlier_request_replays_the_later_ones(three, tmp_path):
+    ledger = copied(three, tmp_path / "ledger")
+    entry = ledger.undo("green", progress=False)
+    assert entry.content["how"] == "replay" and [step.id for step in entry.steps] == ["red", "blue"]
+    assert top1(entry, "green") == 1 and top1(entry, "red") <= 0.6 and top1(entry, "blue") <= 0.6
+    assert ledger.verify()
+    assert ledger.undo("blue").weights == three.entries[1].weights
+
+
+def test_undoing_without_the_pairs_of_later_requests_merges_deltas(three, tmp_path):
+    ledger = copied(three, tmp_path / "ledger", supplied=["red"])
+    entry = ledger.undo("red")
+    assert entry.content["how"] == "merge" and [step.kind for step in entry.steps] == ["forget"] * 3 + ["merge"]
+    assert top1(entry, "red") >= 0.9
+    assert set(entry.content["unaudited"]) == {"green", "blue"} and "supply()" in entry.content["unaudited"]["green"]
+    assert ledger.active == ["green", "blue"] and ledger.verify()
+
+
+def test_undoing_works_without_any_data(three, tmp_path):
+    ledger = copied(three, tmp_path / "ledger", supplied=[])
+    entry = ledger.undo("red")
+    assert entry.content["how"] == "merge" and entry.audits == {} and len(entry.content["unaudited"]) == 3
+    with pytest.raises(InputError, match="'green' cannot be undone by replaying later ones: request 'blue'"):
+        ledger.undo("green", how="replay")
+
+
+def test_a_recorded_request_is_not_made_twice(three, tmp_path):
+    ledger = copied(three, tmp_path / "ledger")
+    head = ledger.head()
+    again = ledger.forget(**pairs_of("green"), id="green", **SETTINGS)
+    assert again.number == 2 and ledger.head() == head
+    with pytest.raises(InputError, match="'green' is recorded with other settings: give"):
+        ledger.forget(**pairs_of("green"), id="green", **{**SETTINGS, "learning_rate": 2e-3})
+    with pytest.raises(InputError, match="'green' is recorded with other pairs"):
+        ledger.forget(**pairs_of("red"), id="green", **SETTINGS)
+
+
+def test_a_patch_leads_from_the_base_to_the_weights_with_one_request(three, tmp_path):
+    ledger = copied(three, tmp_path / "ledger")
+    patch = ledger.export("red", tmp_path / "patch")
+    content = json.loads((patch / "patch.json").read_text())
+    assert content["bytes"] == (patch / "delta.safetensors").stat().st_size
+    assert content["alone"]["forget_top1"]["now"] <= 0.2
+    assert weights_of(apply_patch(patch, MODEL).module) == three.entries[1].weights == content["weights"]
+    with pytest.raises(InputError, match="is not the base of"):
+        apply_patch(patch, ledger.model())
+
+
+def test_the_model_comes_for_other_libraries(three):
+    state = three.model("state_dict")
+    assert all(torch.equal(state[name], value) for name, value in three.model().state_dict().items())
+    assert type(three.model("transformers")).__name__ == "CLIPModel"
+    with pytest.raises(InputError, match="library='jax' is not one of"):
+        three.model("jax")
+
+
+def test_the_page_tells_each_request_then_and_now(three, tmp_path):
+    ledger = copied(three, tmp_path / "ledger")
+    ledger.undo("blue", by="<b>Ann</b>", note="a mistake", date="2026-04-01")
+    page = ledger.report().read_text()
+    assert all(entry.hash in page for entry in ledger.entries)
+    assert "2 of 3 requests are in force" in page and "undone 2026-04-01" in page and "a mistake" in page
+    assert "&lt;b&gt;Ann&lt;/b&gt;" in page and "<b>Ann</b>" not in page
+
+
+def test_a_request_that_was_interrupted_goes_on(three, tmp_path, monkeypatch):
+    from cliperase_fast.ledger import work
+
+    ledger = copied(three, tmp_path / "ledger", supplied=["red"])
+    ledger.undo("blue"), ledger.undo("green")
+    calls = []
+
+    def interrupted(*arguments, **keywords):
+        calls.append(unlearn(*arguments, **keywords))
+        raise KeyboardInterrupt
+
+    unlearn = work.unlearn
+    monkeypatch.setattr(work, "unlearn", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ledger.forget(**pairs_of("green"), id="green-again", **SETTINGS)
+    assert len(list((ledger.dir / "work").iterdir())) == 1 and ledger.verify()
+    monkeypatch.setattr(work, "unlearn", unlearn)
+    entry = ledger.forget(**pairs_of("green"), id="green-again", **SETTINGS)
+    assert entry.weights == three.entries[2].weights and not (ledger.dir / "work").exists()
+
+
+def test_requests_get_numbers_where_no_id_is_given(tmp_path):
+    ledger = Ledger(tmp_path, MODEL)
+    quick = {**SETTINGS, "steps": 1}
+    entry = ledger.forget(**pairs_of("red"), by="Ann", note="letter of 1 March", **quick)
+    assert entry.id == "0001" and entry.content["by"] == "Ann" and entry.content["note"] == "letter of 1 March"
+    assert entry.returned == ["0001"]  # one step forgets nothing, and the entry says so
+    assert Ledger(tmp_path, MODEL).entries[-1].hash == entry.hash
+
+
+def test_earlier_requests_are_left_out_of_what_other_methods_keep(tmp_path, monkeypatch):
+    from cliperase_fast.ledger import work
+
+    seen = []
+    unlearn = work.unlearn
+
+    def spied(model, forget, retain, **keywords):
+        kept = retain.captions + keywords["test"][1].captions
+        seen.append({caption for captions in kept for caption in captions})
+        return unlearn(model, forget, retain, **keywords)
+
+    monkeypatch.setattr(work, "unlearn", spied)
+    make_ledger(tmp_path, ("red", "green"), method="cliperase", steps=1)
+    assert seen == [
+        {"a green square", "a blue square", "a grey square"}, {"a blue square", "a grey square"}
+    ]  # fmt: skip
