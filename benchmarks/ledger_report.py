@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 Part = str | tuple[Sequence[str], Sequence[Sequence[str]]]  # a text, or a table's head and rows
 
 NOT_MEASURED = "Not measured yet: `python -m benchmarks.ledger shapes`, `kills`, `ranks`."
 _WAYS = {"exact": "exactly", "replay": "by replaying", "merge": "by merging"}
+
+
+def figures(file: Path, table: Callable[..., str], provenance: Callable[[dict[str, Any]], str]) -> str:
+    """Return the text for the page.
+
+    file: the record. table, provenance: write a table, and where a part was measured.
+    """
+    if not file.exists():
+        return NOT_MEASURED
+    parts = json.loads(file.read_text(encoding="utf-8"))["parts"]
+    shown = [table(*part) if isinstance(part, tuple) else part for part in section(parts)]
+    return "\n\n".join([*shown, *(provenance(part) for part in parts.values())])
 
 
 def section(parts: Mapping[str, Any]) -> list[Part]:

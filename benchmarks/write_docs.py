@@ -386,16 +386,8 @@ def _unaided() -> dict[str, Any]:
     return {name: load(f"unaided-{name}") for name in names}
 
 
-def ledger_figures() -> str:
-    if not (RESULTS / "ledger.json").exists():
-        return ledger_report.NOT_MEASURED
-    parts = load("ledger")["parts"]
-    shown = [table(*part) if isinstance(part, tuple) else part for part in ledger_report.section(parts)]
-    return "\n\n".join([*shown, *(provenance(part) for part in parts.values())])
-
-
 TABLES: dict[str, Callable[[], str]] = {
-    "ledger": ledger_figures,
+    "ledger": lambda: ledger_report.figures(RESULTS / "ledger.json", table, provenance),
     "unaided": lambda: unaided_report.overall_line(_unaided()),
     "unaided-overview": lambda: table(*unaided_report.overview_table(_unaided())),
     **{f"unaided-{name}": partial(unaided, name) for name in unaided_report.DATA},
