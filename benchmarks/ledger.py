@@ -26,9 +26,9 @@ from typing import Any
 
 from cliperase_fast.data import open_source
 from cliperase_fast.demo import cached_model
+from cliperase_fast.demo_models import demo_model_for
 from cliperase_fast.ledger import Entry, Ledger
 from cliperase_fast.progress import say
-from cliperase_fast.recipes import recipe_for
 from cliperase_fast.storage import write_text_atomically
 
 from .machine import RESULTS, describe, own_folder
@@ -49,7 +49,7 @@ KILLS = 50
 
 
 def original(source: str) -> str:
-    return f"local-dir:{cached_model(open_source(source).train, recipe_for(source))}"
+    return f"local-dir:{cached_model(open_source(source).train, demo_model_for(source))}"
 
 
 class Record:

@@ -16,7 +16,7 @@ from cliperase_fast.data.loading import PixelCache
 from cliperase_fast.distributed import Ranks
 from cliperase_fast.ledger.pairs import RequestPairs, without
 from cliperase_fast.models import ClipAdapter
-from cliperase_fast.models.runtime import device_of_rank
+from cliperase_fast.unlearning.runtime import Runtime
 from cliperase_fast.unlearning.selection import ASSOCIATION_MARGIN, FORGET_SCORE
 
 _NORMAL = 1.96  # standard errors on each side of a 95 % interval
@@ -39,9 +39,11 @@ class Measured:
 
 
 def encoding(settings: UnlearnConfig, ranks: Ranks, progress: bool) -> Encoding:
+    """Return how the audits encode: as the runs of these settings do, with precision="auto" in float32."""
+    runtime = Runtime.from_config(settings, progress, ranks)
     return Encoding(
-        settings.eval_batch_size, device_of_rank(settings.device, ranks), settings.precision, settings.seed, progress,
-        ranks, settings.num_workers, PixelCache(settings.image_cache_mib * 2**20),
+        runtime.batch_size, runtime.device, runtime.precision, settings.seed, runtime.progress, ranks,
+        runtime.num_workers, PixelCache(settings.image_cache_mib * 2**20),
     )  # fmt: skip
 
 

@@ -244,13 +244,10 @@ class LedgerWork:
         pairs = self._data.find(entry)
         if isinstance(pairs, str):
             return None
-        how = ranks.run_on_all(lambda: encoding(settings, ranks, self._shows(ranks, progress)))
+        how = ranks.run_on_all(lambda: encoding(settings, ranks, shown(progress)))
         current = self._weights.adapter(self._log.base, state)
         request = Measured(entry.id, pairs, False, _target(entry.content))
         return summarise(audit_requests(self._base(), current, [request], how)[entry.id], request)
-
-    def _shows(self, ranks: Ranks, progress: bool | None) -> bool:
-        return (sys.stderr.isatty() if progress is None else progress) and ranks.first
 
     def _record(
         self,
@@ -264,7 +261,7 @@ class LedgerWork:
         """Measure all requests in the state that the steps lead to, and add the line. All ranks call it together."""
         number, state = len(self._log.entries), self._state(steps)
         measured, unmeasured = self._to_measure(content)
-        how = ranks.run_on_all(lambda: encoding(settings, ranks, self._shows(ranks, progress)))
+        how = ranks.run_on_all(lambda: encoding(settings, ranks, shown(progress)))
         current = self._weights.adapter(self._log.base, state)
         audits = audit_requests(self._base(), current, measured, how)
         requests = {one.id: one for one in measured}
@@ -314,6 +311,11 @@ class LedgerWork:
             own = self._data.known(content["id"])
             found.append(Measured(content["id"], own, False, _target(content), in_full=True))
         return found, missing
+
+
+def shown(progress: bool | None) -> bool:
+    """Return whether bars are shown: as given, else where standard error is a terminal."""
+    return sys.stderr.isatty() if progress is None else progress
 
 
 def _target(content: Mapping[str, Any]) -> float | None:
