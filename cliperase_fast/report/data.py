@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from cliperase_fast.report.drawing import Drawing
+
 
 @dataclass
 class ReportData:
@@ -33,3 +35,5 @@ class ReportData:
     embedding_sets: Sequence[str] = ()
     embedding_labels: Sequence[str] = ()
     audit: Mapping[str, Any] | None = None
+    # What is drawn in the light theme, by the function that draws it: the plots and the page share it.
+    drawings: dict[Any, Drawing | None] = field(default_factory=dict, init=False, repr=False, compare=False)

@@ -13,7 +13,6 @@ from cliperase_fast.report.drawing import (
     AFTER,
     BACKGROUND_LEVEL,
     BEFORE,
-    LIGHT,
     ORACLE,
     ORACLE_LEVEL,
     TARGET_LEVEL,
@@ -29,9 +28,9 @@ from cliperase_fast.report.drawing import (
     new_figure,
     panel,
     plain,
-    png,
     short_number,
 )
+from cliperase_fast.report.rendering import draw_light
 from cliperase_fast.report.wording import number, signed, term_label
 
 if TYPE_CHECKING:
@@ -56,10 +55,10 @@ def write_plots(run: ReportData, directory: str | Path) -> list[Path]:
     directory.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, draw in FIGURES.items():
-        figure = draw(run, LIGHT)
-        if figure is not None:
+        drawing = draw_light(run, draw)
+        if drawing is not None:
             paths.append(directory / f"{name}.png")
-            paths[-1].write_bytes(png(figure))
+            paths[-1].write_bytes(drawing.png)
     return paths
 
 

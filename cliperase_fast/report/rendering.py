@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from cliperase_fast.report.drawing import DARK, LIGHT, Theme, copy_layout, png
+from cliperase_fast.report.data import ReportData
+from cliperase_fast.report.drawing import DARK, LIGHT, Drawing, Theme, draw_figure
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -62,17 +63,25 @@ class Picture:
 
 def picture(data: Data, draw: Callable[[Data, Theme], Figure | None], alt: str, caption: str) -> Picture | None:
     """Draw a figure of the data in both themes. Returns None where the data has nothing for it."""
-    figure, dark = draw(data, LIGHT), draw(data, DARK)
-    if figure is None or dark is None:
+    light = draw_light(data, draw)
+    figure = draw(data, DARK)
+    if light is None or figure is None:
         return None
-    width, height = (round(96 * inches) for inches in figure.get_size_inches())
-    light_image = _image(figure)
-    copy_layout(dark, figure)
-    return Picture(light_image, _image(dark), width, height, alt, caption)
+    dark = draw_figure(figure, light.places)
+    return Picture(_image(light), _image(dark), light.width, light.height, alt, caption)
 
 
-def _image(figure: Figure) -> str:
-    return "data:image/png;base64," + base64.b64encode(png(figure)).decode("ascii")
+def draw_light(data: Data, draw: Callable[[Data, Theme], Figure | None]) -> Drawing | None:
+    """Draw a figure of the data in the light theme, of a run's data once. Returns None where it has nothing for it."""
+    known: dict[Any, Drawing | None] = data.drawings if isinstance(data, ReportData) else {}
+    if draw not in known:
+        figure = draw(data, LIGHT)
+        known[draw] = None if figure is None else draw_figure(figure)
+    return known[draw]
+
+
+def _image(drawing: Drawing) -> str:
+    return "data:image/png;base64," + base64.b64encode(drawing.png).decode("ascii")
 
 
 def render(template: str, **variables: Any) -> str:

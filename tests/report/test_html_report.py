@@ -12,8 +12,10 @@ from PIL import Image
 from report_sample import EVIL, sample_result, sample_run
 
 from cliperase_fast.evaluation import METRICS
-from cliperase_fast.report import ReportData, verdict, write_html
+from cliperase_fast.report import ReportData, html, rendering, verdict, write_html, write_plots
+from cliperase_fast.report.drawing import LIGHT
 from cliperase_fast.report.html import page
+from cliperase_fast.report.rendering import Picture
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +26,16 @@ def written(tmp_path_factory):
 @pytest.fixture(scope="module")
 def reader(written):
     return Reader(written)
+
+
+@pytest.fixture
+def no_drawing(monkeypatch):
+    """Figures are empty pictures: drawing takes long."""
+
+    def picture(run, draw, alt, caption):
+        return None if draw(run, LIGHT) is None else Picture("", "", 1, 1, alt, caption)
+
+    monkeypatch.setattr(html, "picture", picture)
 
 
 def test_the_page_is_well_formed(reader):
@@ -51,8 +63,13 @@ def test_the_page_has_scores_settings_and_origin(reader):
         assert expected in reader.text, expected
 
 
-def test_rendering_twice_gives_the_same_page(written):
-    assert page(sample_run()) == written
+def test_a_page_after_the_plots_is_the_same_and_draws_none_of_them_again(written, tmp_path, monkeypatch):
+    drawn, draw_figure = [], rendering.draw_figure
+    monkeypatch.setattr(rendering, "draw_figure", lambda *figure: drawn.append(figure) or draw_figure(*figure))
+    run = sample_run()
+    assert len(write_plots(run, tmp_path)) == len(drawn) == 4
+    assert page(run) == written
+    assert len(drawn) == 4 + 2 + 5  # the embeddings before and after, and the dark theme
 
 
 def test_each_score_in_the_tables_is_explained(reader):
@@ -89,7 +106,7 @@ def test_every_image_is_a_png_of_its_stated_size_in_both_themes(reader):
         assert "dark" in twin["media"]
 
 
-def test_all_text_from_the_run_is_escaped():
+def test_all_text_from_the_run_is_escaped(no_drawing):
     result = sample_result()
     result["per_class"] = {
         EVIL: result["per_class"]["seven"],
@@ -134,7 +151,7 @@ def test_missing_data_is_left_out_without_errors(run):
     assert "nan" not in reader.text.split()
 
 
-def test_missing_scores_do_not_break_the_page():
+def test_missing_scores_do_not_break_the_page(no_drawing):
     result = sample_result()
     for when in ("before", "after"):
         result[when]["retain"].update({name: None for name in result[when]["retain"] if name != "pairs"})
@@ -144,26 +161,23 @@ def test_missing_scores_do_not_break_the_page():
     assert "finds the right caption of 10.0%" in reader.text
 
 
-def test_the_page_has_the_verdict_of_the_terminal():
+def test_the_page_has_the_verdict_of_the_terminal(no_drawing):
     result = sample_result((0.98, 0.97), (0.97, 0.97))
     result["notes"] = ["The weights are given back in <float32>"]
-    del result["per_class"]  # no figures, which take long
     text = page(ReportData("x", result))
     found = verdict(result)
     assert escape(found.sentence) in text and escape(found.advice) in text
     assert "<p>The weights are given back in &lt;float32&gt;.</p>" in text
-    nothing = sample_result((0.0, 0.0), (0.97, 0.97))
-    del nothing["per_class"]
-    nothing = page(ReportData("x", nothing))
+    nothing = page(ReportData("x", sample_result((0.0, 0.0), (0.97, 0.97))))
     assert "<b>No result.</b> There was nothing to forget: the model already scored 0.0%" in nothing
 
 
-def test_failure_is_stated_in_the_first_line():
+def test_failure_is_stated_in_the_first_line(no_drawing):
     text = page(sample_run(sample_result((0.98, 0.97), (0.97, 0.5)), metrics=[], similarities={}, embeddings={}))
     assert '<p class="verdict bad"><b>Failure.</b> Not forgotten, and the rest suffered badly' in text
 
 
-def test_skipped_items_are_counted_by_reason_with_an_example():
+def test_skipped_items_are_counted_by_reason_with_an_example(no_drawing):
     result = sample_result()
     result["data"]["skipped"] = {
         "image cannot be decoded": {"count": 1000, "example": "image0.jpg"},
@@ -174,7 +188,7 @@ def test_skipped_items_are_counted_by_reason_with_an_example():
     assert "2 x empty caption (the first: line 3)" in text
 
 
-def test_class_names_break_at_spaces_and_inside_long_words_only():
+def test_class_names_break_at_spaces_and_inside_long_words_only(no_drawing):
     long = "n02099601_golden_retriever"
     names = ("sweet pepper", "ice_cream", long, "x" * 20)
     rows = {name: {"set": "retain", "pairs": 3, "before": 1.0, "after": 0.5} for name in names}
@@ -194,17 +208,15 @@ def test_a_phone_leaves_out_the_sets_and_pairs_of_classes(written):
     assert ".minor { display: none; }" in written.partition("@media (max-width: 760px)")[2]
 
 
-def test_the_caption_of_the_losses_speaks_of_weights_for_cliperase_alone(reader):
-    result = sample_result()
-    del result["per_class"]
-    other = {**result, "config": {"method": "gradient_ascent", "deepspeed": ""}}
+def test_the_caption_of_the_losses_speaks_of_weights_for_cliperase_alone(reader, no_drawing):
+    other = {**sample_result(), "config": {"method": "gradient_ascent", "deepspeed": ""}}
     text = Reader(page(sample_run(other, similarities={}, embeddings={}))).text
     assert "weights (×)" in reader.text
     assert "weights (×)" not in text
     assert "deepspeed (none)" in text
 
 
-def test_a_run_with_an_audit_links_to_it_and_shows_the_association_beside_its_references(reader):
+def test_a_run_with_an_audit_links_to_it_and_shows_the_association_beside_its_references(reader, no_drawing):
     content = sample_audit()
     text = page(sample_run(metrics=[], embeddings={}, audit=content))
     audited = Reader(text)
@@ -223,11 +235,9 @@ def test_a_run_with_an_audit_links_to_it_and_shows_the_association_beside_its_re
     assert audited.open == []
 
 
-def test_an_audit_without_oracles_has_the_background_level_alone():
+def test_an_audit_without_oracles_has_the_background_level_alone(no_drawing):
     content = sample_audit(oracles=0, over_forgotten=False, verdicts={"forgetting": EVIL})
-    result = sample_result()
-    del result["per_class"]  # no figures, which take long
-    text = page(ReportData("x", result, audit=content))
+    text = page(ReportData("x", sample_result(), audit=content))
     assert "Background level of the original" in text
     assert "never saw" not in text
     assert "Over-forgotten" not in text
@@ -252,7 +262,7 @@ RECIPE = {
 }  # fmt: skip
 
 
-def test_a_run_without_numbers_shows_what_was_tried_and_where_it_ended():
+def test_a_run_without_numbers_shows_what_was_tried_and_where_it_ended(no_drawing):
     reader = Reader(page(sample_run({**sample_result(), "recipe": RECIPE})))
     for expected in (
         "association at most −0.03, which is 0.05 above that of unrelated pairs; forget score at most 5.0%",
