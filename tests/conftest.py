@@ -18,11 +18,13 @@ def model_cache(tmp_path_factory):
 
 @pytest.fixture
 def quick_model_cache(tmp_path_factory, monkeypatch):
-    """The same with the digits' less trained, for the demo too."""
+    """The same with a smaller model of the digits, less trained, for the demo too."""
     from cliperase_fast.demo_models import DEMO_MODELS
 
-    monkeypatch.setitem(DEMO_MODELS, "demo", replace(DEMO_MODELS["demo"], epochs=16))
-    return _with_digits(tmp_path_factory, DEMO_MODELS["demo"])
+    demo = DEMO_MODELS["demo"]
+    smaller = replace(demo, vision={**demo.vision, "patch_size": 8, "width": 64, "layers": 2}, epochs=16)
+    monkeypatch.setitem(DEMO_MODELS, "demo", smaller)
+    return _with_digits(tmp_path_factory, smaller)
 
 
 def _with_digits(tmp_path_factory, recipe):
