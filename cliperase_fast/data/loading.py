@@ -54,6 +54,12 @@ class PixelCache:
         """Return the bytes that would be left without the images of `pairs`."""
         return self.left + sum(_size(self._kept[key]) for key in self._keys(pairs))
 
+    def make_room(self, wanted: PairDataset, unwanted: PairDataset) -> None:
+        """Drop the images of `unwanted` unless all those of `wanted` fit beside them."""
+        size = max((_size(pixels) for pixels in self._kept.values()), default=0)
+        if (len(wanted) - len(self._keys(wanted))) * size > self.left:
+            self.drop(unwanted, reserve=0)
+
     def drop(self, pairs: PairDataset, reserve: int) -> None:
         """Drop the images of `pairs` and reserve bytes for something else."""
         for key in self._keys(pairs):

@@ -4,6 +4,7 @@ from cliperase_fast.evaluation.background import Background
 from cliperase_fast.evaluation.divergence import Divergence, DivergenceMeter
 from cliperase_fast.evaluation.encoding import (
     EncodedPairs,
+    Unchanged,
     class_prompts,
     encode_pairs,
     pair_similarities,
@@ -23,6 +24,7 @@ __all__ = [
     "EncodedPairs",
     "Metric",
     "QueryResults",
+    "Unchanged",
     "class_prompts",
     "encode_pairs",
     "evaluate",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from cliperase_fast.data.loading import PixelCache, load_batches
 from cliperase_fast.distributed import SINGLE_PROCESS, Ranks
 from cliperase_fast.errors import InputError, is_out_of_memory
 from cliperase_fast.models import ClipAdapter
+from cliperase_fast.models.fast_paths.frozen_front import FrozenFront
 from cliperase_fast.models.runtime import dtype_hint, inference
 from cliperase_fast.progress import Steps
 
@@ -37,6 +39,49 @@ class EncodedPairs:
         return len(self.image_features)
 
 
+@dataclass
+class Unchanged:
+    """The parts of a model in training that are not trained: what they compute is kept and reused.
+
+    Every `encode_pairs` with this object must be of the same pairs, batches and precision. text: whether no parameter
+    of the text tower is trained. front: of the image tower, if its first layers are not trained; it is used only if it
+    gives the same bits as the whole tower. budget: bytes for the output of the front.
+    """
+
+    text: bool = False
+    front: FrozenFront | None = None
+    budget: int = 0
+    text_features: Tensor | None = None  # [U + X, D]
+    activations: list[Tensor] = field(default_factory=list)  # of this process's batches
+    complete: bool = False  # whether they are those of all its batches
+
+    def encode(self, adapter: ClipAdapter, inputs: Tensor, images: int) -> Tensor:  # -> [B, D]
+        """Encode pixels, and keep what the front makes of them; once all is kept, encode that.
+
+        images: how many there are in all.
+        """
+        if self.complete and self.front is not None:
+            return self.front.rest(inputs)
+        features = adapter.encode_image(inputs)
+        if self.front is not None:
+            kept = self.front.first(inputs)
+            if self.activations or self._fits(kept, features, images):
+                self.activations.append(kept.cpu())
+            else:
+                self.front = None
+        return features
+
+    @property
+    def size(self) -> int:
+        """The bytes that are kept."""
+        return sum(kept.numel() * kept.element_size() for kept in self.activations)
+
+    def _fits(self, kept: Tensor, features: Tensor, images: int) -> bool:
+        assert self.front is not None
+        size = kept[0].numel() * kept.element_size() * images
+        return size <= self.budget and torch.equal(self.front.rest(kept), features)
+
+
 def encode_pairs(
     adapter: ClipAdapter,
     pairs: PairDataset,
@@ -49,6 +94,7 @@ def encode_pairs(
     templates: Sequence[str] | None = None,
     ranks: Ranks = SINGLE_PROCESS,
     cache: PixelCache | None = None,
+    unchanged: Unchanged | None = None,
 ) -> EncodedPairs:
     """Encode all images and captions in evaluation mode, and restore each module's mode afterwards.
 
@@ -61,6 +107,7 @@ def encode_pairs(
         process would; every process gets all features.
     templates: class prompts instead of `pairs.prompts`, see `class_prompts`.
     cache: of transformed images; used only without loader processes.
+    unchanged: what need not be computed again.
 
     Raises `InputError` for captions that the model cannot encode and for images of different sizes, `UnlearningError`
     if a batch does not fit in memory. NaN and infinite features are returned as they are; see `require_finite`.
@@ -78,8 +125,14 @@ def encode_pairs(
     # All captions are checked before anything is encoded: U captions, then X prompts.
     parts = [adapter.token_ids(part) for part in (captions, extra) if part]  # [U, L], [X, L]
     with inference(adapter.module, device, precision):
-        text = torch.cat([_encode_text(adapter, part, batch_size, progress) for part in parts])  # [U + X, D]
-        image = _encode_images(adapter, pairs, batch_size, device, num_workers, progress, ranks, cache)  # [n, D]
+        text = None if unchanged is None else unchanged.text_features  # [U + X, D]
+        if text is None:
+            text = torch.cat([_encode_text(adapter, part, batch_size, progress) for part in parts])
+            if unchanged is not None and unchanged.text:
+                unchanged.text_features = text
+        image = _encode_images(
+            adapter, pairs, batch_size, device, num_workers, progress, ranks, cache, unchanged or Unchanged()
+        )  # [n, D]
     class_features = None
     if prompts is not None:
         rows = [[known[caption_key(prompt)] for prompt in of_class] for of_class in prompts]
@@ -168,6 +221,7 @@ def _encode_images(
     progress: bool,
     ranks: Ranks,
     cache: PixelCache | None,
+    unchanged: Unchanged,
 ) -> Tensor:
     if len(pairs) == 0:
         raise InputError(f"{pairs.name} is empty: give at least one (image, caption) pair")
@@ -177,9 +231,10 @@ def _encode_images(
     def encoded() -> list[Tensor]:
         parts: list[Tensor] = []
         with Steps(sum(map(len, own)), "encoding", "image", bar=progress) as steps:
-            for features in _image_features(adapter, pairs, own, device, num_workers, cache):
+            for features in _image_features(adapter, pairs, own, device, num_workers, cache, unchanged):
                 parts.append(features)
                 steps.update(len(features))
+        unchanged.complete = unchanged.front is not None
         return parts
 
     return ranks.all_gather_rows(encoded, [sum(map(len, batches[share])) for share in ranks.shares(len(batches))])
@@ -191,7 +246,7 @@ def image_feature_parts(
     """Yield the features [B, D] of all images in order, a batch at a time; float32 on the CPU. See `encode_pairs`."""
     batches = [list(range(start, min(start + batch_size, len(pairs)))) for start in range(0, len(pairs), batch_size)]
     with inference(adapter.module, device, precision):
-        yield from _image_features(adapter, pairs, batches, device, num_workers, None)
+        yield from _image_features(adapter, pairs, batches, device, num_workers, None, Unchanged())
 
 
 def _image_features(
@@ -201,7 +256,13 @@ def _image_features(
     device: torch.device,
     num_workers: int,
     cache: PixelCache | None,
+    unchanged: Unchanged,
 ) -> Iterator[Tensor]:
+    encode = partial(unchanged.encode, adapter, images=len(pairs))
+    if unchanged.complete:
+        for activations in unchanged.activations:
+            yield _encode_image(encode, activations.to(device)).float().cpu()  # [B, D]
+        return
     loader = DataLoader(
         _Pixels(pairs, adapter.transform, cache),
         batch_sampler=batches,
@@ -211,12 +272,12 @@ def _image_features(
         generator=torch.Generator("cpu"),  # otherwise the loader would draw from the global generator
     )
     for pixels in load_batches(loader):
-        yield _encode_image(adapter, pixels.to(device, non_blocking=True)).float().cpu()  # [B, D]
+        yield _encode_image(encode, pixels.to(device, non_blocking=True)).float().cpu()  # [B, D]
 
 
-def _encode_image(adapter: ClipAdapter, pixels: Tensor) -> Tensor:
+def _encode_image(encode: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
     try:
-        return adapter.encode_image(pixels)
+        return encode(pixels)
     except RuntimeError as error:
         if is_out_of_memory(error):  # reported by `inference`
             raise

@@ -14,12 +14,14 @@ from cliperase_fast.evaluation import (
     Divergence,
     DivergenceMeter,
     EncodedPairs,
+    Unchanged,
     encode_pairs,
     pair_similarities,
     require_finite,
     score,
 )
 from cliperase_fast.models import ClipAdapter
+from cliperase_fast.models.fast_paths.frozen_front import FrozenFront
 from cliperase_fast.unlearning.runtime import Runtime
 from cliperase_fast.unlearning.selection import Candidate
 from cliperase_fast.unlearning.splits import Split
@@ -30,9 +32,27 @@ class Evaluator:
 
     def __init__(self, runtime: Runtime, cache: PixelCache | None) -> None:
         self.runtime, self.cache, self.seconds = runtime, cache, 0.0
+        self._reused: tuple[ClipAdapter, Split, Unchanged] | None = None
+
+    def recompute(self) -> None:
+        """End `reuse`."""
+        self._reused = None
+
+    def reuse(self, student: ClipAdapter, part: Split, *, text: bool, front: FrozenFront | None) -> None:
+        """Compute what is not trained only once for a split that is encoded in every evaluation.
+
+        text: whether the text tower is not trained. front: of the image tower, None if all of it is trained. Its output
+        takes the place of the images in the cache if there is room. Holds until `recompute`.
+        """
+        if self.cache is None:
+            front = None
+        budget = self.cache.room_without(part.pairs) if self.cache is not None else 0
+        self._reused = student, part, Unchanged(text, front, budget)
 
     def encode(self, adapter: ClipAdapter, part: Split, finite: bool = False) -> EncodedPairs:
         began = time.perf_counter()
+        unchanged = self._unchanged_of(adapter, part)
+        kept = unchanged is not None and unchanged.complete
         encoded = encode_pairs(
             adapter,
             part.pairs,
@@ -43,11 +63,18 @@ class Evaluator:
             progress=self.runtime.progress,
             ranks=self.runtime.ranks,
             cache=self.cache,
+            unchanged=unchanged,
         )
+        if unchanged is not None and unchanged.complete and not kept and self.cache is not None:
+            self.cache.drop(part.pairs, reserve=unchanged.size)
         if finite:
             require_finite(encoded, part.pairs)
         self.seconds += time.perf_counter() - began
         return encoded
+
+    def _unchanged_of(self, adapter: ClipAdapter, part: Split) -> Unchanged | None:
+        student, split, unchanged = self._reused or (None, None, None)
+        return unchanged if adapter is student and part is split else None
 
     def score(self, encoded: EncodedPairs, part: Split) -> dict[str, Any]:
         began = time.perf_counter()

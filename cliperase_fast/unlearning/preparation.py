@@ -125,6 +125,8 @@ def prepare(setup: Setup, method: Method, began: float) -> Run:
     notes = ranks.run_on_first(partial(check_forgettable, automatic, data.validation, baseline))
     for note in notes:
         (say if ranks.first else _nothing)("%s", note)
+    if cache is not None:  # the test images are needed once more only, those for training in every epoch
+        cache.make_room(data.train.pairs, data.test.pairs)
     loader = _make_loader(setup, cache, "forget" in method.needs)
     pixels, tokens = loader.pixels[0, 0], setup.captions.rows([0])
     if method.trains or method.needs_gradient:

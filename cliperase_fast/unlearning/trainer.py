@@ -138,6 +138,7 @@ class Trainer:
 
     def finish(self) -> None:
         """End training: put the chosen weights into the student, in the modules that it had before training."""
+        self.run.evaluator.recompute()
         self.engine.close()
         self.engine.load_weights(self.tracker.best_weights())
         merge_rows(self.engine.student)
@@ -154,6 +155,11 @@ class Trainer:
             steps = min(self.total_steps, recipe.EXPECTED_STEPS) if self.settings.automatic else self.total_steps
             batches = steps * self.settings.accumulate
             keep_front(engine, self.loader, batches, self.settings.image_cache_mib * 2**20, self.runtime)
+        if isinstance(engine, LocalEngine):
+            kept = engine.front if engine.student is self.run.student and not setup.random_views else None
+            self.run.evaluator.reuse(
+                self.run.student, self.run.data.validation, text=self.settings.trainable == "image", front=kept
+            )
 
     def _load(self, state: TrainState) -> None:
         self.engine.reset(state.weights, state.optimizer)

@@ -40,6 +40,20 @@ def test_no_more_is_kept_than_the_budget_holds():
     assert transform.calls == 4 + 2
 
 
+def test_images_make_room_only_for_others_that_would_not_fit():
+    wanted, unwanted, transform = rows(2), rows(2, 100), Counting()
+    for images in (3, 4):
+        cache = PixelCache(3 * 4 * 4 * images)
+        for pairs, index in ((unwanted, 0), (unwanted, 1), (wanted, 0)):
+            cache.pixels(pairs, index, transform)
+        cache.make_room(wanted, unwanted)
+        transform.calls = 0
+        for index in range(2):
+            cache.pixels(wanted, index, transform)
+            cache.pixels(unwanted, index, transform)
+        assert transform.calls == (3 if images == 3 else 1)
+
+
 def test_tensors_pass_as_they_are():
     pixels = torch.randn(3, 2, 2)
     pairs = as_pairs([(pixels, "one")], "tensors")

@@ -9,8 +9,9 @@ from PIL import Image
 
 from cliperase_fast.data import as_pairs
 from cliperase_fast.errors import InputError, UnlearningError
-from cliperase_fast.evaluation import encode_pairs, pair_similarities, require_finite
+from cliperase_fast.evaluation import Unchanged, encode_pairs, pair_similarities, require_finite
 from cliperase_fast.models import load_model
+from cliperase_fast.models.fast_paths.frozen_front import FrozenFront
 
 NAMES = ("red", "green", "blue")
 CAPTIONS = dict(zip([f"{a} {c}" for a in ("a", "the") for c in NAMES], directions(6), strict=True))
@@ -50,6 +51,32 @@ def test_the_batch_size_changes_nothing(adapter, batch_size):
     one, other = encode(adapter, coloured()), encode(adapter, coloured(), batch_size=batch_size)
     torch.testing.assert_close(one.image_features, other.image_features)
     torch.testing.assert_close(one.caption_features, other.caption_features)
+
+
+def test_what_is_not_trained_is_computed_once(adapter, model):
+    passes = []
+    front = FrozenFront(lambda pixels: passes.append(len(pixels)) or pixels, adapter.encode_image)
+    unchanged = Unchanged(text=True, front=front, budget=2**20)
+    first = encode(adapter, coloured(), unchanged=unchanged)
+    assert unchanged.size == 4 * 14 * as_pixels(directions(1)[0]).numel()
+    captions = list(model.captions_seen)
+    again = encode(adapter, coloured(), unchanged=unchanged)
+    assert passes == [4, 4, 4, 2]
+    assert model.captions_seen == captions
+    for one in (first, again):
+        assert torch.equal(one.image_features, encode(adapter, coloured()).image_features)
+        assert torch.equal(one.caption_features, first.caption_features)
+
+
+@pytest.mark.parametrize(("budget", "error"), [(10, 0.0), (2**20, 1e-6)])
+def test_a_front_without_room_or_with_other_bits_is_not_used(adapter, budget, error):
+    front = FrozenFront(lambda pixels: pixels, lambda kept: adapter.encode_image(kept) + error)
+    unchanged = Unchanged(front=front, budget=budget)
+    for _ in range(2):
+        assert torch.equal(
+            encode(adapter, coloured(), unchanged=unchanged).image_features, encode(adapter, coloured()).image_features
+        )
+    assert unchanged.size == 0
 
 
 def test_all_captions_of_an_image_are_used(adapter):

@@ -9,7 +9,9 @@ from tiny import QUICK, make_pairs, make_tiny_clip, split_pairs
 
 import cliperase_fast as cf
 from cliperase_fast.models import load_model
+from cliperase_fast.models.adapters.base import ClipAdapter
 from cliperase_fast.unlearning.engines.local import LocalEngine
+from cliperase_fast.unlearning.evaluator import Evaluator
 
 
 @pytest.fixture
@@ -46,6 +48,23 @@ def test_each_image_passes_the_frozen_layers_once(trainable, changes, embedded):
         for encode, given in zip(("encode_image", "encode_text"), inputs, strict=True):
             one, other = (getattr(result.model, encode)(given) for result in (found, expected))
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("trainable", ["last:1", "text", "image"])
+def test_evaluations_reuse_what_is_not_trained_and_give_the_same_bits(trainable, monkeypatch):
+    images, encode = [], ClipAdapter.encode_image
+    texts, encode_text = [], ClipAdapter.encode_text
+    monkeypatch.setattr(ClipAdapter, "encode_image", lambda *given: images.append(1) or encode(*given))
+    monkeypatch.setattr(ClipAdapter, "encode_text", lambda *given: texts.append(1) or encode_text(*given))
+    found, counts = run(trainable=trainable), (len(images), len(texts))
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluator, "reuse", lambda *given, **named: None)
+        expected = run(trainable=trainable)
+    assert found.history[-1]["validation"] == expected.history[-1]["validation"]
+    assert found.after == expected.after
+    fewer = len(images) - 2 * counts[0], len(texts) - 2 * counts[1]
+    # Of four evaluations, only the first encodes images; where they are not trained at all, once more for the front.
+    assert fewer == {"last:1": (3, 0), "text": (2, 0), "image": (0, 3)}[trainable]
 
 
 def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, monkeypatch, embedded):

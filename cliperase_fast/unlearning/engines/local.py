@@ -30,7 +30,7 @@ class LocalEngine(Engine):
     ) -> None:
         super().__init__(student, parameters, config, runtime)
         self.encode_image: Callable[[Tensor], Tensor] = student.encode_image  # or of the activations of a frozen front
-        self._front: FrozenFront | None = None
+        self.front: FrozenFront | None = None
         self.parameters = [parameter for _, parameter in parameters]
         self.towers: list[Tower | None] = ["text"] * len(parameters)  # whose last backward pass is the parameter's last
         if config.grad_cache_chunk:
@@ -42,17 +42,17 @@ class LocalEngine(Engine):
     def find_front(self, pixels: Tensor) -> bool:
         self.train_mode()  # in which the front must not be random
         with torch.no_grad(), self.runtime.autocast():
-            self._front = FrozenFront.of(self.student, pixels.to(self.runtime.device))
-        return self._front is not None
+            self.front = FrozenFront.of(self.student, pixels.to(self.runtime.device))
+        return self.front is not None
 
     def front_of(self, pixels: Tensor) -> Tensor:
-        assert self._front is not None
+        assert self.front is not None
         with torch.no_grad(), self.runtime.autocast():
-            return self._front.first(pixels)
+            return self.front.first(pixels)
 
     def train_from_front(self) -> None:
-        assert self._front is not None
-        self.encode_image = self._front.rest
+        assert self.front is not None
+        self.encode_image = self.front.rest
 
     def step(self, rate: float) -> tuple[Tensor, bool]:
         """Step and clear the gradient. A gradient that is not finite changes no weights; fp16 skips such a step."""
