@@ -79,7 +79,7 @@ inline void write_gradient(const SimilarityInputs& in, const Backward& b, const 
             add(student, teacher, rows, width, Difference(in), edit, b.pull_forget, b.pull_anchor, ds);
     }
     for_each_pair(in, row, rows, column, columns,
-                  [&](i64 i, i64 j) { ds[i * TILE_COLUMNS + j] = b.diagonal[row + i]; });
+                  [&](i64 i, i64 j) { ds[i * TILE_COLUMNS + j] = ROUNDS_DS ? 0 : b.diagonal[row + i]; });
 }
 
 inline void backward(const SimilarityInputs& in, const Backward& b, char* scratch) {
@@ -87,7 +87,8 @@ inline void backward(const SimilarityInputs& in, const Backward& b, char* scratc
     const GradientLayout layout(in, b, true, allocator);
     const TileSums dots(in, 1, allocator);
     const TileCache cache(b.cache, in);
-    pass_over_strips(in, b, layout, b.cached_rows, [&](const TilePlace& at) {
+    const float* const apart = ROUNDS_DS && in.paired() ? b.diagonal : nullptr;
+    pass_over_strips(in, b, layout, b.cached_rows, apart, [&](const TilePlace& at) {
         std::int32_t own_groups[TILE_COLUMNS];
         const Groups groups = block_groups(in, at, own_groups);
         const Groups excluded = in.excludes() ? groups : Groups{nullptr, nullptr};

@@ -42,6 +42,19 @@ struct GradientLayout {
     }
 };
 
+// Whether dS is rounded for the products. dS of the pairs, the diagonal, is then 0 in the strip: it would cost most of
+// the precision, as it is about as large as the rest of its row. It is added to the gradients in float32 instead.
+constexpr bool ROUNDS_DS = PER_STEP > 1;
+
+// to [width] += factor * row i of m.
+inline void add_row(const Matrix& m, i64 i, i64 width, float factor, float* to) {
+    with_feature_dtype(m.dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        const T* from = static_cast<const T*>(m.data) + i * m.row;
+        for (i64 k = 0; k < width; ++k) to[k] += factor * to_float(from[k * m.column]);
+    });
+}
+
 // Every thread of a parallel region calls the functions below, except those for one block.
 
 // Packs text [columns, width] in panels, for dI.
@@ -90,24 +103,38 @@ inline void write_image_gradient(const SimilarityInputs& in, const GradientLayou
     }
 }
 
-// Multiplies dI of a strip by scale. Before that, as scale may be 0, writes <dI_i, I_i> of each row to `dots`, unless
-// null, for the gradient of scale.
-inline void scale_image_gradient(const SimilarityInputs& in, i64 start, i64 strip, float* grad_image, float* dots) {
+// Adds the share of the pairs to dI of a strip, from their dS in `diagonal` [rows], unless null, and multiplies it by
+// scale. Before that, as scale may be 0, writes <dI_i, I_i> of each row to `dots`, unless null, for the gradient of
+// scale.
+inline void finish_image_gradient(const SimilarityInputs& in, i64 start, i64 strip, const float* diagonal,
+                                  float* grad_image, float* dots) {
     const i64 stride = gradient_stride(in.width);
 #pragma omp for schedule(static)
     for (i64 i = start; i < start + strip; ++i) {
         float* gradient = grad_image + i * stride;
+        const i64 pair = diagonal_column(in, i, 0);
+        if (diagonal && 0 <= pair && pair < in.columns) add_row(in.text, pair, in.width, diagonal[i], gradient);
         if (dots)
             dots[i] = static_cast<float>(entry({grad_image, stride, 1, Dtype::float32}, in.image, in.width, 1, i, i));
         for (i64 k = 0; k < in.width; ++k) gradient[k] *= in.scale;
     }
 }
 
+// Adds the share of the pairs to dT likewise.
+inline void finish_text_gradient(const SimilarityInputs& in, const float* diagonal, float* grad_text) {
+#pragma omp for schedule(static)
+    for (i64 i = 0; i < in.rows; ++i) {
+        const i64 pair = diagonal_column(in, i, 0);
+        if (0 <= pair && pair < in.columns)
+            add_row(in.image, i, in.width, in.scale * diagonal[i], grad_text + pair * gradient_stride(in.width));
+    }
+}
+
 // Runs the whole pass. write_tile(place) writes dS of a tile to layout.ds, if there are gradients; for the first
-// `cached_rows` it needs no packed features.
+// `cached_rows` it needs no packed features. diagonal: dS of the pairs [rows] if write_tile leaves it out, else null.
 template <typename Wanted, typename WriteTile>
 inline void pass_over_strips(const SimilarityInputs& in, const Wanted& wanted, const GradientLayout& layout,
-                             i64 cached_rows, WriteTile write_tile) {
+                             i64 cached_rows, const float* diagonal, WriteTile write_tile) {
     const Tiling rows = row_tiles(in), blocks = column_tiles(in);
 #pragma omp parallel num_threads(in.threads)
     {
@@ -146,10 +173,11 @@ inline void pass_over_strips(const SimilarityInputs& in, const Wanted& wanted, c
             }
             if (wanted.grad_image) {
                 write_image_gradient(in, layout, start, strip.rows, wanted.grad_image);
-                scale_image_gradient(in, start, strip.rows, wanted.grad_image,
-                                     wanted.grad_scale ? layout.dots : nullptr);
+                finish_image_gradient(in, start, strip.rows, diagonal, wanted.grad_image,
+                                      wanted.grad_scale ? layout.dots : nullptr);
             }
         }
+        if (diagonal && wanted.grad_text) finish_text_gradient(in, diagonal, wanted.grad_text);
     }
     if (wanted.grad_scale) {
         double total = 0;

@@ -80,7 +80,7 @@ inline void sigmoid(const SimilarityInputs& in, const Sigmoid& s, char* scratch)
     BumpAllocator allocator(scratch);
     const SigmoidLayout layout(in, s, allocator);
     for (i64 i = 0; i < 2 * layout.blocks * STRIP_TILES; ++i) layout.sums[i] = 0;
-    pass_over_strips(in, s, layout, 0, [&](const TilePlace& at) {
+    pass_over_strips(in, s, layout, 0, nullptr, [&](const TilePlace& at) {
         float* tile = layout.own_tiles();
         layout.operands.student_tile(in, at, tile);
         sigmoid_tile(in, s, at, tile, s.gradients() ? layout.ds.tile(at) : nullptr, layout.tile_sums(at));

@@ -76,9 +76,9 @@ struct Features {
     }
 };
 
-enum class Regime { random, converged, anti_aligned, collapsed, collapsed_teacher, half_converged, swapped };
+enum class Regime { random, converged, anti_aligned, collapsed, collapsed_teacher, half_converged, swapped, axes };
 
-// The parameters of a batch. `groups`: random ids, or with `Regime::swapped` those of the pairs whose texts are
+// The parameters of a batch. `Regime::axes`: image and text of a pair are a unit vector of their own. `groups`: random ids, or with `Regime::swapped` those of the pairs whose texts are
 // swapped.
 struct Case {
     int64_t n = 140, width = 40, teacher_width = 24;
@@ -142,6 +142,9 @@ class Batch {
             if (c.regime == Regime::collapsed) collapse(image, c.n, c.width), collapse(text, c.n, c.width);
             if (c.regime == Regime::collapsed_teacher)
                 collapse(teacher_image, c.n, c.teacher_width), collapse(teacher_text, c.n, c.teacher_width);
+            if (c.regime == Regime::axes)
+                for (int64_t i = 0; i < c.n; ++i)
+                    for (int64_t k = 0; k < c.width; ++k) image[i * c.width + k] = text[i * c.width + k] = i == k;
             if (c.regime == Regime::swapped)
                 for (int64_t i = 0; i < c.n; ++i)
                     for (int64_t k = 0; k < c.width; ++k)

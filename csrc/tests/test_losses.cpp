@@ -218,6 +218,12 @@ void check_in(const std::vector<const IsaKernels*>& all_kernels, const Case& c,
                 expect_within("gradient of image", kernels->name, found.image[k], truth.image[k], allowed_gradient);
                 expect_within("gradient of text", kernels->name, found.text[k], truth.text[k], allowed_gradient);
             }
+            // There, component i of both gradients of pair i is scale dS_ii: no kernels round it.
+            for (int64_t i = 0; c.regime == Regime::axes && i < c.n; ++i) {
+                const int64_t k = i * c.width + i;
+                expect_within("dS of a pair for image", kernels->name, found.image[k], truth.image[k], truth.allowed_gradient);
+                expect_within("dS of a pair for text", kernels->name, found.text[k], truth.text[k], truth.allowed_gradient);
+            }
             if (cached == cached_rows.back() && !same_bits(found, run(*kernels, batch, cached, 1)))
                 fail("one and two threads give different bits", kernels->name);
             // too many threads for each to have whole blocks, and a gradient of several panel groups
@@ -318,6 +324,9 @@ void check_losses(const std::vector<const IsaKernels*>& all_kernels) {
             c.consistency = c.groups = false;
             check_sigmoid(all_kernels, c, -0.5f * scale);
         }
+    Case axes;
+    axes.n = 133, axes.width = 136, axes.regime = Regime::axes;
+    check(all_kernels, axes, {0, axes.n});
     Case shared;
     shared.n = 257, shared.width = 150, shared.groups = true;
     check(all_kernels, shared, {shared.n});
