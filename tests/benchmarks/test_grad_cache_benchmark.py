@@ -9,7 +9,7 @@ from cliperase_fast.benchmarks.grad_cache import measure
 
 
 def test_a_batch_in_chunks_uses_much_less_memory_and_has_the_same_gradient():
-    at_once, chunked = apart(measure, 1024, 0), apart(measure, 1024, 64)
-    assert at_once["peak_bytes"] - chunked["peak_bytes"] > 300 << 20  # the activations of the other 960 pairs
+    at_once, chunked = apart(measure, 512, 0), apart(measure, 512, 64)
+    assert at_once["peak_bytes"] - chunked["peak_bytes"] > 140 << 20  # the activations of the other 448 pairs
     for name in ("total", "grad_norm"):
         assert chunked[name] == pytest.approx(at_once[name], rel=1e-4)
