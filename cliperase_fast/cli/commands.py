@@ -41,7 +41,7 @@ def unlearn(arguments: argparse.Namespace) -> int:
     from cliperase_fast.unlearning import unlearn
 
     _name_classes(arguments)
-    retain = arguments.retain if arguments.retain == "rest" else f"{arguments.data}#{arguments.retain}"
+    retain = _retain(arguments)
     result = unlearn(
         arguments.model,
         f"{arguments.data}#{arguments.forget}",
@@ -58,6 +58,13 @@ def unlearn(arguments: argparse.Namespace) -> int:
     if os.environ.get("RANK", "0") == "0":  # of several ranks the first
         _print_result(result, Path(arguments.output))
     return 0
+
+
+def _retain(arguments: argparse.Namespace) -> str:
+    """Return the retain set: "rest", a stream, or a selector of --data."""
+    if arguments.retain == "rest" or arguments.retain.startswith("stream:"):
+        return arguments.retain
+    return f"{arguments.data}#{arguments.retain}"
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
@@ -102,7 +109,7 @@ def audit(arguments: argparse.Namespace) -> int:
     if output is not None:
         _check_audit_folder(output)
     _name_classes(arguments)
-    retain = arguments.retain if arguments.retain == "rest" else f"{arguments.data}#{arguments.retain}"
+    retain = _retain(arguments)
     result = audit(
         arguments.before,
         arguments.after,
@@ -142,7 +149,7 @@ def compare(arguments: argparse.Namespace) -> int:
     from cliperase_fast.comparing import ALL, FILE, PAGE, compare
 
     _name_classes(arguments)
-    retain = arguments.retain if arguments.retain == "rest" else f"{arguments.data}#{arguments.retain}"
+    retain = _retain(arguments)
     names = [name.strip() for name in arguments.methods.split(",") if name.strip()]
     result = compare(
         arguments.model,

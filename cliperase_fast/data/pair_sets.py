@@ -16,6 +16,7 @@ from cliperase_fast.data.pairs import PairDataset, as_pairs, caption_key
 from cliperase_fast.data.selectors import parse_reference, select, select_holdouts
 from cliperase_fast.data.source_types import Source
 from cliperase_fast.data.sources import open_source
+from cliperase_fast.data.streams import PairStream
 from cliperase_fast.distributed import SINGLE_PROCESS, Ranks
 from cliperase_fast.errors import InputError
 from cliperase_fast.reading import printable_data
@@ -33,6 +34,7 @@ class PairSets:
     test: (forget, retain), None if they are still to be held out. names: of each set, as the caller gave it.
     holdouts: test pairs of the source that neither set may see, for the audit (`Source.hold_out`). validation: as
     `test`. sampled: how many of how many pairs were drawn, of each set that was too large (`SampleCounts`).
+    stream: what the retain pairs are the head of, if anything.
     """
 
     forget: PairDataset
@@ -42,10 +44,12 @@ class PairSets:
     holdouts: dict[str, PairDataset] = field(default_factory=dict)
     validation: tuple[PairDataset, PairDataset] | None = None
     sampled: SampleCounts = field(default_factory=dict)
+    stream: PairStream | None = None
 
     def fingerprint(self) -> str:
         parts = [self.forget, self.retain, *(self.test or ()), *(self.validation or ())]
-        return hashlib.sha256("|".join(part.fingerprint() for part in parts).encode()).hexdigest()
+        stream = [] if self.stream is None else [self.stream.fingerprint()]
+        return hashlib.sha256("|".join([*(part.fingerprint() for part in parts), *stream]).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,12 @@ class Opener:
             self.opened[spec] = open_source(spec, templates=self.templates, seed=self.seed, on_error=self.on_error)
         return self.opened[spec]
 
+    def indexed(self, spec: str) -> Source:
+        """Open a source whose pairs can be chosen."""
+        if spec.startswith("stream:"):  # before its head is read
+            raise InputError(f"{spec!r} is read one pair after another, so it can be used only as retain, and whole")
+        return self(spec)
+
     def pairs(self, dataset: Any, name: str) -> PairDataset:
         return as_pairs(dataset, name, on_error=self.on_error)
 
@@ -85,7 +95,7 @@ class Opener:
         if not isinstance(data, str):
             return self.pairs(data, name)
         spec, selector = parse_reference(data)
-        source = self(spec)
+        source = self.indexed(spec)
         pairs = source.test or source.train
         return pairs if selector is None else pairs.subset(np.flatnonzero(select(pairs, selector)))
 
@@ -130,7 +140,10 @@ def open_pair_sets(
     }
     if validation is not None:
         names["validation"] = validation if isinstance(validation, str) else "given datasets"
-    return PairSets(forget_pairs, retain_pairs, test_sets, printable_data(names), holdouts, validation_sets)
+    stream = opener.opened[retain].stream if isinstance(retain, str) and retain in opener.opened else None
+    return PairSets(
+        forget_pairs, retain_pairs, test_sets, printable_data(names), holdouts, validation_sets, stream=stream
+    )
 
 
 def read_pair_sets(
@@ -244,7 +257,7 @@ def _forget_set(forget: Any, opener: Opener) -> tuple[PairDataset, str | None, S
     spec, selector = parse_reference(forget)
     if selector is None:
         raise InputError(f"forget={forget!r} selects nothing: add what to forget, for example '{forget}#class:apple'")
-    source = opener(spec)
+    source = opener.indexed(spec)
     chosen = select(source.train, selector, other=source.test)
     return source.train.subset(np.flatnonzero(chosen)), selector, source
 
@@ -257,7 +270,7 @@ def _retain_set(retain: Any, selector: str | None, source: Source | None, opener
             raise InputError("retain='rest' needs forget as 'SOURCE#SELECTOR'; give the retain pairs as a dataset")
         return source.train.subset(source.rest(source.train, select(source.train, selector, other=source.test)))
     spec, retain_selector = parse_reference(retain)
-    opened = opener(spec)
+    opened = opener(spec) if retain_selector is None else opener.indexed(spec)
     if retain_selector is None:
         return opened.train
     return opened.train.subset(np.flatnonzero(select(opened.train, retain_selector, other=opened.test)))

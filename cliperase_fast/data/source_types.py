@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,6 +14,9 @@ from cliperase_fast.data.pairs import PairDataset
 from cliperase_fast.errors import InputError
 from cliperase_fast.reading import printable
 
+if TYPE_CHECKING:
+    from cliperase_fast.data.streams import PairStream
+
 
 @dataclass
 class Source:
@@ -21,12 +25,14 @@ class Source:
     hold_out: from pairs of the source and the forget pairs among them (bool [n]) to further pairs that unlearning must
         not see, by which the audit measures what it does to them: bool [n] under "association" and "identity". None
         for sources without holdouts.
+    stream: the pairs behind `train`, which are its head, if the source is a stream.
     """
 
     name: str
     train: PairDataset
     test: PairDataset | None
     hold_out: Callable[[PairDataset, np.ndarray], dict[str, np.ndarray]] | None = field(default=None, kw_only=True)
+    stream: PairStream | None = field(default=None, kw_only=True)
 
     def holdouts(self, pairs: PairDataset, forget: np.ndarray) -> dict[str, PairDataset]:
         """Return the held-out pairs among `pairs` by name; forget: bool [n]. Empty without holdouts."""

@@ -12,7 +12,19 @@ import re
 from collections.abc import Sequence
 from urllib.parse import quote, unquote
 
-from cliperase_fast.data import cifar, coco, digits, flickr, folders, hugging_face, personas, shapes, shards, tables
+from cliperase_fast.data import (
+    cifar,
+    coco,
+    digits,
+    flickr,
+    folders,
+    hugging_face,
+    personas,
+    shapes,
+    shards,
+    streams,
+    tables,
+)
 from cliperase_fast.data.classes import check_templates
 from cliperase_fast.data.intake import Intake
 from cliperase_fast.data.source_types import Request, Source, SourceType
@@ -32,6 +44,7 @@ SOURCES: tuple[SourceType, ...] = (
     hugging_face.HUGGING_FACE,
     hugging_face.PARQUET,
     shards.SOURCE,
+    streams.SOURCE,
 )
 
 

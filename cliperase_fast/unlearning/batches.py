@@ -258,7 +258,7 @@ class PixelDataset(Dataset):
         return self.transform(image)
 
 
-class _Numbered:
+class Numbered:
     """The keys of batches, each list made when it is asked for."""
 
     def __init__(self, numbers: range, keys: Callable[[int], list[tuple[int, int]]]) -> None:
@@ -301,7 +301,7 @@ class BatchLoader:
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         loader = DataLoader(
             self.images,
-            batch_sampler=_Numbered(range(start, stop), self._keys),
+            batch_sampler=Numbered(range(start, stop), self._keys),
             num_workers=self.num_workers,
             collate_fn=torch.stack,
             generator=torch.Generator("cpu"),  # its own, so that starting it leaves the global random state unchanged

@@ -44,6 +44,7 @@ from cliperase_fast.unlearning.run import Baseline, Inputs, Models, Run, Setup
 from cliperase_fast.unlearning.run_directory import RunDirectory, identity_settings, resume_from
 from cliperase_fast.unlearning.runtime import Runtime
 from cliperase_fast.unlearning.splits import PreparedData, Split, open_sets, prepare_data
+from cliperase_fast.unlearning.streaming import StreamLoader
 from cliperase_fast.unlearning.teacher import BACKGROUND_WHOLE
 from cliperase_fast.validation import choose
 
@@ -100,7 +101,8 @@ def load(inputs: Inputs, settings: UnlearnConfig, method: Method, directory: Run
     identity = _identity(models, data, transform, captions, settings, directory)
     ranks.agree({f"the {name}": value for name, value in identity.items() if name != "config"})
     checkpoint = resume_from(directory.path, identity, ranks) if directory.resume else None
-    live = method.needs_teacher and (random_views or not _keeps_teacher(settings, data.train))
+    streamed = data.stream is not None
+    live = method.needs_teacher and (random_views or streamed or not _keeps_teacher(settings, data.train))
     return Setup(
         inputs, settings, directory, runtime, deepspeed, data, captions, models, transform, random_views, live,
         identity, checkpoint, sets.test is None, precision,
@@ -307,8 +309,13 @@ def _measure(
 
 
 def _make_loader(setup: Setup, cache: PixelCache | None, with_forget: bool) -> BatchLoader:
-    settings, train = setup.settings, setup.data.train
-    return BatchLoader(
+    settings, data, original = setup.settings, setup.data, setup.models.original
+    train = data.train
+    make: Callable[..., BatchLoader] = BatchLoader
+    if data.stream is not None:
+        assert original is not None
+        make = partial(StreamLoader, stream=data.stream, token_ids=original.token_ids, skipped=data.intake.skipped)
+    return make(
         train.pairs,
         make_plan(settings, train, with_forget),
         setup.captions,

@@ -75,7 +75,7 @@ def _content(run: Run, method: Method, state: TrainState, output: OutputModel) -
         "library": output.adapter.kind,
         "method": {"name": method.name, "summary": method.summary, "source": method.source},
         "inputs": run.setup.inputs.named(),
-        "data": _data(run),
+        "data": _data(run, state),
         "config": run.settings.to_dict(),
         "precision": run.setup.precision.to_dict(),
         "seconds": {
@@ -189,7 +189,16 @@ def _skipped(run: Run) -> Tally:
     return skipped
 
 
-def _data(run: Run) -> dict[str, Any]:
+def _stream(run: Run, state: TrainState) -> dict[str, int] | None:
+    """Return how many retain pairs came from a stream, None if they have an index."""
+    stream = run.data.stream
+    if stream is None:
+        return None
+    drawn = state.step * run.settings.accumulate * run.loader.plan.sizes[1]
+    return {"pairs": drawn, "head": len(stream.head), "shards": len(stream.shards)}
+
+
+def _data(run: Run, state: TrainState) -> dict[str, Any]:
     data = run.data
     return {
         **data.names,
@@ -197,6 +206,7 @@ def _data(run: Run) -> dict[str, Any]:
         "forget_pairs": data.train.n_forget,
         "retain_pairs": len(data.train.pairs) - data.train.n_forget,
         "sampled": data.sampled,
+        "stream": _stream(run, state),
         "skipped": _skipped(run).to_dict(),
         "ignored": data.intake.ignored.to_dict(),
         "cut_captions": len(run.student.cut_captions),

@@ -65,6 +65,22 @@ def check_batch(n_retain: int, config: UnlearnConfig) -> None:
         )
 
 
+def check_stream(n_retain: int, config: UnlearnConfig) -> None:
+    """Raise InputError for settings that need retain pairs with an index. n_retain: of the head that are trained on."""
+    if n_retain < config.retain_pairs:
+        raise InputError(
+            f"the head of the stream leaves {n_retain} retain pairs without those held out, and a batch has "
+            f"{config.retain_pairs}: raise '?head=', or give a smaller batch_size"
+        )
+    if config.epoch_over == "retain":
+        raise InputError("epoch_over='retain' needs retain pairs that end, and a stream does not: use 'forget'")
+    if config.teacher_cache in ("memory", "disk"):
+        raise InputError(
+            f"teacher_cache={config.teacher_cache!r} keeps features of pairs with an index, which a stream does not "
+            "have: use 'auto' or 'off'"
+        )
+
+
 def test_intervals(
     scores: Mapping[str, Mapping[str, Any]], similarities: Mapping[str, np.ndarray]
 ) -> dict[str, dict[str, list[float]]]:

@@ -22,9 +22,10 @@ from cliperase_fast.data.pair_sets import (
     read_pair_sets,
     read_pairs,
 )
+from cliperase_fast.data.streams import PairStream
 from cliperase_fast.distributed import SINGLE_PROCESS, Ranks
 from cliperase_fast.errors import InputError
-from cliperase_fast.unlearning.sampling import Sets, check_batch, sample_evaluation, sample_sets
+from cliperase_fast.unlearning.sampling import Sets, check_batch, check_stream, sample_evaluation, sample_sets
 
 
 @dataclass
@@ -59,8 +60,11 @@ class PreparedData:
     sampled: SampleCounts = field(default_factory=dict)  # see `PairSets`
     all_read: bool = True  # whether the training images were all read; otherwise some may be unreadable
 
+    stream: PairStream | None = None  # what training takes retain pairs from, in place of those in `train`
+
     def fingerprint(self) -> str:
         parts = [f"{part.pairs.fingerprint()}:{part.n_forget}" for part in (self.train, self.validation, self.test)]
+        parts += [] if self.stream is None else [self.stream.fingerprint()]
         return hashlib.sha256("|".join(parts).encode()).hexdigest()
 
 
@@ -111,6 +115,8 @@ def prepare_data(
     counts = dict(sets.sampled)
     if "retain" in counts:
         check_batch(len(retain), config)
+    if sets.stream is not None:
+        check_stream(len(retain), config)
     test = sample_evaluation(found.test, "test", config, counts)
     validation = sample_evaluation(validation, "validation", config, counts)
     train = Split.of(forget, retain)
@@ -135,6 +141,7 @@ def prepare_data(
         holdouts=sets.holdouts,
         sampled=counts,
         all_read=found.all_read,
+        stream=sets.stream,
     )
 
 

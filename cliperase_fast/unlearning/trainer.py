@@ -151,7 +151,8 @@ class Trainer:
         setup, engine = self.run.setup, self.engine
         if isinstance(engine, LocalEngine):  # DeepSpeed follows the order of modules, which recomputing changes
             enable_recompute(engine.student)  # not before: the baseline and the teacher's features are the original's
-        if not setup.random_views and not setup.teacher_is_live and self.loader.substitutes is None:
+        planned = self.loader.substitutes is None and setup.data.stream is None
+        if planned and not setup.random_views and not setup.teacher_is_live:
             steps = min(self.total_steps, recipe.EXPECTED_STEPS) if self.settings.automatic else self.total_steps
             batches = steps * self.settings.accumulate
             keep_front(engine, self.loader, batches, self.settings.image_cache_mib * 2**20, self.runtime)

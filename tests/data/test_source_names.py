@@ -50,7 +50,7 @@ def test_a_source_in_the_table_opens_and_is_named_in_every_list(monkeypatch, cap
     assert open_source("mine:here?year=2025").name == "here {'year': '2025'}"
     with pytest.raises(InputError, match=r"unknown option 'years' in .*; use one of year$"):
         open_source("mine:here?years=2025")
-    with pytest.raises(InputError, match=r"Use one of demo, .*wds:SHARDS, mine:PLACE"):
+    with pytest.raises(InputError, match=r"Use one of demo, .*wds:SHARDS, stream:SHARDS, mine:PLACE"):
         open_source("nothing")
     assert "| `mine:PLACE` | pairs of mine | `?year=` when they were made |" in sources.sources_markdown()
     with pytest.raises(SystemExit):
@@ -78,6 +78,7 @@ def test_options_in_the_table_are_those_that_a_source_takes(tmp_path) -> None:
     assert (len(people.train), len(people.test), people.train.image(0).size) == (216, 108, (16, 16))  # type: ignore[arg-type]
     used = {"csv": "sep img caption root quotes", "shapes": "train test size seed", "folder": "classnames"}
     used["personas"] = "people train test size seed"
+    used["stream"] = "head buffer"  # test_streams.py
     used["coco"] = "root"  # these three: test_coco_source.py and test_hugging_face.py
     used["parquet"] = "img caption label id root classnames"
     used["hf"] = f"split {used['parquet']}"

@@ -1,0 +1,201 @@
+"""Retain pairs from webdataset shards that are read one after another."""
+
+import io
+import tarfile
+from itertools import islice
+from types import SimpleNamespace
+
+import numpy as np
+import open_clip
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+import cliperase_fast as cf
+from cliperase_fast.data import open_source
+from cliperase_fast.data.intake import Tally
+from cliperase_fast.data.streams import PairStream
+from cliperase_fast.errors import InputError, UnlearningError
+from cliperase_fast.unlearning import streaming
+
+pytest.importorskip("webdataset")
+COLOURS = {"green": (30, 200, 30), "blue": (30, 30, 200)}
+
+
+def png(number, colour):
+    pixels = np.random.default_rng(number).integers(0, 40, (8, 8, 3)) + np.array(COLOURS[colour])
+    stream = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def write_shard(path, numbers, **changed):
+    with tarfile.open(path, "w") as tar:
+        for number in numbers:
+            colour = list(COLOURS)[number % 2]
+            members = {
+                f"{number:04d}.png": png(number, colour),
+                f"{number:04d}.txt": f"a {colour} square {number}".encode(),
+            }
+            for name, data in members.items():
+                data = changed.get(name.replace(".", "_"), data)
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+@pytest.fixture
+def shards(tmp_path):
+    for number in range(4):
+        write_shard(tmp_path / f"{number}.tar", range(15 * number, 15 * number + 15))
+    return f"{tmp_path}/{{0..3}}.tar"
+
+
+def stream(shards, **settings):
+    source = open_source(f"stream:{shards}?head=20&buffer=8", seed=1, **settings)
+    return source.stream, source.train
+
+
+def names(pairs, count):
+    return [pair.name for pair, _ in zip(pairs, range(count), strict=False)]
+
+
+def test_a_pass_yields_every_pair_behind_the_head_once_and_each_pass_in_another_order(shards):
+    behind, head = stream(shards)
+    everything = {f"{number:04d}" for number in range(60)}
+    held = {name.rpartition("/")[2] for name in head.ids}
+    read = names(behind.pairs(), 80)
+    assert len(head) == len(held) == 20
+    assert set(read[:40]) == set(read[40:]) == everything - held
+    assert read[:40] != read[40:] and read[:40] != sorted(read[:40])
+    assert names(stream(shards)[0].pairs(), 80) == read
+
+
+def test_readers_share_a_pass_and_a_position_is_taken_up_again(shards):
+    behind, _ = stream(shards)
+    whole = set(names(behind.pairs(), 40))
+    shares = [names(behind.pairs(reader, 2), 60) for reader in range(2)]
+    assert set(shares[0]) | set(shares[1]) == whole
+    assert names(behind.pairs(start=33), 20) == names(behind.pairs(), 53)[33:]
+
+
+@pytest.mark.parametrize("readers", [2, 5])
+def test_no_pair_is_read_twice_in_a_pass(shards, readers):
+    found = []
+    behind, _ = stream(shards)
+    for reader in range(readers):
+        pairs, own = behind.pairs(reader, readers), set()
+        for pair in pairs:
+            if pair.name in own:
+                break  # the second pass
+            own.add(pair.name)
+        found += own
+    assert len(found) >= 40 and set(found) == set(names(behind.pairs(), 40))
+
+
+def test_commands_and_file_urls_are_opened_by_webdataset(shards, tmp_path):
+    plain = names(stream(shards)[0].pairs(), 40)
+    pipes = f"pipe:cat {tmp_path}/{{0..3}}.tar"
+    assert names(stream(pipes)[0].pairs(), 40) == plain
+    assert names(stream(f"file:{shards}")[0].pairs(), 40) == plain
+
+
+def test_a_stream_that_breaks_off_is_an_error_that_names_the_place(shards, tmp_path):
+    data = (tmp_path / "2.tar").read_bytes()
+    for cut in (len(data) // 2 + 700, 512 * 6):  # inside a member, and where a header would begin
+        (tmp_path / "2.tar").write_bytes(data[:cut])
+        with pytest.raises(InputError, match=r"the shard .*2\.tar breaks off after \d+ pairs, the last is '00\d\d'"):
+            names(stream(shards)[0].pairs(), 60)
+    with pytest.raises(InputError, match=r"pipe:cat .*missing.*breaks off after 0 pairs"):
+        stream(f"pipe:cat {tmp_path}/missing")
+    behind, _ = stream(shards, on_error="skip")
+    skipped = Tally()
+    names(behind.pairs(skipped=skipped), 30)
+    assert skipped.counts["shard that breaks off"] >= 1
+
+
+def test_a_stream_without_enough_pairs_is_refused(shards, tmp_path):
+    with pytest.raises(InputError, match="ends after 60 pairs, and its first 60 are held"):
+        open_source(f"stream:{shards}?head=60")
+    write_shard(tmp_path / "empty.tar", [])
+    with pytest.raises(InputError, match="ends after 0 pairs"):
+        stream(f"{tmp_path}/empty.tar")
+    with pytest.raises(InputError, match="holds no usable pair"):
+        next(PairStream("s", (f"{tmp_path}/empty.tar",), 0).pairs())
+    with pytest.raises(InputError, match="only as retain"):
+        forget_red(f"stream:{shards}", forget=f"stream:{shards}#caption:green")
+
+
+def test_loader_processes_take_turns_and_a_position_among_them_is_taken_up_again(shards, monkeypatch):
+    behind, _ = stream(shards)
+
+    def read(start, count, workers=3):
+        turns = []
+        for worker in range(workers):
+            info = SimpleNamespace(num_workers=workers, id=worker)
+            monkeypatch.setattr(streaming, "get_worker_info", lambda info=info: info)
+            pairs = streaming._Streamed(behind, lambda image: image.getpixel((0, 0)), None, start, 0, 1, None)
+            turns.append(list(islice(pairs, count)))
+        return [pair for turn in zip(*turns, strict=True) for pair in turn][:count]
+
+    whole = read(0, 30)
+    assert len({caption for _, caption in whole[:12]}) == 12
+    for start in (3, 7, 8):
+        assert read(start, 12) == whole[start : start + 12]
+
+
+def reds(count=30):
+    rows = []
+    for number in range(count):
+        pixels = np.random.default_rng(number).integers(0, 40, (8, 8, 3)) + np.array((200, 30, 30))
+        rows.append((Image.fromarray(pixels.astype(np.uint8)), f"a red square {number}"))
+    return rows
+
+
+def forget_red(retain, forget=None, **settings):
+    quick = {**tiny.QUICK, "transform": open_clip.image_transform(8, is_train=False), "steps": 4, "epochs": "auto"}
+    return cf.unlearn(tiny.make_tiny_clip(), forget or reds(), retain, **{**quick, **settings})
+
+
+def weights(result):
+    return torch.cat([tensor.flatten().double() for tensor in result.model.state_dict().values()])
+
+
+def test_a_run_on_a_stream_is_resumed_bit_for_bit(shards, tmp_path):
+    source = f"stream:{shards}?head=20&buffer=8"
+    whole = forget_red(source)
+    assert whole.record["data"]["stream"] == {"pairs": 4 * 3, "head": 20, "shards": 4}
+    output = {"output_dir": tmp_path / "run", "checkpoint_every": 1}
+    broken = tmp_path / "1.tar"
+    data = broken.read_bytes()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UnlearningError, match=r"before step 3: .*breaks off"):
+        _break_at(patch, step=2)
+        forget_red(source, **output)
+    assert broken.read_bytes() == data
+    resumed = forget_red(source, **output, resume=True)
+    assert torch.equal(weights(resumed), weights(whole))
+    assert not torch.equal(weights(whole), weights(forget_red(source, seed=5)))
+
+
+def _break_at(patch, step):
+    """Let the stream fail once the batches of so many steps were read."""
+    original = PairStream.pairs
+
+    def pairs(self, *arguments):
+        for number, pair in enumerate(original(self, *arguments)):
+            if number == 3 * step:
+                raise InputError("the shard 1.tar breaks off after 3 pairs")
+            yield pair
+
+    patch.setattr(PairStream, "pairs", pairs)
+
+
+def test_unreadable_images_of_a_stream_are_replaced_by_the_next_and_counted(shards, tmp_path):
+    for number in range(4):
+        write_shard(tmp_path / f"{number}.tar", range(15 * number, 15 * number + 15),
+                    **{f"{number * 15 + at:04d}_png": b"no image" for at in range(3, 15, 3)})  # fmt: skip
+    with pytest.raises((InputError, UnlearningError), match="in the shard"):
+        forget_red(f"stream:{shards}?head=20&buffer=8")
+    result = forget_red(f"stream:{shards}?head=20&buffer=8", on_error="skip", steps=6)
+    assert sum(row["count"] for row in result.record["data"]["skipped"].values()) >= 1
