@@ -16,6 +16,7 @@ from cliperase_fast.errors import InputError
 from cliperase_fast.evaluation.metrics import METRICS, PRIMARY, SHARE
 from cliperase_fast.unlearning.selection import wilson
 
+CAPTIONS = 5  # of a pair on average, as in COCO, for which `max_test_pairs` is meant
 Sets = tuple[PairDataset, PairDataset]  # forget, retain
 
 
@@ -40,13 +41,16 @@ def sample_sets(sets: PairSets, config: UnlearnConfig) -> PairSets:
 
 
 def sample_evaluation(parts: Sets, name: str, config: UnlearnConfig, counts: SampleCounts) -> Sets:
-    """Return (forget, retain) pairs with at most `max_test_pairs` together; at most half of those are forget pairs if
-    there are enough retain pairs.
+    """Return (forget, retain) pairs with at most `max_test_pairs` together, fewer if they would have more than
+    `CAPTIONS` captions each; at most half of them are forget pairs if there are enough retain pairs.
 
     counts: gets how many were drawn, under "forget test" or the like.
     """
     most, sizes = config.max_test_pairs, tuple(map(len, parts))
-    if most == 0 or sum(sizes) <= most:
+    captions = sum(len(own) for part in parts for own in part.captions)
+    if captions > CAPTIONS * most:
+        most = min(most, CAPTIONS * most * sum(sizes) // captions)
+    if config.max_test_pairs == 0 or sum(sizes) <= most:
         return parts
     forget = min(sizes[0], max(most // 2, most - sizes[1]))
     drawn = sample_pairs(parts[0], forget, config.seed), sample_pairs(parts[1], most - forget, config.seed)

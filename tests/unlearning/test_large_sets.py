@@ -10,7 +10,7 @@ from PIL import Image
 import cliperase_fast as cf
 from cliperase_fast.data import as_pairs, pair_sets
 from cliperase_fast.errors import InputError, UnlearningError
-from cliperase_fast.unlearning import batches, teacher
+from cliperase_fast.unlearning import batches, sampling, teacher
 from cliperase_fast.unlearning.batches import BatchLoader, BatchPlan, CaptionTable, Substitutes
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
@@ -196,3 +196,11 @@ def test_the_teacher_keeps_only_what_is_drawn_and_a_sample_gives_the_background(
     assert encoded == [22 + 12, 15]  # forget pairs and the retain pairs of four steps; the background
     levels = [result.record["selection"]["background"] for result in (whole, sampled)]
     assert levels[0] == pytest.approx(levels[1], abs=0.1) and levels[0] != levels[1]
+
+
+def test_a_split_with_many_captions_is_sampled_smaller():
+    rows = [(torch.zeros(3, 2, 2), [f"caption {row} {number}" for number in range(10)]) for row in range(40)]
+    parts = as_pairs(rows[:8], "forget"), as_pairs(rows[8:], "retain")
+    counts = {}
+    drawn = sampling.sample_evaluation(parts, "test", cf.UnlearnConfig(max_test_pairs=40), counts)
+    assert list(map(len, drawn)) == [8, 12] and counts == {"retain test": {"pairs": 12, "of": 32}}

@@ -19,7 +19,6 @@ from cliperase_fast.data.streams import PairStream
 from cliperase_fast.errors import InputError, UnlearningError
 from cliperase_fast.unlearning import streaming
 
-pytest.importorskip("webdataset")
 COLOURS = {"green": (30, 200, 30), "blue": (30, 30, 200)}
 
 
