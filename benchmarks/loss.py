@@ -61,6 +61,7 @@ def gpu_plan(device: str, names: Sequence[str] | None = None) -> list[tuple[Case
         (replace(target, dtype="float16"), own),
         (replace(target, dtype="float32", n=8_192, width=512), names),
         (replace(target, width=256), own),
+        (replace(target, width=770), own),  # rows that are not a multiple of 16 bytes are copied
         (replace(target, loss="clip", n=262_144), own),
         (replace(target, loss="siglip"), names if names is clip else default_names("siglip")),
     ]  # fmt: skip

@@ -65,11 +65,11 @@ _COUNTER_SECONDS = 90.0
 # Rows and columns of a block of dS, beside the one that is used; 2048 x N is the strip of earlier versions.
 _BLOCKS = ((2048, 32_768), (4096, 8192), (8192, 8192), (5632, 5632), (5632, 11_264), (11_264, 5632))
 # Not shipped and not in SHARED: two blocks of threads on a multiprocessor, other tiles and stages.
-_FORWARD = (
+FORWARD = (
     Config(64, 128, 64, 4, 3), Config(128, 128, 64, 8, 3), Config(128, 128, 64, 8, 2, True),
     Config(128, 64, 64, 8, 4, True), Config(64, 128, 64, 8, 3, True), Config(64, 128, 64, 4, 2, True),
 )  # fmt: skip
-_BACKWARD = (
+BACKWARD = (
     Config(64, 64, 64, 4, 3), Config(128, 128, 64, 8, 2, True), Config(128, 64, 64, 8, 4, True),
     Config(64, 128, 64, 4, 2, True), Config(128, 64, 64, 4, 3), Config(128, 128, 64, 8, 3),
 )  # fmt: skip
@@ -101,10 +101,10 @@ class Tournament:
         tile = replace(INTERPRETER.forward, shared=True)
         shared = SHARED.get(major, Configs(tile, tile, tile, tile) if not gpu else SHARED[8])
         self.configs = {
-            "forward": unique(self.shipped.forward, shared.forward, *(_FORWARD if gpu else ())),
-            "backward": unique(self.shipped.backward, shared.backward, *(_BACKWARD if gpu else ())),
+            "forward": unique(self.shipped.forward, shared.forward, *(FORWARD if gpu else ())),
+            "backward": unique(self.shipped.backward, shared.backward, *(BACKWARD if gpu else ())),
             "forward_groups": unique(
-                self.shipped.forward_groups, shared.forward_groups, *((_FORWARD[0], _FORWARD[3]) if gpu else ())
+                self.shipped.forward_groups, shared.forward_groups, *((FORWARD[0], FORWARD[3]) if gpu else ())
             ),
         }
         self._made: dict[int, Batch] = {}
@@ -159,6 +159,8 @@ class Tournament:
             for config in configs:
                 yield Entry(f"correct {way} {name(config)}", lambda way=way, config=config: self.correct(way, config))
         yield Entry("correct calibrated", self.correct_calibrated)
+        kept = self.shipped.forward_groups
+        yield Entry("correct compact", lambda: self.correct("forward_groups", kept, "compact"))
         for way in ("forward", "backward"):
             for config in self.configs[way]:
                 call = lambda way=way, config=config: self.time_kernel(way, config, n, kept=False)  # noqa: E731
@@ -175,6 +177,7 @@ class Tournament:
                 call = lambda way=way, config=config: self.time_kernel(way, config, n, kept=True)  # noqa: E731
                 yield Entry(f"kept {way} {name(config)}", call, f"correct {way} {name(config)}")
         yield Entry(f"sweep {n} best, kept", lambda: self.time_sweep(self.best(), n, "similarities"))
+        yield Entry(f"sweep {n} best, compact", lambda: self.time_sweep(self.best(), n, "compact"), "correct compact")
         for shape in _BLOCKS:
             rows, columns = (min(n, count) for count in shape)
             yield Entry(
@@ -199,11 +202,11 @@ class Tournament:
             b.image, b.text, b.scale, b.teacher_image, b.teacher_text, b.teacher_scale, ids, keep=keep
         )
 
-    def correct(self, way: str, config: Config) -> Row:
+    def correct(self, way: str, config: Config, keep: str | None = None) -> Row:
         """Compare the losses and gradients of a few hundred pairs with float64; both kinds of groups of a kernel."""
         worst, count = 0.0, 600 if self.device == "cuda" else 40
         for groups in (False, True) if way == "forward_groups" else (False,):
-            inputs = self.inputs(count, groups, keep="similarities" if way == "forward_groups" else "nothing")
+            inputs = self.inputs(count, groups, keep or ("similarities" if way == "forward_groups" else "nothing"))
             found = _outcome(as_sweep_of(self.with_config(way, config)), inputs, inputs.image.dtype)
             truth = _outcome(eager.sweep, inputs, torch.float64)
             worst = max(worst, _worst(found, truth))

@@ -24,7 +24,15 @@ from cliperase_fast.evaluation import METRICS
 from cliperase_fast.planning.cost_model import step_cost
 from cliperase_fast.planning.plan import step_of
 
-from . import audit_report, leaderboard_report, ledger_report, loss_report, points_report, unaided_report
+from . import (
+    audit_report,
+    kernel_tables,
+    leaderboard_report,
+    ledger_report,
+    loss_report,
+    points_report,
+    unaided_report,
+)  # fmt: skip
 from .machine import RESULTS, ROOT, abilities_text
 from .product_bound import bound_table
 from .providers import BASELINES, every_provider
@@ -76,33 +84,13 @@ def cifar10_table() -> str:
 
 
 def kernels_table() -> str:
-    """A row for each configuration: the loss that takes the most registers in it."""
     record = load("kernels")
-    worst: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for run in record["runs"]:
-        tile = tuple(run["config"].values())
-        key = (run["target"], run["dtype"], run["narrow"], run["kernel"], tile)
-        if key not in worst or run["registers"] > worst[key]["registers"]:
-            worst[key] = run
-    rows = []
-    for (target, dtype, narrow, kernel, tile), run in worst.items():
-        width = "up to 64" if narrow else "any"
-        block_m, block_n, block_k, warps, stages, shared = tile
-        shape = f"{block_m} x {block_n} x {block_k}, {warps} warps, {stages} stages" + ", shared" * shared
-        counts = str(run["registers"]), str(run["spilled_bytes"]), f"{run['shared_bytes'] / 1024:.0f} KiB"
-        rows.append((f"sm_{target}", dtype, width, kernel, shape, run["form"], *counts))
-    head = (
-        "target",
-        "features",
-        "width",
-        "kernel",
-        "tile",
-        "largest form",
-        "registers",
-        "spilled bytes",
-        "shared memory",
-    )
-    return f"{table(head, rows)}\n\n{provenance(record)}"
+    return f"{table(*kernel_tables.kernels(record))}\n\n{provenance(record)}"
+
+
+def kernel_model_table() -> str:
+    record = load("kernel_model")
+    return f"{table(*kernel_tables.model(record))}\n\n{provenance(record)}"
 
 
 def native_kernels_table() -> str:
@@ -409,6 +397,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "rates": rates_table,
     "cifar10": cifar10_table,
     "kernels": kernels_table,
+    "kernel-model": kernel_model_table,
     "train": train_tables,
     "trainers": trainers_table,
     "native-kernels": native_kernels_table,

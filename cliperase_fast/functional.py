@@ -129,8 +129,8 @@ def cliperase_loss(
     gather: "all" or "ring", see the head of this module.
     backend: see `cliperase_fast.backends()`; "eager" does not support a process_group.
     keep: trades memory for speed; results are equal to rounding. "similarities": they are kept for the backward pass,
-        up to CLIPERASE_KEEP_MIB; "nothing"; "auto": the fastest as measured, and on a GPU all similarities if they
-        fit CLIPERASE_KEEP_MIB and half of the free memory, else nothing. Backends without this choice ignore it.
+        up to CLIPERASE_KEEP_MIB; "compact": in half of the memory, see docs/kernels.md; "nothing"; "auto": the fastest
+        as measured, and on a GPU all if they fit CLIPERASE_KEEP_MIB and half of the free memory. Ignored elsewhere.
 
     Returns LossTerms(total, retain, forget, consistency). An empty batch gives 0 with zero gradients.
     Raises InputError, before anything is computed, if an argument is not as above.

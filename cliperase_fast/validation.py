@@ -22,7 +22,7 @@ from cliperase_fast.ops.spec import DTYPE_NAMES, DTYPES, compute_dtype, savable
 from cliperase_fast.terms import CONSISTENCY_MODES, FORGET_LOSSES, TERMS, check_name
 
 ENVIRONMENT_VARIABLE = "CLIPERASE_BACKEND"
-_KEEP_MODES = ("auto", "nothing", "similarities")
+_KEEP_MODES = ("auto", "nothing", "similarities", "compact")
 
 
 CALIBRATED_WEIGHTS = ("lambda_retain", "lambda_forget", "lambda_consistency", "lambda_anchor")

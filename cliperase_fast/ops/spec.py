@@ -83,7 +83,9 @@ class SimilarityInputs:
     group_ids: Tensor | None = None  # int64 [n]; other pairs of equal id leave the retention. Dropped without it
     want_retention: bool = True
     strip_rows: int = 0  # rows formed at a time; 0: the backend chooses
-    keep: str = "auto"  # similarities for the backward pass: "similarities", "nothing", "auto" (the backend chooses)
+    # What is kept for the backward pass: "similarities", "compact" (in 16 bits each where the backend has that form),
+    # "nothing", "auto" (the backend chooses).
+    keep: str = "auto"
     column_group_ids: Tensor | None = None  # int64 [m]; None: group_ids are those of the columns too
     pair_offset: int = 0  # row i and column i + pair_offset are a pair; m: no column here belongs to a row
     bias: Tensor | None = None  # [], of the sigmoid loss
@@ -193,7 +195,7 @@ class Sweep(Protocol):
     """One pass over the similarities of n = m >= 1 pairs.
 
     Returns (retention, consistency), 0-d in `inputs.dtype`; the one that is not wanted is 0. Results for different
-    `keep` agree to rounding. The caller has checked the inputs.
+    `keep` agree to rounding, except for "compact". The caller has checked the inputs.
     """
 
     def __call__(self, inputs: SimilarityInputs) -> tuple[Tensor, Tensor]: ...

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from accuracy_cases import regime
+from compact_checks import check_compact
 from kernel_checks import FORMS, check, formed, some_groups
 from shared_subject import SUBJECT
 from sweep_cases import outcome, random_batch
@@ -44,6 +45,12 @@ def test_kept_similarities_give_what_forming_them_again_gives():
     batch = random_batch(40, 40, 40).to(torch.float32)
     kept, again = (outcome(SUBJECT.sweep, batch, keep=keep) for keep in ("similarities", "nothing"))
     torch.testing.assert_close(kept.tensors(), again.tensors())
+
+
+# at scale 1000 tiles are out of reach of one exponential
+@pytest.mark.parametrize(("name", "scale"), [("random", 100.0), ("half converged", 1000.0)])
+def test_similarities_kept_in_16_bits_cost_no_more_than_stated(name, scale):
+    check_compact(SUBJECT, replace(regime(name, scale, 40), group_ids=some_groups(40)))
 
 
 def test_ordinary_tiles_are_formed_once(monkeypatch):

@@ -9,8 +9,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accuracy_cases import regime
+from compact_checks import check_compact
 from kernel_checks import *  # noqa: F403
-from kernel_checks import FORMS, Subject, formed, some_groups
+from kernel_checks import FORMS, Subject, formed, some_groups, watch_kept
 from rectangles import in_pieces
 from sweep_cases import outcome, random_batch
 
@@ -35,6 +37,28 @@ def subject():
         kept_row_bytes=lambda batch: 4 * len(batch.image) * (1 + batch.want_consistency),
         few_programs=lambda monkeypatch: monkeypatch.setattr(forward, "_PROGRAMS", 6),
     )
+
+
+# 35 pairs end in tiles of three rows and columns; "half converged" at scale 1000 has tiles that span 2000
+@pytest.mark.parametrize(("form", "dtype"), [("both", torch.bfloat16), ("rm", torch.bfloat16), ("kl", torch.float16)])
+def test_similarities_kept_in_16_bits_cost_no_more_than_stated(subject, monkeypatch, form, dtype):
+    batch = formed(replace(random_batch(35, scale=100.0, teacher_scale=60.0), group_ids=some_groups(35)), form)
+    kept = watch_kept(subject, monkeypatch)
+    check_compact(subject, batch, dtype)
+    assert kept == [16 * 4 + 2 * 35 * 35 * (1 + batch.want_consistency) + 1]
+
+
+@pytest.mark.parametrize(("name", "scale"), [("half converged", 1000.0), ("collapsed", 100.0), ("converged", 100.0)])
+def test_16_bits_serve_tiles_that_span_little_or_much(subject, name, scale):
+    check_compact(subject, regime(name, scale, 33))
+
+
+def test_float32_features_keep_float32_similarities_and_so_do_batches_too_large_for_16_bits(subject, monkeypatch):
+    kept = watch_kept(subject, monkeypatch)
+    for dtype, budget in ((torch.float32, 1 << 20), (torch.bfloat16, 4 * 1000)):
+        monkeypatch.setattr(triton_sweep, "cache_budget", lambda device, budget=budget: budget)
+        outcome(subject.sweep, random_batch(35).to(dtype), keep="compact")
+    assert kept == [8 * 35 * 35] * 2
 
 
 @pytest.mark.parametrize("forget", ["cosine", "contrastive", "hinge"])

@@ -59,6 +59,19 @@ def test_the_variants_with_one_exponential_agree_with_the_shipped_kernels(dtype,
         assert error <= 4 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("variant", [False, True], ids=["shipped", "one exponential"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits_for_each_similarity_change_little(dtype, variant):
+    given = moved(random_batch(1000 if DEVICE == "cuda" else 40, 192, 96, scale=50.0).to(dtype), DEVICE)
+    kernels = TritonKernels(SHARED[architecture()] if variant else None, f"compact_{next(NAMES)}")
+    assert kernels.cache_size(given.inputs(keep="compact")) % 2 == 1
+    one = as_sweep(kernels)
+    for ours, theirs in zip(
+        *(outcome(one, given, keep=keep).tensors() for keep in ("compact", "nothing")), strict=True
+    ):
+        assert (ours.double() - theirs.double()).norm() / theirs.double().norm() <= 4 * torch.finfo(dtype).eps
+
+
 def architecture() -> int:
     major = torch.cuda.get_device_capability()[0] if DEVICE == "cuda" else 9
     return major if major in SHARED else 8

@@ -29,7 +29,7 @@ def backward_kernel(
     Row i and column i + pair_offset are a pair. row_start and column_start are multiples of a tile: the compiler takes
     them, and with them the addresses, as multiples of 16. p_softmax: [PLAIN + MASKED + TEACHER, 2 n + 2 m], see
     `softmax_gradient`; p_diagonal: [n], dS of the pairs. READ_CACHE: the tiles of S and S° are read from where the
-    forward kernel has stored them.
+    forward kernel has stored them, see `kept.py`.
     """
     i_row, i_column = tile_of_program(row_stop - row_start, column_stop - column_start, GROUP_ROWS, BLOCK_M, BLOCK_N)
     o_row = row_start + i_row * BLOCK_M + tl.arange(0, BLOCK_M)  # [M]
@@ -81,7 +81,7 @@ def gradients(
             *operands.features(), *operands.groups, scalars, softmaxes, diagonal, block,
             *operands.cached_tiles(saved.cache), rows.start, rows.stop, columns.start, columns.stop, n, m,
             operands.pair_offset, *operands.widths(), *operands.strides(), shape[1], *moved, GROUP_ROWS=GROUP_ROWS,
-            READ_CACHE=rows.start < cached_rows, **constants,
+            READ_CACHE=operands.kept_form(saved.cache, rows.start), **constants,
         )  # fmt: skip
         found.add(rows, columns, block)
     return found.image, found.text, (found.scale * unit).to(dtypes[2])

@@ -38,6 +38,15 @@ class Configs:
     backward_groups: Config
     forward_groups: Config
 
+    def calibrated_forward(self, dtype: torch.dtype) -> Config:
+        """Return the configuration of the calibrated loss, whose backward kernel has that of `backward`."""
+        return self.forward if dtype.itemsize == 2 else self.backward  # larger tiles of float32 spill
+
+    def compact(self, groups: bool) -> Config:
+        """Return the configuration of both kernels for similarities in 16 bits, whose tiles must be the same."""
+        narrow = self.forward_groups.stages <= 2  # for narrow features, where larger tiles spill too
+        return self.backward_groups if groups or narrow else self.forward_groups
+
 
 def _configs(forward: Config, backward: Config, backward_groups: Config) -> Configs:
     return Configs(forward, backward, backward_groups, forward)

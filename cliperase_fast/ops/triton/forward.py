@@ -41,7 +41,7 @@ def forward_kernel(
     Row i and column i + pair_offset are a pair, and excluded. p_scalars: s, s° and the shift of the gaps.
     p_row_stats: [chunks, NUM_STATS, strip rows]; p_column_stats: [row blocks, NUM_STATS, m]. Statistics, in this order:
     PLAIN student (max, sum), MASKED student (max, sum; without entries of equal groups), TEACHER (max, sum, sum of exp
-    times S° - S - shift). WRITE_CACHE: the tiles are stored in p_cache and p_teacher_cache, [cached rows, m].
+    times S° - S - shift). WRITE_CACHE: the tiles are stored in p_cache and p_teacher_cache, see `kept.py`.
     """
     i_block, i_chunk = tl.program_id(0), tl.program_id(1)
     o_row = strip_start + i_block * BLOCK_M + tl.arange(0, BLOCK_M)  # [M]
@@ -184,7 +184,7 @@ def _off_diagonal(
             *(() if missing is None else (missing,)), *operands.cached_tiles(cache), start, stop, n, m,
             operands.pair_offset, *operands.widths(), tiles_per_chunk, *operands.strides(),
         )  # fmt: skip
-        constants = {**constants, "NUM_STATS": num_stats, "WRITE_CACHE": start < cached_rows}
+        constants = {**constants, "NUM_STATS": num_stats, "WRITE_CACHE": operands.kept_form(cache, start)}
         if missing is not None:
             shared_forward_kernel[(blocks, chunks)](*arguments, SAME_WIDTH=operands.same_width, **constants)
             group = max(1, CHECKED_COLUMNS // config.block_n)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cliperase_fast.ops.blocks import round_up
 from cliperase_fast.ops.triton.configs import Config
+from cliperase_fast.ops.triton.kept import load_compact, store_compact
 from cliperase_fast.ops.triton.softmax_tiles import gradient_tile, merge_parts, stats_tile, store_rows, store_stats
 from cliperase_fast.ops.triton.tiles import (
     LOWEST,
@@ -98,9 +99,16 @@ def shared_forward_kernel(
         if WRITE_CACHE:
             m_tile = m_row[:, None] & m_column[None, :]  # [M, N]
             o_cache = o_safe_row[:, None] * m + o_column[None, :]  # [M, N]
+        if WRITE_CACHE == 1:
             tl.store(p_cache + o_cache, b_s, mask=m_tile)
             if TEACHER:
                 tl.store(p_teacher_cache + o_cache, b_t, mask=m_tile)
+        elif WRITE_CACHE == 2:
+            m_exact = m_tile & (o_row[:, None] + pair_offset != o_column[None, :])  # [M, N]
+            store_compact(
+                p_cache, p_teacher_cache, b_s, b_t, o_row, o_column, o_cache, m_tile, m_exact, n, m, TEACHER, BLOCK_M,
+                BLOCK_N,
+            )  # fmt: skip
         # Only tiles with pairs, and the last ones, have entries that do not count.
         pair_first = row_first + pair_offset
         m_pairs = (pair_first < i_column + BLOCK_N) & (i_column < pair_first + BLOCK_M)
@@ -314,8 +322,12 @@ def shared_backward_kernel(
         o_safe_column = tl.minimum(o_column, m - 1).to(tl.int64)
         m_tile = (o_row < n)[:, None] & (o_column < m)[None, :]  # [M, N]
         p_rows, p_columns = p_row_moved + o_row, p_column_moved + o_column  # [M], [N]
-        if READ_CACHE:
-            o_cache = o_safe_row[:, None] * m + o_column[None, :]  # [M, N]
+        o_cache = o_safe_row[:, None] * m + o_column[None, :]  # [M, N]
+        if READ_CACHE == 2:
+            b_s, b_t = load_compact(
+                p_cache, p_teacher_cache, o_row, o_column, o_cache, m_tile, n, m, TEACHER, BLOCK_M, BLOCK_N
+            )  # [M, N]
+        elif READ_CACHE == 1:
             b_s = tl.load(p_cache + o_cache, mask=m_tile, other=0.0)  # [M, N]
             if TEACHER:
                 b_t = tl.load(p_teacher_cache + o_cache, mask=m_tile, other=0.0)  # [M, N]
@@ -352,13 +364,14 @@ def shared_backward_kernel(
             b_gradient = tl.where(o_row[:, None] + pair_offset == o_column[None, :], b_diagonal[:, None], b_gradient)
         store_gradient(p_block, b_gradient, o_row - row_start, o_column - column_start, stride_block, m_tile)
     else:
-        for half in range(0, BLOCK_N, BLOCK_N // 2):
+        PART: tl.constexpr = BLOCK_N if READ_CACHE == 2 else BLOCK_N // 2  # compact tiles are read whole
+        for part in range(0, BLOCK_N, PART):
             gradient_tile(
-                o_row, column_first + half + tl.arange(0, BLOCK_N // 2),
+                o_row, column_first + part + tl.arange(0, PART),
                 p_image, p_text, p_teacher_image, p_teacher_text, p_row_group, p_column_group, p_scalars, p_softmax,
                 p_diagonal, p_block, p_cache, p_teacher_cache, row_start, row_stop, column_start, column_stop, n, m,
                 pair_offset, width, teacher_width, stride_image, stride_text, stride_teacher_image,
-                stride_teacher_text, stride_block, PLAIN, MASKED, TEACHER, READ_CACHE, BLOCK_M, BLOCK_N // 2, BLOCK_K,
+                stride_teacher_text, stride_block, PLAIN, MASKED, TEACHER, READ_CACHE, BLOCK_M, PART, BLOCK_K,
                 EVEN_K, EVEN_K_TEACHER, PRECISION,
             )  # fmt: skip
 

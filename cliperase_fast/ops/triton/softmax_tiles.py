@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from cliperase_fast.ops.triton.kept import load_compact, store_compact
 from cliperase_fast.ops.triton.tiles import LOWEST, exp, similarity_tile, store_gradient
 
 
@@ -100,8 +101,8 @@ def stats_tile(
     ) * b_scale  # [M, N]  # fmt: skip
     m_tile = m_row[:, None] & m_column[None, :]  # [M, N]
     m_off = m_tile & (o_row[:, None] + pair_offset != o_column[None, :])  # [M, N]
-    if WRITE_CACHE:
-        o_cache = o_safe_row[:, None] * m + o_column[None, :]  # [M, N]
+    o_cache = o_safe_row[:, None] * m + o_column[None, :]  # [M, N]
+    if WRITE_CACHE == 1:
         tl.store(p_cache + o_cache, b_s, mask=m_tile)
     b_t = b_s
     if TEACHER:
@@ -109,8 +110,12 @@ def stats_tile(
             p_teacher_image, p_teacher_text, o_safe_row * stride_teacher_image, o_safe_column * stride_teacher_text,
             teacher_width, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K_TEACHER, PRECISION,
         ) * tl.load(p_scalars + 1)  # [M, N]  # fmt: skip
-        if WRITE_CACHE:
+        if WRITE_CACHE == 1:
             tl.store(p_teacher_cache + o_cache, b_t, mask=m_tile)
+    if WRITE_CACHE == 2:
+        store_compact(
+            p_cache, p_teacher_cache, b_s, b_t, o_row, o_column, o_cache, m_tile, m_off, n, m, TEACHER, BLOCK_M, BLOCK_N
+        )
     return add_stats(
         b_max, b_sum, b_masked_max, b_masked_sum, b_teacher_max, b_teacher_sum, b_gap, b_s, b_t, m_off, o_column,
         o_safe_row, o_safe_column, i_block, p_row_group, p_column_group, p_scalars, p_column_stats, m, PLAIN, MASKED,
@@ -167,8 +172,12 @@ def gradient_tile(
     o_safe_column = tl.minimum(o_column, m - 1).to(tl.int64)
 
     m_tile = m_row[:, None] & m_column[None, :]  # [M, N]
-    if READ_CACHE:
-        o_cache = o_safe_row[:, None] * m + o_column[None, :]  # [M, N]
+    o_cache = o_safe_row[:, None] * m + o_column[None, :]  # [M, N]
+    if READ_CACHE == 2:
+        b_s, b_t = load_compact(
+            p_cache, p_teacher_cache, o_row, o_column, o_cache, m_tile, n, m, TEACHER, BLOCK_M, BLOCK_N
+        )  # [M, N]
+    elif READ_CACHE == 1:
         b_s = tl.load(p_cache + o_cache, mask=m_tile, other=0.0)  # [M, N]
     else:
         b_s = similarity_tile(
@@ -183,9 +192,9 @@ def gradient_tile(
         b_masked = softmax_gradient(b_s, p_softmax + PLAIN * (2 * n + 2 * m), o_row, m_row, o_column, m_column, n, m)
         b_gradient += tl.where(b_row_group[:, None] == b_column_group[None, :], 0.0, b_masked)
     if TEACHER:
-        if READ_CACHE:
+        if READ_CACHE == 1:
             b_t = tl.load(p_teacher_cache + o_cache, mask=m_tile, other=0.0)  # [M, N]
-        else:
+        elif READ_CACHE == 0:
             b_t = similarity_tile(
                 p_teacher_image, p_teacher_text, o_safe_row * stride_teacher_image,
                 o_safe_column * stride_teacher_text, teacher_width,

@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from cliperase_fast.ops.autograd import as_sweep
+from cliperase_fast.ops.autograd import as_sweep, cache_budget
 from cliperase_fast.ops.blocks import kept_bytes, kept_rows
 from cliperase_fast.ops.calibrated import Edit, Pull
 from cliperase_fast.ops.calibrated_sweep import as_calibrated, gradients_by_blocks, losses_by_blocks
@@ -31,6 +31,7 @@ from cliperase_fast.ops.triton.backward import gradients
 from cliperase_fast.ops.triton.calibrated import Comparison, calibrated_gradients, edited_diagonal
 from cliperase_fast.ops.triton.configs import INTERPRETER, Configs, configs_for
 from cliperase_fast.ops.triton.forward import forward_stats
+from cliperase_fast.ops.triton.kept import compact_bytes, is_compact, new_cache
 from cliperase_fast.ops.triton.tiles import Operands
 
 TUNING_PAIRS = 16384
@@ -48,15 +49,18 @@ class TritonKernels:
         self.configs, self.name, self.block_columns = configs, name, block_columns
 
     def cache_size(self, inputs: SimilarityInputs) -> int:
-        """Return the bytes of float32 S, and S° with a teacher, of the first rows; see `blocks.kept_bytes`."""
-        return kept_bytes(inputs, _kept_row_bytes(inputs))
+        """Return the bytes of S, and S° with a teacher: of all rows in 16 bits, or as `blocks.kept_bytes` says."""
+        compact = compact_bytes(inputs) if inputs.keep == "compact" else 0
+        return compact if 0 < compact <= cache_budget(inputs.image.device) else self.blocks_cache_size(inputs)
 
     def forward(self, inputs: SimilarityInputs, cache_size: int) -> tuple[Stats, Tensor]:
         with torch.cuda.device_of(inputs.image):
             operands = Operands(inputs)
             configs = self.configs or choose_configs(operands)
-            cache = torch.empty(cache_size, dtype=torch.uint8, device=inputs.image.device)
+            cache = new_cache(cache_size, inputs.n, inputs.m, inputs.image.device)
             config = configs.forward_groups if operands.masked or cache_size else configs.forward
+            if is_compact(cache):
+                config = configs.compact(operands.masked)
             return forward_stats(operands, config, inputs.strip_rows, cache), cache
 
     losses = losses_from_stats
@@ -68,9 +72,12 @@ class TritonKernels:
             operands = Operands(inputs)
             configs = self.configs or choose_configs(operands)
             config = configs.backward_groups if operands.masked else configs.backward
+            if is_compact(saved.cache):
+                config = configs.compact(operands.masked)
             return gradients(inputs, operands, config, saved, weights, need, partial, self.block_columns)
 
-    blocks_cache_size = cache_size
+    def blocks_cache_size(self, inputs: SimilarityInputs) -> int:
+        return kept_bytes(inputs, _kept_row_bytes(inputs))
 
     def cache_share(self, inputs: SimilarityInputs, available: int) -> int:
         row_bytes = _kept_row_bytes(inputs)
@@ -84,7 +91,7 @@ class TritonKernels:
     def calibrated_forward(self, inputs: SimilarityInputs, edit: Edit | None, cache: Tensor) -> tuple[Stats, Tensor]:
         with torch.cuda.device_of(inputs.image):
             operands, comparison = Operands(inputs), Comparison(edit, inputs.scale.float())
-            config = (self.configs or shipped_configs(operands)).forward
+            config = (self.configs or shipped_configs(operands)).calibrated_forward(_widest(operands)[0])
             stats = forward_stats(operands, config, inputs.strip_rows, cache, comparison)
             diagonal = edited_diagonal(inputs, edit, stats.teacher_diagonal)
             return stats._replace(teacher_diagonal=diagonal), comparison.sums

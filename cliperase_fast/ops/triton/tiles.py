@@ -23,6 +23,7 @@ from cliperase_fast.ops.blocks import block_shape, full_wave, in_blocks
 from cliperase_fast.ops.matmul import as_pair, float32_precision
 from cliperase_fast.ops.spec import SimilarityInputs
 from cliperase_fast.ops.triton.configs import Config
+from cliperase_fast.ops.triton.kept import COMPACT, WHOLE, compact_parts, is_compact
 
 # Stands for log 0: finite, so that no difference is NaN, and far below every logit.
 LOWEST = tl.constexpr(-1.0e30)
@@ -179,12 +180,18 @@ class Operands:
         return tuple(0 if tensor is None else tensor.stride(0) for tensor in self.features())
 
     def cached_rows(self, cache: Tensor) -> int:
-        return len(cache) // (4 * self.m * (1 + self.teacher))
+        return self.n if is_compact(cache) else len(cache) // (4 * self.m * (1 + self.teacher))
+
+    def kept_form(self, cache: Tensor, row: int) -> int:
+        """Return WRITE_CACHE or READ_CACHE of the kernels for the tiles of this row."""
+        return 0 if row >= self.cached_rows(cache) else COMPACT if is_compact(cache) else WHOLE
 
     def cached_tiles(self, cache: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Return the cached rows of S and of S°, float32 [cached rows, m] each."""
+        """Return the cached rows of S and of S°, float32 [cached rows, m] each; or see `compact_parts`."""
         if len(cache) == 0:
             return None, None
+        if is_compact(cache):
+            return compact_parts(cache, self.n, self.m, self.teacher)
         parts = cache.view(torch.float32).view(1 + self.teacher, -1, self.m)
         return parts[0], parts[1] if self.teacher else None
 
