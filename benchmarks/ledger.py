@@ -1,8 +1,8 @@
 """Requests in a row, each undone, and sessions that are killed: what `cliperase_fast.Ledger` promises, measured.
 
     python -m benchmarks.ledger shapes     five requests on one model of shapes, and each of them undone
-    python -m benchmarks.ledger kills      a session of three requests on digits, killed at random moments and resumed
-    python -m benchmarks.ledger ranks      the same session on two ranks, beside one process
+    python -m benchmarks.ledger ranks      three requests on digits on two ranks, beside one process
+    python -m benchmarks.ledger kills      three requests on a tiny model, killed at random moments and resumed
 
 The result file benchmarks/results/ledger.json is written after every part, and a further call continues with what is
 missing; remove the file to measure again. The models are those of `cliperase-fast demo`, from its cache. The ledgers
@@ -24,6 +24,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cliperase_fast.data import open_source
 from cliperase_fast.demo import cached_model
 from cliperase_fast.demo_models import demo_model_for
@@ -44,7 +46,9 @@ REQUESTS = {
 FLOOR = 0.02  # points of retain accuracy, `UnlearnConfig.retain_floor`
 CLOSE = 0.02  # how near to the base an undone concept must come
 SESSION = {"seven": "class:seven", "three": "class:three", "one": "class:one"}
-SHORT = {"steps": 10, "learning_rate": 3e-4, "batch_size": 32, "checkpoint_every": 3}
+NUMBERS = {"steps": 30, "learning_rate": 3e-4, "batch_size": 128}  # of the session on digits
+TINY = {"steps": 6, "learning_rate": 1e-3, "batch_size": 8, "checkpoint_every": 2}
+COLOURS = {"red": (1.0, -1.0, -1.0), "green": (-1.0, 1.0, -1.0), "blue": (-1.0, -1.0, 1.0), "grey": (0.2, 0.2, 0.2)}
 KILLS = 50
 
 
@@ -57,14 +61,16 @@ class Record:
 
     def __init__(self, folder: Path = RESULTS) -> None:
         self.path = folder / FILE
-        self.parts: dict[str, Any] = {}
-        if self.path.exists():
-            self.parts = json.loads(self.path.read_text(encoding="utf-8"))["parts"]
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """What the file holds now: parts may be measured at the same time."""
+        return json.loads(self.path.read_text(encoding="utf-8"))["parts"] if self.path.exists() else {}
 
     def set(self, part: str, content: Mapping[str, Any]) -> None:
-        self.parts = {**self.parts, part: {**describe(), "command": f"python -m benchmarks.ledger {part}", **content}}
+        parts = {**self.parts, part: {**describe(), "command": f"python -m benchmarks.ledger {part}", **content}}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(self.path, record_text({"parts": self.parts}) + "\n")
+        write_text_atomically(self.path, record_text({"parts": parts}) + "\n")
 
 
 # requests in a row
@@ -172,30 +178,58 @@ def session(folder: str, base: str) -> str:
     """Make three requests, or go on with those that are missing. Returns the head."""
     ledger = Ledger(folder, base)
     for name, selector in SESSION.items():
-        ledger.forget(f"demo#{selector}", id=name, date=DATE, progress=False, **SHORT)
+        ledger.forget(f"demo#{selector}", id=name, date=DATE, progress=False, **NUMBERS)
     ledger.verify()
     return ledger.head()
 
 
+def tiny_session(folder: str) -> str:
+    """The same with a model of random weights, which takes a few seconds."""
+    import open_clip
+
+    torch.manual_seed(0)
+    model = open_clip.model.CLIP(
+        embed_dim=16,
+        vision_cfg={"image_size": 8, "patch_size": 4, "width": 32, "layers": 2, "head_width": 16},
+        text_cfg={"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+    )
+    ledger = Ledger(folder, model)
+    for name in ("red", "green", "blue"):
+        forget, retain = (
+            [pair for colour in COLOURS if (colour == name) == forgotten for pair in _squares(colour)]
+            for forgotten in (True, False)
+        )
+        ledger.forget(forget, retain, id=name, date=DATE, progress=False, **TINY)
+    ledger.verify()
+    return ledger.head()
+
+
+def _squares(colour: str, count: int = 12) -> list[tuple[torch.Tensor, str]]:
+    """Noisy squares of a colour with their captions."""
+    noise = torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(list(COLOURS).index(colour)))
+    return [(torch.tensor(COLOURS[colour])[:, None, None] + 0.3 * one, f"a {colour} square") for one in noise]
+
+
 def run_kills(record: Record, kills: int, seed: int = 0) -> None:
     """Kill the session at random moments of its time, resume it, and compare the head with that of one never killed."""
-    base, rng = original("demo"), random.Random(seed)
+    rng = random.Random(seed)
     with tempfile.TemporaryDirectory(prefix="ledger-") as work:
+        _apart(tiny_session, f"{work}/first")  # starts the server of processes, which takes as long as a session
         began = time.perf_counter()
-        head = _apart(session, f"{work}/whole", base)
+        head = _apart(tiny_session, f"{work}/whole")
         seconds = time.perf_counter() - began
         say("a session takes %.1f s", seconds)
         same, lines = 0, []
         for number in range(kills):
             folder = Path(work) / f"killed-{number}"
-            process = _started(session, str(folder), base)
+            process = _started(tiny_session, str(folder))
             process.join(rng.uniform(0, seconds))
             finished = not process.is_alive()
             process.kill()
             process.join()
             log = folder / "log.jsonl"
             lines.append(None if finished else log.read_text(encoding="utf-8").count("\n") if log.exists() else 0)
-            found = _apart(session, str(folder), base)
+            found = _apart(tiny_session, str(folder))
             same += found == head
             outcome = "the same head" if found == head else found
             print(f"{number + 1}: killed with {lines[-1]} lines, {outcome}", flush=True)

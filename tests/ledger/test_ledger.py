@@ -122,25 +122,25 @@ def test_the_page_tells_each_request_then_and_now(three, tmp_path):
     assert "&lt;b&gt;Ann&lt;/b&gt;" in page and "<b>Ann</b>" not in page
 
 
-def test_a_request_that_was_interrupted_goes_on(three, tmp_path, monkeypatch):
+def test_a_request_that_was_interrupted_goes_on(tmp_path, monkeypatch):
     from cliperase_fast.ledger import work
 
-    ledger = copied(three, tmp_path / "ledger", supplied=["red"])
-    ledger.undo("blue"), ledger.undo("green")
-    calls = []
+    quick = {**pairs_of("red"), **SETTINGS, "steps": 2, "id": "red", "date": "2026-03-01"}
+    whole, ledger = Ledger(tmp_path / "whole", MODEL), Ledger(tmp_path / "killed", MODEL)
+    whole.forget(**quick)
+    unlearn = work.unlearn
 
     def interrupted(*arguments, **keywords):
-        calls.append(unlearn(*arguments, **keywords))
+        unlearn(*arguments, **keywords)
         raise KeyboardInterrupt
 
-    unlearn = work.unlearn
     monkeypatch.setattr(work, "unlearn", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        ledger.forget(**pairs_of("green"), id="green-again", **SETTINGS)
-    assert len(list((ledger.dir / "work").iterdir())) == 1 and ledger.verify()
+        ledger.forget(**quick)
+    assert len(list((ledger.dir / "work").iterdir())) == 1 and ledger.verify() and ledger.active == []
     monkeypatch.setattr(work, "unlearn", unlearn)
-    entry = ledger.forget(**pairs_of("green"), id="green-again", **SETTINGS)
-    assert entry.weights == three.entries[2].weights and not (ledger.dir / "work").exists()
+    ledger.forget(**quick)
+    assert ledger.head() == whole.head() and not (ledger.dir / "work").exists()
 
 
 def test_requests_get_numbers_where_no_id_is_given(tmp_path):
