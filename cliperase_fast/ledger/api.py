@@ -156,6 +156,7 @@ class Ledger(LedgerWork):
             name = check_id(id) if id is not None else self._next_id()
             done = self._recorded(name, content)
             if done is not None:
+                self._data.keep(name, own)  # for the requests that follow
                 return done
             number, steps = len(self._log.entries), self._log.last.steps
             before, after, facts = self._unlearned(name, own, self._log.active(), steps, chosen, ranks, progress)

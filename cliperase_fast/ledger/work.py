@@ -152,7 +152,12 @@ class LedgerWork:
         if holds:
             pairs = ranks.run_on_all(lambda: held_among(pairs, held))
         before = self._state(steps)
-        key = {"settings": settings.to_dict(), "pairs": own.fingerprints(), "steps": [step.sha256 for step in steps]}
+        key = {
+            "settings": settings.to_dict(),
+            "pairs": own.fingerprints(),
+            "held": [one.fingerprints()["forget"] for one in held],
+            "steps": [step.sha256 for step in steps],
+        }
         digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
         result = unlearn(
             self._weights.adapter(self._log.base, before),

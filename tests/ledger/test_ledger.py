@@ -84,10 +84,11 @@ def test_undoing_works_without_any_data(three, tmp_path):
 
 
 def test_a_recorded_request_is_not_made_twice(three, tmp_path):
-    ledger = copied(three, tmp_path / "ledger")
+    ledger = copied(three, tmp_path / "ledger", supplied=[])
     head = ledger.head()
     again = ledger.forget(**pairs_of("green"), id="green", **SETTINGS)
     assert again.number == 2 and ledger.head() == head
+    assert ledger.undo("blue").audits.keys() == {"green"}  # its pairs are at hand now
     with pytest.raises(InputError, match="'green' is recorded with other settings: give"):
         ledger.forget(**pairs_of("green"), id="green", **{**SETTINGS, "learning_rate": 2e-3})
     with pytest.raises(InputError, match="'green' is recorded with other pairs"):
