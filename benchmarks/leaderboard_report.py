@@ -272,7 +272,9 @@ def search(record: Record) -> list[str | Table]:
         runs = [run for run in record["runs"] if run["method"] == method]
         told = "; ".join(_judgement(run) for run in runs)
         rows.append((f"`{method}`", _setting(setting), told, f"{sum(run['cpu_seconds'] for run in runs):.0f} s"))
-    return [(("", "recipe", "tried", "processor time"), rows)]
+    seconds = sum(run["cpu_seconds"] for run in record["runs"])
+    budget = f"{record['tried']} settings of each method, {seconds / 60:.0f} minutes of processor time in all."
+    return [budget, (("", "recipe", "tried", "processor time"), rows)]
 
 
 def _judgement(run: Mapping[str, Any]) -> str:

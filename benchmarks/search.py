@@ -79,8 +79,13 @@ class Search:
     """The result file. runs: those that are done, each of one setting on one concept."""
 
     def __init__(self) -> None:
-        self.runs: list[dict[str, Any]] = json.loads(PATH.read_text(encoding="utf-8"))["runs"] if PATH.exists() else []
+        self.runs: list[dict[str, Any]] = []
+        self._read()
         self.originals: dict[str, str] = {}
+
+    def _read(self) -> None:
+        if PATH.exists():
+            self.runs = json.loads(PATH.read_text(encoding="utf-8"))["runs"]
 
     def find(self, method: str, setting: Setting, data: tuple[str, str]) -> dict[str, Any] | None:
         wanted = (method, dict(setting), *data)
@@ -95,8 +100,8 @@ class Search:
                 "commit": describe()["commit"], **self._measure(method, setting, data),
             }  # fmt: skip
             self.runs.append(found)
-            self.write()
             print(run_line(found), flush=True)
+            self.write()
         return found
 
     def write(self) -> None:
@@ -108,6 +113,7 @@ class Search:
             "runs": self.runs,
         }  # fmt: skip
         write_text_atomically(PATH, record_text(content) + "\n")
+        self._read()  # so that what is chosen does not depend on digits that the file does not have
 
     @property
     def tried(self) -> int:
@@ -212,7 +218,7 @@ def main(words: Sequence[str] | None = None) -> None:
         for method in names if search.tried and not arguments.first else []:
             for setting in search.best(method):
                 search.run(method, setting, SECOND)
-        search.write()
+    search.write()
     chosen = search.chosen()
     write_recipes(chosen, search.tried)
     for method, setting in chosen.items():

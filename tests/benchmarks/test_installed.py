@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from cliperase_fast.config import RECIPES
 from cliperase_fast.report.rendering import TEMPLATES
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +37,8 @@ def test_benchmarks_are_in_a_wheel_without_a_package_of_that_name(installed):
 
 
 def test_a_wheel_has_the_files_that_the_package_reads(installed):
-    for name in ("ops/measured.json", *(f"report/templates/{path.name}" for path in TEMPLATES.iterdir())):
+    folders = [path for folder in (TEMPLATES, RECIPES) for path in folder.iterdir()]
+    for name in ("ops/measured.json", *(path.relative_to(ROOT / "cliperase_fast").as_posix() for path in folders)):
         assert (installed / "cliperase_fast" / name).read_bytes() == (ROOT / "cliperase_fast" / name).read_bytes()
 
 

@@ -10,7 +10,7 @@ from test_unaided import audited, calls, entry, study  # noqa: F401  calls is a 
 
 from cliperase_fast.benchmarks import leaderboard, leaderboard_report, search
 from cliperase_fast.benchmarks.unaided_verdicts import CALIBRATED, CONTROL
-from cliperase_fast.config import UnlearnConfig
+from cliperase_fast.config import UnlearnConfig, recipe_names
 from cliperase_fast.unlearning.methods import make_method, methods
 
 
@@ -130,6 +130,14 @@ def test_every_method_is_searched_with_as_many_settings_that_it_accepts():
         for setting in settings:
             made, _ = make_method(UnlearnConfig.from_dict({"method": method, **search.COMMON, **setting}))
             made.check_inputs(None)
+
+
+def test_every_method_has_a_recipe_that_it_accepts():
+    assert recipe_names() == sorted(methods())
+    for method in recipe_names():
+        made, _ = make_method(UnlearnConfig.recipe(method))
+        assert made.name == method
+        made.check_inputs(None)
 
 
 def judgement(kept=True, left=0.0, divergence=0.1):
