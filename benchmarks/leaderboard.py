@@ -140,12 +140,19 @@ class Leaderboard(Record):
         command = f"python -m benchmarks.leaderboard {name}"
         order = [*(ORACLES if board.depth else ()), *board.rows]
         super().__init__(name, command, board.concepts, order)
+        self.seeds = board.seeds
         self.oracle: dict[str, float] | None = None
         if self.path.exists():
             self.oracle = json.loads(self.path.read_text(encoding="utf-8")).get("oracle")
 
     def extra(self) -> dict[str, Any]:
-        return {"oracle": self.oracle}
+        missing = {
+            f"{concept}, seed {seed}": rows
+            for concept in self.order
+            for seed in range(self.seeds)
+            if (rows := [row for row in self.methods if self.find(concept, seed, row) is None])
+        }
+        return {"oracle": self.oracle, "missing": missing}
 
 
 ORACLES = tuple(f"oracle {number}" for number in range(1, 6))  # of the digits, which are attacked too

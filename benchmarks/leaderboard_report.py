@@ -140,6 +140,16 @@ def pairs_line(record: Record) -> str:
     )
 
 
+def missing_line(record: Record) -> str:
+    """Which runs are not there yet."""
+    missing = record.get("missing") or {}
+    count = sum(map(len, missing.values()))
+    if not count:
+        return ""
+    told = "; ".join(f"{where}: {', '.join(rows)}" for where, rows in missing.items())
+    return f"**Not complete**: {count} of {count + len(record['runs'])} runs are missing ({told})."
+
+
 def winner_line(record: Record) -> str:
     """Which method is nearest to the oracles, and where calibrated stands."""
     rows = by_row(record)
@@ -239,12 +249,14 @@ def run_line(run: Mapping[str, Any]) -> str:
 
 def parts(name: str, record: Record) -> list[str | Table]:
     """What the docs say of one board: texts and tables."""
+    after: list[str] = [missing_line(record), *_failures(record)]
     if name == "depth":
-        return [depth_table(record), *_failures(record)]
-    if name == "ratio":
-        return [ratio_table(record), *_failures(record)]
-    found = [board_table(record, ranked=name in DATA), pairs_line(record), *_failures(record)]
-    return [winner_line(record), *found] if name in DATA else found
+        found: list[str | Table] = [depth_table(record)]
+    elif name == "ratio":
+        found = [ratio_table(record)]
+    else:
+        found = [board_table(record, ranked=name in DATA), pairs_line(record)]
+    return [part for part in [*([winner_line(record)] if name in DATA else []), *found, *after] if part]
 
 
 def text(name: str, record: Record) -> str:

@@ -72,6 +72,8 @@ def test_every_row_runs_seed_by_seed_and_a_further_call_continues(board, unlearn
     record.path.write_text(json.dumps(kept))
     unlearned.clear()
     again = leaderboard.Leaderboard("digits", board)
+    assert again.extra()["missing"] == {"seven, seed 1": ["slug"]}
+    assert leaderboard_report.missing_line(again.content()).startswith("**Not complete**: 1 of 6 runs are missing (")
     assert leaderboard.estimate(board, again).startswith("digits: 1 runs are missing, about 0 minutes")
     leaderboard.run_board(board, again)
     assert [one[3]["method"] for one in unlearned] == ["slug"] and len(again.runs) == 6
