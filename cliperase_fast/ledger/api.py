@@ -135,8 +135,8 @@ class Ledger(LedgerWork):
         """Make the current model forget pairs, and record it.
 
         forget, retain, test, validation, templates, config, progress, settings: as in `unlearn()`. Pairs of earlier
-            requests in force are left out of retain, test and validation. A method that stops at the background level
-            ("calibrated") trains on some of them beside the new ones, which holds them there.
+            requests in force are left out of retain, test and validation. Only a method that keeps what the current
+            model does, and not what captions say ("calibrated"), gets them as pairs to keep, which holds them down.
         id: of the request; by default its number. A request that is recorded already is returned as it is, and one that
             was interrupted goes on, if the same call is made again.
         by, note, date: who asked, why and when; free texts, and a date in ISO 8601 (by default now).

@@ -15,7 +15,7 @@ from cliperase_fast.data.pair_sets import Opener, hold_out, open_pair_sets
 from cliperase_fast.errors import InputError
 from cliperase_fast.ledger.log import Entry
 
-HOLDING = frozenset(["calibrated"])  # methods that stop at the background level, and hold pairs that are there
+HOLDING = frozenset(["calibrated"])  # methods that keep what the current model does, not what captions say
 
 
 @dataclass(frozen=True)
