@@ -1,4 +1,4 @@
-"""Compute contrastive losses of other trainers: open_clip's distillation, a rank's own rows, SigLIP's sigmoid.
+"""Compute further contrastive losses: open_clip's distillation, a rank's own rows, SigLIP's sigmoid and its CLIPErase.
 
 Conventions, dtypes and errors are those of `functional.py`: L2-normalised features [rows, width], exponentiated scales,
 losses in the computing dtype, autocast off inside, `InputError` before anything is computed. No N x N matrix is held.
@@ -11,18 +11,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cliperase_fast.distributed import LOCAL, resolve_group, sharded_sigmoid
+from cliperase_fast.distributed import LOCAL, Shards, bernoulli_terms, resolve_group, sharded_sigmoid
 from cliperase_fast.errors import InputError
-from cliperase_fast.functional import agreed, contrast, described
+from cliperase_fast.functional import (
+    WITHIN_A_MODALITY,
+    LossTerms,
+    agreed,
+    contrast,
+    described,
+    forget_term_of,
+    group_of,
+)
 from cliperase_fast.ops import eager
+from cliperase_fast.ops.bernoulli import BernoulliInputs
 from cliperase_fast.ops.registry import Backend
 from cliperase_fast.ops.rows import row_losses
 from cliperase_fast.ops.spec import SimilarityInputs, compute_dtype, no_autocast, savable
+from cliperase_fast.terms import FORGET_LOSSES
 from cliperase_fast.validation import (
     as_scale,
     check_device,
     check_features,
     check_gather,
+    check_group_ids,
+    check_options,
     check_pairs,
     check_teacher,
     choose,
@@ -166,6 +178,130 @@ def sigmoid_loss(
             return sigmoid.loss(inputs)
         assert sigmoid.kernels is not None
         return sharded_sigmoid(sigmoid.kernels, shards, inputs)
+
+
+def sigmoid_cliperase_loss(
+    forget_image: Tensor,
+    forget_text: Tensor,
+    retain_image: Tensor,
+    retain_text: Tensor,
+    teacher_image: Tensor | None,
+    teacher_text: Tensor | None,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float,
+    teacher_logit_scale: Tensor | float | None,
+    teacher_logit_bias: Tensor | float | None,
+    *,
+    lambda_retain: float = 1.0,
+    lambda_forget: float = 3.0,
+    lambda_consistency: float = 3.0,
+    forget: str = "cosine",
+    margin: float = 0.0,
+    consistency: str = "logits",
+    group_ids: Tensor | None = None,
+    process_group: Any = LOCAL,
+    backend: str = "auto",
+) -> LossTerms:
+    """Compute the CLIPErase loss of a model that was trained with the sigmoid loss. It is this library's own.
+
+    With X = s I Tᵀ + b [N, N] of the retain pairs, X° of the teacher, and z_ij = 1 for pairs and -1 elsewhere,
+
+        retention    RM = mean_i Σ_j log(1 + exp(-z_ij X_ij)), without other pairs of equal group id
+        consistency  CM = mean_i Σ_j KL(Bernoulli(sigmoid(X°_ij)) || Bernoulli(sigmoid(X_ij)))
+
+    FM and the total are those of `functional.cliperase_loss`, as are the arguments, except:
+
+    logit_bias, teacher_logit_bias: b and b°, a number or a tensor of one element.
+    forget: "contrastive" is minus the sigmoid loss of the forget pairs. consistency: "logits" (CM above) or "features";
+        "intra" is not defined for these models. process_group: texts are gathered at once.
+    backend: "eager" or "torch", which holds no N x N matrix, or "auto".
+
+    Returns LossTerms(total, retain, forget, consistency); only `total` has a gradient on the backend "torch".
+    Raises InputError, before anything is computed, if an argument is not as above.
+    """
+    process_group = group_of(process_group)
+    weights = (lambda_retain, lambda_forget, lambda_consistency)
+
+    def check() -> tuple[Backend, Tensor, list[Tensor | None]]:
+        check_options(*weights, forget, margin, consistency)
+        if consistency == "intra" and lambda_consistency > 0:
+            raise InputError(
+                "consistency='intra' is not defined for a model with a logit_bias, which has no softmax over "
+                "similarities; use 'logits' or 'features'"
+            )
+        check_pairs("forget_image", forget_image, "forget_text", forget_text)
+        check_pairs("retain_image", retain_image, "retain_text", retain_text)
+        check_device("forget_image", forget_image, "retain_image", retain_image)
+        check_group_ids(group_ids, "retain_image", retain_image)
+        scale = as_scale("logit_scale", logit_scale, retain_image)
+        others: list[Tensor | None] = [as_scale("logit_bias", logit_bias, retain_image), None, None]
+        if lambda_consistency > 0:
+            others[1] = check_teacher("retain_image", retain_image, teacher_image, teacher_text, teacher_logit_scale)
+            if teacher_logit_bias is None and consistency == "logits":
+                raise InputError(
+                    "teacher_logit_bias is missing: the consistency needs a teacher that was trained with the sigmoid "
+                    "loss too; use consistency='features', or lambda_consistency=0"
+                )
+            others[2] = as_scale("teacher_logit_bias", teacher_logit_bias or 0.0, retain_image)
+        sharded = process_group is not None
+        return choose(backend, retain_image, retain_text, sharded=sharded, loss="bernoulli"), scale, others
+
+    (chosen, scale, (bias, teacher_scale, teacher_bias)), (retain_shards, forget_shards) = agreed(
+        process_group,
+        check,
+        lambda found: described(
+            "sigmoid_cliperase_loss", "all", found[0], "auto", retain_image, retain_text, found[1], teacher_image,
+            teacher_text, group_ids, weights=weights, forget=forget, margin=margin, consistency=consistency,
+        ),
+        "all",
+        (retain_image, forget_image),
+    )  # fmt: skip
+    forget_image, forget_text, retain_image, retain_text, group_ids, teacher_image, teacher_text = savable(
+        forget_image, forget_text, retain_image, retain_text, group_ids, teacher_image, teacher_text
+    )
+    zero = (retain_image.sum() + retain_text.sum() + scale).to(compute_dtype(retain_image, retain_text)) * 0
+    fused = lambda_consistency > 0 and consistency == "logits"
+    run = implementation(chosen, retain_image.device)
+    total = retain_term = forget_term = consistency_term = zero
+    with no_autocast(retain_image):
+        if lambda_retain > 0 or fused:
+            teacher: tuple[Any, Any, Any] = (None, None, None)
+            if fused:
+                teacher = (teacher_image, teacher_text, teacher_scale)
+            inputs = SimilarityInputs(retain_image, retain_text, scale, *teacher, group_ids, bias=bias)
+            own = (lambda_retain, lambda_consistency if fused else 0.0)
+            total, retain_term, consistency_term = _bernoulli(inputs, teacher_bias, own, chosen, retain_shards, zero)
+        if lambda_forget > 0:
+            inputs = SimilarityInputs(forget_image, forget_text, scale, bias=bias)
+            if FORGET_LOSSES[forget].sum_over_pairs is None:
+                forget_term = _bernoulli(inputs, None, (-1.0, 0.0), chosen, forget_shards, zero)[0]
+            else:
+                forget_term = forget_term_of(inputs, forget, margin, run, forget_shards)
+            total = torch.add(total, forget_term, alpha=lambda_forget)
+        if lambda_consistency > 0 and not fused:
+            assert teacher_image is not None and teacher_text is not None
+            for student, frozen in ((retain_image, teacher_image), (retain_text, teacher_text)):
+                inputs = SimilarityInputs(student, student, scale, frozen, frozen, teacher_scale, want_retention=False)
+                consistency_term = consistency_term + WITHIN_A_MODALITY[consistency](inputs, run, retain_shards)
+            total = torch.add(total, consistency_term, alpha=lambda_consistency)
+    return LossTerms(total, retain_term, forget_term, consistency_term)
+
+
+def _bernoulli(
+    inputs: SimilarityInputs,
+    teacher_bias: Tensor | None,
+    weights: tuple[float, float],
+    chosen: Backend,
+    shards: Shards | None,
+    zero: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (weighted sum, retention, consistency) of a batch; `zero` for an empty one."""
+    if (inputs.n if shards is None else shards.total) == 0:
+        return zero, zero, zero
+    if chosen.name == "eager":
+        retain, consistency = eager.bernoulli(inputs, teacher_bias)
+        return weights[0] * retain + weights[1] * consistency, retain, consistency
+    return bernoulli_terms(shards, BernoulliInputs(inputs, teacher_bias, *weights))
 
 
 def _check_rows(name: str, rows: Tensor, other_name: str, others: Tensor) -> None:

@@ -161,23 +161,21 @@ def cliperase_loss(
     fused = lambda_consistency > 0 and CONSISTENCY_MODES[consistency].fused
     with no_autocast(retain_image):
         if lambda_retain > 0 or fused:
-            teacher: tuple[Any, Any, Any] = (None, None, None)
-            if fused:
-                teacher = (teacher_image, teacher_text, teacher_scale)
+            teacher: tuple[Any, Any, Any] = (teacher_image, teacher_text, teacher_scale) if fused else (None,) * 3
             inputs = SimilarityInputs(
                 retain_image, retain_text, scale, *teacher, group_ids, want_retention=lambda_retain > 0, keep=keep
             )
             retain_term, consistency_term = _sweep(inputs, run, retain_shards)
         if lambda_forget > 0:
             inputs = SimilarityInputs(forget_image, forget_text, scale, keep=keep)
-            forget_term = _forget(inputs, forget, margin, run, forget_shards)
+            forget_term = forget_term_of(inputs, forget, margin, run, forget_shards)
         if lambda_consistency > 0 and not fused:
             for student, frozen in ((retain_image, teacher_image), (retain_text, teacher_text)):
                 assert frozen is not None and teacher_scale is not None
                 inputs = SimilarityInputs(
                     student, student, scale, frozen, frozen, teacher_scale, want_retention=False, keep=keep
                 )
-                divergence = _WITHIN_A_MODALITY[consistency](inputs, run, retain_shards)
+                divergence = WITHIN_A_MODALITY[consistency](inputs, run, retain_shards)
                 consistency_term = consistency_term + divergence
         total = torch.add(lambda_retain * retain_term, forget_term, alpha=lambda_forget)
         total = torch.add(total, consistency_term, alpha=lambda_consistency)
@@ -404,7 +402,9 @@ def _zero(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     return image.sum(dtype=dtype) + text.sum(dtype=dtype) + 0 * scale.to(dtype)
 
 
-def _forget(inputs: SimilarityInputs, forget: str, margin: float, run: Implementation, shards: Shards | None) -> Tensor:
+def forget_term_of(
+    inputs: SimilarityInputs, forget: str, margin: float, run: Implementation, shards: Shards | None
+) -> Tensor:
     sum_over_pairs = FORGET_LOSSES[forget].sum_over_pairs
     if sum_over_pairs is None:  # contrastive
         return -_sweep(inputs, run, shards)[0]
@@ -431,7 +431,7 @@ def _intra_kl(inputs: SimilarityInputs, run: Implementation, shards: Shards | No
 
 
 # The consistency modes that compare each modality with itself.
-_WITHIN_A_MODALITY = {"features": _features_kl, "intra": _intra_kl}
+WITHIN_A_MODALITY = {"features": _features_kl, "intra": _intra_kl}
 
 
 def group_of(process_group: Any) -> Any:

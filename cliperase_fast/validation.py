@@ -325,8 +325,8 @@ def choose(
     """Choose the backend for these features. `requested`: a name, or "auto", which CLIPERASE_BACKEND overrides.
 
     teacher: the teacher's features, if they are used. sharded: whether the batch is spread over processes. loss:
-    "softmax", or "sigmoid" or "calibrated", which not every backend has on every device. Under transforms of
-    `torch.func` "eager" replaces every other backend.
+    "softmax", or "sigmoid", "calibrated" or "bernoulli", which not every backend has on every device. Under
+    transforms of `torch.func` "eager" replaces every other backend.
 
     Raises InputError if the backend is unknown, is not available here, or does not support this device or dtype.
     """

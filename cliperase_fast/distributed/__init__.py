@@ -16,6 +16,7 @@ from cliperase_fast.distributed.process_group import (
     check_process_group,
     resolve_group,
 )
+from cliperase_fast.distributed.sharded_bernoulli import bernoulli_terms
 from cliperase_fast.distributed.sharded_calibrated import sharded_calibrated
 from cliperase_fast.distributed.sharded_sigmoid import sharded_sigmoid
 from cliperase_fast.distributed.sharded_softmax import sharded_sweep
@@ -30,6 +31,7 @@ __all__ = [
     "Group",
     "Ranks",
     "Shards",
+    "bernoulli_terms",
     "check_process_group",
     "init_distributed",
     "over_ranks",

@@ -131,6 +131,8 @@ def _target_names(adapter: ClipAdapter) -> list[str]:
             called = _called(adapter, usable)
             usable = [child for child in usable if child in called]
         usable = [child for child in usable if not parametrize.is_parametrized(child) and not shared & _weights(child)]
+        # not those that neither encoder uses, such as BLIP's cross-attention
+        usable = [child for child in usable if adapter.tower(f"{names[child]}.weight") == tower]
         layers: list[nn.Module] = [child for child in usable if isinstance(child, nn.Linear)]
         # A low-rank update mixes all channels, which a grouped convolution keeps apart.
         layers = layers or [child for child in usable if isinstance(child, nn.Conv2d) and child.groups == 1]

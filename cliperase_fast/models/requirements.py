@@ -138,7 +138,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _check_scale(adapter: ClipAdapter, what: str) -> None:
-    raw: Tensor = adapter._model.logit_scale.detach()
+    raw = adapter.log_scale().detach()
     if raw.numel() != 1:
         raise InputError(f"the {what}'s logit_scale has shape {list(raw.shape)}; it must be a single number")
     value = float(raw)

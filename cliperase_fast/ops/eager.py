@@ -68,6 +68,27 @@ def sigmoid(inputs: SimilarityInputs) -> Tensor:
     return -F.logsigmoid(torch.where(paired, logits, -logits)).sum() / inputs.n
 
 
+def bernoulli(inputs: SimilarityInputs, teacher_bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return (retention, consistency), means over the rows, see `ops/bernoulli.py`. Memory: some ten n x m matrices."""
+    assert inputs.bias is not None
+    logits = _similarity(inputs.image, inputs.text, inputs.scale, inputs.dtype) + inputs.bias.to(inputs.dtype)  # [n, m]
+    paired = torch.zeros_like(logits, dtype=torch.bool)
+    paired.diagonal(inputs.pair_offset).fill_(True)
+    losses = -F.logsigmoid(torch.where(paired, logits, -logits))
+    if inputs.group_ids is not None and inputs.column_groups is not None:
+        same = inputs.group_ids[:, None] == inputs.column_groups[None]
+        losses = losses.masked_fill(same & ~paired, 0)
+    retention = losses.sum() / inputs.n
+    if inputs.teacher is None or teacher_bias is None:
+        return retention, retention.new_zeros(())
+    teacher = _similarity(*inputs.teacher, inputs.dtype) + teacher_bias.to(inputs.dtype)
+    divergence = sum(
+        (sign * teacher).sigmoid() * (F.logsigmoid(sign * teacher) - F.logsigmoid(sign * logits)) for sign in (1, -1)
+    )
+    assert isinstance(divergence, Tensor)
+    return retention, divergence.sum() / inputs.n
+
+
 def row_losses(inputs: SimilarityInputs) -> tuple[Tensor, Tensor]:
     """Compute the row losses, see `ops/rows.py`. Memory: about six n x N matrices."""
     similarity = _similarity(inputs.image, inputs.text, inputs.scale, inputs.dtype)  # [n, N]

@@ -108,7 +108,7 @@ class Backend:
     keeps: bool = False  # whether `keep` makes a difference
     elsewhere: str = ""  # why it does not run on a device type that it supports in principle
     shards: bool = True  # whether it supports a batch that is spread over processes
-    # the device types on which it has the "sigmoid" and the "calibrated" loss; a loss left out: all of `devices`
+    # the device types on which it has the losses "sigmoid", "calibrated", "bernoulli"; a loss left out: all `devices`
     loss_devices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     loaded: dict[str, Implementation] = field(default_factory=dict, compare=False, repr=False)  # by device type
 
@@ -135,7 +135,7 @@ REGISTRY: dict[str, Backend] = {
             why_missing=None if _NO_NATIVE is None else lambda: _NO_NATIVE,
             elsewhere=_NO_NATIVE_CUDA or "",
             keeps=True,
-            loss_devices={"sigmoid": ("cpu",), "calibrated": ("cpu",)},
+            loss_devices={"sigmoid": ("cpu",), "calibrated": ("cpu",), "bernoulli": ()},
         ),
         Backend(
             "triton",
@@ -145,6 +145,7 @@ REGISTRY: dict[str, Backend] = {
             dtypes=_NO_FLOAT64,
             why_missing=_why_no_triton,
             keeps=True,
+            loss_devices={"bernoulli": ()},
         ),
     )
 }

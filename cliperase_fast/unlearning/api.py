@@ -53,10 +53,11 @@ def unlearn(
 ) -> UnlearnResult:
     """Make `model` forget the associations in `forget` while it keeps those in `retain`.
 
-    model: an open_clip model, a transformers CLIPModel, a module with encode_image, encode_text and logit_scale, or a
-        string ("ViT-B-32:openai", "ARCH:/path/to/checkpoint", "local-dir:DIR", a transformers folder). It is left
-        untouched. Training is in float32 whatever the weights are; those of an instance in another type are rounded to
-        that type once at the end, unless that would undo the forgetting (result.record["weights"] says which).
+    model: a model of open_clip or transformers (docs/models.md), a module with encode_image, encode_text and
+        logit_scale, or a string ("ViT-B-32:openai", "ARCH:/path/to/checkpoint", "local-dir:DIR", a transformers
+        folder). It is left untouched. Training is in float32 whatever the weights are; those of an instance in another
+        type are rounded to that type once at the end, unless that would undo the forgetting (result.record["weights"]
+        says which).
     forget, retain: map-style datasets of (image, caption) pairs, or source strings: forget "SOURCE#SELECTOR" such as
         "cifar10:/data#class:airplane", retain "rest", "SOURCE" or "SOURCE#SELECTOR". An image is a PIL image or a
         tensor [3, H, W] that is passed on as it is; a caption is a string, a list of strings, or token ids [L].

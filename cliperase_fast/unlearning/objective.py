@@ -37,6 +37,8 @@ class BatchFeatures:
     teacher_image: Tensor | None = None  # [N, D°], or [M + N, D°]
     teacher_text: Tensor | None = None  # as teacher_image
     teacher_logit_scale: Tensor | None = None
+    logit_bias: Tensor | None = None  # a scalar, without gradient; None unless the model has the sigmoid loss
+    teacher_logit_bias: Tensor | None = None
     background_image: Tensor | None = None  # [M + N]
     background_text: Tensor | None = None  # [M + N]
     image_tower: Tensor | None = None  # [M + N, W]

@@ -76,6 +76,9 @@ def load(inputs: Inputs, settings: UnlearnConfig, method: Method, directory: Run
     models = ranks.run_on_all(lambda: _load_models(inputs, settings, runtime))
     original, teacher = models.original, models.teacher
     assert original is not None and teacher is not None
+    ranks.run_on_all(partial(method.check_loss, original, teacher))
+    if original.logit_bias() is not None:
+        _choose_backend(settings, runtime, "bernoulli")
     tell("checking the images")
     data = prepare_data(sets, settings, progress=runtime.progress, ranks=ranks)
     if settings.automatic and method.trains and inputs.validation is None:
@@ -176,6 +179,12 @@ def _limited(part: Split, seed: int) -> Split:
     return Split(part.pairs.subset(np.concatenate([forget, retain])), len(forget))
 
 
+def _choose_backend(settings: UnlearnConfig, runtime: Runtime, loss: str = "softmax") -> None:
+    """Raise InputError for a backend that is missing or does not have the loss: now, not in the first step."""
+    probe = torch.empty(1, 1, dtype=torch.float32, device=runtime.device)
+    choose(settings.backend, probe, probe, loss=loss)
+
+
 def _nothing(*words: object) -> None:
     """Log nothing: only the first rank logs."""
 
@@ -189,8 +198,7 @@ def _check_settings(
     if inputs.oracle is not None and not settings.audit:
         raise InputError("oracle= is for the audit: pass audit=True (--audit) too, or leave it out")
     require_logger(settings.logger, directory.path)
-    probe = torch.empty(1, 1, dtype=torch.float32, device=runtime.device)
-    choose(settings.backend, probe, probe)  # a missing backend is an error now, not in the first step
+    _choose_backend(settings, runtime)
     if ranks.size > 1 and settings.backend == "eager":
         raise InputError("backend='eager' does not work on several ranks; use 'auto' or 'torch'")
     counts = {"forget": settings.forget_pairs, "retain": settings.retain_pairs}

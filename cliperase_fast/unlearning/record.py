@@ -72,7 +72,7 @@ def _content(run: Run, method: Method, state: TrainState, output: OutputModel) -
         ],
         "weights": {**run.setup.models.dtypes, "returned": weight_dtypes(output.adapter)},
         "model": run.setup.inputs.model_name,
-        "library": output.adapter.kind,
+        "library": output.adapter.library or output.adapter.kind,
         "method": {"name": method.name, "summary": method.summary, "source": method.source},
         "inputs": run.setup.inputs.named(),
         "data": _data(run, state),

@@ -64,6 +64,7 @@ class Trainer:
         self.pairs_per_step = self.settings.accumulate * sum(plan.sizes)
         self.counts = tuple([share.stop - share.start for share in self.ranks.shares(count)] for count in plan.sizes)
         self.meter = self.make_meter()
+        self.bias = constant_bias(run.student)
         student = wide_adapter(run, run.student) if tower_features else run.student
         self.width = run.feature_width if tower_features else None
         self.engine = (make_engine or engine_of)(run, student)
@@ -78,6 +79,7 @@ class Trainer:
             run.set_target(measure_background(run, self.teacher))
         assert run.setup.models.teacher is not None
         self.teacher_scale = run.setup.models.teacher.logit_scale().detach().float().clone()
+        self.teacher_bias = constant_bias(run.setup.models.teacher)
         run.setup.models.release()
         self._speed_up()
         if run.setup.checkpoint is not None:
@@ -253,6 +255,8 @@ class Trainer:
             teacher_image=teacher_image,
             teacher_text=teacher_text,
             teacher_logit_scale=self.teacher_scale,
+            logit_bias=self.bias,
+            teacher_logit_bias=self.teacher_bias,
             **self._background(teacher_image, teacher_text),
             **towers,
             ranks=self.ranks,
@@ -306,6 +310,12 @@ def engine_of(run: Run, student: ClipAdapter) -> Engine:
     if setup.deepspeed is None:
         return LocalEngine(student, run.parameters, setup.settings, setup.runtime)
     return ZeroEngine(student, run.parameters, setup.settings, setup.runtime, setup.deepspeed)
+
+
+def constant_bias(adapter: ClipAdapter) -> Tensor | None:
+    """Return the bias of the logits of a model with the sigmoid loss, which is not trained; float32, 0-d."""
+    bias = adapter.logit_bias()
+    return None if bias is None else bias.detach().float().clone()
 
 
 def _split(rows: Tensor, width: int) -> tuple[Tensor, Tensor]:

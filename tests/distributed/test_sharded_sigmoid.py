@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
 from shared_batches import EVEN, UNEVEN, features
 
-from cliperase_fast.contrastive import sigmoid_loss
+from cliperase_fast.contrastive import sigmoid_cliperase_loss, sigmoid_loss
 from cliperase_fast.distributed import collectives
 from cliperase_fast.errors import InputError
 from cliperase_fast.ops import backends
@@ -143,3 +145,31 @@ def test_what_cannot_be_shared_is_refused_on_every_rank(two, change, says):
 def test_a_batch_that_is_empty_everywhere_is_zero(two):
     for value, image, *_ in two.run(sharded_step, whole(0, torch.float32), [0, 0], ONES, {}):
         assert value == 0 and image.shape == (0, 12)
+
+
+def erase_step(rank, features_of_all, sizes, ids, process_group="local", **options):
+    """The terms of CLIPErase, and the gradients of the student's features, scale and bias."""
+    own = [tensor.split(sizes)[rank] for tensor in (*features_of_all, ids)]
+    *student, teacher_image, teacher_text = [tensor.clone() for tensor in own[:-1]]
+    leaves = [tensor.requires_grad_() for tensor in student]
+    numbers = [torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (14.0, -5.0)]
+    group = dist.group.WORLD if process_group == "world" else process_group
+    terms = sigmoid_cliperase_loss(
+        *leaves, teacher_image, teacher_text, *numbers, 12.0, -4.0, group_ids=own[-1], process_group=group, **options
+    )
+    return [term.detach() for term in terms], torch.autograd.grad(terms.total, [*leaves, *numbers], allow_unused=True)
+
+
+@pytest.mark.parametrize("sizes", [[5, 5], [7, 0]])
+@pytest.mark.parametrize("forget", ["cosine", "contrastive"])
+def test_cliperase_with_the_sigmoid_loss_is_that_of_the_whole_batch(two, sizes, forget):
+    given = [features(sum(sizes), 12, seed, torch.float64) for seed in range(6)]
+    ids = torch.arange(sum(sizes)) // 2
+    exact, gradients = erase_step(0, given, [sum(sizes)], ids, backend="eager", forget=forget)
+    parts = two.run(partial(erase_step, process_group="world", forget=forget), given, sizes, ids)
+    for terms, _ in parts:
+        torch.testing.assert_close(torch.stack(terms), torch.stack(exact), atol=1e-12, rtol=1e-10)
+    for place, right in enumerate(gradients):
+        found = [part[1][place] for part in parts]
+        whole_batch = torch.cat(found) / len(sizes) if right.ndim else torch.stack(found).mean()
+        torch.testing.assert_close(whole_batch, right, atol=1e-12, rtol=1e-10)

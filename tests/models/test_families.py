@@ -79,12 +79,13 @@ def test_messages_name_every_family_in_the_table(with_sums: None, tmp_path: Path
 def test_a_transformers_folder_of_another_type_names_the_supported_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "siglip"}')
-    with pytest.raises(InputError, match=r"holds a transformers model of type 'siglip'; supported are 'clip'$"):
+    (tmp_path / "config.json").write_text('{"model_type": "flava"}')
+    known = "'clip', 'siglip', 'siglip2', 'chinese_clip', 'blip'"
+    with pytest.raises(InputError, match=rf"holds a transformers model of type 'flava'; supported are {known}$"):
         load_model(tmp_path)
-    blip = replace(SUMS, opens=lambda text: False, model_type="blip")
-    monkeypatch.setattr(loading, "FAMILIES", (*adapters.FAMILIES, blip))
-    with pytest.raises(InputError, match=r"type 'siglip'; supported are 'clip', 'blip'$"):
+    sums = replace(SUMS, opens=lambda text: False, model_type="sums")
+    monkeypatch.setattr(loading, "FAMILIES", (*adapters.FAMILIES, sums))
+    with pytest.raises(InputError, match=rf"type 'flava'; supported are {known}, 'sums'$"):
         load_model(tmp_path)
     (tmp_path / "config.json").write_text("[")
     with pytest.raises(InputError, match="is not readable JSON"):

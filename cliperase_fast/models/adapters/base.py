@@ -66,6 +66,7 @@ class ClipAdapter(ABC):
     """
 
     kind: ClassVar[str]  # the name of its family
+    library: ClassVar[str] = ""  # that loads its saved models; "": as `kind`
     _marker: ClassVar[str]  # the file that makes a folder a saved model of this kind
 
     def __init__(
@@ -193,7 +194,16 @@ class ClipAdapter(ABC):
 
     def logit_scale(self) -> Tensor:
         """Return exp of the model's `logit_scale` parameter, a differentiable 0-d tensor."""
-        return self._model.logit_scale.exp().reshape(())
+        return self.log_scale().exp().reshape(())
+
+    def log_scale(self) -> Tensor:
+        """Return the logarithm of the scale, as the model holds it."""
+        return self._model.logit_scale
+
+    def logit_bias(self) -> Tensor | None:
+        """Return the bias of the logits of a model that was trained with the sigmoid loss, 0-d; None for others."""
+        bias = getattr(self._model, "logit_bias", None)
+        return bias.reshape(()) if isinstance(bias, Tensor) else None
 
     def clone(self) -> ClipAdapter:
         """Return a copy with its own weights; tokenizer and transform are shared."""

@@ -1,4 +1,4 @@
-"""The adapter of transformers' CLIPModel, and loading one from a folder."""
+"""What the adapters of transformers' models share, the adapter of its CLIPModel, and loading one from a folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,22 +33,19 @@ _LEGACY_END = 2  # in old configurations; such models pool at the highest id of 
 _TAIL = re.compile(r"(vision_model\.post_layernorm|visual_projection|text_model\.final_layer_norm|text_projection)\b")
 
 
-def is_transformers_model(module: nn.Module) -> bool:
-    transformers = sys.modules.get("transformers")
-    return transformers is not None and isinstance(module, transformers.CLIPModel)
+class PretrainedAdapter(ClipAdapter):
+    """Wrap a model of transformers. Subclasses name its classes there and say how it encodes.
 
-
-class TransformersAdapter(ClipAdapter):
-    """Wrap a transformers CLIPModel.
-
-    Without `transform` it gets CLIPImageProcessor at the model's image size with CLIP's mean and standard deviation.
-    Without `tokenizer`, a model with CLIP's own vocabulary (49,408 entries, end token 49407) gets open_clip's
-    SimpleTokenizer, whose ids give the same features; any other model gets none. No attention mask is passed: the text
-    tower is causal and pools at the first end token, so it never sees the padding after it.
+    model_class, config_class, processor_class: names in transformers. Without `transform` it gets that image processor
+    at the model's image size. Without `tokenizer` it gets none.
     """
 
-    kind = "transformers"
+    library = "transformers"
     _marker = "config.json"
+    _number_shapes: ClassVar[dict[str, tuple[int, ...]]] = {"logit_scale": ()}
+    model_class: ClassVar[str]
+    config_class: ClassVar[str]
+    processor_class: ClassVar[str]
 
     def __init__(
         self,
@@ -61,19 +58,28 @@ class TransformersAdapter(ClipAdapter):
         self.module = module
         self._proved: nn.Module | None = None  # the module that was found to be saveable
         if transform is None:
-            transform = _default_image_processor(module)
-        if tokenizer is None and self._has_clip_vocabulary:
-            tokenizer = clip_tokenizer(self.context_length)
+            transform = self._default_image_processor()
+        if tokenizer is None:
+            tokenizer = self._default_tokenizer()
         super().__init__(module, tokenizer=tokenizer, transform=transform, truncate=truncate)
 
     @property
     def _config(self) -> Any:
         return self._model.config
 
+    def _default_tokenizer(self) -> Any:
+        return None
+
+    def _default_image_processor(self) -> Any:
+        import transformers
+
+        height, width = self._image_size
+        return getattr(transformers, self.processor_class)(size={"height": height, "width": width})
+
     @property
-    def _has_clip_vocabulary(self) -> bool:
-        text = self._config.text_config
-        return text.vocab_size == CLIP_VOCABULARY and text.eos_token_id in (_END_OF_TEXT, _LEGACY_END)
+    def _image_size(self) -> tuple[int, int]:
+        size = int(self._config.vision_config.image_size)
+        return size, size
 
     @property
     def context_length(self) -> int:
@@ -82,6 +88,98 @@ class TransformersAdapter(ClipAdapter):
     @property
     def vocabulary_size(self) -> int:
         return int(self._config.text_config.vocab_size)
+
+    def _blocks_of(self, tower: Tower) -> list[nn.Module]:
+        owner = self._model.vision_model if tower == "image" else self._model.text_model
+        return list(owner.encoder.layers)
+
+    def _image_features(self, pixels: Tensor) -> Tensor:
+        return pooled(self._model.get_image_features(pixel_values=pixels))
+
+    def _text_features(self, tokens: Tensor) -> Tensor:
+        return pooled(self._model.get_text_features(input_ids=tokens))
+
+    def check_saveable(self) -> None:
+        """Raise `InputError` unless a new model of this configuration with these weights computes the same features."""
+        super().check_saveable()
+        require_no_parametrizations(self.module)
+        if self._proved is not self.module:
+            _prove(self)
+            self._proved = self.module
+
+    def saved_state(self) -> dict[str, Tensor]:
+        """Return the state dict as `from_pretrained` reads it, with numbers in the shapes that it expects."""
+        state = self.module.state_dict()
+        for name, shape in self._number_shapes.items():
+            if name in state and state[name].numel() == 1:
+                state[name] = state[name].reshape(shape)
+        return state
+
+    def probe(self) -> tuple[Tensor, Tensor]:
+        text, vision = self._config.text_config, self._config.vision_config
+        generator = torch.Generator("cpu").manual_seed(0)
+        shape = (4, self.context_length)
+        tokens = torch.randint(0, text.vocab_size, shape, generator=generator, dtype=torch.int64, device="cpu")
+        if isinstance(text.eos_token_id, int) and text.eos_token_id < text.vocab_size:
+            tokens[:, -1] = text.eos_token_id
+        like = next(self.module.parameters())
+        return random_pixels(self._image_size, like, int(getattr(vision, "num_channels", 3))), tokens
+
+    def _write(self, directory: Path, final: Path) -> None:
+        with _quiet():
+            self._model.save_pretrained(directory, state_dict=apart(self.saved_state()))
+        if self.tokenizer is not None and is_hugging_face(self.tokenizer.source):
+            self.tokenizer.source.save_pretrained(directory)
+        processor = self._processor_to_save()
+        if processor is not None:
+            processor.save_pretrained(directory)
+
+    @classmethod
+    def load_image_processor(cls, directory: Path) -> Any:
+        """Load the image processor saved beside a model; None if there is none."""
+        import transformers
+
+        names = ("preprocessor_config.json", "processor_config.json")
+        if not any((directory / name).is_file() for name in names):
+            return None
+        return getattr(transformers, cls.processor_class).from_pretrained(directory, local_files_only=True)
+
+    def _processor_to_save(self) -> Any:
+        return self.transform.processor if isinstance(self.transform, ImageProcessorTransform) else None
+
+    def reload(self, directory: Path) -> PretrainedAdapter:
+        import transformers
+
+        with _quiet():
+            module = getattr(transformers, self.model_class).from_pretrained(directory, local_files_only=True)
+        return type(self)(module, transform=self.transform)
+
+
+class TransformersAdapter(PretrainedAdapter):
+    """Wrap a transformers CLIPModel.
+
+    Without `transform` it gets CLIPImageProcessor at the model's image size with CLIP's mean and standard deviation.
+    Without `tokenizer`, a model with CLIP's own vocabulary (49,408 entries, end token 49407) gets open_clip's
+    SimpleTokenizer, whose ids give the same features; any other model gets none. No attention mask is passed: the text
+    tower is causal and pools at the first end token, so it never sees the padding after it.
+    """
+
+    kind = "transformers"
+    model_class, config_class, processor_class = "CLIPModel", "CLIPConfig", "CLIPImageProcessor"
+
+    def _default_image_processor(self) -> Any:
+        import transformers
+
+        height, width = self._image_size
+        return transformers.CLIPImageProcessor(
+            size={"shortest_edge": height}, crop_size={"height": height, "width": width}
+        )
+
+    def _default_tokenizer(self) -> Any:
+        text = self._config.text_config
+        if text.vocab_size != CLIP_VOCABULARY or text.eos_token_id not in (_END_OF_TEXT, _LEGACY_END):
+            return None
+        return clip_tokenizer(self.context_length)
 
     @property
     def unread_id(self) -> int | None:
@@ -102,16 +200,6 @@ class TransformersAdapter(ClipAdapter):
     def projection(self, tower: Tower) -> Projection | None:
         return Projection(self.module, "visual_projection" if tower == "image" else "text_projection", nn.Identity())
 
-    def _blocks_of(self, tower: Tower) -> list[nn.Module]:
-        owner = self._model.vision_model if tower == "image" else self._model.text_model
-        return list(owner.encoder.layers)
-
-    def _image_features(self, pixels: Tensor) -> Tensor:
-        return _pooled(self._model.get_image_features(pixel_values=pixels))
-
-    def _text_features(self, tokens: Tensor) -> Tensor:
-        return _pooled(self._model.get_text_features(input_ids=tokens))
-
     def _read_length(self, tokens: Tensor) -> int:
         if type(self._model).get_text_features is not sys.modules["transformers"].CLIPModel.get_text_features:
             return tokens.shape[1]
@@ -129,54 +217,15 @@ class TransformersAdapter(ClipAdapter):
                 "caption's features; use the tokenizer the model was trained with"
             )
 
-    def check_saveable(self) -> None:
-        """Raise `InputError` unless a CLIPModel of this configuration with these weights computes the same features."""
-        super().check_saveable()
-        require_no_parametrizations(self.module)
-        if self._proved is not self.module:
-            _prove(self)
-            self._proved = self.module
-
-    def saved_state(self) -> dict[str, Tensor]:
-        """Return the state dict as `CLIPModel.from_pretrained` reads it: with a 0-d logit_scale."""
-        state = self.module.state_dict()
-        state["logit_scale"] = state["logit_scale"].reshape(())
-        return state
-
-    def probe(self) -> tuple[Tensor, Tensor]:
-        text, vision = self._config.text_config, self._config.vision_config
-        generator = torch.Generator("cpu").manual_seed(0)
-        shape = (4, self.context_length)
-        tokens = torch.randint(0, text.vocab_size, shape, generator=generator, dtype=torch.int64, device="cpu")
-        if isinstance(text.eos_token_id, int) and text.eos_token_id < text.vocab_size:
-            tokens[:, -1] = text.eos_token_id
-        like = next(self.module.parameters())
-        return random_pixels(int(vision.image_size), like, int(vision.num_channels)), tokens
-
-    def _write(self, directory: Path, final: Path) -> None:
-        with _quiet():
-            self._model.save_pretrained(directory, state_dict=apart(self.saved_state()))
-        if self.tokenizer is not None and is_hugging_face(self.tokenizer.source):
-            self.tokenizer.source.save_pretrained(directory)
-        if isinstance(self.transform, ImageProcessorTransform):
-            self.transform.processor.save_pretrained(directory)
-
-    def reload(self, directory: Path) -> TransformersAdapter:
-        import transformers
-
-        with _quiet():
-            module = transformers.CLIPModel.from_pretrained(directory, local_files_only=True)
-        return TransformersAdapter(module, transform=self.transform)
-
 
 @torch.no_grad()
-def _prove(adapter: TransformersAdapter) -> None:
-    """Raise `InputError` unless a new CLIPModel takes the weights and computes the same features."""
+def _prove(adapter: PretrainedAdapter) -> None:
+    """Raise `InputError` unless a new model of the class takes the weights and computes the same features."""
     import transformers
 
-    module, name = adapter.module, type(adapter.module).__name__
+    module, name, kind = adapter.module, type(adapter.module).__name__, adapter.model_class
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        twin: Any = transformers.CLIPModel(copy.deepcopy(adapter._config))
+        twin: Any = getattr(transformers, kind)(copy.deepcopy(adapter._config))
     expected, state = twin.state_dict(), adapter.saved_state()
     wrong = [f"{key}, which the configuration does not have" for key in state if key not in expected]
     wrong += [f"{key}, which it lacks" for key in expected if key not in state]
@@ -188,7 +237,7 @@ def _prove(adapter: TransformersAdapter) -> None:
     remedy = "update model.config, or save it yourself and wrap it in a module with encode_image and encode_text"
     if wrong:
         raise InputError(
-            f"this {name} cannot be saved as a CLIPModel: its weights do not fit its configuration ({wrong[0]}"
+            f"this {name} cannot be saved as a {kind}: its weights do not fit its configuration ({wrong[0]}"
             + (f", and {len(wrong) - 1} more" if len(wrong) > 1 else "")
             + f"); {remedy}"
         )
@@ -196,32 +245,26 @@ def _prove(adapter: TransformersAdapter) -> None:
     device = next(module.parameters()).device
     for owner in twin.modules():
         for key, buffer in owner.named_buffers(recurse=False):
-            if buffer.is_meta:  # position ids: rebuilt, not saved
+            if buffer.is_meta:  # ids of positions and of token types: rebuilt, not saved
                 numbers = torch.arange(buffer.shape[-1], device=device, dtype=buffer.dtype).expand(buffer.shape)
-                owner.register_buffer(key, numbers, persistent=False)
-    difference = feature_difference(adapter, TransformersAdapter(twin, transform=adapter.transform))
+                rebuilt = torch.zeros_like(numbers) if key == "token_type_ids" else numbers
+                owner.register_buffer(key, rebuilt, persistent=False)
+    difference = feature_difference(adapter, type(adapter)(twin, transform=adapter.transform))
     if difference is not None and difference > tolerance(module):
         raise InputError(
-            f"this {name} cannot be saved as a CLIPModel: a CLIPModel with its weights computes features that "
+            f"this {name} cannot be saved as a {kind}: a {kind} with its weights computes features that "
             f"differ by {difference:.1e}; {remedy}"
         )
 
 
-def _default_image_processor(module: Any) -> Any:
-    import transformers
-
-    size = int(module.config.vision_config.image_size)
-    return transformers.CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
-
-
-def _pooled(output: Any) -> Tensor:  # -> [B, D]
+def pooled(output: Any) -> Tensor:  # -> [B, D]
     """Return the projected features: transformers 4 returns them, 5 an output that holds them."""
     return output if isinstance(output, torch.Tensor) else output.pooler_output
 
 
 def model_type(text: str) -> str | None:
     """Return the "model_type" in a folder's config.json; None if the string names no folder with that file."""
-    file = Path(text).expanduser() / TransformersAdapter._marker
+    file = Path(text).expanduser() / PretrainedAdapter._marker
     if not file.is_file():
         return None
     try:
@@ -230,53 +273,54 @@ def model_type(text: str) -> str | None:
         raise InputError(f"{file} is not readable JSON: {error}") from error
 
 
-def load(text: str, options: dict[str, Any]) -> ClipAdapter:
-    """Load the CLIPModel in a folder. options: tokenizer, transform and truncate."""
+def load(text: str, options: dict[str, Any], adapter: type[PretrainedAdapter]) -> ClipAdapter:
+    """Load the model in a folder. options: tokenizer, transform and truncate."""
     folder = Path(text).expanduser()
     import_extra("transformers", f"{folder} holds a model that")
     try:
-        module = _load_clip_model(folder)
+        module = _load_model(folder, adapter)
         if options["tokenizer"] is None:
             options = {**options, "tokenizer": _load_tokenizer(folder)}
         if options["transform"] is None:
-            options = {**options, "transform": _load_image_processor(folder)}
+            options = {**options, "transform": adapter.load_image_processor(folder)}
     except InputError:
         raise
     except Exception as error:  # missing or damaged files, wrong shapes
         raise InputError(f"the transformers model in {folder} does not load: {first_lines(error)}") from error
-    return TransformersAdapter(module, **options)
+    return adapter(module, **options)
 
 
-def _load_clip_model(folder: Path) -> nn.Module:
-    """Load the CLIPModel of a folder in float32, whatever wrapped it when it was saved."""
+def _load_model(folder: Path, adapter: type[PretrainedAdapter]) -> nn.Module:
+    """Load the model of a folder in float32, whatever wrapped it when it was saved."""
     import transformers
 
-    content = _read_weights(folder)
+    kind = getattr(transformers, adapter.model_class)
+    content = _read_weights(folder, adapter.model_class)
     with _quiet():
-        config = transformers.CLIPConfig.from_pretrained(folder, local_files_only=True)
+        config = getattr(transformers, adapter.config_class).from_pretrained(folder, local_files_only=True)
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            expected = transformers.CLIPModel(config).state_dict()
-        state = match_names(content, expected, folder, "CLIPModel")
+            expected = kind(config).state_dict()
+        state = match_names(content, expected, folder, adapter.model_class)
         # Half-precision files widen exactly; training needs float32 weights.
         state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-        module: Any = transformers.CLIPModel.from_pretrained(None, config=config, state_dict=state)
+        module: Any = kind.from_pretrained(None, config=config, state_dict=state)
     return module.float().eval()
 
 
-def _read_weights(folder: Path) -> dict[str, Any]:
+def _read_weights(folder: Path, kind: str) -> dict[str, Any]:
     for name in _WEIGHTS:
         if (folder / name).is_file():
-            return read_checkpoint(folder / name, "CLIPModel")
+            return read_checkpoint(folder / name, kind)
         index = folder / f"{name}.index.json"
         if index.is_file():
-            return _read_shards(folder, index)
+            return _read_shards(folder, index, kind)
     raise InputError(
         f"the transformers model in {folder} does not load: it has neither {' nor '.join(_WEIGHTS)} nor an index of "
         "their shards"
     )
 
 
-def _read_shards(folder: Path, index: Path) -> dict[str, Any]:
+def _read_shards(folder: Path, index: Path, kind: str) -> dict[str, Any]:
     try:
         files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -287,7 +331,7 @@ def _read_shards(folder: Path, index: Path) -> dict[str, Any]:
             raise InputError(f"{index} names the shard {name!r}, which is not a file of its folder")
         if not (folder / name).is_file():
             raise InputError(f"{index} names the shard {name!r}, which is missing; copy it into {folder}")
-        state.update(read_checkpoint(folder / name, "CLIPModel"))
+        state.update(read_checkpoint(folder / name, kind))
     return state
 
 
@@ -298,16 +342,6 @@ def _load_tokenizer(directory: Path) -> Any:
     if not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         return None
     return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
-
-
-def _load_image_processor(directory: Path) -> Any:
-    """Load the image processor saved beside a model; None if there is none."""
-    import transformers
-
-    names = ("preprocessor_config.json", "processor_config.json")
-    if not any((directory / name).is_file() for name in names):
-        return None
-    return transformers.CLIPImageProcessor.from_pretrained(directory, local_files_only=True)
 
 
 @contextmanager
@@ -324,14 +358,24 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-FAMILY = Family(
-    name="transformers",
-    instance="a transformers CLIPModel",
-    strings=("a folder with a transformers CLIPModel",),
-    marker=TransformersAdapter._marker,
-    matches=is_transformers_model,
-    wrap=TransformersAdapter,
-    opens=lambda text: model_type(text) == "clip",
-    load=load,
-    model_type="clip",
-)
+def family_of(adapter: type[PretrainedAdapter], kind: str) -> Family:
+    """Return the family of an adapter. kind: the "model_type" in the config.json of its folders."""
+
+    def matches(module: nn.Module) -> bool:
+        transformers = sys.modules.get("transformers")
+        return transformers is not None and isinstance(module, getattr(transformers, adapter.model_class))
+
+    return Family(
+        name=adapter.kind,
+        instance=f"a transformers {adapter.model_class}",
+        strings=(f"a folder with a transformers {adapter.model_class}",),
+        marker=adapter._marker,
+        matches=matches,
+        wrap=adapter,
+        opens=lambda text: model_type(text) == kind,
+        load=lambda text, options: load(text, options, adapter),
+        model_type=kind,
+    )
+
+
+FAMILY = family_of(TransformersAdapter, "clip")

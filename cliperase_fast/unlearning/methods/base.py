@@ -56,6 +56,7 @@ class Method(ABC):
     tower_features: whether it reads the features of each tower before its projection too, of student and teacher.
     unused_settings: fields of UnlearnConfig that it ignores, so that setting them is an error.
     trains: whether the trainer trains the parameters. needs_gradient: whether a gradient must reach them otherwise.
+    softmax_only: whether its loss is not defined for models that were trained with the sigmoid loss.
     """
 
     name: ClassVar[str]
@@ -68,6 +69,7 @@ class Method(ABC):
     unused_settings: ClassVar[frozenset[str]] = frozenset()
     trains: ClassVar[bool] = True
     needs_gradient: ClassVar[bool] = False
+    softmax_only: ClassVar[bool] = False
 
     def __init__(self, settings: UnlearnConfig, options: Any) -> None:
         self.settings, self.options = settings, options
@@ -88,6 +90,27 @@ class Method(ABC):
                 )
         if teacher is not None and "teacher" not in self.needs:
             raise InputError(f"method={self.name!r} does not use a teacher: leave out teacher=")
+
+    def check_loss(self, model: ClipAdapter, teacher: ClipAdapter) -> None:
+        """Raise InputError if the loss is not defined for the model: one with the sigmoid loss has a logit_bias."""
+        sigmoid = model.logit_bias() is not None
+        if sigmoid and self.softmax_only:
+            able = ", ".join(sorted({"cliperase", "gradient_difference", "text_projection"}))
+            raise InputError(
+                f"method={self.name!r} is defined by softmaxes over similarities, and the model was trained with the "
+                f"sigmoid loss (it has a logit_bias): use another method, such as {able}"
+            )
+        if self.needs_teacher and sigmoid != (teacher.logit_bias() is not None):
+            raise InputError(
+                "one of the model and the teacher has a logit_bias (the sigmoid loss) and the other has none, so their "
+                "similarities do not compare: give a teacher of the model's kind, or leave out teacher="
+            )
+        used = "consistency" not in self.unused_settings and self.needs_teacher
+        if sigmoid and used and self.settings.consistency == "intra":
+            raise InputError(
+                "consistency='intra' is not defined for a model that was trained with the sigmoid loss: use 'logits' "
+                "or 'features'"
+            )
 
     def check_model(self, model: ClipAdapter, train: Split, captions: CaptionTable) -> None:
         """Raise InputError for a model or training pairs that the method cannot work on. Optional.

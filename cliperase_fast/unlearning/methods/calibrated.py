@@ -76,6 +76,7 @@ class Calibrated(TrainingMethod):
     name = "calibrated"
     summary = "CLIPErase against an edited teacher: forget pairs stop at the level of unrelated pairs"
     source = "this library, after CLIPErase"
+    softmax_only = True
     needs = ("forget", "retain", "teacher")
     joint_teacher = True
     unused_settings = frozenset(["forget_loss", "margin", "consistency"])

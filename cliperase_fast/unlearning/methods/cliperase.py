@@ -5,12 +5,16 @@ from __future__ import annotations
 from cliperase_fast.functional import LossTerms
 from cliperase_fast.losses import CLIPEraseLoss
 from cliperase_fast.unlearning.methods.base import TrainingMethod
+from cliperase_fast.unlearning.methods.clip_losses import sigmoid_terms
 from cliperase_fast.unlearning.objective import BatchFeatures, Objective
 from cliperase_fast.unlearning.run import Run
 
 
 class CLIPErase(TrainingMethod):
-    """The paper's method. Its weights and choices are settings of `UnlearnConfig`."""
+    """The paper's method. Its weights and choices are settings of `UnlearnConfig`.
+
+    For a model that was trained with the sigmoid loss, see `contrastive.sigmoid_cliperase_loss`.
+    """
 
     name = "cliperase"
     summary = "forgetting, retention and consistency losses together"
@@ -35,6 +39,17 @@ class CLIPErase(TrainingMethod):
         )
 
         def terms(features: BatchFeatures) -> LossTerms:
+            if features.logit_bias is not None:
+                return sigmoid_terms(
+                    features,
+                    settings.backend,
+                    lambda_retain=settings.lambda_retain,
+                    lambda_forget=settings.lambda_forget,
+                    lambda_consistency=settings.lambda_consistency,
+                    forget=settings.forget_loss,
+                    margin=settings.margin,
+                    consistency=settings.consistency,
+                )
             return loss(
                 features.forget_image,
                 features.forget_text,

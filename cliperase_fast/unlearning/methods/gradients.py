@@ -14,6 +14,7 @@ from cliperase_fast.unlearning.engines.base import train_mode
 from cliperase_fast.unlearning.methods.base import TERM_SETTINGS, TRAINING_SETTINGS, ClosedFormMethod
 from cliperase_fast.unlearning.objective import BatchFeatures
 from cliperase_fast.unlearning.run import Run
+from cliperase_fast.unlearning.trainer import constant_bias
 
 # A loss over the batch of all ranks: the mean of its gradients over the ranks is that of the whole batch.
 Loss = Callable[[BatchFeatures], Tensor]
@@ -112,6 +113,7 @@ def features_of(
         image=image,
         text=text.index_select(0, batch.text_of_pair.to(device)),
         logit_scale=scale,
+        logit_bias=constant_bias(run.student),
         n_forget=batch.n_forget,
         group_ids=None if batch.group_ids is None else batch.group_ids.to(device),
         ranks=run.ranks,

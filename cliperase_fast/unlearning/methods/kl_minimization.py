@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cliperase_fast.functional import similarity_kl
 from cliperase_fast.unlearning.methods.base import TERM_SETTINGS, TrainingMethod
-from cliperase_fast.unlearning.methods.clip_losses import forget_clip_loss
+from cliperase_fast.unlearning.methods.clip_losses import forget_clip_loss, sigmoid_terms
 from cliperase_fast.unlearning.objective import BatchFeatures, Objective
 from cliperase_fast.unlearning.run import Run
 
@@ -42,16 +42,20 @@ class KlMinimization(TrainingMethod):
         def terms(features: BatchFeatures) -> KlTerms:
             assert features.teacher_image is not None and features.teacher_text is not None
             assert features.teacher_logit_scale is not None
-            consistency = similarity_kl(
-                features.retain_image,
-                features.retain_text,
-                features.logit_scale,
-                features.teacher_image,
-                features.teacher_text,
-                features.teacher_logit_scale,
-                process_group=features.ranks.process_group or "local",
-                backend=self.settings.backend,
-            )
+            if features.logit_bias is not None:
+                only = {"lambda_retain": 0.0, "lambda_forget": 0.0, "lambda_consistency": 1.0}
+                consistency = sigmoid_terms(features, self.settings.backend, **only).total
+            else:
+                consistency = similarity_kl(
+                    features.retain_image,
+                    features.retain_text,
+                    features.logit_scale,
+                    features.teacher_image,
+                    features.teacher_text,
+                    features.teacher_logit_scale,
+                    process_group=features.ranks.process_group or "local",
+                    backend=self.settings.backend,
+                )
             forget = forget_clip_loss(features.gather())
             return KlTerms(consistency - forget, consistency, forget)
 

@@ -41,6 +41,7 @@ class MaskedDistillation(TrainingMethod):
     name = "masked_distillation"
     summary = "match the original with the forgotten associations masked out and renormalised"
     source = "DELETE, CVPR 2025"
+    softmax_only = True
     needs = ("forget", "retain", "teacher")
     joint_teacher = True
     unused_settings = TERM_SETTINGS - {"teacher_cache"}

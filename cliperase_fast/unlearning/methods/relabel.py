@@ -39,6 +39,7 @@ class Relabel(TrainingMethod):
     name = "relabel"
     summary = "the CLIP loss of forget images with captions of other concepts, and of retain pairs"
     source = "random labels, arXiv 2010.10981"
+    softmax_only = True
     unused_settings = TERM_SETTINGS - {"backend"}
 
     def check_inputs(self, teacher: Any) -> None:
