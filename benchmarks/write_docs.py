@@ -32,7 +32,7 @@ from . import (
     loss_report,
     points_report,
     unaided_report,
-)  # fmt: skip
+)
 from .machine import RESULTS, ROOT, abilities_text
 from .product_bound import bound_table
 from .providers import BASELINES, every_provider

@@ -188,11 +188,11 @@ def test_rectangles_add_up_to_the_whole(keep, groups, cuts):
         torch.testing.assert_close(ours.double(), theirs, rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_rectangles_of_half_precision_give_summands_in_float32(form):
+@pytest.mark.parametrize(("form", "keep"), [*((form, "nothing") for form in FORMS), ("both", "compact")])
+def test_rectangles_of_half_precision_give_summands_in_float32(form, keep):
     batch = formed(random_batch(40), form).to(torch.bfloat16)
     exact = outcome(eager.sweep, batch.to(torch.float64), (0.7, 1.3))
-    found = in_pieces(triton_sweep.kernels, batch, [0, 7, 40], [0, 7, 40])
+    found = in_pieces(triton_sweep.kernels, batch, [0, 7, 40], [0, 7, 40], keep=keep)
     for ours, theirs in zip(found[2:4], (exact.image, exact.text), strict=True):
         assert ours.dtype == torch.float32
         assert (ours.double() - theirs).norm() <= 4e-3 * theirs.norm()
