@@ -54,6 +54,7 @@ def audit_requests(
     base, current = (adapter.clone() for adapter in (base, current))
     for adapter in (base, current):
         adapter.module.to(how.device)
+        adapter.truncate = True  # captions that are too long were refused by the run, or cut as well
     gone = [part for one in requests if not one.undone for part in one.pairs.forgotten]
     found = {}
     with seeded(how.seed):

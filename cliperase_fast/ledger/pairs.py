@@ -11,7 +11,8 @@ import numpy as np
 
 from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.data import PairDataset, concat, overlap
-from cliperase_fast.data.pair_sets import Opener, hold_out, open_pair_sets
+from cliperase_fast.data.intake import Tally
+from cliperase_fast.data.pair_sets import Opener, PairSets, hold_out, open_pair_sets, read_pairs
 from cliperase_fast.errors import InputError
 from cliperase_fast.ledger.log import Entry
 
@@ -75,18 +76,34 @@ def open_request(
         forget, retain, test, opener, overlap_policy=settings.overlap, test_fraction=settings.test_fraction,
         validation=validation,
     )  # fmt: skip
+    if settings.on_error == "skip":
+        sets = _readable(sets)
     own_forget, own_retain, seed = sets.forget, sets.retain, settings.seed
-    tests = sets.test
+    tests, validations = sets.test, sets.validation
     if tests is None:
         own_forget, forget_test = hold_out(own_forget, settings.test_fraction, seed + 1)
         own_retain, retain_test = hold_out(own_retain, settings.test_fraction, seed + 1)
         tests = forget_test, retain_test
-    validations = sets.validation
     if validations is None:
         own_forget, forget_validation = hold_out(own_forget, settings.val_fraction, seed)
         own_retain, retain_validation = hold_out(own_retain, settings.val_fraction, seed)
         validations = forget_validation, retain_validation
     return RequestPairs(own_forget, own_retain, validations, tests, sets.names)
+
+
+def _readable(sets: PairSets) -> PairSets:
+    """Leave out pairs whose images cannot be read, as the run does."""
+
+    def read(part: PairDataset) -> PairDataset:
+        return read_pairs(part, part.name, Tally(), on_error="skip")
+
+    return replace(
+        sets,
+        forget=read(sets.forget),
+        retain=read(sets.retain),
+        test=None if sets.test is None else (read(sets.test[0]), read(sets.test[1])),
+        validation=None if sets.validation is None else (read(sets.validation[0]), read(sets.validation[1])),
+    )
 
 
 def without(pairs: PairDataset, others: Sequence[PairDataset], what: str) -> PairDataset:

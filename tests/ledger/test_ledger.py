@@ -1,5 +1,6 @@
 """A ledger's requests: what they forget, how they are taken back, and what is stored."""
 
+import copy
 import hashlib
 import json
 
@@ -8,9 +9,11 @@ import torch
 from colours import MODEL, REQUESTS, SETTINGS, copied, make_ledger, pairs_of
 from small import make_pairs
 
-from cliperase_fast import InputError, Ledger
+from cliperase_fast import InputError, Ledger, UnlearnConfig
+from cliperase_fast.data.pair_sets import Opener
 from cliperase_fast.ledger import apply_patch
 from cliperase_fast.ledger.deltas import digest_of, state_of
+from cliperase_fast.ledger.pairs import open_request
 
 
 def weights_of(model):
@@ -142,6 +145,25 @@ def test_a_request_that_was_interrupted_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(work, "unlearn", unlearn)
     ledger.forget(**quick)
     assert ledger.head() == whole.head() and not (ledger.dir / "work").exists()
+
+
+def test_a_base_in_half_precision_is_the_same_base_when_widened(tmp_path):
+    half = copy.deepcopy(MODEL).half()
+    assert Ledger(tmp_path, half).model().logit_scale.dtype == torch.float32
+    assert Ledger(tmp_path, copy.deepcopy(half).float()).verify()
+
+
+def test_pairs_that_a_run_skips_are_left_out_of_the_request():
+    pairs = pairs_of("red")
+    broken = torch.full((3, 8, 8), float("nan")), "a red square"
+    settings = UnlearnConfig(on_error="skip")
+    forget = [*pairs["forget"][:2], broken, *pairs["forget"][2:]]
+    opened = [
+        open_request(one, pairs["retain"], pairs["test"], None, settings, None, Opener(on_error="skip"))
+        for one in (forget, pairs["forget"])
+    ]
+    assert opened[0].counts() == opened[1].counts()
+    assert all(bool(opened[0].forget.image(row).isfinite().all()) for row in range(len(opened[0].forget)))
 
 
 def test_requests_get_numbers_where_no_id_is_given(tmp_path):
