@@ -154,14 +154,14 @@ def sweep_of(ranks: int, loss: str, way: str, pairs: int = PAIRS) -> Sweep:
     columns = pairs if way == "ring" else pairs * ranks
     return Sweep(
         pairs * ranks, ranks, WIDTH, WIDTH, 4, consistency=loss != LOSSES[0], gather="ring" if way == "ring" else "all",
-        strip_rows=strip_height(pairs, columns, 0, torch.empty(0)), fused=False,
+        block_rows=strip_height(pairs, columns, 0, torch.empty(0)), fused=False,
     )  # fmt: skip
 
 
 def strips_of(sweep: Sweep) -> int:
     """Bytes of the strips of the "torch" backend in the backward pass, and of their products with the texts."""
     columns = sweep.own if sweep.gather == "ring" else sweep.pairs
-    return 4 * sweep.strip_rows * ((3 + sweep.consistency) * columns + 2 * sweep.width)
+    return 4 * sweep.block_rows * ((3 + sweep.consistency) * columns + 2 * sweep.width)
 
 
 def gradients(rank: int, way: str, loss: str, pairs: int = 128) -> list[Tensor]:

@@ -32,6 +32,7 @@ from . import (
     loss_report,
     points_report,
     unaided_report,
+    zero_memory,
 )
 from .machine import RESULTS, ROOT, abilities_text
 from .product_bound import bound_table
@@ -265,7 +266,7 @@ def scaling_table() -> str:
              *(f"{x:.2f}" for x in parts), *(f"{x:.3f}" for x in times))
         )  # fmt: skip
     head = (
-        "GPUs", "texts", "strips", "TFLOP of the loss", "GiB moved", "GiB received", "GiB, loss", "GiB, all",
+        "GPUs", "texts", "block of dS", "TFLOP of the loss", "GiB moved", "GiB received", "GiB, loss", "GiB, all",
         "s, loss", "s, its exchange", "s, step",
     )  # fmt: skip
     assumed = (
@@ -390,6 +391,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "grad-cache": grad_cache_table,
     "sharded-products": sharded_products_table,
     "scaling": scaling_table,
+    "zero-memory": lambda: sections("zero-memory", zero_memory.parts, "Not measured yet."),
     "sources": sources_markdown,
     "digits": digits_table,
     "ablation": ablation_table,

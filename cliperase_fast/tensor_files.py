@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -29,25 +29,111 @@ _NAMES = {dtype: name for name, dtype in _TYPES.items()}
 _LONGEST_HEADER = 100 << 20  # the format's own limit
 
 
+Form = tuple[torch.Size, torch.dtype]
+
+
+class Pieces(Mapping[str, Tensor]):
+    """Tensors by name that all ranks assemble together, so that only one of them is whole at a time.
+
+    forms: of each. assemble: returns a tensor by its name. Each is read once, in the order of the names, which is that
+    of `write_tensors`; `skip_rest` assembles and drops those that were not read.
+    """
+
+    def __init__(self, forms: Mapping[str, Form], assemble: Callable[[str], Tensor]) -> None:
+        self.forms, self.assemble = forms, assemble
+        self._left = _ordered(forms)[::-1]
+
+    def __getitem__(self, name: str) -> Tensor:
+        if not self._left or self._left.pop() != name:
+            raise KeyError(name)
+        return self.assemble(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_ordered(self.forms))
+
+    def __len__(self) -> int:
+        return len(self.forms)
+
+    def skip_rest(self) -> None:
+        while self._left:
+            self.assemble(self._left.pop())
+
+
+def join(groups: Mapping[str, Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+    """Return the tensors of several groups under the names GROUP/NAME."""
+    parts = {f"{group}/{name}": (tensors, name) for group, tensors in groups.items() for name in tensors}
+    pieces = {group: tensors for group, tensors in groups.items() if isinstance(tensors, Pieces)}
+    if not pieces:
+        return {key: tensors[name] for key, (tensors, name) in parts.items()}
+    forms = {f"{group}/{name}": form for group, tensors in pieces.items() for name, form in tensors.forms.items()}
+
+    def assemble(key: str) -> Tensor:
+        group, _, name = key.partition("/")
+        return pieces[group].assemble(name)
+
+    return Pieces(forms, assemble)
+
+
+def _ordered(forms: Mapping[str, Form]) -> list[str]:
+    """Return the names in the order of a file, in which each tensor is aligned."""
+    return sorted(forms, key=lambda name: (-forms[name][1].itemsize, name))
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Write tensors by name and return the file's SHA-256. Equal tensors give equal files."""
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # so that each is aligned
+    if isinstance(tensors, Pieces):
+        forms = tensors.forms
+    else:
+        forms = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    ordered = _ordered(forms)
     header: dict[str, Any] = {}
     end = 0
-    for name, tensor in ordered:
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    for name in ordered:
+        shape, dtype = forms[name]
+        start, end = end, end + shape.numel() * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     head = json.dumps(header).encode("utf-8")
     head += b" " * (-len(head) % 8)
 
     def chunks() -> Iterator[Any]:
         yield len(head).to_bytes(8, "little")
         yield head
-        for _, tensor in ordered:
+        for name in ordered:
+            tensor = tensors[name]
             if tensor.numel():
                 yield _bytes_of(tensor.detach().cpu().contiguous())
 
     return write_file(path, chunks())
+
+
+class FileTensors(Mapping[str, Tensor]):
+    """The tensors of a file, each read when it is asked for. Raises `ValueError` if the file is invalid."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        self._header: dict[str, Any] = header
+        self._start = 8 + length
+
+    def __getitem__(self, name: str) -> Tensor:
+        form = self._header[name]
+        found = torch.empty(form["shape"], dtype=_TYPES[form["dtype"]], device="cpu")
+        if found.numel():
+            raw = _bytes_of(found)
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(self._start + form["data_offsets"][0])
+                if file.readinto(raw) < len(raw):
+                    raise ValueError(f"{self.path.name} is cut short")
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._header)
+
+    def __len__(self) -> int:
+        return len(self._header)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:

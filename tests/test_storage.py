@@ -12,7 +12,7 @@ from processes import apart, context
 from safetensors.torch import load_file, save_file
 
 from cliperase_fast import InputError, UnlearningError, storage
-from cliperase_fast.tensor_files import read_tensors, write_tensors
+from cliperase_fast.tensor_files import FileTensors, Pieces, join, read_tensors, write_tensors
 
 TENSORS = {
     "matrix": torch.arange(12.0).reshape(3, 4), "scale": torch.tensor(2.5), "none": torch.empty(0, 4),
@@ -194,3 +194,37 @@ def test_a_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch):
     monkeypatch.setattr(storage.fcntl, "lockf", refuse)
     with pytest.warns(UserWarning, match="has no locks"), storage.lock(tmp_path / "lock"):
         pass
+
+
+def _pieces(tensors, assembled):
+    def assemble(name):
+        assembled.append(name)
+        return tensors[name]
+
+    return Pieces({name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}, assemble)
+
+
+def test_pieces_are_assembled_once_in_the_order_of_the_file_which_is_that_of_whole_tensors(tmp_path):
+    groups = {
+        "b": {"small": torch.arange(3, dtype=torch.int8), "large": torch.ones(2, 2)},
+        "a": {"half": torch.ones(5, dtype=torch.float16)},
+    }
+    expected = write_tensors(tmp_path / "whole", join(groups))
+    assembled: list[str] = []
+    pieces = join({group: _pieces(tensors, assembled) for group, tensors in groups.items()})
+    assert write_tensors(tmp_path / "pieces", pieces) == expected
+    assert assembled == ["large", "half", "small"]
+    read = FileTensors(tmp_path / "pieces")
+    assert {name: tensor.tolist() for name, tensor in read.items()} == {
+        name: tensor.tolist() for name, tensor in join(groups).items()
+    }
+
+
+def test_pieces_that_were_not_read_are_still_assembled(tmp_path):
+    assembled: list[str] = []
+    pieces = _pieces({"a": torch.ones(1), "b": torch.ones(1), "c": torch.ones(1)}, assembled)
+    assert pieces["a"].item() == 1
+    pieces.skip_rest()
+    assert assembled == ["a", "b", "c"]
+    with pytest.raises(KeyError):
+        pieces["a"]

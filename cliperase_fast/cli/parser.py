@@ -241,7 +241,7 @@ def make_parser() -> argparse.ArgumentParser:
     plan.add_argument("--zero", type=int, default=0, metavar="STAGE", help="ZeRO 1, 2 or 3 (default: 0, none)")
     plan.add_argument("--cached-teacher", action="store_true", help="the teacher's features are read, not computed")
     plan.add_argument("--efficiency", type=float, default=0.5, help="part of the peak rates reached (default: 0.5)")
-    plan.add_argument("--strip-mib", type=int, metavar="MIB", help="memory for strips (default: CLIPERASE_STRIP_MIB)")
+    plan.add_argument("--strip-mib", type=int, metavar="MIB", help="memory for blocks (default: CLIPERASE_STRIP_MIB)")
 
     plan.add_argument("--json", action="store_true", help="print the figures as JSON, for programs")
 

@@ -170,21 +170,24 @@ class Ranks:
         gather_equal(found, mine, self.process_group)
         return found.tolist()
 
-    def broadcast_tensors(self, tensors: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    def broadcast_tensors(self, tensors: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
         """Return the first rank's tensors by name, on the CPU of every rank. The other ranks pass None."""
+        return dict(self.broadcast_each(tensors))
+
+    def broadcast_each(self, tensors: Mapping[str, Tensor] | None) -> Iterator[tuple[str, Tensor]]:
+        """Yield the first rank's tensors one after another, each on the CPU of every rank."""
         if self.size == 1:
             assert tensors is not None
-            return tensors
+            yield from tensors.items()
+            return
         mine = tensors or {}
         forms = self.run_on_first(lambda: [(name, tensor.shape, tensor.dtype) for name, tensor in mine.items()])
-        received = {}
         for name, shape, dtype in forms:
             tensor = mine[name] if self.first else torch.empty(shape, dtype=dtype, device="cpu")
             sent = tensor.to(self._exchange_device).contiguous()
             if sent.numel():
                 dist.broadcast(as_bytes(sent.view(-1)), group=self.process_group, group_src=0)
-            received[name] = sent.cpu().view(shape)
-        return received
+            yield name, sent.cpu().view(shape)
 
     @property
     def _exchange_device(self) -> torch.device:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -201,6 +202,8 @@ def _encode_text(adapter: ClipAdapter, tokens: Tensor, batch_size: int, progress
 
 
 def _encode_tokens(adapter: ClipAdapter, tokens: Tensor) -> Tensor:
+    if adapter.in_step:  # the exchange of weights has errors of its own
+        return adapter.encode_text(tokens)
     try:
         return adapter.encode_text(tokens)
     except (RuntimeError, IndexError) as error:
@@ -228,6 +231,10 @@ def _encode_images(
     batches = [list(range(start, min(start + batch_size, len(pairs)))) for start in range(0, len(pairs), batch_size)]
     own = batches[ranks.share(len(batches))]
 
+    if adapter.in_step:
+        loader = _loader(adapter, pairs, own, device, num_workers, cache)
+        return _encode_in_step(adapter, loader, batches, device, progress, ranks)
+
     def encoded() -> list[Tensor]:
         parts: list[Tensor] = []
         with Steps(sum(map(len, own)), "encoding", "image", bar=progress) as steps:
@@ -240,6 +247,34 @@ def _encode_images(
     return ranks.all_gather_rows(encoded, [sum(map(len, batches[share])) for share in ranks.shares(len(batches))])
 
 
+def _encode_in_step(
+    adapter: ClipAdapter,
+    loader: DataLoader,
+    batches: list[list[int]],
+    device: torch.device,
+    progress: bool,
+    ranks: Ranks,
+) -> Tensor:
+    """Encode with equally many forward passes on every rank: a rank without a batch repeats an image."""
+    shares = ranks.shares(len(batches))
+    own = load_batches(loader)
+    parts: list[Tensor] = []
+
+    def next_pixels() -> tuple[Tensor, bool]:
+        for pixels in islice(own, 1):
+            return pixels, True
+        return loader.dataset[0][None], False
+
+    with Steps(len(batches), "encoding", "batch", bar=progress) as steps:
+        for _ in range(max(share.stop - share.start for share in shares)):
+            pixels, mine = ranks.run_on_all(next_pixels)
+            features = adapter.encode_image(pixels.to(device)).float().cpu()  # [B, D]
+            if mine:
+                parts.append(features)
+            steps.update(ranks.size)
+    return ranks.all_gather_rows(lambda: parts, [sum(map(len, batches[share])) for share in shares])
+
+
 def image_feature_parts(
     adapter: ClipAdapter, pairs: PairDataset, batch_size: int, device: torch.device, precision: str, num_workers: int
 ) -> Iterator[Tensor]:
@@ -247,6 +282,24 @@ def image_feature_parts(
     batches = [list(range(start, min(start + batch_size, len(pairs)))) for start in range(0, len(pairs), batch_size)]
     with inference(adapter.module, device, precision):
         yield from _image_features(adapter, pairs, batches, device, num_workers, None, Unchanged())
+
+
+def _loader(
+    adapter: ClipAdapter,
+    pairs: PairDataset,
+    batches: list[list[int]],
+    device: torch.device,
+    num_workers: int,
+    cache: PixelCache | None,
+) -> DataLoader:
+    return DataLoader(
+        _Pixels(pairs, adapter.transform, cache),
+        batch_sampler=batches,
+        num_workers=num_workers,
+        collate_fn=_stack,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator("cpu"),  # otherwise the loader would draw from the global generator
+    )
 
 
 def _image_features(
@@ -263,14 +316,7 @@ def _image_features(
         for activations in unchanged.activations:
             yield _encode_image(encode, activations.to(device)).float().cpu()  # [B, D]
         return
-    loader = DataLoader(
-        _Pixels(pairs, adapter.transform, cache),
-        batch_sampler=batches,
-        num_workers=num_workers,
-        collate_fn=_stack,
-        pin_memory=device.type == "cuda",
-        generator=torch.Generator("cpu"),  # otherwise the loader would draw from the global generator
-    )
+    loader = _loader(adapter, pairs, batches, device, num_workers, cache)
     for pixels in load_batches(loader):
         yield _encode_image(encode, pixels.to(device, non_blocking=True)).float().cpu()  # [B, D]
 

@@ -72,7 +72,8 @@ def verify_saved(adapter: ClipAdapter, work: Path, directory: Path) -> None:
 def _find_difference(adapter: ClipAdapter, work: Path) -> str | None:
     state = adapter.saved_state()
     wrong = _compare_files(state, work)
-    if wrong is not None or sum(tensor.nbytes for tensor in state.values()) > LOADED_WHOLE:
+    large = sum(tensor.nbytes for tensor in state.values()) > LOADED_WHOLE
+    if wrong is not None or large or not adapter.loads_back:
         return wrong
     twin = adapter.reload(work)
     if twin is None:  # only the caller's own code can build such a model

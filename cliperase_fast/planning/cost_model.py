@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from cliperase_fast.distributed.process_group import GATHER_MODES
 from cliperase_fast.errors import InputError
+from cliperase_fast.ops.blocks import block_shape
 
 FLOAT32 = 4  # bytes of statistics and of gradients that are added up
 _ID = 8  # bytes of a group id
@@ -24,8 +25,9 @@ class Sweep:
     """Describe a batch of pairs in equal shares on ranks, and the options of its loss.
 
     width, teacher_width: D and D°; the teacher's counts with consistency only. feature_bytes: bytes of a feature's
-    number. strip_rows: rows of dS formed at a time. fused: whether one kernel forms and uses the similarities (the GPU
-    backends); otherwise each strip of them is written in float32 (the "torch" backend).
+    number. block_rows, block_columns: of dS formed at a time; 0 columns: all that a rank has at a time. fused: whether
+    one kernel forms and uses the similarities (the GPU backends); otherwise each block of them is written in float32
+    (the "torch" backend).
     """
 
     pairs: int
@@ -37,11 +39,12 @@ class Sweep:
     consistency: bool = True
     groups: bool = False
     gather: str = "all"
-    strip_rows: int = 128
+    block_rows: int = 128
+    block_columns: int = 0
     fused: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("pairs", "ranks", "width", "teacher_width", "feature_bytes", "strip_rows"):
+        for name in ("pairs", "ranks", "width", "teacher_width", "feature_bytes", "block_rows"):
             _whole(name, getattr(self, name))
         if self.pairs % self.ranks:
             below = self.pairs // self.ranks * self.ranks
@@ -75,9 +78,9 @@ class SweepCost(NamedTuple):
     """The cost for one rank of one step, forward and backward."""
 
     operations: int  # floating-point operations of matrix products
-    moved: int  # bytes of device memory that these products and the strips of dS between them read and write
+    moved: int  # bytes of device memory that these products and the blocks of dS between them read and write
     received: int  # bytes from other ranks
-    memory: int  # bytes beyond the rank's own features and the strips
+    memory: int  # bytes beyond the rank's own features and the blocks
 
 
 def sweep_cost(sweep: Sweep) -> SweepCost:
@@ -92,21 +95,24 @@ def _operations(sweep: Sweep) -> int:
 
 
 def _moved(sweep: Sweep) -> int:
-    """Each strip of a product reads its operands and writes its result once; caches are ignored."""
-    columns = sweep.own if sweep.gather == "ring" else sweep.pairs  # at a time
-    blocks = sweep.pairs // columns
-    strips = blocks * -(-sweep.own // min(sweep.strip_rows, sweep.own))
+    """Each block of a product reads its operands and adds to its result once; caches are ignored."""
+    at_once = sweep.own if sweep.gather == "ring" else sweep.pairs  # columns
+    times = sweep.pairs // at_once
+    across = -(-at_once // min(sweep.block_columns or at_once, at_once))  # blocks beside each other
+    down = -(-sweep.own // min(sweep.block_rows, sweep.own))
     entries = sweep.own * sweep.pairs
-    bytes_, rows = sweep.feature_bytes, blocks * sweep.own
+    bytes_ = sweep.feature_bytes
+    rows, columns = times * across * sweep.own, times * down * at_once  # that all blocks together have
     similarities = 1 + sweep.consistency
 
-    operands = bytes_ * (sweep.width + sweep.teacher) * (rows + strips * columns)
-    image = bytes_ * sweep.width * strips * columns + FLOAT32 * sweep.width * rows
-    text = bytes_ * sweep.width * rows + 2 * FLOAT32 * sweep.width * strips * columns  # accumulated
+    operands = bytes_ * (sweep.width + sweep.teacher) * (rows + columns)
+    results = times * (2 * across - 1) * sweep.own  # rows of dI that are written, and read to be added to
+    image = bytes_ * sweep.width * columns + FLOAT32 * sweep.width * results
+    text = bytes_ * sweep.width * rows + 2 * FLOAT32 * sweep.width * columns  # accumulated
     entry = bytes_ if sweep.fused else FLOAT32
-    strip = 2 * entry * entries  # read for dI and for dT
+    read = 2 * entry * entries  # for dI and for dT
     written = bytes_ * entries if sweep.fused else 2 * FLOAT32 * similarities * entries
-    return 2 * operands + image + text + strip + written
+    return 2 * operands + image + text + read + written
 
 
 def _received(sweep: Sweep) -> int:
@@ -183,7 +189,7 @@ class Step:
 
     chunk: pairs encoded at a time; when fewer than a GPU's share, the gradients of features are cached. zero: the ZeRO
     stage (arXiv 1910.02054). efficiency: the fraction of the GPU's peak rates that is reached. strip_bytes: memory for
-    strips of dS.
+    a block of dS.
     """
 
     batch: int
@@ -222,16 +228,17 @@ class Step:
         return max(1, self.batch // self.gpus) if self.gather == "ring" else self.batch
 
     @property
-    def strip_rows(self) -> int:
-        row = self._columns * PRECISIONS[self.precision]
-        return max(128, self.strip_bytes // row)  # at least a kernel's block of rows
+    def block(self) -> tuple[int, int]:
+        """The rows and columns of a block of dS, as the Triton backend cuts them."""
+        own = max(1, self.batch // self.gpus)
+        return block_shape(own, self._columns, PRECISIONS[self.precision], self.strip_bytes)
 
     @property
     def sweep(self) -> Sweep:
-        width = self.model.width
+        width, (rows, columns) = self.model.width, self.block
         return Sweep(
             self.batch, self.gpus, width, width, PRECISIONS[self.precision], groups=self.groups, gather=self.gather,
-            strip_rows=self.strip_rows,
+            block_rows=rows, block_columns=columns,
         )  # fmt: skip
 
 
@@ -254,13 +261,13 @@ def step_cost(step: Step) -> StepCost:
     chunk = step.chunk or own
 
     shards = [step.gpus if step.zero >= stage else 1 for stage in (1, 2, 3)]  # of states, gradients, weights
-    strips = min(step.strip_rows, own) * step._columns * weight
+    rows, columns = step.block
     memory = {
         "student": model.parameters * (_STATES[step.precision] / shards[0] + weight / shards[1] + weight / shards[2]),
         "teacher": 0 if step.cached_teacher else model.parameters * weight / shards[2],
         "activations": chunk * model.activations,
         "features": own * model.width * (4 * weight + 2 * weight),  # of both towers and models; gradients
-        "loss": cost.memory + strips,
+        "loss": cost.memory + rows * columns * weight,
     }
 
     rate = step.efficiency * getattr(device, step.precision)

@@ -21,8 +21,8 @@ _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def step_of(*, model: str, gpu: str = "h100", strip_mib: int | None = None, **options: Any) -> Step:
     """Build the step of an open_clip architecture on a GPU of `planning.cost_model.DEVICES`.
 
-    strip_mib: None means the kernels' own size. options: the other fields of `Step`. Raises InputError for unknown
-    names and wrong values.
+    strip_mib: memory for a block of dS; None means the kernels' own. options: the other fields of `Step`. Raises
+    InputError for unknown names and wrong values.
     """
     if gpu not in DEVICES:
         raise InputError(f"gpu={gpu!r} is not known; use the nearest of {', '.join(DEVICES)}")

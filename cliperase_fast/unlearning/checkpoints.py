@@ -22,7 +22,7 @@ import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from cliperase_fast.evaluation import Divergence
 from cliperase_fast.storage import draft_of, file_digest, flush_folder, write_file
-from cliperase_fast.tensor_files import read_tensors, write_tensors
+from cliperase_fast.tensor_files import FileTensors, join, read_tensors, write_tensors
 from cliperase_fast.unlearning.selection import Candidate
 
 FORMAT = 6
@@ -67,7 +67,7 @@ class OptimizerState:
     """State of the optimizer and of the gradient scaler, whole and by parameter name."""
 
     step: int = 0
-    moments: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # by moment, then by parameter
+    moments: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # by moment, then by parameter
     scaler: dict[str, Any] = field(default_factory=dict)
 
 
@@ -91,7 +91,7 @@ class TrainState:
     stop: str = ""  # why training ended, if its number of steps was open
     best: Candidate | None = None
     best_weights: str | None = None  # their SHA-256
-    weights: dict[str, Tensor] = field(default_factory=dict)  # trained parameters and buffers
+    weights: Mapping[str, Tensor] = field(default_factory=dict)  # trained parameters and buffers
     optimizer: OptimizerState = field(default_factory=OptimizerState)
     random: dict[str, Any] = field(default_factory=dict)  # states of the global generators
 
@@ -123,10 +123,11 @@ class Checkpoint:
     state: TrainState
 
 
-def save_checkpoint(root: Path, state: TrainState, *, keep: int) -> Path:
+def save_checkpoint(root: Path, state: TrainState, *, keep: int, moments: Mapping[str, Tensor] | None = None) -> Path:
     """Write a checkpoint under `root`, then remove this run's older ones except for the newest `keep`.
 
-    state.best_weights names weights that `save_best` wrote. Returns the checkpoint's folder.
+    moments: those of state.optimizer, if they are joined already. state.best_weights names weights that `save_best`
+    wrote. Returns the checkpoint's folder.
     """
     root.mkdir(parents=True, exist_ok=True)
     final = root / f"step-{state.step:08d}"
@@ -134,7 +135,7 @@ def save_checkpoint(root: Path, state: TrainState, *, keep: int) -> Path:
     shutil.rmtree(draft, ignore_errors=True)
     try:
         draft.mkdir()
-        _write(root, draft, state)
+        _write(root, draft, state, join(state.optimizer.moments) if moments is None else moments)
         _make_way(final)
         os.replace(draft, final)
     except BaseException:
@@ -174,7 +175,7 @@ def list_foreign(root: Path) -> list[Path]:
     return sorted(path for path in root.glob("step-*") if _is_foreign(path))
 
 
-def save_best(root: Path, weights: dict[str, Tensor]) -> str:
+def save_best(root: Path, weights: Mapping[str, Tensor]) -> str:
     """Write the best weights so far; return their SHA-256, by which `TrainState.best_weights` names them."""
     root.mkdir(parents=True, exist_ok=True)
     draft = draft_of(root / BEST)
@@ -183,11 +184,11 @@ def save_best(root: Path, weights: dict[str, Tensor]) -> str:
     return digest
 
 
-def load_best(root: Path, sha256: str) -> dict[str, Tensor]:
-    """Read the weights with that digest from the first undamaged copy."""
+def load_best(root: Path, sha256: str, whole: bool = True) -> Mapping[str, Tensor]:
+    """Return the weights with that digest from the first undamaged copy. whole: read all of them now."""
     for path in _places_of_best(root):
         try:
-            weights, digest = read_tensors(path)
+            weights, digest = read_tensors(path) if whole else (FileTensors(path), file_digest(path))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
         if digest == sha256:
@@ -218,13 +219,8 @@ def metric_lines(metrics: list[dict[str, Any]]) -> Iterator[str]:
     return (json.dumps(line) + "\n" for line in metrics)
 
 
-def _write(root: Path, draft: Path, state: TrainState) -> None:
+def _write(root: Path, draft: Path, state: TrainState, moments: Mapping[str, Tensor]) -> None:
     """Write all files of a checkpoint into the folder `draft`."""
-    moments = {
-        f"{moment}/{name}": tensor
-        for moment, tensors in state.optimizer.moments.items()
-        for name, tensor in tensors.items()
-    }
     trainer = {
         "optimizer": {"step": state.optimizer.step},
         "scaler": state.optimizer.scaler,
@@ -258,9 +254,11 @@ def _load(path: Path) -> Checkpoint:
                 raise DamagedCheckpoint(f"{TRAINER} holds no {name} state")
         state.random = trainer["random"]
         state.optimizer = OptimizerState(trainer["optimizer"]["step"], scaler=trainer["scaler"])
+        moments: dict[str, dict[str, Tensor]] = {}
         for name, tensor in _read_tensors(path, OPTIMIZER, fields).items():
             moment, _, parameter = name.partition("/")
-            state.optimizer.moments.setdefault(moment, {})[parameter] = tensor
+            moments.setdefault(moment, {})[parameter] = tensor
+        state.optimizer.moments = moments
         lines = _read_checked(path, METRICS, fields).decode("utf-8").splitlines()
         state.metrics = [json.loads(line) for line in lines]
     except (DamagedCheckpoint, UnsupportedFormat):

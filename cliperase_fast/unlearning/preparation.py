@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from cliperase_fast.data.loading import PixelCache
 from cliperase_fast.errors import InputError
 from cliperase_fast.evaluation import DivergenceMeter
 from cliperase_fast.models import ClipAdapter, load_model, set_trainable
+from cliperase_fast.models.adapters.open_clip_files import weights_in_file
 from cliperase_fast.models.fast_paths.embedding import train_rows
 from cliperase_fast.models.preprocessing import as_transform, try_transform
 from cliperase_fast.models.requirements import check_weights, require_trainable
@@ -73,7 +75,9 @@ def load(inputs: Inputs, settings: UnlearnConfig, method: Method, directory: Run
     plain = {name: repr(value) if isinstance(value, dict) else value for name, value in settings.to_dict().items()}
     ranks.agree({**plain, "the pairs": sets.fingerprint()})
     tell("loading the model")
-    models = ranks.run_on_all(lambda: _load_models(inputs, settings, runtime))
+    sharded = deepspeed is not None and deepspeed["zero_optimization"]["stage"] == 3
+    with weights_in_file() if sharded else nullcontext():
+        models = ranks.run_on_all(lambda: _load_models(inputs, settings, runtime))
     original, teacher = models.original, models.teacher
     assert original is not None and teacher is not None
     ranks.run_on_all(partial(method.check_loss, original, teacher))

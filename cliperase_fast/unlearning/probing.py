@@ -6,13 +6,10 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from cliperase_fast.config import PROBE_STEPS
 from cliperase_fast.errors import UnlearningError
 from cliperase_fast.progress import Steps
 from cliperase_fast.unlearning import recipe
-from cliperase_fast.unlearning.checkpoints import OptimizerState
 from cliperase_fast.unlearning.recipe import Probe
 from cliperase_fast.unlearning.selection import Candidate
 from cliperase_fast.unlearning.tracker import describe_scores, random_states, set_random_states, validation_scores
@@ -27,10 +24,9 @@ class NotFiniteError(UnlearningError):
 
 @dataclass
 class _Snapshot:
-    """What training continues from, on the CPU."""
+    """What training continues from."""
 
-    weights: dict[str, Tensor]
-    optimizer: OptimizerState
+    engine: Any  # see `Engine.snapshot`
     random: dict[str, Any]
 
 
@@ -59,9 +55,12 @@ class RateSearch:
         self.steps = min(PROBE_STEPS, trainer.total_steps)
 
     def run(self) -> None:
-        state, ranks = self.tracker.state, self.trainer.ranks
+        state = self.tracker.state
         start = self._snapshot()
-        first = ranks.run_on_first(lambda: recipe.first_rate(weight for _, weight in self.trainer.run.parameters))
+        weights = self.engine.weights()
+        first = self.tracker.on_first(
+            lambda: recipe.first_rate(weight for name, weight in weights.items() if name in self.engine.names), weights
+        )
         probes = [Probe(**probe) for probe in state.probes]
         kept: _Trial | None = None
         while (rate := recipe.next_rate(probes, first, self._most())) is not None:
@@ -159,22 +158,12 @@ class RateSearch:
         self.tracker.checkpoint(self.engine.state)
 
     def _snapshot(self) -> _Snapshot:
-        optimizer = self.engine.state()
-        moments = {
-            moment: {name: _copy(tensor) for name, tensor in tensors.items()}
-            for moment, tensors in optimizer.moments.items()
-        }
-        weights = {name: _copy(tensor) for name, tensor in self.engine.weights().items()}
-        return _Snapshot(weights, replace(optimizer, moments=moments), random_states())
+        return _Snapshot(self.engine.snapshot(), random_states())
 
     def _go_to(self, snapshot: _Snapshot) -> None:
-        self.engine.reset(snapshot.weights, snapshot.optimizer)
+        self.engine.restore(snapshot.engine)
         set_random_states(snapshot.random)
 
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor
 
 from cliperase_fast.config import PROBE_STEPS
 from cliperase_fast.unlearning.selection import Candidate, Target
@@ -70,7 +70,7 @@ class Probe:
         return asdict(self)
 
 
-def first_rate(parameters: Iterable[nn.Parameter]) -> float:
+def first_rate(parameters: Iterable[Tensor]) -> float:
     """Return the rate of the grid that is nearest to a thousandth of a typical weight.
 
     A typical weight is the median over the trained matrices of their root mean square.

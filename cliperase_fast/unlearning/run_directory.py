@@ -225,10 +225,9 @@ def resume_from(directory: Path | None, identity: dict[str, Any], ranks: Ranks) 
         return None
     own = found[0].state if found else None
     checkpoint.state.weights = ranks.broadcast_tensors(own.weights if own else None)
-    for moment in MOMENTS:
-        checkpoint.state.optimizer.moments[moment] = ranks.broadcast_tensors(
-            own.optimizer.moments.get(moment, {}) if own else None
-        )
+    checkpoint.state.optimizer.moments = {
+        moment: ranks.broadcast_tensors(own.optimizer.moments.get(moment, {}) if own else None) for moment in MOMENTS
+    }
     return checkpoint
 
 

@@ -23,7 +23,7 @@ from cliperase_fast.models.tower_features import with_tower_features
 from cliperase_fast.progress import say
 from cliperase_fast.unlearning.batches import Batch, CaptionTable, PixelDataset
 from cliperase_fast.unlearning.engines.base import pad_rows
-from cliperase_fast.unlearning.engines.deepspeed import ShardedTeacher
+from cliperase_fast.unlearning.engines.zero3 import ShardedTeacher
 from cliperase_fast.unlearning.feature_file import FeatureFile
 from cliperase_fast.unlearning.identity import transform_identity
 from cliperase_fast.unlearning.run import Run
@@ -129,7 +129,7 @@ def make_teacher(
         frozen = wide_adapter(run, frozen)
     if setup.teacher_is_live:
         if zero is not None and zero["zero_optimization"]["stage"] == 3:
-            return LiveTeacher(ShardedTeacher(frozen, zero), run.runtime, joint, equal_parts=True)
+            return LiveTeacher(ShardedTeacher(frozen, zero, run.runtime.device), run.runtime, joint, equal_parts=True)
         return LiveTeacher(frozen, run.runtime, joint)
     whole = whole and run.loader.plan.n_retain <= BACKGROUND_WHOLE
     used, rows = run.loader.drawn(batches, forget=joint, whole=whole)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cliperase_fast.errors import InputError, UnlearningError
 from cliperase_fast.storage import writing
+from cliperase_fast.tensor_files import Pieces, join
 from cliperase_fast.unlearning import checkpoints
 from cliperase_fast.unlearning.checkpoints import Checkpoint, OptimizerState, TrainState
 from cliperase_fast.unlearning.loggers import MetricsLog
@@ -31,7 +32,7 @@ class Tracker:
     weights: returns the weights to keep by name, those of the student as it is now.
     """
 
-    def __init__(self, run: Run, weights: Callable[[], dict[str, Tensor]]) -> None:
+    def __init__(self, run: Run, weights: Callable[[], Mapping[str, Tensor]]) -> None:
         self.run, self.weights = run, weights
         self.state = TrainState(identity=run.setup.identity)
         self.course = Course()  # of a run whose number of steps is open
@@ -43,7 +44,7 @@ class Tracker:
         """Open the loggers on the first rank and close them at the end."""
         opened: list[MetricsLog] = []
         settings, done = self.run.settings, self.state.metrics
-        self._on_first(lambda: opened.append(MetricsLog(self.run.directory, settings.logger, settings.to_dict(), done)))
+        self.on_first(lambda: opened.append(MetricsLog(self.run.directory, settings.logger, settings.to_dict(), done)))
         self._log = opened[0] if opened else None
         try:
             with self._log or nullcontext():
@@ -80,7 +81,7 @@ class Tracker:
         if selection.better(candidate, state.best):
             state.best = candidate
             weights = self.weights()
-            state.best_weights = self._on_first(lambda: checkpoints.save_best(self._root, weights))
+            state.best_weights = self.on_first(lambda: checkpoints.save_best(self._root, weights), weights)
 
     def _take_course(self) -> None:
         """Decide whether training should stop now, and at which share of the learning rate it goes on."""
@@ -95,7 +96,10 @@ class Tracker:
             return
         state = replace(self.state, weights=self.weights(), optimizer=optimizer(), random=random_states())
         keep = self.run.settings.keep_checkpoints
-        self._on_first(lambda: checkpoints.save_checkpoint(self._root, state, keep=keep))
+        moments = join(state.optimizer.moments)
+        self.on_first(
+            lambda: checkpoints.save_checkpoint(self._root, state, keep=keep, moments=moments), state.weights, moments
+        )
 
     def restore(self, checkpoint: Checkpoint, load: Callable[[TrainState], None]) -> None:
         """Continue from a checkpoint. load: puts its tensors in place. Raises InputError if they do not fit."""
@@ -109,31 +113,44 @@ class Tracker:
                 f"cannot resume from {checkpoint.path}: its files do not fit this run "
                 f"({type(error).__name__}: {str(error).partition(chr(10))[0]}); remove it to go on from the one before"
             ) from error
-        self._on_first(lambda: checkpoints.rewind_to(checkpoint, keep=self.run.settings.keep_checkpoints))
+        self.on_first(lambda: checkpoints.rewind_to(checkpoint, keep=self.run.settings.keep_checkpoints))
         self.state = replace(
             checkpoint.state, identity=self.run.setup.identity, weights={}, optimizer=OptimizerState(), random={}
         )
         if self.run.automatic and self.run.settings.open_ended:
             self.course = self.run.course(self.state.evaluations)
 
-    def best_weights(self) -> dict[str, Tensor]:
-        """Read the weights of the chosen candidate, on the CPU of every rank."""
+    def best_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the weights of the chosen candidate by name, on the CPU of every rank."""
         best = self.state.best_weights
         assert best is not None
-        found: dict[str, Tensor] = {}
-        self._on_first(lambda: found.update(checkpoints.load_best(self._root, best)))
-        return self.run.ranks.broadcast_tensors(found)
+        found: list[Mapping[str, Tensor]] = []
+        whole = self.run.ranks.size == 1  # else each is sent as soon as it is read
+        self.on_first(lambda: found.append(checkpoints.load_best(self._root, best, whole)))
+        return self.run.ranks.broadcast_each(found[0] if found else None)
 
     def last_checkpoint(self) -> str:
         """Say in a sentence which checkpoint is the last good one."""
         saved = self.run.ranks.run_on_first(lambda: checkpoints.list_checkpoints(self._root))
         return f"The last good checkpoint is {saved[-1]}" if saved else "Without output_dir no checkpoint is kept"
 
-    def _on_first(self, work: Callable[[], T]) -> T:
-        def guarded() -> T:
-            with self._saves():
-                return work()
+    def on_first(self, work: Callable[[], T], *tensors: Mapping[str, Tensor]) -> T:
+        """Run `work` on the first rank. tensors: those that it reads one after another, assembled by all ranks."""
 
+        def skip_rest() -> None:
+            for pieces in tensors:
+                if isinstance(pieces, Pieces):
+                    pieces.skip_rest()
+
+        def guarded() -> T:
+            try:
+                with self._saves():
+                    return work()
+            finally:
+                skip_rest()
+
+        if not self.run.ranks.first:
+            skip_rest()
         return self.run.ranks.run_on_first(guarded)
 
     @contextmanager

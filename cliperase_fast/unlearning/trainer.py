@@ -29,6 +29,7 @@ from cliperase_fast.unlearning.engines.base import Engine
 from cliperase_fast.unlearning.engines.deepspeed import ZeroEngine
 from cliperase_fast.unlearning.engines.frozen_features import keep_front
 from cliperase_fast.unlearning.engines.local import LocalEngine
+from cliperase_fast.unlearning.engines.zero3 import Zero3Engine
 from cliperase_fast.unlearning.objective import BatchFeatures, Objective
 from cliperase_fast.unlearning.probing import NotFiniteError, RateSearch
 from cliperase_fast.unlearning.run import Run
@@ -309,7 +310,8 @@ def engine_of(run: Run, student: ClipAdapter) -> Engine:
     setup = run.setup
     if setup.deepspeed is None:
         return LocalEngine(student, run.parameters, setup.settings, setup.runtime)
-    return ZeroEngine(student, run.parameters, setup.settings, setup.runtime, setup.deepspeed)
+    kind = Zero3Engine if setup.deepspeed["zero_optimization"]["stage"] == 3 else ZeroEngine
+    return kind(student, run.parameters, setup.settings, setup.runtime, setup.deepspeed)
 
 
 def constant_bias(adapter: ClipAdapter) -> Tensor | None:

@@ -30,6 +30,7 @@ from cliperase_fast.unlearning import auditing, trainer
 from cliperase_fast.unlearning.engines.deepspeed import ZeroEngine
 from cliperase_fast.unlearning.engines.deepspeed_config import read_deepspeed
 from cliperase_fast.unlearning.engines.local import LocalEngine
+from cliperase_fast.unlearning.engines.zero3 import Zero3Engine
 
 
 def assert_same_run(found, alone, tolerance=1e-4):
@@ -222,8 +223,9 @@ def test_a_run_goes_on_with_another_number_of_ranks_and_another_stage(two, tmp_p
 def _with_a_bad_gradient(rank: int, changes: dict) -> tuple[str, list[str]]:
     """What is said of it, and which weights and moments that step has changed."""
     changed = []
+    stage = changes.get("deepspeed")
 
-    class Watched(ZeroEngine if "deepspeed" in changes else LocalEngine):
+    class Watched(Zero3Engine if stage == "zero3" else ZeroEngine if stage else LocalEngine):
         steps = 0
 
         def _held(self):

@@ -68,6 +68,8 @@ class ClipAdapter(ABC):
     kind: ClassVar[str]  # the name of its family
     library: ClassVar[str] = ""  # that loads its saved models; "": as `kind`
     _marker: ClassVar[str]  # the file that makes a folder a saved model of this kind
+    loads_back = True  # whether `save` loads the files as a model again, which takes the memory of another one
+    in_step = False  # whether the ranks share the weights, so that all must encode together, equally often
 
     def __init__(
         self,
@@ -205,11 +207,18 @@ class ClipAdapter(ABC):
         bias = getattr(self._model, "logit_bias", None)
         return bias.reshape(()) if isinstance(bias, Tensor) else None
 
+    def share(self) -> ClipAdapter:
+        """Return a copy whose parameters are other objects in the same memory; buffers are copied."""
+        return self._copy({id(p): nn.Parameter(p.data, p.requires_grad) for p in self.module.parameters()})
+
     def clone(self) -> ClipAdapter:
         """Return a copy with its own weights; tokenizer and transform are shared."""
+        return self._copy({})
+
+    def _copy(self, copied: dict[int, Any]) -> ClipAdapter:
         twin = copy.copy(self)
         try:
-            twin.module = copy.deepcopy(self.module)
+            twin.module = copy.deepcopy(self.module, copied)
         except (RuntimeError, TypeError, NotImplementedError) as error:
             raise InputError(
                 f"the {type(self.module).__name__} cannot be copied, and only a copy is ever changed "

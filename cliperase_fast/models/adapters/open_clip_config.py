@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,18 +64,28 @@ def build(config: Config) -> nn.Module:
     return (open_clip.CustomTextCLIP if custom_text else open_clip.CLIP)(**config)
 
 
+def is_native(config: Config) -> bool:
+    """Return whether both towers are open_clip's own, which can be built without memory for their weights."""
+    return not {"timm_model_name", "hf_model_name"} & {*config["vision_cfg"], *config["text_cfg"]}
+
+
+def build_around(config: Config, state: Mapping[str, Tensor], device: torch.device) -> nn.Module:
+    """Build a native model of that configuration that uses the tensors of `state`, without a copy of them."""
+    with torch.device("meta"):
+        module = build(config)
+    module.load_state_dict(state, strict=True, assign=True)
+    _fill_causal_masks(module, device)
+    return module
+
+
 @torch.no_grad()
 def _difference(module: nn.Module, config: Config) -> float:
     """Return the largest difference between the features of `module` and of a model of `config` with its weights."""
     state = saved_state(module, config)
     parameter = next(module.parameters())
-    is_native = not {"timm_model_name", "hf_model_name"} & {*config["vision_cfg"], *config["text_cfg"]}
     with torch.random.fork_rng(devices=[]):  # building a model draws random weights; keep the caller's seed
-        if is_native:  # spend no memory and time on weights that are replaced at once
-            with torch.device("meta"):
-                twin = build(config)
-            twin.load_state_dict(state, strict=True, assign=True)
-            _fill_causal_masks(twin, parameter.device)
+        if is_native(config):  # spend no memory and time on weights that are replaced at once
+            twin = build_around(config, state, parameter.device)
         else:
             with text_config_at_hand(module, config) as found:
                 twin = build(found)

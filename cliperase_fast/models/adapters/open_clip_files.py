@@ -7,6 +7,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,36 @@ import torch
 from torch import Tensor, nn
 
 from cliperase_fast.errors import InputError
-from cliperase_fast.models.adapters.open_clip_config import TEXT_CONFIG, Config, build, with_text_config
+from cliperase_fast.models.adapters.open_clip_config import (
+    TEXT_CONFIG,
+    Config,
+    build,
+    build_around,
+    is_native,
+    with_text_config,
+)
 from cliperase_fast.models.checkpoint_files import read_checkpoint
 from cliperase_fast.models.state_names import match_names
 
 _OWN_FORMATS = (".npz", ".npy")  # big_vision's arrays; open_clip reads them without running code
 _PROBE_SECONDS = 5.0  # to wait for the hub
+
+
+_CPU = torch.device("cpu")
+_in_file: ContextVar[bool] = ContextVar("in_file", default=False)
+
+
+@contextmanager
+def weights_in_file() -> Iterator[None]:
+    """Leave the weights of models that are loaded in their file, which is mapped into memory, where possible.
+
+    So processes of a machine share them, and none has a copy of its own. The file must not change meanwhile.
+    """
+    token = _in_file.set(True)
+    try:
+        yield
+    finally:
+        _in_file.reset(token)
 
 
 def load_folder(folder: Path) -> tuple[nn.Module, Config]:
@@ -52,12 +77,19 @@ def load_weights(config: Config, path: Path, name: str, preprocess: dict[str, An
         _require_arrays(config, path, name)
     content = None if own else read_checkpoint(path, name)  # fail before a model is built
     needs_hub = "hf_model_name" in config["text_cfg"] and not Path(config["text_cfg"]["hf_model_name"]).is_dir()
-    with torch.random.fork_rng(devices=[]), offline_if_unreachable() if needs_hub else nullcontext():
-        module: Any = build(config)
-    if own or _is_mobile_clip(content):
-        factory.load_checkpoint(module, str(path))
+    module: Any
+    if _in_file.get() and not own and not _is_mobile_clip(content) and is_native(config):
+        with torch.device("meta"):
+            form = build(config)
+        state = _matched(form, content, path, name)
+        module = build_around(config, {key: state[key].to(of.dtype) for key, of in form.state_dict().items()}, _CPU)
     else:
-        module.load_state_dict(_matched(module, content, path, name))
+        with torch.random.fork_rng(devices=[]), offline_if_unreachable() if needs_hub else nullcontext():
+            module = build(config)
+        if own or _is_mobile_clip(content):
+            factory.load_checkpoint(module, str(path))
+        else:
+            module.load_state_dict(_matched(module, content, path, name))
     settings = merge_preprocess_dict(PreprocessCfg(), preprocess or {})
     settings["size"] = getattr(module.visual, "image_size", settings["size"])
     factory.set_model_preprocess_cfg(module, settings)

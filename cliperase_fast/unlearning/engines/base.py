@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,16 +78,35 @@ class Engine(ABC):
         text.backward(lambda: self._before_last_pass("text") if last else None)
         return terms
 
-    def load_weights(self, weights: dict[str, Tensor]) -> None:
-        """Copy saved weights into the student."""
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Copy saved weights into the student. Raises KeyError for a name that is missing."""
+        missing = set(self.saved)
         with torch.no_grad():
-            for name, tensor in self.saved.items():
-                tensor.copy_(weights[name])
+            for name, tensor in weights:
+                if name in missing:
+                    self.saved[name].copy_(tensor)
+                    missing.remove(name)
+        if missing:
+            raise KeyError(min(missing))
 
-    def reset(self, weights: dict[str, Tensor], state: OptimizerState) -> None:
+    def snapshot(self) -> Any:
+        """Return copies of the trained weights and of the optimizer's state on the CPU, for `restore`."""
+        state = self.state()
+        moments = {
+            moment: {name: _copied(tensor) for name, tensor in tensors.items()}
+            for moment, tensors in state.moments.items()
+        }
+        weights = {name: _copied(tensor) for name, tensor in self.weights().items()}
+        return weights, replace(state, moments=moments)
+
+    def restore(self, snapshot: Any) -> None:
+        """Go back to a snapshot, ready to train."""
+        self.reset(*snapshot)
+
+    def reset(self, weights: Mapping[str, Tensor], state: OptimizerState) -> None:
         """Go back to these weights and this state of the optimizer, ready to train."""
         self.close()
-        self.load_weights(weights)
+        self.load_weights(weights.items())
         self.load_state(state)
         self.train_mode()
 
@@ -113,7 +134,7 @@ class Engine(ABC):
         """Return what this rank's optimizer steps: float32 weights and, after a step, Adam's first moment of each."""
 
     @abstractmethod
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self) -> Mapping[str, Tensor]:
         """Return the trained parameters and all buffers, whole."""
 
     @abstractmethod
@@ -172,6 +193,10 @@ class Engine(ABC):
     def _chunks(self, *rows: int) -> list[int]:
         """Return in how many chunks so many rows are encoded."""
         return [-(-count // self.config.grad_cache_chunk) for count in rows]
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
 
 
 def train_mode(module: nn.Module, drops_out: bool = True) -> None:

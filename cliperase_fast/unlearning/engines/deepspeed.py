@@ -1,10 +1,10 @@
-"""DeepSpeed ZeRO: the student sharded over the ranks with its gradients and optimizer, a live teacher without one."""
+"""DeepSpeed ZeRO, stages 1 and 2: gradients and the optimizer sharded over the ranks."""
 
 from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,22 +31,22 @@ def restore_torch_linear() -> Iterator[None]:
         torch.nn.functional.linear = linear
 
 
-def _initialize(**arguments: Any) -> Any:
+def initialize(**arguments: Any) -> Any:
     import deepspeed
 
-    os.environ.setdefault("LOCAL_RANK", str(dist.get_rank()))  # DeepSpeed needs it, whoever made the process group
-    with _without_compiling():
+    with ready_to_start():
         return deepspeed.initialize(**arguments, dist_init_required=False)[0]
 
 
 @contextmanager
-def _without_compiling() -> Iterator[None]:
-    """Keep DeepSpeed from compiling an all-reduce on the CPU, which takes a minute and only its inference calls.
+def ready_to_start() -> Iterator[None]:
+    """Let DeepSpeed start in any process group, and keep it from compiling an all-reduce on the CPU.
 
-    It does without if the extension is marked as incompatible.
+    That takes a minute, only its inference calls it, and it does without if the extension is marked as incompatible.
     """
     import deepspeed
 
+    os.environ.setdefault("LOCAL_RANK", str(dist.get_rank()))  # DeepSpeed needs it, whoever made the process group
     known = deepspeed.ops.__compatible_ops__
     name = "deepspeed_shm_comm"
     said = known.get(name, False)
@@ -75,7 +75,7 @@ class _Encoders(nn.Module):
         )
 
 
-def _wrapped(adapter: ClipAdapter, stage: int, owners: Iterable[nn.Module] = ()) -> _Encoders:
+def wrapped(adapter: ClipAdapter, stage: int, owners: Iterable[nn.Module] = ()) -> _Encoders:
     """Wrap the encoders for DeepSpeed. owners: modules whose own forward passes will not run, see `FrozenFront`."""
     import deepspeed
 
@@ -106,8 +106,10 @@ class ZeroEngine(Engine):
     ) -> None:
         super().__init__(student, parameters, config, runtime)
         self.zero, self.stage = zero, zero["zero_optimization"]["stage"]
+        self._dims = {name: parameter.ndim for name, parameter in parameters}
         self._loaded: OptimizerState | None = None
         self._engine: Any = None
+        self._encoders: Any = None
         self._probe: Tensor | None = None  # pixels to find the frozen front with
         self._front: FrozenFront | None = None
         self._from_front = False
@@ -138,21 +140,24 @@ class ZeroEngine(Engine):
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
         self._engine.step()
-        # DeepSpeed 0.19 replaces the gradient in a step's first backward pass and adds in later ones, so a parameter
-        # without a gradient in the first one (as with cached gradients) would keep that of the last step.
-        if self.stage == 3:
-            self._engine.optimizer.grad_partitions_flat_buffer.zero_()
-        else:
-            for gradient in getattr(self._engine.optimizer, "accumulated_grads_in_cpu", {}).values():  # offloaded
-                gradient.zero_()
+        self._clear_gradients()
         norm = torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32, device=self.runtime.device)
         return norm, bool(torch.isfinite(norm))
+
+    def _clear_gradients(self) -> None:
+        """Set the gradients to zero after a step.
+
+        DeepSpeed 0.19 replaces the gradient in a step's first backward pass and adds in later ones, so a parameter
+        without a gradient in the first one (as with cached gradients) would keep that of the last step.
+        """
+        for gradient in getattr(self._engine.optimizer, "accumulated_grads_in_cpu", {}).values():  # offloaded
+            gradient.zero_()
 
     def stepped(self) -> list[tuple[Tensor, Tensor | None]]:
         inner = self._engine.optimizer.optimizer
         return [(flat, inner.state[flat][MOMENTS[0]]) for flat in self._flat()]
 
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self) -> Mapping[str, Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param
 
         if self._engine is None:
@@ -168,9 +173,9 @@ class ZeroEngine(Engine):
 
     def update_student(self) -> None:
         if self._engine is not None:
-            super().load_weights(self.weights())
+            super().load_weights(self.weights().items())
 
-    def load_weights(self, weights: dict[str, Tensor]) -> None:
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         assert self._engine is None, "weights are loaded before the sharded copy is made of them, or after `close`"
         super().load_weights(weights)
 
@@ -194,27 +199,33 @@ class ZeroEngine(Engine):
     def close(self) -> None:
         if self._engine is not None:
             self._engine.destroy()
-            self._engine = None
+            self._engine = self._encoders = None
             self.training = self.student
+
+    def _copy_of_student(self) -> ClipAdapter:
+        return self.student.clone()
+
+    def _shard(self, encoders: nn.Module) -> None:
+        """Divide the parameters of the copy over the ranks, if the stage does."""
 
     def _start(self) -> None:
         if self._engine is not None:
             return
-        self.training = self.student.clone()
+        self.training = self._copy_of_student()
         module = self.training.module
         if self._probe is not None:
             train_mode(module, self.config.drops_out)
             with torch.no_grad():
                 self._front = FrozenFront.of(self.training, self._probe)
-        self._encoders = encoders = _wrapped(self.training, self.stage, self._front.owners if self._front else ())
+        encoders = wrapped(self.training, self.stage, self._front.owners if self._front else ())
+        self._encoders = encoders
         if self._from_front:
             self.train_from_front()
+        self._shard(encoders)
         named = dict(module.named_parameters())
         self.sharded = {name: named[name] for name in self.names}
-        optimizer = self.make_optimizer(
-            ((self.sharded[name], self.saved[name].ndim) for name in self.names), fused=False
-        )
-        self._engine = _initialize(model=encoders, optimizer=optimizer, config=copy.deepcopy(self.zero))
+        optimizer = self.make_optimizer(((self.sharded[name], self._dims[name]) for name in self.names), fused=False)
+        self._engine = initialize(model=encoders, optimizer=optimizer, config=copy.deepcopy(self.zero))
         inner = self._engine.optimizer.optimizer
         loaded = self._loaded
         # Created before the first step would: DeepSpeed 0.19 links what `safe_get_full_optimizer_state` reads after the
@@ -225,8 +236,7 @@ class ZeroEngine(Engine):
                 "step": torch.tensor(float(loaded.step if loaded else 0), dtype=torch.float32, device="cpu"),
                 **zeros,
             }
-        if self.stage < 3:
-            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+        self._link_states()
         if loaded:
             for moment in MOMENTS:
                 for name, parameter in self.sharded.items():
@@ -235,24 +245,17 @@ class ZeroEngine(Engine):
         self._loaded = None
 
     def _set_moment(self, parameter: nn.Parameter, moment: str, whole: Tensor) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+        from deepspeed.utils import safe_set_full_optimizer_state
 
-        value = whole.to(self.runtime.device, torch.float32).reshape(-1)
-        if self.stage < 3:
-            safe_set_full_optimizer_state(parameter, value, moment)
-            return
-        # The function for whole values ignores the padding at the end of the last rank's part.
-        count, rank = parameter.ds_tensor.numel(), self.runtime.ranks.rank  # type: ignore[attr-defined]
-        padded = nn.functional.pad(value, (0, max(0, count * (rank + 1) - value.numel())))
-        safe_set_local_optimizer_state(parameter, padded[count * rank : count * (rank + 1)], moment)
+        safe_set_full_optimizer_state(parameter, whole.to(self.runtime.device, torch.float32).reshape(-1), moment)
+
+    def _link_states(self) -> None:
+        """Let DeepSpeed find the optimizer's states by parameter."""
+        self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _flat(self) -> Iterator[Tensor]:
         """Yield the flat parts of the master weights that this rank's optimizer steps."""
-        optimizer = self._engine.optimizer
-        if self.stage == 3:
-            yield from optimizer.fp32_partitioned_groups_flat
-        else:
-            yield from optimizer.single_partition_of_fp32_groups
+        yield from self._engine.optimizer.single_partition_of_fp32_groups
 
     def _encode_image(self, pixels: Tensor) -> Tensor:
         return self._run(pixels=self._pixels(pixels))[0]
@@ -282,25 +285,3 @@ class ZeroEngine(Engine):
     def _chunks(self, *rows: int) -> list[int]:
         """Return the maximum over the ranks, as each chunk gathers parameters or reduces gradients on all of them."""
         return self.runtime.ranks.all_reduce_max(*super()._chunks(*rows))
-
-
-class ShardedTeacher:
-    """A frozen model, sharded over all ranks (ZeRO-3, no optimizer), which encodes as its adapter does."""
-
-    def __init__(self, adapter: ClipAdapter, zero: dict[str, Any]) -> None:
-        adapter = adapter.clone()
-        adapter.module.requires_grad_(False)
-        self.module = adapter.module
-        offload = {key: value for key, value in zero["zero_optimization"].items() if key == "offload_param"}
-        config = {
-            "zero_optimization": {"stage": 3, **offload},
-            "train_micro_batch_size_per_gpu": 1,
-            "steps_per_print": 2**31,
-        }
-        self._engine = _initialize(model=_wrapped(adapter, 3), config=config)
-
-    def encode_image(self, pixels: Tensor) -> Tensor:
-        return self._engine(pixels=pixels)[0]
-
-    def encode_text(self, tokens: Tensor) -> Tensor:
-        return self._engine(tokens=tokens)[1]

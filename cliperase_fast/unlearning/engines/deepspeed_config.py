@@ -19,6 +19,13 @@ from cliperase_fast.reading import read_text
 
 _STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 _OLDEST = "0.19.8"
+# ZeRO-3 without DeepSpeed's defaults, which keep up to 10^9 gathered weights, and collect 5 * 10^8 gradients.
+IN_BLOCKS = {
+    "stage3_max_live_parameters": 5 * 10**7,
+    "stage3_max_reuse_distance": 0,
+    "stage3_prefetch_bucket_size": 10**7,
+    "reduce_bucket_size": 10**7,
+}
 
 
 def read_deepspeed(setting: str | Mapping[str, Any], config: UnlearnConfig, ranks: Ranks) -> dict[str, Any]:
@@ -45,7 +52,7 @@ def read_deepspeed(setting: str | Mapping[str, Any], config: UnlearnConfig, rank
         "zero_force_ds_cpu_optimizer": False,  # the optimizer is torch's, which runs on the CPU as well
         "steps_per_print": 2**31,
         **given,
-        "zero_optimization": {"overlap_comm": False, **zero} if zero["stage"] < 3 else zero,
+        "zero_optimization": {"overlap_comm": False, **zero} if zero["stage"] < 3 else {**IN_BLOCKS, **zero},
         # A step is any number of backward passes, each with its share of the gradient already.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +77,7 @@ class LocalEngine(Engine):
         state = self.optimizer.state
         return [(p, state[p][MOMENTS[0]] if p in state else None) for p in self.parameters]
 
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self) -> Mapping[str, Tensor]:
         return self.saved
 
     def update_student(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -194,7 +194,7 @@ class ClosedFormMethod(Method):
         else:
             self._edit(run, tracker)
             tracker.checkpoint()
-        load_tensors(kept, tracker.best_weights())
+        load_tensors(kept, dict(tracker.best_weights()))
         return tracker.state
 
     def _edit(self, run: Run, tracker: Tracker) -> None:
@@ -213,7 +213,7 @@ class ClosedFormMethod(Method):
         return f"Edit {candidate.step}"
 
 
-def load_tensors(targets: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+def load_tensors(targets: dict[str, Tensor], found: Mapping[str, Tensor]) -> None:
     """Copy saved tensors into those of the same name."""
     with torch.no_grad():
         for name, tensor in targets.items():
