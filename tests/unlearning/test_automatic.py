@@ -174,7 +174,7 @@ def assert_same_run(output, other):
     assert records[0]["selection"] == records[1]["selection"]
 
 
-@pytest.mark.parametrize(("first", "calls", "saved"), [(-8, 5, 0), (-8, 25, 1), (-6, 65, 2)])
+@pytest.mark.parametrize(("first", "calls", "saved"), [(-8, 5, 0), (-8, 35, 1), (-6, 65, 2)])
 def test_a_run_that_stops_during_the_probes_continues_to_the_same_bits(tmp_path, monkeypatch, first, calls, saved):
     """The last case stops in a probe after the one that is chosen, whose steps are repeated."""
     monkeypatch.setattr(recipe, "first_rate", lambda parameters: recipe.rate_at(first))
