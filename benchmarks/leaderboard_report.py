@@ -146,7 +146,9 @@ def missing_line(record: Record) -> str:
     count = sum(map(len, missing.values()))
     if not count:
         return ""
-    told = "; ".join(f"{where}: {', '.join(rows)}" for where, rows in missing.items())
+    told = "; ".join(
+        f"{where}: {', '.join(rows) if len(rows) < 9 else f'{len(rows)} of them'}" for where, rows in missing.items()
+    )
     return f"**Not complete**: {count} of {count + len(record['runs'])} runs are missing ({told})."
 
 
@@ -164,6 +166,13 @@ def winner_line(record: Record) -> str:
         text += f"; `calibrated` is number {order.index('calibrated') + 1} ({gaps['calibrated']})"
     elif "calibrated" in rows and "calibrated" not in order:
         text += "; `calibrated` does not forget in every run"
+    floor = float(np.mean([run["floor"] for run in rows[order[0]]]))
+    close = [f"`{name}`" for name in order if float(np.mean([gap_of(run) for run in rows[name]])) <= floor]
+    if len(close) > 1:
+        text += (
+            f". {', '.join(close)} are no further from the oracles than these are from each other ({_gap(floor)}): "
+            "their order means nothing"
+        )
     return text + "."
 
 
@@ -214,7 +223,7 @@ def depth_table(record: Record) -> Table:
 
 def overview_table(records: Mapping[str, Record], most: int = 5) -> Table:
     """The first methods of the first data set, with their gaps on the others."""
-    head = ["", "forget top-1", "retain top-1, change", "processor time", *(f"gap: {name}" for name in records)]
+    head = ["", "runs", "forget top-1", "retain top-1, change", "processor time", *(f"gap: {name}" for name in records)]
     first = next(iter(records.values()))
     names = ranking(first)
     shown = names[:most]
@@ -227,7 +236,7 @@ def overview_table(records: Mapping[str, Record], most: int = 5) -> Table:
         ]
         runs = by_row(first)[name]
         label = f"{names.index(name) + 1}. `{name}`"
-        rows.append((label, *(_row(name, runs)[column] for column in (2, 4, 9)), *gaps))
+        rows.append((label, *(_row(name, runs)[column] for column in (1, 2, 4, 9)), *gaps))
     return tuple(head), rows
 
 
