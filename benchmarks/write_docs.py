@@ -31,6 +31,7 @@ from . import (
     ledger_report,
     loss_report,
     points_report,
+    preparation,
     unaided_report,
     zero_memory,
 )
@@ -194,6 +195,7 @@ def draw_pictures() -> None:
     for name, record in leaderboard_report.records().items():
         leaderboard_report.draw(record, PICTURES / f"leaderboard-{name}.png")
 
+    preparation.draw(load("preparation"), PICTURES / "preparation.png")
     for path in sorted(RESULTS.glob("scaling-*.json")):
         with tempfile.TemporaryDirectory() as folder:
             for picture in draw(load(path.stem), Path(folder)):
@@ -405,6 +407,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "native-kernels": native_kernels_table,
     "loss-cpu": loss_cpu_tables,
     "loss-calibrated": calibrated_cost_tables,
+    "preparation": preparation.docs,
     "product-bound": product_bound_table,
     "loss-cpu-parts": loss_cpu_parts_table,
     "loss-gpu": loss_gpu_tables,
