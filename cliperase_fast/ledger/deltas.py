@@ -87,18 +87,13 @@ def apply_delta(state: State, stored: Mapping[str, Tensor]) -> None:
 def merge_undone(before: State, after: State, current: State) -> State:
     """Return the current weights without the change from `before` to `after`, which others followed.
 
-    With d the change and l what followed, a weight keeps l where both have the same sign. Where they oppose each other,
-    l may be a repair of d, so that only what exceeds it is kept: sign(l) max(|l| - |d|, 0).
+    The change is subtracted and what followed is kept, whatever the signs. Rules that look at signs were worse: see
+    docs/ledger.md.
     """
-    merged: State = {}
-    for name, now in current.items():
-        if not now.is_floating_point():
-            merged[name] = now.clone()
-            continue
-        change, later = after[name] - before[name], now - after[name]
-        repaired = later.sign() * (later.abs() - change.abs()).clamp(min=0)
-        merged[name] = torch.where(change == 0, now, before[name] + torch.where(change * later < 0, repaired, later))
-    return merged
+    return {
+        name: before[name] + (now - after[name]) if now.is_floating_point() else now.clone()
+        for name, now in current.items()
+    }
 
 
 def describe_delta(stored: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Any]:
