@@ -91,11 +91,13 @@ class Zero3Engine(ZeroEngine):
         frozen = self._frozen
         named: dict[str, Any] = dict(self.training.module.named_parameters())
         parts = {name: frozen.get(name, named[name].ds_tensor) for name in named if name not in self.sharded}
+        optimizer = self._engine.optimizer
         super().close()
+        _release(optimizer)
         for name in (*_ROUTED, "in_step"):
             vars(self.student).pop(name, None)
         self.sharded, self._frozen, self._front = {}, {}, None
-        del named, frozen
+        del named, frozen, optimizer
         gc.collect()  # the sharded model and the optimizer's state, before the whole parameters are allocated
         for name, parameter in self.student.module.named_parameters():
             shape, dtype = self._shapes[name]
@@ -227,6 +229,16 @@ def shard(
         else:
             first.convert_to_zero_parameters(param_list=[parameter])
         after(parameter)
+
+
+def _release(optimizer: Any) -> None:
+    """Free the memory of DeepSpeed's optimizer, which hooks of the backward pass keep alive."""
+    held = [optimizer.grad_partitions_flat_buffer, *optimizer.fp32_partitioned_groups_flat]
+    held += [flat for flat in optimizer.fp16_partitioned_groups_flat if flat is not None]
+    for state in optimizer.optimizer.state.values():
+        held += [value for value in state.values() if isinstance(value, Tensor)]
+    for tensor in held:
+        tensor.untyped_storage().resize_(0)
 
 
 def part_of(whole: Tensor, rank: int, size: int) -> Tensor:
