@@ -1,74 +1,101 @@
-"""Memory that is freed in a block of `reuse_freed_memory` serves later allocations and is returned at its end."""
+"""Memory that is freed in a block of `reuse_freed_memory` serves later allocations and is returned at its end.
+
+Each test measures a new process: one in which an allocation has failed may use another of glibc's arenas, which
+always maps large allocations.
+"""
 
 from __future__ import annotations
 
+import os
 import platform
-import resource
-from pathlib import Path
+import subprocess
+import sys
 
 import pytest
-import torch
 
 from cliperase_fast import allocation
-from cliperase_fast.allocation import reuse_freed_memory
 
-PAGES = 2**26 // resource.getpagesize()  # of the tensor below
+# Loaded from its file, as the package would import torch. A bytearray of 64 MiB is more than glibc keeps.
+SCRIPT = """
+import importlib.util, resource, sys
 
+spec = importlib.util.spec_from_file_location("allocation", sys.argv[1])
+allocation = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(allocation)
+reuse_freed_memory = allocation.reuse_freed_memory
+SIZE = 2**26
+PAGES = SIZE // resource.getpagesize()
 
-def use_memory() -> None:
-    """Fill a tensor of 64 MiB, more than glibc keeps, and free it."""
-    torch.ones(2**24, dtype=torch.float32, device="cpu")
-
-
-def faults() -> int:
-    """Return how many pages the kernel has to provide for the tensor once the heap has grown to hold it."""
+def faults():
     for _ in range(3):
-        use_memory()
+        bytearray(SIZE)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    use_memory()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    bytearray(SIZE)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / PAGES
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) / PAGES
+
+"""
 
 
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+def measured(code: str, **environment: str) -> list[float]:
+    """Run code after `SCRIPT` and return the numbers that it prints, as shares of the pages of the bytearray."""
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    ours.pop("GLIBC_TUNABLES", None)
+    command = [sys.executable, "-I", "-c", SCRIPT + code, allocation.__file__]
+    done = subprocess.run(command, env={**ours, **environment}, capture_output=True, text=True, check=True, timeout=60)
+    return [float(word) for word in done.stdout.split()]
 
 
 @pytest.fixture(autouse=True)
-def no_settings_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+def on_glibc() -> None:
     assert platform.libc_ver()[0] == "glibc"
-    for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES"):
-        monkeypatch.delenv(name, raising=False)
 
 
 def test_freed_memory_is_reused_inside_the_block_only() -> None:
-    with reuse_freed_memory():
-        assert faults() < PAGES / 50
-    assert faults() > PAGES / 2
+    inside, outside = measured("""
+with reuse_freed_memory():
+    print(faults())
+print(faults())
+""")
+    assert inside < 0.02 and outside > 0.5
 
 
 def test_an_inner_block_leaves_the_outer_one_open() -> None:
+    (inside,) = measured("""
+with reuse_freed_memory():
     with reuse_freed_memory():
-        with reuse_freed_memory():
-            pass
-        assert faults() < PAGES / 50
+        pass
+    print(faults())
+""")
+    assert inside < 0.02
 
 
 def test_memory_is_returned_at_the_end_even_after_an_error() -> None:
-    with pytest.raises(ZeroDivisionError), reuse_freed_memory():
-        use_memory()
-        held = resident()
-        _ = 1 / 0
-    assert held - resident() > PAGES / 2
+    held, left = measured("""
+try:
+    with reuse_freed_memory():
+        bytearray(SIZE)
+        print(resident())
+        1 / 0
+except ZeroDivisionError:
+    print(resident())
+""")
+    assert held - left > 0.5
 
 
 @pytest.mark.parametrize("name", ["MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_"])
-def test_settings_of_the_environment_win(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setenv(name, "1000")
-    with reuse_freed_memory():
-        assert faults() > PAGES / 2
+def test_settings_of_the_environment_win(name: str) -> None:
+    (inside,) = measured("with reuse_freed_memory():\n    print(faults())\n", **{name: "1000"})
+    assert inside > 0.5
 
 
-def test_other_c_libraries_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(allocation, "_glibc", lambda: None)
-    with reuse_freed_memory():
-        assert faults() > PAGES / 2
+def test_other_c_libraries_are_left_alone() -> None:
+    (inside,) = measured("""
+allocation._glibc = lambda: None
+with reuse_freed_memory():
+    print(faults())
+""")
+    assert inside > 0.5

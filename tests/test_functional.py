@@ -403,7 +403,7 @@ def test_wrong_input_is_named_before_anything_is_computed(monkeypatch, changes, 
     def computed(*_):
         raise AssertionError("computed something")
 
-    for name in ("_sweep", "_forget", "_features_kl"):
+    for name in ("_sweep", "forget_term_of", "_features_kl"):
         monkeypatch.setattr(functional, name, computed)
     with pytest.raises(InputError, match=match):
         cliperase_loss(**{**batch(dtype=torch.float32), **changes})

@@ -37,7 +37,7 @@ def test_config_takes_the_names_of_the_tables_and_explains_them() -> None:
 
 def test_every_consistency_mode_is_computed() -> None:
     others = {name for name, mode in CONSISTENCY_MODES.items() if not mode.fused}
-    assert others == set(functional._WITHIN_A_MODALITY)
+    assert others == set(functional.WITHIN_A_MODALITY)
 
 
 def test_a_forget_loss_in_the_table_is_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:

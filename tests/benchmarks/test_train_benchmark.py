@@ -82,5 +82,5 @@ def test_a_record_is_shown_and_loops_that_differ_are_named(record, tmp_path, cap
 
 
 def test_an_unknown_setting_is_named():
-    with pytest.raises(SystemExit, match=r"'vit' is not one of demo, vit-b-32"):
+    with pytest.raises(SystemExit, match=r"'vit' is not one of demo, small-vit, vit-b-32"):
         train.main(["--settings", "vit"])

@@ -376,14 +376,15 @@ def test_a_deepspeed_configuration_that_agrees_passes_with_its_other_keys(tmp_pa
     given = {
         "train_batch_size": 16, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": "auto",
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-6}},
-        "zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}, "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}, "reduce_bucket_size": 7},
+        "bf16": {"enabled": True},
     }  # fmt: skip
     (tmp_path / "ds.json").write_text(json.dumps(given))
     config = UnlearnConfig(
         optimizer="adamw", precision="bf16", grad_clip=1.0, batch_size=16, learning_rate=1e-6, epochs=1
     )
     found = read_deepspeed(str(tmp_path / "ds.json"), config, FOUR)
-    assert found["zero_optimization"] == given["zero_optimization"]
+    assert found["zero_optimization"].items() >= given["zero_optimization"].items()
     assert found["bf16"]["enabled"] and found["gradient_clipping"] == 1.0 and "optimizer" not in found
 
 

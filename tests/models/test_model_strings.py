@@ -149,7 +149,7 @@ def test_offline_mode_for_an_unreachable_hub_is_restored(no_network: None, monke
         ("ViT-B-32:weights.safetensors", "no checkpoint 'weights.safetensors'"),
         ("/nowhere/model", "no model '/nowhere/model'; pass 'ViT-B-32:openai'"),
         ("local-dir:/nowhere/model", "there is no /nowhere/model/open_clip_config.json"),
-        ("zzzzzzzz", "no model 'zzzzzzzz'; pass .*, or a folder with a transformers CLIPModel"),
+        ("zzzzzzzz", "no model 'zzzzzzzz'; pass .*, a folder with a transformers CLIPModel"),
     ],
 )
 def test_a_string_that_names_no_model_says_what_would(text: str, message: str) -> None:
