@@ -1,7 +1,7 @@
 """Compile every kernel of the Triton backend for every architecture it is configured for, and report what it takes.
 
 python -m benchmarks.kernel_report              write benchmarks/results/kernels.json; no GPU needed
-python -m benchmarks.kernel_report --missing    after a new configuration or form: compile only what is not in it
+python -m benchmarks.kernel_report --missing    after a new configuration or form: compile only cases not in the record
 """
 
 from __future__ import annotations

@@ -163,14 +163,14 @@ def winner_line(record: Record) -> str:
     if len(order) > 1:
         text += f", then `{order[1]}` ({gaps[order[1]]})"
     if "calibrated" in order[2:]:
-        text += f"; `calibrated` is number {order.index('calibrated') + 1} ({gaps['calibrated']})"
+        text += f"; `calibrated` ranks number {order.index('calibrated') + 1} ({gaps['calibrated']})"
     elif "calibrated" in rows and "calibrated" not in order:
         text += "; `calibrated` does not forget in every run"
     floor = float(np.mean([run["floor"] for run in rows[order[0]]]))
     close = [f"`{name}`" for name in order if float(np.mean([gap_of(run) for run in rows[name]])) <= floor]
     if len(close) > 1:
         text += (
-            f". {', '.join(close)} are no further from the oracles than these are from each other ({_gap(floor)}): "
+            f". {', '.join(close)} are as near to the oracles as these are to each other ({_gap(floor)}): "
             "their order means nothing"
         )
     return text + "."

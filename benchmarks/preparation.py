@@ -7,8 +7,8 @@
 A table has a row for each pair, ten for each image file. Files are 32 x 32 pixels, so that decoding them costs little
 beside what this library does with a row. Each size runs in a process of its own, which calls `unlearn()` on a CLIP of
 two small transformers with the default settings but for the number of steps and the learning rate, which would be found
-by trying. Seconds count from the call to the end of the first step; memory is the peak of what is resident then, beyond
-what it was after the imports. The load is that of the machine when the process began.
+by trying. Seconds count from the call to the end of the first step; memory is the peak resident size
+until then, less the resident size after the imports. The load is that of the machine when the process began.
 """
 
 from __future__ import annotations

@@ -24,9 +24,7 @@ over the same data needs no images.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, metavar="SOURCE", help="where the pairs come from, see below")
     parser.add_argument("--query", action="append", default=[], metavar="TEXT", help="what to find; may be repeated")
-    parser.add_argument(
-        "--like", action="append", default=[], metavar="FILE", help="an image of what to find; may be repeated"
-    )
+    parser.add_argument("--like", action="append", default=[], metavar="FILE", help="an example image; may be repeated")
     parser.add_argument("--k", type=int, metavar="N", help="find the N most similar pairs")
     parser.add_argument("--threshold", type=float, metavar="X", help="find pairs of at least this cosine")
     parser.add_argument("--features", metavar="FILE", help="keep the image features there for further queries")

@@ -39,7 +39,7 @@ class Evaluator:
         self._reused = None
 
     def reuse(self, student: ClipAdapter, part: Split, *, text: bool, front: FrozenFront | None) -> None:
-        """Compute what is not trained only once for a split that is encoded in every evaluation.
+        """Compute frozen parts once for a split that every evaluation encodes.
 
         text: whether the text tower is not trained. front: of the image tower, None if all of it is trained. Its output
         takes the place of the images in the cache if there is room. Holds until `recompute`.

@@ -98,7 +98,7 @@ def test_methods_that_forget_come_first_by_their_gap():
     assert rows[0][:2] == ("b", "2") and rows[0][head.index("gap")] == "0.220 ± 0.028"
     assert rows[3][head.index("forgets")] == "0 of 1"
     said = leaderboard_report.winner_line(record)
-    assert "3 methods" in said and "`b` has the smallest gap" in said and "`calibrated` is number 3" in said
+    assert "3 methods" in said and "`b` has the smallest gap" in said and "`calibrated` ranks number 3" in said
     assert "- seven, seed 0, d: e" in leaderboard_report.text("digits", record)
 
 
