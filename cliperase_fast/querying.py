@@ -89,7 +89,7 @@ class QueryMatches:
         """Return that page."""
         values = self.similarities
         order = best_rows(values, k=len(self) + AROUND)
-        below = [row for row in order if row not in set(self.rows.tolist())][:AROUND]
+        below = order[np.isin(order, self.rows, invert=True)][:AROUND].tolist()
 
         def group(heading: str, text: str, rows: Sequence[int]) -> Group:
             return Group(heading, text, thumbnails(self.pairs, rows, [f"{values[row]:.3f}" for row in rows]))
