@@ -146,6 +146,18 @@ def judgement(kept=True, left=0.0, divergence=0.1):
     return {"kept": kept, "left": left, "divergence": divergence}
 
 
+def test_a_run_is_judged_by_what_is_left_above_the_target():
+    selection = {
+        "validation": {"forget": 0.25, "retain": 0.9, "forget_before": 1.0, "retain_before": 0.95},
+        "target_reached": False, "within_floor": True, "association": 0.4, "background": 0.1,
+        "divergence": {"mean": 0.3},
+    }  # fmt: skip
+    judged = search.judged(selection)
+    assert judged["left"] == pytest.approx((0.4 - 0.1 - 0.05) + (0.25 - 0.05))
+    assert judged["kept"] and judged["divergence"] == 0.3
+    assert search.judged({**selection, "target_reached": True})["left"] == 0.0
+
+
 def test_settings_are_ranked_by_what_they_keep_then_by_the_target_then_by_the_divergence():
     better = [
         [judgement(divergence=0.1)], [judgement(divergence=0.2)], [judgement(left=0.2, divergence=0.0)],
