@@ -32,6 +32,8 @@ from cliperase_fast.unlearning.engines.deepspeed_config import read_deepspeed
 from cliperase_fast.unlearning.engines.local import LocalEngine
 from cliperase_fast.unlearning.engines.zero3 import Zero3Engine
 
+SIGLIP = {"logit_bias": -4.0}
+
 
 def assert_same_run(found, alone, tolerance=1e-4):
     assert np.allclose(found["losses"], alone["losses"], rtol=tolerance, atol=tolerance)
@@ -68,6 +70,7 @@ def alone(**changes):
         {"method": "salun", "batch_size": 12, "forget_fraction": 0.42},
         {"method": "balanced", "batch_size": 12, "forget_fraction": 0.42},
         {"method": "masked_distillation", "batch_size": 12, "forget_fraction": 0.42},
+        {"method": "calibrated", "batch_size": 12, "forget_fraction": 0.42, "clip": SIGLIP, "grad_cache_chunk": 2},
     ],
     ids=[
         "plain",
@@ -82,6 +85,7 @@ def alone(**changes):
         "SalUn",
         "balanced",
         "masked distillation",
+        "calibrated, the sigmoid loss, in chunks",
     ],
 )
 def test_the_curve_and_the_scores_are_those_of_one_process(two, changes):
@@ -98,11 +102,12 @@ def test_the_curve_and_the_scores_are_those_of_one_process(two, changes):
         {"deepspeed": {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
          "grad_cache_chunk": 2, "accumulate": 2},
         {"deepspeed": "zero3"},
+        {"deepspeed": "zero3", "clip": SIGLIP, "method": "calibrated"},
         # Chunks of one: the second rank has a pair of each kind less, and encodes as often as the first.
         {"deepspeed": "zero3", "grad_cache_chunk": 1, "accumulate": 2, "teacher_cache": "off", "eval_batch_size": 1,
          "batch_size": 12, "forget_fraction": 0.42},
     ],
-    ids=["1", "2, offloaded, in chunks", "3", "3, in chunks, live teacher"],
+    ids=["1", "2, offloaded, in chunks", "3", "3, the sigmoid loss", "3, in chunks, live teacher"],
 )  # fmt: skip
 def test_zero_follows_one_process(two, changes):
     plain = {name: value for name, value in changes.items() if name != "deepspeed"}

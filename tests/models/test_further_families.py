@@ -148,7 +148,8 @@ def test_blips_cosines_are_those_of_its_contrastive_heads() -> None:
 
 
 @pytest.mark.parametrize(
-    "method", ["kl_minimization", *map(LONG, ("gradient_difference", "retain_finetune", "ssd", "multidelete"))]
+    "method",
+    ["calibrated", "kl_minimization", *map(LONG, ("gradient_difference", "retain_finetune", "ssd", "multidelete"))],
 )
 def test_methods_without_softmaxes_of_their_own_work_on_the_sigmoid_loss(method: str) -> None:
     training = {} if method == "ssd" else {"steps": 2, "learning_rate": 1e-3}
@@ -159,7 +160,6 @@ def test_methods_without_softmaxes_of_their_own_work_on_the_sigmoid_loss(method:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"method": "calibrated"}, "method='calibrated' is defined by softmaxes over similarities"),
         ({"method": "relabel"}, "method='relabel' is defined by softmaxes"),
         ({"consistency": "intra"}, "consistency='intra' is not defined for a model that was trained with the sigmoid"),
         ({"backend": "native"}, "does not compute the bernoulli loss"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from tiny import QUICK, make_pairs, make_tiny_clip, split_pairs
@@ -11,6 +13,7 @@ from cliperase_fast import InputError, functional
 from cliperase_fast.models import load_model
 from cliperase_fast.unlearning.engines.base import train_mode
 from cliperase_fast.unlearning.methods import calibrated
+from cliperase_fast.unlearning.methods.calibrated_terms import sigmoid_terms
 from cliperase_fast.unlearning.objective import BatchFeatures
 
 
@@ -190,3 +193,52 @@ def test_only_modules_that_drop_values_leave_training_mode(drops_out):
     inputs = torch.randn(2, 3, 8)
     assert torch.equal(model(inputs), model(inputs)) is not drops_out
     assert model.training and all(part.training for part in plain.modules())
+
+
+def dense_sigmoid_terms(given, concepts, weights):
+    """The terms of a model with the sigmoid loss as their formulas say, with matrices of all pairs."""
+    count, total = given.n_forget, len(given.image)
+    cosines, frozen = given.image @ given.text.T, given.teacher_image @ given.teacher_text.T
+    level = (given.background_image[:, None] + given.background_text[None]) / 2
+    removed = torch.zeros(total, total, dtype=torch.bool)
+    same = torch.ones(total, total, dtype=torch.bool) if concepts is None else concepts[:, None] == concepts
+    removed[:, :count] = same[:, :count]
+    if concepts is None:
+        removed[count:] = False
+    edited = torch.where(removed, level, frozen)
+    logits = given.logit_scale * cosines + given.logit_bias
+    target = given.teacher_logit_scale * edited + given.teacher_logit_bias
+    kept, labels = logits[count:, count:], torch.eye(total - count, dtype=torch.float64)
+    losses = torch.nn.functional.binary_cross_entropy_with_logits(kept, labels, reduction="none")
+    if given.group_ids is not None:
+        ids = given.group_ids[count:]
+        losses = losses.masked_fill((ids[:, None] == ids) & (labels == 0), 0)
+    bernoulli = torch.distributions.Bernoulli
+    divergence = torch.distributions.kl_divergence(bernoulli(logits=target), bernoulli(logits=logits))
+    terms = (
+        losses.sum() / (total - count), (cosines - level)[removed].relu().square().mean(), divergence.sum() / total,
+        (cosines - edited)[~removed].square().mean(),
+    )  # fmt: skip
+    return sum(weight * term for weight, term in zip(weights, terms, strict=True)), *terms
+
+
+@pytest.mark.parametrize("weights", [(1.0, 3.0, 3.0, 30.0), (0.0, 1.0, 2.0, 0.0), (2.0, 0.0, 0.0, 5.0)])
+@pytest.mark.parametrize("concepts", [None, [4, 4, 5, 4, 0, 4, 1, 1, 5]])
+def test_the_sigmoid_form_is_that_of_its_formulas(concepts, weights):
+    made = features()
+    scale = torch.tensor(12.0, dtype=torch.float64, requires_grad=True)
+    ids = None if concepts is None else torch.tensor(concepts)
+    given = dataclasses.replace(
+        made, logit_scale=scale, teacher_logit_scale=torch.tensor(9.0, dtype=torch.float64), group_ids=ids,
+        logit_bias=torch.tensor(-6.0, dtype=torch.float64), teacher_logit_bias=torch.tensor(-5.0, dtype=torch.float64),
+        background_image=made.background_image.double(), background_text=made.background_text.double(),
+    )  # fmt: skip
+    found = sigmoid_terms(cf.CalibratedLoss(*weights), given, ids)
+    expected = dense_sigmoid_terms(given, ids, weights)
+    for term, own, weight in zip(found[1:], expected[1:], weights, strict=True):
+        assert term.item() == pytest.approx(own.item() if weight else 0.0, rel=1e-5, abs=1e-9)
+    inputs = (given.image, given.text, scale)
+    for gradient, own in zip(
+        torch.autograd.grad(2 * found.total, inputs), torch.autograd.grad(2 * expected[0], inputs), strict=True
+    ):
+        torch.testing.assert_close(gradient, own, rtol=2e-5, atol=2e-6)

@@ -6,14 +6,15 @@ import torch
 COLOURS = {"red": (1.0, -1.0, -1.0), "green": (-1.0, 1.0, -1.0), "blue": (-1.0, -1.0, 1.0)}
 
 
-def make_tiny_clip(seed=0, **vision):
-    """A CLIP of a few thousand parameters beside the token table, with random weights."""
+def make_tiny_clip(seed=0, logit_bias=None, **vision):
+    """A CLIP of a few thousand parameters beside the token table, with random weights. logit_bias: of a SigLIP."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return open_clip.model.CLIP(
             embed_dim=16,
             vision_cfg={"image_size": 8, "patch_size": 4, "width": 32, "layers": 2, "head_width": 16, **vision},
             text_cfg={"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+            init_logit_bias=logit_bias,
         ).eval()
 
 

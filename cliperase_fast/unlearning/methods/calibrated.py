@@ -28,6 +28,7 @@ from torch import Tensor
 from cliperase_fast.errors import InputError
 from cliperase_fast.losses import CalibratedLoss
 from cliperase_fast.unlearning.methods.base import TrainingMethod
+from cliperase_fast.unlearning.methods.calibrated_terms import joint_terms, sigmoid_terms
 from cliperase_fast.unlearning.objective import BatchFeatures, Objective
 from cliperase_fast.unlearning.run import Run
 
@@ -76,7 +77,6 @@ class Calibrated(TrainingMethod):
     name = "calibrated"
     summary = "CLIPErase against an edited teacher: forget pairs stop at the level of unrelated pairs"
     source = "this library, after CLIPErase"
-    softmax_only = True
     needs = ("forget", "retain", "teacher")
     joint_teacher = True
     unused_settings = frozenset(["forget_loss", "margin", "consistency"])
@@ -97,22 +97,9 @@ class Calibrated(TrainingMethod):
         options, own_teacher = self.options, run.setup.inputs.teacher is None
 
         def terms(features: BatchFeatures) -> CalibratedObjective:
-            assert features.teacher_image is not None and features.teacher_text is not None
-            assert features.background_image is not None and features.background_text is not None
-            count, device = len(features.image), features.image.device
-            forget_mask = torch.arange(count, dtype=torch.int64, device=device) < features.n_forget
-            found = loss(
-                features.image,
-                features.text,
-                features.teacher_image,
-                features.teacher_text,
-                features.logit_scale,
-                features.teacher_logit_scale,
-                forget_mask=forget_mask,
-                group_ids=features.group_ids if by_concept else _one_concept(features.group_ids, forget_mask),
-                background_image=features.background_image,
-                background_text=features.background_text,
-            )
+            concepts = features.group_ids if by_concept else _one_concept(features.group_ids, features.n_forget)
+            terms_of = joint_terms if features.logit_bias is None else sigmoid_terms
+            found = terms_of(loss, features, concepts)
             held, level = pair_terms(features, own_teacher)
             total = found.total + options.lambda_held * held + options.lambda_level * level
             return CalibratedObjective(total, found.retain, found.forget, found.consistency, found.anchor, held, level)
@@ -163,6 +150,8 @@ def _cosines(image: Tensor, text: Tensor) -> Tensor:
     return (image.float() * text.float()).sum(1)
 
 
-def _one_concept(caption_ids: Tensor | None, forget_mask: Tensor) -> Tensor | None:
-    """Return the ids [P] with one for all forget pairs; caption_ids are at least 0."""
-    return None if caption_ids is None else caption_ids.masked_fill(forget_mask, _FORGET_CONCEPT)
+def _one_concept(caption_ids: Tensor | None, n_forget: int) -> Tensor | None:
+    """Return the ids [P] with one for all forget pairs, which come first; caption_ids are at least 0."""
+    if caption_ids is None:
+        return None
+    return torch.cat([torch.full_like(caption_ids[:n_forget], _FORGET_CONCEPT), caption_ids[n_forget:]])
