@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from tiny import make_pairs, make_tiny_clip, split_pairs
@@ -112,6 +113,21 @@ def test_slug_changes_exactly_one_tensor_and_forgets():
     assert name in slug.layer_names(load_model(make_model()))
     assert result.after["forget"]["association"] < result.before["forget"]["association"]
     assert len([line for line in result.history if "validation" in line]) % 10 == 0
+
+
+def test_slug_counts_the_first_five_where_there_are_many_classes(monkeypatch):
+    few = run("slug")
+    monkeypatch.setattr(slug, "_FEW", 2)
+    monkeypatch.setattr(slug.own_class_among_first, "__defaults__", (None, 1))  # the data has four classes
+    assert changed_tensors(run("slug")) == changed_tensors(few), "the first class alone is the score itself"
+
+
+def test_a_class_is_recognised_among_the_first_that_count():
+    images, classes = torch.eye(3)[[0, 0, 1]], torch.tensor([[0.9, 0.1, 0], [1.0, 0, 0], [0.5, 0.5, 0], [0, 0.4, 0]])
+    shares = [slug.own_class_among_first(images, classes, np.array([0, 2, 3]), None, first) for first in (1, 2, 3)]
+    assert shares == pytest.approx([0, 2 / 3, 1])
+    kinds = np.array([0, 1, 1, 0])  # class 1 is of another kind than class 0, class 2 than class 3
+    assert slug.own_class_among_first(images, classes, np.array([0, 2, 3]), kinds, 1) == pytest.approx(2 / 3)
 
 
 def test_layers_are_matrices_of_the_towers_without_embeddings_and_positions():

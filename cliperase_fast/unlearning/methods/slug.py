@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -159,5 +160,26 @@ def recognised(run: Run, candidate: Candidate) -> float:
     part = run.data.validation
     if len(part.pairs.classes or part.pairs.different_captions()[0]) < _FEW:
         return candidate.forget
-    scores = run.evaluator.score(run.evaluator.encode(run.student, part), part)
-    return scores["forget"]["zero_shot_top5" if part.pairs.classes is not None else "image_to_text_r@5"]
+    encoded = run.evaluator.encode(run.student, part)
+    if part.pairs.classes is None:
+        found: float = run.evaluator.score(encoded, part)["forget"]["image_to_text_r@5"]
+        return found
+    assert encoded.class_features is not None and part.pairs.labels is not None
+    member = np.flatnonzero(part.forget_mask)
+    images, labels = encoded.image_features[member], part.pairs.labels[member]
+    return own_class_among_first(images, encoded.class_features, labels, part.pairs.class_kinds)
+
+
+def own_class_among_first(
+    images: Tensor, classes: Tensor, labels: np.ndarray, kinds: np.ndarray | None = None, first: int = 5
+) -> float:
+    """Return the share of images [n, D] with their class among the nearest of the classes [C, D] of its kind.
+
+    labels: int64 [n]. kinds: int64 [C]; None if all classes are of one kind. first: how many classes count.
+    """
+    similarities = images @ classes.T  # [n, C]
+    own = similarities.gather(1, torch.as_tensor(labels, dtype=torch.int64, device=images.device)[:, None])
+    if kinds is not None:
+        others = torch.as_tensor(kinds[labels][:, None] != kinds, dtype=torch.bool, device=images.device)
+        similarities = similarities.masked_fill(others, -torch.inf)
+    return float(((similarities > own).sum(1) < first).double().mean())
