@@ -9,8 +9,8 @@ from typing import Any
 
 Part = str | tuple[Sequence[str], Sequence[Sequence[str]]]  # a text, or a table's head and rows
 
-NOT_MEASURED = "Not measured yet: `python -m benchmarks.ledger shapes`, `kills`, `ranks`."
-_WAYS = {"exact": "exactly", "replay": "by replaying", "merge": "by merging"}
+NOT_MEASURED = "Not measured yet: `python -m benchmarks.ledger shapes`, `towers`, `kills`, `ranks`."
+_WAYS = {"exact": "exactly", "prepared": "as prepared", "replay": "by replaying", "merge": "by merging"}
 
 
 def figures(file: Path, table: Callable[..., str], provenance: Callable[[dict[str, Any]], str]) -> str:
@@ -28,8 +28,9 @@ def figures(file: Path, table: Callable[..., str], provenance: Callable[[dict[st
 def section(parts: Mapping[str, Any]) -> list[Part]:
     """Return texts and tables. parts: of the record."""
     found: list[Part] = []
-    if "after" in parts.get("shapes", {}):
-        found += _shapes(parts["shapes"])
+    for name, model in _MODELS.items():
+        if "after" in parts.get(name, {}):
+            found += _study(parts[name], model)
     if "kills" in parts:
         kills = parts["kills"]
         found.append(
@@ -37,50 +38,61 @@ def section(parts: Mapping[str, Any]) -> list[Part]:
             f"left alone; {kills['too_late']} of them were done before they were to be killed."
         )
     if "ranks" in parts:
+        ranks = parts["ranks"]
+        same = ", ".join(ranks.get("same_weights", [])) or "none"
         found.append(
-            f"**On {parts['ranks']['ranks']} ranks.** The session of three requests on digits, after the last one:"
+            f"**On {ranks['ranks']} ranks.** {len(ranks['two_ranks'])} requests in a row, after the last one. Requests "
+            f"that left the same bits in the weights as in one process: {same}."
         )
-        found.append((_HEAD[:5], list(_ranks(parts["ranks"]))))
+        found.append((_HEAD[:5], list(_ranks(ranks))))
     return found or [NOT_MEASURED]
 
 
+_MODELS = {"shapes": "a small CLIP that knows a hundred shapes", "towers": "two pretrained towers"}
 _HEAD = ("", "forget top-1", "association", "background", "retain top-1", "at the target")
 
 
-def _shapes(shapes: Mapping[str, Any]) -> Iterator[Part]:
-    last = list(shapes["requests"].values())[-1]["audits"]
-    after = shapes["after"]
+def _study(study: Mapping[str, Any], model: str) -> Iterator[Part]:
+    last = list(study["requests"].values())[-1]["audits"]
+    after = study["after"]
     kept, change = "within" if after["within_floor"] else "below", 100 * after["retain_change"]
     yield (
-        f"**Five requests in a row.** After the last one {len(after['at_target'])} of {len(last)} are at the target; "
-        f"the retain accuracy changed by {change:+.1f} points at worst, {kept} the floor of 2 points:"
+        f"**{len(last)} requests in a row on {model}.** After the last one {len(after['at_target'])} of {len(last)} "
+        f"are at the target; the retain accuracy changed by {change:+.1f} points at worst, {kept} the floor of 2:"
     )
     yield _HEAD, [(name, *_cells(audit), "yes" if audit["at_target"] else "no") for name, audit in last.items()]
-    deltas = [request["delta"] for request in shapes["requests"].values()]
+    deltas = [request["delta"] for request in study["requests"].values()]
     small, large = (end(delta["bytes"] for delta in deltas) / 2**20 for end in (min, max))
     whole = deltas[0]["whole_bytes"] / 2**20
     yield f"A delta takes {small:.1f} to {large:.1f} MiB, where the changed tensors have {whole:.1f} MiB."
-    if shapes["undo"]:
+    undone = list(study["undo"].values())
+    if undone:
         yield "**Undone, each in a copy.** The undone concept in the base and after undoing, and the other requests:"
         yield (
-            ("request", "how", "images", "top-1, base", "undone", "association, base", "undone", "others forgotten"),
+            ("request", "how", "images", "top-1, base", "undone", "association, base", "undone", "retain top-1, base",
+             "undone", "others at the target"),
             [
                 (
                     one["undone"], _WAYS[one["how"]], str(one["concept"]["forget_pairs"]),
                     *(_percent(one["concept"]["forget_top1"][state]) for state in ("base", "now")),
                     *(f"{one['concept']['association'][state]:.3f}" for state in ("base", "now")),
-                    "yes" if one["others_at_target"] else "no",
+                    *(_percent(one["concept"]["retain_top1"][state]) for state in ("base", "now")),
+                    f"{sum(bool(audit['at_target']) for audit in one['others'].values())} of {len(one['others'])}",
                 )
-                for one in shapes["undo"].values()
+                for one in undone
             ],
         )  # fmt: skip
-        for how, pooled in shapes.get("pooled", {}).items():
-            if pooled:
-                base, now = (_percent(pooled[state]) for state in ("base", "now"))
-                yield (
-                    f"Undone {_WAYS[how]}, pooled over {pooled['images']} test images: {base} in the base, {now} after "
-                    "undoing."
-                )
+        for how, pooled in study.get("pooled", {}).items():
+            base, now = (_percent(pooled[state]) for state in ("base", "now"))
+            close = "at most 2 points below it" if pooled["within"] else "more than 2 points below it"
+            yield (
+                f"Undone {_WAYS[how]}, pooled over {pooled['images']} test images: {base} in the base, {now} after "
+                f"undoing, {close}."
+            )
+    replayed = [one for one in undone if one["how"] == "replay" and "bits_of_prepared" in one]
+    if replayed:
+        same = sum(one["bits_of_prepared"] for one in replayed)
+        yield f"{same} of {len(replayed)} replays ended with the same bits as what had been prepared."
 
 
 def _ranks(ranks: Mapping[str, Any]) -> Iterator[Sequence[str]]:

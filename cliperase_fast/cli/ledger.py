@@ -55,15 +55,22 @@ def add_ledger(
     forget.add_argument("--test-data", metavar="SOURCE", help="where to measure (default: the source's test split)")
     forget.add_argument("--validation-data", metavar="SOURCE", help="where to choose the result")
     forget.add_argument("--id", help="of the request (default: its number)")
+    forget.add_argument(
+        "--undoable",
+        default="all",
+        metavar="IDS",
+        help="earlier requests that can be undone later without any pairs, which takes a further run for each: all, "
+        "none, or ids with commas between them (default: all)",
+    )
     forget.add_argument("--config", metavar="FILE", help="YAML or JSON with settings; flags win")
     undo = action("undo", "take a request back, and record it")
     undo.add_argument("id", metavar="ID", help="the request")
     undo.add_argument(
         "--how",
         default="auto",
-        choices=("auto", "replay", "merge"),
-        help="auto: exactly for the last request, else by replaying the later ones if their pairs are at hand, else by "
-        "merging deltas (default: auto)",
+        choices=("auto", "prepared", "replay", "merge"),
+        help="auto: exactly for the last request, else from what later requests prepared, else by replaying these if "
+        "their pairs are at hand, else by merging deltas (default: auto)",
     )
     undo.add_argument("--device", help="where to replay and to audit (default: that of the request)")
     for one in (forget, undo):
@@ -137,6 +144,7 @@ def _forget(arguments: argparse.Namespace) -> int:
         test=arguments.test_data,
         validation=arguments.validation_data,
         config=UnlearnConfig.from_dict(settings),
+        undoable={"all": True, "none": False}.get(arguments.undoable, arguments.undoable.split(",")),
         progress=progress_style(arguments) == "bars",
     )
     return _told(found, entry)

@@ -15,7 +15,7 @@ from cliperase_fast.distributed import init_distributed
 from cliperase_fast.errors import InputError
 from cliperase_fast.ledger.checking import summary, verify
 from cliperase_fast.ledger.deltas import TOLERANCE, digest_of
-from cliperase_fast.ledger.log import FILE, Entry, Log, check_id, checked_date
+from cliperase_fast.ledger.log import FILE, Entry, Log, Step, check_id, checked_date
 from cliperase_fast.ledger.pairs import DataAtHand, open_request, selection_of
 from cliperase_fast.ledger.patches import check_folder, converted, write_patch
 from cliperase_fast.ledger.weights import Weights
@@ -23,7 +23,7 @@ from cliperase_fast.ledger.work import LedgerWork, ledger_settings, require_grou
 from cliperase_fast.report import ledger_page
 from cliperase_fast.storage import write_text_atomically, writing
 
-_HOW = ("auto", "replay", "merge")
+_HOW = ("auto", "prepared", "replay", "merge")
 
 
 class Ledger(LedgerWork):
@@ -129,6 +129,7 @@ class Ledger(LedgerWork):
         method: str | None = None,
         config: UnlearnConfig | Mapping[str, Any] | str | Path | None = None,
         tolerance: float = TOLERANCE,
+        undoable: bool | Sequence[str] = True,
         progress: bool | None = None,
         **settings: Any,
     ) -> Entry:
@@ -142,12 +143,16 @@ class Ledger(LedgerWork):
         by, note, date: who asked, why and when; free texts, and a date in ISO 8601 (by default now).
         method: by default config's, else "calibrated".
         tolerance: how exact a change must be that is stored in factors, see docs/ledger.md.
+        undoable: the earlier requests, by id, that can be undone later without any pairs; by default all in force. For
+            each of them the request is made once more, without it, and that delta is stored too. False does no such
+            run.
 
         Returns the entry. Raises `InputError` before any work for what is wrong, `UnlearningError` if the work fails;
         the ledger is then as before.
         """
         chosen = ledger_settings(config, method, settings)
         date = checked_date(date)
+        wanted = self._undoable(undoable)
         given = {"forget": forget, "retain": retain, "test": test, "validation": validation}
         with self._working(chosen) as ranks:
             opener = self._data.opener(chosen, templates)
@@ -164,6 +169,7 @@ class Ledger(LedgerWork):
             self._data.keep(name, own)
             told = {"id": name, "date": date, "by": by, "note": note, "tolerance": tolerance}
             line = {"kind": "forget", **told, **content, **facts}
+            line["prepared"] = self._prepare(line, own, wanted, chosen, ranks, progress)
             return self._record(line, [*steps, step], {step.file: delta}, chosen, ranks, progress)
 
     @torch_defaults()
@@ -180,12 +186,14 @@ class Ledger(LedgerWork):
     ) -> Entry:
         """Take a request back, and record it.
 
-        how: "auto" restores the weights before the request bit for bit if it is the last one; else it replays the later
-            requests where their pairs are at hand, else it merges deltas. "replay" and "merge" insist on one of them.
+        how: "auto" restores the weights before the request bit for bit if it is the last one; else it takes the deltas
+            that later requests prepared, else it replays these where their pairs are at hand, else it merges deltas.
+            "prepared", "replay" and "merge" insist on one of them.
         device: where to replay and to audit; by default that of the request.
 
         Returns the entry; its `how` says which way was taken, and `audits` how far the result is from the base. Raises
-        `InputError` for an unknown request, one that is undone already, and a replay without the pairs.
+        `InputError` for an unknown request, one that is undone already, a replay without the pairs, and "prepared"
+        where nothing is.
         """
         if how not in _HOW:
             raise InputError(f"how={how!r} is not one of {', '.join(_HOW)}")
@@ -196,17 +204,20 @@ class Ledger(LedgerWork):
             self._require_active(id)
             steps, number = self._log.last.steps, len(self._log.entries)
             place = next(at for at, step in enumerate(steps) if step.id == id and step.kind == "forget")
-            missing = self._missing_for_replay(id)
-            if how == "replay" and missing and place < len(steps) - 1:
-                raise InputError(f"request {id!r} cannot be undone by replaying later ones: {missing}")
             deltas: dict[str, Any] = {}
-            used, found = "exact", steps[:-1]
-            if how != "merge" and not missing and place < len(steps) - 1:
-                used, (found, deltas) = "replay", self._replayed(id, number, device, ranks, progress)
-            elif how == "merge" or place < len(steps) - 1:
-                used, (found, deltas) = "merge", self._merged(id, place, number, ranks)
+            known: Mapping[str, Any] = {}
+            used = self._way(id, how, last=place == len(steps) - 1)
+            if used == "exact":
+                found = steps[:-1]
+            elif used == "prepared":
+                ready = self._prepared()[id]
+                found, known = [Step(**step) for step in ready["steps"]], ready["audits"]
+            elif used == "replay":
+                found, deltas = self._replayed(id, number, device, ranks, progress)
+            else:
+                found, deltas = self._merged(id, place, number, ranks)
             told = {"id": f"undo-{id}", "of": id, "date": date, "by": by, "note": note, "how": used}
-            return self._record({"kind": "undo", **told}, found, deltas, settings, ranks, progress)
+            return self._record({"kind": "undo", **told}, found, deltas, settings, ranks, progress, known)
 
     @torch_defaults()
     def export(self, id: str, folder: str | Path | None = None, *, progress: bool | None = None) -> Path:

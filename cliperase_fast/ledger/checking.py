@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,28 +27,49 @@ def verify(folder: Path, log: Log, weights: Weights, head: str | None) -> None:
         )
     _check_summary(folder, log)
     for entry in log.entries:
-        for name, audit in entry.audits.items():
-            _check_audit(folder / audit["file"], audit["sha256"], name)
-    base = weights.base(log.base)
-    states: list[tuple[Step, State]] = []  # of the steps of the line before
-    start = state_of(base.module)
+        for audits in (entry.audits, *(state["audits"] for state in entry.prepared.values())):
+            for name, audit in audits.items():
+                _check_audit(folder / audit["file"], audit["sha256"], name)
+    start = state_of(weights.base(log.base).module)
+    current = _Walk(weights, start)
     digest = log.base.weights
     for entry in log.entries[1:]:
         _require(entry.content["before"] == digest, folder, entry, "does not continue the weights of the line before")
-        steps = entry.steps
-        shared = 0
-        while shared < min(len(states), len(steps)) and states[shared][0] == steps[shared]:
-            shared += 1
-        del states[shared:]
-        for step in steps[shared:]:
-            state = dict(states[-1][1] if states else start)
-            try:
-                apply_delta(state, weights.read(step))
-            except ValueError as error:
-                raise UnlearningError(f"{folder / step.file} does not fit the base: {error}") from error
-            states.append((step, state))
-        digest = digest_of(states[-1][1] if states else start)
+        digest = current.digest(entry.steps)
         _require(digest == entry.weights, folder, entry, "names other weights than its deltas lead to")
+    for id in dict.fromkeys(id for entry in log.entries for id in entry.prepared):
+        walk = _Walk(weights, start)
+        for entry in log.entries:
+            if id in entry.prepared:
+                found = walk.digest([Step(**step) for step in entry.prepared[id]["steps"]])
+                right = found == entry.prepared[id]["weights"]
+                _require(right, folder, entry, f"names other weights without {id!r} than its deltas lead to")
+
+
+class _Walk:
+    """The digests of the states that lists of steps lead to; steps that a list shares with the one before are kept."""
+
+    def __init__(self, weights: Weights, start: State) -> None:
+        self.weights, self.start = weights, start
+        self.states: list[tuple[Step, State]] = []
+
+    def digest(self, steps: Sequence[Step]) -> str:
+        """Return the digest of the weights. Raises `UnlearningError` for a delta that is not as the log has it."""
+        shared = 0
+        while shared < min(len(self.states), len(steps)) and self.states[shared][0] == steps[shared]:
+            shared += 1
+        del self.states[shared:]
+        for step in steps[shared:]:
+            state = dict(self._last())
+            try:
+                apply_delta(state, self.weights.read(step))
+            except ValueError as error:
+                raise UnlearningError(f"{self.weights.folder / step.file} does not fit the base: {error}") from error
+            self.states.append((step, state))
+        return digest_of(self._last())
+
+    def _last(self) -> State:
+        return self.states[-1][1] if self.states else self.start
 
 
 def _require(holds: bool, folder: Path, entry: Entry, what: str) -> None:
@@ -104,6 +125,7 @@ def summary(log: Log) -> dict[str, Any]:
             {
                 **{key: entry.content[key] for key in ("id", "date", "by", "note", "selection", "settings", "held")},
                 "undone": None if entry.id not in undone else _undone(undone[entry.id]),
+                "prepared": list(entry.prepared),
                 "delta": next(iter(entry.content["deltas"].values())),
                 "versions": entry.content["versions"],
                 "ranks": entry.content["ranks"],

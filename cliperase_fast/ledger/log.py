@@ -85,6 +85,11 @@ class Entry:
         return self.content.get("audits", {})
 
     @property
+    def prepared(self) -> dict[str, dict[str, Any]]:
+        """The states after this line without an earlier request, by that request; see `Ledger.forget`."""
+        return self.content.get("prepared", {})
+
+    @property
     def returned(self) -> list[str]:
         """The requests whose pairs were above the target after this line, although they must be forgotten."""
         return [id for id, found in self.audits.items() if not found["undone"] and found["at_target"] is False]

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch.distributed as dist
@@ -178,11 +179,87 @@ class LedgerWork:
                 "step": selection["step"],
                 "learning_rate": recipe.get("learning_rate"),
                 "target": (recipe.get("target") or {}).get("association"),
+                "association": selection["association"],
                 "target_reached": selection["target_reached"],
                 "within_floor": selection["within_floor"],
             },
         }
         return before, state_of(result.model), facts
+
+    def _prepared(self) -> Mapping[str, Mapping[str, Any]]:
+        """Return the states that were prepared for undoing requests, by request, if they belong to the current one."""
+        steps = self._log.last.steps
+        lines = (entry for entry in reversed(self._log.entries) if entry.prepared)
+        return next((entry.prepared for entry in lines if entry.steps == steps), {})
+
+    def _undoable(self, given: bool | Sequence[str]) -> list[str] | None:
+        """Return the requests to prepare the undoing of, None for all. Raises `InputError` for an unknown one."""
+        if isinstance(given, bool):
+            return None if given else []
+        for id in given:
+            self._require_active(id)
+        return list(given)
+
+    def _way(self, id: str, how: str, *, last: bool) -> str:
+        """Return how a request is undone. last: whether nothing followed it. Raises `InputError` for a wrong `how`."""
+        if last and how != "merge":
+            return "exact"
+        ready = id in self._prepared()
+        missing = self._missing_for_replay(id)
+        if how == "prepared" and not ready:
+            raise InputError(
+                f"request {id!r} was not prepared for undoing in the current state: replay or merge, with how="
+            )
+        if how == "replay" and missing:
+            raise InputError(f"request {id!r} cannot be undone by replaying later ones: {missing}")
+        if how != "auto":
+            return how
+        return "prepared" if ready else "merge" if missing else "replay"
+
+    def _without(self, id: str) -> list[Step] | None:
+        """Return the steps to the current state without a request; None if nobody prepared it."""
+        steps = self._log.last.steps
+        if (steps[-1].id, steps[-1].kind) == (id, "forget"):
+            return steps[:-1]
+        found = self._prepared().get(id)
+        return None if found is None else [Step(**step) for step in found["steps"]]
+
+    def _prepare(
+        self,
+        line: Mapping[str, Any],
+        own: RequestPairs,
+        undoable: Sequence[str] | None,
+        settings: UnlearnConfig,
+        ranks: Ranks,
+        progress: bool | None,
+    ) -> dict[str, dict[str, Any]]:
+        """Make a new request again on top of each state without one of the earlier requests.
+
+        These are the states after undoing the earlier request; its pairs and those of the new one are not needed for
+        it any more. line: of the new request. undoable: the earlier requests, None for all. Returns by request the
+        steps to its state, their weights, the new delta, and the audits.
+        """
+        name, number, prepared = line["id"], len(self._log.entries), {}
+        for id in [entry.id for entry in self._log.active() if undoable is None or entry.id in undoable]:
+            steps = self._without(id)
+            if steps is None:
+                continue
+            say("preparing to undo request %s", id)
+            earlier = [entry for entry in self._log.active() if entry.id != id]
+            before, after, _ = self._unlearned(name, own, earlier, steps, settings, ranks, progress)
+            file = f"{number:04d}-{name}-without-{id}"
+            step, delta = self._store(file, name, "forget", before, after, line["tolerance"], ranks)
+            found = [*steps, step]
+            state = self._state(found)
+            measured, missing = self._to_measure({**line, "of": id}, in_full=False)
+            prepared[id] = {
+                "steps": [one.to_dict() for one in found],
+                "weights": digest_of(state),
+                "delta": delta,
+                "audits": self._audited(state, measured, f"-without-{id}", settings, ranks, progress),
+                "unaudited": missing,
+            }
+        return prepared
 
     def _replay_plan(self, id: str, steps: Sequence[Step]) -> tuple[int, list[Entry]]:
         """Return how many steps a replay without the request keeps, and the requests that it repeats.
@@ -262,32 +339,26 @@ class LedgerWork:
         settings: UnlearnConfig,
         ranks: Ranks,
         progress: bool | None,
+        known: Mapping[str, Any] = MappingProxyType({}),
     ) -> Entry:
-        """Measure all requests in the state that the steps lead to, and add the line. All ranks call it together."""
-        number, state = len(self._log.entries), self._state(steps)
+        """Measure all requests in the state that the steps lead to, and add the line. All ranks call it together.
+
+        known: audits of this state that were made earlier, for requests whose pairs are not at hand.
+        """
+        state = self._state(steps)
         measured, unmeasured = self._to_measure(content)
-        how = ranks.run_on_all(lambda: encoding(settings, ranks, shown(progress)))
-        current = self._weights.adapter(self._log.base, state)
-        audits = audit_requests(self._base(), current, measured, how)
-        requests = {one.id: one for one in measured}
+        audits = self._audited(state, measured, "", settings, ranks, progress)
+        known = {name: audit for name, audit in known.items() if name in unmeasured}
 
         def write() -> None:
-            files = {}
-            for name, audit in audits.items():
-                file = f"{AUDITS}/{number:04d}-{name}.json"
-                with writing(self.dir / file, "the ledger is as it was"):
-                    (self.dir / AUDITS).mkdir(exist_ok=True)
-                    text = json.dumps(printable_data(stored_audit(audit)), indent=2, allow_nan=False)
-                    write_text_atomically(self.dir / file, text + "\n")
-                files[name] = {"file": file, "sha256": file_digest(self.dir / file)}
             line = {
                 **content,
                 "before": self._log.last.weights,
                 "weights": digest_of(state),
                 "steps": [step.to_dict() for step in steps],
                 "deltas": dict(deltas),
-                "audits": {name: {**summarise(audit, requests[name]), **files[name]} for name, audit in audits.items()},
-                "unaudited": unmeasured,
+                "audits": {**audits, **known},
+                "unaudited": {name: why for name, why in unmeasured.items() if name not in known},
                 "ranks": ranks.size,
                 "versions": installed_versions("torch", "open_clip_torch", "transformers", "numpy"),
             }
@@ -302,8 +373,39 @@ class LedgerWork:
         self._log = ranks.run_on_all(lambda: Log.read(self.dir / FILE))
         return self._log.last
 
-    def _to_measure(self, content: Mapping[str, Any]) -> tuple[list[Measured], dict[str, str]]:
-        """Return the requests in force and the one that the line takes back, and why others are not at hand."""
+    def _audited(
+        self,
+        state: State,
+        requests: Sequence[Measured],
+        suffix: str,
+        settings: UnlearnConfig,
+        ranks: Ranks,
+        progress: bool | None,
+    ) -> dict[str, dict[str, Any]]:
+        """Audit requests in a state, and write what was found to files. Returns what the log holds, by request."""
+        how = ranks.run_on_all(lambda: encoding(settings, ranks, shown(progress)))
+        audits = audit_requests(self._base(), self._weights.adapter(self._log.base, state), requests, how)
+        number = len(self._log.entries)
+
+        def write() -> dict[str, dict[str, Any]]:
+            found = {}
+            for request in requests:
+                audit = audits[request.id]
+                file = f"{AUDITS}/{number:04d}-{request.id}{suffix}.json"
+                with writing(self.dir / file, "the ledger is as it was"):
+                    (self.dir / AUDITS).mkdir(exist_ok=True)
+                    text = json.dumps(printable_data(stored_audit(audit)), indent=2, allow_nan=False)
+                    write_text_atomically(self.dir / file, text + "\n")
+                found[request.id] = {**summarise(audit, request), "file": file, "sha256": file_digest(self.dir / file)}
+            return found
+
+        return ranks.run_on_first(write)
+
+    def _to_measure(self, content: Mapping[str, Any], *, in_full: bool = True) -> tuple[list[Measured], dict[str, str]]:
+        """Return the requests in force and the one that the line takes back, and why others are not at hand.
+
+        in_full: whether a new request is measured in full.
+        """
         found, missing = [], {}
         of = content.get("of")
         for entry in self._log.active():
@@ -314,7 +416,7 @@ class LedgerWork:
                 found.append(Measured(entry.id, pairs, entry.id == of, _target(entry.content)))
         if content["kind"] == "forget":
             own = self._data.known(content["id"])
-            found.append(Measured(content["id"], own, False, _target(content), in_full=True))
+            found.append(Measured(content["id"], own, False, _target(content), in_full))
         return found, missing
 
 
@@ -324,8 +426,14 @@ def shown(progress: bool | None) -> bool:
 
 
 def _target(content: Mapping[str, Any]) -> float | None:
-    """Return the association at which the run of a request called it forgotten."""
-    return content["run"]["target"]
+    """Return the association at which the run of a request called it forgotten.
+
+    A run counts the association of the validation pairs up to one standard error, so that it may have accepted a value
+    above its target.
+    """
+    run = content["run"]
+    accepted = run.get("association") if run["target_reached"] else None
+    return run["target"] if run["target"] is None or accepted is None else max(run["target"], accepted)
 
 
 def in_force(steps: Sequence[Step]) -> list[Step]:

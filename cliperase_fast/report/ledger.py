@@ -14,6 +14,7 @@ from cliperase_fast.report.wording import count, number, percent, written
 Content = Mapping[str, Any]  # of ledger.json
 _UNDO = {
     "exact": "the weights before the request were restored",
+    "prepared": "the later requests had been made without it too",
     "replay": "the later requests were replayed without it",
     "merge": "its delta was taken out of the weights",
 }
@@ -112,6 +113,8 @@ def _request(one: Content) -> dict[str, Any]:
         ("Method", f"{settings['method']}, seed {settings['seed']}, on {one['ranks']} rank{'s' * (one['ranks'] > 1)}"),
         ("Held down meanwhile", ", ".join(one["held"])),
         ("Undone", undone and f"{undone['date']}: {_UNDO[undone['how']]}. {undone['by']} {undone['note']}".strip()),
+        ("How far it is from the base", undone and _from_base(one)),
+        ("Prepared the undoing of", ", ".join(one["prepared"])),
         ("Delta", _delta(one["delta"])),
         ("To reproduce", _command(one)),
         ("With", ", ".join(f"{name} {version}" for name, version in one["versions"].items() if version)),
@@ -130,6 +133,18 @@ def _request(one: Content) -> dict[str, Any]:
         "facts": [(name, fact) for name, fact in facts if fact],
         "table": Table(("", "base", "then", "now"), rows) if one["then"] else None,
     }
+
+
+def _from_base(one: Content) -> str:
+    """Say how an undone request's pairs score in the current model and in the base."""
+    now = one["now"]
+    if now is None:
+        return "not measured: its pairs were not at hand"
+    return "; ".join(
+        f"{label} {_score(now, key, 'now')} ({_score(now, key, 'base')} in the base)"
+        for label, key in (("images named", "forget_top1"), ("association", "association"),
+                           ("retain images named", "retain_top1"))
+    )  # fmt: skip
 
 
 def _selected(selection: Content) -> str:

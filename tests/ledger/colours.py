@@ -24,10 +24,12 @@ def pairs_of(colour):
     return {"forget": forget, "retain": retain, "test": test}
 
 
-def make_ledger(folder, requests=REQUESTS, **changes):
+def make_ledger(folder, requests=REQUESTS, undoable=(), **changes):
+    """A ledger of requests. undoable: those that the later ones prepare the undoing of."""
     ledger = Ledger(folder, MODEL)
     for colour in requests:
-        ledger.forget(**pairs_of(colour), id=colour, date="2026-03-01", **{**SETTINGS, **changes})
+        earlier = [id for id in undoable if id in ledger.active]
+        ledger.forget(**pairs_of(colour), id=colour, date="2026-03-01", undoable=earlier, **{**SETTINGS, **changes})
     return ledger
 
 

@@ -69,21 +69,52 @@ def test_undoing_an_earlier_request_replays_the_later_ones(three, tmp_path):
     assert ledger.undo("blue").weights == three.entries[1].weights
 
 
+def test_undoing_what_later_requests_prepared_needs_no_pairs_and_finds_what_a_replay_finds(three, tmp_path):
+    ledger, replayed = copied(three, tmp_path / "ledger", supplied=[]), copied(three, tmp_path / "replayed")
+    entry, again = ledger.undo("red"), replayed.undo("red", how="replay", progress=False)
+    assert entry.content["how"] == "prepared" and again.content["how"] == "replay" and entry.weights == again.weights
+    assert entry.content["unaudited"] == {} and ledger.verify()
+    for colour in REQUESTS:  # measured while the pairs were at hand
+        assert {**entry.audits[colour], "file": "", "sha256": ""} == {**again.audits[colour], "file": "", "sha256": ""}
+    assert top1(entry, "red") == 1 and top1(entry, "green") <= 0.6 and entry.audits["red"]["undone"]
+    assert ledger.undo("blue").content["how"] == "exact" and ledger.active == ["green"]
+
+
+def test_only_what_was_asked_for_is_prepared(three, tmp_path):
+    assert [list(entry.prepared) for entry in three.entries] == [[], [], ["red"], ["red"]]
+    ledger = copied(three, tmp_path / "ledger")
+    with pytest.raises(InputError, match="'green' was not prepared for undoing"):
+        ledger.undo("green", how="prepared")
+    ledger.undo("blue")  # after which the state is the one that green left
+    assert ledger.undo("red").content["how"] == "prepared" and ledger.active == ["green"] and ledger.verify()
+    with pytest.raises(InputError, match="'red' was undone on"):
+        ledger.forget(**pairs_of("grey"), undoable=["red"], **SETTINGS)
+
+
 def test_undoing_without_the_pairs_of_later_requests_merges_deltas(three, tmp_path):
-    ledger = copied(three, tmp_path / "ledger", supplied=["red"])
-    entry = ledger.undo("red")
+    ledger = copied(three, tmp_path / "ledger", supplied=["green"])
+    entry = ledger.undo("green")
     assert entry.content["how"] == "merge" and [step.kind for step in entry.steps] == ["forget"] * 3 + ["merge"]
-    assert top1(entry, "red") >= 0.9
-    assert set(entry.content["unaudited"]) == {"green", "blue"} and "supply()" in entry.content["unaudited"]["green"]
-    assert ledger.active == ["green", "blue"] and ledger.verify()
+    assert top1(entry, "green") >= 0.9
+    assert set(entry.content["unaudited"]) == {"red", "blue"} and "supply()" in entry.content["unaudited"]["red"]
+    assert ledger.active == ["red", "blue"] and ledger.verify()
 
 
-def test_undoing_works_without_any_data(three, tmp_path):
+def test_a_request_is_at_the_target_where_its_run_accepted_it():
+    from cliperase_fast.ledger.work import _target
+
+    run = {"target": 0.05, "association": 0.06, "target_reached": True}
+    assert _target({"run": run}) == 0.06 and _target({"run": {**run, "association": 0.01}}) == 0.05
+    assert _target({"run": {**run, "target_reached": False}}) == 0.05
+    assert _target({"run": {**run, "target": None, "target_reached": None}}) is None
+
+
+def test_merging_works_without_any_data(three, tmp_path):
     ledger = copied(three, tmp_path / "ledger", supplied=[])
-    entry = ledger.undo("red")
-    assert entry.content["how"] == "merge" and entry.audits == {} and len(entry.content["unaudited"]) == 3
     with pytest.raises(InputError, match="'green' cannot be undone by replaying later ones: request 'blue'"):
         ledger.undo("green", how="replay")
+    entry = ledger.undo("green")
+    assert entry.content["how"] == "merge" and entry.audits == {} and len(entry.content["unaudited"]) == 3
 
 
 def test_a_recorded_request_is_not_made_twice(three, tmp_path):

@@ -132,6 +132,13 @@ def test_a_changed_delta_is_found(ledger):
         ledger.model()
 
 
+def test_a_changed_prepared_delta_is_found(ledger):
+    path = ledger.dir / "deltas/0003-blue-without-red.safetensors"
+    path.write_bytes((ledger.dir / "deltas/0003-blue.safetensors").read_bytes())
+    with pytest.raises(UnlearningError, match=r"0003-blue-without-red.safetensors was changed"):
+        ledger.verify()
+
+
 def test_a_changed_audit_is_found(ledger):
     path = ledger.dir / "audits/0003-red.json"
     path.write_text(path.read_text() + " ")
@@ -168,7 +175,7 @@ def test_wrong_arguments_change_nothing(ledger):
     ):
         with pytest.raises(InputError, match=why):
             ledger.forget(**{**pairs_of("blue"), "id": "new", **arguments})
-    with pytest.raises(InputError, match="how='fast' is not one of auto, replay, merge"):
+    with pytest.raises(InputError, match="how='fast' is not one of auto, prepared, replay, merge"):
         ledger.undo("blue", how="fast")
     with pytest.raises(InputError, match="these are not the pairs of request 'red'"):
         ledger.supply("red", **pairs_of("green"))

@@ -20,9 +20,12 @@ def test_killed_sessions_end_with_the_same_head(tmp_path):
 
 def test_two_ranks_find_what_one_process_finds(tmp_path):
     record = sessions.Record(tmp_path)
-    sessions.run_ranks(record)
+    requests = {"seven": "class:seven", "three": "class:three"}
+    numbers = {"steps": 30, "learning_rate": 3e-4, "batch_size": 128, "progress": False}
+    study = sessions.Study("ranks", sessions.original("demo"), "demo", requests, [], [], settings=numbers)
+    sessions.run_ranks(record, study, tmp_path / "two", tmp_path / "one")
     two, one = record.parts["ranks"]["two_ranks"], record.parts["ranks"]["one_process"]
-    assert two.keys() == one.keys() == set(sessions.SESSION)
+    assert two.keys() == one.keys() == set(requests)
     for name in two:
         assert two[name]["association"]["now"] == pytest.approx(one[name]["association"]["now"], abs=0.02)
         assert two[name]["retain_top1"]["now"] == pytest.approx(one[name]["retain_top1"]["now"], abs=0.02)
