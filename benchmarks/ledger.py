@@ -70,7 +70,8 @@ class Record:
         return json.loads(self.path.read_text(encoding="utf-8"))["parts"] if self.path.exists() else {}
 
     def set(self, part: str, content: Mapping[str, Any]) -> None:
-        parts = {**self.parts, part: {**describe(), "command": f"python -m benchmarks.ledger {part}", **content}}
+        command = f"python -m benchmarks.ledger {part}{' --shards … --test-shards …' if part == 'towers' else ''}"
+        parts = {**self.parts, part: {**describe(), "command": command, **content}}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomically(self.path, record_text({"parts": parts}) + "\n")
 

@@ -39,11 +39,11 @@ def section(parts: Mapping[str, Any]) -> list[Part]:
         )
     if "ranks" in parts:
         ranks = parts["ranks"]
-        same = ", ".join(ranks.get("same_weights", [])) or "none"
-        found.append(
-            f"**On {ranks['ranks']} ranks.** {len(ranks['two_ranks'])} requests in a row, after the last one. Requests "
-            f"that left the same bits in the weights as in one process: {same}."
-        )
+        text = f"**On {ranks['ranks']} ranks.** {len(ranks['two_ranks'])} requests in a row, after the last one."
+        if "same_weights" in ranks:
+            same = ", ".join(ranks["same_weights"]) or "none"
+            text += f" Requests that left the same bits in the weights as in one process: {same}."
+        found.append(text)
         found.append((_HEAD[:5], list(_ranks(ranks))))
     return found or [NOT_MEASURED]
 
@@ -84,10 +84,9 @@ def _study(study: Mapping[str, Any], model: str) -> Iterator[Part]:
         )  # fmt: skip
         for how, pooled in study.get("pooled", {}).items():
             base, now = (_percent(pooled[state]) for state in ("base", "now"))
-            close = "at most 2 points below it" if pooled["within"] else "more than 2 points below it"
             yield (
                 f"Undone {_WAYS[how]}, pooled over {pooled['images']} test images: {base} in the base, {now} after "
-                f"undoing, {close}."
+                f"undoing, a change of {100 * (pooled['now'] - pooled['base']):+.1f} points."
             )
     replayed = [one for one in undone if one["how"] == "replay" and "bits_of_prepared" in one]
     if replayed:

@@ -45,7 +45,7 @@ def test_the_text_tells_what_was_measured():
     parts = ledger_report.section({"shapes": shapes(red=(0.99, 20)), "kills": kills, "ranks": ranks})
     texts = " ".join(part for part in parts if isinstance(part, str))
     assert "1 of 1 are at the target" in texts and "-1.0 points at worst, within the floor" in texts
-    assert "pooled over 20 test images: 100.0 % in the base, 99.0 % after undoing, at most 2" in texts
+    assert "pooled over 20 test images: 100.0 % in the base, 99.0 % after undoing, a change of -1.0" in texts
     assert "49 of 50" in texts and "as in one process: none" in texts
     assert all(len(row) == len(part[0]) for part in parts if isinstance(part, tuple) for row in part[1])
     assert ledger_report.section({}) == [ledger_report.NOT_MEASURED]
