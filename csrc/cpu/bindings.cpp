@@ -127,7 +127,7 @@ const cliperase::IsaKernels& kernels_named(const Name& name) {
     const cliperase::IsaKernels* const found = cliperase::choose_kernels(name ? name->c_str() : nullptr);
     if (found == nullptr)
         throw std::invalid_argument("instruction set " + *name +
-                                    " is not available here; use avx512_bf16, avx512, avx2 or portable");
+                                    " is not available here; use amx, avx512_bf16, avx512, avx2 or portable");
     return *found;
 }
 

@@ -151,57 +151,60 @@ inline void forward(const SimilarityInputs& in, const Forward& out, char* scratc
 
     const Tiling rows = row_tiles(in), blocks = column_tiles(in);
 #pragma omp parallel num_threads(in.threads)
-    for (i64 start = 0; start < in.rows; start += layout.strip) {
-        const Strip strip(rows, start, layout.strip);
+    {
+        const ProductRegisters registers;
+        for (i64 start = 0; start < in.rows; start += layout.strip) {
+            const Strip strip(rows, start, layout.strip);
 #pragma omp for schedule(static)
-        for (i64 group = 0; group < RowGroup::count_of(strip.tiles); ++group)
-            layout.operands.pack_rows_of(in, start, {group, strip});
+            for (i64 group = 0; group < RowGroup::count_of(strip.tiles); ++group)
+                layout.operands.pack_rows_of(in, start, {group, strip});
 
-        const TileShares shares(strip, blocks.tiles, in.threads);
-        i64 packed = -1;  // the block whose columns this thread has packed
+            const TileShares shares(strip, blocks.tiles, in.threads);
+            i64 packed = -1;  // the block whose columns this thread has packed
 #pragma omp for schedule(dynamic, shares.chunk)
-        for (i64 task = 0; task < shares.count; ++task) {
-            const TilePlace at(strip, task % shares.tiles, blocks, task / shares.tiles);
-            std::int32_t own_groups[TILE_COLUMNS];
-            if (at.block != packed) layout.operands.pack_columns_of(in, at.column, at.columns);
-            packed = at.block;
-            float *student = layout.own_tiles(), *teacher = student + TILE;
-            TileCache::Header* head = nullptr;
-            if (at.row < out.cached_rows) {
-                float* tiles = cache.at(at.row_tile, at.block);
-                head = reinterpret_cast<TileCache::Header*>(tiles);
-                student = tiles + TileCache::HEADER;
-                teacher = student + TILE;
+            for (i64 task = 0; task < shares.count; ++task) {
+                const TilePlace at(strip, task % shares.tiles, blocks, task / shares.tiles);
+                std::int32_t own_groups[TILE_COLUMNS];
+                if (at.block != packed) layout.operands.pack_columns_of(in, at.column, at.columns);
+                packed = at.block;
+                float *student = layout.own_tiles(), *teacher = student + TILE;
+                TileCache::Header* head = nullptr;
+                if (at.row < out.cached_rows) {
+                    float* tiles = cache.at(at.row_tile, at.block);
+                    head = reinterpret_cast<TileCache::Header*>(tiles);
+                    student = tiles + TileCache::HEADER;
+                    teacher = student + TILE;
+                }
+                layout.operands.student_tile(in, at, student);
+                if (in.has_teacher) layout.operands.teacher_tile(in, at, teacher);
+                add_tile(in, out, layout, at, block_groups(in, at, own_groups), student, teacher, head);
             }
-            layout.operands.student_tile(in, at, student);
-            if (in.has_teacher) layout.operands.teacher_tile(in, at, teacher);
-            add_tile(in, out, layout, at, block_groups(in, at, own_groups), student, teacher, head);
-        }
 
 #pragma omp for schedule(static) nowait
-        for (i64 block = 0; block < layout.blocks; ++block)
-            for (i64 tile = 0; tile < shares.tiles; ++tile)
-                for (const StatSet& set : sets)
-                    if (set.used)
-                        merge(layout.columns(set).at(block * TILE_COLUMNS),
-                              layout.column_part(tile, set).at(block * TILE_COLUMNS), TILE_COLUMNS);
+            for (i64 block = 0; block < layout.blocks; ++block)
+                for (i64 tile = 0; tile < shares.tiles; ++tile)
+                    for (const StatSet& set : sets)
+                        if (set.used)
+                            merge(layout.columns(set).at(block * TILE_COLUMNS),
+                                  layout.column_part(tile, set).at(block * TILE_COLUMNS), TILE_COLUMNS);
 
-        // One vector of rows at a time. Parts beyond the last row of the strip are uninitialised; their statistics are
-        // not used.
+            // One vector of rows at a time. Parts beyond the last row of the strip are uninitialised; their statistics are
+            // not used.
 #pragma omp for schedule(static)
-        for (i64 i = 0; i < strip.rows; i += W) {
-            for (const StatSet& set : sets) {
-                if (!set.used) continue;
-                alignas(64) float reference[W], total[W], gap[W];
-                const Stats merged{reference, total, set.gap < 0 ? nullptr : gap};
-                clear(merged, W);
-                for (i64 block = 0; block < layout.blocks; ++block) merge(merged, layout.part(block, set).at(i), W);
-                finish_stats(merged, W);
-                float* to = out.row_stats + set.result * in.rows + start + i;
-                for (i64 lane = 0; lane < smaller(W, strip.rows - i); ++lane) {
-                    to[lane] = reference[lane];
-                    to[in.rows + lane] = total[lane];
-                    if (merged.gap) to[2 * in.rows + lane] = gap[lane];
+            for (i64 i = 0; i < strip.rows; i += W) {
+                for (const StatSet& set : sets) {
+                    if (!set.used) continue;
+                    alignas(64) float reference[W], total[W], gap[W];
+                    const Stats merged{reference, total, set.gap < 0 ? nullptr : gap};
+                    clear(merged, W);
+                    for (i64 block = 0; block < layout.blocks; ++block) merge(merged, layout.part(block, set).at(i), W);
+                    finish_stats(merged, W);
+                    float* to = out.row_stats + set.result * in.rows + start + i;
+                    for (i64 lane = 0; lane < smaller(W, strip.rows - i); ++lane) {
+                        to[lane] = reference[lane];
+                        to[in.rows + lane] = total[lane];
+                        if (merged.gap) to[2 * in.rows + lane] = gap[lane];
+                    }
                 }
             }
         }

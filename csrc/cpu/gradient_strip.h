@@ -6,14 +6,71 @@
 namespace cliperase {
 namespace CLIPERASE_ISA {
 
+#if defined(CLIPERASE_AMX)
+
+// As below. All blocks are one depth for dI.
+class GradientStrip {
+  public:
+    GradientStrip(i64 blocks, i64 strip, i64 column_steps, int threads, BumpAllocator& allocator)
+        : columns_(blocks == 0 ? 0 : column_steps), steps_(steps(strip) + EXTRA_STEPS) {
+        by_row_ = allocator.packed(round_up(strip, MR) * columns_);
+        by_column_ = allocator.packed(blocks * TILE_COLUMNS * steps_);
+        tiles_ = allocator.floats(threads * TILE);
+    }
+
+    float* tile(const TilePlace&) const { return tiles_ + thread() * TILE; }
+
+    void finish(const TilePlace& at) const {
+        const float* tile = tiles_ + thread() * TILE;
+        const RowGroups by_row = rows(0), by_column = columns(at.block);
+        for (i64 i = 0; i < at.rows; i += 2 * AMX)
+            for (i64 j = 0; j < round_up(at.columns, 2 * AMX); j += W) {
+                const auto row = [&](i64 r) {
+                    if (r >= at.rows) return Halves{};
+                    const Halves found = j < at.width ? rounded(load(tile + r * TILE_COLUMNS + j)) : Halves{};
+                    Step* to = by_row.at(at.row_in_strip + r, at.column_step + j / (2 * AMX) * AMX);
+                    std::memcpy(to + j % (2 * AMX) / 2, &found, sizeof found);
+                    return found;
+                };
+                Ints both[W];
+                for (i64 s = 0; s < W; ++s) {
+                    const Halves first = row(i + 2 * s);
+                    both[s] = pairs_of(first, row(i + 2 * s + 1));
+                }
+                transpose(both);
+                for (i64 r = 0; r < W; ++r)
+                    std::memcpy(by_column.at(j + r, at.step_in_strip + i / 2), &both[r], sizeof both[r]);
+            }
+    }
+
+    RowGroups rows(i64 row_in_strip) const {
+        return {by_row_ + row_in_strip * columns_, MR * columns_};
+    }
+    RowGroups columns(i64 block) const { return {by_column_ + block * TILE_COLUMNS * steps_, MR * steps_}; }
+    i64 column_steps() const { return columns_; }
+
+  private:
+    i64 columns_, steps_;
+    Step* by_row_;     // [strip, steps of the columns]
+    Step* by_column_;  // [blocks * TILE_COLUMNS, steps of the strip]
+    float* tiles_;     // for each thread
+};
+
+// Calls work(rows, first step, steps) for each part of the depth of dI.
+template <typename Work>
+inline void for_each_depth(const GradientStrip& ds, const Tiling&, i64 row_in_strip, Work work) {
+    work(ds.rows(row_in_strip), i64{0}, ds.column_steps());
+}
+
+#else
 #if defined(CLIPERASE_BF16)
 
 // Pairs lie along the depth, which is that of the columns for dI and that of the rows for dT: dS is rounded to bfloat16
 // and stored twice, as much memory as once in float32.
 class GradientStrip {
   public:
-    GradientStrip(i64 blocks, i64 strip, int threads, BumpAllocator& allocator)
-        : rows_(strip), steps_(steps(strip) + 1) {
+    GradientStrip(i64 blocks, i64 strip, i64, int threads, BumpAllocator& allocator)
+        : rows_(strip), steps_(steps(strip) + EXTRA_STEPS) {
         by_row_ = allocator.packed((blocks * rows_ + MR) * ROW_STEPS);
         by_column_ = allocator.packed((blocks * steps_ + 1) * TILE_COLUMNS);
         tiles_ = allocator.floats(threads * TILE);
@@ -60,7 +117,7 @@ class GradientStrip {
 
 class GradientStrip {
   public:
-    GradientStrip(i64 blocks, i64 strip, int, BumpAllocator& allocator) : rows_(strip) {
+    GradientStrip(i64 blocks, i64 strip, i64, int, BumpAllocator& allocator) : rows_(strip) {
         data_ = allocator.floats((blocks * strip + MR) * TILE_COLUMNS);
     }
 
@@ -75,6 +132,14 @@ class GradientStrip {
 
     float* at_(i64 block, i64 row) const { return data_ + (block * rows_ + row) * TILE_COLUMNS; }
 };
+
+#endif
+
+template <typename Work>
+inline void for_each_depth(const GradientStrip& ds, const Tiling& blocks, i64 row_in_strip, Work work) {
+    for (i64 block = 0; block < blocks.tiles; ++block)
+        work(ds.rows(block, row_in_strip), first_step(blocks, blocks.start(block)), steps(blocks.length(block)));
+}
 
 #endif
 

@@ -19,13 +19,13 @@ struct GradientLayout {
     template <typename Wanted>
     GradientLayout(const SimilarityInputs& in, const Wanted& wanted, bool gradients, BumpAllocator& allocator)
         : strip(strip_rows(in, gradients)),
-          strip_steps(steps(strip) + PER_STEP - 1),  // one more where a tile has an odd number of rows
+          strip_steps(steps(strip) + EXTRA_STEPS),
           blocks(column_tiles(in).tiles),
           column_steps(total_steps(column_tiles(in))),
           width(round_up(in.width, NR)),
           tiles_each(in.has_teacher ? 2 : 1),
           operands(in, strip, allocator),
-          ds(gradients ? blocks : 0, strip, in.threads, allocator) {
+          ds(gradients ? blocks : 0, strip, column_steps, in.threads, allocator) {
         image_panels = allocator.packed(wanted.grad_text ? strip_steps * width : 0);
         text_panels = allocator.packed(wanted.grad_image ? column_steps * width : 0);
         tiles = allocator.floats(in.threads * tiles_each * TILE);
@@ -95,11 +95,11 @@ inline void write_image_gradient(const SimilarityInputs& in, const GradientLayou
         const i64 row = task / panel_groups * ROW_GROUP, rows = smaller(ROW_GROUP, strip - row);
         const PanelGroup panels(in, task % panel_groups);
         float* to = grad_image + (start + row) * stride + panels.first * NR;
-        for (i64 block = 0; block < blocks.tiles; ++block)
-            product(rows, panels.width, steps(blocks.length(block)), layout.ds.rows(block, row),
-                    {layout.text_panels + panels.first * layout.column_steps * NR, layout.column_steps * NR,
-                     first_step(blocks, blocks.start(block))},
-                    to, stride, 1, block > 0);
+        for_each_depth(layout.ds, blocks, row, [&](auto left, i64 first, i64 depth) {
+            product(rows, panels.width, depth, left,
+                    {layout.text_panels + panels.first * layout.column_steps * NR, layout.column_steps * NR, first}, to,
+                    stride, 1, first > 0);
+        });
     }
 }
 
@@ -138,6 +138,7 @@ inline void pass_over_strips(const SimilarityInputs& in, const Wanted& wanted, c
     const Tiling rows = row_tiles(in), blocks = column_tiles(in);
 #pragma omp parallel num_threads(in.threads)
     {
+        const ProductRegisters registers;
         if (wanted.grad_image) pack_text_panels(in, layout);
         for (i64 start = 0; start < in.rows; start += layout.strip) {
             const Strip strip(rows, start, layout.strip);

@@ -1,6 +1,8 @@
 // Copies features of any dtype and stride to the layouts that the products read: groups of rows, and panels.
 #pragma once
 
+#include <utility>
+
 #include "product.h"
 #include "sweep.h"
 
@@ -31,19 +33,6 @@ inline float to_float(Float16 value) {
     return sign ? -out : out;
 }
 
-// A step along the depth, which begins at the number `from` and of which `left` numbers are left; `next`: the distance
-// to the one after it.
-#if defined(CLIPERASE_BF16)
-inline Step to_step(const Bfloat16* from, i64 next, i64 left, float) {
-    return pair_of(from->bits, left > 1 ? from[next].bits : std::uint16_t{0});
-}
-#else
-template <typename T>
-inline Step to_step(const T* from, i64, i64, float factor) {
-    return factor * to_float(*from);
-}
-#endif
-
 // Calls `work` with a null pointer to the element's type.
 template <typename Work>
 inline void with_dtype(Dtype dtype, Work work) {
@@ -62,6 +51,119 @@ inline void with_feature_dtype(Dtype dtype, Work work) {
     with_dtype(dtype, work);
 #endif
 }
+
+#if defined(CLIPERASE_AMX)
+
+// 16 numbers, `next` from one to the next, of which `left` are there; the others are 0.
+inline Halves numbers(const Bfloat16* from, i64 next, i64 left) {
+    Halves out{};
+    if (next == 1 && left >= W)
+        std::memcpy(&out, from, sizeof out);
+    else
+        for (i64 lane = 0; lane < smaller(W, left); ++lane) out[lane] = from[lane * next].bits;
+    return out;
+}
+
+// 16 pairs likewise.
+inline Ints pairs(const Bfloat16* from, i64 next, i64 left) {
+    const Halves both[2] = {numbers(from, next, left), left > W ? numbers(from + W * next, next, left - W) : Halves{}};
+    Ints out;
+    std::memcpy(&out, both, sizeof out);
+    return out;
+}
+
+// The pairs of two rows, column by column.
+inline Ints pairs_of(Halves first, Halves second) {
+    return __builtin_convertvector(first, Ints) | __builtin_convertvector(second, Ints) << 16;
+}
+
+// Exchanges the off-diagonal quarters of the squares of 2 BY x 2 BY numbers that two rows, BY apart, lie in.
+template <int BY, int... LANE>
+inline void exchange_quarters(Ints& a, Ints& b, std::integer_sequence<int, LANE...>) {
+    const Ints old_a = a, old_b = b;
+#if defined(__clang__)
+    a = __builtin_shufflevector(old_a, old_b, (LANE & BY ? LANE - BY + W : LANE)...);
+    b = __builtin_shufflevector(old_a, old_b, (LANE & BY ? LANE + W : LANE + BY)...);
+#else
+    a = __builtin_shuffle(old_a, old_b, Ints{(LANE & BY ? LANE - BY + W : LANE)...});
+    b = __builtin_shuffle(old_a, old_b, Ints{(LANE & BY ? LANE + W : LANE + BY)...});
+#endif
+}
+
+template <int BY>
+inline void exchange_all_quarters(Ints* rows) {
+    for (int r = 0; r < W; ++r)
+        if (!(r & BY)) exchange_quarters<BY>(rows[r], rows[r + BY], std::make_integer_sequence<int, W>{});
+}
+
+// Transposes 16 rows.
+inline void transpose(Ints* rows) {
+    exchange_all_quarters<8>(rows);
+    exchange_all_quarters<4>(rows);
+    exchange_all_quarters<2>(rows);
+    exchange_all_quarters<1>(rows);
+}
+
+inline const Bfloat16* at(const Matrix& m, i64 i, i64 k) {
+    return static_cast<const Bfloat16*>(m.data) + i * m.row + k * m.column;
+}
+
+// `count` rows of m as a group of `RowGroups`, then zeros.
+inline void pack_group(const Matrix& m, i64 start, i64 count, i64 width, float, Step* out) {
+    for (i64 k = 0; k < steps(width); k += AMX)
+        for (i64 r = 0; r < MR; ++r) {
+            const i64 number = PER_STEP * k;
+            const Ints row = r < count ? pairs(at(m, start + r, number), m.column, width - number) : Ints{};
+            std::memcpy(out + k * MR + r * AMX, &row, sizeof row);
+        }
+}
+
+// Rows of m as the columns of B: B [steps of width, count] in panels.
+inline void pack_transposed(const Matrix& m, i64 start, i64 count, i64 width, Step* out) {
+    for (i64 column = 0; column < count; column += W) {
+        const i64 panel = column / NR, lanes = Panels::width(count, panel);
+        Step* to = out + panel * steps(width) * NR + column % NR;
+        for (i64 k = 0; k < steps(width); k += AMX) {
+            const i64 number = PER_STEP * k;
+            Ints rows[W];
+            for (i64 r = 0; r < W; ++r)
+                rows[r] = column + r < count ? pairs(at(m, start + column + r, number), m.column, width - number)
+                                             : Ints{};
+            transpose(rows);
+            for (i64 s = 0; s < AMX; ++s) std::memcpy(to + (k + s) * lanes, &rows[s], sizeof rows[s]);
+        }
+    }
+}
+
+// Rows of m as the rows of B [depth, width], in panels: as the steps from `step` on, of `depth`.
+inline void pack_panels(const Matrix& m, i64 start, i64 count, i64 width, float, Step* out, i64 step, i64 depth) {
+    for (i64 s = 0; s < steps(count); ++s) {
+        const i64 i = PER_STEP * s;
+        for (i64 column = 0; column < width; column += W) {
+            const i64 panel = column / NR, lanes = Panels::width(width, panel);
+            const auto row = [&](i64 r) {
+                return r < count ? numbers(at(m, start + r, column), m.column, width - column) : Halves{};
+            };
+            const Ints both = pairs_of(row(i), row(i + 1));
+            std::memcpy(out + panel * depth * NR + (step + s) * lanes + column % NR, &both, sizeof both);
+        }
+    }
+}
+
+#else
+
+// A step along the depth, which begins at the number `from` and of which `left` numbers are left; `next`: the distance
+// to the one after it.
+#if defined(CLIPERASE_BF16)
+inline Step to_step(const Bfloat16* from, i64 next, i64 left, float) {
+    return pair_of(from->bits, left > 1 ? from[next].bits : std::uint16_t{0});
+}
+#else
+template <typename T>
+inline Step to_step(const T* from, i64, i64, float factor) {
+    return factor * to_float(*from);
+}
+#endif
 
 // out [steps of width, MR] = factor * `count` rows of m, at most MR, then zeros.
 inline void pack_group(const Matrix& m, i64 start, i64 count, i64 width, float factor, Step* out) {
@@ -113,6 +215,8 @@ inline void pack_panels(const Matrix& m, i64 start, i64 count, i64 width, float 
         }
     });
 }
+
+#endif
 
 }  // namespace CLIPERASE_ISA
 }  // namespace cliperase

@@ -73,8 +73,18 @@ inline Floats multiply_add(Floats total, Step a, Floats b) { return total + a * 
 
 #endif
 
+// The registers of AMX take so many steps at a time.
+#if defined(CLIPERASE_AMX)
+constexpr i64 STEP_UNIT = 16;
+#else
+constexpr i64 STEP_UNIT = 1;
+#endif
+
 // The steps of so many numbers; those beyond the last number are 0.
-inline i64 steps(i64 depth) { return (depth + PER_STEP - 1) / PER_STEP; }
+inline i64 steps(i64 depth) { return round_up((depth + PER_STEP - 1) / PER_STEP, STEP_UNIT); }
+
+// What two parts of a depth may have more than the whole.
+constexpr i64 EXTRA_STEPS = PER_STEP > 1 ? STEP_UNIT : 0;
 
 }  // namespace CLIPERASE_ISA
 }  // namespace cliperase

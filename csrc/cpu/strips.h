@@ -19,7 +19,11 @@ namespace CLIPERASE_ISA {
 
 constexpr i64 STRIP_TILES = 4;                                // of a forward strip
 constexpr i64 STRIP_FLOATS = 4 << 20;                         // of a backward strip of dS
-constexpr i64 ROW_GROUP = 48, PANEL_GROUP = W == 16 ? 3 : 8;  // a thread's share of dI: rows, and panels of its width
+#if defined(CLIPERASE_AMX)
+constexpr i64 ROW_GROUP = 128, PANEL_GROUP = 4;  // a thread's share of dI: rows, and panels of its width
+#else
+constexpr i64 ROW_GROUP = 48, PANEL_GROUP = W == 16 ? 3 : 8;
+#endif
 constexpr i64 ALIGNED = 16;                                   // floats
 
 inline i64 divide_up(i64 value, i64 by) { return (value + by - 1) / by; }
@@ -129,9 +133,12 @@ inline double entry(const Matrix& left, const Matrix& right, i64 width, float sc
 }
 
 // The first step of a tile where all items in steps, tile by tile, are the depth of a product; `start`: its first item.
-// No step has items of two tiles: it would if the tile before it had an odd length.
+// No step has items of two tiles, and the tiles into which one is cut may have more steps than it.
 inline i64 first_step(const Tiling& tiling, i64 start) {
-    return start / PER_STEP + (start >= tiling.cut && tiling.cut % PER_STEP != 0);
+    if (start < tiling.cut) return start / PER_STEP;
+    if (start == tiling.cut) return steps(start);
+    const i64 before = tiling.cut % tiling.size;
+    return start / PER_STEP + steps(before) + steps(tiling.size - before) - steps(tiling.size);
 }
 inline i64 total_steps(const Tiling& tiling) {
     const i64 last = tiling.tiles - 1;
@@ -158,9 +165,9 @@ struct Strip {
 
 // A tile of a strip: rows [row, row + rows), at row_in_strip and step_in_strip of the strip, and columns
 // [column, column + columns). tile: its number in the strip; row_tile: among all tiles of rows; block: among all tiles
-// of columns; width: columns rounded up to whole vectors.
+// of columns; width: columns rounded up to whole vectors; column_step: the first step of the columns.
 struct TilePlace {
-    i64 tile, row_tile, row_in_strip, step_in_strip, row, rows, block, column, columns, width;
+    i64 tile, row_tile, row_in_strip, step_in_strip, row, rows, block, column, columns, width, column_step;
 
     TilePlace(const Strip& strip, i64 tile_in_strip, const Tiling& blocks, i64 block_of_columns)
         : tile(tile_in_strip),
@@ -172,7 +179,8 @@ struct TilePlace {
           block(block_of_columns),
           column(blocks.start(block)),
           columns(blocks.length(block)),
-          width(round_up(columns, W)) {}
+          width(round_up(columns, W)),
+          column_step(first_step(blocks, column)) {}
 };
 
 // A strip is packed in groups of MR rows; the last group of a tile may be smaller. count < 1: the group is beyond the
@@ -249,7 +257,7 @@ struct Operands {
 
   private:
     static constexpr i64 TEXT_COLUMNS = (TILE_COLUMNS + NR - 1) / NR * NR;
-    static RowGroups groups_of(const Step* packed, i64 tile, i64 depth) {
+    static RowGroups groups_of(Step* packed, i64 tile, i64 depth) {
         return {packed + tile * TILE_GROUPS * MR * depth, MR * depth};
     }
 };

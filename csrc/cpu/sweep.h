@@ -175,14 +175,16 @@ struct IsaKernels {
 };
 
 extern const IsaKernels portable_kernels;
+extern const IsaKernels amx_emulated_kernels;  // for tests, slow
 #if defined(CLIPERASE_X86)
 extern const IsaKernels avx2_kernels;
 extern const IsaKernels avx512_kernels;
 extern const IsaKernels avx512_bf16_kernels;  // with CLIPERASE_AVX512_BF16, where the compiler knows the instructions
+extern const IsaKernels amx_kernels;           // with CLIPERASE_AMX_BF16, likewise
 #endif
 
 // The kernels of the widest instruction set that this processor runs, or of the named one; null where it is unknown or
-// does not run here.
+// does not run here. Emulated ones are chosen by name only.
 const IsaKernels* choose_kernels(const char* name);
 
 }  // namespace cliperase

@@ -44,6 +44,7 @@ inline float larger(float a, float b) { return a > b ? a : b; }
 inline float smaller(float a, float b) { return a < b ? a : b; }
 inline i64 larger(i64 a, i64 b) { return a > b ? a : b; }
 inline i64 smaller(i64 a, i64 b) { return a < b ? a : b; }
+inline i64 round_up(i64 value, i64 to) { return (value + to - 1) / to * to; }
 
 // The sum of the lanes, by folding halves onto each other.
 inline float sum(Floats v) {

@@ -189,7 +189,7 @@ void check_choice_by_dtype() {
 int main(int count, char** names) {
     const cliperase::IsaKernels *const chosen = cliperase::choose_kernels(nullptr), *widest = nullptr;
     std::vector<const cliperase::IsaKernels*> all_kernels;
-    for (const char* name : {"portable", "avx2", "avx512", "avx512_bf16"})
+    for (const char* name : {"portable", "avx2", "avx512", "avx512_bf16", "amx"})
         if (const cliperase::IsaKernels* kernels = cliperase::choose_kernels(name))
             all_kernels.push_back(widest = kernels);
     std::printf("chosen: %s\n", chosen ? chosen->name : "nothing");
@@ -200,6 +200,7 @@ int main(int count, char** names) {
         all_kernels.push_back(&cliperase::wide_kernels);
 #endif
     all_kernels.push_back(&cliperase::emulated_bf16_kernels);
+    all_kernels.push_back(cliperase::choose_kernels("amx_emulated"));
     if (count > 1) all_kernels.clear();
     for (int at = 1; at < count; ++at) {
         const cliperase::IsaKernels* const kernels = cliperase::choose_kernels(names[at]);

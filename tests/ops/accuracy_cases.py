@@ -18,7 +18,25 @@ from cliperase_fast.ops import eager
 from cliperase_fast.ops.native import extension
 from cliperase_fast.ops.spec import Sweep
 
+# The instruction sets of the backend "native", and the flag of each in /proc/cpuinfo.
+INSTRUCTION_SETS = {
+    "portable": "",
+    "avx2": " avx2 ",
+    "avx512": " avx512f ",
+    "avx512_bf16": " avx512_bf16 ",
+    "amx": " amx_bf16 ",
+    "amx_emulated": "",
+}
+MULTIPLY_BFLOAT16 = ("avx512_bf16", "amx", "amx_emulated")
+
+
 UNDERFLOW = 1e-36  # float32 ends near 1e-38; what is smaller comes out as 0
+
+
+def runs_here(instructions: str) -> bool:
+    """Whether this processor has the instruction set."""
+    with open("/proc/cpuinfo") as cpuinfo:
+        return INSTRUCTION_SETS[instructions].strip() in cpuinfo.read()
 
 
 def _perturbed(tensor: Tensor, noise: float, seed: int) -> Tensor:
@@ -96,7 +114,7 @@ def rounds_ds(backend: str, *dtypes: torch.dtype) -> bool:
     """Whether a backend rounds dS to bfloat16 on this CPU, for features of these dtypes."""
     if backend != "native" or any(dtype != torch.bfloat16 for dtype in dtypes):
         return False
-    return extension.load().cpu.instruction_set(extension.instruction_set()) == "avx512_bf16"
+    return extension.load().cpu.instruction_set(extension.instruction_set()) in MULTIPLY_BFLOAT16
 
 
 def rounding_of_ds(batch: Batch, truth: Outcome, dtype: torch.dtype) -> dict[str, float]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accuracy_cases import UNDERFLOW
+from accuracy_cases import INSTRUCTION_SETS, UNDERFLOW
 from calibrated_accuracy import REGIMES, assert_same, in_regime, unit
 from calibrated_cases import STUDENT, TERMS, batch, exact, masks, step
 from processes import apart, peak
@@ -139,7 +139,7 @@ def test_native_gives_the_same_bits_for_any_number_of_threads(keep, dtype):
 
 def available_instructions() -> list[str]:
     found = []
-    for name in ("avx512_bf16", "avx512", "avx2", "portable"):
+    for name in INSTRUCTION_SETS:
         with contextlib.suppress(ValueError):
             found.append(extension.load().cpu.instruction_set(name))
     return found
@@ -148,8 +148,9 @@ def available_instructions() -> list[str]:
 @pytest.mark.parametrize("instructions", available_instructions())
 def test_every_instruction_set_that_runs_here_gives_the_loss(monkeypatch, instructions):
     monkeypatch.setenv("CLIPERASE_CPU", instructions)
-    b = batch(150, dtype=torch.float32)
-    assert_same(step(b, backend="native"), step(exact(b), backend="eager"), 2e-6)
+    for dtype, limit in ((torch.float32, 2e-6), (torch.bfloat16, torch.finfo(torch.bfloat16).eps)):
+        b = batch(150, dtype=dtype)
+        assert_same(step(b, backend="native"), step(exact(b), backend="eager"), limit)
 
 
 def test_a_part_of_the_similarities_may_be_kept(monkeypatch):

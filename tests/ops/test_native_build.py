@@ -181,9 +181,8 @@ def test_the_extension_uses_no_symbol_of_torch():
 @pytest.mark.parametrize("name", ["avx2", "portable"])
 def test_an_unknown_instruction_set_is_refused_and_the_known_ones_are_listed(monkeypatch, name):
     cpu = extension.load().cpu
-    with pytest.raises(
-        ValueError, match=f"instruction set {name}x is not available here; use avx512_bf16, avx512, avx2 or portable"
-    ):
+    known = "use amx, avx512_bf16, avx512, avx2 or portable"
+    with pytest.raises(ValueError, match=f"instruction set {name}x is not available here; {known}"):
         cpu.instruction_set(name + "x")
     monkeypatch.setenv("CLIPERASE_CPU", name + "x")
     assert f"CLIPERASE_CPU={name}x: instruction set {name}x is not available" in extension.why_missing()

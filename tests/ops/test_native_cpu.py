@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accuracy_cases import REGIMES, errors, native_errors, regime
+from accuracy_cases import INSTRUCTION_SETS, REGIMES, errors, native_errors, regime, runs_here
 from rectangles import in_pieces
 from sweep_cases import Batch, Outcome, outcome, random_batch
 from torch import Tensor
@@ -25,7 +25,6 @@ from cliperase_fast.ops.spec import SimilarityInputs
 from cliperase_fast.validation import choose
 
 FORMS = {"both": (True, True), "rm": (True, False), "kl": (False, True)}
-INSTRUCTION_SETS = {"portable": "", "avx2": " avx2 ", "avx512": " avx512f ", "avx512_bf16": " avx512_bf16 "}
 
 
 def formed(batch: Batch, form: str) -> Batch:
@@ -81,11 +80,9 @@ def test_any_width_and_dtype(width, teacher_width, dtype):
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
 @pytest.mark.parametrize("keep", ["nothing", "similarities"])
 def test_each_instruction_set_that_runs_here(monkeypatch, name, keep):
-    with open("/proc/cpuinfo") as cpuinfo:
-        here = INSTRUCTION_SETS[name].strip() in cpuinfo.read()
     monkeypatch.setenv("CLIPERASE_CPU", name)
     missing = extension.why_missing()
-    if not here:
+    if not runs_here(name):
         assert missing is not None and f"CLIPERASE_CPU={name}" in missing
         return
     assert missing is None
@@ -94,21 +91,28 @@ def test_each_instruction_set_that_runs_here(monkeypatch, name, keep):
     check(random_batch(200, width=70), torch.bfloat16, keep=keep)
 
 
-def test_products_of_bfloat16_are_chosen_where_all_features_are_bfloat16(monkeypatch):
-    def with_instructions(name: str, batch: Batch) -> Outcome:
-        monkeypatch.setenv("CLIPERASE_CPU", name)
+@pytest.mark.parametrize(
+    ("name", "for_others"), [("avx512_bf16", "avx512"), ("amx", "avx512"), ("amx_emulated", "portable")]
+)
+def test_products_of_bfloat16_are_chosen_where_all_features_are_bfloat16(monkeypatch, name, for_others):
+    def with_instructions(chosen: str, batch: Batch) -> Outcome:
+        monkeypatch.setenv("CLIPERASE_CPU", chosen)
         return outcome(sweep, batch)
 
-    monkeypatch.delenv("CLIPERASE_CPU", raising=False)
     batch = random_batch(300).to(torch.bfloat16)
     one_is_float32 = [replace(batch, **{name: getattr(batch, name).float()}) for name in ("text", "teacher_image")]
-    if extension.load().cpu.instruction_set() != "avx512_bf16":  # no other processor has the instruction
-        with pytest.raises(ValueError, match="avx512_bf16 is not available"):
-            extension.load().cpu.instruction_set("avx512_bf16")
+    if not runs_here(name):
+        with pytest.raises(ValueError, match=f"{name} is not available"):
+            extension.load().cpu.instruction_set(name)
         return
-    assert not same_bits(with_instructions("avx512_bf16", batch), with_instructions("avx512", batch))
+    assert not same_bits(with_instructions(name, batch), with_instructions(for_others, batch))
     for other in (batch.to(torch.float32), batch.to(torch.float16), *one_is_float32):
-        assert same_bits(with_instructions("avx512_bf16", other), with_instructions("avx512", other))
+        assert same_bits(with_instructions(name, other), with_instructions(for_others, other))
+
+
+def test_the_emulated_instructions_are_never_chosen_by_themselves(monkeypatch):
+    monkeypatch.delenv("CLIPERASE_CPU", raising=False)
+    assert extension.load().cpu.instruction_set() != "amx_emulated"
 
 
 @pytest.mark.parametrize("scale", [1.0, 30.0, 100.0, 1000.0])

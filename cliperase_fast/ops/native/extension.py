@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cliperase_fast.ops.spec import DTYPE_NAMES
 
-INSTRUCTIONS_VARIABLE = "CLIPERASE_CPU"  # avx512_bf16, avx512, avx2 or portable, instead of the widest available
+INSTRUCTIONS_VARIABLE = "CLIPERASE_CPU"  # amx, avx512_bf16, avx512, avx2 or portable, instead of the widest
 _INTERFACE = 8  # must equal that of csrc/bindings.cpp
 # setup.py leaves its reason here when it could not build the extension.
 _REASON_FILE = Path(__file__).parents[2] / "_C_missing.txt"
