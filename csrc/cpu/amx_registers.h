@@ -126,7 +126,8 @@ inline void amx_multiply_add() {
             second = without_subnormals(second + without_subnormals(as_floats(pair & high)) * b_second[k]);
         }
         float* const to = reinterpret_cast<float*>(amx_register(C)) + i * AMX;
-        store(to, without_subnormals(load(to) + without_subnormals(first + second)));
+        const Floats before = without_subnormals(load(to));
+        store(to, without_subnormals(before + without_subnormals(first + second)));
     }
 }
 

@@ -39,5 +39,8 @@ void check_losses(const std::vector<const cliperase::IsaKernels*>& all_kernels);
 // test_comparison.cpp
 void check_comparison(const cliperase::IsaKernels& kernels);
 
+// test_amx.cpp
+void check_amx();
+
 // test_buffers.cpp
 void check_buffers();

@@ -207,6 +207,7 @@ int main(int count, char** names) {
         kernels ? all_kernels.push_back(kernels) : fail("does not run here", names[at]);
     }
     check_buffers();
+    check_amx();
     check_choice_by_dtype();
     for (const cliperase::IsaKernels* kernels : all_kernels) {
         check_comparison(*kernels);
