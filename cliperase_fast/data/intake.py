@@ -41,6 +41,12 @@ class Tally:
         for reason, count in other.counts.items():
             self.add(reason, other.examples[reason], count)
 
+    def take(self) -> Tally:
+        """Return the counts so far, and count from zero again."""
+        taken = Tally()
+        taken.counts, taken.examples, self.counts, self.examples = self.counts, self.examples, {}, {}
+        return taken
+
     def to_dict(self) -> dict[str, dict[str, Any]]:
         return {reason: {"count": n, "example": self.examples[reason]} for reason, n in self.counts.items()}
 

@@ -143,14 +143,15 @@ def _path_hint(spec: str) -> str:
 
 
 def _options(rest: str, source: SourceType, spec: str) -> tuple[str, dict[str, str]]:
-    """Split "path?key=value&key=value"; any other '?' belongs to the path."""
-    match = re.search(r"\?((?:\w+=[^&]*)(?:&\w+=[^&]*)*)$", rest)
-    if match is None:
+    """Split "path?key=value&key=value"; any other '?' belongs to the path, as do the parameters of a URL."""
+    names = [option.name for option in source.options]
+    is_url = re.match(r"\w+://|pipe:", rest) is not None
+    match = re.search(rf"\?((?:\w+=[^&{'?' if is_url else ''}]*)(?:&\w+=[^&]*)*)$", rest)
+    if match is None or (is_url and not difflib.get_close_matches(match.group(1).partition("=")[0], names)):
         return rest, {}
     options = {}
     for item in match.group(1).split("&"):
         key, _, value = item.partition("=")
-        names = [option.name for option in source.options]
         if key not in names:
             raise InputError(f"unknown option {key!r} in {spec!r}; use one of {', '.join(names)}")
         options[key] = unquote(value)

@@ -14,9 +14,8 @@ import random
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from types import ModuleType
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -26,6 +25,7 @@ from cliperase_fast.data.decoding import MAX_IMAGE_BYTES, decode, image_suffixes
 from cliperase_fast.data.images import ImageStore
 from cliperase_fast.data.intake import MAX_CAPTION, Intake, Tally, caption_fault
 from cliperase_fast.data.pairs import PairDataset
+from cliperase_fast.data.shard_bytes import TIMEOUT, ShardBytes, open_shard
 from cliperase_fast.data.shards import count_braces
 from cliperase_fast.data.source_types import Option, Request, Source, SourceType
 from cliperase_fast.errors import InputError
@@ -73,7 +73,8 @@ class PairStream:
     """The pairs of a stream behind its head, in passes without end.
 
     shards: their URLs. head: (shard, key) of the pairs that the stream leaves out. buffer: pairs held for shuffling.
-    on_error: whether a pair or shard that cannot be used is an error ("raise") or left out ("skip").
+    on_error: whether a pair or shard that cannot be used is an error ("raise") or left out ("skip"). timeout: seconds
+    without a byte after which the program that reads a shard is stopped.
     """
 
     name: str
@@ -81,6 +82,7 @@ class PairStream:
     seed: int
     buffer: int = _BUFFER
     on_error: str = "raise"
+    timeout: float = TIMEOUT
     head: frozenset[tuple[str, str]] = field(default=frozenset(), repr=False)
 
     def fingerprint(self) -> str:
@@ -98,19 +100,26 @@ class PairStream:
         return itertools.islice(self._passes(reader, readers, Tally() if skipped is None else skipped), start, None)
 
     def _passes(self, reader: int, readers: int, skipped: Tally) -> Iterator[StreamedPair]:
+        by_shard = len(self.shards) >= readers
+        barren: set[str] = set()  # shards read since the last pair
+        passes = 0  # since the last pair
         for number in itertools.count():
-            intake, found = Intake(self.on_error, skipped), 0
+            intake, found = Intake(self.on_error, skipped), False
             order = np.random.default_rng([self.seed, number]).permutation(len(self.shards))
-            by_shard = len(self.shards) >= readers
             mine = [self.shards[at] for at in (order[reader::readers] if by_shard else order)]
-            samples = (pair for shard in mine for pair in read_shard(shard, intake))
+            samples = (pair for shard in mine for pair in read_shard(shard, intake, self.timeout))
             behind: Iterator[StreamedPair] = (pair for pair in samples if (pair.shard, pair.name) not in self.head)
-            if not by_shard:
-                behind = itertools.islice(behind, reader, None, readers)
+            if not by_shard:  # in turn, so that each reader has some of fewer pairs than readers
+                behind = itertools.islice(behind, (reader + number) % readers, None, readers)
             for pair in _shuffled(behind, self.buffer, random.Random(f"{self.seed} {number} {reader}")):
-                found += 1
+                found = True
                 yield pair
-            if not found:
+            if found:
+                barren, passes = set(), 0
+                continue
+            barren.update(mine)
+            passes += 1
+            if len(barren) == len(set(self.shards)) and (by_shard or passes >= readers):
                 but = f" but the {len(self.head)} that are held for evaluation" if self.head else ""
                 intake.require_some(0, f"the stream {self.name}", f"holds no usable pair{but}")
 
@@ -129,64 +138,53 @@ def _shuffled(pairs: Iterator[StreamedPair], size: int, generator: random.Random
     yield from buffer
 
 
-def read_shard(shard: str, intake: Intake) -> Iterator[StreamedPair]:
-    """Yield the pairs of a shard, in order. `intake` decides about pairs and shards that cannot be used."""
-    gopen = _webdataset("webdataset.gopen").gopen
-    count, last = 0, ""
-    sample: dict[str, bytes] = {}
+def read_shard(shard: str, intake: Intake, timeout: float = TIMEOUT) -> Iterator[StreamedPair]:
+    """Yield the pairs of a shard, in order. `intake` decides about pairs and shards that cannot be used.
+
+    timeout: seconds without a byte after which the program that reads a shard is stopped.
+    """
+    count, last, started = 0, "", False
     try:
-        with gopen(shard) as stream:
-            reader: Any = _Reader(stream)
-            with tarfile.open(fileobj=reader, mode="r|*") as tar:
-                for member in tar:
-                    key, suffix = _split(member)
-                    if not suffix:
-                        continue
-                    if key != last and sample:
-                        if (pair := _pair(last, shard, sample, intake)) is not None:
-                            count += 1
-                            yield pair
-                        sample = {}
-                    last = key
-                    file = tar.extractfile(member)
-                    assert file is not None
-                    sample[suffix] = file.read()
-                    tar.members = []  # type: ignore[attr-defined]  # otherwise it keeps every header of the shard
-            reader.require_end()
-        if sample and (pair := _pair(last, shard, sample, intake)) is not None:
-            yield pair
+        with open_shard(shard, timeout) as raw:
+            data = ShardBytes(raw)
+            started = data.started
+            with data.tar() as tar:
+                for last, sample in _samples(tar, data):
+                    if sample is not None and (pair := _pair(last, shard, sample, intake)) is not None:
+                        count += 1
+                        yield pair
     except InputError:
         raise
-    except Exception as error:  # of tarfile, of webdataset's openers, of a command
-        said = " ".join(str(error).split())[:300]
-        intake.fault(
-            "shard that breaks off",
-            f"the shard {printable(shard)} breaks off after {count} pairs, the last is {printable(last)!r} "
-            f"({type(error).__name__}: {said}); make it whole",
-        )
+    except Exception as error:  # of tarfile, of webdataset's openers, of decompression
+        said = printable(" ".join(str(error).split())[:300]) or type(error).__name__
+        if started:
+            place = f", in or behind the sample {printable(last)!r}" if last else ""
+            reason, fault = "shard that breaks off", f"breaks off after {count} pairs{place} ({said}); make it whole"
+        else:
+            reason, fault = "shard that cannot be opened", f"cannot be opened ({said}); check its name"
+        intake.fault(reason, f"the shard {printable(shard)} {fault}")
 
 
-class _Reader:
-    """A stream that remembers whether it ended like a tar file: with zeros."""
-
-    def __init__(self, stream: Any) -> None:
-        self.stream, self.first, self.last = stream, b"", b""
-
-    def read(self, size: int = -1) -> bytes:
-        data = self.stream.read(size)
-        self.first = self.first or data[:4]
-        self.last = data[-512:] or self.last
-        return data
-
-    def require_end(self) -> None:
-        """Raise `tarfile.ReadError` for bytes behind the end, or a missing end, which tarfile takes for the end."""
-        if self.first[:2] == b"\x1f\x8b" or self.first[:3] == b"BZh" or self.first[:4] == b"\xfd7zX":
-            return  # compressed: a stream that is cut short does not decompress
-        while data := self.read(1 << 20):
-            if data.strip(b"\0"):
-                raise tarfile.ReadError("unreadable header")
-        if self.last.strip(b"\0"):
-            raise tarfile.ReadError("the end of the archive is missing")
+def _samples(tar: tarfile.TarFile, data: ShardBytes) -> Iterator[tuple[str, dict[str, bytes] | None]]:
+    """Yield the key of each sample before its members are read, with None, and then with the members by suffix."""
+    last = ""
+    sample: dict[str, bytes] = {}
+    for member in tar:
+        key, suffix = _split(member)
+        if not suffix:
+            continue
+        if key != last:
+            if sample:
+                yield last, sample
+            last, sample = key, {}
+            yield key, None
+        file = tar.extractfile(member)
+        assert file is not None
+        sample[suffix] = file.read()
+        tar.members = []  # type: ignore[attr-defined]  # otherwise it keeps every header of the shard
+    data.require_end(tar)
+    if sample:
+        yield last, sample
 
 
 def _split(member: tarfile.TarInfo) -> tuple[str, str]:
@@ -220,21 +218,19 @@ def _pair(key: str, shard: str, sample: dict[str, bytes], intake: Intake) -> Str
     return StreamedPair(printable(key), printable(shard), images[0], caption)
 
 
-def _webdataset(module: str) -> ModuleType:
-    return import_extra("webdataset", "'stream:'", module)
-
-
 def open_stream(request: Request) -> Source:
     """Read the head of a stream into memory; the rest follows while training."""
-    numbers = request.numbers({"head": _HEAD, "buffer": _BUFFER}, {"head": 10})
+    numbers = request.numbers({"head": _HEAD, "buffer": _BUFFER, "timeout": TIMEOUT}, {"head": 10})
     count = count_braces(request.path)
     if count > _MAX_SHARDS:
         raise InputError(f"the braces in {request.name[:200]!r} name {count} shards, more than {_MAX_SHARDS}")
     try:
-        shards = tuple(_webdataset("webdataset.shardlists").expand_urls(request.path))
+        shards = tuple(import_extra("webdataset", "'stream:'", "webdataset.shardlists").expand_urls(request.path))
     except (ValueError, AssertionError) as error:
         raise InputError(f"cannot expand the shards {request.path!r}: {error}") from error
-    stream = PairStream(request.name, shards, request.seed, numbers["buffer"], request.intake.on_error)
+    stream = PairStream(
+        request.name, shards, request.seed, numbers["buffer"], request.intake.on_error, numbers["timeout"]
+    )
     head = list(itertools.islice(_one_pass(stream, request.intake), numbers["head"] + 1))
     if len(head) <= numbers["head"]:
         raise InputError(
@@ -248,16 +244,13 @@ def open_stream(request: Request) -> Source:
     pairs = PairDataset(
         request.name, HeadStore(head, request.name), captions, ids, labels=labels, space=space, intake=request.intake
     )
-    behind = PairStream(
-        request.name, shards, request.seed, numbers["buffer"], request.intake.on_error,
-        frozenset((pair.shard, pair.name) for pair in head),
-    )  # fmt: skip
+    behind = replace(stream, head=frozenset((pair.shard, pair.name) for pair in head))
     return Source(request.name, pairs, None, stream=behind)
 
 
 def _one_pass(stream: PairStream, intake: Intake) -> Iterator[StreamedPair]:
     order = np.random.default_rng([stream.seed]).permutation(len(stream.shards))
-    samples = (pair for at in order for pair in read_shard(stream.shards[at], intake))
+    samples = (pair for at in order for pair in read_shard(stream.shards[at], intake, stream.timeout))
     return _shuffled(samples, stream.buffer, random.Random(stream.seed))
 
 
@@ -268,5 +261,6 @@ SOURCE = SourceType(
     (
         Option("head", f"pairs held for evaluation ({_HEAD})"),
         Option("buffer", f"pairs held for shuffling ({_BUFFER})"),
+        Option("timeout", f"seconds without data after which the program that reads a shard is stopped ({TIMEOUT})"),
     ),
 )

@@ -23,7 +23,7 @@ from cliperase_fast.progress import say
 _FORGET, _RETAIN = 0, 1
 _ALL_CAPTIONS = 16_384  # different captions that are all tokenised before training starts
 _LONGEST = 256  # captions of more that are checked then, as they may not fit the model's context
-_IN_A_ROW = 100  # unreadable images after which nothing replaces a pair
+IN_A_ROW = 100  # unreadable images after which nothing replaces a pair
 
 
 @dataclass(frozen=True)
@@ -202,12 +202,12 @@ class Substitutes:
 
     def _replaced(self, row: int) -> int:
         first, stop = (0, self.n_forget) if row < self.n_forget else (self.n_forget, len(self.pairs))
-        for step in range(min(stop - first, _IN_A_ROW)):
+        for step in range(min(stop - first, IN_A_ROW)):
             other = first + (row - first + step) % (stop - first)
             if self._readable(other):
                 return other
         raise UnlearningError(
-            f"{_IN_A_ROW} images of {self.pairs.name} in a row cannot be read, from {self.pairs.ids[row]!r} on (the "
+            f"{IN_A_ROW} images of {self.pairs.name} in a row cannot be read, from {self.pairs.ids[row]!r} on (the "
             f"first: {self.found[row].message})"
         )
 

@@ -31,6 +31,12 @@ def sample_sets(sets: PairSets, config: UnlearnConfig) -> PairSets:
     """Return the sets with at most `max_retain_pairs` retain and `max_test_pairs` test and validation pairs."""
     retain, counts = sets.retain, dict(sets.sampled)
     if 0 < config.max_retain_pairs < len(retain):
+        if sets.stream is not None:
+            raise InputError(
+                f"max_retain_pairs={config.max_retain_pairs} does not limit the pairs that training takes from a "
+                f"stream, and is less than the {len(retain)} that it holds for evaluation: set it to 0, and give a "
+                "smaller '?head=', or fewer steps"
+            )
         retain = sample_pairs(retain, config.max_retain_pairs, config.seed)
         counts["retain"] = {"pairs": len(retain), "of": len(sets.retain)}
     found = {

@@ -16,8 +16,9 @@ from cliperase_fast.data.drawing import seeded
 from cliperase_fast.data.intake import ItemError, Tally
 from cliperase_fast.data.loading import load_batches
 from cliperase_fast.data.streams import PairStream, StreamedPair
+from cliperase_fast.errors import InputError
 from cliperase_fast.progress import say
-from cliperase_fast.unlearning.batches import Batch, BatchLoader, Numbered
+from cliperase_fast.unlearning.batches import IN_A_ROW, Batch, BatchLoader, Numbered
 
 
 class StreamLoader(BatchLoader):
@@ -65,11 +66,12 @@ class StreamLoader(BatchLoader):
     def _streamed(self, start: int) -> Iterator[tuple[Tensor, str]]:
         """Yield this rank's pairs from a position on, from the loader processes in turn."""
         pairs = _Streamed(
-            self.stream, self.pixels._transformed, self.pixels.seed, start, self.ranks.rank, self.ranks.size,
-            self.skipped if self.num_workers == 0 else None,
-        )  # fmt: skip
+            self.stream, self.pixels._transformed, self.pixels.seed, start, self.ranks.rank, self.ranks.size
+        )
         loader = DataLoader(pairs, batch_size=None, num_workers=self.num_workers, generator=torch.Generator("cpu"))
-        return load_batches(loader)
+        for pixels, caption, skipped in load_batches(loader):
+            self.skipped.update(skipped)
+            yield pixels, caption
 
     def _joint(self, number: int, forget_pixels: Tensor | None, pixels: Tensor, captions: Sequence[str]) -> Batch:
         forget = self._forget_of(number) if forget_pixels is not None else np.empty(0, dtype=np.int64)
@@ -92,30 +94,30 @@ class StreamLoader(BatchLoader):
 
 
 class _Streamed(IterableDataset):
-    """Transformed images and captions of the stream, a share in each loader process."""
+    """Transformed images and captions of the stream, with what was left out before each; a share in each process."""
 
     def __init__(
         self, stream: PairStream, transformed: Callable[[Any], Tensor], seed: int | None, start: int, rank: int,
-        ranks: int, skipped: Tally | None,
+        ranks: int,
     ) -> None:  # fmt: skip
         self.stream, self.transformed, self.seed, self.start = stream, transformed, seed, start
-        self.rank, self.ranks, self.skipped = rank, ranks, skipped
+        self.rank, self.ranks = rank, ranks
 
-    def __iter__(self) -> Iterator[tuple[Tensor, str]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, str, Tally]]:
         info = get_worker_info()
         workers, worker = (1, 0) if info is None else (info.num_workers, info.id)
         worker = (worker + self.start) % workers  # the loader begins with its first process
         first = (self.start - worker + workers - 1) // workers
         reader = self.rank * workers + worker
-        skipped = Tally() if self.skipped is None else self.skipped
+        skipped = Tally()
         pairs = self.stream.pairs(reader, self.ranks * workers, first, skipped)
         for position, (image, caption) in enumerate(self._decoded(pairs, skipped), first):
             if self.seed is None:
-                yield self.transformed(image), caption
+                pixels = self.transformed(image)
             else:
                 with seeded(self.seed, position, reader, gpus=False):
                     pixels = self.transformed(image)
-                yield pixels, caption
+            yield pixels, caption, skipped.take()
 
     def _decoded(self, pairs: Iterable[StreamedPair], skipped: Tally) -> Iterator[tuple[Any, str]]:
         """Yield images and captions. The next readable pair takes the place of an unreadable one, so that positions
@@ -130,6 +132,9 @@ class _Streamed(IterableDataset):
                 skipped.add(error.reason, str(error))
                 say("left out %s: %s", pair.name, error)
                 missing += 1
+                if missing == IN_A_ROW:
+                    raise InputError(f"{missing} images in a row cannot be read in the stream {self.stream.name}, the "
+                                     f"last one: {error}") from error  # fmt: skip
                 continue
             for _ in range(missing + 1):
                 yield image, pair.caption

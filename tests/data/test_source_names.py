@@ -78,7 +78,7 @@ def test_options_in_the_table_are_those_that_a_source_takes(tmp_path) -> None:
     assert (len(people.train), len(people.test), people.train.image(0).size) == (216, 108, (16, 16))  # type: ignore[arg-type]
     used = {"csv": "sep img caption root quotes", "shapes": "train test size seed", "folder": "classnames"}
     used["personas"] = "people train test size seed"
-    used["stream"] = "head buffer"  # test_streams.py
+    used["stream"] = "head buffer timeout"  # test_streams.py, test_remote_streams.py
     used["coco"] = "root"  # these three: test_coco_source.py and test_hugging_face.py
     used["parquet"] = "img caption label id root classnames"
     used["hf"] = f"split {used['parquet']}"

@@ -60,6 +60,13 @@ def test_larger_sets_are_sampled_by_the_seed_and_counted(table):
     assert torch.equal(weights(again), weights(result))
 
 
+def test_a_cap_that_does_not_bite_changes_nothing(table):
+    whole = forget_red(table, max_retain_pairs=0, max_test_pairs=0)
+    capped = forget_red(table, max_retain_pairs=60, max_test_pairs=30)  # as many as there are
+    assert torch.equal(weights(capped), weights(whole))
+    assert capped.record["after"] == whole.record["after"] and not capped.record["data"]["sampled"]
+
+
 def test_a_cap_that_leaves_less_than_a_batch_is_refused(table):
     with pytest.raises(InputError, match=r"max_retain_pairs=2 is less than the 4 retain pairs of a batch"):
         cf.UnlearnConfig(batch_size=6, max_retain_pairs=2)

@@ -1,47 +1,19 @@
 """Retain pairs from webdataset shards that are read one after another."""
 
-import io
-import tarfile
 from itertools import islice
 from types import SimpleNamespace
 
-import numpy as np
-import open_clip
 import pytest
-import tiny
 import torch
-from PIL import Image
+from stream_shards import forget_red, watched, weights, write_shard
+from torch.utils.data import DataLoader
+from torchvision.transforms import ToTensor
 
-import cliperase_fast as cf
 from cliperase_fast.data import open_source
 from cliperase_fast.data.intake import Tally
 from cliperase_fast.data.streams import PairStream
 from cliperase_fast.errors import InputError, UnlearningError
 from cliperase_fast.unlearning import streaming
-
-COLOURS = {"green": (30, 200, 30), "blue": (30, 30, 200)}
-
-
-def png(number, colour):
-    pixels = np.random.default_rng(number).integers(0, 40, (8, 8, 3)) + np.array(COLOURS[colour])
-    stream = io.BytesIO()
-    Image.fromarray(pixels.astype(np.uint8)).save(stream, "PNG")
-    return stream.getvalue()
-
-
-def write_shard(path, numbers, **changed):
-    with tarfile.open(path, "w") as tar:
-        for number in numbers:
-            colour = list(COLOURS)[number % 2]
-            members = {
-                f"{number:04d}.png": png(number, colour),
-                f"{number:04d}.txt": f"a {colour} square {number}".encode(),
-            }
-            for name, data in members.items():
-                data = changed.get(name.replace(".", "_"), data)
-                member = tarfile.TarInfo(name)
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
 
 
 @pytest.fixture
@@ -104,9 +76,11 @@ def test_a_stream_that_breaks_off_is_an_error_that_names_the_place(shards, tmp_p
     data = (tmp_path / "2.tar").read_bytes()
     for cut in (len(data) // 2 + 700, 512 * 6):  # inside a member, and where a header would begin
         (tmp_path / "2.tar").write_bytes(data[:cut])
-        with pytest.raises(InputError, match=r"the shard .*2\.tar breaks off after \d+ pairs, the last is '00\d\d'"):
+        with pytest.raises(
+            InputError, match=r"the shard .*2\.tar breaks off after \d+ pairs, in or behind the sample '00\d\d'"
+        ):
             names(stream(shards)[0].pairs(), 60)
-    with pytest.raises(InputError, match=r"pipe:cat .*missing.*breaks off after 0 pairs"):
+    with pytest.raises(InputError, match=r"pipe:cat .*missing cannot be opened \(the command ended with status 1\)"):
         stream(f"pipe:cat {tmp_path}/missing")
     behind, _ = stream(shards, on_error="skip")
     skipped = Tally()
@@ -134,31 +108,14 @@ def test_loader_processes_take_turns_and_a_position_among_them_is_taken_up_again
         for worker in range(workers):
             info = SimpleNamespace(num_workers=workers, id=worker)
             monkeypatch.setattr(streaming, "get_worker_info", lambda info=info: info)
-            pairs = streaming._Streamed(behind, lambda image: image.getpixel((0, 0)), None, start, 0, 1, None)
-            turns.append(list(islice(pairs, count)))
+            pairs = streaming._Streamed(behind, lambda image: image.getpixel((0, 0)), None, start, 0, 1)
+            turns.append([pair[:2] for pair in islice(pairs, count)])
         return [pair for turn in zip(*turns, strict=True) for pair in turn][:count]
 
     whole = read(0, 30)
     assert len({caption for _, caption in whole[:12]}) == 12
     for start in (3, 7, 8):
         assert read(start, 12) == whole[start : start + 12]
-
-
-def reds(count=30):
-    rows = []
-    for number in range(count):
-        pixels = np.random.default_rng(number).integers(0, 40, (8, 8, 3)) + np.array((200, 30, 30))
-        rows.append((Image.fromarray(pixels.astype(np.uint8)), f"a red square {number}"))
-    return rows
-
-
-def forget_red(retain, forget=None, **settings):
-    quick = {**tiny.QUICK, "transform": open_clip.image_transform(8, is_train=False), "steps": 4, "epochs": "auto"}
-    return cf.unlearn(tiny.make_tiny_clip(), forget or reds(), retain, **{**quick, **settings})
-
-
-def weights(result):
-    return torch.cat([tensor.flatten().double() for tensor in result.model.state_dict().values()])
 
 
 def test_a_run_on_a_stream_is_resumed_bit_for_bit(shards, tmp_path):
@@ -175,6 +132,20 @@ def test_a_run_on_a_stream_is_resumed_bit_for_bit(shards, tmp_path):
     resumed = forget_red(source, **output, resume=True)
     assert torch.equal(weights(resumed), weights(whole))
     assert not torch.equal(weights(whole), weights(forget_red(source, seed=5)))
+    with pytest.raises(InputError, match=r"max_retain_pairs=10 does not limit .* less than the 20 that it holds"):
+        forget_red(source, max_retain_pairs=10)
+
+
+def test_loader_processes_read_the_shares_of_their_readers_from_any_position(shards):
+    source = f"stream:{shards}?head=20&buffer=8"
+    result, seen = watched(forget_red, source, num_workers=2)
+    behind = open_source(source, seed=result.config.seed).stream
+    readers = [behind.pairs(reader, 2) for reader in range(2)]
+    expected = [next(readers[position % 2]).caption for position in range(18)]
+    assert [caption for captions in seen for caption in captions] == expected[:12] and len(set(expected)) == 18
+    pairs = streaming._Streamed(behind, ToTensor(), None, 7, 0, 1)
+    loaded = DataLoader(pairs, batch_size=None, num_workers=2)
+    assert [caption for _, caption, _ in islice(loaded, 11)] == expected[7:]
 
 
 def _break_at(patch, step):
@@ -191,10 +162,17 @@ def _break_at(patch, step):
 
 
 def test_unreadable_images_of_a_stream_are_replaced_by_the_next_and_counted(shards, tmp_path):
+    bad = {number for number in range(60) if number % 15 % 3 == 0 and number % 15}
     for number in range(4):
-        write_shard(tmp_path / f"{number}.tar", range(15 * number, 15 * number + 15),
-                    **{f"{number * 15 + at:04d}_png": b"no image" for at in range(3, 15, 3)})  # fmt: skip
+        rows = range(15 * number, 15 * number + 15)
+        write_shard(tmp_path / f"{number}.tar", rows, **{f"{row:04d}_png": b"no image" for row in bad})
     with pytest.raises((InputError, UnlearningError), match="in the shard"):
         forget_red(f"stream:{shards}?head=20&buffer=8")
-    result = forget_red(f"stream:{shards}?head=20&buffer=8", on_error="skip", steps=6)
-    assert sum(row["count"] for row in result.record["data"]["skipped"].values()) >= 1
+    counts = []
+    for workers in (0, 1):  # both read the same
+        result, seen = watched(
+            forget_red, f"stream:{shards}?head=20&buffer=8", on_error="skip", steps=6, num_workers=workers
+        )
+        counts.append(sum(row["count"] for row in result.record["data"]["skipped"].values()))
+        assert not {int(caption.split()[-1]) for captions in seen for caption in captions} & bad
+    assert counts[0] == counts[1] >= 5
