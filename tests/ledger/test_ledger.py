@@ -154,6 +154,7 @@ def test_the_page_tells_each_request_then_and_now(three, tmp_path):
     page = ledger.report().read_text()
     assert all(entry.hash in page for entry in ledger.entries)
     assert "2 of 3 requests are in force" in page and "undone 2026-04-01" in page and "a mistake" in page
+    assert "How far it is from the base" in page and "images named 100.0% (100.0% in the base)" in page
     assert "&lt;b&gt;Ann&lt;/b&gt;" in page and "<b>Ann</b>" not in page
 
 

@@ -47,6 +47,7 @@ def test_requests_are_recorded_with_what_was_selected(world):
     assert content["selection"]["forget"] == f"folder:{world / 'data'}#class:green" and content["by"] == "Ann"
     assert content["settings"]["method"] == "calibrated" and content["settings"]["steps"] == 2
     assert ledger.entries[-1].audits.keys() == {"red", "green"}  # the pairs were opened again
+    assert list(ledger.entries[-1].prepared) == ["red"]
 
 
 def test_the_list_and_the_head_are_printed(world, capsys):
@@ -97,6 +98,19 @@ def test_a_request_is_undone(world, tmp_path, capsys):
     [
         (("head", "{tmp}/none"), "is not a ledger; `cliperase-fast ledger start"),
         (("undo", "{world}/ledger", "pink"), "has no request 'pink'"),
+        (
+            (
+                "forget",
+                "{world}/ledger",
+                "--data",
+                "folder:{world}/data",
+                "--forget",
+                "class:blue",
+                "--undoable",
+                "pink",
+            ),
+            "has no request 'pink'",
+        ),
         (("export", "{world}/ledger", "red", "--output", "{world}/data"), "holds something else"),
         (("model", "{world}/ledger", "--output", "{world}/data"), "is in use: give a new folder"),
         (("verify", "{world}/ledger", "--model", "absent"), "absent"),
