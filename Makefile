@@ -6,6 +6,7 @@
 # make cuda-sanitize   the same for the CUDA kernels, emulated on the CPU
 # make avx512-check   the C++ sweep's test on an emulated processor with AVX-512 (says which Debian packages it needs)
 # make bench-check   compare the losses' speed relative to open_clip's with the committed ratios
+# make docs   build the documentation's site into build/site
 # make gpu-check   on a machine with a GPU, with the python in PYTHON: the GPU tests, the loss benchmark, auto's choice
 # make gpu-tournament   there too: the variants of the Triton kernels against each other; make gpu-tune: more configurations
 # make clean   remove .venv, builds and caches
@@ -14,9 +15,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   := $(VENV)/.installed-demo
 TEST   := $(VENV)/.installed-test
+DOCS   := $(VENV)/.installed-docs
 
 # What ruff checks: only the repository's own folders. pytest's are in pyproject.toml.
-JUDGED := cliperase_fast benchmarks tests examples setup.py
+JUDGED := cliperase_fast benchmarks tests examples docs setup.py
 
 # Python without PYTHONPATH, and without this folder at the front of its path: a file or folder here with the name of a
 # module (runs/, random.py) is then not imported in its place. Scripts in .venv/bin would break in a moved clone.
@@ -28,10 +30,10 @@ OURS := env -u PYTHONPATH $(foreach name,$(filter CLIPERASE_%,$(.VARIABLES)),-u 
 # The .venv of a moved or copied clone points to the old place: install again. Remove one whose Python is gone.
 ifneq ($(wildcard $(VENV)),)
 $(shell $(BIN)/python -I -c '' || rm -rf $(VENV))
-$(shell test "$$(cat $(VENV)/.folder 2> /dev/null)" = "$$(pwd -P)" || rm -f $(DEMO) $(TEST))
+$(shell test "$$(cat $(VENV)/.folder 2> /dev/null)" = "$$(pwd -P)" || rm -f $(DEMO) $(TEST) $(DOCS))
 endif
 
-.PHONY: demo test lint long-check bench-check native-sanitize cuda-sanitize avx512-check gpu-check gpu-tournament gpu-tune clean
+.PHONY: demo test lint docs long-check bench-check native-sanitize cuda-sanitize avx512-check gpu-check gpu-tournament gpu-tune clean
 
 demo: $(DEMO)
 	$(RUN) cliperase_fast.cli demo
@@ -54,6 +56,13 @@ lint: $(TEST)
 	(cd build/lint && env -u MYPYPATH ../../$(RUN) mypy --config-file ../../pyproject.toml \
 		--cache-dir ../../.mypy_cache cliperase_fast) || failed="$$failed, mypy"; \
 	test -z "$$failed" || { echo "make lint: FAILED$${failed#,}"; exit 1; }
+
+# Built without network. mkdocs-material's notice about its successor is turned off.
+SITE := build/site
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(OURS) $(RUN) mkdocs build --quiet --strict --site-dir $(SITE)
+	$(BIN)/python -I docs/site/check.py $(SITE)
+	@echo 'To read it: python3 -m http.server --directory $(SITE)'
 
 long-check: $(TEST)
 	@echo 'pytest: the tests that take minutes each'
@@ -115,6 +124,11 @@ $(DEMO): pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 $(TEST): $(DEMO)
 	@echo 'Adding what the tests and linters need to .venv: a minute or two'
 	$(BIN)/python -I -m pip install "cliperase_fast[dev]"
+	touch $@
+
+$(DOCS): $(DEMO)
+	@echo 'Adding what the documentation needs to .venv'
+	$(BIN)/python -I -m pip install "cliperase_fast[docs]"
 	touch $@
 
 clean:

@@ -55,6 +55,15 @@ def installs(calls: list[str]) -> list[str]:
     return [call.partition("pip install ")[2] for call in calls if "pip install" in call and "--upgrade" not in call]
 
 
+def test_the_docs_are_built_strictly_checked_and_installed_for_once(clone):
+    done, calls = clone.make("docs")
+    assert done.returncode == 0, done.stderr
+    assert installs(calls) == ["--editable .", "cliperase_fast[docs]"]
+    assert any("-m mkdocs build" in call and "--strict" in call for call in calls)
+    assert any("docs/site/check.py build/site" in call for call in calls)
+    assert installs(clone.make("docs")[1]) == []
+
+
 @pytest.mark.parametrize("first", ["demo", "test"])
 def test_each_command_installs_what_it_uses_and_nothing_twice(clone, first):
     wanted = {"demo": ["--editable ."], "test": ["--editable .", "cliperase_fast[dev]"]}

@@ -24,7 +24,8 @@ from cliperase_fast.unlearning.objective import BatchFeatures
 from cliperase_fast.unlearning.selection import Candidate, Selection
 
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
-EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+EXAMPLES = [source for source in BLOCKS if "@cf.register_method" in source]
 
 
 @pytest.fixture(autouse=True)
