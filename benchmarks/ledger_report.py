@@ -39,7 +39,8 @@ def section(parts: Mapping[str, Any]) -> list[Part]:
         )
     if "ranks" in parts:
         ranks = parts["ranks"]
-        text = f"**On {ranks['ranks']} ranks.** {len(ranks['two_ranks'])} requests in a row, after the last one."
+        given = "".join(f", {name} {value:g}" for name, value in ranks.get("settings", {}).items())
+        text = f"**On {ranks['ranks']} ranks.** {len(ranks['two_ranks'])} requests in a row{given}, after the last one."
         if "same_weights" in ranks:
             same = ", ".join(ranks["same_weights"]) or "none"
             text += f" Requests that left the same bits in the weights as in one process: {same}."
