@@ -102,7 +102,7 @@ def inspect_data(
 ) -> Inspection:
     """Look at data as `unlearn()` would use it: counts, classes, captions, and images that are unreadable or equal.
 
-    data: a source. forget, retain: selectors, as in the command `unlearn`; without `forget` the splits are looked at.
+    data: a source. forget, retain: as in the command `unlearn`; without `forget` the splits are looked at.
     test: another source to measure on. images: how many of each set are read at most, a seeded sample of more.
 
     Items that cannot be used are counted instead of raising an error. Raises `InputError` if the source or a selector
@@ -119,13 +119,16 @@ def inspect_data(
         if tested is not None:
             sets["test"] = tested
     else:
-        kept = retain if retain == "rest" else f"{data}#{retain}"
+        kept = retain if retain == "rest" or retain.startswith("stream:") else f"{data}#{retain}"
         opened = open_pair_sets(f"{data}#{forget}", kept, test, opener, overlap_policy="drop", test_fraction=0.2)
         sets = {"forget": opened.forget, "retain": opened.retain}
         if opened.test is not None:
             sets.update({"forget test": opened.test[0], "retain test": opened.test[1]})
         sets.update({f"held out: {name}": pairs for name, pairs in opened.holdouts.items()})
     sets = {name: pairs for name, pairs in sets.items() if len(pairs)}
+    for name, source in opener.opened.items():
+        if source.stream is not None:
+            notes.append(f"only the head of {name} was looked at: {len(source.train)} pairs, which training leaves out")
     intake = Intake.merged(pairs.intake for pairs in sets.values())
     notes += [*left_out_lines(intake.skipped.to_dict()), *left_out_lines(intake.ignored.to_dict())]
     bad, equal, read = _read_images(sets, images, seed, progress)

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from cliperase_fast.data import PairDataset, as_pairs, open_source, parse_reference, select
 from cliperase_fast.data.decoding import decode
-from cliperase_fast.data.intake import Tally
+from cliperase_fast.data.intake import ItemError, Tally
 from cliperase_fast.data.pair_sets import read_pairs
+from cliperase_fast.data.sources import require_indexed
 from cliperase_fast.defaults import torch_defaults
 from cliperase_fast.errors import InputError
 from cliperase_fast.evaluation.encoding import image_feature_parts
@@ -186,6 +187,7 @@ def _open(data: Any, on_error: str) -> tuple[PairDataset, PairDataset | None]:
         pairs, test = as_pairs(data, "data", on_error=on_error), None
     else:
         spec, selector = parse_reference(data)
+        require_indexed(spec)
         source = open_source(spec, on_error=on_error)
         pairs, test = source.train, source.test
         if selector is not None:
@@ -258,9 +260,11 @@ def _features(
                 yield part
         if file is not None:
             file.finish()
-    except BaseException:
+    except BaseException as error:
         if file is not None:
             file.discard()
+        if isinstance(error, ItemError):
+            raise InputError(f"{error}, or pass on_error='skip' to leave such images out and count them") from error
         raise
 
 

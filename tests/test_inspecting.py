@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tarfile
 
 import pytest
 from models.tiny_models import picture
@@ -76,3 +77,17 @@ def test_the_command_prints_json_and_writes_a_page_without_training(folder, tmp_
 def test_a_negative_number_of_images_is_refused():
     with pytest.raises(InputError, match="images=-1"):
         cf.inspect_data("demo", images=-1)
+
+
+def test_of_a_stream_the_head_is_shown_and_called_so(folder, tmp_path, capsys):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for number in range(12):
+            picture(number + 20).save(tmp_path / "image.png")
+            (tmp_path / "caption").write_text(f"a picture {number}")
+            tar.add(tmp_path / "image.png", f"{number:02d}.png")
+            tar.add(tmp_path / "caption", f"{number:02d}.txt")
+    stream = f"stream:{tmp_path}/0.tar?head=10"
+    words = ["inspect", "--data", f"folder:{folder}", "--forget", "class:cat", "--retain", stream]
+    for shown in (words, ["inspect", "--data", stream]):
+        assert cli.main(shown) == 0
+        assert f"only the head of {stream} was looked at: 10 pairs" in capsys.readouterr().out

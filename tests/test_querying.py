@@ -100,8 +100,11 @@ def test_queries_that_cannot_be_answered_are_refused(model, folder):
     with pytest.raises(InputError, match="empty text"):
         query(model, data, " ", k=3)
     (folder / "dog" / "00.png").write_bytes(b"not an image")
-    with pytest.raises(InputError, match=r"00\.png"):
+    with pytest.raises(InputError, match=r"00\.png.* or pass on_error='skip' to leave such images out"):
         query(model, data, k=3)
+    for function in (query, lambda model, data, **settings: cf.evaluate(model, data)):
+        with pytest.raises(InputError, match=r"'stream:\{0..9\}.tar' is read one pair after another.* only as retain"):
+            function(model, "stream:{0..9}.tar", k=3)
     skipping = query(model, data, k=3, on_error="skip")
     assert len(skipping.pairs) == 39
     assert sum(row["count"] for row in skipping.skipped.values()) == 1
@@ -120,14 +123,23 @@ def test_the_test_split_is_searched_too(model, folder):
 
 def test_the_command_writes_ids_that_a_selector_reads_and_a_page(model, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("cliperase_fast.querying.load_model", lambda *args, **kwargs: loaded(model))
-    output = tmp_path / "found.txt"
+    output = tmp_path / "found ids.txt"
     words = ["select", "--model", "m", "--data", f"folder:{folder}", "--query", "<b>red</b> cars", "--k", "6"]
     assert cli.main([*words, "--output", str(output), "--quiet"]) == 0
     pairs = open_source(f"folder:{folder}").train
     assert select(pairs, f"ids:{output}").sum() == 6
     page = output.with_suffix(".html").read_text()
     assert page.count("data:image/jpeg") == 6 + 24 and "&lt;b&gt;red&lt;/b&gt; cars" in page and "<b>red" not in page
-    assert f"--forget ids:{output}" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"--forget 'ids:{output}' --output DIR" in told and f"--data folder:{folder} " in told
+    words[4] = f"folder:{folder}#caption:cat,dog"
+    (folder / "owl").mkdir()
+    picture(99).save(folder / "owl" / "99.png")
+    assert cli.main([*words, "--output", str(output)]) == 0
+    assert f"--data folder:{folder} " in capsys.readouterr().out  # of which the file of ids selects
+    page = tmp_path / "page.html"
+    assert cli.main([*words, "--output", str(page)]) == 2 and not page.exists()
+    assert "is for the ids, and a page of that name is written too" in capsys.readouterr().err
     assert cli.main([*words[:5], "--k", "3", "--output", str(output)]) == 2
     assert "give --query TEXT or --like FILE" in capsys.readouterr().err
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def select(arguments: argparse.Namespace) -> int:
     from cliperase_fast.cli.commands import progress_style
+    from cliperase_fast.data import parse_reference
     from cliperase_fast.querying import select_by_query
     from cliperase_fast.report.wording import left_out_lines
     from cliperase_fast.storage import check_writable
@@ -42,6 +44,9 @@ def select(arguments: argparse.Namespace) -> int:
     output = Path(arguments.output)
     if output.is_dir():
         raise InputError(f"--output={output} is a folder; give a file")
+    sheet = output.with_suffix(".html")
+    if sheet == output:
+        raise InputError(f"--output={output} is for the ids, and a page of that name is written too: give a .txt file")
     check_writable(output.parent, "--output")
     query: list[Any] = [*arguments.query, *map(Path, arguments.like)]
     if not query:
@@ -60,7 +65,7 @@ def select(arguments: argparse.Namespace) -> int:
         progress=progress_style(arguments) == "bars",
     )
     found.save_ids(output)
-    sheet = found.save_sheet(output.with_suffix(".html"))
+    found.save_sheet(sheet)
     values = found.similarities[found.rows]
     print(
         f"found    {len(found)} of {len(found.pairs)} pairs, with a similarity of {values[-1]:.3f} to {values[0]:.3f}"
@@ -69,6 +74,7 @@ def select(arguments: argparse.Namespace) -> int:
         print(f"         and {len(found.also)} test pairs that are as similar")
     for line in left_out_lines(found.skipped):
         print(f"left out {line}")
-    print(f"ids      {output}\npictures {sheet}\nnext     cliperase-fast unlearn --model {arguments.model} "
-          f"--data '{arguments.data}' --forget ids:{output} --output DIR")  # fmt: skip
+    source = parse_reference(arguments.data)[0]
+    following = shlex.join(["--model", arguments.model, "--data", source, "--forget", f"ids:{output}"])
+    print(f"ids      {output}\npictures {sheet}\nnext     cliperase-fast unlearn {following} --output DIR")
     return 0

@@ -15,7 +15,7 @@ from cliperase_fast.data.intake import Intake, Tally
 from cliperase_fast.data.pairs import PairDataset, as_pairs, caption_key
 from cliperase_fast.data.selectors import parse_reference, select, select_holdouts
 from cliperase_fast.data.source_types import Source
-from cliperase_fast.data.sources import open_source
+from cliperase_fast.data.sources import open_source, require_indexed
 from cliperase_fast.data.streams import PairStream
 from cliperase_fast.distributed import SINGLE_PROCESS, Ranks
 from cliperase_fast.errors import InputError
@@ -83,8 +83,7 @@ class Opener:
 
     def indexed(self, spec: str) -> Source:
         """Open a source whose pairs can be chosen."""
-        if spec.startswith("stream:"):  # before its head is read
-            raise InputError(f"{spec!r} is read one pair after another, so it can be used only as retain, and whole")
+        require_indexed(spec)
         return self(spec)
 
     def pairs(self, dataset: Any, name: str) -> PairDataset:

@@ -128,6 +128,12 @@ def with_option(spec: str, name: str, value: str | None) -> str:
     return f"{spec}{'&' if options else '?'}{name}={quote(value, safe='/ ')}"
 
 
+def require_indexed(spec: str) -> None:
+    """Raise InputError for the name of a source whose pairs cannot be chosen one by one."""
+    if spec.startswith("stream:"):  # before its head is read
+        raise InputError(f"{spec!r} is read one pair after another, so it can be used only as retain, and whole")
+
+
 def _path_hint(spec: str) -> str:
     """Return a hint for a path without a kind before it."""
     file = spec.partition("?")[0].lower()

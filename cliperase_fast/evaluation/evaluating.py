@@ -23,6 +23,7 @@ from cliperase_fast.data import (
 from cliperase_fast.data.checks import find_bad_images
 from cliperase_fast.data.classes import check_templates
 from cliperase_fast.data.intake import Tally
+from cliperase_fast.data.sources import require_indexed
 from cliperase_fast.defaults import torch_defaults
 from cliperase_fast.errors import InputError
 from cliperase_fast.evaluation.encoding import encode_pairs, require_finite
@@ -180,6 +181,7 @@ def _open(data: Any, templates: Sequence[str] | None, on_error: str) -> PairData
     if not isinstance(data, str):
         return as_pairs(data, "data", on_error=on_error)
     spec, selector = parse_reference(data)
+    require_indexed(spec)
     source = open_source(spec, templates=templates, on_error=on_error)
     pairs = source.train if source.test is None else source.test
     return pairs if selector is None else pairs.subset(np.flatnonzero(select(pairs, selector)))
