@@ -46,6 +46,7 @@ def measure(batch: int, chunk: int) -> dict[str, Any]:
         pairs("forget", half + _HELD_OUT),
         pairs("retain", half + _HELD_OUT),
         test=(pairs("forget test", _HELD_OUT), pairs("retain test", _HELD_OUT)),
+        method="cliperase",
         val_fraction=_HELD_OUT / (half + _HELD_OUT),
         batch_size=batch,
         grad_cache_chunk=chunk,

@@ -369,7 +369,7 @@ def _instrument(trainer: Any, timeline: Timeline) -> None:
 
 def run(setting: Setting, who: str, folder: Path, quick: bool) -> dict[str, Any]:
     """One run in this process: seconds, memory, scores."""
-    config = UnlearnConfig.from_dict({**setting.config, **(setting.quick if quick else {})})
+    config = UnlearnConfig.from_dict({"method": "cliperase", **setting.config, **(setting.quick if quick else {})})
     model, sets, timeline = setting.model(folder, quick), setting.sets(quick), Timeline()
     loop = {"straightforward": straightforward, "unlearn": with_unlearn}[who]
     held = resident("VmRSS")

@@ -32,7 +32,7 @@ class UnlearnConfig:
     all of them raise `InputError` for a wrong name or value. Frozen: derive a variant with `dataclasses.replace`.
     """
 
-    method: str = _option("cliperase", "unlearning method, see `cliperase-fast methods`", group="method")
+    method: str = _option("calibrated", "unlearning method, see `cliperase-fast methods`", group="method")
     method_options: dict[str, Any] = field(
         default_factory=dict,
         metadata={"help": "options of that method, as KEY=VALUE or a JSON object", "choices": None, "group": "method"},

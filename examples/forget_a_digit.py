@@ -9,5 +9,5 @@ from cliperase_fast.demo_models import DEMO_MODELS
 
 print("A small CLIP of handwritten digits forgets the seven.")
 model = cached_small_clip("demo", DEMO_MODELS["demo"])
-result = cf.unlearn(f"local-dir:{model}", "demo#class:seven", "rest", epochs=5, batch_size=64, learning_rate=1e-4)
+result = cf.unlearn(f"local-dir:{model}", "demo#class:seven", "rest")
 print(result.summary())

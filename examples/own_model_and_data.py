@@ -55,5 +55,5 @@ for _ in range(100):
     optimizer.step()
 print(f"Two towers have learned {', '.join(COLOURS)} (loss {loss.item():.3f}). Now they forget red.")
 
-result = cf.unlearn(model, forget, retain, tokenizer=tokenize, epochs=30, batch_size=32, learning_rate=3e-3)
+result = cf.unlearn(model, forget, retain, tokenizer=tokenize)
 print(result.summary())

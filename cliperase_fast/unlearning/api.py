@@ -61,7 +61,7 @@ def unlearn(
     forget, retain: map-style datasets of (image, caption) pairs, or source strings: forget "SOURCE#SELECTOR" such as
         "cifar10:/data#class:airplane", retain "rest", "SOURCE" or "SOURCE#SELECTOR". An image is a PIL image or a
         tensor [3, H, W] that is passed on as it is; a caption is a string, a list of strings, or token ids [L].
-    method: one of `cliperase_fast.methods()`, by default config's, which is CLIPErase (arXiv 2410.23330); it wins over
+    method: one of `cliperase_fast.methods()`, by default config's, which is calibrated forgetting; it wins over
         config. Its options are given as `method_options={...}`.
     test: where the result is measured: a dataset or source of both kinds, or (forget_test, retain_test). By default the
         source's own test split, else a share `test_fraction` of the pairs, which are then not trained on.

@@ -161,7 +161,10 @@ def test_methods_without_softmaxes_of_their_own_work_on_the_sigmoid_loss(method:
     ("changes", "says"),
     [
         ({"method": "relabel"}, "method='relabel' is defined by softmaxes"),
-        ({"consistency": "intra"}, "consistency='intra' is not defined for a model that was trained with the sigmoid"),
+        (
+            {"method": "cliperase", "consistency": "intra"},
+            "consistency='intra' is not defined for a model that was trained with the sigmoid",
+        ),
         ({"backend": "native"}, "does not compute the bernoulli loss"),
         ({"teacher": blip()}, "one of the model and the teacher has a logit_bias"),
     ],

@@ -4,7 +4,7 @@ import pytest
 
 from cliperase_fast.demo import run_demo
 
-FORGETTING_ALONE = {"lambda_retain": 0.0, "lambda_consistency": 0.0, "select": "last"}
+FORGETTING_ALONE = {"method": "cliperase", "lambda_retain": 0.0, "lambda_consistency": 0.0, "select": "last"}
 
 
 def accuracies(result, part):

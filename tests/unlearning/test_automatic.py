@@ -26,7 +26,7 @@ from cliperase_fast.unlearning.trainer import Trainer
 sys.path.append(str(Path(__file__).parents[1] / "auditing"))
 from small import make_model, make_pairs, training_and_test
 
-QUIET = {"progress": False, "report": False, "val_fraction": 0.25}
+QUIET = {"method": "cliperase", "progress": False, "report": False, "val_fraction": 0.25}
 FORGET, RETAIN, TEST = training_and_test()
 
 

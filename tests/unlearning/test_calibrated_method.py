@@ -174,10 +174,10 @@ def test_the_students_features_equal_the_originals_where_dropout_would_count_as_
 @pytest.mark.parametrize(
     ("changes", "drops_out"),
     [
-        ({"learning_rate": 1e-4, "epochs": 2}, True),
-        ({"epochs": 2}, False),
-        ({"learning_rate": 1e-4}, False),
-        ({"learning_rate": 1e-4, "epochs": 2, "method": "calibrated"}, False),
+        ({"learning_rate": 1e-4, "epochs": 2, "method": "cliperase"}, True),
+        ({"epochs": 2, "method": "cliperase"}, False),
+        ({"learning_rate": 1e-4, "method": "cliperase"}, False),
+        ({"learning_rate": 1e-4, "epochs": 2}, False),
     ],
 )
 def test_dropout_is_on_only_in_runs_with_given_numbers_that_know_no_target(changes, drops_out):

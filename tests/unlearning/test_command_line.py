@@ -110,7 +110,9 @@ def test_the_command_in_the_card_gives_the_audit_of_the_run(tmp_path, model, dat
 
 
 def test_settings_come_from_a_file(tmp_path, model, data):
-    (tmp_path / "settings.yaml").write_text("epochs: 2\nbatch_size: 6\nreport: false\nforget_loss: hinge\n")
+    (tmp_path / "settings.yaml").write_text(
+        "method: cliperase\nepochs: 2\nbatch_size: 6\nreport: false\nforget_loss: hinge\n"
+    )
     words = [
         "--data",
         data,

@@ -44,6 +44,8 @@ def examples():
 def run(**changes):
     trains = changes.get("method") not in ("drop_direction", "shrink")
     settings = QUICK if trains else {"progress": False, "report": False}
+    if "config" in changes:  # which names the method
+        settings = {name: value for name, value in settings.items() if name != "method"}
     return cf.unlearn(make_tiny_clip(), *split_pairs(make_pairs(), "red"), **{**settings, **changes})
 
 
@@ -240,7 +242,8 @@ def test_options_reach_the_method_and_the_record(examples):
          "method 'push_apart' has no option 'weigth'; did you mean 'weight'"),
         ({"method": "push_apart", "method_options": {"weight": "much"}}, "weight='much' must be a number"),
         ({"method": "push_apart", "method_options": {"weight": 0}}, "weight=0.0 must be positive"),
-        ({"method_options": {"weight": 1}}, "method 'cliperase' has no option 'weight'; it has no options"),
+        ({"method": "cliperase", "method_options": {"weight": 1}},
+         "method 'cliperase' has no option 'weight'; it has no options"),
         ({"method_options": "weight=1"}, "method_options='weight=1' must be a mapping"),
         ({"method": "gradient_ascent", "lambda_retain": 2},
          r"method='gradient_ascent' does not use lambda_retain \(now 2.0\); leave it at its default 1.0"),

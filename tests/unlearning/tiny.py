@@ -32,4 +32,4 @@ def split_pairs(pairs, colour):
     return [p for p in pairs if colour in p[1]], [p for p in pairs if colour not in p[1]]
 
 
-QUICK = {"epochs": 2, "batch_size": 6, "learning_rate": 1e-3, "progress": False, "report": False}
+QUICK = {"method": "cliperase", "epochs": 2, "batch_size": 6, "learning_rate": 1e-3, "progress": False, "report": False}
