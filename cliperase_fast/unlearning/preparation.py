@@ -314,8 +314,10 @@ def _measure(
     if not automatic and settings.select != "divergence":
         return Baseline(encoded, scores, candidate, of_validation)
     scale = float(original.logit_scale().detach())
-    labels = data.train.pairs.labels
-    retained = None if labels is None else np.unique(np.asarray(labels)[data.train.n_forget :])
+    labels, same_classes = data.train.pairs.labels, data.train.pairs.space == part.pairs.space
+    retained = None  # derived classes can differ between splits if most of the captions are unique
+    if labels is not None and same_classes:
+        retained = np.unique(np.asarray(labels)[data.train.n_forget :])
     meter = DivergenceMeter(of_validation, scale, part.pairs, ~part.forget_mask, classes=retained, seed=settings.seed)
     return Baseline(encoded, scores, candidate, of_validation, meter)
 

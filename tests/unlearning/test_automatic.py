@@ -238,6 +238,14 @@ def test_a_target_that_no_rate_reaches_within_the_floor_is_reported(monkeypatch)
     assert "gave way" in result.selection["reason"]
 
 
+def test_retain_pairs_whose_captions_are_mostly_unique_need_no_shared_classes():
+    """The forget captions make classes, of which each split has others, as each caption of its own is one."""
+    retain = [(image, f"{caption} number {i}") for i, (image, caption) in enumerate(RETAIN)]
+    test = TEST[0], [(image, f"{caption} number {i}") for i, (image, caption) in enumerate(TEST[1])]
+    result = cf.unlearn(make_model(), FORGET, retain, test=test, steps=10, **QUIET)
+    assert result.selection["divergence"]["pairs"] == 9
+
+
 OWN = tuple([pair for pair in make_pairs(6, seed=7) if ("red" in pair[1]) is wanted] for wanted in (True, False))
 
 
