@@ -14,6 +14,7 @@ from cliperase_fast.evaluation.encoding import EncodedPairs
 from cliperase_fast.evaluation.queries import CHUNK
 
 CAPTIONS = 256  # at most compared in data without classes
+LEAST_SCALE = 5.0  # a softmax over smaller multiples of cosines is nearly flat, whatever the model predicts
 LEAST_PAIRS = 4  # of a class that is judged on its own
 
 
@@ -50,7 +51,7 @@ class DivergenceMeter:
 
     where f is the probability of the forgotten captions (at most 256 without classes) if they are added to the softmax,
     and f° that of the original. An image that moves to a forgotten caption counts, and one that leaves it does not.
-    Computed in float64.
+    Computed in float64. If the original's scale is less than `LEAST_SCALE`, all scales are multiplied up to there.
 
     original: features of the original. logit_scale: the original's, exponentiated. pairs: the split. retain: bool [n].
     classes: numbers of the retained classes; by default those of the split's retain pairs. seed: of the samples.
@@ -67,6 +68,7 @@ class DivergenceMeter:
         seed: int = 0,
     ) -> None:
         self.rows = np.flatnonzero(retain)
+        self.sharpness = max(1.0, LEAST_SCALE / max(logit_scale, 1e-6))
         self.labels: np.ndarray | None = None
         self.names = pairs.classes
         if pairs.labels is not None and original.class_features is not None:
@@ -124,7 +126,7 @@ class DivergenceMeter:
         [n] among all captions."""
         captions = encoded.caption_features if self.labels is None else encoded.class_features
         assert captions is not None
-        images = logit_scale * encoded.image_features[torch.from_numpy(self.rows[start:stop])].double()
+        images = self.sharpness * logit_scale * encoded.image_features[torch.from_numpy(self.rows[start:stop])].double()
         logits, others = (
             self._of_own_kind(images @ captions[some].double().T, some, start, stop)
             for some in (self.columns, self.forgotten)

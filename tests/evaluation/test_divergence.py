@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from cliperase_fast.evaluation import Background, DivergenceMeter, EncodedPairs
-from cliperase_fast.evaluation.divergence import CAPTIONS
+from cliperase_fast.evaluation.divergence import CAPTIONS, LEAST_SCALE
 
 RETAIN = np.arange(40) >= 10
 
@@ -102,6 +102,13 @@ def test_classes_of_few_pairs_are_judged_together():
         "class 0": 20, "class 3": 4, "2 classes of fewer than 4 pairs": 6,
     }  # fmt: skip
     assert meter(after, 13.0).pairs == 30
+
+
+def test_small_scales_are_raised_so_that_changes_of_the_cosines_show():
+    before, after = encoded_pairs(1), encoded_pairs(2)
+    scales = (0.5, LEAST_SCALE)
+    flat, sharp = (DivergenceMeter(before, scale, PAIRS, RETAIN).values(after, 2 * scale) for scale in scales)
+    assert flat == pytest.approx(sharp) and flat.mean() > 1
 
 
 def test_divergence_is_zero_for_the_original_itself():
