@@ -21,7 +21,7 @@ from cliperase_fast.unlearning.batches import CaptionTable
 from cliperase_fast.unlearning.engines.base import train_mode
 from cliperase_fast.unlearning.run import Baseline
 from cliperase_fast.unlearning.runtime import Runtime
-from cliperase_fast.unlearning.selection import Target
+from cliperase_fast.unlearning.selection import ASSOCIATION_MARGIN, Target
 from cliperase_fast.unlearning.splits import Split
 
 SAME = 1e-6  # features closer than this in every component are equal
@@ -157,9 +157,9 @@ def check_forgettable(automatic: bool, part: Split, baseline: Baseline) -> list[
         if target.reached(before):
             raise InputError(
                 f"there is nothing to forget: on the validation split the model scores {before.forget:.1%} on the "
-                f"forget pairs, and their cosine of {before.forget_similarity:.2f} is that of unrelated pairs "
-                f"({target.background:.2f}); choose forget pairs that the model knows, or give numbers for "
-                "learning_rate and epochs to train anyway"
+                f"forget pairs, whose cosine of {before.forget_similarity:.2f} is not above that of unrelated pairs "
+                f"({target.background:.2f}) by more than {ASSOCIATION_MARGIN:g}; choose pairs that the model knows, "
+                "or give numbers for learning_rate and epochs to train anyway"
             )
     choices = len(part.pairs.classes or ()) or len(baseline.validation_encoded.caption_features)
     if choices < 2 or before.forget > 1 / choices:

@@ -98,7 +98,7 @@ def _selection(run: Run, method: Method, state: TrainState) -> dict[str, Any]:
     return {
         "epoch": best.epoch,
         "step": best.step,
-        "reason": selection.reason(best, len(state.evaluations), method.describe(best), method.unused_settings),
+        "reason": selection.reason(best, state.evaluations, method.describe(best), method.unused_settings),
         "within_floor": selection.within(best),
         "target_reached": None if run.target is None else run.target.reached(best),
         "validation": {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -94,11 +95,15 @@ class Rule(Protocol):
         ...
 
     def reason(
-        self, chosen: Candidate, evaluations: int, name: str = "", unused_settings: frozenset[str] = frozenset()
+        self,
+        chosen: Candidate,
+        evaluations: Sequence[Candidate],
+        name: str = "",
+        unused_settings: frozenset[str] = frozenset(),
     ) -> str:
         """Say why this candidate was chosen.
 
-        evaluations: how many there were. name: what the method calls the candidate, by default its epoch and step.
+        evaluations: all of them. name: what the method calls the candidate, by default its epoch and step.
         unused_settings: those that the method does not use, so that they are not recommended.
         """
         ...
@@ -132,7 +137,11 @@ class Selection:
         return (1, -candidate.retain, candidate.forget, candidate.forget_similarity)
 
     def reason(
-        self, chosen: Candidate, evaluations: int, name: str = "", unused_settings: frozenset[str] = frozenset()
+        self,
+        chosen: Candidate,
+        evaluations: Sequence[Candidate],
+        name: str = "",
+        unused_settings: frozenset[str] = frozenset(),
     ) -> str:
         name, scores, seen = _words(chosen, evaluations, name, self.retain_before)
         if self.last:
@@ -194,7 +203,11 @@ class TargetSelection:
         return (0, candidate.diverged)
 
     def reason(
-        self, chosen: Candidate, evaluations: int, name: str = "", unused_settings: frozenset[str] = frozenset()
+        self,
+        chosen: Candidate,
+        evaluations: Sequence[Candidate],
+        name: str = "",
+        unused_settings: frozenset[str] = frozenset(),
     ) -> str:
         """See `Rule.reason`."""
         name, scores, seen = _words(chosen, evaluations, name, self.retain_before)
@@ -208,11 +221,13 @@ class TargetSelection:
                 "retain_floor, or choose a method that keeps more."
             )
         if not self.target.reached(chosen):
+            rest, remedy = " and kept the rest", "Allow more with worst_class_floor or retain_floor"
+            if all(map(self.within, evaluations)):
+                rest, remedy = ", though all kept the rest", _push(unused_settings)
             return (
                 f"No checkpoint of {seen} reached the target (association at most {self.target.association:.2f}, "
-                f"forget at most {FORGET_SCORE:.0%}) and kept the rest. The target gave way; {lower} came closest to "
-                f"it (association {chosen.forget_similarity:.2f}): {scores}. Allow more with worst_class_floor or "
-                "retain_floor, or choose another method."
+                f"forget at most {FORGET_SCORE:.0%}){rest}. The target gave way; {lower} came closest to it "
+                f"(association {chosen.forget_similarity:.2f}): {scores}. {remedy}, or choose another method."
             )
         return (
             f"{name} diverges least from the original ({diverged}) among those of {seen} that reached the target "
@@ -228,13 +243,16 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def _words(chosen: Candidate, evaluations: int, name: str, retain_before: float) -> tuple[str, str, str]:
+def _words(
+    chosen: Candidate, evaluations: Sequence[Candidate], name: str, retain_before: float
+) -> tuple[str, str, str]:
     """Return the candidate's name, its scores and the number of evaluations in words."""
+    count = len(evaluations)
     name = name or f"Epoch {chosen.epoch} (step {chosen.step})"
     scores = (
         f"on the validation split forget {chosen.forget:.1%}, retain {chosen.retain:.1%} (before {retain_before:.1%})"
     )
-    return name, scores, f"{evaluations} checkpoint" + ("s" if evaluations != 1 else "")
+    return name, scores, f"{count} checkpoint" + ("s" if count != 1 else "")
 
 
 def _remedy(unused: frozenset[str]) -> str:
@@ -244,3 +262,12 @@ def _remedy(unused: frozenset[str]) -> str:
     if "lambda_retain" in unused:
         return "Try a lower learning_rate or fewer epochs, or allow more with retain_floor"
     return "Try a lower learning_rate, a larger lambda_retain or lambda_consistency, or allow more with retain_floor"
+
+
+def _push(unused: frozenset[str]) -> str:
+    """Say which settings may forget more, of those that the method uses."""
+    if "lambda_forget" not in unused:
+        return "Give the forget terms more weight (lambda_forget, method_options)"
+    if "learning_rate" not in unused:
+        return "Give a higher learning_rate"
+    return "Change method_options"

@@ -200,8 +200,8 @@ def test_advice_names_no_setting_that_the_method_does_not_use(examples, method, 
 def test_the_reason_of_a_choice_below_the_floor_names_settings_of_the_method(examples, method, says):
     chosen = Candidate(step=3, epoch=1, forget=0.0, retain=0.1, forget_similarity=0.0)
     unused = registry._METHODS[method].unused_settings
-    assert says in Selection(0.9, 0.02).reason(chosen, 2, "Edit 3", unused)
-    assert "edit 3 lost the least" in Selection(0.9, 0.02).reason(chosen, 2, "Edit 3", unused)
+    assert says in Selection(0.9, 0.02).reason(chosen, [chosen, chosen], "Edit 3", unused)
+    assert "edit 3 lost the least" in Selection(0.9, 0.02).reason(chosen, [chosen, chosen], "Edit 3", unused)
 
 
 def test_a_closed_form_method_that_never_evaluates_is_evaluated_once(examples):

@@ -229,7 +229,7 @@ def chosen(*candidates):
 def test_the_least_divergence_at_the_target_is_selected():
     far, near, gentle = candidate(1, association=0.3, divergence=0.01), candidate(2), candidate(3, divergence=0.04)
     assert chosen(far, near, gentle) is gentle
-    assert "Epoch 1 (step 3) diverges least from the original (0.040 nats)" in RULE.reason(gentle, 3)
+    assert "Epoch 1 (step 3) diverges least from the original (0.040 nats)" in RULE.reason(gentle, [far, near, gentle])
 
 
 def test_a_class_that_diverges_too_much_is_not_selected():
@@ -246,8 +246,21 @@ def test_a_large_drop_of_the_retain_score_is_not_selected():
 def test_the_result_says_whether_the_target_or_the_floor_gave_way():
     inside, outside = candidate(1, 0.5, 0.4), candidate(2, worst=0.9)
     assert chosen(inside, outside) is inside
-    assert "The target gave way; epoch 1 (step 1) came closest to it" in RULE.reason(inside, 2)
-    assert "The floor gave way; epoch 1 (step 2) diverges least" in RULE.reason(outside, 1)
+    said = RULE.reason(inside, [inside, outside])
+    assert "The target gave way; epoch 1 (step 1) came closest to it" in said
+    assert "and kept the rest" in said and "Allow more with worst_class_floor" in said
+    assert "The floor gave way; epoch 1 (step 2) diverges least" in RULE.reason(outside, [outside])
+
+
+@pytest.mark.parametrize(
+    ("unused", "advice"),
+    [((), "more weight (lambda_forget, method_options)"), (("lambda_forget",), "Give a higher learning_rate"),
+     (("lambda_forget", "learning_rate"), "Change method_options")],
+)  # fmt: skip
+def test_where_nothing_left_the_floor_the_advice_is_not_to_lower_it(unused, advice):
+    far = candidate(1, 0.5, 0.4)
+    said = RULE.reason(far, [far, candidate(2, 0.5, 0.5)], unused_settings=frozenset(unused))
+    assert "though all kept the rest" in said and said.endswith(f"{advice}, or choose another method.")
 
 
 def test_wilson_intervals_are_those_of_the_textbook():

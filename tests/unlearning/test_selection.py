@@ -36,7 +36,7 @@ def test_the_lowest_forget_score_within_the_floor_is_chosen(candidates, chosen):
 
 def test_the_reason_names_the_choice_and_its_scores():
     rule, best = choose([candidate(1, 0.5, 0.98), candidate(2, 0.125, 0.97)])
-    reason = rule.reason(best, 2)
+    reason = rule.reason(best, [best, best])
     for part in ("Epoch 2 (step 2)", "2 checkpoints", "2 points", "12.5%", "97.0%", "98.0%"):
         assert part in reason
 
@@ -44,8 +44,8 @@ def test_the_reason_names_the_choice_and_its_scores():
 def test_the_reason_says_if_nothing_is_within_the_floor():
     rule, best = choose([candidate(1, 0.0, 0.5)])
     assert not rule.within(best)
-    assert "No checkpoint" in rule.reason(best, 1)
-    assert "retain_floor" in rule.reason(best, 1)
+    assert "No checkpoint" in rule.reason(best, [best])
+    assert "retain_floor" in rule.reason(best, [best])
 
 
 def test_a_lower_similarity_alone_is_better_but_not_progress():
@@ -58,4 +58,4 @@ def test_a_lower_similarity_alone_is_better_but_not_progress():
 def test_the_last_is_chosen_on_request():
     rule = Selection(0.98, 0.02, last=True)
     assert rule.better(candidate(2, 0.9, 0.1), candidate(1, 0.0, 0.98))
-    assert "the last" in rule.reason(candidate(2, 0.9, 0.1), 2)
+    assert "the last" in rule.reason(candidate(2, 0.9, 0.1), [])
