@@ -287,15 +287,16 @@ def records() -> dict[str, Any]:
 
 
 def search(record: Record) -> list[str | Table]:
-    """A row for each method: its recipe, and what the tried settings came to on validation pairs."""
+    """A row for each method: its recipe, and the outcome of the tried settings on each concept's validation pairs."""
     rows = []
+    concepts = list(dict.fromkeys(run["concept"] for run in record["runs"]))
     for method, setting in record["chosen"].items():
         runs = [run for run in record["runs"] if run["method"] == method]
-        told = "; ".join(_judgement(run) for run in runs)
-        rows.append((f"`{method}`", _setting(setting), told, f"{sum(run['cpu_seconds'] for run in runs):.0f} s"))
+        told = ["; ".join(_judgement(run) for run in runs if run["concept"] == concept) for concept in concepts]
+        rows.append((f"`{method}`", _setting(setting), *told, f"{sum(run['cpu_seconds'] for run in runs):.0f} s"))
     seconds = sum(run["cpu_seconds"] for run in record["runs"])
     budget = f"{record['tried']} settings of each method, {seconds / 60:.0f} minutes of processor time in all."
-    return [budget, (("", "recipe", "tried", "processor time"), rows)]
+    return [budget, (("", "recipe", *(f"tried on {concept}" for concept in concepts), "processor time"), rows)]
 
 
 def _judgement(run: Mapping[str, Any]) -> str:
