@@ -63,16 +63,10 @@ def to_transformers(model: nn.Module) -> Any:
     transformers = _transformers()
     model = _plain(model)
     config = prove_config(model)
-    embed_dim, vision, text = config["embed_dim"], config["vision_cfg"], config["text_cfg"]
+    embed_dim, vision = config["embed_dim"], config["vision_cfg"]
     _refuse_others("vision_cfg", vision, _VISION_KEYS)
-    _refuse_others("text_cfg", text, _TEXT_KEYS)
     _refuse_others("the model", config, _MODEL_KEYS)
     quick = config.get("quick_gelu", False)
-    pool = text.get("pool_type", "argmax")
-    if pool not in ("argmax", "eos") or (pool == "eos" and text.get("eos_id", 2) == _LEGACY_END):
-        raise InputError(
-            f"CLIPModel cannot pool texts like this one (pool_type {pool!r}, eos_id {text.get('eos_id', 2)})"
-        )
     result = transformers.CLIPModel(
         transformers.CLIPConfig(
             projection_dim=embed_dim,
@@ -82,19 +76,10 @@ def to_transformers(model: nn.Module) -> Any:
                 "patch_size": _square("patch_size", vision["patch_size"]),
                 "projection_dim": embed_dim,
             },
-            text_config={
-                **_tower_config(text, text["heads"], quick),
-                "vocab_size": text["vocab_size"],
-                "max_position_embeddings": text["context_length"],
-                "eos_token_id": _LEGACY_END if pool == "argmax" else text["eos_id"],
-                "bos_token_id": text["vocab_size"] - 2,
-                "pad_token_id": text.get("pad_id", 0),
-                "projection_dim": embed_dim,
-            },
+            text_config=_text_config(config),
         )
     )
-    state = {name.removeprefix("text."): value for name, value in model.state_dict().items()}
-    return _filled(result, _transformers_state(state), model)
+    return _filled(result, _transformers_state(_without_text(model)), model)
 
 
 @torch_defaults()
@@ -141,20 +126,34 @@ def to_open_clip(model: nn.Module) -> Any:
 def to_diffusers_text_encoder(model: nn.Module, *, projection: bool = False) -> Any:
     """Convert the text tower for Stable Diffusion: `pipeline.text_encoder = to_diffusers_text_encoder(model)`.
 
-    model: an open_clip model or a transformers CLIPModel. Returns a transformers `CLIPTextModel`, or with `projection`
-    a `CLIPTextModelWithProjection` (the second encoder of SDXL). Its width must be the one that the denoiser expects.
+    model: an open_clip model, whose image tower may be of any kind, or a transformers CLIPModel. Returns a transformers
+    `CLIPTextModel`, or with `projection` a `CLIPTextModelWithProjection` (the second encoder of SDXL). Its width must
+    be the one that the denoiser expects.
     """
     transformers = _transformers()
     model = _plain(model)
-    clip: Any = model if isinstance(model, transformers.CLIPModel) else to_transformers(model)
-    config = copy.deepcopy(clip.config.text_config)
-    config.projection_dim = clip.config.projection_dim
+    weight = next(model.parameters())
+    if isinstance(model, transformers.CLIPModel):
+        config, state = copy.deepcopy(model.config.text_config), model.state_dict()
+        config.projection_dim = model.config.projection_dim
+    else:
+        source = prove_config(model)
+        _refuse_others("the model", source, _MODEL_KEYS)
+        config, state = transformers.CLIPTextConfig(**_text_config(source)), _text_state(_without_text(model))
+        projected = transformers.CLIPTextModelWithProjection(config)
+        _load_text(projected.to(device=weight.device, dtype=weight.dtype).eval(), state)
+        _require_equal(model, projected, _text_difference(model, projected))
     encoder = (transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel)(config)
-    getattr(encoder, "text_model", encoder).load_state_dict(clip.text_model.state_dict())
-    if projection:
-        encoder.text_projection.load_state_dict(clip.text_projection.state_dict())
-    weight = next(clip.parameters())
+    _load_text(encoder, state)
     return encoder.to(device=weight.device, dtype=weight.dtype).eval()
+
+
+def _load_text(encoder: Any, state: State) -> None:
+    """Load the text tower of a CLIPModel's state dict into one of transformers' text models."""
+    tower = {name.removeprefix("text_model."): value for name, value in state.items() if name.startswith("text_model.")}
+    getattr(encoder, "text_model", encoder).load_state_dict({name: value.contiguous() for name, value in tower.items()})
+    if hasattr(encoder, "text_projection"):
+        encoder.text_projection.load_state_dict({"weight": state["text_projection.weight"].contiguous()})
 
 
 def _plain(model: nn.Module) -> nn.Module:
@@ -204,6 +203,26 @@ def _tower_config(tower: Config, heads: int, quick: bool) -> Config:
         "num_attention_heads": heads,
         "hidden_act": "quick_gelu" if quick else "gelu_pytorch_tanh" if tanh else "gelu",
         "layer_norm_eps": (tower.get("norm_kwargs") or {}).get("eps", 1e-5),
+    }
+
+
+def _text_config(config: Config) -> Config:
+    """Return transformers' configuration of the text tower. config: open_clip's of the whole model."""
+    text = config["text_cfg"]
+    _refuse_others("text_cfg", text, _TEXT_KEYS)
+    pool = text.get("pool_type", "argmax")
+    if pool not in ("argmax", "eos") or (pool == "eos" and text.get("eos_id", 2) == _LEGACY_END):
+        raise InputError(
+            f"CLIPModel cannot pool texts like this one (pool_type {pool!r}, eos_id {text.get('eos_id', 2)})"
+        )
+    return {
+        **_tower_config(text, text["heads"], config.get("quick_gelu", False)),
+        "vocab_size": text["vocab_size"],
+        "max_position_embeddings": text["context_length"],
+        "eos_token_id": _LEGACY_END if pool == "argmax" else text["eos_id"],
+        "bos_token_id": text["vocab_size"] - 2,
+        "pad_token_id": text.get("pad_id", 0),
+        "projection_dim": config["embed_dim"],
     }
 
 
@@ -259,22 +278,43 @@ def _layers(state: State, vision: str, text: str) -> dict[str, int]:
     }
 
 
+_NO_PROJECTION = "CLIPModel projects the features of both towers, but this model has a tower without projection"
+
+
 def _transformers_state(state: State) -> State:
-    layers = _layers(state, "visual.transformer.resblocks.", "transformer.resblocks.")
-    result = {theirs: state[ours] for ours, theirs in (*_SINGLE, *_renamed(layers))}
-    for ours, theirs in _attention_names(layers):
-        for kind in ("weight", "bias"):
-            for part, tensor in zip(_PARTS, state[f"{ours}in_proj_{kind}"].chunk(3), strict=True):
-                result[f"{theirs}{part}.{kind}"] = tensor
-    if "visual.proj" not in state or ("text_projection" not in state and "text_projection.weight" not in state):
-        raise InputError(
-            "CLIPModel projects the features of both towers, but this model has a tower without projection"
-        )
+    result = {**_renamed_state(state, "vision_model."), **_text_state(state)}
+    if "visual.proj" not in state:
+        raise InputError(_NO_PROJECTION)
     result["visual_projection.weight"] = state["visual.proj"].T
-    linear = state.get("text_projection.weight")
-    result["text_projection.weight"] = state["text_projection"].T if linear is None else linear
     result["logit_scale"] = state["logit_scale"].reshape(())
     return result
+
+
+def _text_state(state: State) -> State:
+    """Return the text tower's part of the state. The image tower may be any."""
+    result = _renamed_state(state, "text_model.")
+    linear = state.get("text_projection.weight")
+    if linear is None and "text_projection" not in state:
+        raise InputError(_NO_PROJECTION)
+    result["text_projection.weight"] = state["text_projection"].T if linear is None else linear
+    return result
+
+
+def _renamed_state(state: State, tower: str) -> State:
+    """Return a tower's blocks, embeddings and norms under transformers' names. tower: their prefix."""
+    layers = _layers(state, "visual.transformer.resblocks.", "transformer.resblocks.")
+    names = (*_SINGLE, *_renamed(layers))
+    result = {theirs: state[ours] for ours, theirs in names if theirs.startswith(tower)}
+    for ours, theirs in _attention_names(layers):
+        for kind in ("weight", "bias") if theirs.startswith(tower) else ():
+            for part, tensor in zip(_PARTS, state[f"{ours}in_proj_{kind}"].chunk(3), strict=True):
+                result[f"{theirs}{part}.{kind}"] = tensor
+    return result
+
+
+def _without_text(model: nn.Module) -> State:
+    """Return the state dict of an open_clip model with the names of a CLIP: a CustomTextCLIP's start with "text."."""
+    return {name.removeprefix("text."): value for name, value in model.state_dict().items()}
 
 
 def _open_clip_state(state: State) -> State:
@@ -295,13 +335,16 @@ def _filled(result: nn.Module, state: State, source: nn.Module) -> Any:
     result.to(device=weight.device, dtype=weight.dtype)
     result.load_state_dict({name: tensor.contiguous() for name, tensor in state.items()})
     result.eval()
-    difference = _difference(source, result)
+    _require_equal(source, result, _difference(source, result))
+    return result
+
+
+def _require_equal(source: nn.Module, result: nn.Module, difference: float) -> None:
     if not difference <= TOLERANCE:
         raise InputError(
             f"this {type(source).__name__} cannot be converted: the features of the {type(result).__name__} differ "
             f"by {difference:.1e}; it has a part that the other library computes differently"
         )
-    return result
 
 
 @torch.no_grad()
@@ -315,6 +358,24 @@ def _difference(source: nn.Module, result: nn.Module) -> float:
     size = clip.visual.image_size
     shape = (2, 3, *((size, size) if isinstance(size, int) else size))
     pixels = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+    images, texts = pixels.to(device), _random_tokens(text, generator).to(device)
+    ours, theirs = ([image(images), write(texts)] for image, write in functions)
+    return max((left - right).abs().max().item() for left, right in zip(ours, theirs, strict=True))
+
+
+@torch.no_grad()
+def _text_difference(source: Any, encoder: nn.Module) -> float:
+    """Return the largest difference between normalised text features. encoder: a CLIPTextModelWithProjection."""
+    tokens = _random_tokens(getattr(source, "text", source), torch.Generator("cpu").manual_seed(0))
+    tokens = tokens.to(next(source.parameters()).device)
+    exact: Any = _exact(source)
+    ours, theirs = exact.encode_text(tokens), _exact(encoder)(input_ids=tokens).text_embeds
+    ours, theirs = (nn.functional.normalize(features.float(), dim=-1) for features in (ours, theirs))
+    return float((ours - theirs).abs().max())
+
+
+def _random_tokens(text: Any, generator: torch.Generator) -> Tensor:
+    """Return captions int64 [4, L], each with an end mark. text: an open_clip text tower, or a model that is one."""
     shape = (4, text.context_length)
     tokens = torch.randint(1, text.vocab_size - 1, shape, generator=generator, dtype=torch.int64, device="cpu")
     end = text.vocab_size - 1
@@ -324,9 +385,7 @@ def _difference(source: nn.Module, result: nn.Module) -> float:
     tokens[tokens == end] = 1
     tokens[rows, text.context_length // 2 + rows.clamp_max(text.context_length // 2 - 1)] = end
     tokens[0, -1] = end  # the first end mark counts
-    images, texts = pixels.to(device), tokens.to(device)
-    ours, theirs = ([image(images), write(texts)] for image, write in functions)
-    return max((left - right).abs().max().item() for left, right in zip(ours, theirs, strict=True))
+    return tokens
 
 
 def _exact(model: nn.Module) -> nn.Module:

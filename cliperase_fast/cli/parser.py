@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from cliperase_fast._version import __version__
-from cliperase_fast.cli import commands, inspect, select
+from cliperase_fast.cli import commands, generate, inspect, select
 from cliperase_fast.cli import ledger as ledgers
 from cliperase_fast.cli.completion import SHELLS
 from cliperase_fast.cli.settings import add_settings, demo_forget
@@ -34,6 +34,7 @@ _WITH_DATA = ("unlearn", "evaluate", "audit", "compare", "ledger", "demo", "insp
 _EXAMPLES_OF = {
     "inspect": inspect.EXAMPLES,
     "select": select.EXAMPLES,
+    "generate": generate.EXAMPLES,
     "unlearn": """\
 examples:
   cliperase-fast unlearn --model ViT-B-32:openai --data cifar100:/data --forget class:apple --output runs/apple
@@ -208,6 +209,10 @@ def make_parser() -> argparse.ArgumentParser:
     select.add_arguments(find)
     _add_encoding(find)
     _add_progress(find)
+
+    paint = _command(subparsers, "generate", "what a text-to-image pipeline paints after unlearning", generate.generate)
+    generate.add_arguments(paint, _MODEL)
+    _add_progress(paint)
 
     demo = _command(subparsers, "demo", "train a small CLIP and make it forget, from nothing", commands.demo)
     demo.usage = "cliperase-fast demo [--data SOURCE] [--forget SELECTOR] [--oracles N] [--output DIR] [settings]"

@@ -118,6 +118,18 @@ def test_a_wrong_conversion_is_never_returned(monkeypatch):
 
 
 @torch.no_grad()
+def test_the_text_tower_is_exported_beside_any_image_tower():
+    model = tiny_open_clip(**TIMM)
+    tokens = tokens_for(model.context_length)
+    with pytest.raises(cf.InputError, match="CLIPModel cannot express timm"):
+        export.to_transformers(model)
+    projected = export.to_diffusers_text_encoder(model, projection=True)
+    torch.testing.assert_close(projected(tokens).text_embeds, model.encode_text(tokens), rtol=1e-4, atol=1e-5)
+    plain = export.to_diffusers_text_encoder(model)(tokens).last_hidden_state
+    torch.testing.assert_close(plain, projected(tokens).last_hidden_state)
+
+
+@torch.no_grad()
 def test_a_diffusion_pipeline_paints_with_the_exported_text_encoder():
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
