@@ -26,6 +26,7 @@ from cliperase_fast.planning.plan import step_of
 
 from . import (
     audit_report,
+    generation_report,
     kernel_tables,
     leaderboard_report,
     ledger_report,
@@ -378,6 +379,7 @@ def _unaided() -> dict[str, Any]:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "generation": lambda: generation_report.figures(RESULTS / "generation.json", table, provenance),
     "ledger": lambda: ledger_report.figures(RESULTS / "ledger.json", table, provenance),
     "unaided": lambda: unaided_report.overall_line(_unaided()),
     "unaided-overview": lambda: table(*unaided_report.overview_table(_unaided())),
