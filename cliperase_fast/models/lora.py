@@ -89,7 +89,9 @@ def inject_lora(adapter: ClipAdapter, rank: int, alpha: float) -> None:
     for tower, blocks in zip(("image", "text"), adapter.blocks(), strict=True):
         if not blocks:
             raise InputError(
-                f'trainable="lora" needs the blocks of the {tower} tower, which are unknown for this model'
+                f'trainable="lora" needs the blocks of the {tower} tower, which are unknown for this '
+                f"{type(adapter.module).__name__} (a ModuleList or Sequential of modules of one class would be found): "
+                'use trainable="all", "image" or "text"'
             )
         if adapter.kind == "open_clip":
             for block in blocks:

@@ -55,10 +55,12 @@ def _chosen(adapter: ClipAdapter, spec: str) -> set[str]:
 
 def _last(adapter: ClipAdapter, spec: str, count: int, towers: dict[str, Tower | None]) -> set[str]:
     image, text = adapter.blocks()
-    if count > min(len(image), len(text)):
+    most = min(len(image), len(text))
+    if count > most:
+        remedy = f"use at most {most}" if most else 'use trainable="all", "image" or "text"'
         raise InputError(
             f"trainable={spec!r}: the image tower has {len(image)} known blocks and the text tower {len(text)}; "
-            f"use at most {min(len(image), len(text))}"
+            f"{remedy}"
         )
     kept = {id(parameter) for block in (*image[-count:], *text[-count:]) for parameter in block.parameters()}
     frozen = {id(parameter) for block in (*image[:-count], *text[:-count]) for parameter in block.parameters()}

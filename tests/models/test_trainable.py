@@ -133,6 +133,14 @@ def test_more_blocks_than_there_are_is_an_error_with_the_numbers() -> None:
         chosen(tiny_open_clip(), "last:13")
 
 
+@pytest.mark.parametrize("spec", ["last:1", "lora"])
+def test_without_known_blocks_the_error_says_what_can_be_trained(spec: str) -> None:
+    model = TwoTowers()
+    model.image_blocks, model.text_blocks = nn.ModuleList(), nn.ModuleList()
+    with pytest.raises(InputError, match='use trainable="all", "image" or "text"'):
+        chosen(model, spec)
+
+
 @pytest.mark.parametrize("spec", ["everything", "last", "last:0", "last:-1", "last:two", ""])
 def test_an_unknown_choice_is_named(spec: str) -> None:
     with pytest.raises(InputError, match="use all, image, text, last:K"):
