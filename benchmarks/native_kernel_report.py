@@ -54,10 +54,13 @@ def report(build: Path) -> Iterator[dict[str, Any]]:
 
 
 def _form(flags: str | None) -> str:
-    """Describe the template arguments (plain, masked, teacher)."""
+    """Describe the template arguments (plain, masked, teacher, compared, edited)."""
     if flags is None:
         return "any"
-    plain, masked, teacher = (flag == "1" for flag in re.findall(r"Lb([01])E", flags))
+    plain, masked, teacher, compared, edited = (flag == "1" for flag in re.findall(r"Lb([01])E", flags))
+    if compared:
+        assert plain and teacher and not (masked and edited)
+        return "calibrated, edited" if edited else "calibrated, groups" if masked else "calibrated"
     if teacher:
         return "both, groups" if masked else "consistency, or both"
     assert plain != masked

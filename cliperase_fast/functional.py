@@ -228,7 +228,7 @@ def calibrated_loss(
         b'_j = <mean of I°, T°_j>, over the retain pairs of the training data. None: over those of this batch.
     lambda_*: finite weights >= 0, not all 0. A term of weight 0 comes back as 0.
     process_group, gather, keep: as in `cliperase_loss`; the batch of all ranks is one joint batch.
-    backend: as in `cliperase_loss`. "triton", and "native" on a GPU, do not have this loss; "auto" uses "torch" there.
+    backend: as in `cliperase_loss`.
 
     Returns CalibratedTerms(total, retain, forget, consistency, anchor). A mean over an empty set is 0.
     Raises InputError, before anything is computed, if an argument is not as above.

@@ -15,7 +15,7 @@ caption j. Without ids, the forget pairs are one concept, and no retain pair has
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -122,6 +122,40 @@ class CalibratedKernels(Protocol):
         sum is of dS alone and leaves own pairs out. A gradient that is not needed is an empty tensor.
         """
         ...
+
+
+# The largest entry of a block of dS in float16, by its bound; its largest number is 65504.
+_FLOAT16_LARGEST = 2.0**15
+
+
+def calibrated_terms(
+    features: Sequence[tuple[Tensor, Tensor]], edit: Edit | None, terms: GradientTerms, pull: Pull
+) -> tuple[Tensor, Tensor, Pull, Tensor]:
+    """Return (softmaxes [terms, 2 n + 2 m], diagonal [n], pull, unit []) of dS / unit, for backends that round it.
+
+    features: image and text of the student, and of the teacher. A softmax is its row anchors, row factors, column
+    anchors and column factors. The unit is 1, but for float16 one in which no entry exceeds the largest number, and
+    the largest entries are near it.
+    """
+    softmaxes = torch.stack(
+        [torch.cat((*softmax.rows, *softmax.columns)) for softmax in terms[:3] if softmax is not None]
+    )
+    if features[0][0].dtype != torch.float16:
+        return softmaxes, terms.diagonal, pull, softmaxes.new_ones(())
+    assert terms.largest is not None
+    largest = softmaxes.new_zeros(())
+    for image, text in features:
+        largest = largest + image.float().norm(dim=1).amax() * text.float().norm(dim=1).amax()
+    if edit is not None:
+        largest = largest + edit.row_levels.abs().amax() + edit.column_levels.abs().amax()
+    bound = terms.largest + largest * torch.stack(pull).abs().amax()
+    bound = torch.maximum(bound, terms.diagonal.abs().amax())
+    unit = bound.clamp_min(1e-30) / _FLOAT16_LARGEST
+    n = len(terms.diagonal)
+    m = softmaxes.shape[1] // 2 - n
+    softmaxes[:, n : 2 * n] /= unit
+    softmaxes[:, 2 * n + m :] /= unit
+    return softmaxes, terms.diagonal / unit, Pull(pull.forget / unit, pull.anchor / unit), unit
 
 
 class Calibrated(NamedTuple):

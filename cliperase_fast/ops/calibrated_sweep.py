@@ -67,7 +67,7 @@ class SortedPairs:
         self.image, self.text, self.teacher_image, self.teacher_text = map(
             self._sorted, (inputs.image, inputs.text, inputs.teacher_image, inputs.teacher_text)
         )
-        self.ids = None if inputs.group_ids is None else self._sorted(inputs.group_ids)
+        self.ids = None if inputs.group_ids is None else self._sorted(inputs.group_ids).contiguous()
         self.image_levels, self.text_levels = (
             self._sorted(levels).to(self.dtype) * 0.5 for levels in (inputs.background_image, inputs.background_text)
         )

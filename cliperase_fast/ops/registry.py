@@ -51,7 +51,7 @@ def _native(device: str) -> Implementation:
     from cliperase_fast.ops.native import cpu, cuda
 
     if device == "cuda":
-        return Implementation(cuda.sweep, _torch(device).sigmoid, eager.features_kl, cuda.kernels)
+        return Implementation(cuda.sweep, _torch(device).sigmoid, eager.features_kl, cuda.kernels, cuda.calibrated)
     return Implementation(cpu.sweep, cpu.sigmoid, eager.features_kl, cpu.kernels, cpu.calibrated)
 
 
@@ -135,7 +135,7 @@ REGISTRY: dict[str, Backend] = {
             why_missing=None if _NO_NATIVE is None else lambda: _NO_NATIVE,
             elsewhere=_NO_NATIVE_CUDA or "",
             keeps=True,
-            loss_devices={"sigmoid": ("cpu",), "calibrated": ("cpu",), "bernoulli": ()},
+            loss_devices={"sigmoid": ("cpu",), "bernoulli": ()},
         ),
         Backend(
             "triton",

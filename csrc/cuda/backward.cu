@@ -62,19 +62,21 @@ __device__ void add_softmax(float (&sum)[VECTOR], const float (&entry)[VECTOR], 
     }
 }
 
+// Forms a thread's part of dS; with a comparison, returns its part of the sum of dS S, before the pull.
 template <typename F>
-__global__ void __launch_bounds__(THREADS) backward_kernel(const GradientArguments a) {
+__device__ float form_gradient(const GradientArguments& a, std::int64_t row, std::int64_t column) {
     const Block& block = a.block;
-    const std::int64_t row = blockIdx.x / a.column_tiles * TILE_ROWS + (threadIdx.x / WARP) * ROWS;
-    const std::int64_t column = blockIdx.x % a.column_tiles * TILE_COLUMNS + (threadIdx.x % WARP) * VECTOR;
-    if (row >= block.rows || column >= block.columns) return;
-    Piece<ROWS> student, teacher;
-    student.load(block.student, block.leading, row, column, block, block.scalars[0] * LOG2_E);
-    if (F::teacher) teacher.load(block.teacher, block.leading, row, column, block, block.scalars[1] * LOG2_E);
+    const float scale = block.scalars[0] * LOG2_E, teacher_scale = F::teacher ? block.scalars[1] * LOG2_E : 0.0F;
+    Piece<ROWS> student, teacher;  // with a comparison the products, else S and S°
+    student.load(block.student, block.leading, row, column, block, F::compared ? 1.0F : scale);
+    if (F::teacher)
+        teacher.load(block.teacher, block.leading, row, column, block, F::compared ? 1.0F : teacher_scale);
 
     constexpr int masked_term = int(F::plain), teacher_term = F::students;
     const ColumnTerms plain_columns(a, 0, column), masked_columns(a, F::masked ? masked_term : 0, column);
     const ColumnTerms teacher_columns(a, F::teacher ? teacher_term : 0, column);
+    const ColumnEdit<F::edited> edit(block, column);
+    float dot = 0.0F;  // in units of log 2
     std::int64_t ids[VECTOR];
     if (F::masked) {
 #pragma unroll
@@ -86,6 +88,17 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(const GradientArgumen
         if (i >= block.rows) break;
         float sum[VECTOR] = {0.0F, 0.0F, 0.0F, 0.0F};
         const bool all[VECTOR] = {true, true, true, true};
+        float pull[VECTOR] = {0.0F, 0.0F, 0.0F, 0.0F};
+        if (F::compared) {
+            const RowEdit<F::edited> of_row(block, i);
+#pragma unroll
+            for (int c = 0; c < VECTOR; ++c) {
+                const bool edited = of_row.edit(edit, c, teacher.entry[r][c]);
+                const float difference = student.entry[r][c] - teacher.entry[r][c];
+                pull[c] = edited ? above(difference) * a.out.pull[0] : difference * a.out.pull[1];
+                student.entry[r][c] *= scale, teacher.entry[r][c] *= teacher_scale;
+            }
+        }
         if (F::plain) add_softmax(sum, student.entry[r], plain_columns, a, 0, i, all);
         if (F::masked) {
             const std::int64_t id = block.row_groups[i];
@@ -94,6 +107,13 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(const GradientArgumen
         }
         if (F::teacher) add_softmax(sum, teacher.entry[r], teacher_columns, a, teacher_term, i, all);
         const std::int64_t ahead = i + block.pair_offset - column;  // from `column` to the pair of row i
+        if (F::compared) {
+#pragma unroll
+            for (int c = 0; c < VECTOR; ++c) {
+                dot += column + c < block.columns && c != ahead ? sum[c] * student.entry[r][c] : 0.0F;
+                sum[c] += pull[c];
+            }
+        }
         if (ahead >= 0 && ahead < VECTOR) {
 #pragma unroll
             for (int c = 0; c < VECTOR; ++c)
@@ -101,9 +121,25 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(const GradientArgumen
         }
         store(a.out, i * a.out.gradient_leading + column, sum);
     }
+    return dot;
+}
+
+template <typename F>
+__global__ void __launch_bounds__(THREADS) backward_kernel(const GradientArguments a) {
+    extern __shared__ float4 shared_vectors[];
+    const std::int64_t row = blockIdx.x / a.column_tiles * TILE_ROWS + (threadIdx.x / WARP) * ROWS;
+    const std::int64_t column = blockIdx.x % a.column_tiles * TILE_COLUMNS + (threadIdx.x % WARP) * VECTOR;
+    float dot = 0.0F;
+    if (row < a.block.rows && column < a.block.columns) dot = form_gradient<F>(a, row, column);
+    if (F::compared) store_sum(reinterpret_cast<float*>(shared_vectors), dot * LN_2, a.out.dots + blockIdx.x);
 }
 
 }  // namespace
+
+std::int64_t backward_programs(const Block& block) {
+    check(block);
+    return divide_up(block.rows, TILE_ROWS) * divide_up(block.columns, TILE_COLUMNS);
+}
 
 void backward(const Block& block, const Backward& out, std::uintptr_t stream) {
     check(block);
@@ -115,11 +151,15 @@ void backward(const Block& block, const Backward& out, std::uintptr_t stream) {
     if (out.gradient_leading % VECTOR != 0 || out.gradient_leading < divide_up(block.columns, VECTOR) * VECTOR ||
         reinterpret_cast<std::uintptr_t>(out.gradient) % vector_bytes != 0)
         throw std::invalid_argument("rows of the gradient must begin at multiples of 4 entries and hold the columns");
+    if (block.comparison.wanted && (out.pull == nullptr || out.dots == nullptr))
+        throw std::invalid_argument("the address of the pull or of the dots is null");
     const std::int64_t column_tiles = divide_up(block.columns, TILE_COLUMNS);
+    const unsigned programs = grid_size(backward_programs(block));
     const GradientArguments arguments{block, out, column_tiles};
     with_form(block, [&](auto form) {
-        launch(backward_kernel<decltype(form)>, "backward_kernel",
-               dim3(grid_size(divide_up(block.rows, TILE_ROWS) * column_tiles)), 0, stream, arguments);
+        using F = decltype(form);
+        launch(backward_kernel<F>, "backward_kernel", dim3(programs), F::compared ? THREADS * sizeof(float) : 0, stream,
+               arguments);
     });
 }
 

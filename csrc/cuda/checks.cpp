@@ -13,6 +13,16 @@ void check(const Block& block) {
         throw std::invalid_argument("the address of the student's products or of the scalars is null");
     if ((block.row_groups == nullptr) != (block.column_groups == nullptr))
         throw std::invalid_argument("row_groups and column_groups must be given together");
+    const Comparison& comparison = block.comparison;
+    if (comparison.wanted ? block.teacher == nullptr : comparison.edits())
+        throw std::invalid_argument("a comparison needs a teacher, and ids and levels need a comparison");
+    for (const void* given : {static_cast<const void*>(comparison.column_ids),
+                              static_cast<const void*>(comparison.row_levels),
+                              static_cast<const void*>(comparison.column_levels)})
+        if ((given == nullptr) == comparison.edits())
+            throw std::invalid_argument("the ids and levels of rows and columns must be given together");
+    if (comparison.edits() && block.masked())
+        throw std::invalid_argument("a block with groups cannot be edited");
     if (block.leading % VECTOR != 0 || block.leading < block.columns)
         throw std::invalid_argument("leading must be a multiple of 4 and at least the number of columns");
     if (block.rows > INT64_MAX / 16 / block.leading)

@@ -29,14 +29,20 @@ struct TileArguments {
     float* row_partials;     // [chunks, stat_count, rows]
     float* column_partials;  // [row tiles, stat_count, columns]
     int chunks, tiles_per_chunk, column_tiles;
+    float* squares;  // [2, programs]
+    int programs;
 };
 
 // Shared memory: the warps' partials of columns, [kinds, 3, WARPS, TILE_COLUMNS]; then, one kind at a time, the lanes'
-// partials of rows, [3, TILE_ROWS, PADDED_WARP].
+// partials of rows, [3, TILE_ROWS, PADDED_WARP]. Behind both, with a comparison: the threads' sums of squares, [2,
+// THREADS], which would take registers that are short.
 template <typename F>
-constexpr std::size_t shared_floats() {
-    return std::max(F::kinds * 3 * WARPS * TILE_COLUMNS, 3 * TILE_ROWS * PADDED_WARP);
-}
+struct SharedFloats {
+    static constexpr int of_columns = F::kinds * 3 * WARPS * TILE_COLUMNS, of_rows = 3 * TILE_ROWS * PADDED_WARP;
+    static constexpr int partials = of_columns > of_rows ? of_columns : of_rows;
+    static constexpr int all = partials + (F::compared ? 2 * THREADS : 0);
+};
+static_assert(THREADS <= 3 * TILE_ROWS * PADDED_WARP, "store_sum uses the same memory");
 
 __device__ void store(float* partials, std::int64_t part, int stats, std::int64_t positions, std::int64_t position,
                       int kind, bool has_gap, const Partial& partial) {
@@ -154,23 +160,59 @@ __device__ void store_rows(float* shared, const RowStats<HasGap>& rows, const Ti
     store(a.row_partials, chunk, 2 * F::kinds + int(F::teacher), a.block.rows, row, kind, HasGap, merged);
 }
 
-// Excludes entries outside of the block, and the diagonal, which is written first.
-template <bool Teacher>
-__device__ void exclude(Tile& student, Tile& teacher, const TileArguments& a, std::int64_t row, std::int64_t column) {
+// Edits the teacher's products, and adds the squares of C - C* to the thread's sums: of edited entries, where it is
+// positive, to sums[0], and of the others to sums[THREADS]. Excluded entries are LOWEST in both.
+template <bool Edited>
+__device__ void add_squares(float* sums, const Tile& student, Tile& teacher, const Block& block, std::int64_t row,
+                            std::int64_t column) {
+    const ColumnEdit<Edited> columns(block, column);
+    float forget = 0.0F, anchor = 0.0F;
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+        const RowEdit<Edited> of_row(block, row + r);
+#pragma unroll
+        for (int c = 0; c < VECTOR; ++c) {
+            const bool edited = of_row.edit(columns, c, teacher.entry[r][c]);
+            const float difference = student.entry[r][c] - teacher.entry[r][c];
+            if (edited)
+                forget += above(difference) * above(difference);
+            else
+                anchor += difference * difference;
+        }
+    }
+    if (Edited) sums[0] += forget;
+    sums[THREADS] += anchor;
+}
+
+// Distances between rows or columns matter up to the size of a tile's piece.
+__device__ int clamped(std::int64_t distance) {
+    constexpr int far = ROWS + VECTOR;
+    return distance < -far ? -far : distance > far ? far : static_cast<int>(distance);
+}
+
+// Excludes entries outside of the block, and the diagonal, which is written first. ahead: from the pair of the first
+// row to the first column.
+template <typename F>
+__device__ void exclude(Tile& student, Tile& teacher, const TileArguments& a, std::int64_t row, std::int64_t column,
+                        int ahead) {
     const Block& block = a.block;
+    const int rows = clamped(block.rows - row), columns = clamped(block.columns - column);
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
 #pragma unroll
         for (int c = 0; c < VECTOR; ++c) {
-            const std::int64_t i = row + r, j = column + c;
-            const bool inside = i < block.rows && j < block.columns, paired = j == i + block.pair_offset;
+            const bool inside = r < rows && c < columns, paired = ahead + c == r;
             if (inside && paired) {
+                const std::int64_t i = row + r, j = column + c;
                 a.diagonal[i] = block.student[i * block.leading + j] * block.scalars[0];
-                if (Teacher) a.teacher_diagonal[i] = block.teacher[i * block.leading + j] * block.scalars[1];
+                if (F::teacher) a.teacher_diagonal[i] = block.teacher[i * block.leading + j] * block.scalars[1];
+                if (F::edited && block.comparison.row_ids[i] == block.comparison.column_ids[j])
+                    a.teacher_diagonal[i] =
+                        (block.comparison.row_levels[i] + block.comparison.column_levels[j]) * block.scalars[1];
             }
             if (!inside || paired) {
                 student.entry[r][c] = LOWEST;
-                if (Teacher) teacher.entry[r][c] = LOWEST;
+                if (F::teacher) teacher.entry[r][c] = LOWEST;
             }
         }
     }
@@ -197,24 +239,34 @@ __global__ void __launch_bounds__(THREADS, F::kinds == 3 ? 1 : 2) forward_kernel
     const Block& block = a.block;
     const int row_tile = static_cast<int>(blockIdx.x) / a.chunks, chunk = static_cast<int>(blockIdx.x) % a.chunks;
     const std::int64_t row = std::int64_t{row_tile} * TILE_ROWS + (threadIdx.x / WARP) * ROWS;
-    const float scale = block.scalars[0] * LOG2_E;
-    const float teacher_scale = F::teacher ? block.scalars[1] * LOG2_E : 0.0F;
-    const float shift = F::teacher ? block.scalars[2] * LOG2_E : 0.0F;
     RowStats<false> plain, masked;
     RowStats<true> with_gap;
+    float* const squares = shared + SharedFloats<F>::partials + threadIdx.x;
+    if (F::compared) squares[0] = 0.0F, squares[THREADS] = 0.0F;
     const int first = chunk * a.tiles_per_chunk;
     const int last = min(first + a.tiles_per_chunk, a.column_tiles);
     for (int tile = first; tile < last; ++tile) {
         const std::int64_t column = std::int64_t{tile} * TILE_COLUMNS + (threadIdx.x % WARP) * VECTOR;
+        // Read again for each tile: they would take registers that are short.
+        const float scale = block.scalars[0] * LOG2_E;
+        const float teacher_scale = F::teacher ? block.scalars[1] * LOG2_E : 0.0F;
+        // C - C* is formed before the scales, so that it is 0 for a student that equals its teacher.
         Tile student, teacher;
-        student.load(block.student, block.leading, row, column, block, scale);
-        if (F::teacher) teacher.load(block.teacher, block.leading, row, column, block, teacher_scale);
-        const std::int64_t ahead = column - (row + block.pair_offset);  // from the pair of the first row to `column`
+        student.load(block.student, block.leading, row, column, block, F::compared ? 1.0F : scale);
+        if (F::teacher)
+            teacher.load(block.teacher, block.leading, row, column, block, F::compared ? 1.0F : teacher_scale);
+        const int ahead = clamped(column - (row + block.pair_offset));
         const bool crossed = ahead > -VECTOR && ahead < ROWS;
         if (crossed || row + ROWS > block.rows || column + VECTOR > block.columns)
-            exclude<F::teacher>(student, teacher, a, row, column);
+            exclude<F>(student, teacher, a, row, column, ahead);
+        if (F::compared) {
+            add_squares<F::edited>(squares, student, teacher, block, row, column);
+            student.multiply(scale);
+            teacher.multiply(teacher_scale);
+        }
         __syncthreads();  // the columns of the previous tile have been stored
         if (F::teacher) {
+            const float shift = block.scalars[2] * LOG2_E;
             with_gap.add(teacher, student, shift);
             share_columns<true>(shared, F::students, teacher, student, shift);
         }
@@ -233,6 +285,10 @@ __global__ void __launch_bounds__(THREADS, F::kinds == 3 ? 1 : 2) forward_kernel
     if (F::plain) store_rows<F>(shared, plain, a, row_tile, chunk, 0);
     if (F::masked) store_rows<F>(shared, masked, a, row_tile, chunk, int(F::plain));
     if (F::teacher) store_rows<F>(shared, with_gap, a, row_tile, chunk, F::students);
+    if (F::compared) {
+        store_sum(shared, squares[0], a.squares + blockIdx.x);
+        store_sum(shared, squares[THREADS], a.squares + a.programs + blockIdx.x);
+    }
 }
 
 // Merges partials [parts, stat_count, positions] into statistics, of the rows and of the columns.
@@ -286,6 +342,12 @@ std::int64_t forward_workspace(const Block& block) {
     return stat_count(block) * (tiling.chunks * block.rows + tiling.row_tiles * block.columns);
 }
 
+std::int64_t forward_programs(const Block& block) {
+    check(block);
+    const Tiling tiling(block);
+    return tiling.row_tiles * tiling.chunks;
+}
+
 void forward(const Block& block, const Forward& out, std::uintptr_t stream) {
     check(block);
     const bool teacher = block.teacher != nullptr;
@@ -294,6 +356,8 @@ void forward(const Block& block, const Forward& out, std::uintptr_t stream) {
     if (out.rows.data == nullptr || out.columns.data == nullptr || out.diagonal == nullptr ||
         (teacher && out.teacher_diagonal == nullptr))
         throw std::invalid_argument("the address of the statistics or of a diagonal is null");
+    if (block.comparison.wanted && out.squares == nullptr)
+        throw std::invalid_argument("the address of the squares is null");
     if (out.rows.stride < block.rows || out.columns.stride < block.columns)
         throw std::invalid_argument(
             "the statistics overlap: their stride must be at least the block's rows or columns");
@@ -302,6 +366,7 @@ void forward(const Block& block, const Forward& out, std::uintptr_t stream) {
     float* const row_partials = out.workspace;
     float* const column_partials = row_partials + stats * tiling.chunks * block.rows;
     grid_size(tiling.column_tiles + tiling.tiles_per_chunk);  // must fit 32 bits
+    const unsigned programs = grid_size(forward_programs(block));
     const TileArguments tile{block,
                              out.diagonal,
                              out.teacher_diagonal,
@@ -309,11 +374,13 @@ void forward(const Block& block, const Forward& out, std::uintptr_t stream) {
                              column_partials,
                              static_cast<int>(tiling.chunks),
                              static_cast<int>(tiling.tiles_per_chunk),
-                             static_cast<int>(tiling.column_tiles)};
+                             static_cast<int>(tiling.column_tiles),
+                             out.squares,
+                             static_cast<int>(programs)};
     with_form(block, [&](auto form) {
         using F = decltype(form);
-        launch(forward_kernel<F>, "forward_kernel", dim3(grid_size(tiling.row_tiles * tiling.chunks)),
-               shared_floats<F>() * sizeof(float), stream, tile);
+        launch(forward_kernel<F>, "forward_kernel", dim3(programs),
+               SharedFloats<F>::all * sizeof(float), stream, tile);
     });
     const MergeArguments merge{{row_partials, tiling.chunks, block.rows, out.rows},
                                {column_partials, tiling.row_tiles, block.columns, out.columns},

@@ -14,10 +14,10 @@ namespace cliperase::cuda {
 constexpr int WARP = 32, WARPS = 8, THREADS = WARP * WARPS;
 constexpr int VECTOR = 4;  // entries that are read and written at once
 
-// The statistics that a kernel is compiled for.
-template <bool Plain, bool Masked, bool Teacher>
+// The statistics that a kernel is compiled for, and whether it compares the cosines and edits the teacher's.
+template <bool Plain, bool Masked, bool Teacher, bool Compared, bool Edited>
 struct Form {
-    static constexpr bool plain = Plain, masked = Masked, teacher = Teacher;
+    static constexpr bool plain = Plain, masked = Masked, teacher = Teacher, compared = Compared, edited = Edited;
     static constexpr int students = int(Plain) + int(Masked);
     static constexpr int kinds = students + int(Teacher);
 };
@@ -45,15 +45,22 @@ void launch(void (*kernel)(Arguments), const char* name, dim3 grid, std::size_t 
 // Calls `use` with the Form of a block.
 template <typename Use>
 void with_form(const Block& block, const Use& use) {
-    if (block.teacher == nullptr) {
+    if (block.comparison.edits()) {
+        use(Form<true, false, true, true, true>());
+    } else if (block.comparison.wanted) {
         if (block.masked())
-            use(Form<false, true, false>());
+            use(Form<true, true, true, true, false>());
         else
-            use(Form<true, false, false>());
+            use(Form<true, false, true, true, false>());
+    } else if (block.teacher == nullptr) {
+        if (block.masked())
+            use(Form<false, true, false, false, false>());
+        else
+            use(Form<true, false, false, false, false>());
     } else if (block.masked()) {
-        use(Form<true, true, true>());
+        use(Form<true, true, true, false, false>());
     } else {
-        use(Form<true, false, true>());
+        use(Form<true, false, true, false, false>());
     }
 }
 

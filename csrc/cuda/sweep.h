@@ -10,6 +10,17 @@
 
 namespace cliperase::cuda {
 
+// What the calibrated loss adds to a block with a teacher: it compares cosines, C and C*, which are the products of
+// student and teacher, those of the teacher edited: entries with row_ids[i] == column_ids[j] become row_levels[i] +
+// column_levels[j]. The ids and levels are null where no entry is edited. A block is not edited and masked at once.
+struct Comparison {
+    bool wanted;
+    const std::int64_t *row_ids, *column_ids;
+    const float *row_levels, *column_levels;
+
+    bool edits() const { return row_ids != nullptr; }
+};
+
 // A block of the products I Tᵀ, and of the teacher's, in float32, before they are scaled. Rows begin at multiples of 16
 // bytes; entries between `columns` and `leading` are not used.
 struct Block {
@@ -20,6 +31,7 @@ struct Block {
     const float* scalars;      // s, s° and the shift of the gaps
     // Group ids of the rows and columns, or null. Entries of equal ids are excluded from the masked statistics.
     const std::int64_t *row_groups, *column_groups;
+    Comparison comparison;
 
     bool masked() const { return row_groups != nullptr; }
     bool plain() const { return teacher != nullptr || !masked(); }
@@ -46,9 +58,13 @@ struct Forward {
     float *diagonal, *teacher_diagonal;  // [rows], written where the block has the pair; natural units
     float* workspace;
     std::int64_t workspace_size;  // in floats, at least `forward_workspace`
+    // With a comparison [2, forward_programs]: parts of the sum of max(C - C*, 0)² over edited entries, and of the sum
+    // of (C - C*)² over the others. Entries of pairs are not in the sums.
+    float* squares = nullptr;
 };
 
 std::int64_t forward_workspace(const Block& block);
+std::int64_t forward_programs(const Block& block);  // blocks of threads
 void forward(const Block& block, const Forward& forward, std::uintptr_t stream);
 
 // Weighted softmaxes w P = exp(entry - anchor) * factor of the rows and of the columns: (anchor, factor) of S, of S
@@ -60,8 +76,13 @@ struct Backward {
     void* gradient;                          // dS, [rows, gradient_leading]; rows begin at multiples of 4 entries
     std::int64_t gradient_leading;
     Dtype dtype;  // of `gradient`
+    // With a comparison: the factors by which max(C - C*, 0) of edited entries and C - C* of the others are added to
+    // dS, except for pairs [2]; and parts of the sum of dS S, before that and without pairs [backward_programs].
+    const float* pull = nullptr;
+    float* dots = nullptr;
 };
 
+std::int64_t backward_programs(const Block& block);
 void backward(const Block& block, const Backward& backward, std::uintptr_t stream);
 
 }  // namespace cliperase::cuda

@@ -9,6 +9,7 @@ import sys
 import zipfile
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -166,6 +167,14 @@ def test_an_extension_with_another_interface_number_is_not_used(monkeypatch):
     assert extension.why_missing() is None
     monkeypatch.setattr(extension, "_INTERFACE", extension._INTERFACE + 1)
     assert "another version of the source; install cliperase_fast again" in extension.why_missing()
+
+
+def test_cuda_kernels_with_another_interface_number_are_not_used(monkeypatch):
+    cuda = SimpleNamespace(INTERFACE=extension._CUDA_INTERFACE)
+    monkeypatch.setattr(extension, "load", lambda: SimpleNamespace(cuda=cuda))
+    assert extension.why_no_cuda() is None
+    cuda.INTERFACE += 1
+    assert "the CUDA kernels were built from another version" in extension.why_no_cuda()
 
 
 def test_the_extension_uses_no_symbol_of_torch():

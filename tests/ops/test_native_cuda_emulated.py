@@ -9,6 +9,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from calibrated_cases import STUDENT, batch
+from calibrated_checks import *  # noqa: F403
+from calibrated_checks import CalibratedSubject, let_the_public_loss_use
 from emulated_cuda import build
 from kernel_checks import *  # noqa: F403
 from kernel_checks import Subject, check, some_groups
@@ -16,10 +19,15 @@ from native_buffers import CANARY, FAULTS, UNREADABLE, as_buffers, forged, writt
 from sweep_cases import outcome, random_batch
 from torch_defaults import DEFAULTS, assert_independent
 
+from cliperase_fast.ops import streaming
 from cliperase_fast.ops.autograd import as_sweep
 from cliperase_fast.ops.blocks import block_shape
+from cliperase_fast.ops.calibrated import Edit, Pull
+from cliperase_fast.ops.calibrated_sweep import as_calibrated
+from cliperase_fast.ops.native import cuda
 from cliperase_fast.ops.native.cuda import CudaKernels
 from cliperase_fast.ops.native.extension import as_buffer
+from cliperase_fast.ops.spec import GradientTerms, Need, SimilarityInputs, Softmax
 
 NAME = "native_cuda_emulated"
 
@@ -42,6 +50,19 @@ def subject(sweep):
         CudaKernels,
         kept_row_bytes=lambda batch: 4 * -(-len(batch.image) // 8) * 8 * (1 + batch.want_consistency),
     )
+
+
+@pytest.fixture(scope="module")
+def calibrated_loss_of_kernels(kernels):
+    return as_calibrated(CudaKernels(kernels, f"{NAME}_calibrated", block_columns=128)).loss
+
+
+@pytest.fixture
+def calibrated(calibrated_loss_of_kernels, monkeypatch):
+    """Blocks of 64 x 128: the retain rows are two blocks, of which the first is kept."""
+    monkeypatch.setattr(cuda, "strip_bytes", lambda: 64 * 128 * 8)
+    let_the_public_loss_use(monkeypatch, "native", calibrated_loss_of_kernels)
+    return CalibratedSubject("native", CudaKernels, pairs=150, cached_rows=64, budget=8 * 160 * 64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -68,6 +89,92 @@ def test_the_order_of_threads_between_barriers_does_not_matter(kernels, subject)
         kernels.reverse_threads(False)
     for ours, theirs in zip(plain.tensors(), reversed_.tensors(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_the_order_of_threads_does_not_matter_to_the_calibrated_loss(kernels, calibrated):
+    b = batch(calibrated.pairs, 24, 24, torch.bfloat16)
+    plain = calibrated.step(b)
+    kernels.reverse_threads(True)
+    try:
+        reversed_ = calibrated.step(b)
+    finally:
+        kernels.reverse_threads(False)
+    assert all(torch.equal(plain[name], reversed_[name]) for name in plain)
+
+
+def double(tensors):
+    return tuple(tensor.double() if tensor.is_floating_point() else tensor for tensor in tensors)
+
+
+# the columns of one process meet the rows of another, or hold the rows' pairs from `pair_offset` on
+@pytest.mark.parametrize(("n", "m", "pair_offset"), [(70, 150, 40), (130, 33, 33), (1, 1, 0)])
+@pytest.mark.parametrize("form", ["edited", "groups", "neither"])
+def test_a_rectangle_of_the_calibrated_loss(kernels, form, n, m, pair_offset):
+    random = torch.Generator().manual_seed(0)
+
+    def uniform(*shape):
+        return torch.rand(*shape, generator=random) - 0.5
+
+    ids = torch.arange(m) % 4, torch.arange(n) % 5
+    features = uniform(n, 16), uniform(m, 16), torch.tensor(3.0), uniform(n, 8), uniform(m, 8), torch.tensor(-2.0)
+    options = {"group_ids": ids[1], "column_group_ids": ids[0]} if form == "groups" else {"want_retention": False}
+    edit = Edit(ids[1], ids[0], uniform(n), uniform(m)) if form == "edited" else None
+    softmaxes = [Softmax((uniform(n), uniform(n)), (uniform(m), uniform(m))) for _ in range(3)]
+    diagonal = uniform(n) if pair_offset < m else torch.zeros(n)
+    masked = softmaxes[2] if form == "groups" else None
+    terms = GradientTerms(softmaxes[0], masked, softmaxes[1], diagonal, torch.tensor(50.0))
+    pull, empty = Pull(torch.tensor(2.0), torch.tensor(-3.0)), torch.empty(0, dtype=torch.uint8)
+
+    inputs = SimilarityInputs(*features, pair_offset=pair_offset, strip_rows=64, **options)
+    ours = CudaKernels(kernels, block_columns=128)
+    stats, sums = ours.calibrated_forward(inputs, edit, empty)
+    found = ours.calibrated_backward(inputs, edit, terms, pull, empty, Need())
+
+    exact = SimilarityInputs(*double(features), pair_offset=pair_offset, **options)
+    edit = None if edit is None else Edit(*double(edit))
+    exact_stats, exact_sums = streaming.kernels.calibrated_forward(exact, edit, empty)
+    terms = GradientTerms(
+        *(softmax and Softmax(double(softmax.rows), double(softmax.columns)) for softmax in terms[:3]),
+        diagonal.double(),
+    )
+    torch.testing.assert_close(sums.double(), exact_sums, rtol=1e-5, atol=1e-6)
+    for one, other in ((stats.rows, exact_stats.rows), (stats.columns, exact_stats.columns)):
+        if n > 1:  # else nothing is off the diagonal
+            torch.testing.assert_close(logs(one), logs(other), rtol=1e-5, atol=1e-5)
+            gaps = (
+                (of[-1] / of[-2]).double() + shift for of, shift in ((one, stats.shift), (other, exact_stats.shift))
+            )
+            torch.testing.assert_close(*gaps, rtol=1e-5, atol=1e-5)
+    if pair_offset < m:
+        torch.testing.assert_close(stats.diagonal.double(), exact_stats.diagonal, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(stats.teacher_diagonal.double(), exact_stats.teacher_diagonal, rtol=1e-5, atol=1e-6)
+    expected = streaming.kernels.calibrated_backward(exact, edit, terms, Pull(*double(pull)), empty, Need())
+    for one, other in zip(found, expected, strict=True):
+        assert (one.double() - other).abs().max() <= 1e-5 * (1 + other.abs().max())
+
+
+def logs(stats):
+    """The logarithms of the totals of rows or columns, whatever the maxima that they are relative to."""
+    return torch.stack([stats[at].double() + stats[at + 1].double().log() for at in range(0, len(stats) - 1, 2)])
+
+
+def gaps(stats, shift):
+    return stats[-1].double() / stats[-2].double() + shift
+
+
+def test_the_operators_of_the_calibrated_loss_keep_the_rules_of_torch_library(calibrated):
+    b = batch(5, 4, 3, dtype=torch.float32)
+    leaves = [b[name].requires_grad_() for name in STUDENT]
+    flat = (
+        *leaves, b["teacher_image"], b["teacher_text"], b["teacher_logit_scale"], b["forget_mask"],
+        b["background_image"], b["background_text"], b["group_ids"], 2,
+    )  # fmt: skip
+    forward = getattr(torch.ops.cliperase_fast, f"{NAME}_calibrated_calibrated").default
+    backward = getattr(torch.ops.cliperase_fast, f"{NAME}_calibrated_calibrated_backward").default
+    torch.library.opcheck(forward, (*flat, 0))
+    _, *saved = (output.detach() for output in forward(*flat, 0))
+    frozen = [argument.detach() if isinstance(argument, torch.Tensor) else argument for argument in flat]
+    torch.library.opcheck(backward, (torch.ones(4), *saved, *frozen, True, False, True))
 
 
 @pytest.mark.parametrize("default", DEFAULTS)
@@ -126,21 +233,34 @@ def test_a_rectangle_of_own_rows_and_all_columns(kernels, rows, columns, pair_of
         torch.testing.assert_close(sums[4] / sums[3] * 0.6931471805599453, expected, rtol=1e-4, atol=1e-4)
 
 
-ROWS, COLUMNS, PADDED = 8, 6, 8
+ROWS, COLUMNS, PADDED = 8, 134, 136  # two blocks of threads
 
 
 def of_block():
-    ids = torch.arange(ROWS) // 2
     return {
         "student": padded(ROWS, COLUMNS), "teacher": padded(ROWS, COLUMNS, seed=1), "scalars": torch.ones(3),
-        "row_groups": ids, "column_groups": ids[:COLUMNS].clone(),
+        "row_groups": torch.arange(ROWS) // 2, "column_groups": torch.arange(COLUMNS) // 2,
     }  # fmt: skip
 
 
+def of_edit():
+    return {
+        "row_ids": torch.zeros(ROWS, dtype=torch.int64), "column_ids": torch.zeros(COLUMNS, dtype=torch.int64),
+        "row_levels": torch.zeros(ROWS), "column_levels": torch.zeros(COLUMNS),
+    }  # fmt: skip
+
+
+def of_edited_block():
+    return {**{name: tensor for name, tensor in of_block().items() if "groups" not in name}, **of_edit()}
+
+
+def as_whole_block(kernels, compares=False, tensors=None):
+    tensors = of_block() if tensors is None else tensors
+    return kernels.Block(columns=COLUMNS, pair_offset=0, compares=compares, **as_buffers(kernels, tensors))
+
+
 def of_forward(kernels):
-    workspace = kernels.forward_workspace(
-        kernels.Block(columns=COLUMNS, pair_offset=0, **as_buffers(kernels, of_block()))
-    )
+    workspace = kernels.forward_workspace(as_whole_block(kernels))
     return {
         "row_stats": torch.full((7, ROWS), CANARY), "column_stats": torch.full((7, COLUMNS), CANARY),
         "diagonal": torch.full((ROWS,), CANARY), "teacher_diagonal": torch.full((ROWS,), CANARY),
@@ -155,25 +275,43 @@ def of_backward(kernels):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", of_block())
-def test_a_block_of_what_cannot_be_read_as_such_is_refused(kernels, name):
-    tensors = of_block()
+def of_compared_forward(kernels):
+    programs = kernels.forward_programs(as_whole_block(kernels))
+    return {**of_forward(kernels), "squares": torch.full((2, programs), CANARY)}
+
+
+def of_compared_backward(kernels):
+    programs = kernels.backward_programs(as_whole_block(kernels))
+    return {**of_backward(kernels), "pull": torch.ones(2), "dots": torch.full((programs,), CANARY)}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "name"), [(of_block(), name) for name in of_block()] + [(of_edited_block(), name) for name in of_edit()]
+)
+def test_a_block_of_what_cannot_be_read_as_such_is_refused(kernels, tensors, name):
+    compares = "row_ids" in tensors
     for change in FAULTS.values():
         changed = {**as_buffers(kernels, tensors), name: as_buffer(kernels, change(tensors[name]))}
-        with pytest.raises(ValueError, match=r"^(student|teacher|scalars|row_groups|column_groups) must be"):
-            kernels.Block(columns=COLUMNS, pair_offset=0, **changed)
+        with pytest.raises(ValueError, match=r"^\w+ must be"):
+            kernels.Block(columns=COLUMNS, pair_offset=0, compares=compares, **changed)
     for address in (*UNREADABLE.values(), lambda address: address + 4):
-        if name == "scalars" and address(0) == 4:
+        if name in ("scalars", "row_levels", "column_levels") and address(0) == 4:
             continue  # is aligned
         changed = {**as_buffers(kernels, tensors), name: forged(kernels, tensors[name], address)}
         with pytest.raises(ValueError, match=f"^{name} (must begin|is a null pointer|reaches beyond)"):
-            kernels.Block(columns=COLUMNS, pair_offset=0, **changed)
+            kernels.Block(columns=COLUMNS, pair_offset=0, compares=compares, **changed)
 
 
-@pytest.mark.parametrize(("call", "buffers"), [("forward", of_forward), ("backward", of_backward)])
+@pytest.mark.parametrize(
+    ("call", "buffers"),
+    [
+        ("forward", of_forward), ("backward", of_backward),
+        ("forward", of_compared_forward), ("backward", of_compared_backward),
+    ],
+)  # fmt: skip
 def test_a_buffer_that_is_not_what_the_kernels_need_is_refused_and_nothing_is_written(kernels, call, buffers):
     tensors = buffers(kernels)
-    block = kernels.Block(columns=COLUMNS, pair_offset=0, **as_buffers(kernels, of_block()))
+    block = as_whole_block(kernels, compares="squares" in tensors or "dots" in tensors)
     fresh = {"row_fresh": True, "column_fresh": True} if call == "forward" else {}
 
     def run(changed):
@@ -194,14 +332,14 @@ def test_a_buffer_that_is_not_what_the_kernels_need_is_refused_and_nothing_is_wr
 
 def test_what_the_kernels_cannot_count_or_find_is_refused(kernels):
     tensors = of_block()
-    for columns, message in ((0, "columns = 0"), (9, "student must be"), (2**60, "columns = 1152921504606846976")):
+    for columns, message in ((0, "columns = 0"), (137, "student must be"), (2**60, "columns = 1152921504606846976")):
         with pytest.raises(ValueError, match=message):
             kernels.Block(columns=columns, pair_offset=0, **as_buffers(kernels, tensors))
     for missing in ("row_groups", "column_groups"):
         some = {name: tensor for name, tensor in tensors.items() if name != missing}
         with pytest.raises(ValueError, match="must be given together"):
             kernels.Block(columns=COLUMNS, pair_offset=0, **as_buffers(kernels, some))
-    far = {**tensors, "teacher": padded(ROWS, 12)[:, :PADDED]}
+    far = {**tensors, "teacher": padded(ROWS, 140)[:, :PADDED]}
     with pytest.raises(ValueError, match="the same stride"):
         kernels.Block(columns=COLUMNS, pair_offset=0, **as_buffers(kernels, far))
     huge = kernels.Buffer(16, "float32", (2**61, PADDED), (PADDED, 1), "cpu")
@@ -212,6 +350,25 @@ def test_what_the_kernels_cannot_count_or_find_is_refused(kernels):
     del outputs["teacher_diagonal"]
     with pytest.raises(ValueError, match="teacher_diagonal is needed"):
         kernels.forward(block, row_fresh=True, column_fresh=True, stream=0, **as_buffers(kernels, outputs))
+
+
+def test_a_comparison_that_lacks_what_it_needs_is_refused(kernels):
+    edited = of_edited_block()
+    for missing in of_edit():
+        some = {name: tensor for name, tensor in edited.items() if name != missing}
+        with pytest.raises(ValueError, match="levels of rows and columns must be given together"):
+            as_whole_block(kernels, True, some)
+    with pytest.raises(ValueError, match="ids and levels need a comparison"):
+        as_whole_block(kernels, False, edited)
+    with pytest.raises(ValueError, match="a comparison needs a teacher"):
+        as_whole_block(kernels, True, {name: edited[name] for name in ("student", "scalars")})
+    with pytest.raises(ValueError, match="a block with groups cannot be edited"):
+        as_whole_block(kernels, True, {**of_block(), **of_edit()})
+    block, outputs = as_whole_block(kernels, True), as_buffers(kernels, of_forward(kernels))
+    with pytest.raises(ValueError, match="squares is needed with a comparison"):
+        kernels.forward(block, row_fresh=True, column_fresh=True, stream=0, **outputs)
+    with pytest.raises(ValueError, match="pull and dots are needed with a comparison"):
+        kernels.backward(block, stream=0, **as_buffers(kernels, of_backward(kernels)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -233,18 +390,28 @@ def test_the_emulated_rounding_is_that_of_torch(kernels, dtype):
     assert torch.equal(gradient[0], values.to(dtype))
 
 
-def test_a_million_pairs_fit_one_gpu(kernels):
+@pytest.mark.parametrize("calibrated_loss", [False, True], ids=["sweep", "calibrated"])
+def test_a_million_pairs_fit_one_gpu(kernels, calibrated_loss):
     # bf16 features [2^20, 768], student and teacher: 139 GiB hold them, their gradients and all that a sweep works with
     n, width, budget = 1 << 20, 768, 128 << 20
     features, gradients = 4 * n * width * 2, 2 * n * width * 2
     rows, columns = block_shape(n, n, 2 * 4, budget)
     products = kernels.Buffer(16, "float32", (rows, columns), (columns, 1), "cpu")
     scalars = kernels.Buffer(16, "float32", (3,), (1,), "cpu")
-    block = kernels.Block(columns=columns, pair_offset=0, student=products, teacher=products, scalars=scalars)
-    workspace = 4 * kernels.forward_workspace(block)
+    block = kernels.Block(
+        columns=columns, pair_offset=0, student=products, teacher=products, scalars=scalars, compares=calibrated_loss
+    )
+    workspace = 4 * kernels.forward_workspace(block) + calibrated_loss * 8 * kernels.forward_programs(block)
     assert workspace < budget / 8
     forward = budget + workspace + 4 * n * (2 * 5 + 2)
     rows, columns = block_shape(n, n, 2 * 4 + 2, budget)
     state, terms = 4 * n * 8, 4 * n * (2 * 4 * 2 + 4)
     backward = budget + state + terms + 4 * n * width + 2 * n * width + 2 * 4 * rows * width
-    assert features + gradients + max(forward, backward) < 16 << 30
+    limit = 16 << 30
+    if calibrated_loss:
+        # statistics of the whole and of a block of one kind, merged from two; ids and levels
+        forward += 4 * n * (2 * (5 + 2) + 2 + 3 * 5) + 24 * n
+        # gradients in float32, of the whole and of a block
+        backward += 4 * kernels.backward_programs(block) + 24 * n + 3 * 4 * n * width
+        limit = 26 << 30
+    assert features + gradients + max(forward, backward) < limit

@@ -10,10 +10,15 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
+from calibrated_cases import batch as joint_batch
+from calibrated_cases import exact, step
+from calibrated_checks import *  # noqa: F403
+from calibrated_checks import CalibratedSubject, assert_same
 from kernel_checks import *  # noqa: F403
 from kernel_checks import Subject
 from sweep_cases import Batch, moved, outcome, random_batch
 
+from cliperase_fast import functional
 from cliperase_fast.ops.autograd import as_sweep
 from cliperase_fast.ops.native.cuda import CudaKernels
 from cliperase_fast.ops.streaming import sweep as streamed
@@ -39,6 +44,12 @@ def subject():
         kept_row_bytes=lambda batch: 4 * -(-len(batch.image) // 8) * 8 * (1 + batch.want_consistency),
         device="cuda",
     )
+
+
+@pytest.fixture
+def calibrated():
+    """All retain similarities are kept, and few or none of the others."""
+    return CalibratedSubject("native", CudaKernels, 1000, cached_rows=256, budget=8 * 1008 * 512, device="cuda")
 
 
 def large_batch(n: int, width: int):
@@ -89,3 +100,35 @@ def test_whole_blocks_give_the_same_bits_twice(dtype, width):
     first, second = (outcome(whole, batch) for _ in range(2))
     for a, b in zip(first.tensors(), second.tensors(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("groups", [False, True], ids=["no groups", "groups"])
+@pytest.mark.parametrize("keep", ["nothing", "similarities"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_calibrated_loss_of_a_thousand_pairs(calibrated, dtype, keep, groups):
+    b = joint_batch(1000, 192, 96, dtype, groups=groups)
+    first, second = (calibrated.step(b, keep=keep) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert_same(first, step(exact(b), backend="eager"), 4 * torch.finfo(dtype).eps + 2e-5)
+
+
+def test_memory_of_the_calibrated_loss_is_bounded():
+    n, width = 32_768, 64
+    batch = large_batch(n, width)
+    given = {
+        "image_features": batch.image.requires_grad_(), "text_features": batch.text.requires_grad_(),
+        "teacher_image": batch.teacher_image, "teacher_text": batch.teacher_text, "logit_scale": batch.scale,
+        "teacher_logit_scale": batch.teacher_scale, "forget_mask": torch.arange(n, device="cuda") < n // 8,
+    }  # fmt: skip
+
+    def run() -> None:
+        functional.calibrated_loss(**given, backend="native", keep="nothing").total.backward()
+
+    run()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    beyond = torch.cuda.max_memory_allocated() - before
+    # the block and its partials; gradients in float32, of the whole and of a block, and others; O(N) state
+    assert beyond <= (128 << 20) * 9 // 8 + 32 * n * width + 8 * n * 64 + (32 << 20)

@@ -15,11 +15,22 @@ import torch
 from torch import Tensor
 
 from cliperase_fast.ops.autograd import as_sweep, strip_bytes
-from cliperase_fast.ops.blocks import FeatureGradients, block_shape, full_wave, in_blocks, kept_bytes, round_up
+from cliperase_fast.ops.blocks import (
+    FeatureGradients,
+    block_shape,
+    full_wave,
+    in_blocks,
+    kept_bytes,
+    kept_rows,
+    round_up,
+)
+from cliperase_fast.ops.calibrated import Edit, Pull, calibrated_terms
+from cliperase_fast.ops.calibrated_sweep import as_calibrated, gradients_by_blocks, losses_by_blocks
 from cliperase_fast.ops.matmul import as_pair, product
 from cliperase_fast.ops.native import extension
 from cliperase_fast.ops.native.extension import as_buffer_or_none
 from cliperase_fast.ops.spec import (
+    GradientTerms,
     Need,
     SavedStats,
     SimilarityInputs,
@@ -37,7 +48,7 @@ _ALIGNMENT = 8  # entries: a row of every dtype begins at a multiple of 16 bytes
 
 
 class CudaKernels:
-    """Implement `ops.spec.SweepKernels`, except for float64.
+    """Implement `ops.spec.SweepKernels` and `ops.calibrated.CalibratedKernels`, except for float64.
 
     Features in half precision: products accumulate in float32, but dS is rounded to the features' dtype. Features
     whose last dimension is not contiguous are copied. Memory: a block of CLIPERASE_STRIP_MIB, O(N D), and the cache.
@@ -51,14 +62,35 @@ class CudaKernels:
 
     def cache_size(self, inputs: SimilarityInputs) -> int:
         """Return the bytes of the float32 products of student and teacher; see `blocks.kept_bytes`."""
-        return kept_bytes(inputs, _FLOAT * _leading(inputs.m) * (1 + inputs.want_consistency))
+        return kept_bytes(inputs, _kept_row_bytes(inputs))
 
     def forward(self, inputs: SimilarityInputs, cache_size: int) -> tuple[Stats, Tensor]:
+        cache = self.workspace(cache_size, inputs.image.device)
+        return self._forward(inputs, cache, None), cache
+
+    losses = losses_from_stats
+
+    def blocks_cache_size(self, inputs: SimilarityInputs) -> int:
+        return kept_bytes(inputs, _kept_row_bytes(inputs, _ALIGNMENT))  # each kind of columns has its own padding
+
+    def cache_share(self, inputs: SimilarityInputs, available: int) -> int:
+        row_bytes = _kept_row_bytes(inputs)
+        return row_bytes * kept_rows(inputs.n, row_bytes, available)
+
+    def workspace(self, size: int, device: torch.device) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, device=device)
+
+    calibrated_losses, calibrated_gradients = losses_by_blocks, gradients_by_blocks
+
+    def calibrated_forward(self, inputs: SimilarityInputs, edit: Edit | None, cache: Tensor) -> tuple[Stats, Tensor]:
+        comparison = _Comparison(edit, inputs.image.device)
+        return self._forward(inputs, cache, comparison), comparison.sums.float()
+
+    def _forward(self, inputs: SimilarityInputs, cache: Tensor, comparison: _Comparison | None) -> Stats:
         with torch.cuda.device_of(inputs.image):
             operands, n, m, device = _Operands(inputs), inputs.n, inputs.m, inputs.image.device
-            cache = torch.empty(cache_size, dtype=torch.uint8, device=device)
             shift = operands.shift()
-            blocks = _Blocks(self, operands, inputs.strip_rows, cache, shift)
+            blocks = _Blocks(self, operands, inputs.strip_rows, cache, shift, comparison)
             blocks.kept[..., m:].zero_()  # so that equal calls keep equal bytes
             diagonals = torch.empty(1 + operands.teacher, n, dtype=torch.float32, device=device)
             # maxima in units of log 2
@@ -69,6 +101,7 @@ class CudaKernels:
                 needed = blocks.kernels.forward_workspace(block)
                 if len(workspace) < needed:
                     workspace = torch.empty(needed, dtype=torch.float32, device=device)
+                squares = None if comparison is None else comparison.parts(blocks.kernels.forward_programs(block))
                 blocks.kernels.forward(
                     block,
                     row_stats=blocks.buffer(of_rows[:, rows]),
@@ -78,49 +111,87 @@ class CudaKernels:
                     diagonal=blocks.buffer(diagonals[0, rows]),
                     teacher_diagonal=blocks.buffer(diagonals[1, rows] if operands.teacher else None),
                     workspace=blocks.buffer(workspace),
+                    squares=blocks.buffer(squares),
                     stream=_stream(device),
                 )
+                if comparison is not None and squares is not None:
+                    comparison.add(squares)
             maxima = [0] * inputs.plain + [2 * inputs.plain] * inputs.masked
             for stat in [*maxima, *(inputs.num_stats - 3, inputs.num_stats - 1) * operands.teacher]:
                 of_rows[stat] *= _LN_2
                 of_columns[stat] *= _LN_2
             diagonal = diagonals[0] if inputs.paired else None
             teacher_diagonal = diagonals[1] if inputs.paired and operands.teacher else None
-            return Stats(of_rows, of_columns, diagonal, teacher_diagonal, shift), cache
-
-    losses = losses_from_stats
+            return Stats(of_rows, of_columns, diagonal, teacher_diagonal, shift)
 
     def backward(
         self, inputs: SimilarityInputs, saved: SavedStats, weights: Weights, need: Need, partial: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
         with torch.cuda.device_of(inputs.image):
-            operands, image, n, m = _Operands(inputs), inputs.image, inputs.n, inputs.m
+            operands, scale = _Operands(inputs), inputs.scale
             softmaxes, diagonal, unit = unit_terms(
                 inputs, saved, Weights(weights.retention.float(), weights.consistency.float()),
                 loss_scale=2.0**13 if operands.image.dtype == torch.float16 else 1.0,
             )  # fmt: skip
-            # anchors and factors: [2 terms, n] and [2 terms, m]
-            row_terms, column_terms = softmaxes[:, : 2 * n].reshape(-1, n), softmaxes[:, 2 * n :].reshape(-1, m)
-            dtypes = (image.dtype, inputs.text.dtype, inputs.scale.dtype)
-            if partial:
-                dtypes = (torch.float32,) * 3
-            factor = unit * operands.scale
-            found = FeatureGradients(operands.image, operands.text, image.shape[1], factor, need, dtypes)
-            blocks = _Blocks(self, operands, inputs.strip_rows, saved.cache, None, gradient=True)
-            kernels = blocks.kernels
-            for rows, columns, block in blocks:
-                padded = blocks.gradient_block(rows, columns)
-                gradient = padded[:, : columns.stop - columns.start]
-                kernels.backward(
-                    block,
-                    row_terms=blocks.buffer(row_terms[:, rows]),
-                    column_terms=blocks.buffer(column_terms[:, columns]),
-                    diagonal=blocks.buffer(diagonal[rows]),
-                    gradient=blocks.buffer(padded),
-                    stream=_stream(image.device),
-                )
-                found.add(rows, columns, gradient)
+            dtypes = (torch.float32,) * 3 if partial else (inputs.image.dtype, inputs.text.dtype, scale.dtype)
+            found = FeatureGradients(
+                operands.image, operands.text, inputs.image.shape[1], unit * operands.scale, need, dtypes
+            )
+            blocks = _Blocks(self, operands, inputs.strip_rows, saved.cache, gradient=True)
+            self._add_blocks(found, blocks, softmaxes, diagonal)
             return found.image, found.text, (found.scale * unit).to(dtypes[2])
+
+    def calibrated_backward(
+        self, inputs: SimilarityInputs, edit: Edit | None, terms: GradientTerms, pull: Pull, cache: Tensor, need: Need
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.cuda.device_of(inputs.image):
+            operands = _Operands(inputs)
+            softmaxes, diagonal, pull, unit = calibrated_terms(operands.pairs, edit, terms, pull)
+            comparison = _Comparison(edit, inputs.image.device, pull)
+            found = FeatureGradients(
+                operands.image, operands.text, inputs.image.shape[1], unit * operands.scale, need._replace(scale=False),
+                (torch.float32,) * 2,
+            )  # fmt: skip
+            blocks = _Blocks(self, operands, inputs.strip_rows, cache, comparison=comparison, gradient=True)
+            self._add_blocks(found, blocks, softmaxes, diagonal)
+            return found.image, found.text, comparison.sums[0].float() * unit
+
+    def _add_blocks(self, found: FeatureGradients, blocks: _Blocks, softmaxes: Tensor, diagonal: Tensor) -> None:
+        """Add the gradients from all blocks; softmaxes: [terms, 2 n + 2 m], diagonal: [n], see `unit_terms`."""
+        kernels, comparison, n, m = blocks.kernels, blocks.comparison, blocks.operands.n, blocks.operands.m
+        # anchors and factors: [2 terms, n] and [2 terms, m]
+        row_terms, column_terms = softmaxes[:, : 2 * n].reshape(-1, n), softmaxes[:, 2 * n :].reshape(-1, m)
+        for rows, columns, block in blocks:
+            padded = blocks.gradient_block(rows, columns)
+            dots = None if comparison is None else comparison.parts(kernels.backward_programs(block))
+            kernels.backward(
+                block,
+                row_terms=blocks.buffer(row_terms[:, rows]),
+                column_terms=blocks.buffer(column_terms[:, columns]),
+                diagonal=blocks.buffer(diagonal[rows]),
+                gradient=blocks.buffer(padded),
+                pull=blocks.buffer(None if comparison is None else comparison.pull),
+                dots=blocks.buffer(None if dots is None else dots[0]),
+                stream=_stream(diagonal.device),
+            )
+            if comparison is not None and dots is not None:
+                comparison.add(dots)
+            found.add(rows, columns, padded[:, : columns.stop - columns.start])
+
+
+class _Comparison:
+    """What the calibrated loss adds to a sweep: the edit, the pull and the sums of all blocks, always in order."""
+
+    def __init__(self, edit: Edit | None, device: torch.device, pull: Pull | None = None) -> None:
+        self.edit = None if edit is None else Edit(*(tensor.contiguous() for tensor in edit))
+        self.pull = None if pull is None else torch.stack(pull)
+        self.sums = torch.zeros(2 if pull is None else 1, dtype=torch.float64, device=device)
+
+    def parts(self, programs: int) -> Tensor:
+        return torch.empty(len(self.sums), programs, dtype=torch.float32, device=self.sums.device)
+
+    def add(self, parts: Tensor) -> None:
+        self.sums += parts.sum(1, dtype=self.sums.dtype)
 
 
 class _Operands:
@@ -161,11 +232,12 @@ class _Blocks:
         operands: _Operands,
         strip_rows: int,
         cache: Tensor,
-        shift: Tensor | None,
+        shift: Tensor | None = None,
+        comparison: _Comparison | None = None,
         gradient: bool = False,
     ) -> None:
         self.kernels = owner._kernels if owner._kernels is not None else extension.load().cuda
-        self.operands, n, m = operands, operands.n, operands.m
+        self.operands, self.comparison, n, m = operands, comparison, operands.n, operands.m
         matrices, dtype = 1 + operands.teacher, operands.image.dtype
         pair_bytes = matrices * _FLOAT + gradient * dtype.itemsize
         wave = full_wave(operands.image.device, operands.image.shape[1])
@@ -207,6 +279,14 @@ class _Blocks:
             for out, (left, right) in zip(matrices, self.operands.pairs, strict=True):
                 product(left[rows], right[columns].T, out=out[:, :width])
         row_groups, column_groups = self.operands.row_groups, self.operands.column_groups
+        edit = None if self.comparison is None else self.comparison.edit
+        edited = {}
+        if edit is not None:
+            edited = {
+                "row_ids": self.buffer(edit.row_ids[rows]), "column_ids": self.buffer(edit.column_ids[columns]),
+                "row_levels": self.buffer(edit.row_levels[rows]),
+                "column_levels": self.buffer(edit.column_levels[columns]),
+            }  # fmt: skip
         return self.kernels.Block(
             columns=width,
             pair_offset=rows.start + self.operands.pair_offset - columns.start,
@@ -215,11 +295,18 @@ class _Blocks:
             scalars=self.buffer(self.scalars),
             row_groups=self.buffer(None if row_groups is None else row_groups[rows]),
             column_groups=self.buffer(None if column_groups is None else column_groups[columns]),
+            compares=self.comparison is not None,
+            **edited,
         )
 
 
 def _leading(n: int) -> int:
     return round_up(n, _ALIGNMENT)
+
+
+def _kept_row_bytes(inputs: SimilarityInputs, more: int = 0) -> int:
+    """Return the bytes of a row of the products, with `more` entries of padding in each."""
+    return _FLOAT * (_leading(inputs.m) + more) * (1 + inputs.want_consistency)
 
 
 def _stream(device: torch.device) -> int:
@@ -228,3 +315,4 @@ def _stream(device: torch.device) -> int:
 
 kernels = CudaKernels()
 sweep = as_sweep(kernels)
+calibrated = as_calibrated(kernels)

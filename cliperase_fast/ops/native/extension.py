@@ -20,6 +20,7 @@ from cliperase_fast.ops.spec import DTYPE_NAMES
 
 INSTRUCTIONS_VARIABLE = "CLIPERASE_CPU"  # amx, avx512_bf16, avx512, avx2 or portable, instead of the widest
 _INTERFACE = 8  # must equal that of csrc/bindings.cpp
+_CUDA_INTERFACE = 1  # must equal that of csrc/cuda/bindings.cpp
 # setup.py leaves its reason here when it could not build the extension.
 _REASON_FILE = Path(__file__).parents[2] / "_C_missing.txt"
 
@@ -52,8 +53,11 @@ def why_missing() -> str | None:
 
 def why_no_cuda() -> str | None:
     """Return why the CUDA kernels cannot run here; None if they can. Requires that `why_missing` returns None."""
-    if not hasattr(load(), "cuda"):
+    cuda = getattr(load(), "cuda", None)
+    if cuda is None:
         return "the extension was built without CUDA; put nvcc on PATH, then install cliperase_fast again"
+    if getattr(cuda, "INTERFACE", 0) != _CUDA_INTERFACE:
+        return "the CUDA kernels were built from another version of the source; install cliperase_fast again"
     return None
 
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cliperase_fast.ops.blocks import FeatureGradients, in_blocks
-from cliperase_fast.ops.calibrated import Edit, Pull
+from cliperase_fast.ops.calibrated import Edit, Pull, calibrated_terms
 from cliperase_fast.ops.spec import GradientTerms, Need, SimilarityInputs
 from cliperase_fast.ops.triton.configs import Config
 from cliperase_fast.ops.triton.softmax_tiles import add_stats, softmax_gradient, store_rows
@@ -28,9 +28,6 @@ from cliperase_fast.ops.triton.tiles import (
     store_gradient,
     tile_of_program,
 )
-
-# The largest entry of a block of dS in float16, by its bound; its largest number is 65504.
-_FLOAT16_LARGEST = 2.0**15
 
 
 @triton.jit
@@ -215,20 +212,15 @@ def calibrated_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return what `CalibratedKernels.calibrated_backward` returns; block_columns: see `backward.gradients`."""
     image, n, m = operands.image, operands.n, operands.m
-    softmaxes = torch.stack(
-        [torch.cat((*softmax.rows, *softmax.columns)) for softmax in terms[:3] if softmax is not None]
-    )
-    assert operands.teacher_scale is not None
-    diagonal, unit = terms.diagonal, None
+    assert operands.teacher_scale is not None and operands.teacher_image is not None
+    assert operands.teacher_text is not None
+    features = (image, operands.text), (operands.teacher_image, operands.teacher_text)
+    softmaxes, diagonal, pull, unit = calibrated_terms(features, edit, terms, pull)
     scalars = torch.stack((operands.scale, operands.teacher_scale, *pull))
-    if image.dtype == torch.float16:
-        unit = _float16_unit(operands, edit, terms, pull)
-        softmaxes, diagonal = _with_factors_over(softmaxes, n, m, unit), diagonal / unit
-        scalars[2:] /= unit
-    factor = operands.scale if unit is None else operands.scale * unit
     found = FeatureGradients(
-        image, operands.text, inputs.image.shape[1], factor, need._replace(scale=False), (torch.float32,) * 2
-    )
+        image, operands.text, inputs.image.shape[1], operands.scale * unit, need._replace(scale=False),
+        (torch.float32,) * 2,
+    )  # fmt: skip
     shape = operands.gradient_block(config, inputs.strip_rows, block_columns)
     buffer, cached_rows = image.new_empty(shape), operands.cached_rows(cache)
     total = scalars.new_zeros(())
@@ -245,24 +237,4 @@ def calibrated_gradients(
         )  # fmt: skip
         total += sums.sum()
         found.add(rows, columns, block)
-    return found.image, found.text, total if unit is None else total * unit
-
-
-def _with_factors_over(softmaxes: Tensor, n: int, m: int, unit: Tensor) -> Tensor:
-    """Divide the factors by `unit`; softmaxes: [terms, 2 n + 2 m], anchors and factors of rows, then of columns."""
-    softmaxes[:, n : 2 * n] /= unit
-    softmaxes[:, 2 * n + m :] /= unit
-    return softmaxes
-
-
-def _float16_unit(operands: Operands, edit: Edit | None, terms: GradientTerms, pull: Pull) -> Tensor:
-    """Return a unit of dS, [], in which no entry exceeds what float16 holds, and the largest are near it."""
-    assert operands.teacher_image is not None and operands.teacher_text is not None and terms.largest is not None
-    largest = operands.scale.new_zeros(())
-    for image, text in ((operands.image, operands.text), (operands.teacher_image, operands.teacher_text)):
-        largest = largest + image.float().norm(dim=1).amax() * text.float().norm(dim=1).amax()
-    if edit is not None:
-        largest = largest + edit.row_levels.abs().amax() + edit.column_levels.abs().amax()
-    bound = terms.largest + largest * torch.stack(pull).abs().amax()
-    bound = torch.maximum(bound, terms.diagonal.abs().amax())
-    return bound.clamp_min(1e-30) / _FLOAT16_LARGEST
+    return found.image, found.text, total * unit
