@@ -9,9 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cliperase_fast.distributed.world import Ranks
-
-BUCKET = 25 * 2**20  # bytes of one all-reduce, as in DistributedDataParallel
+from cliperase_fast.distributed.world import Ranks, buckets
 
 
 class GradientExchange:
@@ -25,7 +23,7 @@ class GradientExchange:
 
     def __init__(self, ranks: Ranks, groups: Sequence[Sequence[nn.Parameter]]) -> None:
         self.ranks = ranks
-        self.buckets = [_Bucket(ranks, part) for group in groups for part in _buckets(group)]
+        self.buckets = [_Bucket(ranks, part) for group in groups for part in buckets(reversed(group))]
         self.parameters = [parameter for bucket in self.buckets for parameter in bucket.parameters]
         self._reached: set[nn.Parameter] = set()  # in this step
         self._expected = set(self.parameters)  # those that a gradient reached in the last step
@@ -112,16 +110,3 @@ class _Bucket:
         for parameter, part, there in zip(self.parameters, parts, flags.tolist(), strict=True):
             parameter.grad = part.view_as(parameter) if there else None
         self._flat = self._work = None
-
-
-def _buckets(group: Sequence[nn.Parameter]) -> Iterable[list[nn.Parameter]]:
-    """Divide parameters into buckets of one dtype, from the last to the first."""
-    bucket: list[nn.Parameter] = []
-    for parameter in reversed(group):
-        size = sum(p.numel() * p.element_size() for p in bucket)
-        if bucket and (size >= BUCKET or parameter.dtype != bucket[0].dtype):
-            yield bucket
-            bucket = []
-        bucket.append(parameter)
-    if bucket:
-        yield bucket

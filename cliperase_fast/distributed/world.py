@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,8 +19,9 @@ from cliperase_fast.distributed.process_group import Group, Shards, gather_equal
 from cliperase_fast.errors import InputError, UnlearningError
 
 T = TypeVar("T")
+AnyTensor = TypeVar("AnyTensor", bound=Tensor)
 
-_BUCKET = 2**25  # elements of one all-reduce
+BUCKET = 25 * 2**20  # bytes of one all-reduce, as in DistributedDataParallel
 _FROM_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -140,18 +141,12 @@ class Ranks:
         """Replace each tensor by its mean over the ranks, in place and bitwise equal on all ranks."""
         if self.size == 1:
             return
-        bucket: list[Tensor] = []
-        for index, tensor in enumerate(tensors):
-            bucket.append(tensor)
-            following = tensors[index + 1] if index + 1 < len(tensors) else None
-            filled = sum(t.numel() for t in bucket) >= _BUCKET
-            if filled or following is None or following.dtype != tensor.dtype:
-                flat = torch.cat([t.reshape(-1) for t in bucket])
-                dist.all_reduce(flat, group=self.process_group)
-                flat /= self.size
-                for t, mean in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
-                    t.copy_(mean.view_as(t))
-                bucket = []
+        for bucket in buckets(tensors):
+            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+            dist.all_reduce(flat, group=self.process_group)
+            flat /= self.size
+            for tensor, mean in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+                tensor.copy_(mean.view_as(tensor))
 
     def all_reduce_max(self, *values: int) -> list[int]:
         """Return the maximum over the ranks of each value."""
@@ -201,6 +196,19 @@ class Ranks:
 
 
 SINGLE_PROCESS = Ranks()
+
+
+def buckets(tensors: Iterable[AnyTensor]) -> Iterator[list[AnyTensor]]:
+    """Divide tensors, in their order, into buckets of one dtype. Each has `BUCKET` bytes or a little more."""
+    bucket: list[AnyTensor] = []
+    for tensor in tensors:
+        size = sum(t.numel() * t.element_size() for t in bucket)
+        if bucket and (size >= BUCKET or tensor.dtype != bucket[0].dtype):
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cliperase_fast.distributed import GradientExchange, Ranks, gradients
+from cliperase_fast.distributed import GradientExchange, Ranks, world
 from cliperase_fast.distributed.process_group import Group
 
 WIDTH = 6
@@ -49,7 +49,7 @@ def _exchanged(rank: int, late: bool, steps: int) -> tuple[list[list[Tensor | No
 
     found = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gradients, "BUCKET", 4 * WIDTH * WIDTH)  # bytes of a layer's weight
+        patch.setattr(world, "BUCKET", 4 * WIDTH * WIDTH)  # bytes of a layer's weight
         exchange = GradientExchange(ranks, [list(model.parameters())])
         for step in range(steps):
             model(_inputs(rank, step), rank).backward()  # accumulated
