@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from .batches import Case
@@ -136,6 +137,18 @@ def speedup_tables(record: Mapping[str, Any], name: str = "ours-auto") -> dict[s
         if own is not None and case.loss != "calibrated":  # open_clip has no such loss
             title = f"{case.loss}, {case.data} data, {case.dtype}"
             cells.setdefault(title, {})[case.n, case.width] = " / ".join(pair)
+    return {title: _sizes_by_widths(of) for title, of in cells.items()}
+
+
+def own_dtype_tables(record: Mapping[str, Any], name: str = "ours-auto") -> dict[str, Table]:
+    """How many times faster `name` is with bfloat16 features than with float32 ones: for each loss, N by D."""
+    times = {case: ms for case, rows in by_case(record) if (ms := milliseconds(rows.get(name))) is not None}
+    cells: dict[str, dict[tuple[int, int], str]] = {}
+    for case, ms in times.items():
+        single = times.get(replace(case, dtype="float32"))
+        if case.dtype == "bfloat16" and single is not None:
+            title = f"{case.loss}, {case.data} data, our bfloat16 against our float32"
+            cells.setdefault(title, {})[case.n, case.width] = ratio(single, ms)
     return {title: _sizes_by_widths(of) for title, of in cells.items()}
 
 

@@ -116,7 +116,7 @@ def loss_cpu_tables() -> str:
     parts = []
     for path in sorted(RESULTS.glob("loss-cpu*.json")):
         record = load(path.stem)
-        speedups = loss_report.speedup_tables(record)
+        speedups = loss_report.speedup_tables(record) | loss_report.own_dtype_tables(record)
         parts += [f"**{title}**\n\n{table(*of)}" for title, of in speedups.items()]
         parts += [provenance(record)] if speedups else []
     return "\n\n".join(parts) or "Not measured yet."

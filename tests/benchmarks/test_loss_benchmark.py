@@ -239,6 +239,17 @@ def test_a_provider_says_whether_auto_would_keep_as_much():
     assert known["ours-torch"].does_as_auto(batch)
 
 
+def test_bfloat16_stands_beside_float32_by_size_and_width():
+    def row(dtype: str, n: int, ms: float, provider: str = "ours-auto") -> dict:
+        case = {"loss": "clip", "data": "peaked", "dtype": dtype, "n": n, "width": 64}
+        return {**case, "provider": provider, "status": "ok", "both_ms": {"median": ms}}
+
+    runs = [row("float32", 512, 3.0), row("float32", 512, 9.0, "open_clip"), row("bfloat16", 512, 2.0)]
+    tables = loss_report.own_dtype_tables({"runs": [*runs, row("bfloat16", 2048, 9.0)]})
+    title = "clip, peaked data, our bfloat16 against our float32"
+    assert tables == {title: (("N", "D = 64"), [("512", "1.50x")])}
+
+
 def test_the_calibrated_loss_stands_beside_cliperase_loss_by_size_and_width():
     def row(n: int, width: int, provider: str, ms: float) -> dict:
         case = {"loss": "calibrated", "data": "peaked", "dtype": "float32", "n": n, "width": width}
