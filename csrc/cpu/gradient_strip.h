@@ -21,26 +21,30 @@ class GradientStrip {
     float* tile(const TilePlace&) const { return tiles_ + thread() * TILE; }
 
     void finish(const TilePlace& at) const {
-        const float* tile = tiles_ + thread() * TILE;
         const RowGroups by_row = rows(0), by_column = columns(at.block);
-        for (i64 i = 0; i < at.rows; i += 2 * AMX)
+        for (i64 i = 0; i < at.rows; i += 2 * AMX) {
+            const float* tile = tiles_ + thread() * TILE + i * TILE_COLUMNS;
+            const i64 count = smaller(2 * AMX, at.rows - i);
+            Step* to_row[2 * AMX] = {};
+            for (i64 r = 0; r < count; ++r) to_row[r] = by_row.at(at.row_in_strip + i + r, at.column_step);
             for (i64 j = 0; j < round_up(at.columns, 2 * AMX); j += W) {
+                const i64 in_row = j / (2 * AMX) * AMX * MR + j % (2 * AMX) / 2;
                 const auto row = [&](i64 r) {
-                    if (r >= at.rows) return Halves{};
+                    if (r >= count) return Halves{};
                     const Halves found = j < at.width ? rounded(load(tile + r * TILE_COLUMNS + j)) : Halves{};
-                    Step* to = by_row.at(at.row_in_strip + r, at.column_step + j / (2 * AMX) * AMX);
-                    std::memcpy(to + j % (2 * AMX) / 2, &found, sizeof found);
+                    std::memcpy(to_row[r] + in_row, &found, sizeof found);
                     return found;
                 };
                 Ints both[W];
                 for (i64 s = 0; s < W; ++s) {
-                    const Halves first = row(i + 2 * s);
-                    both[s] = pairs_of(first, row(i + 2 * s + 1));
+                    const Halves first = row(2 * s);
+                    both[s] = pairs_of(first, row(2 * s + 1));
                 }
                 transpose(both);
-                for (i64 r = 0; r < W; ++r)
-                    std::memcpy(by_column.at(j + r, at.step_in_strip + i / 2), &both[r], sizeof both[r]);
+                Step* const to_column = by_column.at(j, at.step_in_strip + i / 2);
+                for (i64 r = 0; r < W; ++r) std::memcpy(to_column + r * AMX, &both[r], sizeof both[r]);
             }
+        }
     }
 
     RowGroups rows(i64 row_in_strip) const {

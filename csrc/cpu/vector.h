@@ -66,8 +66,9 @@ inline float largest(Floats v) {
 // exp(x) for x up to 88, to about one unit in the last place; 0 below -87; NaN for NaN.
 //
 // x = k ln 2 + r with |r| <= ln 2 / 2, ln 2 in two parts so that r is exact; e^r = 1 + r + r^2 p(r), p the polynomial
-// of degree 4 for which the largest relative error of the whole, 3.1e-9, is least (a weighted least-squares fit).
-inline Floats exp(Floats x) {
+// of degree 4 for which the largest relative error of the whole, 3.1e-9, is least (a weighted least-squares fit). A call
+// would spill the registers of the loop around it.
+__attribute__((always_inline)) inline Floats exp(Floats x) {
     constexpr float SHIFT = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
     constexpr float LOG2_E = 1.44269504f, LN_2_HIGH = 0.693359375f, LN_2_LOW = -2.12194440e-4f;
     const Floats clamped = x < -87.0f ? all(-87.0f) : x;
