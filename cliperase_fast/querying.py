@@ -246,7 +246,7 @@ def _features(
         file = FeatureFile(Path(given), (len(pairs), width), made_from)
         if file.state() == "whole":
             for start in range(0, len(pairs), PART):
-                yield torch.from_numpy(file[np.arange(start, min(start + PART, len(pairs)))])
+                yield torch.from_numpy(file.part(start, min(start + PART, len(pairs))))
             return
         file.create()
     start = 0

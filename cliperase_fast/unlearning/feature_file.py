@@ -86,18 +86,25 @@ class FeatureFile:
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
         """Return the features [n, D] of rows [n]."""
-        if self._handle is None:
-            self._handle = os.open(self.path, os.O_RDONLY)
         out = np.empty((len(rows), self.shape[1]), dtype=np.float32)
         for row, target in zip(rows.tolist(), out, strict=True):
-            found = os.pread(self._handle, self._row, row * self._row)
-            if len(found) < self._row:
-                raise UnlearningError(
-                    f"{self.path} was cut short while it was used: make sure that nothing else writes there, and go "
-                    "on with resume=True"
-                )
-            target[:] = np.frombuffer(found, dtype=np.float32)
+            self._read(row, target)
         return out
+
+    def part(self, start: int, stop: int) -> np.ndarray:
+        """Return the features [n, D] of the rows from `start` to `stop`, excluded, in one read."""
+        out = np.empty((stop - start, self.shape[1]), dtype=np.float32)
+        self._read(start, out)
+        return out
+
+    def _read(self, row: int, out: np.ndarray) -> None:
+        if self._handle is None:
+            self._handle = os.open(self.path, os.O_RDONLY)
+        if os.preadv(self._handle, [out], row * self._row) < out.nbytes:
+            raise UnlearningError(
+                f"{self.path} was cut short while it was used: make sure that nothing else writes there, and go on "
+                "with resume=True"
+            )
 
     def __del__(self) -> None:
         if self._handle is not None:

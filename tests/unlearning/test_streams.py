@@ -1,5 +1,8 @@
 """Retain pairs from webdataset shards that are read one after another."""
 
+import operator
+import random
+from dataclasses import replace
 from itertools import islice
 from types import SimpleNamespace
 
@@ -9,7 +12,7 @@ from stream_shards import forget_red, watched, weights, write_shard
 from torch.utils.data import DataLoader
 from torchvision.transforms import ToTensor
 
-from cliperase_fast.data import open_source
+from cliperase_fast.data import open_source, streams
 from cliperase_fast.data.intake import Tally
 from cliperase_fast.data.streams import PairStream
 from cliperase_fast.errors import InputError, UnlearningError
@@ -41,6 +44,35 @@ def test_a_pass_yields_every_pair_behind_the_head_once_and_each_pass_in_another_
     assert set(read[:40]) == set(read[40:]) == everything - held
     assert read[:40] != read[40:] and read[:40] != sorted(read[:40])
     assert names(stream(shards)[0].pairs(), 80) == read
+    other = replace(behind, seed=2)
+    assert names(other.pairs(), 40) != read[:40] and other.fingerprint() != behind.fingerprint()
+    assert replace(behind, buffer=9).fingerprint() != behind.fingerprint()
+
+
+def test_seed_and_pass_draw_the_order_of_shards_and_that_within_the_buffer(shards):
+    behind, _ = stream(shards)
+    one = replace(behind, shards=behind.shards[:1], head=frozenset())
+    orders = [
+        tuple(dict.fromkeys(pair.shard for pair in part))
+        for seed in range(6)
+        for read in [list(islice(replace(behind, seed=seed, buffer=1).pairs(), 80))]
+        for part in (read[:40], read[40:])
+    ]
+    assert len(set(orders[::2])) > 2 and sum(map(operator.ne, orders[::2], orders[1::2])) > 2
+    found = [names(replace(one, seed=seed).pairs(), 30) for seed in range(2)]
+    assert found[0][:15] != found[1][:15] and found[0][:15] != found[0][15:]
+
+
+def test_the_buffer_holds_as_many_pairs_as_it_says_and_is_shuffled_at_the_end():
+    read = []
+    numbers = streams._shuffled((read.append(number) or number for number in range(50)), 8, random.Random(0))
+    first = next(numbers)
+    assert read == list(range(9)) and first < 8
+    rest = list(numbers)
+    assert sorted([first, *rest]) == list(range(50))
+    assert list(streams._shuffled(iter(range(8)), 8, random.Random(0))) != list(range(8))
+    late = [next(streams._shuffled(iter(range(9)), 8, random.Random(seed))) for seed in range(99)]
+    assert set(late) == set(range(8))
 
 
 def test_readers_share_a_pass_and_a_position_is_taken_up_again(shards):
