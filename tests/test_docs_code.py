@@ -92,6 +92,17 @@ def _tiny_clip(seed=0):
         ).eval()
 
 
+class Pipeline:
+    """Called like a diffusers pipeline; it paints noise."""
+
+    def __init__(self, model):
+        self.text_encoder = cf.export.to_diffusers_text_encoder(model)
+
+    def __call__(self, prompt, generator, output_type, num_inference_steps):
+        images = [torch.rand(16, 16, 3, generator=each).numpy() for each in generator]
+        return SimpleNamespace(images=np.stack(images[: len(prompt)]))
+
+
 @pytest.fixture
 def page_folder(folder, tmp_path, monkeypatch):
     """The working folder of a page."""
@@ -152,7 +163,7 @@ def names(page_folder):
     student = {f"{part}_{kind}": features(4) for part in ("forget", "retain") for kind in ("image", "text")}
     joint = {"image_features": features(8), "text_features": features(8)}
     return {
-        "__name__": "a page of the docs", "cf": cf, "torch": torch, "logging": logging, "pipeline": SimpleNamespace(),
+        "__name__": "a page of the docs", "cf": cf, "torch": torch, "logging": logging, "pipeline": Pipeline(model),
         "model": model, "open_clip_model": model, "forget": pairs("cat"), "retain": pairs("dog"), "data": pairs("dog"),
         **student, **joint, "scale": 10.0, "teacher_scale": 10.0, "logit_scale": 10.0, "teacher_logit_scale": 10.0,
         "forget_mask": torch.arange(8) < 3, "class_ids": torch.arange(8),
