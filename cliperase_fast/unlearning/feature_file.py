@@ -100,7 +100,7 @@ class FeatureFile:
     def _read(self, row: int, out: np.ndarray) -> None:
         if self._handle is None:
             self._handle = os.open(self.path, os.O_RDONLY)
-        if os.preadv(self._handle, [out], row * self._row) < out.nbytes:
+        if os.preadv(self._handle, [out.data], row * self._row) < out.nbytes:
             raise UnlearningError(
                 f"{self.path} was cut short while it was used: make sure that nothing else writes there, and go on "
                 "with resume=True"

@@ -67,6 +67,19 @@ def test_a_cap_that_does_not_bite_changes_nothing(table):
     assert capped.record["after"] == whole.record["after"] and not capped.record["data"]["sampled"]
 
 
+def test_a_cap_keeps_as_many_pairs_as_it_says_drawn_by_the_seed():
+    pairs = as_pairs([(torch.zeros(3, 2, 2), f"caption {row}") for row in range(60)], "rows")
+    sets = pair_sets.PairSets(pairs.subset(np.arange(10)), pairs, None, {})
+    for most in (0, 60, 59, 30):
+        capped = [sampling.sample_sets(sets, cf.UnlearnConfig(batch_size=6, max_retain_pairs=most, seed=seed))
+                  for seed in (1, 1, 2)]  # fmt: skip
+        kept = most or 60
+        assert {len(found.retain) for found in capped} == {kept}
+        assert all(bool(found.sampled) == (kept < 60) for found in capped)
+        assert capped[0].retain.ids == capped[1].retain.ids
+        assert (capped[0].retain.ids != capped[2].retain.ids) == (kept < 60)
+
+
 def test_a_cap_that_leaves_less_than_a_batch_is_refused(table):
     with pytest.raises(InputError, match=r"max_retain_pairs=2 is less than the 4 retain pairs of a batch"):
         cf.UnlearnConfig(batch_size=6, max_retain_pairs=2)
