@@ -165,7 +165,7 @@ class Ledger(LedgerWork):
                 return done
             number, steps = len(self._log.entries), self._log.last.steps
             before, after, facts = self._unlearned(name, own, self._log.active(), steps, chosen, ranks, progress)
-            step, delta = self._store(f"{number:04d}-{name}", name, "forget", before, after, tolerance, ranks)
+            step, delta = self._store(f"{number:04d}-{name}", name, facts["run"], before, after, tolerance, ranks)
             self._data.keep(name, own)
             told = {"id": name, "date": date, "by": by, "note": note, "tolerance": tolerance}
             line = {"kind": "forget", **told, **content, **facts}

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -29,15 +29,20 @@ _ALWAYS = {
 
 @dataclass(frozen=True)
 class Step:
-    """A stored delta. id: the request that it is of. file: relative to the ledger. sha256: of the file."""
+    """A stored delta.
+
+    id: the request that it is of. file: relative to the ledger. sha256: of the file. accepted: the association at
+    which the run called the request forgotten, see `work._accepted`.
+    """
 
     id: str
     file: str
     sha256: str
     kind: str = "forget"  # or "merge", the delta that takes a request back
+    accepted: float | None = None
 
-    def to_dict(self) -> dict[str, str]:
-        return {"id": self.id, "kind": self.kind, "file": self.file, "sha256": self.sha256}
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 @dataclass(frozen=True, repr=False)
@@ -92,7 +97,7 @@ class Entry:
     @property
     def returned(self) -> list[str]:
         """The requests whose pairs were above the target after this line, although they must be forgotten."""
-        return [id for id, found in self.audits.items() if not found["undone"] and found["at_target"] is False]
+        return returned(self.audits)
 
 
 @dataclass
@@ -164,6 +169,11 @@ class Log:
                 return entry
         known = ", ".join(entry.id for entry in self.requests()) or "none yet"
         raise InputError(f"{self.path.parent} has no request {id!r}; its requests are: {known}")
+
+
+def returned(audits: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the requests that must be forgotten and are above the target. audits: of a line, by request."""
+    return [id for id, found in audits.items() if not found["undone"] and found["at_target"] is False]
 
 
 def check_id(id: str) -> str:

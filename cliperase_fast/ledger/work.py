@@ -22,7 +22,7 @@ from cliperase_fast.distributed import Ranks, init_distributed
 from cliperase_fast.errors import InputError
 from cliperase_fast.ledger.checking import SUMMARY, summary
 from cliperase_fast.ledger.deltas import State, digest_of, merge_undone, state_of
-from cliperase_fast.ledger.log import FILE, FORMAT, Entry, Log, Step
+from cliperase_fast.ledger.log import FILE, FORMAT, Entry, Log, Step, returned
 from cliperase_fast.ledger.measuring import Measured, audit_requests, encoding, stored_audit, summarise
 from cliperase_fast.ledger.pairs import HOLDING, DataAtHand, RequestPairs, held_among, without_earlier
 from cliperase_fast.ledger.weights import Weights, reference_of
@@ -246,17 +246,21 @@ class LedgerWork:
                 continue
             say("preparing to undo request %s", id)
             earlier = [entry for entry in self._log.active() if entry.id != id]
-            before, after, _ = self._unlearned(name, own, earlier, steps, settings, ranks, progress)
+            before, after, facts = self._unlearned(name, own, earlier, steps, settings, ranks, progress)
             file = f"{number:04d}-{name}-without-{id}"
-            step, delta = self._store(file, name, "forget", before, after, line["tolerance"], ranks)
+            step, delta = self._store(file, name, facts["run"], before, after, line["tolerance"], ranks)
             found = [*steps, step]
             state = self._state(found)
-            measured, missing = self._to_measure({**line, "of": id}, in_full=False)
+            measured, missing = self._to_measure({**line, "of": id}, found, in_full=False)
+            audits = self._audited(state, measured, f"-without-{id}", settings, ranks, progress)
+            for above in returned(audits):
+                say("request %s would be above the target after undoing %s: see its audit", above, id)
             prepared[id] = {
                 "steps": [one.to_dict() for one in found],
                 "weights": digest_of(state),
                 "delta": delta,
-                "audits": self._audited(state, measured, f"-without-{id}", settings, ranks, progress),
+                "run": facts["run"],
+                "audits": audits,
                 "unaudited": missing,
             }
         return prepared
@@ -297,8 +301,9 @@ class LedgerWork:
             settings = UnlearnConfig.from_dict(entry.content["settings"])
             settings = settings if device is None else replace(settings, device=device)
             earlier = [self._log.find(step.id) for step in in_force(found)]
-            before, after, _ = self._unlearned(entry.id, own, earlier, found, settings, ranks, progress)
-            step, delta = self._store(f"{number:04d}-{entry.id}", entry.id, "forget", before, after, entry, ranks)
+            before, after, facts = self._unlearned(entry.id, own, earlier, found, settings, ranks, progress)
+            file = f"{number:04d}-{entry.id}"
+            step, delta = self._store(file, entry.id, facts["run"], before, after, entry, ranks)
             found.append(step)
             deltas[step.file] = delta
         return found, deltas
@@ -308,16 +313,28 @@ class LedgerWork:
         steps = self._log.last.steps
         before, after, current = (self._state(part) for part in (steps[:place], steps[: place + 1], steps))
         merged = merge_undone(before, after, current)
-        step, delta = self._store(f"{number:04d}-undo-{id}", id, "merge", current, merged, self._log.find(id), ranks)
+        step, delta = self._store(f"{number:04d}-undo-{id}", id, None, current, merged, self._log.find(id), ranks)
         return [*steps, step], {step.file: delta}
 
     def _store(
-        self, name: str, id: str, kind: str, before: State, after: State, like: Entry | float, ranks: Ranks
+        self,
+        name: str,
+        id: str,
+        run: Mapping[str, Any] | None,
+        before: State,
+        after: State,
+        like: Entry | float,
+        ranks: Ranks,
     ) -> tuple[Step, dict[str, Any]]:
-        """Write a delta on the first rank. like: its tolerance, or the line whose tolerance it takes."""
+        """Write a delta on the first rank.
+
+        run: the facts of the run that it comes from; None for one that takes a request back. like: its tolerance, or
+        the line whose tolerance it takes.
+        """
         tolerance = like if isinstance(like, float) else float(like.content["tolerance"])
-        file = f"{DELTAS}/{name}.safetensors"
-        return ranks.run_on_first(lambda: self._weights.write(file, id, kind, before, after, tolerance))
+        file, kind = f"{DELTAS}/{name}.safetensors", "merge" if run is None else "forget"
+        step, delta = ranks.run_on_first(lambda: self._weights.write(file, id, kind, before, after, tolerance))
+        return (step if run is None else replace(step, accepted=_accepted(run))), delta
 
     def _alone(
         self, entry: Entry, state: State, settings: UnlearnConfig, ranks: Ranks, progress: bool | None
@@ -328,7 +345,7 @@ class LedgerWork:
             return None
         how = ranks.run_on_all(lambda: encoding(settings, ranks, shown(progress)))
         current = self._weights.adapter(self._log.base, state)
-        request = Measured(entry.id, pairs, False, _target(entry.content))
+        request = Measured(entry.id, pairs, False, _accepted(entry.content["run"]))
         return summarise(audit_requests(self._base(), current, [request], how)[entry.id], request)
 
     def _record(
@@ -346,7 +363,7 @@ class LedgerWork:
         known: audits of this state that were made earlier, for requests whose pairs are not at hand.
         """
         state = self._state(steps)
-        measured, unmeasured = self._to_measure(content)
+        measured, unmeasured = self._to_measure(content, steps)
         audits = self._audited(state, measured, "", settings, ranks, progress)
         known = {name: audit for name, audit in known.items() if name in unmeasured}
 
@@ -401,11 +418,14 @@ class LedgerWork:
 
         return ranks.run_on_first(write)
 
-    def _to_measure(self, content: Mapping[str, Any], *, in_full: bool = True) -> tuple[list[Measured], dict[str, str]]:
+    def _to_measure(
+        self, content: Mapping[str, Any], steps: Sequence[Step], *, in_full: bool = True
+    ) -> tuple[list[Measured], dict[str, str]]:
         """Return the requests in force and the one that the line takes back, and why others are not at hand.
 
-        in_full: whether a new request is measured in full.
+        steps: to the state. in_full: whether a new request is measured in full.
         """
+        accepted = {step.id: step.accepted for step in steps if step.kind == "forget"}
         found, missing = [], {}
         of = content.get("of")
         for entry in self._log.active():
@@ -413,10 +433,12 @@ class LedgerWork:
             if isinstance(pairs, str):
                 missing[entry.id] = pairs
             else:
-                found.append(Measured(entry.id, pairs, entry.id == of, _target(entry.content)))
+                target = accepted.get(entry.id)  # of its last run, which may be a replay
+                target = _accepted(entry.content["run"]) if target is None else target
+                found.append(Measured(entry.id, pairs, entry.id == of, target))
         if content["kind"] == "forget":
             own = self._data.known(content["id"])
-            found.append(Measured(content["id"], own, False, _target(content), in_full))
+            found.append(Measured(content["id"], own, False, accepted[content["id"]], in_full))
         return found, missing
 
 
@@ -425,13 +447,12 @@ def shown(progress: bool | None) -> bool:
     return sys.stderr.isatty() if progress is None else progress
 
 
-def _target(content: Mapping[str, Any]) -> float | None:
+def _accepted(run: Mapping[str, Any]) -> float | None:
     """Return the association at which the run of a request called it forgotten.
 
     A run counts the association of the validation pairs up to one standard error, so that it may have accepted a value
     above its target.
     """
-    run = content["run"]
     accepted = run.get("association") if run["target_reached"] else None
     return run["target"] if run["target"] is None or accepted is None else max(run["target"], accepted)
 

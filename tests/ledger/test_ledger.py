@@ -101,12 +101,12 @@ def test_undoing_without_the_pairs_of_later_requests_merges_deltas(three, tmp_pa
 
 
 def test_a_request_is_at_the_target_where_its_run_accepted_it():
-    from cliperase_fast.ledger.work import _target
+    from cliperase_fast.ledger.work import _accepted
 
     run = {"target": 0.05, "association": 0.06, "target_reached": True}
-    assert _target({"run": run}) == 0.06 and _target({"run": {**run, "association": 0.01}}) == 0.05
-    assert _target({"run": {**run, "target_reached": False}}) == 0.05
-    assert _target({"run": {**run, "target": None, "target_reached": None}}) is None
+    assert _accepted(run) == 0.06 and _accepted({**run, "association": 0.01}) == 0.05
+    assert _accepted({**run, "target_reached": False}) == 0.05
+    assert _accepted({**run, "target": None, "target_reached": None}) is None
 
 
 def test_merging_works_without_any_data(three, tmp_path):
