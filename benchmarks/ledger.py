@@ -175,7 +175,7 @@ def _undone(folder: Path, name: str, how: str) -> dict[str, Any]:
         "how": entry.content["how"], "undone": name, "concept": audits[name],
         "others_at_target": all(audit["at_target"] for audit in others.values()), "others": others,
         "bits_of_before": entry.weights == before,
-        "bits_of_prepared": prepared is not None and entry.weights == prepared["weights"],
+        "bits_of_prepared": None if prepared is None else entry.weights == prepared["weights"],
         "cpu_seconds": time.process_time() - began,
     }  # fmt: skip
     shutil.rmtree(copy)

@@ -44,6 +44,8 @@ def section(parts: Mapping[str, Any]) -> list[Part]:
         if "same_weights" in ranks:
             same = ", ".join(ranks["same_weights"]) or "none"
             text += f" Requests that left the same bits in the weights as in one process: {same}."
+        if ranks.get("settings"):
+            text += " Runs with these numbers do not search for the target; only the comparison counts here."
         found.append(text)
         found.append((_HEAD[:5], list(_ranks(ranks))))
     return found or [NOT_MEASURED]
@@ -89,7 +91,7 @@ def _study(study: Mapping[str, Any], model: str) -> Iterator[Part]:
                 f"Undone {_WAYS[how]}, pooled over {pooled['images']} test images: {base} in the base, {now} after "
                 f"undoing, a change of {100 * (pooled['now'] - pooled['base']):+.1f} points."
             )
-    replayed = [one for one in undone if one["how"] == "replay" and "bits_of_prepared" in one]
+    replayed = [one for one in undone if one["how"] == "replay" and one.get("bits_of_prepared") is not None]
     if replayed:
         same = sum(one["bits_of_prepared"] for one in replayed)
         yield f"{same} of {len(replayed)} replays ended with the same bits as what had been prepared."
