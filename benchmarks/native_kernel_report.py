@@ -20,6 +20,8 @@ import triton
 from .machine import RESULTS, ROOT, describe
 
 SOURCES = ROOT / "csrc" / "cuda"
+# The bytes that a kernel may spill: with more registers only one block of threads would fit a multiprocessor.
+SPILLS = {("sm_120", "forward_kernel", "calibrated, edited"): 24}
 _ARCHITECTURE = re.compile(r"^arch = (sm_\w+)$")
 _FUNCTION = re.compile(r"Function \w+?\d+([a-z_]+_kernel)(?:INS\w*?_?4FormI((?:Lb[01]E)+)E)?")
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
@@ -96,7 +98,11 @@ def main() -> int:
     (RESULTS / "native_kernels.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     for run in runs:
         print(*(f"{key}={value}" for key, value in run.items()))
-    return int(any(run["spilled_bytes"] for run in runs))
+    return int(any(run["spilled_bytes"] > allowed_spill(run) for run in runs))
+
+
+def allowed_spill(run: dict[str, Any]) -> int:
+    return SPILLS.get((run["architecture"], run["kernel"], run["form"]), 0)
 
 
 if __name__ == "__main__":
