@@ -9,8 +9,8 @@ A small diffusion model of the rendered shapes (benchmarks.shapes_diffusion) rea
 text tower. The CLIP forgets a concept with `trainable="text"` and no other setting, its text tower takes the place of
 the original in the pipeline, and the same prompts and seeds are painted again. The control is fine-tuned on the other
 pairs, with the rate and the steps that `calibrated` found. One arm unlearns the image tower instead, which the pipeline
-does not have. The judge is a CLIP of the same kind that was trained from another seed: it has seen neither the
-diffusion model nor the unlearning.
+does not have, and one edits the text projection alone, which it does not read. The judge is a CLIP of the same kind
+that was trained from another seed: it has seen neither the diffusion model nor the unlearning.
 
 The result file benchmarks/results/generation.json is written after every run, and a further call continues with the
 runs that are missing. `python -m benchmarks.write_docs` puts the figures into docs/text-to-image.md.
@@ -39,7 +39,7 @@ from cliperase_fast.evaluation.generation import FORGET, Generation, Judge, comp
 from cliperase_fast.storage import write_text_atomically
 from cliperase_fast.unlearning import unlearn
 
-from .generation_report import CONTROL, IMAGE, draw
+from .generation_report import CONTROL, IMAGE, PROJECTION, UNSEEN, draw
 from .machine import RESULTS, ROOT, describe, own_folder
 from .records import record_text
 from .shapes_diffusion import ShapesPipeline, Training, cached_pipeline, pixels_of, small_clip
@@ -78,8 +78,10 @@ def _asking(classes: Sequence[str]) -> dict[str, str]:
 def unlearned(concept: str, arm: str, seed: int) -> Path:
     """Return the folder of the text encoder of an arm, which the first call unlearns, with its scores as JSON."""
     clip = small_clip()
-    settings = {"trainable": "image" if arm == IMAGE else "text", "seed": seed}
-    if arm == CONTROL:
+    settings: dict[str, Any] = {"trainable": "image" if arm == IMAGE else "text", "seed": seed}
+    if arm == PROJECTION:  # a closed form for one matrix
+        settings = {"method": "text_projection", "seed": seed}
+    elif arm == CONTROL:
         found = json.loads((unlearned(concept, "calibrated", seed) / "scores.json").read_text(encoding="utf-8"))
         numbers = {name: found["recipe"][name] for name in ("learning_rate", "batch_size", "forget_fraction", "steps")}
         settings |= {**numbers, "schedule": "cosine", "select": "last", "method": "retain_finetune"}
@@ -107,8 +109,8 @@ class _Unlearned:
                 "learning_rate": config.learning_rate if recipe is None else recipe["learning_rate"],
                 "batch_size": config.batch_size,
                 "forget_fraction": config.forget_fraction,
-                "steps": result.selection["step"],
-                "target_reached": result.selection["target_reached"],
+                "steps": result.selection.get("step"),
+                "target_reached": result.selection.get("target_reached"),
             },
         }  # fmt: skip
 
@@ -128,7 +130,7 @@ def runs_of(concepts: Sequence[str], seeds: int) -> Iterator[tuple[str, str, int
     """Yield (concept, arm, seed), the first seed of everything first."""
     for seed in range(seeds):
         for concept in concepts:
-            for arm in (*ARMS, *([IMAGE] if (concept, seed) == ("red circle", 0) else [])):
+            for arm in (*ARMS, *(UNSEEN if (concept, seed) == ("red circle", 0) else ())):
                 yield concept, arm, seed
 
 
@@ -162,7 +164,7 @@ class Record:
 
 
 def _place(run: Mapping[str, Any]) -> tuple[int, int, int]:
-    return list(CONCEPTS).index(run["concept"]), (*ARMS, IMAGE).index(run["arm"]), run["seed"]
+    return list(CONCEPTS).index(run["concept"]), (*ARMS, *UNSEEN).index(run["arm"]), run["seed"]
 
 
 def measure(record: Record, concepts: Sequence[str], seeds: int) -> None:

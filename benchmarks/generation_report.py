@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-CONTROL, IMAGE = "retain_finetune", "calibrated, image tower"
+CONTROL, IMAGE, PROJECTION = "retain_finetune", "calibrated, image tower", "text_projection"
+UNSEEN = {IMAGE: "the image tower unlearned", PROJECTION: "the text projection edited"}  # by a pipeline
 FORGET = "forget"
 NOT_MEASURED = "Not measured yet: `python -m benchmarks.generation`."
 _SHOWN = 4  # pictures of a prompt in the docs' picture
@@ -30,15 +31,16 @@ def figures(file: Path, table: Callable[..., str], provenance: Callable[[dict[st
     if not runs:
         return NOT_MEASURED
     judge = record["judge"]
-    images = [run for run in runs if run["arm"] == IMAGE]
+    unseen = [run for run in runs if run["arm"] in UNSEEN]
+    seen = [run for run in runs if run["arm"] not in UNSEEN]
     parts = [
         f"The judge names {_percent(judge['top1'])} of {judge['renders']} rendered pictures rightly. Shares of "
         "pictures that show the concept, and for neighbours what the prompt asks for; in brackets 95 % intervals over "
         "the pictures, or, where an arm has several unlearning seeds, the lowest and the highest of them:",
-        table(_HEAD, list(_rows([run for run in runs if run["arm"] != IMAGE]))),
-        *(_unchanged(run) for run in images),
+        table(_HEAD, list(_rows(seen))),
+        *(_unchanged(run) for run in unseen),
         "The neighbours, group by group:",
-        table(("forgotten", "neighbours", "pictures", "arm", "before", "after"), list(_neighbours(runs))),
+        table(("forgotten", "neighbours", "pictures", "arm", "before", "after"), list(_neighbours(seen))),
         provenance(record),
     ]
     return "\n\n".join(parts)
@@ -76,12 +78,12 @@ def _neighbours(runs: Runs) -> Iterator[Sequence[str]]:
 
 
 def _unchanged(run: Mapping[str, Any]) -> str:
-    """Say what an unlearned image tower does to the pictures."""
+    """Say what unlearning does to the pictures where the pipeline does not have what is unlearned."""
     same = sum(group["identical"] for group in run["groups"].values())
     count = sum(group["pictures"] for group in run["groups"].values())
     top1 = run["clip"]["forget_top1"]
     return (
-        f"**With the image tower unlearned** ({run['concept']}; the CLIP's forget top-1 goes from "
+        f"**With {UNSEEN[run['arm']]}** ({run['concept']}; the CLIP's forget top-1 goes from "
         f"{_percent(top1['before'])} to {_percent(top1['after'])}), {same} of {count} pictures keep every pixel."
     )
 
