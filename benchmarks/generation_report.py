@@ -47,7 +47,8 @@ def figures(file: Path, table: Callable[..., str], provenance: Callable[[dict[st
 
 
 _HEAD = (
-    "forgotten", "arm", "CLIP forget top-1", "pictures", "concept painted", "neighbours painted", "change, of 255",
+    "forgotten", "arm", "rate", "CLIP forget top-1", "pictures", "concept painted", "neighbours painted",
+    "change, of 255",
 )  # fmt: skip
 
 
@@ -57,7 +58,7 @@ def _rows(runs: Runs) -> Iterator[Sequence[str]]:
         groups = [run["groups"][FORGET] for run in of]
         others = [_pooled(run) for run in of]
         yield (
-            concept, arm,
+            concept, arm, ", ".join(dict.fromkeys(f"{run['recipe']['learning_rate']:.0e}" for run in of)),
             f"{_percent(_mean(of['before'] for of in clip))} → {_percent(_mean(of['after'] for of in clip))}",
             str(groups[0]["pictures"]),
             f"{_percent(groups[0]['concept']['before']['value'])} → "

@@ -19,7 +19,7 @@ def group(before, after, pictures, identical=0):
 
 def run(arm, seed, painted, identical=0):
     return {
-        "concept": "red circle", "arm": arm, "seed": seed,
+        "concept": "red circle", "arm": arm, "seed": seed, "recipe": {"learning_rate": 3.16e-4},
         "clip": {"forget_top1": {"before": 1.0, "after": 0.0}},
         "groups": {
             "forget": group(0.9, painted, 8, identical), "near": group(0.8, 0.4, 10, identical),
@@ -35,7 +35,9 @@ def written(tmp_path, runs):
 
 
 def test_a_seed_has_its_interval_and_several_their_range(tmp_path):
-    assert "90.0 % → 30.0 % [20.0, 40.0] | 87.5 % → 77.5 %" in written(tmp_path, [run("cliperase", 0, 0.3)])
+    assert "| cliperase | 3e-04 | 100.0 % → 0.0 % | 8 | 90.0 % → 30.0 % [20.0, 40.0] | 87.5 % → 77.5 %" in written(
+        tmp_path, [run("cliperase", 0, 0.3)]
+    )
     text = written(tmp_path, [run("cliperase", seed, painted) for seed, painted in enumerate((0.1, 0.3, 0.5))])
     assert "90.0 % → 30.0 % [10.0, 50.0] | 87.5 % → 77.5 % [77.5, 77.5] | 25.5 |" in text
     assert "| red circle | near | 10 | cliperase | 80.0 % | 40.0 % [40.0, 40.0] |" in text
