@@ -173,10 +173,10 @@ def comparison_page(content: Content) -> str:
             f"{name}: {entry['error']}" for name, entry in content["methods"].items() if "error" in entry
         ],
         notes=content.get("notes") or [],
-        runs=[(name, f"{name}/report.html, {name}/audit.html") for name in _ranked(content)],
+        runs=list(_ranked(content)),
         facts=[
             ("Model", inputs["model"]),
-            ("Data", " + ".join(str(inputs[name]) for name in ("forget", "retain", "test") if inputs.get(name))),
+            ("Data", " + ".join(str(inputs[name]) for name in ("forget", "retain", "test") if inputs.get(name) not in (None, "None"))),
             ("Forget test pairs", count(data.get("forget_test_pairs"))),
             ("Retain test pairs", count(data.get("retain_test_pairs"))),
             ("Settings of a method", "its recipe" if inputs.get("recipes") else "its defaults"),

@@ -32,7 +32,7 @@ def content():
     return {
         "format": 1,
         "inputs": {
-            "model": "base", "forget": "demo#class:<b>", "retain": "rest", "test": None, "settings": {"seed": 3},
+            "model": "base", "forget": "demo#class:<b>", "retain": "rest", "test": "None", "settings": {"seed": 3},
         },
         "oracle_seconds": 33.0,
         "models": {
@@ -96,6 +96,9 @@ def test_the_page_has_the_table_the_failures_and_escaped_names(content):
     assert not page.all("script") and not page.all("b") and not page.all("i")
     assert len(page.all("img")) == 1
     assert "two" in page.text  # the class that lost most
+    assert "demo#class:<b> + rest" in page.text and "None" not in page.text
+    links = {f"{name}/{page}.html" for name in ("near", "far") for page in ("report", "audit")}
+    assert {link["href"] for link in page.all("a")} == links
 
 
 def test_a_comparison_without_a_result_has_a_page(content):
