@@ -63,6 +63,7 @@ def test_every_command_has_its_help_on_a_page():
         ("Formula:\n\n    S = <a_b, c>\n\n    T", "Formula:\n\n```text\nS = <a_b, c>\n\nT\n```"),
         ("mean_m <I_f[m]> `a_b`", r"mean\_m \<I\_f\[m\]\> `a_b`"),
         ("see docs/zero.md.", "see [zero.md](../zero.md)."),
+        ("x: " + "ab " * 40 + "\nand on.", "<dl><dt><code>x</code></dt><dd>" + "ab " * 40 + "and on.</dd></dl>"),
         ("x: given\nReturns y.", "<dl><dt><code>x</code></dt><dd>given</dd></dl>\n\nReturns y."),
     ],
 )

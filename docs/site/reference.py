@@ -82,6 +82,7 @@ PAGES = {
     ),
 }
 WIDTH = 88  # of a signature in one line
+FULL = 95  # a docstring's line of more characters was broken where it was full
 NAMES = re.compile(r"([a-z_*][\w.*]*(?:, [a-z_*][\w.*]*)*(?: \([^)]*\))?): (.*)", re.DOTALL)
 PAGE_OF = re.compile(r"docs/([\w-]+\.md)")
 
@@ -125,7 +126,7 @@ def _entry(name: str) -> Iterator[str]:
     module, _, attribute = name.rpartition(":")
     module = module or "cliperase_fast"
     thing = getattr(importlib.import_module(module), attribute)
-    yield f"## `{module}.{attribute}` {{#{attribute}}}"
+    yield f"## `{module}.{attribute}` {{#{attribute} data-toc-label={attribute}}}"
     yield _signature(attribute, thing)
     yield prose(inspect.getdoc(thing) or "")
     if thing.__name__ == "UnlearnConfig":
@@ -233,11 +234,17 @@ def _block(lines: list[str]) -> str:
 
 
 def _items(lines: list[str]) -> Iterator[str]:
-    """Yield arguments and runs of prose: an argument starts at a line "names: text" and goes on in indented lines."""
+    """Yield arguments and runs of prose.
+
+    An argument starts at a line "names: text". It goes on in indented lines, or in any after a full first line.
+    """
     current: list[str] = []
+    flush = False  # the argument goes on in lines that are not indented
     for line in lines:
         argument = NAMES.fullmatch(line) is not None
-        follows = line.startswith(" ") or not (argument or (current and NAMES.fullmatch(current[0])))
+        begun = bool(current) and NAMES.fullmatch(current[0]) is not None
+        flush = begun and not argument and (flush or (len(current) == 1 and len(current[0]) > FULL))
+        follows = line.startswith(" ") or flush or not (argument or begun)
         if current and not follows:
             yield " ".join(current)
             current = []
