@@ -62,6 +62,11 @@ _MEANINGS = (
 )
 
 
+def _given(reference: str | None) -> bool:
+    """Return whether data was given: compare.json has the text of each argument, "None" included."""
+    return reference not in (None, "", "None")
+
+
 def _ranked(content: Content) -> list[str]:
     """Return the methods with a result: the smallest gap first, without oracles in the order in which they ran."""
     found = [name for name, entry in content["methods"].items() if "scores" in entry]
@@ -176,7 +181,7 @@ def comparison_page(content: Content) -> str:
         runs=list(_ranked(content)),
         facts=[
             ("Model", inputs["model"]),
-            ("Data", " + ".join(str(inputs[name]) for name in ("forget", "retain", "test") if inputs.get(name) not in (None, "None"))),
+            ("Data", " + ".join(inputs[name] for name in ("forget", "retain", "test") if _given(inputs.get(name)))),
             ("Forget test pairs", count(data.get("forget_test_pairs"))),
             ("Retain test pairs", count(data.get("retain_test_pairs"))),
             ("Settings of a method", "its recipe" if inputs.get("recipes") else "its defaults"),
