@@ -23,7 +23,11 @@ PAGES = {
     "evaluation": (
         "Evaluation and audit",
         "Measure what a model answers, and what unlearning left behind or damaged.",
-        ["evaluate", "audit", "Audit"],
+        [
+            *("evaluate", "audit", "Audit"),
+            *(f"cliperase_fast.evaluation.generation:{name}" for name in ("compare_generation", "Judge", "Generation")),
+            "cliperase_fast.report.generation:save_generation_page",
+        ],
     ),
     "ledger": (
         "Ledger",
