@@ -316,15 +316,16 @@ def main(words: Sequence[str] | None = None) -> int:
 
         return predict()
     known = json.loads(PATH.read_text(encoding="utf-8"))["runs"] if arguments.missing else []
-    runs = []
+    runs, description = [], describe()
     for case in cases():
         described = asdict(case)
         row = next((row for row in known if described.items() <= row.items()), None)
         if row is None:
-            row = {**described, **asdict(compile_case(case))}
+            row = {**described, **asdict(compile_case(case)), "commit": description["commit"]}
             print(*(f"{key}={value}" for key, value in row.items()), flush=True)
         runs.append(row)
-    record = {"command": "python -m benchmarks.kernel_report", **describe(), "runs": runs}
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in runs))  # those that compiled the rows
+    record = {"command": "python -m benchmarks.kernel_report", **description, "commit": commits, "runs": runs}
     PATH.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0
 
