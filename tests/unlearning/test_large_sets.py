@@ -12,6 +12,7 @@ from cliperase_fast.data import as_pairs, pair_sets
 from cliperase_fast.errors import InputError, UnlearningError
 from cliperase_fast.unlearning import batches, sampling, teacher
 from cliperase_fast.unlearning.batches import BatchLoader, BatchPlan, CaptionTable, Substitutes
+from cliperase_fast.unlearning.selection import wilson
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
 QUICK = {**tiny.QUICK, "transform": open_clip.image_transform(8, is_train=False), "num_workers": 0}
@@ -51,6 +52,7 @@ def test_larger_sets_are_sampled_by_the_seed_and_counted(table):
     assert record["after"]["retain"]["pairs"] == 5
     low, high = record["test_intervals"]["after"]["retain"]["image_to_text_r@1"]
     assert low - 1e-9 <= record["after"]["retain"]["image_to_text_r@1"] <= high and high - low > 0.3
+    assert [low, high] == pytest.approx(wilson(record["after"]["retain"]["image_to_text_r@1"], 5))
     low, high = record["test_intervals"]["before"]["forget"]["association"]
     assert low < record["before"]["forget"]["association"] < high
     assert any("40 of the 60 retain pairs" in note for note in record["notes"])
