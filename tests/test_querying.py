@@ -117,8 +117,11 @@ def test_the_test_split_is_searched_too(model, folder):
     (folder.parent / "cat").rename(folder / "train" / "cat")
     (folder / "dog").rename(folder / "test" / "cat")
     found = query(model, f"folder:{folder}", k=5)
-    assert found.also and all(name.startswith("test/") for name in found.also)
     assert all(name.startswith("train/") for name in found.ids)
+    alone = query(model, f"folder:{folder / 'test'}", k=19)  # all but one
+    cut = found.similarities[found.rows[-1]]
+    near = [f"test/{name}" for name, row in zip(alone.ids, alone.rows, strict=True) if alone.similarities[row] >= cut]
+    assert sorted(found.also) == sorted(near) and 0 < len(near) < len(alone.ids)
 
 
 def test_the_command_writes_ids_that_a_selector_reads_and_a_page(model, folder, tmp_path, monkeypatch, capsys):

@@ -226,3 +226,12 @@ def test_a_split_with_many_captions_is_sampled_smaller():
     counts = {}
     drawn = sampling.sample_evaluation(parts, "test", cf.UnlearnConfig(max_test_pairs=40), counts)
     assert list(map(len, drawn)) == [8, 12] and counts == {"retain test": {"pairs": 12, "of": 32}}
+
+
+def test_the_interval_of_the_association_is_that_of_a_mean():
+    values = np.random.default_rng(0).normal(0.3, 0.2, 400).astype(np.float32)
+    scores = {"pairs": 400, "association": float(values.mean())}
+    found = sampling.test_intervals({"forget": scores, "retain": scores}, {"forget": values, "retain": values})
+    low, high = found["retain"]["association"]
+    assert (low + high) / 2 == pytest.approx(values.mean(), abs=1e-6)
+    assert high - low == pytest.approx(2 * 1.96 * 0.2 / 20, rel=0.1)
