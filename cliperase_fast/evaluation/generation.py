@@ -137,7 +137,7 @@ def compare_generation(
     after: the unlearned text encoder, as `cf.export.to_diffusers_text_encoder` returns it. It is not changed; a copy
         takes the pipeline's dtype and device.
     forget: {prompt: the judge's class that it asks for} of the concept.
-    neighbours: {group: {prompt: class}} of what the pipeline must still paint.
+    neighbours: {group: {prompt: class}} of other classes, whose pictures should stay as they are.
     before: the text encoder before; the pipeline's own if None.
     concept: the classes of the concept; those that `forget` asks for if None.
     images: pictures of each prompt, with the seeds 0, 1, ...; or `seeds`, all different.
@@ -298,8 +298,8 @@ def _notes(painted: Sequence[Painted]) -> list[str]:
     if hidden == 0:
         return []
     return [
-        f"{hidden} of {count} pairs of pictures have a black one, which a safety checker puts in place of what it "
-        "flags; they are not judged"
+        f"{hidden} of {count} pairs of pictures contain a black picture, as returned by a safety checker for "
+        "flagged content; they are not judged"
     ]
 
 

@@ -233,7 +233,7 @@ def verdict(result: Mapping[str, Any]) -> Verdict:
     advice = _of_little(head) if little else "" if level == "good" else _advice(result, good, kept)
     if not little and not good and kept and after <= head.chance:
         advice = (
-            f"That is no better than guessing ({percent(head.chance)}): judge the forgetting by the association, or "
+            f"This is no better than chance ({percent(head.chance)}): judge the forgetting by the association, or "
             "measure it among more classes."
         )
     return Verdict(opening, sentence + ".", level, advice)

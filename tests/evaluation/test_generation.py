@@ -126,7 +126,7 @@ def test_the_pipelines_encoder_returns_after_an_error():
 def test_hidden_pictures_are_named_and_not_judged():
     found = compare(Pipeline(hides=["blue"])).content
     assert (found["groups"]["others"]["pictures"], found["groups"]["others"]["blocked"]) == (4, 4)
-    assert "4 of 12 pairs of pictures have a black one" in found["notes"][0]
+    assert "4 of 12 pairs of pictures contain a black picture" in found["notes"][0]
     with pytest.raises(UnlearningError, match="safety_checker=None"):
         compare(Pipeline(hides=["red"]))
 

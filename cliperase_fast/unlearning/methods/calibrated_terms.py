@@ -20,6 +20,7 @@ from torch.nn.functional import softplus
 
 from cliperase_fast.functional import CalibratedTerms
 from cliperase_fast.losses import CalibratedLoss
+from cliperase_fast.ops.spec import compute_dtype
 from cliperase_fast.unlearning.methods import clip_losses
 from cliperase_fast.unlearning.objective import BatchFeatures
 
@@ -51,7 +52,9 @@ def joint_terms(loss: CalibratedLoss, features: BatchFeatures, concepts: Tensor 
 def sigmoid_terms(loss: CalibratedLoss, features: BatchFeatures, concepts: Tensor | None) -> CalibratedTerms:
     """Return the terms, as `joint_terms` does, of a model that was trained with the sigmoid loss, see the module."""
     weights = (loss.lambda_retain, loss.lambda_forget, loss.lambda_consistency, loss.lambda_anchor)
-    zero = 0 * (features.image.sum() + features.text.sum() + features.logit_scale).float()
+    zero = 0 * (features.image.sum() + features.text.sum() + features.logit_scale).to(
+        compute_dtype(features.image, features.text)
+    )
     retain = forget = consistency = anchor = zero
     if loss.lambda_forget > 0 or loss.lambda_anchor > 0:
         on_cosines = CalibratedLoss(
@@ -71,17 +74,17 @@ def sigmoid_terms(loss: CalibratedLoss, features: BatchFeatures, concepts: Tenso
 
 
 def _edit(batch: BatchFeatures) -> Tensor:
-    """Return what the edited entries add to CM of the whole batch, whose group_ids are concepts; 0-d float32."""
-    count = batch.n_forget
+    """Return what the edited entries add to CM of the whole batch, whose group_ids are concepts; 0-d."""
+    count, dtype = batch.n_forget, compute_dtype(batch.image, batch.text)
     assert batch.teacher_image is not None and batch.teacher_text is not None
     assert batch.background_image is not None and batch.background_text is not None
     assert batch.teacher_logit_scale is not None and batch.teacher_logit_bias is not None
     assert batch.logit_bias is not None
     with torch.autocast(batch.image.device.type, enabled=False):
-        logits = batch.logit_scale.float() * batch.image.float() @ batch.forget_text.float().T + batch.logit_bias
-        cosines = batch.teacher_image.float() @ batch.teacher_text[:count].float().T  # [P, M]
-        levels = (batch.background_image[:, None].float() + batch.background_text[None, :count].float()) / 2
-        scale, bias = batch.teacher_logit_scale.float(), batch.teacher_logit_bias
+        logits = batch.logit_scale.to(dtype) * batch.image.to(dtype) @ batch.forget_text.to(dtype).T + batch.logit_bias
+        cosines = batch.teacher_image.to(dtype) @ batch.teacher_text[:count].to(dtype).T  # [P, M]
+        levels = (batch.background_image[:, None].to(dtype) + batch.background_text[None, :count].to(dtype)) / 2
+        scale, bias = batch.teacher_logit_scale.to(dtype), batch.teacher_logit_bias
         change = _divergence(scale * levels + bias, logits) - _divergence(scale * cosines + bias, logits)
         if batch.group_ids is not None:
             removed = batch.group_ids[:, None] == batch.group_ids[None, :count]
