@@ -7,6 +7,7 @@
 # make avx512-check   the C++ sweep's test on an emulated processor with AVX-512 (says which Debian packages it needs)
 # make bench-check   compare the losses' speed relative to open_clip's with the committed ratios
 # make docs   build the documentation's site into build/site
+# make wheels   build the sdist and a wheel for each of PYTHONS into dist/, and run each in new environments
 # make gpu-check   on a machine with a GPU, with the python in PYTHON: the GPU tests, the loss benchmark, auto's choice
 # make gpu-tournament   there too: the variants of the Triton kernels against each other; make gpu-tune: more configurations
 # make clean   remove .venv, builds and caches
@@ -33,7 +34,8 @@ $(shell $(BIN)/python -I -c '' || rm -rf $(VENV))
 $(shell test "$$(cat $(VENV)/.folder 2> /dev/null)" = "$$(pwd -P)" || rm -f $(DEMO) $(TEST) $(DOCS))
 endif
 
-.PHONY: demo test lint docs long-check bench-check native-sanitize cuda-sanitize avx512-check gpu-check gpu-tournament gpu-tune clean
+.PHONY: demo test lint docs long-check bench-check native-sanitize cuda-sanitize avx512-check wheels gpu-check \
+	gpu-tournament gpu-tune clean
 
 demo: $(DEMO)
 	$(RUN) cliperase_fast.cli demo
@@ -88,6 +90,11 @@ native-sanitize: $(TEST)
 
 avx512-check: $(TEST)
 	PATH="$(CURDIR)/$(BIN):$$PATH" csrc/tests/avx512/run.sh
+
+# PYTHONS: such as 'python3.10 python3.11:2.11.0,2.14.1', with versions of torch after the colon.
+PYTHONS ?= $(PYTHON)
+wheels: $(DEMO)
+	$(BIN)/python -m benchmarks.wheels $(PYTHONS)
 
 # Needs torch, triton, pytest, pybind11, cmake and nvcc, and no network. GPU_SECONDS: for all of it, 180 by default.
 gpu-check:

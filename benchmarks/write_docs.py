@@ -34,6 +34,7 @@ from . import (
     points_report,
     preparation,
     unaided_report,
+    wheels,
     zero_memory,
 )
 from .machine import RESULTS, ROOT, abilities_text
@@ -417,6 +418,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "providers": providers_table,
     "scaling-cpu": scaling_cpu_tables,
     "speed": readme_speed_table,
+    "wheels": lambda: wheels.figures(RESULTS / "wheels.json", table),
 }
 
 

@@ -31,6 +31,7 @@ def installed(tmp_path_factory):
 def test_benchmarks_are_in_a_wheel_without_a_package_of_that_name(installed):
     assert [entry.name for entry in installed.iterdir()] == ["cliperase_fast"]
     assert (installed / "cliperase_fast" / "benchmarks" / "loss.py").is_file()
+    assert not [path for path in installed.rglob("results") if path.is_dir()]  # committed records stay in the checkout
     for path in (ROOT / "benchmarks").glob("*.py"):
         text = path.read_text(encoding="utf-8")
         assert "import benchmarks" not in text and "from benchmarks" not in text, f"{path.name}: import it as `.`"
