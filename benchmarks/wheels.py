@@ -3,8 +3,8 @@
     python -m benchmarks.wheels python3.10 python3.11:2.11.0,2.14.1
 
 The sdist and the wheels, without CUDA, go to dist/. Each version of torch after the colon has an environment of its
-own, with the same wheel; without one, pip chooses. An environment takes several GB and is removed when it has run. The
-record of all that ran is benchmarks/results/wheels.json.
+own, with the same wheel; without one, pip chooses. An environment takes several GB and is removed when it has run. What
+ran is recorded in benchmarks/results/wheels.json, in place of an earlier run of the same versions.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from packaging.version import Version
+
 from .machine import RESULTS, ROOT, describe
+from .records import record_text
 
 RECORD = RESULTS / "wheels.json"
 DIST = ROOT / "dist"
@@ -133,14 +136,17 @@ def figures(file: Path, table: Callable[..., str]) -> str:
     """Return the table of what ran, for docs/native.md."""
     if not file.exists():
         return "Not measured yet: `make wheels`."
-    record = json.loads(file.read_text(encoding="utf-8"))
-    head = ("Python", *_VERSIONS, "tag of the wheel", "largest error of `native`", "steps of `unlearn()`")
+    runs = json.loads(file.read_text(encoding="utf-8"))["runs"]
+    head = ("Python", *_VERSIONS, "tag of the wheel", "largest error of `native`", "steps of `unlearn()`", "commit")
     rows = [
-        (run["python"], *(run[name] for name in _VERSIONS), tag(run["wheel"]), f"{run['error']:.1e}", str(run["steps"]))
-        for run in record["runs"]
-    ]
-    where = f"{record['machine']['processor']}, commit {record['commit']}"
-    return f"{table(head, rows)}\n\n`{record['command']}` on {record['date']}, {where}."
+        (
+            run["python"], *(run[name] for name in _VERSIONS), tag(run["wheel"]), f"{run['error']:.1e}",
+            str(run["steps"]), run["commit"],
+        )
+        for run in runs
+    ]  # fmt: skip
+    dates = sorted({run["date"] for run in runs})
+    return f"{table(head, rows)}\n\nOn {', '.join(dates)}, {', '.join(sorted({run['processor'] for run in runs}))}."
 
 
 def tag(wheel: str) -> str:
@@ -163,26 +169,34 @@ def outcomes(tools: Path, sdist: Path, words: Sequence[str]) -> Iterator[Run | F
                 yield error
 
 
-def write(runs: Sequence[Run], command: Sequence[str], about: Mapping[str, Any]) -> None:
-    record = {"command": " ".join(["python -m benchmarks.wheels", *command]), **about, "runs": list(runs)}
-    RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+def write(run: Run) -> None:
+    """Put a run into the record, in place of an earlier one of the same versions."""
+    runs = json.loads(RECORD.read_text(encoding="utf-8"))["runs"] if RECORD.exists() else []
+    runs = [one for one in runs if _order(one) != _order(run)]
+    record = {"runs": sorted([*runs, run], key=_order)}
+    RECORD.write_text(record_text(record) + "\n", encoding="utf-8")
+
+
+def _order(run: Run) -> tuple[Version, Version]:
+    return Version(run["python"]), Version(run["torch"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pythons", nargs="+", metavar="PYTHON[:TORCH,...]", help="a Python, and versions of torch")
     words = parser.parse_args(argv).pythons
-    about, runs, failures = describe(), [], 0
+    here = describe()
+    about = {"date": here["date"], "commit": here["commit"], "processor": here["machine"]["processor"]}
+    failures = 0
     with tempfile.TemporaryDirectory() as folder:
         tools = tools_in(Path(folder) / "tools")
         for outcome in outcomes(tools, build_sdist(tools), words):
             if isinstance(outcome, Failure):
                 failures += 1
                 print(outcome, file=sys.stderr, flush=True)
-                continue
-            runs.append(outcome)
-            write(runs, words, about)
-            print(*(f"{key}={value}" for key, value in outcome.items()), flush=True)
+            else:
+                write({**outcome, **about})
+                print(*(f"{key}={value}" for key, value in outcome.items()), flush=True)
     return int(failures > 0)
 
 

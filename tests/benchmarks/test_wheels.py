@@ -34,8 +34,8 @@ def bench(monkeypatch, tmp_path):
         if torch == "torch==9":
             raise wheels.Failure("an operator is missing")
         tried.append((python, torch))
-        versions = dict.fromkeys(wheels._VERSIONS, "1")
-        return {"python": python, **versions, "wheel": wheel.name, "error": 2e-7, "steps": 4}
+        versions = dict.fromkeys(wheels._VERSIONS, "1") | {"torch": torch.partition("==")[2] or "2.14.1"}
+        return {"python": python.removeprefix("python"), **versions, "wheel": wheel.name, "error": 2e-7, "steps": 4}
 
     monkeypatch.setattr(wheels, "RECORD", tmp_path / "wheels.json")
     monkeypatch.setattr(wheels, "tools_in", lambda folder: folder)
@@ -48,10 +48,19 @@ def bench(monkeypatch, tmp_path):
 def test_each_python_builds_one_wheel_for_all_versions_of_torch_and_the_table_shows_them(bench):
     assert wheels.main(["python3.10", "python3.11:2.11.0,2.14.1"]) == 0
     assert bench == [("python3.10", "torch"), ("python3.11", "torch==2.11.0"), ("python3.11", "torch==2.14.1")]
-    record = json.loads(wheels.RECORD.read_text())
-    assert record["command"] == "python -m benchmarks.wheels python3.10 python3.11:2.11.0,2.14.1"
     table = wheels.figures(wheels.RECORD, write_docs.table)
-    assert "| python3.10 | 1 | 1 | 1 | 1 | python3.10-x | 2.0e-07 | 4 |" in table
+    assert "| 3.10 | 2.14.1 | 1 | 1 | 1 | python3.10-x | 2.0e-07 | 4 |" in table
+
+
+def test_a_run_replaces_only_that_of_the_same_versions(bench):
+    for words in (["python3.11:2.14.1", "python3.9"], ["python3.10", "python3.11"], ["python3.11:2.11.0"]):
+        wheels.main(words)
+    runs = json.loads(wheels.RECORD.read_text())["runs"]
+    assert [(run["python"], run["torch"]) for run in runs] == [
+        ("3.10", "2.14.1"),
+        ("3.11", "2.11.0"),
+        ("3.11", "2.14.1"),
+    ]
 
 
 def test_a_failure_is_printed_and_the_other_environments_still_run(bench, capsys):
