@@ -26,8 +26,10 @@ def recipe_section(result: Mapping[str, Any]) -> dict[str, Any] | None:
             f"forget score at most {percent(number(target.get('forget')))}",
         ),
         ("Learning rate", f"{_rate(rate)}: {recipe.get('why')}{_lowered(recipe.get('lowered'))}"),
+        ("Weight of forgetting", _pressed(recipe.get("pressed"))),
         ("End of training", f"step {recipe.get('steps')}: {recipe.get('stop')}"),
     ]
+    facts = [(name, text) for name, text in facts if text]
     table = Table(_COLUMNS, [_row(probe, rate) for probe in probes], text_columns=1, minor=(1,)) if probes else None
     return {"facts": facts, "table": table}
 
@@ -53,6 +55,12 @@ def _row(probe: Mapping[str, Any], chosen: float | None) -> Row:
 def _lowered(steps: Any) -> str:
     """Say from which steps the rate was lower."""
     return f"; lowered after step {' and '.join(map(str, steps))}" if isinstance(steps, list) and steps else ""
+
+
+def _pressed(steps: Any) -> str:
+    """Say from which steps the forget terms had more weight."""
+    pressed = isinstance(steps, list) and steps
+    return f"three times as much after step {' and '.join(map(str, steps))}" if pressed else ""
 
 
 def _rate(rate: float | None) -> str:

@@ -28,6 +28,7 @@ STAGES = (1.0, 0.3, 0.1)  # times the learning rate, one after another; the lowe
 STRENGTH = 1e-3  # the first rate as a share of a typical weight, as Adam moves every weight by about the rate
 BUDGET, BUDGET_UNREACHED = 60, 90  # steps of other probes, once a rate reaches the target and before
 PATIENCE = 3  # evaluations without an improvement at the target; twice as many before it
+PRESSURE, PRESSES = 3.0, 3  # the weight of the forget terms grows by this factor, at most so many times
 IMPROVEMENT, LEAST_IMPROVEMENT = 0.05, 1e-3  # relative, and in nats or of the gap: a smaller one does not count
 
 
@@ -184,30 +185,43 @@ class Course:
     """Where training stands after some evaluations.
 
     lowered: the steps after which the learning rate fell to the next of `STAGES`. stop: why training should stop now,
-    empty if it should go on.
+    empty if it should go on. pressed: the steps after which the forget terms got more weight.
     """
 
     lowered: tuple[int, ...] = ()
     stop: str = ""
+    pressed: tuple[int, ...] = ()
 
     @property
     def factor(self) -> float:
         return STAGES[len(self.lowered)]
 
+    @property
+    def pressure(self) -> float:
+        """By how much the weight of the forget terms has grown."""
+        return PRESSURE ** len(self.pressed)
 
-def course(evaluations: Sequence[Candidate], target: Target, patience: int, within: Sequence[bool]) -> Course:
+
+def course(
+    evaluations: Sequence[Candidate], target: Target, patience: int, within: Sequence[bool], presses: int = 0
+) -> Course:
     """Follow the evaluations of a run from its first step on.
 
     A stage ends when so many evaluations (`patience`, twice as many in the first stage before the target is reached)
     bring no improvement: before the target is reached of the distance to it, then of the divergence at the target.
+    Where it would end though no evaluation that keeps the rest is safely at the target, the forget terms get more
+    weight instead, as they stand in balance with those that keep the rest.
 
-    within: whether each of them keeps the rest.
+    within: whether each of them keeps the rest. presses: how often the forget terms can get more weight.
     """
     lowered: tuple[int, ...] = ()
+    pressed: tuple[int, ...] = ()
+    safe = False
     best, reached = math.inf, None
     improved = waited = 0
     for number, candidate in enumerate(evaluations):
         at = target.reached(candidate)
+        safe = safe or (within[number] and target.reached_safely(candidate))
         if at and reached is None:
             best, reached = math.inf, candidate.step
         score = target.gap(candidate) if reached is None else candidate.diverged if at else math.inf
@@ -216,12 +230,17 @@ def course(evaluations: Sequence[Candidate], target: Target, patience: int, with
         else:
             waited += 1
         if reached is None and _suffers(evaluations[: number + 1], within, 2 * patience):
-            return Course(lowered, "the target was not reached before the rest suffered more than the floor allows")
-        if waited >= (2 * patience if reached is None and not lowered else patience):
-            if len(lowered) + 1 == len(STAGES):
-                return Course(lowered, _end(reached, improved))
+            why = "the target was not reached before the rest suffered more than the floor allows"
+            return Course(lowered, why, pressed)
+        if waited < (2 * patience if reached is None and not lowered else patience):
+            continue
+        if not safe and len(pressed) < presses:
+            pressed, waited = (*pressed, candidate.step), 0
+        elif len(lowered) + 1 == len(STAGES):
+            return Course(lowered, _end(reached, improved), pressed)
+        else:
             lowered, waited = (*lowered, candidate.step), 0
-    return Course(lowered)
+    return Course(lowered, "", pressed)
 
 
 def _suffers(evaluations: Sequence[Candidate], within: Sequence[bool], count: int) -> bool:

@@ -17,7 +17,7 @@ from cliperase_fast.unlearning.checkpoints import TrainState
 from cliperase_fast.unlearning.evaluator import by_set, embeddings, lowest, per_class
 from cliperase_fast.unlearning.methods.base import Method
 from cliperase_fast.unlearning.output_model import OutputModel
-from cliperase_fast.unlearning.recipe import Probe, choose
+from cliperase_fast.unlearning.recipe import Course, Probe, choose
 from cliperase_fast.unlearning.result import UnlearnResult
 from cliperase_fast.unlearning.run import Run
 from cliperase_fast.unlearning.sampling import sample_notes, test_intervals
@@ -124,13 +124,15 @@ def _recipe(run: Run, state: TrainState) -> dict[str, Any] | None:
         return None
     assert run.target is not None
     probes = [Probe(**probe) for probe in state.probes]
+    course = run.course(state.evaluations) if settings.open_ended else Course()
     return {
         "target": run.target.to_dict(),
         "probes": state.probes,
         "learning_rate": state.rate or settings.learning_rate,
         "why": choose(probes)[1] if probes else "it was given",
         "steps": state.step,
-        "lowered": list(run.course(state.evaluations).lowered) if settings.open_ended else [],
+        "lowered": list(course.lowered),
+        "pressed": list(course.pressed),
         "stop": state.stop or f"the number of {'steps' if settings.steps else 'epochs'} was given",
     }
 

@@ -21,7 +21,7 @@ from cliperase_fast.unlearning.batches import BatchLoader, CaptionTable
 from cliperase_fast.unlearning.checkpoints import Checkpoint
 from cliperase_fast.unlearning.evaluator import Evaluator
 from cliperase_fast.unlearning.precision import Precision
-from cliperase_fast.unlearning.recipe import PATIENCE, Course, course
+from cliperase_fast.unlearning.recipe import PATIENCE, PRESSES, Course, course
 from cliperase_fast.unlearning.run_directory import RunDirectory
 from cliperase_fast.unlearning.runtime import Runtime
 from cliperase_fast.unlearning.selection import Candidate, Rule, Selection, Target, TargetSelection
@@ -123,7 +123,8 @@ class Run:
 
     parameters: those that may change, by name. loader: joint batches of forget and retain pairs. directory: where
     checkpoints and metrics go. background: the background levels of the original's features of the training split, and
-    target: where forgetting is complete; None until `set_target`, or if nothing needs them. notes: for the result.
+    target: where forgetting is complete; None until `set_target`, or if nothing needs them. pressure: by how much the
+    method should multiply the weight of its forget terms; None if it cannot. notes: for the result.
     """
 
     setup: Setup
@@ -137,6 +138,7 @@ class Run:
     automatic: bool = False  # whether it finds its learning rate or its number of steps
     background: Background | None = None
     target: Target | None = None
+    pressure: float | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -201,13 +203,15 @@ class Run:
         assert self.target is not None
         part = self.data.validation
         pairs = len(part.pairs) - part.n_forget
-        return TargetSelection(before, pairs, self.target, settings.retain_floor, settings.worst_class_floor)
+        floors, safely = (settings.retain_floor, settings.worst_class_floor), self.pressure is not None
+        return TargetSelection(before, pairs, self.target, *floors, safely)
 
     def course(self, evaluations: Sequence[Candidate]) -> Course:
         """Return where training stands after these evaluations, in a run that finds its number of steps itself."""
         assert self.target is not None
         patience = self.settings.early_stop or PATIENCE
-        return course(evaluations, self.target, patience, [self.selection.within(one) for one in evaluations])
+        within = [self.selection.within(one) for one in evaluations]
+        return course(evaluations, self.target, patience, within, PRESSES if self.pressure is not None else 0)
 
     def say(self, message: str, *values: object) -> None:
         """Log a line of progress on the first rank."""

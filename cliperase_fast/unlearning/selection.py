@@ -74,6 +74,11 @@ class Target:
     def reached(self, candidate: Candidate) -> bool:
         return self.gap(candidate) <= 1e-9  # the rounding of a fraction
 
+    def reached_safely(self, candidate: Candidate) -> bool:
+        """Whether other pairs would be at the target too: it is reached with a standard error to spare."""
+        spare = candidate.forget_similarity + candidate.association_error <= self.association
+        return self.reached(candidate) and spare
+
     def to_dict(self) -> dict[str, float]:
         return {"background": self.background, "association": self.association, "forget": FORGET_SCORE}
 
@@ -166,7 +171,8 @@ class TargetSelection:
     to it wins, and of those that come about as close (`CLOSE`) the one that diverges least; if none keeps the rest, the
     one that diverges least.
 
-    pairs: retain pairs of the validation split.
+    pairs: retain pairs of the validation split. safely: prefer candidates that are at the target with a standard error
+    to spare.
     """
 
     retain_before: float
@@ -174,6 +180,7 @@ class TargetSelection:
     target: Target
     floor: float
     class_floor: float
+    safely: bool = False
 
     def within(self, candidate: Candidate) -> bool:
         before, after = self.retain_before, candidate.retain
@@ -200,7 +207,7 @@ class TargetSelection:
         if not self.target.reached(candidate):
             gap = self.target.gap(candidate)
             return (1, gap if math.isinf(gap) else int(gap / CLOSE), candidate.diverged)
-        return (0, candidate.diverged)
+        return (0, self.safely and not self.target.reached_safely(candidate), candidate.diverged)
 
     def reason(
         self,
@@ -229,8 +236,9 @@ class TargetSelection:
                 f"forget at most {FORGET_SCORE:.0%}){rest}. The target gave way; {lower} came closest to it "
                 f"(association {chosen.forget_similarity:.2f}): {scores}. {remedy}, or choose another method."
             )
+        spare = " with a standard error to spare" if self.safely and self.target.reached_safely(chosen) else ""
         return (
-            f"{name} diverges least from the original ({diverged}) among those of {seen} that reached the target "
+            f"{name} diverges least from the original ({diverged}) among those of {seen} that reached the target{spare} "
             f"(association at most {self.target.association:.2f}, forget at most {FORGET_SCORE:.0%}): {scores}."
         )
 

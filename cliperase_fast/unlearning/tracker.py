@@ -85,10 +85,13 @@ class Tracker:
 
     def _take_course(self) -> None:
         """Decide whether training should stop now, and at which share of the learning rate it goes on."""
-        before, now = self.course.factor, self.run.course(self.state.evaluations)
+        before, now, step = self.course, self.run.course(self.state.evaluations), self.state.step
         self.course, self.state.stop = now, now.stop
-        if now.factor < before:
-            self.run.say("learning rate times %g from step %d on", now.factor, self.state.step)
+        if now.factor < before.factor:
+            self.run.say("learning rate times %g from step %d on", now.factor, step)
+        if now.pressed != before.pressed:
+            self.run.pressure = now.pressure
+            self.run.say("weight of the forget terms times %g from step %d on", now.pressure, step)
 
     def checkpoint(self, optimizer: Callable[[], OptimizerState] = OptimizerState) -> None:
         """Write a checkpoint, if the run has a directory. optimizer: returns the optimizer's state."""
@@ -119,6 +122,8 @@ class Tracker:
         )
         if self.run.automatic and self.run.settings.open_ended:
             self.course = self.run.course(self.state.evaluations)
+            if self.course.pressed:
+                self.run.pressure = self.course.pressure
 
     def best_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the weights of the chosen candidate by name, on the CPU of every rank."""

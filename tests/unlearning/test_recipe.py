@@ -195,6 +195,50 @@ def test_training_ends_when_the_rest_suffers_before_the_target_is_reached():
     assert not course(*healing, within=False).stop
 
 
+def measured(step, association, divergence=0.05):
+    """A candidate whose association is known to 0.01."""
+    return replace(candidate(step, 0.0, association, divergence), association_error=0.01)
+
+
+def pressing(evaluations, within=None):
+    """The steps after which the forget terms get more weight, and the rate falls."""
+    within = [True] * len(evaluations) if within is None else within
+    found = recipe.course(evaluations, TARGET, 3, within, recipe.PRESSES)
+    return found.pressed, found.lowered
+
+
+def test_forgetting_that_stands_still_above_the_target_gets_more_weight_before_the_rate_falls():
+    stuck = [candidate(10 * (i + 1), 0.5, 0.6) for i in range(19)]
+    assert pressing(stuck) == ((70, 130, 190), ())
+    assert recipe.course(stuck, TARGET, 3, [True] * 19, recipe.PRESSES).pressure == recipe.PRESSURE**3
+    longer = [*stuck, *(candidate(200 + 10 * i, 0.5, 0.6) for i in range(12))]
+    assert pressing(longer) == ((70, 130, 190), (250, 280))
+    assert "was not reached" in recipe.course(longer, TARGET, 3, [True] * 31, recipe.PRESSES).stop
+
+
+def test_forgetting_that_only_the_error_brings_to_the_target_gets_more_weight():
+    near = [measured(10 * (i + 1), 0.055) for i in range(4)]
+    assert TARGET.reached(near[0]) and not TARGET.reached_safely(near[0])
+    assert pressing(near) == ((40,), ())
+    spare = [*near[:3], measured(40, 0.04)]
+    assert TARGET.reached_safely(spare[3])
+    assert pressing(spare) == ((), (40,))
+    assert pressing(spare, [True] * 3 + [False]) == ((40,), ())
+
+
+def test_forgetting_that_comes_closer_gets_no_more_weight():
+    nearing = [candidate(10 * (i + 1), 0.5, 0.8 * 0.9**i) for i in range(12)]
+    assert pressing(nearing) == ((), ())
+
+
+def test_a_candidate_with_an_error_to_spare_goes_before_one_that_diverges_less():
+    near, spare = measured(1, 0.045, 0.01), measured(2, 0.03, 0.05)
+    assert not replace(RULE, safely=True).better(near, spare) and replace(RULE, safely=True).better(spare, near)
+    assert RULE.better(near, spare)
+    words = [replace(RULE, safely=safely).reason(spare, [near, spare]) for safely in (False, True)]
+    assert ["with a standard error to spare" in reason for reason in words] == [False, True]
+
+
 def test_the_association_counts_up_to_its_standard_error():
     above = candidate(1, 0.0, 0.08)
     assert not TARGET.reached(above)

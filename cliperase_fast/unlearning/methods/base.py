@@ -57,6 +57,7 @@ class Method(ABC):
     unused_settings: fields of UnlearnConfig that it ignores, so that setting them is an error.
     trains: whether the trainer trains the parameters. needs_gradient: whether a gradient must reach them otherwise.
     softmax_only: whether its loss is not defined for models that were trained with the sigmoid loss.
+    presses: whether its objective multiplies its forget terms by `Run.pressure`.
     """
 
     name: ClassVar[str]
@@ -70,6 +71,7 @@ class Method(ABC):
     trains: ClassVar[bool] = True
     needs_gradient: ClassVar[bool] = False
     softmax_only: ClassVar[bool] = False
+    presses: ClassVar[bool] = False
 
     def __init__(self, settings: UnlearnConfig, options: Any) -> None:
         self.settings, self.options = settings, options
@@ -149,6 +151,7 @@ class TrainingMethod(Method):
         """Return the function from the features of a joint batch to its loss terms."""
 
     def run(self, run: Run) -> TrainState:
+        run.pressure = 1.0 if self.presses else None
         trainer = Trainer(
             run,
             self.objective(run),

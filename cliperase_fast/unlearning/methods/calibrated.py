@@ -79,6 +79,7 @@ class Calibrated(TrainingMethod):
     source = "this library, after CLIPErase"
     needs = ("forget", "retain", "teacher")
     joint_teacher = True
+    presses = True
     unused_settings = frozenset(["forget_loss", "margin", "consistency"])
     Options = CalibratedOptions
 
@@ -101,7 +102,8 @@ class Calibrated(TrainingMethod):
             terms_of = joint_terms if features.logit_bias is None else sigmoid_terms
             found = terms_of(loss, features, concepts)
             held, level = pair_terms(features, own_teacher)
-            total = found.total + options.lambda_held * held + options.lambda_level * level
+            pressed = options.lambda_level * (run.pressure or 1.0)
+            total = found.total + options.lambda_held * held + pressed * level
             return CalibratedObjective(total, found.retain, found.forget, found.consistency, found.anchor, held, level)
 
         return terms
