@@ -75,9 +75,12 @@ class Target:
         return self.gap(candidate) <= 1e-9  # the rounding of a fraction
 
     def reached_safely(self, candidate: Candidate) -> bool:
-        """Whether other pairs would be at the target too: it is reached with a standard error to spare."""
-        spare = candidate.forget_similarity + candidate.association_error <= self.association
-        return self.reached(candidate) and spare
+        """Whether other pairs would be at the target too: it is reached with a standard error to spare.
+
+        Of few pairs, whose error is large, half of the way to the background level is enough.
+        """
+        spare = min(candidate.association_error, ASSOCIATION_MARGIN / 2)
+        return self.reached(candidate) and candidate.forget_similarity + spare <= self.association
 
     def to_dict(self) -> dict[str, float]:
         return {"background": self.background, "association": self.association, "forget": FORGET_SCORE}
@@ -236,10 +239,12 @@ class TargetSelection:
                 f"forget at most {FORGET_SCORE:.0%}){rest}. The target gave way; {lower} came closest to it "
                 f"(association {chosen.forget_similarity:.2f}): {scores}. {remedy}, or choose another method."
             )
-        spare = " with a standard error to spare" if self.safely and self.target.reached_safely(chosen) else ""
+        reached = "reached the target"
+        if self.safely and self.target.reached_safely(chosen):
+            reached += " with a standard error to spare"
         return (
-            f"{name} diverges least from the original ({diverged}) among those of {seen} that reached the target{spare} "
-            f"(association at most {self.target.association:.2f}, forget at most {FORGET_SCORE:.0%}): {scores}."
+            f"{name} diverges least from the original ({diverged}) among those of {seen} that {reached} (association "
+            f"at most {self.target.association:.2f}, forget at most {FORGET_SCORE:.0%}): {scores}."
         )
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import cliperase_fast as cf
 from cliperase_fast.evaluation import EncodedPairs
-from cliperase_fast.unlearning import recipe
+from cliperase_fast.unlearning import recipe, selection
 from cliperase_fast.unlearning.methods import ClosedFormMethod, registry
 from cliperase_fast.unlearning.preflight import check_forgettable
 from cliperase_fast.unlearning.selection import Candidate
@@ -196,6 +196,27 @@ def test_a_run_that_stops_during_the_probes_continues_to_the_same_bits(tmp_path,
     assert seen.count(0) == len(done) - saved + (chosen < saved)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
     assert [line["step"] for line in result.history] == [line["step"] for line in whole.history]
+
+
+def test_a_run_that_stalls_gives_the_level_more_weight_and_resumes_with_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(selection, "ASSOCIATION_MARGIN", -3.0)  # below every cosine, so that no run gets there
+    monkeypatch.setattr(recipe, "LEAST_IMPROVEMENT", 1.0)  # nothing counts as coming closer
+    options = {"method": "calibrated", "learning_rate": 1e-3, "early_stop": 1, "checkpoint_every": 10}
+    whole = run(tmp_path / "whole", **options)
+    pressed = whole.record["recipe"]["pressed"]
+    assert [step - pressed[0] for step in pressed] == [0, 20, 40]
+    weights = {"retain": 1, "forget": 3, "consistency": 3, "anchor": 30, "held": 3000}
+    for line in whole.history:
+        if "total" in line:
+            level = line["total"] - sum(weight * line[name] for name, weight in weights.items())
+            rises = sum(line["step"] > step for step in pressed)
+            assert level == pytest.approx(33 * 3**rises * line["level"], rel=1e-3, abs=1e-4)
+    with monkeypatch.context() as patched:
+        stop_at(patched, pressed[1] + 5)
+        with pytest.raises(Stop):
+            run(tmp_path / "run", **options)
+    run(tmp_path / "run", resume=True, **options)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("lines", [20, 90])
