@@ -25,7 +25,6 @@ from typing import Any
 from packaging.version import Version
 
 from .machine import RESULTS, ROOT, describe
-from .records import record_text
 
 RECORD = RESULTS / "wheels.json"
 DIST = ROOT / "dist"
@@ -174,7 +173,7 @@ def write(run: Run) -> None:
     runs = json.loads(RECORD.read_text(encoding="utf-8"))["runs"] if RECORD.exists() else []
     runs = [one for one in runs if _order(one) != _order(run)]
     record = {"runs": sorted([*runs, run], key=_order)}
-    RECORD.write_text(record_text(record) + "\n", encoding="utf-8")
+    RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def _order(run: Run) -> tuple[Version, Version]:
