@@ -2,7 +2,7 @@
 
     python -m benchmarks.ledger shapes     five requests on one model of shapes, and each of them undone
     python -m benchmarks.ledger towers --shards ... --test-shards ...    two on pretrained towers (benchmarks.towers)
-    python -m benchmarks.ledger ranks      five short requests on shapes on two ranks, beside one process
+    python -m benchmarks.ledger ranks      the five requests on two ranks, beside one process
     python -m benchmarks.ledger kills      three requests on a tiny model, killed at random moments and resumed
 
 The result file benchmarks/results/ledger.json is written after every part, and a further call continues with what is
@@ -49,7 +49,6 @@ SHAPES = {
 FLOOR = 0.02  # points of retain accuracy, `UnlearnConfig.retain_floor`
 CLOSE = 0.02  # how far below the base an undone concept may stay
 TOWERS = {"airplane": "class:airplane", "ship": "class:ship"}  # two classes that share the sky and the sea
-NUMBERS = {"steps": 40, "learning_rate": 1e-3}  # of the requests on two ranks and beside them
 TINY = {"steps": 6, "learning_rate": 1e-3, "batch_size": 8, "checkpoint_every": 2}
 COLOURS = {"red": (1.0, -1.0, -1.0), "green": (-1.0, 1.0, -1.0), "blue": (-1.0, -1.0, 1.0), "grey": (0.2, 0.2, 0.2)}
 KILLS = 50
@@ -313,7 +312,6 @@ def run_ranks(record: Record, study: Study, folder: Path, one_process: Path) -> 
     record.set(
         "ranks",
         {"source": study.source, "ranks": two.entries[-1].content["ranks"],
-         "settings": dict(study.settings),
          "same_weights": [line.id for line, other in pairs if line.weights == other.weights],
          "two_ranks": _short(two.entries[-1].audits), "one_process": _short(pairs[-1][1].audits)},
     )  # fmt: skip
@@ -361,7 +359,7 @@ def main(words: Sequence[str] | None = None) -> None:
         run_kills(record, arguments.kills)
     elif part == "ranks":
         folder = own_folder() / "ledger-ranks"
-        run_ranks(record, replace(shapes(), settings=NUMBERS), folder / "two", folder / "one")
+        run_ranks(record, shapes(), folder / "two", folder / "one")
     else:
         study = shapes() if part == "shapes" else towers(*shards_of(parser, arguments))
         folder = own_folder() / f"ledger-{part}"

@@ -39,15 +39,12 @@ def section(parts: Mapping[str, Any]) -> list[Part]:
         )
     if "ranks" in parts:
         ranks = parts["ranks"]
-        given = "".join(f", {name} {value:g}" for name, value in ranks.get("settings", {}).items())
-        text = f"**On {ranks['ranks']} ranks.** {len(ranks['two_ranks'])} requests in a row{given}, after the last one."
-        if "same_weights" in ranks:
-            same = ", ".join(ranks["same_weights"]) or "none"
-            text += f" Requests that left the same bits in the weights as in one process: {same}."
-        if ranks.get("settings"):
-            text += " Runs with these numbers do not search for the target; only the comparison counts here."
-        found.append(text)
-        found.append((_HEAD[:5], list(_ranks(ranks))))
+        same = ", ".join(ranks["same_weights"]) or "none"
+        found.append(
+            f"**On {ranks['ranks']} ranks.** {len(ranks['two_ranks'])} requests in a row, after the last one. Requests "
+            f"that left the same bits in the weights as in one process: {same}."
+        )
+        found.append((_HEAD, list(_ranks(ranks))))
     return found or [NOT_MEASURED]
 
 
@@ -99,8 +96,8 @@ def _study(study: Mapping[str, Any], model: str) -> Iterator[Part]:
 
 def _ranks(ranks: Mapping[str, Any]) -> Iterator[Sequence[str]]:
     for name, audit in ranks["two_ranks"].items():
-        yield f"{name}, {ranks['ranks']} ranks", *_cells(audit)
-        yield f"{name}, one process", *_cells(ranks["one_process"][name])
+        for who, found in ((f"{ranks['ranks']} ranks", audit), ("one process", ranks["one_process"][name])):
+            yield f"{name}, {who}", *_cells(found), "yes" if found["at_target"] else "no"
 
 
 def _cells(audit: Mapping[str, Any]) -> tuple[str, ...]:

@@ -43,7 +43,6 @@ def test_the_text_tells_what_was_measured():
     kills = {"kills": 50, "same_head": 49, "too_late": 2}
     ranks = {
         "ranks": 2,
-        "settings": {"steps": 40},
         "same_weights": [],
         "two_ranks": {"seven": audit(0.0)},
         "one_process": {"seven": audit(0.1)},
@@ -52,6 +51,6 @@ def test_the_text_tells_what_was_measured():
     texts = " ".join(part for part in parts if isinstance(part, str))
     assert "1 of 1 are at the target" in texts and "-1.0 points at worst, within the floor" in texts
     assert "pooled over 20 test images: 100.0 % in the base, 99.0 % after undoing, a change of -1.0" in texts
-    assert "49 of 50" in texts and "a row, steps 40, after" in texts and "as in one process: none" in texts
+    assert "49 of 50" in texts and "a row, after the last one" in texts and "as in one process: none" in texts
     assert all(len(row) == len(part[0]) for part in parts if isinstance(part, tuple) for row in part[1])
     assert ledger_report.section({}) == [ledger_report.NOT_MEASURED]
