@@ -6,11 +6,12 @@
     python -m benchmarks.generation --draw        write docs/plots/generation.png from the pictures of seed 0
 
 A small diffusion model of the rendered shapes (benchmarks.shapes_diffusion) reads the hidden states of a small CLIP's
-text tower. The CLIP forgets a concept with `trainable="text"` and no other setting, its text tower takes the place of
-the original in the pipeline, and the same prompts and seeds are painted again. The control is fine-tuned on the other
-pairs, with the rate and the steps that `calibrated` found. One arm unlearns the image tower instead, which the pipeline
-does not have, and one edits the text projection alone, which it does not read. The judge is a CLIP of the same kind
-that was trained from another seed: it has seen neither the diffusion model nor the unlearning.
+text tower. The CLIP forgets a concept with `trainable="text"`, its text tower takes the place of the original in the
+pipeline, and the same prompts and seeds are painted again. One arm sets `lambda_hidden`, the others nothing. The
+control is fine-tuned on the other pairs, with the rate and the steps that `calibrated` found. One arm unlearns the
+image tower instead, which the pipeline does not have, and one edits the text projection alone, which it does not read.
+The judge is a CLIP of the same kind that was trained from another seed: it has seen neither the diffusion model nor the
+unlearning.
 
 The result file benchmarks/results/generation.json is written after every run, and a further call continues with the
 runs that are missing. `python -m benchmarks.write_docs` puts the figures into docs/text-to-image.md.
@@ -39,7 +40,7 @@ from cliperase_fast.evaluation.generation import FORGET, Generation, Judge, comp
 from cliperase_fast.storage import write_text_atomically
 from cliperase_fast.unlearning import unlearn
 
-from .generation_report import CONTROL, IMAGE, PROJECTION, UNSEEN, draw
+from .generation_report import CONTROL, HELD, IMAGE, PROJECTION, UNSEEN, draw
 from .machine import RESULTS, ROOT, describe, own_folder
 from .records import record_text
 from .shapes_diffusion import ShapesPipeline, Training, cached_pipeline, pixels_of, small_clip
@@ -47,7 +48,8 @@ from .shapes_diffusion import ShapesPipeline, Training, cached_pipeline, pixels_
 PATH = RESULTS / "generation.json"
 PICTURE = ROOT / "docs" / "plots" / "generation.png"
 CONCEPTS = {"red circle": "class:red circle", "stars": "class:* star", "purple": "class:purple *"}
-ARMS = ("calibrated", "cliperase", CONTROL)
+ARMS = ("calibrated", HELD, "cliperase", CONTROL)
+HOLD = {"lambda_hidden": 3.0}  # chosen on "green star" and "green square", which are not measured here
 OPTIONS = {"num_inference_steps": 10, "guidance_scale": 2.0}
 _JUDGE_SEED = 10  # of the training of the judge
 _RENDERS = 5  # pictures of each class that the judge is checked on
@@ -85,6 +87,8 @@ def unlearned(concept: str, arm: str, seed: int) -> Path:
         found = json.loads((unlearned(concept, "calibrated", seed) / "scores.json").read_text(encoding="utf-8"))
         numbers = {name: found["recipe"][name] for name in ("learning_rate", "batch_size", "forget_fraction", "steps")}
         settings |= {**numbers, "schedule": "cosine", "select": "last", "method": "retain_finetune"}
+    elif arm == HELD:
+        settings |= {"method": "calibrated", "method_options": HOLD}
     else:
         settings["method"] = "calibrated" if arm == IMAGE else arm
     made_from = {"clip": clip.name, "forget": CONCEPTS[concept], "settings": settings, "version": __version__}

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 CONTROL, IMAGE, PROJECTION = "retain_finetune", "calibrated, image tower", "text_projection"
+HELD = "calibrated, hidden states held"
 UNSEEN = {IMAGE: "the image tower unlearned", PROJECTION: "the text projection edited"}  # by a pipeline
 FORGET = "forget"
 NOT_MEASURED = "Not measured yet: `python -m benchmarks.generation`."
@@ -127,10 +128,10 @@ def draw(folder: Path, path: Path) -> None:
     """Write the docs' picture: prompts of "red circle" with the same seeds, before and after. folder: the pictures."""
     from matplotlib import pyplot as plt
 
-    arms = ("calibrated", "cliperase", CONTROL)
+    arms = ("calibrated", HELD, "cliperase", CONTROL)
     found = {arm: np.load(folder / f"red circle-{arm}-0.npz") for arm in arms}
     columns = {"original": (found[arms[0]], "before"), **{arm: (found[arm], "after") for arm in arms}}
-    figure, grid = plt.subplots(len(_ROWS), len(columns), figsize=(9.6, 2.6), layout="constrained")
+    figure, grid = plt.subplots(len(_ROWS), len(columns), figsize=(12, 2.6), layout="constrained")
     for row, prompt in enumerate(_ROWS):
         for column, (name, (pictures, when)) in enumerate(columns.items()):
             axes = grid[row, column]

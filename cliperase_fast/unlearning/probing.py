@@ -119,7 +119,7 @@ class RateSearch:
 
     def _probe(self, rate: float, candidate: Candidate, steps: int, stopped: str, seconds: float) -> Probe:
         broken = stopped == "not finite" or math.isinf(candidate.diverged)
-        diverged = None if broken else candidate.diverged
+        diverged = None if broken or candidate.divergence is None else candidate.divergence.mean
         return Probe(
             rate=rate,
             steps=steps,
@@ -131,6 +131,7 @@ class RateSearch:
             reached=not stopped and recipe.reaches(candidate, self.target),
             stopped=stopped,
             seconds=seconds,
+            moved=None if candidate.moved is None else _finite(candidate.moved),
         )
 
     def _evaluate(self, rate: float, step: int, again: Probe | None) -> Candidate:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from cliperase_fast.config import PROBE_STEPS
-from cliperase_fast.unlearning.selection import Candidate, Target
+from cliperase_fast.unlearning.selection import Candidate, Target, divergence_text, with_movement
 
 EARLY = 10  # steps after which a hopeless probe stops
 EVALUATE_STEPS = 10  # optimizer steps between two evaluations
@@ -49,6 +49,7 @@ class Probe:
     reached: bool
     stopped: str = ""  # why it ended early
     seconds: float = 0.0
+    moved: float | None = None  # see `Candidate`
 
     @property
     def index(self) -> int:
@@ -57,7 +58,11 @@ class Probe:
 
     @property
     def diverged(self) -> float:
-        return math.inf if self.divergence is None else self.divergence
+        return math.inf if self.divergence is None else with_movement(self.divergence, self.moved)
+
+    @property
+    def diverged_text(self) -> str:
+        return divergence_text(math.inf if self.divergence is None else self.divergence, self.moved)
 
     @property
     def gentle(self) -> bool:
@@ -160,7 +165,7 @@ def choose(probes: Sequence[Probe]) -> tuple[Probe, str]:
     if there:
         best = _least_divergent(there)
         return best, (
-            f"it diverges least from the original ({best.diverged:.3f} nats) of the {len(there)} rates that reach "
+            f"it diverges least from the original ({best.diverged_text}) of the {len(there)} rates that reach "
             f"the target within {best.steps} steps"
             if len(there) > 1
             else f"it is the only rate that reaches the target within {best.steps} steps"
@@ -173,7 +178,7 @@ def choose(probes: Sequence[Probe]) -> tuple[Probe, str]:
             return highest, f"{none}, and it is the highest whose divergence is at most {DIVERGENCE:g} nats"
     best = _least_divergent(promising or probes)
     where = " of those that come more than half way" if promising else ""
-    return best, f"{none}, and it diverges least{where} ({best.diverged:.3f} nats)"
+    return best, f"{none}, and it diverges least{where} ({best.diverged_text})"
 
 
 def _least_divergent(probes: Sequence[Probe]) -> Probe:

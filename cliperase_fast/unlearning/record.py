@@ -112,6 +112,7 @@ def _selection(run: Run, method: Method, state: TrainState) -> dict[str, Any]:
         "association": best.forget_similarity,
         "background": None if run.target is None else run.target.background,
         "divergence": None if best.divergence is None else best.divergence.to_dict(),
+        "moved": best.moved,
         "pairs": validation_pairs(run),
         "intervals": _intervals(run, best),
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,8 @@ class Run:
     parameters: those that may change, by name. loader: joint batches of forget and retain pairs. directory: where
     checkpoints and metrics go. background: the background levels of the original's features of the training split, and
     target: where forgetting is complete; None until `set_target`, or if nothing needs them. pressure: by how much the
-    method should multiply the weight of its forget terms; None if it cannot. notes: for the result.
+    method should multiply the weight of its forget terms; None if it cannot. movement: measures how far the student's
+    hidden states have moved, where a method holds them. notes: for the result.
     """
 
     setup: Setup
@@ -139,6 +140,7 @@ class Run:
     background: Background | None = None
     target: Target | None = None
     pressure: float | None = None
+    movement: Callable[[ClipAdapter], float] | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -176,7 +178,8 @@ class Run:
         evaluator, part, meter = self.evaluator, self.data.validation, self.baseline.meter
         encoded = evaluator.encode(self.student, part)
         divergence = None if meter is None else evaluator.divergence(self.student, encoded, meter)
-        return evaluator.candidate(encoded, part, step, epoch, divergence)
+        found = evaluator.candidate(encoded, part, step, epoch, divergence)
+        return found if self.movement is None else replace(found, moved=self.movement(self.student))
 
     @property
     def needs_target(self) -> bool:

@@ -12,6 +12,7 @@ from cliperase_fast.evaluation.divergence import lower_bound
 
 ASSOCIATION_MARGIN = 0.05  # above the background level, a cosine
 FORGET_SCORE = 0.05  # largest forget score at the target
+MOVED = 3.0  # nats that a movement of hidden states of 1 counts; other pictures suffer from about 0.1 on
 CLOSE = 0.05  # distances from the target that fall into the same multiple of this count as equal
 
 
@@ -20,7 +21,8 @@ class Candidate:
     """An evaluation on the validation split. Scores: zero-shot accuracy, or recall@1 where there are no classes.
 
     divergence: from the original, None where nothing needs it. association_error: standard error of
-    `forget_similarity`, 0 where it is unknown.
+    `forget_similarity`, 0 where it is unknown. moved: the squared distance of the hidden states of retained captions
+    from the original's, relative to their squared length; None unless they are held.
     """
 
     step: int
@@ -30,11 +32,16 @@ class Candidate:
     forget_similarity: float  # mean cosine of the forget pairs
     divergence: Divergence | None = None
     association_error: float = 0.0
+    moved: float | None = None
 
     @property
     def diverged(self) -> float:
-        """The mean divergence from the original, infinite if it was not measured or is not a number."""
+        """The mean divergence from the original, infinite if it was not measured or is not a number.
+
+        See `with_movement`.
+        """
         mean = math.inf if self.divergence is None else self.divergence.mean
+        mean = with_movement(mean, self.moved)
         return mean if math.isfinite(mean) else math.inf
 
     def to_dict(self) -> dict[str, Any]:
@@ -84,6 +91,21 @@ class Target:
 
     def to_dict(self) -> dict[str, float]:
         return {"background": self.background, "association": self.association, "forget": FORGET_SCORE}
+
+
+def with_movement(divergence: float, moved: float | None) -> float:
+    """Return the divergence in nats, or `MOVED` times the movement of hidden states if that is more.
+
+    moved: None where they are not held.
+    """
+    if moved is None:
+        return divergence
+    return max(divergence, MOVED * moved) if math.isfinite(moved) else math.inf
+
+
+def divergence_text(divergence: float, moved: float | None) -> str:
+    """Write a divergence in nats, and the movement of hidden states where they are held."""
+    return f"{divergence:.3f} nats" + ("" if moved is None else f", hidden states moved by {moved:.3f}")
 
 
 class Rule(Protocol):
@@ -222,7 +244,8 @@ class TargetSelection:
         """See `Rule.reason`."""
         name, scores, seen = _words(chosen, evaluations, name, self.retain_before)
         lower = name[0].lower() + name[1:]
-        diverged = f"{chosen.diverged:.3f} nats"
+        mean = math.inf if chosen.divergence is None else chosen.divergence.mean
+        diverged = divergence_text(mean, chosen.moved)
         if not self.within(chosen):
             return (
                 f"No checkpoint of {seen} kept the rest: the worst class diverged by more than {self.class_floor:g} "

@@ -29,6 +29,8 @@ from cliperase_fast.unlearning.identity import transform_identity
 from cliperase_fast.unlearning.run import Run
 from cliperase_fast.unlearning.runtime import Runtime
 
+# Returns an adapter whose encoders return more after the features. Takes an adapter and whether it is the teacher's.
+Widen = Callable[[ClipAdapter, bool], ClipAdapter]
 _Keep = Callable[[int, np.ndarray], None]  # takes the number of the first row, and rows [n, D°]
 
 # Retain pairs up to which all give the background levels, and how many of more.
@@ -93,7 +95,7 @@ class CachedTeacher:
         self.row_of_index = row_of_index  # [training pairs]
         self.row_of_caption = row_of_caption  # [captions], None if `text` has all of them
         self.device, self.joint = device, joint
-        self.width = width  # D of the projected features if those of the towers follow them, else None
+        self.width = width  # D of the features if more follows them, else None
 
     def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
         rows = self.row_of_index[batch.pairs[-batch.count(self.joint) :]]
@@ -114,33 +116,38 @@ class CachedTeacher:
 
 
 def make_teacher(
-    run: Run, batches: int, *, joint: bool = False, whole: bool = False, tower_features: bool = False
+    run: Run,
+    batches: int,
+    *,
+    joint: bool = False,
+    whole: bool = False,
+    widen: Widen | None = None,
 ) -> Teacher:
     """Return the run's teacher, live or cached for the pairs that so many batches visit.
 
     joint: for all pairs of a batch, not only for its retain pairs. whole: cache all training pairs, for the background,
     unless that is measured on a sample.
-    tower_features: whether its features are those of `with_tower_features`.
+    widen: see `Widen`; None for the features alone.
     """
     setup = run.setup
     frozen, zero = setup.models.teacher, setup.deepspeed
     assert frozen is not None
-    if tower_features:
-        frozen = wide_adapter(run, frozen)
+    if widen is not None:
+        frozen = widen(frozen, True)
     if setup.teacher_is_live:
         if zero is not None and zero["zero_optimization"]["stage"] == 3:
             return LiveTeacher(ShardedTeacher(frozen, zero, run.runtime.device), run.runtime, joint, equal_parts=True)
         return LiveTeacher(frozen, run.runtime, joint)
     whole = whole and run.loader.plan.n_retain <= BACKGROUND_WHOLE
     used, rows = run.loader.drawn(batches, forget=joint, whole=whole)
-    if not tower_features:
+    if widen is None:
         return _cache_of_run(run, used, joint, rows=rows)
     cached = _cache_of_run(run, used, joint, frozen, rows)
     cached.width = run.feature_width
     return cached
 
 
-def wide_adapter(run: Run, adapter: ClipAdapter) -> ClipAdapter:
+def wide_adapter(run: Run, adapter: ClipAdapter, teaches: bool = False) -> ClipAdapter:
     """Return `with_tower_features` of a model of the run."""
     with run.runtime.inference(adapter):
         pixels = run.loader.pixels[0, 0][None].to(run.runtime.device)
@@ -182,7 +189,7 @@ def _cache_of_run(
 ) -> CachedTeacher:
     """Cache the `used` training pairs. A random transform is replaced by that of evaluation.
 
-    wide: the teacher with its towers' features. rows: see `cache_teacher`. name: of a file of them.
+    wide: the teacher whose encoders return more after the features. rows: see `cache_teacher`. name: of a file of them.
     """
     teacher, loader, where = run.setup.models.teacher, run.loader, run.settings.teacher_cache
     assert teacher is not None

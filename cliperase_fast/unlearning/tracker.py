@@ -174,6 +174,8 @@ def validation_scores(candidate: Candidate) -> dict[str, float]:
     scores = {"forget": candidate.forget, "retain": candidate.retain}
     if candidate.divergence is not None:
         scores.update(association=candidate.forget_similarity, divergence=candidate.divergence.mean)
+    if candidate.moved is not None:
+        scores["moved"] = candidate.moved
     return {name: value for name, value in scores.items() if math.isfinite(value)}
 
 
@@ -182,6 +184,8 @@ def describe_scores(candidate: Candidate) -> str:
     text = f"forget {100 * candidate.forget:.1f} %, retain {100 * candidate.retain:.1f} %"
     if candidate.divergence is not None:
         text += f", association {candidate.forget_similarity:.2f}, divergence {candidate.divergence.mean:.3f}"
+    if candidate.moved is not None:
+        text += f", hidden states moved by {candidate.moved:.3f}"
     return text
 
 

@@ -34,7 +34,7 @@ from cliperase_fast.unlearning.objective import BatchFeatures, Objective
 from cliperase_fast.unlearning.probing import NotFiniteError, RateSearch
 from cliperase_fast.unlearning.run import Run
 from cliperase_fast.unlearning.step_effect import ChangeMeter, merge_lora
-from cliperase_fast.unlearning.teacher import make_teacher, measure_background, wide_adapter
+from cliperase_fast.unlearning.teacher import Widen, make_teacher, measure_background
 from cliperase_fast.unlearning.tracker import Tracker
 
 
@@ -42,8 +42,8 @@ class Trainer:
     """Trains the run's student in place by an objective.
 
     needs_teacher: whether the objective reads the teacher's features of the retain pairs. joint_teacher: and of the
-    forget pairs. tower_features: whether it reads the features of the towers too, see `Method`. Releases the run's
-    other models once their features are cached, and restores the checkpoint if the run resumes.
+    forget pairs. widen: for an objective that reads more than the features, see `TrainingMethod.widen`. Releases the
+    run's other models once their features are cached, and restores the checkpoint if the run resumes.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Trainer:
         *,
         needs_teacher: bool,
         joint_teacher: bool = False,
-        tower_features: bool = False,
+        widen: Widen | None = None,
         make_engine: Callable[[Run, ClipAdapter], Engine] | None = None,
     ) -> None:
         self.run, self.objective, self.settings = run, objective, run.settings
@@ -66,15 +66,13 @@ class Trainer:
         self.counts = tuple([share.stop - share.start for share in self.ranks.shares(count)] for count in plan.sizes)
         self.meter = self.make_meter()
         self.bias = constant_bias(run.student)
-        student = wide_adapter(run, run.student) if tower_features else run.student
-        self.width = run.feature_width if tower_features else None
+        student = run.student if widen is None else widen(run.student, False)
+        self.width = None if widen is None else run.feature_width
         self.engine = (make_engine or engine_of)(run, student)
         self.tracker = Tracker(run, self.engine.weights)
         batches, whole = self.total_steps * self.settings.accumulate, run.needs_target or joint_teacher
         self.teacher = (
-            make_teacher(run, batches, joint=joint_teacher, whole=whole, tower_features=tower_features)
-            if needs_teacher
-            else None
+            make_teacher(run, batches, joint=joint_teacher, whole=whole, widen=widen) if needs_teacher else None
         )
         if whole:
             run.set_target(measure_background(run, self.teacher))

@@ -277,6 +277,13 @@ class ClipAdapter(ABC):
         """Return the last projection of a tower, from its own features to the common space; None if unknown."""
         return None
 
+    def causal_text(self) -> tuple[nn.Module, int | None] | None:
+        """Return the final norm of a causal text tower and the id of the end token, see `end_position`.
+
+        None for towers that are not known to be causal and to take a caption's feature at its end token.
+        """
+        return None
+
     @abstractmethod
     def tower(self, name: str) -> Tower | None:
         """Return the part that the parameter belongs to; None if neither encoder uses it."""

@@ -175,6 +175,10 @@ class OpenClipAdapter(ClipAdapter):
         reader = self._causal_reader()
         return tokens.shape[1] if reader is None else read_length(tokens, reader.end)
 
+    def causal_text(self) -> tuple[nn.Module, int | None] | None:
+        reader = self._causal_reader()
+        return None if reader is None else (reader.tower.ln_final, reader.end)
+
     def _causal_reader(self) -> CausalReader | None:
         """Return the reader, built once for each module and mask: a copy of the adapter has other ones."""
         mask = getattr(self._text, "attn_mask", None)

@@ -200,13 +200,17 @@ class TransformersAdapter(PretrainedAdapter):
     def projection(self, tower: Tower) -> Projection | None:
         return Projection(self.module, "visual_projection" if tower == "image" else "text_projection", nn.Identity())
 
-    def _read_length(self, tokens: Tensor) -> int:
+    def causal_text(self) -> tuple[nn.Module, int | None] | None:
         if type(self._model).get_text_features is not sys.modules["transformers"].CLIPModel.get_text_features:
-            return tokens.shape[1]
+            return None
         end = self._config.text_config.eos_token_id
         if not isinstance(end, int) or getattr(self._config.text_config, "is_causal", True) is False:
-            return tokens.shape[1]
-        return read_length(tokens, None if end == _LEGACY_END else end)
+            return None
+        return self._model.text_model.final_layer_norm, None if end == _LEGACY_END else end
+
+    def _read_length(self, tokens: Tensor) -> int:
+        known = self.causal_text()
+        return tokens.shape[1] if known is None else read_length(tokens, known[1])
 
     def _check_tokens(self, tokens: Tensor) -> None:
         super()._check_tokens(tokens)

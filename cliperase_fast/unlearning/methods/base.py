@@ -7,6 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +25,7 @@ from cliperase_fast.unlearning.run import Run
 from cliperase_fast.unlearning.selection import Candidate
 from cliperase_fast.unlearning.splits import Split
 from cliperase_fast.unlearning.step_effect import notes
-from cliperase_fast.unlearning.teacher import measure_background
+from cliperase_fast.unlearning.teacher import Widen, measure_background, wide_adapter
 from cliperase_fast.unlearning.tracker import Tracker
 from cliperase_fast.unlearning.trainer import Trainer, engine_of
 
@@ -157,12 +158,19 @@ class TrainingMethod(Method):
             self.objective(run),
             needs_teacher=self.needs_teacher,
             joint_teacher=self.joint_teacher,
-            tower_features=self.tower_features,
+            widen=self.widen(run),
             make_engine=self.make_engine,
         )
         state = trainer.train()
         trainer.finish()
         return state
+
+    def widen(self, run: Run) -> Widen | None:
+        """Return what gives student and teacher encoders with more after the features; None for the features alone.
+
+        What follows the features of images and captions is `image_tower` and `text_tower` of the batch.
+        """
+        return partial(wide_adapter, run) if self.tower_features else None
 
     def make_engine(self, run: Run, student: ClipAdapter) -> Engine:
         """Return the engine that trains. student: the run's, or an adapter of the same module."""

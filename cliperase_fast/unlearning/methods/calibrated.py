@@ -14,24 +14,42 @@ Cosines say little about what a batch does not show, such as other facts about a
 A teacher that is not the original has features of its own; then the cosines of the retain pairs are held instead:
 
     held  = mean over the retain pairs of (C_ii - C°_ii)²
+
+A text-to-image pipeline does not read these features but the hidden states h_1, ..., h_n of a caption's tokens, which
+nothing above holds. With `lambda_hidden` there is one more term, on the captions alone:
+
+    hidden = mean over the retain pairs of d(h, h°) + mean over the forget pairs of d(h, h*)
+    d(h, h*) = mean over the tokens of |h_t - h*_t|² / |h*_t|²
+
+The tokens are those up to the end token, and the end token of the empty caption, which pipelines read for
+classifier-free guidance. h* are the mean states of the retained captions at the same place, as long as theirs are.
+Tokens up to which a retained caption reads the same count in that caption only, as the tower is causal.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cliperase_fast.errors import InputError
 from cliperase_fast.losses import CalibratedLoss
+from cliperase_fast.models import ClipAdapter
+from cliperase_fast.models.hidden_states import HiddenStates, movement, with_edited_states
+from cliperase_fast.unlearning.batches import CaptionTable
 from cliperase_fast.unlearning.methods.base import TrainingMethod
 from cliperase_fast.unlearning.methods.calibrated_terms import joint_terms, sigmoid_terms
 from cliperase_fast.unlearning.objective import BatchFeatures, Objective
 from cliperase_fast.unlearning.run import Run
+from cliperase_fast.unlearning.splits import Split
+from cliperase_fast.unlearning.teacher import MEMORY_LIMIT, Widen
 
+MEASURED = 256  # captions that tell how far the hidden states have moved
 _FORGET_CONCEPT = -1  # of all forget pairs of data whose pairs name no concept
 
 
@@ -41,17 +59,24 @@ class CalibratedOptions:
 
     lambda_anchor: of the squared distance of all other cosines from the original's. lambda_held: of that of the
     features of images and of retained captions. lambda_level: of the distance of the forget pairs' cosines from their
-    background level.
+    background level. lambda_hidden: of the term on hidden states, for text-to-image pipelines. hidden_skip: how many
+    layers before the last one their hidden states are those of, as clip_skip of diffusers.
     """
 
     lambda_anchor: float = 30.0
     lambda_held: float = 3000.0
     lambda_level: float = 33.0
+    lambda_hidden: float = 0.0
+    hidden_skip: int = 0
 
     def __post_init__(self) -> None:
         for name, weight in asdict(self).items():
             if not 0 <= weight < math.inf:  # false for NaN as well
                 raise InputError(f"{name}={weight} must be a finite number, 0 or larger")
+        if not isinstance(self.hidden_skip, int):
+            raise InputError(f"hidden_skip={self.hidden_skip} must be a whole number of layers")
+        if self.hidden_skip > 0 and self.lambda_hidden == 0:
+            raise InputError(f"hidden_skip={self.hidden_skip} has no effect with lambda_hidden=0: give it a weight")
 
 
 class CalibratedObjective(NamedTuple):
@@ -64,6 +89,19 @@ class CalibratedObjective(NamedTuple):
     anchor: Tensor
     held: Tensor
     level: Tensor
+
+
+class HiddenObjective(NamedTuple):
+    """The terms of `CalibratedObjective`, and `hidden`."""
+
+    total: Tensor
+    retain: Tensor
+    forget: Tensor
+    consistency: Tensor
+    anchor: Tensor
+    held: Tensor
+    level: Tensor
+    hidden: Tensor
 
 
 class Calibrated(TrainingMethod):
@@ -82,6 +120,58 @@ class Calibrated(TrainingMethod):
     presses = True
     unused_settings = frozenset(["forget_loss", "margin", "consistency"])
     Options = CalibratedOptions
+    hidden: HiddenStates | None = None  # set by `check_model` if there is the term on hidden states
+
+    def check_inputs(self, teacher: Any) -> None:
+        super().check_inputs(teacher)
+        if self.options.lambda_hidden == 0:
+            return
+        weight = f"lambda_hidden={self.options.lambda_hidden:g}"
+        if self.settings.trainable == "image":
+            raise InputError(
+                f"{weight} holds hidden states of the text tower, which trainable='image' does not change: train "
+                "'text' or 'all', or leave it out"
+            )
+        if self.settings.deepspeed:
+            raise InputError(f"{weight} does not work with DeepSpeed, which runs the towers: leave out deepspeed")
+        if teacher is not None:
+            raise InputError(f"{weight} holds the hidden states of the original model itself: leave out teacher=")
+
+    def check_model(self, model: ClipAdapter, train: Split, captions: CaptionTable) -> None:
+        if self.options.lambda_hidden == 0:
+            return
+        if not captions.complete:
+            raise InputError(
+                f"lambda_hidden needs the tokens of all captions in advance, and {len(captions)} different ones are "
+                "too many: give fewer retain pairs, or fewer captions of each image"
+            )
+        self.hidden = HiddenStates.of(model, captions.first_tokens.long(), self.options.hidden_skip)
+        size = 4 * len(captions) * self.hidden.row
+        if size > MEMORY_LIMIT and self.settings.teacher_cache != "off":
+            raise InputError(
+                f"the hidden states of {len(captions)} captions take {size / 2**30:.1f} GiB, more than the "
+                f"{MEMORY_LIMIT / 2**30:g} GiB that are kept in memory: set teacher_cache='off', which computes them "
+                "in every step, or give fewer retain pairs"
+            )
+
+    def prepare(self, run: Run) -> None:
+        if self.hidden is not None:
+            run.movement = Movement(run, self.hidden)
+
+    def widen(self, run: Run) -> Widen | None:
+        layout = self.hidden
+        if layout is None:
+            return None
+
+        def wide(adapter: ClipAdapter, teaches: bool) -> ClipAdapter:
+            if not teaches:
+                return layout.adapter(adapter)
+            first = run.data.train.n_forget
+            forget, retain = (_tokens(run, of) for of in (run.captions.of_pair[:first], run.captions.of_pair[first:]))
+            with run.runtime.inference(adapter):
+                return with_edited_states(layout, adapter, forget, retain, run.runtime.batch_size)
+
+        return wide
 
     def objective(self, run: Run) -> Objective:
         settings = self.settings
@@ -95,18 +185,55 @@ class Calibrated(TrainingMethod):
         )
         by_concept = run.loader.group_ids is not None and run.loader.group_ids.size > 0
 
-        options, own_teacher = self.options, run.setup.inputs.teacher is None
+        options, own_teacher, hidden = self.options, run.setup.inputs.teacher is None, self.hidden
 
-        def terms(features: BatchFeatures) -> CalibratedObjective:
+        def terms(features: BatchFeatures) -> CalibratedObjective | HiddenObjective:
             concepts = features.group_ids if by_concept else _one_concept(features.group_ids, features.n_forget)
             terms_of = joint_terms if features.logit_bias is None else sigmoid_terms
             found = terms_of(loss, features, concepts)
             held, level = pair_terms(features, own_teacher)
             pressed = options.lambda_level * (run.pressure or 1.0)
             total = found.total + options.lambda_held * held + pressed * level
-            return CalibratedObjective(total, found.retain, found.forget, found.consistency, found.anchor, held, level)
+            parts = (*found[1:], held, level)
+            if hidden is None:
+                return CalibratedObjective(total, *parts)
+            moved = hidden_term(features, hidden)
+            return HiddenObjective(total + options.lambda_hidden * moved, *parts, moved)
 
         return terms
+
+
+class Movement:
+    """Measures how far the hidden states of retained captions, at most `MEASURED` of them, are from the original's."""
+
+    def __init__(self, run: Run, layout: HiddenStates) -> None:
+        assert run.setup.models.original is not None
+        self.layout, self.runtime = layout, run.runtime
+        tokens = _tokens(run, run.captions.of_pair[run.data.train.n_forget :])
+        self.tokens = tokens[:: -(-len(tokens) // MEASURED)]
+        self.original = self._states(run.setup.models.original)
+
+    def __call__(self, student: ClipAdapter) -> float:
+        return float(movement(self._states(student), self.original).mean())
+
+    def _states(self, adapter: ClipAdapter) -> Tensor:
+        wide = self.layout.adapter(adapter)
+        with self.runtime.inference(adapter):
+            rows = [wide.encode_text(part).float() for part in self.tokens.split(self.runtime.batch_size)]
+        return self.layout.split(torch.cat(rows))[1]
+
+
+def hidden_term(features: BatchFeatures, layout: HiddenStates) -> Tensor:
+    """Return the term `hidden` of the module's formula over the pairs of all ranks; 0-d, float32 or wider."""
+    assert features.text_tower is not None and features.teacher_text_tower is not None
+    count = features.n_forget
+    moved = movement(layout.unflatten(features.text_tower), layout.unflatten(features.teacher_text_tower))
+    return _mean(moved[:count], features, 0) + _mean(moved[count:], features, 1)
+
+
+def _tokens(run: Run, of_pairs: Sequence[np.ndarray]) -> Tensor:
+    """Return the token ids of the different captions of some pairs, int64 [U, L]."""
+    return run.captions.rows(np.unique(np.concatenate(list(of_pairs))))
 
 
 def pair_terms(features: BatchFeatures, own_teacher: bool = True) -> tuple[Tensor, Tensor]:
