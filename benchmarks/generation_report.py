@@ -48,7 +48,7 @@ def figures(file: Path, table: Callable[..., str], provenance: Callable[[dict[st
 
 
 _HEAD = (
-    "forgotten", "arm", "rate", "CLIP forget top-1", "pictures", "concept painted", "neighbours painted",
+    "forgotten", "arm", "seeds", "rate", "CLIP forget top-1", "pictures", "concept painted", "neighbours painted",
     "change, of 255",
 )  # fmt: skip
 
@@ -59,7 +59,7 @@ def _rows(runs: Runs) -> Iterator[Sequence[str]]:
         groups = [run["groups"][FORGET] for run in of]
         others = [_pooled(run) for run in of]
         yield (
-            concept, arm, ", ".join(dict.fromkeys(f"{run['recipe']['learning_rate']:.0e}" for run in of)),
+            concept, arm, str(len(of)), ", ".join(dict.fromkeys(f"{run['recipe']['learning_rate']:.0e}" for run in of)),
             f"{_percent(_mean(of['before'] for of in clip))} → {_percent(_mean(of['after'] for of in clip))}",
             str(groups[0]["pictures"]),
             f"{_percent(groups[0]['concept']['before']['value'])} → "
@@ -128,10 +128,10 @@ def draw(folder: Path, path: Path) -> None:
     """Write the docs' picture: prompts of "red circle" with the same seeds, before and after. folder: the pictures."""
     from matplotlib import pyplot as plt
 
-    arms = ("calibrated", HELD, "cliperase", CONTROL)
+    arms = ("calibrated", "cliperase", CONTROL)
     found = {arm: np.load(folder / f"red circle-{arm}-0.npz") for arm in arms}
     columns = {"original": (found[arms[0]], "before"), **{arm: (found[arm], "after") for arm in arms}}
-    figure, grid = plt.subplots(len(_ROWS), len(columns), figsize=(12, 2.6), layout="constrained")
+    figure, grid = plt.subplots(len(_ROWS), len(columns), figsize=(9.6, 2.6), layout="constrained")
     for row, prompt in enumerate(_ROWS):
         for column, (name, (pictures, when)) in enumerate(columns.items()):
             axes = grid[row, column]

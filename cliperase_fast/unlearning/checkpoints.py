@@ -363,9 +363,10 @@ def _check_fields(path: Path, state: dict[str, Any]) -> None:
 
 def _is_candidate(found: Any) -> bool:
     fields = dataclasses.fields(Candidate)
-    if not isinstance(found, dict) or found.keys() != {spec.name for spec in fields}:
+    optional = {"moved"}  # of runs that hold hidden states
+    if not isinstance(found, dict) or found.keys() | optional != {spec.name for spec in fields}:
         return False
-    numbers = [spec for spec in fields if spec.name != "divergence"]
+    numbers = [spec for spec in fields if spec.name != "divergence" and spec.name in found]
     if not all(type(found[spec.name]) in ((int,) if spec.type == "int" else (int, float)) for spec in numbers):
         return False
     divergence, known = found["divergence"], {spec.name for spec in dataclasses.fields(Divergence)}

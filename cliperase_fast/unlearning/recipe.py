@@ -73,7 +73,8 @@ class Probe:
         return self.progress >= ON_ITS_WAY and self.diverged <= HEALING
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Return the fields; `moved` only where it was measured."""
+        return {name: value for name, value in asdict(self).items() if name != "moved" or value is not None}
 
 
 def first_rate(parameters: Iterable[Tensor]) -> float:

@@ -45,7 +45,8 @@ class Candidate:
         return mean if math.isfinite(mean) else math.inf
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Return the fields; `moved` only where it was measured."""
+        return {name: value for name, value in asdict(self).items() if name != "moved" or value is not None}
 
 
 @dataclass(frozen=True)

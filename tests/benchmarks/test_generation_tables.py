@@ -35,10 +35,11 @@ def written(tmp_path, runs):
 
 
 def test_a_seed_has_its_interval_and_several_their_range(tmp_path):
-    assert "| cliperase | 3e-04 | 100.0 % → 0.0 % | 8 | 90.0 % → 30.0 % [20.0, 40.0] | 87.5 % → 77.5 %" in written(
+    assert "| cliperase | 1 | 3e-04 | 100.0 % → 0.0 % | 8 | 90.0 % → 30.0 % [20.0, 40.0] | 87.5 % → 77.5 %" in written(
         tmp_path, [run("cliperase", 0, 0.3)]
     )
     text = written(tmp_path, [run("cliperase", seed, painted) for seed, painted in enumerate((0.1, 0.3, 0.5))])
+    assert "| cliperase | 3 | 3e-04 |" in text
     assert "90.0 % → 30.0 % [10.0, 50.0] | 87.5 % → 77.5 % [77.5, 77.5] | 25.5 |" in text
     assert "| red circle | near | 10 | cliperase | 80.0 % | 40.0 % [40.0, 40.0] |" in text
 

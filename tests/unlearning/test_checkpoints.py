@@ -120,7 +120,7 @@ def test_an_invalid_state_counts_as_damage(tmp_path, text):
 
 def test_every_field_survives_a_round_trip(tmp_path):
     best = best_of(tmp_path, 3)
-    measured = Candidate(2, 1, 0.25, 0.75, -0.5, Divergence(0.1, 0.01, 20, "red", 0.3, None, 1))
+    measured = Candidate(2, 1, 0.25, 0.75, -0.5, Divergence(0.1, 0.01, 20, "red", 0.3, None, 1), moved=0.02)
     fields = {
         "identity": {"model": "m"}, "evaluations": [best[0], measured], "evaluations_without_improvement": 1,
         "stopped_early": True, "probes": [{"rate": 1e-4, "steps": 30}], "rate": 1e-4, "stop": "the target was reached",
