@@ -71,6 +71,8 @@ def alone(**changes):
         {"method": "balanced", "batch_size": 12, "forget_fraction": 0.42},
         {"method": "masked_distillation", "batch_size": 12, "forget_fraction": 0.42},
         {"method": "calibrated", "batch_size": 12, "forget_fraction": 0.42, "clip": SIGLIP, "grad_cache_chunk": 2},
+        {"method": "calibrated", "batch_size": 12, "forget_fraction": 0.42, "trainable": "text",
+         "method_options": {"lambda_hidden": 5.0}},
     ],
     ids=[
         "plain",
@@ -86,8 +88,9 @@ def alone(**changes):
         "balanced",
         "masked distillation",
         "calibrated, the sigmoid loss, in chunks",
+        "calibrated, hidden states held",
     ],
-)
+)  # fmt: skip
 def test_the_curve_and_the_scores_are_those_of_one_process(two, changes):
     first, second = two.run(run_here, changes)
     assert_same_run(first, alone(**changes), tolerance=1e-5)
