@@ -3,7 +3,7 @@
     python -m benchmarks.generation               all concepts, arms and seeds
     python -m benchmarks.generation --seeds 1
     python -m benchmarks.generation --prepare     train and unlearn only; the models stay in the cache
-    python -m benchmarks.generation --draw        write docs/plots/generation.png from the pictures of seed 0
+    python -m benchmarks.generation --draw        write docs/plots/generation.png from the pictures of seed 1
 
 A small diffusion model of the rendered shapes (benchmarks.shapes_diffusion) reads the hidden states of a small CLIP's
 text tower. The CLIP forgets a concept with `trainable="text"`, its text tower takes the place of the original in the

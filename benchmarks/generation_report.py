@@ -14,6 +14,7 @@ HELD = "calibrated, hidden states held"
 UNSEEN = {IMAGE: "the image tower unlearned", PROJECTION: "the text projection edited"}  # by a pipeline
 FORGET = "forget"
 NOT_MEASURED = "Not measured yet: `python -m benchmarks.generation`."
+_SEED = 1  # of the unlearning whose pictures are shown
 _SHOWN = 4  # pictures of a prompt in the docs' picture
 _ROWS = ("a red circle", "a red square", "a blue circle", "a green star")
 
@@ -125,13 +126,16 @@ def _percent(share: float) -> str:
 
 
 def draw(folder: Path, path: Path) -> None:
-    """Write the docs' picture: prompts of "red circle" with the same seeds, before and after. folder: the pictures."""
+    """Write the docs' picture: prompts of "red circle" with the same seeds, before and after.
+
+    folder: the pictures, those of `_SEED` of all arms among them.
+    """
     from matplotlib import pyplot as plt
 
-    arms = ("calibrated", "cliperase", CONTROL)
-    found = {arm: np.load(folder / f"red circle-{arm}-0.npz") for arm in arms}
+    arms = ("calibrated", HELD, "cliperase", CONTROL)
+    found = {arm: np.load(folder / f"red circle-{arm}-{_SEED}.npz") for arm in arms}
     columns = {"original": (found[arms[0]], "before"), **{arm: (found[arm], "after") for arm in arms}}
-    figure, grid = plt.subplots(len(_ROWS), len(columns), figsize=(9.6, 2.6), layout="constrained")
+    figure, grid = plt.subplots(len(_ROWS), len(columns), figsize=(12, 2.6), layout="constrained")
     for row, prompt in enumerate(_ROWS):
         for column, (name, (pictures, when)) in enumerate(columns.items()):
             axes = grid[row, column]
