@@ -240,7 +240,7 @@ class _Bench:
         """The numbers that `calibrated` found. steps: which number of steps, of its record's "recipe"."""
         found = self.record.find(self.concept, self.seed, CALIBRATED)
         if found is None or "error" in found:
-            raise UnlearningError(f"{CALIBRATED} failed, whose learning rate and steps this run takes")
+            raise UnlearningError(f"{CALIBRATED} failed or was not run, and this run takes its learning rate and steps")
         recipe = found["recipe"]
         numbers = {name: recipe[name] for name in ("learning_rate", "batch_size", "forget_fraction")}
         return {**numbers, "steps": recipe[steps]}

@@ -38,7 +38,7 @@ Run = dict[str, Any]
 
 
 class Failure(Exception):
-    """Which command failed, with the end of what it printed."""
+    """A command failed. The message has the command and the end of its output."""
 
 
 def parsed(text: str) -> tuple[str, list[str]]:
@@ -132,7 +132,7 @@ def tools_in(folder: Path) -> Path:
 
 
 def figures(file: Path, table: Callable[..., str]) -> str:
-    """Return the table of what ran, for docs/native.md."""
+    """Return the table of runs for docs/native.md."""
     if not file.exists():
         return "Not measured yet: `make wheels`."
     runs = json.loads(file.read_text(encoding="utf-8"))["runs"]
