@@ -95,10 +95,8 @@ inline void backward(const SimilarityInputs& in, const Backward& b, char* scratc
         float *student = layout.own_tiles(), *teacher = student + TILE;
         const TileCache::Header* head = nullptr;
         if (at.row < b.cached_rows) {
-            float* tiles = cache.at(at.row_tile, at.block);
-            head = reinterpret_cast<const TileCache::Header*>(tiles);
-            student = tiles + TileCache::HEADER;
-            teacher = student + TILE;
+            const TileCache::Tile kept = cache.at(at.row_tile, at.block);
+            head = kept.head, student = kept.student, teacher = kept.teacher;
         } else {
             layout.operands.student_tile(in, at, student);
             exclude(in, at.row, at.rows, at.column, at.columns, excluded, student);

@@ -50,14 +50,20 @@ struct ForwardLayout {
     }
 };
 
+// Copies the entries of a tile to the cache.
+inline void keep_entries(const float* tile, i64 rows, float* kept) {
+    std::memcpy(kept, tile, static_cast<std::size_t>(rows * TILE_COLUMNS) * sizeof *tile);
+}
+
 // Writes the statistics of one tile to the parts of its rows and columns.
 //
-// With a comparison the cache keeps the entries, which the backward pass needs, and never their exponentials.
+// With a comparison the cache keeps the entries, which the backward pass needs, and never their exponentials. Tiles are
+// worked on in memory of the thread, which stays in its cache, and written to `kept`, unless null, once.
 inline void add_tile(const SimilarityInputs& in, const Forward& out, const ForwardLayout& layout, const TilePlace& at,
-                     Groups groups, float* student, float* teacher, TileCache::Header* head) {
+                     Groups groups, float* student, float* teacher, const TileCache::Tile* kept) {
     const i64 row = at.row, rows = at.rows, column = at.column, columns = at.columns, width = at.width;
     alignas(64) float row_top[TILE_ROWS], column_top[TILE_COLUMNS];
-    const bool stores = head != nullptr && !in.comparison.wanted;
+    const bool stores = kept && !in.comparison.wanted;
     const TileEdit edit(in.comparison, at);
     if (edit.edits()) edit_teacher(edit, rows, width, in.teacher_scale, teacher);
     for_each_pair(in, row, rows, column, columns, [&](i64 i, i64 j) {
@@ -76,16 +82,20 @@ inline void add_tile(const SimilarityInputs& in, const Forward& out, const Forwa
         const Reference c = shared_reference(row_top, rows, column_top);
         const Stats of_rows = layout.rows_of(at, teacher_set(in));
         const Stats of_columns = layout.columns_of(at, teacher_set(in));
+        const bool exponentials = stores && c.shared;
         if (!c.shared)
             write_separate_stats<true>(teacher, student, *out.shift, rows, width, of_rows, of_columns, row_top,
                                        column_top);
-        else if (stores)
-            write_shared_stats<true, true>(teacher, student, *out.shift, rows, width, c, of_rows, of_columns, row_top,
-                                           column_top);
+        else if (exponentials)
+            write_shared_stats<true, true>(teacher, kept->teacher, student, *out.shift, rows, width, c, of_rows,
+                                           of_columns, row_top, column_top);
         else
-            write_shared_stats<true, false>(teacher, student, *out.shift, rows, width, c, of_rows, of_columns, row_top,
-                                            column_top);
-        if (head) head->teacher_reference = c.value, head->teacher_exponentials = stores && c.shared;
+            write_shared_stats<true, false>(teacher, nullptr, student, *out.shift, rows, width, c, of_rows, of_columns,
+                                            row_top, column_top);
+        if (kept) {
+            kept->head->teacher_reference = c.value, kept->head->teacher_exponentials = exponentials;
+            if (!exponentials) keep_entries(teacher, rows, kept->teacher);
+        }
     }
     bool masked_within = true;
     const bool retained = is_retained(in, at), masked_apart = in.row_groups != nullptr && retained;
@@ -101,8 +111,8 @@ inline void add_tile(const SimilarityInputs& in, const Forward& out, const Forwa
         const Stats of_rows = layout.rows_of(at, masked_set(in));
         const Stats of_columns = layout.columns_of(at, masked_set(in));
         if (own.shared)
-            write_shared_stats<false, false>(masked, nullptr, 0, rows, width, own, of_rows, of_columns, masked_row_top,
-                                             masked_column_top);
+            write_shared_stats<false, false>(masked, nullptr, nullptr, 0, rows, width, own, of_rows, of_columns,
+                                             masked_row_top, masked_column_top);
         else
             write_separate_stats<false>(masked, nullptr, 0, rows, width, of_rows, of_columns, masked_row_top,
                                         masked_column_top);
@@ -118,9 +128,11 @@ inline void add_tile(const SimilarityInputs& in, const Forward& out, const Forwa
     if (!c.shared)
         write_separate_stats<false>(student, nullptr, 0, rows, width, of_rows, of_columns, row_top, column_top);
     else if (exponentials)
-        write_shared_stats<false, true>(student, nullptr, 0, rows, width, c, of_rows, of_columns, row_top, column_top);
+        write_shared_stats<false, true>(student, kept->student, nullptr, 0, rows, width, c, of_rows, of_columns, row_top,
+                                        column_top);
     else
-        write_shared_stats<false, false>(student, nullptr, 0, rows, width, c, of_rows, of_columns, row_top, column_top);
+        write_shared_stats<false, false>(student, nullptr, nullptr, 0, rows, width, c, of_rows, of_columns, row_top,
+                                         column_top);
     if (in.has_masked() && !masked_apart) {
         const Stats own_rows = layout.rows_of(at, masked_set(in)), own_columns = layout.columns_of(at, masked_set(in));
         if (retained)
@@ -128,7 +140,10 @@ inline void add_tile(const SimilarityInputs& in, const Forward& out, const Forwa
         else
             clear(own_rows, rows), clear(own_columns, TILE_COLUMNS);
     }
-    if (head) head->student_reference = c.value, head->student_exponentials = exponentials;
+    if (kept) {
+        kept->head->student_reference = c.value, kept->head->student_exponentials = exponentials;
+        if (!exponentials) keep_entries(student, rows, kept->student);
+    }
 }
 
 // Sets the total of rows or columns without entries.
@@ -168,16 +183,12 @@ inline void forward(const SimilarityInputs& in, const Forward& out, char* scratc
                 if (at.block != packed) layout.operands.pack_columns_of(in, at.column, at.columns);
                 packed = at.block;
                 float *student = layout.own_tiles(), *teacher = student + TILE;
-                TileCache::Header* head = nullptr;
-                if (at.row < out.cached_rows) {
-                    float* tiles = cache.at(at.row_tile, at.block);
-                    head = reinterpret_cast<TileCache::Header*>(tiles);
-                    student = tiles + TileCache::HEADER;
-                    teacher = student + TILE;
-                }
+                const bool keeps = at.row < out.cached_rows;
+                const TileCache::Tile kept = keeps ? cache.at(at.row_tile, at.block) : TileCache::Tile{};
                 layout.operands.student_tile(in, at, student);
                 if (in.has_teacher) layout.operands.teacher_tile(in, at, teacher);
-                add_tile(in, out, layout, at, block_groups(in, at, own_groups), student, teacher, head);
+                add_tile(in, out, layout, at, block_groups(in, at, own_groups), student, teacher,
+                         keeps ? &kept : nullptr);
             }
 
 #pragma omp for schedule(static) nowait

@@ -54,20 +54,29 @@ inline void with_feature_dtype(Dtype dtype, Work work) {
 
 #if defined(CLIPERASE_AMX)
 
-// 16 numbers, `next` from one to the next, of which `left` are there; the others are 0.
-inline Halves numbers(const Bfloat16* from, i64 next, i64 left) {
+// Some of 16 numbers, `next` from one to the next, of which `left` are there; the others are 0.
+__attribute__((noinline)) inline Halves gathered(const Bfloat16* from, i64 next, i64 left) {
     Halves out{};
-    if (next == 1 && left >= W)
-        std::memcpy(&out, from, sizeof out);
-    else
-        for (i64 lane = 0; lane < smaller(W, left); ++lane) out[lane] = from[lane * next].bits;
+    for (i64 lane = 0; lane < smaller(W, left); ++lane) out[lane] = from[lane * next].bits;
+    return out;
+}
+
+// The same, and fast where they are adjacent: features are packed in each pass.
+__attribute__((always_inline)) inline Halves numbers(const Bfloat16* from, i64 next, i64 left) {
+    if (next != 1 || left < W) return gathered(from, next, left);
+    Halves out;
+    std::memcpy(&out, from, sizeof out);
     return out;
 }
 
 // 16 pairs likewise.
-inline Ints pairs(const Bfloat16* from, i64 next, i64 left) {
-    const Halves both[2] = {numbers(from, next, left), left > W ? numbers(from + W * next, next, left - W) : Halves{}};
+__attribute__((always_inline)) inline Ints pairs(const Bfloat16* from, i64 next, i64 left) {
     Ints out;
+    if (next == 1 && left >= 2 * W) {
+        std::memcpy(&out, from, sizeof out);
+        return out;
+    }
+    const Halves both[2] = {numbers(from, next, left), left > W ? numbers(from + W * next, next, left - W) : Halves{}};
     std::memcpy(&out, both, sizeof out);
     return out;
 }
@@ -137,15 +146,15 @@ inline void pack_transposed(const Matrix& m, i64 start, i64 count, i64 width, St
 
 // Rows of m as the rows of B [depth, width], in panels: as the steps from `step` on, of `depth`.
 inline void pack_panels(const Matrix& m, i64 start, i64 count, i64 width, float, Step* out, i64 step, i64 depth) {
-    for (i64 s = 0; s < steps(count); ++s) {
-        const i64 i = PER_STEP * s;
-        for (i64 column = 0; column < width; column += W) {
-            const i64 panel = column / NR, lanes = Panels::width(width, panel);
-            const auto row = [&](i64 r) {
-                return r < count ? numbers(at(m, start + r, column), m.column, width - column) : Halves{};
-            };
-            const Ints both = pairs_of(row(i), row(i + 1));
-            std::memcpy(out + panel * depth * NR + (step + s) * lanes + column % NR, &both, sizeof both);
+    for (i64 column = 0; column < width; column += W) {
+        const i64 panel = column / NR, lanes = Panels::width(width, panel), left = width - column;
+        Step* to = out + panel * depth * NR + step * lanes + column % NR;
+        const auto row = [&](i64 r) {
+            return r < count ? numbers(at(m, start + r, column), m.column, left) : Halves{};
+        };
+        for (i64 s = 0; s < steps(count); ++s, to += lanes) {
+            const Ints both = pairs_of(row(PER_STEP * s), row(PER_STEP * s + 1));
+            std::memcpy(to, &both, sizeof both);
         }
     }
 }

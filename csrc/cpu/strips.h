@@ -68,9 +68,14 @@ struct TileCache {
         : data(static_cast<char*>(const_cast<void*>(cache))),
           blocks(column_tiles(in).tiles),
           tiles(in.has_teacher ? 2 : 1) {}
-    i64 floats_each() const { return HEADER + tiles * TILE; }
-    float* at(i64 row_tile, i64 block) const {
-        return reinterpret_cast<float*>(data) + (row_tile * blocks + block) * floats_each();
+    // What is kept of a tile.
+    struct Tile {
+        Header* head;
+        float *student, *teacher;
+    };
+    Tile at(i64 row_tile, i64 block) const {
+        float* const first = reinterpret_cast<float*>(data) + (row_tile * blocks + block) * (HEADER + tiles * TILE);
+        return {reinterpret_cast<Header*>(first), first + HEADER, first + HEADER + TILE};
     }
 };
 
@@ -100,21 +105,39 @@ inline void exclude(const SimilarityInputs& in, i64 row, i64 rows, i64 column, i
         }
 }
 
-// An entry of scale * left rightᵀ, summed in double in eight parts: one chain of additions would take longer than the
-// rest of the work on a row of dI.
+using Doubles = double __attribute__((vector_size(8 * W)));
+
+inline Floats floats_at(const float* from) { return load(from); }
+inline Floats floats_at(const Bfloat16* from) {
+    std::uint16_t __attribute__((vector_size(2 * W))) bits;
+    std::memcpy(&bits, from, sizeof bits);
+    const Ints high = __builtin_convertvector(bits, Ints) << 16;
+    Floats out;
+    std::memcpy(&out, &high, sizeof out);
+    return out;
+}
+inline Floats floats_at(const Float16* from) {
+    Floats out;
+    for (int lane = 0; lane < W; ++lane) out[lane] = to_float(from[lane]);
+    return out;
+}
+
+// An entry of left rightᵀ, summed in double in W parts: one chain of additions would take longer than the rest of the
+// work on a row of dI.
 template <typename L, typename R, bool PLAIN>
 inline double dot(const L* left, i64 left_stride, const R* right, i64 right_stride, i64 width) {
-    constexpr i64 PARTS = 8;
-    const i64 a = PLAIN ? 1 : left_stride, b = PLAIN ? 1 : right_stride;
-    double part[PARTS] = {};
+    Doubles parts{};
     i64 k = 0;
-    for (; k + PARTS <= width; k += PARTS)
-        for (i64 lane = 0; lane < PARTS; ++lane)
-            part[lane] += static_cast<double>(to_float(left[(k + lane) * a])) *
-                          static_cast<double>(to_float(right[(k + lane) * b]));
+    if constexpr (PLAIN)
+        for (; k + W <= width; k += W)
+            parts += __builtin_convertvector(floats_at(left + k), Doubles) *
+                     __builtin_convertvector(floats_at(right + k), Doubles);
+    const i64 a = PLAIN ? 1 : left_stride, b = PLAIN ? 1 : right_stride;
     for (; k < width; ++k)
-        part[k % PARTS] += static_cast<double>(to_float(left[k * a])) * static_cast<double>(to_float(right[k * b]));
-    return ((part[0] + part[4]) + (part[2] + part[6])) + ((part[1] + part[5]) + (part[3] + part[7]));
+        parts[k % W] += static_cast<double>(to_float(left[k * a])) * static_cast<double>(to_float(right[k * b]));
+    for (int half = W / 2; half > 0; half /= 2)
+        for (int lane = 0; lane < half; ++lane) parts[lane] += parts[lane + half];
+    return parts[0];
 }
 
 inline double entry(const Matrix& left, const Matrix& right, i64 width, float scale, i64 i, i64 j) {

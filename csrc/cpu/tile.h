@@ -112,14 +112,15 @@ inline void write_columns(Stats of_columns, const float* total, const float* gap
 // Writes the statistics of a tile that has a shared reference.
 //
 // GAP: `other` is S, and the gap is summed; tile and other are equal where entries are excluded. STORE: the
-// exponentials replace the entries of the tile.
+// exponentials are written to the tile `kept`.
 template <bool GAP, bool STORE>
-inline void write_shared_stats(float* tile, const float* other, float shift, i64 rows, i64 width, Reference c,
-                               Stats of_rows, Stats of_columns, const float* row_top, const float* column_top) {
+inline void write_shared_stats(const float* tile, float* kept, const float* other, float shift, i64 rows, i64 width,
+                               Reference c, Stats of_rows, Stats of_columns, const float* row_top,
+                               const float* column_top) {
     alignas(64) float total[TILE_COLUMNS] = {}, gap[GAP ? TILE_COLUMNS : W] = {};
     for (i64 i = 0; i < rows; i += 2) {
         const bool second = i + 1 < rows;  // an odd last row is read twice but counted once
-        float* row[2] = {tile + i * TILE_COLUMNS, tile + (i + second) * TILE_COLUMNS};
+        const float* row[2] = {tile + i * TILE_COLUMNS, tile + (i + second) * TILE_COLUMNS};
         Floats sum_of[2] = {}, gap_of[2] = {};
         for (i64 j = 0; j < width; j += W) {
             Floats column_total = load(total + j), column_gap{};
@@ -134,7 +135,7 @@ inline void write_shared_stats(float* tile, const float* other, float shift, i64
                     gap_of[r] += weighted;
                     column_gap += weighted;
                 }
-                if constexpr (STORE) store(row[r] + j, e);
+                if constexpr (STORE) store(kept + (row[r] - tile) + j, e);
             }
             store(total + j, column_total);
             if constexpr (GAP) store(gap + j, column_gap);
