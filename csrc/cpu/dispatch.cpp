@@ -52,6 +52,15 @@ bool runs(const IsaKernels* kernels) {
     return kernels == &portable_kernels || kernels == &amx_emulated_kernels;
 }
 
+// Whether to choose them where they run. The instructions of AVX512-BF16 are faster than float32's on AMD's processors,
+// and slower on a Xeon with AMX, the one of Intel's that was measured.
+bool worthwhile(const IsaKernels* kernels) {
+#if defined(CLIPERASE_AVX512_BF16)
+    if (kernels == &avx512_bf16_kernels) return __builtin_cpu_is("amd");
+#endif
+    return kernels != &amx_emulated_kernels;
+}
+
 }  // namespace
 
 const IsaKernels* choose_kernels(const char* name) {
@@ -70,7 +79,8 @@ const IsaKernels* choose_kernels(const char* name) {
         &amx_emulated_kernels,
     };
     for (const IsaKernels* kernels : widest_first)
-        if ((name == nullptr || std::strcmp(name, kernels->name) == 0) && runs(kernels)) return kernels;
+        if ((name == nullptr ? worthwhile(kernels) : std::strcmp(name, kernels->name) == 0) && runs(kernels))
+            return kernels;
     return nullptr;
 }
 
