@@ -65,7 +65,7 @@ STUDIES = {
         "demo", classes("seven", "three", "eight"), ["seven"], 5, other={"shapes": "shapes?train=1&test=10"}
     ),
     "shapes": Study("shapes", classes("red circle"), ["red circle"], other={"digits": "demo"}),
-    "personas": Study("personas", FORGET_SETS, [], methods=("cliperase", "gradient_ascent"), clean=True),
+    "personas": Study("personas", FORGET_SETS, [], methods=("cliperase", "calibrated", "gradient_ascent"), clean=True),
 }
 
 
@@ -76,7 +76,7 @@ def cifar10(shards: str, test_shards: str) -> Study:
         ["airplane"],
         test=f"wds:{test_shards}",
         other={"digits": "demo"},
-        methods=("cliperase", "gradient_ascent"),
+        methods=("cliperase", "calibrated", "gradient_ascent"),
     )
 
 
