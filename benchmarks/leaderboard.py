@@ -189,14 +189,19 @@ class Bench(unaided._Bench):
         found = audit(
             self.before, result.adapter, self.forget, "rest", oracle=self.oracles or None, test=self.study.test
         ).to_dict()
-        pairs = {part: found["data"][f"{part}_test_pairs"] for part in ("forget", "retain")}
-        return {**unaided.scores(found), "background": found["background"], "pairs": pairs}
+        return {**unaided.scores(found), "background": found["background"], **_pairs(found)}
 
     def _attacked(self, model: Any) -> dict[str, Any]:
         """Attack a model and the original."""
         found = audit(self.before, model, self.forget, "rest", test=self.study.test, depth=True).to_dict()
         depths = {who: found["scores"][who]["depth"] for who in ("before", "after")}
-        return {"depth": {who: {name: its[name] for name in DEPTH if name in its} for who, its in depths.items()}}
+        kept = {who: {name: its[name] for name in DEPTH if name in its} for who, its in depths.items()}
+        return {"depth": kept, **_pairs(found)}
+
+
+def _pairs(found: Mapping[str, Any]) -> dict[str, Any]:
+    """How many pairs an audit rests on."""
+    return {"pairs": {part: found["data"][f"{part}_test_pairs"] for part in ("forget", "retain")}}
 
 
 def run_board(board: Board, record: Leaderboard, *, only: Sequence[str] = (), retry: bool = False) -> None:

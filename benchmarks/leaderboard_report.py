@@ -207,18 +207,21 @@ def _ratio_cells(runs: Runs) -> list[str]:
 
 
 def depth_table(record: Record) -> Table:
-    """A row for each method and oracle: what attacks bring back."""
+    """A row for each method, with 95 % intervals over pairs, and one for the oracles: what attacks bring back."""
     rows = by_row(record)
-    head = ("", *_DEPTH.values())
+    oracles = [runs[0]["depth"]["after"] for name, runs in rows.items() if name.startswith("oracle ")]
 
     def cells(scores: Mapping[str, Any]) -> list[str]:
-        values = [(scores.get(name) or {}).get("value") for name in _DEPTH]
-        return ["–" if value is None else _percent(value) for value in values]
+        return [_interval(scores.get(name) or {}) for name in _DEPTH]
 
-    found = [(name, *cells(runs[0]["depth"]["after"])) for name, runs in rows.items()]
+    found = [(name, *cells(runs[0]["depth"]["after"])) for name, runs in rows.items() if not name.startswith("oracle ")]
+    if oracles:
+        known = ([scores[name]["value"] for scores in oracles if name in scores] for name in _DEPTH)
+        spreads = (_spread(values, _percent) if values else "–" for values in known)
+        found.append((f"the oracles, {len(oracles)}", *spreads))
     if rows:
         found.append(("the original", *cells(next(iter(rows.values()))[0]["depth"]["before"])))
-    return head, sorted(found, key=lambda row: row[0].startswith("oracle ") + 2 * (row[0] == "the original"))
+    return ("", *_DEPTH.values()), found
 
 
 def overview_table(records: Mapping[str, Record], most: int = 5) -> Table:
@@ -260,7 +263,7 @@ def parts(name: str, record: Record) -> list[str | Table]:
     """What the docs say of one board: texts and tables."""
     after: list[str] = [missing_line(record), *_failures(record)]
     if name == "depth":
-        found: list[str | Table] = [depth_table(record)]
+        found: list[str | Table] = [depth_table(record), pairs_line(record)]
     elif name == "ratio":
         found = [ratio_table(record)]
     else:
@@ -353,6 +356,14 @@ def _spread(values: Sequence[float], write: Callable[[float], str]) -> str:
     """The mean, and the standard deviation if there are several values."""
     mean = write(float(np.mean(values)))
     return f"{mean} ± {write(float(np.std(values, ddof=1)))}" if len(values) > 1 else mean
+
+
+def _interval(entry: Mapping[str, Any]) -> str:
+    """The value of a share with its 95 % interval, if it has one."""
+    if entry.get("value") is None:
+        return "–"
+    value = _percent(entry["value"])
+    return value if entry.get("low") is None else f"{value} ({100 * entry['low']:.0f} to {100 * entry['high']:.0f})"
 
 
 def _percent(share: float) -> str:

@@ -87,7 +87,10 @@ def test_attacks_also_go_to_the_oracles(board, unlearned, calls, monkeypatch):  
     assert [run["method"] for run in record.runs] == ["oracle 1", "oracle 2", *board.rows]
     assert all(run["depth"]["after"]["relearn_area"]["value"] == 0.5 for run in record.runs)
     _, rows = leaderboard_report.depth_table({"runs": record.runs})
-    assert rows[-1][0] == "the original" and rows[0][:2] == (CALIBRATED, "50.0 %")
+    assert [row[0] for row in rows] == [*board.rows, "the oracles, 2", "the original"]
+    assert rows[0][1:3] == ("50.0 % (50 to 50)", "–")
+    assert rows[-2][1] == "50.0 % ± 0.0 %"
+    assert "36 forget and 324 retain pairs" in leaderboard_report.text("depth", {"runs": record.runs})
 
 
 def test_methods_that_forget_come_first_by_their_gap():
