@@ -92,6 +92,14 @@ def test_the_gap_must_be_a_quarter_of_that_of_version_01(ours, holds):
     assert "gap" not in verdicts_of("personas", runs) and "gap" not in verdicts_of("towers", runs)
 
 
+def test_a_gap_that_is_too_large_names_what_the_level_of_unrelated_pairs_adds():
+    run = one(gap=0.2)
+    run["scores"]["oracle"]["association"] = 0.6
+    said = verdict("gap", [run, *seeds(FIXED, (0.4,))])["text"]
+    assert "0.150 of it come from the association alone" in said and "0.60 below the oracles" in said
+    assert "association" not in verdict("gap", [one(gap=0.2), *seeds(FIXED, (0.4,))])["text"]
+
+
 def test_cliperase_with_the_recipe_must_not_be_better():
     runs = seeds(CALIBRATED, (0.1, 0.2))
     assert verdict("not better with the recipe", [*runs, *seeds(SEARCHED, (0.1, 0.21))])["holds"]
