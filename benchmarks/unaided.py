@@ -24,7 +24,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ from cliperase_fast.unlearning import unlearn
 from . import unaided_report
 from .machine import RESULTS, describe
 from .records import DEMO, DEMO_FEW_PAIRS, add_shards, classes, record_text, shards_of
-from .unaided_verdicts import CALIBRATED, CONTROL, FIXED, GAP, GIVEN, METHODS, SEARCHED, verdicts
+from .unaided_verdicts import CALIBRATED, CONTROL, FIXED, GAP, GIVEN, METHODS, RELATED, SEARCHED, verdicts
 
 SEEDS = 3
 # One of a hundred combinations, which a model that never saw it still infers from its parts; a shape; a colour.
@@ -65,7 +65,7 @@ class Study:
 
     concepts: the selector of each thing to forget. fixed: for each the settings of version 0.1's demo. original:
     returns the folder of the model with this training seed. oracles: the folders of the models without this concept.
-    test: where to measure, if not on the source's own test split.
+    test: where to measure, if not on the source's own test split. methods: to run, of `METHODS` and `RELATED`.
     """
 
     source: str
@@ -74,6 +74,7 @@ class Study:
     original: Callable[[int], Path]
     oracles: Callable[[str], Sequence[Path]]
     test: str | None = None
+    methods: Sequence[str] = METHODS
 
 
 def model_seed(number: int) -> int:
@@ -121,7 +122,10 @@ def cifar10(shards: str, test_shards: str) -> Study:
 
 STUDIES: Mapping[str, Callable[[], Study]] = {
     "digits": partial(small, "demo", classes("seven", "three", "eight", "one", "five"), DEMO, oracles=5),
-    "shapes": partial(small, "shapes", SHAPES, {"red circle": DEMO_FEW_PAIRS, "stars": DEMO, "purple": DEMO}),
+    "shapes": lambda: replace(
+        small("shapes", SHAPES, {"red circle": DEMO_FEW_PAIRS, "stars": DEMO, "purple": DEMO}),
+        methods=(*METHODS, RELATED),
+    ),
     "personas": partial(small, "personas", FORGET_SETS, DEMO_FEW_PAIRS),
 }
 OF_SHARDS: Mapping[str, Callable[[str, str], Study]] = {"cifar10": cifar10, "towers": towers}
@@ -176,7 +180,7 @@ def run_study(
     for concept in concepts:
         with keep_features():  # the seeds share the oracles
             for seed in range(seeds):
-                known = {method: record.find(concept, seed, method) for method in METHODS}
+                known = {method: record.find(concept, seed, method) for method in study.methods}
                 missing = [method for method, run in known.items() if run is None or (retry and "error" in run)]
                 if GIVEN in missing and CALIBRATED not in missing:  # they are timed side by side
                     missing.insert(0, CALIBRATED)
@@ -229,6 +233,8 @@ class _Bench:
             return {"method": "cliperase", **self.study.fixed[self.concept]}
         if method == CONTROL:
             return self.control()
+        if method == RELATED:
+            return {"method": "calibrated", "method_options": {"levels": "related"}}
         return {"method": {CALIBRATED: "calibrated", SEARCHED: "cliperase"}[method]}
 
     def control(self) -> dict[str, Any]:
@@ -352,7 +358,7 @@ def main(words: Sequence[str] | None = None) -> None:
     if arguments.prepare:
         prepare(study, concepts, arguments.seeds)
         return
-    record = Record(name, f"python -m benchmarks.unaided {name}", list(study.concepts))
+    record = Record(name, f"python -m benchmarks.unaided {name}", list(study.concepts), study.methods)
     run_study(study, record, concepts, arguments.seeds, retry=arguments.retry, runs=arguments.runs)
     print(unaided_report.study_text(name, record.content()))
     print(f"unaided {name}: {len(record.runs)} runs; written to {record.path}")

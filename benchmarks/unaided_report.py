@@ -13,6 +13,7 @@ from .unaided_verdicts import (
     CALIBRATED,
     FIXED,
     GIVEN,
+    RELATED,
     SEARCHED,
     after,
     done,
@@ -45,7 +46,8 @@ def scores_table(record: Record) -> Table:
         "", "runs", "forget top-1", "highest", "retain drop", "worst class drop", "highest lower bound",
         *(LEVELS[name] for name in levels), "mean gap", "time",
     )  # fmt: skip
-    return head, [*(_method_row(runs, method, levels) for method in AUDITED), *_reference_rows(runs, levels)]
+    shown = [method for method in AUDITED if method != RELATED or any(run["method"] == method for run in runs)]
+    return head, [*(_method_row(runs, method, levels) for method in shown), *_reference_rows(runs, levels)]
 
 
 def _levels(runs: Sequence[Record]) -> list[str]:

@@ -26,6 +26,7 @@ from cliperase_fast.unlearning.engines.base import pad_rows
 from cliperase_fast.unlearning.engines.zero3 import ShardedTeacher
 from cliperase_fast.unlearning.feature_file import FeatureFile
 from cliperase_fast.unlearning.identity import transform_identity
+from cliperase_fast.unlearning.related import with_related_levels
 from cliperase_fast.unlearning.run import Run
 from cliperase_fast.unlearning.runtime import Runtime
 
@@ -154,11 +155,12 @@ def wide_adapter(run: Run, adapter: ClipAdapter, teaches: bool = False) -> ClipA
         return with_tower_features(adapter, pixels, run.captions.rows([0]))
 
 
-def measure_background(run: Run, teacher: Teacher | None) -> Background:
+def measure_background(run: Run, teacher: Teacher | None, related: bool = False) -> Background:
     """Compute the background levels of the teacher's features of the training split, once.
 
     teacher: has them already if it caches all pairs; otherwise they are encoded here, with the transform of evaluation.
-    Of more than `BACKGROUND_WHOLE` retain pairs a sample counts, with one caption each.
+    Of more than `BACKGROUND_WHOLE` retain pairs a sample counts, with one caption each. related: classes that share
+    words with retained ones have levels of their own, unless there is a sample.
     """
     train, of_pair = run.data.train, run.captions.of_pair
     n_retain, rows = len(train.pairs) - train.n_forget, None
@@ -173,10 +175,19 @@ def measure_background(run: Run, teacher: Teacher | None) -> Background:
     if not (isinstance(teacher, CachedTeacher) and teacher.has(used, rows)):
         teacher = _cache_of_run(run, used, False, rows=rows, name="background")
     width = teacher.width
-    image, image_rows = teacher.image, teacher.row_of_index[pairs]
-    parts = (image_rows[start : start + PART] for start in range(0, len(image_rows), PART))
-    images = (torch.from_numpy(np.ascontiguousarray(image[part][:, :width])) for part in parts)
-    return Background.of_rows(images, teacher.text[:, :width], [teacher.caption_rows(own) for own in index])
+    image, row_of_index, text = teacher.image, teacher.row_of_index, teacher.text[:, :width]
+
+    def images(part: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(image[row_of_index[part]][:, :width]))
+
+    parts = (images(pairs[start : start + PART]) for start in range(0, len(pairs), PART))
+    background = Background.of_rows(parts, text, [teacher.caption_rows(own) for own in index])
+    classes = run.loader.group_ids  # of the batches; empty if captions take their place
+    if not related or n_retain > BACKGROUND_WHOLE or classes is None or classes.size == 0:
+        return background
+    return with_related_levels(
+        background, train, images, text, lambda part: [teacher.caption_rows(of_pair[pair]) for pair in map(int, part)]
+    )
 
 
 def _cache_of_run(

@@ -42,8 +42,9 @@ class Trainer:
     """Trains the run's student in place by an objective.
 
     needs_teacher: whether the objective reads the teacher's features of the retain pairs. joint_teacher: and of the
-    forget pairs. widen: for an objective that reads more than the features, see `TrainingMethod.widen`. Releases the
-    run's other models once their features are cached, and restores the checkpoint if the run resumes.
+    forget pairs. related_levels: see `TrainingMethod`. widen: for an objective that reads more than the features, see
+    `TrainingMethod.widen`. Releases the run's other models once their features are cached, and restores the checkpoint
+    if the run resumes.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Trainer:
         *,
         needs_teacher: bool,
         joint_teacher: bool = False,
+        related_levels: bool = False,
         widen: Widen | None = None,
         make_engine: Callable[[Run, ClipAdapter], Engine] | None = None,
     ) -> None:
@@ -75,7 +77,7 @@ class Trainer:
             make_teacher(run, batches, joint=joint_teacher, whole=whole, widen=widen) if needs_teacher else None
         )
         if whole:
-            run.set_target(measure_background(run, self.teacher))
+            run.set_target(measure_background(run, self.teacher, related_levels))
         assert run.setup.models.teacher is not None
         self.teacher_scale = run.setup.models.teacher.logit_scale().detach().float().clone()
         self.teacher_bias = constant_bias(run.setup.models.teacher)
@@ -256,22 +258,26 @@ class Trainer:
             teacher_logit_scale=self.teacher_scale,
             logit_bias=self.bias,
             teacher_logit_bias=self.teacher_bias,
-            **self._background(teacher_image, teacher_text),
+            **self._background(teacher_image, teacher_text, batch.group_ids),
             **towers,
             ranks=self.ranks,
             counts=(self.counts[0], self.counts[1]),
         )
         return self.objective(features)
 
-    def _background(self, teacher_image: Tensor | None, teacher_text: Tensor | None) -> dict[str, Tensor]:
+    def _background(
+        self, teacher_image: Tensor | None, teacher_text: Tensor | None, concepts: Tensor | None
+    ) -> dict[str, Tensor]:
         """Return the background levels of a batch for an objective that has the teacher's features of all pairs."""
         levels = self.run.background
         if self.teacher is None or not self.teacher.joint or levels is None:
             return {}
         assert teacher_image is not None and teacher_text is not None
+        if concepts is not None:
+            concepts = concepts.to(teacher_image.device)
         return {
-            "background_image": levels.of_images(teacher_image),
-            "background_text": levels.of_captions(teacher_text),
+            "background_image": levels.of_images(teacher_image, concepts),
+            "background_text": levels.of_captions(teacher_text, concepts),
         }
 
     def _memory_errors(self, done: int) -> AbstractContextManager[None]:

@@ -158,12 +158,18 @@ class TrainingMethod(Method):
             self.objective(run),
             needs_teacher=self.needs_teacher,
             joint_teacher=self.joint_teacher,
+            related_levels=self.related_levels,
             widen=self.widen(run),
             make_engine=self.make_engine,
         )
         state = trainer.train()
         trainer.finish()
         return state
+
+    @property
+    def related_levels(self) -> bool:
+        """Whether classes that share words with retained ones have background levels of their own."""
+        return False
 
     def widen(self, run: Run) -> Widen | None:
         """Return what gives student and teacher encoders with more after the features; None for the features alone.

@@ -50,6 +50,7 @@ from cliperase_fast.unlearning.splits import Split
 from cliperase_fast.unlearning.teacher import MEMORY_LIMIT, Widen
 
 MEASURED = 256  # captions that tell how far the hidden states have moved
+_LEVELS = ("unrelated", "related")
 _FORGET_CONCEPT = -1  # of all forget pairs of data whose pairs name no concept
 
 
@@ -60,7 +61,9 @@ class CalibratedOptions:
     lambda_anchor: of the squared distance of all other cosines from the original's. lambda_held: of that of the
     features of images and of retained captions. lambda_level: of the distance of the forget pairs' cosines from their
     background level. lambda_hidden: of the term on hidden states, for text-to-image pipelines. hidden_skip: how many
-    layers before the last one their hidden states are those of, as clip_skip of diffusers.
+    layers before the last one their hidden states are those of, as clip_skip of diffusers. levels: where forgetting
+    stops, "unrelated", the level of all retain pairs, or "related", for classes whose names share words with retained
+    classes: near the level of those (`unlearning.related`).
     """
 
     lambda_anchor: float = 30.0
@@ -68,9 +71,14 @@ class CalibratedOptions:
     lambda_level: float = 33.0
     lambda_hidden: float = 0.0
     hidden_skip: int = 0
+    levels: str = "unrelated"
 
     def __post_init__(self) -> None:
+        if self.levels not in _LEVELS:
+            raise InputError(f"levels={self.levels!r} is not one of {', '.join(_LEVELS)}")
         for name, weight in asdict(self).items():
+            if name == "levels":
+                continue
             if not 0 <= weight < math.inf:  # false for NaN as well
                 raise InputError(f"{name}={weight} must be a finite number, 0 or larger")
         if not isinstance(self.hidden_skip, int):
@@ -121,6 +129,10 @@ class Calibrated(TrainingMethod):
     unused_settings = frozenset(["forget_loss", "margin", "consistency"])
     Options = CalibratedOptions
     hidden: HiddenStates | None = None  # set by `check_model` if there is the term on hidden states
+
+    @property
+    def related_levels(self) -> bool:
+        return bool(self.options.levels == "related")
 
     def check_inputs(self, teacher: Any) -> None:
         super().check_inputs(teacher)

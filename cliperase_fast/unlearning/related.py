@@ -1,0 +1,126 @@
+"""Background levels of classes whose names share words with retained classes.
+
+A model that never saw a red circle still knows red things and circles, so it finds such an image and its caption more
+similar than an unrelated pair. How similar, the original tells by the classes that share the most words with this one:
+
+    t̄_c = t̄ + f (mean over the related classes r of t̄_r - t̄),    ī_c likewise
+    f   = min(SHARE, MOST (own - level) / (related - level))
+
+t̄ and ī are the mean features of the captions and images of all retain pairs, t̄_r and ī_r those of a class. own is the
+mean cosine of the pairs to forget of the class, level and related are their background levels by t̄ and ī, and by the
+related classes alone. So a class ends below its relatives, which are then nearer to its images than its own name is,
+and never with more than `MOST` of what it had above unrelated pairs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cliperase_fast.evaluation import Background
+from cliperase_fast.evaluation.background import PART
+from cliperase_fast.unlearning.splits import Split
+
+SHARE = 0.8  # of the related classes' level
+MOST = 0.5  # of the association that is there
+_EMPTY_WORDS = frozenset(["a", "an", "and", "at", "by", "for", "from", "in", "of", "on", "or", "the", "to", "with"])
+
+
+def related_classes(names: Sequence[str], label: int, others: Collection[int]) -> list[int]:
+    """Return the classes among `others` that share the most words with class `label`, at least one; often none."""
+    own = _words(names[label])
+    shared = {other: len(own & _words(names[other])) for other in others}
+    most = max(shared.values(), default=0)
+    return sorted(other for other, count in shared.items() if count == most > 0)
+
+
+def _words(name: str) -> frozenset[str]:
+    return frozenset(re.findall(r"[^\W_]+", name.casefold())) - _EMPTY_WORDS
+
+
+def relatives_of(train: Split) -> dict[int, list[int]]:
+    """Return the related classes of each class whose pairs are all to be forgotten, if it has any."""
+    pairs = train.pairs
+    if pairs.labels is None or pairs.entities is not None or pairs.classes is None:
+        return {}
+    forget, retain = (set(map(int, part)) for part in np.split(pairs.labels, [train.n_forget]))
+    found = {label: related_classes(pairs.classes, label, retain) for label in sorted(forget - retain)}
+    return {label: relatives for label, relatives in found.items() if relatives}
+
+
+def with_related_levels(
+    background: Background,
+    train: Split,
+    images: Callable[[np.ndarray], Tensor],
+    captions: Tensor,
+    caption_index: Callable[[np.ndarray], Sequence[np.ndarray]],
+) -> Background:
+    """Return the background with levels of their own for the classes of `relatives_of`.
+
+    images: returns the teacher's features of training pairs. captions: features [U, D]. caption_index: returns for each
+    of some training pairs the rows of its captions.
+    """
+    relatives, labels = relatives_of(train), train.pairs.labels
+    if not relatives:
+        return background
+    assert labels is not None
+
+    def means(label: int) -> Background:
+        pairs = np.flatnonzero(labels == label)
+        parts = (images(pairs[start : start + PART]) for start in range(0, len(pairs), PART))
+        return Background.of_rows(parts, captions, caption_index(pairs))
+
+    def own(label: int) -> float:
+        pairs = np.flatnonzero(labels == label)
+        rows = torch.stack([captions[torch.as_tensor(of)].double().mean(0) for of in caption_index(pairs)])
+        return float((images(pairs).double() * rows).sum(1).mean())
+
+    of_class = {label: means(label) for label in {*relatives, *(r for found in relatives.values() for r in found)}}
+    concepts: dict[int, Background] = {}
+    for label, found in relatives.items():
+        related = _mean([of_class[other] for other in found])
+        level, above = (_level(of_class[label], by) for by in (background, related))
+        if above > level:
+            share = min(SHARE, MOST * max(own(label) - level, 0.0) / (above - level))
+            concepts[label] = _between(background, related, share)
+    return replace(background, of_concepts=concepts)
+
+
+def related_note(train: Split, background: Background) -> str | None:
+    """Say which classes have levels of their own, and why."""
+    names, concepts = train.pairs.classes, background.of_concepts
+    if not concepts or names is None:
+        return None
+    relatives = relatives_of(train)
+    first = next(iter(concepts))
+    others = [names[label] for label in relatives[first]]
+    shown = ", ".join(repr(name) for name in others[:3]) + (", ..." if len(others) > 3 else "")
+    more = f" and {len(concepts) - 1} more classes" if len(concepts) > 1 else ""
+    return (
+        f"{names[first]!r}{more} to forget share words with retained classes ({shown}): a model that never saw them "
+        "would know these words, so forgetting stops near the level of those classes instead of that of unrelated pairs"
+    )
+
+
+def _level(of: Background, by: Background) -> float:
+    """Return the background level of the pairs with the means `of`, by the means of others."""
+    return float(of.image_mean @ by.text_mean + by.image_mean @ of.text_mean) / 2
+
+
+def _mean(backgrounds: Sequence[Background]) -> Background:
+    return Background(
+        torch.stack([of.image_mean for of in backgrounds]).mean(0),
+        torch.stack([of.text_mean for of in backgrounds]).mean(0),
+    )
+
+
+def _between(one: Background, other: Background, share: float) -> Background:
+    return Background(
+        one.image_mean + share * (other.image_mean - one.image_mean),
+        one.text_mean + share * (other.text_mean - one.text_mean),
+    )
