@@ -1,0 +1,165 @@
+"""Background levels of classes that share words with retained ones, against their formulas in float64."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from tiny import QUICK, make_pairs, make_tiny_clip, split_pairs
+
+import cliperase_fast as cf
+from cliperase_fast import InputError
+from cliperase_fast.evaluation import Background, EncodedPairs
+from cliperase_fast.unlearning.related import (
+    MOST,
+    SHARE,
+    related_classes,
+    related_note,
+    relatives_of,
+    with_related_levels,
+)
+
+NAMES = ("red circle", "red square", "blue circle", "blue square", "the moon")
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["red circle", "red square", "Blue_Circle", "moon"], [1, 2]),
+        (["tall red house", "red house", "house", "tall red tree"], [1, 3]),  # two words each
+        (["seven", "three", "one"], []),
+        (["bird of prey", "king of spades", "jay"], []),  # "of" says nothing
+        (["seven", "seventeen"], []),
+    ],
+)
+def test_related_classes_share_the_most_words(names, expected):
+    assert related_classes(names, 0, range(1, len(names))) == expected
+
+
+def split(labels, n_forget, names=NAMES, entities=None):
+    pairs = SimpleNamespace(labels=labels, classes=names, entities=entities)
+    return SimpleNamespace(pairs=pairs, n_forget=n_forget)
+
+
+LABELS = np.array([0] * 6 + [1] * 5 + [2] * 4 + [3] * 7 + [4] * 3)
+
+
+def test_only_classes_that_are_forgotten_whole_have_relatives():
+    assert relatives_of(split(LABELS, 6)) == {0: [1, 2]}
+    assert relatives_of(split(LABELS, 11)) == {0: [2], 1: [3]}
+    assert relatives_of(split(LABELS, 5)) == {}, "a red circle is retained"
+    assert relatives_of(split(LABELS, 6, entities=LABELS)) == {}
+    assert relatives_of(split(None, 6)) == {}
+
+
+def features(like=0.0):
+    """Unit rows of images, of captions and the captions of each image. like: how much class 0 is like 1 and 2."""
+    rng = np.random.default_rng(0)
+    common, centres = rng.normal(size=12), rng.normal(size=(5, 12))
+    centres[0] += like * common
+    centres[1:3] += abs(like) * common
+    rows = [centres[LABELS] + 0.3 * rng.normal(size=(len(LABELS), 12)), centres[[0, 0, 1, 2, 3, 4]]]
+    image, text = (torch.nn.functional.normalize(torch.as_tensor(of), dim=-1) for of in rows)
+    captions_of = {0: [0, 1], 1: [2], 2: [3], 3: [4], 4: [5]}
+    return image, text, [np.array(captions_of[label]) for label in LABELS]
+
+
+def levels(like):
+    image, text, index = features(like)
+    retained = list(range(6, len(LABELS)))
+    plain = Background.of_rows([image[retained]], text, [index[row] for row in retained])
+    related = with_related_levels(
+        plain, split(LABELS, 6), lambda rows: image[rows], text, lambda rows: [index[row] for row in rows]
+    )
+    return plain, related
+
+
+@pytest.mark.parametrize("like", [0.5, 6.0])
+def test_levels_lie_between_those_of_all_pairs_and_of_the_related_classes(like):
+    image, text, index = features(like)
+    plain, found = levels(like)
+    assert list(found.of_concepts) == [0]
+    rows_of = [np.flatnonzero(np.equal(LABELS, label)) for label in (1, 2)]
+    means = [torch.stack([text[index[row]].mean(0) for row in rows]).mean(0) for rows in rows_of]
+    images = [image[torch.as_tensor(rows)].mean(0) for rows in rows_of]
+    related = Background(sum(images) / 2, sum(means) / 2)
+    rows = range(6)
+    of = {
+        name: np.mean([
+            float(image[row] @ by.text_mean) + float(by.image_mean @ text[index[row]].mean(0)) for row in rows
+        ]) / 2 for name, by in (("plain", plain), ("related", related))
+    }  # fmt: skip
+    own = np.mean([float(image[row] @ text[index[row]].mean(0)) for row in rows])
+    share = min(SHARE, MOST * (own - of["plain"]) / (of["related"] - of["plain"]))
+    assert bool(share < SHARE) == (like == 6.0)
+    expected = of["plain"] + share * (of["related"] - of["plain"])
+    encoded = EncodedPairs(image, text, index, None)
+    forget = np.arange(len(LABELS)) < 6
+    assert found.association(encoded, forget, LABELS) == pytest.approx(expected, abs=1e-12)
+    assert found.association(encoded, forget) == pytest.approx(of["plain"], abs=1e-12)
+    assert expected <= of["plain"] + MOST * (own - of["plain"]) + 1e-12
+
+
+def test_levels_of_other_pairs_are_those_of_all_pairs():
+    image, text, _ = features(0.5)
+    plain, found = levels(0.5)
+    concepts = torch.as_tensor(LABELS)
+    of_images = found.of_images(image, concepts)
+    assert torch.equal(of_images[6:], plain.of_images(image)[6:])
+    assert not torch.isclose(of_images[:6], plain.of_images(image)[:6]).any()
+    of_captions = found.of_captions(text, torch.tensor([0, 0, 1, 2, 3, 4]))
+    assert (
+        torch.equal(of_captions[2:], plain.of_captions(text)[2:])
+        and (of_captions[:2] > plain.of_captions(text)[:2]).all()
+    )
+
+
+def test_relatives_that_the_model_finds_less_similar_than_other_pairs_do_not_count():
+    plain, found = levels(-3.0)
+    assert found.of_concepts == {} and torch.equal(found.text_mean, plain.text_mean)
+    assert related_note(split(LABELS, 6), found) is None
+
+
+def test_the_note_names_the_classes():
+    note = related_note(split(LABELS, 6), levels(0.5)[1])
+    assert note is not None and "'red circle' to forget share words with retained classes ('red square', " in note
+
+
+def run(**changes):
+    pairs = [(image, caption.replace("green square", "green dot")) for image, caption in make_pairs()]
+    forget, retain = split_pairs(pairs, "red")  # squares, as the blue ones
+    return cf.unlearn(make_tiny_clip(), forget, retain, **{**QUICK, "method": "calibrated", "epochs": 1, **changes})
+
+
+def test_a_run_takes_them_for_its_loss_on_request(monkeypatch):
+    seen = []
+    own = cf.functional.calibrated_loss
+
+    def watched(*given, **options):
+        seen.append(options)
+        return own(*given, **options)
+
+    monkeypatch.setattr("cliperase_fast.losses.calibrated_loss", watched)
+    plain = run()
+    related = run(method_options={"levels": "related"})
+    first, second = seen[0], seen[len(seen) // 2]
+    mask = first["forget_mask"]
+    assert torch.equal(mask, second["forget_mask"])
+    for name in ("background_image", "background_text"):
+        assert torch.equal(first[name][~mask], second[name][~mask])
+        assert not torch.isclose(first[name][mask], second[name][mask]).any()
+    assert any("share words with retained classes" in note for note in related.record["notes"])
+    assert not any("share words" in note for note in plain.record["notes"])
+
+
+@pytest.mark.parametrize("changes", [{"false_negatives": "caption"}, {"false_negatives": "none"}])
+def test_a_run_without_classes_has_the_levels_of_all_pairs(changes):
+    asked = run(method_options={"levels": "related"}, **changes)
+    assert [line.get("total") for line in asked.history] == [line.get("total") for line in run(**changes).history]
+
+
+def test_other_words_for_levels_are_refused():
+    with pytest.raises(InputError, match="levels='near' is not one of unrelated, related"):
+        run(method_options={"levels": "near"})
