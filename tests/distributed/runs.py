@@ -49,8 +49,11 @@ def adam_above_rounding() -> Iterator[None]:
 
 
 def run(**changes: Any) -> cf.UnlearnResult:
-    forget, retain = split_pairs(make_pairs(per_colour=18), "red")
-    clip = changes.pop("clip", {})
+    """rename: parts of captions, and what takes their place."""
+    pairs, clip = make_pairs(per_colour=18), changes.pop("clip", {})
+    for part, other in changes.pop("rename", {}).items():
+        pairs = [(image, caption.replace(part, other)) for image, caption in pairs]
+    forget, retain = split_pairs(pairs, "red")
     with adam_above_rounding():
         return cf.unlearn(make_tiny_clip(**clip), forget, retain, **{**SETTINGS, **changes})
 
