@@ -91,6 +91,15 @@ def with_related_levels(
     return replace(background, of_concepts=concepts)
 
 
+def concepts_of(part: Split, train: Split) -> np.ndarray | None:
+    """Return the classes of a split's pairs as labels of the training split, -1 for others; None without classes."""
+    labels, names, own = part.pairs.labels, part.pairs.classes, train.pairs.classes
+    if labels is None or names is None or own is None:
+        return None
+    places = {name: label for label, name in enumerate(own)}
+    return np.array([places.get(name, -1) for name in names], dtype=np.int64)[labels]
+
+
 def related_note(train: Split, background: Background) -> str | None:
     """Say which classes have levels of their own, and why."""
     names, concepts = train.pairs.classes, background.of_concepts

@@ -22,7 +22,7 @@ from cliperase_fast.unlearning.checkpoints import Checkpoint
 from cliperase_fast.unlearning.evaluator import Evaluator
 from cliperase_fast.unlearning.precision import Precision
 from cliperase_fast.unlearning.recipe import PATIENCE, PRESSES, Course, course
-from cliperase_fast.unlearning.related import related_note
+from cliperase_fast.unlearning.related import concepts_of, related_note
 from cliperase_fast.unlearning.run_directory import RunDirectory
 from cliperase_fast.unlearning.runtime import Runtime
 from cliperase_fast.unlearning.selection import Candidate, Rule, Selection, Target, TargetSelection
@@ -191,7 +191,7 @@ class Run:
         """Take the background levels of the teacher, whose models must not have been released yet."""
         self.background = background
         note = related_note(self.data.train, background)
-        if note is not None:
+        if note is not None and note not in self.notes:  # probes set the target too
             self.notes.append(note)
         if not self.needs_target:
             return
@@ -199,7 +199,8 @@ class Run:
         assert models.teacher is not None
         own = models.teacher is models.original
         encoded = self.baseline.validation_encoded if own else self.evaluator.encode(models.teacher, part)
-        self.target = Target(background.association(encoded, part.forget_mask, part.pairs.group_ids), part.n_forget)
+        concepts = concepts_of(part, self.data.train) if background.of_concepts else None
+        self.target = Target(background.association(encoded, part.forget_mask, concepts), part.n_forget)
 
     @cached_property
     def selection(self) -> Rule:

@@ -15,6 +15,7 @@ from cliperase_fast.evaluation import Background, EncodedPairs
 from cliperase_fast.unlearning.related import (
     MOST,
     SHARE,
+    concepts_of,
     related_classes,
     related_note,
     relatives_of,
@@ -120,6 +121,12 @@ def test_relatives_that_the_model_finds_less_similar_than_other_pairs_do_not_cou
     plain, found = levels(-3.0)
     assert found.of_concepts == {} and torch.equal(found.text_mean, plain.text_mean)
     assert related_note(split(LABELS, 6), found) is None
+
+
+def test_classes_of_another_split_are_found_by_name():
+    other = split(np.array([0, 1, 1, 2]), 1, names=("blue square", "red circle", "a comet"))
+    assert concepts_of(other, split(LABELS, 6)).tolist() == [3, 0, 0, -1]
+    assert concepts_of(split(None, 1), split(LABELS, 6)) is None
 
 
 def test_the_note_names_the_classes():
