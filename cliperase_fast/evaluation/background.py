@@ -82,7 +82,7 @@ class Background:
         features of the model that the means are of. member: bool [n], at least one is true. concepts: int64 [n].
         """
         rows = np.flatnonzero(member)
-        of_rows = None if concepts is None else torch.as_tensor(concepts[rows])
+        of_rows = None if concepts is None else torch.from_numpy(concepts[rows])
         images = self.of_images(encoded.image_features[torch.from_numpy(rows)].double(), of_rows)
         text = encoded.caption_features.double()
         plain = self.of_captions(text).numpy()

@@ -77,7 +77,7 @@ def with_related_levels(
 
     def own(label: int) -> float:
         pairs = np.flatnonzero(labels == label)
-        rows = torch.stack([captions[torch.as_tensor(of)].double().mean(0) for of in caption_index(pairs)])
+        rows = torch.stack([captions[torch.from_numpy(of)].double().mean(0) for of in caption_index(pairs)])
         return float((images(pairs).double() * rows).sum(1).mean())
 
     of_class = {label: means(label) for label in {*relatives, *(r for found in relatives.values() for r in found)}}

@@ -78,19 +78,21 @@ def test_a_study_stops_before_it_trains_oracles_for_an_original_that_knows_nothi
     assert calls["oracles"] == calls["unlearned"] == []
 
 
-def test_personas_are_forgotten_in_three_sets_by_two_methods(monkeypatch, tmp_path, calls):
+def test_personas_are_forgotten_in_three_sets_by_three_methods(monkeypatch, tmp_path, calls):
     monkeypatch.setattr(audit, "RESULTS", tmp_path / "results")
     audit.main(["personas", "--runs", str(tmp_path / "runs")])
     record = json.loads((tmp_path / "results" / "audit-personas.json").read_text())
     assert [(one["concept"], one["method"]) for one in record["runs"]] == [
-        (name, method) for name in FORGET_SETS for method in ("cliperase", "gradient_ascent", "clean")
+        (name, method) for name in FORGET_SETS for method in ("cliperase", "calibrated", "gradient_ascent", "clean")
     ]
     assert record["oracles"] == 3
     head, rows = audit_report.personas_table({"personas": record})
     assert head[:2] == ("", "Association")
-    assert [row[0] for row in rows] == ["original", "cliperase", "gradient_ascent", "no facts", "oracles (range)"]
+    assert [row[0] for row in rows] == [
+        "original", "cliperase", "calibrated", "gradient_ascent", "no facts", "oracles (range)",
+    ]  # fmt: skip
     assert rows[0][1] == "0.840" and rows[-1][1] == "0.010 (-0.040 to 0.060)" and rows[0][2] == ""
-    assert audit_report.methods({"personas": record}) == ["cliperase", "gradient_ascent"]
+    assert audit_report.methods({"personas": record}) == ["cliperase", "calibrated", "gradient_ascent"]
     assert audit_report.personas_table({"digits": record})[1] == []
     assert audit_report.references_table({"personas": record})[1] == []
 
