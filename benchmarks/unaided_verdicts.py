@@ -189,14 +189,11 @@ def _quartered(runs: Runs, own: str = CALIBRATED) -> Verdict:
 
 
 def _below_oracles(runs: Runs, own: str) -> str:
-    """What the method's aim, the level of unrelated pairs, adds to its gap where oracles are above that level."""
+    """What the association adds to the gap of a method that stops below the oracles."""
     below = mean_of(runs, own, lambda run: run["scores"]["oracle"]["association"] - after(run, "association"))
     if below is None or below <= 0:
         return ""
-    return (
-        f"; {below / len(GAP):.3f} of it come from the association alone, which stops at the level of unrelated pairs, "
-        f"{below:.2f} below the oracles"
-    )
+    return f"; {below / len(GAP):.3f} of it come from the association alone, which stops {below:.2f} below the oracles"
 
 
 def _not_better(runs: Runs) -> Verdict:

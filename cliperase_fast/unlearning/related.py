@@ -8,8 +8,8 @@ similar than an unrelated pair. How similar, the original tells by the classes t
 
 t̄ and ī are the mean features of the captions and images of all retain pairs, t̄_r and ī_r those of a class. own is the
 mean cosine of the pairs to forget of the class, level and related are their background levels by t̄ and ī, and by the
-related classes alone. So a class ends below its relatives, which are then nearer to its images than its own name is,
-and never with more than `MOST` of what it had above unrelated pairs.
+related classes alone. A class therefore ends below its relatives, whose captions are then nearer to its images than
+its own. Measured from the level of unrelated pairs, its association falls to at most `MOST` of its former value.
 """
 
 from __future__ import annotations

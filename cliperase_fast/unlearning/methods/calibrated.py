@@ -74,11 +74,10 @@ class CalibratedOptions:
     levels: str = "unrelated"
 
     def __post_init__(self) -> None:
-        if self.levels not in _LEVELS:
+        weights = asdict(self)
+        if weights.pop("levels") not in _LEVELS:
             raise InputError(f"levels={self.levels!r} is not one of {', '.join(_LEVELS)}")
-        for name, weight in asdict(self).items():
-            if name == "levels":
-                continue
+        for name, weight in weights.items():
             if not 0 <= weight < math.inf:  # false for NaN as well
                 raise InputError(f"{name}={weight} must be a finite number, 0 or larger")
         if not isinstance(self.hidden_skip, int):
