@@ -100,11 +100,14 @@ def concepts_of(part: Split, train: Split) -> np.ndarray | None:
     return np.array([places.get(name, -1) for name in names], dtype=np.int64)[labels]
 
 
-def related_note(train: Split, background: Background) -> str | None:
+def related_note(train: Split, background: Background) -> str:
     """Say which classes have levels of their own, and why."""
     names, concepts = train.pairs.classes, background.of_concepts
     if not concepts or names is None:
-        return None
+        return (
+            "Levels of related classes changed nothing: no class to forget shares words with retained classes that the "
+            "model finds similar, or the pairs have no classes, name entities, or are too many to be read whole"
+        )
     relatives = relatives_of(train)
     first = next(iter(concepts))
     others = [names[label] for label in relatives[first]]

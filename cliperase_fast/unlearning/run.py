@@ -187,10 +187,13 @@ class Run:
         """Whether the run is judged by the background level and by the divergence from the original."""
         return self.automatic or self.settings.select == "divergence"
 
-    def set_target(self, background: Background) -> None:
-        """Take the background levels of the teacher, whose models must not have been released yet."""
+    def set_target(self, background: Background, related: bool = False) -> None:
+        """Take the background levels of the teacher, whose models must not have been released yet.
+
+        related: whether levels of related classes were asked for.
+        """
         self.background = background
-        note = related_note(self.data.train, background)
+        note = related_note(self.data.train, background) if related else None
         if note is not None and note not in self.notes:  # probes set the target too
             self.notes.append(note)
         if not self.needs_target:

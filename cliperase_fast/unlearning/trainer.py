@@ -77,7 +77,7 @@ class Trainer:
             make_teacher(run, batches, joint=joint_teacher, whole=whole, widen=widen) if needs_teacher else None
         )
         if whole:
-            run.set_target(measure_background(run, self.teacher, related_levels))
+            run.set_target(measure_background(run, self.teacher, related_levels), related_levels)
         assert run.setup.models.teacher is not None
         self.teacher_scale = run.setup.models.teacher.logit_scale().detach().float().clone()
         self.teacher_bias = constant_bias(run.setup.models.teacher)
