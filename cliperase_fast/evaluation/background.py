@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,6 +15,30 @@ PART = 1 << 16  # rows summed at a time
 
 
 @dataclass(frozen=True)
+class ConceptLevels:
+    """Means that give the pairs of some concepts levels of their own, and the classes that these are related to."""
+
+    concepts: Tensor  # int64 [C]
+    image_means: Tensor  # [C, D]
+    text_means: Tensor  # [C, D]
+    related_images: Tensor  # [K, D], the mean image features of the related classes of all concepts
+    related_weights: Tensor  # [C, K], 1 / R for the R classes that a concept is related to, else 0
+
+    def to(self, like: Tensor) -> ConceptLevels:
+        return ConceptLevels(
+            self.concepts.to(like.device),
+            self.image_means.to(like),
+            self.text_means.to(like),
+            self.related_images.to(like),
+            self.related_weights.to(like),
+        )
+
+    def of(self, concepts: Tensor) -> Tensor:
+        """Return which row of the means is that of each concept; int64 [n] -> bool [n, C]."""
+        return concepts[:, None] == self.concepts.to(concepts.device)
+
+
+@dataclass(frozen=True)
 class Background:
     """The mean features of the retain pairs, from which every image and caption has a background level.
 
@@ -22,12 +46,12 @@ class Background:
     with the images of the retain pairs. The means are of normalised features and are not normalised again. Every pair
     counts once; the captions of a pair share its weight.
 
-    of_concepts: the means that take their place for the pairs of some concepts.
+    own: of the concepts whose pairs have means of their own.
     """
 
-    image_mean: Tensor  # [D], float64 on the CPU
-    text_mean: Tensor  # [D], float64 on the CPU
-    of_concepts: Mapping[int, Background] = field(default_factory=dict)
+    image_mean: Tensor  # [D], float64 on the CPU, as the others are
+    text_mean: Tensor  # [D]
+    own: ConceptLevels | None = None
 
     @classmethod
     def of(cls, encoded: EncodedPairs, retain: np.ndarray) -> Background:
@@ -56,24 +80,31 @@ class Background:
         assert isinstance(image_sum, Tensor) and isinstance(text_sum, Tensor)
         return cls(image_sum / len(counts), text_sum / len(counts))
 
+    def to(self, like: Tensor) -> Background:
+        """Return the background with its means in the dtype and on the device of `like`."""
+        own = None if self.own is None else self.own.to(like)
+        return Background(self.image_mean.to(like), self.text_mean.to(like), own)
+
     def of_images(self, image_features: Tensor, concepts: Tensor | None = None) -> Tensor:
         """Return the levels [n] of images [n, D], in the dtype and on the device of the features.
 
         concepts: int64 [n], the concept of each image's pair.
         """
-        levels = image_features @ self.text_mean.to(image_features)
-        if concepts is not None:
-            for concept, own in self.of_concepts.items():
-                levels = torch.where(concepts == concept, own.of_images(image_features), levels)
-        return levels
+        own = None if self.own is None else self.own.text_means
+        return self._levels(image_features, self.text_mean, own, concepts)
 
     def of_captions(self, text_features: Tensor, concepts: Tensor | None = None) -> Tensor:
         """Return the levels [n] of captions [n, D], as `of_images` does of images."""
-        levels = text_features @ self.image_mean.to(text_features)
-        if concepts is not None:
-            for concept, own in self.of_concepts.items():
-                levels = torch.where(concepts == concept, own.of_captions(text_features), levels)
-        return levels
+        own = None if self.own is None else self.own.image_means
+        return self._levels(text_features, self.image_mean, own, concepts)
+
+    def _levels(self, features: Tensor, mean: Tensor, own_means: Tensor | None, concepts: Tensor | None) -> Tensor:
+        levels = features @ mean.to(features)
+        if concepts is None or self.own is None or own_means is None:
+            return levels
+        which = self.own.of(concepts)  # [n, C]
+        own = (features @ own_means.to(features).T).masked_fill(~which, 0).sum(1)
+        return torch.where(which.any(1), own, levels)
 
     def association(self, encoded: EncodedPairs, member: np.ndarray, concepts: np.ndarray | None = None) -> float:
         """Return the cosine at which pairs of a split are unrelated to each other.
@@ -85,8 +116,9 @@ class Background:
         of_rows = None if concepts is None else torch.from_numpy(concepts[rows])
         images = self.of_images(encoded.image_features[torch.from_numpy(rows)].double(), of_rows)
         text = encoded.caption_features.double()
-        plain = self.of_captions(text).numpy()
-        levels = {concept: own.of_captions(text).numpy() for concept, own in self.of_concepts.items()}
+        plain, levels = self.of_captions(text).numpy(), {}
+        if concepts is not None and self.own is not None:
+            levels = dict(zip(self.own.concepts.tolist(), (text @ self.own.image_means.T).T.numpy(), strict=True))
         own = np.array(
             [
                 levels.get(-1 if concepts is None else int(concepts[row]), plain)[encoded.caption_index[row]].mean()

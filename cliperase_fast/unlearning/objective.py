@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,13 @@ _OF_PAIRS = (
     "image", "text", "group_ids", "teacher_image", "teacher_text", "background_image", "background_text",
     "image_tower", "text_tower", "teacher_image_tower", "teacher_text_tower",
 )  # fmt: skip
+
+
+class RelatedImages(NamedTuple):
+    """The mean image features of classes in the teacher, and which of them each pair of a batch is related to."""
+
+    images: Tensor  # [K, D°]
+    weights: Tensor  # [M + N, K], 1 / R for the R classes that the pair's class is related to, else 0
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,7 @@ class BatchFeatures:
     teacher_logit_bias: Tensor | None = None
     background_image: Tensor | None = None  # [M + N]
     background_text: Tensor | None = None  # [M + N]
+    related: RelatedImages | None = None  # of this rank; None unless some class has background levels of its own
     image_tower: Tensor | None = None  # [M + N, W]
     text_tower: Tensor | None = None  # [M + N, W']
     teacher_image_tower: Tensor | None = None  # as teacher_image, W wide
@@ -90,7 +98,7 @@ class BatchFeatures:
             )
 
         found: dict[str, Any] = {name: whole(getattr(self, name)) for name in _OF_PAIRS}
-        return replace(self, **found, n_forget=sum(self.counts[0]), ranks=SINGLE_PROCESS)
+        return replace(self, **found, n_forget=sum(self.counts[0]), related=None, ranks=SINGLE_PROCESS)
 
 
 class Objective(Protocol):

@@ -15,7 +15,7 @@ its own. Measured from the level of unrelated pairs, its association falls to at
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from cliperase_fast.evaluation import Background
-from cliperase_fast.evaluation.background import PART
+from cliperase_fast.evaluation.background import PART, ConceptLevels
 from cliperase_fast.unlearning.splits import Split
 
 SHARE = 0.8  # of the related classes' level
@@ -32,9 +32,13 @@ _EMPTY_WORDS = frozenset(["a", "an", "and", "at", "by", "for", "from", "in", "of
 
 
 def related_classes(names: Sequence[str], label: int, others: Collection[int]) -> list[int]:
-    """Return the classes among `others` that share the most words with class `label`, at least one; often none."""
-    own = _words(names[label])
-    shared = {other: len(own & _words(names[other])) for other in others}
+    """Return the classes among `others` that share the most words with class `label`, at least one; often none.
+
+    A word of all others does not count, as all of them have the level of unrelated pairs.
+    """
+    words = {other: _words(names[other]) for other in others}
+    own = _words(names[label]) - frozenset.intersection(*words.values()) if words else frozenset()
+    shared = {other: len(own & of) for other, of in words.items()}
     most = max(shared.values(), default=0)
     return sorted(other for other, count in shared.items() if count == most > 0)
 
@@ -53,42 +57,77 @@ def relatives_of(train: Split) -> dict[int, list[int]]:
     return {label: relatives for label, relatives in found.items() if relatives}
 
 
+def related_pairs(train: Split, most: int | None, seed: int) -> dict[int, np.ndarray]:
+    """Return the pairs that give the levels of each class of `relatives_of` and of its related classes, ascending.
+
+    most: about how many pairs to draw, None for all. Of each class at least 8 are drawn, if it has them.
+    """
+    relatives, labels = relatives_of(train), train.pairs.labels
+    if not relatives:
+        return {}
+    assert labels is not None
+    used = sorted({*relatives, *(other for found in relatives.values() for other in found)})
+    each = None if most is None else max(8, most // len(used))
+    found = {}
+    for label in used:
+        pairs = np.flatnonzero(labels == label)
+        if each is not None:
+            pairs = np.sort(np.random.default_rng([seed, label]).permutation(pairs)[:each])
+        found[label] = pairs
+    return found
+
+
 def with_related_levels(
     background: Background,
     train: Split,
+    pairs: Mapping[int, np.ndarray],
     images: Callable[[np.ndarray], Tensor],
     captions: Tensor,
     caption_index: Callable[[np.ndarray], Sequence[np.ndarray]],
 ) -> Background:
     """Return the background with levels of their own for the classes of `relatives_of`.
 
-    images: returns the teacher's features of training pairs. captions: features [U, D]. caption_index: returns for each
-    of some training pairs the rows of its captions.
+    pairs: those of `related_pairs`. images: returns the teacher's features of training pairs. captions: features
+    [U, D]. caption_index: returns for each of some training pairs the rows of its captions.
     """
-    relatives, labels = relatives_of(train), train.pairs.labels
-    if not relatives:
-        return background
-    assert labels is not None
 
-    def means(label: int) -> Background:
-        pairs = np.flatnonzero(labels == label)
-        parts = (images(pairs[start : start + PART]) for start in range(0, len(pairs), PART))
-        return Background.of_rows(parts, captions, caption_index(pairs))
+    def means(of: np.ndarray) -> Background:
+        parts = (images(of[start : start + PART]) for start in range(0, len(of), PART))
+        return Background.of_rows(parts, captions, caption_index(of))
 
-    def own(label: int) -> float:
-        pairs = np.flatnonzero(labels == label)
-        rows = torch.stack([captions[torch.from_numpy(of)].double().mean(0) for of in caption_index(pairs)])
-        return float((images(pairs).double() * rows).sum(1).mean())
+    def own(of: np.ndarray) -> float:
+        rows = torch.stack([captions[torch.from_numpy(rows)].double().mean(0) for rows in caption_index(of)])
+        return float((images(of).double() * rows).sum(1).mean())
 
-    of_class = {label: means(label) for label in {*relatives, *(r for found in relatives.values() for r in found)}}
-    concepts: dict[int, Background] = {}
-    for label, found in relatives.items():
-        related = _mean([of_class[other] for other in found])
+    of_class = {label: means(of) for label, of in pairs.items() if of.size}
+    found: dict[int, Background] = {}
+    relatives = {label: [other for other in of if other in of_class] for label, of in relatives_of(train).items()}
+    for label, others in relatives.items():
+        if label not in of_class or not others:
+            continue
+        related = _mean([of_class[other] for other in others])
         level, above = (_level(of_class[label], by) for by in (background, related))
         if above > level:
-            share = min(SHARE, MOST * max(own(label) - level, 0.0) / (above - level))
-            concepts[label] = _between(background, related, share)
-    return replace(background, of_concepts=concepts)
+            share = min(SHARE, MOST * max(own(pairs[label]) - level, 0.0) / (above - level))
+            found[label] = _between(background, related, share)
+    return replace(background, own=_own_levels(found, of_class, relatives)) if found else background
+
+
+def _own_levels(
+    found: Mapping[int, Background], of_class: Mapping[int, Background], relatives: Mapping[int, Sequence[int]]
+) -> ConceptLevels:
+    related = sorted({other for label in found for other in relatives[label]})
+    weights = torch.zeros(len(found), len(related), dtype=torch.float64, device="cpu")
+    for row, label in enumerate(found):
+        for other in relatives[label]:
+            weights[row, related.index(other)] = 1 / len(relatives[label])
+    return ConceptLevels(
+        torch.tensor(list(found), dtype=torch.int64, device="cpu"),
+        torch.stack([of.image_mean for of in found.values()]),
+        torch.stack([of.text_mean for of in found.values()]),
+        torch.stack([of_class[other].image_mean for other in related]),
+        weights,
+    )
 
 
 def concepts_of(part: Split, train: Split) -> np.ndarray | None:
@@ -100,22 +139,19 @@ def concepts_of(part: Split, train: Split) -> np.ndarray | None:
     return np.array([places.get(name, -1) for name in names], dtype=np.int64)[labels]
 
 
-def related_note(train: Split, background: Background) -> str:
-    """Say which classes have levels of their own, and why."""
-    names, concepts = train.pairs.classes, background.of_concepts
-    if not concepts or names is None:
-        return (
-            "Levels of related classes changed nothing: no class to forget shares words with retained classes that the "
-            "model finds similar, or the pairs have no classes, name entities, or are too many to be read whole"
-        )
-    relatives = relatives_of(train)
-    first = next(iter(concepts))
-    others = [names[label] for label in relatives[first]]
+def related_note(train: Split, background: Background) -> str | None:
+    """Say which classes have levels of their own, and why; None if none has."""
+    names = train.pairs.classes
+    if background.own is None or names is None:
+        return None
+    relatives, labels = relatives_of(train), background.own.concepts.tolist()
+    others = [names[label] for label in relatives[labels[0]]]
     shown = ", ".join(repr(name) for name in others[:3]) + (", ..." if len(others) > 3 else "")
-    more = f" and {len(concepts) - 1} more classes" if len(concepts) > 1 else ""
+    more = f" and {len(labels) - 1} more classes" if len(labels) > 1 else ""
     return (
-        f"{names[first]!r}{more} to forget share words with retained classes ({shown}): a model that never saw them "
-        "would know these words, so forgetting stops near the level of those classes instead of that of unrelated pairs"
+        f"{names[labels[0]]!r}{more} to forget share words with retained classes ({shown}): a model that never saw "
+        "them would know these words, so forgetting stops near the level of those classes instead of that of "
+        "unrelated pairs"
     )
 
 

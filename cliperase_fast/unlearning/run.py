@@ -187,13 +187,10 @@ class Run:
         """Whether the run is judged by the background level and by the divergence from the original."""
         return self.automatic or self.settings.select == "divergence"
 
-    def set_target(self, background: Background, related: bool = False) -> None:
-        """Take the background levels of the teacher, whose models must not have been released yet.
-
-        related: whether levels of related classes were asked for.
-        """
+    def set_target(self, background: Background) -> None:
+        """Take the background levels of the teacher, whose models must not have been released yet."""
         self.background = background
-        note = related_note(self.data.train, background) if related else None
+        note = related_note(self.data.train, background)
         if note is not None and note not in self.notes:  # probes set the target too
             self.notes.append(note)
         if not self.needs_target:
@@ -202,7 +199,7 @@ class Run:
         assert models.teacher is not None
         own = models.teacher is models.original
         encoded = self.baseline.validation_encoded if own else self.evaluator.encode(models.teacher, part)
-        concepts = concepts_of(part, self.data.train) if background.of_concepts else None
+        concepts = concepts_of(part, self.data.train) if background.own is not None else None
         self.target = Target(background.association(encoded, part.forget_mask, concepts), part.n_forget)
 
     @cached_property

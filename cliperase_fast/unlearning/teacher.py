@@ -26,7 +26,7 @@ from cliperase_fast.unlearning.engines.base import pad_rows
 from cliperase_fast.unlearning.engines.zero3 import ShardedTeacher
 from cliperase_fast.unlearning.feature_file import FeatureFile
 from cliperase_fast.unlearning.identity import transform_identity
-from cliperase_fast.unlearning.related import with_related_levels
+from cliperase_fast.unlearning.related import related_pairs, with_related_levels
 from cliperase_fast.unlearning.run import Run
 from cliperase_fast.unlearning.runtime import Runtime
 
@@ -160,18 +160,28 @@ def measure_background(run: Run, teacher: Teacher | None, related: bool = False)
 
     teacher: has them already if it caches all pairs; otherwise they are encoded here, with the transform of evaluation.
     Of more than `BACKGROUND_WHOLE` retain pairs a sample counts, with one caption each. related: classes that share
-    words with retained ones have levels of their own, unless there is a sample.
+    words with retained ones have levels of their own.
     """
     train, of_pair = run.data.train, run.captions.of_pair
-    n_retain, rows = len(train.pairs) - train.n_forget, None
-    if n_retain <= BACKGROUND_WHOLE:
+    n_retain, rows, seed = len(train.pairs) - train.n_forget, None, run.settings.seed
+    whole = n_retain <= BACKGROUND_WHOLE
+    classes = run.loader.group_ids  # of the batches; empty if captions take their place
+
+    def index(part: np.ndarray) -> list[np.ndarray]:  # of their captions in the table
+        own = [of_pair[pair] for pair in map(int, part)]
+        return own if whole else [of[[pair % len(of)]] for pair, of in zip(map(int, part), own, strict=True)]
+
+    of_class: dict[int, np.ndarray] = {}
+    if related and classes is not None and classes.size:
+        of_class = related_pairs(train, None if whole else BACKGROUND_SAMPLE, seed)
+    if whole:
         pairs, used = np.arange(train.n_forget, len(train.pairs)), np.arange(len(train.pairs))
-        index = of_pair[train.n_forget :]
     else:
-        drawn = np.random.default_rng([run.settings.seed, n_retain]).permutation(n_retain)[:BACKGROUND_SAMPLE]
-        pairs = used = np.unique(run.loader.readable(train.n_forget + np.sort(drawn)))
-        index = [of_pair[pair][[pair % len(of_pair[pair])]] for pair in map(int, pairs)]
-        rows = None if run.captions.complete else np.unique(np.concatenate(index))
+        drawn = np.random.default_rng([seed, n_retain]).permutation(n_retain)[:BACKGROUND_SAMPLE]
+        pairs = np.unique(run.loader.readable(train.n_forget + np.sort(drawn)))
+        of_class = {label: _of_label(run, found, label) for label, found in of_class.items()}
+        used = np.unique(np.concatenate([pairs, *of_class.values()]))
+        rows = None if run.captions.complete else np.unique(np.concatenate(index(used)))
     if not (isinstance(teacher, CachedTeacher) and teacher.has(used, rows)):
         teacher = _cache_of_run(run, used, False, rows=rows, name="background")
     width = teacher.width
@@ -180,14 +190,20 @@ def measure_background(run: Run, teacher: Teacher | None, related: bool = False)
     def images(part: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(image[row_of_index[part]][:, :width]))
 
+    def captions(part: np.ndarray) -> list[np.ndarray]:
+        return [teacher.caption_rows(own) for own in index(part)]
+
     parts = (images(pairs[start : start + PART]) for start in range(0, len(pairs), PART))
-    background = Background.of_rows(parts, text, [teacher.caption_rows(own) for own in index])
-    classes = run.loader.group_ids  # of the batches; empty if captions take their place
-    if not related or n_retain > BACKGROUND_WHOLE or classes is None or classes.size == 0:
-        return background
-    return with_related_levels(
-        background, train, images, text, lambda part: [teacher.caption_rows(of_pair[pair]) for pair in map(int, part)]
-    )
+    background = Background.of_rows(parts, text, captions(pairs))
+    return with_related_levels(background, train, of_class, images, text, captions) if of_class else background
+
+
+def _of_label(run: Run, pairs: np.ndarray, label: int) -> np.ndarray:
+    """Return the pairs to use in place of these, those of another class left out."""
+    labels = run.data.train.pairs.labels
+    assert labels is not None
+    found = np.unique(run.loader.readable(pairs))
+    return found[labels[found] == label]
 
 
 def _cache_of_run(

@@ -18,6 +18,7 @@ from torch import Tensor
 from cliperase_fast.coercion import AUTO
 from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.errors import InputError, UnlearningError, tell_out_of_memory
+from cliperase_fast.evaluation import Background
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.models.fast_paths.blocks import disable_recompute, enable_recompute
 from cliperase_fast.models.fast_paths.embedding import merge_rows
@@ -30,7 +31,7 @@ from cliperase_fast.unlearning.engines.deepspeed import ZeroEngine
 from cliperase_fast.unlearning.engines.frozen_features import keep_front
 from cliperase_fast.unlearning.engines.local import LocalEngine
 from cliperase_fast.unlearning.engines.zero3 import Zero3Engine
-from cliperase_fast.unlearning.objective import BatchFeatures, Objective
+from cliperase_fast.unlearning.objective import BatchFeatures, Objective, RelatedImages
 from cliperase_fast.unlearning.probing import NotFiniteError, RateSearch
 from cliperase_fast.unlearning.run import Run
 from cliperase_fast.unlearning.step_effect import ChangeMeter, merge_lora
@@ -59,6 +60,7 @@ class Trainer:
         make_engine: Callable[[Run, ClipAdapter], Engine] | None = None,
     ) -> None:
         self.run, self.objective, self.settings = run, objective, run.settings
+        self.background: Background | None = None  # on the training device
         self.loader, self.runtime, self.ranks = run.loader, run.runtime, run.ranks
         plan, epochs = self.loader.plan, self.settings.epochs
         self.steps_per_epoch = plan.steps_per_epoch(self.settings.accumulate)
@@ -77,7 +79,7 @@ class Trainer:
             make_teacher(run, batches, joint=joint_teacher, whole=whole, widen=widen) if needs_teacher else None
         )
         if whole:
-            run.set_target(measure_background(run, self.teacher, related_levels), related_levels)
+            run.set_target(measure_background(run, self.teacher, related_levels))
         assert run.setup.models.teacher is not None
         self.teacher_scale = run.setup.models.teacher.logit_scale().detach().float().clone()
         self.teacher_bias = constant_bias(run.setup.models.teacher)
@@ -240,7 +242,7 @@ class Trainer:
         device = self.runtime.device
         teacher_image, teacher_text = self.teacher.features(batch) if self.teacher is not None else (None, None)
         text = text.index_select(0, batch.text_of_pair.to(device))
-        towers: dict[str, Tensor] = {}
+        towers: dict[str, Any] = {}
         if self.width is not None:
             image, towers["image_tower"] = _split(image, self.width)
             text, towers["text_tower"] = _split(text, self.width)
@@ -267,17 +269,24 @@ class Trainer:
 
     def _background(
         self, teacher_image: Tensor | None, teacher_text: Tensor | None, concepts: Tensor | None
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Any]:
         """Return the background levels of a batch for an objective that has the teacher's features of all pairs."""
-        levels = self.run.background
-        if self.teacher is None or not self.teacher.joint or levels is None:
+        if self.teacher is None or not self.teacher.joint or self.run.background is None:
             return {}
         assert teacher_image is not None and teacher_text is not None
+        if self.background is None:  # once, as every copy to a GPU waits for it
+            self.background = self.run.background.to(teacher_image)
+        levels, own = self.background, self.background.own
+        found: dict[str, Any] = {}
         if concepts is not None:
             concepts = concepts.to(teacher_image.device)
+            if own is not None:
+                weights = own.of(concepts).to(own.related_weights) @ own.related_weights
+                found["related"] = RelatedImages(own.related_images, weights)
         return {
             "background_image": levels.of_images(teacher_image, concepts),
             "background_text": levels.of_captions(teacher_text, concepts),
+            **found,
         }
 
     def _memory_errors(self, done: int) -> AbstractContextManager[None]:

@@ -74,8 +74,7 @@ def alone(**changes):
         {"method": "calibrated", **UNEVEN, "learning_rate": 1e-4, "clip": SIGLIP, "grad_cache_chunk": 2},
         {"method": "calibrated", **UNEVEN, "learning_rate": 1e-4, "trainable": "text",
          "method_options": {"lambda_hidden": 5.0}},
-        {"method": "calibrated", **UNEVEN, "learning_rate": 1e-4, "rename": {"green square": "green dot"},
-         "method_options": {"levels": "related"}},
+        {"method": "calibrated", **UNEVEN, "learning_rate": 1e-4, "rename": {"green square": "green dot"}},
     ],
     ids=[
         "plain",
@@ -92,7 +91,7 @@ def alone(**changes):
         "masked distillation",
         "calibrated, the sigmoid loss, in chunks",
         "calibrated, hidden states held",
-        "calibrated, levels related",
+        "calibrated, levels of related classes",
     ],
 )  # fmt: skip
 def test_the_curve_and_the_scores_are_those_of_one_process(two, changes):

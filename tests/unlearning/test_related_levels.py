@@ -12,12 +12,16 @@ from tiny import QUICK, make_pairs, make_tiny_clip, split_pairs
 import cliperase_fast as cf
 from cliperase_fast import InputError
 from cliperase_fast.evaluation import Background, EncodedPairs
+from cliperase_fast.unlearning import teacher
+from cliperase_fast.unlearning.methods.calibrated import RELATED, pair_terms
+from cliperase_fast.unlearning.objective import BatchFeatures, RelatedImages
 from cliperase_fast.unlearning.related import (
     MOST,
     SHARE,
     concepts_of,
     related_classes,
     related_note,
+    related_pairs,
     relatives_of,
     with_related_levels,
 )
@@ -33,6 +37,8 @@ NAMES = ("red circle", "red square", "blue circle", "blue square", "the moon")
         (["seven", "three", "one"], []),
         (["bird of prey", "king of spades", "jay"], []),  # "of" says nothing
         (["seven", "seventeen"], []),
+        (["digit seven", "digit three", "digit one"], []),  # all classes have the word
+        (["red dot", "red bar", "red tree", "blue dot"], [1, 2, 3]),
     ],
 )
 def test_related_classes_share_the_most_words(names, expected):
@@ -71,8 +77,10 @@ def levels(like):
     image, text, index = features(like)
     retained = list(range(6, len(LABELS)))
     plain = Background.of_rows([image[retained]], text, [index[row] for row in retained])
+    train = split(LABELS, 6)
+    pairs = related_pairs(train, None, 0)
     related = with_related_levels(
-        plain, split(LABELS, 6), lambda rows: image[rows], text, lambda rows: [index[row] for row in rows]
+        plain, train, pairs, lambda rows: image[rows], text, lambda rows: [index[row] for row in rows]
     )
     return plain, related
 
@@ -81,7 +89,7 @@ def levels(like):
 def test_levels_lie_between_those_of_all_pairs_and_of_the_related_classes(like):
     image, text, index = features(like)
     plain, found = levels(like)
-    assert list(found.of_concepts) == [0]
+    assert found.own.concepts.tolist() == [0]
     rows_of = [np.flatnonzero(np.equal(LABELS, label)) for label in (1, 2)]
     means = [torch.stack([text[index[row]].mean(0) for row in rows]).mean(0) for rows in rows_of]
     images = [image[torch.as_tensor(rows)].mean(0) for rows in rows_of]
@@ -119,8 +127,8 @@ def test_levels_of_other_pairs_are_those_of_all_pairs():
 
 def test_relatives_that_the_model_finds_less_similar_than_other_pairs_do_not_count():
     plain, found = levels(-3.0)
-    assert found.of_concepts == {} and torch.equal(found.text_mean, plain.text_mean)
-    assert "changed nothing" in related_note(split(LABELS, 6), found)
+    assert found.own is None and torch.equal(found.text_mean, plain.text_mean)
+    assert related_note(split(LABELS, 6), found) is None
 
 
 def test_classes_of_another_split_are_found_by_name():
@@ -140,7 +148,53 @@ def run(**changes):
     return cf.unlearn(make_tiny_clip(), forget, retain, **{**QUICK, "method": "calibrated", "epochs": 1, **changes})
 
 
-def test_a_run_takes_them_for_its_loss_on_request(monkeypatch):
+def test_levels_are_the_same_on_the_training_device():
+    image, text, _ = features(0.5)
+    _, found = levels(0.5)
+    moved, concepts = found.to(image.float()), torch.as_tensor(LABELS)
+    assert moved.own.related_images.dtype == moved.text_mean.dtype == torch.float32
+    for name, rows, ids in (("of_images", image, concepts), ("of_captions", text, torch.tensor([0, 0, 1, 2, 3, 4]))):
+        assert getattr(moved, name)(rows.float(), ids).tolist() == pytest.approx(
+            getattr(found, name)(rows, ids).tolist(), abs=1e-6
+        )
+
+
+def test_a_sample_holds_pairs_of_each_class():
+    labels = np.repeat([0, 1, 2, 3, 4], [30, 50, 9, 40, 20])
+    train = split(labels, 30)
+    whole = related_pairs(train, None, 0)
+    assert list(whole) == [0, 1, 2] and all((labels[of] == label).all() for label, of in whole.items())
+    assert [len(of) for of in whole.values()] == [30, 50, 9]
+    drawn = related_pairs(train, 36, 0)
+    assert [len(of) for of in drawn.values()] == [12, 12, 9]
+    for label, of in drawn.items():
+        assert set(of) <= set(whole[label]) and (np.diff(of) > 0).all()
+    assert [len(of) for of in related_pairs(train, 3, 0).values()] == [8, 8, 8]
+    assert all(np.array_equal(of, related_pairs(train, 36, 0)[label]) for label, of in drawn.items())
+    assert not np.array_equal(drawn[1], related_pairs(train, 36, 1)[1])
+
+
+def unit(*shape):
+    return torch.nn.functional.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)
+
+
+def test_captions_keep_their_cosines_with_the_related_classes():
+    torch.manual_seed(0)
+    image, text, own, old = unit(9, 5), unit(9, 5), unit(9, 5), unit(9, 5)
+    means, weights = torch.randn(3, 5, dtype=torch.float64), torch.zeros(9, 3, dtype=torch.float64)
+    weights[0, :2], weights[2, 2], weights[7, 0] = 0.5, 1.0, 1.0  # the last one is retained
+    levels = {"background_image": torch.zeros(9), "background_text": torch.zeros(9)}
+    given = BatchFeatures(image, text, torch.tensor(20.0), 4, teacher_image=own, teacher_text=old, **levels)
+    with_related = BatchFeatures(**{**vars(given), "related": RelatedImages(means, weights)})
+    added = pair_terms(with_related)[0] - pair_terms(given)[0]
+    changes = ((text - old) @ means.T).square()
+    expected = RELATED * (changes[0, :2].mean() + changes[2, 2]) / 4
+    assert added.item() == pytest.approx(expected.item(), rel=1e-4)
+    other = {name: pair_terms(one, own_teacher=False)[0] for name, one in (("with", with_related), ("without", given))}
+    assert other["with"] == other["without"]
+
+
+def watch_losses(monkeypatch):
     seen = []
     own = cf.functional.calibrated_loss
 
@@ -149,8 +203,13 @@ def test_a_run_takes_them_for_its_loss_on_request(monkeypatch):
         return own(*given, **options)
 
     monkeypatch.setattr("cliperase_fast.losses.calibrated_loss", watched)
-    plain = run()
-    related = run(method_options={"levels": "related"})
+    return seen
+
+
+def test_a_run_takes_them_for_its_loss_unless_told_otherwise(monkeypatch):
+    seen = watch_losses(monkeypatch)
+    plain = run(method_options={"levels": "unrelated"})
+    related = run()
     first, second = seen[0], seen[len(seen) // 2]
     mask = first["forget_mask"]
     assert torch.equal(mask, second["forget_mask"])
@@ -159,15 +218,31 @@ def test_a_run_takes_them_for_its_loss_on_request(monkeypatch):
         assert not torch.isclose(first[name][mask], second[name][mask]).any()
     assert any("share words with retained classes" in note for note in related.record["notes"])
     assert not any("share" in note for note in plain.record["notes"])
+    held = [[line["held"] for line in result.history if "held" in line] for result in (plain, related)]
+    assert held[0][0] == held[1][0] == pytest.approx(0, abs=1e-10) and held[0][1:] != held[1][1:]
+
+
+def test_a_run_with_many_retain_pairs_takes_a_sample_of_each_class(monkeypatch):
+    seen = watch_losses(monkeypatch)
+    run()
+    monkeypatch.setattr(teacher, "BACKGROUND_WHOLE", 5)
+    monkeypatch.setattr(teacher, "BACKGROUND_SAMPLE", 12)
+    sampled = run()
+    assert any("share words with retained classes" in note for note in sampled.record["notes"])
+    mask = seen[0]["forget_mask"]
+    for name in ("background_image", "background_text"):
+        assert torch.allclose(seen[0][name][mask], seen[-1][name][mask], atol=0.1)
+        assert not torch.equal(seen[0][name][mask], seen[-1][name][mask])
 
 
 @pytest.mark.parametrize("changes", [{"false_negatives": "caption"}, {"false_negatives": "none"}])
 def test_a_run_without_classes_has_the_levels_of_all_pairs(changes):
-    asked = run(method_options={"levels": "related"}, **changes)
-    assert any("Levels of related classes changed nothing" in note for note in asked.record["notes"])
-    assert [line.get("total") for line in asked.history] == [line.get("total") for line in run(**changes).history]
+    found = run(**changes)
+    assert not any("share words" in note for note in found.record["notes"])
+    plain = run(method_options={"levels": "unrelated"}, **changes)
+    assert [line.get("total") for line in found.history] == [line.get("total") for line in plain.history]
 
 
 def test_other_words_for_levels_are_refused():
-    with pytest.raises(InputError, match="levels='near' is not one of unrelated, related"):
+    with pytest.raises(InputError, match="levels='near' is not one of related, unrelated"):
         run(method_options={"levels": "near"})

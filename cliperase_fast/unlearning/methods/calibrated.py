@@ -11,6 +11,12 @@ fallen below the background, as digits do in the first steps. The absolute dista
 
 Cosines say little about what a batch does not show, such as other facts about a person who is in the forget pairs.
 `held` keeps the features themselves, so that these stay where they are; only the captions of the forget pairs are free.
+A class that stops near the level of related classes (`unlearning.related`) has captions that say something about those,
+as "red circle" does about red things. They keep their cosines with the mean images ī_r of the related classes:
+
+    held += RELATED mean over the forget pairs of mean_r <T_m - T°_m, ī_r>²
+
+Without it, a search with such a caption still finds the forgotten images first, as all other cosines fall as well.
 A teacher that is not the original has features of its own; then the cosines of the retain pairs are held instead:
 
     held  = mean over the retain pairs of (C_ii - C°_ii)²
@@ -50,7 +56,8 @@ from cliperase_fast.unlearning.splits import Split
 from cliperase_fast.unlearning.teacher import MEMORY_LIMIT, Widen
 
 MEASURED = 256  # captions that tell how far the hidden states have moved
-_LEVELS = ("unrelated", "related")
+RELATED = 0.1  # the weight of the captions of related classes in `held`
+_LEVELS = ("related", "unrelated")
 _FORGET_CONCEPT = -1  # of all forget pairs of data whose pairs name no concept
 
 
@@ -62,8 +69,8 @@ class CalibratedOptions:
     features of images and of retained captions. lambda_level: of the distance of the forget pairs' cosines from their
     background level. lambda_hidden: of the term on hidden states, for text-to-image pipelines. hidden_skip: how many
     layers before the last one their hidden states are those of, as clip_skip of diffusers. levels: where forgetting
-    stops, "unrelated", the level of all retain pairs, or "related", for classes whose names share words with retained
-    classes: near the level of those (`unlearning.related`).
+    stops, "related", for classes whose names share words with retained classes near the level of those
+    (`unlearning.related`), or "unrelated", at the level of all retain pairs.
     """
 
     lambda_anchor: float = 30.0
@@ -71,7 +78,7 @@ class CalibratedOptions:
     lambda_level: float = 33.0
     lambda_hidden: float = 0.0
     hidden_skip: int = 0
-    levels: str = "unrelated"
+    levels: str = "related"
 
     def __post_init__(self) -> None:
         weights = asdict(self)
@@ -268,6 +275,10 @@ def pair_terms(features: BatchFeatures, own_teacher: bool = True) -> tuple[Tenso
         of_images = _distances(image, teacher_image)  # [M + N]
         moved = of_images[count:] + _distances(text[count:], teacher_text[count:])  # [N]
         held = _mean(moved, features, 1) + _mean(of_images[:count], features, 0)
+        if features.related is not None:
+            images, weights = features.related
+            changes = (text - teacher_text)[:count].float() @ images.float().T  # [M, K]
+            held = held + RELATED * _mean((changes.square() * weights[:count]).sum(1), features, 0)
     else:
         held = _mean((cosines - _cosines(teacher_image, teacher_text))[count:].square(), features, 1)
     return held, _mean(level, features, 0)
