@@ -45,13 +45,13 @@ from cliperase_fast.unlearning import unlearn
 from . import unaided_report
 from .machine import RESULTS, describe
 from .records import DEMO, DEMO_FEW_PAIRS, add_shards, classes, record_text, shards_of
-from .unaided_verdicts import CALIBRATED, CONTROL, FIXED, GAP, GIVEN, METHODS, RELATED, SEARCHED, verdicts
+from .unaided_verdicts import CALIBRATED, CONTROL, FIXED, GAP, GIVEN, METHODS, SEARCH, SEARCHED, UNRELATED, verdicts
 
 SEEDS = 3
 # One of a hundred combinations, which a model that never saw it still infers from its parts; a shape; a colour.
 SHAPES = {"red circle": "class:red circle", "stars": "class:* star", "purple": "class:purple *"}
 SCORES = {
-    "forgetting": ("zero_shot_top1", "association"),
+    "forgetting": ("zero_shot_top1", "association", SEARCH),
     "collateral": (
         "retain_top1", "worst_class_drop", "image_side", "text_side", "retain_association", "neighbours_top1",
         "intra_identity", "inter_identity", "general",
@@ -65,7 +65,7 @@ class Study:
 
     concepts: the selector of each thing to forget. fixed: for each the settings of version 0.1's demo. original:
     returns the folder of the model with this training seed. oracles: the folders of the models without this concept.
-    test: where to measure, if not on the source's own test split. methods: to run, of `METHODS` and `RELATED`.
+    test: where to measure, if not on the source's own test split. methods: to run, of `METHODS` and `UNRELATED`.
     """
 
     source: str
@@ -124,7 +124,7 @@ STUDIES: Mapping[str, Callable[[], Study]] = {
     "digits": partial(small, "demo", classes("seven", "three", "eight", "one", "five"), DEMO, oracles=5),
     "shapes": lambda: replace(
         small("shapes", SHAPES, {"red circle": DEMO_FEW_PAIRS, "stars": DEMO, "purple": DEMO}),
-        methods=(*METHODS, RELATED),
+        methods=(*METHODS, UNRELATED),
     ),
     "personas": partial(small, "personas", FORGET_SETS, DEMO_FEW_PAIRS),
 }
@@ -233,8 +233,8 @@ class _Bench:
             return {"method": "cliperase", **self.study.fixed[self.concept]}
         if method == CONTROL:
             return self.control()
-        if method == RELATED:
-            return {"method": "calibrated", "method_options": {"levels": "related"}}
+        if method == UNRELATED:
+            return {"method": "calibrated", "method_options": {"levels": "unrelated"}}
         return {"method": {CALIBRATED: "calibrated", SEARCHED: "cliperase"}[method]}
 
     def control(self) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from .unaided_verdicts import (
     CALIBRATED,
     FIXED,
     GIVEN,
-    RELATED,
     SEARCHED,
+    UNRELATED,
     after,
     done,
     failed,
@@ -46,7 +46,7 @@ def scores_table(record: Record) -> Table:
         "", "runs", "forget top-1", "highest", "retain drop", "worst class drop", "highest lower bound",
         *(LEVELS[name] for name in levels), "mean gap", "time",
     )  # fmt: skip
-    shown = [method for method in AUDITED if method != RELATED or any(run["method"] == method for run in runs)]
+    shown = [method for method in AUDITED if method != UNRELATED or any(run["method"] == method for run in runs)]
     return head, [*(_method_row(runs, method, levels) for method in shown), *_reference_rows(runs, levels)]
 
 
