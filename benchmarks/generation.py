@@ -40,7 +40,7 @@ from cliperase_fast.evaluation.generation import FORGET, Generation, Judge, comp
 from cliperase_fast.storage import write_text_atomically
 from cliperase_fast.unlearning import unlearn
 
-from .generation_report import CONTROL, HELD, IMAGE, PROJECTION, UNSEEN, draw
+from .generation_report import CONTROL, HELD, HELD_RELATED, IMAGE, PROJECTION, UNSEEN, draw
 from .machine import RESULTS, ROOT, describe, own_folder
 from .records import record_text
 from .shapes_diffusion import ShapesPipeline, Training, cached_pipeline, pixels_of, small_clip
@@ -48,7 +48,7 @@ from .shapes_diffusion import ShapesPipeline, Training, cached_pipeline, pixels_
 PATH = RESULTS / "generation.json"
 PICTURE = ROOT / "docs" / "plots" / "generation.png"
 CONCEPTS = {"red circle": "class:red circle", "stars": "class:* star", "purple": "class:purple *"}
-ARMS = ("calibrated", HELD, "cliperase", CONTROL)
+ARMS = ("calibrated", HELD, HELD_RELATED, "cliperase", CONTROL)
 HOLD = {"lambda_hidden": 3.0}  # chosen on "green star" and "green square", which are not measured here
 OPTIONS = {"num_inference_steps": 10, "guidance_scale": 2.0}
 _JUDGE_SEED = 10  # of the training of the judge
@@ -87,8 +87,9 @@ def unlearned(concept: str, arm: str, seed: int) -> Path:
         found = json.loads((unlearned(concept, "calibrated", seed) / "scores.json").read_text(encoding="utf-8"))
         numbers = {name: found["recipe"][name] for name in ("learning_rate", "batch_size", "forget_fraction", "steps")}
         settings |= {**numbers, "schedule": "cosine", "select": "last", "method": "retain_finetune"}
-    elif arm == HELD:
-        settings |= {"method": "calibrated", "method_options": HOLD}
+    elif arm in (HELD, HELD_RELATED):
+        levels = {"levels": "related"} if arm == HELD_RELATED else {}
+        settings |= {"method": "calibrated", "method_options": {**HOLD, **levels}}
     else:
         settings["method"] = "calibrated" if arm == IMAGE else arm
     made_from = {"clip": clip.name, "forget": CONCEPTS[concept], "settings": settings, "version": __version__}

@@ -11,6 +11,7 @@ import numpy as np
 
 CONTROL, IMAGE, PROJECTION = "retain_finetune", "calibrated, image tower", "text_projection"
 HELD = "calibrated, hidden states held"
+HELD_RELATED = f"{HELD}, levels related"
 UNSEEN = {IMAGE: "the image tower unlearned", PROJECTION: "the text projection edited"}  # by a pipeline
 FORGET = "forget"
 NOT_MEASURED = "Not measured yet: `python -m benchmarks.generation`."

@@ -34,7 +34,7 @@ _LEVELS = {
 _LEVELS_CAPTION = (
     " The lines are what not knowing looks like: unrelated pairs of the original, and oracles where there are some."
 )
-_TARGET_CAPTION = " The line is the target of the run, just above the cosine of unrelated pairs."
+_TARGET_CAPTION = " The line is the target of the run, just above the background level of the forget pairs."
 
 
 def write_html(run: ReportData, path: str | Path) -> Path:

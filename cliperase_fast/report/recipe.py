@@ -22,7 +22,7 @@ def recipe_section(result: Mapping[str, Any]) -> dict[str, Any] | None:
     facts = [
         (
             "Target",
-            f"association at most {_cosine(target.get('association'))}, which is 0.05 above that of unrelated pairs; "
+            f"association at most {_cosine(target.get('association'))}, which is 0.05 above their background level; "
             f"forget score at most {percent(number(target.get('forget')))}",
         ),
         ("Learning rate", f"{_rate(rate)}: {recipe.get('why')}{_lowered(recipe.get('lowered'))}"),

@@ -51,7 +51,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Target:
-    """Where forgetting is complete: the forget pairs are as unrelated as pairs that have nothing to do with each other.
+    """Where forgetting is complete: the forget pairs are as similar as pairs of a concept that the model never saw.
 
     background: the background level of the validation split's forget pairs in the teacher, a cosine. pairs: how many
     these are.

@@ -13,6 +13,7 @@ import cliperase_fast as cf
 from cliperase_fast import InputError
 from cliperase_fast.evaluation import Background, EncodedPairs
 from cliperase_fast.unlearning import teacher
+from cliperase_fast.unlearning.methods import make_method
 from cliperase_fast.unlearning.methods.calibrated import RELATED, pair_terms
 from cliperase_fast.unlearning.objective import BatchFeatures, RelatedImages
 from cliperase_fast.unlearning.related import (
@@ -244,5 +245,20 @@ def test_a_run_without_classes_has_the_levels_of_all_pairs(changes):
 
 
 def test_other_words_for_levels_are_refused():
-    with pytest.raises(InputError, match="levels='near' is not one of related, unrelated"):
+    with pytest.raises(InputError, match="levels='near' is not one of auto, related, unrelated"):
         run(method_options={"levels": "near"})
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, True),
+        ({"levels": "related"}, True),
+        ({"levels": "unrelated"}, False),
+        ({"lambda_hidden": 1.0}, False),
+        ({"lambda_hidden": 1.0, "levels": "related"}, True),
+    ],
+)
+def test_levels_are_those_of_related_classes_unless_hidden_states_are_held(options, expected):
+    method, _ = make_method(cf.UnlearnConfig(method="calibrated", method_options=options))
+    assert method.related_levels == expected

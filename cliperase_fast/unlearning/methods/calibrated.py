@@ -1,4 +1,4 @@
-"""Calibrated forgetting: push forget pairs to the level of unrelated pairs, and hold everything else in place.
+"""Calibrated forgetting: push forget pairs to their background level, and hold everything else in place.
 
 The loss is `functional.calibrated_loss` plus two terms over single pairs, O((M + N) D):
 
@@ -57,7 +57,7 @@ from cliperase_fast.unlearning.teacher import MEMORY_LIMIT, Widen
 
 MEASURED = 256  # captions that tell how far the hidden states have moved
 RELATED = 0.1  # the weight of the captions of related classes in `held`
-_LEVELS = ("related", "unrelated")
+_LEVELS = ("auto", "related", "unrelated")
 _FORGET_CONCEPT = -1  # of all forget pairs of data whose pairs name no concept
 
 
@@ -70,7 +70,8 @@ class CalibratedOptions:
     background level. lambda_hidden: of the term on hidden states, for text-to-image pipelines. hidden_skip: how many
     layers before the last one their hidden states are those of, as clip_skip of diffusers. levels: where forgetting
     stops, "related", for classes whose names share words with retained classes near the level of those
-    (`unlearning.related`), or "unrelated", at the level of all retain pairs.
+    (`unlearning.related`), or "unrelated", at the level of all retain pairs; "auto" is "related" unless hidden states
+    are held, as the forget captions' states become like those of all retained captions.
     """
 
     lambda_anchor: float = 30.0
@@ -78,7 +79,7 @@ class CalibratedOptions:
     lambda_level: float = 33.0
     lambda_hidden: float = 0.0
     hidden_skip: int = 0
-    levels: str = "related"
+    levels: str = "auto"
 
     def __post_init__(self) -> None:
         weights = asdict(self)
@@ -127,7 +128,7 @@ class Calibrated(TrainingMethod):
     """
 
     name = "calibrated"
-    summary = "CLIPErase against an edited teacher: forget pairs stop at the level of unrelated pairs"
+    summary = "CLIPErase against an edited teacher: forget pairs stop at their background level"
     source = "this library, after CLIPErase"
     needs = ("forget", "retain", "teacher")
     joint_teacher = True
@@ -138,7 +139,8 @@ class Calibrated(TrainingMethod):
 
     @property
     def related_levels(self) -> bool:
-        return bool(self.options.levels == "related")
+        levels: str = self.options.levels
+        return levels == "related" or (levels == "auto" and self.options.lambda_hidden == 0)
 
     def check_inputs(self, teacher: Any) -> None:
         super().check_inputs(teacher)
