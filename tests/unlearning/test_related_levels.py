@@ -95,6 +95,8 @@ def test_levels_lie_between_those_of_all_pairs_and_of_the_related_classes(like):
     means = [torch.stack([text[index[row]].mean(0) for row in rows]).mean(0) for rows in rows_of]
     images = [image[torch.as_tensor(rows)].mean(0) for rows in rows_of]
     related = Background(sum(images) / 2, sum(means) / 2)
+    assert found.own.related_weights.tolist() == [[0.5, 0.5]]
+    assert torch.allclose(found.own.related_images, torch.stack(images), atol=1e-12)
     rows = range(6)
     of = {
         name: np.mean([
@@ -221,6 +223,24 @@ def test_a_run_takes_them_for_its_loss_unless_told_otherwise(monkeypatch):
     assert not any("share" in note for note in plain.record["notes"])
     held = [[line["held"] for line in result.history if "held" in line] for result in (plain, related)]
     assert held[0][0] == held[1][0] == pytest.approx(0, abs=1e-10) and held[0][1:] != held[1][1:]
+
+
+def test_a_run_gives_its_loss_the_related_classes_of_each_pair(monkeypatch):
+    seen = []
+
+    def watched(features, *options):
+        seen.append(features)
+        return pair_terms(features, *options)
+
+    monkeypatch.setattr("cliperase_fast.unlearning.methods.calibrated.pair_terms", watched)
+    run()
+    for features in seen:
+        images, weights = features.related
+        assert images.shape == (1, features.image.shape[1]) and images.norm() > 0.1
+        assert weights[:, 0].tolist() == [1.0] * features.n_forget + [0.0] * len(features.retain_image)
+    seen.clear()
+    run(method_options={"levels": "unrelated"})
+    assert seen and all(features.related is None for features in seen)
 
 
 def test_a_run_with_many_retain_pairs_takes_a_sample_of_each_class(monkeypatch):
