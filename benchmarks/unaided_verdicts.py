@@ -233,22 +233,28 @@ def _not_better(runs: Runs) -> Verdict:
 
 
 def _identity(runs: Runs) -> Verdict:
-    found = {
-        score: [after(run, score) - run["scores"]["oracle"][score] for run in done(runs, CALIBRATED)]
-        for score in ("intra_identity", "inter_identity")
-    }
-    if not all(found.values()):
+    """How far the facts that were not forgotten are from the oracles; the originals are at a distance too."""
+    own = done(runs, CALIBRATED)
+    scores = ("intra_identity", "inter_identity")
+    if not own or not all(score in run["scores"]["after"] for run in own for score in scores):
         return _verdict(None, _UNKNOWN)
-    far = {score: max(map(abs, values)) for score, values in found.items()}
-    told = ", ".join(
-        f"{score} {np.mean(values):+.3f} on average and {far[score]:.3f} away at most"
-        for score, values in found.items()
-    )
+    means, told, largest = {}, [], 0.0
+    for score in scores:
+        oracles = [run["scores"]["oracle"][score] for run in own]
+        far = [after(run, score) - oracle for run, oracle in zip(own, oracles, strict=True)]
+        originals = [run["scores"]["before"][score] - oracle for run, oracle in zip(own, oracles, strict=True)]
+        means[score] = float(np.mean(far))
+        largest = max(largest, *map(abs, far))
+        worst = int(np.argmax(np.abs(far)))
+        told.append(
+            f"{score} {means[score]:+.3f} on average (the originals {np.mean(originals):+.3f}), {far[worst]:+.3f} in "
+            f"the farthest run (its original {originals[worst]:+.3f})"
+        )
     return _verdict(
-        max(far.values()) <= IDENTITY,
-        f"from the oracles' mean: {told} (wanted: within {IDENTITY:g} in every run)",
-        **{score: float(np.mean(values)) for score, values in found.items()},
-        largest=max(far.values()),
+        all(abs(mean) <= IDENTITY for mean in means.values()),
+        f"from the oracles' mean: {'; '.join(told)} (wanted: within {IDENTITY:g} on average)",
+        **means,
+        largest=largest,
     )
 
 
