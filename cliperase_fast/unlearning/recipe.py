@@ -235,7 +235,7 @@ def course(
             best, waited, improved = score, 0, candidate.step
         else:
             waited += 1
-        if reached is None and _suffers(evaluations[: number + 1], within, 2 * patience):
+        if reached is None and _suffers(evaluations[: number + 1], within, 2 * patience, target):
             why = "the target was not reached before the rest suffered more than the floor allows"
             return Course(lowered, why, pressed)
         if waited < (2 * patience if reached is None and not lowered else patience):
@@ -249,12 +249,19 @@ def course(
     return Course(lowered, "", pressed)
 
 
-def _suffers(evaluations: Sequence[Candidate], within: Sequence[bool], count: int) -> bool:
-    """Whether none of the last evaluations keeps the rest, and their divergence does not fall either."""
+def _suffers(evaluations: Sequence[Candidate], within: Sequence[bool], count: int, target: Target) -> bool:
+    """Whether none of the last evaluations keeps the rest, and nothing promises that a later one will.
+
+    The divergence falls again once the forgetting is done. So a run that still comes closer to the target goes on, as
+    long as it diverges no more than a rate on its way may.
+    """
     last = evaluations[-count:]
     if len(last) < count or any(within[len(evaluations) - count : len(evaluations)]):
         return False
-    return last[-1].diverged >= last[0].diverged
+    if last[-1].diverged < last[0].diverged:
+        return False
+    nearer = target.gap(last[-1]) < target.gap(last[0]) * (1 - IMPROVEMENT)
+    return not (nearer and last[-1].diverged <= HEALING)
 
 
 def _end(reached: int | None, improved: int) -> str:

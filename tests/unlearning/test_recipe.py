@@ -188,9 +188,14 @@ def test_training_ends_when_the_forget_pairs_stop_coming_closer():
 
 
 def test_training_ends_when_the_rest_suffers_before_the_target_is_reached():
-    nearing = [candidate(10 * (i + 1), 0.5, 0.8 * 0.8**i) for i in range(6)]
+    nearing = [candidate(10 * (i + 1), 0.5, 0.8 * 0.8**i, 0.6) for i in range(6)]
     assert not course(*nearing).stop
     assert "before the rest suffered more" in course(*nearing, within=False).stop
+    gentle = [replace(one, divergence=candidate(1, divergence=0.4).divergence) for one in nearing]
+    assert not course(*gentle, within=False).stop, "the rest may heal once the forgetting is done"
+    stuck = [candidate(10 * (i + 1), 0.5, 0.8 - 0.005 * i, 0.01) for i in range(6)]
+    assert not course(*stuck).stop
+    assert "before the rest suffered more" in course(*stuck, within=False).stop
     healing = [candidate(10 * (i + 1), 0.5, 0.8 * 0.8**i, 0.5 - 0.05 * i) for i in range(6)]
     assert not course(*healing, within=False).stop
 
