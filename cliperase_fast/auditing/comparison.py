@@ -142,7 +142,8 @@ def _few_oracles(count: int, level: float | None) -> list[str]:
         known = "unknown" if level is None else f"{level:.3f}"
         return [
             f"No oracle was given: the background level of the original ({known}) is the reference for the "
-            "association, and the other scores have no target."
+            "association, and the other scores have no target. A model that knows the parts of a concept, such as red "
+            "things and circles for red circles, stands above that level without having seen it."
         ]
     if count == 1:
         return ["One oracle is a single sample of a model that never knew the concept. Give three for a noise floor."]
