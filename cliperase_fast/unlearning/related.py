@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -43,6 +44,7 @@ def related_classes(names: Sequence[str], label: int, others: Collection[int]) -
     return sorted(other for other, count in shared.items() if count == most > 0)
 
 
+@cache
 def _words(name: str) -> frozenset[str]:
     return frozenset(re.findall(r"[^\W_]+", name.casefold())) - _EMPTY_WORDS
 
