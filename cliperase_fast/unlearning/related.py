@@ -149,11 +149,11 @@ def related_note(train: Split, background: Background) -> str | None:
     relatives, labels = relatives_of(train), background.own.concepts.tolist()
     others = [names[label] for label in relatives[labels[0]]]
     shown = ", ".join(repr(name) for name in others[:3]) + (", ..." if len(others) > 3 else "")
-    more = f" and {len(labels) - 1} more classes" if len(labels) > 1 else ""
+    first = repr(names[labels[0]])
+    which = f"{first} shares" if len(labels) == 1 else f"{len(labels)} classes to forget, {first} among them, share"
     return (
-        f"{names[labels[0]]!r}{more} to forget share words with retained classes ({shown}): a model that never saw "
-        "them would know these words, so forgetting stops near the level of those classes instead of that of "
-        "unrelated pairs"
+        f"{which} words with retained classes ({shown}). A model that never saw the pairs to forget would know these "
+        "words, so forgetting stops near the level of those classes instead of that of unrelated pairs"
     )
 
 

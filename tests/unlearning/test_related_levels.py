@@ -142,7 +142,7 @@ def test_classes_of_another_split_are_found_by_name():
 
 def test_the_note_names_the_classes():
     note = related_note(split(LABELS, 6), levels(0.5)[1])
-    assert "'red circle' to forget share words with retained classes ('red square', " in note
+    assert "'red circle' shares words with retained classes ('red square', " in note
 
 
 def run(**changes):
@@ -219,8 +219,8 @@ def test_a_run_takes_them_for_its_loss_unless_told_otherwise(monkeypatch):
     for name in ("background_image", "background_text"):
         assert torch.equal(first[name][~mask], second[name][~mask])
         assert not torch.isclose(first[name][mask], second[name][mask]).any()
-    assert any("share words with retained classes" in note for note in related.record["notes"])
-    assert not any("share" in note for note in plain.record["notes"])
+    assert any("words with retained classes" in note for note in related.record["notes"])
+    assert not any("words with retained" in note for note in plain.record["notes"])
     held = [[line["held"] for line in result.history if "held" in line] for result in (plain, related)]
     assert held[0][0] == held[1][0] == pytest.approx(0, abs=1e-10) and held[0][1:] != held[1][1:]
 
@@ -249,7 +249,7 @@ def test_a_run_with_many_retain_pairs_takes_a_sample_of_each_class(monkeypatch):
     monkeypatch.setattr(teacher, "BACKGROUND_WHOLE", 5)
     monkeypatch.setattr(teacher, "BACKGROUND_SAMPLE", 12)
     sampled = run()
-    assert any("share words with retained classes" in note for note in sampled.record["notes"])
+    assert any("words with retained classes" in note for note in sampled.record["notes"])
     mask = seen[0]["forget_mask"]
     for name in ("background_image", "background_text"):
         assert torch.allclose(seen[0][name][mask], seen[-1][name][mask], atol=0.1)
@@ -259,7 +259,7 @@ def test_a_run_with_many_retain_pairs_takes_a_sample_of_each_class(monkeypatch):
 @pytest.mark.parametrize("changes", [{"false_negatives": "caption"}, {"false_negatives": "none"}])
 def test_a_run_without_classes_has_the_levels_of_all_pairs(changes):
     found = run(**changes)
-    assert not any("share words" in note for note in found.record["notes"])
+    assert not any("words with retained" in note for note in found.record["notes"])
     plain = run(method_options={"levels": "unrelated"}, **changes)
     assert [line.get("total") for line in found.history] == [line.get("total") for line in plain.history]
 
