@@ -119,10 +119,10 @@ def _own_levels(
     found: Mapping[int, Background], of_class: Mapping[int, Background], relatives: Mapping[int, Sequence[int]]
 ) -> ConceptLevels:
     related = sorted({other for label in found for other in relatives[label]})
+    column = {other: place for place, other in enumerate(related)}
     weights = torch.zeros(len(found), len(related), dtype=torch.float64, device="cpu")
     for row, label in enumerate(found):
-        for other in relatives[label]:
-            weights[row, related.index(other)] = 1 / len(relatives[label])
+        weights[row, [column[other] for other in relatives[label]]] = 1 / len(relatives[label])
     return ConceptLevels(
         torch.tensor(list(found), dtype=torch.int64, device="cpu"),
         torch.stack([of.image_mean for of in found.values()]),

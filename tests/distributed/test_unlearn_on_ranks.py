@@ -109,11 +109,20 @@ def test_the_curve_and_the_scores_are_those_of_one_process(two, changes):
          "grad_cache_chunk": 2, "accumulate": 2},
         {"deepspeed": "zero3"},
         {"deepspeed": "zero3", "clip": SIGLIP, "method": "calibrated", "learning_rate": 1e-4},
+        {"deepspeed": "zero3", "method": "calibrated", "learning_rate": 1e-4, **UNEVEN, "teacher_cache": "off",
+         "rename": {"green square": "green dot"}},
         # Chunks of one: the second rank has a pair of each kind less, and encodes as often as the first.
         {"deepspeed": "zero3", "grad_cache_chunk": 1, "accumulate": 2, "teacher_cache": "off", "eval_batch_size": 1,
          **UNEVEN},
     ],
-    ids=["1", "2, offloaded, in chunks", "3", "3, the sigmoid loss", "3, in chunks, live teacher"],
+    ids=[
+        "1",
+        "2, offloaded, in chunks",
+        "3",
+        "3, the sigmoid loss",
+        "3, levels of related classes, live teacher",
+        "3, in chunks, live teacher",
+    ],
 )  # fmt: skip
 def test_zero_follows_one_process(two, changes):
     plain = {name: value for name, value in changes.items() if name != "deepspeed"}
