@@ -88,8 +88,8 @@ def unlearned(concept: str, arm: str, seed: int) -> Path:
         numbers = {name: found["recipe"][name] for name in ("learning_rate", "batch_size", "forget_fraction", "steps")}
         settings |= {**numbers, "schedule": "cosine", "select": "last", "method": "retain_finetune"}
     elif arm in (HELD, HELD_RELATED):
-        levels = {"levels": "related"} if arm == HELD_RELATED else {}
-        settings |= {"method": "calibrated", "method_options": {**HOLD, **levels}}
+        level = {"forget_level": "related"} if arm == HELD_RELATED else {}
+        settings |= {"method": "calibrated", "method_options": dict(HOLD), **level}
     else:
         settings["method"] = "calibrated" if arm == IMAGE else arm
     made_from = {"clip": clip.name, "forget": CONCEPTS[concept], "settings": settings, "version": __version__}

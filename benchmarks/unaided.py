@@ -234,7 +234,7 @@ class _Bench:
         if method == CONTROL:
             return self.control()
         if method == UNRELATED:
-            return {"method": "calibrated", "method_options": {"levels": "unrelated"}}
+            return {"method": "calibrated", "forget_level": "unrelated"}
         return {"method": {CALIBRATED: "calibrated", SEARCHED: "cliperase"}[method]}
 
     def control(self) -> dict[str, Any]:

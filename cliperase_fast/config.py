@@ -6,13 +6,12 @@ import dataclasses
 import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from cliperase_fast.coercion import AUTO, Auto, coerce, is_auto
 from cliperase_fast.errors import InputError
-from cliperase_fast.reading import read_text
+from cliperase_fast.reading import read_mapping
 from cliperase_fast.terms import CONSISTENCY_MODES, FORGET_LOSSES, TERMS, described, nearest_name
 
 PROBE_STEPS = 30  # optimizer steps by which learning rates are compared
@@ -132,6 +131,14 @@ class UnlearnConfig:
         "which checkpoint is kept: the one that forgets most within retain_floor, the one at the target that diverges "
         "least from the original, or the last; auto: floor where batch_size=auto stands for 16, else divergence",
         (AUTO, "floor", "divergence", "last"),
+        group="selection",
+    )
+    forget_level: str = _option(
+        "auto",
+        "how similar forget pairs are to stay, where the run has a target (the recipe, select=divergence, "
+        "method=calibrated): unrelated, as pairs that have nothing to do with each other; related, classes that share "
+        "words with retained ones near the level of those; auto: related, except with lambda_hidden",
+        ("auto", "related", "unrelated"),
         group="selection",
     )
     evaluate_every: int = _option(
@@ -377,7 +384,7 @@ _PAPER: dict[str, Any] = {
     "grad_cache_chunk": 0, "precision": "fp32", "trainable": "all", "lora_rank": 8, "lora_alpha": 16.0, "seed": 0,
     "device": "auto", "deepspeed": "", "rank_timeout": 600.0,
     "val_fraction": 0.1, "test_fraction": 0.2, "retain_floor": 0.02, "worst_class_floor": 0.3, "select": "floor",
-    "evaluate_every": 1, "early_stop": 0,
+    "forget_level": "unrelated", "evaluate_every": 1, "early_stop": 0,
     "on_error": "raise", "overlap": "error", "long_captions": "error", "max_retain_pairs": 0, "max_test_pairs": 0,
     "num_workers": 0, "image_cache_mib": 512, "eval_batch_size": 256, "teacher_cache": "auto",
     "checkpoint_every": 100, "keep_checkpoints": 2, "report": True, "audit": False, "logger": "none",
@@ -439,60 +446,3 @@ def recipe_settings(method: str) -> dict[str, Any]:
 def read_settings(path: str | Path) -> dict[str, Any]:
     """Return the mapping in a YAML or JSON file of settings."""
     return read_mapping(path, "the config file")
-
-
-def read_mapping(path: str | Path, what: str) -> dict[str, Any]:
-    """Return the mapping in a YAML or JSON file. what: names the file in errors, "the config file"."""
-    import yaml
-
-    path = Path(path)
-    text = read_text(path, _MAX_CONFIG, f"{what} ")
-    try:
-        if path.suffix == ".json":
-            found = json.loads(text, object_pairs_hook=_once_each)
-        else:
-            found = yaml.load(text, _yaml_loader())
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise InputError(f"{what} {path} {error}") from error
-        said = " ".join(str(error).split())
-        raise InputError(f"{what} {path} is neither valid YAML nor JSON: {said}") from error
-    if found is None:
-        return {}
-    if not isinstance(found, dict):
-        raise InputError(f"{what} {path} must hold `name: value` lines, not a {type(found).__name__}")
-    return found
-
-
-_MAX_CONFIG = 1 << 20
-
-
-def _once_each(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
-    mapping: dict[Any, Any] = {}
-    for key, value in pairs:
-        if key in mapping:
-            raise InputError(f"sets {key!r} twice: keep one")
-        mapping[key] = value
-    return mapping
-
-
-@cache
-def _yaml_loader() -> Any:
-    """Return yaml's safe loader without duplicate keys and aliases.
-
-    A duplicate key would silently win, and a few lines of aliases can expand to gigabytes.
-    """
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.events.AliasEvent):
-                raise InputError("holds an alias (*name): write the value out")
-            return super().compose_node(parent, index)
-
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            _once_each((key, None) for key in keys)
-            return dict(super().construct_mapping(node, deep))
-
-    return Loader

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from cliperase_fast.errors import InputError
 
 MAX_LINE = 1 << 20  # characters in a line of a table
+_MAX_MAPPING = 1 << 20  # bytes of a YAML or JSON file
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 _KINDS = (
     (stat.S_ISDIR, "a directory"),
@@ -150,3 +153,57 @@ def user_path(path: str) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:  # no such user
         raise InputError(f"{path!r} is not a path: {error}") from error
+
+
+def read_mapping(path: str | Path, what: str) -> dict[str, Any]:
+    """Return the mapping in a YAML or JSON file. what: names the file in errors, "the config file"."""
+    import yaml
+
+    path = Path(path)
+    text = read_text(path, _MAX_MAPPING, f"{what} ")
+    try:
+        if path.suffix == ".json":
+            found = json.loads(text, object_pairs_hook=_once_each)
+        else:
+            found = yaml.load(text, _yaml_loader())
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise InputError(f"{what} {path} {error}") from error
+        said = " ".join(str(error).split())
+        raise InputError(f"{what} {path} is neither valid YAML nor JSON: {said}") from error
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise InputError(f"{what} {path} must hold `name: value` lines, not a {type(found).__name__}")
+    return found
+
+
+def _once_each(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+    mapping: dict[Any, Any] = {}
+    for key, value in pairs:
+        if key in mapping:
+            raise InputError(f"sets {key!r} twice: keep one")
+        mapping[key] = value
+    return mapping
+
+
+@cache
+def _yaml_loader() -> Any:
+    """Return yaml's safe loader without duplicate keys and aliases.
+
+    A duplicate key would silently win, and a few lines of aliases can expand to gigabytes.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.events.AliasEvent):
+                raise InputError("holds an alias (*name): write the value out")
+            return super().compose_node(parent, index)
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            _once_each((key, None) for key in keys)
+            return dict(super().construct_mapping(node, deep))
+
+    return Loader

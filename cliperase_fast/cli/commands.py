@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from cliperase_fast.cli.settings import given_settings, settings_text
-from cliperase_fast.config import UnlearnConfig, read_mapping
+from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.data.sources import with_option
 from cliperase_fast.errors import InputError
+from cliperase_fast.reading import read_mapping
 
 
 def progress_style(arguments: argparse.Namespace) -> str:

@@ -35,7 +35,7 @@ from cliperase_fast.storage import draft_of, file_digest, flush_folder, write_fi
 from cliperase_fast.tensor_files import FileTensors, join, read_tensors, write_tensors
 from cliperase_fast.unlearning.selection import Candidate
 
-FORMAT = 6
+FORMAT = 7
 STUDENT, OPTIMIZER, TRAINER, METRICS = "student.safetensors", "optimizer.safetensors", "trainer.pt", "metrics.jsonl"
 BEST, STATE = "best.safetensors", "state.json"
 _FILES = {STUDENT, OPTIMIZER, TRAINER, METRICS, BEST, STATE}
@@ -305,7 +305,21 @@ def _from_format_4(state: dict[str, Any]) -> dict[str, Any]:
 
 def _from_format_5(state: dict[str, Any]) -> dict[str, Any]:
     """Add the standard error of the association, which did not count before, and the number of steps."""
-    return _with_settings(_with_measured(state, {"association_error": 0.0}), {"steps": 0})
+    return _with_settings(_with_measured(state, {"association_error": 0.0}), {"steps": 0, "forget_level": "unrelated"})
+
+
+def _from_format_6(state: dict[str, Any]) -> dict[str, Any]:
+    """Move `levels`, an option of calibrated, to the settings. Other methods knew only the level of unrelated pairs."""
+    identity = state.get("identity")
+    config = identity.get("config") if isinstance(identity, dict) else None
+    if not isinstance(identity, dict) or not isinstance(config, dict):
+        return state
+    options = config.get("method_options")
+    if config.get("method") != "calibrated" or not isinstance(options, dict):
+        return _with_settings(state, {"forget_level": "unrelated"})
+    others = {name: value for name, value in options.items() if name != "levels"}
+    config = {"forget_level": options.get("levels", "auto"), **config, "method_options": others}
+    return {**state, "identity": {**identity, "config": config}}
 
 
 def _with_measured(state: dict[str, Any], scores: dict[str, Any]) -> dict[str, Any]:
@@ -330,7 +344,7 @@ def _with_settings(state: dict[str, Any], settings: dict[str, Any]) -> dict[str,
     return state
 
 
-_UPGRADES = {3: _from_format_3, 4: _from_format_4, 5: _from_format_5}  # to the next format; 2 names other files
+_UPGRADES = {3: _from_format_3, 4: _from_format_4, 5: _from_format_5, 6: _from_format_6}  # 2 names other files
 _READS = (*_UPGRADES, FORMAT)
 _READABLE = f"formats {_READS[0]} to {FORMAT}"
 

@@ -142,7 +142,8 @@ def as_format(number, path):
     del state["digest"]
     candidates = [*state["evaluations"], *([state["best"]["candidate"]] if state["best"] else [])]
     for candidate in candidates:
-        del candidate["association_error"]
+        if number < 6:
+            del candidate["association_error"]
     if number < 5:
         for name in ("probes", "rate", "stop"):
             del state[name]
@@ -154,12 +155,14 @@ def as_format(number, path):
     (path / "state.json").write_bytes(ck._sealed({**state, "format": number}))
 
 
-@pytest.mark.parametrize("number", [3, 4, 5])
+@pytest.mark.parametrize("number", [3, 4, 5, 6])
 def test_earlier_formats_are_migrated(tmp_path, number):
     best = best_of(tmp_path, 3)
     config = {"epochs": 2} if number == 3 else {"method": "cliperase", "method_options": {}, "epochs": 2}
-    if number == 5:
+    if number >= 5:
         config["worst_class_floor"] = 0.3
+    if number == 6:
+        config["steps"] = 0
     path = save(tmp_path, 1, 1, best=best, identity={"model": "m", "config": config}, evaluations=[best[0]],
                 evaluations_without_improvement=4)  # fmt: skip
     as_format(number, path)
@@ -170,14 +173,25 @@ def test_earlier_formats_are_migrated(tmp_path, number):
     assert (state.probes, state.rate, state.stop) == ([], 0.0, "")
     assert state.identity["config"] == {
         "method": "cliperase", "method_options": {}, "epochs": 2, "worst_class_floor": 0.3, "steps": 0,
+        "forget_level": "unrelated",
     }  # fmt: skip
     assert torch.equal(state.weights["weight"], torch.ones(3))
 
 
+@pytest.mark.parametrize(("options", "level"), [({}, "auto"), ({"levels": "unrelated"}, "unrelated")])
+def test_the_level_of_calibrated_was_an_option_in_format_6(tmp_path, options, level):
+    config = {"method": "calibrated", "method_options": {"lambda_held": 1.0, **options}, "epochs": 2}
+    path = save(tmp_path, 1, 1, best=best_of(tmp_path, 3), identity={"model": "m", "config": config})
+    as_format(6, path)
+    assert ck.load_newest(tmp_path).state.identity["config"] == {
+        "method": "calibrated", "method_options": {"lambda_held": 1.0}, "epochs": 2, "forget_level": level,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("found", "says"),
-    [(2, "has format 2 and this version reads formats 3 to 6: resume with the version that wrote it, or start again"),
-     (7, "has format 7 and this version reads formats 3 to 6: upgrade cliperase_fast, or start again"),
+    [(2, "has format 2 and this version reads formats 3 to 7: resume with the version that wrote it, or start again"),
+     (8, "has format 8 and this version reads formats 3 to 7: upgrade cliperase_fast, or start again"),
      ("4", "has format '4'")],
 )  # fmt: skip
 @pytest.mark.parametrize("sealed", [True, False])

@@ -146,9 +146,13 @@ def test_the_note_names_the_classes():
 
 
 def run(**changes):
+    return call(**{**QUICK, "method": "calibrated", "epochs": 1, **changes})
+
+
+def call(**settings):
     pairs = [(image, caption.replace("green square", "green dot")) for image, caption in make_pairs()]
     forget, retain = split_pairs(pairs, "red")  # squares, as the blue ones
-    return cf.unlearn(make_tiny_clip(), forget, retain, **{**QUICK, "method": "calibrated", "epochs": 1, **changes})
+    return cf.unlearn(make_tiny_clip(), forget, retain, **settings)
 
 
 def test_levels_are_the_same_on_the_training_device():
@@ -211,7 +215,7 @@ def watch_losses(monkeypatch):
 
 def test_a_run_takes_them_for_its_loss_unless_told_otherwise(monkeypatch):
     seen = watch_losses(monkeypatch)
-    plain = run(method_options={"levels": "unrelated"})
+    plain = run(forget_level="unrelated")
     related = run()
     first, second = seen[0], seen[len(seen) // 2]
     mask = first["forget_mask"]
@@ -239,7 +243,7 @@ def test_a_run_gives_its_loss_the_related_classes_of_each_pair(monkeypatch):
         assert images.shape == (1, features.image.shape[1]) and images.norm() > 0.1
         assert weights[:, 0].tolist() == [1.0] * features.n_forget + [0.0] * len(features.retain_image)
     seen.clear()
-    run(method_options={"levels": "unrelated"})
+    run(forget_level="unrelated")
     assert seen and all(features.related is None for features in seen)
 
 
@@ -260,25 +264,40 @@ def test_a_run_with_many_retain_pairs_takes_a_sample_of_each_class(monkeypatch):
 def test_a_run_without_classes_has_the_levels_of_all_pairs(changes):
     found = run(**changes)
     assert not any("words with retained" in note for note in found.record["notes"])
-    plain = run(method_options={"levels": "unrelated"}, **changes)
+    plain = run(forget_level="unrelated", **changes)
     assert [line.get("total") for line in found.history] == [line.get("total") for line in plain.history]
 
 
-def test_other_words_for_levels_are_refused():
-    with pytest.raises(InputError, match="levels='near' is not one of auto, related, unrelated"):
-        run(method_options={"levels": "near"})
+def test_other_words_for_the_level_are_refused():
+    with pytest.raises(InputError, match="forget_level='near' is not one of auto, related, unrelated"):
+        run(forget_level="near")
 
 
 @pytest.mark.parametrize(
-    ("options", "expected"),
+    ("settings", "expected"),
     [
         ({}, True),
-        ({"levels": "related"}, True),
-        ({"levels": "unrelated"}, False),
-        ({"lambda_hidden": 1.0}, False),
-        ({"lambda_hidden": 1.0, "levels": "related"}, True),
+        ({"forget_level": "related"}, True),
+        ({"forget_level": "unrelated"}, False),
+        ({"method_options": {"lambda_hidden": 1.0}}, False),
+        ({"method_options": {"lambda_hidden": 1.0}, "forget_level": "related"}, True),
+        ({"method": "cliperase"}, True),
+        ({"method": "text_projection", "forget_level": "unrelated"}, False),
     ],
 )
-def test_levels_are_those_of_related_classes_unless_hidden_states_are_held(options, expected):
-    method, _ = make_method(cf.UnlearnConfig(method="calibrated", method_options=options))
+def test_levels_are_those_of_related_classes_unless_hidden_states_are_held(settings, expected):
+    method, _ = make_method(cf.UnlearnConfig(**settings))
     assert method.related_levels == expected
+
+
+@pytest.mark.parametrize("method", ["calibrated", "cliperase", "retain_finetune", "text_projection"])
+def test_every_method_is_judged_by_the_level_of_related_classes(method):
+    levels = {}
+    for level in ("auto", "related", "unrelated"):
+        numbers = {} if method == "text_projection" else {"epochs": 1, "batch_size": 6, "learning_rate": 1e-3}
+        found = call(method=method, select="divergence", forget_level=level, progress=False, report=False, **numbers)
+        levels[level] = found.record["selection"]["background"]
+        told = any("words with retained classes" in note for note in found.record["notes"])
+        assert told == (level != "unrelated")
+    assert levels["auto"] == levels["related"]
+    assert abs(levels["related"] - levels["unrelated"]) > 1e-3

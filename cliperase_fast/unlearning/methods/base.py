@@ -82,6 +82,11 @@ class Method(ABC):
         """Whether this run reads the teacher's features."""
         return "teacher" in self.needs
 
+    @property
+    def related_levels(self) -> bool:
+        """Whether classes that share words with retained ones have background levels of their own."""
+        return bool(self.settings.forget_level != "unrelated")
+
     def check_inputs(self, teacher: Any) -> None:
         """Raise InputError for a setting or an argument that the method does not use."""
         for spec in dataclasses.fields(UnlearnConfig):
@@ -166,11 +171,6 @@ class TrainingMethod(Method):
         trainer.finish()
         return state
 
-    @property
-    def related_levels(self) -> bool:
-        """Whether classes that share words with retained ones have background levels of their own."""
-        return False
-
     def widen(self, run: Run) -> Widen | None:
         """Return what gives student and teacher encoders with more after the features; None for the features alone.
 
@@ -204,7 +204,7 @@ class ClosedFormMethod(Method):
         kept = {**dict(run.parameters), **dict(run.student.module.named_buffers())}
         tracker = Tracker(run, lambda: kept)
         if run.needs_target:
-            run.set_target(measure_background(run, None))
+            run.set_target(measure_background(run, None, self.related_levels))
         run.setup.models.release()
         if run.setup.checkpoint is not None:  # written once the edit was done
             tracker.restore(run.setup.checkpoint, lambda state: None)

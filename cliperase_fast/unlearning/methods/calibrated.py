@@ -57,7 +57,6 @@ from cliperase_fast.unlearning.teacher import MEMORY_LIMIT, Widen
 
 MEASURED = 256  # captions that tell how far the hidden states have moved
 RELATED = 0.1  # the weight of the captions of related classes in `held`
-_LEVELS = ("auto", "related", "unrelated")
 _FORGET_CONCEPT = -1  # of all forget pairs of data whose pairs name no concept
 
 
@@ -68,10 +67,7 @@ class CalibratedOptions:
     lambda_anchor: of the squared distance of all other cosines from the original's. lambda_held: of that of the
     features of images and of retained captions. lambda_level: of the distance of the forget pairs' cosines from their
     background level. lambda_hidden: of the term on hidden states, for text-to-image pipelines. hidden_skip: how many
-    layers before the last one their hidden states are those of, as clip_skip of diffusers. levels: where forgetting
-    stops, "related", for classes whose names share words with retained classes near the level of those
-    (`unlearning.related`), or "unrelated", at the level of all retain pairs; "auto" is "related" unless hidden states
-    are held, as the forget captions' states become like those of all retained captions.
+    layers before the last one their hidden states are those of, as clip_skip of diffusers.
     """
 
     lambda_anchor: float = 30.0
@@ -79,13 +75,9 @@ class CalibratedOptions:
     lambda_level: float = 33.0
     lambda_hidden: float = 0.0
     hidden_skip: int = 0
-    levels: str = "auto"
 
     def __post_init__(self) -> None:
-        weights = asdict(self)
-        if weights.pop("levels") not in _LEVELS:
-            raise InputError(f"levels={self.levels!r} is not one of {', '.join(_LEVELS)}")
-        for name, weight in weights.items():
+        for name, weight in asdict(self).items():
             if not 0 <= weight < math.inf:  # false for NaN as well
                 raise InputError(f"{name}={weight} must be a finite number, 0 or larger")
         if not isinstance(self.hidden_skip, int):
@@ -139,8 +131,9 @@ class Calibrated(TrainingMethod):
 
     @property
     def related_levels(self) -> bool:
-        levels: str = self.options.levels
-        return levels == "related" or (levels == "auto" and self.options.lambda_hidden == 0)
+        # Held hidden states of forget captions become like those of all retained captions.
+        held = self.settings.forget_level == "auto" and self.options.lambda_hidden > 0
+        return super().related_levels and not held
 
     def check_inputs(self, teacher: Any) -> None:
         super().check_inputs(teacher)
