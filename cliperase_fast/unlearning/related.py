@@ -153,7 +153,8 @@ def related_note(train: Split, background: Background) -> str | None:
     which = f"{first} shares" if len(labels) == 1 else f"{len(labels)} classes to forget, {first} among them, share"
     return (
         f"{which} words with retained classes ({shown}). A model that never saw the pairs to forget would know these "
-        "words, so forgetting stops near the level of those classes instead of that of unrelated pairs"
+        "words, so forgetting stops near the level of those classes instead of that of unrelated pairs "
+        "(forget_level='unrelated')"
     )
 
 
