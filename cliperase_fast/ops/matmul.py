@@ -47,6 +47,16 @@ def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.mm(left.float(), right.float(), out=out)
 
 
+def batched_product(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """Compute left @ right in float32 into `out`, for several products at once: [b, n, D] @ [b, D, m] -> [b, n, m]."""
+    if left.dtype == torch.float32:
+        torch.bmm(left, right, out=out)
+    elif left.is_cuda:
+        torch.bmm(left, right, out_dtype=torch.float32, out=out)
+    else:
+        torch.bmm(left.float(), right.float(), out=out)
+
+
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add left @ right to `total` in place, accumulated in float32."""
     if left.dtype == torch.float32:

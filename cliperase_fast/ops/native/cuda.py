@@ -26,7 +26,7 @@ from cliperase_fast.ops.blocks import (
 )
 from cliperase_fast.ops.calibrated import Edit, Pull, calibrated_terms
 from cliperase_fast.ops.calibrated_sweep import as_calibrated, gradients_by_blocks, losses_by_blocks
-from cliperase_fast.ops.matmul import as_pair, product
+from cliperase_fast.ops.matmul import as_pair, batched_product, product
 from cliperase_fast.ops.native import extension
 from cliperase_fast.ops.native.extension import as_buffer_or_none
 from cliperase_fast.ops.spec import (
@@ -54,11 +54,25 @@ class CudaKernels:
     whose last dimension is not contiguous are copied. Memory: a block of CLIPERASE_STRIP_MIB, O(N D), and the cache.
     """
 
-    def __init__(self, kernels: Any = None, name: str = "native_cuda", block_columns: int = 0) -> None:
-        """Use `kernels` instead of the extension's. block_columns: of the widest block; 0: chosen from its memory."""
+    def __init__(
+        self,
+        kernels: Any = None,
+        name: str = "native_cuda",
+        block_columns: int = 0,
+        batched: bool = False,
+        block_bytes: int = 0,
+    ) -> None:
+        """Use `kernels` instead of the extension's.
+
+        block_columns: of the widest block; 0: chosen from its memory. batched: the products of student and teacher are
+        one call where their widths and dtypes are equal, which takes copies of all features. block_bytes: memory of a
+        block; 0: CLIPERASE_STRIP_MIB.
+        """
         self.name = name
+        self.batched = batched
         self._kernels = kernels
         self._block_columns = block_columns
+        self._block_bytes = block_bytes
 
     def cache_size(self, inputs: SimilarityInputs) -> int:
         """Return the bytes of the float32 products of student and teacher; see `blocks.kept_bytes`."""
@@ -88,7 +102,7 @@ class CudaKernels:
 
     def _forward(self, inputs: SimilarityInputs, cache: Tensor, comparison: _Comparison | None) -> Stats:
         with torch.cuda.device_of(inputs.image):
-            operands, n, m, device = _Operands(inputs), inputs.n, inputs.m, inputs.image.device
+            operands, n, m, device = _Operands(inputs, self.batched), inputs.n, inputs.m, inputs.image.device
             shift = operands.shift()
             blocks = _Blocks(self, operands, inputs.strip_rows, cache, shift, comparison)
             blocks.kept[..., m:].zero_()  # so that equal calls keep equal bytes
@@ -128,7 +142,7 @@ class CudaKernels:
         self, inputs: SimilarityInputs, saved: SavedStats, weights: Weights, need: Need, partial: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
         with torch.cuda.device_of(inputs.image):
-            operands, scale = _Operands(inputs), inputs.scale
+            operands, scale = _Operands(inputs, self.batched), inputs.scale
             softmaxes, diagonal, unit = unit_terms(
                 inputs, saved, Weights(weights.retention.float(), weights.consistency.float()),
                 loss_scale=2.0**13 if operands.image.dtype == torch.float16 else 1.0,
@@ -145,7 +159,7 @@ class CudaKernels:
         self, inputs: SimilarityInputs, edit: Edit | None, terms: GradientTerms, pull: Pull, cache: Tensor, need: Need
     ) -> tuple[Tensor, Tensor, Tensor]:
         with torch.cuda.device_of(inputs.image):
-            operands = _Operands(inputs)
+            operands = _Operands(inputs, self.batched)
             softmaxes, diagonal, pull, unit = calibrated_terms(operands.pairs, edit, terms, pull)
             comparison = _Comparison(edit, inputs.image.device, pull)
             found = FeatureGradients(
@@ -195,18 +209,21 @@ class _Comparison:
 
 
 class _Operands:
-    """Convert the inputs for the products and kernels."""
+    """Convert the inputs for the products and kernels. batched: see `CudaKernels`."""
 
-    def __init__(self, inputs: SimilarityInputs) -> None:
+    def __init__(self, inputs: SimilarityInputs, batched: bool = False) -> None:
         self.n, self.m, self.pair_offset = inputs.n, inputs.m, inputs.pair_offset
-        self.image, self.text = as_pair(inputs.image, inputs.text)
         self.scale = inputs.scale.float()
-        self.pairs = [(self.image, self.text)]
+        self.pairs = [as_pair(inputs.image, inputs.text)]
         self.scales = [self.scale]
         if inputs.teacher is not None:
             image, text, scale = inputs.teacher
             self.pairs.append(as_pair(image, text))
             self.scales.append(scale.float())
+        self._stacked = _stacked(self.pairs) if batched else None
+        if self._stacked is not None:
+            self.pairs = list(zip(*self._stacked, strict=True))  # so that the features are not held twice
+        self.image, self.text = self.pairs[0]
         self.row_groups, self.column_groups = (
             None if ids is None else ids.contiguous() for ids in (inputs.group_ids, inputs.column_groups)
         )
@@ -221,6 +238,24 @@ class _Operands:
             for scale, (left, right) in zip(self.scales, self.pairs, strict=True)
         )
         return teacher - student
+
+    def multiply(self, rows: slice, columns: slice, out: Tensor) -> None:
+        """Form a block of the products of student and teacher; out: [1 or 2, rows, columns]."""
+        if self._stacked is not None:
+            images, texts = self._stacked
+            batched_product(images[:, rows], texts[:, columns].mT, out)
+            return
+        for into, (left, right) in zip(out, self.pairs, strict=True):
+            product(left[rows], right[columns].T, out=into)
+
+
+def _stacked(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor] | None:
+    """Return the images [2, n, D'] and texts [2, m, D'] of student and teacher; None if their products differ."""
+    images, texts = zip(*pairs, strict=True)
+    first, last = images[0], images[-1]
+    if len(images) == 1 or first.shape != last.shape or first.dtype != last.dtype:
+        return None
+    return torch.stack(images), torch.stack(texts)
 
 
 class _Blocks:
@@ -242,7 +277,7 @@ class _Blocks:
         pair_bytes = matrices * _FLOAT + gradient * dtype.itemsize
         wave = full_wave(operands.image.device, operands.image.shape[1])
         self.rows, self.columns = block_shape(
-            n, m, pair_bytes, strip_bytes(), _UNITS, wave, strip_rows, owner._block_columns
+            n, m, pair_bytes, owner._block_bytes or strip_bytes(), _UNITS, wave, strip_rows, owner._block_columns
         )
         self.kept = cache.view(torch.float32).view(matrices, -1, _leading(m))  # [matrices, kept rows, m and padding]
         device = operands.image.device
@@ -276,8 +311,7 @@ class _Blocks:
         else:
             matrices = self.products[:, :count, :padded]
         if self.form_kept or not kept:
-            for out, (left, right) in zip(matrices, self.operands.pairs, strict=True):
-                product(left[rows], right[columns].T, out=out[:, :width])
+            self.operands.multiply(rows, columns, matrices[..., :width])
         row_groups, column_groups = self.operands.row_groups, self.operands.column_groups
         edit = None if self.comparison is None else self.comparison.edit
         edited = {}
