@@ -51,7 +51,12 @@ def _native(device: str) -> Implementation:
     from cliperase_fast.ops.native import cpu, cuda
 
     if device == "cuda":
-        return Implementation(cuda.sweep, _torch(device).sigmoid, eager.features_kl, cuda.kernels, cuda.calibrated)
+        sweep = cuda.sweep
+        if extension.wants_graphs():
+            from cliperase_fast.ops.native import graphs
+
+            sweep = graphs.sweep
+        return Implementation(sweep, _torch(device).sigmoid, eager.features_kl, cuda.kernels, cuda.calibrated)
     return Implementation(cpu.sweep, cpu.sigmoid, eager.features_kl, cpu.kernels, cpu.calibrated)
 
 

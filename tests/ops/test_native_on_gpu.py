@@ -6,6 +6,7 @@ Needs the extension, built with nvcc. `test_runtime_on_gpu.py` tests streams, gr
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from sweep_cases import Batch, moved, outcome, random_batch
 from cliperase_fast import functional
 from cliperase_fast.ops.autograd import as_sweep
 from cliperase_fast.ops.native.cuda import CudaKernels
+from cliperase_fast.ops.native.graphs import GraphedKernels, l2_share
 from cliperase_fast.ops.streaming import sweep as streamed
 
 pytestmark = pytest.mark.gpu
@@ -28,6 +30,10 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for torch's deter
 NAME = "native_cuda_checked"
 on_gpu = as_sweep(CudaKernels(name=NAME, block_columns=128))
 whole = as_sweep(CudaKernels(name=f"{NAME}_whole"))
+BLOCK_BYTES = 1 << 20  # a thousand pairs are many blocks
+batched = as_sweep(CudaKernels(name=f"{NAME}_batched", batched=True, block_bytes=BLOCK_BYTES))
+graph_kernels = GraphedKernels(name=f"{NAME}_graphs", block_bytes=BLOCK_BYTES)
+graphed = as_sweep(graph_kernels)
 
 
 def sweep(inputs):
@@ -132,3 +138,98 @@ def test_memory_of_the_calibrated_loss_is_bounded():
     beyond = torch.cuda.max_memory_allocated() - before
     # the block and its partials; gradients in float32, of the whole and of a block, and others; O(N) state
     assert beyond <= (128 << 20) * 9 // 8 + 32 * n * width + 8 * n * 64 + (32 << 20)
+
+
+def thousand(dtype=torch.bfloat16, seed=0, teacher_width=192, device="cuda"):
+    batch = random_batch(1000, 192, teacher_width, scale=50.0, seed=seed).to(dtype)
+    return moved(replace(batch, group_ids=torch.arange(1000) // 3), device)
+
+
+def plain(batch):
+    """The same blocks and products without graphs."""
+    return run(batched, batch, keep="nothing")
+
+
+def assert_equal(ours, theirs):
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(one.cpu(), other.cpu())
+
+
+@pytest.mark.parametrize("teacher_width", [192, 96], ids=["one product", "two products"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_batched_products_and_graphs_agree_with_float64(dtype, teacher_width):
+    batch = thousand(dtype, teacher_width=teacher_width)
+    expected = run(streamed, batch.to(torch.float64))
+    for ours, theirs in zip(run(graphed, batch), expected, strict=True):
+        assert ((ours.double() - theirs).norm() / theirs.norm()).item() < 8 * torch.finfo(dtype).eps + 1e-4
+    assert_equal(run(graphed, batch), plain(batch))
+
+
+def test_graphs_are_replayed_on_new_data_without_waiting_and_earlier_results_stay():
+    first, second = thousand(), thousand(seed=1)
+    found = run(graphed, first)
+    copies = [tensor.clone() for tensor in found]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = run(graphed, second)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_equal(again, plain(second))
+    assert_equal(found, copies)
+
+
+def test_graphs_replayed_on_two_streams_take_turns():
+    batches = [thousand(seed=seed) for seed in range(2)]
+    expected = [plain(batch) for batch in batches]
+    run(graphed, batches[0])
+    torch.cuda.synchronize()
+    streams, found = [torch.cuda.Stream() for _ in batches], []
+    for _ in range(5):
+        for stream, batch in zip(streams, batches, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(run(graphed, batch))
+    torch.cuda.synchronize()
+    for place, tensors in enumerate(found):
+        assert_equal(tensors, expected[place % 2])
+
+
+def test_a_graph_of_the_caller_contains_the_launches_of_the_sweep():
+    static, other = thousand(), thousand(seed=1)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        plain(static)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(graphed, static)
+    static.image.copy_(other.image)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_equal(captured, plain(static))
+
+
+@pytest.mark.xdist_group("memory")
+def test_cleared_graphs_leave_no_memory_behind():
+    batch = thousand()
+    plain(batch)
+    graph_kernels.clear()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    for dtype in (torch.bfloat16, torch.float32):
+        run(graphed, batch.to(dtype))
+    graph_kernels.clear()
+    torch.cuda.empty_cache()
+    # cuBLAS's workspaces of two streams and two threads stay
+    assert torch.cuda.memory_reserved() - before <= 160 << 20
+
+
+def test_graphs_serve_every_device_with_blocks_of_half_its_l2_cache():
+    by_l2 = as_sweep(GraphedKernels(name=f"{NAME}_l2"))
+    expected = plain(thousand())
+    for index in range(torch.cuda.device_count()):
+        device = torch.device("cuda", index)
+        assert 1 << 20 <= l2_share(device) <= 256 << 20
+        for ours, theirs in zip(run(by_l2, thousand(device=device)), expected, strict=True):
+            assert ((ours.cpu().double() - theirs.cpu().double()).norm() / theirs.cpu().double().norm()) < 2e-2

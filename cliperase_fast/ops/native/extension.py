@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cliperase_fast.errors import InputError
 from cliperase_fast.ops.spec import DTYPE_NAMES
 
+GRAPHS_VARIABLE = "CLIPERASE_CUDA_GRAPHS"  # 1: `graphs.py` runs the sweep on a GPU
 INSTRUCTIONS_VARIABLE = "CLIPERASE_CPU"  # amx, avx512_bf16, avx512, avx2 or portable, instead of the widest
 _INTERFACE = 8  # must equal that of csrc/bindings.cpp
 _CUDA_INTERFACE = 1  # must equal that of csrc/cuda/bindings.cpp
@@ -34,6 +36,14 @@ def load() -> ModuleType:
 def instruction_set() -> str | None:
     """Return the instruction set that the environment sets; None means the widest."""
     return os.environ.get(INSTRUCTIONS_VARIABLE) or None
+
+
+def wants_graphs() -> bool:
+    """Return whether the environment asks for CUDA graphs."""
+    asked = os.environ.get(GRAPHS_VARIABLE) or "0"
+    if asked not in ("0", "1"):
+        raise InputError(f"{GRAPHS_VARIABLE}={asked} must be 1 (use CUDA graphs), 0 or unset (do without)")
+    return asked == "1"
 
 
 def why_missing() -> str | None:
