@@ -6,13 +6,14 @@
     TRITON_INTERPRET=1 python -m benchmarks.tournament --rehearse     small sizes in Triton's interpreter
 
 The rounds, the most important first: correctness of each variant against float64; the forward and the backward kernel
-of RM + CM in bfloat16 with N = 32,768 and D = 768; whole sweeps with N = 32,768 and 65,536; the calibrated loss; the
-kernels with kept similarities; the products dI and dT for several shapes of blocks of dS; the GPU's counters during the
-best sweep, where Nsight Compute (`ncu`) is installed. Each result is a line of tournament-GPU.jsonl, written as it
-comes into runs/bench, and into the folder $OUT if that is set. A second run goes on where the first one stopped (on
-another machine, with the file in its runs/bench), and leaves out an entry that has ended the process twice. The last
-line has the best configuration, which is saved like a tuned one, so that the losses use it from then on. Delete the
-file to measure again.
+of RM + CM in bfloat16 with N = 32,768 and D = 768; whole sweeps with N = 32,768 and 65,536; the same of the backend
+`native` (`tournament_native.py`), where the extension has its CUDA kernels; the calibrated loss; the kernels with kept
+similarities; the products dI and dT for several shapes of blocks of dS; the GPU's counters during the best sweep, where
+Nsight Compute (`ncu`) is installed. Each result is a line of tournament-GPU.jsonl, written as it comes into runs/bench,
+and into the folder $OUT if that is set. A second run goes on where the first one stopped (on another machine, with the
+file in its runs/bench), and leaves out an entry that has ended the process twice. The last line has the best
+configuration, which is saved like a tuned one, so that the losses use it from then on. Delete the file to measure
+again.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,11 +54,12 @@ from .batches import Batch, Case, forgotten, make_batch
 from .machine import IN_CHECKOUT, describe
 from .options import device_slug
 from .timing import Clock
+from .tournament_checks import Entry, Row, outcome, worst_error
+from .tournament_native import native_entries
 
 SECONDS = 360.0
 _WIDTH, _SIZES = 768, (32_768, 65_536)
 _REHEARSAL = (64, 96)
-_LARGEST_ERROR = 1e-2  # relative, of bfloat16 gradients
 _REPEATS, _MEASURE_SECONDS = 15, 0.4
 _STARTS = 4  # of the measuring process
 _SECTIONS = ("SpeedOfLight", "Occupancy", "MemoryWorkloadAnalysis", "WarpStateStats")  # of Nsight Compute
@@ -75,17 +77,6 @@ BACKWARD = (
 )  # fmt: skip
 # Beside the configuration that is used; others of 128 rows and columns spill in this loss.
 _CALIBRATED = (Config(64, 64, 64, 8, 4), Config(64, 64, 64, 4, 3))
-
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One measurement. needs: key of the entry that must have passed."""
-
-    key: str
-    run: Callable[[], Row]
-    needs: str | None = None
 
 
 class Tournament:
@@ -139,6 +130,8 @@ class Tournament:
         return True
 
     def _row(self, entry: Entry) -> Row:
+        if entry.missing is not None:
+            return {"key": entry.key, "status": "left out", "reason": entry.missing}
         if entry.needs is not None and not self.passed(entry.needs):
             return {"key": entry.key, "status": "left out", "reason": f"{entry.needs} did not pass"}
         begun = Counter(row["key"] for row in self.rows if row["status"] == "begun")
@@ -168,6 +161,7 @@ class Tournament:
         for size in self.sizes:
             yield Entry(f"sweep {size} shipped", lambda size=size: self.time_sweep(self.shipped, size, "nothing"))
             yield Entry(f"sweep {size} best", lambda size=size: self.time_sweep(self.best(), size, "nothing"))
+        yield from native_entries(self)
         used, *others = self.calibrated_configs()
         for config, keep in ((used, "nothing"), (used, "similarities"), *((other, "nothing") for other in others)):
             call = lambda config=config, keep=keep: self.time_calibrated(config, n, keep)  # noqa: E731
@@ -207,9 +201,9 @@ class Tournament:
         worst, count = 0.0, 600 if self.device == "cuda" else 40
         for groups in (False, True) if way == "forward_groups" else (False,):
             inputs = self.inputs(count, groups, keep or ("similarities" if way == "forward_groups" else "nothing"))
-            found = _outcome(as_sweep_of(self.with_config(way, config)), inputs, inputs.image.dtype)
-            truth = _outcome(eager.sweep, inputs, torch.float64)
-            worst = max(worst, _worst(found, truth))
+            found = outcome(as_sweep_of(self.with_config(way, config)), inputs, inputs.image.dtype)
+            truth = outcome(eager.sweep, inputs, torch.float64)
+            worst = max(worst, worst_error(found, truth))
         return {"error": worst}
 
     def time_kernel(self, way: str, config: Config, n: int, kept: bool) -> Row:
@@ -256,7 +250,7 @@ class Tournament:
             self.calibrated_with(self.shipped.forward).loss, self.calibrated_inputs(count, "nothing")
         )
         truth = _calibrated_outcome(eager.calibrated, self.calibrated_inputs(count, "nothing", torch.float64))
-        return {"error": _worst(found, truth)}
+        return {"error": worst_error(found, truth)}
 
     def time_calibrated(self, config: Config, n: int, keep: str) -> Row:
         """Time forward and backward of the calibrated loss with its default weights."""
@@ -281,8 +275,11 @@ class Tournament:
         return {"ms": self.median_ms(both) * (n / rows) * (n / columns), "bytes": block.nbytes}
 
     def time_sweep(self, configs: Configs, n: int, keep: str) -> Row:
+        row = self.time_step(as_sweep_of(TritonKernels(configs)), self.inputs(n, keep=keep))
+        return {**row, "configs": asdict(configs), "keep": keep}
+
+    def time_step(self, sweep: Sweep, inputs: SimilarityInputs) -> Row:
         """Time forward and backward of RM + CM, and measure the memory beyond the inputs."""
-        sweep, inputs = as_sweep_of(TritonKernels(configs)), self.inputs(n, keep=keep)
         leaves = [inputs.image, inputs.text, inputs.scale]
 
         def step() -> None:
@@ -290,7 +287,7 @@ class Tournament:
             torch.autograd.grad(retention + 3 * consistency, leaves)
 
         step()
-        row: Row = {"configs": asdict(configs), "keep": keep}
+        row: Row = {}
         if self.device == "cuda":
             torch.cuda.synchronize()
             before = torch.cuda.memory_allocated()
@@ -351,17 +348,6 @@ def as_sweep_of(kernels: TritonKernels) -> Sweep:
     return as_sweep(_named(kernels))
 
 
-def _worst(found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
-    """Return the largest relative error. Raises ArithmeticError if it is too large."""
-    worst = max(
-        ((ours.double().cpu() - exact.cpu()).norm() / exact.cpu().norm()).item()
-        for ours, exact in zip(found, truth, strict=True)
-    )
-    if not worst <= _LARGEST_ERROR:
-        raise ArithmeticError(f"off by {worst:.1e}, more than {_LARGEST_ERROR:.0e}")
-    return worst
-
-
 def _calibrated_outcome(loss: Callable[[CalibratedInputs], Sequence[Tensor]], inputs: CalibratedInputs) -> list[Tensor]:
     """Return the loss with its default weights, and the gradients."""
     terms = loss(inputs)
@@ -399,21 +385,6 @@ def run_sweep(configs: Configs, n: int, width: int) -> None:
     losses = as_sweep_of(TritonKernels(configs))(inputs)
     torch.autograd.grad(losses[0] + 3 * losses[1], [inputs.image, inputs.text, inputs.scale])
     torch.cuda.synchronize()
-
-
-def _outcome(sweep: Sweep, inputs: SimilarityInputs, dtype: torch.dtype) -> list[Tensor]:
-    """Losses and gradients of RM + CM on the CPU, computed from the inputs in `dtype`."""
-    wide = torch.promote_types(dtype, torch.float32)
-
-    def converted(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.detach().to(wide if tensor.ndim == 0 else dtype)
-
-    names = ("image", "text", "scale", "teacher_image", "teacher_text", "teacher_scale")
-    inputs = replace(inputs, **{field: converted(getattr(inputs, field)) for field in names})
-    leaves = [tensor.requires_grad_() for tensor in (inputs.image, inputs.text, inputs.scale)]
-    retention, consistency = sweep(inputs)
-    gradients = torch.autograd.grad(retention + 3 * consistency, leaves)
-    return [tensor.detach().cpu() for tensor in (retention, consistency, *gradients)]
 
 
 def tune(widths: Sequence[int], seconds: float) -> None:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from cliperase_fast.benchmarks import tournament
+from cliperase_fast.benchmarks import tournament, tournament_native
 from cliperase_fast.benchmarks.tournament import Entry, Tournament
+from cliperase_fast.ops import streaming
 from cliperase_fast.ops.triton.configs import Config
 
 ROOT = Path(__file__).parents[2]
@@ -101,6 +102,55 @@ def test_counters_are_those_of_the_first_launch_of_each_kernel(monkeypatch, tmp_
         tournament.counters(begin(tmp_path).shipped, 64, 96)
 
 
+def run_native(tmp_path, monkeypatch, **variants) -> dict[str, dict]:
+    monkeypatch.setattr(tournament_native, "why_missing", lambda device: None)
+    monkeypatch.setattr(tournament_native, "VARIANTS", variants)
+    made = begin(tmp_path)
+    made.entries = lambda: tournament_native.native_entries(made)
+    assert made.run(LATER)
+    return {row["key"]: row for row in written(tmp_path)}
+
+
+class Graphed(tournament_native.GraphedKernels):
+    """With the kernels of "torch", which run here."""
+
+    def losses(self, *arguments):
+        return streaming.kernels.losses(*arguments)
+
+    def backward(self, *arguments):
+        return streaming.kernels.backward(*arguments)
+
+
+def shipped(name: str) -> streaming.TorchKernels:
+    kernels = streaming.TorchKernels()
+    kernels.name = name
+    return kernels
+
+
+def test_whole_sweeps_of_native_are_checked_and_timed_and_their_graphs_released(tmp_path, monkeypatch):
+    cleared = []
+    monkeypatch.setattr(Graphed, "clear", lambda self: cleared.append(self.name))
+    found = run_native(tmp_path, monkeypatch, shipped=shipped, graphs=lambda name: Graphed(name=name))
+    assert [(key, row["status"]) for key, row in found.items()] == [
+        ("correct native shipped", "passed"), ("correct native graphs", "passed"),
+        ("native sweep 64 shipped", "passed"), ("native sweep 64 graphs", "passed"),
+        ("native sweep 64 shipped, kept", "passed"),
+    ]  # fmt: skip
+    assert found["correct native graphs"]["error"] < 1e-2 and len(set(cleared)) == 2
+    for key, keep in (("native sweep 64 graphs", "nothing"), ("native sweep 64 shipped, kept", "similarities")):
+        assert found[key]["ms"] > 0 and found[key]["forward_ms"] > 0 and found[key]["keep"] == keep
+
+
+def test_native_is_left_out_with_the_reason_where_its_kernels_cannot_run(tmp_path, monkeypatch):
+    made = begin(tmp_path)
+    made.entries = lambda: tournament_native.native_entries(made)
+    assert made.run(LATER)
+    (row,) = written(tmp_path)
+    assert row == {"key": "native", "status": "left out", "reason": "the CUDA kernels of native need a GPU"}
+    monkeypatch.setattr(tournament_native.extension, "why_missing", lambda: "it is not built")
+    assert tournament_native.why_missing("cuda") == "it is not built"
+
+
 @pytest.mark.long
 def test_the_whole_tournament_can_be_rehearsed_in_the_interpreter(tmp_path):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OUT": str(tmp_path)}
@@ -108,5 +158,6 @@ def test_the_whole_tournament_can_be_rehearsed_in_the_interpreter(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     rows = [json.loads(line) for line in (tmp_path / "tournament-cpu.jsonl").read_text().splitlines()]
-    assert {row["status"] for row in rows} == {"begun", "passed"}
+    assert {row["status"] for row in rows if row["key"] != "native"} == {"begun", "passed"}
+    assert [row["reason"] for row in rows if row["key"] == "native"] == ["the CUDA kernels of native need a GPU"]
     assert rows[-1]["key"] == "best" and rows[-1]["configs"]["forward"]["block_m"] == 32
