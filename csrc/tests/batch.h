@@ -20,7 +20,7 @@ inline std::uint32_t encode(Dtype dtype, double value) {
     if (dtype == Dtype::float16) {
         int exponent;
         std::frexp(value, &exponent);
-        exponent = std::max(exponent - 1, -14);  // subnormal numbers have the spacing of that exponent
+        exponent = value == 0 ? -14 : std::max(exponent - 1, -14);  // that of subnormal numbers, for their spacing
         const auto mantissa = static_cast<std::uint32_t>(std::lrint(std::ldexp(std::abs(value), 10 - exponent)));
         return (std::signbit(value) ? 0x8000u : 0u) + mantissa + (static_cast<std::uint32_t>(exponent + 14) << 10);
     }
