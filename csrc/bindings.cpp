@@ -19,7 +19,7 @@ PYBIND11_MODULE(_C, module) {
 #endif
     // Increment it whenever an argument changes its name or meaning, here and in
     // cliperase_fast/ops/native/extension.py.
-    module.attr("INTERFACE") = 8;
+    module.attr("INTERFACE") = 9;
     py::dict info;
     info["compiler"] = CLIPERASE_COMPILER;
     info["openmp"] = bool(CLIPERASE_OPENMP);

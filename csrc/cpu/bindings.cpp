@@ -27,6 +27,7 @@ using cliperase::Dtype;
 using cliperase::dtype_of;
 using cliperase::FEATURE_DTYPES;
 using cliperase::Forward;
+using cliperase::Gradient;
 using cliperase::Layout;
 using cliperase::Matrix;
 using cliperase::OwnedBuffer;
@@ -183,8 +184,9 @@ void losses(const OwningInputs& in, bool want_retention, const OwnedBuffer& rete
     *to_consistency = static_cast<float>(result.consistency / pairs);
 }
 
-float* gradient(const char* name, const OwnedBuffer* buffer, std::int64_t rows, std::int64_t width) {
-    return floats(name, buffer, {rows, cliperase::gradient_stride(width)});
+Gradient gradient(const char* name, const OwnedBuffer* buffer, std::int64_t rows, std::int64_t width) {
+    if (buffer == nullptr) return {};
+    return {checked(*buffer, {name, FEATURE_DTYPES, {rows, width}, Layout::dense, CPU}), dtype_of(*buffer)};
 }
 
 double backward(const OwningInputs& in, const OwnedBuffer& saved_stats, bool want_retention, double weight_retention,

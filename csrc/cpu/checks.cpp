@@ -118,13 +118,13 @@ void check(const SimilarityInputs& in, const Backward& b) {
     if (in.has_masked() && in.row_groups == nullptr) check_softmax("retained", b.retained);
     if (in.paired()) check_pointer("diagonal", b.diagonal, sizeof(float));
     check_cache(in, b.cache, b.cached_rows);
-    if (b.grad_scale != nullptr && b.grad_image == nullptr) refuse("the gradient of scale needs grad_image");
+    if (b.grad_scale != nullptr && !b.grad_image) refuse("the gradient of scale needs grad_image");
 }
 
 void check(const SimilarityInputs& in, const Sigmoid& s) {
     if (in.has_teacher || in.row_groups != nullptr) refuse("the sigmoid loss takes neither a teacher nor groups");
     check_pointer("loss", s.loss, sizeof(double));
-    if (s.grad_scale != nullptr && s.grad_image == nullptr) refuse("the gradient of scale needs grad_image");
+    if (s.grad_scale != nullptr && !s.grad_image) refuse("the gradient of scale needs grad_image");
 }
 
 }  // namespace cliperase

@@ -1,4 +1,4 @@
-// The choice of the instruction set, and sizes that are common to all of them.
+// The choice of the instruction set.
 #include <cstring>
 
 #include "sweep.h"
@@ -83,7 +83,5 @@ const IsaKernels* choose_kernels(const char* name) {
             return kernels;
     return nullptr;
 }
-
-std::int64_t gradient_stride(std::int64_t width) { return (width + 15) / 16 * 16; }
 
 }  // namespace cliperase

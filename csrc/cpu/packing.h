@@ -33,6 +33,29 @@ inline float to_float(Float16 value) {
     return sign ? -out : out;
 }
 
+inline std::uint32_t to_bits(float value) {
+    std::uint32_t out;
+    std::memcpy(&out, &value, sizeof out);
+    return out;
+}
+
+// Rounds to nearest even, as torch does. Numbers below the smallest normal one are kept; the processor's instruction
+// for bfloat16 would set them to 0.
+inline void round_to(float& out, float value) { out = value; }
+inline void round_to(Bfloat16& out, float value) {
+    const std::uint32_t bits = to_bits(value), nearest = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+    out.bits = static_cast<std::uint16_t>(value == value ? nearest : 0x7fc0u);
+}
+inline void round_to(Float16& out, float value) {
+    const std::uint32_t bits = to_bits(value), magnitude = bits & 0x7fffffffu;
+    const std::uint32_t normal = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+    // Adding 0.5 rounds at the spacing of the numbers below the smallest normal one.
+    const std::uint32_t small = to_bits(from_bits(magnitude) + 0.5f) - 0x3f000000u;
+    const std::uint32_t large = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+    const std::uint32_t rounded = magnitude < 0x38800000u ? small : magnitude < 0x47800000u ? normal : large;
+    out.bits = static_cast<std::uint16_t>((bits >> 16 & 0x8000u) | rounded);
+}
+
 // Calls `work` with a null pointer to the element's type.
 template <typename Work>
 inline void with_dtype(Dtype dtype, Work work) {

@@ -85,16 +85,24 @@ struct Softmax {
     const float *row_anchor, *column_anchor, *row_factor, *column_factor;
 };
 
+// Where a gradient [rows, width] is written, contiguous; null: not needed. It is summed in float32 and rounded once, to
+// nearest even.
+struct Gradient {
+    void* data;
+    Dtype dtype;  // one of FEATURE_DTYPES
+    Gradient(float* to = nullptr) : Gradient(to, Dtype::float32) {}
+    Gradient(void* to, Dtype of) : data(to), dtype(of) {}
+    explicit operator bool() const { return data != nullptr; }
+};
+
 struct Backward {
     Softmax student, masked, teacher;
     Softmax retained;  // of a joint batch without groups: student and masked in one, for tiles of pairs to retain
     const float* diagonal;  // [rows], dS of the pairs; unused without pairs
     const void* cache;
     std::int64_t cached_rows;
-    // Null where not needed. Rows are `gradient_stride` floats apart: the width rounded up to a multiple of 16.
-    float* grad_image;  // [rows, width]
-    float* grad_text;   // [columns, width]
-    double* grad_scale;
+    Gradient grad_image, grad_text;
+    double* grad_scale;  // null where not needed
     // With a comparison: the factors of max(C - C*, 0) and of C - C*, which are added to dS where it is edited and
     // elsewhere, and the sum of dS S without them, null where not needed. `diagonal` contains them already.
     float pull_forget = 0, pull_anchor = 0;
@@ -106,10 +114,10 @@ struct Backward {
 struct Sigmoid {
     float bias;
     double* loss;
-    float *grad_image, *grad_text;  // as in Backward
+    Gradient grad_image, grad_text;
     double *grad_scale, *grad_bias;
 
-    bool gradients() const { return grad_image != nullptr || grad_text != nullptr || grad_bias != nullptr; }
+    bool gradients() const { return grad_image || grad_text || grad_bias != nullptr; }
 };
 
 // Each throws std::invalid_argument, with the name of the argument, for what would make a sweep read or write out of
@@ -153,8 +161,6 @@ inline std::int64_t cache_row_bytes(const SimilarityInputs& in) {
     const std::int64_t tile = CACHE_TILE_HEADER + (1 + in.has_teacher) * CACHE_TILE_ROWS * CACHE_TILE_COLUMNS;
     return 4 * column_tiles(in).tiles * tile;
 }
-
-std::int64_t gradient_stride(std::int64_t width);
 
 // The kernels compiled for one instruction set. Scratch memory: the bytes that the function above returns, aligned to
 // 64.

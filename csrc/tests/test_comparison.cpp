@@ -102,9 +102,8 @@ struct Gradients {
   private:
     void compare(const char* what, const char* isa, const Values& found, const std::vector<double>& exact,
                  const std::vector<double>& mass, double tolerance) const {
-        const std::int64_t stride = cliperase::gradient_stride(WIDTH);
         for (std::size_t at = 0; at < exact.size(); ++at)
-            expect_within(what, isa, found[at / WIDTH * stride + at % WIDTH], exact[at],
+            expect_within(what, isa, found[at], exact[at],
                           tolerance * (1 + std::abs(exact[at])) + rounding * mass[at]);
     }
 };
@@ -124,8 +123,7 @@ void check_block(const cliperase::IsaKernels& kernels, const Block& block, bool 
     const cliperase::Workspace scratch(kernels.forward_scratch(in));
     kernels.forward(in, out, scratch.data());
 
-    const std::int64_t stride = cliperase::gradient_stride(WIDTH);
-    std::vector<float> grad_image(n * stride), grad_text(m * stride), diagonal(n, 0.25f);
+    std::vector<float> grad_image(n * WIDTH), grad_text(m * WIDTH), diagonal(n, 0.25f);
     const std::vector<float> row_anchor(n, 4), column_anchor(m, 4), factor(n, 0.125f), none(std::max(n, m), 0.0f);
     double dot = 0;
     cliperase::Backward b{};
@@ -191,7 +189,7 @@ struct Joint {
 
 // The terms of a joint batch, and the gradients of a weighted sum of them.
 void check_joint(const cliperase::IsaKernels& kernels, const Joint& joint, std::int64_t cached_tiles, int threads) {
-    const std::int64_t n = joint.n, stride = cliperase::gradient_stride(WIDTH);
+    const std::int64_t n = joint.n;
     const SimilarityInputs in = joint.inputs(threads);
     cliperase::check(in);
     const cliperase::Tiling tiles = cliperase::row_tiles(in);
@@ -208,7 +206,7 @@ void check_joint(const cliperase::IsaKernels& kernels, const Joint& joint, std::
     cliperase::calibrated_terms(in, out, terms, factors, saved.data());
 
     const double weights[4] = {0.5, -1.25, 2, 0.75};
-    std::vector<float> grad_image(n * stride), grad_text(n * stride), memory(cliperase::terms_size(in));
+    std::vector<float> grad_image(n * WIDTH), grad_text(n * WIDTH), memory(cliperase::terms_size(in));
     double dot = 0;
     cliperase::Backward b{};
     b.cache = cache.data(), b.cached_rows = out.cached_rows, b.similarity_dot = &dot;

@@ -89,8 +89,7 @@ void check_kernels(const cliperase::IsaKernels& kernels, std::int64_t n, std::in
         row_factor[i] = static_cast<float>(std::exp(double(row_anchor[i]) - row_lse[i]));
     for (std::int64_t j = 0; j < m; ++j) column_anchor[j] = static_cast<float>(std::log(column_total[j] + 1e-30));
     const std::vector<float> zeros(n, 0.0f);
-    const std::int64_t stride = cliperase::gradient_stride(data.width);
-    std::vector<float> grad_image(n * stride), grad_text(m * stride);
+    std::vector<float> grad_image(n * data.width), grad_text(m * data.width);
     double grad_scale = 0;
     Backward b{};
     b.student = {row_anchor.data(), column_anchor.data(), row_factor.data(), column_factor.data()};
@@ -114,11 +113,11 @@ void check_kernels(const cliperase::IsaKernels& kernels, std::int64_t n, std::in
             }
         }
         for (std::int64_t k = 0; k < data.width; ++k)
-            expect_close("gradient of image", kernels.name, grad_image[i * stride + k], 0.5 * of_image[k], 1e-5);
+            expect_close("gradient of image", kernels.name, grad_image[i * data.width + k], 0.5 * of_image[k], 1e-5);
     }
     for (std::int64_t j = 0; j < m; ++j)
         for (std::int64_t k = 0; k < data.width; ++k)
-            expect_close("gradient of text", kernels.name, grad_text[j * stride + k], of_text[j * data.width + k],
+            expect_close("gradient of text", kernels.name, grad_text[j * data.width + k], of_text[j * data.width + k],
                          2e-5);
     expect_close("gradient of scale", kernels.name, grad_scale, of_scale, 1e-4);
 }
@@ -127,8 +126,7 @@ void check_kernels(const cliperase::IsaKernels& kernels, std::int64_t n, std::in
 void check_sigmoid(const cliperase::IsaKernels& kernels, std::int64_t n, std::int64_t m, std::int64_t pair_offset) {
     const Data data(n, m, 37);
     const SimilarityInputs in = data.inputs(pair_offset, 2);
-    const std::int64_t stride = cliperase::gradient_stride(data.width);
-    std::vector<float> grad_image(n * stride), grad_text(m * stride);
+    std::vector<float> grad_image(n * data.width), grad_text(m * data.width);
     double loss = 0, only_loss = 0, grad_scale = 0, grad_bias = 0;
     const Sigmoid all{-0.25f, &loss, grad_image.data(), grad_text.data(), &grad_scale, &grad_bias};
     const Sigmoid none{-0.25f, &only_loss, nullptr, nullptr, nullptr, nullptr};
@@ -152,11 +150,11 @@ void check_sigmoid(const cliperase::IsaKernels& kernels, std::int64_t n, std::in
             }
         }
         for (std::int64_t k = 0; k < data.width; ++k)
-            expect_close("sigmoid gradient of image", kernels.name, grad_image[i * stride + k], of_image[k], 2e-5);
+            expect_close("sigmoid gradient of image", kernels.name, grad_image[i * data.width + k], of_image[k], 2e-5);
     }
     for (std::int64_t j = 0; j < m; ++j)
         for (std::int64_t k = 0; k < data.width; ++k)
-            expect_close("sigmoid gradient of text", kernels.name, grad_text[j * stride + k],
+            expect_close("sigmoid gradient of text", kernels.name, grad_text[j * data.width + k],
                          of_text[j * data.width + k], 2e-5);
     expect_close("sigmoid loss", kernels.name, loss, total, 1e-6);
     expect_close("sigmoid loss alone", kernels.name, only_loss, loss, 0);

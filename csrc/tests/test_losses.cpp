@@ -138,10 +138,30 @@ struct Truth : Outcome {
     }
 };
 
+// A gradient that the kernels write as `dtype`, between numbers that they must leave alone.
+struct Written {
+    Dtype dtype;
+    std::vector<std::uint16_t> memory;
+    explicit Written(Dtype of, int64_t count) : dtype(of), memory(count * halves() + 2, 0xffff) {}
+    int64_t halves() const { return dtype == Dtype::float32 ? 2 : 1; }
+    cliperase::Gradient to() { return {memory.data(), dtype}; }
+    Doubles values(const char* isa) const {
+        Doubles found((memory.size() - 2) / halves());
+        for (std::size_t k = 0; k < found.size(); ++k) {
+            std::uint32_t bits = 0;
+            std::memcpy(&bits, &memory[k * halves()], 2 * halves());
+            found[k] = decode(dtype, bits);
+        }
+        if (memory[memory.size() - 2] != 0xffff || memory.back() != 0xffff) fail("written beyond the gradient", isa);
+        return found;
+    }
+};
+
 // Runs both passes; the similarities of the first `cached_rows` rows are cached in between.
-Outcome run(const IsaKernels& kernels, const Batch& batch, int64_t cached_rows, int threads) {
+Outcome run(const IsaKernels& kernels, const Batch& batch, int64_t cached_rows, int threads,
+            Dtype of_gradients = Dtype::float32) {
     const Case& c = batch.of;
-    const int64_t n = c.n, stride = cliperase::gradient_stride(c.width);
+    const int64_t n = c.n;
     const SimilarityInputs in = batch.inputs(threads);
     cliperase::check(in);
     std::vector<float> sums(2 * cliperase::stat_count(in) * n, NAN), diagonals(2 * n, NAN);
@@ -159,12 +179,13 @@ Outcome run(const IsaKernels& kernels, const Batch& batch, int64_t cached_rows, 
     const cliperase::Losses losses = cliperase::compute_losses(in, c.retention, found, saved_stats.data());
 
     Outcome out;
-    std::vector<float> terms(cliperase::terms_size(in), NAN), grad_image(n * stride, NAN), grad_text(n * stride, NAN);
+    std::vector<float> terms(cliperase::terms_size(in), NAN);
+    Written grad_image(of_gradients, n * c.width), grad_text(of_gradients, n * c.width);
     Backward b{};
     cliperase::gradient_terms(in, saved_stats.data(), c.retention, 0.5 * GRAD_RETENTION / static_cast<double>(n),
                               GRAD_CONSISTENCY / static_cast<double>(n), terms.data(), b);
     b.cache = cache.data(), b.cached_rows = cached_rows;
-    b.grad_image = grad_image.data(), b.grad_text = grad_text.data(), b.grad_scale = &out.scale;
+    b.grad_image = grad_image.to(), b.grad_text = grad_text.to(), b.grad_scale = &out.scale;
     cliperase::check(in, b);
     {
         const cliperase::Workspace scratch(kernels.backward_scratch(in, b));
@@ -172,10 +193,15 @@ Outcome run(const IsaKernels& kernels, const Batch& batch, int64_t cached_rows, 
     }
     out.retention = 0.5 * losses.retention / static_cast<double>(n);
     out.consistency = losses.consistency / static_cast<double>(n);
-    for (int64_t i = 0; i < n; ++i)
-        for (int64_t k = 0; k < c.width; ++k)
-            out.image.push_back(grad_image[i * stride + k]), out.text.push_back(grad_text[i * stride + k]);
+    out.image = grad_image.values(kernels.name), out.text = grad_text.values(kernels.name);
     return out;
+}
+
+// The same with its gradients rounded.
+Outcome rounded(Outcome of, Dtype dtype) {
+    for (Doubles* gradient : {&of.image, &of.text})
+        for (double& value : *gradient) value = decode(dtype, encode(dtype, value));
+    return of;
 }
 
 bool same_bits(const Outcome& a, const Outcome& b) {
@@ -229,6 +255,10 @@ void check_in(const std::vector<const IsaKernels*>& all_kernels, const Case& c,
             // too many threads for each to have whole blocks, and a gradient of several panel groups
             if (c.n > 256 && c.width > 144 && !same_bits(found, run(*kernels, batch, cached, 7)))
                 fail("two and seven threads give different bits", kernels->name);
+            for (const Dtype dtype : {Dtype::bfloat16, Dtype::float16})
+                if (cached == cached_rows.back() &&
+                    !same_bits(rounded(found, dtype), run(*kernels, batch, cached, c.n > 256 ? 7 : 2, dtype)))
+                    fail("gradients are not those of float32, rounded once", kernels->name);
         }
 }
 
@@ -239,7 +269,7 @@ void check(const std::vector<const IsaKernels*>& all_kernels, const Case& c, con
 // The sigmoid loss of a batch with this bias, and its gradients.
 void check_sigmoid_in(const std::vector<const IsaKernels*>& all_kernels, const Case& c, float bias) {
     const Batch batch(c);
-    const int64_t n = c.n, stride = cliperase::gradient_stride(c.width);
+    const int64_t n = c.n;
     const Doubles s = similarity(batch.image, batch.text, c.scale);
     Doubles image(n * c.width), text(n * c.width), image_mass(n), text_mass(n);
     double loss = 0, of_scale = 0, of_bias = 0, mass = 0;
@@ -259,7 +289,7 @@ void check_sigmoid_in(const std::vector<const IsaKernels*>& all_kernels, const C
     for (const IsaKernels* kernels : all_kernels) {
         context = c.name();
         const double of_gradient = unit + rounding_of_ds(*kernels);
-        std::vector<float> grad_image(n * stride, NAN), grad_text(n * stride, NAN);
+        std::vector<float> grad_image(n * c.width, NAN), grad_text(n * c.width, NAN);
         double found = NAN, grad_scale = NAN, grad_bias = NAN;
         const cliperase::Sigmoid wanted{bias, &found, grad_image.data(), grad_text.data(), &grad_scale, &grad_bias};
         const SimilarityInputs in = batch.inputs(2);
@@ -273,9 +303,9 @@ void check_sigmoid_in(const std::vector<const IsaKernels*>& all_kernels, const C
         expect_within("sigmoid gradient of scale", kernels->name, grad_scale, of_scale, of_gradient * mass + UNDERFLOW);
         for (int64_t i = 0; i < n; ++i)
             for (int64_t k = 0; k < c.width; ++k) {
-                expect_within("sigmoid gradient of image", kernels->name, grad_image[i * stride + k],
+                expect_within("sigmoid gradient of image", kernels->name, grad_image[i * c.width + k],
                               image[i * c.width + k], c.scale * (of_gradient * image_mass[i] + UNDERFLOW));
-                expect_within("sigmoid gradient of text", kernels->name, grad_text[i * stride + k],
+                expect_within("sigmoid gradient of text", kernels->name, grad_text[i * c.width + k],
                               text[i * c.width + k], c.scale * (of_gradient * text_mass[i] + UNDERFLOW));
             }
     }

@@ -99,21 +99,21 @@ ENTRY_POINTS: dict[Callable, Callable[[], dict[str, Tensor]]] = {
         "retention": floats(), "consistency": floats(), "saved_stats": floats(NUM_SAVED, 2 * N), "cache": cache(),
     },
     backward: lambda: {
-        "saved_stats": floats(NUM_SAVED, 2 * N), "grad_image": floats(N, 32),
-        "grad_text": floats(N, 32), "cache": cache(),
+        "saved_stats": floats(NUM_SAVED, 2 * N), "grad_image": floats(N, WIDTH),
+        "grad_text": floats(N, WIDTH), "cache": cache(),
     },
     compared_backward: lambda: {
-        "terms": floats(3, 4 * N), "diagonal": floats(N), "grad_image": floats(N, 32), "grad_text": floats(N, 32),
+        "terms": floats(3, 4 * N), "diagonal": floats(N), "grad_image": floats(N, WIDTH), "grad_text": floats(N, WIDTH),
         "cache": cache(),
     },
     calibrated: lambda: {
         "terms": floats(4), "factors": floats(4), "saved": floats(NUM_SAVED + 1, 2 * N), "cache": cache(),
     },
     calibrated_backward: lambda: {
-        "saved": floats(NUM_SAVED + 1, 2 * N), "weights": floats(4), "grad_image": floats(N, 32),
-        "grad_text": floats(N, 32), "cache": cache(),
+        "saved": floats(NUM_SAVED + 1, 2 * N), "weights": floats(4), "grad_image": floats(N, WIDTH),
+        "grad_text": floats(N, WIDTH), "cache": cache(),
     },
-    sigmoid: lambda: {"grad_image": floats(N, 32), "grad_text": floats(N, 32)},
+    sigmoid: lambda: {"grad_image": floats(N, WIDTH), "grad_text": floats(N, WIDTH)},
 }  # fmt: skip
 
 
@@ -133,6 +133,22 @@ def test_a_buffer_that_is_not_what_the_call_needs_is_refused_and_nothing_is_writ
                 call(cpu, of, {**as_buffers(cpu, tensors), name: buffer})
             assert "\n" not in str(error.value), fault
         assert written(tensors, before) == []
+
+
+@pytest.mark.parametrize("call", [backward, compared_backward, calibrated_backward, sigmoid])
+def test_gradients_are_written_in_the_dtype_of_their_buffers(cpu, call):
+    found = []
+    for dtypes in ((torch.float32, torch.float32), (torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)):
+        tensors = {
+            name: torch.ones_like(tensor) if tensor.is_floating_point() else tensor
+            for name, tensor in ENTRY_POINTS[call]().items()
+        }
+        for name, dtype in zip(("grad_image", "grad_text"), dtypes, strict=True):
+            tensors[name] = floats(N, WIDTH).to(dtype)
+        call(cpu, inputs(cpu, as_buffers(cpu, of_inputs())), as_buffers(cpu, tensors))
+        found.append((tensors["grad_image"], tensors["grad_text"]))
+    for image, text in found[1:]:
+        assert torch.equal(image, found[0][0].to(image.dtype)) and torch.equal(text, found[0][1].to(text.dtype))
 
 
 @pytest.mark.parametrize("missing", ["diagonal", "teacher_diagonal"])

@@ -1,7 +1,8 @@
 """Run the backend "native" on the CPU: `csrc/cpu`, tiles of S and S° with one exponential for row and column.
 
-Gradients are computed in float32, from features of any dtype except float64. keep="similarities" stores the
-exponentials of the first rows in float32, so that S and S° need not be formed again: four products instead of six.
+Gradients are computed in float32, from features of any dtype except float64, and rounded once, to the dtype of the
+features. keep="similarities" stores the exponentials of the first rows in float32, so that S and S° need not be formed
+again: four products instead of six.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ class CpuKernels:
             instruction_set=extension.instruction_set(),
         )
         image, text = (
-            floats(0) if gradient is None else pairs.unsorted(finished(gradient, features, True), features.dtype)
+            floats(0) if gradient is None else pairs.unsorted(gradient, features.dtype)
             for gradient, features in ((grad_image, pairs.image), (grad_text, pairs.text))
         )
         return image, text, torch.tensor(scale, dtype=torch.float32, device="cpu")
@@ -170,8 +171,8 @@ class CpuKernels:
     ) -> tuple[Tensor, Tensor, Tensor]:
         call = Call(self._cpu, inputs, edit, compares=True)
         softmaxes = [softmax for softmax in (terms.student, terms.teacher, terms.masked) if softmax is not None]
-        grad_image = gradient_buffer(inputs.image) if need.image else None
-        grad_text = gradient_buffer(inputs.text) if need.text else None
+        grad_image = gradient_buffer(inputs.image, partial=True) if need.image else None
+        grad_text = gradient_buffer(inputs.text, partial=True) if need.text else None
         dot = self._cpu.compared_backward(
             call.problem,
             terms=call.buffer(torch.stack([torch.cat((*softmax.rows, *softmax.columns)) for softmax in softmaxes])),
@@ -184,8 +185,8 @@ class CpuKernels:
             instruction_set=extension.instruction_set(),
         )
         return (
-            floats(0) if grad_image is None else finished(grad_image, inputs.image, True),
-            floats(0) if grad_text is None else finished(grad_text, inputs.text, True),
+            floats(0) if grad_image is None else grad_image,
+            floats(0) if grad_text is None else grad_text,
             torch.tensor(dot, dtype=torch.float32, device="cpu"),
         )
 
@@ -210,8 +211,8 @@ class CpuKernels:
     ) -> tuple[Tensor, Tensor, Tensor]:
         call = Call(self._cpu, inputs)
         image, text = inputs.image, inputs.text
-        grad_image = gradient_buffer(image) if need.image or need.scale else None
-        grad_text = gradient_buffer(text) if need.text else None
+        grad_image = gradient_buffer(image, partial) if need.image or need.scale else None
+        grad_text = gradient_buffer(text, partial) if need.text else None
         grad_scale = self._cpu.backward(
             call.problem,
             saved_stats=call.buffer(saved.both.contiguous()),
@@ -225,8 +226,8 @@ class CpuKernels:
             instruction_set=extension.instruction_set(),
         )
         return (
-            image.new_empty(0) if grad_image is None or not need.image else finished(grad_image, image, partial),
-            text.new_empty(0) if grad_text is None else finished(grad_text, text, partial),
+            image.new_empty(0) if grad_image is None or not need.image else grad_image,
+            text.new_empty(0) if grad_text is None else grad_text,
             torch.tensor(grad_scale, dtype=inputs.scale.dtype, device="cpu"),
         )
 
@@ -317,16 +318,12 @@ def floats(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
-def gradient_buffer(features: Tensor) -> Tensor:
-    """Return a buffer [rows, width rounded up to a multiple of 16] for the extension to write."""
-    rows, width = features.shape
-    return floats(rows, -(-width // 16) * 16)
+def gradient_buffer(features: Tensor, partial: bool = False) -> Tensor:
+    """Return memory for the extension to write a gradient to, which it rounds to the dtype of this memory.
 
-
-def finished(gradient: Tensor, features: Tensor, partial: bool) -> Tensor:
-    if gradient.shape == features.shape and (partial or features.dtype == gradient.dtype):
-        return gradient
-    return gradient[:, : features.shape[1]].to(gradient.dtype if partial else features.dtype).contiguous()
+    partial: float32, as the gradient is a summand or a factor of something else.
+    """
+    return torch.empty(features.shape, dtype=torch.float32 if partial else features.dtype, device="cpu")
 
 
 class _CpuSigmoid:
@@ -340,8 +337,8 @@ class _CpuSigmoid:
     def sigmoid(self, inputs: SimilarityInputs, need: Need) -> SigmoidParts:
         assert inputs.bias is not None
         call = Call(self._cpu, inputs)
-        grad_image = gradient_buffer(inputs.image) if need.image or need.scale else None
-        grad_text = gradient_buffer(inputs.text) if need.text else None
+        grad_image = gradient_buffer(inputs.image, partial=True) if need.image or need.scale else None
+        grad_text = gradient_buffer(inputs.text, partial=True) if need.text else None
         loss, grad_scale, grad_bias = self._cpu.sigmoid(
             call.problem,
             bias=inputs.bias.item(),
@@ -353,8 +350,8 @@ class _CpuSigmoid:
         )
         return SigmoidParts(
             torch.tensor(loss, dtype=torch.float32, device="cpu"),
-            floats(0) if grad_image is None or not need.image else finished(grad_image, inputs.image, True),
-            floats(0) if grad_text is None else finished(grad_text, inputs.text, True),
+            floats(0) if grad_image is None or not need.image else grad_image,
+            floats(0) if grad_text is None else grad_text,
             torch.tensor(grad_scale, dtype=torch.float32, device="cpu"),
             torch.tensor(grad_bias, dtype=torch.float32, device="cpu"),
         )

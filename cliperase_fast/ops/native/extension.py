@@ -21,7 +21,7 @@ from cliperase_fast.ops.spec import DTYPE_NAMES
 
 GRAPHS_VARIABLE = "CLIPERASE_CUDA_GRAPHS"  # 1: `graphs.py` runs the sweep on a GPU
 INSTRUCTIONS_VARIABLE = "CLIPERASE_CPU"  # amx, avx512_bf16, avx512, avx2 or portable, instead of the widest
-_INTERFACE = 8  # must equal that of csrc/bindings.cpp
+_INTERFACE = 9  # must equal that of csrc/bindings.cpp
 _CUDA_INTERFACE = 1  # must equal that of csrc/cuda/bindings.cpp
 # setup.py leaves its reason here when it could not build the extension.
 _REASON_FILE = Path(__file__).parents[2] / "_C_missing.txt"
