@@ -17,8 +17,9 @@ from sweep_cases import Batch, Outcome, outcome, random_batch
 from torch import Tensor
 
 from cliperase_fast.ops import eager
-from cliperase_fast.ops.native import extension
+from cliperase_fast.ops.native import cpu, extension
 from cliperase_fast.ops.native.cpu import kernels, sweep
+from cliperase_fast.ops.spec import Need, SavedStats, Weights
 
 HERE = [name for name in MULTIPLY_BFLOAT16 if runs_here(name)]
 KEEP = ("nothing", "similarities")
@@ -111,6 +112,32 @@ def test_the_same_bits_for_any_number_of_threads(keep):
     assert all(same_bits(first, other) for other in others)
     first, *others = with_threads(lambda: step(joint_batch(140, 40, 24, torch.bfloat16), backend="native", keep=keep))
     assert all(torch.equal(value, other[name]) for other in others for name, value in first.items())
+
+
+# rows of 32 and 160 floats fill vectors; 160 is more than one group of panels
+@pytest.mark.parametrize("width", [32, 37, 160])
+@pytest.mark.parametrize("keep", KEEP)
+def test_gradients_are_those_of_float32_rounded_once(keep, width, monkeypatch):
+    batch = replace(random_batch(300, width=width), group_ids=torch.arange(300) % 90).to(torch.bfloat16)
+    weights = Weights(torch.tensor(0.7 / 300), torch.tensor(1e-4))
+
+    def gradients(partial: bool) -> list[Tensor]:
+        _, _, saved, cache = kernels.losses(batch, kernels.cache_size(replace(batch, keep=keep)))
+        image, text, _ = kernels.backward(batch, SavedStats(saved, 300, cache), weights, Need(), partial)
+        assert image.dtype == text.dtype == (torch.float32 if partial else torch.bfloat16)
+        return [image.to(torch.bfloat16), text.to(torch.bfloat16)]
+
+    exact = gradients(partial=True)
+    for found in with_threads(lambda: gradients(partial=False)):
+        assert all(map(torch.equal, found, exact))
+
+    def calibrated() -> dict[str, Tensor]:
+        return step(joint_batch(140, width, 24, torch.bfloat16), backend="native", keep=keep)
+
+    rounded = with_threads(calibrated)
+    monkeypatch.setattr(cpu, "gradient_buffer", lambda features: cpu.floats(*features.shape))
+    exact = calibrated()  # gradients of sorted pairs become bfloat16 when the order is restored
+    assert all(torch.equal(value, found[name]) for found in rounded for name, value in exact.items())
 
 
 def test_incoming_gradients_other_than_one():

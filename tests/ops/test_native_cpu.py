@@ -199,6 +199,27 @@ def test_the_same_bits_in_every_run_and_for_any_number_of_threads(keep):
     assert all(same_bits(results[0], result) for result in results[1:])
 
 
+@pytest.mark.parametrize("instructions", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_are_rounded_to_nearest_even_in_every_range(instructions, dtype):
+    if not runs_here(instructions):
+        pytest.skip(f"{instructions} does not run here")
+    # With one pair, image features of 0 and scale 2, the gradient of the image is the text features, negated.
+    bits = torch.randint(-(2**31), 2**31, (1, 1 << 17), generator=torch.Generator().manual_seed(0))
+    ties = torch.arange(0, 1 << 31, 1 << 12)[None]  # halfway between numbers of either dtype, among others
+    text = torch.cat((bits, ties), 1).to(torch.int32).view(torch.float32).nan_to_num(0, 1, 1)
+    cpu, image, found = extension.load().cpu, torch.zeros_like(text), {}
+    problem = cpu.SimilarityInputs(
+        image=extension.as_buffer(cpu, image), text=extension.as_buffer(cpu, text), pair_offset=0, scale=2.0
+    )
+    for of in (torch.float32, dtype):
+        found[of] = torch.empty(text.shape, dtype=of)
+        cpu.sigmoid(problem, bias=0.0, grad_image=extension.as_buffer(cpu, found[of]), instruction_set=instructions)
+    exact = found[torch.float32]
+    assert torch.equal(exact[text.abs() > 1e-37], -text[text.abs() > 1e-37])
+    assert torch.equal(found[dtype].view(torch.int16), exact.to(dtype).view(torch.int16))
+
+
 def test_uninitialised_memory_is_never_read():
     batch = replace(random_batch(300), group_ids=some_groups(300)).to(torch.float32)
     first = outcome(sweep, batch, keep="similarities")
