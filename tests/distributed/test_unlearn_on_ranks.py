@@ -42,6 +42,7 @@ def assert_same_run(found, alone):
     for part in ("forget", "retain"):
         assert found["scores"][part]["zero_shot_top1"] == alone["scores"][part]["zero_shot_top1"]
     assert found["selection"]["step"] == alone["selection"]["step"]
+    assert found["selection"]["background"] == pytest.approx(alone["selection"]["background"], abs=1e-5)
     assert np.allclose(found["features"], alone["features"], atol=1e-3)
 
 
@@ -75,6 +76,7 @@ def alone(**changes):
         {"method": "calibrated", **UNEVEN, "learning_rate": 1e-4, "trainable": "text",
          "method_options": {"lambda_hidden": 5.0}},
         {"method": "calibrated", **UNEVEN, "learning_rate": 1e-4, "rename": {"green square": "green dot"}},
+        {"method": "cliperase", **UNEVEN, "select": "divergence", "rename": {"green square": "green dot"}},
     ],
     ids=[
         "plain",
@@ -92,6 +94,7 @@ def alone(**changes):
         "calibrated, the sigmoid loss, in chunks",
         "calibrated, hidden states held",
         "calibrated, levels of related classes",
+        "cliperase, the level of related classes as target",
     ],
 )  # fmt: skip
 def test_the_curve_and_the_scores_are_those_of_one_process(two, changes):
