@@ -89,7 +89,7 @@ def described(variants: Collection[ForgetLoss] | Collection[ConsistencyMode]) ->
 
 def check_name(what: str, value: object, known: Collection[str]) -> None:
     """Raise InputError, with the nearest known name, unless `value` is one of `known`."""
-    if value in known:
+    if isinstance(value, str) and value in known:
         return
     hint = nearest_name(value, known) or f"; use one of {', '.join(known)}"
     raise InputError(f"{what}={value!r} is not known{hint}")

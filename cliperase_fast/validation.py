@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from cliperase_fast.distributed import GATHER_MODES
 from cliperase_fast.errors import InputError
 from cliperase_fast.ops import measured
-from cliperase_fast.ops.registry import REGISTRY, Backend, Implementation
+from cliperase_fast.ops.registry import REGISTRY, WRONG_INSTRUCTIONS, Backend, Implementation
 from cliperase_fast.ops.spec import DTYPE_NAMES, DTYPES, compute_dtype, savable
 from cliperase_fast.terms import CONSISTENCY_MODES, FORGET_LOSSES, TERMS, check_name
 
@@ -199,6 +199,8 @@ def shape_of(tensor: Tensor) -> str:
 def check_features(name: str, features: Tensor) -> None:
     if not isinstance(features, Tensor):
         raise InputError(f"{name} must be a tensor [rows, width], not a {type(features).__name__}")
+    if features.is_nested:
+        raise InputError(f"{name} is a nested tensor; pass a dense one, {name}.to_padded_tensor(0)")
     if features.ndim != 2:
         raise InputError(f"{name} has shape {shape_of(features)}; it must be two-dimensional, [rows, width]")
     if features.shape[1] == 0:
@@ -378,6 +380,8 @@ def _asked_for(requested: str, features: list[Tensor], sharded: bool, loss: str)
     for tensor in features:
         if tensor.dtype not in backend.dtypes:
             raise InputError(f"{origin} does not support {tensor.dtype}; use backend='auto' or convert the features")
+        if tensor.shape[1] > backend.widest:
+            raise InputError(f"{origin} takes features of width {backend.widest} at the most; use backend='auto'")
     if not computes(backend, loss, image.device.type):
         only = backend.loss_devices[loss]
         what = f"computes the {loss} loss on {', '.join(only)} only" if only else f"does not compute the {loss} loss"
@@ -417,6 +421,8 @@ def _automatic(features: list[Tensor], sharded: bool, loss: str) -> Backend:
             return REGISTRY[name]
     # On a CPU "native" was the fastest at every size.
     native = REGISTRY["native"]
+    if kind == "cpu" and WRONG_INSTRUCTIONS is not None:  # it was asked for, so no other backend takes its place
+        raise InputError(WRONG_INSTRUCTIONS)
     if kind == "cpu" and native.why_missing is None and _serves(native, kind, features, sharded, loss):
         return native
     return REGISTRY["eager" if pairs <= _EAGER_PAIRS and not sharded else "torch"]
@@ -425,6 +431,7 @@ def _automatic(features: list[Tensor], sharded: bool, loss: str) -> Backend:
 def _serves(backend: Backend, kind: str, features: list[Tensor], sharded: bool, loss: str) -> bool:
     return (
         computes(backend, loss, kind)
+        and max(tensor.shape[1] for tensor in features) <= backend.widest
         and all(tensor.dtype in backend.dtypes for tensor in features)
         and not (sharded and not backend.shards)
     )

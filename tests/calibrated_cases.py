@@ -51,6 +51,26 @@ def batch(
     }
 
 
+def orthogonal(n: int, groups: str) -> dict[str, Any]:
+    """A batch to forget whose cosines are all 0, as are its levels, where the teacher's pairs were close.
+
+    groups: "none" for one concept, "own" for one of each pair.
+    """
+    zeros = torch.zeros(n, 16, dtype=torch.float32, device="cpu")
+    text = features(n, 16, 3, torch.float32)
+    image = F.normalize(text + 0.2 * features(n, 16, 4, torch.float32), dim=1)
+    return {
+        "image_features": torch.cat((features(n, 16, 1, torch.float32), zeros), 1),
+        "text_features": torch.cat((zeros, features(n, 16, 2, torch.float32)), 1),
+        "teacher_image": image if groups == "none" else torch.cat((image, zeros), 1),
+        "teacher_text": text if groups == "none" else torch.cat((zeros, text), 1),
+        "logit_scale": torch.tensor(100.0, dtype=torch.float32),
+        "teacher_logit_scale": torch.tensor(100.0, dtype=torch.float32),
+        "forget_mask": masks(n)["all"],
+        "group_ids": None if groups == "none" else torch.arange(n, dtype=torch.int64, device="cpu"),
+    }
+
+
 def expected_terms(b: dict[str, Any]) -> dict[str, Tensor]:
     """The four terms by sums over the sets of the definition."""
     image, text, s, t = b["image_features"], b["text_features"], b["logit_scale"], b["teacher_logit_scale"]

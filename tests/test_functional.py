@@ -390,6 +390,7 @@ I64 = torch.int64
         wrong("group_ids is on meta", group_ids=torch.ones(5, dtype=I64, device="meta")),
         wrong("logit_scale is on meta and the features on cpu", logit_scale=torch.ones((), device="meta")),
         wrong("forget='cosin' is not known; did you mean 'cosine'", forget="cosin"),
+        wrong(r"forget=\['cosine'\] is not known", forget=["cosine"]),
         wrong("consistency='xyz' is not known; use one of logits, features, intra", consistency="xyz"),
         wrong("margin=1.5 is a cosine", margin=1.5),
         wrong("lambda_forget=-1.0 must be a finite number, 0 or larger", lambda_forget=-1.0),

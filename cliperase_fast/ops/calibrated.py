@@ -61,6 +61,14 @@ class Edit(NamedTuple):
     column_levels: Tensor  # [m]
 
 
+def edited_entry(edit: Edit | None, row: int, column: int, entry: Tensor, scale: Tensor) -> Tensor:
+    """Return an entry of S° after the edit; entry: before it, []; scale: s°, []."""
+    if edit is None:
+        return entry
+    level = scale * (edit.row_levels[row] + edit.column_levels[column])
+    return torch.where(edit.row_ids[row] == edit.column_ids[column], level, entry)
+
+
 class Pull(NamedTuple):
     """The factors of C - C* in the gradient with respect to S, both []."""
 

@@ -6,6 +6,7 @@ To add a backend, write a module with a `sweep`, and add a loader and an entry h
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -70,6 +71,7 @@ def _triton(device: str) -> Implementation:
 
 # Looked up once, because torch.compile traces the choice of a backend.
 _NO_NATIVE = extension.why_missing()
+WRONG_INSTRUCTIONS = extension.wrong_instruction_set()
 _NO_NATIVE_CUDA = _NO_NATIVE or extension.why_no_cuda()
 _OLDEST_TRITON = "3.6"
 _OLDEST_GPU = 8  # compute capability, major
@@ -110,6 +112,7 @@ class Backend:
     devices: tuple[str, ...] | None = None  # device types it runs on; None: any
     dtypes: tuple[torch.dtype, ...] = DTYPES
     why_missing: Callable[[], str | None] | None = None  # returns why it cannot run here; None if it can
+    widest: float = math.inf  # the largest width of features
     keeps: bool = False  # whether `keep` makes a difference
     elsewhere: str = ""  # why it does not run on a device type that it supports in principle
     shards: bool = True  # whether it supports a batch that is spread over processes
@@ -139,6 +142,7 @@ REGISTRY: dict[str, Backend] = {
             dtypes=_NO_FLOAT64,
             why_missing=None if _NO_NATIVE is None else lambda: _NO_NATIVE,
             elsewhere=_NO_NATIVE_CUDA or "",
+            widest=extension.LARGEST_WIDTH,
             keeps=True,
             loss_devices={"sigmoid": ("cpu",), "bernoulli": ()},
         ),

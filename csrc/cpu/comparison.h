@@ -13,6 +13,16 @@ inline bool is_retained(const SimilarityInputs& in, const TilePlace& at) {
     return !in.comparison.forgets(at.row) && !in.comparison.forgets(at.column);
 }
 
+// Whether the entry of S° is edited, and the entry then.
+inline bool is_edited(const Comparison& from, i64 row, i64 column) {
+    const bool by_ids = from.row_ids != nullptr;
+    if (from.row_levels == nullptr || (by_ids && from.row_ids[row] != from.column_ids[column])) return false;
+    return !from.joint || (from.forgets(column) && (by_ids || from.forgets(row)));
+}
+inline float edited_entry(const SimilarityInputs& in, i64 row, i64 column) {
+    return (in.comparison.column_levels[column] + in.comparison.row_levels[row]) * in.teacher_scale;
+}
+
 // The ids and levels of a tile, those of columns padded to TILE_COLUMNS; null: no entry is edited.
 struct TileEdit {
     const std::int32_t* row_ids = nullptr;

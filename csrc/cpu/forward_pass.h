@@ -152,21 +152,30 @@ inline void finish_stats(Stats sums, i64 count) {
         if (sums.reference[i] == LOWEST && sums.total[i] == 0) sums.total[i] = 1;
 }
 
+// S° - S of one entry. With a comparison it is not that of a pair, which may be edited where most entries are not.
+inline float shift_of(const SimilarityInputs& in) {
+    const i64 column = in.comparison.wanted ? in.columns - 1 : 0;
+    double teacher;
+    if (is_edited(in.comparison, 0, column))
+        teacher = static_cast<double>(edited_entry(in, 0, column));
+    else
+        teacher = entry(in.teacher_image, in.teacher_text, in.teacher_width, in.teacher_scale, 0, column);
+    return static_cast<float>(teacher - entry(in.image, in.text, in.width, in.scale, 0, column));
+}
+
 inline void forward(const SimilarityInputs& in, const Forward& out, char* scratch) {
     const ForwardLayout layout(in, scratch);
     const TileCache cache(out.cache, in);
-    *out.shift = 0;
-    if (in.has_teacher)
-        *out.shift =
-            static_cast<float>(entry(in.teacher_image, in.teacher_text, in.teacher_width, in.teacher_scale, 0, 0) -
-                               entry(in.image, in.text, in.width, in.scale, 0, 0));
+    *out.shift = in.has_teacher ? shift_of(in) : 0;
     const StatSet sets[3] = {STUDENT_SET, masked_set(in), teacher_set(in)};
     for (const StatSet& set : sets)
         if (set.used) clear(layout.columns(set), layout.padded_columns);
 
     const Tiling rows = row_tiles(in), blocks = column_tiles(in);
+    const FloatEnvironment callers;
 #pragma omp parallel num_threads(in.threads)
     {
+        const SharedFloatEnvironment environment(callers);
         const ProductRegisters registers;
         for (i64 start = 0; start < in.rows; start += layout.strip) {
             const Strip strip(rows, start, layout.strip);

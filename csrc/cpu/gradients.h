@@ -165,8 +165,10 @@ template <typename Wanted, typename WriteTile>
 inline void pass_over_strips(const SimilarityInputs& in, const Wanted& wanted, const GradientLayout& layout,
                              i64 cached_rows, const float* diagonal, WriteTile write_tile) {
     const Tiling rows = row_tiles(in), blocks = column_tiles(in);
+    const FloatEnvironment callers;
 #pragma omp parallel num_threads(in.threads)
     {
+        const SharedFloatEnvironment environment(callers);
         const ProductRegisters registers;
         if (wanted.grad_image) pack_text_panels(in, layout);
         for (i64 start = 0; start < in.rows; start += layout.strip) {

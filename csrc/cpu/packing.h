@@ -26,10 +26,11 @@ inline float to_float(float value) { return value; }
 inline float to_float(Bfloat16 value) { return from_bits(std::uint32_t{value.bits} << 16); }
 inline float to_float(Float16 value) {
     const std::uint32_t sign = (value.bits & 0x8000u) << 16, magnitude = (value.bits & 0x7fffu) << 13;
-    // The exponents differ by 112; the product also normalises the smallest numbers. Infinity and NaN are unchanged.
-    const float moved = from_bits(magnitude) * from_bits(0x77800000u);
-    const float special = from_bits(magnitude | 0x7f800000u);
-    const float out = magnitude >= 0x0f800000u ? special : moved;
+    // The exponents differ by 112. The smallest numbers are converted as integers: as a float32, `magnitude` would then
+    // be below the smallest normal number, which a thread may be told to take for 0. Infinity and NaN are unchanged.
+    const float small = static_cast<float>(static_cast<std::int32_t>(magnitude >> 13)) * 0x1p-24f;
+    const float normal = from_bits(magnitude + 0x38000000u), special = from_bits(magnitude | 0x7f800000u);
+    const float out = magnitude >= 0x0f800000u ? special : magnitude >= 0x00800000u ? normal : small;
     return sign ? -out : out;
 }
 

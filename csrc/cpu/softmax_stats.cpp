@@ -4,12 +4,26 @@
 #include <cmath>
 #include <vector>
 
+#include "float_environment.h"
+
 namespace cliperase {
 namespace {
 
 // Rows and columns in a part. A part is summed by one thread, so that the losses do not depend on the number of
 // threads.
 constexpr std::int64_t PART = 256;
+
+// Calls `work` with each number below `count`, from all threads if there are more than `alone`.
+template <typename Work>
+void for_each_of(const SimilarityInputs& in, std::int64_t count, std::int64_t alone, Work work) {
+    const FloatEnvironment callers;
+#pragma omp parallel num_threads(in.threads) if (count > alone)
+    {
+        const SharedFloatEnvironment environment(callers);
+#pragma omp for
+        for (std::int64_t i = 0; i < count; ++i) work(i);
+    }
+}
 
 float log1p_exp(float x) { return x > 40 ? x : std::log1p(std::exp(x)); }
 float one_minus_p(float x) { return 1 / (1 + std::exp(-x)); }
@@ -33,8 +47,9 @@ Softmax softmax(const SimilarityInputs& in, const float* saved_stats, int which,
     const std::int64_t count = in.rows + in.columns;
     const float* anchor = saved_stats + (SAVED_SOFTMAXES + which) * count;
     const float* factor = saved_stats + (2 * SAVED_SOFTMAXES + which) * count;
-#pragma omp parallel for num_threads(in.threads) if (count > PART)
-    for (std::int64_t i = 0; i < count; ++i) memory[i] = static_cast<float>(weight * static_cast<double>(factor[i]));
+    for_each_of(in, count, PART, [&](std::int64_t i) {
+        memory[i] = static_cast<float>(weight * static_cast<double>(factor[i]));
+    });
     return {anchor, anchor + in.rows, memory, memory + in.rows};
 }
 
@@ -45,8 +60,7 @@ Softmax joint_softmax(const SimilarityInputs& in, const float* saved_stats, doub
     const std::int64_t n = in.rows, count = 2 * n;
     const float* const anchors = saved_stats + SAVED_SOFTMAXES * count;
     const float* const factors = saved_stats + 2 * SAVED_SOFTMAXES * count;
-#pragma omp parallel for num_threads(in.threads) if (count > PART)
-    for (std::int64_t at = 0; at < count; ++at) {
+    for_each_of(in, count, PART, [&](std::int64_t at) {
         const auto weighted = [&](int which, double weight) {
             return weight * static_cast<double>(factors[which * count + at]);
         };
@@ -55,7 +69,7 @@ Softmax joint_softmax(const SimilarityInputs& in, const float* saved_stats, doub
         const double both =
             weighted(RETENTION, weight_retention) + weighted(STUDENT, weight_consistency) * std::exp(down);
         memory[at] = in.comparison.forgets(at % n) ? 0 : static_cast<float>(both);
-    }
+    });
     const float* const anchor = anchors + RETENTION * count;
     return {anchor, anchor + n, memory, memory + n};
 }
@@ -101,10 +115,10 @@ Losses compute_part(const SimilarityInputs& in, bool want_retention, const Forwa
 Losses compute_losses(const SimilarityInputs& in, bool want_retention, const Forward& found, float* saved_stats) {
     const std::int64_t n = in.rows, count = 2 * n, parts = (count + PART - 1) / PART;
     std::vector<Losses> of_part(static_cast<std::size_t>(parts), Losses{0, 0});
-#pragma omp parallel for num_threads(in.threads) if (parts > 1)
-    for (std::int64_t part = 0; part < parts; ++part)
+    for_each_of(in, parts, 1, [&](std::int64_t part) {
         of_part[static_cast<std::size_t>(part)] =
             compute_part(in, want_retention, found, saved_stats, part * PART, std::min(count, (part + 1) * PART));
+    });
     Losses losses{0, 0};
     for (const Losses& of : of_part) losses.retention += of.retention, losses.consistency += of.consistency;
     return losses;
@@ -127,8 +141,7 @@ float* gradient_terms(const SimilarityInputs& in, const float* saved_stats, bool
     if (in.has_teacher) into.teacher = softmax(in, saved_stats, TEACHER, -weight_consistency, memory + 2 * count);
     into.diagonal = diagonal;
     if (!in.paired()) return diagonal;
-#pragma omp parallel for num_threads(in.threads) if (n > PART)
-    for (std::int64_t i = 0; i < n; ++i) {
+    for_each_of(in, n, PART, [&](std::int64_t i) {
         const auto both = [&](int which) {
             const float* odds = saved_stats + which * count + i;
             return static_cast<double>(one_minus_p(odds[0])) +
@@ -138,7 +151,7 @@ float* gradient_terms(const SimilarityInputs& in, const float* saved_stats, bool
         if (want_retention && !in.comparison.forgets(i)) entry -= weight_retention * both(RETENTION);
         if (in.has_teacher) entry += weight_consistency * (both(TEACHER) - both(STUDENT));
         diagonal[i] = static_cast<float>(entry);
-    }
+    });
     return diagonal;
 }
 

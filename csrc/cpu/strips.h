@@ -7,6 +7,7 @@
 
 #include <type_traits>
 
+#include "float_environment.h"
 #include "packing.h"
 #include "tile.h"
 

@@ -72,7 +72,7 @@ struct Forward {
     float* teacher_diagonal;  // [rows], of S°; unused without pairs
     float* row_stats;         // [stat_count, rows]
     float* column_stats;      // [stat_count, columns]
-    float* shift;  // [], S° - S of the first row and column: any constant near S° - S would do; 0 without a teacher
+    float* shift;  // [], S° - S of an entry: any constant near S° - S would do; 0 without a teacher
     void* cache;   // tiles for the backward pass
     std::int64_t cached_rows;  // the first rows, whose tiles are cached: whole tiles
     // With a comparison [2]: the sum of max(C - C*, 0)² over edited entries, and of (C - C*)² over the others.

@@ -13,7 +13,7 @@ import pytest
 import torch
 from accuracy_cases import UNDERFLOW
 from calibrated_accuracy import assert_same, in_regime, rounding_of_ds, unit
-from calibrated_cases import STUDENT, batch, exact, step
+from calibrated_cases import STUDENT, batch, exact, orthogonal, step
 from torch import Tensor
 
 from cliperase_fast.functional import calibrated_loss
@@ -94,6 +94,12 @@ def test_float16_keeps_its_digits_of_the_calibrated_loss(calibrated, factor):
     torch.testing.assert_close(scale.grad.cpu(), factor * found["d logit_scale"], rtol=1e-4, atol=0)
     expected = (factor * found["d image_features"].float()).half()
     torch.testing.assert_close(image.grad.cpu(), expected, rtol=2e-3, atol=2**-24)
+
+
+@pytest.mark.parametrize("groups", ["none", "own"])
+def test_a_student_at_the_edited_teacher_has_no_divergence(calibrated, groups):
+    found = calibrated.step(orthogonal(calibrated.pairs, groups), (0, 0, 0, 1, 0))
+    assert found["consistency"].abs() <= 1e-6
 
 
 def test_a_student_that_is_its_teacher_has_no_anchor_loss(calibrated):

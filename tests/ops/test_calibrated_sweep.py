@@ -9,7 +9,7 @@ import pytest
 import torch
 from accuracy_cases import INSTRUCTION_SETS, UNDERFLOW
 from calibrated_accuracy import REGIMES, assert_same, in_regime, unit
-from calibrated_cases import STUDENT, TERMS, batch, exact, masks, step
+from calibrated_cases import STUDENT, TERMS, batch, exact, masks, orthogonal, step
 from processes import apart, peak
 from torch import Tensor
 
@@ -52,6 +52,14 @@ def test_several_strips_and_tiles_give_what_the_reference_gives(low_strips, back
         weights = (0.0, 0.7, -2.0, 1.3, 5.0)
         found = step(b, weights, backend=backend, keep=keep)
         assert_same(found, step(exact(b), weights, backend="eager"), limit)
+
+
+@pytest.mark.parametrize("backend", STREAMED)
+@pytest.mark.parametrize("groups", ["none", "own"])
+@pytest.mark.parametrize("n", [1, 40, 600])
+def test_a_student_at_the_edited_teacher_has_no_divergence(backend, groups, n):
+    found = step(orthogonal(n, groups), (0, 0, 0, 1, 0), backend=backend)
+    assert found["consistency"].abs() <= 1e-6
 
 
 @pytest.mark.parametrize("backend", ["eager", *STREAMED])

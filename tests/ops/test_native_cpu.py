@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cliperase_fast import functional
+from cliperase_fast.errors import InputError
+from cliperase_fast.functional import clip_loss
 from cliperase_fast.ops import backends, eager
 from cliperase_fast.ops.autograd import flatten
 from cliperase_fast.ops.native import extension
@@ -108,6 +110,46 @@ def test_products_of_bfloat16_are_chosen_where_all_features_are_bfloat16(monkeyp
     assert not same_bits(with_instructions(name, batch), with_instructions(for_others, batch))
     for other in (batch.to(torch.float32), batch.to(torch.float16), *one_is_float32):
         assert same_bits(with_instructions(name, other), with_instructions(for_others, other))
+
+
+@pytest.fixture
+def flushed():
+    """Numbers below the smallest normal one are 0 in this thread."""
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor does not flush")
+    yield
+    torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_flushing_of_small_numbers_is_that_of_the_caller_in_every_thread(flushed, dtype):
+    batch = random_batch(600, width=70).to(dtype)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(outcome(sweep, batch))
+    finally:
+        torch.set_num_threads(before)
+    assert same_bits(found[0], found[1]) and same_bits(found[0], found[2])
+
+
+def test_small_float16_numbers_count_where_small_numbers_are_flushed(flushed):
+    small = (torch.randn(8, 4) * 1e-5).half()
+    assert small.abs().max() < torch.finfo(torch.float16).tiny
+    found = clip_loss(small, small, 1e8, backend="native")
+    torch.set_flush_denormal(False)
+    assert found.item() == pytest.approx(clip_loss(small, small, 1e8, backend="eager").item(), rel=1e-5)
+
+
+def test_an_instruction_set_that_is_not_there_is_an_error_whichever_backend_is_asked_for(monkeypatch):
+    monkeypatch.setenv("CLIPERASE_CPU", "avx51")  # after the first loss
+    with pytest.raises(InputError, match="CLIPERASE_CPU=avx51: instruction set avx51 is not available"):
+        clip_loss(torch.ones(3, 2), torch.ones(3, 2), 1.0)
+    monkeypatch.setattr("cliperase_fast.validation.WRONG_INSTRUCTIONS", extension.wrong_instruction_set())
+    monkeypatch.setattr("cliperase_fast.validation._serves", lambda *given: False)  # as before the first loss
+    with pytest.raises(InputError, match="CLIPERASE_CPU=avx51"):
+        clip_loss(torch.ones(3, 2), torch.ones(3, 2), 1.0)
 
 
 def test_the_emulated_instructions_are_never_chosen_by_themselves(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -15,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cliperase_fast.contrastive import distill_clip_loss, sigmoid_loss
 from cliperase_fast.errors import InputError, UnlearningError
 from cliperase_fast.functional import clip_loss, similarity_kl
+from cliperase_fast.ops.registry import REGISTRY
 
 STREAMED = [name for name in BACKENDS if name != "eager"]
 
@@ -273,3 +275,15 @@ def test_any_finite_scale_means_the_same_to_every_backend(scale):
 def test_features_that_are_not_dense_are_refused():
     with pytest.raises(InputError, match=r"image_features has layout torch\.sparse_coo; pass a dense tensor"):
         clip_loss(rows(1).to_sparse(), rows(2), 10.0)
+    nested = torch.nested.nested_tensor([rows(1)[0]] * len(rows(2)), layout=torch.jagged)
+    with pytest.raises(InputError, match="image_features is a nested tensor"):
+        clip_loss(nested, rows(2), 10.0)
+
+
+def test_features_that_are_too_wide_for_a_backend_go_to_another(monkeypatch):
+    wide = replace(REGISTRY["native"], widest=rows(1).shape[1] - 1)
+    expected = clip_loss(rows(1), rows(2), 10.0, backend="eager")
+    monkeypatch.setitem(REGISTRY, "native", wide)
+    assert clip_loss(rows(1), rows(2), 10.0).item() == pytest.approx(expected.item(), rel=1e-6)
+    with pytest.raises(InputError, match=r"backend='native' takes features of width .* at the most"):
+        clip_loss(rows(1), rows(2), 10.0, backend="native")

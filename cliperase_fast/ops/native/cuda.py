@@ -24,7 +24,7 @@ from cliperase_fast.ops.blocks import (
     kept_rows,
     round_up,
 )
-from cliperase_fast.ops.calibrated import Edit, Pull, calibrated_terms
+from cliperase_fast.ops.calibrated import Edit, Pull, calibrated_terms, edited_entry
 from cliperase_fast.ops.calibrated_sweep import as_calibrated, gradients_by_blocks, losses_by_blocks
 from cliperase_fast.ops.matmul import as_pair, batched_product, product
 from cliperase_fast.ops.native import extension
@@ -103,7 +103,7 @@ class CudaKernels:
     def _forward(self, inputs: SimilarityInputs, cache: Tensor, comparison: _Comparison | None) -> Stats:
         with torch.cuda.device_of(inputs.image):
             operands, n, m, device = _Operands(inputs, self.batched), inputs.n, inputs.m, inputs.image.device
-            shift = operands.shift()
+            shift = operands.shift(comparison)
             blocks = _Blocks(self, operands, inputs.strip_rows, cache, shift, comparison)
             blocks.kept[..., m:].zero_()  # so that equal calls keep equal bytes
             diagonals = torch.empty(1 + operands.teacher, n, dtype=torch.float32, device=device)
@@ -229,15 +229,20 @@ class _Operands:
         )
         self.teacher = inputs.want_consistency
 
-    def shift(self) -> Tensor | None:
-        """Return S° - S of the first pair. Any constant works; this keeps gaps exact if S° - S hardly varies."""
+    def shift(self, comparison: _Comparison | None) -> Tensor | None:
+        """Return S° - S of an entry. Any constant works; this keeps gaps exact if S° - S hardly varies.
+
+        With a comparison it is not that of a pair, which may be edited where most entries are not.
+        """
         if not self.teacher:
             return None
+        column = 0 if comparison is None else -1
         student, teacher = (
-            scale * (left[0].float() * right[0].float()).sum()
+            scale * (left[0].float() * right[column].float()).sum()
             for scale, (left, right) in zip(self.scales, self.pairs, strict=True)
         )
-        return teacher - student
+        edit = None if comparison is None else comparison.edit
+        return edited_entry(edit, 0, column, teacher, self.scales[1]) - student
 
     def multiply(self, rows: slice, columns: slice, out: Tensor) -> None:
         """Form a block of the products of student and teacher; out: [1 or 2, rows, columns]."""

@@ -21,6 +21,7 @@ from cliperase_fast.ops.spec import DTYPE_NAMES
 
 GRAPHS_VARIABLE = "CLIPERASE_CUDA_GRAPHS"  # 1: `graphs.py` runs the sweep on a GPU
 INSTRUCTIONS_VARIABLE = "CLIPERASE_CPU"  # amx, avx512_bf16, avx512, avx2 or portable, instead of the widest
+LARGEST_WIDTH = 1 << 20  # of features, by the checks of the extension
 _INTERFACE = 9  # must equal that of csrc/bindings.cpp
 _CUDA_INTERFACE = 1  # must equal that of csrc/cuda/bindings.cpp
 # setup.py leaves its reason here when it could not build the extension.
@@ -34,8 +35,22 @@ def load() -> ModuleType:
 
 
 def instruction_set() -> str | None:
-    """Return the instruction set that the environment sets; None means the widest."""
-    return os.environ.get(INSTRUCTIONS_VARIABLE) or None
+    """Return the instruction set that the environment sets; None means the widest.
+
+    Raises InputError if it names none that runs here.
+    """
+    name = os.environ.get(INSTRUCTIONS_VARIABLE) or None
+    if name is not None:
+        _require(name)
+    return name
+
+
+@cache
+def _require(name: str) -> None:
+    try:
+        load().cpu.instruction_set(name)
+    except ValueError as error:
+        raise InputError(f"{INSTRUCTIONS_VARIABLE}={name}: {error}; unset it") from error
 
 
 def wants_graphs() -> bool:
@@ -54,10 +69,18 @@ def why_missing() -> str | None:
         return _reason(error)
     if getattr(module, "INTERFACE", 0) != _INTERFACE:
         return "the extension was built from another version of the source; install cliperase_fast again"
+    return wrong_instruction_set()
+
+
+def wrong_instruction_set() -> str | None:
+    """Return why the instruction set that the environment names does not run here; None if it does, or names none."""
     try:
-        module.cpu.instruction_set(instruction_set())
-    except ValueError as error:
-        return f"{INSTRUCTIONS_VARIABLE}={instruction_set()}: {error}; unset it"
+        if getattr(load(), "INTERFACE", 0) == _INTERFACE:
+            instruction_set()
+    except InputError as error:
+        return str(error)
+    except ImportError:
+        return None  # nothing would run it
     return None
 
 

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cliperase_fast.ops.calibrated import edited_entry
 from cliperase_fast.ops.spec import Stats
 from cliperase_fast.ops.triton.calibrated import Comparison
 from cliperase_fast.ops.triton.configs import Config
@@ -127,6 +128,8 @@ def forward_stats(
     comparison: of the calibrated loss, whose edit the statistics then follow, but not the entries of pairs.
     """
     diagonal, teacher_diagonal, shift = _diagonals(operands)
+    if comparison is not None:
+        shift = _shift(operands, comparison)
     rows, columns = _off_diagonal(operands, operands.scalars(shift), config, strip_rows, cache, comparison)
     return Stats(rows, columns, diagonal, teacher_diagonal, shift)
 
@@ -146,6 +149,15 @@ def _diagonals(operands: Operands) -> tuple[Tensor | None, Tensor | None, Tensor
         teacher = _pair_dot(operands.teacher_image[left], operands.teacher_text[right], operands.teacher_scale)
         shift = teacher[0] - student[0]
     return (student, teacher, shift) if paired else (None, None, shift)
+
+
+def _shift(operands: Operands, comparison: Comparison) -> Tensor:
+    """Return the shift of the gaps for an edited S°: not that of a pair, which may be edited where most are not."""
+    teacher_image, teacher_text, teacher_scale = operands.teacher_image, operands.teacher_text, operands.teacher_scale
+    assert teacher_image is not None and teacher_text is not None and teacher_scale is not None
+    student = _pair_dot(operands.image[:1], operands.text[-1:], operands.scale)
+    teacher = _pair_dot(teacher_image[:1], teacher_text[-1:], teacher_scale)
+    return edited_entry(comparison.edit, 0, -1, teacher[0], teacher_scale) - student[0]
 
 
 def _pair_dot(left: Tensor, right: Tensor, scale: Tensor) -> Tensor:
