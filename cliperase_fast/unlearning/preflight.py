@@ -19,6 +19,7 @@ from cliperase_fast.models import ClipAdapter
 from cliperase_fast.models.runtime import dtype_hint
 from cliperase_fast.unlearning.batches import CaptionTable
 from cliperase_fast.unlearning.engines.base import train_mode
+from cliperase_fast.unlearning.related import concepts_of, with_levels_of_relatives
 from cliperase_fast.unlearning.run import Baseline
 from cliperase_fast.unlearning.runtime import Runtime
 from cliperase_fast.unlearning.selection import ASSOCIATION_MARGIN, Target
@@ -144,20 +145,26 @@ def check_teacher(
         )
 
 
-def check_forgettable(automatic: bool, part: Split, baseline: Baseline) -> list[str]:
+def check_forgettable(automatic: bool, related: bool, part: Split, baseline: Baseline) -> list[str]:
     """Return a note if the model knows the forget pairs no better than by chance.
 
-    automatic: whether the run trains to a target; `InputError` is raised if it would start there. part: the validation
-    split.
+    automatic: whether the run trains to a target; `InputError` is raised if it would start there. related: whether
+    classes that share words with retained ones have levels of their own. part: the validation split.
     """
     before = baseline.validation
     if automatic:
-        background = Background.of(baseline.validation_encoded, ~part.forget_mask)  # of this split: the same but noise
-        target = Target(background.association(baseline.validation_encoded, part.forget_mask), part.n_forget)
+        encoded, known = baseline.validation_encoded, "unrelated pairs"
+        background = Background.of(encoded, ~part.forget_mask)  # of this split: the same but noise
+        if related:
+            background = with_levels_of_relatives(background, part, encoded)
+        concepts = None if background.own is None else concepts_of(part, part)
+        if concepts is not None:
+            known = "a model that never saw them, by the classes that share words with theirs"
+        target = Target(background.association(encoded, part.forget_mask, concepts), part.n_forget)
         if target.reached(before):
             raise InputError(
                 f"there is nothing to forget: on the validation split the model scores {before.forget:.1%} on the "
-                f"forget pairs, whose cosine of {before.forget_similarity:.2f} is not above that of unrelated pairs "
+                f"forget pairs, whose cosine of {before.forget_similarity:.2f} is not above that of {known} "
                 f"({target.background:.2f}) by more than {ASSOCIATION_MARGIN:g}; choose pairs that the model knows, "
                 "or give numbers for learning_rate and epochs to train anyway"
             )

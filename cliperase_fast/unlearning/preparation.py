@@ -131,8 +131,9 @@ def prepare(setup: Setup, method: Method, began: float) -> Run:
     evaluator = Evaluator(runtime, cache)
     automatic = settings.automatic and method.trains
     baseline = _measure(original, data, evaluator, settings, automatic, ranks.first)
-    notes = ranks.run_on_first(partial(check_forgettable, automatic, data.validation, baseline))
-    for note in notes:
+    notes = ranks.run_on_first(partial(check_forgettable, automatic, method.related_levels, data.validation, baseline))
+    of_level = _level_notes(settings, method, automatic)
+    for note in (*notes, *of_level):
         (say if ranks.first else _nothing)("%s", note)
     if cache is not None:  # the test images are needed once more only, those for training in every epoch
         cache.make_room(data.train.pairs, data.test.pairs)
@@ -143,8 +144,18 @@ def prepare(setup: Setup, method: Method, began: float) -> Run:
     if method.needs_teacher:
         ranks.run_on_all(partial(check_teacher, settings, teacher, setup.captions, pixels, baseline.encoded, runtime))
     work = ranks.run_on_first(lambda: setup.directory.open(settings))
-    told = [*setup.precision.notes(), *(notes if automatic else [])]
+    told = [*setup.precision.notes(), *(notes if automatic else []), *of_level]
     return Run(setup, student, parameters, loader, evaluator, baseline, work, began, automatic, notes=told)
+
+
+def _level_notes(settings: UnlearnConfig, method: Method, automatic: bool) -> list[str]:
+    """Say where a given level has nothing to decide."""
+    if settings.forget_level == "auto" or automatic or settings.select == "divergence" or method.reads_levels:
+        return []
+    return [
+        f"forget_level={settings.forget_level!r} makes no difference: the run has no target, because it is given its "
+        "numbers and select is not 'divergence'"
+    ]
 
 
 def _keeps_teacher(settings: UnlearnConfig, train: Split) -> bool:

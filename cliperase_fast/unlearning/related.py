@@ -14,7 +14,7 @@ its own. Measured from the level of unrelated pairs, its association falls to at
 
 from __future__ import annotations
 
-import re
+import unicodedata
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -23,13 +23,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cliperase_fast.evaluation import Background
+from cliperase_fast.evaluation import Background, EncodedPairs
 from cliperase_fast.evaluation.background import PART, ConceptLevels
 from cliperase_fast.unlearning.splits import Split
 
 SHARE = 0.8  # of the related classes' level
 MOST = 0.5  # of the association that is there
-_EMPTY_WORDS = frozenset(["a", "an", "and", "at", "by", "for", "from", "in", "of", "on", "or", "the", "to", "with"])
+# Words that say nothing about an image, of the languages in which many class names have them.
+_EMPTY_WORDS = frozenset([
+    "a", "an", "and", "at", "by", "for", "from", "in", "of", "on", "or", "the", "to", "with",
+    "au", "aux", "de", "des", "du", "en", "et", "la", "le", "les", "un", "une",  # French
+    "das", "dem", "den", "der", "die", "ein", "eine", "im", "mit", "und", "vom", "von",  # German
+    "com", "con", "da", "del", "della", "di", "do", "dos", "el", "il", "las", "lo", "los", "una",  # others
+])  # fmt: skip
+_APOSTROPHES, _HYPHENS = "'\u2019\u02bc", "-\u2010\u2011"
 
 
 def related_classes(names: Sequence[str], label: int, others: Collection[int]) -> list[int]:
@@ -46,7 +53,26 @@ def related_classes(names: Sequence[str], label: int, others: Collection[int]) -
 
 @cache
 def _words(name: str) -> frozenset[str]:
-    return frozenset(re.findall(r"[^\W_]+", name.casefold())) - _EMPTY_WORDS
+    """Return the words of a name, however it is encoded, spelt large or small, and divided.
+
+    A single letter is a word where it stands alone, as in "red A", not at an apostrophe. A compound with one, such as
+    "t-shirt", is one word.
+    """
+    kept = []
+    for character in unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold()):
+        kind = unicodedata.category(character)
+        if kind[0] in "LNM" or character in _APOSTROPHES + _HYPHENS:  # letters, digits and the marks on them
+            kept.append("'" if character in _APOSTROPHES else "-" if character in _HYPHENS else character)
+        elif kind != "Cf":  # those stand inside of words
+            kept.append(" ")
+    found: set[str] = set()
+    for word in "".join(kept).split():
+        parts = [part for part in word.split("'") if len(part) > 1] if "'" in word else [word]
+        for part in parts:
+            pieces = [piece for piece in part.split("-") if piece]
+            compound = len(pieces) > 1 and any(len(piece) == 1 and piece.isalpha() for piece in pieces)
+            found.update(["-".join(pieces)] if compound else pieces)
+    return frozenset(found - _EMPTY_WORDS)
 
 
 def relatives_of(train: Split) -> dict[int, list[int]]:
@@ -86,11 +112,13 @@ def with_related_levels(
     images: Callable[[np.ndarray], Tensor],
     captions: Tensor,
     caption_index: Callable[[np.ndarray], Sequence[np.ndarray]],
+    most: float | None = MOST,
 ) -> Background:
     """Return the background with levels of their own for the classes of `relatives_of`.
 
     pairs: those of `related_pairs`. images: returns the teacher's features of training pairs. captions: features
-    [U, D]. caption_index: returns for each of some training pairs the rows of its captions.
+    [U, D]. caption_index: returns for each of some training pairs the rows of its captions. most: None for no bound by
+    the association that is there.
     """
 
     def means(of: np.ndarray) -> Background:
@@ -110,7 +138,9 @@ def with_related_levels(
         related = _mean([of_class[other] for other in others])
         level, above = (_level(of_class[label], by) for by in (background, related))
         if above > level:
-            share = min(SHARE, MOST * max(own(pairs[label]) - level, 0.0) / (above - level))
+            share = SHARE
+            if most is not None:
+                share = min(share, most * max(own(pairs[label]) - level, 0.0) / (above - level))
             found[label] = _between(background, related, share)
     return replace(background, own=_own_levels(found, of_class, relatives)) if found else background
 
@@ -141,11 +171,26 @@ def concepts_of(part: Split, train: Split) -> np.ndarray | None:
     return np.array([places.get(name, -1) for name in names], dtype=np.int64)[labels]
 
 
-def related_note(train: Split, background: Background) -> str | None:
-    """Say which classes have levels of their own, and why; None if none has."""
+def with_levels_of_relatives(background: Background, part: Split, encoded: EncodedPairs) -> Background:
+    """Return the background with the levels at which a model is that never saw the classes to forget of a split.
+
+    encoded: of the split's pairs, by the model that is asked.
+    """
+    return with_related_levels(
+        background, part, related_pairs(part, None, 0), lambda rows: encoded.image_features[torch.from_numpy(rows)],
+        encoded.caption_features, lambda rows: [encoded.caption_index[row] for row in map(int, rows)], most=None,
+    )  # fmt: skip
+
+
+def related_note(train: Split, background: Background, asked: bool, masked: bool) -> str | None:
+    """Say which classes have levels of their own, and why; None if none has.
+
+    asked: whether forget_level="related" was given; then say why it makes no difference. masked: whether the pairs of a
+    batch are told apart by their classes.
+    """
     names = train.pairs.classes
     if background.own is None or names is None:
-        return None
+        return f"forget_level='related' makes no difference: {_why_unrelated(train, masked)}" if asked else None
     relatives, labels = relatives_of(train), background.own.concepts.tolist()
     others = [names[label] for label in relatives[labels[0]]]
     shown = ", ".join(repr(name) for name in others[:3]) + (", ..." if len(others) > 3 else "")
@@ -153,9 +198,22 @@ def related_note(train: Split, background: Background) -> str | None:
     which = f"{first} shares" if len(labels) == 1 else f"{len(labels)} classes to forget, {first} among them, share"
     return (
         f"{which} words with retained classes ({shown}). A model that never saw the pairs to forget would know these "
-        "words, so forgetting stops near the level of those classes instead of that of unrelated pairs "
+        "words, so the target is near the level of those classes instead of that of unrelated pairs "
         "(forget_level='unrelated')"
     )
+
+
+def _why_unrelated(train: Split, masked: bool) -> str:
+    pairs = train.pairs
+    if pairs.entities is not None:
+        return "the pairs name entities, and what is known of one says nothing about another"
+    if pairs.labels is None or pairs.classes is None:
+        return "the pairs have no classes"
+    if not masked:
+        return "classes are left out of account, leave false_negatives at 'auto'"
+    if not set(map(int, pairs.labels[: train.n_forget])) - set(map(int, pairs.labels[train.n_forget :])):
+        return "no class is to be forgotten as a whole"
+    return "no class to forget shares words with retained ones that are more similar to it than unrelated pairs"
 
 
 def _level(of: Background, by: Background) -> float:

@@ -190,7 +190,9 @@ class Run:
     def set_target(self, background: Background) -> None:
         """Take the background levels of the teacher, whose models must not have been released yet."""
         self.background = background
-        note = related_note(self.data.train, background)
+        ids = self.loader.group_ids
+        asked, masked = self.settings.forget_level == "related", ids is not None and ids.size > 0
+        note = related_note(self.data.train, background, asked, masked)
         if note is not None and note not in self.notes:  # probes set the target too
             self.notes.append(note)
         if not self.needs_target:

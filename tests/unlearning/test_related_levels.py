@@ -16,6 +16,7 @@ from cliperase_fast.unlearning import teacher
 from cliperase_fast.unlearning.methods import make_method
 from cliperase_fast.unlearning.methods.calibrated import RELATED, pair_terms
 from cliperase_fast.unlearning.objective import BatchFeatures, RelatedImages
+from cliperase_fast.unlearning.preflight import check_forgettable
 from cliperase_fast.unlearning.related import (
     MOST,
     SHARE,
@@ -24,8 +25,10 @@ from cliperase_fast.unlearning.related import (
     related_note,
     related_pairs,
     relatives_of,
+    with_levels_of_relatives,
     with_related_levels,
 )
+from cliperase_fast.unlearning.selection import Candidate
 
 NAMES = ("red circle", "red square", "blue circle", "blue square", "the moon")
 
@@ -40,6 +43,18 @@ NAMES = ("red circle", "red square", "blue circle", "blue square", "the moon")
         (["seven", "seventeen"], []),
         (["digit seven", "digit three", "digit one"], []),  # all classes have the word
         (["red dot", "red bar", "red tree", "blue dot"], [1, 2, 3]),
+        (["McDonald's burger", "Levi's jeans", "McDonald\u2019s fries"], [2]),
+        (["l'eau douce", "l'air", "eau de mer"], [2]),
+        (["t-shirt", "t-rex", "T\u2011Shirt", "shirt"], [2]),
+        (["red-circle", "blue-circle", "red_square", "moon"], [1, 2]),
+        (["red k", "blue k", "green b"], [1]),
+        (["pe\u0302che", "pe\u0301dalo", "p\u00eache melba"], [2]),  # the first two with separate accents
+        (
+            ["\u0932\u093e\u0932", "\u0928\u0940\u0932\u093e", "\u0932\u093e\u0932 \u0918\u0930"],
+            [2],
+        ),  # Hindi
+        (["pomme de terre", "coucher de soleil", "mois"], []),
+        (["of the", "of the moon", "the"], []),
     ],
 )
 def test_related_classes_share_the_most_words(names, expected):
@@ -131,7 +146,7 @@ def test_levels_of_other_pairs_are_those_of_all_pairs():
 def test_relatives_that_the_model_finds_less_similar_than_other_pairs_do_not_count():
     plain, found = levels(-3.0)
     assert found.own is None and torch.equal(found.text_mean, plain.text_mean)
-    assert related_note(split(LABELS, 6), found) is None
+    assert related_note(split(LABELS, 6), found, False, True) is None
 
 
 def test_classes_of_another_split_are_found_by_name():
@@ -141,8 +156,44 @@ def test_classes_of_another_split_are_found_by_name():
 
 
 def test_the_note_names_the_classes():
-    note = related_note(split(LABELS, 6), levels(0.5)[1])
+    note = related_note(split(LABELS, 6), levels(0.5)[1], False, True)
     assert "'red circle' shares words with retained classes ('red square', " in note
+
+
+@pytest.mark.parametrize(
+    ("train", "masked", "why"),
+    [
+        (split(LABELS, 6, entities=["a"] * 25), True, "the pairs name entities"),
+        (split(None, 6), True, "the pairs have no classes"),
+        (split(LABELS, 6), False, "leave false_negatives at 'auto'"),
+        (split(LABELS, 5), True, "no class is to be forgotten as a whole"),
+        (split(np.array([4] * 6 + [1] * 5), 6), True, "no class to forget shares words"),
+    ],
+)
+def test_the_note_says_why_asking_for_related_levels_makes_no_difference(train, masked, why):
+    plain = levels(-1.0)[0]
+    assert why in related_note(train, plain, True, masked)
+    assert related_note(train, plain, False, masked) is None
+
+
+def test_a_run_without_a_target_says_that_the_level_makes_no_difference():
+    found = [run(method=method, forget_level="unrelated") for method in ("cliperase", "calibrated")]
+    notes = ["forget_level='unrelated' makes no difference" in " ".join(one.record["notes"]) for one in found]
+    assert notes == [True, False]
+
+
+def test_forgetting_again_what_is_forgotten_is_an_error():
+    """It is at the level of the related classes, which is above that of unrelated pairs."""
+    image, text, index = features(6.0)
+    part, encoded = split(LABELS, 6), EncodedPairs(image, text, index, None)
+    part.forget_mask = np.arange(len(LABELS)) < 6
+    there = with_levels_of_relatives(levels(6.0)[0], part, encoded).association(encoded, part.forget_mask, LABELS)
+    assert there > levels(6.0)[1].association(encoded, part.forget_mask, LABELS) + 0.05, "without a bound"
+    before = Candidate(0, 0, forget=0.0, retain=1.0, forget_similarity=there)
+    baseline = SimpleNamespace(validation=before, validation_encoded=encoded)
+    with pytest.raises(InputError, match="not above that of a model that never saw them, by the classes that share"):
+        check_forgettable(True, True, part, baseline)
+    assert "better than by chance" in " ".join(check_forgettable(True, False, part, baseline))
 
 
 def run(**changes):

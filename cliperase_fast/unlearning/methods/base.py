@@ -59,6 +59,7 @@ class Method(ABC):
     trains: whether the trainer trains the parameters. needs_gradient: whether a gradient must reach them otherwise.
     softmax_only: whether its loss is not defined for models that were trained with the sigmoid loss.
     presses: whether its objective multiplies its forget terms by `Run.pressure`.
+    reads_levels: whether its objective reads the background levels.
     """
 
     name: ClassVar[str]
@@ -73,6 +74,7 @@ class Method(ABC):
     needs_gradient: ClassVar[bool] = False
     softmax_only: ClassVar[bool] = False
     presses: ClassVar[bool] = False
+    reads_levels: ClassVar[bool] = False
 
     def __init__(self, settings: UnlearnConfig, options: Any) -> None:
         self.settings, self.options = settings, options

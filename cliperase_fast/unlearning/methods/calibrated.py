@@ -125,6 +125,7 @@ class Calibrated(TrainingMethod):
     needs = ("forget", "retain", "teacher")
     joint_teacher = True
     presses = True
+    reads_levels = True
     unused_settings = frozenset(["forget_loss", "margin", "consistency"])
     Options = CalibratedOptions
     hidden: HiddenStates | None = None  # set by `check_model` if there is the term on hidden states
