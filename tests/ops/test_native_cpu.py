@@ -22,7 +22,7 @@ from cliperase_fast.functional import clip_loss
 from cliperase_fast.ops import backends, eager
 from cliperase_fast.ops.autograd import flatten
 from cliperase_fast.ops.native import extension
-from cliperase_fast.ops.native.cpu import kernels, sweep
+from cliperase_fast.ops.native.cpu import kernels, release_memory, sweep
 from cliperase_fast.ops.spec import SimilarityInputs
 from cliperase_fast.validation import choose
 
@@ -450,3 +450,18 @@ def test_auto_keeps_what_fits_the_budget_of_wide_features(monkeypatch, width, te
     assert kept_mib("auto", width, teacher_width) == kept_mib("similarities", width, teacher_width) > 250
     monkeypatch.setenv("CLIPERASE_KEEP_MIB", "8")
     assert kept_mib("auto", width, teacher_width) <= 8 and kept_mib("auto", 16) <= 8
+
+
+def test_the_pool_holds_no_more_than_the_budget_allows_and_can_be_released(monkeypatch):
+    cpu = extension.load().cpu
+    release_memory()
+    assert cpu.pooled_bytes() == 0
+    for rows in (900, 1400, 2000):
+        check(random_batch(rows), keep="similarities")
+    assert cpu.pooled_bytes() > 16 << 20
+    monkeypatch.setattr("cliperase_fast.ops.native.cpu._SCRATCH", 1 << 20)
+    monkeypatch.setenv("CLIPERASE_KEEP_MIB", "1")
+    check(random_batch(900), keep="similarities")
+    assert cpu.pooled_bytes() <= 2 << 20
+    release_memory()
+    assert cpu.pooled_bytes() == 0

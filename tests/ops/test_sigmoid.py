@@ -132,7 +132,7 @@ def test_backends_that_lack_it_are_refused_by_name(monkeypatch):
         sigmoid_loss(features, features, 1.0, backend="abacus")
     built_with_cuda = replace(registry.REGISTRY["native"], devices=("cpu", "cuda"))
     monkeypatch.setitem(registry.REGISTRY, "native", built_with_cuda)
-    on_a_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
+    on_a_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32, shape=(2, 3))
     if backends()["native"].available:
         with pytest.raises(InputError, match=r"computes the sigmoid loss on cpu only, not on cuda; use auto, .*torch"):
             choose("native", on_a_gpu, on_a_gpu, loss="sigmoid")

@@ -29,6 +29,8 @@ _FLOAT = 4  # bytes
 _NARROW = 48  # widths below are narrow
 _KEPT_OF_NARROW = 16 << 20
 _TERMS = 4  # of the calibrated loss
+_SCRATCH = 256 << 20  # unused memory of this size stays in the pool, beside that for kept similarities
+_CPU = torch.device("cpu")
 
 
 class CpuKernels:
@@ -46,6 +48,7 @@ class CpuKernels:
         self._tile_columns: int = self._cpu.TILE_COLUMNS
         self._tile_head: int = self._cpu.TILE_HEADER
         self._told = False
+        self._pool = 0  # the limit of the pool's unused memory
 
     def cache_size(self, inputs: SimilarityInputs) -> int:
         return self._cache_size(inputs, 0)
@@ -233,6 +236,10 @@ class CpuKernels:
 
     def _workspace(self, size: int) -> Tensor:
         """Return uint8 [size] from the extension's pool, or [0] if there is not enough memory."""
+        limit = cache_budget(_CPU) + _SCRATCH
+        if limit != self._pool:
+            self._cpu.limit_pooled_bytes(limit)
+            self._pool = limit
         if size:
             try:
                 return torch.frombuffer(self._cpu.Workspace(size), dtype=torch.uint8)
@@ -245,6 +252,13 @@ class CpuKernels:
                     )
                     self._told = True
         return torch.empty(0, dtype=torch.uint8, device="cpu")
+
+
+def release_memory() -> None:
+    """Give back to the system what the pool of the extension holds unused. The next call takes new memory."""
+    cpu = extension.load().cpu
+    cpu.limit_pooled_bytes(0)
+    kernels._pool = 0  # the next call sets the limit again
 
 
 class Call:
