@@ -173,8 +173,9 @@ def verdict(result: Mapping[str, Any]) -> Verdict:
     """Judge a run in one sentence, and advise what to change. Failures are stated as plainly as success.
 
     Forgotten: at most 1 % is left. Almost, partly: at most a tenth, at most three quarters of the score before. There
-    was nothing to forget if the model scored at most 1 % before, and little if it was no better than chance. The retain
-    pairs were kept if they lost at most the configuration's `retain_floor` (2 points without one).
+    was nothing to forget if the model scored at most 1 % before, and little if it was no better than chance. A run
+    that did not reach its target has not forgotten, however low the score is. The retain pairs were kept if they lost
+    at most the configuration's `retain_floor` (2 points without one).
     """
     head = headline(result)
     if head is None:
@@ -191,20 +192,24 @@ def verdict(result: Mapping[str, Any]) -> Verdict:
     kept = drop <= floor + 1e-9  # rounding of a fraction is not a drop
     heavy = drop > 0.1
     wrong_way = little and after > max(FORGOTTEN, before)
+    fell = (forgotten or almost) and not little
+    missed = fell and (result.get("selection") or {}).get("target_reached") is False
+    good = fell and not missed
 
     if wrong_way:
         opening = "The forgetting went the wrong way"
     elif little:
         opening = f"There was {'nothing' if before <= FORGOTTEN else 'little'} to forget"
+    elif missed:
+        opening = f"The score fell, but {_above_target(result)}"
     elif forgotten or almost:
         opening = "Forgotten" if forgotten else "Almost forgotten"
     else:
         opening = "Only partly forgotten" if partly else "Not forgotten"
     if not kept:
         joined = ", but at a heavy price" if heavy else ", but at a price"
-        done = (forgotten or almost) and not little
-        opening += joined if done else ", and the rest suffered" + (" badly" if heavy else "")
-    elif head.retain is not None and forgotten and not little:
+        opening += joined if good else ", and the rest suffered" + (" badly" if heavy else "")
+    elif head.retain is not None and forgotten and good:
         opening += ", and the rest kept"
 
     if little and not wrong_way:
@@ -221,17 +226,16 @@ def verdict(result: Mapping[str, Any]) -> Verdict:
         sentence += f" and {rest}" if kept else f" and only {rest}, {100 * drop:.1f} points fewer"
         sentence += "" if kept else f" where retain_floor allows {100 * floor:g}"
 
-    good = (forgotten or almost) and not little
     if little and kept and not wrong_way:
         level = "nothing"
     elif good and kept:
         level = "good"
-    elif not little and ((partly and kept) or (good and not heavy)):
+    elif not little and (((partly or fell) and kept) or (fell and not heavy)):
         level = "mixed"
     else:
         level = "bad"
-    advice = _of_little(head) if little else "" if level == "good" else _advice(result, good, kept)
-    if not little and not good and kept and after <= head.chance:
+    advice = _of_little(head) if little else "" if level == "good" else _advice(result, fell, kept)
+    if not little and not fell and kept and after <= head.chance:
         advice = (
             f"This is no better than chance ({percent(head.chance)}): judge the forgetting by the association, or "
             "measure it among more classes."
@@ -244,6 +248,25 @@ def _floor(result: Mapping[str, Any]) -> float:
     return RETAIN_FLOOR if floor is None else floor
 
 
+def _above_target(result: Mapping[str, Any]) -> str:
+    """Say what is left above the target that the run did not reach."""
+    selection = result.get("selection") or {}
+    target = selection.get("target") or (result.get("recipe") or {}).get("target") or {}
+    ours, limit = number(selection.get("association")), number(target.get("association"))
+    share, most = number((selection.get("validation") or {}).get("forget")), number(target.get("forget"))
+    left = []
+    if ours is not None and limit is not None and ours > limit:
+        digits = 3 if f"{ours:.2f}" == f"{limit:.2f}" else 2
+        left.append(f"association {decimals(ours, digits)}, target {decimals(limit, digits)}")
+    if share is not None and most is not None and share > most:
+        left.append(f"forget score {percent(share)}, target {percent(most)}")
+    if not left:
+        return "the target was not reached"
+    similar = left[0].startswith("association")
+    said = "the forget pairs are still more similar than the target" if similar else "the target was not reached"
+    return f"{said} (on the validation split {'; '.join(left)})"
+
+
 def _of_little(head: Headline) -> str:
     if head.retain is not None and head.retain[0] <= max(FORGOTTEN, head.chance):
         return (
@@ -253,35 +276,35 @@ def _of_little(head: Headline) -> str:
     return "Choose forget pairs that the model gets right."
 
 
-def _advice(result: Mapping[str, Any], forgotten: bool, kept: bool) -> str:
-    """Advise what to change after a run that is not good."""
-    config = result.get("config") or {}
+def _advice(result: Mapping[str, Any], fell: bool, kept: bool) -> str:
+    """Advise what to change after a run that is not good.
 
-    recipe = result.get("recipe") or {}
-    found = {"learning_rate": ("learning_rate", ""), "epochs": ("steps", " steps")}
+    fell: whether the forget score fell as asked for. The target may have been missed all the same.
+    """
+    config, selection = result.get("config") or {}, result.get("selection") or {}
+    method, given = config.get("method", "cliperase"), _given_numbers(config)
+    trained = result.get("pairs_per_second") is not None
 
     def now(name: str) -> str:
-        if name == "epochs" and number(config.get("steps")):
-            name = "steps"
-        value = number(config.get(name))
-        if config.get(name) == "auto" and name in found:
-            key, unit = found[name]
-            value = number(recipe.get(key))
-            return name if value is None else f"{name} (found: {value:.3g}{unit})"
-        return name if value is None else f"{name} (now {value:g})"
+        return _now(result, name)
 
-    if config.get("method", "cliperase") != "cliperase":
-        return _advice_of_method(forgotten, kept, now, trained=result.get("pairs_per_second") is not None)
-    if not forgotten and number(config.get("lambda_forget")) == 0:
+    missed = selection.get("target_reached") is False
+    done = fell and not missed
+    if not kept and not done and trained and not (method == "cliperase" and given):
+        return _advice_without_success(method, given)
+    if kept and missed and (fell or not given):
+        return _advice_on_target(result, method, given, trained)
+    if method != "cliperase":
+        return _advice_of_method(method, given, done, kept, now, trained)
+    if not done and number(config.get("lambda_forget")) == 0:
         return "With lambda_forget=0 nothing pushes the forget pairs apart: set it above 0 (default 3)."
-    if forgotten:
+    if done:
         return f"Lower {now('learning_rate')} or {now('epochs')}, or raise lambda_retain or lambda_consistency."
     if not kept:
         return (
             f"Lower {now('learning_rate')} and raise {now('epochs')}, or raise lambda_retain, lambda_consistency or "
             "batch_size."
         )
-    selection = result.get("selection") or {}
     lowest, chosen = selection.get("lowest") or {}, selection.get("validation") or {}
     least, ours = number(lowest.get("forget")), number(chosen.get("forget"))
     if config.get("select") != "last" and least is not None and ours is not None and least < 0.75 * ours:
@@ -295,13 +318,75 @@ def _advice(result: Mapping[str, Any], forgotten: bool, kept: bool) -> str:
     return f"{start} {now('learning_rate')} or {now('epochs')}, or {now('lambda_forget')}."
 
 
-def _advice_of_method(forgotten: bool, kept: bool, now: Callable[[str], str], trained: bool) -> str:
+def _given_numbers(config: Mapping[str, Any]) -> list[str]:
+    """Return the names of the numbers that the run would find itself and was given."""
+    length = "steps" if number(config.get("steps")) else "epochs"
+    return [name for name in ("learning_rate", length) if number(config.get(name)) is not None]
+
+
+def _now(result: Mapping[str, Any], name: str) -> str:
+    """Name a setting with its value, or with the one that the run found."""
+    config, recipe = result.get("config") or {}, result.get("recipe") or {}
+    found = {"learning_rate": ("learning_rate", ""), "epochs": ("steps", " steps")}
+    if name == "epochs" and number(config.get("steps")):
+        name = "steps"
+    value = number(config.get(name))
+    if config.get(name) == "auto" and name in found:
+        key, unit = found[name]
+        value = number(recipe.get(key))
+        return name if value is None else f"{name} (found: {value:.3g}{unit})"
+    return name if value is None else f"{name} (now {value:g})"
+
+
+def _left_out(given: Sequence[str]) -> str:
+    return f"leave out {' and '.join(given)} so that the run finds {'them' if len(given) > 1 else 'it'}"
+
+
+def _advice_without_success(method: str, given: Sequence[str]) -> str:
+    """Advise after training that forgot too little and damaged the rest, so that neither more nor less of it helps."""
+    wider = "give more retain pairs, or forget fewer classes at once"
+    if method != "calibrated":
+        without = f", and {_left_out(given)}" if given else f"; {wider}"
+        return f'Use method="calibrated", which holds the retain pairs{without}.'
+    if given:
+        return f"{_left_out(given).capitalize()}, or give more retain pairs."
+    return f"{wider.capitalize()}; the reason of the choice says which limit gave way."
+
+
+def _advice_on_target(result: Mapping[str, Any], method: str, given: Sequence[str], trained: bool) -> str:
+    """Advise after a run that kept the rest and missed its target; see also the reason of the selection."""
+    config, selection = result.get("config") or {}, result.get("selection") or {}
+    if selection.get("within_floor") is False or number(selection.get("outside_floors")):
+        return f"Allow more with worst_class_floor or {_now(result, 'retain_floor')}, or forget fewer classes at once."
+    if not trained:
+        return 'Change method_options, or use method="calibrated".'
+    if given:
+        return f"Raise {' or '.join(_now(result, name) for name in given)}, or {_left_out(given)}."
+    if method == "calibrated":
+        weight = number((config.get("method_options") or {}).get("lambda_level")) or 0.0
+        return (
+            f'Give forgetting more weight with method_options={{"lambda_level": {max(100, 3 * weight):g}}}, or forget '
+            "fewer classes at once; name classes that are made of parts by their parts."
+        )
+    more = f"Raise {_now(result, 'lambda_forget')}, or use" if method == "cliperase" else "Use"
+    return f'{more} method="calibrated".'
+
+
+def _advice_of_method(
+    method: str, given: Sequence[str], done: bool, kept: bool, now: Callable[[str], str], trained: bool
+) -> str:
     """Advise what to change for a method without the weights of CLIPErase's terms."""
     if not trained:
+        if not kept:
+            return 'Change method_options, or use method="calibrated", which holds the retain pairs.'
         return f"Change method_options, or allow more with {now('retain_floor')}."
-    if forgotten or not kept:
-        return f"Lower {now('learning_rate')} or {now('epochs')}, or use a method that keeps the retain pairs."
-    return f"Raise {now('learning_rate')} or {now('epochs')}."
+    if not done:
+        return f"Raise {now('learning_rate')} or {now('epochs')}."
+    if method != "calibrated":
+        other = 'use method="calibrated", which holds the retain pairs'
+    else:
+        other = _left_out(given) if given else "give more retain pairs"
+    return f"Lower {now('learning_rate')} or {now('epochs')}, or {other}."
 
 
 def left_out_lines(skipped: Mapping[str, Any]) -> list[str]:

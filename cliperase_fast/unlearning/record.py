@@ -100,6 +100,8 @@ def _selection(run: Run, method: Method, state: TrainState) -> dict[str, Any]:
         "step": best.step,
         "reason": selection.reason(best, state.evaluations, method.describe(best), method.unused_settings),
         "within_floor": selection.within(best),
+        "outside_floors": sum(not selection.within(one) for one in state.evaluations),
+        "target": None if run.target is None else run.target.to_dict(),
         "target_reached": None if run.target is None else run.target.reached(best),
         "validation": {
             "forget": best.forget,

@@ -145,3 +145,132 @@ def test_advice_names_the_rate_and_the_steps_that_the_run_found():
     result["config"].update(learning_rate="auto", epochs="auto")
     result["recipe"] = {"learning_rate": 3.16228e-05, "steps": 60}
     assert "Lower learning_rate (found: 3.16e-05) or epochs (found: 60 steps)" in verdict(result).advice
+
+
+def missed(forget=(0.98, 0.0), retain=(0.97, 0.965), **selection):
+    """A run that did not reach its target, by the method `calibrated` and without numbers."""
+    result = sample_result(forget, retain)
+    result["config"] = {
+        "method": "calibrated", "learning_rate": "auto", "epochs": "auto", "retain_floor": 0.02,
+        "method_options": {"lambda_level": 33.0},
+    }  # fmt: skip
+    target = {"background": 0.09, "association": 0.14, "forget": 0.05}
+    result["recipe"] = {"target": target, "learning_rate": 3.16228e-05, "steps": 60}
+    result["selection"].update(
+        {"target_reached": False, "target": target, "association": 0.2231, "within_floor": True, "outside_floors": 0}
+    )
+    result["selection"].update(selection)
+    return result
+
+
+def test_a_score_that_fell_without_reaching_the_target_is_not_called_forgotten():
+    found = verdict(missed())
+    assert found.opening == (
+        "The score fell, but the forget pairs are still more similar than the target (on the validation split "
+        "association 0.22, target 0.14)"
+    )
+    assert found.sentence == (
+        f"{found.opening}: the model now recognises 0.0% of the forget images (98.0% before) and 96.5% of the others "
+        "(97.0% before)."
+    )
+    assert found.level == "mixed"
+    assert 'method_options={"lambda_level": 100}' in found.advice
+
+
+@pytest.mark.parametrize("reached", [True, None])
+def test_a_target_that_was_reached_or_does_not_exist_changes_no_word(reached):
+    found = verdict(missed(target_reached=reached))
+    assert (found.level, found.advice) == ("good", "")
+    assert found.opening == "Forgotten, and the rest kept"
+
+
+@pytest.mark.parametrize(
+    ("selection", "says"),
+    [
+        ({"association": 0.1431}, "(on the validation split association 0.143, target 0.140)"),
+        ({"validation": {"forget": 0.125}},
+         "(on the validation split association 0.22, target 0.14; forget score 12.5%, target 5.0%)"),
+        ({"association": 0.12, "validation": {"forget": 0.125}},
+         "but the target was not reached (on the validation split forget score 12.5%, target 5.0%)"),
+        ({"association": None}, "but the target was not reached: the model"),
+        ({"target": None}, "association 0.22, target 0.14"),  # an earlier record, which has it in the recipe
+    ],
+)  # fmt: skip
+def test_what_is_left_above_the_target_is_named(selection, says):
+    assert says in verdict(missed(**selection)).sentence
+
+
+def test_a_missed_target_at_a_price_is_both():
+    found = verdict(missed(retain=(0.97, 0.7)))
+    assert found.level == "bad"
+    assert "target 0.14), and the rest suffered badly: " in found.sentence
+    assert "Give more retain pairs" in found.advice
+    assert verdict(missed(retain=(0.97, 0.92))).level == "mixed"
+
+
+@pytest.mark.parametrize(
+    ("forget", "config", "selection", "advice"),
+    [
+        (0.0, {}, {"outside_floors": 4}, "Allow more with worst_class_floor or retain_floor (now 0.02), or forget"),
+        (0.0, {}, {"within_floor": False}, "Allow more with worst_class_floor"),
+        (0.0, {"method_options": {"lambda_level": 100.0}}, {},
+         'Give forgetting more weight with method_options={"lambda_level": 300}'),
+        (0.0, {"method": "gradient_ascent"}, {}, 'Use method="calibrated".'),
+        (0.0, {"method": "cliperase", "lambda_forget": 3.0}, {},
+         'Raise lambda_forget (now 3), or use method="calibrated".'),
+        (0.0, {"learning_rate": 1e-4, "epochs": 3}, {},
+         "Raise learning_rate (now 0.0001) or epochs (now 3), or leave out learning_rate and epochs so that the run "
+         "finds them."),
+        (0.0, {"learning_rate": 1e-4}, {}, "Raise learning_rate (now 0.0001), or leave out learning_rate so that the "
+         "run finds it."),
+        (0.97, {}, {}, "Give forgetting more weight"),  # not forgotten at all
+    ],
+)  # fmt: skip
+def test_advice_after_a_missed_target_is_what_the_run_can_still_change(forget, config, selection, advice):
+    result = missed((0.98, forget), **selection)
+    result["config"].update(config)
+    assert verdict(result).advice.startswith(advice)
+
+
+@pytest.mark.parametrize(
+    ("config", "advice"),
+    [
+        ({"method": "calibrated", "learning_rate": 1e-3, "epochs": 3},
+         "Leave out learning_rate and epochs so that the run finds them, or give more retain pairs."),
+        ({"method": "calibrated", "learning_rate": "auto", "epochs": "auto", "steps": 50},
+         "Leave out steps so that the run finds it, or give more retain pairs."),
+        ({"method": "calibrated", "learning_rate": "auto", "epochs": "auto"},
+         "Give more retain pairs, or forget fewer classes at once; the reason of the choice says which limit gave "
+         "way."),
+        ({"method": "gradient_ascent", "learning_rate": 1e-3, "epochs": 3},
+         'Use method="calibrated", which holds the retain pairs, and leave out learning_rate and epochs so that the '
+         "run finds them."),
+        ({"method": "gradient_ascent", "learning_rate": "auto", "epochs": "auto"},
+         'Use method="calibrated", which holds the retain pairs; give more retain pairs, or forget fewer classes at '
+         'once.'),
+        ({"method": "cliperase", "learning_rate": "auto", "epochs": "auto"}, 'Use method="calibrated"'),
+        ({"method": "cliperase", "learning_rate": 1e-3, "epochs": 3}, "Lower learning_rate (now 0.001) and raise"),
+    ],
+)  # fmt: skip
+def test_training_that_forgot_nothing_and_damaged_the_rest_is_not_told_to_do_less(config, advice):
+    result = sample_result((0.98, 0.97), (0.97, 0.5))
+    result["config"].update(config)
+    found = verdict(result)
+    assert found.opening == "Not forgotten, and the rest suffered badly"
+    assert found.advice.startswith(advice)
+
+
+@pytest.mark.parametrize(
+    ("config", "trained", "advice"),
+    [
+        ({"method": "calibrated"}, True, "or leave out learning_rate and epochs so that the run finds them."),
+        ({"method": "calibrated", "learning_rate": "auto", "epochs": "auto"}, True, "or give more retain pairs."),
+        ({"method": "gradient_ascent"}, True, 'or use method="calibrated", which holds the retain pairs.'),
+        ({"method": "ssd"}, False, 'Change method_options, or use method="calibrated", which holds the retain pairs.'),
+    ],
+)
+def test_the_method_that_keeps_the_rest_is_not_advised_to_its_own_user(config, trained, advice):
+    result = sample_result((0.98, 0.0), (0.97, 0.92))
+    result["config"].update({"epochs": 3, **config})
+    result["pairs_per_second"] = 500.0 if trained else None
+    assert verdict(result).advice.endswith(advice)

@@ -81,6 +81,7 @@ def test_the_result_says_how_uncertain_the_choice_is(whole):
     assert selection["pairs"] == {"forget": 3, "retain": 9}
     assert selection["intervals"]["forget"] == pytest.approx([0.0, 0.5615], abs=1e-3)
     assert selection["target_reached"] and selection["within_floor"]
+    assert selection["target"] == whole[1].record["recipe"]["target"] and selection["outside_floors"] == 0
     assert selection["divergence"]["mean"] < 0.1 and selection["divergence"]["pairs"] == 9
     assert selection["association"] <= selection["background"] + 0.05
     assert any("rests on 3 forget and 9 retain pairs" in note for note in whole[1].record["notes"])
@@ -257,6 +258,7 @@ def test_a_target_that_no_rate_reaches_within_the_floor_is_reported(monkeypatch)
     result = run(worst_class_floor=0.0, method="gradient_ascent")
     assert result.selection["target_reached"] is False or result.selection["within_floor"] is False
     assert "gave way" in result.selection["reason"]
+    assert result.selection["outside_floors"] > 0
 
 
 def test_retain_pairs_whose_captions_are_mostly_unique_need_no_shared_classes():
