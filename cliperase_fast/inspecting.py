@@ -17,6 +17,7 @@ from cliperase_fast.data.images import pixel_bytes
 from cliperase_fast.data.intake import Intake
 from cliperase_fast.data.pair_sets import Opener, open_pair_sets
 from cliperase_fast.errors import InputError
+from cliperase_fast.plurals import counted
 from cliperase_fast.progress import Steps
 from cliperase_fast.report.contact_sheet import Group, contact_sheet, thumbnails
 from cliperase_fast.report.rendering import Row, Table, write_page
@@ -46,8 +47,8 @@ class Inspection:
         found = self.content
         lines = [self.name, ""]
         lines += [
-            f"{name:<14}{row['pairs']:>9,} pairs, {row['captions']:,} different captions"
-            + (f", {row['classes']} classes" if row["classes"] else "")
+            f"{name:<14}{counted(row['pairs'], 'pair', '>9,')}, {counted(row['captions'], 'different caption', ',')}"
+            + (f", {row['classes']} class{'es' * (row['classes'] != 1)}" if row["classes"] else "")
             for name, row in found["sets"].items()
         ]
         lines += ["", *_class_lines(found["classes"])]
@@ -69,14 +70,15 @@ class Inspection:
     def sheet(self) -> str:
         """Return that page."""
         found = self.content
-        facts = [(name, f"{row['pairs']:,} pairs") for name, row in found["sets"].items()]
+        facts = [(name, counted(row["pairs"], "pair", ",")) for name, row in found["sets"].items()]
         facts += [("read", f"{found['read']:,} of {found['images']:,} images"),
                   ("unreadable", str(found["unreadable"]["count"])),
                   ("duplicates", str(found["duplicates"]["count"]))]  # fmt: skip
         groups = []
         for name, pairs in self.sets.items():
             rows = np.unique(np.linspace(0, len(pairs) - 1, min(_PICTURES, len(pairs))).astype(int)).tolist()
-            groups.append(Group(name, f"{len(rows)} of {len(pairs):,} pairs, spread evenly.", thumbnails(pairs, rows)))
+            shown = f"{len(rows)} of {counted(len(pairs), 'pair', ',')}, spread evenly."
+            groups.append(Group(name, shown, thumbnails(pairs, rows)))
         warnings = [*found["unreadable"]["examples"], *(" = ".join(same) for same in found["duplicates"]["examples"])]
         longest = [Row([row["id"], row["caption"], str(row["characters"])]) for row in found["longest"]]
         tables = [("Longest captions", Table(["image", "caption", "characters"], longest, text_columns=2))]
@@ -128,13 +130,18 @@ def inspect_data(
     sets = {name: pairs for name, pairs in sets.items() if len(pairs)}
     for name, source in opener.opened.items():
         if source.stream is not None:
-            notes.append(f"only the head of {name} was looked at: {len(source.train)} pairs, which training leaves out")
+            head = counted(len(source.train), "pair")
+            notes.append(f"only the head of {name} was looked at: {head}, which training leaves out")
     intake = Intake.merged(pairs.intake for pairs in sets.values())
     notes += [*left_out_lines(intake.skipped.to_dict()), *left_out_lines(intake.ignored.to_dict())]
     bad, equal, read = _read_images(sets, images, seed, progress)
     same = [[f"{name} ({of})" for name, of in group] for group in equal]
     in_several = Counter(tuple(dict.fromkeys(of for _, of in group)) for group in equal)
-    notes += [f"{count} images are in {' and in '.join(of)}" for of, count in in_several.items() if len(of) > 1]
+    notes += [
+        f"{counted(count, 'image')} {'is' if count == 1 else 'are'} in {' and in '.join(of)}"
+        for of, count in in_several.items()
+        if len(of) > 1
+    ]
     content = {
         "sets": {name: _counts(pairs) for name, pairs in sets.items()},
         "classes": _classes(sets),

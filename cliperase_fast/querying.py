@@ -27,6 +27,7 @@ from cliperase_fast.models import ClipAdapter, load_model
 from cliperase_fast.models.preprocessing import try_transform
 from cliperase_fast.models.requirements import check_weights
 from cliperase_fast.models.runtime import in_float32, inference, pick_device
+from cliperase_fast.plurals import counted
 from cliperase_fast.progress import Steps, say
 from cliperase_fast.report.contact_sheet import Group, contact_sheet, thumbnails
 from cliperase_fast.report.rendering import write_page
@@ -194,7 +195,7 @@ def _open(data: Any, on_error: str) -> tuple[PairDataset, PairDataset | None]:
             pairs = pairs.subset(select(pairs, selector, other=test))
             test = None  # the selector may match none of it
     if len(pairs) < 2:
-        raise InputError(f"{pairs.name} has {len(pairs)} pairs; ranking needs at least two")
+        raise InputError(f"{pairs.name} has {counted(len(pairs), 'pair')}; ranking needs at least two")
     return pairs, test
 
 

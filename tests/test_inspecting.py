@@ -39,7 +39,7 @@ def test_sets_classes_duplicates_and_unreadable_images_are_counted(folder):
         ["test/cat/again.png (forget test)", "train/cat/00.png (forget)"],
         ["train/owl/02.png (retain)", "train/owl/copy.png (retain)"],
     ]
-    assert "1 images are in forget and in forget test" in content["notes"]
+    assert "1 image is in forget and in forget test" in content["notes"]
     assert content["longest"][0]["caption"] == "a photo of a cat"
     assert content["read"] == content["images"] == 14
     text = found.text()

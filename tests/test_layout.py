@@ -37,7 +37,7 @@ LAYERS = [
     {"config", "demo_models", "tensor_files"},
     {"terms", "storage", "progress", "defaults", "allocation", "extras"},
     {"coercion", "reading"},
-    {"errors", "_version"},
+    {"errors", "_version", "plurals"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 

@@ -22,6 +22,7 @@ from cliperase_fast.data.pair_sets import (
 )
 from cliperase_fast.distributed import SINGLE_PROCESS, Ranks
 from cliperase_fast.errors import InputError
+from cliperase_fast.plurals import counted
 
 HELD_OUT = 0.2  # of data without a test split, as `unlearn()` does
 HOLDOUTS = ("association", "identity")
@@ -144,7 +145,8 @@ def read_sets(
     )
     notes = held_out_notes(HELD_OUT, len(found.forget)) if found.held_out else []
     if len(skipped):
-        notes.append(f"{len(skipped)} pairs are left out: {', '.join(skipped.counts)}.")
+        are = "is" if len(skipped) == 1 else "are"
+        notes.append(f"{counted(len(skipped), 'pair')} {are} left out: {', '.join(skipped.counts)}.")
     names = opened.pairs.names
     return AuditSets.of(
         found.forget, found.retain, found.test, other=other, holdouts=holdouts, names=names, skipped=skipped,

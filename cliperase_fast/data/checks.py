@@ -18,6 +18,7 @@ from cliperase_fast.data.images import pixel_bytes
 from cliperase_fast.data.intake import ON_ERROR, ItemError
 from cliperase_fast.data.pairs import PairDataset, caption_key
 from cliperase_fast.errors import InputError
+from cliperase_fast.plurals import counted
 from cliperase_fast.progress import Steps
 
 
@@ -31,7 +32,7 @@ def split(pairs: PairDataset, fraction: float, seed: int) -> tuple[np.ndarray, n
         raise InputError(f"the fraction to hold out is {fraction}; it must be between 0 and 1, both excluded")
     n = len(pairs)
     if n < 2:
-        raise InputError(f"{pairs.name} has {n} pairs; splitting needs at least two")
+        raise InputError(f"{pairs.name} has {counted(n, 'pair')}; splitting needs at least two")
     rng = np.random.default_rng(seed)
     wanted = min(max(round(n * fraction), 1), n - 1)
     labels = np.zeros(n, dtype=np.int64) if pairs.labels is None else pairs.labels

@@ -19,6 +19,7 @@ from cliperase_fast.data.sources import open_source, require_indexed
 from cliperase_fast.data.streams import PairStream
 from cliperase_fast.distributed import SINGLE_PROCESS, Ranks
 from cliperase_fast.errors import InputError
+from cliperase_fast.plurals import counted
 from cliperase_fast.reading import printable_data
 
 SampleCounts = dict[str, dict[str, int]]  # {"retain": {"pairs": 50000, "of": 120000}, "forget test": ...}
@@ -220,7 +221,8 @@ def read_pairs(
     for image in bad:
         skipped.add(image.reason, image.message)
     if len(good) == 0:
-        raise InputError(f"none of the {len(read)} images of the {name} set can be read (first: {bad[0].message})")
+        images = counted(len(read), "image")
+        raise InputError(f"none of the {images} of the {name} set can be read (first: {bad[0].message})")
     return pairs if len(good) == len(read) else pairs.without(np.delete(rows, good))
 
 

@@ -12,6 +12,7 @@ from cliperase_fast.data.classes import folded, readable
 from cliperase_fast.data.pairs import PairDataset
 from cliperase_fast.data.source_types import Source
 from cliperase_fast.errors import InputError
+from cliperase_fast.plurals import counted
 from cliperase_fast.reading import read_lines, user_path
 
 _KINDS = {"class": "class:NAME,NAME", "caption": "caption:WORD,SYNONYM", "ids": "ids:FILE"}
@@ -54,9 +55,11 @@ def select(pairs: PairDataset, selector: str, *, other: PairDataset | None = Non
         mask = _by_ids(pairs, value, other)
     if not mask.any():
         hint = " (only whole words match; list other forms too: 'caption:apple,apples')" if kind == "caption" else ""
-        raise InputError(f"{selector!r} matches none of the {len(pairs)} pairs of {pairs.name}{hint}")
+        raise InputError(f"{selector!r} matches none of the {counted(len(pairs), 'pair')} of {pairs.name}{hint}")
     if mask.all():
-        raise InputError(f"{selector!r} matches all {len(pairs)} pairs of {pairs.name}; nothing would be left to keep")
+        raise InputError(
+            f"{selector!r} matches all {counted(len(pairs), 'pair')} of {pairs.name}; nothing would be left to keep"
+        )
     return mask
 
 

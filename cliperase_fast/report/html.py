@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cliperase_fast.plurals import counted
 from cliperase_fast.report import plots
 from cliperase_fast.report.audit_html import association_facts, over_forgotten_lines, verdict_rows
 from cliperase_fast.report.data import ReportData
@@ -113,8 +114,8 @@ def _sets(result: Mapping[str, Any]) -> list[dict[str, Any]]:
         ]
         if rows:
             pairs = old.get("pairs", new.get("pairs"))
-            counted = "" if pairs is None else f"{count(pairs)} pairs"
-            sets.append({"set": which, "count": counted, "table": Table(("", "before", "after", "change"), rows)})
+            size = "" if number(pairs) is None else counted(pairs, "pair", ",")
+            sets.append({"set": which, "count": size, "table": Table(("", "before", "after", "change"), rows)})
     return sets
 
 
@@ -129,7 +130,7 @@ def _grain(result: Mapping[str, Any]) -> str:
     pairs = number(((result.get("before") or {}).get("forget") or {}).get("pairs"))
     if not pairs or pairs >= 200:
         return ""
-    return f"With {count(pairs)} forget pairs, one image is {100 / pairs:.1f} points."
+    return f"With {counted(int(pairs), 'forget pair', ',')}, one image is {100 / pairs:.1f} points."
 
 
 def _audit(run: ReportData) -> dict[str, Any] | None:
@@ -230,7 +231,7 @@ def _facts(result: Mapping[str, Any]) -> list[tuple[str, Any]]:
 def _with_pairs(name: Any, pairs: Any) -> str | None:
     if name is None:
         return None
-    return str(name) if pairs is None else f"{name} ({count(pairs)} training pairs)"
+    return str(name) if number(pairs) is None else f"{name} ({counted(pairs, 'training pair', ',')})"
 
 
 def _durations(seconds: Mapping[str, Any]) -> str:

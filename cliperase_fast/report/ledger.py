@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cliperase_fast.evaluation.metrics import COSINE
+from cliperase_fast.plurals import counted
 from cliperase_fast.reading import in_bytes
 from cliperase_fast.report.rendering import Cell, Row, Table, render
 from cliperase_fast.report.table import shown
@@ -148,7 +149,7 @@ def _from_base(one: Content) -> str:
 
 
 def _selected(selection: Content) -> str:
-    return selection["forget"] or f"{count(selection['pairs']['forget'])} pairs given as objects"
+    return selection["forget"] or f"{counted(selection['pairs']['forget'], 'pair', ',')} given as objects"
 
 
 def _delta(delta: Content) -> str:

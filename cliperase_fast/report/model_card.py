@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from cliperase_fast.coercion import AUTO
 from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.data.selectors import parse_reference
+from cliperase_fast.plurals import counted
 from cliperase_fast.reading import printable_data
 from cliperase_fast.report.rendering import TEMPLATES
 from cliperase_fast.report.wording import cell, count, number, shown_metrics, value, verdict
@@ -148,7 +149,7 @@ def _settings(config: Mapping[str, Any], recipe: Mapping[str, Any] | None) -> li
 
 
 def _grain(pairs: float | None) -> str:
-    return f"With {pairs:,.0f} forget pairs, one image is {100 / pairs:.1f} points." if pairs else ""
+    return f"With {counted(int(pairs), 'forget pair', ',')}, one image is {100 / pairs:.1f} points." if pairs else ""
 
 
 def _one_line(text: Any) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cliperase_fast.evaluation.metrics import COSINE, Format
+from cliperase_fast.plurals import counted
 from cliperase_fast.report.audit_scores import find_score
 from cliperase_fast.report.wording import (
     cell,
@@ -48,7 +49,7 @@ def text_table(
                 new = value(metric, after[name])
                 rows.append([cell(metric, old), cell(metric, new), change(metric, old, new)])
         blocks.append(rows)
-    headings = [f"{name} ({before[name]['pairs']} pairs)" for name in sets]
+    headings = [f"{name} ({counted(before[name]['pairs'], 'pair')})" for name in sets]
 
     labels = ["", *(metric.label for metric in metrics)]
     left = max(len(label) for label in labels)

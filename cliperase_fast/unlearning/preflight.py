@@ -17,12 +17,13 @@ from cliperase_fast.errors import InputError, UnlearningError
 from cliperase_fast.evaluation import Background, EncodedPairs
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.models.runtime import dtype_hint
+from cliperase_fast.plurals import counted
 from cliperase_fast.unlearning.batches import CaptionTable
 from cliperase_fast.unlearning.engines.base import train_mode
 from cliperase_fast.unlearning.related import concepts_of, with_levels_of_relatives
 from cliperase_fast.unlearning.run import Baseline
 from cliperase_fast.unlearning.runtime import Runtime
-from cliperase_fast.unlearning.selection import ASSOCIATION_MARGIN, Target
+from cliperase_fast.unlearning.selection import ASSOCIATION_MARGIN, Target, wilson
 from cliperase_fast.unlearning.splits import Split
 
 SAME = 1e-6  # features closer than this in every component are equal
@@ -148,6 +149,9 @@ def check_teacher(
 def check_forgettable(automatic: bool, related: bool, part: Split, baseline: Baseline) -> list[str]:
     """Return a note if the model knows the forget pairs no better than by chance.
 
+    Few pairs cannot show that. There is no note unless the 95 % interval of their score ends below the middle between
+    chance and 1.
+
     automatic: whether the run trains to a target; `InputError` is raised if it would start there. related: whether
     classes that share words with retained ones have levels of their own. part: the validation split.
     """
@@ -171,10 +175,13 @@ def check_forgettable(automatic: bool, related: bool, part: Split, baseline: Bas
     choices = len(part.pairs.classes or ()) or len(baseline.validation_encoded.caption_features)
     if choices < 2 or before.forget > 1 / choices:
         return []
+    low, high = wilson(before.forget, part.n_forget)
+    if high >= (1 + 1 / choices) / 2:
+        return []
     return [
         f"The model did not know the forget pairs better than by chance before the run: it scored {before.forget:.1%} "
-        f"on the {part.n_forget} forget pairs of the validation split, where guessing among {choices} scores "
-        f"{1 / choices:.1%}"
+        f"(95 % interval {low:.1%} to {high:.1%}) on the {counted(part.n_forget, 'forget pair')} of the validation "
+        f"split, where guessing among {choices} scores {1 / choices:.1%}"
     ]
 
 

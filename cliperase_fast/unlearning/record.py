@@ -12,6 +12,7 @@ from cliperase_fast.data.intake import Tally
 from cliperase_fast.evaluation import pair_similarities
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.models.runtime import weight_dtypes
+from cliperase_fast.plurals import counted
 from cliperase_fast.report import verdict
 from cliperase_fast.unlearning.checkpoints import TrainState
 from cliperase_fast.unlearning.evaluator import by_set, embeddings, lowest, per_class
@@ -158,14 +159,15 @@ def _uncertain_choice(run: Run, state: TrainState) -> list[str]:
         return []
     forget, retain = (f"{low:.1%} to {high:.1%}" for low, high in _intervals(run, best).values())
     text = (
-        f"The choice of the checkpoint rests on {pairs['forget']} forget and {pairs['retain']} retain pairs of the "
-        f"validation split: the 95 % intervals are {forget} for the forget score and {retain} for the retain score"
+        f"The choice of the checkpoint rests on {pairs['forget']} forget and "
+        f"{counted(pairs['retain'], 'retain pair')} of the validation split: the 95 % intervals are {forget} for the "
+        f"forget score and {retain} for the retain score"
     )
     found = best.divergence
     if found is not None and found.worst_class is not None and found.worst_mean is not None:
         error = "unknown" if found.worst_error is None else f"{found.worst_error:.3f}"
         text += (
-            f"; the worst class, {found.worst_class!r} with {found.worst_pairs} pairs, diverges by "
+            f"; the worst class, {found.worst_class!r} with {counted(found.worst_pairs or 0, 'pair')}, diverges by "
             f"{found.worst_mean:.3f} nats (standard error {error})"
         )
     return [text]

@@ -14,6 +14,7 @@ from cliperase_fast.data import PairDataset, split
 from cliperase_fast.data.pair_sets import PairSets, SampleCounts
 from cliperase_fast.errors import InputError
 from cliperase_fast.evaluation.metrics import METRICS, PRIMARY, SHARE
+from cliperase_fast.plurals import counted
 from cliperase_fast.unlearning.selection import wilson
 
 CAPTIONS = 5  # of a pair on average, as in COCO, for which `max_test_pairs` is meant
@@ -70,8 +71,9 @@ def check_batch(n_retain: int, config: UnlearnConfig) -> None:
     """Raise InputError if `max_retain_pairs` leaves fewer training pairs than a batch has."""
     if n_retain < config.retain_pairs:
         raise InputError(
-            f"max_retain_pairs={config.max_retain_pairs} leaves {n_retain} retain pairs to train on, without the "
-            f"held-out ones, and a batch has {config.retain_pairs}: make it larger, or give a smaller batch_size"
+            f"max_retain_pairs={config.max_retain_pairs} leaves {counted(n_retain, 'retain pair')} to train on, "
+            f"without the held-out ones, and a batch has {config.retain_pairs}: make it larger, or give a smaller "
+            "batch_size"
         )
 
 
@@ -79,7 +81,7 @@ def check_stream(n_retain: int, config: UnlearnConfig) -> None:
     """Raise InputError for settings that need retain pairs with an index. n_retain: of the head that are trained on."""
     if n_retain < config.retain_pairs:
         raise InputError(
-            f"the head of the stream leaves {n_retain} retain pairs without those held out, and a batch has "
+            f"the head of the stream leaves {counted(n_retain, 'retain pair')} without those held out, and a batch has "
             f"{config.retain_pairs}: raise '?head=', or give a smaller batch_size"
         )
     if config.epoch_over == "retain":

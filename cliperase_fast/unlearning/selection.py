@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from cliperase_fast.evaluation import Divergence
 from cliperase_fast.evaluation.divergence import lower_bound
+from cliperase_fast.plurals import counted
 
 ASSOCIATION_MARGIN = 0.05  # above the background level, a cosine
 FORGET_SCORE = 0.05  # largest forget score at the target
@@ -284,12 +285,11 @@ def _words(
     chosen: Candidate, evaluations: Sequence[Candidate], name: str, retain_before: float
 ) -> tuple[str, str, str]:
     """Return the candidate's name, its scores and the number of evaluations in words."""
-    count = len(evaluations)
     name = name or f"Epoch {chosen.epoch} (step {chosen.step})"
     scores = (
         f"on the validation split forget {chosen.forget:.1%}, retain {chosen.retain:.1%} (before {retain_before:.1%})"
     )
-    return name, scores, f"{count} checkpoint" + ("s" if count != 1 else "")
+    return name, scores, counted(len(evaluations), "checkpoint")
 
 
 def _remedy(unused: frozenset[str]) -> str:

@@ -131,7 +131,7 @@ def test_unreadable_pairs_are_refused_or_left_out_and_counted():
         run(retain=damaged)
     found = run(retain=damaged, on_error="skip")
     assert found.data["skipped"]["pixels are not finite"]["count"] == 1
-    assert "1 pairs are left out: pixels are not finite." in found.notes
+    assert "1 pair is left out: pixels are not finite." in found.notes
     assert tensors(found)["forgetting"] == tensors(run(retain=retain[1:]))["forgetting"]
 
 

@@ -277,3 +277,13 @@ def test_a_run_without_numbers_shows_what_was_tried_and_where_it_ended(no_drawin
     for recipe in ({**RECIPE, "probes": []}, {"probes": [{}]}, None):
         Reader(page(sample_run({**sample_result(), "recipe": recipe})))
     assert "How the numbers were found" not in Reader(page(sample_run())).text
+
+
+def test_a_single_pair_is_not_called_pairs(no_drawing):
+    result = sample_result()
+    for when in ("before", "after"):
+        result[when]["forget"]["pairs"] = 1
+    result["data"]["forget_pairs"] = 1
+    text = html.page(sample_run(result))
+    assert "1 pair" in text and "With 1 forget pair, one image is 100.0 points." in text and "(1 training pair)" in text
+    assert not re.search(r">1 pairs|\b1 (forget|training) pairs", text)

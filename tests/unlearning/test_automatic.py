@@ -243,11 +243,14 @@ def test_forget_pairs_at_the_target_are_an_error_before_anything_is_written(tmp_
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("score", "noted"), [(0.5, False), (0.25, True)])
-def test_forget_pairs_known_only_by_chance_are_noted(score, noted):
+@pytest.mark.parametrize(
+    ("score", "count", "noted"),
+    [(0.5, 40, False), (0.25, 40, True), (0.0, 10, True), (0.25, 4, False), (0.0, 1, False)],  # 1: it cannot tell
+)
+def test_forget_pairs_known_only_by_chance_are_noted_if_enough_of_them_say_so(score, count, noted):
     encoded = EncodedPairs(torch.eye(8, 4), torch.eye(4), [np.array([row % 4]) for row in range(8)], torch.eye(4))
     pairs = SimpleNamespace(classes=("a", "b", "c", "d"))
-    part = SimpleNamespace(pairs=pairs, n_forget=4, forget_mask=np.arange(8) < 4)
+    part = SimpleNamespace(pairs=pairs, n_forget=count, forget_mask=np.arange(8) < 4)
     baseline = SimpleNamespace(validation=Candidate(0, 0, score, 1.0, 1.0), validation_encoded=encoded)
     notes = check_forgettable(False, True, part, baseline)
     assert any("did not know the forget pairs better than by chance" in note for note in notes) is noted

@@ -85,7 +85,7 @@ def test_a_cap_keeps_as_many_pairs_as_it_says_drawn_by_the_seed():
 def test_a_cap_that_leaves_less_than_a_batch_is_refused(table):
     with pytest.raises(InputError, match=r"max_retain_pairs=2 is less than the 4 retain pairs of a batch"):
         cf.UnlearnConfig(batch_size=6, max_retain_pairs=2)
-    with pytest.raises(InputError, match=r"max_retain_pairs=3 leaves 1 retain pairs.*a batch has 3"):
+    with pytest.raises(InputError, match=r"max_retain_pairs=3 leaves 1 retain pair to.*a batch has 3"):
         forget_red(table, max_retain_pairs=3)
     with pytest.raises(InputError, match=r"max_test_pairs=1 must be at least 2"):
         cf.UnlearnConfig(max_test_pairs=1)
