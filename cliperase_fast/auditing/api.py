@@ -90,7 +90,7 @@ def audit(
 
     Returns an `Audit`. Raises `InputError` before any encoding for wrong arguments, unreadable images and models that
     read captions or images differently, and later for features that are NaN or infinite. Warns if an oracle knows the
-    concept.
+    concept, knows the rest far less well than the original, or is a copy of another one.
     """
     name = str(device) if str(device) != "auto" else str(_device_of(before) or "auto")
     checked = check_templates(templates)

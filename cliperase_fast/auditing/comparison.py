@@ -25,6 +25,9 @@ from cliperase_fast.progress import Steps, say
 
 Scores = dict[str, dict[str, Estimate]]
 
+SAME = 1e-6  # features closer than this in every component are equal
+WEAK_BY = 0.1  # retain accuracy below the original's by which an oracle is no longer like it
+
 
 def audit_models(
     models: Mapping[str, ClipAdapter],
@@ -40,7 +43,8 @@ def audit_models(
     models: "before", "after" and, for models that never saw the forget pairs, "oracle 1", "oracle 2", ...; on the
         device of `how`, in float32. All of them must read the same captions and images (`check_alike`).
     synonyms, paraphrase_templates, depth: as in `audit()`.
-    Raises InputError for features that are NaN or infinite. Warns of an oracle that knows the concept.
+    Raises InputError for features that are NaN or infinite. Warns of an oracle that knows the concept, that knows the
+    rest far less well than the original, or that is a copy of an earlier one, which is left out.
     """
     check_depth(depth)
     layout = Layout.of(sets.test, sets.forget_mask, sets.holdouts)
@@ -72,6 +76,9 @@ def _audit(
         tell("encoding the pairs with the model %r", name)
         features = encode_model(adapter, sets, layout, names, how.for_model(adapter, models["before"], sets.test), name)
         views[name] = View(layout, features, views["before"].features if views else features, how.seed)
+    copies = _copies(views)
+    models = {name: adapter for name, adapter in models.items() if name not in copies}
+    views = {name: view for name, view in views.items() if name not in copies}
     scores = _score_all(views, how)
     if depth:
         tell("attacking copies of %d models", len(models))
@@ -79,8 +86,11 @@ def _audit(
             scores[name]["depth"] |= found
     oracles = [scores[name] for name in models if name.startswith("oracle")]
     level = background(scores["before"])
-    about_oracles = [*_few_oracles(len(oracles), level), *_knowing_oracles(scores, layout, how.ranks.first)]
-    notes = [*sets.notes, *_unscored(sets, layout), *about_oracles]
+    faults = [*_copied_oracles(copies), *_knowing_oracles(scores, layout), *_weak_oracles(scores)]
+    if how.ranks.first:
+        for fault in faults:
+            warnings.warn(fault, stacklevel=2)
+    notes = [*sets.notes, *_unscored(sets, layout), *_few_oracles(len(oracles), level), *faults]
     gap = None
     if oracles:
         scores["oracle"] = _mean_scores(oracles)
@@ -150,8 +160,64 @@ def _few_oracles(count: int, level: float | None) -> list[str]:
     return []
 
 
-def _knowing_oracles(scores: Mapping[str, Scores], layout: Layout, warn: bool) -> list[str]:
-    """Warn of oracles whose forget accuracy is above chance (its lower bound is); return the warnings."""
+def _copies(views: Mapping[str, View]) -> dict[str, str]:
+    """Return the oracles whose features are those of an earlier one, and that one."""
+    found: dict[str, str] = {}
+    kept: list[str] = []
+    for name in (one for one in views if one.startswith("oracle ")):
+        first = next((other for other in kept if _same(views[name], views[other])), None)
+        if first is None:
+            kept.append(name)
+        else:
+            found[name] = first
+    return found
+
+
+def _same(first: View, second: View) -> bool:
+    """Whether two models give the same features, up to rounding."""
+    return all(
+        ours.shape == theirs.shape and bool(((ours - theirs).abs() <= SAME).all())
+        for ours, theirs in (
+            (first.features.images, second.features.images),
+            (first.features.captions, second.features.captions),
+            (first.features.concepts, second.features.concepts),
+        )
+    )
+
+
+def _copied_oracles(copies: Mapping[str, str]) -> list[str]:
+    """Return warnings of oracles that are left out."""
+    return [
+        f"{name} has the same features as {first}, so it is not a second sample and is left out. Give models that were "
+        "trained with different seeds."
+        for name, first in copies.items()
+    ]
+
+
+def _weak_oracles(scores: Mapping[str, Scores]) -> list[str]:
+    """Return warnings of oracles that know the rest less well than the original.
+
+    By more than `WEAK_BY` of the retain images, and with an interval below the original's.
+    """
+    before = scores["before"]["collateral"]["retain_top1"]
+    found = []
+    for model, groups in scores.items():
+        own = groups["collateral"]["retain_top1"]
+        if not model.startswith("oracle ") or own.value is None or before.value is None:
+            continue
+        if own.interval is None or before.interval is None:
+            continue
+        if own.value < before.value - WEAK_BY and own.interval[1] < before.interval[0]:
+            found.append(
+                f"{model} knows the rest less well than the original: it names {100 * own.value:.0f} % of the retain "
+                f"images, and the original {100 * before.value:.0f} %. Its scores do not show what the missing forget "
+                "pairs change. Train oracles like the original, and leave out only the forget pairs."
+            )
+    return found
+
+
+def _knowing_oracles(scores: Mapping[str, Scores], layout: Layout) -> list[str]:
+    """Return warnings of oracles whose forget accuracy is above chance (its lower bound is)."""
     chance = layout.chance
     found = []
     for model, groups in scores.items():
@@ -162,8 +228,6 @@ def _knowing_oracles(scores: Mapping[str, Scores], layout: Layout, warn: bool) -
                 f"{100 * chance:.0f} %. Train oracles without the forget pairs; if they were, the concept follows "
                 "from what they saw."
             )
-            if warn:
-                warnings.warn(found[-1], stacklevel=2)
     return found
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ def load_models(
     if isinstance(oracle, (list, tuple)) and len(oracle) == 0:
         raise InputError("oracle is an empty list: give at least one model, or None")
     oracles = list(oracle) if isinstance(oracle, (list, tuple)) else [] if oracle is None else [oracle]
+    _check_different(oracles)
     given |= {f"oracle {number}": one for number, one in enumerate(oracles, 1)}
     found = {}
     for name, model in given.items():
@@ -35,6 +37,27 @@ def load_models(
             raise InputError(f"{name}: {error}") from error
         found[name] = in_float32(adapter)
     return found
+
+
+def _check_different(oracles: Sequence[Any]) -> None:
+    """Raise InputError for a model that is given as two oracles: it would count as two samples."""
+    seen: dict[Any, int] = {}
+    for number, one in enumerate(oracles, 1):
+        first = seen.setdefault(_place(one), number)
+        if first != number:
+            name = one if isinstance(one, (str, Path)) else f"the {type(one).__name__} object"
+            raise InputError(
+                f"oracle {first} and oracle {number} are the same model ({name}): give each oracle once, and models "
+                "that were trained with different seeds for a noise floor"
+            )
+
+
+def _place(model: Any) -> Any:
+    """Return what is equal for two mentions of the same model."""
+    if isinstance(model, (str, Path)):
+        path = Path(str(model).removeprefix("local-dir:"))
+        return path.resolve() if path.exists() else str(model)
+    return id(model)
 
 
 def check_alike(models: Mapping[str, ClipAdapter], sets: AuditSets) -> None:

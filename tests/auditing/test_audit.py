@@ -12,7 +12,8 @@ from tiny_models import TwoTowers, tiny_clip
 
 from cliperase_fast import Audit, audit
 from cliperase_fast.auditing import relearning
-from cliperase_fast.auditing.comparison import audit_models
+from cliperase_fast.auditing.comparison import _weak_oracles, audit_models
+from cliperase_fast.auditing.estimates import Estimate
 from cliperase_fast.auditing.features import Encoding
 from cliperase_fast.auditing.gap import IN_MEAN
 from cliperase_fast.auditing.sets import AuditSets
@@ -212,6 +213,42 @@ def test_an_oracle_that_knows_the_concept_is_warned_of():
     with pytest.warns(UserWarning, match="oracle 1 seems to know the concept: it names 100 %"):
         found = run(make_model(), oracle=make_model())
     assert any("seems to know" in note for note in found.notes)
+
+
+def test_an_oracle_that_equals_another_is_no_second_sample():
+    first, other = without_red(1), without_red(2)
+    with pytest.warns(UserWarning, match="oracle 2 has the same features as oracle 1, so it is not a second sample"):
+        found = run(make_model(), without_red(), oracle=[first, copy.deepcopy(first), other], depth=True)
+    plain = run(make_model(), without_red(), oracle=[first, other], depth=True)
+    assert {"oracle 1", "oracle 3"} < found.scores.keys() and "oracle 2" not in found.scores
+    assert found.gap == plain.gap and found.scores["oracle"] == plain.scores["oracle"]
+    assert any("oracle 2 has the same features" in note for note in found.notes)
+    with pytest.warns(UserWarning, match="oracle 2 has the same features"):
+        alone = run(make_model(), without_red(), oracle=[first, copy.deepcopy(first)])
+    assert alone.gap["floor"] is None
+    assert any("One oracle is a single sample" in note for note in alone.notes)
+
+
+def test_an_oracle_that_knows_little_of_the_rest_is_warned_of():
+    weak_model = without_red(1)
+    with torch.no_grad():
+        weak_model.text_projection.mul_(-1)  # each image is farthest from its own caption
+    with pytest.warns(UserWarning, match=r"oracle 2 knows the rest less well than the original: it names \d+ % of"):
+        found = run(make_model(), without_red(), oracle=[without_red(), weak_model])
+    assert [note[:8] for note in found.notes if "less well than the original" in note] == ["oracle 2"]
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "weak"),
+    [(0.7, 0.65, 0.74, True), (0.79, 0.7, 0.8, False), (0.7, 0.55, 0.86, False), (0.11, None, None, False)],
+)
+def test_an_oracle_is_weak_beyond_ten_points_and_both_intervals(value, low, high, weak):
+    def model(value, *ends):
+        draws = None if None in ends else np.linspace(*ends, 1001)
+        return {"collateral": {"retain_top1": Estimate(value, draws)}}
+
+    scores = {"before": model(0.85, 0.8, 0.9), "oracle 1": model(value, low, high), "oracle": model(0.0, 0.0, 0.1)}
+    assert bool(_weak_oracles(scores)) is weak
 
 
 def test_without_a_test_split_a_fifth_is_held_out():

@@ -83,6 +83,18 @@ def test_an_oracle_may_be_a_folder(tmp_path):
     assert run(oracle=f"local-dir:{tmp_path / 'oracle'}").scores == run(oracle=[oracle]).scores
 
 
+def test_a_model_that_is_given_as_two_oracles_is_refused(tmp_path):
+    oracle = without_red(1)
+    load_model(oracle).save(tmp_path / "oracle")
+    (tmp_path / "link").symlink_to(tmp_path / "oracle")
+    named = f"local-dir:{tmp_path / 'oracle'}"
+    for second in (named, tmp_path / "oracle", f"local-dir:{tmp_path / 'link'}"):
+        with pytest.raises(InputError, match=r"oracle 1 and oracle 3 are the same model \(.*\): give each oracle once"):
+            run(oracle=[named, without_red(), second])
+    with pytest.raises(InputError, match=r"oracle 1 and oracle 2 are the same model \(the CLIP object\)"):
+        run(oracle=[oracle, oracle])
+
+
 def test_damaged_weights_name_the_model():
     damaged = without_red()
     with torch.no_grad():

@@ -4,6 +4,7 @@ from collections import Counter
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from small import SYNONYMS, make_model, training_and_test, without_red
@@ -90,6 +91,7 @@ def counted(model):
     return adapter, seen
 
 
+@pytest.mark.filterwarnings("ignore:oracle 1 knows the rest less well")  # one has its projection turned around
 def test_audits_in_one_context_encode_a_model_that_they_share_once():
     forget, retain, test = training_and_test()
     options = {"test": test, "synonyms": SYNONYMS, "progress": False}
