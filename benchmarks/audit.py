@@ -26,6 +26,7 @@ from cliperase_fast.auditing import audit
 from cliperase_fast.data.personas import FORGET_SETS
 from cliperase_fast.demo import cached_clean_model, cached_oracles, cached_small_clip, require_known, run_demo
 from cliperase_fast.demo_models import demo_model_for
+from cliperase_fast.progress import bars_by_default
 
 from .audit_report import CLEAN
 from .machine import RESULTS, describe
@@ -112,7 +113,7 @@ def run_study(study: Study, folder: Path, methods: Mapping[str, Mapping[str, Any
 
     Raises UnlearningError where the original knows too little of its data to tell anything.
     """
-    bars = sys.stderr.isatty()
+    bars = bars_by_default()
     recipe = demo_model_for(study.source)
     before = cached_small_clip(study.source, recipe, progress=bars)
     require_known(before, study.source, recipe)

@@ -37,6 +37,7 @@ from cliperase_fast.data.shapes import CLASSES, COLOURS, SHAPES
 from cliperase_fast.demo import cached_folder, cached_model
 from cliperase_fast.demo_models import demo_model_for
 from cliperase_fast.evaluation.generation import FORGET, Generation, Judge, compare_generation
+from cliperase_fast.progress import bars_by_default
 from cliperase_fast.storage import write_text_atomically
 from cliperase_fast.unlearning import unlearn
 
@@ -174,7 +175,7 @@ def _place(run: Mapping[str, Any]) -> tuple[int, int, int]:
 
 def measure(record: Record, concepts: Sequence[str], seeds: int) -> None:
     """Do the runs that the record lacks."""
-    pipeline, judge = cached_pipeline(progress=sys.stderr.isatty()), judge_of_shapes()
+    pipeline, judge = cached_pipeline(progress=bars_by_default()), judge_of_shapes()
     if "judge" not in record.content:
         pixels, labels = pixels_of(_RENDERS, seed=1, part=1)
         record.write(
@@ -240,7 +241,7 @@ def main() -> int:
     if arguments.prepare:
         for run in runs_of(arguments.concepts, arguments.seeds):
             print(unlearned(*run), flush=True)
-        cached_pipeline(progress=sys.stderr.isatty())
+        cached_pipeline(progress=bars_by_default())
     elif arguments.draw:
         draw(own_folder() / "generation", PICTURE)
     else:

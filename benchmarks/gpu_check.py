@@ -159,7 +159,7 @@ def _run(stage: Stage, limit: float, folders: Sequence[Path]) -> Result:
         assert process.stdout is not None
         for line in process.stdout:
             lines.append(line.rstrip())
-            for to in (sys.stdout, *logs):
+            for to in filter(None, (sys.stdout, *logs)):
                 to.write(line)
                 to.flush()
 

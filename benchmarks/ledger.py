@@ -19,7 +19,6 @@ import os
 import random
 import shutil
 import socket
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +32,7 @@ from cliperase_fast.data import open_source
 from cliperase_fast.demo import cached_model
 from cliperase_fast.demo_models import demo_model_for
 from cliperase_fast.ledger import Entry, Ledger
-from cliperase_fast.progress import say
+from cliperase_fast.progress import bars_by_default, say
 from cliperase_fast.storage import write_text_atomically
 
 from .machine import RESULTS, describe, own_folder
@@ -114,7 +113,7 @@ def shapes() -> Study:
 def towers(shards: str, test_shards: str) -> Study:
     from .towers import towers_model
 
-    base = f"local-dir:{towers_model(shards, progress=sys.stderr.isatty())}"
+    base = f"local-dir:{towers_model(shards, progress=bars_by_default())}"
     ways = [("ship", "auto"), ("airplane", "auto"), ("airplane", "merge")]
     return Study("towers", base, f"wds:{shards}", TOWERS, ["airplane"], ways, f"wds:{test_shards}")
 

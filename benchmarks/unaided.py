@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -39,6 +38,7 @@ from cliperase_fast.demo import cached_model, cached_oracles, require_known
 from cliperase_fast.demo_models import demo_model_for
 from cliperase_fast.errors import UnlearningError
 from cliperase_fast.models import load_model
+from cliperase_fast.progress import bars_by_default
 from cliperase_fast.storage import write_text_atomically
 from cliperase_fast.unlearning import unlearn
 
@@ -86,7 +86,7 @@ def small(
     source: str, concepts: Mapping[str, str], fixed: Mapping[str, Any], *, oracles: int = 3, test: str | None = None
 ) -> Study:
     """A study of the demo's small CLIP on a source. fixed: for all concepts, or for each concept."""
-    bars = sys.stderr.isatty()
+    bars = bars_by_default()
 
     def original(seed: int) -> Path:
         recipe = demo_model_for(source)
@@ -105,7 +105,7 @@ def towers(shards: str, test_shards: str) -> Study:
     """A study of the towers of `benchmarks.towers`, which version 0.1 would have treated like other photographs."""
     from .towers import towers_model, towers_oracles
 
-    bars = sys.stderr.isatty()
+    bars = bars_by_default()
     return Study(
         f"wds:{shards}",
         classes("airplane"),

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -27,7 +26,7 @@ from cliperase_fast.demo_models import DemoModel, demo_model_for
 from cliperase_fast.errors import InputError, UnlearningError
 from cliperase_fast.evaluation import evaluate
 from cliperase_fast.models import ClipAdapter, load_model
-from cliperase_fast.progress import Steps, say
+from cliperase_fast.progress import Steps, bars_by_default, say
 from cliperase_fast.storage import Locked, lock, writing
 from cliperase_fast.unlearning.api import unlearn
 from cliperase_fast.unlearning.result import UnlearnResult
@@ -56,7 +55,7 @@ def run_demo(
     if oracles is not None:
         _check_count(oracles)
     seed = UnlearnConfig(seed=seed).seed  # the command line's is a text
-    show = sys.stderr.isatty() if progress is None else progress
+    show = bars_by_default() if progress is None else progress
     spec, selector = parse_reference(forget)
     if selector is not None:
         select(open_source(spec, seed=seed).train, selector)  # raises for a mistyped class before training

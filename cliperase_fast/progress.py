@@ -6,6 +6,7 @@ The logger is "cliperase_fast". The library adds no handler; `logging.basicConfi
 from __future__ import annotations
 
 import logging
+import sys
 import time
 
 from tqdm.auto import tqdm
@@ -25,14 +26,27 @@ def say(message: str, *values: object) -> None:
     log.info(message, *values)
 
 
+def bars_by_default() -> bool:
+    """Return whether progress bars are shown where the caller did not say: whether standard error is a terminal.
+
+    There is none in a process without standard error, and an object that replaces it may lack the method.
+    """
+    try:
+        return bool(sys.stderr.isatty())
+    except (AttributeError, OSError, ValueError):  # ValueError: it was closed
+        return False
+
+
 class Steps:
     """Count the steps of one piece of work. A context manager.
 
     what: the work, in a word or two. unit: the name of a step. bar: draw a bar, on standard error or as a notebook's
-    widget; otherwise log at most one line per `SECONDS`. leave: keep the finished bar on the screen.
+    widget; otherwise, and in a process without standard error, log at most one line per `SECONDS`. leave: keep the
+    finished bar on the screen.
     """
 
     def __init__(self, total: int, what: str, unit: str, *, bar: bool, initial: int = 0, leave: bool = False) -> None:
+        bar = bar and sys.stderr is not None
         self.total, self.what, self.unit, self.lines = total, what, unit, not bar
         self.done = self.first = initial
         self.note = ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +27,7 @@ from cliperase_fast.models.preprocessing import try_transform
 from cliperase_fast.models.requirements import check_weights
 from cliperase_fast.models.runtime import in_float32, inference, pick_device
 from cliperase_fast.plurals import counted
-from cliperase_fast.progress import Steps, say
+from cliperase_fast.progress import Steps, bars_by_default, say
 from cliperase_fast.report.contact_sheet import Group, contact_sheet, thumbnails
 from cliperase_fast.report.rendering import write_page
 from cliperase_fast.storage import write_text_atomically, writing
@@ -153,7 +152,7 @@ def select_by_query(
         raise InputError(f"threshold={threshold} is a cosine: it must lie between -1 and 1")
     chosen = pick_device(device)
     check_settings(batch_size, num_workers, precision, chosen, "error")
-    show = sys.stderr.isatty() if progress is None else progress
+    show = bars_by_default() if progress is None else progress
     train, test = _open(data, on_error)
     skipped = Tally()
     if on_error == "skip" and not isinstance(features, Tensor):

@@ -114,7 +114,7 @@ def test_the_advice_after_an_interruption_works(command):
     ids=repr,
 )  # fmt: skip
 def test_system_errors_are_one_line(error, monkeypatch, capsys):
-    monkeypatch.setattr(running, "_drop_output", lambda: None)  # pytest's own
+    monkeypatch.setattr(running, "_drop", lambda stream: None)  # pytest's own
     stop_with(monkeypatch, "evaluate", error)
     assert cli.main(["evaluate", *COMMANDS["evaluate"]]) == 1
     told = capsys.readouterr().err
@@ -138,6 +138,71 @@ def test_a_closed_output_gives_no_traceback():
     assert "No space left on device" in told
     assert [process.communicate()[1] for process in gone] == [b"", b""]
     assert gone[0].returncode == 1
+
+
+def closed(redirections, *words):
+    """Run a command with redirections of the shell. Returns its exit code, its output and its standard error."""
+    command = f'exec "$@" {redirections}'
+    words = ["sh", "-c", command, "sh", sys.executable, "-m", "cliperase_fast.cli", *map(str, words)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+WRONG = ["ledger", "head", "no-such-folder"]
+
+
+@pytest.mark.parametrize(
+    ("redirections", "words", "code"),
+    [
+        (">&-", ["methods"], 0), (">&- 2>&-", ["methods"], 0), ("<&- >&- 2>&-", ["methods"], 0),
+        (">&-", ["unlearn", "--help"], 0), ("2>&-", WRONG, 2), (">&- 2>&-", WRONG, 2), ("2>/dev/full", WRONG, 2),
+        ("2>&-", ["no-such-command"], 2),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_closed_streams_change_no_exit_code_and_print_nothing_elsewhere(redirections, words, code):
+    assert closed(redirections, *words) == (code, "", "")
+
+
+def test_a_closed_standard_error_leaves_the_output():
+    code, output, _ = closed("2>&-", "methods")
+    assert code == 0 and "calibrated" in output
+
+
+def test_an_error_is_printed_where_the_output_is_closed():
+    code, output, errors = closed(">&-", *WRONG)
+    assert (code, output) == (2, "") and errors.startswith("cliperase-fast: ") and errors.count("\n") == 1
+
+
+def test_no_file_gets_the_number_of_a_closed_stream(tmp_path):
+    """Else what libraries write to standard error would go to that file."""
+    code = (
+        "import sys; from cliperase_fast.cli import main; main(['backends']); "
+        f"sys.exit(min(open({str(tmp_path / 'x')!r}, 'w').fileno(), 3))"
+    )
+    words = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", code]
+    assert subprocess.run(words, capture_output=True).returncode == 3
+
+
+class Bare:
+    """What replaces standard output in some programs: it has only write()."""
+
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+
+
+def test_streams_without_the_methods_of_a_file_serve_the_commands(monkeypatch):
+    output, errors = Bare(), Bare()
+    monkeypatch.setattr(sys, "stdout", output)
+    monkeypatch.setattr(sys, "stderr", errors)
+    assert cli.main(["methods"]) == 0
+    assert cli.main(WRONG) == 2
+    stop_with(monkeypatch, "evaluate", BrokenPipeError())
+    assert cli.main(["evaluate", *COMMANDS["evaluate"]]) == 1
+    assert "calibrated" in output.text and errors.text.count("\n") == 1
 
 
 @pytest.mark.parametrize("option", [["--progress", "lines"], ["--quiet"], ["--progress", "none"], []])

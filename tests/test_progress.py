@@ -52,6 +52,27 @@ def test_where_a_bar_is_drawn_no_line_is_written(clock, caplog, capfd):
     assert "unlearning" in capfd.readouterr().err
 
 
+class Closed:
+    def isatty(self):
+        raise ValueError("I/O operation on closed file")
+
+
+@pytest.mark.parametrize("stream", [None, object(), Closed()], ids=["none", "bare", "closed"])
+def test_without_a_terminal_no_bars_are_shown_by_default(monkeypatch, stream):
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert progress.bars_by_default() is False
+
+
+def test_without_standard_error_a_bar_becomes_lines(clock, caplog, monkeypatch):
+    caplog.set_level(logging.INFO, "cliperase_fast")
+    monkeypatch.setattr(sys, "stderr", None)
+    with progress.Steps(3, "unlearning", "step", bar=True) as steps:
+        for _ in range(3):
+            clock.now += 100
+            steps.update(note="loss 1")
+    assert len(caplog.records) == 3
+
+
 def test_a_notebook_with_ipywidgets_gets_its_own_bar():
     """tqdm.auto chooses at import; a plain tqdm would print each refresh as text."""
     with progress.Steps(3, "unlearning", "step", bar=True) as steps:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from cliperase_fast.errors import InputError
 from cliperase_fast.evaluation.evaluating import check_settings
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.models.runtime import device_of_rank
+from cliperase_fast.progress import bars_by_default
 from cliperase_fast.storage import check_writable
 
 
@@ -98,7 +98,7 @@ def audit(
     check_depth(depth)
     # What reading data and trying a transform draws must not come from the caller's generators.
     with init_distributed(name, UnlearnConfig.rank_timeout) as ranks, seeded(_checked_seed(seed), gpus=False):
-        show = (sys.stderr.isatty() if progress is None else progress) and ranks.first
+        show = (bars_by_default() if progress is None else progress) and ranks.first
         how = ranks.run_on_all(
             lambda: Encoding(
                 batch_size, device_of_rank(name, ranks), precision, seed, show, ranks, num_workers,

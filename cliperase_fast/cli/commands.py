@@ -6,7 +6,6 @@ import argparse
 import importlib
 import json
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from cliperase_fast.cli.settings import given_settings, settings_text
 from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.data.sources import with_option
 from cliperase_fast.errors import InputError
+from cliperase_fast.progress import bars_by_default
 from cliperase_fast.reading import read_mapping
 
 
@@ -22,7 +22,7 @@ def progress_style(arguments: argparse.Namespace) -> str:
     """Return bars, lines or none."""
     wanted = "none" if getattr(arguments, "quiet", False) else getattr(arguments, "progress", "none")
     if wanted == "auto":
-        return "bars" if sys.stderr.isatty() else "lines"
+        return "bars" if bars_by_default() else "lines"
     return wanted
 
 

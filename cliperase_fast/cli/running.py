@@ -9,7 +9,8 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
 
 from cliperase_fast.cli.commands import progress_style
 from cliperase_fast.cli.parser import make_parser
@@ -25,6 +26,7 @@ _GOES_ON = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Exit code 0: done; 1: the work failed; 2: something given was wrong; 130: interrupted."""
+    _open_closed_streams()
     command = None
     try:
         try:
@@ -37,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with _logging(arguments), _termination(command):
                 return arguments.run(arguments)
         finally:
-            sys.stdout.flush()  # a closed pipe or a full disk is reported here, not at exit
+            getattr(sys.stdout, "flush", bool)()  # a closed pipe or a full disk is reported here, not at exit
     except InputError as error:
         return _fail(str(error), 2)
     except UnlearningError as error:
@@ -45,12 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail(f"interrupted{_GOES_ON.get(command or '', '')}", 130)
     except BrokenPipeError:  # the reader of the output closed it, as with `| head`
-        _drop_output()
+        _drop(sys.stdout)
         return 1
     except OSError as error:
         from cliperase_fast.storage import explain
 
-        _drop_output()
+        _drop(sys.stdout)
         return _fail(explain(error, error.filename or "standard output") if error.errno else str(error), 1)
 
 
@@ -58,13 +60,44 @@ def _fail(message: str, code: int) -> int:
     """Print one line, in which Python arguments are named by their flags."""
     line = message.strip().partition("\n")[0] or "failed"
     line = line.replace("output_dir=", "--output ").replace("output_dir", "--output").replace("resume=True", "--resume")
-    print(f"cliperase-fast: {line}", file=sys.stderr)
+    try:
+        print(f"cliperase-fast: {line}", file=sys.stderr)
+    except (OSError, ValueError):  # a full disk, or a reader that is gone: the exit code says it
+        _drop(sys.stderr)
     return code
 
 
-def _drop_output() -> None:
-    """Discard what is still to be printed; otherwise Python would try again at exit and print a traceback."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _open_closed_streams() -> None:
+    """Open the null device in the place of standard streams that are closed, as with `>&-`.
+
+    Python has None in their place. The next file that is opened would get a free number of theirs, and what libraries
+    write to standard error would go to that file.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+            else:
+                os.set_inheritable(null, True)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None or getattr(getattr(sys, name), "closed", False):
+            null = os.open(os.devnull, os.O_WRONLY)
+            setattr(sys, name, os.fdopen(null, "w", encoding="utf-8"))  # for the rest of the process
+
+
+def _drop(stream: Any) -> None:
+    """Discard what a stream still has to write; otherwise Python would try again at exit and print a traceback."""
+    try:
+        number = stream.fileno()
+    except (AttributeError, OSError, ValueError):  # an object in the place of a file, as in notebooks
+        return
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, number)
+    os.close(null)
 
 
 @contextmanager
@@ -76,7 +109,8 @@ def _termination(command: str) -> Iterator[None]:
 
     def end(number: int, frame: object) -> None:
         if os.getpid() == process:  # a data loader's process inherits the handler
-            os.write(2, f"cliperase-fast: stopped by SIGTERM{_GOES_ON[command]}\n".encode())
+            with suppress(OSError):
+                os.write(2, f"cliperase-fast: stopped by SIGTERM{_GOES_ON[command]}\n".encode())
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,7 +31,7 @@ from cliperase_fast.models import ClipAdapter, load_model
 from cliperase_fast.models.preprocessing import try_transform
 from cliperase_fast.models.requirements import check_weights
 from cliperase_fast.models.runtime import check_precision, in_float32, pick_device
-from cliperase_fast.progress import say
+from cliperase_fast.progress import bars_by_default, say
 
 
 @reuse_freed_memory()
@@ -80,7 +79,7 @@ def evaluate(
     Raises `InputError` for wrong arguments and unreadable images, before any encoding, and for features that are NaN
     or infinite; `UnlearningError` if a batch does not fit in memory. The model is not changed.
     """
-    progress = sys.stderr.isatty() if progress is None else progress
+    progress = bars_by_default() if progress is None else progress
     chosen = _device(device, model)
     check_settings(batch_size, num_workers, precision, chosen, long_captions)
     templates = check_templates(templates)

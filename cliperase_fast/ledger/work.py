@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -27,7 +26,7 @@ from cliperase_fast.ledger.measuring import Measured, audit_requests, encoding, 
 from cliperase_fast.ledger.pairs import HOLDING, DataAtHand, RequestPairs, held_among, without_earlier
 from cliperase_fast.ledger.weights import Weights, reference_of
 from cliperase_fast.models import ClipAdapter
-from cliperase_fast.progress import say
+from cliperase_fast.progress import bars_by_default, say
 from cliperase_fast.reading import printable_data
 from cliperase_fast.storage import Locked, file_digest, lock, write_text_atomically, writing
 from cliperase_fast.unlearning import unlearn
@@ -444,7 +443,7 @@ class LedgerWork:
 
 def shown(progress: bool | None) -> bool:
     """Return whether bars are shown: as given, else where standard error is a terminal."""
-    return sys.stderr.isatty() if progress is None else progress
+    return bars_by_default() if progress is None else progress
 
 
 def _accepted(run: Mapping[str, Any]) -> float | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.data.drawing import seeded
 from cliperase_fast.defaults import torch_defaults
 from cliperase_fast.distributed import init_distributed
+from cliperase_fast.progress import bars_by_default
 from cliperase_fast.unlearning.auditing import add_audit
 from cliperase_fast.unlearning.engines.deepspeed import restore_torch_linear
 from cliperase_fast.unlearning.methods import Method, make_method
@@ -89,7 +89,7 @@ def unlearn(
     """
     method_used, settings = make_method(_settings(config, method, overrides))
     inputs = Inputs(model, forget, retain, test, validation, teacher, tokenizer, transform, templates, oracle)
-    show = sys.stderr.isatty() if progress is None else progress
+    show = bars_by_default() if progress is None else progress
     directory = RunDirectory(Path(output_dir) if output_dir is not None else None, resume)
     # What reading data and trying a transform draws must not come from the caller's generators.
     with (

@@ -4,11 +4,14 @@ import html
 import json
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
 from tiny import make_tiny_clip
 
+import cliperase_fast as cf
 from cliperase_fast import cli
 from cliperase_fast.models import load_model
 
@@ -107,6 +110,34 @@ def test_the_command_in_the_card_gives_the_audit_of_the_run(tmp_path, model, dat
         assert scores[name]["forgetting"]["association"]["value"] == pytest.approx(
             record[name]["forget"]["association"], abs=1e-5
         )
+
+
+@pytest.mark.parametrize("redirections", ["2>&-", ">&- 2>&-"])
+def test_commands_work_with_closed_streams(tmp_path, model, data, redirections):
+    scores, run = tmp_path / "scores.json", tmp_path / "run"
+    given = ["--model", model, "--data", data]
+    for words in (
+        ["evaluate", *given, "--json", "--output", scores],
+        ["unlearn", *given, "--forget", "class:red", "--output", run, "--no-report", *QUICK],
+    ):
+        command = ["sh", "-c", f'exec "$@" {redirections}', "sh", sys.executable, "-m", "cliperase_fast.cli", *words]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        if words[0] == "evaluate":
+            assert done.stdout == ("" if ">&- 2" in redirections else scores.read_text())
+    assert json.loads(scores.read_text())["all"] and (run / "result.json").is_file()
+
+
+def test_the_library_works_without_standard_streams(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    pairs = [(Image.new("RGB", (8, 8), colour), f"a {colour} one") for colour in ("red", "green", "blue") * 4]
+    forget, retain = ([pair for pair in pairs if ("red" in pair[1]) is wanted] for wanted in (True, False))
+    for progress in (None, True):
+        settings = {"epochs": 2, "batch_size": 6, "learning_rate": 1e-3, "report": False}
+        result = cf.unlearn(make_tiny_clip(), forget, retain, test=(forget, retain), progress=progress, **settings)
+        cf.evaluate(result.model, pairs, progress=progress)
+        cf.audit(make_tiny_clip(), result.model, forget, retain, test=(forget, retain), progress=progress)
 
 
 def test_settings_come_from_a_file(tmp_path, model, data):

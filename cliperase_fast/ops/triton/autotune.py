@@ -70,14 +70,19 @@ def search(
             except OutOfResources:
                 continue  # needs more shared memory than estimated
             fastest = min(times, key=lambda c: times[c])
-            print(
+            _show(
                 f"\rtuning {what}, {field.name}: {len(times)} tried, best {times[fastest]:.3f} ms, "
-                f"shipped {times.get(start, float('nan')):.3f} ms ",
-                end="", file=sys.stderr, flush=True,
-            )  # fmt: skip
-        print(file=sys.stderr)
+                f"shipped {times.get(start, float('nan')):.3f} ms "
+            )
+        _show("\n")
         best = replace(best, **{field.name: min(times, key=lambda c: times[c])})
     return best
+
+
+def _show(text: str) -> None:
+    """Write to standard error, if there is one; `print` would take standard output in its place."""
+    if sys.stderr is not None:
+        print(text, end="", file=sys.stderr, flush=True)
 
 
 def candidates(itemsize: int, shared_bytes: int) -> Iterator[Config]:
