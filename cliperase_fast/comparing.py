@@ -27,6 +27,7 @@ from cliperase_fast.reading import printable_data, read_text
 from cliperase_fast.report import comparison_page, comparison_table
 from cliperase_fast.storage import Locked, check_writable, lock, write_text_atomically, writing
 from cliperase_fast.unlearning import unlearn
+from cliperase_fast.unlearning.advice import Advice, advising
 from cliperase_fast.unlearning.methods import make_method, methods
 from cliperase_fast.unlearning.run_directory import holds_run
 
@@ -111,7 +112,7 @@ def compare(
     for name in names:
         make_method(UnlearnConfig.from_dict(_settings_of(name, settings, recipes)))
     folder = Path(output_dir)
-    check_writable(folder, "output_dir")
+    check_writable(folder, "output_dir=")
     originals = _check(model, given, settings, tokenizer, transform)
     inputs = {**_named(model, given), "depth": depth, "recipes": recipes, "settings": settings}
     record = _Record(folder, inputs, oracle_seconds)
@@ -282,9 +283,10 @@ def _attempt(
     """Unlearn by a method. settings: of this method. Returns its entry."""
     memory = PeakMemory()
     try:
-        result = unlearn(
-            model, output_dir=folder, resume=folder.is_dir() and holds_run(folder), config=settings, **shared
-        )  # fmt: skip
+        with advising(Advice(go_on="make the same call again")):
+            result = unlearn(
+                model, output_dir=folder, resume=folder.is_dir() and holds_run(folder), config=settings, **shared
+            )  # fmt: skip
     except Exception as error:  # whatever a method fails with, the others go on
         known = isinstance(error, (InputError, UnlearningError))
         said = str(error) if known else f"{type(error).__name__}: {error}"

@@ -158,7 +158,7 @@ def existing_part(path: Path) -> Path:
 def check_writable(folder: Path, name: str) -> None:
     """Raise `InputError` unless files can be created in `folder` or, if it is missing, in its nearest parent.
 
-    name: of the argument. Leaves nothing behind.
+    name: what comes before the path in the message, such as "output_dir=". Leaves nothing behind.
     """
     try:
         within = existing_part(folder)
@@ -167,7 +167,7 @@ def check_writable(folder: Path, name: str) -> None:
             os.fsync(probe.fileno())
         os.stat(folder) if folder.exists() else _check_names(folder, within)
     except OSError as error:
-        raise InputError(f"{name}={explain(error, folder)}") from error
+        raise InputError(f"{name}{explain(error, folder)}") from error
 
 
 def check_room(folder: Path, size: int, largest: int, remedy: str) -> None:

@@ -143,12 +143,12 @@ def test_a_folder_that_cannot_be_created_is_an_error_and_leaves_nothing(tmp_path
     (tmp_path / "file").write_text("")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(InputError, match=f"output_dir=.*{says}"):
-        storage.check_writable(tmp_path / path, "output_dir")
+        storage.check_writable(tmp_path / path, "output_dir=")
     assert {entry.name for entry in tmp_path.iterdir()} == {"file", "loop"}
 
 
 def test_a_folder_may_be_made_below_others_that_are_missing_and_nothing_is_left(tmp_path):
-    storage.check_writable(tmp_path / "a" / "b", "output_dir")
+    storage.check_writable(tmp_path / "a" / "b", "output_dir=")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -107,7 +107,7 @@ def audit(
         )  # fmt: skip
         ranks.run_on_all(lambda: check_settings(batch_size, num_workers, precision, how.device, long_captions))
         if output_dir is not None:
-            ranks.run_on_first(lambda: check_writable(Path(output_dir), "output_dir"))
+            ranks.run_on_first(lambda: check_writable(Path(output_dir), "output_dir="))
         opened = ranks.run_on_all(
             lambda: open_sets(
                 forget, retain, test, other=other, holdouts=holdouts, templates=checked, on_error=on_error, seed=seed

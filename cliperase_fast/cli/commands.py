@@ -77,7 +77,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     if arguments.output:  # before it takes minutes
         if Path(arguments.output).is_dir():
             raise InputError(f"--output={arguments.output} is a folder; give a file")
-        check_writable(Path(arguments.output).parent, "--output")
+        check_writable(Path(arguments.output).parent, "--output=")
     _name_classes(arguments)
     scores = evaluate(
         arguments.model,
@@ -178,7 +178,7 @@ def _check_audit_folder(folder: Path) -> None:
 
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output={folder} is a file; give a folder")
-    check_writable(folder, "--output")
+    check_writable(folder, "--output=")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "audit.json").is_file() and not holds_run(folder):
         raise InputError(
             f"--output={folder} holds other files: give a new folder, that of an earlier audit (its files are "
@@ -210,6 +210,7 @@ def _named_sources(words: list[str] | None, flag: str) -> dict[str, str] | None:
 def demo(arguments: argparse.Namespace) -> int:
     from cliperase_fast.demo import clear_demo_run, run_demo
     from cliperase_fast.demo_models import demo_model_for
+    from cliperase_fast.unlearning.advice import Advice, advising
     from cliperase_fast.unlearning.run_directory import holds_run
 
     began = time.perf_counter()
@@ -219,15 +220,16 @@ def demo(arguments: argparse.Namespace) -> int:
         raise InputError(f"--forget is missing: say what to forget of {arguments.data!r}, such as class:apple")
     clear_demo_run(output)
     interrupted = output.is_dir() and holds_run(output)
-    result = run_demo(
-        f"{arguments.data}#{forget}",
-        output,
-        test=arguments.test_data,
-        oracles=arguments.oracles,
-        resume=interrupted,
-        progress=progress_style(arguments) == "bars",
-        **given_settings(arguments),
-    )
+    with advising(Advice(go_on="give the same command again")):  # it has no --resume
+        result = run_demo(
+            f"{arguments.data}#{forget}",
+            output,
+            test=arguments.test_data,
+            oracles=arguments.oracles,
+            resume=interrupted,
+            progress=progress_style(arguments) == "bars",
+            **given_settings(arguments),
+        )
     _print_result(result, output)
     print(f"\n{time.perf_counter() - began:.0f} s in all.")
     return 0

@@ -63,7 +63,7 @@ def generate(arguments: argparse.Namespace) -> int:
     if arguments.output:
         if Path(arguments.output).is_dir():
             raise InputError(f"--output={arguments.output} is a folder; give a file")
-        check_writable(Path(arguments.output).parent, "--output")
+        check_writable(Path(arguments.output).parent, "--output=")
     if "{}" not in arguments.template:
         raise InputError(f"--template={arguments.template!r} has no {{}} for the class")
     with contextlib.redirect_stdout(sys.stderr):  # libraries that are loaded print messages

@@ -38,7 +38,7 @@ def inspect(arguments: argparse.Namespace) -> int:
     if arguments.output:
         if Path(arguments.output).is_dir():
             raise InputError(f"--output={arguments.output} is a folder; give a file")
-        check_writable(Path(arguments.output).parent, "--output")
+        check_writable(Path(arguments.output).parent, "--output=")
     found = inspect_data(
         arguments.data,
         arguments.forget,

@@ -129,7 +129,7 @@ def _start(arguments: argparse.Namespace) -> int:
 def _forget(arguments: argparse.Namespace) -> int:
     from cliperase_fast.cli.commands import progress_style
     from cliperase_fast.config import UnlearnConfig
-    from cliperase_fast.ledger.work import METHOD
+    from cliperase_fast.ledger.settings import METHOD
 
     settings = {"method": METHOD, **given_settings(arguments)}
     retain = arguments.retain if arguments.retain == "rest" else f"{arguments.data}#{arguments.retain}"
@@ -255,7 +255,7 @@ def _new_folder(path: str) -> Path:
     folder = Path(path)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"--output={path} is in use: give a new folder")
-    check_writable(folder, "--output")
+    check_writable(folder, "--output=")
     return folder
 
 

@@ -47,7 +47,7 @@ def select(arguments: argparse.Namespace) -> int:
     sheet = output.with_suffix(".html")
     if sheet == output:
         raise InputError(f"--output={output} is for the ids, and a page of that name is written too: give a .txt file")
-    check_writable(output.parent, "--output")
+    check_writable(output.parent, "--output=")
     query: list[Any] = [*arguments.query, *map(Path, arguments.like)]
     if not query:
         raise InputError("say what to find: give --query TEXT or --like FILE")

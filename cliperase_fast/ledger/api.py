@@ -18,8 +18,9 @@ from cliperase_fast.ledger.deltas import TOLERANCE, digest_of
 from cliperase_fast.ledger.log import FILE, Entry, Log, Step, check_id, checked_date
 from cliperase_fast.ledger.pairs import DataAtHand, open_request, selection_of
 from cliperase_fast.ledger.patches import check_folder, converted, write_patch
+from cliperase_fast.ledger.settings import ledger_settings
 from cliperase_fast.ledger.weights import Weights
-from cliperase_fast.ledger.work import LedgerWork, ledger_settings, require_group
+from cliperase_fast.ledger.work import LedgerWork, require_group
 from cliperase_fast.report import ledger_page
 from cliperase_fast.storage import write_text_atomically, writing
 

@@ -24,18 +24,17 @@ from cliperase_fast.ledger.deltas import State, digest_of, merge_undone, state_o
 from cliperase_fast.ledger.log import FILE, FORMAT, Entry, Log, Step, returned
 from cliperase_fast.ledger.measuring import Measured, audit_requests, encoding, stored_audit, summarise
 from cliperase_fast.ledger.pairs import HOLDING, DataAtHand, RequestPairs, held_among, without_earlier
+from cliperase_fast.ledger.settings import run_advice
 from cliperase_fast.ledger.weights import Weights, reference_of
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.progress import bars_by_default, say
 from cliperase_fast.reading import printable_data
 from cliperase_fast.storage import Locked, file_digest, lock, write_text_atomically, writing
 from cliperase_fast.unlearning import unlearn
-from cliperase_fast.unlearning.methods import make_method
+from cliperase_fast.unlearning.advice import advising
 
 AUDITS, DELTAS, WORK = "audits", "deltas", "work"
-METHOD = "calibrated"
 _LOCK = ".lock"
-_OWN = ("audit", "report")  # settings of runs that the ledger decides
 
 
 class LedgerWork:
@@ -159,17 +158,18 @@ class LedgerWork:
             "steps": [step.sha256 for step in steps],
         }
         digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
-        result = unlearn(
-            self._weights.adapter(self._log.base, before),
-            pairs.forget,
-            pairs.retain,
-            test=pairs.test,
-            validation=None if own.single else pairs.validation,
-            config=replace(settings, audit=False, report=False, overlap="drop"),
-            output_dir=self.dir / WORK / f"{name}-{digest[:16]}",
-            resume=True,
-            progress=progress,
-        )
+        with advising(run_advice(self.dir / WORK)):
+            result = unlearn(
+                self._weights.adapter(self._log.base, before),
+                pairs.forget,
+                pairs.retain,
+                test=pairs.test,
+                validation=None if own.single else pairs.validation,
+                config=replace(settings, audit=False, report=False, overlap="drop"),
+                output_dir=self.dir / WORK / f"{name}-{digest[:16]}",
+                resume=True,
+                progress=progress,
+            )
         selection, recipe = result.selection, result.record["recipe"] or {}
         facts = {
             "held": [id for id, found in at_hand.items() if holds and isinstance(found, RequestPairs)],
@@ -469,23 +469,3 @@ def require_group() -> None:
             "a ledger on several ranks needs torch.distributed: call torch.distributed.init_process_group() before "
             "Ledger(...)"
         )
-
-
-def ledger_settings(
-    config: UnlearnConfig | Mapping[str, Any] | str | Path | None, method: str | None, given: Mapping[str, Any]
-) -> UnlearnConfig:
-    """Return the settings of a request: config, over it the keywords, checked by the method."""
-    for name in _OWN:
-        if name in given:
-            raise InputError(f"{name}= is not for a ledger, which audits every state itself; leave it out")
-    if isinstance(config, UnlearnConfig):
-        base = config
-    elif config is None or isinstance(config, Mapping):
-        base = UnlearnConfig.from_dict({"method": METHOD, **(config or {})})
-    else:
-        base = UnlearnConfig.from_file(config)
-    values = base.to_dict()
-    if method is not None and method != base.method:
-        values.update(method=method, method_options={})
-    _, settings = make_method(UnlearnConfig.from_dict({**values, **given, "audit": False, "report": False}))
-    return settings

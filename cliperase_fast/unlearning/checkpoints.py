@@ -33,6 +33,7 @@ from torch import Tensor
 from cliperase_fast.evaluation import Divergence
 from cliperase_fast.storage import draft_of, file_digest, flush_folder, write_file
 from cliperase_fast.tensor_files import FileTensors, join, read_tensors, write_tensors
+from cliperase_fast.unlearning.advice import advice
 from cliperase_fast.unlearning.selection import Candidate
 
 FORMAT = 7
@@ -57,8 +58,8 @@ class UnsupportedFormat(Exception):
         newer = isinstance(found, int) and found > FORMAT
         remedy = "upgrade cliperase_fast" if newer else "resume with the version that wrote it"
         super().__init__(
-            f"the checkpoint {path} has format {found!r} and this version reads {_READABLE}: {remedy}, or start again "
-            "in another output_dir"
+            f"the checkpoint {path} has format {found!r} and this version reads {_READABLE}: {remedy}, or "
+            f"{advice().afresh}"
         )
 
 

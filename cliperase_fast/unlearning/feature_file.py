@@ -14,6 +14,7 @@ import numpy as np
 
 from cliperase_fast.errors import UnlearningError
 from cliperase_fast.storage import file_digest, reserve, write_all, write_text_atomically, writing
+from cliperase_fast.unlearning.advice import advice
 
 _REMEDY = "or keep the features in memory (teacher_cache='memory'), or compute them in every step (teacher_cache='off')"
 
@@ -102,8 +103,8 @@ class FeatureFile:
             self._handle = os.open(self.path, os.O_RDONLY)
         if os.preadv(self._handle, [out.data], row * self._row) < out.nbytes:
             raise UnlearningError(
-                f"{self.path} was cut short while it was used: make sure that nothing else writes there, and go on "
-                "with resume=True"
+                f"{self.path} was cut short while it was used: make sure that nothing else writes there, and "
+                f"{advice().go_on}"
             )
 
     def __del__(self) -> None:

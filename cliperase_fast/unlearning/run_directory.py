@@ -28,6 +28,7 @@ from cliperase_fast.storage import (
     write_text_atomically,
     writing,
 )
+from cliperase_fast.unlearning.advice import advice
 from cliperase_fast.unlearning.checkpoints import (
     Checkpoint,
     UnsupportedFormat,
@@ -84,8 +85,8 @@ class RunDirectory:
             raise InputError(f"output_dir={str(self.path)!r} contains a NUL character; give another folder")
         with _readable(self.path):
             if self.path.exists() and not self.path.is_dir():
-                raise InputError(f"output_dir={self.path} is a file; give a folder")
-        check_writable(self.path, "output_dir")
+                raise InputError(f"{advice().place}{self.path} is a file; give a folder")
+        check_writable(self.path, advice().place)
         if self.path.is_dir():
             self._lock()
         self._check_use()
@@ -107,7 +108,7 @@ class RunDirectory:
         checkpoint = 2 * weights + 2 * trained  # the best weights, and two moments
         there = sum(file.stat().st_size for file in self.path.glob("checkpoints/*/*") if file.is_file())
         needed = max(checkpoint, (keep + 1) * checkpoint - there) + 2 * weights + model
-        remedy = f"free some space, use an output_dir on another disk, or fewer keep_checkpoints (now {keep})"
+        remedy = f"free some space, {advice().room.format(keep=keep)}"
         check_room(self.path, needed, max(weights, 2 * trained, model), remedy)
 
     def open(self, settings: UnlearnConfig) -> Path:
@@ -115,7 +116,7 @@ class RunDirectory:
         if self.path is None:
             with writing(tempfile.gettempdir(), "TMPDIR names the folder for temporary files"):
                 return Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="cliperase-")))
-        with writing(self.path, "or give another output_dir"):
+        with writing(self.path, f"or {advice().elsewhere}"):
             self.path.mkdir(parents=True, exist_ok=True)
             if not self._locked:  # another process may have created it meanwhile
                 self._lock()
@@ -127,7 +128,7 @@ class RunDirectory:
     def save(self, result: Any) -> None:
         """Write the result. A failing disk costs none of the training."""
         assert self.path is not None
-        with writing(self.path, "the training is done and saved: go on with resume=True"):
+        with writing(self.path, f"the training is done and saved: {advice().go_on}"):
             result.save(self.path)
 
     def save_audit(self, result: Any) -> None:
@@ -143,7 +144,7 @@ class RunDirectory:
                 self._stack.enter_context(lock(self.path / _LOCK))
         except Locked as holder:
             raise InputError(
-                f"output_dir={self.path} is in use by {holder}: wait for it to end, or give another folder"
+                f"{advice().place}{self.path} is in use by {holder}: wait for it to end, or {advice().elsewhere}"
             ) from None
         self._locked = True
 
@@ -159,7 +160,7 @@ class RunDirectory:
             raise InputError(f"output_dir={path} is already used: give another folder{go_on}")
         if used and not ours:
             raise InputError(
-                f"output_dir={path} holds other files but no run, so there is nothing to resume; give another folder"
+                f"{advice().place}{path} holds other files but no run, so there is nothing to resume; {advice().afresh}"
             )
 
     def _clean(self) -> None:
@@ -200,7 +201,7 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(f"output_dir={explain(error, path)}") from error
+        raise InputError(f"{advice().place}{explain(error, path)}") from error
 
 
 def identity_settings(settings: UnlearnConfig) -> dict[str, Any]:
@@ -244,7 +245,7 @@ def _newest(directory: Path | None, identity: dict[str, Any]) -> Checkpoint | No
         raise InputError(str(error)) from None
     if checkpoint is None:
         if list_damaged(root):
-            raise InputError(f"every checkpoint in {root} is damaged; start again in another folder")
+            raise InputError(f"every checkpoint in {root} is damaged; {advice().afresh}")
         return None
     saved = checkpoint.state.identity
     for name, remedy in (
@@ -255,7 +256,7 @@ def _newest(directory: Path | None, identity: dict[str, Any]) -> Checkpoint | No
         ("transform", "it was made with another transform (an image gives other pixels)"),
     ):
         if saved.get(name) != identity[name]:
-            raise InputError(f"cannot resume from {checkpoint.path}: {remedy}; start again in another output_dir")
+            raise InputError(f"cannot resume from {checkpoint.path}: {remedy}; {advice().afresh}")
     settings = saved.get("config")
     settings = settings if isinstance(settings, dict) else {}
     differing = [
@@ -266,6 +267,6 @@ def _newest(directory: Path | None, identity: dict[str, Any]) -> Checkpoint | No
     if differing:
         raise InputError(
             f"cannot resume from {checkpoint.path}: the settings differ ({'; '.join(differing)}); give the old ones, "
-            "or start again in another output_dir"
+            f"or {advice().afresh}"
         )
     return checkpoint

@@ -17,6 +17,7 @@ from cliperase_fast.errors import InputError, UnlearningError
 from cliperase_fast.storage import writing
 from cliperase_fast.tensor_files import Pieces, join
 from cliperase_fast.unlearning import checkpoints
+from cliperase_fast.unlearning.advice import advice
 from cliperase_fast.unlearning.checkpoints import Checkpoint, OptimizerState, TrainState
 from cliperase_fast.unlearning.loggers import MetricsLog
 from cliperase_fast.unlearning.recipe import Course
@@ -161,7 +162,7 @@ class Tracker:
     @contextmanager
     def _saves(self) -> Iterator[None]:
         """Turn a failing disk into an UnlearningError of one line that says what is left."""
-        then = "what was saved before stays: go on with resume=True" if self.run.resumable else ""
+        then = f"what was saved before stays: {advice().go_on}" if self.run.resumable else ""
         try:
             with writing(self.run.directory, then):
                 yield

@@ -24,6 +24,7 @@ from cliperase_fast.models.fast_paths.blocks import disable_recompute, enable_re
 from cliperase_fast.models.fast_paths.embedding import merge_rows
 from cliperase_fast.progress import Steps
 from cliperase_fast.unlearning import recipe
+from cliperase_fast.unlearning.advice import advice
 from cliperase_fast.unlearning.batches import Batch
 from cliperase_fast.unlearning.checkpoints import TrainState
 from cliperase_fast.unlearning.engines.base import Engine
@@ -305,7 +306,7 @@ class Trainer:
         except InputError as error:
             saved = f" {self.tracker.last_checkpoint()}." if self.ranks.size == 1 else ""
             raise UnlearningError(
-                f"training stopped before step {done + 1}: {error}.{saved} Repair it and go on with resume=True, also "
+                f"training stopped before step {done + 1}: {error}.{saved} Repair it and {advice().go_on}, also "
                 "with on_error='skip', which puts another pair in the place of an unreadable image"
             ) from error
 
