@@ -182,6 +182,8 @@ def _verify(arguments: argparse.Namespace) -> int:
     found = _open(arguments)
     found.verify(arguments.head)
     print(f"all hashes of {found.dir} are right; head {found.head()}")
+    for file in found.unnamed():
+        print(f"note: no line of the log names {file}: an unfinished request left it, or the ledger did not write it")
     return 0
 
 
@@ -240,11 +242,12 @@ def _told(found: Any, entry: Any) -> int:
     """Print all requests after a new line. Returns 1 if one that must be forgotten is above the target."""
     if os.environ.get("RANK", "0") != "0":  # of several ranks the first prints
         return 0
+    from cliperase_fast.ledger.checking import above_target
     from cliperase_fast.report import ledger_table
 
     print(ledger_table(found.summary()))
     for id in entry.returned:
-        print(f"\nrequest {id} is in force and above the target")
+        print(f"\n{above_target(found.entries, entry, id)}; it is in force")
     print(f"\nhead     {entry.hash}")
     return 1 if entry.returned else 0
 

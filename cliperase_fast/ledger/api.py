@@ -15,6 +15,7 @@ from cliperase_fast.distributed import init_distributed
 from cliperase_fast.errors import InputError
 from cliperase_fast.ledger.checking import summary, verify
 from cliperase_fast.ledger.deltas import TOLERANCE, digest_of
+from cliperase_fast.ledger.leftovers import unnamed_files
 from cliperase_fast.ledger.log import FILE, Entry, Log, Step, check_id, checked_date
 from cliperase_fast.ledger.pairs import DataAtHand, open_request, selection_of
 from cliperase_fast.ledger.patches import check_folder, converted, write_patch
@@ -92,6 +93,14 @@ class Ledger(LedgerWork):
         self._log = Log.read(self.dir / FILE)
         verify(self.dir, self._log, self._weights, head)
         return True
+
+    def unnamed(self) -> list[str]:
+        """Return the files in deltas/ and audits/ that no line names, relative to the ledger.
+
+        A request that is under way or was killed has written them, and the next line that is recorded removes them;
+        what the ledger did not write is never removed. They do not affect the model or the chain.
+        """
+        return unnamed_files(self.dir, Log.read(self.dir / FILE))
 
     @torch_defaults()
     def model(self, library: str | None = None) -> Any:

@@ -104,6 +104,17 @@ def _check_summary(folder: Path, log: Log) -> None:
         raise UnlearningError(f"{path} has another chain than the log: one of the two was changed; restore both")
 
 
+def above_target(entries: Sequence[Entry], entry: Entry, id: str) -> str:
+    """Say that a request is above its target after a line, and whether it was before. entries: all of the log."""
+    if (entry.kind, entry.id) == ("forget", id):
+        return f"request {id} did not reach its target: its pairs are still known"
+    earlier = (line.audits[id] for line in reversed(entries[: entry.number]) if id in line.audits)
+    before = next(earlier, {}).get("at_target")
+    if before is None:
+        return f"request {id} is above its target"
+    return f"request {id} is above its target" + (": its pairs are known again" if before else ", as it was before")
+
+
 def summary(log: Log) -> dict[str, Any]:
     """Return the content of ledger.json, from which the page is made too.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cliperase_fast.errors import InputError, UnlearningError
 from cliperase_fast.ledger.deltas import State, apply_delta, describe_delta, digest_of, encode_delta, state_of
+from cliperase_fast.ledger.leftovers import note_file
 from cliperase_fast.ledger.log import Entry, Step
 from cliperase_fast.models import ClipAdapter, load_model
 from cliperase_fast.models.requirements import check_weights
@@ -107,6 +108,7 @@ class Weights:
         stored = encode_delta(before, after, tolerance)
         path = self.folder / file
         with writing(path, "the ledger is as it was"):
+            note_file(self.folder, file)
             path.parent.mkdir(parents=True, exist_ok=True)
             digest = write_tensors(draft_of(path), stored)
             os.replace(draft_of(path), path)

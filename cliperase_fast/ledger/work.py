@@ -19,8 +19,9 @@ from cliperase_fast._version import installed_versions
 from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.distributed import Ranks, init_distributed
 from cliperase_fast.errors import InputError
-from cliperase_fast.ledger.checking import SUMMARY, summary
+from cliperase_fast.ledger.checking import SUMMARY, above_target, summary
 from cliperase_fast.ledger.deltas import State, digest_of, merge_undone, state_of
+from cliperase_fast.ledger.leftovers import AUDITS, DELTAS, WORK, note_file, remove_leftovers
 from cliperase_fast.ledger.log import FILE, FORMAT, Entry, Log, Step, returned
 from cliperase_fast.ledger.measuring import Measured, audit_requests, encoding, stored_audit, summarise
 from cliperase_fast.ledger.pairs import HOLDING, DataAtHand, RequestPairs, held_among, without_earlier
@@ -33,7 +34,6 @@ from cliperase_fast.storage import Locked, file_digest, lock, write_text_atomica
 from cliperase_fast.unlearning import unlearn
 from cliperase_fast.unlearning.advice import advising
 
-AUDITS, DELTAS, WORK = "audits", "deltas", "work"
 _LOCK = ".lock"
 
 
@@ -380,7 +380,8 @@ class LedgerWork:
             }
             entry = self._log.append(line)
             for id in entry.returned:
-                say("request %s is above the target: its pairs are known again, see its audit", id)
+                say("%s, see its audit", above_target(self._log.entries, entry, id))
+            remove_leftovers(self.dir, self._log)
             with writing(self.dir / SUMMARY, "the request is recorded"):
                 write_text_atomically(self.dir / SUMMARY, json.dumps(summary(self._log), indent=2) + "\n")
             shutil.rmtree(self.dir / WORK, ignore_errors=True)
@@ -409,6 +410,7 @@ class LedgerWork:
                 audit = audits[request.id]
                 file = f"{AUDITS}/{number:04d}-{request.id}{suffix}.json"
                 with writing(self.dir / file, "the ledger is as it was"):
+                    note_file(self.dir, file)
                     (self.dir / AUDITS).mkdir(exist_ok=True)
                     text = json.dumps(printable_data(stored_audit(audit)), indent=2, allow_nan=False)
                     write_text_atomically(self.dir / file, text + "\n")

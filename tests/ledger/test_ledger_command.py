@@ -1,12 +1,15 @@
 """`cliperase-fast ledger` and `cliperase-fast apply` on a tiny model and a folder of flat colours."""
 
 import json
+import shutil
 
 import pytest
 from colours import MODEL
 from PIL import Image
 
 from cliperase_fast import Ledger, cli
+from cliperase_fast.ledger import Entry
+from cliperase_fast.ledger.checking import above_target
 from cliperase_fast.ledger.deltas import digest_of, state_of
 from cliperase_fast.models import load_model
 
@@ -65,6 +68,42 @@ def test_the_hashes_are_verified(world, capsys):
     assert "does not have the head" in capsys.readouterr().err
 
 
+def test_files_that_no_line_names_are_noted(world, tmp_path, capsys):
+    shutil.copytree(world / "ledger", tmp_path / "ledger")
+    (tmp_path / "ledger" / "audits" / "0003-blue.json").write_text("{}")
+    assert run("verify", tmp_path / "ledger", "--quiet") == 0
+    told = capsys.readouterr().out
+    assert "all hashes" in told and told.count("note: ") == told.count("names audits/0003-blue.json") == 1
+
+
+@pytest.mark.parametrize(
+    ("entry", "before", "says"),
+    [
+        (("forget", "red"), None, "request red did not reach its target: its pairs are still known"),
+        (("undo", "undo-green"), False, "request red is above its target, as it was before"),
+        (("undo", "undo-green"), True, "request red is above its target: its pairs are known again"),
+        (("undo", "undo-green"), None, "request red is above its target"),
+    ],
+)
+def test_a_request_above_its_target_is_told_apart_from_one_that_returned(entry, before, says):
+    earlier = [
+        Entry(0, "", {"kind": "base"}),
+        Entry(1, "", {"kind": "forget", "id": "red", "audits": {"red": {"at_target": before}}}),
+        Entry(2, "", {"kind": "forget", "id": "green", "audits": {}}),
+    ]
+    last = Entry(3, "", {"kind": entry[0], "id": entry[1], "audits": {"red": {"at_target": False}}})
+    assert above_target([*earlier, last], last, "red") == says
+
+
+def test_an_undone_ledger_says_that_a_request_never_reached_its_target(world, tmp_path, capsys):
+    shutil.copytree(world / "ledger", tmp_path / "ledger")
+    assert Ledger(tmp_path / "ledger").entries[1].returned == ["red"]  # two steps forget nothing
+    assert run("undo", tmp_path / "ledger", "green", "--progress", "lines") == 1
+    told = capsys.readouterr()
+    for text in (told.out, told.err):
+        assert "request red is above its target, as it was before" in text and "again" not in text
+
+
 def test_the_current_model_is_saved(world, tmp_path):
     assert run("model", world / "ledger", "--output", tmp_path / "own", "--quiet") == 0
     assert weights_of(tmp_path / "own") == Ledger(world / "ledger").entries[-1].weights
@@ -84,8 +123,6 @@ def test_a_patch_is_exported_and_applied_to_its_base_only(world, tmp_path, capsy
 
 
 def test_a_request_is_undone(world, tmp_path, capsys):
-    import shutil
-
     shutil.copytree(world / "ledger", tmp_path / "ledger")
     assert run("undo", tmp_path / "ledger", "green", "--note", "a mistake", "--date", "2026-04-01", "--quiet") in (0, 1)
     assert "undone 2026-04-01" in capsys.readouterr().out

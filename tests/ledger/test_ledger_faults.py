@@ -3,6 +3,7 @@
 import copy
 import errno
 import json
+import os
 import shutil
 
 import pytest
@@ -210,8 +211,6 @@ def test_a_full_disk_leaves_the_ledger_as_it_was(ledger, monkeypatch, part):
     head, write_all = ledger.head(), storage.write_all
 
     def full(handle, chunk):
-        import os
-
         if part in os.readlink(f"/proc/self/fd/{handle}"):
             raise OSError(errno.ENOSPC, "No space left on device")
         write_all(handle, chunk)
@@ -222,6 +221,76 @@ def test_a_full_disk_leaves_the_ledger_as_it_was(ledger, monkeypatch, part):
     monkeypatch.undo()
     assert Ledger(ledger.dir, MODEL).head() == head and ledger.verify(head)
     assert ledger.undo("red", how="merge").content["how"] == "merge" and ledger.verify(head)
+
+
+@pytest.fixture
+def two(ledger):
+    """The ledger with two requests in force and five lines; `blue` can be requested again."""
+    ledger.undo("blue")
+    return ledger
+
+
+def test_a_disk_that_is_too_small_names_the_ledger_and_what_can_be_done(two, monkeypatch):
+    monkeypatch.setattr(storage, "free_space", lambda folder: 1000)
+    with pytest.raises(InputError, match="the disk has 1000 bytes left; free some space, or move the ledger") as told:
+        two.forget(**pairs_of("blue"), id="grey", **SETTINGS)
+    assert str(two.dir) in str(told.value)
+    assert not [name for name in ("output", "keep_checkpoints", "resume") if name in str(told.value)]
+
+
+def test_a_request_that_fails_on_a_full_disk_is_made_again_and_not_resumed(two, monkeypatch):
+    monkeypatch.setattr("cliperase_fast.unlearning.checkpoints.write_file", lambda *_: full_disk())
+    with pytest.raises(UnlearningError, match=r"No space left.*: make the same request again"):
+        two.forget(**pairs_of("blue"), id="grey", **SETTINGS)
+
+
+def full_disk():
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_while_preparing(two, monkeypatch, id):
+    """Make a request that ends after its own delta is written, as if it were killed there."""
+
+    def stop(*_):
+        raise Stop
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(two), "_prepare", stop)
+        with pytest.raises(Stop):
+            two.forget(**pairs_of("blue"), id=id, **SETTINGS)
+
+
+def test_files_of_an_unfinished_request_are_named_and_removed_by_the_next_one(two, monkeypatch):
+    stop_while_preparing(two, monkeypatch, "first")
+    left = "deltas/0005-first.safetensors"
+    (two.dir / "deltas" / ".0005-first.safetensors.tmp").write_text("a draft")
+    mine = two.dir / "deltas" / "0005-mine.safetensors"
+    mine.write_text("a file of the user's, which only looks like one of the ledger's")
+    assert two.verify() and left in two.unnamed()
+    two.undo("green")
+    assert two.verify() and two.unnamed() == ["deltas/0005-mine.safetensors"]
+    assert mine.is_file() and not (two.dir / "work").exists()
+
+
+def test_a_request_that_goes_on_keeps_its_files(two, monkeypatch):
+    stop_while_preparing(two, monkeypatch, "grey")
+    digest = storage.file_digest(two.dir / "deltas" / "0005-grey.safetensors")
+    assert two.forget(**pairs_of("blue"), id="grey", **SETTINGS).steps[-1].sha256 == digest
+    assert two.verify() and two.unnamed() == []
+
+
+def test_only_files_that_the_ledger_noted_and_no_line_names_are_removed(ledger):
+    (ledger.dir / "work").mkdir()
+    outside = ledger.dir.parent / "0004-x.json"
+    outside.write_text("")
+    noted = ["deltas/0001-red.safetensors", "audits/../../0004-x.json", "../0004-x.json", "log.jsonl"]
+    (ledger.dir / "work" / "files.txt").write_text("\n".join(noted))
+    ledger.undo("blue")
+    assert outside.is_file() and ledger.verify()
 
 
 def test_a_changed_patch_is_refused(ledger, tmp_path):
