@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from cliperase_fast.unlearning.trainer import Trainer
 
 
+NOT_FINITE = "not finite"  # why a probe stopped
+
+
 class NotFiniteError(UnlearningError):
     """A loss or a gradient that is not finite."""
 
@@ -72,6 +75,13 @@ class RateSearch:
             self._go_to(start)
             self.tracker.checkpoint(self.engine.state)
         chosen, why = recipe.choose(probes)
+        if chosen.stopped == NOT_FINITE:  # as it diverges most, none of the others was better
+            rates = [probe.rate for probe in probes]
+            raise NotFiniteError(
+                f"no learning rate was found: the loss or the gradient is not finite after a few steps at each of the "
+                f"{len(rates)} rates that were tried, from {min(rates):.2g} to {max(rates):.2g}. Give grad_clip=1, or "
+                "check the model and the pairs"
+            )
         self.trainer.run.say("learning rate %.2g: %s", chosen.rate, why)
         if kept is None or kept.probe is not chosen:  # tried before the run was resumed
             kept = self._try(chosen.rate, start, again=chosen)
@@ -98,7 +108,7 @@ class RateSearch:
                 except NotFiniteError:
                     if step == 0:  # the rate has not had any effect yet
                         raise
-                    stopped = "not finite"
+                    stopped = NOT_FINITE
                     break
                 lines.append(line)
                 seconds, done = seconds + took, step + 1
@@ -118,7 +128,7 @@ class RateSearch:
         return _Trial(again or probe, lines, candidate, self._snapshot())
 
     def _probe(self, rate: float, candidate: Candidate, steps: int, stopped: str, seconds: float) -> Probe:
-        broken = stopped == "not finite" or math.isinf(candidate.diverged)
+        broken = stopped == NOT_FINITE or math.isinf(candidate.diverged)
         diverged = None if broken or candidate.divergence is None else candidate.divergence.mean
         return Probe(
             rate=rate,

@@ -314,8 +314,32 @@ class Trainer:
         values = ", ".join(f"{name} {value:g}" for name, value in terms.items())
         return NotFiniteError(
             f"the {what} is not finite at step {done + 1} ({values}); training stopped before that step "
-            f"changed the weights. {self.tracker.last_checkpoint()}. Try a lower learning_rate (now "
-            f"{self.settings.learning_rate:g}), grad_clip=1, or precision='fp32'"
+            f"changed the weights. {self.tracker.last_checkpoint()}. {self._finite_remedy(done)}"
+        )
+
+    def _finite_remedy(self, done: int) -> str:
+        """Say what may keep the loss and the gradient finite. done: how many steps were done before."""
+        rate, others = self.settings.learning_rate, []
+        if not self.settings.grad_clip:
+            others.append("grad_clip=1")
+        if self.runtime.precision != "fp32":
+            others.append("precision='fp32'")
+        if done == 0:  # whatever the rate, it has had no effect yet
+            fix = f"try {others[-1]}" if others[-1:] == ["precision='fp32'"] else "check the model and the pairs"
+            return f"No step has changed the weights yet, so the model's own values overflow: {fix}"
+        if self.run.settings.learning_rate != AUTO:
+            return f"Try {_either(f'a lower learning_rate (now {rate:g})', *others)}"
+        reached = any(probe["reached"] for probe in self.state.probes)
+        shared = (
+            ""
+            if reached or not self.state.probes
+            else (
+                " No rate that was tried reached the target: check that forget and retain pairs do not share captions."
+            )
+        )
+        return (
+            f"The learning rate {rate:.2g} was found automatically and proves too high.{shared} "
+            f"Give {_either('a lower learning_rate', *others)}"
         )
 
 
@@ -332,6 +356,10 @@ def constant_bias(adapter: ClipAdapter) -> Tensor | None:
     """Return the bias of the logits of a model with the sigmoid loss, which is not trained; float32, 0-d."""
     bias = adapter.logit_bias()
     return None if bias is None else bias.detach().float().clone()
+
+
+def _either(*choices: str) -> str:
+    return choices[0] if len(choices) == 1 else f"{', '.join(choices[:-1])}{',' * (len(choices) > 2)} or {choices[-1]}"
 
 
 def _split(rows: Tensor, width: int) -> tuple[Tensor, Tensor]:

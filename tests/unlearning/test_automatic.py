@@ -220,6 +220,54 @@ def test_a_run_that_stalls_gives_the_level_more_weight_and_resumes_with_it(tmp_p
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.parametrize("method", ["cliperase", "calibrated"])
+def test_a_rate_at_which_the_weights_overflow_is_not_taken(monkeypatch, method):
+    monkeypatch.setattr(recipe, "first_rate", lambda parameters: recipe.rate_at(40))
+    result = run(method=method, epochs=45)
+    probes = result.record["recipe"]["probes"]
+    assert probes[0]["stopped"] == "not finite" and probes[0]["divergence"] is None
+    chosen = next(probe for probe in probes if probe["rate"] == result.record["recipe"]["learning_rate"])
+    assert chosen["stopped"] != "not finite" and chosen["divergence"] is not None
+
+
+def fail_steps(monkeypatch, fails):
+    """Let the gradient be not finite in steps of which `fails` (given the trainer and how many are done) says so."""
+    step = Trainer._step
+
+    def failing(self, done, batches):
+        if fails(self, done):
+            raise self._not_finite(done, "gradient", {"total": 1.0})
+        return step(self, done, batches)
+
+    monkeypatch.setattr(Trainer, "_step", failing)
+
+
+def test_where_every_rate_overflows_the_error_names_those_that_were_tried(monkeypatch):
+    fail_steps(monkeypatch, lambda trainer, done: done > 0)
+    with pytest.raises(cf.UnlearningError, match=r"no learning rate was found: .* 29 rates .* to 0.0001\. Give"):
+        run(steps=8)
+
+
+@pytest.mark.parametrize(
+    ("reached", "says"),
+    [(True, "proves too high. Give a lower"), (False, "No rate that was tried reached the target: check that forget")],
+)
+def test_training_that_overflows_at_a_rate_that_was_found_says_so(monkeypatch, reached, says):
+    if not reached:
+        monkeypatch.setattr(selection, "ASSOCIATION_MARGIN", -3.0)  # below every cosine
+    fail_steps(monkeypatch, lambda trainer, done: trainer.state.rate > 0 and done == 31)
+    with pytest.raises(cf.UnlearningError, match=r"The learning rate 0.* was found automatically and proves") as told:
+        run()
+    assert says in str(told.value) and "(now" not in str(told.value) and "fp32" not in str(told.value)
+
+
+def test_values_that_overflow_before_any_step_are_not_blamed_on_the_rate(monkeypatch):
+    fail_steps(monkeypatch, lambda trainer, done: done == 0)
+    with pytest.raises(cf.UnlearningError, match=r"No step has changed the weights yet, .*: check the model") as told:
+        run()
+    assert "learning_rate" not in str(told.value)
+
+
 @pytest.mark.parametrize("lines", [20, 90])
 def test_a_run_killed_by_sigkill_resumes_to_the_same_weights(tmp_path, whole, lines):
     output = tmp_path / "run"
