@@ -18,7 +18,7 @@ class Advice:
 
     place: str = "output_dir="
     room: str = "use an output_dir on another disk, or fewer keep_checkpoints (now {keep})"
-    elsewhere: str = "give another output_dir"
+    elsewhere: str = "give another folder"
     afresh: str = "start again in another output_dir"
     go_on: str = "go on with resume=True"
 

@@ -160,7 +160,8 @@ class RunDirectory:
             raise InputError(f"output_dir={path} is already used: give another folder{go_on}")
         if used and not ours:
             raise InputError(
-                f"{advice().place}{path} holds other files but no run, so there is nothing to resume; {advice().afresh}"
+                f"{advice().place}{path} holds other files but no run, so there is nothing to resume; "
+                f"{advice().elsewhere}"
             )
 
     def _clean(self) -> None:
