@@ -45,7 +45,19 @@ from cliperase_fast.unlearning import unlearn
 from . import unaided_report
 from .machine import RESULTS, describe
 from .records import DEMO, DEMO_FEW_PAIRS, add_shards, classes, record_text, shards_of
-from .unaided_verdicts import CALIBRATED, CONTROL, FIXED, GAP, GIVEN, METHODS, SEARCH, SEARCHED, UNRELATED, verdicts
+from .unaided_verdicts import (
+    BFLOAT16,
+    CALIBRATED,
+    CONTROL,
+    FIXED,
+    GAP,
+    GIVEN,
+    METHODS,
+    SEARCH,
+    SEARCHED,
+    UNRELATED,
+    verdicts,
+)
 
 SEEDS = 3
 # One of a hundred combinations, which a model that never saw it still infers from its parts; a shape; a colour.
@@ -65,7 +77,7 @@ class Study:
 
     concepts: the selector of each thing to forget. fixed: for each the settings of version 0.1's demo. original:
     returns the folder of the model with this training seed. oracles: the folders of the models without this concept.
-    test: where to measure, if not on the source's own test split. methods: to run, of `METHODS` and `UNRELATED`.
+    test: where to measure, if not on the source's own test split. methods: to run, of `METHODS`, `UNRELATED` and `BFLOAT16`.
     """
 
     source: str
@@ -113,6 +125,7 @@ def towers(shards: str, test_shards: str) -> Study:
         lambda seed: towers_model(shards, seed=seed, progress=bars),
         lambda concept: towers_oracles(shards, concept, 3, progress=bars),
         f"wds:{test_shards}",
+        (*METHODS, BFLOAT16),
     )
 
 
@@ -235,6 +248,8 @@ class _Bench:
             return self.control()
         if method == UNRELATED:
             return {"method": "calibrated", "forget_level": "unrelated"}
+        if method == BFLOAT16:
+            return {"method": "calibrated", "precision": "bf16"}
         return {"method": {CALIBRATED: "calibrated", SEARCHED: "cliperase"}[method]}
 
     def control(self) -> dict[str, Any]:

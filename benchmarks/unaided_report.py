@@ -10,6 +10,7 @@ import numpy as np
 
 from .unaided_verdicts import (
     AUDITED,
+    BFLOAT16,
     CALIBRATED,
     FIXED,
     GIVEN,
@@ -46,7 +47,8 @@ def scores_table(record: Record) -> Table:
         "", "runs", "forget top-1", "highest", "retain drop", "worst class drop", "highest lower bound",
         *(LEVELS[name] for name in levels), "mean gap", "time",
     )  # fmt: skip
-    shown = [method for method in AUDITED if method != UNRELATED or any(run["method"] == method for run in runs)]
+    there = {run["method"] for run in runs}
+    shown = [method for method in AUDITED if method not in (UNRELATED, BFLOAT16) or method in there]
     return head, [*(_method_row(runs, method, levels) for method in shown), *_reference_rows(runs, levels)]
 
 

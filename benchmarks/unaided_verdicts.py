@@ -17,8 +17,9 @@ FIXED = "cliperase, version 0.1"  # with the numbers of version 0.1's demo
 SEARCHED = "cliperase"  # without any setting
 CONTROL = "retain_finetune"  # with the learning rate and the steps that `calibrated` found
 UNRELATED = "calibrated, levels unrelated"  # with that option alone, where classes share words with each other
+BFLOAT16 = "calibrated, bfloat16"  # with that precision alone, on the towers
 METHODS = (CALIBRATED, GIVEN, FIXED, SEARCHED, CONTROL)
-AUDITED = (CALIBRATED, UNRELATED, FIXED, SEARCHED, CONTROL)
+AUDITED = (CALIBRATED, UNRELATED, BFLOAT16, FIXED, SEARCHED, CONTROL)
 
 SEARCH = "text_to_image_r@1"
 GAP = ("association", "image_side", "text_side", "retain_top1")  # the scores of the mean gap
@@ -27,6 +28,7 @@ FORGOTTEN, RUNS = 0.05, 0.95  # largest forget top-1, and the share of runs that
 RETAIN_DROP, CLASS_DROP = 0.02, 0.1
 IDENTITY = 0.05
 RATIO = 2.0
+POINT = 0.01  # by which bfloat16 may change a score
 
 Run = Mapping[str, Any]
 Runs = Sequence[Run]
@@ -46,9 +48,30 @@ def verdicts(name: str, runs: Runs) -> dict[str, Verdict]:
     found["wins"] = _wins(runs)
     if done(runs, UNRELATED):
         found["gap, levels unrelated"] = _quartered(runs, UNRELATED)
+    if done(runs, BFLOAT16):
+        found["bfloat16"] = _same_in_bfloat16(runs)
     if any(SEARCH in run["scores"]["after"] for run in done(runs, CALIBRATED)):
         found["search"] = _search(runs)
     return found
+
+
+def _same_in_bfloat16(runs: Runs) -> Verdict:
+    """Whether forget and retain top-1 are those of float32 on the same originals, on average."""
+    single = {(run["concept"], run["seed"]): run for run in done(runs, CALIBRATED)}
+    half = [run for run in done(runs, BFLOAT16) if (run["concept"], run["seed"]) in single]
+    same = [single[run["concept"], run["seed"]] for run in half]
+    forget, retain = (
+        100
+        * float(np.mean([after(ours, score) - after(theirs, score) for ours, theirs in zip(half, same, strict=True)]))
+        for score in ("zero_shot_top1", "retain_top1")
+    )
+    times = sum(run["cpu_seconds"] for run in half) / sum(run["cpu_seconds"] for run in same)
+    count = f"{len(half)} run" + "s" * (len(half) != 1)
+    return _verdict(
+        max(abs(forget), abs(retain)) <= 100 * POINT,
+        f"in {count} forget top-1 changes by {forget:+.1f} points and retain top-1 by {retain:+.1f}, with {times:.2f} "
+        "times the processor time of float32 (wanted: at most a point)",
+    )
 
 
 def overall(records: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> Verdict:
