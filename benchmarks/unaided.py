@@ -77,7 +77,8 @@ class Study:
 
     concepts: the selector of each thing to forget. fixed: for each the settings of version 0.1's demo. original:
     returns the folder of the model with this training seed. oracles: the folders of the models without this concept.
-    test: where to measure, if not on the source's own test split. methods: to run, of `METHODS`, `UNRELATED` and `BFLOAT16`.
+    test: where to measure, if not on the source's own test split. methods: to run, of `METHODS`, `UNRELATED` and
+    `BFLOAT16`.
     """
 
     source: str
