@@ -149,12 +149,12 @@ def prepare(setup: Setup, method: Method, began: float) -> Run:
 
 
 def _level_notes(settings: UnlearnConfig, method: Method, automatic: bool) -> list[str]:
-    """Say where a given level has nothing to decide."""
-    if settings.forget_level == "auto" or automatic or settings.select == "divergence" or method.reads_levels:
+    """Say where related levels were asked for and have nothing to decide."""
+    if settings.forget_level != "related" or automatic or settings.select == "divergence" or method.reads_levels:
         return []
     return [
-        f"forget_level={settings.forget_level!r} makes no difference: the run has no target, because it is given its "
-        "numbers and select is not 'divergence'"
+        "forget_level='related' makes no difference: the run has no target, because it is given its numbers and select "
+        "is not 'divergence'"
     ]
 
 
