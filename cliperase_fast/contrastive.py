@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -95,10 +96,9 @@ def local_clip_loss(
     contrastive = mean_i -log softmax(S_i)_own and distill = mean_i -Σ_j P°_ij log P_ij, with S = s Q Kᵀ [n, N].
     """
     _check_rows("query", query, "keys", keys)
-    if not isinstance(pair_offset, int) or not 0 <= pair_offset <= len(keys) - len(query):
+    if not isinstance(pair_offset, (int, np.integer)) or not 0 <= pair_offset <= len(keys) - len(query):
         raise InputError(
-            f"pair_offset={pair_offset!r} is no row number in range; keys {shape_of(keys)} must have {len(query)} rows "
-            "from there"
+            f"pair_offset={pair_offset!r} must be an integer from which keys {shape_of(keys)} has {len(query)} rows"
         )
     scale = as_scale("logit_scale", logit_scale, query)
     teacher_scale = None

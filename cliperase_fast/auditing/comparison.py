@@ -26,7 +26,7 @@ from cliperase_fast.progress import Steps, say
 Scores = dict[str, dict[str, Estimate]]
 
 SAME = 1e-6  # features closer than this in every component are equal
-WEAK_BY = 0.1  # retain accuracy below the original's by which an oracle is no longer like it
+WEAK_BY = 0.1  # an oracle whose retain accuracy is lower than the original's by more is weak
 
 
 def audit_models(

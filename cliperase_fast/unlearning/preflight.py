@@ -149,8 +149,8 @@ def check_teacher(
 def check_forgettable(automatic: bool, related: bool, part: Split, baseline: Baseline) -> list[str]:
     """Return a note if the model knows the forget pairs no better than by chance.
 
-    Few pairs cannot show that. There is no note unless the 95 % interval of their score ends below the middle between
-    chance and 1.
+    There is no note if the pairs are too few to show this: the upper end of the 95 % interval of their score must be
+    below the midpoint between chance and 1.
 
     automatic: whether the run trains to a target; `InputError` is raised if it would start there. related: whether
     classes that share words with retained ones have levels of their own. part: the validation split.

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from cliperase_fast.contrastive import distill_clip_loss, sigmoid_loss
+from cliperase_fast.contrastive import distill_clip_loss, local_clip_loss, sigmoid_loss
 from cliperase_fast.errors import InputError, UnlearningError
 from cliperase_fast.functional import clip_loss, similarity_kl
 from cliperase_fast.ops.registry import REGISTRY
@@ -287,3 +287,9 @@ def test_features_that_are_too_wide_for_a_backend_go_to_another(monkeypatch):
     assert clip_loss(rows(1), rows(2), 10.0).item() == pytest.approx(expected.item(), rel=1e-6)
     with pytest.raises(InputError, match=r"backend='native' takes features of width .* at the most"):
         clip_loss(rows(1), rows(2), 10.0, backend="native")
+
+
+@pytest.mark.parametrize("offset", [-1, 2.5, "a", len(rows(2))])
+def test_a_place_that_is_no_row_of_the_keys_is_refused(offset):
+    with pytest.raises(InputError, match="must be an integer from which keys"):
+        local_clip_loss(rows(1)[:2], rows(2), 10.0, offset)

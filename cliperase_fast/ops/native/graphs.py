@@ -127,7 +127,7 @@ class GraphedKernels:
             device.clear()
 
     def _run(self, key: tuple[Any, ...], run: Callable[..., Tensors], tensors: Sequence[Tensor]) -> Tensors:
-        """Return the results of `run(kernels, *tensors)`, from the graph of `key` and of what the tensors are like."""
+        """Return the results of `run(kernels, *tensors)`, from the graph for `key` and their shapes and dtypes."""
         device = tensors[0].device
         small = CudaKernels(
             self._kernels, self.name, self._block_columns, batched=True,
