@@ -137,8 +137,9 @@ class UnlearnConfig:
         "auto",
         "how similar forget pairs are to stay, where the run has a target (the recipe, select=divergence, "
         "method=calibrated): unrelated, as pairs that have nothing to do with each other; related, classes that share "
-        "words with retained ones near the level of those; auto: related, except with lambda_hidden",
-        ("auto", "related", "unrelated"),
+        "words with retained ones near the level of those; similar, also other classes near the level of the retained "
+        "class that the model finds most similar; auto: related, except with lambda_hidden (then unrelated)",
+        ("auto", "similar", "related", "unrelated"),
         group="selection",
     )
     evaluate_every: int = _option(

@@ -21,7 +21,8 @@ class ConceptLevels:
     concepts: Tensor  # int64 [C]
     image_means: Tensor  # [C, D]
     text_means: Tensor  # [C, D]
-    related_images: Tensor  # [K, D], the mean image features of the related classes of all concepts
+    related: Tensor  # int64 [K], the related classes of all concepts
+    related_images: Tensor  # [K, D], their mean image features
     related_weights: Tensor  # [C, K], 1 / R for the R classes that a concept is related to, else 0
 
     def to(self, like: Tensor) -> ConceptLevels:
@@ -29,6 +30,7 @@ class ConceptLevels:
             self.concepts.to(like.device),
             self.image_means.to(like),
             self.text_means.to(like),
+            self.related.to(like.device),
             self.related_images.to(like),
             self.related_weights.to(like),
         )

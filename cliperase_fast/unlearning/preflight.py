@@ -20,7 +20,7 @@ from cliperase_fast.models.runtime import dtype_hint
 from cliperase_fast.plurals import counted
 from cliperase_fast.unlearning.batches import CaptionTable
 from cliperase_fast.unlearning.engines.base import train_mode
-from cliperase_fast.unlearning.related import concepts_of, with_levels_of_relatives
+from cliperase_fast.unlearning.related import UNRELATED, concepts_of, with_levels_of_relatives
 from cliperase_fast.unlearning.run import Baseline
 from cliperase_fast.unlearning.runtime import Runtime
 from cliperase_fast.unlearning.selection import ASSOCIATION_MARGIN, Target, wilson
@@ -146,24 +146,24 @@ def check_teacher(
         )
 
 
-def check_forgettable(automatic: bool, related: bool, part: Split, baseline: Baseline) -> list[str]:
+def check_forgettable(automatic: bool, level: str, part: Split, baseline: Baseline) -> list[str]:
     """Return a note if the model knows the forget pairs no better than by chance.
 
     There is no note if the pairs are too few to show this: the upper end of the 95 % interval of their score must be
     below the midpoint between chance and 1.
 
-    automatic: whether the run trains to a target; `InputError` is raised if it would start there. related: whether
-    classes that share words with retained ones have levels of their own. part: the validation split.
+    automatic: whether the run trains to a target; `InputError` is raised if it would start there. level: as
+    `Method.forget_level`. part: the validation split.
     """
     before = baseline.validation
     if automatic:
         encoded, known = baseline.validation_encoded, "unrelated pairs"
         background = Background.of(encoded, ~part.forget_mask)  # of this split: the same but noise
-        if related:
-            background = with_levels_of_relatives(background, part, encoded)
+        if level != UNRELATED:
+            background = with_levels_of_relatives(background, part, encoded, level)
         concepts = None if background.own is None else concepts_of(part, part)
         if concepts is not None:
-            known = "a model that never saw them, by the classes that share words with theirs"
+            known = "a model that never saw them, by the classes related to theirs"
         target = Target(background.association(encoded, part.forget_mask, concepts), part.n_forget)
         if target.reached(before):
             raise InputError(

@@ -42,6 +42,7 @@ from cliperase_fast.unlearning.preflight import (
     check_teacher,
 )
 from cliperase_fast.unlearning.recipe import EXPECTED_STEPS, MAX_STEPS
+from cliperase_fast.unlearning.related import RELATED, SIMILAR
 from cliperase_fast.unlearning.run import Baseline, Inputs, Models, Run, Setup
 from cliperase_fast.unlearning.run_directory import RunDirectory, identity_settings, resume_from
 from cliperase_fast.unlearning.runtime import Runtime
@@ -131,7 +132,7 @@ def prepare(setup: Setup, method: Method, began: float) -> Run:
     evaluator = Evaluator(runtime, cache)
     automatic = settings.automatic and method.trains
     baseline = _measure(original, data, evaluator, settings, automatic, ranks.first)
-    notes = ranks.run_on_first(partial(check_forgettable, automatic, method.related_levels, data.validation, baseline))
+    notes = ranks.run_on_first(partial(check_forgettable, automatic, method.forget_level, data.validation, baseline))
     of_level = _level_notes(settings, method, automatic)
     for note in (*notes, *of_level):
         (say if ranks.first else _nothing)("%s", note)
@@ -150,11 +151,12 @@ def prepare(setup: Setup, method: Method, began: float) -> Run:
 
 def _level_notes(settings: UnlearnConfig, method: Method, automatic: bool) -> list[str]:
     """Say where related levels were asked for and have nothing to decide."""
-    if settings.forget_level != "related" or automatic or settings.select == "divergence" or method.reads_levels:
+    level = settings.forget_level
+    if level not in (RELATED, SIMILAR) or automatic or settings.select == "divergence" or method.reads_levels:
         return []
     return [
-        "forget_level='related' makes no difference: the run has no target, because it is given its numbers and select "
-        "is not 'divergence'"
+        f"forget_level={level!r} makes no difference: the run has no target, because it is given its numbers and "
+        "select is not 'divergence'"
     ]
 
 

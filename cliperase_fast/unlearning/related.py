@@ -1,7 +1,8 @@
-"""Background levels of classes whose names share words with retained classes.
+"""Background levels of classes that are related to retained classes.
 
 A model that never saw a red circle still knows red things and circles, so it finds such an image and its caption more
-similar than an unrelated pair. How similar, the original tells by the classes that share the most words with this one:
+similar than an unrelated pair. How similar, the original tells by the classes that share the most words with this one,
+or, where none does and forget_level is "similar", by the one whose captions it finds most similar to these images:
 
     t̄_c = t̄ + f (mean over the related classes r of t̄_r - t̄),    ī_c likewise
     f   = min(SHARE, MOST (own - level) / (related - level))
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -27,6 +28,7 @@ from cliperase_fast.evaluation import Background, EncodedPairs
 from cliperase_fast.evaluation.background import PART, ConceptLevels
 from cliperase_fast.unlearning.splits import Split
 
+UNRELATED, RELATED, SIMILAR = "unrelated", "related", "similar"  # values of forget_level
 SHARE = 0.8  # of the related classes' level
 MOST = 0.5  # of the association that is there
 # Words that say nothing about an image, of the languages in which many class names have them.
@@ -75,22 +77,27 @@ def _words(name: str) -> frozenset[str]:
     return frozenset(found - _EMPTY_WORDS)
 
 
-def relatives_of(train: Split) -> dict[int, list[int]]:
-    """Return the related classes of each class whose pairs are all to be forgotten, if it has any."""
+def relatives_of(train: Split, alone: bool = False) -> dict[int, list[int]]:
+    """Return the classes that share words with each class whose pairs are all to be forgotten, if there are any.
+
+    alone: also classes that share none, with an empty list (`with_most_similar`).
+    """
     pairs = train.pairs
     if pairs.labels is None or pairs.entities is not None or pairs.classes is None:
         return {}
     forget, retain = (set(map(int, part)) for part in np.split(pairs.labels, [train.n_forget]))
     found = {label: related_classes(pairs.classes, label, retain) for label in sorted(forget - retain)}
-    return {label: relatives for label, relatives in found.items() if relatives}
+    return {label: relatives for label, relatives in found.items() if relatives or alone}
 
 
-def related_pairs(train: Split, most: int | None, seed: int) -> dict[int, np.ndarray]:
+def related_pairs(
+    train: Split, relatives: Mapping[int, Sequence[int]], most: int | None, seed: int
+) -> dict[int, np.ndarray]:
     """Return the pairs that give the levels of each class of `relatives_of` and of its related classes, ascending.
 
     most: about how many pairs to draw, None for all. Of each class at least 8 are drawn, if it has them.
     """
-    relatives, labels = relatives_of(train), train.pairs.labels
+    labels = train.pairs.labels
     if not relatives:
         return {}
     assert labels is not None
@@ -105,33 +112,83 @@ def related_pairs(train: Split, most: int | None, seed: int) -> dict[int, np.nda
     return found
 
 
-def with_related_levels(
-    background: Background,
-    train: Split,
-    pairs: Mapping[int, np.ndarray],
-    images: Callable[[np.ndarray], Tensor],
-    captions: Tensor,
-    caption_index: Callable[[np.ndarray], Sequence[np.ndarray]],
-    most: float | None = MOST,
-) -> Background:
-    """Return the background with levels of their own for the classes of `relatives_of`.
+@dataclass(frozen=True)
+class PairFeatures:
+    """The features of training pairs by the model that gives the levels.
 
-    pairs: those of `related_pairs`. images: returns the teacher's features of training pairs. captions: features
-    [U, D]. caption_index: returns for each of some training pairs the rows of its captions. most: None for no bound by
-    the association that is there.
+    images: returns those of some pairs. captions: [U, D]. caption_index: returns for each of some pairs the rows of its
+    captions.
     """
 
-    def means(of: np.ndarray) -> Background:
-        parts = (images(of[start : start + PART]) for start in range(0, len(of), PART))
-        return Background.of_rows(parts, captions, caption_index(of))
+    images: Callable[[np.ndarray], Tensor]
+    captions: Tensor
+    caption_index: Callable[[np.ndarray], Sequence[np.ndarray]]
 
-    def own(of: np.ndarray) -> float:
-        rows = torch.stack([captions[torch.from_numpy(rows)].double().mean(0) for rows in caption_index(of)])
-        return float((images(of).double() * rows).sum(1).mean())
+    def means(self, of: np.ndarray) -> Background:
+        parts = (self.images(of[start : start + PART]) for start in range(0, len(of), PART))
+        return Background.of_rows(parts, self.captions, self.caption_index(of))
 
-    of_class = {label: means(of) for label, of in pairs.items() if of.size}
+    def association(self, of: np.ndarray) -> float:
+        """Return the mean cosine of pairs."""
+        index = self.caption_index(of)
+        rows = torch.stack([self.captions[torch.from_numpy(rows)].double().mean(0) for rows in index])
+        return float((self.images(of).double() * rows).sum(1).mean())
+
+    def caption_means(self, of: np.ndarray, classes: np.ndarray, count: int) -> Tensor:
+        """Return the mean caption features [count, D] of the pairs of each class. classes: int64 [n], below `count`."""
+        index = self.caption_index(of)
+        captions = np.array([len(rows) for rows in index], dtype=np.int64)
+        weights = np.repeat(1 / (captions * np.bincount(classes, minlength=count)[classes]), captions)
+        rows, places = np.concatenate(index), np.repeat(classes, captions)
+        sums = torch.zeros(count, self.captions.shape[1], dtype=torch.float64, device="cpu")
+        for start in range(0, len(rows), PART):
+            part = slice(start, start + PART)
+            weighted = self.captions[rows[part]].double().cpu() * torch.from_numpy(weights[part, None])
+            sums.index_add_(0, torch.from_numpy(places[part]), weighted)
+        return sums
+
+
+def with_most_similar(
+    relatives: Mapping[int, Sequence[int]],
+    train: Split,
+    retained: np.ndarray,
+    pairs: Mapping[int, np.ndarray],
+    features: PairFeatures,
+) -> tuple[dict[int, list[int]], dict[int, np.ndarray]]:
+    """Give each class without relatives the retained class whose captions are most similar to its images.
+
+    retained: pairs to look in. pairs: those of `related_pairs`, which are returned with those of the classes found.
+    """
+    found, of_class = {label: list(others) for label, others in relatives.items()}, dict(pairs)
+    alone = [label for label, others in found.items() if not others and of_class[label].size]
+    labels = train.pairs.labels
+    if not alone or not retained.size or labels is None:
+        return found, of_class
+    classes, places = np.unique(labels[retained], return_inverse=True)
+    means = features.caption_means(retained, places, len(classes))
+    for label in alone:
+        images = features.images(of_class[label]).double().cpu()
+        nearest = int((means @ images.mean(0)).argmax())
+        found[label] = [int(classes[nearest])]
+        of_class.setdefault(int(classes[nearest]), retained[places == nearest])
+    return found, of_class
+
+
+def with_related_levels(
+    background: Background,
+    relatives: Mapping[int, Sequence[int]],
+    pairs: Mapping[int, np.ndarray],
+    features: PairFeatures,
+    most: float | None = MOST,
+) -> Background:
+    """Return the background with levels of their own for the classes that have relatives.
+
+    relatives: of `relatives_of`. pairs: those of `related_pairs`. most: None for no bound by the association that is
+    there.
+    """
+    of_class = {label: features.means(of) for label, of in pairs.items() if of.size}
     found: dict[int, Background] = {}
-    relatives = {label: [other for other in of if other in of_class] for label, of in relatives_of(train).items()}
+    relatives = {label: [other for other in of if other in of_class] for label, of in relatives.items()}
     for label, others in relatives.items():
         if label not in of_class or not others:
             continue
@@ -140,7 +197,7 @@ def with_related_levels(
         if above > level:
             share = SHARE
             if most is not None:
-                share = min(share, most * max(own(pairs[label]) - level, 0.0) / (above - level))
+                share = min(share, most * max(features.association(pairs[label]) - level, 0.0) / (above - level))
             found[label] = _between(background, related, share)
     return replace(background, own=_own_levels(found, of_class, relatives)) if found else background
 
@@ -157,6 +214,7 @@ def _own_levels(
         torch.tensor(list(found), dtype=torch.int64, device="cpu"),
         torch.stack([of.image_mean for of in found.values()]),
         torch.stack([of.text_mean for of in found.values()]),
+        torch.tensor(related, dtype=torch.int64, device="cpu"),
         torch.stack([of_class[other].image_mean for other in related]),
         weights,
     )
@@ -171,39 +229,61 @@ def concepts_of(part: Split, train: Split) -> np.ndarray | None:
     return np.array([places.get(name, -1) for name in names], dtype=np.int64)[labels]
 
 
-def with_levels_of_relatives(background: Background, part: Split, encoded: EncodedPairs) -> Background:
+def with_levels_of_relatives(background: Background, part: Split, encoded: EncodedPairs, level: str) -> Background:
     """Return the background with the levels at which a model is that never saw the classes to forget of a split.
 
-    encoded: of the split's pairs, by the model that is asked.
+    encoded: of the split's pairs, by the model that is asked. level: as `Method.forget_level`.
     """
-    return with_related_levels(
-        background, part, related_pairs(part, None, 0), lambda rows: encoded.image_features[torch.from_numpy(rows)],
-        encoded.caption_features, lambda rows: [encoded.caption_index[row] for row in map(int, rows)], most=None,
-    )  # fmt: skip
+    features = PairFeatures(
+        lambda rows: encoded.image_features[torch.from_numpy(rows)],
+        encoded.caption_features,
+        lambda rows: [encoded.caption_index[row] for row in map(int, rows)],
+    )
+    relatives = relatives_of(part, level == SIMILAR)
+    pairs = related_pairs(part, relatives, None, 0)
+    if level == SIMILAR:
+        retained = np.arange(part.n_forget, len(part.pairs))
+        relatives, pairs = with_most_similar(relatives, part, retained, pairs, features)
+    return with_related_levels(background, relatives, pairs, features, most=None)
 
 
-def related_note(train: Split, background: Background, asked: bool, masked: bool) -> str | None:
+def related_note(train: Split, background: Background, level: str, masked: bool) -> str | None:
     """Say which classes have levels of their own, and why; None if none has.
 
-    asked: whether forget_level="related" was given; then say why it makes no difference. masked: whether the pairs of a
+    level: the setting forget_level; unless it is "auto", say why it makes no difference. masked: whether the pairs of a
     batch are told apart by their classes.
     """
-    names = train.pairs.classes
-    if background.own is None or names is None:
-        return f"forget_level='related' makes no difference: {_why_unrelated(train, masked)}" if asked else None
-    relatives, labels = relatives_of(train), background.own.concepts.tolist()
-    others = [names[label] for label in relatives[labels[0]]]
-    shown = ", ".join(repr(name) for name in others[:3]) + (", ..." if len(others) > 3 else "")
-    first = repr(names[labels[0]])
-    which = f"{first} shares" if len(labels) == 1 else f"{len(labels)} classes to forget, {first} among them, share"
+    names, own = train.pairs.classes, background.own
+    if own is None or names is None:
+        if level not in (RELATED, SIMILAR):
+            return None
+        return f"forget_level={level!r} makes no difference: {_why_unrelated(train, level, masked)}"
+    by_words, labels = relatives_of(train), own.concepts.tolist()
+    others = {
+        label: [names[other] for other in own.related[weights > 0].tolist()]
+        for label, weights in zip(labels, own.related_weights, strict=True)
+    }
+    told = []
+    for similar in (False, True):
+        of = [label for label in labels if (label not in by_words) == similar]
+        if not of:
+            continue
+        related = list(dict.fromkeys(name for label in (of if similar else of[:1]) for name in others[label]))
+        shown = ", ".join(repr(name) for name in related[:3]) + (", ..." if len(related) > 3 else "")
+        first, many = repr(names[of[0]]), f"{len(of)} classes to forget, {names[of[0]]!r} among them,"
+        if similar:
+            who = f"{first} looks" if len(of) == 1 else f"{many} look"
+            told.append(f"{who} to the original most like retained classes ({shown})")
+        else:
+            who = f"{first} shares" if len(of) == 1 else f"{many} share"
+            told.append(f"{who} words with retained classes ({shown})")
     return (
-        f"{which} words with retained classes ({shown}). A model that never saw the pairs to forget would know these "
-        "words, so the target is near the level of those classes instead of that of unrelated pairs "
-        "(forget_level='unrelated')"
+        f"{'; '.join(told)}. A model that never saw the pairs to forget would know these, so the target is near the "
+        "level of those classes instead of that of unrelated pairs (forget_level='unrelated')"
     )
 
 
-def _why_unrelated(train: Split, masked: bool) -> str:
+def _why_unrelated(train: Split, level: str, masked: bool) -> str:
     pairs = train.pairs
     if pairs.entities is not None:
         return "the pairs name entities, and what is known of one says nothing about another"
@@ -213,6 +293,8 @@ def _why_unrelated(train: Split, masked: bool) -> str:
         return "classes are left out of account, leave false_negatives at 'auto'"
     if not set(map(int, pairs.labels[: train.n_forget])) - set(map(int, pairs.labels[train.n_forget :])):
         return "no class is to be forgotten as a whole"
+    if level == SIMILAR:
+        return "no class to forget is more similar to a retained one than to unrelated pairs"
     return "no class to forget shares words with retained ones that are more similar to it than unrelated pairs"
 
 

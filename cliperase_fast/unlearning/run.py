@@ -191,8 +191,8 @@ class Run:
         """Take the background levels of the teacher, whose models must not have been released yet."""
         self.background = background
         ids = self.loader.group_ids
-        asked, masked = self.settings.forget_level == "related", ids is not None and ids.size > 0
-        note = related_note(self.data.train, background, asked, masked)
+        masked = ids is not None and ids.size > 0
+        note = related_note(self.data.train, background, self.settings.forget_level, masked)
         if note is not None and note not in self.notes:  # probes set the target too
             self.notes.append(note)
         if not self.needs_target:

@@ -16,7 +16,6 @@ from cliperase_fast.data import PairDataset
 from cliperase_fast.data.loading import PixelCache
 from cliperase_fast.distributed import Ranks
 from cliperase_fast.evaluation import Background
-from cliperase_fast.evaluation.background import PART
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.models.runtime import inference
 from cliperase_fast.models.tower_features import with_tower_features
@@ -26,7 +25,15 @@ from cliperase_fast.unlearning.engines.base import pad_rows
 from cliperase_fast.unlearning.engines.zero3 import ShardedTeacher
 from cliperase_fast.unlearning.feature_file import FeatureFile
 from cliperase_fast.unlearning.identity import transform_identity
-from cliperase_fast.unlearning.related import related_pairs, with_related_levels
+from cliperase_fast.unlearning.related import (
+    SIMILAR,
+    UNRELATED,
+    PairFeatures,
+    related_pairs,
+    relatives_of,
+    with_most_similar,
+    with_related_levels,
+)
 from cliperase_fast.unlearning.run import Run
 from cliperase_fast.unlearning.runtime import Runtime
 
@@ -155,12 +162,12 @@ def wide_adapter(run: Run, adapter: ClipAdapter, teaches: bool = False) -> ClipA
         return with_tower_features(adapter, pixels, run.captions.rows([0]))
 
 
-def measure_background(run: Run, teacher: Teacher | None, related: bool = False) -> Background:
+def measure_background(run: Run, teacher: Teacher | None, level: str = UNRELATED) -> Background:
     """Compute the background levels of the teacher's features of the training split, once.
 
     teacher: has them already if it caches all pairs; otherwise they are encoded here, with the transform of evaluation.
-    Of more than `BACKGROUND_WHOLE` retain pairs a sample counts, with one caption each. related: classes that share
-    words with retained ones have levels of their own.
+    Of more than `BACKGROUND_WHOLE` retain pairs a sample counts, with one caption each. level: as
+    `Method.forget_level`; which classes have levels of their own.
     """
     train, of_pair = run.data.train, run.captions.of_pair
     n_retain, rows, seed = len(train.pairs) - train.n_forget, None, run.settings.seed
@@ -171,9 +178,10 @@ def measure_background(run: Run, teacher: Teacher | None, related: bool = False)
         own = [of_pair[pair] for pair in map(int, part)]
         return own if whole else [of[[pair % len(of)]] for pair, of in zip(map(int, part), own, strict=True)]
 
-    of_class: dict[int, np.ndarray] = {}
-    if related and classes is not None and classes.size:
-        of_class = related_pairs(train, None if whole else BACKGROUND_SAMPLE, seed)
+    relatives: dict[int, list[int]] = {}
+    if level != UNRELATED and classes is not None and classes.size:
+        relatives = relatives_of(train, level == SIMILAR)
+    of_class = related_pairs(train, relatives, None if whole else BACKGROUND_SAMPLE, seed)
     if whole:
         pairs, used = np.arange(train.n_forget, len(train.pairs)), np.arange(len(train.pairs))
     else:
@@ -193,9 +201,11 @@ def measure_background(run: Run, teacher: Teacher | None, related: bool = False)
     def captions(part: np.ndarray) -> list[np.ndarray]:
         return [teacher.caption_rows(own) for own in index(part)]
 
-    parts = (images(pairs[start : start + PART]) for start in range(0, len(pairs), PART))
-    background = Background.of_rows(parts, text, captions(pairs))
-    return with_related_levels(background, train, of_class, images, text, captions) if of_class else background
+    features = PairFeatures(images, text, captions)
+    background = features.means(pairs)
+    if level == SIMILAR:
+        relatives, of_class = with_most_similar(relatives, train, pairs, of_class, features)
+    return with_related_levels(background, relatives, of_class, features)
 
 
 def _of_label(run: Run, pairs: np.ndarray, label: int) -> np.ndarray:

@@ -300,7 +300,7 @@ def test_forget_pairs_known_only_by_chance_are_noted_if_enough_of_them_say_so(sc
     pairs = SimpleNamespace(classes=("a", "b", "c", "d"))
     part = SimpleNamespace(pairs=pairs, n_forget=count, forget_mask=np.arange(8) < 4)
     baseline = SimpleNamespace(validation=Candidate(0, 0, score, 1.0, 1.0), validation_encoded=encoded)
-    notes = check_forgettable(False, True, part, baseline)
+    notes = check_forgettable(False, "related", part, baseline)
     assert any("did not know the forget pairs better than by chance" in note for note in notes) is noted
 
 

@@ -20,16 +20,19 @@ from cliperase_fast.unlearning.preflight import check_forgettable
 from cliperase_fast.unlearning.related import (
     MOST,
     SHARE,
+    PairFeatures,
     concepts_of,
     related_classes,
     related_note,
     related_pairs,
     relatives_of,
     with_levels_of_relatives,
+    with_most_similar,
     with_related_levels,
 )
 from cliperase_fast.unlearning.selection import Candidate
 
+ALONE = ("seven", "three", "one", "nine", "two")  # no two share a word
 NAMES = ("red circle", "red square", "blue circle", "blue square", "the moon")
 
 
@@ -61,8 +64,13 @@ def test_related_classes_share_the_most_words(names, expected):
     assert related_classes(names, 0, range(1, len(names))) == expected
 
 
+class Pairs(SimpleNamespace):
+    def __len__(self):
+        return len(self.labels)
+
+
 def split(labels, n_forget, names=NAMES, entities=None):
-    pairs = SimpleNamespace(labels=labels, classes=names, entities=entities)
+    pairs = Pairs(labels=labels, classes=names, entities=entities)
     return SimpleNamespace(pairs=pairs, n_forget=n_forget)
 
 
@@ -94,11 +102,13 @@ def levels(like):
     retained = list(range(6, len(LABELS)))
     plain = Background.of_rows([image[retained]], text, [index[row] for row in retained])
     train = split(LABELS, 6)
-    pairs = related_pairs(train, None, 0)
-    related = with_related_levels(
-        plain, train, pairs, lambda rows: image[rows], text, lambda rows: [index[row] for row in rows]
-    )
-    return plain, related
+    relatives = relatives_of(train)
+    pairs = related_pairs(train, relatives, None, 0)
+    return plain, with_related_levels(plain, relatives, pairs, pair_features(image, text, index))
+
+
+def pair_features(image, text, index):
+    return PairFeatures(lambda rows: image[rows], text, lambda rows: [index[row] for row in rows])
 
 
 @pytest.mark.parametrize("like", [0.5, 6.0])
@@ -146,7 +156,7 @@ def test_levels_of_other_pairs_are_those_of_all_pairs():
 def test_relatives_that_the_model_finds_less_similar_than_other_pairs_do_not_count():
     plain, found = levels(-3.0)
     assert found.own is None and torch.equal(found.text_mean, plain.text_mean)
-    assert related_note(split(LABELS, 6), found, False, True) is None
+    assert related_note(split(LABELS, 6), found, "auto", True) is None
 
 
 def test_classes_of_another_split_are_found_by_name():
@@ -156,7 +166,7 @@ def test_classes_of_another_split_are_found_by_name():
 
 
 def test_the_note_names_the_classes():
-    note = related_note(split(LABELS, 6), levels(0.5)[1], False, True)
+    note = related_note(split(LABELS, 6), levels(0.5)[1], "auto", True)
     assert "'red circle' shares words with retained classes ('red square', " in note
 
 
@@ -172,8 +182,8 @@ def test_the_note_names_the_classes():
 )
 def test_the_note_says_why_asking_for_related_levels_makes_no_difference(train, masked, why):
     plain = levels(-1.0)[0]
-    assert why in related_note(train, plain, True, masked)
-    assert related_note(train, plain, False, masked) is None
+    assert why in related_note(train, plain, "related", masked)
+    assert related_note(train, plain, "auto", masked) is None
 
 
 def test_a_run_without_a_target_says_that_the_level_makes_no_difference():
@@ -183,18 +193,21 @@ def test_a_run_without_a_target_says_that_the_level_makes_no_difference():
     assert notes == [True, False, False]
 
 
-def test_forgetting_again_what_is_forgotten_is_an_error():
+@pytest.mark.parametrize(("level", "names"), [("related", NAMES), ("similar", ALONE)])
+def test_forgetting_again_what_is_forgotten_is_an_error(level, names):
     """It is at the level of the related classes, which is above that of unrelated pairs."""
     image, text, index = features(6.0)
-    part, encoded = split(LABELS, 6), EncodedPairs(image, text, index, None)
+    part, encoded = split(LABELS, 6, names=names), EncodedPairs(image, text, index, None)
     part.forget_mask = np.arange(len(LABELS)) < 6
-    there = with_levels_of_relatives(levels(6.0)[0], part, encoded).association(encoded, part.forget_mask, LABELS)
-    assert there > levels(6.0)[1].association(encoded, part.forget_mask, LABELS) + 0.05, "without a bound"
+    plain, bounded = levels(6.0) if level == "related" else similar(6.0)[2:]
+    free = with_levels_of_relatives(plain, part, encoded, level)
+    there = free.association(encoded, part.forget_mask, LABELS)
+    assert there > bounded.association(encoded, part.forget_mask, LABELS) + 0.05, "without a bound"
     before = Candidate(0, 0, forget=0.0, retain=1.0, forget_similarity=there)
     baseline = SimpleNamespace(validation=before, validation_encoded=encoded)
-    with pytest.raises(InputError, match="not above that of a model that never saw them, by the classes that share"):
-        check_forgettable(True, True, part, baseline)
-    assert "better than by chance" in " ".join(check_forgettable(True, False, part, baseline))
+    with pytest.raises(InputError, match="not above that of a model that never saw them, by the classes related"):
+        check_forgettable(True, level, part, baseline)
+    assert "better than by chance" in " ".join(check_forgettable(True, "unrelated", part, baseline))
 
 
 def run(**changes):
@@ -221,16 +234,17 @@ def test_levels_are_the_same_on_the_training_device():
 def test_a_sample_holds_pairs_of_each_class():
     labels = np.repeat([0, 1, 2, 3, 4], [30, 50, 9, 40, 20])
     train = split(labels, 30)
-    whole = related_pairs(train, None, 0)
+    relatives = relatives_of(train)
+    whole = related_pairs(train, relatives, None, 0)
     assert list(whole) == [0, 1, 2] and all((labels[of] == label).all() for label, of in whole.items())
     assert [len(of) for of in whole.values()] == [30, 50, 9]
-    drawn = related_pairs(train, 36, 0)
+    drawn = related_pairs(train, relatives, 36, 0)
     assert [len(of) for of in drawn.values()] == [12, 12, 9]
     for label, of in drawn.items():
         assert set(of) <= set(whole[label]) and (np.diff(of) > 0).all()
-    assert [len(of) for of in related_pairs(train, 3, 0).values()] == [8, 8, 8]
-    assert all(np.array_equal(of, related_pairs(train, 36, 0)[label]) for label, of in drawn.items())
-    assert not np.array_equal(drawn[1], related_pairs(train, 36, 1)[1])
+    assert [len(of) for of in related_pairs(train, relatives, 3, 0).values()] == [8, 8, 8]
+    assert all(np.array_equal(of, related_pairs(train, relatives, 36, 0)[label]) for label, of in drawn.items())
+    assert not np.array_equal(drawn[1], related_pairs(train, relatives, 36, 1)[1])
 
 
 def unit(*shape):
@@ -321,25 +335,26 @@ def test_a_run_without_classes_has_the_levels_of_all_pairs(changes):
 
 
 def test_other_words_for_the_level_are_refused():
-    with pytest.raises(InputError, match="forget_level='near' is not one of auto, related, unrelated"):
+    with pytest.raises(InputError, match="forget_level='near' is not one of auto, similar, related, unrelated"):
         run(forget_level="near")
 
 
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({}, True),
-        ({"forget_level": "related"}, True),
-        ({"forget_level": "unrelated"}, False),
-        ({"method_options": {"lambda_hidden": 1.0}}, False),
-        ({"method_options": {"lambda_hidden": 1.0}, "forget_level": "related"}, True),
-        ({"method": "cliperase"}, True),
-        ({"method": "text_projection", "forget_level": "unrelated"}, False),
+        ({}, "related"),
+        ({"forget_level": "related"}, "related"),
+        ({"forget_level": "similar"}, "similar"),
+        ({"forget_level": "unrelated"}, "unrelated"),
+        ({"method_options": {"lambda_hidden": 1.0}}, "unrelated"),
+        ({"method_options": {"lambda_hidden": 1.0}, "forget_level": "related"}, "related"),
+        ({"method": "cliperase"}, "related"),
+        ({"method": "text_projection", "forget_level": "unrelated"}, "unrelated"),
     ],
 )
 def test_levels_are_those_of_related_classes_unless_hidden_states_are_held(settings, expected):
     method, _ = make_method(cf.UnlearnConfig(**settings))
-    assert method.related_levels == expected
+    assert method.forget_level == expected
 
 
 @pytest.mark.parametrize("method", ["calibrated", "cliperase", "retain_finetune", "text_projection"])
@@ -353,3 +368,79 @@ def test_every_method_is_judged_by_the_level_of_related_classes(method):
         assert told == (level != "unrelated")
     assert levels["auto"] == levels["related"]
     assert abs(levels["related"] - levels["unrelated"]) > 1e-3
+
+
+def similar(like, n_forget=6, names=ALONE):
+    """The relatives of the classes of the first pairs, those of each, and the levels."""
+    image, text, index = features(like)
+    train, retained = split(LABELS, n_forget, names=names), np.arange(n_forget, len(LABELS))
+    found = pair_features(image, text, index)
+    relatives = relatives_of(train, alone=True)
+    pairs = related_pairs(train, relatives, None, 0)
+    plain = found.means(retained)
+    relatives, pairs = with_most_similar(relatives, train, retained, pairs, found)
+    return relatives, pairs, plain, with_related_levels(plain, relatives, pairs, found)
+
+
+def test_a_class_without_shared_words_is_related_to_the_one_whose_captions_its_images_are_most_similar_to():
+    image, text, index = features(0.5)
+    cosines = {}
+    for label in range(1, 5):
+        captions = torch.stack([text[index[row]].mean(0) for row in np.flatnonzero(np.equal(LABELS, label))])
+        cosines[label] = float((image[:6] @ captions.T).mean())
+    relatives, pairs, plain, levels = similar(0.5)
+    nearest = max(cosines, key=cosines.get)
+    assert relatives == {0: [nearest]} and cosines[nearest] > 1.1 * sorted(cosines.values())[-2]
+    assert pairs[nearest].tolist() == np.flatnonzero(np.equal(LABELS, nearest)).tolist()
+    assert levels.own.concepts.tolist() == [0] and levels.own.related.tolist() == [nearest]
+    forget, encoded = np.arange(len(LABELS)) < 6, EncodedPairs(image, text, index, None)
+    assert levels.association(encoded, forget, LABELS) > plain.association(encoded, forget) + 0.05
+
+
+def test_a_class_that_shares_words_keeps_the_classes_that_share_them():
+    assert similar(0.5, names=NAMES)[0] == {0: [1, 2]}
+    both = similar(0.5, n_forget=11, names=("red circle", "seven", "blue circle", "blue square", "the moon"))[0]
+    assert both[0] == [2] and both[1] in ([2], [3], [4])
+
+
+def test_mean_captions_of_classes_count_every_pair_once():
+    image, text, index = features()
+    rows = np.arange(3, len(LABELS))
+    found = pair_features(image, text, index).caption_means(rows, LABELS[rows], 6)
+    for label in range(5):
+        of = [text[index[row]].mean(0) for row in rows if LABELS[row] == label]
+        assert torch.allclose(found[label], torch.stack(of).mean(0), atol=1e-14)
+    assert not found[5].any()
+
+
+def test_the_note_names_the_most_similar_class():
+    relatives, _, _, levels = similar(0.5)
+    note = related_note(split(LABELS, 6, names=ALONE), levels, "similar", True)
+    assert f"'seven' looks to the original most like retained classes ('{ALONE[relatives[0][0]]}')" in note
+    without = related_note(split(LABELS, 6, names=ALONE), levels_of_all(), "similar", True)
+    assert "forget_level='similar' makes no difference: no class to forget is more similar" in without
+
+
+def levels_of_all():
+    image, text, index = features()
+    return pair_features(image, text, index).means(np.arange(6, len(LABELS)))
+
+
+def unnamed(**settings):
+    """Forget "red", as no class shares a word with another."""
+    pairs = [(image, caption.replace(" square", "")) for image, caption in make_pairs()]
+    forget, retain = split_pairs(pairs, "red")
+    numbers = {"epochs": 1, "batch_size": 6, "learning_rate": 1e-3, "select": "divergence"}
+    return cf.unlearn(make_tiny_clip(), forget, retain, progress=False, report=False, **numbers, **settings)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_only_asking_for_similar_levels_raises_those_of_classes_without_shared_words(monkeypatch, whole):
+    if not whole:
+        monkeypatch.setattr(teacher, "BACKGROUND_WHOLE", 5)
+        monkeypatch.setattr(teacher, "BACKGROUND_SAMPLE", 12)
+    found = {level: unnamed(forget_level=level) for level in ("auto", "similar", "unrelated")}
+    background = {level: one.record["selection"]["background"] for level, one in found.items()}
+    assert background["auto"] == background["unrelated"] < background["similar"] - 1e-3
+    told = {level: "looks to the original most like" in " ".join(one.record["notes"]) for level, one in found.items()}
+    assert told == {"auto": False, "similar": True, "unrelated": False}

@@ -51,6 +51,7 @@ from cliperase_fast.unlearning.batches import CaptionTable
 from cliperase_fast.unlearning.methods.base import TrainingMethod
 from cliperase_fast.unlearning.methods.calibrated_terms import joint_terms, sigmoid_terms
 from cliperase_fast.unlearning.objective import BatchFeatures, Objective
+from cliperase_fast.unlearning.related import UNRELATED
 from cliperase_fast.unlearning.run import Run
 from cliperase_fast.unlearning.splits import Split
 from cliperase_fast.unlearning.teacher import MEMORY_LIMIT, Widen
@@ -131,10 +132,10 @@ class Calibrated(TrainingMethod):
     hidden: HiddenStates | None = None  # set by `check_model` if there is the term on hidden states
 
     @property
-    def related_levels(self) -> bool:
+    def forget_level(self) -> str:
         # Held hidden states of forget captions become like those of all retained captions.
         held = self.settings.forget_level == "auto" and self.options.lambda_hidden > 0
-        return super().related_levels and not held
+        return UNRELATED if held else super().forget_level
 
     def check_inputs(self, teacher: Any) -> None:
         super().check_inputs(teacher)
