@@ -170,6 +170,13 @@ def check_writable(folder: Path, name: str) -> None:
         raise InputError(f"{name}{explain(error, folder)}") from error
 
 
+def check_output_file(path: str | Path, name: str) -> None:
+    """Raise `InputError` unless `path` can be written as a file. name: as in `check_writable`."""
+    if Path(path).is_dir():
+        raise InputError(f"{name}{path} is a folder; give a file")
+    check_writable(Path(path).parent, name)
+
+
 def check_room(folder: Path, size: int, largest: int, remedy: str) -> None:
     """Raise `InputError` unless the disk has `size` free bytes and a file may have `largest`."""
     free = free_space(folder)
