@@ -21,7 +21,7 @@ from cliperase_fast.ops.blocks import (
     full_wave,
     in_blocks,
     kept_bytes,
-    kept_rows,
+    kept_share,
     round_up,
 )
 from cliperase_fast.ops.calibrated import Edit, Pull, calibrated_terms, edited_entry
@@ -88,8 +88,7 @@ class CudaKernels:
         return kept_bytes(inputs, _kept_row_bytes(inputs, _ALIGNMENT))  # each kind of columns has its own padding
 
     def cache_share(self, inputs: SimilarityInputs, available: int) -> int:
-        row_bytes = _kept_row_bytes(inputs)
-        return row_bytes * kept_rows(inputs.n, row_bytes, available)
+        return kept_share(inputs.n, _kept_row_bytes(inputs), available)
 
     def workspace(self, size: int, device: torch.device) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device=device)
