@@ -184,10 +184,9 @@ def train(pipeline: ShapesPipeline, how: Training, *, progress: bool = False, ea
 
 
 @torch_defaults()
-def cached_pipeline(how: Training | None = None, *, progress: bool = False) -> ShapesPipeline:
+def cached_pipeline(*, progress: bool = False) -> ShapesPipeline:
     """Return the trained pipeline, which the first call trains (`cached_folder`)."""
-    how = how or Training()
-    clip = small_clip()
+    how, clip = Training(), small_clip()
 
     def make() -> _Saved:
         with seeded(how.seed):
