@@ -44,12 +44,7 @@ def sweep(kernels):
 
 @pytest.fixture
 def subject(sweep):
-    return Subject(
-        sweep,
-        NAME,
-        CudaKernels,
-        kept_row_bytes=lambda batch: 4 * -(-len(batch.image) // 8) * 8 * (1 + batch.want_consistency),
-    )
+    return Subject(sweep, NAME, CudaKernels, row_unit=8)
 
 
 @pytest.fixture(scope="module")
