@@ -42,7 +42,7 @@ from torch import Tensor
 from cliperase_fast.ops import eager
 from cliperase_fast.ops.autograd import as_sweep
 from cliperase_fast.ops.calibrated import Calibrated, CalibratedInputs
-from cliperase_fast.ops.calibrated_sweep import as_calibrated
+from cliperase_fast.ops.calibrated_autograd import as_calibrated
 from cliperase_fast.ops.matmul import add_product, product
 from cliperase_fast.ops.spec import Need, SavedStats, SimilarityInputs, Sweep, Weights
 from cliperase_fast.ops.triton import autotune

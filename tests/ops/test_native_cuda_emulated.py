@@ -23,7 +23,7 @@ from cliperase_fast.ops import streaming
 from cliperase_fast.ops.autograd import as_sweep
 from cliperase_fast.ops.blocks import block_shape
 from cliperase_fast.ops.calibrated import Edit, Pull
-from cliperase_fast.ops.calibrated_sweep import as_calibrated
+from cliperase_fast.ops.calibrated_autograd import as_calibrated
 from cliperase_fast.ops.native import cuda
 from cliperase_fast.ops.native.cuda import CudaKernels
 from cliperase_fast.ops.native.extension import as_buffer

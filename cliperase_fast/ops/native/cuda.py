@@ -25,7 +25,8 @@ from cliperase_fast.ops.blocks import (
     round_up,
 )
 from cliperase_fast.ops.calibrated import Edit, Pull, calibrated_terms, edited_entry
-from cliperase_fast.ops.calibrated_sweep import as_calibrated, gradients_by_blocks, losses_by_blocks
+from cliperase_fast.ops.calibrated_autograd import as_calibrated
+from cliperase_fast.ops.calibrated_sweep import gradients_by_blocks, losses_by_blocks
 from cliperase_fast.ops.matmul import as_pair, batched_product, product
 from cliperase_fast.ops.native import extension
 from cliperase_fast.ops.native.extension import as_buffer_or_none
