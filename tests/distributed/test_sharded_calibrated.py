@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from calibrated_cases import STUDENT, batch, exact, step
-from shared_batches import all_gather_rows, assert_close
+from shared_batches import as_one_process, assert_close
 from torch import Tensor
 
 from cliperase_fast.functional import calibrated_loss
@@ -40,7 +40,7 @@ def check(ranks, sizes, dtype=torch.float64, weights=WEIGHTS, b=None, tolerance=
     b = batch(sum(sizes[ranks.size]), dtype=dtype) if b is None else b
     parts = ranks.run(sharded_step, b, sizes[ranks.size], weights, options)
     alone = {name: value for name, value in options.items() if name not in ("gather", "backend", "keep")}
-    assert_close(all_gather_rows(parts), step(exact(b), weights, backend="eager", **alone), tolerance)
+    assert_close(as_one_process(parts), step(exact(b), weights, backend="eager", **alone), tolerance)
 
 
 def on_some_ranks(n: int, first: int, last: int) -> Tensor:
