@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from .machine import RESULTS, describe, own_folder, run_module
+from .machine import RESULTS, describe, own_folder, resident, run_module
 from .records import record_text
 
 ROWS = (10_000, 100_000, 1_000_000)
@@ -132,14 +132,6 @@ def measure_query() -> dict[str, Any]:
         "cpu_seconds": time.process_time() - worked,
         "mib": (resident("VmHWM") - before) / 2**20, "load": load, "threads": torch.get_num_threads(),
     }  # fmt: skip
-
-
-def resident(field: str) -> int:
-    """Return a size of this process in bytes, as Linux counts it: VmRSS now, VmHWM at its peak."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("memory is read from /proc, so this needs Linux")
 
 
 def measure(sizes: Sequence[int], folder: Path, record: dict[str, Any], path: Path) -> None:

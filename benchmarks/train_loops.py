@@ -38,7 +38,7 @@ from cliperase_fast.unlearning.preparation import make_plan
 from cliperase_fast.unlearning.splits import Split, open_sets, prepare_data
 from cliperase_fast.unlearning.trainer import Trainer
 
-from .loss_memory import resident
+from .machine import resident
 
 WHO = ("straightforward", "unlearn")
 PHASES = (
