@@ -48,7 +48,7 @@ SHAPES = {
 FLOOR = 0.02  # points of retain accuracy, `UnlearnConfig.retain_floor`
 CLOSE = 0.02  # how far below the base an undone concept may stay
 TOWERS = {"airplane": "class:airplane", "ship": "class:ship"}  # two classes that share the sky and the sea
-TINY = {"steps": 6, "learning_rate": 1e-3, "batch_size": 8, "checkpoint_every": 2}
+TINY: dict[str, Any] = {"steps": 6, "learning_rate": 1e-3, "batch_size": 8, "checkpoint_every": 2}
 COLOURS = {"red": (1.0, -1.0, -1.0), "green": (-1.0, 1.0, -1.0), "blue": (-1.0, -1.0, 1.0), "grey": (0.2, 0.2, 0.2)}
 KILLS = 50
 

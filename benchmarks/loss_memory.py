@@ -58,7 +58,8 @@ def timed_steps(step: Step, seconds: float) -> list[Times]:
     second = step()
     if second.both > _LONG * seconds:
         return [second]
-    samples, began = [], time.perf_counter()
+    samples: list[Times] = []
+    began = time.perf_counter()
     while len(samples) < LEAST_ROUNDS or time.perf_counter() - began < seconds:
         samples.append(step())
     return samples

@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from .batches import Case
-from .compare import FLOOR, MIB, Row, Table
+from .compare import FLOOR, MIB, Row
+from .records import Table
 
 _CASE = ("loss", "data", "dtype", "n", "width")
 _BASELINE = {True: ("open_clip-compiled", "open_clip-style-compiled"), False: ("open_clip", "open_clip-style")}

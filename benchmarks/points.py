@@ -86,7 +86,8 @@ class Points:
             row.update(found, status="ok")
 
     def _repeated(self, provider: Provider, case: Case, timeout: float) -> dict[str, Any]:
-        began, runs = time.perf_counter(), []
+        began = time.perf_counter()
+        runs: list[dict[str, Any]] = []
         while len(runs) < self.repeats and (not runs or time.perf_counter() - began < _PATIENCE):
             runs.append(measured_apart(provider.name, case, self.device, self.threads, self.seconds, timeout))
         return median_row(runs)

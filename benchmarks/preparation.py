@@ -95,10 +95,10 @@ def measure_run(table: Path) -> dict[str, Any]:
     logger = logging.getLogger("cliperase_fast")
     logger.addHandler(Phases())
     logger.setLevel(logging.INFO)
-    Trainer.step = first_step  # type: ignore[method-assign]
+    Trainer.step = first_step  # type: ignore[method-assign, assignment]
     imported, load = resident("VmRSS"), os.getloadavg()[0]
     began, worked = time.perf_counter(), time.process_time()
-    settings = {"steps": 20, "learning_rate": 1e-5, "progress": False, "report": False}
+    settings: dict[str, Any] = {"steps": 20, "learning_rate": 1e-5, "progress": False, "report": False}
     with suppress(_Reached):
         cf.unlearn(model, f"csv:{table}#caption:zebra", "rest", transform=transform, **settings)
     seconds, cpu = time.perf_counter() - began, time.process_time() - worked

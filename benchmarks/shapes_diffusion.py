@@ -103,6 +103,7 @@ def small_clip() -> Path:
 def new_pipeline(clip: Path, widths: tuple[int, int]) -> ShapesPipeline:
     """Return an untrained pipeline with the text tower and the vocabulary of a CLIP."""
     adapter = load_model(f"local-dir:{clip}")
+    assert adapter.tokenizer is not None
     words = adapter.tokenizer.source
     start, end = (words.decoder[token] for token in (words.sot_token_id, words.eot_token_id))
     tokenizer = CLIPTokenizer(
@@ -207,5 +208,5 @@ class _Saved:
     def __init__(self, pipeline: DiffusionPipeline) -> None:
         self.pipeline = pipeline
 
-    def save(self, path: Path) -> None:
-        self.pipeline.save_pretrained(path)
+    def save(self, directory: Path) -> None:
+        self.pipeline.save_pretrained(directory)
