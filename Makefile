@@ -49,14 +49,14 @@ test: $(TEST)
 	echo "make test: lint $$lint, tests $$tests"; \
 	test $$lint$$tests = passedpassed
 
-# mypy sees only the package, through a link, because it would take any folder here for a module of that name.
+# mypy sees only these two, through links, because it would take any folder here for a module of that name.
 lint: $(TEST)
-	@mkdir -p build/lint && ln -sfn ../../cliperase_fast build/lint/cliperase_fast
+	@mkdir -p build/lint && ln -sfn ../../cliperase_fast ../../benchmarks build/lint
 	@echo 'ruff and mypy: a minute the first time'; failed=; \
 	$(RUN) ruff check $(JUDGED) || failed="$$failed, ruff check"; \
 	$(RUN) ruff format --check $(JUDGED) || failed="$$failed, ruff format"; \
 	(cd build/lint && env -u MYPYPATH ../../$(RUN) mypy --config-file ../../pyproject.toml \
-		--cache-dir ../../.mypy_cache cliperase_fast) || failed="$$failed, mypy"; \
+		--cache-dir ../../.mypy_cache cliperase_fast benchmarks) || failed="$$failed, mypy"; \
 	test -z "$$failed" || { echo "make lint: FAILED$${failed#,}"; exit 1; }
 
 # Built without network. mkdocs-material's notice about its successor is turned off.

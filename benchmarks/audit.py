@@ -83,7 +83,7 @@ def cifar10(shards: str, test_shards: str) -> Study:
 
 @dataclass(frozen=True)
 class Reference:
-    """A known value of one audit of the digits. source: which model it was measured on."""
+    """A known value of one audit of the digits. model: whose score it is."""
 
     what: str
     method: str

@@ -8,8 +8,9 @@ from typing import Any
 
 from cliperase_fast.report.audit_scores import SCORES, find_score
 
+from .records import Table
+
 Record = Mapping[str, Any]
-Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
 DATA = {"digits": "digits", "shapes": "shapes", "cifar10": "CIFAR-10", "personas": "personas"}  # in the docs' order
 CLEAN = "clean"  # what records call a model without any facts, in the place of a method

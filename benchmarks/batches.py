@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -120,7 +120,8 @@ def make_batch(case: Case, device: str, seed: int = 0) -> Batch:
         concept = noise(-(-rows // _SIBLINGS)).repeat_interleave(_SIBLINGS, 0)[:rows]
         shared = concept.mul_(_CONCEPT**0.5).add_(noise(rows), alpha=_ITEM**0.5)
         alone = (1 - _CONCEPT - _ITEM) ** 0.5
-        return tuple(F.normalize(torch.add(shared, noise(rows), alpha=alone), dim=1) for _ in range(2))
+        image, text = (F.normalize(torch.add(shared, noise(rows), alpha=alone), dim=1) for _ in range(2))
+        return image, text
 
     def rounded(tensor: Tensor) -> Tensor:
         return tensor.to(dtype).requires_grad_()
@@ -130,11 +131,15 @@ def make_batch(case: Case, device: str, seed: int = 0) -> Batch:
     if case.loss not in ("cliperase", "calibrated"):
         bias = torch.full_like(scale, BIAS[data]).requires_grad_() if case.loss == "siglip" else None
         return Batch(rounded(image), rounded(text), scale.requires_grad_(), bias=bias)
-    teacher = [F.normalize(torch.add(own, noise(case.n), alpha=_DRIFT), dim=1).to(dtype) for own in (image, text)]
+    teacher_image, teacher_text = (
+        F.normalize(torch.add(own, noise(case.n), alpha=_DRIFT), dim=1).to(dtype) for own in (image, text)
+    )
     student = rounded(image), rounded(text), scale.clone().requires_grad_()
+    batch = Batch(*student, teacher_image, teacher_text, scale)
     if case.loss == "calibrated":
-        return Batch(*student, *teacher, scale)
-    return Batch(*student, *teacher, scale, *map(rounded, pairs(forgotten(case.n))))
+        return batch
+    forget_image, forget_text = map(rounded, pairs(forgotten(case.n)))
+    return batch._replace(forget_image=forget_image, forget_text=forget_text)
 
 
 def forgotten(n: int) -> int:
@@ -163,9 +168,11 @@ class Truth:
 def truth(batch: Batch) -> Truth:
     """In float64, from the batch's own (rounded) numbers: the sigmoid loss by its formula, others by "eager"."""
     exact = batch.to(torch.float64, "cpu")
-    loss, grads = gradients(functional_loss("eager") if exact.bias is None else sigmoid_formula, exact)
+    loss, found = gradients(functional_loss("eager") if exact.bias is None else sigmoid_formula, exact)
+    grads = {name: grad for name, grad in found.items() if grad is not None}
     entropy = 0.0
     if exact.teacher_image is not None:
+        assert exact.teacher_text is not None and exact.teacher_scale is not None
         teacher = exact.teacher_scale * exact.teacher_image @ exact.teacher_text.T
         for logits in (teacher, teacher.T):
             entropy -= (logits.softmax(1) * logits.log_softmax(1)).sum(1).mean().item()
@@ -175,15 +182,16 @@ def truth(batch: Batch) -> Truth:
     return Truth(loss.item(), entropy, grads, masses)
 
 
-def sigmoid_formula(*fields: Tensor | None) -> Tensor:
+def sigmoid_formula(*fields: Any) -> Tensor:
     """SigLIP's loss as it is written down (algorithm 1), with all N x N logits: mean_i Σ_j -log sigmoid(z_ij X_ij)."""
     b = Batch(*fields)
+    assert b.bias is not None
     logits = b.scale * b.image @ b.text.T + b.bias  # [N, N]
     labels = 2 * torch.eye(len(logits), device=logits.device, dtype=logits.dtype) - 1
     return -F.logsigmoid(labels * logits).sum() / len(logits)
 
 
-def functional_loss(backend: str, **options: str) -> Loss:
+def functional_loss(backend: str, **options: Any) -> Loss:
     """The public function of this package for a batch.
 
     It is `sigmoid_loss` with a bias, `clip_loss` without a teacher, `calibrated_loss` without a batch of forget pairs,
@@ -191,18 +199,20 @@ def functional_loss(backend: str, **options: str) -> Loss:
     """
     retain, forget, consistency = WEIGHTS
 
-    def loss(*fields: Tensor | None) -> Tensor:
+    def loss(*fields: Any) -> Tensor:
         b = Batch(*fields)
         if b.bias is not None:
             return sigmoid_loss(b.image, b.text, b.scale, b.bias, backend=backend)
         if b.teacher_image is None:
             return functional.clip_loss(b.image, b.text, b.scale, backend=backend, **options)
+        assert b.teacher_text is not None and b.teacher_scale is not None
         if b.forget_image is None:
             mask = torch.arange(len(b.image), device=b.image.device) < forgotten(len(b.image))
             return functional.calibrated_loss(
                 b.image, b.text, b.teacher_image, b.teacher_text, b.scale, b.teacher_scale, forget_mask=mask,
                 backend=backend, **options,
             ).total  # fmt: skip
+        assert b.forget_text is not None
         return functional.cliperase_loss(
             b.forget_image, b.forget_text, b.image, b.text, b.teacher_image, b.teacher_text, b.scale, b.teacher_scale,
             lambda_retain=retain, lambda_forget=forget, lambda_consistency=consistency, backend=backend, **options,

@@ -60,13 +60,14 @@ def ratio_of(case: Case, name: str, settings: Settings) -> tuple[float | None, s
 
 def checked(committed: dict[str, float], settings: Settings, tries: int) -> list[tuple[str, float, float | None, str]]:
     """(title, committed ratio, best ratio, what is wrong with it) of each case; whoever falls short is tried again."""
-    lines = []
+    lines: list[tuple[str, float, float | None, str]] = []
     for case, name in CASES:
         key = title(case, name)
         if key not in committed:
             lines.append((key, float("nan"), None, "not committed: python -m benchmarks.check --write"))
             continue
-        least, best, reason = committed[key] * (1 - FALL), None, ""
+        least, reason = committed[key] * (1 - FALL), ""
+        best: float | None = None
         for number in range(tries):
             if number:
                 time.sleep(min(2.0**number, 8.0))  # whatever else the machine does may be over

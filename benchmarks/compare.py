@@ -14,10 +14,10 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from .records import Table
 from .timing import summary
 
 Row = Mapping[str, Any]
-Table = tuple[Sequence[str], list[Sequence[str]]]
 
 FLOOR = "floor"
 MIB = 1 << 20
@@ -78,8 +78,8 @@ def _changes(key: tuple[Any, ...], then: dict[Any, Row], now: dict[Any, Row]) ->
         if measure.endswith("_bytes"):
             band = max(band, MIB / middle) if middle else float("inf")
         relative = ""
-        floors = [rows.get((FLOOR, *key[1:])) for rows in (then, now)]
-        if measure.endswith("_ms") and all(floor is not None and measure in floor for floor in floors):
+        floors = [floor for rows in (then, now) if measure in (floor := rows.get((FLOOR, *key[1:]), {}))]
+        if measure.endswith("_ms") and len(floors) == 2:
             relative = f"{change * _middle(floors[0], measure) / _middle(floors[1], measure):.3f}"
         word = "same" if abs(change - 1) <= band else "more" if change > 1 else "less"
         word = {"more": "slower", "less": "faster"}.get(word, word) if measure.endswith(("_ms", "_seconds")) else word

@@ -120,9 +120,9 @@ class _Unlearned:
             },
         }  # fmt: skip
 
-    def save(self, path: Path) -> None:
-        self.encoder.save_pretrained(path)
-        write_text_atomically(path / "scores.json", json.dumps(self.scores, indent=1))
+    def save(self, directory: Path) -> None:
+        self.encoder.save_pretrained(directory)
+        write_text_atomically(directory / "scores.json", json.dumps(self.scores, indent=1))
 
 
 _OF_CLIP = (

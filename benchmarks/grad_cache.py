@@ -16,8 +16,7 @@ import sys
 from dataclasses import replace
 from typing import Any
 
-from .loss_memory import resident
-from .machine import RESULTS, describe, run_module
+from .machine import RESULTS, describe, resident, run_module
 
 CASES = ((65536, 256), (8192, 0), (8192, 256), (1024, 0))  # pairs in the batch, chunk (0: at once)
 _HELD_OUT = 64  # pairs of each kind beyond the batch, for validation and test

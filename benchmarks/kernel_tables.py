@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-Table = tuple[Sequence[str], list[tuple[str, ...]]]  # head and rows
+from .records import Table
 
 
 def tile(config: dict[str, Any]) -> str:

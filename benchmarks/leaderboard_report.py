@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from .machine import RESULTS
-from .unaided_report import Table, failure_lines, plain_table
+from .records import Table
+from .unaided_report import failure_lines, plain_table
 from .unaided_verdicts import FORGOTTEN, after, failed, gap_of
 
 Record = Mapping[str, Any]
@@ -119,7 +120,7 @@ def _references(record: Record) -> list[tuple[str, ...]]:
     return found
 
 
-def _by_seed(record: Record) -> dict[int, Runs]:
+def _by_seed(record: Record) -> Mapping[int, Runs]:
     seeds: dict[int, list[Mapping[str, Any]]] = {}
     for run in record["runs"]:
         if "error" not in run:

@@ -48,7 +48,7 @@ SHAPES = {
 FLOOR = 0.02  # points of retain accuracy, `UnlearnConfig.retain_floor`
 CLOSE = 0.02  # how far below the base an undone concept may stay
 TOWERS = {"airplane": "class:airplane", "ship": "class:ship"}  # two classes that share the sky and the sea
-TINY = {"steps": 6, "learning_rate": 1e-3, "batch_size": 8, "checkpoint_every": 2}
+TINY: dict[str, Any] = {"steps": 6, "learning_rate": 1e-3, "batch_size": 8, "checkpoint_every": 2}
 COLOURS = {"red": (1.0, -1.0, -1.0), "green": (-1.0, 1.0, -1.0), "blue": (-1.0, -1.0, 1.0), "grey": (0.2, 0.2, 0.2)}
 KILLS = 50
 
@@ -254,15 +254,15 @@ def tiny_session(folder: str) -> str:
     return ledger.head()
 
 
-def _squares(colour: str, count: int = 12) -> list[tuple[torch.Tensor, str]]:
+def _squares(colour: str) -> list[tuple[torch.Tensor, str]]:
     """Noisy squares of a colour with their captions."""
-    noise = torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(list(COLOURS).index(colour)))
+    noise = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(list(COLOURS).index(colour)))
     return [(torch.tensor(COLOURS[colour])[:, None, None] + 0.3 * one, f"a {colour} square") for one in noise]
 
 
-def run_kills(record: Record, kills: int, seed: int = 0) -> None:
+def run_kills(record: Record, kills: int) -> None:
     """Kill the session at random moments of its time, resume it, and compare the head with that of one never killed."""
-    rng = random.Random(seed)
+    rng = random.Random(0)
     with tempfile.TemporaryDirectory(prefix="ledger-") as work:
         _apart(tiny_session, f"{work}/first")  # starts the server of processes, which takes as long as a session
         began = time.perf_counter()

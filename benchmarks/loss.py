@@ -27,6 +27,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from . import loss_report, options
 from .batches import Case
@@ -34,7 +35,7 @@ from .providers import default_names, every_provider
 from .runner import DeviceLost, Runner, Settings
 
 _REHEARSAL = 256  # --gpu-check on the CPU: sizes divided by this
-_QUICK = {"sizes": [1024], "widths": [128], "seconds": 1.0}
+_QUICK: dict[str, Any] = {"sizes": [1024], "widths": [128], "seconds": 1.0}
 
 
 def gpu_plan(device: str, names: Sequence[str] | None = None) -> list[tuple[Case, Sequence[str]]]:

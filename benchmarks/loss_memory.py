@@ -22,20 +22,12 @@ from typing import Any
 import torch
 
 from .batches import Case, gradients, make_batch
-from .machine import run_module
+from .machine import resident, run_module
 from .providers import every_provider
 from .timing import LEAST_ROUNDS, Clock, PeakMemory, Step, Times, loss_step, timed
 
 _SMALL = 320  # pairs
 _LONG = 10  # times the seconds to spend: such a step is timed once
-
-
-def resident(field: str) -> int:
-    """VmRSS, or VmHWM: the most there has been; bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise LookupError(field)
 
 
 def measured_apart(
@@ -66,7 +58,8 @@ def timed_steps(step: Step, seconds: float) -> list[Times]:
     second = step()
     if second.both > _LONG * seconds:
         return [second]
-    samples, began = [], time.perf_counter()
+    samples: list[Times] = []
+    began = time.perf_counter()
     while len(samples) < LEAST_ROUNDS or time.perf_counter() - began < seconds:
         samples.append(step())
     return samples

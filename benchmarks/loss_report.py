@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from .batches import Case
-from .compare import FLOOR, MIB, Row, Table
+from .compare import FLOOR, MIB, Row
+from .records import Table
 
 _CASE = ("loss", "data", "dtype", "n", "width")
 _BASELINE = {True: ("open_clip-compiled", "open_clip-style-compiled"), False: ("open_clip", "open_clip-style")}
@@ -128,11 +129,11 @@ def _verdict(met: bool, bound: str) -> str:
     return f" ({bound}: {'met' if met else 'NOT MET'})"
 
 
-def speedup_tables(record: Mapping[str, Any], name: str = "ours-auto") -> dict[str, Table]:
-    """How many times faster `name` is than open_clip's losses, compiled and eager: for each dtype and loss, N by D."""
+def speedup_tables(record: Mapping[str, Any]) -> dict[str, Table]:
+    """How many times faster "ours-auto" is than open_clip's losses, compiled and eager: by dtype and loss, N by D."""
     cells: dict[str, dict[tuple[int, int], str]] = {}
     for case, rows in by_case(record):
-        own = milliseconds(rows.get(name))
+        own = milliseconds(rows.get("ours-auto"))
         pair = [ratio(baseline(rows, compiled), own) or "-" for compiled in (True, False)]
         if own is not None and case.loss != "calibrated":  # open_clip has no such loss
             title = f"{case.loss}, {case.data} data, {case.dtype}"
@@ -140,9 +141,9 @@ def speedup_tables(record: Mapping[str, Any], name: str = "ours-auto") -> dict[s
     return {title: _sizes_by_widths(of) for title, of in cells.items()}
 
 
-def own_dtype_tables(record: Mapping[str, Any], name: str = "ours-auto") -> dict[str, Table]:
-    """How many times faster `name` is with bfloat16 features than with float32 ones: for each loss, N by D."""
-    times = {case: ms for case, rows in by_case(record) if (ms := milliseconds(rows.get(name))) is not None}
+def own_dtype_tables(record: Mapping[str, Any]) -> dict[str, Table]:
+    """How many times faster "ours-auto" is with bfloat16 features than with float32 ones: for each loss, N by D."""
+    times = {case: ms for case, rows in by_case(record) if (ms := milliseconds(rows.get("ours-auto"))) is not None}
     cells: dict[str, dict[tuple[int, int], str]] = {}
     for case, ms in times.items():
         single = times.get(replace(case, dtype="float32"))

@@ -17,6 +17,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from . import options, points_report
 from .batches import Case
@@ -26,7 +27,7 @@ from .providers import default_names, every_provider
 _SIZES = {"cpu": [1024, 2048, 4096, 8192, 16_384], "cuda": [8192, 16_384, 32_768, 65_536, 131_072]}
 _WIDTH = {"cpu": 128, "cuda": 768}
 _DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
-_QUICK = ([1024, 2048, 4096], [64], ["ours-auto", "ours-native-keep-nothing", "open_clip"])
+_QUICK: tuple[Any, ...] = ([1024, 2048, 4096], [64], ["ours-auto", "ours-native-keep-nothing", "open_clip"])
 
 
 def measure(

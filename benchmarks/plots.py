@@ -63,7 +63,7 @@ def _against_n(series: Series, label: str, guide: int | None) -> Any:
         points = min(series.values(), key=lambda found: (-len(found), found[-1][1]))  # who got furthest, in the least
         last_n, last = points[-1]
         ns = [points[0][0], last_n]
-        style = {"color": "grey", "linestyle": "--", "linewidth": 1}
+        style: dict[str, Any] = {"color": "grey", "linestyle": "--", "linewidth": 1}
         axes.plot(ns, [last * (n / last_n) ** guide for n in ns], label="N²" if guide == 2 else "N", zorder=0, **style)
     axes.legend(fontsize=8)
     return figure
@@ -117,7 +117,7 @@ def _lines(axes: Any, series: Series, label: str) -> None:
     names = [name for name in series if name != FLOOR]
     for name, points in series.items():
         x, y = zip(*points, strict=True)
-        style = {"color": f"C{names.index(name)}", "marker": "o"} if name in names else _FLOOR
+        style: dict[str, Any] = {"color": f"C{names.index(name)}", "marker": "o"} if name in names else _FLOOR
         axes.plot(x, y, label=_FLOOR_NAME if name == FLOOR else name, **style)
     axes.set_xscale("log", base=2)
     axes.set(xlabel="N, pairs", ylabel=label)

@@ -14,7 +14,7 @@ from .batches import Case
 from .loss_memory import measured_apart
 from .providers import Provider, check
 from .runner import cannot_fit, first_line, too_slow
-from .timing import init_distributed
+from .timing import median_row
 
 _STARTING = 60.0  # seconds that loading, compiling and the batch may take beyond the steps
 _PATIENCE = 60.0  # a point is not begun again after so many seconds
@@ -86,10 +86,11 @@ class Points:
             row.update(found, status="ok")
 
     def _repeated(self, provider: Provider, case: Case, timeout: float) -> dict[str, Any]:
-        began, runs = time.perf_counter(), []
+        began = time.perf_counter()
+        runs: list[dict[str, Any]] = []
         while len(runs) < self.repeats and (not runs or time.perf_counter() - began < _PATIENCE):
             runs.append(measured_apart(provider.name, case, self.device, self.threads, self.seconds, timeout))
-        return init_distributed(runs)
+        return median_row(runs)
 
     def _log(self, line: str) -> None:
         print(f"[{time.perf_counter() - self._began:6.1f} s] {line}", file=sys.stderr, flush=True)

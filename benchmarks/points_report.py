@@ -8,8 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 from .batches import Case
-from .compare import MIB, Row, Table
+from .compare import MIB, Row
 from .loss_report import by_case, text
+from .records import Table
 
 _FITTED = 3  # points, at the least
 

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from .machine import RESULTS, describe, own_folder, run_module
+from .machine import RESULTS, describe, own_folder, resident, run_module
 from .records import record_text
 
 ROWS = (10_000, 100_000, 1_000_000)
@@ -95,10 +95,10 @@ def measure_run(table: Path) -> dict[str, Any]:
     logger = logging.getLogger("cliperase_fast")
     logger.addHandler(Phases())
     logger.setLevel(logging.INFO)
-    Trainer.step = first_step  # type: ignore[method-assign]
+    Trainer.step = first_step  # type: ignore[method-assign, assignment]
     imported, load = resident("VmRSS"), os.getloadavg()[0]
     began, worked = time.perf_counter(), time.process_time()
-    settings = {"steps": 20, "learning_rate": 1e-5, "progress": False, "report": False}
+    settings: dict[str, Any] = {"steps": 20, "learning_rate": 1e-5, "progress": False, "report": False}
     with suppress(_Reached):
         cf.unlearn(model, f"csv:{table}#caption:zebra", "rest", transform=transform, **settings)
     seconds, cpu = time.perf_counter() - began, time.process_time() - worked
@@ -108,34 +108,30 @@ def measure_run(table: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def measure_query(rows: int = QUERY_ROWS, width: int = QUERY_WIDTH) -> dict[str, Any]:
+def measure_query() -> dict[str, Any]:
     """Search features in memory for the 100 nearest to one query. Runs in a process of its own."""
     import torch
 
-    from cliperase_fast.evaluation.ranking import nearest
+    from cliperase_fast.evaluation.ranking import PART, best_rows, cosines, mean_query
 
     generator = torch.Generator().manual_seed(0)
-    features = torch.empty(rows, width, dtype=torch.float32)
+    features = torch.empty(QUERY_ROWS, QUERY_WIDTH, dtype=torch.float32)
     for part in features.split(1 << 16):
         part.normal_(generator=generator)
-    query = torch.nn.functional.normalize(torch.randn(1, width, generator=generator, dtype=torch.float32), dim=1)
-    nearest(features[:1000], query, k=100)
+    query = torch.nn.functional.normalize(torch.randn(1, QUERY_WIDTH, generator=generator, dtype=torch.float32), dim=1)
+
+    def search(rows: torch.Tensor) -> None:
+        best_rows(cosines(rows.split(PART), mean_query(query), len(rows)), k=100)
+
+    search(features[:1000])
     before, load = resident("VmRSS"), os.getloadavg()[0]
     began, worked = time.perf_counter(), time.process_time()
-    nearest(features, query, k=100)
+    search(features)
     return {
-        "rows": rows, "width": width, "seconds": time.perf_counter() - began,
+        "rows": QUERY_ROWS, "width": QUERY_WIDTH, "seconds": time.perf_counter() - began,
         "cpu_seconds": time.process_time() - worked,
         "mib": (resident("VmHWM") - before) / 2**20, "load": load, "threads": torch.get_num_threads(),
     }  # fmt: skip
-
-
-def resident(field: str) -> int:
-    """Return a size of this process in bytes, as Linux counts it: VmRSS now, VmHWM at its peak."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("memory is read from /proc, so this needs Linux")
 
 
 def measure(sizes: Sequence[int], folder: Path, record: dict[str, Any], path: Path) -> None:

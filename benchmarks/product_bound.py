@@ -29,6 +29,7 @@ from .batches import Case, make_batch
 from .loss_report import text
 from .machine import RESULTS, describe
 from .providers import default_names, every_provider
+from .records import Table
 from .timing import Clock, Step, Times, in_rounds, loss_step, summary
 
 PRODUCTS = 4
@@ -115,7 +116,7 @@ def measure(sizes: Sequence[int], widths: Sequence[int], seconds: float) -> list
     return rows
 
 
-def bound_table(rows: Sequence[dict[str, Any]]) -> tuple[Sequence[str], list[Sequence[str]]]:
+def bound_table(rows: Sequence[dict[str, Any]]) -> Table:
     head = ("N", "D", "eager, ms", "four products at the peak, ms", "bound", "measured", "of the bound")
     lines = []
     for row in rows:
@@ -131,7 +132,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         "python -m benchmarks.product_bound", description=__doc__, formatter_class=formatter
     )
-    numbers = {"type": lambda text: [int(word) for word in text.split(",")]}
+    numbers: dict[str, Any] = {"type": lambda text: [int(word) for word in text.split(",")]}
     parser.add_argument("--sizes", default=[2048, 4096], help="N (2048,4096)", **numbers)
     parser.add_argument("--widths", default=[128, 512, 768], help="D (128,512,768)", **numbers)
     parser.add_argument("--seconds", type=float, default=2.0, help="to spend on each of a size's three (2)")

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # head and rows
+
 # How version 0.1's demo unlearned: photographs and digits, and data with few pairs of each class.
 DEMO = {"epochs": 10, "batch_size": 64, "learning_rate": 1e-4}
 DEMO_FEW_PAIRS = {

@@ -99,8 +99,8 @@ class Runner:
         samples, failures = in_rounds(
             steps, self.settings.seconds, self.settings.rounds, estimates, self.settings.cap
         )  # fmt: skip
-        for name, error in failures.items():
-            self._report(rows[name], error)
+        for name, failure in failures.items():
+            self._report(rows[name], failure)
         for name, times in samples.items():
             if name not in failures:
                 rows[name].update(status="ok", **timed(times))

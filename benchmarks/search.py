@@ -91,6 +91,9 @@ class Search:
         wanted = (method, dict(setting), *data)
         return next((r for r in self.runs if (r["method"], r["setting"], r["source"], r["concept"]) == wanted), None)
 
+    def _found(self, method: str, setting: Setting, concepts: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+        return [run for data in concepts if (run := self.find(method, setting, data)) is not None]
+
     def run(self, method: str, setting: Setting, data: tuple[str, str]) -> dict[str, Any]:
         """Return the run of a setting, which is done if it is not there yet."""
         found = self.find(method, setting, data)
@@ -125,17 +128,17 @@ class Search:
     def best(self, method: str) -> list[Setting]:
         """Return the settings that go on to the second concept, the best first."""
         settings = SETTINGS[method][: self.tried]
-        return sorted(settings, key=lambda of: rank([self.find(method, of, FIRST)]))[:KEPT]
+        return sorted(settings, key=lambda of: rank(self._found(method, of, (FIRST,))))[:KEPT]
 
     def chosen(self) -> dict[str, Setting]:
         """Return the best setting of each method: by both concepts if all methods have the runs, else by the first."""
         if not self.tried:
             return {}
-        concepts = (FIRST, SECOND)
+        concepts: tuple[tuple[str, str], ...] = (FIRST, SECOND)
         if not all(self.find(method, of, SECOND) for method in SETTINGS for of in self.best(method)):
             concepts = (FIRST,)
         return {
-            method: min(self.best(method), key=lambda of: rank([self.find(method, of, data) for data in concepts]))
+            method: min(self.best(method), key=lambda of: rank(self._found(method, of, concepts)))
             for method in SETTINGS
         }
 

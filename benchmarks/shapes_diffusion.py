@@ -103,6 +103,7 @@ def small_clip() -> Path:
 def new_pipeline(clip: Path, widths: tuple[int, int]) -> ShapesPipeline:
     """Return an untrained pipeline with the text tower and the vocabulary of a CLIP."""
     adapter = load_model(f"local-dir:{clip}")
+    assert adapter.tokenizer is not None
     words = adapter.tokenizer.source
     start, end = (words.decoder[token] for token in (words.sot_token_id, words.eot_token_id))
     tokenizer = CLIPTokenizer(
@@ -184,10 +185,9 @@ def train(pipeline: ShapesPipeline, how: Training, *, progress: bool = False, ea
 
 
 @torch_defaults()
-def cached_pipeline(how: Training | None = None, *, progress: bool = False) -> ShapesPipeline:
+def cached_pipeline(*, progress: bool = False) -> ShapesPipeline:
     """Return the trained pipeline, which the first call trains (`cached_folder`)."""
-    how = how or Training()
-    clip = small_clip()
+    how, clip = Training(), small_clip()
 
     def make() -> _Saved:
         with seeded(how.seed):
@@ -208,5 +208,5 @@ class _Saved:
     def __init__(self, pipeline: DiffusionPipeline) -> None:
         self.pipeline = pipeline
 
-    def save(self, path: Path) -> None:
-        self.pipeline.save_pretrained(path)
+    def save(self, directory: Path) -> None:
+        self.pipeline.save_pretrained(directory)

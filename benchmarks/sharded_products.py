@@ -14,6 +14,7 @@ import math
 import sys
 import tempfile
 import weakref
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -111,7 +112,8 @@ def features(rank: int, pairs: int, dtype: torch.dtype) -> list[Tensor]:
     return [F.normalize(torch.randn(pairs, WIDTH, generator=generator, dtype=dtype), dim=1) for _ in range(4)]
 
 
-def loss_of(way: str, loss: str, image: Tensor, text: Tensor, scale: Tensor, teacher: list[Tensor]) -> Tensor:
+def loss_of(way: str, loss: str, leaves: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    image, text, scale = leaves
     distil = loss != LOSSES[0]
     if way == "open_clip":
         options = {
@@ -122,8 +124,9 @@ def loss_of(way: str, loss: str, image: Tensor, text: Tensor, scale: Tensor, tea
         return sum(DistillClipLoss(**options)(image, text, scale, *teacher, torch.tensor(_TEACHER_SCALE).to(scale)))
     nothing = image[:0]
     # open_clip's distillation is the cross entropy, halved: the gradients of half our divergence
+    teacher_image, teacher_text = teacher if distil else (None, None)
     return cliperase_loss(
-        nothing, nothing, image, text, *(teacher if distil else (None, None)), scale, _TEACHER_SCALE,
+        nothing, nothing, image, text, teacher_image, teacher_text, scale, _TEACHER_SCALE,
         lambda_forget=0.0, lambda_consistency=0.5 if distil else 0.0, process_group=dist.group.WORLD,
         gather="ring" if way == "ring" else "all", backend="torch",
     ).total  # fmt: skip
@@ -135,7 +138,7 @@ def counted(rank: int, way: str, loss: str, pairs: int = PAIRS) -> dict[str, Any
     leaves = [image.requires_grad_(), text.requires_grad_(), torch.tensor(_SCALE, requires_grad=True)]
     product = 2 * pairs * pairs * dist.get_world_size() * WIDTH
     with Products() as seen, Products() as forward:
-        value = loss_of(way, loss, *leaves, teacher)
+        value = loss_of(way, loss, leaves, teacher)
     with seen, Products() as backward:
         value.backward()
     return {
@@ -168,7 +171,7 @@ def gradients(rank: int, way: str, loss: str, pairs: int = 128) -> list[Tensor]:
     """Of this rank's image, text and scale, in float64."""
     image, text, *teacher = features(rank, pairs, torch.float64)
     leaves = [image.requires_grad_(), text.requires_grad_(), torch.tensor(_SCALE, dtype=torch.float64).requires_grad_()]
-    loss_of(way, loss, *leaves, teacher).backward()
+    loss_of(way, loss, leaves, teacher).backward()
     return [leaf.grad for leaf in leaves if leaf.grad is not None]
 
 

@@ -167,7 +167,7 @@ def timed(times: list[Times]) -> dict[str, dict[str, float]]:
     return {name: summary([part(sample) for sample in times]) for name, part in parts.items()}
 
 
-def init_distributed(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def median_row(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One row of the rows of several processes that measured the same: of each figure the median over them.
 
     Beside a time's median and quartiles stand the runs' medians: how far they lie apart is the noise of a comparison.

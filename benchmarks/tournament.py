@@ -42,7 +42,7 @@ from torch import Tensor
 from cliperase_fast.ops import eager
 from cliperase_fast.ops.autograd import as_sweep
 from cliperase_fast.ops.calibrated import Calibrated, CalibratedInputs
-from cliperase_fast.ops.calibrated_sweep import as_calibrated
+from cliperase_fast.ops.calibrated_autograd import as_calibrated
 from cliperase_fast.ops.matmul import add_product, product
 from cliperase_fast.ops.spec import Need, SavedStats, SimilarityInputs, Sweep, Weights
 from cliperase_fast.ops.triton import autotune
@@ -150,33 +150,31 @@ class Tournament:
         n = self.sizes[0]
         for way, configs in self.configs.items():
             for config in configs:
-                yield Entry(f"correct {way} {name(config)}", lambda way=way, config=config: self.correct(way, config))
+                yield Entry(f"correct {way} {name(config)}", partial(self.correct, way, config))
         yield Entry("correct calibrated", self.correct_calibrated)
         kept = self.shipped.forward_groups
         yield Entry("correct compact", lambda: self.correct("forward_groups", kept, "compact"))
         for way in ("forward", "backward"):
             for config in self.configs[way]:
-                call = lambda way=way, config=config: self.time_kernel(way, config, n, kept=False)  # noqa: E731
+                call = partial(self.time_kernel, way, config, n, kept=False)
                 yield Entry(f"{way} {name(config)}", call, f"correct {way} {name(config)}")
         for size in self.sizes:
-            yield Entry(f"sweep {size} shipped", lambda size=size: self.time_sweep(self.shipped, size, "nothing"))
-            yield Entry(f"sweep {size} best", lambda size=size: self.time_sweep(self.best(), size, "nothing"))
+            yield Entry(f"sweep {size} shipped", partial(self.time_sweep, self.shipped, size, "nothing"))
+            yield Entry(f"sweep {size} best", partial(self.time_best, size, "nothing"))
         yield from native_entries(self)
         used, *others = self.calibrated_configs()
         for config, keep in ((used, "nothing"), (used, "similarities"), *((other, "nothing") for other in others)):
-            call = lambda config=config, keep=keep: self.time_calibrated(config, n, keep)  # noqa: E731
-            yield Entry(f"calibrated {n} {name(config)}, keep {keep}", call, "correct calibrated")
+            timed = partial(self.time_calibrated, config, n, keep)
+            yield Entry(f"calibrated {n} {name(config)}, keep {keep}", timed, "correct calibrated")
         for way in ("forward_groups", "backward"):
             for config in self.configs[way]:
-                call = lambda way=way, config=config: self.time_kernel(way, config, n, kept=True)  # noqa: E731
+                call = partial(self.time_kernel, way, config, n, kept=True)
                 yield Entry(f"kept {way} {name(config)}", call, f"correct {way} {name(config)}")
-        yield Entry(f"sweep {n} best, kept", lambda: self.time_sweep(self.best(), n, "similarities"))
-        yield Entry(f"sweep {n} best, compact", lambda: self.time_sweep(self.best(), n, "compact"), "correct compact")
+        yield Entry(f"sweep {n} best, kept", partial(self.time_best, n, "similarities"))
+        yield Entry(f"sweep {n} best, compact", partial(self.time_best, n, "compact"), "correct compact")
         for shape in _BLOCKS:
             rows, columns = (min(n, count) for count in shape)
-            yield Entry(
-                f"products {rows} x {columns}", lambda rows=rows, columns=columns: self.time_products(rows, columns)
-            )
+            yield Entry(f"products {rows} x {columns}", partial(self.time_products, rows, columns))
         yield Entry("counters", lambda: counters(self.best(), n, self.width))
         yield Entry("best", lambda: {"configs": asdict(self.best())})
 
@@ -237,11 +235,13 @@ class Tournament:
             tensor = tensor.detach()
             return tensor if dtype is None else tensor.to(dtype)
 
-        student = [converted(tensor).requires_grad_() for tensor in (b.image, b.text, b.scale)]
-        teacher = [converted(tensor) for tensor in (b.teacher_image, b.teacher_text, b.teacher_scale)]
+        image, text, scale = (converted(tensor).requires_grad_() for tensor in (b.image, b.text, b.scale))
+        teacher_image, teacher_text, teacher_scale = map(converted, (b.teacher_image, b.teacher_text, b.teacher_scale))
         mask = torch.arange(n, dtype=torch.int64, device=self.device) < forgotten(n)
         levels = torch.full((2, n), 0.05, dtype=torch.float32, device=self.device)
-        return CalibratedInputs(*student, *teacher, mask, *levels, keep=keep)
+        return CalibratedInputs(
+            image, text, scale, teacher_image, teacher_text, teacher_scale, mask, levels[0], levels[1], keep=keep
+        )
 
     def correct_calibrated(self) -> Row:
         """Compare the calibrated loss of a few hundred pairs, as it is used, with float64."""
@@ -273,6 +273,10 @@ class Tournament:
             add_product(total, block.T, image)
 
         return {"ms": self.median_ms(both) * (n / rows) * (n / columns), "bytes": block.nbytes}
+
+    def time_best(self, n: int, keep: str) -> Row:
+        """Time a step with the configurations that are the fastest by now."""
+        return self.time_sweep(self.best(), n, keep)
 
     def time_sweep(self, configs: Configs, n: int, keep: str) -> Row:
         row = self.time_step(as_sweep_of(TritonKernels(configs)), self.inputs(n, keep=keep))
@@ -390,7 +394,8 @@ def run_sweep(configs: Configs, n: int, width: int) -> None:
 def tune(widths: Sequence[int], seconds: float) -> None:
     """Search all configurations for bfloat16 features of these widths, and save those of each width."""
     device, dtype = torch.device("cuda", 0), torch.bfloat16
-    path, limit = autotune.saved_path(device), torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties: Any = torch.cuda.get_device_properties(device)
+    path, limit = autotune.saved_path(device), properties.shared_memory_per_block_optin
     each = seconds / (len(widths) * len(fields(Configs)))
     for width in widths:
         key, found = saved_key(width), dict(autotune.load(path))

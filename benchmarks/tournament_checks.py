@@ -34,7 +34,8 @@ def outcome(sweep: Sweep, inputs: SimilarityInputs, dtype: torch.dtype) -> list[
         return None if tensor is None else tensor.detach().to(wide if tensor.ndim == 0 else dtype)
 
     names = ("image", "text", "scale", "teacher_image", "teacher_text", "teacher_scale")
-    inputs = replace(inputs, **{field: converted(getattr(inputs, field)) for field in names})
+    fields: dict[str, Any] = {field: converted(getattr(inputs, field)) for field in names}
+    inputs = replace(inputs, **fields)
     leaves = [tensor.requires_grad_() for tensor in (inputs.image, inputs.text, inputs.scale)]
     retention, consistency = sweep(inputs)
     gradients = torch.autograd.grad(retention + 3 * consistency, leaves)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -48,13 +49,13 @@ def native_entries(tournament: Tournament) -> Iterator[Entry]:
         yield Entry("native", dict, missing=missing)
         return
     for variant in VARIANTS:
-        yield Entry(f"correct native {variant}", lambda variant=variant: _correct(tournament, variant))
+        yield Entry(f"correct native {variant}", partial(_correct, tournament, variant))
     for n in tournament.sizes:
         for variant in VARIANTS:
-            call = lambda variant=variant, n=n: _time(tournament, variant, n, "nothing")  # noqa: E731
+            call = partial(_time, tournament, variant, n, "nothing")
             yield Entry(f"native sweep {n} {variant}", call, f"correct native {variant}")
     n = tournament.sizes[0]
-    call = lambda: _time(tournament, "shipped", n, "similarities")  # noqa: E731
+    call = partial(_time, tournament, "shipped", n, "similarities")
     yield Entry(f"native sweep {n} shipped, kept", call, "correct native shipped")
 
 

@@ -36,6 +36,7 @@ from .compare import comparison
 from .loss_report import text
 from .machine import describe, own_folder, run_module
 from .options import circumstances
+from .records import Table
 from .train_loops import PHASES, SETTINGS, WHO
 
 LOSS_TOLERANCE = 1e-3  # between the two loops, of a step's total loss
@@ -64,9 +65,6 @@ def peak(runs: Sequence[dict[str, Any]]) -> float:
 
 def extra(runs: Sequence[dict[str, Any]]) -> float:
     return statistics.median(run["peak_bytes"] - run["held_bytes"] for run in runs)
-
-
-Table = tuple[Sequence[str], list[tuple[str, ...]]]
 
 
 def speed_table(record: dict[str, Any], name: str) -> Table:

@@ -38,7 +38,7 @@ from cliperase_fast.unlearning.preparation import make_plan
 from cliperase_fast.unlearning.splits import Split, open_sets, prepare_data
 from cliperase_fast.unlearning.trainer import Trainer
 
-from .loss_memory import resident
+from .machine import resident
 
 WHO = ("straightforward", "unlearn")
 PHASES = (
@@ -222,11 +222,11 @@ def straightforward(
     parameters = list(student.parameters())
     if config.trainable != "all":
         parameters = [parameter for _, parameter in set_trainable(load_model(student), config.trainable)]
-    optimizer = torch.optim.Adam(parameters, lr=config.learning_rate)
+    optimizer = torch.optim.Adam(parameters, lr=float(config.learning_rate))
     losses: list[float] = []
     plan = make_plan(config, data.train)
     per_epoch = plan.batches_per_epoch
-    for epoch in range(config.epochs):
+    for epoch in range(int(config.epochs)):
         student.train()
         for number in range(epoch * per_epoch, (epoch + 1) * per_epoch):
             timeline.begin()

@@ -18,8 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .loss_memory import resident
-from .machine import RESULTS, describe, run_module
+from .machine import RESULTS, describe, resident, run_module
 
 STEPS = 50
 PAIRS, WIDTH = 8192, 64  # of the memory measurement

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from .records import Table
 from .unaided_verdicts import (
     AUDITED,
     BFLOAT16,
@@ -26,7 +27,6 @@ from .unaided_verdicts import (
 )
 
 Record = Mapping[str, Any]
-Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
 DATA = {
     "digits": "digits", "shapes": "shapes", "personas": "personas", "cifar10": "CIFAR-10",

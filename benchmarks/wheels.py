@@ -67,7 +67,7 @@ def build_sdist(tools: Path) -> Path:
 def build_wheel(tools: Path, sdist: Path, python: str) -> Path:
     """Build a wheel from the sdist, give it the manylinux tag that it conforms to, and return it."""
     with tempfile.TemporaryDirectory() as folder:
-        build = {"CLIPERASE_EXTENSION": "1", "CLIPERASE_CUDA": "OFF"}
+        build: dict[str, Any] = {"CLIPERASE_EXTENSION": "1", "CLIPERASE_CUDA": "OFF"}
         call(python, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", folder, sdist, **build)
         (built,) = Path(folder).glob("*.whl")
         repaired = Path(folder) / "repaired"

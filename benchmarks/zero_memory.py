@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .machine import RESULTS, ROOT, describe
+from .machine import RESULTS, ROOT, describe, resident
 
 RANKS = (1, 2, 4)
 _STEPS = 2
@@ -54,19 +54,12 @@ class AnonymousMemory(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.before = self.most = self.read()
+        self.before = self.most = resident("RssAnon")
 
     def run(self) -> None:
         while True:
-            self.most = max(self.most, self.read())
+            self.most = max(self.most, resident("RssAnon"))
             time.sleep(_SAMPLE)
-
-    @staticmethod
-    def read() -> int:
-        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024
-        raise LookupError("RssAnon")
 
 
 def run_rank(output: Path, folder: Path) -> None:

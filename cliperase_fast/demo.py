@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from cliperase_fast.defaults import torch_defaults
 from cliperase_fast.demo_models import DemoModel, demo_model_for
 from cliperase_fast.errors import InputError, UnlearningError
 from cliperase_fast.evaluation import evaluate
-from cliperase_fast.models import ClipAdapter, load_model
+from cliperase_fast.models import load_model
 from cliperase_fast.progress import Steps, bars_by_default, say
 from cliperase_fast.storage import Locked, lock, writing
 from cliperase_fast.unlearning.api import unlearn
@@ -213,8 +213,14 @@ def cached_model(
     )
 
 
+class Saved(Protocol):
+    """What can be saved to a folder, such as a `ClipAdapter`."""
+
+    def save(self, directory: Path) -> Any: ...
+
+
 def cached_folder(
-    prefix: str, made_from: Mapping[str, Any], make: Callable[[], ClipAdapter], cache_dir: str | Path | None = None
+    prefix: str, made_from: Mapping[str, Any], make: Callable[[], Saved], cache_dir: str | Path | None = None
 ) -> Path:
     """Return the folder of the model that `make` returns, which only the first call does.
 

@@ -170,6 +170,25 @@ def check_writable(folder: Path, name: str) -> None:
         raise InputError(f"{name}{explain(error, folder)}") from error
 
 
+def check_output_file(path: str | Path, name: str) -> None:
+    """Raise `InputError` unless `path` can be written as a file. name: as in `check_writable`."""
+    if Path(path).is_dir():
+        raise InputError(f"{name}{path} is a folder; give a file")
+    check_writable(Path(path).parent, name)
+
+
+def make_folder(path: str | Path, what: str) -> Path:
+    """Create a folder and its parents, and return it; raises `InputError` if that fails. what: is saved there."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{what} cannot be saved to {folder} ({error.strerror}): give a folder that can be written to"
+        ) from error
+    return folder
+
+
 def check_room(folder: Path, size: int, largest: int, remedy: str) -> None:
     """Raise `InputError` unless the disk has `size` free bytes and a file may have `largest`."""
     free = free_space(folder)

@@ -6,7 +6,9 @@ import ctypes
 import multiprocessing
 import os
 import queue
+import signal
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -29,6 +31,17 @@ def apart(function: Callable[..., T], *arguments: object, **environment: str) ->
     """What `function` returns in a process of its own."""
     with ProcessPoolExecutor(1, context(), _prepared, (environment,)) as process:
         return process.submit(function, *arguments).result()
+
+
+def kill_once(reached: Callable[[], bool], function: Callable[..., object], *arguments: object) -> None:
+    """Call `function` in a process that is killed once `reached()`; it must not end before."""
+    process = context().Process(target=function, args=arguments, daemon=True)
+    process.start()
+    while process.is_alive() and not reached():
+        time.sleep(0.001)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
 
 
 def launched(size: int, folder: Path, function: Callable[..., T], *arguments: object) -> list[T]:

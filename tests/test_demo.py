@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -72,7 +73,8 @@ def test_oracles_of_other_pairs_or_another_seed_are_other_models(tmp_path, train
     assert len(known | set(oracles(tmp_path, 1, seed=1))) == len(trainings) == 3
 
 
-def test_an_interrupted_training_goes_on_at_the_next_oracle(tmp_path, monkeypatch, trainings):
+@contextmanager
+def interrupted_at_the_second_oracle():
     train = demo.train_small_clip
 
     def stop_at_the_second(pairs, recipe, *, seed=0, **options):
@@ -80,10 +82,14 @@ def test_an_interrupted_training_goes_on_at_the_next_oracle(tmp_path, monkeypatc
             raise KeyboardInterrupt
         return train(pairs, recipe, seed=seed, **options)
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "train_small_clip", stop_at_the_second)
-        with pytest.raises(KeyboardInterrupt):
-            oracles(tmp_path, 3)
+        yield
+
+
+def test_an_interrupted_training_goes_on_at_the_next_oracle(tmp_path, trainings):
+    with interrupted_at_the_second_oracle(), pytest.raises(KeyboardInterrupt):
+        oracles(tmp_path, 3)
     oracles(tmp_path, 3)
     assert [seed for _, seed in trainings] == [1, 2, 3]
 
@@ -183,16 +189,8 @@ def test_the_demo_without_oracles_trains_one_model_and_audits_nothing(tmp_path, 
     assert not (tmp_path / "run" / "audit.json").exists()
 
 
-def test_an_interrupted_demo_goes_on_at_the_oracle_it_was_training(tmp_path, monkeypatch, colours, trainings):
-    train = demo.train_small_clip
-
-    def stop_at_the_second(pairs, recipe, *, seed=0, **options):
-        if seed == 2:
-            raise KeyboardInterrupt
-        return train(pairs, recipe, seed=seed, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(demo, "train_small_clip", stop_at_the_second)
+def test_an_interrupted_demo_goes_on_at_the_oracle_it_was_training(tmp_path, colours, trainings):
+    with interrupted_at_the_second_oracle():
         assert call(colours, tmp_path / "run", "--oracles", "2") == 130
     assert call(colours, tmp_path / "run", "--oracles", "2") == 0
     assert [seed for _, seed in trainings] == [0, 1, 2]

@@ -10,7 +10,7 @@ import cliperase_fast as cf
 from cliperase_fast import cli
 from cliperase_fast.data import open_source, select
 from cliperase_fast.errors import InputError
-from cliperase_fast.evaluation.ranking import best_rows, cosines, nearest
+from cliperase_fast.evaluation.ranking import best_rows, cosines, mean_query
 from cliperase_fast.models import load_model
 
 
@@ -37,13 +37,14 @@ def query(model, data, text="a photo of a cat", **settings):
     return cf.select_by_query(model, data, text, transform=transform, progress=False, batch_size=7, **settings)
 
 
-def test_nearest_agrees_with_a_sort_and_keeps_the_order_of_equal_rows():
+def test_the_best_rows_agree_with_a_sort_and_keep_the_order_of_equal_ones():
     features = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
     features = torch.nn.functional.normalize(features[torch.arange(100) % 60], dim=1)  # some rows twice
     direction = torch.nn.functional.normalize(torch.ones(1, 8), dim=1)
     expected = np.argsort(-(features @ direction[0]).numpy(), kind="stable")
+    found = cosines([features], mean_query(direction), 100)
     for k in (1, 7, 99, 200):
-        assert nearest(features, direction, k=k).tolist() == expected[:k].tolist()
+        assert best_rows(found, k=k).tolist() == expected[:k].tolist()
     parts = cosines(features.half().split(9), direction[0], 100)
     np.testing.assert_allclose(parts, (features @ direction[0]).numpy(), atol=2e-3)
 

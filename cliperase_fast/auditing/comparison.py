@@ -20,12 +20,12 @@ from cliperase_fast.auditing.sets import AuditSets
 from cliperase_fast.auditing.verdict import verdicts
 from cliperase_fast.auditing.vocabulary import TEMPLATES, Wording, check_synonyms, fitting, wordings
 from cliperase_fast.data.classes import check_templates
+from cliperase_fast.evaluation.encoding import SAME
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.progress import Steps, say
 
 Scores = dict[str, dict[str, Estimate]]
 
-SAME = 1e-6  # features closer than this in every component are equal
 WEAK_BY = 0.1  # an oracle whose retain accuracy is lower than the original's by more is weak
 
 

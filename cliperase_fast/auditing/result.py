@@ -12,7 +12,7 @@ from typing import Any
 from cliperase_fast.errors import InputError
 from cliperase_fast.reading import printable_data, read_text
 from cliperase_fast.report import audit_page, audit_table
-from cliperase_fast.storage import write_text_atomically, writing
+from cliperase_fast.storage import make_folder, write_text_atomically, writing
 
 FORMAT = 1
 FILE, PAGE = "audit.json", "audit.html"
@@ -86,13 +86,7 @@ class Audit:
 
         A failure in audit.html does not affect audit.json: it becomes a warning.
         """
-        directory = Path(directory)
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(
-                f"the audit cannot be saved to {directory} ({error.strerror}): give a folder that can be written to"
-            ) from error
+        directory = make_folder(directory, "the audit")
         with writing(directory / FILE):
             text = json.dumps(printable_data(self.to_dict()), indent=2, allow_nan=False)
             write_text_atomically(directory / FILE, text + "\n")

@@ -72,12 +72,10 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from cliperase_fast.evaluation import evaluate
     from cliperase_fast.report import class_table, text_table
     from cliperase_fast.report.wording import left_out_lines
-    from cliperase_fast.storage import check_writable, write_text_atomically, writing
+    from cliperase_fast.storage import check_output_file, write_text_atomically, writing
 
     if arguments.output:  # before it takes minutes
-        if Path(arguments.output).is_dir():
-            raise InputError(f"--output={arguments.output} is a folder; give a file")
-        check_writable(Path(arguments.output).parent, "--output=")
+        check_output_file(arguments.output, "--output=")
     _name_classes(arguments)
     scores = evaluate(
         arguments.model,

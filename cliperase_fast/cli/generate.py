@@ -58,12 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser, model: str) -> None:
 
 def generate(arguments: argparse.Namespace) -> int:
     from cliperase_fast.report.generation import generation_text, save_generation_page
-    from cliperase_fast.storage import check_writable
+    from cliperase_fast.storage import check_output_file
 
     if arguments.output:
-        if Path(arguments.output).is_dir():
-            raise InputError(f"--output={arguments.output} is a folder; give a file")
-        check_writable(Path(arguments.output).parent, "--output=")
+        check_output_file(arguments.output, "--output=")
     if "{}" not in arguments.template:
         raise InputError(f"--template={arguments.template!r} has no {{}} for the class")
     with contextlib.redirect_stdout(sys.stderr):  # libraries that are loaded print messages

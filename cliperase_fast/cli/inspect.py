@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
-
-from cliperase_fast.errors import InputError
 
 EXAMPLES = """\
 examples:
@@ -33,12 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def inspect(arguments: argparse.Namespace) -> int:
     from cliperase_fast.cli.commands import progress_style
     from cliperase_fast.inspecting import inspect_data
-    from cliperase_fast.storage import check_writable
+    from cliperase_fast.storage import check_output_file
 
     if arguments.output:
-        if Path(arguments.output).is_dir():
-            raise InputError(f"--output={arguments.output} is a folder; give a file")
-        check_writable(Path(arguments.output).parent, "--output=")
+        check_output_file(arguments.output, "--output=")
     found = inspect_data(
         arguments.data,
         arguments.forget,

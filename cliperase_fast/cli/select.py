@@ -39,15 +39,13 @@ def select(arguments: argparse.Namespace) -> int:
     from cliperase_fast.data import parse_reference
     from cliperase_fast.querying import select_by_query
     from cliperase_fast.report.wording import left_out_lines
-    from cliperase_fast.storage import check_writable
+    from cliperase_fast.storage import check_output_file
 
     output = Path(arguments.output)
-    if output.is_dir():
-        raise InputError(f"--output={output} is a folder; give a file")
+    check_output_file(output, "--output=")
     sheet = output.with_suffix(".html")
     if sheet == output:
         raise InputError(f"--output={output} is for the ids, and a page of that name is written too: give a .txt file")
-    check_writable(output.parent, "--output=")
     query: list[Any] = [*arguments.query, *map(Path, arguments.like)]
     if not query:
         raise InputError("say what to find: give --query TEXT or --like FILE")

@@ -57,22 +57,14 @@ class BadImage(NamedTuple):
 
 def check_images(
     pairs: PairDataset, *, on_error: str = "raise", progress: bool = False
-) -> tuple[np.ndarray, list[str]]:
-    """Decode every image once; return the indices of the good ones (int64, sorted) and a message for each bad one.
+) -> tuple[np.ndarray, list[BadImage]]:
+    """Decode every image once; return the indices of the good ones (int64, sorted), and the bad ones.
 
     Images that are uint8 pixels in memory are not decoded again. Tensor images must be float [3, H, W], all of one
     shape, dtype and device, or an `InputError` names the one that is not. A tensor with a non-finite pixel is bad.
     on_error: "raise" turns bad images into an `InputError` with the first one and their number; "skip" leaves them to
     the caller.
     """
-    good, bad = find_bad_images(pairs, on_error=on_error, progress=progress)
-    return good, [image.message for image in bad]
-
-
-def find_bad_images(
-    pairs: PairDataset, *, on_error: str = "raise", progress: bool = False
-) -> tuple[np.ndarray, list[BadImage]]:
-    """Do the same as `check_images`, with the reason for each bad image."""
     if on_error not in ON_ERROR:
         raise InputError(f"on_error={on_error!r} is not one of raise, skip")
     todo = [index for index in range(len(pairs)) if not pairs.store.decoded(int(pairs.positions[index]))]

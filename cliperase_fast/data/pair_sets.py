@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from cliperase_fast.data.checks import find_bad_images, overlap, split
+from cliperase_fast.data.checks import check_images, overlap, split
 from cliperase_fast.data.intake import Intake, Tally
 from cliperase_fast.data.pairs import PairDataset, as_pairs, caption_key
 from cliperase_fast.data.selectors import parse_reference, select, select_holdouts
@@ -214,7 +214,7 @@ def read_pairs(
     if read is not pairs:
         read.name = f"a sample of {pairs.name}"
     own = np.arange(len(read))[ranks.share(len(read))]
-    found = ranks.gather_results(lambda: find_bad_images(read.subset(own), on_error=on_error, progress=progress))
+    found = ranks.gather_results(lambda: check_images(read.subset(own), on_error=on_error, progress=progress))
     firsts = [share.start for share in ranks.shares(len(read))]
     good = np.concatenate([first + of_rank for first, (of_rank, _) in zip(firsts, found, strict=True)])
     bad = [image for _, of_rank in found for image in of_rank]

@@ -18,6 +18,7 @@ from cliperase_fast.distributed import collectives
 from cliperase_fast.distributed.collectives import gather_rows, sum_to_owners, to_owners, total_over_ranks
 from cliperase_fast.distributed.process_group import Shards
 from cliperase_fast.ops.calibrated import CalibratedInputs, CalibratedKernels
+from cliperase_fast.ops.calibrated_autograd import flatten
 from cliperase_fast.ops.calibrated_sweep import (
     FORGET,
     KINDS,
@@ -26,7 +27,6 @@ from cliperase_fast.ops.calibrated_sweep import (
     JointStats,
     SortedPairs,
     finish,
-    flatten,
     incoming,
     sweep_backward,
     sweep_forward,

@@ -23,6 +23,8 @@ from cliperase_fast.models.fast_paths.frozen_front import FrozenFront
 from cliperase_fast.models.runtime import dtype_hint, inference
 from cliperase_fast.progress import Steps
 
+SAME = 1e-6  # features closer than this in every component are equal
+
 
 @dataclass(frozen=True)
 class EncodedPairs:

@@ -19,7 +19,7 @@ from cliperase_fast.data import (
     parse_reference,
     select,
 )
-from cliperase_fast.data.checks import find_bad_images
+from cliperase_fast.data.checks import check_images
 from cliperase_fast.data.classes import check_templates
 from cliperase_fast.data.intake import Tally
 from cliperase_fast.data.sources import require_indexed
@@ -85,7 +85,7 @@ def evaluate(
     templates = check_templates(templates)
     pairs, forget_mask = _pairs(data, forget, templates, on_error)
     say("checking the %d images of %s", len(pairs), pairs.name)
-    good, bad = find_bad_images(pairs, on_error=on_error, progress=progress)
+    good, bad = check_images(pairs, on_error=on_error, progress=progress)
     skipped = Tally()
     skipped.update(pairs.intake.skipped)
     for image in bad:

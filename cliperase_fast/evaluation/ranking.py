@@ -31,11 +31,6 @@ def cosines(parts: Iterable[Tensor], query: Tensor, count: int) -> np.ndarray:
     return found
 
 
-def nearest(features: Tensor, query: Tensor, *, k: int | None = None, threshold: float | None = None) -> np.ndarray:
-    """Return the rows of `features` [n, D] nearest to the queries [Q, D], the nearest first; see `best_rows`."""
-    return best_rows(cosines(features.split(PART), mean_query(query), len(features)), k=k, threshold=threshold)
-
-
 def mean_query(queries: Tensor) -> Tensor:
     """Return the mean direction [D] of unit queries [Q, D]. Raises InputError if they cancel out."""
     mean = queries.float().mean(0)

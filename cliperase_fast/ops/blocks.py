@@ -87,12 +87,12 @@ def kept_bytes(inputs: SimilarityInputs, row_bytes: int) -> int:
     budget, whole = cache_budget(device), row_bytes * inputs.n
     if inputs.keep == "auto":
         return whole if whole <= budget and whole <= free_bytes(device, 2 * whole) // 2 else 0
-    return row_bytes * kept_rows(inputs.n, row_bytes, budget)
+    return kept_share(inputs.n, row_bytes, budget)
 
 
-def kept_rows(n: int, row_bytes: int, available: int) -> int:
-    """Return how many of n rows are kept in so many bytes: all, or a number that blocks of rows divide."""
-    return n if row_bytes * n <= available else available // row_bytes // _CACHED_ROWS * _CACHED_ROWS
+def kept_share(n: int, row_bytes: int, available: int) -> int:
+    """Return the bytes of those of n rows that fit `available`: of all, or of a number that blocks of rows divide."""
+    return row_bytes * (n if row_bytes * n <= available else available // row_bytes // _CACHED_ROWS * _CACHED_ROWS)
 
 
 def free_bytes(device: torch.device, enough: int) -> int:

@@ -77,7 +77,7 @@ class Pull(NamedTuple):
 
 
 class CalibratedKernels(Protocol):
-    """Define what a streamed backend provides; `as_calibrated` of `ops/calibrated_sweep.py` makes a loss of it.
+    """Define what a streamed backend provides; `as_calibrated` of `ops/calibrated_autograd.py` makes a loss of it.
 
     It works on blocks: rows and columns that are forget pairs or retain pairs, so that only blocks of forget columns
     are edited. The scales are not 0. edit: None if no entry is edited.

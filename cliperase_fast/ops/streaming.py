@@ -15,7 +15,8 @@ from torch import Tensor
 
 from cliperase_fast.ops.autograd import as_sweep
 from cliperase_fast.ops.calibrated import Edit, Pull
-from cliperase_fast.ops.calibrated_sweep import as_calibrated, gradients_by_blocks, losses_by_blocks
+from cliperase_fast.ops.calibrated_autograd import as_calibrated
+from cliperase_fast.ops.calibrated_sweep import gradients_by_blocks, losses_by_blocks
 from cliperase_fast.ops.spec import (
     GradientTerms,
     Need,

@@ -15,6 +15,7 @@ from cliperase_fast.data.drawing import seeded
 from cliperase_fast.data.images import pixel_bytes
 from cliperase_fast.errors import InputError, UnlearningError
 from cliperase_fast.evaluation import Background, EncodedPairs
+from cliperase_fast.evaluation.encoding import SAME
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.models.runtime import dtype_hint
 from cliperase_fast.plurals import counted
@@ -25,8 +26,6 @@ from cliperase_fast.unlearning.run import Baseline
 from cliperase_fast.unlearning.runtime import Runtime
 from cliperase_fast.unlearning.selection import ASSOCIATION_MARGIN, Target, wilson
 from cliperase_fast.unlearning.splits import Split
-
-SAME = 1e-6  # features closer than this in every component are equal
 
 
 def check_features(encoded: EncodedPairs, pairs: PairDataset) -> None:

@@ -16,12 +16,11 @@ from cliperase_fast.auditing.result import FILE as AUDIT_FILE
 from cliperase_fast.auditing.result import PAGE as AUDIT_PAGE
 from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.defaults import torch_defaults
-from cliperase_fast.errors import InputError
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.reading import printable_data
 from cliperase_fast.report import ReportData, Verdict, model_card, text_table, verdict, write_html, write_plots
 from cliperase_fast.report.wording import left_out_lines
-from cliperase_fast.storage import write_text_atomically
+from cliperase_fast.storage import make_folder, write_text_atomically
 
 
 @dataclass(repr=False)
@@ -93,13 +92,7 @@ class UnlearnResult:
         model/ loads in the library the model came from: `open_clip.create_model_and_transforms("local-dir:.../model")`
         or `CLIPModel.from_pretrained(".../model")`.
         """
-        directory = Path(directory)
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(
-                f"the result cannot be saved to {directory} ({error.strerror}): give a folder that can be written to"
-            ) from error
+        directory = make_folder(directory, "the result")
         for name in ("result.json", AUDIT_FILE, AUDIT_PAGE):  # from an earlier call
             (directory / name).unlink(missing_ok=True)
         self.adapter.save(directory / "model")

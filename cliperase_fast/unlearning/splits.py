@@ -11,7 +11,7 @@ import numpy as np
 
 from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.data import PairDataset, concat
-from cliperase_fast.data.checks import find_bad_images
+from cliperase_fast.data.checks import check_images
 from cliperase_fast.data.intake import Intake, Tally
 from cliperase_fast.data.pair_sets import (
     Opener,
@@ -149,7 +149,7 @@ def _with_readable_probes(train: Split, skipped: Tally) -> Split:
     """Leave out pairs until the few images by which a run is checked before it starts can be read."""
     while True:
         rows = probe_rows(len(train.pairs))
-        good, bad = find_bad_images(train.pairs.subset(rows), on_error="skip")
+        good, bad = check_images(train.pairs.subset(rows), on_error="skip")
         if not bad:
             return train
         for image in bad:

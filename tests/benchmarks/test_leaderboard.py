@@ -6,7 +6,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from test_unaided import audited, calls, entry, study  # noqa: F401  calls is a fixture
+from unaided_runs import audited, entry, study
 
 from cliperase_fast.benchmarks import leaderboard, leaderboard_report, search
 from cliperase_fast.benchmarks.unaided_verdicts import CALIBRATED, CONTROL
@@ -28,7 +28,7 @@ def run(method, seed=0, *, forget=0.0, gap=0.1, retain=0.9, concept="seven"):
 
 
 @pytest.fixture
-def board(calls, monkeypatch):  # noqa: F811
+def board(calls, monkeypatch):
     """A board of three rows on two originals, whose runs are replaced."""
 
     def audit(*models, **options):
@@ -51,7 +51,7 @@ def board(calls, monkeypatch):  # noqa: F811
 
 
 @pytest.fixture
-def unlearned(calls, monkeypatch):  # noqa: F811
+def unlearned(calls, monkeypatch):
     own = leaderboard.unaided.unlearn
     monkeypatch.setattr(
         leaderboard.unaided, "unlearn", lambda *a, **k: SimpleNamespace(**vars(own(*a, **k)), model="m")
@@ -79,7 +79,7 @@ def test_every_row_runs_seed_by_seed_and_a_further_call_continues(board, unlearn
     assert [one[3]["method"] for one in unlearned] == ["slug"] and len(again.runs) == 6
 
 
-def test_attacks_also_go_to_the_oracles(board, unlearned, calls, monkeypatch):  # noqa: F811
+def test_attacks_also_go_to_the_oracles(board, unlearned, calls, monkeypatch):
     monkeypatch.setattr(leaderboard, "ORACLES", ("oracle 1", "oracle 2"))
     board = leaderboard.replace(board, depth=True, seeds=1)
     record = leaderboard.Leaderboard("depth", board)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cliperase_fast.benchmarks import preparation
+from cliperase_fast.benchmarks.machine import resident
 from cliperase_fast.data import open_source, select
 
 
@@ -24,8 +25,8 @@ def test_a_record_is_shown_as_a_table_and_a_picture(tmp_path):
 
 
 def test_resident_memory_is_that_of_this_process():
-    before = preparation.resident("VmRSS")
+    before = resident("VmRSS")
     held = bytearray(b"x" * (64 << 20))
-    assert preparation.resident("VmHWM") >= preparation.resident("VmRSS") >= before + len(held) // 2
-    with pytest.raises(RuntimeError):
-        preparation.resident("VmNothing")
+    assert resident("VmHWM") >= resident("VmRSS") >= before + len(held) // 2
+    with pytest.raises(LookupError):
+        resident("VmNothing")

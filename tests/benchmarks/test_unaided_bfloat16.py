@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from test_unaided import one
+from unaided_runs import one
 
 from cliperase_fast.benchmarks.unaided import BFLOAT16, METHODS, Study, _Bench
 from cliperase_fast.benchmarks.unaided_report import scores_table

@@ -107,7 +107,7 @@ def test_bad_image_files_are_named_and_counted(tmp_path: Path, picture) -> None:
         check_images(pairs, on_error="raise")
     good, bad = check_images(pairs, on_error="skip")
     assert [pairs.ids[i] for i in good] == [f"cat/{n}.png" for n in range(4)]
-    assert [next(n for n in ("cut", "empty", "text", "truncated") if n in message) for message in bad] == [
+    assert [next(n for n in ("cut", "empty", "text", "truncated") if n in one.message) for one in bad] == [
         "cut",
         "empty",
         "text",

@@ -74,7 +74,7 @@ def sharded_step(
     return step(own, weights, process_group=dist.group.WORLD, **options)
 
 
-def all_gather_rows(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def as_one_process(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Combine as one process would: average scales; concatenate rows, divided by the number of ranks."""
     together = {}
     for name in parts[0]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from calibrated_cases import STUDENT, batch, exact, step
-from shared_batches import assert_close
+from shared_batches import as_one_process, assert_close
 from torch import Tensor
 
 from cliperase_fast.functional import calibrated_loss
@@ -36,24 +36,11 @@ def sharded_step(rank: int, b: dict, sizes: list[int], weights: tuple, options: 
     return step(part(b, rank, sizes), weights, process_group=dist.group.WORLD, **options)
 
 
-def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """What one process would have found: rows concatenated, scales averaged, after averaging over the ranks."""
-    found = {}
-    for name in parts[0]:
-        each = [part[name] for part in parts]
-        if not name.startswith("d "):
-            assert all(torch.equal(term, each[0]) for term in each), name
-            found[name] = each[0]
-        else:
-            found[name] = torch.stack(each).mean(0) if name == "d logit_scale" else torch.cat(each) / len(each)
-    return found
-
-
 def check(ranks, sizes, dtype=torch.float64, weights=WEIGHTS, b=None, tolerance=1e-10, **options) -> None:
     b = batch(sum(sizes[ranks.size]), dtype=dtype) if b is None else b
     parts = ranks.run(sharded_step, b, sizes[ranks.size], weights, options)
     alone = {name: value for name, value in options.items() if name not in ("gather", "backend", "keep")}
-    assert_close(joined(parts), step(exact(b), weights, backend="eager", **alone), tolerance)
+    assert_close(as_one_process(parts), step(exact(b), weights, backend="eager", **alone), tolerance)
 
 
 def on_some_ranks(n: int, first: int, last: int) -> Tensor:

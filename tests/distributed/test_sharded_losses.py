@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
-from shared_batches import EVEN, UNEVEN, all_gather_rows, assert_close, groups, sharded_step, step, whole_batch
+from shared_batches import EVEN, UNEVEN, as_one_process, assert_close, groups, sharded_step, step, whole_batch
 
 from cliperase_fast.functional import clip_loss, similarity_kl
 from cliperase_fast.ops.registry import REGISTRY
@@ -31,7 +31,7 @@ def check(ranks, sizes, dtype, weights=(1.0, 0.0, 0.0, 0.0), **options) -> None:
                  weights, **{**alone, "backend": "eager"})  # fmt: skip
     parts = ranks.run(sharded_step, batch, forget_sizes, retain_sizes, weights, options)
     assert all(part["total"].dtype == dtype for part in parts)
-    assert_close(all_gather_rows(parts), exact, TOLERANCE[dtype])
+    assert_close(as_one_process(parts), exact, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -110,7 +110,7 @@ def test_a_batch_that_is_empty_on_every_rank_is_zero(two, gather, m, n):
         batch = whole_batch(m, n, torch.float64)
         sizes = [m // 2, m - m // 2], [n // 2, n - n // 2]
         options = {"forget": forget, "consistency": consistency, "gather": gather}
-        found = all_gather_rows(two.run(sharded_step, batch, *sizes, (1.0, 0.0, 0.0, 0.0), options))
+        found = as_one_process(two.run(sharded_step, batch, *sizes, (1.0, 0.0, 0.0, 0.0), options))
         alone = {"forget": forget, "consistency": consistency, "backend": "eager"}
         assert_close(found, step(batch, (1.0, 0.0, 0.0, 0.0), **alone), 1e-10)
 
@@ -118,7 +118,7 @@ def test_a_batch_that_is_empty_on_every_rank_is_zero(two, gather, m, n):
 @pytest.mark.parametrize("gather", ["all", "ring"])
 def test_half_precision_costs_the_rounding_of_the_gradients_only(two, gather):
     batch = whole_batch(6, 16, torch.bfloat16)
-    found = all_gather_rows(
+    found = as_one_process(
         two.run(sharded_step, batch, *UNEVEN[2], (1.0, 0.0, 0.0, 0.0), {"gather": gather, "forget": "contrastive"})
     )
     exact = step({name: value.double() for name, value in batch.items()}, forget="contrastive", backend="eager")

@@ -17,7 +17,7 @@ from torch import nn
 sys.path.append(str(Path(__file__).parents[1] / "models"))
 sys.path.append(str(Path(__file__).parents[1] / "report"))
 from page_reader import Reader
-from tiny_models import pixels_for, tiny_clip, word_tokenizer
+from tiny_models import pixels_for, tiny_clip, tiny_pipeline, word_tokenizer
 
 from cliperase_fast import InputError, UnlearningError, cli, export
 from cliperase_fast.evaluation.generation import FORGET, Judge, _paired, compare_generation
@@ -207,24 +207,7 @@ def clip():
 
 @pytest.fixture(scope="module")
 def diffusion(clip):
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-
-    torch.manual_seed(0)
-    blocks = {"block_out_channels": (8, 16), "norm_num_groups": 4}
-    unet = UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, cross_attention_dim=32, attention_head_dim=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        **blocks,
-    )  # fmt: skip
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4,
-        **blocks,
-    )  # fmt: skip
-    return StableDiffusionPipeline(
-        vae=vae, text_encoder=export.to_diffusers_text_encoder(clip), tokenizer=word_tokenizer(model_max_length=8),
-        unet=unet, scheduler=DDIMScheduler(), safety_checker=None, feature_extractor=None,
-        requires_safety_checker=False,
-    )  # fmt: skip
+    return tiny_pipeline(export.to_diffusers_text_encoder(clip), word_tokenizer(model_max_length=8))
 
 
 def changed(clip):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import RESNET, TIMM, pixels_for, tiny_clip, tiny_open_clip
+from tiny_models import RESNET, TIMM, pixels_for, tiny_clip, tiny_open_clip, tiny_pipeline
 
 import cliperase_fast as cf
 from cliperase_fast import export
@@ -131,8 +131,6 @@ def test_the_text_tower_is_exported_beside_any_image_tower():
 
 @torch.no_grad()
 def test_a_diffusion_pipeline_paints_with_the_exported_text_encoder():
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-
     model = tiny_open_clip(text_cfg={"context_length": 77})
     encoder = export.to_diffusers_text_encoder(model)
     tokens = tokens_for(77)
@@ -142,23 +140,7 @@ def test_a_diffusion_pipeline_paints_with_the_exported_text_encoder():
     projected = export.to_diffusers_text_encoder(clip, projection=True)
     torch.testing.assert_close(projected(tokens).text_embeds, model.encode_text(tokens), rtol=1e-4, atol=1e-5)
 
-    torch.manual_seed(0)
-    blocks = {"block_out_channels": (8, 16), "norm_num_groups": 4}
-    unet = UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, cross_attention_dim=32, attention_head_dim=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        **blocks,
-    )  # fmt: skip
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        **blocks,
-    )
-    pipeline = StableDiffusionPipeline(
-        vae=vae, text_encoder=encoder, tokenizer=None, unet=unet, scheduler=DDIMScheduler(), safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+    pipeline = tiny_pipeline(encoder, None)
     pipeline.set_progress_bar_config(disable=True)
 
     def paint(tokens):

@@ -167,6 +167,27 @@ def tiny_clip(seed: int = 0, **text: Any) -> CLIPModel:
     return randomised(CLIPModel(config).eval())
 
 
+def tiny_pipeline(text_encoder: nn.Module, tokenizer: PreTrainedTokenizerFast | None) -> Any:
+    """A pipeline of diffusers that paints [3, 16, 16], with random weights."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+
+    torch.manual_seed(0)
+    blocks = {"block_out_channels": (8, 16), "norm_num_groups": 4}
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, cross_attention_dim=32, attention_head_dim=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        **blocks,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4,
+        **blocks,
+    )  # fmt: skip
+    return StableDiffusionPipeline(
+        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=DDIMScheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
 MODELS: dict[str, Any] = {
     "open_clip": tiny_open_clip,
     "custom_text": lambda: tiny_open_clip(custom_text=True),

@@ -9,7 +9,7 @@ import pytest
 from calibrated_checks import *  # noqa: F403
 from calibrated_checks import CalibratedSubject, let_the_public_loss_use
 
-from cliperase_fast.ops.calibrated_sweep import as_calibrated
+from cliperase_fast.ops.calibrated_autograd import as_calibrated
 from cliperase_fast.ops.triton import forward
 from cliperase_fast.ops.triton.sweep import TritonKernels
 

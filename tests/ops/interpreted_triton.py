@@ -34,7 +34,6 @@ def subject():
         in_blocks,
         NAME,
         triton_sweep.TritonKernels,
-        kept_row_bytes=lambda batch: 4 * len(batch.image) * (1 + batch.want_consistency),
         few_programs=lambda monkeypatch: monkeypatch.setattr(forward, "_PROGRAMS", 6),
     )
 

@@ -38,9 +38,12 @@ class Subject:
     sweep: Sweep  # takes CPU tensors
     name: str  # of its operators
     kernels: type
-    kept_row_bytes: Callable[[Batch], int]
+    row_unit: int = 1  # entries that a kept row is a multiple of
     few_programs: Callable[[pytest.MonkeyPatch], None] = lambda monkeypatch: None  # several tiles for each of them
     device: str = "cpu"  # its operators' tensors are there
+
+    def kept_row_bytes(self, batch: Batch) -> int:
+        return 4 * -(-len(batch.image) // self.row_unit) * self.row_unit * (1 + batch.want_consistency)
 
     def operators(self) -> tuple[Any, Any]:
         ops = torch.ops.cliperase_fast

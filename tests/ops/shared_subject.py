@@ -18,6 +18,5 @@ SUBJECT = Subject(
     as_sweep(TritonKernels(_CONFIGS, _NAME, block_columns=64)),
     _NAME,
     TritonKernels,
-    kept_row_bytes=lambda batch: 4 * len(batch.image) * (1 + batch.want_consistency),
     few_programs=lambda monkeypatch: monkeypatch.setattr(forward, "_PROGRAMS", 6),
 )

@@ -23,7 +23,7 @@ from cliperase_fast.ops import streaming
 from cliperase_fast.ops.autograd import as_sweep
 from cliperase_fast.ops.blocks import block_shape
 from cliperase_fast.ops.calibrated import Edit, Pull
-from cliperase_fast.ops.calibrated_sweep import as_calibrated
+from cliperase_fast.ops.calibrated_autograd import as_calibrated
 from cliperase_fast.ops.native import cuda
 from cliperase_fast.ops.native.cuda import CudaKernels
 from cliperase_fast.ops.native.extension import as_buffer
@@ -44,12 +44,7 @@ def sweep(kernels):
 
 @pytest.fixture
 def subject(sweep):
-    return Subject(
-        sweep,
-        NAME,
-        CudaKernels,
-        kept_row_bytes=lambda batch: 4 * -(-len(batch.image) // 8) * 8 * (1 + batch.want_consistency),
-    )
+    return Subject(sweep, NAME, CudaKernels, row_unit=8)
 
 
 @pytest.fixture(scope="module")

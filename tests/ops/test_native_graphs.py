@@ -46,12 +46,7 @@ def plain(kernels):
 
 @pytest.fixture
 def subject(sweep_of_graphs):
-    return Subject(
-        sweep_of_graphs,
-        NAME,
-        GraphedKernels,
-        kept_row_bytes=lambda batch: 4 * -(-len(batch.image) // 8) * 8 * (1 + batch.want_consistency),
-    )
+    return Subject(sweep_of_graphs, NAME, GraphedKernels, row_unit=8)
 
 
 @pytest.fixture

@@ -43,13 +43,7 @@ def sweep(inputs):
 
 @pytest.fixture
 def subject():
-    return Subject(
-        sweep,
-        NAME,
-        CudaKernels,
-        kept_row_bytes=lambda batch: 4 * -(-len(batch.image) // 8) * 8 * (1 + batch.want_consistency),
-        device="cuda",
-    )
+    return Subject(sweep, NAME, CudaKernels, row_unit=8, device="cuda")
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from page_reader import KNOWN, Reader
 from cliperase_fast.report import audit_html, audit_page, audit_plots, audit_table
 from cliperase_fast.report.audit_scores import SCORES, find_score
 from cliperase_fast.report.drawing import DARK, LIGHT, png
-from cliperase_fast.report.rendering import Picture
 
 
 @pytest.fixture(scope="module")
@@ -24,16 +23,6 @@ def written():
 @pytest.fixture(scope="module")
 def reader(written):
     return Reader(written)
-
-
-@pytest.fixture
-def no_drawing(monkeypatch):
-    """Figures are empty pictures: drawing takes long."""
-
-    def picture(content, draw, alt, caption):
-        return None if draw(content, LIGHT) is None else Picture("", "", 1, 1, alt, caption)
-
-    monkeypatch.setattr(audit_html, "picture", picture)
 
 
 def test_the_page_is_well_formed_and_runs_nothing(written, reader):

@@ -13,9 +13,7 @@ from report_sample import EVIL, sample_result, sample_run
 
 from cliperase_fast.evaluation import METRICS
 from cliperase_fast.report import ReportData, html, rendering, verdict, write_html, write_plots
-from cliperase_fast.report.drawing import LIGHT
 from cliperase_fast.report.html import page
-from cliperase_fast.report.rendering import Picture
 
 
 @pytest.fixture(scope="module")
@@ -26,16 +24,6 @@ def written(tmp_path_factory):
 @pytest.fixture(scope="module")
 def reader(written):
     return Reader(written)
-
-
-@pytest.fixture
-def no_drawing(monkeypatch):
-    """Figures are empty pictures: drawing takes long."""
-
-    def picture(run, draw, alt, caption):
-        return None if draw(run, LIGHT) is None else Picture("", "", 1, 1, alt, caption)
-
-    monkeypatch.setattr(html, "picture", picture)
 
 
 def test_the_page_is_well_formed(reader):

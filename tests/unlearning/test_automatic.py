@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from processes import context
+from processes import kill_once
 from safetensors.torch import load_file
 
 import cliperase_fast as cf
@@ -271,14 +269,8 @@ def test_values_that_overflow_before_any_step_are_not_blamed_on_the_rate(monkeyp
 @pytest.mark.parametrize("lines", [20, 90])
 def test_a_run_killed_by_sigkill_resumes_to_the_same_weights(tmp_path, whole, lines):
     output = tmp_path / "run"
-    process = context().Process(target=run, args=(output,), daemon=True)
-    process.start()
     log = output / "metrics.jsonl"
-    while process.is_alive() and not (log.is_file() and log.read_bytes().count(b"\n") >= lines):
-        time.sleep(0.001)
-    process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    kill_once(lambda: log.is_file() and log.read_bytes().count(b"\n") >= lines, run, output)
     assert not (output / "result.json").exists(), "the run ended before it could be killed"
     run(output, resume=True)
     assert_same_run(output, whole[0])

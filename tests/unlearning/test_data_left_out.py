@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import QUICK, make_pairs, make_tiny_clip, split_pairs
+from tiny import QUICK, TwoTowers, make_pairs, make_tiny_clip, split_pairs
 
 import cliperase_fast as cf
 from cliperase_fast import InputError
@@ -135,32 +135,17 @@ def test_token_ids_beyond_the_vocabulary_are_refused_before_training(tmp_path, b
 
 
 def test_token_ids_that_a_custom_module_cannot_encode_are_refused_before_writing(tmp_path):
-    class TwoTowers(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.visual = torch.nn.Linear(3 * 8 * 8, 8)
-            self.text = torch.nn.Embedding(16, 8)
-            self.logit_scale = torch.nn.Parameter(torch.tensor(2.0))
-
-        def encode_image(self, pixels):
-            return self.visual(pixels.flatten(1))
-
-        def encode_text(self, tokens):
-            return self.text(tokens).mean(1)
-
     def with_tokens(pairs, spoilt=0):
         return [(image, torch.tensor([1, 2 + n % 3, spoilt * (n == 0)])) for n, (image, _) in enumerate(pairs)]
 
-    test = (with_tokens(FORGET[:4]), with_tokens(RETAIN[:4]))
+    model, test = TwoTowers(vocabulary=16), (with_tokens(FORGET[:4]), with_tokens(RETAIN[:4]))
     with pytest.raises(InputError, match=r"cannot encode a caption of 3 tokens with ids up to 99 \(index out of range"):
-        cf.unlearn(
-            TwoTowers(), with_tokens(FORGET), with_tokens(RETAIN, 99), test=test, output_dir=tmp_path / "run", **SHORT
-        )
+        cf.unlearn(model, with_tokens(FORGET), with_tokens(RETAIN, 99), test=test, output_dir=tmp_path / "run", **SHORT)
     assert not (tmp_path / "run").exists()
     with pytest.raises(
         InputError, match=r"cannot encode captions of 3 tokens with ids from 0 to 99 \(index out of range"
     ):
-        cf.evaluate(TwoTowers(), with_tokens(RETAIN, 99), progress=False)
+        cf.evaluate(model, with_tokens(RETAIN, 99), progress=False)
 
 
 def test_images_of_every_mode_give_the_same_pixels_from_every_source(tmp_path):

@@ -6,7 +6,7 @@ import open_clip
 import pytest
 import torch
 from open_clip.model import convert_weights_to_lp
-from tiny import QUICK, make_pairs, make_tiny_clip, split_pairs
+from tiny import QUICK, interrupted_after, make_pairs, make_tiny_clip, split_pairs
 
 import cliperase_fast as cf
 from cliperase_fast.models import load_model
@@ -87,18 +87,7 @@ def test_an_interrupted_half_precision_run_resumes_to_the_same_bits(tmp_path):
     model = make_tiny_clip().bfloat16()
     whole = run(model, learning_rate=3e-3)
     settings = {"learning_rate": 3e-3, "output_dir": tmp_path / "run"}
-    from cliperase_fast.unlearning.trainer import Trainer
-
-    step, calls = Trainer._step, []
-
-    def stopping(trainer, done, batches):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return step(trainer, done, batches)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "_step", stopping)
+    with interrupted_after(2):
         run(model, **settings)
     again = run(model, **settings, resume=True)
     for mine, theirs in zip(again.model.state_dict().values(), whole.model.state_dict().values(), strict=True):

@@ -11,11 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import QUICK, make_pairs, make_tiny_clip, split_pairs
+from tiny import QUICK, interrupted_after, make_pairs, make_tiny_clip, split_pairs
 
 from cliperase_fast import InputError, UnlearnConfig, UnlearningError, config, extras, unlearn
 from cliperase_fast.unlearning import loggers
-from cliperase_fast.unlearning.trainer import Trainer
 
 PAIRS = split_pairs(make_pairs(), "red")
 CLIP = make_tiny_clip()
@@ -32,20 +31,6 @@ def offline(monkeypatch, tmp_path):
 
 def run(output, **changes):
     return unlearn(CLIP, *PAIRS, output_dir=output, **{**SETTINGS, **changes})
-
-
-def killed_after(step, output, monkeypatch, **changes):
-    """A run that ends in step `step` + 1, without notice."""
-    whole = Trainer._step
-
-    def _step(self, done, batches):
-        if done == step:
-            raise KeyboardInterrupt
-        return whole(self, done, batches)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "_step", _step)
-        run(output, **changes)
 
 
 def expected(output):
@@ -134,16 +119,18 @@ def test_wandb_offline_holds_every_number_of_the_metrics_and_the_settings(tmp_pa
     assert_same_weights(tmp_path / "run", tmp_path / "plain")
 
 
-def test_a_resumed_run_goes_on_in_tensorboard_with_each_step_once(tmp_path, monkeypatch):
-    killed_after(5, tmp_path, monkeypatch, logger="tensorboard")
+def test_a_resumed_run_goes_on_in_tensorboard_with_each_step_once(tmp_path):
+    with interrupted_after(5):
+        run(tmp_path, logger="tensorboard")
     assert (5, "train/total") in {event[:2] for event in tensorboard_events(tmp_path)}, "flushed before the kill"
     run(tmp_path, logger="tensorboard", resume=True)
     assert len(list((tmp_path / "tensorboard").iterdir())) == 2
     assert_each_once(tensorboard_events(tmp_path), expected(tmp_path))
 
 
-def test_a_resumed_run_goes_on_in_wandb_under_the_same_id(tmp_path, monkeypatch):
-    killed_after(5, tmp_path, monkeypatch, logger="wandb")
+def test_a_resumed_run_goes_on_in_wandb_under_the_same_id(tmp_path):
+    with interrupted_after(5):
+        run(tmp_path, logger="wandb")
     time.sleep(1)  # wandb names the folder of a start by the second
     run(tmp_path, logger="wandb", resume=True)
     (first, failed, before), (second, code, after) = wandb_runs(tmp_path)
@@ -156,8 +143,9 @@ def test_a_resumed_run_goes_on_in_wandb_under_the_same_id(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("logger", ["tensorboard", "wandb"])
-def test_a_logger_chosen_at_resume_gets_the_earlier_steps_too(tmp_path, monkeypatch, logger):
-    killed_after(5, tmp_path, monkeypatch)
+def test_a_logger_chosen_at_resume_gets_the_earlier_steps_too(tmp_path, logger):
+    with interrupted_after(5):
+        run(tmp_path)
     run(tmp_path, logger=logger, resume=True)
     events = tensorboard_events(tmp_path) if logger == "tensorboard" else wandb_events(wandb_runs(tmp_path)[0][2])
     assert_each_once(events, expected(tmp_path))

@@ -2,7 +2,6 @@
 
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -282,11 +281,6 @@ class Complete(TrainingMethod):
 
     def objective(self, run):
         return lambda features: Terms(features.image.sum())
-
-
-@dataclass
-class Named:
-    name: str = "x"
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import COLOURS, QUICK, make_pairs, make_tiny_clip, split_pairs
+from tiny import COLOURS, QUICK, TwoTowers, make_pairs, make_tiny_clip, split_pairs, tokenize
 from torch import nn
 
 import cliperase_fast as cf
@@ -10,28 +10,6 @@ from cliperase_fast import InputError, UnlearningError
 from cliperase_fast.config import UnlearnConfig
 
 RED, REST = split_pairs(make_pairs(), "red")
-
-
-def tokenize(captions):
-    return torch.tensor([[ord(letter) for letter in caption.ljust(16)[:16]] for caption in captions])
-
-
-class TwoTowers(nn.Module):
-    """A CLIP of two layers. change: what is done to the features of images and of texts."""
-
-    def __init__(self, image=lambda features: features, text=lambda features: features, scale=2.0):
-        super().__init__()
-        torch.manual_seed(0)
-        self.visual = nn.Linear(3 * 8 * 8, 8)
-        self.text = nn.Embedding(128, 8)
-        self.logit_scale = nn.Parameter(torch.tensor(scale))
-        self.change = image, text
-
-    def encode_image(self, pixels):
-        return self.change[0](self.visual(pixels.flatten(1)))
-
-    def encode_text(self, tokens):
-        return self.change[1](self.text(tokens).mean(1))
 
 
 def run(model=None, **changes):

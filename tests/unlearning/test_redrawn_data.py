@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import QUICK, make_pairs, make_tiny_clip, split_pairs
+from tiny import QUICK, interrupted_after, make_pairs, make_tiny_clip, split_pairs
 
 import cliperase_fast as cf
 from cliperase_fast import InputError
@@ -64,18 +64,9 @@ def test_a_step_reads_each_image_once():
     assert each[1] - each[0] == 2 * steps * QUICK["batch_size"]
 
 
-def test_repeated_and_resumed_runs_have_the_same_bits(tmp_path, monkeypatch):
+def test_repeated_and_resumed_runs_have_the_same_bits(tmp_path):
     whole, again = (run(epochs=3)[0] for _ in range(2))
-    step, calls = Trainer._step, []
-
-    def stopping(trainer, done, batches):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return step(trainer, done, batches)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "_step", stopping)
+    with interrupted_after(3):
         run(epochs=3, output_dir=tmp_path / "run")
     resumed, _ = run(epochs=3, output_dir=tmp_path / "run", resume=True)
     for other in (again, resumed):

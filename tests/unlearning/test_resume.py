@@ -1,13 +1,11 @@
 """A run that is killed and resumed ends with the weights of one that was not, bit for bit."""
 
 import json
-import signal
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from processes import context
+from processes import kill_once
 from safetensors.torch import load_file
 from tiny import make_pairs, make_tiny_clip, split_pairs
 
@@ -50,14 +48,8 @@ def uninterrupted(tmp_path_factory):
 @pytest.mark.parametrize("lines", [1, 13])
 def test_a_run_killed_by_sigkill_resumes_to_the_same_weights(tmp_path, uninterrupted, lines):
     output = tmp_path / "run"
-    process = context().Process(target=run, args=(output,), daemon=True)
-    process.start()
     log = output / "metrics.jsonl"
-    while process.is_alive() and not (log.is_file() and log.read_bytes().count(b"\n") >= lines):
-        time.sleep(0.001)
-    process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    kill_once(lambda: log.is_file() and log.read_bytes().count(b"\n") >= lines, run, output)
     assert not (output / "result.json").exists(), "the run ended before it could be killed"
 
     run(output, resume=True)

@@ -43,9 +43,6 @@ def assert_same_run(left, right):
     assert files[0] == files[1]
 
 
-EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree", "os.truncate")
-
-
 class Crashes:
     """Copies of a folder as a kill would leave it before each operation on a file in it, each state once."""
 

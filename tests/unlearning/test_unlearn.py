@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import QUICK, make_pairs, make_tiny_clip, split_pairs
+from tiny import QUICK, TwoTowers, make_pairs, make_tiny_clip, split_pairs, tokenize
 
 import cliperase_fast as cf
 from cliperase_fast import InputError, UnlearningError
@@ -370,22 +370,6 @@ def test_unreadable_images_are_named_or_skipped_and_counted(tmp_path):
 
 
 def test_a_generic_two_tower_module_is_unlearned_too():
-    class TwoTowers(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.visual = torch.nn.Linear(3 * 8 * 8, 8)
-            self.text = torch.nn.Embedding(128, 8)
-            self.logit_scale = torch.nn.Parameter(torch.tensor(2.0))
-
-        def encode_image(self, pixels):
-            return self.visual(pixels.flatten(1))
-
-        def encode_text(self, tokens):
-            return self.text(tokens).mean(1)
-
-    def tokenize(captions):
-        return torch.tensor([[ord(letter) for letter in caption.ljust(16)[:16]] for caption in captions])
-
     model = TwoTowers()
     result = cf.unlearn(copy.deepcopy(model), RED, REST, tokenizer=tokenize, **QUICK)
     assert isinstance(result.model, TwoTowers)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from cliperase_fast.ops.autograd import as_sweep, cache_budget
 from cliperase_fast.ops.calibrated import CalibratedInputs, Edit, Pull
-from cliperase_fast.ops.calibrated_sweep import FORGET, SortedPairs, as_calibrated
+from cliperase_fast.ops.calibrated_autograd import as_calibrated
+from cliperase_fast.ops.calibrated_sweep import FORGET, SortedPairs
 from cliperase_fast.ops.native import extension
 from cliperase_fast.ops.native.extension import as_buffer_or_none
 from cliperase_fast.ops.sigmoid import SigmoidParts, as_sigmoid

@@ -21,11 +21,12 @@ from cliperase_fast.ops.blocks import (
     full_wave,
     in_blocks,
     kept_bytes,
-    kept_rows,
+    kept_share,
     round_up,
 )
 from cliperase_fast.ops.calibrated import Edit, Pull, calibrated_terms, edited_entry
-from cliperase_fast.ops.calibrated_sweep import as_calibrated, gradients_by_blocks, losses_by_blocks
+from cliperase_fast.ops.calibrated_autograd import as_calibrated
+from cliperase_fast.ops.calibrated_sweep import gradients_by_blocks, losses_by_blocks
 from cliperase_fast.ops.matmul import as_pair, batched_product, product
 from cliperase_fast.ops.native import extension
 from cliperase_fast.ops.native.extension import as_buffer_or_none
@@ -88,8 +89,7 @@ class CudaKernels:
         return kept_bytes(inputs, _kept_row_bytes(inputs, _ALIGNMENT))  # each kind of columns has its own padding
 
     def cache_share(self, inputs: SimilarityInputs, available: int) -> int:
-        row_bytes = _kept_row_bytes(inputs)
-        return row_bytes * kept_rows(inputs.n, row_bytes, available)
+        return kept_share(inputs.n, _kept_row_bytes(inputs), available)
 
     def workspace(self, size: int, device: torch.device) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device=device)

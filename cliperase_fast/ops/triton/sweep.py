@@ -13,9 +13,10 @@ import triton
 from torch import Tensor
 
 from cliperase_fast.ops.autograd import as_sweep, cache_budget
-from cliperase_fast.ops.blocks import kept_bytes, kept_rows
+from cliperase_fast.ops.blocks import kept_bytes, kept_share
 from cliperase_fast.ops.calibrated import Edit, Pull
-from cliperase_fast.ops.calibrated_sweep import as_calibrated, gradients_by_blocks, losses_by_blocks
+from cliperase_fast.ops.calibrated_autograd import as_calibrated
+from cliperase_fast.ops.calibrated_sweep import gradients_by_blocks, losses_by_blocks
 from cliperase_fast.ops.spec import (
     NUM_SAVED,
     GradientTerms,
@@ -80,8 +81,7 @@ class TritonKernels:
         return kept_bytes(inputs, _kept_row_bytes(inputs))
 
     def cache_share(self, inputs: SimilarityInputs, available: int) -> int:
-        row_bytes = _kept_row_bytes(inputs)
-        return row_bytes * kept_rows(inputs.n, row_bytes, available)
+        return kept_share(inputs.n, _kept_row_bytes(inputs), available)
 
     def workspace(self, size: int, device: torch.device) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device=device)
