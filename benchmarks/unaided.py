@@ -55,6 +55,7 @@ from .unaided_verdicts import (
     METHODS,
     SEARCH,
     SEARCHED,
+    SIMILAR,
     UNRELATED,
     verdicts,
 )
@@ -77,8 +78,7 @@ class Study:
 
     concepts: the selector of each thing to forget. fixed: for each the settings of version 0.1's demo. original:
     returns the folder of the model with this training seed. oracles: the folders of the models without this concept.
-    test: where to measure, if not on the source's own test split. methods: to run, of `METHODS`, `UNRELATED` and
-    `BFLOAT16`.
+    test: where to measure, if not on the source's own test split. methods: to run, of `METHODS` and `EXTRA`.
     """
 
     source: str
@@ -126,16 +126,19 @@ def towers(shards: str, test_shards: str) -> Study:
         lambda seed: towers_model(shards, seed=seed, progress=bars),
         lambda concept: towers_oracles(shards, concept, 3, progress=bars),
         f"wds:{test_shards}",
-        (*METHODS, BFLOAT16),
+        (*METHODS, SIMILAR, BFLOAT16),
     )
 
 
 def cifar10(shards: str, test_shards: str) -> Study:
-    return small(f"wds:{shards}", classes("airplane", "dog", "ship"), DEMO, test=f"wds:{test_shards}")
+    study = small(f"wds:{shards}", classes("airplane", "dog", "ship"), DEMO, test=f"wds:{test_shards}")
+    return replace(study, methods=(*METHODS, SIMILAR))
 
 
 STUDIES: Mapping[str, Callable[[], Study]] = {
-    "digits": partial(small, "demo", classes("seven", "three", "eight", "one", "five"), DEMO, oracles=5),
+    "digits": lambda: replace(
+        small("demo", classes("seven", "three", "eight", "one", "five"), DEMO, oracles=5), methods=(*METHODS, SIMILAR)
+    ),
     "shapes": lambda: replace(
         small("shapes", SHAPES, {"red circle": DEMO_FEW_PAIRS, "stars": DEMO, "purple": DEMO}),
         methods=(*METHODS, UNRELATED),
@@ -247,8 +250,8 @@ class _Bench:
             return {"method": "cliperase", **self.study.fixed[self.concept]}
         if method == CONTROL:
             return self.control()
-        if method == UNRELATED:
-            return {"method": "calibrated", "forget_level": "unrelated"}
+        if method in (UNRELATED, SIMILAR):
+            return {"method": "calibrated", "forget_level": "unrelated" if method == UNRELATED else "similar"}
         if method == BFLOAT16:
             return {"method": "calibrated", "precision": "bf16"}
         return {"method": {CALIBRATED: "calibrated", SEARCHED: "cliperase"}[method]}

@@ -11,12 +11,11 @@ import numpy as np
 from .records import Table
 from .unaided_verdicts import (
     AUDITED,
-    BFLOAT16,
     CALIBRATED,
+    EXTRA,
     FIXED,
     GIVEN,
     SEARCHED,
-    UNRELATED,
     after,
     done,
     failed,
@@ -48,7 +47,7 @@ def scores_table(record: Record) -> Table:
         *(LEVELS[name] for name in levels), "mean gap", "time",
     )  # fmt: skip
     there = {run["method"] for run in runs}
-    shown = [method for method in AUDITED if method not in (UNRELATED, BFLOAT16) or method in there]
+    shown = [method for method in AUDITED if method not in EXTRA or method in there]
     return head, [*(_method_row(runs, method, levels) for method in shown), *_reference_rows(runs, levels)]
 
 
