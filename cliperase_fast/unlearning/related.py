@@ -270,16 +270,13 @@ def related_note(train: Split, background: Background, level: str, masked: bool)
             continue
         related = list(dict.fromkeys(name for label in (of if similar else of[:1]) for name in others[label]))
         shown = ", ".join(repr(name) for name in related[:3]) + (", ..." if len(related) > 3 else "")
-        first, many = repr(names[of[0]]), f"{len(of)} classes to forget, {names[of[0]]!r} among them,"
-        if similar:
-            who = f"{first} looks" if len(of) == 1 else f"{many} look"
-            told.append(f"{who} to the original most like retained classes ({shown})")
-        else:
-            who = f"{first} shares" if len(of) == 1 else f"{many} share"
-            told.append(f"{who} words with retained classes ({shown})")
+        classes = f"the retained class {shown}" if len(related) == 1 else f"retained classes ({shown})"
+        who = repr(names[of[0]]) if len(of) == 1 else f"{len(of)} classes to forget, {names[of[0]]!r} among them,"
+        s = "s" if len(of) == 1 else ""
+        told.append(f"{who} look{s} most like {classes}" if similar else f"{who} share{s} words with {classes}")
     return (
-        f"{'; '.join(told)}. A model that never saw the pairs to forget would know these, so the target is near the "
-        "level of those classes instead of that of unrelated pairs (forget_level='unrelated')"
+        f"{'; '.join(told)}. A model that never saw the pairs to forget would know what they have in common, so the "
+        "target is near the level of those classes instead of that of unrelated pairs (forget_level='unrelated')"
     )
 
 

@@ -289,8 +289,8 @@ def test_a_run_takes_them_for_its_loss_unless_told_otherwise(monkeypatch):
     for name in ("background_image", "background_text"):
         assert torch.equal(first[name][~mask], second[name][~mask])
         assert not torch.isclose(first[name][mask], second[name][mask]).any()
-    assert any("words with retained classes" in note for note in related.record["notes"])
-    assert not any("words with retained" in note for note in plain.record["notes"])
+    assert any("shares words with" in note for note in related.record["notes"])
+    assert not any("shares words with" in note for note in plain.record["notes"])
     held = [[line["held"] for line in result.history if "held" in line] for result in (plain, related)]
     assert held[0][0] == held[1][0] == pytest.approx(0, abs=1e-10) and held[0][1:] != held[1][1:]
 
@@ -319,7 +319,7 @@ def test_a_run_with_many_retain_pairs_takes_a_sample_of_each_class(monkeypatch):
     monkeypatch.setattr(teacher, "BACKGROUND_WHOLE", 5)
     monkeypatch.setattr(teacher, "BACKGROUND_SAMPLE", 12)
     sampled = run()
-    assert any("words with retained classes" in note for note in sampled.record["notes"])
+    assert any("shares words with" in note for note in sampled.record["notes"])
     mask = seen[0]["forget_mask"]
     for name in ("background_image", "background_text"):
         assert torch.allclose(seen[0][name][mask], seen[-1][name][mask], atol=0.1)
@@ -329,7 +329,7 @@ def test_a_run_with_many_retain_pairs_takes_a_sample_of_each_class(monkeypatch):
 @pytest.mark.parametrize("changes", [{"false_negatives": "caption"}, {"false_negatives": "none"}])
 def test_a_run_without_classes_has_the_levels_of_all_pairs(changes):
     found = run(**changes)
-    assert not any("words with retained" in note for note in found.record["notes"])
+    assert not any("shares words with" in note for note in found.record["notes"])
     plain = run(forget_level="unrelated", **changes)
     assert [line.get("total") for line in found.history] == [line.get("total") for line in plain.history]
 
@@ -364,7 +364,7 @@ def test_every_method_is_judged_by_the_level_of_related_classes(method):
         numbers = {} if method == "text_projection" else {"epochs": 1, "batch_size": 6, "learning_rate": 1e-3}
         found = call(method=method, select="divergence", forget_level=level, progress=False, report=False, **numbers)
         levels[level] = found.record["selection"]["background"]
-        told = any("words with retained classes" in note for note in found.record["notes"])
+        told = any("shares words with" in note for note in found.record["notes"])
         assert told == (level != "unrelated")
     assert levels["auto"] == levels["related"]
     assert abs(levels["related"] - levels["unrelated"]) > 1e-3
@@ -416,7 +416,7 @@ def test_mean_captions_of_classes_count_every_pair_once():
 def test_the_note_names_the_most_similar_class():
     relatives, _, _, levels = similar(0.5)
     note = related_note(split(LABELS, 6, names=ALONE), levels, "similar", True)
-    assert f"'seven' looks to the original most like retained classes ('{ALONE[relatives[0][0]]}')" in note
+    assert f"'seven' looks most like the retained class '{ALONE[relatives[0][0]]}'. A model" in note
     without = related_note(split(LABELS, 6, names=ALONE), levels_of_all(), "similar", True)
     assert "forget_level='similar' makes no difference: no class to forget is more similar" in without
 
@@ -442,5 +442,5 @@ def test_only_asking_for_similar_levels_raises_those_of_classes_without_shared_w
     found = {level: unnamed(forget_level=level) for level in ("auto", "similar", "unrelated")}
     background = {level: one.record["selection"]["background"] for level, one in found.items()}
     assert background["auto"] == background["unrelated"] < background["similar"] - 1e-3
-    told = {level: "looks to the original most like" in " ".join(one.record["notes"]) for level, one in found.items()}
+    told = {level: "looks most like" in " ".join(one.record["notes"]) for level, one in found.items()}
     assert told == {"auto": False, "similar": True, "unrelated": False}
