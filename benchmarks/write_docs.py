@@ -30,6 +30,7 @@ from . import (
     kernel_tables,
     leaderboard_report,
     ledger_report,
+    levels,
     loss_report,
     points_report,
     preparation,
@@ -385,6 +386,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "unaided": lambda: unaided_report.overall_line(_unaided()),
     "unaided-overview": lambda: table(*unaided_report.overview_table(_unaided())),
     **{f"unaided-{name}": partial(unaided, name) for name in unaided_report.DATA},
+    **{
+        f"levels-{name}": partial(sections, f"levels-{name}", levels.parts, levels.NOT_MEASURED)
+        for name in levels.ORACLES
+    },
     "leaderboard-top": leaderboard_top,
     "search": lambda: sections("search", leaderboard_report.search, "Not measured yet: `python -m benchmarks.search`."),
     **{f"leaderboard-{name}": partial(leaderboard, name) for name in leaderboard_report.BOARDS},
