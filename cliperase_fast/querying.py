@@ -17,7 +17,7 @@ from cliperase_fast.data.decoding import decode
 from cliperase_fast.data.intake import ItemError, Tally
 from cliperase_fast.data.pair_sets import read_pairs
 from cliperase_fast.data.sources import require_indexed
-from cliperase_fast.defaults import torch_defaults
+from cliperase_fast.defaults import plain_torch
 from cliperase_fast.errors import InputError
 from cliperase_fast.evaluation.encoding import image_feature_parts
 from cliperase_fast.evaluation.evaluating import check_settings
@@ -110,7 +110,7 @@ class QueryMatches:
         return contact_sheet(self.query, "Pairs found by a query", facts, groups)
 
 
-@torch_defaults()
+@plain_torch()
 def select_by_query(
     model: Any,
     data: Any,

@@ -21,7 +21,7 @@ from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.data.classes import check_templates
 from cliperase_fast.data.drawing import seeded
 from cliperase_fast.data.loading import PixelCache
-from cliperase_fast.defaults import torch_defaults
+from cliperase_fast.defaults import plain_torch
 from cliperase_fast.distributed import Ranks, init_distributed
 from cliperase_fast.errors import InputError
 from cliperase_fast.evaluation.evaluating import check_settings
@@ -32,7 +32,7 @@ from cliperase_fast.storage import check_writable
 
 
 @reuse_freed_memory()
-@torch_defaults()
+@plain_torch()
 def audit(
     before: Any,
     after: Any,

@@ -23,7 +23,7 @@ from cliperase_fast.data.checks import find_bad_images
 from cliperase_fast.data.classes import check_templates
 from cliperase_fast.data.intake import Tally
 from cliperase_fast.data.sources import require_indexed
-from cliperase_fast.defaults import torch_defaults
+from cliperase_fast.defaults import plain_torch
 from cliperase_fast.errors import InputError
 from cliperase_fast.evaluation.encoding import encode_pairs, require_finite
 from cliperase_fast.evaluation.scoring import score
@@ -35,7 +35,7 @@ from cliperase_fast.progress import bars_by_default, say
 
 
 @reuse_freed_memory()
-@torch_defaults()
+@plain_torch()
 def evaluate(
     model: Any,
     data: Any,

@@ -13,7 +13,7 @@ from torch import Tensor
 from cliperase_fast.allocation import reuse_freed_memory
 from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.data.drawing import seeded
-from cliperase_fast.defaults import torch_defaults
+from cliperase_fast.defaults import plain_torch
 from cliperase_fast.distributed import init_distributed
 from cliperase_fast.progress import bars_by_default
 from cliperase_fast.unlearning.auditing import add_audit
@@ -29,8 +29,7 @@ from cliperase_fast.unlearning.runtime import Runtime
 
 
 @reuse_freed_memory()
-@torch_defaults()
-@torch.inference_mode(False)
+@plain_torch()
 @torch.enable_grad()
 def unlearn(
     model: Any,

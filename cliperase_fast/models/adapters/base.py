@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cliperase_fast.defaults import torch_defaults
+from cliperase_fast.defaults import plain_torch, torch_defaults
 from cliperase_fast.errors import InputError
 from cliperase_fast.models.equivalence import verify_saved
 from cliperase_fast.models.preprocessing import CaptionTokenizer, as_transform, lacks_padding
@@ -226,7 +226,7 @@ class ClipAdapter(ABC):
             ) from error
         return twin
 
-    @torch_defaults()
+    @plain_torch()
     def save(self, directory: str | Path) -> None:
         """Write the model to a folder that its own library loads: all of it or nothing. Call `merge_lora` first.
 
