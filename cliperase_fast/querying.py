@@ -25,7 +25,7 @@ from cliperase_fast.evaluation.ranking import PART, best_rows, cosines, mean_que
 from cliperase_fast.models import ClipAdapter, load_model
 from cliperase_fast.models.preprocessing import try_transform
 from cliperase_fast.models.requirements import check_weights
-from cliperase_fast.models.runtime import in_float32, inference, pick_device
+from cliperase_fast.models.runtime import in_float32, inference, pick_device, refuse_inputs
 from cliperase_fast.plurals import counted
 from cliperase_fast.progress import Steps, bars_by_default, say
 from cliperase_fast.report.contact_sheet import Group, contact_sheet, thumbnails
@@ -222,7 +222,9 @@ def _encoded_query(adapter: ClipAdapter, query: Any, device: torch.device) -> Te
             image = try_transform(adapter.transform, image.convert("RGB"))
         if not isinstance(image, Tensor):
             raise InputError(f"the query is a {type(part).__name__}: give a text, a PIL image or the Path of an image")
-        features.append(adapter.encode_image(image[None].to(device)))
+        failure = f"the model cannot encode an example image of shape {tuple(image.shape)}"
+        with refuse_inputs(failure, "give a PIL image, or a tensor [3, H, W] of the size it was built for"):
+            features.append(adapter.encode_image(image[None].to(device)))
     return torch.cat([part.float().cpu() for part in features])
 
 

@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader, Dataset
 from cliperase_fast.data import PairDataset, caption_key
 from cliperase_fast.data.loading import PixelCache, load_batches
 from cliperase_fast.distributed import SINGLE_PROCESS, Ranks
-from cliperase_fast.errors import InputError, is_out_of_memory
+from cliperase_fast.errors import InputError
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.models.fast_paths.frozen_front import FrozenFront
-from cliperase_fast.models.runtime import dtype_hint, inference
+from cliperase_fast.models.runtime import inference, refuse_inputs
 from cliperase_fast.progress import Steps
 
 
@@ -204,15 +204,11 @@ def _encode_text(adapter: ClipAdapter, tokens: Tensor, batch_size: int, progress
 def _encode_tokens(adapter: ClipAdapter, tokens: Tensor) -> Tensor:
     if adapter.in_step:  # the exchange of weights has errors of its own
         return adapter.encode_text(tokens)
-    try:
+    ids = f"ids from {int(tokens.min())} to {int(tokens.max())}"
+    with refuse_inputs(
+        f"the model cannot encode captions of {tokens.shape[1]} tokens with {ids}", "use its own tokenizer"
+    ):
         return adapter.encode_text(tokens)
-    except (RuntimeError, IndexError) as error:
-        if is_out_of_memory(error):  # reported by `inference`
-            raise
-        raise InputError(
-            f"the model cannot encode captions of {tokens.shape[1]} tokens with ids from {int(tokens.min())} to "
-            f"{int(tokens.max())} ({error}): {dtype_hint(error) or 'use its own tokenizer'}"
-        ) from error
 
 
 def _encode_images(
@@ -322,17 +318,11 @@ def _image_features(
 
 
 def _encode_image(encode: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
-    try:
+    with refuse_inputs(
+        f"the model cannot encode images of shape {tuple(pixels.shape[1:])}",
+        "give tensors of the size it was built for, or PIL images, which its transform resizes",
+    ):
         return encode(pixels)
-    except RuntimeError as error:
-        if is_out_of_memory(error):  # reported by `inference`
-            raise
-        remedy = (
-            dtype_hint(error) or "give tensors of the size it was built for, or PIL images, which its transform resizes"
-        )
-        raise InputError(
-            f"the model cannot encode images of shape {tuple(pixels.shape[1:])} ({error}): {remedy}"
-        ) from error
 
 
 class _Pixels(Dataset):

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from cliperase_fast.distributed import Ranks
-from cliperase_fast.errors import InputError, tell_out_of_memory
+from cliperase_fast.errors import InputError, UnlearningError, is_out_of_memory, tell_out_of_memory
 
 if TYPE_CHECKING:
     from cliperase_fast.models.adapters.base import ClipAdapter
+
+# What torch (RuntimeError, IndexError), transformers (ValueError) and timm raise for inputs of another size.
+_OF_INPUTS = (RuntimeError, IndexError, ValueError, AssertionError)
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -167,9 +170,26 @@ def in_dtypes_of(given: ClipAdapter, adapter: ClipAdapter) -> ClipAdapter:
     return twin
 
 
-def dtype_hint(error: Exception) -> str:
+@contextmanager
+def refuse_inputs(failure: str, remedy: str) -> Iterator[None]:
+    """Turn an error that an encoder raises inside the block into an `InputError`.
+
+    failure: what cannot be encoded, such as "the model cannot encode captions of 77 tokens". remedy: for wrong inputs.
+    """
+    try:
+        yield
+    except Exception as error:  # each library raises its own kind for an input that it cannot take
+        if isinstance(error, (InputError, UnlearningError)) or is_out_of_memory(error):
+            raise
+        said = str(error)
+        if not isinstance(error, _OF_INPUTS):
+            said, remedy = f"{type(error).__name__}: {said}", "correct the model's own code, which raised this"
+        raise InputError(f"{failure} ({said}): {_dtype_hint(said) or remedy}") from error
+
+
+def _dtype_hint(said: str) -> str:
     """Return what to do about an encoder's error that mentions dtypes; else an empty string."""
-    if not any(word in str(error) for word in ("dtype", "Half", "BFloat16", "Double")):
+    if not any(word in said for word in ("dtype", "Half", "BFloat16", "Double")):
         return ""
     return (
         "the weights are float32 here, whatever dtype they were given in, so the encoders must follow the dtype of "
