@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cliperase_fast.coercion import whole
 from cliperase_fast.data import PairDataset, as_pairs, open_source, parse_reference, select
 from cliperase_fast.data.decoding import decode
 from cliperase_fast.data.intake import ItemError, Tally
@@ -146,12 +148,12 @@ def select_by_query(
     """
     if k is None and threshold is None:
         raise InputError("say how many pairs to find: give k=, or the least similarity threshold=")
-    if k is not None and k < 1:
-        raise InputError(f"k={k} must be at least 1")
-    if threshold is not None and not -1 <= threshold <= 1:
-        raise InputError(f"threshold={threshold} is a cosine: it must lie between -1 and 1")
+    k = None if k is None else whole("k", k, 1)
+    if threshold is not None and not (isinstance(threshold, Real) and -1 <= threshold <= 1):
+        raise InputError(f"threshold={threshold} must be a cosine, a number between -1 and 1")
     chosen = pick_device(device)
-    check_settings(batch_size, num_workers, precision, chosen, "error")
+    batch_size, num_workers = whole("batch_size", batch_size, 1), whole("num_workers", num_workers, 0)
+    check_settings(precision, chosen, "error")
     show = bars_by_default() if progress is None else progress
     train, test = _open(data, on_error)
     skipped = Tally()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cliperase_fast.allocation import reuse_freed_memory
+from cliperase_fast.coercion import whole
 from cliperase_fast.data import (
     PairDataset,
     as_pairs,
@@ -81,7 +82,8 @@ def evaluate(
     """
     progress = bars_by_default() if progress is None else progress
     chosen = _device(device, model)
-    check_settings(batch_size, num_workers, precision, chosen, long_captions)
+    batch_size, num_workers = whole("batch_size", batch_size, 1), whole("num_workers", num_workers, 0)
+    check_settings(precision, chosen, long_captions)
     templates = check_templates(templates)
     pairs, forget_mask = _pairs(data, forget, templates, on_error)
     say("checking the %d images of %s", len(pairs), pairs.name)
@@ -137,12 +139,8 @@ def _device(device: str | torch.device, model: Any) -> torch.device:
     return pick_device(device)
 
 
-def check_settings(batch_size: int, num_workers: int, precision: str, device: torch.device, long_captions: str) -> None:
+def check_settings(precision: str, device: torch.device, long_captions: str) -> None:
     """Raise InputError for settings of the encoders that are not valid."""
-    if batch_size < 1:
-        raise InputError(f"batch_size={batch_size} must be at least 1")
-    if num_workers < 0:
-        raise InputError(f"num_workers={num_workers} must not be negative")
     check_precision(precision, device)
     if long_captions not in ("error", "truncate"):
         raise InputError(f"long_captions={long_captions!r} is not one of error, truncate")

@@ -30,7 +30,7 @@ def pick_device(device: str | torch.device) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise InputError(f"device={str(device)!r} is not a valid device; use auto, cpu, cuda or cuda:N") from error
     if chosen.type not in ("cpu", "cuda"):
         raise InputError(f"device={str(device)!r} is not supported; use auto, cpu, cuda or cuda:N")
