@@ -109,11 +109,29 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def inference(module: nn.Module, device: torch.device, precision: str) -> Iterator[None]:
-    """Evaluation mode, no gradients and the given arithmetic. Raises `UnlearningError` if memory runs out inside."""
+    """Evaluation mode, no gradients and the given arithmetic; weights that a lookup renormalises are restored.
+
+    Raises `UnlearningError` if memory runs out inside.
+    """
     # no_grad and not inference_mode: a module that builds a mask or a table on first use and keeps it could not be
     # trained afterwards, because inference tensors cannot be saved for a backward pass.
-    with evaluating(module), encoding_fits(), torch.no_grad(), autocast(device, precision):
+    with evaluating(module), encoding_fits(), torch.no_grad(), autocast(device, precision), _renormalised(module):
         yield
+
+
+@contextmanager
+def _renormalised(module: nn.Module) -> Iterator[None]:
+    """Restore the weights of embeddings with a max_norm, which torch changes where they are looked up."""
+    tables = [
+        part.weight for part in module.modules()
+        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.max_norm is not None
+    ]  # fmt: skip
+    before = [table.detach().clone() for table in tables]
+    try:
+        yield
+    finally:
+        for table, values in zip(tables, before, strict=True):
+            table.copy_(values)
 
 
 def in_fast_layout(visual: nn.Module, pixels: Tensor) -> Tensor:  # [B, C, H, W], the same values

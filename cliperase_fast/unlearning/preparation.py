@@ -23,7 +23,7 @@ from cliperase_fast.models import ClipAdapter, load_model, set_trainable
 from cliperase_fast.models.adapters.open_clip_files import weights_in_file
 from cliperase_fast.models.fast_paths.embedding import train_rows
 from cliperase_fast.models.preprocessing import as_transform, try_transform
-from cliperase_fast.models.requirements import check_weights, require_trainable
+from cliperase_fast.models.requirements import check_weights, require_dense_gradients, require_trainable
 from cliperase_fast.models.runtime import in_float32
 from cliperase_fast.progress import say
 from cliperase_fast.unlearning.auditing import check_oracles
@@ -238,6 +238,7 @@ def _load_models(inputs: Inputs, settings: UnlearnConfig, runtime: Runtime) -> M
     given = inputs.load_model(settings, runtime.device)
     check_weights(given, "model")
     require_trainable(given.module)
+    require_dense_gradients(given.module)
     original = in_float32(given)
     original.check_saveable()
     if not inputs.model_is_the_callers:

@@ -340,9 +340,10 @@ class ClipAdapter(ABC):
                 f"{limit}; pad and truncate them to that length"
             )
         if tokens.numel() and (tokens.min() < 0 or (size is not None and tokens.max() >= size)):
+            known = "token ids are at least 0" if size is None else f"the model's vocabulary has {size} entries"
             raise InputError(
-                f"the tokenizer returned ids from {int(tokens.min())} to {int(tokens.max())} and the model's "
-                f"vocabulary has {size} entries; use the tokenizer the model was trained with"
+                f"the tokenizer returned ids from {int(tokens.min())} to {int(tokens.max())} and {known}; use the "
+                "tokenizer the model was trained with"
             )
 
 
