@@ -32,7 +32,7 @@ from cliperase_fast.unlearning.engines.deepspeed import ZeroEngine
 from cliperase_fast.unlearning.engines.frozen_features import keep_front
 from cliperase_fast.unlearning.engines.local import LocalEngine
 from cliperase_fast.unlearning.engines.zero3 import Zero3Engine
-from cliperase_fast.unlearning.objective import BatchFeatures, Objective, RelatedImages
+from cliperase_fast.unlearning.objective import BatchFeatures, Objective, RelatedImages, checked_terms
 from cliperase_fast.unlearning.probing import NotFiniteError, RateSearch
 from cliperase_fast.unlearning.run import Run
 from cliperase_fast.unlearning.step_effect import ChangeMeter, merge_lora
@@ -266,7 +266,7 @@ class Trainer:
             ranks=self.ranks,
             counts=(self.counts[0], self.counts[1]),
         )
-        return self.objective(features)
+        return checked_terms(self.objective(features))
 
     def _background(
         self, teacher_image: Tensor | None, teacher_text: Tensor | None, concepts: Tensor | None
