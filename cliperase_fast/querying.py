@@ -17,6 +17,7 @@ from cliperase_fast.coercion import whole
 from cliperase_fast.data import PairDataset, as_pairs, open_source, parse_reference, select
 from cliperase_fast.data.decoding import decode
 from cliperase_fast.data.intake import ItemError, Tally
+from cliperase_fast.data.loading import transformed
 from cliperase_fast.data.pair_sets import read_pairs
 from cliperase_fast.data.sources import require_indexed
 from cliperase_fast.defaults import plain_torch
@@ -25,7 +26,6 @@ from cliperase_fast.evaluation.encoding import image_feature_parts
 from cliperase_fast.evaluation.evaluating import check_settings
 from cliperase_fast.evaluation.ranking import PART, best_rows, cosines, mean_query
 from cliperase_fast.models import ClipAdapter, load_model
-from cliperase_fast.models.preprocessing import try_transform
 from cliperase_fast.models.requirements import check_weights
 from cliperase_fast.models.runtime import in_float32, inference, pick_device, refuse_inputs
 from cliperase_fast.plurals import counted
@@ -221,7 +221,7 @@ def _encoded_query(adapter: ClipAdapter, query: Any, device: torch.device) -> Te
         if isinstance(image, Image.Image):
             if adapter.transform is None:
                 raise InputError("the example image needs a transform and the model brings none: pass transform=")
-            image = try_transform(adapter.transform, image.convert("RGB"))
+            image = transformed(adapter.transform, image.convert("RGB"))
         if not isinstance(image, Tensor):
             raise InputError(f"the query is a {type(part).__name__}: give a text, a PIL image or the Path of an image")
         failure = f"the model cannot encode an example image of shape {tuple(image.shape)}"

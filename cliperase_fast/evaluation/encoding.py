@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cliperase_fast.data import PairDataset, caption_key
-from cliperase_fast.data.loading import PixelCache, load_batches
+from cliperase_fast.data.loading import PixelCache, load_batches, name_of, stack_images, transformed
 from cliperase_fast.distributed import SINGLE_PROCESS, Ranks
 from cliperase_fast.errors import InputError
 from cliperase_fast.models import ClipAdapter
@@ -292,7 +292,7 @@ def _loader(
         _Pixels(pairs, adapter.transform, cache),
         batch_sampler=batches,
         num_workers=num_workers,
-        collate_fn=_stack,
+        collate_fn=stack_images,
         pin_memory=device.type == "cuda",
         generator=torch.Generator("cpu"),  # otherwise the loader would draw from the global generator
     )
@@ -343,14 +343,4 @@ class _Pixels(Dataset):
                 f"{self.pairs.name} gives PIL images and the model has no transform: pass transform= "
                 "(PIL image -> tensor [3, H, W]), or give tensors"
             )
-        return self.transform(image)
-
-
-def _stack(images: list[Tensor]) -> Tensor:
-    shapes = sorted({tuple(image.shape) for image in images})
-    if len(shapes) > 1:
-        raise InputError(
-            f"images of one batch have different shapes, {shapes[0]} and {shapes[-1]}: give tensors of one "
-            "size, or PIL images and a transform that resizes them"
-        )
-    return torch.stack(images)
+        return transformed(self.transform, image, name_of(self.pairs, index))

@@ -23,13 +23,13 @@ from cliperase_fast.data import (
 from cliperase_fast.data.checks import find_bad_images
 from cliperase_fast.data.classes import check_templates
 from cliperase_fast.data.intake import Tally
+from cliperase_fast.data.loading import transformed
 from cliperase_fast.data.sources import require_indexed
 from cliperase_fast.defaults import plain_torch
 from cliperase_fast.errors import InputError
 from cliperase_fast.evaluation.encoding import encode_pairs, require_finite
 from cliperase_fast.evaluation.scoring import score
 from cliperase_fast.models import ClipAdapter, load_model
-from cliperase_fast.models.preprocessing import try_transform
 from cliperase_fast.models.requirements import check_weights
 from cliperase_fast.models.runtime import check_precision, in_float32, pick_device
 from cliperase_fast.progress import bars_by_default, say
@@ -100,7 +100,7 @@ def evaluate(
     )
     check_weights(given, "model")
     if transform is not None and len(pairs) and not isinstance(first := pairs.image(0), Tensor):
-        try_transform(given.transform, first)
+        transformed(given.transform, first)
     adapter = in_float32(given)
     say("encoding %d images and their captions", len(pairs))
     encoded = encode_pairs(

@@ -305,9 +305,11 @@ class Trainer:
             yield
         except InputError as error:
             saved = f" {self.tracker.last_checkpoint()}." if self.ranks.size == 1 else ""
+            repair = f"Repair it and {advice().go_on}" if self.run.resumable else "Repair it"
+            skip = ", also with on_error='skip', which puts another pair in the place of an unreadable image"
             raise UnlearningError(
-                f"training stopped before step {done + 1}: {error}.{saved} Repair it and {advice().go_on}, also "
-                "with on_error='skip', which puts another pair in the place of an unreadable image"
+                f"training stopped before step {done + 1}: {error}.{saved} {repair}"
+                f"{skip if self.settings.on_error == 'raise' else ''}"
             ) from error
 
     def _not_finite(self, done: int, what: str, terms: dict[str, float]) -> NotFiniteError:
