@@ -17,7 +17,7 @@ from cliperase_fast.coercion import whole
 from cliperase_fast.data import PairDataset, as_pairs, open_source, parse_reference, select
 from cliperase_fast.data.decoding import decode
 from cliperase_fast.data.intake import ItemError, Tally
-from cliperase_fast.data.loading import transformed
+from cliperase_fast.data.loading import stack_images, transformed
 from cliperase_fast.data.pair_sets import read_pairs
 from cliperase_fast.data.sources import require_indexed
 from cliperase_fast.defaults import plain_torch
@@ -226,7 +226,7 @@ def _encoded_query(adapter: ClipAdapter, query: Any, device: torch.device) -> Te
             raise InputError(f"the query is a {type(part).__name__}: give a text, a PIL image or the Path of an image")
         failure = f"the model cannot encode an example image of shape {tuple(image.shape)}"
         with refuse_inputs(failure, "give a PIL image, or a tensor [3, H, W] of the size it was built for"):
-            features.append(adapter.encode_image(image[None].to(device)))
+            features.append(adapter.encode_image(stack_images([image]).to(device)))
     return torch.cat([part.float().cpu() for part in features])
 
 

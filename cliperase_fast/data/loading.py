@@ -79,13 +79,14 @@ def name_of(pairs: PairDataset, index: int) -> str:
 
 
 def stack_images(images: Sequence[Tensor]) -> Tensor:  # B of [3, H, W] -> [B, 3, H, W]
+    """Copy images into a batch, so that neither writes to it nor gradients reach the caller's tensors."""
     shapes = sorted({tuple(image.shape) for image in images})
     if len(shapes) > 1:
         raise InputError(
             f"images of one batch have different shapes, {shapes[0]} and {shapes[-1]}: give tensors of one "
             "size, or PIL images and a transform that resizes them"
         )
-    return torch.stack(list(images))
+    return torch.stack([image.detach() for image in images])
 
 
 class PixelCache:

@@ -259,7 +259,7 @@ def _encode_in_step(
     def next_pixels() -> tuple[Tensor, bool]:
         for pixels in islice(own, 1):
             return pixels, True
-        return loader.dataset[0][None], False
+        return stack_images([loader.dataset[0]]), False
 
     with Steps(len(batches), "encoding", "batch", bar=progress) as steps:
         for _ in range(max(share.stop - share.start for share in shares)):

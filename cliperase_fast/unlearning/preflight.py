@@ -13,6 +13,7 @@ from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.data import PairDataset
 from cliperase_fast.data.drawing import seeded
 from cliperase_fast.data.images import pixel_bytes
+from cliperase_fast.data.loading import stack_images
 from cliperase_fast.errors import InputError
 from cliperase_fast.evaluation import Background, EncodedPairs
 from cliperase_fast.models import ClipAdapter
@@ -92,10 +93,13 @@ def check_gradient(
         runtime.autocast(),
         refuse_inputs(failure, remedy),
     ):
-        reached = {  # stacked and not indexed, as autograd cannot save a view of an image made in inference mode
-            "image": student.encode_image(torch.stack([pixels]).to(runtime.device)).requires_grad,
-            "text": student.encode_text(tokens).requires_grad,
+        features = {  # stacked and not indexed, as autograd cannot save a view of an image made in inference mode
+            "image": student.encode_image(stack_images([pixels]).to(runtime.device)),
+            "text": student.encode_text(tokens),
         }
+    reached = {tower: of_tower.requires_grad for tower, of_tower in features.items()}
+    for tower, of_tower in features.items():
+        _refuse_others_weights(student.module, of_tower, f"encode_{tower}")
     wanted = [config.trainable] if config.trainable in reached else list(reached)
     missing = [f"encode_{tower}" for tower in wanted if not reached[tower]]
     if len(missing) == len(wanted):
@@ -113,6 +117,25 @@ def check_gradient(
         )
 
 
+def _refuse_others_weights(module: nn.Module, features: Tensor, method: str) -> None:
+    """Raise `InputError` if features depend on a trainable tensor that is not a parameter of the module."""
+    own = {id(parameter) for parameter in module.parameters()}
+    nodes, seen = [features.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in own:
+            raise InputError(
+                f"{method} of a copy of the {type(module).__name__} uses a trainable tensor {list(leaf.shape)} that is "
+                "not a parameter of the copy, which would not be trained: a lambda, a weak reference or a global holds "
+                "the given model or another one; reach its parts through self"
+            )
+        nodes += [following for following, _ in node.next_functions]
+
+
 def check_teacher(
     config: UnlearnConfig,
     teacher: ClipAdapter,
@@ -124,7 +147,7 @@ def check_teacher(
     """Encode one pair, so that an unusable teacher is an error before anything is written."""
     failure, remedy = "the teacher cannot encode the model's images and tokens", "use the same image size and tokenizer"
     with runtime.inference(teacher), refuse_inputs(failure, remedy):
-        image = teacher.encode_image(pixels[None].to(runtime.device))
+        image = teacher.encode_image(stack_images([pixels]).to(runtime.device))
         text = teacher.encode_text(captions.rows([captions.highest]).to(runtime.device))
     if not (image.isfinite().all() and text.isfinite().all()):
         raise InputError(

@@ -77,7 +77,7 @@ class Runtime:
         def next_pixels() -> tuple[Tensor, bool]:
             for pixels in islice(own, 1):
                 return pixels, True
-            return images[int(used[0]), 0][None], False  # encoded only because the other ranks wait
+            return stack_images([images[int(used[0]), 0]]), False  # encoded only because the other ranks wait
 
         with Steps(rounds, what, "batch", bar=self.progress) as steps:
             for turn in range(rounds):

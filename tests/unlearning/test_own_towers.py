@@ -1,6 +1,7 @@
 """Towers of the caller's own whose layers do more than multiply."""
 
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,45 @@ def test_an_audit_that_would_train_embeddings_with_sparse_gradients_says_so_firs
     with pytest.raises(cf.InputError, match=r"set model\.text_embedding\.sparse = False"):
         cf.audit(model, TwoTowers(), *sets, depth=True, progress=False)
     cf.audit(model, TwoTowers(), *sets, progress=False)
+
+
+class Indirect(TwoTowers):
+    """Reaches its image tower by something that a copy shares with the original."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        if how == "lambda":
+            self.tower = lambda pixels: self.image_tower(pixels)
+        elif how == "weak reference":
+            self.image_norm.owner = weakref.ref(self)
+
+    def encode_image(self, pixels):
+        if self.how == "lambda":
+            return self.image_norm(self.tower(pixels))
+        return self.image_norm(self.image_norm.owner().image_tower(pixels))
+
+
+@pytest.mark.parametrize("how", ["lambda", "weak reference"])
+def test_a_copy_that_uses_the_given_models_weights_is_refused_and_leaves_them_no_gradient(sets, how):
+    model = Indirect(how)
+    with pytest.raises(cf.InputError, match=r"encode_image of a copy of the Indirect uses .* reach its parts through"):
+        cf.unlearn(model, *sets, **QUICK)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_images_are_neither_written_to_nor_given_gradients(sets):
+    class Writing(TwoTowers):
+        def encode_image(self, pixels):
+            return super().encode_image(pixels.mul_(0.5))
+
+    given = [[(image.clone(), caption) for image, caption in part] for part in sets]
+    cf.unlearn(Writing(), *given, **QUICK)
+    assert all(
+        torch.equal(a, b) for one, two in zip(given, sets, strict=True) for (a, _), (b, _) in zip(one, two, strict=True)
+    )
+    for part in given:
+        for image, _ in part:
+            image.requires_grad_()
+    cf.unlearn(TwoTowers(), *given, **QUICK)
+    assert all(image.grad is None for part in given for image, _ in part)
