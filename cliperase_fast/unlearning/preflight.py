@@ -78,7 +78,7 @@ def check_gradient(
 ) -> None:
     """Raise `InputError` unless a gradient reaches the parameters of `trainable` through the features.
 
-    Runs in training mode. The modules' modes, the buffers and the random state are restored.
+    Runs in training mode. The modules' modes and the random state are restored.
     """
     if not parameters:
         raise InputError(
