@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import torch
+
 from cliperase_fast.errors import InputError
 
 AUDIT_DEPTHS = ("depth", "full")  # values of `audit` beside False and True
@@ -25,6 +28,10 @@ def coerce(spec: dataclasses.Field[Any], value: Any) -> Any:
 
     A field of another type than bool, int, float or str takes any value.
     """
+    if isinstance(value, np.generic):
+        value = value.item()
+    elif isinstance(value, torch.device):
+        value = str(value)
     wanted = str(getattr(spec.type, "__name__", spec.type))
     wanted, takes_auto, _ = wanted.partition(" | Auto")
     if takes_auto and is_auto(value):
@@ -70,6 +77,14 @@ def coerce(spec: dataclasses.Field[Any], value: Any) -> Any:
     if number is int and isinstance(value, float) and value != converted:
         raise InputError(f"{spec.name}={value!r} must be a whole number")
     return converted
+
+
+def whole(name: str, value: Any, least: int) -> int:
+    """Return a whole number, one of numpy too, as an int. Raises InputError for other values and smaller numbers."""
+    number = value.item() if isinstance(value, np.generic) else value
+    if isinstance(number, bool) or not isinstance(number, int) or number < least:
+        raise InputError(f"{name}={shortly(value)} must be a whole number of at least {least}")
+    return number
 
 
 def shortly(value: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -145,6 +145,8 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _names(given: Sequence[str] | str) -> list[str]:
     """Return the names of methods; a name that is unknown is an error of `make_method`."""
+    if not isinstance(given, Iterable):
+        raise InputError(f"methods is a {type(given).__name__}; give a list of names, or 'all'")
     names = list(methods()) if given == ALL else [given] if isinstance(given, str) else list(dict.fromkeys(given))
     if not names:
         raise InputError("methods is empty: name at least one, or pass 'all'")
@@ -160,10 +162,12 @@ def _settings(
             raise InputError(f"{name}= is not for compare(), which tries several methods and audits each")
     if depth not in _DEPTHS:
         raise InputError(f"depth={depth!r} must be False, True or 'full'")
-    if config is None or isinstance(config, Mapping):
-        base = UnlearnConfig.from_dict(dict(config or {}))
+    if isinstance(config, (str, Path)):
+        base = UnlearnConfig.from_file(config)
     else:
-        base = config if isinstance(config, UnlearnConfig) else UnlearnConfig.from_file(config)
+        base = (
+            config if isinstance(config, UnlearnConfig) else UnlearnConfig.from_dict({} if config is None else config)
+        )
     found = UnlearnConfig.from_dict({**base.to_dict(), **overrides, "audit": _DEPTHS[depth]})
     return {
         spec.name: value

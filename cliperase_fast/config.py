@@ -359,6 +359,8 @@ class UnlearnConfig:
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> UnlearnConfig:
         """Build from a mapping. Raises InputError for an unknown key, with the nearest known one."""
+        if not isinstance(settings, Mapping):
+            raise InputError(f"config is a {type(settings).__name__}; pass a mapping, an UnlearnConfig or a file")
         known = [spec.name for spec in dataclasses.fields(cls)]
         for name in settings:
             if name not in known:

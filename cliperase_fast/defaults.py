@@ -7,7 +7,7 @@ loaders, optimizers) follow `torch.set_default_dtype` and `torch.set_default_dev
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import overrides
@@ -30,6 +30,22 @@ def torch_defaults() -> Iterator[None]:
     finally:
         if dtype != torch.float32:
             torch.set_default_dtype(dtype)
+
+
+@contextmanager
+def plain_torch() -> Iterator[None]:
+    """Give torch its initial defaults, and leave the caller's autocast and inference mode, in a block or a function.
+
+    For work that is complete in itself: the caller's autocast would round its products, those of a backward pass too,
+    and nothing made in inference mode can be trained.
+    """
+    with torch_defaults(), ExitStack() as modes:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                modes.enter_context(torch.autocast(device, enabled=False))
+        if torch.is_inference_mode_enabled():
+            modes.enter_context(torch.inference_mode(False))
+        yield
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from cliperase_fast import functional
 from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.data import PairDataset, open_source, parse_reference, select
 from cliperase_fast.data.drawing import seeded
-from cliperase_fast.defaults import torch_defaults
+from cliperase_fast.defaults import plain_torch
 from cliperase_fast.demo_models import DemoModel, demo_model_for
 from cliperase_fast.errors import InputError, UnlearningError
 from cliperase_fast.evaluation import evaluate
@@ -35,7 +35,7 @@ from cliperase_fast.unlearning.run_directory import RunDirectory
 _MARK = ".cliperase-demo"
 
 
-@torch_defaults()
+@plain_torch()
 def run_demo(
     forget: str = "demo#class:seven",
     output_dir: str | Path = "runs/demo",
@@ -189,7 +189,7 @@ def _check_count(oracles: int) -> None:
         raise InputError(f"oracles={oracles} must be at least 1; leave it out to train none")
 
 
-@torch_defaults()
+@plain_torch()
 def cached_model(
     pairs: PairDataset,
     recipe: DemoModel,
@@ -248,7 +248,7 @@ def cached_folder(
     return path
 
 
-@torch_defaults()
+@plain_torch()
 def train_small_clip(
     pairs: PairDataset, recipe: DemoModel, *, seed: int = 0, what: str = "a small CLIP", progress: bool = False
 ) -> nn.Module:

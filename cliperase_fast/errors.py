@@ -16,6 +16,11 @@ class UnlearningError(RuntimeError):
     """The work failed (exit code 1), for example because the loss became NaN. What was saved before stays."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text."""
+    return str(error).strip().partition("\n")[0]
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether memory ran out. On the CPU torch raises a plain RuntimeError for that."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator:" in str(error)
@@ -29,5 +34,4 @@ def tell_out_of_memory(doing: str, remedy: str) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, UnlearningError) or not is_out_of_memory(error):
             raise
-        said = str(error).strip().partition("\n")[0]
-        raise UnlearningError(f"out of memory while {doing}: {remedy} ({said})") from error
+        raise UnlearningError(f"out of memory while {doing}: {remedy} ({first_line(error)})") from error

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cliperase_fast.defaults import torch_defaults
+from cliperase_fast.defaults import plain_torch
 from cliperase_fast.errors import InputError
 from cliperase_fast.models.adapters.open_clip_config import Config, build, prove_config
 from cliperase_fast.models.requirements import require_no_parametrizations, require_trainable, require_weights
-from cliperase_fast.models.unwrapping import fold_tuners, unwrap
+from cliperase_fast.models.unwrapping import fold_tuners, outside_inference, unwrap
 
 __all__ = ["to_diffusers_text_encoder", "to_open_clip", "to_transformers"]
 
@@ -52,7 +52,7 @@ _PARTS = ("q_proj", "k_proj", "v_proj")
 State = dict[str, Tensor]
 
 
-@torch_defaults()
+@plain_torch()
 def to_transformers(model: nn.Module) -> Any:
     """Convert an open_clip CLIP or CustomTextCLIP of plain transformers to a transformers `CLIPModel`.
 
@@ -82,7 +82,7 @@ def to_transformers(model: nn.Module) -> Any:
     return _filled(result, _transformers_state(_without_text(model)), model)
 
 
-@torch_defaults()
+@plain_torch()
 def to_open_clip(model: nn.Module) -> Any:
     """Convert a transformers `CLIPModel` to an open_clip `CLIP` with the same activation and pooling of texts.
 
@@ -122,7 +122,7 @@ def to_open_clip(model: nn.Module) -> Any:
     return _filled(result, _open_clip_state(model.state_dict()), model)
 
 
-@torch_defaults()
+@plain_torch()
 def to_diffusers_text_encoder(model: nn.Module, *, projection: bool = False) -> Any:
     """Convert the text tower for Stable Diffusion: `pipeline.text_encoder = to_diffusers_text_encoder(model)`.
 
@@ -162,7 +162,7 @@ def _plain(model: nn.Module) -> nn.Module:
     require_weights(model)
     require_trainable(model)
     require_no_parametrizations(model)
-    return fold_tuners(model)
+    return fold_tuners(outside_inference(model))
 
 
 def _transformers() -> Any:

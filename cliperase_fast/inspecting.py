@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from cliperase_fast.coercion import whole
 from cliperase_fast.data import PairDataset
 from cliperase_fast.data.images import pixel_bytes
 from cliperase_fast.data.intake import Intake
@@ -110,8 +111,9 @@ def inspect_data(
     Items that cannot be used are counted instead of raising an error. Raises `InputError` if the source or a selector
     is wrong.
     """
-    if images < 0:
-        raise InputError(f"images={images} must not be negative")
+    if not isinstance(data, str):
+        raise InputError(f"data is a {type(data).__name__}; name a source by a string such as 'folder:DIR'")
+    images = whole("images", images, 0)
     opener = Opener(templates, seed, "skip")
     notes: list[str] = []
     if forget is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +13,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cliperase_fast.coercion import whole
 from cliperase_fast.data import PairDataset, as_pairs, open_source, parse_reference, select
 from cliperase_fast.data.decoding import decode
 from cliperase_fast.data.intake import ItemError, Tally
+from cliperase_fast.data.loading import stack_images, transformed
 from cliperase_fast.data.pair_sets import read_pairs
 from cliperase_fast.data.sources import require_indexed
-from cliperase_fast.defaults import torch_defaults
+from cliperase_fast.defaults import plain_torch
 from cliperase_fast.errors import InputError
 from cliperase_fast.evaluation.encoding import image_feature_parts
 from cliperase_fast.evaluation.evaluating import check_settings
 from cliperase_fast.evaluation.ranking import PART, best_rows, cosines, mean_query
 from cliperase_fast.models import ClipAdapter, load_model
-from cliperase_fast.models.preprocessing import try_transform
 from cliperase_fast.models.requirements import check_weights
-from cliperase_fast.models.runtime import in_float32, inference, pick_device
+from cliperase_fast.models.runtime import in_float32, inference, pick_device, refuse_inputs
 from cliperase_fast.plurals import counted
 from cliperase_fast.progress import Steps, bars_by_default, say
 from cliperase_fast.report.contact_sheet import Group, contact_sheet, thumbnails
@@ -110,7 +112,7 @@ class QueryMatches:
         return contact_sheet(self.query, "Pairs found by a query", facts, groups)
 
 
-@torch_defaults()
+@plain_torch()
 def select_by_query(
     model: Any,
     data: Any,
@@ -146,12 +148,12 @@ def select_by_query(
     """
     if k is None and threshold is None:
         raise InputError("say how many pairs to find: give k=, or the least similarity threshold=")
-    if k is not None and k < 1:
-        raise InputError(f"k={k} must be at least 1")
-    if threshold is not None and not -1 <= threshold <= 1:
-        raise InputError(f"threshold={threshold} is a cosine: it must lie between -1 and 1")
+    k = None if k is None else whole("k", k, 1)
+    if threshold is not None and not (isinstance(threshold, Real) and -1 <= threshold <= 1):
+        raise InputError(f"threshold={threshold} must be a cosine, a number between -1 and 1")
     chosen = pick_device(device)
-    check_settings(batch_size, num_workers, precision, chosen, "error")
+    batch_size, num_workers = whole("batch_size", batch_size, 1), whole("num_workers", num_workers, 0)
+    check_settings(precision, chosen, "error")
     show = bars_by_default() if progress is None else progress
     train, test = _open(data, on_error)
     skipped = Tally()
@@ -219,10 +221,12 @@ def _encoded_query(adapter: ClipAdapter, query: Any, device: torch.device) -> Te
         if isinstance(image, Image.Image):
             if adapter.transform is None:
                 raise InputError("the example image needs a transform and the model brings none: pass transform=")
-            image = try_transform(adapter.transform, image.convert("RGB"))
+            image = transformed(adapter.transform, image.convert("RGB"))
         if not isinstance(image, Tensor):
             raise InputError(f"the query is a {type(part).__name__}: give a text, a PIL image or the Path of an image")
-        features.append(adapter.encode_image(image[None].to(device)))
+        failure = f"the model cannot encode an example image of shape {tuple(image.shape)}"
+        with refuse_inputs(failure, "give a PIL image, or a tensor [3, H, W] of the size it was built for"):
+            features.append(adapter.encode_image(stack_images([image]).to(device)))
     return torch.cat([part.float().cpu() for part in features])
 
 

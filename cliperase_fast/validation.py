@@ -311,6 +311,7 @@ def as_scale(name: str, scale: Tensor | float, features: Tensor) -> Tensor:
     if isinstance(scale, bool) or not isinstance(scale, Real) or not -math.inf < scale < math.inf:
         raise InputError(f"{name}={scale!r} must be a finite number or a tensor of one element")
     dtype = compute_dtype(features)
+    scale = getattr(scale, "item", lambda: scale)()  # numpy would warn of a limit that its own type cannot hold
     if abs(scale) > torch.finfo(dtype).max:
         raise InputError(f"{name}={_shortened(scale)} is too large for {dtype}; pass exp of the logit_scale parameter")
     return torch.full((), float(scale), dtype=dtype, device=features.device)

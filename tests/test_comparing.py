@@ -158,6 +158,8 @@ def test_a_full_disk_is_one_line_and_the_same_call_goes_on(tmp_path, monkeypatch
     [
         ({"methods": ["shfit"]}, "method='shfit' is not one of"),
         ({"methods": []}, "methods is empty"),
+        ({"methods": 3}, "methods is a int; give a list of names, or 'all'"),
+        ({"config": 3}, "config is a int; pass a mapping, an UnlearnConfig or a file"),
         ({"batch_size": -1}, "batch_size=-1"),
         ({"audit": False}, "audit= is not for compare"),
         ({"method_options": {}}, "method_options= is not for compare"),

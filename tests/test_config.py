@@ -2,7 +2,9 @@ import dataclasses
 import inspect
 import json
 
+import numpy as np
 import pytest
+import torch
 
 from cliperase_fast import InputError, UnlearnConfig, config
 from cliperase_fast.config import parse_options, read_options
@@ -195,3 +197,17 @@ def test_batches_and_selection_follow_from_what_is_automatic(given, batch, selec
 def test_settings_that_a_method_does_not_use_stay_as_they_are():
     resolved = UnlearnConfig().resolved({"learning_rate", "batch_size", "forget_fraction"})
     assert (resolved.batch_size, resolved.forget_fraction, resolved.select) == ("auto", "auto", "floor")
+
+
+@pytest.mark.parametrize("given", [3, ["epochs"]])
+def test_settings_that_are_not_a_mapping_are_refused(given):
+    with pytest.raises(InputError, match=f"config is a {type(given).__name__}; pass a mapping, an UnlearnConfig or"):
+        UnlearnConfig.from_dict(given)
+
+
+def test_numbers_of_numpy_and_devices_of_torch_are_taken():
+    given = {"epochs": np.int64(3), "batch_size": np.uint8(8), "learning_rate": np.float32(0.25), "report": np.True_}
+    found = UnlearnConfig(**given, device=torch.device("cpu"))
+    assert (found.epochs, found.batch_size, found.learning_rate, found.report) == (3, 8, 0.25, True)
+    assert found.device == "cpu"
+    json.dumps(found.to_dict())

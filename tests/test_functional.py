@@ -229,7 +229,10 @@ def test_equal_captions_are_not_negatives_of_each_other():
     assert len(kept) == 3
 
 
-@pytest.mark.parametrize("scale", [20, 20.0, torch.tensor(20.0), torch.tensor([20.0]), torch.tensor([[20.0]])])
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "scale", [20, 20.0, numpy.float16(20), torch.tensor(20.0), torch.tensor([20.0]), torch.tensor([[20.0]])]
+)
 def test_a_scale_may_be_a_number_or_any_tensor_of_one_element(scale):
     b = batch(dtype=torch.float32)
     expected = clip_loss(b["retain_image"], b["retain_text"], torch.tensor(20.0))

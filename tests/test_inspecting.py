@@ -79,6 +79,11 @@ def test_a_negative_number_of_images_is_refused():
         cf.inspect_data("demo", images=-1)
 
 
+def test_pairs_in_place_of_a_source_are_refused():
+    with pytest.raises(InputError, match="data is a list; name a source by a string such as 'folder:DIR'"):
+        cf.inspect_data([(None, "a cat")])
+
+
 def test_of_a_stream_the_head_is_shown_and_called_so(folder, tmp_path, capsys):
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for number in range(12):

@@ -96,8 +96,10 @@ def test_queries_that_cannot_be_answered_are_refused(model, folder):
         query(model, data, k=40)
     with pytest.raises(InputError, match="give k="):
         query(model, data)
-    with pytest.raises(InputError, match="threshold=3 is a cosine"):
+    with pytest.raises(InputError, match="threshold=3 must be a cosine"):
         query(model, data, threshold=3)
+    with pytest.raises(InputError, match=r"k=2\.5 must be a whole number of at least 1"):
+        query(model, data, k=2.5)
     with pytest.raises(InputError, match="empty text"):
         query(model, data, " ", k=3)
     (folder / "dog" / "00.png").write_bytes(b"not an image")

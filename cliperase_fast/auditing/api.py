@@ -17,11 +17,12 @@ from cliperase_fast.auditing.loading import check_alike, load_models
 from cliperase_fast.auditing.result import Audit
 from cliperase_fast.auditing.sets import AuditSets, open_sets, read_sets
 from cliperase_fast.auditing.vocabulary import TEMPLATES, check_synonyms
+from cliperase_fast.coercion import whole
 from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.data.classes import check_templates
 from cliperase_fast.data.drawing import seeded
 from cliperase_fast.data.loading import PixelCache
-from cliperase_fast.defaults import torch_defaults
+from cliperase_fast.defaults import plain_torch
 from cliperase_fast.distributed import Ranks, init_distributed
 from cliperase_fast.errors import InputError
 from cliperase_fast.evaluation.evaluating import check_settings
@@ -32,7 +33,7 @@ from cliperase_fast.storage import check_writable
 
 
 @reuse_freed_memory()
-@torch_defaults()
+@plain_torch()
 def audit(
     before: Any,
     after: Any,
@@ -96,8 +97,13 @@ def audit(
     checked = check_templates(templates)
     check_templates(paraphrase_templates or None)
     check_depth(depth)
+    for named, given in (("synonyms", synonyms), ("other", other), ("holdouts", holdouts)):
+        if given is not None and not isinstance(given, Mapping):
+            raise InputError(f"{named} is a {type(given).__name__}; pass a mapping with names as its keys")
+    batch_size, num_workers = whole("batch_size", batch_size, 1), whole("num_workers", num_workers, 0)
+    seed = whole("seed", seed, 0)
     # What reading data and trying a transform draws must not come from the caller's generators.
-    with init_distributed(name, UnlearnConfig.rank_timeout) as ranks, seeded(_checked_seed(seed), gpus=False):
+    with init_distributed(name, UnlearnConfig.rank_timeout) as ranks, seeded(seed, gpus=False):
         show = (bars_by_default() if progress is None else progress) and ranks.first
         how = ranks.run_on_all(
             lambda: Encoding(
@@ -105,7 +111,7 @@ def audit(
                 PixelCache(UnlearnConfig.image_cache_mib * 2**20),
             )
         )  # fmt: skip
-        ranks.run_on_all(lambda: check_settings(batch_size, num_workers, precision, how.device, long_captions))
+        ranks.run_on_all(lambda: check_settings(precision, how.device, long_captions))
         if output_dir is not None:
             ranks.run_on_first(lambda: check_writable(Path(output_dir), "output_dir="))
         opened = ranks.run_on_all(
@@ -130,12 +136,6 @@ def audit(
         if output_dir is not None:
             ranks.run_on_first(lambda: result.save(output_dir))
     return result
-
-
-def _checked_seed(seed: int) -> int:
-    if not isinstance(seed, int) or seed < 0:
-        raise InputError(f"seed={seed!r} must be a whole number of at least 0")
-    return seed
 
 
 def _device_of(model: Any) -> torch.device | None:

@@ -22,6 +22,7 @@ from cliperase_fast.auditing.vocabulary import TEMPLATES, Wording, check_synonym
 from cliperase_fast.data.classes import check_templates
 from cliperase_fast.evaluation.encoding import SAME
 from cliperase_fast.models import ClipAdapter
+from cliperase_fast.models.requirements import require_dense_gradients
 from cliperase_fast.progress import Steps, say
 
 Scores = dict[str, dict[str, Estimate]]
@@ -47,6 +48,9 @@ def audit_models(
     rest far less well than the original, or that is a copy of an earlier one, which is left out.
     """
     check_depth(depth)
+    if depth:
+        for adapter in models.values():
+            require_dense_gradients(adapter.module)
     layout = Layout.of(sets.test, sets.forget_mask, sets.holdouts)
     asked = wordings(
         sets.test, layout.forget_concepts, check_synonyms(synonyms, sets.test),

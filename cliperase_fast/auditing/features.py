@@ -19,7 +19,7 @@ from cliperase_fast.auditing.scores import Features, Variant
 from cliperase_fast.auditing.sets import AuditSets
 from cliperase_fast.auditing.vocabulary import Wording
 from cliperase_fast.data import PairDataset, caption_key
-from cliperase_fast.data.loading import PixelCache
+from cliperase_fast.data.loading import PixelCache, name_of, stack_images, transformed
 from cliperase_fast.distributed import SINGLE_PROCESS, Ranks
 from cliperase_fast.errors import InputError
 from cliperase_fast.evaluation import EncodedPairs, encode_pairs, require_finite
@@ -221,7 +221,7 @@ def pixels_of(
     adapter: ClipAdapter, pairs: PairDataset, rows: Sequence[int] | np.ndarray, cache: PixelCache | None = None
 ) -> Tensor:
     """Return some images as the model takes them, [B, 3, H, W] on the CPU."""
-    return torch.stack([_pixels(adapter, pairs, int(row), cache) for row in rows])
+    return stack_images([_pixels(adapter, pairs, int(row), cache) for row in rows])
 
 
 def _pixels(adapter: ClipAdapter, pairs: PairDataset, row: int, cache: PixelCache | None) -> Tensor:
@@ -232,7 +232,7 @@ def _pixels(adapter: ClipAdapter, pairs: PairDataset, row: int, cache: PixelCach
         return image.cpu()
     if adapter.transform is None:
         raise InputError("the images need a transform and the model brings none: pass transform=")
-    return adapter.transform(image)
+    return transformed(adapter.transform, image, name_of(pairs, row))
 
 
 def shares_transform(first: ClipAdapter, second: ClipAdapter, pairs: PairDataset) -> bool:

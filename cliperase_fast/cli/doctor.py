@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cliperase_fast._version import __version__
 from cliperase_fast.contrastive import sigmoid_loss
-from cliperase_fast.defaults import torch_defaults
+from cliperase_fast.defaults import plain_torch
 from cliperase_fast.errors import is_out_of_memory
 from cliperase_fast.extras import EXTRAS, install_hint
 from cliperase_fast.functional import calibrated_loss, cliperase_loss
@@ -34,7 +34,7 @@ _PAIRS, _WIDTH = 67, 48  # odd, so that blocks have remainders
 _MOST_LINES = 3  # of an error in the table
 
 
-@torch_defaults()
+@plain_torch()
 def examine() -> dict[str, Any]:
     """Return versions, compilers, devices, and the self-test of each backend, as JSON data.
 

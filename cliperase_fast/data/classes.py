@@ -79,6 +79,8 @@ def check_templates(templates: Sequence[str] | str | None) -> tuple[str, ...] | 
     """Return caption templates as a tuple; each must have one "{}" for the class name. None stays None."""
     if templates is None:
         return None
+    if not isinstance(templates, Iterable):
+        raise InputError(f"templates is a {type(templates).__name__}; give a list such as ['a photo of a {{}}']")
     checked = (templates,) if isinstance(templates, str) else tuple(templates)
     if not checked:
         raise InputError("templates is empty; give at least one, for example 'a photo of a {}'")

@@ -2,26 +2,91 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cliperase_fast.data.images import ImageStore
 from cliperase_fast.data.pairs import PairDataset
-from cliperase_fast.errors import InputError
+from cliperase_fast.errors import InputError, UnlearningError, first_line
 
 
 def load_batches(loader: DataLoader) -> Iterator[Any]:
-    """Yield the loader's batches; raise an `InputError` of a loader process without torch's copy of the traceback."""
+    """Yield the loader's batches.
+
+    Raises an `InputError` of a loader process without torch's copy of the traceback, and an `UnlearningError` if the
+    processes cannot be started or one of them dies.
+    """
+    batches = _started(loader)
     try:
-        yield from loader
+        yield from batches
     except InputError as error:
         text = str(error).rstrip()
         if "Original Traceback" not in text:
             raise
         raise InputError(text.rpartition("\n")[2].partition(": ")[2]) from error
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):  # torch's words for one that died
+            raise
+        raise UnlearningError(
+            f"a process that loads images died ({first_line(error)}): use num_workers=0 to see why, or fewer if "
+            "memory ran out"
+        ) from error
+
+
+def _started(loader: DataLoader) -> Iterator[Any]:
+    if loader.num_workers == 0:
+        return iter(loader)
+    try:
+        return iter(loader)
+    except Exception as error:  # pickling runs the caller's code, and daemonic processes may have no children
+        raise UnlearningError(
+            f"the processes that load images cannot be started ({type(error).__name__}: {first_line(error)}): use "
+            "num_workers=0, or a dataset and a transform that can be pickled (no lambdas, nothing of an interactive "
+            "session)"
+        ) from error
+
+
+def transformed(transform: Callable[[Any], Any] | None, image: Any, name: str = "an image") -> Tensor:  # [3, H, W]
+    """Apply `transform` to one PIL image; raise `InputError` unless the result is a finite float tensor [3, H, W]."""
+    wanted = "it must turn a PIL image into a float tensor [3, H, W]"
+    assert transform is not None
+    try:
+        pixels: Any = transform(image)
+    except InputError:
+        raise
+    except Exception as error:  # the caller's own code
+        raise InputError(
+            f"the transform fails for {name} ({type(error).__name__}: {first_line(error)}); {wanted}"
+        ) from error
+    of = "" if name == "an image" else f" for {name}"
+    if not isinstance(pixels, Tensor):
+        raise InputError(f"the transform returned a {type(pixels).__name__}{of}; {wanted}")
+    if pixels.ndim != 3 or not pixels.is_floating_point():
+        kind = str(pixels.dtype).removeprefix("torch.")
+        scaled = "" if pixels.is_floating_point() else ", normalised with the model's mean and standard deviation"
+        raise InputError(f"the transform returned a {kind} tensor {list(pixels.shape)}{of}; {wanted}{scaled}")
+    if not pixels.sum().isfinite() and not pixels.isfinite().all():  # the sum takes a tenth of the time
+        raise InputError(f"the transform returned values that are not finite (NaN or infinity){of}; {wanted}")
+    return pixels
+
+
+def name_of(pairs: PairDataset, index: int) -> str:
+    return f"image {pairs.ids[index]!r} of {pairs.name}"
+
+
+def stack_images(images: Sequence[Tensor]) -> Tensor:  # B of [3, H, W] -> [B, 3, H, W]
+    """Copy images into a batch, so that neither writes to it nor gradients reach the caller's tensors."""
+    shapes = sorted({tuple(image.shape) for image in images})
+    if len(shapes) > 1:
+        raise InputError(
+            f"images of one batch have different shapes, {shapes[0]} and {shapes[-1]}: give tensors of one "
+            "size, or PIL images and a transform that resizes them"
+        )
+    return torch.stack([image.detach() for image in images])
 
 
 class PixelCache:
@@ -43,7 +108,7 @@ class PixelCache:
         image = pairs.image(index)
         if isinstance(image, Tensor):
             return image
-        pixels = transform(image)
+        pixels = transformed(transform, image, name_of(pairs, index))
         size = _size(pixels)
         if size <= self.left:
             self._kept[key] = pixels

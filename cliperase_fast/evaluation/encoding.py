@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cliperase_fast.data import PairDataset, caption_key
-from cliperase_fast.data.loading import PixelCache, load_batches
+from cliperase_fast.data.loading import PixelCache, load_batches, name_of, stack_images, transformed
 from cliperase_fast.distributed import SINGLE_PROCESS, Ranks
-from cliperase_fast.errors import InputError, is_out_of_memory
+from cliperase_fast.errors import InputError
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.models.fast_paths.frozen_front import FrozenFront
-from cliperase_fast.models.runtime import dtype_hint, inference
+from cliperase_fast.models.runtime import inference, refuse_inputs
 from cliperase_fast.progress import Steps
 
 SAME = 1e-6  # features closer than this in every component are equal
@@ -206,15 +206,11 @@ def _encode_text(adapter: ClipAdapter, tokens: Tensor, batch_size: int, progress
 def _encode_tokens(adapter: ClipAdapter, tokens: Tensor) -> Tensor:
     if adapter.in_step:  # the exchange of weights has errors of its own
         return adapter.encode_text(tokens)
-    try:
+    ids = f"ids from {int(tokens.min())} to {int(tokens.max())}"
+    with refuse_inputs(
+        f"the model cannot encode captions of {tokens.shape[1]} tokens with {ids}", "use its own tokenizer"
+    ):
         return adapter.encode_text(tokens)
-    except (RuntimeError, IndexError) as error:
-        if is_out_of_memory(error):  # reported by `inference`
-            raise
-        raise InputError(
-            f"the model cannot encode captions of {tokens.shape[1]} tokens with ids from {int(tokens.min())} to "
-            f"{int(tokens.max())} ({error}): {dtype_hint(error) or 'use its own tokenizer'}"
-        ) from error
 
 
 def _encode_images(
@@ -265,7 +261,7 @@ def _encode_in_step(
     def next_pixels() -> tuple[Tensor, bool]:
         for pixels in islice(own, 1):
             return pixels, True
-        return loader.dataset[0][None], False
+        return stack_images([loader.dataset[0]]), False
 
     with Steps(len(batches), "encoding", "batch", bar=progress) as steps:
         for _ in range(max(share.stop - share.start for share in shares)):
@@ -298,7 +294,7 @@ def _loader(
         _Pixels(pairs, adapter.transform, cache),
         batch_sampler=batches,
         num_workers=num_workers,
-        collate_fn=_stack,
+        collate_fn=stack_images,
         pin_memory=device.type == "cuda",
         generator=torch.Generator("cpu"),  # otherwise the loader would draw from the global generator
     )
@@ -324,17 +320,11 @@ def _image_features(
 
 
 def _encode_image(encode: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
-    try:
+    with refuse_inputs(
+        f"the model cannot encode images of shape {tuple(pixels.shape[1:])}",
+        "give tensors of the size it was built for, or PIL images, which its transform resizes",
+    ):
         return encode(pixels)
-    except RuntimeError as error:
-        if is_out_of_memory(error):  # reported by `inference`
-            raise
-        remedy = (
-            dtype_hint(error) or "give tensors of the size it was built for, or PIL images, which its transform resizes"
-        )
-        raise InputError(
-            f"the model cannot encode images of shape {tuple(pixels.shape[1:])} ({error}): {remedy}"
-        ) from error
 
 
 class _Pixels(Dataset):
@@ -355,14 +345,4 @@ class _Pixels(Dataset):
                 f"{self.pairs.name} gives PIL images and the model has no transform: pass transform= "
                 "(PIL image -> tensor [3, H, W]), or give tensors"
             )
-        return self.transform(image)
-
-
-def _stack(images: list[Tensor]) -> Tensor:
-    shapes = sorted({tuple(image.shape) for image in images})
-    if len(shapes) > 1:
-        raise InputError(
-            f"images of one batch have different shapes, {shapes[0]} and {shapes[-1]}: give tensors of one "
-            "size, or PIL images and a transform that resizes them"
-        )
-    return torch.stack(images)
+        return transformed(self.transform, image, name_of(self.pairs, index))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cliperase_fast.allocation import reuse_freed_memory
+from cliperase_fast.coercion import whole
 from cliperase_fast.data import (
     PairDataset,
     as_pairs,
@@ -22,20 +23,20 @@ from cliperase_fast.data import (
 from cliperase_fast.data.checks import check_images
 from cliperase_fast.data.classes import check_templates
 from cliperase_fast.data.intake import Tally
+from cliperase_fast.data.loading import transformed
 from cliperase_fast.data.sources import require_indexed
-from cliperase_fast.defaults import torch_defaults
+from cliperase_fast.defaults import plain_torch
 from cliperase_fast.errors import InputError
 from cliperase_fast.evaluation.encoding import encode_pairs, require_finite
 from cliperase_fast.evaluation.scoring import score
 from cliperase_fast.models import ClipAdapter, load_model
-from cliperase_fast.models.preprocessing import try_transform
 from cliperase_fast.models.requirements import check_weights
 from cliperase_fast.models.runtime import check_precision, in_float32, pick_device
 from cliperase_fast.progress import bars_by_default, say
 
 
 @reuse_freed_memory()
-@torch_defaults()
+@plain_torch()
 def evaluate(
     model: Any,
     data: Any,
@@ -81,7 +82,8 @@ def evaluate(
     """
     progress = bars_by_default() if progress is None else progress
     chosen = _device(device, model)
-    check_settings(batch_size, num_workers, precision, chosen, long_captions)
+    batch_size, num_workers = whole("batch_size", batch_size, 1), whole("num_workers", num_workers, 0)
+    check_settings(precision, chosen, long_captions)
     templates = check_templates(templates)
     pairs, forget_mask = _pairs(data, forget, templates, on_error)
     say("checking the %d images of %s", len(pairs), pairs.name)
@@ -98,7 +100,7 @@ def evaluate(
     )
     check_weights(given, "model")
     if transform is not None and len(pairs) and not isinstance(first := pairs.image(0), Tensor):
-        try_transform(given.transform, first)
+        transformed(given.transform, first)
     adapter = in_float32(given)
     say("encoding %d images and their captions", len(pairs))
     encoded = encode_pairs(
@@ -137,12 +139,8 @@ def _device(device: str | torch.device, model: Any) -> torch.device:
     return pick_device(device)
 
 
-def check_settings(batch_size: int, num_workers: int, precision: str, device: torch.device, long_captions: str) -> None:
+def check_settings(precision: str, device: torch.device, long_captions: str) -> None:
     """Raise InputError for settings of the encoders that are not valid."""
-    if batch_size < 1:
-        raise InputError(f"batch_size={batch_size} must be at least 1")
-    if num_workers < 0:
-        raise InputError(f"num_workers={num_workers} must not be negative")
     check_precision(precision, device)
     if long_captions not in ("error", "truncate"):
         raise InputError(f"long_captions={long_captions!r} is not one of error, truncate")

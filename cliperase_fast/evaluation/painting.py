@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cliperase_fast.coercion import whole
 from cliperase_fast.defaults import torch_defaults
 from cliperase_fast.errors import InputError, UnlearningError, is_out_of_memory
 from cliperase_fast.models.runtime import evaluating
@@ -68,9 +69,7 @@ def check_encoder(own: nn.Module, encoder: Any) -> None:
 def check_seeds(images: int, seeds: Sequence[int] | None) -> list[int]:
     """Return the seeds, one for each picture of a prompt."""
     if seeds is None:
-        if images < 1:
-            raise InputError(f"images={images} must be at least 1")
-        return list(range(images))
+        return list(range(whole("images", images, 1)))
     if len(seeds) < 1:
         raise InputError("seeds is empty: give one for each picture of a prompt")
     if len(set(seeds)) < len(seeds):
@@ -99,9 +98,7 @@ class Painter:
         self.pipeline, self.seeds = pipeline, list(seeds)
         self.name = encoder_name(pipeline, encoder)
         self.own: Any = getattr(pipeline, self.name)
-        self.options, self.batch_size = dict(options or {}), batch_size
-        if batch_size < 1:
-            raise InputError(f"batch_size={batch_size} must be at least 1")
+        self.options, self.batch_size = dict(options or {}), whole("batch_size", batch_size, 1)
         taken = sorted(set(self.options) & set(_OURS))
         if taken:
             raise InputError(f"options must not set {', '.join(taken)}, which the prompts and seeds decide")

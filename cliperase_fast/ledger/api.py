@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from cliperase_fast.config import UnlearnConfig
-from cliperase_fast.defaults import torch_defaults
+from cliperase_fast.defaults import plain_torch
 from cliperase_fast.distributed import init_distributed
 from cliperase_fast.errors import InputError
 from cliperase_fast.ledger.checking import summary, verify
@@ -43,7 +43,7 @@ class Ledger(LedgerWork):
     Raises `InputError` for a directory that is not a ledger, and for another base than the ledger's.
     """
 
-    @torch_defaults()
+    @plain_torch()
     def __init__(
         self,
         dir: str | Path,
@@ -83,7 +83,7 @@ class Ledger(LedgerWork):
         """Return the SHA-256 of the last line. Keep it outside the ledger: it proves all that came before it."""
         return self._log.head
 
-    @torch_defaults()
+    @plain_torch()
     def verify(self, head: str | None = None) -> bool:
         """Compute every hash again: the lines, the base, the deltas, the audits and the weights after each line.
 
@@ -102,7 +102,7 @@ class Ledger(LedgerWork):
         """
         return unnamed_files(self.dir, Log.read(self.dir / FILE))
 
-    @torch_defaults()
+    @plain_torch()
     def model(self, library: str | None = None) -> Any:
         """Return the current model, in float32 on the CPU.
 
@@ -110,7 +110,7 @@ class Ledger(LedgerWork):
         """
         return converted(self._adapter(self._log.last.steps), library)
 
-    @torch_defaults()
+    @plain_torch()
     def save(self, folder: str | Path) -> None:
         """Write the current model to a folder that its own library loads."""
         self._adapter(self._log.last.steps).save(folder)
@@ -123,7 +123,7 @@ class Ledger(LedgerWork):
         """
         self._data.supply(self._log.find(id), forget, retain, test, validation)
 
-    @torch_defaults()
+    @plain_torch()
     def forget(
         self,
         forget: Any,
@@ -182,7 +182,7 @@ class Ledger(LedgerWork):
             line["prepared"] = self._prepare(line, own, wanted, chosen, ranks, progress)
             return self._record(line, [*steps, step], {step.file: delta}, chosen, ranks, progress)
 
-    @torch_defaults()
+    @plain_torch()
     def undo(
         self,
         id: str,
@@ -229,7 +229,7 @@ class Ledger(LedgerWork):
             told = {"id": f"undo-{id}", "of": id, "date": date, "by": by, "note": note, "how": used}
             return self._record({"kind": "undo", **told}, found, deltas, settings, ranks, progress, known)
 
-    @torch_defaults()
+    @plain_torch()
     def export(self, id: str, folder: str | Path | None = None, *, progress: bool | None = None) -> Path:
         """Write one request as a patch, a folder that `cliperase-fast apply` adds to the same base.
 

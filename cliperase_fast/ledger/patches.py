@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cliperase_fast import export
-from cliperase_fast.defaults import torch_defaults
+from cliperase_fast.defaults import plain_torch
 from cliperase_fast.errors import InputError, UnlearningError
 from cliperase_fast.ledger.deltas import apply_delta, digest_of, state_of
 from cliperase_fast.models import ClipAdapter, load_model
@@ -44,7 +44,7 @@ def write_patch(folder: Path, delta: Path, content: Mapping[str, Any]) -> None:
         write_directory(folder, FILE, write)
 
 
-@torch_defaults()
+@plain_torch()
 def apply_patch(patch: str | Path, model: Any) -> ClipAdapter:
     """Return the adapter of a copy of the model with the patch, in float32 on the CPU.
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cliperase_fast.defaults import torch_defaults
+from cliperase_fast.defaults import plain_torch
 from cliperase_fast.errors import InputError
 from cliperase_fast.models.adapters import FAMILIES, accepted_instances, accepted_strings
 from cliperase_fast.models.adapters.base import ClipAdapter, Family
@@ -20,10 +20,10 @@ from cliperase_fast.models.adapters.transformers import model_type
 from cliperase_fast.models.equivalence import feature_difference, tolerance
 from cliperase_fast.models.requirements import require_weights
 from cliperase_fast.models.runtime import pick_device
-from cliperase_fast.models.unwrapping import fold_tuners, holder_of, refuse_inexact, unwrap
+from cliperase_fast.models.unwrapping import fold_tuners, holder_of, outside_inference, refuse_inexact, unwrap
 
 
-@torch_defaults()
+@plain_torch()
 def load_model(
     model: Any,
     *,
@@ -64,8 +64,7 @@ def load_model(
 def _from_module(model: nn.Module, options: dict[str, Any], device: torch.device | None) -> ClipAdapter:
     model = unwrap(model)
     require_weights(model)
-    if any(tensor.is_inference() for tensor in chain(model.parameters(), model.buffers())):
-        model = copy.deepcopy(model)  # tensors made under inference_mode can be neither trained nor assigned
+    model = outside_inference(model)
     folded = fold_tuners(model)
     if folded is not model:
         difference = feature_difference(_adapter(model, options), _adapter(folded, options))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -223,23 +223,3 @@ def as_transform(transform: Any) -> Any:
     if hasattr(transform, "image_mean") and callable(getattr(transform, "save_pretrained", None)):
         return ImageProcessorTransform(transform)
     return transform
-
-
-def try_transform(transform: Callable[[Any], Any] | None, image: Any) -> Tensor:
-    """Apply `transform` to one PIL image; raise `InputError` unless the result is a float tensor [3, H, W]."""
-    wanted = "it must turn a PIL image into a float tensor [3, H, W]"
-    assert transform is not None
-    try:
-        pixels: Any = transform(image)
-    except InputError:
-        raise
-    except Exception as error:  # the caller's own code
-        said = str(error).strip().partition("\n")[0]
-        raise InputError(f"the transform fails for an image ({type(error).__name__}: {said}); {wanted}") from error
-    if not isinstance(pixels, Tensor):
-        raise InputError(f"the transform returned a {type(pixels).__name__}; {wanted}")
-    if pixels.ndim != 3 or not pixels.is_floating_point():
-        kind = str(pixels.dtype).removeprefix("torch.")
-        scaled = "" if pixels.is_floating_point() else ", normalised with the model's mean and standard deviation"
-        raise InputError(f"the transform returned a {kind} tensor {list(pixels.shape)}; {wanted}{scaled}")
-    return pixels

@@ -64,6 +64,11 @@ def require_trainable(model: nn.Module) -> None:
             raise _quantized(name, key, type(tensor.data).__name__)
         if isinstance(tensor, nn.Parameter) and tensor.is_floating_point() and tensor.dtype not in _TRAINED:
             raise _quantized(name, key, str(tensor.dtype))
+        if tensor.is_complex() and tensor.requires_grad:
+            raise InputError(
+                f"{key} of the {name} is complex, and only real parameters are trained; hold it as a real one and use "
+                f"torch.view_as_complex on it, or leave it as it is with model.{key}.requires_grad_(False)"
+            )
     for key, value in model.state_dict().items():
         if not isinstance(value, Tensor):
             raise InputError(
@@ -72,6 +77,16 @@ def require_trainable(model: nn.Module) -> None:
             )
         if value.layout != torch.strided:
             raise InputError(f"{key} of the {name} is a sparse tensor ({value.layout}); make it dense with .to_dense()")
+
+
+def require_dense_gradients(model: nn.Module) -> None:
+    """Raise `InputError` for embeddings whose gradients are sparse tensors, which Adam does not take."""
+    for key, part in model.named_modules():
+        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.sparse:
+            raise InputError(
+                f"{key} of the {type(model).__name__} has sparse=True, and Adam cannot use its sparse gradients; set "
+                f"model.{key}.sparse = False, which changes neither weights nor features"
+            )
 
 
 def require_no_parametrizations(model: nn.Module) -> None:

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from cliperase_fast.distributed import Ranks
-from cliperase_fast.errors import InputError, tell_out_of_memory
+from cliperase_fast.errors import InputError, UnlearningError, is_out_of_memory, tell_out_of_memory
 
 if TYPE_CHECKING:
     from cliperase_fast.models.adapters.base import ClipAdapter
+
+# What torch (RuntimeError, IndexError), transformers (ValueError) and timm raise for inputs of another size.
+_OF_INPUTS = (RuntimeError, IndexError, ValueError, AssertionError)
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -27,7 +30,7 @@ def pick_device(device: str | torch.device) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise InputError(f"device={str(device)!r} is not a valid device; use auto, cpu, cuda or cuda:N") from error
     if chosen.type not in ("cpu", "cuda"):
         raise InputError(f"device={str(device)!r} is not supported; use auto, cpu, cuda or cuda:N")
@@ -106,11 +109,29 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def inference(module: nn.Module, device: torch.device, precision: str) -> Iterator[None]:
-    """Evaluation mode, no gradients and the given arithmetic. Raises `UnlearningError` if memory runs out inside."""
+    """Evaluation mode, no gradients and the given arithmetic; weights that a lookup renormalises are restored.
+
+    Raises `UnlearningError` if memory runs out inside.
+    """
     # no_grad and not inference_mode: a module that builds a mask or a table on first use and keeps it could not be
     # trained afterwards, because inference tensors cannot be saved for a backward pass.
-    with evaluating(module), encoding_fits(), torch.no_grad(), autocast(device, precision):
+    with evaluating(module), encoding_fits(), torch.no_grad(), autocast(device, precision), _renormalised(module):
         yield
+
+
+@contextmanager
+def _renormalised(module: nn.Module) -> Iterator[None]:
+    """Restore the weights of embeddings with a max_norm, which torch changes where they are looked up."""
+    tables = [
+        part.weight for part in module.modules()
+        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.max_norm is not None
+    ]  # fmt: skip
+    before = [table.detach().clone() for table in tables]
+    try:
+        yield
+    finally:
+        for table, values in zip(tables, before, strict=True):
+            table.copy_(values)
 
 
 def in_fast_layout(visual: nn.Module, pixels: Tensor) -> Tensor:  # [B, C, H, W], the same values
@@ -167,9 +188,26 @@ def in_dtypes_of(given: ClipAdapter, adapter: ClipAdapter) -> ClipAdapter:
     return twin
 
 
-def dtype_hint(error: Exception) -> str:
+@contextmanager
+def refuse_inputs(failure: str, remedy: str) -> Iterator[None]:
+    """Turn an error that an encoder raises inside the block into an `InputError`.
+
+    failure: what cannot be encoded, such as "the model cannot encode captions of 77 tokens". remedy: for wrong inputs.
+    """
+    try:
+        yield
+    except Exception as error:  # each library raises its own kind for an input that it cannot take
+        if isinstance(error, (InputError, UnlearningError)) or is_out_of_memory(error):
+            raise
+        said = str(error)
+        if not isinstance(error, _OF_INPUTS):
+            said, remedy = f"{type(error).__name__}: {said}", "correct the model's own code, which raised this"
+        raise InputError(f"{failure} ({said}): {_dtype_hint(said) or remedy}") from error
+
+
+def _dtype_hint(said: str) -> str:
     """Return what to do about an encoder's error that mentions dtypes; else an empty string."""
-    if not any(word in str(error) for word in ("dtype", "Half", "BFloat16", "Double")):
+    if not any(word in said for word in ("dtype", "Half", "BFloat16", "Double")):
         return ""
     return (
         "the weights are float32 here, whatever dtype they were given in, so the encoders must follow the dtype of "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
+from itertools import chain
 from types import MethodType
 from typing import Any
 
@@ -141,6 +142,13 @@ def _shallow(module: nn.Module) -> nn.Module:
     for name in ("_parameters", "_buffers", "_modules"):
         twin.__dict__[name] = dict(module.__dict__[name])
     return twin
+
+
+def outside_inference(model: nn.Module) -> nn.Module:
+    """Return a copy of a model made in inference mode, whose tensors can be neither trained nor assigned; or itself."""
+    if any(tensor.is_inference() for tensor in chain(model.parameters(), model.buffers())):
+        return copy.deepcopy(model)
+    return model
 
 
 def fold_tuners(model: nn.Module) -> nn.Module:

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from cliperase_fast.allocation import reuse_freed_memory
+from cliperase_fast.coercion import is_auto
 from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.data.drawing import seeded
-from cliperase_fast.defaults import torch_defaults
+from cliperase_fast.defaults import plain_torch
 from cliperase_fast.distributed import init_distributed
+from cliperase_fast.errors import UnlearningError
 from cliperase_fast.progress import bars_by_default
 from cliperase_fast.unlearning.auditing import add_audit
 from cliperase_fast.unlearning.engines.deepspeed import restore_torch_linear
@@ -29,8 +31,7 @@ from cliperase_fast.unlearning.runtime import Runtime
 
 
 @reuse_freed_memory()
-@torch_defaults()
-@torch.inference_mode(False)
+@plain_torch()
 @torch.enable_grad()
 def unlearn(
     model: Any,
@@ -123,7 +124,15 @@ def _finalize(run: Run) -> OutputModel:
         parameter.requires_grad_(parameter.is_floating_point())
     run.say("measuring the unlearned model")
     rounded_to = run.setup.models.rounded_to
-    return finalize_model(run.student, rounded_to, run.baseline.encoded, run.evaluator, run.data.test)
+    output = finalize_model(run.student, rounded_to, run.baseline.encoded, run.evaluator, run.data.test)
+    if not all(part.isfinite().all() for part in (output.encoded.image_features, output.encoded.caption_features)):
+        rate = run.settings.learning_rate
+        remedy = "try other settings of the method" if is_auto(rate) else f"give a lower learning_rate (now {rate:g})"
+        raise UnlearningError(
+            "the features of the unlearned model are not finite (NaN or infinity), so it cannot be used and is not "
+            f"returned: {remedy}"
+        )
+    return output
 
 
 def _settings(

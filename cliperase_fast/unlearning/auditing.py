@@ -18,7 +18,7 @@ from cliperase_fast.data import PairDataset
 from cliperase_fast.data.drawing import seeded
 from cliperase_fast.errors import InputError, UnlearningError
 from cliperase_fast.models import ClipAdapter
-from cliperase_fast.models.runtime import in_float32
+from cliperase_fast.models.runtime import in_float32, refuse_inputs
 from cliperase_fast.report import audit_advice
 from cliperase_fast.unlearning.result import UnlearnResult
 from cliperase_fast.unlearning.run import Inputs, Run
@@ -36,14 +36,10 @@ def check_oracles(inputs: Inputs, original: ClipAdapter, data: PreparedData, run
     pixels = pixels_of(original, sets.test, [0])  # [1, 3, H, W]
     tokens = original.token_ids([sets.test.captions[0][0]])  # [1, L]
     for name, adapter in models.items():
-        try:
-            with runtime.inference(adapter):
-                adapter.encode_image(pixels.to(runtime.device))
-                adapter.encode_text(tokens.to(runtime.device))
-        except (RuntimeError, IndexError) as error:
-            raise InputError(
-                f"{name} cannot encode the images and captions of the original ({error}): give models of the same kind"
-            ) from error
+        failure = f"{name} cannot encode the images and captions of the original"
+        with runtime.inference(adapter), refuse_inputs(failure, "give models of the same kind"):
+            adapter.encode_image(pixels.to(runtime.device))
+            adapter.encode_text(tokens.to(runtime.device))
 
 
 def add_audit(run: Run, result: UnlearnResult) -> None:

@@ -15,7 +15,7 @@ from cliperase_fast.data import PairDataset
 from cliperase_fast.data.checks import BadImage
 from cliperase_fast.data.drawing import seeded
 from cliperase_fast.data.intake import ItemError
-from cliperase_fast.data.loading import PixelCache, load_batches
+from cliperase_fast.data.loading import PixelCache, load_batches, name_of, stack_images, transformed
 from cliperase_fast.distributed import SINGLE_PROCESS, Ranks
 from cliperase_fast.errors import InputError, UnlearningError
 from cliperase_fast.progress import say
@@ -247,15 +247,12 @@ class PixelDataset(Dataset):
         if self.cache is not None and self.transform is not None:
             return self.cache.pixels(self.pairs, index, self.transform)
         if self.seed is None:
-            return self._transformed(self.pairs.image(index))
+            return self._transformed(self.pairs.image(index), name_of(self.pairs, index))
         with seeded(self.seed, index, draw, gpus=False):
-            return self._transformed(self.pairs.image(index, fixed=False))
+            return self._transformed(self.pairs.image(index, fixed=False), name_of(self.pairs, index))
 
-    def _transformed(self, image: Any) -> Tensor:
-        if isinstance(image, Tensor):
-            return image
-        assert self.transform is not None, "checked before training"
-        return self.transform(image)
+    def _transformed(self, image: Any, name: str = "an image of the stream") -> Tensor:
+        return image if isinstance(image, Tensor) else transformed(self.transform, image, name)
 
 
 class Numbered:
@@ -303,7 +300,7 @@ class BatchLoader:
             self.images,
             batch_sampler=Numbered(range(start, stop), self._keys),
             num_workers=self.num_workers,
-            collate_fn=torch.stack,
+            collate_fn=stack_images,
             generator=torch.Generator("cpu"),  # its own, so that starting it leaves the global random state unchanged
         )
         for number, pixels in zip(range(start, stop), load_batches(loader), strict=True):

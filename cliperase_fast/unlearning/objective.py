@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cliperase_fast.distributed import SINGLE_PROCESS, Ranks
+from cliperase_fast.errors import InputError
 
 # The fields of `BatchFeatures` with a row for each pair.
 _OF_PAIRS = (
@@ -108,3 +109,22 @@ class Objective(Protocol):
     """
 
     def __call__(self, features: BatchFeatures) -> Any: ...
+
+
+def checked_terms(terms: Any) -> Any:
+    """Return what an objective returned. Raises InputError unless it is a named tuple of loss terms with a total."""
+    if "total" not in getattr(terms, "_fields", ()):
+        raise InputError(
+            f"the method's objective returned a {type(terms).__name__}; it must return a named tuple of loss terms, "
+            "one of them `total`"
+        )
+    for name, term in zip(terms._fields, terms, strict=True):
+        if not isinstance(term, Tensor) or term.ndim > 0:
+            found = f"a tensor {list(term.shape)}" if isinstance(term, Tensor) else f"a {type(term).__name__}"
+            raise InputError(f"the term {name!r} of the method's objective is {found}; it must be a tensor of shape []")
+    if not terms.total.requires_grad:
+        raise InputError(
+            "the term 'total' of the method's objective carries no gradient, so nothing would be trained; compute it "
+            "from the features of the batch, without detach() and torch.no_grad()"
+        )
+    return terms

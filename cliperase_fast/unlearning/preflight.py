@@ -13,11 +13,12 @@ from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.data import PairDataset
 from cliperase_fast.data.drawing import seeded
 from cliperase_fast.data.images import pixel_bytes
-from cliperase_fast.errors import InputError, UnlearningError
+from cliperase_fast.data.loading import stack_images
+from cliperase_fast.errors import InputError
 from cliperase_fast.evaluation import Background, EncodedPairs
 from cliperase_fast.evaluation.encoding import SAME
 from cliperase_fast.models import ClipAdapter
-from cliperase_fast.models.runtime import dtype_hint
+from cliperase_fast.models.runtime import refuse_inputs
 from cliperase_fast.plurals import counted
 from cliperase_fast.unlearning.batches import CaptionTable
 from cliperase_fast.unlearning.engines.base import train_mode
@@ -61,16 +62,9 @@ def check_features(encoded: EncodedPairs, pairs: PairDataset) -> None:
 def check_captions(model: ClipAdapter, captions: CaptionTable, runtime: Runtime) -> None:
     """Encode the caption with the highest token id, so that an id outside the vocabulary is an error now."""
     tokens = captions.rows([captions.highest])  # [1, L]
-    try:
-        with runtime.inference(model):
-            model.encode_text(tokens)
-    except (RuntimeError, IndexError) as error:
-        if isinstance(error, UnlearningError):
-            raise
-        raise InputError(
-            f"the model cannot encode a caption of {tokens.shape[1]} tokens with ids up to {int(tokens.max())} "
-            f"({error}): {dtype_hint(error) or 'use its own tokenizer'}"
-        ) from error
+    failure = f"the model cannot encode a caption of {tokens.shape[1]} tokens with ids up to {int(tokens.max())}"
+    with runtime.inference(model), refuse_inputs(failure, "use its own tokenizer"):
+        model.encode_text(tokens)
 
 
 def check_gradient(
@@ -83,18 +77,28 @@ def check_gradient(
 ) -> None:
     """Raise `InputError` unless a gradient reaches the parameters of `trainable` through the features.
 
-    Runs in training mode. The modules' modes, the buffers and the random state are restored.
+    Runs in training mode. The modules' modes and the random state are restored.
     """
     if not parameters:
         raise InputError(
             f"trainable={config.trainable!r} leaves nothing to train in this {type(student.module).__name__}: none of "
             "its parameters is a floating-point one of that part"
         )
-    with seeded(config.seed), _training(student.module, config.drops_out), torch.enable_grad(), runtime.autocast():
-        reached = {
-            "image": student.encode_image(pixels[None].to(runtime.device)).requires_grad,
-            "text": student.encode_text(tokens).requires_grad,
+    failure, remedy = "the model cannot encode a single image and caption in training mode", "correct its forward pass"
+    with (
+        seeded(config.seed),
+        _training(student.module, config.drops_out),
+        torch.enable_grad(),
+        runtime.autocast(),
+        refuse_inputs(failure, remedy),
+    ):
+        features = {  # stacked and not indexed, as autograd cannot save a view of an image made in inference mode
+            "image": student.encode_image(stack_images([pixels]).to(runtime.device)),
+            "text": student.encode_text(tokens),
         }
+    reached = {tower: of_tower.requires_grad for tower, of_tower in features.items()}
+    for tower, of_tower in features.items():
+        _refuse_others_weights(student.module, of_tower, f"encode_{tower}")
     wanted = [config.trainable] if config.trainable in reached else list(reached)
     missing = [f"encode_{tower}" for tower in wanted if not reached[tower]]
     if len(missing) == len(wanted):
@@ -112,6 +116,25 @@ def check_gradient(
         )
 
 
+def _refuse_others_weights(module: nn.Module, features: Tensor, method: str) -> None:
+    """Raise `InputError` if features depend on a trainable tensor that is not a parameter of the module."""
+    own = {id(parameter) for parameter in module.parameters()}
+    nodes, seen = [features.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in own:
+            raise InputError(
+                f"{method} of a copy of the {type(module).__name__} uses a trainable tensor {list(leaf.shape)} that is "
+                "not a parameter of the copy, which would not be trained: a lambda, a weak reference or a global holds "
+                "the given model or another one; reach its parts through self"
+            )
+        nodes += [following for following, _ in node.next_functions]
+
+
 def check_teacher(
     config: UnlearnConfig,
     teacher: ClipAdapter,
@@ -121,17 +144,10 @@ def check_teacher(
     runtime: Runtime,
 ) -> None:
     """Encode one pair, so that an unusable teacher is an error before anything is written."""
-    try:
-        with runtime.inference(teacher):
-            image = teacher.encode_image(pixels[None].to(runtime.device))
-            text = teacher.encode_text(captions.rows([captions.highest]).to(runtime.device))
-    except (RuntimeError, IndexError) as error:
-        if isinstance(error, UnlearningError):
-            raise
-        raise InputError(
-            f"the teacher cannot encode the model's images and tokens ({error}); it needs the same image size and "
-            "tokenizer"
-        ) from error
+    failure, remedy = "the teacher cannot encode the model's images and tokens", "use the same image size and tokenizer"
+    with runtime.inference(teacher), refuse_inputs(failure, remedy):
+        image = teacher.encode_image(stack_images([pixels]).to(runtime.device))
+        text = teacher.encode_text(captions.rows([captions.highest]).to(runtime.device))
     if not (image.isfinite().all() and text.isfinite().all()):
         raise InputError(
             "the teacher's features are not finite (NaN or infinity): its arithmetic overflows or divides by zero; use "

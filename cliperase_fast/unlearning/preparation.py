@@ -16,14 +16,14 @@ from torch import Tensor
 from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.data import PairDataset
 from cliperase_fast.data.drawing import seeded
-from cliperase_fast.data.loading import PixelCache
+from cliperase_fast.data.loading import PixelCache, transformed
 from cliperase_fast.errors import InputError
 from cliperase_fast.evaluation import DivergenceMeter
 from cliperase_fast.models import ClipAdapter, load_model, set_trainable
 from cliperase_fast.models.adapters.open_clip_files import weights_in_file
 from cliperase_fast.models.fast_paths.embedding import train_rows
-from cliperase_fast.models.preprocessing import as_transform, try_transform
-from cliperase_fast.models.requirements import check_weights, require_trainable
+from cliperase_fast.models.preprocessing import as_transform
+from cliperase_fast.models.requirements import check_weights, require_dense_gradients, require_trainable
 from cliperase_fast.models.runtime import in_float32
 from cliperase_fast.progress import say
 from cliperase_fast.unlearning.auditing import check_oracles
@@ -240,6 +240,7 @@ def _load_models(inputs: Inputs, settings: UnlearnConfig, runtime: Runtime) -> M
     given = inputs.load_model(settings, runtime.device)
     check_weights(given, "model")
     require_trainable(given.module)
+    require_dense_gradients(given.module)
     original = in_float32(given)
     original.check_saveable()
     if not inputs.model_is_the_callers:
@@ -266,7 +267,7 @@ def _transforms(
             raise InputError("the images need a transform and the model brings none: pass transform=")
         return adapter.transform, redrawn
     transform = as_transform(transform)
-    views = [try_transform(transform, image) for _ in range(8)]
+    views = [transformed(transform, image) for _ in range(8)]
     is_random = any(not torch.equal(view, views[0]) for view in views[1:])
     if not is_random or adapter.transform is None:
         adapter.transform = transform

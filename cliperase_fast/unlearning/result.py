@@ -15,7 +15,7 @@ from cliperase_fast.auditing import Audit
 from cliperase_fast.auditing.result import FILE as AUDIT_FILE
 from cliperase_fast.auditing.result import PAGE as AUDIT_PAGE
 from cliperase_fast.config import UnlearnConfig
-from cliperase_fast.defaults import torch_defaults
+from cliperase_fast.defaults import plain_torch
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.reading import printable_data
 from cliperase_fast.report import ReportData, Verdict, model_card, text_table, verdict, write_html, write_plots
@@ -81,7 +81,7 @@ class UnlearnResult:
             parts.append(f"Warning: the report is missing: {self.report_failure}")
         return "\n\n".join(parts)
 
-    @torch_defaults()
+    @plain_torch()
     def save(self, directory: str | Path) -> Path:
         """Write config.json, metrics.jsonl, model/, result.json, plots/ and report.html; returns the folder.
 
@@ -115,7 +115,7 @@ class UnlearnResult:
         self.record["seconds"]["audit"] = seconds
         self.record["seconds"]["total"] += seconds
 
-    @torch_defaults()
+    @plain_torch()
     def save_evidence(self, directory: Path) -> None:
         """Write what `save` writes beside the model's weights and the history: the audit, the card, the record."""
         record = printable_data(self.record)

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cliperase_fast.coercion import AUTO
 from cliperase_fast.config import UnlearnConfig
+from cliperase_fast.data.loading import load_batches, stack_images
 from cliperase_fast.distributed import SINGLE_PROCESS, Ranks
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.models.runtime import autocast, check_precision, device_of_rank, inference
@@ -67,16 +68,16 @@ class Runtime:
             images,
             batch_sampler=[[(int(index), 0) for index in part] for part in parts[shares[self.ranks.rank]]],
             num_workers=self.num_workers,
-            collate_fn=torch.stack,
+            collate_fn=stack_images,
             generator=generator,
         )
         rounds = max(share.stop - share.start for share in shares)
-        own = iter(loader)
+        own = load_batches(loader)
 
         def next_pixels() -> tuple[Tensor, bool]:
             for pixels in islice(own, 1):
                 return pixels, True
-            return images[int(used[0]), 0][None], False  # encoded only because the other ranks wait
+            return stack_images([images[int(used[0]), 0]]), False  # encoded only because the other ranks wait
 
         with Steps(rounds, what, "batch", bar=self.progress) as steps:
             for turn in range(rounds):

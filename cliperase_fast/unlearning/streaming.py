@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from cliperase_fast.data.drawing import seeded
 from cliperase_fast.data.intake import ItemError, Tally
-from cliperase_fast.data.loading import load_batches
+from cliperase_fast.data.loading import load_batches, stack_images
 from cliperase_fast.data.streams import PairStream, StreamedPair
 from cliperase_fast.errors import InputError
 from cliperase_fast.progress import say
@@ -42,7 +42,7 @@ class StreamLoader(BatchLoader):
         streamed = self._streamed(start * count)
         for number in range(start, stop):
             pixels, captions = zip(*islice(streamed, count), strict=True)
-            yield self._joint(number, next(forget_pixels), torch.stack(pixels), captions)
+            yield self._joint(number, next(forget_pixels), stack_images(pixels), captions)
 
     def _forget_pixels(self, start: int, stop: int) -> Iterator[Tensor | None]:
         if self.plan.sizes[0] == 0:
@@ -51,7 +51,7 @@ class StreamLoader(BatchLoader):
             self.images,
             batch_sampler=Numbered(range(start, stop), self._forget_keys),
             num_workers=self.num_workers,
-            collate_fn=torch.stack,
+            collate_fn=stack_images,
             generator=torch.Generator("cpu"),
         )
         return load_batches(loader)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cliperase_fast.data import PairDataset
-from cliperase_fast.data.loading import PixelCache
+from cliperase_fast.data.loading import PixelCache, stack_images
 from cliperase_fast.distributed import Ranks
 from cliperase_fast.evaluation import Background
 from cliperase_fast.models import ClipAdapter
@@ -158,7 +158,7 @@ def make_teacher(
 def wide_adapter(run: Run, adapter: ClipAdapter, teaches: bool = False) -> ClipAdapter:
     """Return `with_tower_features` of a model of the run."""
     with run.runtime.inference(adapter):
-        pixels = run.loader.pixels[0, 0][None].to(run.runtime.device)
+        pixels = stack_images([run.loader.pixels[0, 0]]).to(run.runtime.device)
         return with_tower_features(adapter, pixels, run.captions.rows([0]))
 
 
@@ -233,7 +233,7 @@ def _cache_of_run(
     width = None
     if wide is not None:
         with run.runtime.inference(teacher):
-            width = wide.encode_image(loader.pixels[0, 0][None].to(run.runtime.device)).shape[1]
+            width = wide.encode_image(stack_images([loader.pixels[0, 0]]).to(run.runtime.device)).shape[1]
     return cache_teacher(
         wide or teacher,
         run.data.train.pairs,

@@ -32,7 +32,7 @@ from cliperase_fast.unlearning.engines.deepspeed import ZeroEngine
 from cliperase_fast.unlearning.engines.frozen_features import keep_front
 from cliperase_fast.unlearning.engines.local import LocalEngine
 from cliperase_fast.unlearning.engines.zero3 import Zero3Engine
-from cliperase_fast.unlearning.objective import BatchFeatures, Objective, RelatedImages
+from cliperase_fast.unlearning.objective import BatchFeatures, Objective, RelatedImages, checked_terms
 from cliperase_fast.unlearning.probing import NotFiniteError, RateSearch
 from cliperase_fast.unlearning.related import UNRELATED
 from cliperase_fast.unlearning.run import Run
@@ -267,7 +267,7 @@ class Trainer:
             ranks=self.ranks,
             counts=(self.counts[0], self.counts[1]),
         )
-        return self.objective(features)
+        return checked_terms(self.objective(features))
 
     def _background(
         self, teacher_image: Tensor | None, teacher_text: Tensor | None, concepts: Tensor | None
@@ -306,9 +306,11 @@ class Trainer:
             yield
         except InputError as error:
             saved = f" {self.tracker.last_checkpoint()}." if self.ranks.size == 1 else ""
+            repair = f"Repair it and {advice().go_on}" if self.run.resumable else "Repair it"
+            skip = ", also with on_error='skip', which puts another pair in the place of an unreadable image"
             raise UnlearningError(
-                f"training stopped before step {done + 1}: {error}.{saved} Repair it and {advice().go_on}, also "
-                "with on_error='skip', which puts another pair in the place of an unreadable image"
+                f"training stopped before step {done + 1}: {error}.{saved} {repair}"
+                f"{skip if self.settings.on_error == 'raise' else ''}"
             ) from error
 
     def _not_finite(self, done: int, what: str, terms: dict[str, float]) -> NotFiniteError:

@@ -162,6 +162,23 @@ def test_images_of_a_wrong_size_are_an_error_with_their_shape(model):
         encode(load_model(model, tokenizer=model.tokenizer), coloured())
 
 
+@pytest.mark.parametrize("tower", ["encode_image", "encode_text"])
+@pytest.mark.parametrize("error", [ValueError("another size"), AssertionError("another size")])
+def test_whatever_a_library_raises_for_a_wrong_size_becomes_an_input_error(model, tower, error):
+    def fail(inputs):
+        raise error
+
+    setattr(model, tower, fail)
+    with pytest.raises(InputError, match=r"the model cannot encode .*\(another size\): (give tensors|use its own)"):
+        encode(load_model(model, tokenizer=model.tokenizer), coloured())
+
+
+def test_an_error_in_the_models_own_code_is_told_apart_from_wrong_inputs(model):
+    model.encode_text = lambda tokens, mask: None
+    with pytest.raises(InputError, match=r"\(TypeError: .*'mask'\): correct the model's own code"):
+        encode(load_model(model, tokenizer=model.tokenizer), coloured())
+
+
 def test_modes_are_restored_after_an_error(adapter, model):
     model.train()
     with pytest.raises(InputError):

@@ -99,7 +99,7 @@ def test_an_open_clip_model_is_scored_on_a_named_source(digits_model):
     assert list(scores["per_class"]) == list(test.classes)
     assert all(0 <= scores[name]["zero_shot_top1"] <= 1 for name in ("forget", "retain"))
     # An adapter that is told its pairs gives the same.
-    assert evaluate(digits_model, test, forget="class:seven", batch_size=100)["forget"] == pytest.approx(
+    assert evaluate(digits_model, test, forget="class:seven", batch_size=np.int64(100))["forget"] == pytest.approx(
         scores["forget"]
     )
 
@@ -136,7 +136,11 @@ def broken_image(tmp_path):
         ({"forget": []}, "empty"),
         ({"forget": coloured()}, "no retain pairs are left"),
         ({"batch_size": 0}, "batch_size=0"),
+        ({"batch_size": "64"}, "batch_size='64' must be a whole number"),
         ({"num_workers": -1}, "num_workers=-1"),
+        ({"num_workers": None}, "num_workers=None must be a whole number"),
+        ({"device": None}, "device='None' is not a valid device"),
+        ({"templates": 3}, "templates is a int; give a list"),
         ({"precision": "int3"}, "fp32, bf16, fp16"),
         ({"precision": "fp16", "device": "cpu"}, "GPU"),
         ({"device": "abacus"}, "abacus"),

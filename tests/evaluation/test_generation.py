@@ -158,7 +158,7 @@ def test_wrong_input_is_refused_before_anything_is_painted():
         "cannot name 'pink': its classes are red, green, blue": {"forget": {"a pink": "pink"}},
         "asks for a class of the concept": {"concept": ["blue"]},
         "seeds has 2 twice": {"seeds": [2, 1, 2]},
-        "images=0 must be at least 1": {"images": 0},
+        "images=0 must be a whole number of at least 1": {"images": 0},
         "must not set prompt": {"options": {"prompt": "a red"}},
         "cannot be called with size=": {"options": {"size": 8}},
     }.items():

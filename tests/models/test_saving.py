@@ -172,6 +172,16 @@ def with_state(model: Any) -> Any:
     return model
 
 
+def sparse_gradients(model: Any) -> Any:
+    model.text_embedding.sparse = True
+    return model
+
+
+def complex_valued(model: Any) -> Any:
+    model.text_phase = nn.Parameter(torch.ones(12, dtype=torch.complex64))
+    return model
+
+
 def partitioned(model: Any) -> Any:
     model.text_proj.weight.ds_id = 3
     return model
@@ -185,6 +195,8 @@ def partitioned(model: Any) -> Any:
         (lazy, "text_proj.weight of the TwoTowers has no shape yet; run the model once"),
         (on_meta, r"weights on the meta device \(table\)"),
         (sparse, "table of the TwoTowers is a sparse tensor"),
+        (sparse_gradients, r"text_embedding of the TwoTowers has sparse=True.*set model.text_embedding.sparse = False"),
+        (complex_valued, r"text_phase of the TwoTowers is complex.*model.text_phase.requires_grad_\(False\)"),
         (with_state, "text_proj._extra_state in the state dict .* is a dict"),
         (partitioned, r"sharded by DeepSpeed's ZeRO-3; .*save_16bit_model"),
     ],

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cliperase_fast.defaults import torch_defaults
+from cliperase_fast.defaults import plain_torch, torch_defaults
 from cliperase_fast.errors import InputError
 from cliperase_fast.models.equivalence import verify_saved
 from cliperase_fast.models.preprocessing import CaptionTokenizer, as_transform, lacks_padding
@@ -226,7 +226,7 @@ class ClipAdapter(ABC):
             ) from error
         return twin
 
-    @torch_defaults()
+    @plain_torch()
     def save(self, directory: str | Path) -> None:
         """Write the model to a folder that its own library loads: all of it or nothing. Call `merge_lora` first.
 
@@ -340,9 +340,10 @@ class ClipAdapter(ABC):
                 f"{limit}; pad and truncate them to that length"
             )
         if tokens.numel() and (tokens.min() < 0 or (size is not None and tokens.max() >= size)):
+            known = "token ids are at least 0" if size is None else f"the model's vocabulary has {size} entries"
             raise InputError(
-                f"the tokenizer returned ids from {int(tokens.min())} to {int(tokens.max())} and the model's "
-                f"vocabulary has {size} entries; use the tokenizer the model was trained with"
+                f"the tokenizer returned ids from {int(tokens.min())} to {int(tokens.max())} and {known}; use the "
+                "tokenizer the model was trained with"
             )
 
 

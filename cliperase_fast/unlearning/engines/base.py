@@ -200,13 +200,13 @@ def _copied(tensor: Tensor) -> Tensor:
 
 
 def train_mode(module: nn.Module, drops_out: bool = True) -> None:
-    """Set training mode. Batch norms keep the original's statistics, which batches rich in forget pairs would shift.
+    """Set training mode. Norms keep the original's statistics, which batches rich in forget pairs would shift.
 
     drops_out: whether modules that drop values at random do so.
     """
     module.train()
     for part in module.modules():
-        if isinstance(part, nn.modules.batchnorm._BatchNorm) or not (drops_out or _is_steady(part)):
+        if isinstance(part, nn.modules.batchnorm._NormBase) or not (drops_out or _is_steady(part)):
             part.training = False
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from cliperase_fast.data.loading import stack_images
 from cliperase_fast.models.runtime import encoding_fits
 from cliperase_fast.unlearning.batches import BatchLoader
 from cliperase_fast.unlearning.engines.base import Engine
@@ -25,7 +26,7 @@ def keep_front(engine: Engine, loader: BatchLoader, batches: int, budget: int, r
     pairs, cache, ranks = loader.pixels.pairs, loader.pixels.cache, runtime.ranks
     if batches * sum(loader.pairs_of_ranks()) < _PASSES * len(pairs):
         return
-    probe = ranks.run_on_all(lambda: loader.pixels[0, 0][None])
+    probe = ranks.run_on_all(lambda: stack_images([loader.pixels[0, 0]]))
     with encoding_fits():
         if not engine.find_front(probe):
             return
