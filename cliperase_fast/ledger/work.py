@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -122,6 +123,16 @@ class LedgerWork:
             )
         say("request %s is recorded already", id)
         return entry
+
+    def _warn_of_missing(self, ranks: Ranks) -> None:
+        """Warn of requests in force whose pairs are not at hand, which are neither held down nor left out of retain."""
+        missing = {entry.id: found for entry in self._log.active() if isinstance(found := self._data.find(entry), str)}
+        for id, why in missing.items() if ranks.first else ():
+            warnings.warn(
+                f"request {id!r} is neither held down nor measured, and if its pairs are among those to keep, they are "
+                f"trained back in: {why}",
+                stacklevel=4,
+            )
 
     def _next_id(self) -> str:
         taken = {entry.id for entry in self._log.entries}
