@@ -110,6 +110,13 @@ def test_queries_that_cannot_be_answered_are_refused(model, folder):
     assert sum(row["count"] for row in skipping.skipped.values()) == 1
 
 
+def test_a_query_that_is_too_long_is_refused_and_long_captions_are_not_read(model, folder, tmp_path):
+    with pytest.raises(InputError, match=r"the query has 82 tokens .* context holds 16: shorten it"):
+        query(model, f"folder:{folder}", "red " * 80, k=3)
+    pairs = [(picture(number), "red " * 80) for number in range(5)]
+    assert query(model, pairs, k=2, features=tmp_path / "features").ids == query(model, pairs, k=2).ids
+
+
 def test_the_test_split_is_searched_too(model, folder):
     (folder / "cat").rename(folder.parent / "cat")
     for split in ("train", "test"):
