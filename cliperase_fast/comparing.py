@@ -88,7 +88,7 @@ def compare(
     Every method gets the same original, pairs, splits, evaluation and audit, each in a run directory of its own,
     `output_dir/NAME`. A method that fails, or that refuses the model, has an entry with the reason, and the others go
     on. compare.json and compare.html are written after each method. The same call again continues where an earlier one
-    ended, and repeats what failed. It is refused if the weights of a model, or names or captions of pairs, have changed.
+    ended, and repeats what failed. It is refused if the weights of a model or the names or captions of pairs changed.
 
     model, forget, retain, test, tokenizer, transform: as in `unlearn()`.
     methods: "all" for every name of `cliperase_fast.methods()`, or names.

@@ -83,6 +83,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
         arguments.model,
         arguments.data,
         forget=arguments.forget,
+        templates=arguments.template,
+        long_captions=arguments.long_captions,
         on_error=arguments.on_error,
         batch_size=arguments.batch_size,
         device=arguments.device,
