@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import re
@@ -32,6 +33,7 @@ _ARGUMENT = re.compile(r"(?<![\w?&.'\"/\\-])([a-z]\w*)=(True\b|False\b|(?=[^\s,;
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Exit code 0: done; 1: the work failed; 2: something given was wrong; 130: interrupted."""
     _open_closed_streams()
+    _escape_what_cannot_be_written()
     command, flags = None, {}
     try:
         try:
@@ -122,6 +124,17 @@ def _open_closed_streams() -> None:
         if getattr(sys, name) is None or getattr(getattr(sys, name), "closed", False):
             null = os.open(os.devnull, os.O_WRONLY)
             setattr(sys, name, os.fdopen(null, "w", encoding="utf-8"))  # for the rest of the process
+
+
+def _escape_what_cannot_be_written() -> None:
+    """Write characters that the encoding of a standard stream lacks as escapes, instead of failing after the work.
+
+    Encodings other than UTF-8 lack those of tables and of many class names, and UTF-8 the bytes of file names that are
+    not UTF-8.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _drop(stream: Any) -> None:
