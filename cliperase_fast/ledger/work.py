@@ -36,6 +36,7 @@ from cliperase_fast.unlearning import unlearn
 from cliperase_fast.unlearning.advice import advising
 
 _LOCK = ".lock"
+_WITHOUT = "-without-"  # between the ids in the names of files that prepare undoing
 
 
 class LedgerWork:
@@ -112,8 +113,15 @@ class LedgerWork:
         """Return the line of a request that was made before, None for a new id."""
         entry = next((entry for entry in self._log.requests() if entry.id == id), None)
         if entry is None:
+            if _WITHOUT in id:
+                raise InputError(f"id={id!r} has {_WITHOUT!r}, which names files of prepared states: give another id")
             return None
-        self._require_active(id)
+        undone = self._log.undone().get(id)
+        if undone is not None:
+            raise InputError(
+                f"request {id!r} was undone on {undone.content['date']}: give another id, such as {id}-2, to make it "
+                "again"
+            )
         wanted = json.loads(json.dumps(printable_data(dict(content))))
         words = {"selection": "other pairs", "settings": "other settings"}
         different = [words[name] for name, value in wanted.items() if entry.content[name] != value]
@@ -257,12 +265,12 @@ class LedgerWork:
             say("preparing to undo request %s", id)
             earlier = [entry for entry in self._log.active() if entry.id != id]
             before, after, facts = self._unlearned(name, own, earlier, steps, settings, ranks, progress)
-            file = f"{number:04d}-{name}-without-{id}"
+            file = f"{number:04d}-{name}{_WITHOUT}{id}"
             step, delta = self._store(file, name, facts["run"], before, after, line["tolerance"], ranks)
             found = [*steps, step]
             state = self._state(found)
             measured, missing = self._to_measure({**line, "of": id}, found, in_full=False)
-            audits = self._audited(state, measured, f"-without-{id}", settings, ranks, progress)
+            audits = self._audited(state, measured, f"{_WITHOUT}{id}", settings, ranks, progress)
             for above in returned(audits):
                 say("request %s would be above the target after undoing %s: see its audit", above, id)
             prepared[id] = {
