@@ -125,7 +125,8 @@ examples:
   cliperase-fast doctor --json > doctor.json         (to attach to a bug report)
 
 Each backend computes small losses and their gradients, which are compared with float64. The exit code is 1 if a backend
-fails or a library is missing or of an unsupported version. Missing optional libraries and backends are listed only.
+fails or a library is missing, broken or of an unsupported version. Optional libraries and backends that are missing are
+listed only.
 """,
     "completion": """\
 examples:
