@@ -253,6 +253,12 @@ def _features(
             for start in range(0, len(pairs), PART):
                 yield torch.from_numpy(file.part(start, min(start + PART, len(pairs))))
             return
+        foreign = file.path if file.note == file.path else file.foreign()
+        if foreign is not None:
+            raise InputError(
+                f"features={str(given)!r} would replace {foreign}, which does not hold features: give another name, "
+                "with an ending other than .json (the features have a note of that ending beside them)"
+            )
         file.create()
     start = 0
     try:
