@@ -88,7 +88,7 @@ def compare(
     Every method gets the same original, pairs, splits, evaluation and audit, each in a run directory of its own,
     `output_dir/NAME`. A method that fails, or that refuses the model, has an entry with the reason, and the others go
     on. compare.json and compare.html are written after each method. The same call again continues where an earlier one
-    ended, and repeats what failed.
+    ended, and repeats what failed. It is refused if the weights of a model or the names or captions of pairs changed.
 
     model, forget, retain, test, tokenizer, transform: as in `unlearn()`.
     methods: "all" for every name of `cliperase_fast.methods()`, or names.
@@ -113,9 +113,9 @@ def compare(
         make_method(UnlearnConfig.from_dict(_settings_of(name, settings, recipes)))
     folder = Path(output_dir)
     check_writable(folder, "output_dir=")
-    originals = _check(model, given, settings, tokenizer, transform)
+    originals, digests = _check(model, given, settings, tokenizer, transform)
     inputs = {**_named(model, given), "depth": depth, "recipes": recipes, "settings": settings}
-    record = _Record(folder, inputs, oracle_seconds)
+    record = _Record(folder, inputs, digests, oracle_seconds)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder), keep_features():
@@ -185,15 +185,20 @@ def _settings_of(name: str, settings: Mapping[str, Any], recipes: bool) -> dict[
 
 def _check(
     model: Any, given: Mapping[str, Any], settings: Mapping[str, Any], tokenizer: Any, transform: Any
-) -> dict[str, Tensor]:
-    """Open everything once, so that wrong input is an error before work starts. Returns the original's weights."""
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Open everything once, so that wrong input is an error before work starts.
+
+    Returns the original's weights, and digests by which a later call knows that models and pairs are the same.
+    """
     config = UnlearnConfig.from_dict(dict(settings))
-    open_sets(given["forget"], given["retain"], given["test"], on_error=config.on_error, seed=config.seed)
+    opened = open_sets(given["forget"], given["retain"], given["test"], on_error=config.on_error, seed=config.seed)
     device = device_of_rank(config.device, SINGLE_PROCESS)
     loaded = load_models(
         model, model, given["oracle"], tokenizer=tokenizer, transform=transform, device=device, truncate=True
     )
-    return weights_of(loaded["before"].module)
+    models = {"model" if name == "before" else name: one for name, one in loaded.items() if name != "after"}
+    digests = {"pairs": opened.pairs.fingerprint(), **{name: one.identity() for name, one in models.items()}}
+    return weights_of(loaded["before"].module), digests
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
@@ -216,16 +221,19 @@ def _named(model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
 class _Record:
     """compare.json. inputs: what was given; methods: {name: entry}; models: the scores of the original and the oracles.
 
+    digests: of the weights of each model and of the pairs' names and captions, none in files of earlier versions.
     An entry has "scores", as in audit.json but without groups, "gap" and "floor", "over_forgotten", "verdict",
     "seconds", "peak_mib" (memory beyond that before the run; None where the system does not tell) and "changed_mib"
     (the size of the weights that differ from the original's); or "error".
     """
 
-    def __init__(self, folder: Path, inputs: Mapping[str, Any], oracle_seconds: float | None) -> None:
+    def __init__(
+        self, folder: Path, inputs: Mapping[str, Any], digests: Mapping[str, str], oracle_seconds: float | None
+    ) -> None:
         self.folder = folder
         self.content: dict[str, Any] = {
-            "format": FORMAT, "inputs": printable_data(dict(inputs)), "oracle_seconds": oracle_seconds, "models": {},
-            "data": {}, "methods": {}, "notes": [],
+            "format": FORMAT, "inputs": printable_data(dict(inputs)), "digests": dict(digests),
+            "oracle_seconds": oracle_seconds, "models": {}, "data": {}, "methods": {}, "notes": [],
         }  # fmt: skip
         if (folder / FILE).exists():
             self._read()
@@ -249,8 +257,15 @@ class _Record:
                     f"{file} was made with {name}={found['inputs'].get(name)!r}, not {value!r}: give another folder, "
                     "or the same arguments to continue"
                 )
+        before, digests = found.get("digests", {}), self.content["digests"]
+        changed = [name for name, value in digests.items() if before.get(name, value) != value]
+        if changed:
+            raise InputError(
+                f"{file} was made with other {'pairs' if changed[0] == 'pairs' else f'weights of the {changed[0]}'}, "
+                "which have changed since: give another folder, as methods are compared on the same model and pairs"
+            )
         oracle_seconds = self.content["oracle_seconds"] or found["oracle_seconds"]
-        self.content = {**found, "oracle_seconds": oracle_seconds}
+        self.content = {**found, "digests": digests, "oracle_seconds": oracle_seconds}
 
     def is_done(self, name: str) -> bool:
         return "scores" in self.content["methods"].get(name, {})

@@ -20,13 +20,14 @@ from cliperase_fast.data.pair_sets import Opener, open_pair_sets
 from cliperase_fast.errors import InputError
 from cliperase_fast.plurals import counted
 from cliperase_fast.progress import Steps
+from cliperase_fast.reading import visible
 from cliperase_fast.report.contact_sheet import Group, contact_sheet, thumbnails
 from cliperase_fast.report.rendering import Row, Table, write_page
 from cliperase_fast.report.wording import left_out_lines
 from cliperase_fast.storage import writing
 
 IMAGES = 10_000  # read of each set at most
-_LONGEST, _EXAMPLES, _PICTURES = 5, 20, 24
+_LONGEST, _EXAMPLES, _PICTURES, _EQUAL = 5, 20, 24, 6
 _PART = 256  # images read at a time, so that an interrupt need not wait for all of them
 _OVERLAP = "retain pair that is also a forget pair"
 
@@ -58,10 +59,10 @@ class Inspection:
         lines += ["", f"read {found['read']:,} of {found['images']:,} images"]
         lines += [f"  unreadable  {line}" for line in found["unreadable"]["examples"]]
         lines += _more(found["unreadable"])
-        lines += [f"  the same    {' = '.join(group)}" for group in found["duplicates"]["examples"]]
+        lines += [f"  the same    {_equal(group)}" for group in found["duplicates"]["examples"]]
         lines += _more(found["duplicates"])
         lines += [f"  {line}" for line in found["notes"]]
-        return "\n".join(lines)
+        return "\n".join(map(visible, lines))
 
     def save_sheet(self, path: str | Path) -> Path:
         """Write the findings and some pictures of each set as a page."""
@@ -80,7 +81,7 @@ class Inspection:
             rows = np.unique(np.linspace(0, len(pairs) - 1, min(_PICTURES, len(pairs))).astype(int)).tolist()
             shown = f"{len(rows)} of {counted(len(pairs), 'pair', ',')}, spread evenly."
             groups.append(Group(name, shown, thumbnails(pairs, rows)))
-        warnings = [*found["unreadable"]["examples"], *(" = ".join(same) for same in found["duplicates"]["examples"])]
+        warnings = [*found["unreadable"]["examples"], *map(_equal, found["duplicates"]["examples"])]
         longest = [Row([row["id"], row["caption"], str(row["characters"])]) for row in found["longest"]]
         tables = [("Longest captions", Table(["image", "caption", "characters"], longest, text_columns=2))]
         if found["classes"]:
@@ -246,6 +247,12 @@ def _digests(pairs: PairDataset, rows: np.ndarray) -> Iterator[tuple[bytes, str 
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(numbers), _PART):
             yield from pool.map(look, numbers[start : start + _PART])
+
+
+def _equal(group: Sequence[str]) -> str:
+    """Name images that are the same, the first of many."""
+    left = len(group) - _EQUAL
+    return " = ".join(group[:_EQUAL]) + (f" = {left:,} more" if left > 0 else "")
 
 
 def _more(found: dict[str, Any]) -> list[str]:

@@ -169,7 +169,8 @@ def select_by_query(
         direction = mean_query(_encoded_query(adapter, query, chosen))
 
     def ranked(pairs: PairDataset, given: Any) -> np.ndarray:
-        parts = _features(adapter, pairs, given, batch_size, chosen, precision, num_workers, show)
+        width = direction.shape[-1]
+        parts = _features(adapter, pairs, given, width, batch_size, chosen, precision, num_workers, show)
         return cosines(parts, direction, len(pairs))
 
     say("ranking %d images of %s", len(train), train.name)
@@ -215,7 +216,13 @@ def _encoded_query(adapter: ClipAdapter, query: Any, device: torch.device) -> Te
         if isinstance(part, str):
             if not part.strip():
                 raise InputError("the query is an empty text: describe what to find, such as 'photos of a red car'")
-            features.append(adapter.encode_text(adapter.token_ids([part])))
+            tokens = adapter.tokenize([part], truncate=True)
+            if part in adapter.cut_captions:
+                raise InputError(
+                    f"the query has {adapter.cut_captions[part]} tokens (start and end tokens included) and the "
+                    f"model's context holds {tokens.shape[1]}: shorten it, or give several texts"
+                )
+            features.append(adapter.encode_text(tokens))
             continue
         image = decode(str(part), str(part)) if isinstance(part, Path) else part
         if isinstance(image, Image.Image):
@@ -231,8 +238,8 @@ def _encoded_query(adapter: ClipAdapter, query: Any, device: torch.device) -> Te
 
 
 def _features(
-    adapter: ClipAdapter, pairs: PairDataset, given: Any, batch_size: int, device: torch.device, precision: str,
-    num_workers: int, progress: bool,
+    adapter: ClipAdapter, pairs: PairDataset, given: Any, width: int, batch_size: int, device: torch.device,
+    precision: str, num_workers: int, progress: bool,
 ) -> Iterator[Tensor]:  # fmt: skip
     """Yield the image features in parts: given, read from a file, or encoded and maybe written to it."""
     if isinstance(given, Tensor):
@@ -244,14 +251,18 @@ def _features(
         return
     file = None
     if given is not None:
-        with inference(adapter.module, device, precision):
-            width = adapter.encode_text(adapter.token_ids([pairs.captions[0][0]])).shape[1]
         made_from = {"model": adapter.identity(), "data": pairs.fingerprint(), "precision": precision}
         file = FeatureFile(Path(given), (len(pairs), width), made_from)
         if file.state() == "whole":
             for start in range(0, len(pairs), PART):
                 yield torch.from_numpy(file.part(start, min(start + PART, len(pairs))))
             return
+        foreign = file.path if file.note == file.path else file.foreign()
+        if foreign is not None:
+            raise InputError(
+                f"features={str(given)!r} would replace {foreign}, which does not hold features: give another name, "
+                "with an ending other than .json (the features have a note of that ending beside them)"
+            )
         file.create()
     start = 0
     try:

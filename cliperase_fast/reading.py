@@ -7,6 +7,7 @@ import io
 import json
 import os
 import stat
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -126,6 +127,11 @@ def has_surrogates(text: str) -> bool:
 def printable(text: str) -> str:
     """Return text that can be written anywhere: lone surrogates become backslash escapes."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def visible(text: str) -> str:
+    """Return text for a line on a terminal: control characters, such as line breaks and colours, become escapes."""
+    return "".join(repr(one)[1:-1] if unicodedata.category(one) == "Cc" else one for one in text)
 
 
 def printable_data(value: Any) -> Any:

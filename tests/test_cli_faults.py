@@ -1,6 +1,7 @@
 """What the command line says when it is asked for help, interrupted, or refused by the system: one line, a code."""
 
 import errno
+import io
 import json
 import logging
 import os
@@ -13,8 +14,9 @@ from pathlib import Path
 import pytest
 from processes import context
 
-from cliperase_fast import UnlearnConfig, cli, demo
-from cliperase_fast.cli import commands, running
+from cliperase_fast import InputError, UnlearnConfig, cli, demo
+from cliperase_fast.cli import commands, running, select
+from cliperase_fast.cli import ledger as ledgers
 from cliperase_fast.cli.parser import make_parser
 from cliperase_fast.demo_models import DEMO_MODELS
 from cliperase_fast.storage import lock
@@ -120,6 +122,48 @@ def test_system_errors_are_one_line(error, monkeypatch, capsys):
     told = capsys.readouterr().err
     assert told.startswith("cliperase-fast: ") and told.count("\n") == 1
     assert error.filename is None or error.filename in told
+
+
+def raising(error):
+    def work(arguments):
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize(
+    ("command", "said", "told"),
+    [
+        ("evaluate", 'pass long_captions="truncate" to cut', 'pass --long-captions "truncate" to cut'),
+        ("evaluate", "shapes?seed=x and batch_size=0", "shapes?seed=x and --batch-size 0"),
+        ("unlearn", "output_dir='a' is in use; resume=True", "--output 'a' is in use; --resume"),
+        ("unlearn", "pass audit=True or report=False", "pass --audit or --no-report"),
+        ("unlearn", "weights_only=True and how=", "weights_only=True and how="),
+        ("select", "give k=, or the least similarity threshold=", "give --k, or the least similarity --threshold"),
+    ],
+)
+def test_errors_name_the_flags_that_the_command_has(command, said, told, monkeypatch, capsys):
+    module = select if command == "select" else commands
+    monkeypatch.setattr(module, command, raising(InputError(said)))
+    words = ["--model", "m", "--data", "d", "--output", "o"] if command == "select" else COMMANDS[command]
+    assert cli.main([command, *words]) == 2
+    assert capsys.readouterr().err == f"cliperase-fast: {told}\n"
+
+
+def test_errors_name_the_flags_of_an_action(tmp_path, monkeypatch, capsys):
+    (tmp_path / "log.jsonl").write_text("")
+    monkeypatch.setitem(ledgers._ACTIONS, "undo", raising(InputError("pass it as base=, or replay with how='replay'")))
+    assert cli.main(["ledger", "undo", str(tmp_path), "red"]) == 2
+    assert capsys.readouterr().err == "cliperase-fast: pass it as --model, or replay with --how 'replay'\n"
+
+
+@pytest.mark.parametrize(("encoding", "written"), [("latin-1", b"\xe9 \\u2500"), ("ascii", b"\\xe9 \\u2500")])
+def test_characters_that_the_output_lacks_are_written_as_escapes(encoding, written, monkeypatch):
+    output = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", output)
+    monkeypatch.setattr(commands, "methods", lambda _: print("\xe9 \u2500 \udce9") or 0)
+    assert cli.main(["methods"]) == 0
+    assert output.buffer.getvalue() == written + b" \\udce9\n"
 
 
 def start(*words, **options):

@@ -196,6 +196,42 @@ def test_a_folder_of_other_files_or_of_another_comparison_is_refused(tmp_path):
         compare(folder, ["shift"])
 
 
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"model": without_red}, "other weights of the model"),
+        ({"oracle": [lambda: without_red(2)]}, "other weights of the oracle 1"),
+        ({"retain": RETAIN[1:]}, "other pairs"),
+    ],
+)
+def test_a_comparison_is_not_continued_with_another_model_or_other_pairs(tmp_path, changed, says):
+    given = {"model": make_model, "oracle": [lambda: without_red(1)], "retain": RETAIN}
+
+    def again(methods, **changes):
+        now = {**given, **changes}
+        oracles = [make() for make in now["oracle"]]
+        return cf.compare(
+            now["model"](), FORGET, now["retain"], test=TESTS, methods=methods, output_dir=tmp_path / "runs",
+            oracle=oracles, **SETTINGS,
+        )  # fmt: skip
+
+    again(["shift"])
+    saved = (tmp_path / "runs" / "compare.json").read_bytes()
+    with pytest.raises(InputError, match=f"compare.json was made with {says}, which have changed since"):
+        again(["shift", "retain_finetune"], **changed)
+    assert (tmp_path / "runs" / "compare.json").read_bytes() == saved
+    assert set(again(["shift", "retain_finetune"]).methods) == {"shift", "retain_finetune"}
+
+
+def test_a_comparison_of_a_version_without_digests_is_continued(tmp_path):
+    compare(tmp_path / "runs", ["shift"])
+    file = tmp_path / "runs" / "compare.json"
+    file.write_text(
+        json.dumps({name: value for name, value in json.loads(file.read_text()).items() if name != "digests"})
+    )
+    assert set(compare(tmp_path / "runs", ["shift", "broken"]).methods) == {"shift", "broken"}
+
+
 def test_a_folder_that_another_process_uses_is_refused(tmp_path):
     (tmp_path / "runs").mkdir()
     with comparing.lock(tmp_path / "runs" / ".lock"), pytest.raises(InputError, match="is in use by"):

@@ -78,3 +78,24 @@ def test_libraries_that_are_missing_or_too_old_are_problems_unless_optional(caps
         "torchvision": ("wrong", "transformers"),
     }
     assert [problem.split()[0] for problem in told["problems"]] == ["torch", "no-such-library", "torchvision"]
+
+
+def test_a_library_that_cannot_be_imported_is_a_problem_unless_optional(capsys, installed, monkeypatch):
+    real = doctor.importlib.import_module
+
+    def imported(name, *more):
+        if name in ("torchvision", "PIL", "peft"):
+            raise RuntimeError("operator torchvision::nms does not exist")
+        return real(name, *more)
+
+    monkeypatch.setattr(doctor.importlib, "import_module", imported)
+    installed("torch>=2", "torchvision", "pillow", 'peft; extra == "lora"')
+    code, told = found(capsys)
+    assert code == 1
+    assert {one["name"]: one["state"] for one in told["libraries"]} == {
+        "torch": "ok", "torchvision": "broken", "pillow": "broken", "peft": "ok"
+    }  # fmt: skip
+    assert [problem.split()[0] for problem in told["problems"]] == ["torchvision", "pillow"]
+    assert told["problems"][0].endswith("cannot be imported: RuntimeError: operator torchvision::nms does not exist")
+    assert cli.main(["doctor"]) == 1
+    assert 'cannot be imported: pip install --force-reinstall "torchvision"' in capsys.readouterr().out

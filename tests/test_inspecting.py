@@ -10,6 +10,7 @@ from models.tiny_models import picture
 import cliperase_fast as cf
 from cliperase_fast import cli
 from cliperase_fast.errors import InputError
+from cliperase_fast.report import class_table
 
 
 @pytest.fixture
@@ -44,6 +45,29 @@ def test_sets_classes_duplicates_and_unreadable_images_are_counted(folder):
     assert content["read"] == content["images"] == 14
     text = found.text()
     assert "04.png" in text and "train/owl/copy.png" in text and "owl" in text
+
+
+def test_of_many_equal_images_the_first_are_named(tmp_path):
+    for number in range(9):
+        path = tmp_path / "train" / ("cat" if number % 2 else "dog") / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(0).save(path)
+    found = cf.inspect_data(f"folder:{tmp_path}")
+    assert [len(group) for group in found.content["duplicates"]["examples"]] == [9]
+    (line,) = [line for line in found.text().splitlines() if "the same" in line]
+    assert line.count(".png") == 6 and line.endswith(" = 3 more")
+    assert "= 3 more" in found.sheet()
+
+
+def test_names_cannot_break_lines_or_colour_the_terminal(tmp_path):
+    (tmp_path / "table.csv").write_text('filepath\ttitle\na.png\t"a \x1b[31mcat\nand more"\nb.png\ta dog\n')
+    for name in "ab":
+        picture(ord(name)).save(tmp_path / f"{name}.png")
+    text = cf.inspect_data(f"csv:{tmp_path / 'table.csv'}").text()
+    assert "a.png: a \\x1b[31mcat" in text and "\x1b" not in text and "and more" in text
+    assert len([line for line in text.splitlines() if " characters " in line]) == 2
+    table = class_table({"a \x1b[31mcat": {"set": "all", "pairs": 1, "accuracy": 1.0}})
+    assert "\\x1b[31mcat" in table and "\x1b" not in table
 
 
 def test_without_a_forget_set_the_splits_are_shown_and_few_images_suffice(folder):

@@ -88,6 +88,29 @@ def test_kept_features_answer_without_the_images(model, folder, tmp_path):
         query(tiny_open_clip(seed=1), f"folder:{folder}", k=5, features=file)  # another model's are not used
 
 
+@pytest.mark.parametrize("name", ["mine.json", "mine.txt", "mine.features", "mine"])
+def test_features_replace_no_file_that_holds_something_else(model, folder, tmp_path, name):
+    """The note of the features in mine.features would be mine.json."""
+    for file in ("mine.json", "mine.txt"):
+        (tmp_path / file).write_text('{"my": "annotations"}')
+    with pytest.raises(InputError, match=r"features=.* would replace .*mine\.(json|txt), which does not hold features"):
+        query(model, f"folder:{folder}", k=5, features=tmp_path / name)
+    assert {file.name for file in tmp_path.iterdir()} - {folder.name} == {"mine.json", "mine.txt"}
+    assert all((tmp_path / file).read_text() == '{"my": "annotations"}' for file in ("mine.json", "mine.txt"))
+
+
+def test_features_of_other_data_and_of_a_killed_process_are_replaced(model, folder, tmp_path):
+    file = tmp_path / "kept.features"
+    query(model, f"folder:{folder}#class:cat", k=5, features=file)
+    assert query(model, f"folder:{folder}", k=5, features=file).ids == query(model, f"folder:{folder}", k=5).ids
+    (tmp_path / "kept.json").unlink()
+    assert query(model, f"folder:{folder}", k=5, features=file).ids == query(model, f"folder:{folder}", k=5).ids
+    file.write_bytes(b"something else")
+    (tmp_path / "kept.json").unlink()
+    with pytest.raises(InputError, match=r"would replace .*kept\.features"):
+        query(model, f"folder:{folder}", k=5, features=file)
+
+
 def test_queries_that_cannot_be_answered_are_refused(model, folder):
     data = f"folder:{folder}"
     with pytest.raises(InputError, match=r"no pair of .* has a similarity of 0.999 to 'a photo of a cat': the highest"):
@@ -111,6 +134,13 @@ def test_queries_that_cannot_be_answered_are_refused(model, folder):
     skipping = query(model, data, k=3, on_error="skip")
     assert len(skipping.pairs) == 39
     assert sum(row["count"] for row in skipping.skipped.values()) == 1
+
+
+def test_a_query_that_is_too_long_is_refused_and_long_captions_are_not_read(model, folder, tmp_path):
+    with pytest.raises(InputError, match=r"the query has 82 tokens .* context holds 16: shorten it"):
+        query(model, f"folder:{folder}", "red " * 80, k=3)
+    pairs = [(picture(number), "red " * 80) for number in range(5)]
+    assert query(model, pairs, k=2, features=tmp_path / "features").ids == query(model, pairs, k=2).ids
 
 
 def test_the_test_split_is_searched_too(model, folder):

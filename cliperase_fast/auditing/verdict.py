@@ -37,7 +37,9 @@ def _forgetting(scores: Mapping[str, Table], level: float | None, over: bool | N
         )
     best = after.get("paraphrase_top1_max", {})
     if best.get("value") is not None:
-        parts.append(f"Under other names it finds up to {_percent(best['value'])} ({best['variant']!r}).")
+        name = "the bare name" if best["variant"] == "{}" else repr(best["variant"])
+        found = f"up to {_percent(best['value'])} ({name})" if best["value"] > 0 else "none"
+        parts.append(f"Under other names it finds {found}.")
     reference = "nothing to compare it with is known"
     if "oracle" in scores:
         reference = f"{_number(_value(scores['oracle']['forgetting'], 'association'))} in models that never saw them"
@@ -60,7 +62,8 @@ def _collateral(scores: Mapping[str, Table]) -> str:
     ]
     worst = after["worst_class_drop"]
     if worst.get("value") is not None:
-        parts.append(f"The class that lost most is {worst['class']!r}: {100 * worst['value']:.1f} points.")
+        lost = f"The class that lost most is {worst['class']!r}: {100 * worst['value']:.1f} points."
+        parts.append(lost if worst["value"] > 0 else "No class lost accuracy.")
     if "oracle" in scores:
         parts.append(
             f"Models that never saw the concept have {_percent(_value(scores['oracle']['collateral'], 'retain_top1'))}."

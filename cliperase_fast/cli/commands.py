@@ -42,7 +42,7 @@ def unlearn(arguments: argparse.Namespace) -> int:
     from cliperase_fast.unlearning import unlearn
 
     _name_classes(arguments)
-    retain = _retain(arguments)
+    retain = retain_pairs(arguments)
     result = unlearn(
         arguments.model,
         f"{arguments.data}#{arguments.forget}",
@@ -61,7 +61,7 @@ def unlearn(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _retain(arguments: argparse.Namespace) -> str:
+def retain_pairs(arguments: argparse.Namespace) -> str:
     """Return the retain set: "rest", a stream, or a selector of --data."""
     if arguments.retain == "rest" or arguments.retain.startswith("stream:"):
         return arguments.retain
@@ -81,6 +81,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
         arguments.model,
         arguments.data,
         forget=arguments.forget,
+        templates=arguments.template,
+        long_captions=arguments.long_captions,
         on_error=arguments.on_error,
         batch_size=arguments.batch_size,
         device=arguments.device,
@@ -108,7 +110,7 @@ def audit(arguments: argparse.Namespace) -> int:
     if output is not None:
         _check_audit_folder(output)
     _name_classes(arguments)
-    retain = _retain(arguments)
+    retain = retain_pairs(arguments)
     result = audit(
         arguments.before,
         arguments.after,
@@ -148,7 +150,7 @@ def compare(arguments: argparse.Namespace) -> int:
     from cliperase_fast.comparing import ALL, FILE, PAGE, compare
 
     _name_classes(arguments)
-    retain = _retain(arguments)
+    retain = retain_pairs(arguments)
     names = [name.strip() for name in arguments.methods.split(",") if name.strip()]
     result = compare(
         arguments.model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import math
 import os
@@ -32,6 +33,7 @@ TOLERANCE = 1e-4  # largest error of float32 losses and gradients, relative to t
 _PACKAGE = "cliperase_fast"
 _PAIRS, _WIDTH = 67, 48  # odd, so that blocks have remainders
 _MOST_LINES = 3  # of an error in the table
+_MODULES = {"open_clip_torch": "open_clip", "pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn"}
 
 
 @plain_torch()
@@ -46,6 +48,9 @@ def examine() -> dict[str, Any]:
         f"{one['name']} {one['version'] or 'is missing'}: {_PACKAGE} needs {one['needs']}"
         for one in libraries
         if one["state"] == "wrong" or (one["state"] == "missing" and one["extra"] is None)
+    ]
+    problems += [
+        f"{one['name']} {one['version']} cannot be imported: {one['reason']}" for one in libraries if "reason" in one
     ]
     problems += [
         f"the backend {test['name']} fails on {test['device']}: {test['reason']}"
@@ -81,7 +86,13 @@ def report(found: dict[str, Any]) -> str:
 def _library_rows(libraries: list[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
     for one in libraries:
         remedy = f'pip install "{one["name"]}{one["needs"]}"' if one["extra"] is None else install_hint(one["extra"])
-        note = {"ok": "", "wrong": f"needs {one['needs']}: {remedy}", "missing": remedy}[one["state"]]
+        notes = {
+            "ok": "",
+            "wrong": f"needs {one['needs']}: {remedy}",
+            "missing": remedy,
+            "broken": f"cannot be imported: {remedy.replace('install', 'install --force-reinstall', 1)}",
+        }
+        note = notes[one["state"]]
         optional = f"optional, for {one['extra']}" if one["extra"] else ""
         yield one["name"], one["version"] or "missing", note or optional
 
@@ -138,8 +149,21 @@ def _libraries() -> Iterator[dict[str, Any]]:
         except importlib.metadata.PackageNotFoundError:
             yield {"name": requirement.name, "version": None, "needs": needs, "extra": extra, "state": "missing"}
             continue
-        state = "ok" if requirement.specifier.contains(version, prereleases=True) else "wrong"
-        yield {"name": requirement.name, "version": version, "needs": needs, "extra": extra, "state": state}
+        found = {"name": requirement.name, "version": version, "needs": needs, "extra": extra}
+        if not requirement.specifier.contains(version, prereleases=True):
+            yield {**found, "state": "wrong"}
+            continue
+        reason = _why_broken(requirement.name) if extra is None else None
+        yield {**found, "state": "ok"} if reason is None else {**found, "state": "broken", "reason": reason}
+
+
+def _why_broken(name: str) -> str | None:
+    """Import a library. Returns why that fails, as with a torchvision that was built for another torch."""
+    try:
+        importlib.import_module(_MODULES.get(name, name.replace("-", "_")))
+    except Exception as error:  # whatever a library raises
+        return _said(error)
+    return None
 
 
 def _parsed(text: str) -> tuple[str | None, Requirement | None]:

@@ -127,16 +127,15 @@ def _start(arguments: argparse.Namespace) -> int:
 
 
 def _forget(arguments: argparse.Namespace) -> int:
-    from cliperase_fast.cli.commands import progress_style
+    from cliperase_fast.cli.commands import progress_style, retain_pairs
     from cliperase_fast.config import UnlearnConfig
     from cliperase_fast.ledger.settings import METHOD
 
     settings = {"method": METHOD, **given_settings(arguments)}
-    retain = arguments.retain if arguments.retain == "rest" else f"{arguments.data}#{arguments.retain}"
     found = _open(arguments)
     entry = found.forget(
         f"{arguments.data}#{arguments.forget}",
-        retain,
+        retain_pairs(arguments),
         id=arguments.id,
         by=arguments.by,
         note=arguments.note,
@@ -144,10 +143,14 @@ def _forget(arguments: argparse.Namespace) -> int:
         test=arguments.test_data,
         validation=arguments.validation_data,
         config=UnlearnConfig.from_dict(settings),
-        undoable={"all": True, "none": False}.get(arguments.undoable, arguments.undoable.split(",")),
+        undoable={"all": True, "none": False}.get(arguments.undoable, _names(arguments.undoable)),
         progress=progress_style(arguments) == "bars",
     )
     return _told(found, entry)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
 
 
 def _undo(arguments: argparse.Namespace) -> int:

@@ -125,7 +125,8 @@ examples:
   cliperase-fast doctor --json > doctor.json         (to attach to a bug report)
 
 Each backend computes small losses and their gradients, which are compared with float64. The exit code is 1 if a backend
-fails or a library is missing or of an unsupported version. Missing optional libraries and backends are listed only.
+fails or a library is missing, broken or of an unsupported version. Optional libraries and backends that are missing are
+listed only.
 """,
     "completion": """\
 examples:
@@ -188,6 +189,7 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--data", required=True, metavar="SOURCE", help="what to measure on, see below")
     _add_class_names(evaluate)
     evaluate.add_argument("--forget", metavar="SELECTOR", help="report these pairs and the others apart")
+    _add_captions(evaluate)
     evaluate.add_argument("--json", action="store_true", help="print all scores as JSON, every class, for programs")
     evaluate.add_argument("--output", metavar="FILE", help="also write the scores there, as JSON")
     _add_encoding(evaluate)
@@ -323,6 +325,19 @@ def _add_test(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_captions(parser: argparse.ArgumentParser) -> None:
+    """Add the captions of classes, and what to do with captions that are too long."""
+    parser.add_argument(
+        "--template", action="append", metavar="TEXT", help="caption of a class, 'a photo of a {}'; may be repeated"
+    )
+    parser.add_argument(
+        "--long-captions",
+        default="error",
+        choices=("error", "truncate"),
+        help="captions longer than the model's context: an error, or cut (default: error)",
+    )
+
+
 def _add_encoding(parser: argparse.ArgumentParser) -> None:
     """Add what to do with pairs that cannot be used, and how the encoders run."""
     parser.add_argument(
@@ -373,16 +388,8 @@ def _add_audit(subparsers: Any) -> None:
         metavar="FILE",
         help="YAML or JSON with `class: [other names]` (default: a small list for digits, shapes and CIFAR-10)",
     )
-    audit.add_argument(
-        "--template", action="append", metavar="TEXT", help="caption of a class, 'a photo of a {}'; may be repeated"
-    )
+    _add_captions(audit)
     _add_depth(audit)
-    audit.add_argument(
-        "--long-captions",
-        default="error",
-        choices=("error", "truncate"),
-        help="captions longer than the model's context: an error, or cut (default: error)",
-    )
     audit.add_argument("--output", metavar="DIR", help="write audit.json and audit.html there; a run's folder fits")
     audit.add_argument("--json", action="store_true", help="print what audit.json holds, for programs")
     audit.add_argument("--seed", type=int, default=0, metavar="N", help="of intervals and attacks (default: 0)")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
+import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -23,15 +25,21 @@ _GOES_ON = {
     "ledger": "; the same command goes on",
 }
 
+# Arguments in Python that have another name in every command, and the flag that stands for them.
+_OTHER_NAMES = {"output_dir": "output", "base": "model", "templates": "template", "holdouts": "holdout"}
+_ARGUMENT = re.compile(r"(?<![\w?&.'\"/\\-])([a-z]\w*)=(True\b|False\b|(?=[^\s,;.:)])[^\s]?|)")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Exit code 0: done; 1: the work failed; 2: something given was wrong; 130: interrupted."""
     _open_closed_streams()
-    command = None
+    _escape_what_cannot_be_written()
+    command, flags = None, {}
     try:
         try:
             parser = make_parser()
             arguments = parser.parse_args(argv)
+            flags = _flags(parser, arguments)
             command = arguments.command
             if command is None:
                 parser.print_help()
@@ -41,9 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             getattr(sys.stdout, "flush", bool)()  # a closed pipe or a full disk is reported here, not at exit
     except InputError as error:
-        return _fail(str(error), 2)
+        return _fail(_with_flags(str(error), flags), 2)
     except UnlearningError as error:
-        return _fail(str(error), 1)
+        return _fail(_with_flags(str(error), flags), 1)
     except KeyboardInterrupt:
         return _fail(f"interrupted{_GOES_ON.get(command or '', '')}", 130)
     except BrokenPipeError:  # the reader of the output closed it, as with `| head`
@@ -56,10 +64,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(explain(error, error.filename or "standard output") if error.errno else str(error), 1)
 
 
+def _flags(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> dict[str, str]:
+    """Return the flags of the command that was called, by their names in Python."""
+    found = {}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            chosen = action.choices.get(getattr(arguments, action.dest, None) or "")
+            found.update(_flags(chosen, arguments) if chosen is not None else {})
+        found.update({flag[2:].replace("-", "_"): flag for flag in action.option_strings if flag.startswith("--")})
+    for name, own in _OTHER_NAMES.items():
+        if own in found:
+            found.setdefault(name, found[own])
+    found.pop("method_options", None)  # its words are not those of Python
+    return found
+
+
+def _with_flags(message: str, flags: Mapping[str, str]) -> str:
+    """Write `on_error='skip'` as `--on-error 'skip'` and so on, for the flags that the command has."""
+
+    def named(found: re.Match[str]) -> str:
+        flag, value = flags.get(found[1]), found[2]
+        if flag is None or (value == "False" and f"no_{found[1]}" not in flags):
+            return found[0]
+        if value in ("True", "False"):
+            return flag if value == "True" else flags[f"no_{found[1]}"]
+        return f"{flag} {value}" if value else flag
+
+    return _ARGUMENT.sub(named, message)
+
+
 def _fail(message: str, code: int) -> int:
-    """Print one line, in which Python arguments are named by their flags."""
+    """Print one line."""
     line = message.strip().partition("\n")[0] or "failed"
-    line = line.replace("output_dir=", "--output ").replace("output_dir", "--output").replace("resume=True", "--resume")
+    line = line.replace("output_dir", "--output")
     try:
         print(f"cliperase-fast: {line}", file=sys.stderr)
     except (OSError, ValueError):  # a full disk, or a reader that is gone: the exit code says it
@@ -87,6 +124,17 @@ def _open_closed_streams() -> None:
         if getattr(sys, name) is None or getattr(getattr(sys, name), "closed", False):
             null = os.open(os.devnull, os.O_WRONLY)
             setattr(sys, name, os.fdopen(null, "w", encoding="utf-8"))  # for the rest of the process
+
+
+def _escape_what_cannot_be_written() -> None:
+    """Write characters that the encoding of a standard stream lacks as escapes, instead of failing after the work.
+
+    Encodings other than UTF-8 lack those of tables and of many class names, and UTF-8 the bytes of file names that are
+    not UTF-8.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _drop(stream: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -139,7 +140,13 @@ def _named(folders: list[str], root: Path, known: dict[str, str] | None) -> list
         name = readable(folder if known is None else known[folder])
         shown = printable(folder)
         if has_surrogates(name):
-            raise InputError(f"the name of the folder {shown!r} in {root} is not UTF-8; rename it")
+            encoding = sys.getfilesystemencoding()
+            if encoding == "utf-8":
+                raise InputError(f"the name of the folder {shown!r} in {root} is not UTF-8; rename it")
+            raise InputError(
+                f"the name of the folder {shown!r} in {root} cannot be read as {encoding}, the encoding of the locale; "
+                "set PYTHONUTF8=1, or a locale with UTF-8"
+            )
         if not name:
             raise InputError(f"the folder {shown!r} in {root} has no class name; rename it")
         if known is None and WORDNET.fullmatch(folder):

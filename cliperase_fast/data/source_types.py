@@ -81,7 +81,7 @@ class Request:
             low, high = least.get(key, 1), (most or {}).get(key)
             if not text.isdecimal() or int(text) < low or (high is not None and int(text) > high):
                 bounds = f"of at least {low}" if high is None else f"from {low} to {high}"
-                raise InputError(f"{self.spec!r}: {key}={text!r} must be a whole number {bounds}")
+                raise InputError(f"{self.spec!r}: ?{key}={text!r} must be a whole number {bounds}")
             found[key] = int(text)
         return found
 

@@ -173,6 +173,7 @@ class Ledger(LedgerWork):
             if done is not None:
                 self._data.keep(name, own)  # for the requests that follow
                 return done
+            self._warn_of_missing(ranks)
             number, steps = len(self._log.entries), self._log.last.steps
             before, after, facts = self._unlearned(name, own, self._log.active(), steps, chosen, ranks, progress)
             step, delta = self._store(f"{number:04d}-{name}", name, facts["run"], before, after, tolerance, ranks)

@@ -119,11 +119,9 @@ def summary(log: Log) -> dict[str, Any]:
     """Return the content of ledger.json, from which the page is made too.
 
     chain: the hash of each line. requests: of each its line, whether it is in force, and its audits then and now.
+    unaudited: why requests have no audit now.
     """
-    undone = log.undone()
-    latest: dict[str, Mapping[str, Any]] = {}
-    for entry in log.entries:
-        latest.update(entry.audits)
+    undone, current = log.undone(), _current(log)
     return {
         "format": log.base.content["format"],
         "base": {key: log.base.content[key] for key in ("reference", "library", "weights")},
@@ -141,12 +139,28 @@ def summary(log: Log) -> dict[str, Any]:
                 "versions": entry.content["versions"],
                 "ranks": entry.content["ranks"],
                 "then": entry.audits.get(entry.id),
-                "now": latest.get(entry.id),
+                "now": current.get(entry.id),
             }
             for entry in log.requests()
         ],
-        "unaudited": log.last.content.get("unaudited", {}),
+        "unaudited": {id: why for id, why in log.last.content.get("unaudited", {}).items() if id not in current},
     }
+
+
+def _current(log: Log) -> dict[str, Mapping[str, Any]]:
+    """Return by request the newest audit of the current weights; of one that was undone, that of undoing it.
+
+    An audit of other weights says nothing about these, also where the pairs were not at hand for a newer one.
+    """
+    found: dict[str, Mapping[str, Any]] = {}
+    for entry in log.entries:
+        if entry.weights == log.last.weights:
+            found.update(entry.audits)
+    for id, entry in log.undone().items():
+        found.pop(id, None)
+        if id in entry.audits:
+            found[id] = entry.audits[id]
+    return found
 
 
 def _undone(entry: Entry) -> dict[str, Any]:

@@ -70,8 +70,13 @@ def open_request(
 ) -> RequestPairs:
     """Open the pairs of a request as `unlearn()` does, and hold out validation and test pairs as it does.
 
-    Raises InputError for what cannot be opened or selected.
+    Raises InputError for what cannot be opened or selected, and for a stream.
     """
+    if isinstance(retain, str) and retain.startswith("stream:"):
+        raise InputError(
+            f"retain={retain!r} is a stream, whose pairs a ledger cannot know again: read its shards with wds:, or "
+            "give other pairs"
+        )
     sets = open_pair_sets(
         forget, retain, test, opener, overlap_policy=settings.overlap, test_fraction=settings.test_fraction,
         validation=validation,

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -35,6 +36,7 @@ from cliperase_fast.unlearning import unlearn
 from cliperase_fast.unlearning.advice import advising
 
 _LOCK = ".lock"
+_WITHOUT = "-without-"  # between the ids in the names of files that prepare undoing
 
 
 class LedgerWork:
@@ -111,8 +113,15 @@ class LedgerWork:
         """Return the line of a request that was made before, None for a new id."""
         entry = next((entry for entry in self._log.requests() if entry.id == id), None)
         if entry is None:
+            if _WITHOUT in id:
+                raise InputError(f"id={id!r} has {_WITHOUT!r}, which names files of prepared states: give another id")
             return None
-        self._require_active(id)
+        undone = self._log.undone().get(id)
+        if undone is not None:
+            raise InputError(
+                f"request {id!r} was undone on {undone.content['date']}: give another id, such as {id}-2, to make it "
+                "again"
+            )
         wanted = json.loads(json.dumps(printable_data(dict(content))))
         words = {"selection": "other pairs", "settings": "other settings"}
         different = [words[name] for name, value in wanted.items() if entry.content[name] != value]
@@ -122,6 +131,16 @@ class LedgerWork:
             )
         say("request %s is recorded already", id)
         return entry
+
+    def _warn_of_missing(self, ranks: Ranks) -> None:
+        """Warn of requests in force whose pairs are not at hand, which are neither held down nor left out of retain."""
+        missing = {entry.id: found for entry in self._log.active() if isinstance(found := self._data.find(entry), str)}
+        for id, why in missing.items() if ranks.first else ():
+            warnings.warn(
+                f"request {id!r} is neither held down nor measured, and if its pairs are among those to keep, they are "
+                f"trained back in: {why}",
+                stacklevel=4,
+            )
 
     def _next_id(self) -> str:
         taken = {entry.id for entry in self._log.entries}
@@ -246,12 +265,12 @@ class LedgerWork:
             say("preparing to undo request %s", id)
             earlier = [entry for entry in self._log.active() if entry.id != id]
             before, after, facts = self._unlearned(name, own, earlier, steps, settings, ranks, progress)
-            file = f"{number:04d}-{name}-without-{id}"
+            file = f"{number:04d}-{name}{_WITHOUT}{id}"
             step, delta = self._store(file, name, facts["run"], before, after, line["tolerance"], ranks)
             found = [*steps, step]
             state = self._state(found)
             measured, missing = self._to_measure({**line, "of": id}, found, in_full=False)
-            audits = self._audited(state, measured, f"-without-{id}", settings, ranks, progress)
+            audits = self._audited(state, measured, f"{_WITHOUT}{id}", settings, ranks, progress)
             for above in returned(audits):
                 say("request %s would be above the target after undoing %s: see its audit", above, id)
             prepared[id] = {

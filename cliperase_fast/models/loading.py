@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cliperase_fast.defaults import plain_torch
 from cliperase_fast.errors import InputError
 from cliperase_fast.models.adapters import FAMILIES, accepted_instances, accepted_strings
-from cliperase_fast.models.adapters.base import ClipAdapter, Family
+from cliperase_fast.models.adapters.base import ClipAdapter, Family, hint_of_run
 from cliperase_fast.models.adapters.generic import GenericAdapter, missing_parts
 from cliperase_fast.models.adapters.transformers import model_type
 from cliperase_fast.models.equivalence import feature_difference, tolerance
@@ -121,5 +121,8 @@ def _from_string(text: str, options: dict[str, Any]) -> ClipAdapter:
     if kind is not None:
         known = ", ".join(repr(family.model_type) for family in FAMILIES if family.model_type)
         raise InputError(f"{text} holds a transformers model of type {kind!r}; supported are {known}")
-    markers = " nor ".join(f"{family.marker} ({family.name})" for family in FAMILIES)
-    raise InputError(f"the folder {text} holds neither {markers}, so it is not a saved model")
+    markers = list(dict.fromkeys(family.marker for family in FAMILIES))
+    raise InputError(
+        f"the folder {text} is not a saved model: it has no {' and no '.join(markers)} of one"
+        f"{hint_of_run(Path(text), markers)}"
+    )

@@ -56,7 +56,10 @@ def ledger_page(content: Content) -> str:
 
 
 def ledger_table(content: Content, *, unicode: bool | None = None) -> str:
-    """Write the requests in plain text, with what the current model knows of them. unicode: as in `text_table`."""
+    """Write the requests in plain text, with what the current model knows of them, and why that is not known of others.
+
+    unicode: as in `text_table`.
+    """
     rows = [["request", "selected", "date", "state", "forget top-1", "association", "retain top-1", "delta"]]
     for one in content["requests"]:
         now = one["now"]
@@ -67,6 +70,8 @@ def ledger_table(content: Content, *, unicode: bool | None = None) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.insert(1, "─" * max(map(len, lines)))
+    if content["unaudited"]:
+        lines += ["", *(f"request {id} is not measured: {why}" for id, why in content["unaudited"].items())]
     return shown("\n".join(lines), unicode)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from cliperase_fast.evaluation.metrics import COSINE, Format
 from cliperase_fast.plurals import counted
+from cliperase_fast.reading import visible
 from cliperase_fast.report.audit_scores import find_score
 from cliperase_fast.report.wording import (
     cell,
@@ -116,7 +117,7 @@ def class_table(per_class: Mapping[str, Mapping[str, Any]], *, limit: int = 20, 
     order = {"forget": 0, "mixed": 1}
     rows = sorted(per_class.items(), key=lambda item: (order.get(item[1]["set"], 2), item[1]["accuracy"], item[0]))
     texts = [("class", "set", "pairs", "accuracy")]
-    texts += [(name, row["set"], str(row["pairs"]), percent(row["accuracy"])) for name, row in rows[:limit]]
+    texts += [(visible(name), row["set"], str(row["pairs"]), percent(row["accuracy"])) for name, row in rows[:limit]]
     if len(texts) == 1:
         return ""
     widths = [max(len(text[column]) for text in texts) for column in range(4)]

@@ -49,6 +49,21 @@ class FeatureFile:
         except (OSError, ValueError, RecursionError):
             return "damaged"
 
+    def foreign(self) -> Path | None:
+        """Return a file in its place that holds something else; None if it may be created.
+
+        A process that was killed leaves a file of the right size without a note.
+        """
+        if os.path.lexists(self.note):
+            try:
+                note = json.loads(self.note.read_text(encoding="utf-8"))
+                return None if isinstance(note, dict) and {"made_from", "sha256"} <= note.keys() else self.note
+            except (OSError, ValueError, RecursionError):
+                return self.note
+        if not os.path.lexists(self.path) or (self.path.is_file() and self.path.stat().st_size in (0, self.size)):
+            return None
+        return self.path
+
     def create(self) -> None:
         """Start a new file and reserve its whole size on the disk."""
         with writing(self.path, _REMEDY):

@@ -249,15 +249,9 @@ def _newest(directory: Path | None, identity: dict[str, Any]) -> Checkpoint | No
             raise InputError(f"every checkpoint in {root} is damaged; {advice().afresh}")
         return None
     saved = checkpoint.state.identity
-    for name, remedy in (
-        ("model", "it was made with another model"),
-        ("teacher", "it was made with another teacher"),
-        ("data", "it was made with other data"),
-        ("tokenizer", "it was made with another tokenizer (the captions give other tokens)"),
-        ("transform", "it was made with another transform (an image gives other pixels)"),
-    ):
+    for name, what in (("model", "another model"), ("teacher", "another teacher")):
         if saved.get(name) != identity[name]:
-            raise InputError(f"cannot resume from {checkpoint.path}: {remedy}; {advice().afresh}")
+            raise _made_with(what, checkpoint)
     settings = saved.get("config")
     settings = settings if isinstance(settings, dict) else {}
     differing = [
@@ -270,4 +264,15 @@ def _newest(directory: Path | None, identity: dict[str, Any]) -> Checkpoint | No
             f"cannot resume from {checkpoint.path}: the settings differ ({'; '.join(differing)}); give the old ones, "
             f"or {advice().afresh}"
         )
+    for name, what in (  # behind the settings, which decide what is drawn and held out
+        ("data", "other data"),
+        ("tokenizer", "another tokenizer (the captions give other tokens)"),
+        ("transform", "another transform (an image gives other pixels)"),
+    ):
+        if saved.get(name) != identity[name]:
+            raise _made_with(what, checkpoint)
     return checkpoint
+
+
+def _made_with(what: str, checkpoint: Checkpoint) -> InputError:
+    return InputError(f"cannot resume from {checkpoint.path}: it was made with {what}; {advice().afresh}")

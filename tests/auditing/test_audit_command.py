@@ -69,7 +69,7 @@ def test_an_audit_prints_its_verdicts_and_scores_and_where_the_files_are(world, 
         ({"synonyms": "{tmp}/synonyms.yaml"}, "'rouge', which is not a class"),
         ({"synonyms": "{tmp}/absent.yaml"}, "the synonyms file {tmp}/absent.yaml"),
         ({"template": "a photo"}, "a photo"),
-        ({"batch-size": 0}, "batch_size=0"),
+        ({"batch-size": 0}, "--batch-size 0"),
     ],
     ids=str,
 )  # fmt: skip

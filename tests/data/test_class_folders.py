@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cliperase_fast.data import check_images, open_source
+from cliperase_fast.data import check_images, folders, open_source
 from cliperase_fast.errors import InputError
 
 
@@ -125,6 +125,13 @@ def test_empty_class_folders_are_refused_or_counted(tmp_path: Path, picture) -> 
     pairs = open_source(f"folder:{tmp_path}", on_error="skip").train
     assert pairs.classes == ("cat",)
     assert pairs.intake.skipped.counts == {"class folder without images": 1}
+
+
+def test_a_locale_without_utf_8_is_named_and_not_the_folder(tmp_path: Path, monkeypatch) -> None:
+    os.makedirs(os.fsencode(tmp_path) + b"/caf\xe9/x.png")
+    monkeypatch.setattr(folders.sys, "getfilesystemencoding", lambda: "ascii")
+    with pytest.raises(InputError, match="cannot be read as ascii, the encoding of the locale; set PYTHONUTF8=1"):
+        open_source(f"folder:{tmp_path}")
 
 
 def test_folder_names_must_be_utf_8_and_say_something(tmp_path: Path, picture) -> None:

@@ -14,6 +14,7 @@ from cliperase_fast.data.pair_sets import Opener
 from cliperase_fast.ledger import apply_patch
 from cliperase_fast.ledger.deltas import digest_of, state_of
 from cliperase_fast.ledger.pairs import open_request
+from cliperase_fast.report import ledger_table
 
 
 def weights_of(model):
@@ -156,6 +157,32 @@ def test_the_page_tells_each_request_then_and_now(three, tmp_path):
     assert "2 of 3 requests are in force" in page and "undone 2026-04-01" in page and "a mistake" in page
     assert "How far it is from the base" in page and "images named 100.0% (100.0% in the base)" in page
     assert "&lt;b&gt;Ann&lt;/b&gt;" in page and "<b>Ann</b>" not in page
+
+
+def test_scores_of_other_weights_are_not_shown_as_those_of_now(three, tmp_path):
+    merged = copied(three, tmp_path / "merged", supplied=["red"])
+    merged.undo("green")
+    requests = {one["id"]: one["now"] for one in merged.summary()["requests"]}
+    assert requests["red"] == merged.entries[-1].audits["red"] and requests["green"] is requests["blue"] is None
+    assert set(merged.summary()["unaudited"]) == {"green", "blue"}
+    told = ledger_table(merged.summary())
+    assert "request blue is not measured: its pairs were given as objects" in told and told.count("–") == 6
+    assert "not measured: its pairs were not at hand" in merged.report().read_text()
+
+
+def test_scores_are_those_of_now_where_the_weights_are_those_that_were_measured(three, tmp_path):
+    ledger = copied(three, tmp_path / "ledger", supplied=[])
+    ledger.undo("blue")
+    requests = {one["id"]: one["now"] for one in ledger.summary()["requests"]}
+    assert {id: requests[id] for id in ("red", "green")} == three.entries[2].audits and requests["blue"] is None
+    assert set(ledger.summary()["unaudited"]) == {"blue"}
+
+
+def test_a_request_warns_of_earlier_ones_whose_pairs_are_not_at_hand(three, tmp_path):
+    ledger = copied(three, tmp_path / "ledger", supplied=["red", "blue"])
+    with pytest.warns(UserWarning, match="request 'green' is neither held down nor measured") as told:
+        ledger.forget(**pairs_of("grey"), id="grey", undoable=False, **{**SETTINGS, "steps": 2})
+    assert sum("neither held down" in str(one.message) for one in told) == 1
 
 
 def test_a_request_that_was_interrupted_goes_on(tmp_path, monkeypatch):

@@ -1,7 +1,9 @@
 """`cliperase-fast ledger` and `cliperase-fast apply` on a tiny model and a folder of flat colours."""
 
+import io
 import json
 import shutil
+import tarfile
 
 import pytest
 from colours import MODEL
@@ -28,6 +30,12 @@ def world(tmp_path_factory):
                 picture = Image.new("RGB", (8, 8), colour)
                 picture.putpixel((shift, 0), (9, 9, 9))
                 picture.save(root / "data" / split / colour / f"{shift}.png")
+    with tarfile.open(root / "shard.tar", "w") as shard:
+        for number, picture in enumerate(sorted((root / "data" / "train" / "blue").iterdir())):
+            shard.add(picture, f"{number}.png")
+            caption = tarfile.TarInfo(f"{number}.txt")
+            caption.size = 1
+            shard.addfile(caption, io.BytesIO(b"x"))
     assert cli.main(["ledger", "start", str(root / "ledger"), "--model", f"local-dir:{root / 'base'}"]) == 0
     for colour in ("red", "green"):
         words = ["--data", f"folder:{root / 'data'}", "--forget", f"class:{colour}", "--id", colour, "--by", "Ann"]
@@ -147,6 +155,34 @@ def test_a_request_is_undone(world, tmp_path, capsys):
                 "pink",
             ),
             "has no request 'pink'",
+        ),
+        (
+            (
+                "forget",
+                "{world}/ledger",
+                "--data",
+                "folder:{world}/data",
+                "--forget",
+                "class:blue",
+                "--undoable",
+                "red, pink",
+                "--quiet",
+            ),
+            "has no request 'pink'",
+        ),
+        (
+            (
+                "forget",
+                "{world}/ledger",
+                "--data",
+                "folder:{world}/data",
+                "--forget",
+                "class:blue",
+                "--retain",
+                "stream:{world}/shard.tar",
+                "--quiet",
+            ),
+            "is a stream, whose pairs a ledger cannot know again",
         ),
         (("export", "{world}/ledger", "red", "--output", "{world}/data"), "holds something else"),
         (("model", "{world}/ledger", "--output", "{world}/data"), "is in use: give a new folder"),

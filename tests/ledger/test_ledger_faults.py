@@ -165,6 +165,17 @@ def test_a_request_is_undone_once(ledger):
         ledger.forget(**pairs_of("blue"), id="blue", **SETTINGS)
 
 
+def test_the_id_of_an_undone_request_is_not_used_again(ledger):
+    ledger.undo("blue")
+    with pytest.raises(InputError, match=r"request 'blue' was undone on .*: give another id, such as blue-2"):
+        ledger.forget(**pairs_of("blue"), id="blue", **SETTINGS)
+
+
+def test_an_id_that_is_the_name_of_a_prepared_state_is_refused(ledger):
+    with pytest.raises(InputError, match="id='blue-without-red' has '-without-'"):
+        ledger.forget(**pairs_of("grey"), id="blue-without-red", **SETTINGS)
+
+
 def test_wrong_arguments_change_nothing(ledger):
     head = ledger.head()
     for arguments, why in (

@@ -379,8 +379,19 @@ def test_a_crash_while_replacing_a_model_leaves_none_rather_than_a_mixture(
     with pytest.raises(KeyboardInterrupt):
         load_model(tiny_open_clip(seed=1)).save(folder)
     assert moved == ["open_clip_model.safetensors"]
-    with pytest.raises(InputError, match="holds neither"):
+    with pytest.raises(InputError, match=r"is not a saved model: it has no open_clip_config\.json and no config\.json"):
         load_model(folder)
+
+
+@pytest.mark.parametrize("prefix", ["", "local-dir:"])
+def test_the_folder_of_a_run_is_named_with_that_of_its_model(prefix: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError) as without:
+        load_model(f"{prefix}{tmp_path}")
+    load_model(tiny_open_clip()).save(tmp_path / "model")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError) as hinted:
+        load_model(f"{prefix}{tmp_path}")
+    assert str(hinted.value) == f"{without.value}; did you mean {tmp_path / 'model'}?"
 
 
 def test_saving_onto_a_file_is_refused(tmp_path: Path) -> None:

@@ -399,3 +399,9 @@ def first_lines(error: BaseException) -> str:
     """Return the first three lines of an error's text; some libraries add long lists after them."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:3])[:400].rstrip(".") or type(error).__name__
+
+
+def hint_of_run(folder: Path, markers: Sequence[str]) -> str:
+    """Name the saved model in a run's folder, which is often given in its place; empty if there is none."""
+    model = folder.expanduser() / "model"
+    return f"; did you mean {folder / 'model'}?" if any((model / marker).is_file() for marker in markers) else ""
