@@ -101,7 +101,7 @@ def distance(rows: Sequence[Mapping[str, Any]], level: str) -> float:
 
 
 def levels_table(record: Mapping[str, Any]) -> Table:
-    head = ("class", "in the original", "level of unrelated pairs", "most similar", "its level", "oracles")
+    head = ("class", "in the original", "level of unrelated pairs", "most similar class", "level by it", "oracles")
     rows = [
         (
             row["class"], f"{row['own']:.2f}", f"{row['unrelated']:.2f}", row["similar_to"], f"{row['similar']:.2f}",
@@ -116,7 +116,8 @@ def levels_table(record: Mapping[str, Any]) -> Table:
 def parts(record: Mapping[str, Any]) -> Sequence[Table | str]:
     """Return what the docs show of a record."""
     pairs = [row["pairs"] for row in record["classes"]]
-    return [levels_table(record), f"{min(pairs)} to {max(pairs)} test pairs of each class."]
+    count = str(min(pairs)) if min(pairs) == max(pairs) else f"{min(pairs)} to {max(pairs)}"
+    return [levels_table(record), f"{count} test pairs of each class."]
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -46,6 +46,7 @@ def test_the_table_has_the_distance_of_each_level_from_the_mean_of_the_oracles()
     assert table[1][0] == ("cat", "0.90", "0.00", "dog", "0.30", "0.20, 0.60")
     assert table[1][-1] == ("mean distance from the oracles", "", "0.20", "", "0.15", "")
     assert counted == "7 to 9 test pairs of each class."
+    assert levels.parts({"classes": rows[:1]})[1] == "9 test pairs of each class."
 
 
 def test_each_class_is_measured_with_its_own_oracles(monkeypatch):
