@@ -119,6 +119,8 @@ def compare(
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder), keep_features():
+        if not (folder / FILE).exists():
+            record.write()  # the same call then knows the folder if this one is killed in its first method
         for number, name in enumerate(names, 1):
             if record.is_done(name):
                 say("%s is done already", name)
@@ -272,10 +274,14 @@ class _Record:
 
     def add(self, name: str, entry: dict[str, Any]) -> None:
         self.content["methods"] = {**self.content["methods"], name: printable_data(entry)}
+        self.write()
+        self.write_page()
+
+    def write(self) -> None:
+        """Write compare.json."""
         with writing(self.folder / FILE, "the same call continues"):
             text = json.dumps(self.content, indent=2, allow_nan=False)
             write_text_atomically(self.folder / FILE, text + "\n")
-        self.write_page()
 
     def write_page(self) -> None:
         """Write compare.html. A call that was interrupted between the two files may have left an older one."""

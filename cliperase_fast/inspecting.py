@@ -20,7 +20,7 @@ from cliperase_fast.data.pair_sets import Opener, open_pair_sets
 from cliperase_fast.errors import InputError
 from cliperase_fast.plurals import counted
 from cliperase_fast.progress import Steps
-from cliperase_fast.reading import visible
+from cliperase_fast.reading import display_width, visible
 from cliperase_fast.report.contact_sheet import Group, contact_sheet, thumbnails
 from cliperase_fast.report.rendering import Row, Table, write_page
 from cliperase_fast.report.wording import left_out_lines
@@ -185,9 +185,12 @@ def _class_lines(classes: dict[str, dict[str, int]]) -> list[str]:
         return ["no classes: captions are too many, or not repeated"]
     sets = list(next(iter(classes.values())))
     shown = list(classes.items())[: 2 * _EXAMPLES]
-    width = max(len(name) for name, _ in shown) + 2
+    width = max(display_width(name) for name, _ in shown) + 2
     head = f"{'class':<{width}}" + "".join(f"{name:>{len(name) + 4}}" for name in sets)
-    rows = [f"{name:<{width}}" + "".join(f"{row[of]:>{len(of) + 4},}" for of in sets) for name, row in shown]
+    rows = [
+        name + " " * (width - display_width(name)) + "".join(f"{row[of]:>{len(of) + 4},}" for of in sets)
+        for name, row in shown
+    ]
     rest = [f"... and {len(classes) - len(shown)} more classes"] if len(classes) > len(shown) else []
     return [head, *rows, *rest]
 

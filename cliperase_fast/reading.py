@@ -17,6 +17,7 @@ from cliperase_fast.errors import InputError
 
 MAX_LINE = 1 << 20  # characters in a line of a table
 _MAX_MAPPING = 1 << 20  # bytes of a YAML or JSON file
+_JOINER = "\u200d"  # draws two emoji as one
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 _KINDS = (
     (stat.S_ISDIR, "a directory"),
@@ -132,6 +133,16 @@ def printable(text: str) -> str:
 def visible(text: str) -> str:
     """Return text for a line on a terminal: control characters, such as line breaks and colours, become escapes."""
     return "".join(repr(one)[1:-1] if unicodedata.category(one) == "Cc" else one for one in text)
+
+
+def display_width(text: str) -> int:
+    """Return the columns that text takes on a terminal: two for wide letters, none for marks and for what is joined."""
+    width, before = 0, ""
+    for letter in text:
+        if before != _JOINER and unicodedata.category(letter) not in ("Mn", "Me", "Cf"):
+            width += 2 if unicodedata.east_asian_width(letter) in "WF" else 1
+        before = letter
+    return width
 
 
 def printable_data(value: Any) -> Any:

@@ -26,13 +26,18 @@ COMMANDS = {
     "unlearn": ["--model", "m", "--data", "demo", "--forget", "class:one", "--output", "o"],
     "evaluate": ["--model", "m", "--data", "demo"],
     "audit": ["--before", "m", "--after", "m", "--data", "demo", "--forget", "class:one"],
+    "compare": ["--methods", "slug", "--model", "m", "--data", "demo", "--forget", "class:one", "--output", "o"],
     "demo": [],
     "train-open-clip": [],
     "plan": ["--batch", "2", "--gpus", "1", "--model", "ViT-B-32"],
     "bench": ["loss"],
     "backends": [],
 }
-ADVICE = {"unlearn": "; the same command with --resume goes on", "demo": "; the same command goes on"}
+ADVICE = {
+    "unlearn": "; the same command with --resume goes on",
+    "compare": "; the same command goes on",
+    "demo": "; the same command goes on",
+}
 
 
 def help_of(command, capsys):
@@ -100,7 +105,7 @@ def _terminate_itself(command, path):
     cli.main([command, *COMMANDS[command]])
 
 
-@pytest.mark.parametrize("command", ["unlearn", "demo"])
+@pytest.mark.parametrize("command", ADVICE)
 def test_the_advice_after_an_interruption_works(command):
     words = ["--resume"] if "--resume" in ADVICE[command] else []
     make_parser().parse_args([command, *COMMANDS[command], *words])

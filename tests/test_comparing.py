@@ -133,6 +133,16 @@ def test_the_same_call_continues_and_repeats_what_failed(tmp_path, monkeypatch):
     assert not second.failed and second.methods["shift"] == first.methods["shift"]
 
 
+def test_the_same_call_continues_after_an_interruption_in_the_first_method(tmp_path, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Shift, "edit", interrupted)
+        compare(tmp_path / "runs", ["shift"])
+    assert "scores" in compare(tmp_path / "runs", ["shift"]).methods["shift"]
+
+
 @pytest.mark.parametrize("file", ["compare.json", "compare.html"])
 def test_a_full_disk_is_one_line_and_the_same_call_goes_on(tmp_path, monkeypatch, file):
     write = comparing.write_text_atomically

@@ -288,3 +288,11 @@ def test_a_page_of_the_site_is_in_its_navigation_and_links_to_pages_that_exist()
             assert f": {name}\n" in navigation, name
         for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", path.read_text(encoding="utf-8")):
             assert (path.parent / link).exists(), f"{name}: {link}"
+
+
+def test_the_page_of_commands_names_those_that_print_json():
+    page = PAGES["command-line.md"].read_text(encoding="utf-8")
+    sentence = next(line for line in page.splitlines() if "print JSON with `--json`" in line)
+    commands = next(a for a in make_parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
+    printing = {name for name, parser in commands.items() if "--json" in parser._option_string_actions}
+    assert set(re.findall(r"`([a-z]+)`", sentence.partition(" print JSON")[0])) == printing

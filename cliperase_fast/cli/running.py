@@ -21,6 +21,7 @@ from cliperase_fast.errors import InputError, UnlearningError
 # How to go on with a command that was stopped.
 _GOES_ON = {
     "unlearn": "; the same command with --resume goes on",
+    "compare": "; the same command goes on",
     "demo": "; the same command goes on",
     "ledger": "; the same command goes on",
 }

@@ -107,7 +107,7 @@ def _holds_folders_only(folder: Path) -> bool:
     """Return whether a folder has several folders and no images in it."""
     entries = [entry for entry in _entries(folder) if not is_system_file(entry.name)]
     images = any(os.path.splitext(entry.name)[1].lower() in image_suffixes() for entry in entries)
-    return not images and sum(entry.is_dir() for entry in entries) > 1
+    return not images and sum(_is_folder(entry) for entry in entries) > 1
 
 
 def _entries(folder: Path | str) -> list[os.DirEntry[str]]:
@@ -118,13 +118,21 @@ def _entries(folder: Path | str) -> list[os.DirEntry[str]]:
         raise InputError(f"cannot list the folder {printable(str(folder))}: {error.strerror or error}") from error
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return whether an entry is a folder. A link that cannot be followed is a file: reading it says what is wrong."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
 def _class_folders(folder: Path, intake: Intake) -> list[str]:
     """Return the names of the class folders, sorted; count everything else beside them."""
     names = []
     for entry in _entries(folder):
         if is_system_file(entry.name):
             intake.ignored.add("hidden or system file", entry.path)
-        elif entry.is_dir():
+        elif _is_folder(entry):
             names.append(entry.name)
         else:
             intake.ignored.add("file outside of the class folders", entry.path)
@@ -175,7 +183,7 @@ def _find_images(folder: Path, intake: Intake) -> list[Path]:
             suffix = os.path.splitext(entry.name)[1].lower()
             if is_system_file(entry.name):
                 intake.ignored.add("hidden or system file", entry.path)
-            elif entry.is_dir():
+            elif _is_folder(entry):
                 identity = _identity(entry.path)
                 if identity in seen:
                     intake.ignored.add("link to a folder that is read already", entry.path)

@@ -179,7 +179,7 @@ def returned(audits: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def check_id(id: str) -> str:
     if not isinstance(id, str) or not _ID.fullmatch(id):
         raise InputError(
-            f"id={id!r} is not usable: give 1 to 64 letters, digits, '.', '_' and '-', with a letter or digit first"
+            f"id={id!r} is not usable: give 1 to 64 of a-z, A-Z, 0-9, '.', '_' and '-', the first a letter or digit"
         )
     return id
 

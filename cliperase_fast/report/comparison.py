@@ -23,6 +23,7 @@ from cliperase_fast.report.drawing import (
     plain,
 )
 from cliperase_fast.report.rendering import Cell, Row, Table, picture, render
+from cliperase_fast.report.table import aligned
 from cliperase_fast.report.table import shown as printable
 from cliperase_fast.report.wording import count, difference, interval, number, signed, written
 
@@ -144,13 +145,7 @@ def comparison_table(content: Content, *, unicode: bool | None = None) -> str:
     """Write a comparison's table in plain text; the page has the intervals too. unicode: as in `text_table`."""
     headings, rows = _rows(content)
     texts = [headings, *([_plain(cell) for cell in row.cells] for row in rows)]
-    widths = [max(len(row[column]) for row in texts) for column in range(len(headings))]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(text.rjust(w) for text, w in zip(row[1:], widths[1:], strict=True))])
-        for row in texts
-    ]
-    lines.insert(1, "─" * max(map(len, lines)))
-    return printable("\n".join(line.rstrip() for line in lines), unicode)
+    return printable("\n".join(aligned(texts)), unicode)
 
 
 def _plain(cell: str | Cell) -> str:

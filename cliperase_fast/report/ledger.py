@@ -9,7 +9,7 @@ from cliperase_fast.evaluation.metrics import COSINE
 from cliperase_fast.plurals import counted
 from cliperase_fast.reading import in_bytes
 from cliperase_fast.report.rendering import Cell, Row, Table, render
-from cliperase_fast.report.table import shown
+from cliperase_fast.report.table import aligned, shown
 from cliperase_fast.report.wording import count, number, percent, written
 
 Content = Mapping[str, Any]  # of ledger.json
@@ -67,9 +67,7 @@ def ledger_table(content: Content, *, unicode: bool | None = None) -> str:
             one["id"], _selected(one["selection"]), one["date"][:10], _state(one), _share(now, "forget_top1"),
             _cosine(now), _share(now, "retain_top1"), in_bytes(one["delta"]["bytes"]),
         ])  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines.insert(1, "─" * max(map(len, lines)))
+    lines = aligned(rows, left=len(rows[0]))
     if content["unaudited"]:
         lines += ["", *(f"request {id} is not measured: {why}" for id, why in content["unaudited"].items())]
     return shown("\n".join(lines), unicode)

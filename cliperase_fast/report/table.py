@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cliperase_fast.evaluation.metrics import COSINE, Format
 from cliperase_fast.plurals import counted
-from cliperase_fast.reading import visible
+from cliperase_fast.reading import display_width, visible
 from cliperase_fast.report.audit_scores import find_score
 from cliperase_fast.report.wording import (
     cell,
@@ -89,15 +89,7 @@ def audit_table(content: Mapping[str, Any], *, unicode: bool | None = None) -> s
     if gap:
         ends = (gap.get("mean"), *([gap.get("floor")] if floors else []))
         rows.append(["mean gap", "", "", "", *(difference(number(end), COSINE) for end in ends)])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(columns) + 1)]
-    lines = [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    ]
-    lines.insert(1, "─" * max(map(len, lines)))
-    return shown("\n".join(line.rstrip() for line in lines), unicode)
+    return shown("\n".join(aligned(rows)), unicode)
 
 
 def _with_interval(found: Mapping[str, Any], form: Format) -> str:
@@ -120,18 +112,28 @@ def class_table(per_class: Mapping[str, Mapping[str, Any]], *, limit: int = 20, 
     texts += [(visible(name), row["set"], str(row["pairs"]), percent(row["accuracy"])) for name, row in rows[:limit]]
     if len(texts) == 1:
         return ""
-    widths = [max(len(text[column]) for text in texts) for column in range(4)]
-    lines = [
-        f"{name.ljust(widths[0])}   {which.ljust(widths[1])}   {pairs.rjust(widths[2])}   {share.rjust(widths[3])}"
-        for name, which, pairs, share in texts
-    ]
-    lines.insert(1, "─" * max(map(len, lines)))
+    lines = aligned(texts, left=2, gap=3)
     if len(rows) > limit:
         lines.append(f"and {len(rows) - limit} more classes (--json lists all)")
     if unicode is None:
         unicode = _encodable("".join(lines), getattr(sys.stdout, "encoding", None))
     text = "\n".join(lines)
     return text if unicode else text.translate(_ASCII).encode("ascii", "backslashreplace").decode("ascii")
+
+
+def aligned(rows: Sequence[Sequence[str]], left: int = 1, gap: int = 2) -> list[str]:
+    """Return the lines of a table, with a rule below its headings.
+
+    left: how many columns are flush left, the others are flush right. gap: spaces between columns.
+    """
+    widths = [max(map(display_width, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        spaces = [" " * (width - display_width(text)) for text, width in zip(row, widths, strict=True)]
+        cells = [text + space for text, space in zip(row[:left], spaces, strict=False)]
+        cells += [space + text for text, space in zip(row[left:], spaces[left:], strict=True)]
+        lines.append((" " * gap).join(cells).rstrip())
+    return [lines[0], "─" * max(map(display_width, lines)), *lines[1:]]
 
 
 def _widths(block: list[list[str]], heading: str) -> list[int]:

@@ -59,6 +59,19 @@ def test_links_back_and_loops_give_no_image_twice(tmp_path: Path, picture) -> No
     assert pairs.intake.ignored.counts == {"link to a folder that is read already": 3}
 
 
+@pytest.mark.parametrize("target", ["turning.png", "gone.png"])
+def test_a_link_that_leads_nowhere_is_an_image_that_can_be_left_out(tmp_path: Path, picture, target: str) -> None:
+    picture(tmp_path / "cat" / "1.png")
+    (tmp_path / "cat" / "turning.png").symlink_to(target)
+    (tmp_path / "nowhere").symlink_to("nowhere")
+    pairs = open_source(f"folder:{tmp_path}").train
+    with pytest.raises(InputError, match=r"turning\.png"):
+        check_images(pairs)
+    good, bad = check_images(pairs, on_error="skip")
+    assert [pairs.ids[index] for index in good] == ["cat/1.png"] and len(bad) == 1
+    assert pairs.intake.ignored.counts == {"file outside of the class folders": 1}
+
+
 def test_folders_that_cannot_be_listed_are_named(tmp_path: Path, picture, monkeypatch: pytest.MonkeyPatch) -> None:
     picture(tmp_path / "c" / "x.png")
     picture(tmp_path / "c" / "locked" / "y.png")

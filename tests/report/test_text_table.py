@@ -3,6 +3,8 @@ from __future__ import annotations
 import pytest
 from report_sample import sample_result, scores
 
+from cliperase_fast.inspecting import _class_lines
+from cliperase_fast.reading import display_width
 from cliperase_fast.report import class_table, text_table
 
 
@@ -85,3 +87,18 @@ def test_class_names_a_terminal_cannot_show_are_escaped():
     rows = {"café": {"set": "all", "pairs": 1, "accuracy": 0.5}}
     assert class_table(rows, unicode=False).isascii()
     assert "café" in class_table(rows, unicode=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "columns"),
+    [("cat", 3), ("日本語", 6), ("cafe\u0301", 4), ("קָמֶץ", 3), ("🍎 apple", 8), ("👨\u200d👩\u200d👧", 2), ("", 0)],
+)
+def test_the_width_of_text_is_that_on_a_terminal(text, columns):
+    assert display_width(text) == columns
+
+
+def test_names_of_wide_letters_and_with_marks_keep_the_columns_together():
+    names = ("cat", "日本語", "cafe\u0301", "🍎 apple")
+    rows = {name: {"set": "retain", "pairs": 20, "accuracy": 0.5} for name in names}
+    assert len({display_width(line) for line in class_table(rows, unicode=True).splitlines()}) == 1
+    assert len({display_width(line) for line in _class_lines({name: {"all": 20} for name in names})}) == 1

@@ -138,7 +138,7 @@ class ClipAdapter(ABC):
                 f"caption {_shortened(caption)!r} has {count} tokens (start and end tokens included) and "
                 f"the model's context holds {self.tokenizer.context_length}; {len(too_long)} of "
                 f"{len(captions)} captions are too long. "
-                'Shorten them, or truncate them with long_captions="truncate" of unlearn(), evaluate() or audit()'
+                'Shorten them, or pass long_captions="truncate" to cut them'
             )
         return tokens
 
