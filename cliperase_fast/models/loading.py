@@ -121,8 +121,6 @@ def _from_string(text: str, options: dict[str, Any]) -> ClipAdapter:
     if kind is not None:
         known = ", ".join(repr(family.model_type) for family in FAMILIES if family.model_type)
         raise InputError(f"{text} holds a transformers model of type {kind!r}; supported are {known}")
-    markers = list(dict.fromkeys(family.marker for family in FAMILIES))
-    raise InputError(
-        f"the folder {text} is not a saved model: it has no {' and no '.join(markers)} of one"
-        f"{hint_of_run(Path(text), markers)}"
-    )
+    markers = " nor ".join(f"{family.marker} ({family.name})" for family in FAMILIES)
+    hint = hint_of_run(Path(text), [family.marker for family in FAMILIES])
+    raise InputError(f"the folder {text} holds neither {markers}, so it is not a saved model{hint}")
