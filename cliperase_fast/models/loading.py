@@ -121,6 +121,9 @@ def _from_string(text: str, options: dict[str, Any]) -> ClipAdapter:
     if kind is not None:
         known = ", ".join(repr(family.model_type) for family in FAMILIES if family.model_type)
         raise InputError(f"{text} holds a transformers model of type {kind!r}; supported are {known}")
-    markers = " nor ".join(f"{family.marker} ({family.name})" for family in FAMILIES)
-    hint = hint_of_run(Path(text), [family.marker for family in FAMILIES])
+    names: dict[str, list[str]] = {}
+    for family in FAMILIES:
+        names.setdefault(family.marker, []).append(family.name)
+    markers = " nor ".join(f"{marker} ({', '.join(of)})" for marker, of in names.items())
+    hint = hint_of_run(Path(text), list(names))
     raise InputError(f"the folder {text} holds neither {markers}, so it is not a saved model{hint}")
