@@ -32,14 +32,7 @@ from cliperase_fast.evaluation.encoding import encode_pairs, pair_similarities
 from cliperase_fast.models import load_model
 from cliperase_fast.progress import bars_by_default
 from cliperase_fast.storage import write_text_atomically
-from cliperase_fast.unlearning.related import (
-    PairFeatures,
-    concepts_of,
-    related_pairs,
-    relatives_of,
-    with_most_similar,
-    with_related_levels,
-)
+from cliperase_fast.unlearning.related import MOST, SIMILAR, concepts_of, with_levels_of_relatives
 from cliperase_fast.unlearning.splits import Split
 
 from .machine import RESULTS, describe
@@ -81,19 +74,10 @@ def levels_of(label: int, pairs: Any, found: EncodedPairs) -> dict[str, Any]:
         [found.caption_index[row] for row in order],
         None,
     )
-    features = PairFeatures(
-        lambda rows: own.image_features[torch.from_numpy(rows)],
-        own.caption_features,
-        lambda rows: [own.caption_index[row] for row in rows],
-    )
-    retained, concepts = np.flatnonzero(~train.forget_mask), concepts_of(train, train)
-    plain, relatives = Background.of(own, ~train.forget_mask), relatives_of(train, alone=True)
-    relatives, of_class = with_most_similar(
-        relatives, train, retained, related_pairs(train, relatives, None, 0), features
-    )
-    similar = with_related_levels(plain, relatives, of_class, features)
+    plain, concepts = Background.of(own, ~train.forget_mask), concepts_of(train, train)
+    similar = with_levels_of_relatives(plain, train, own, SIMILAR, MOST)
     return {
-        "similar_to": pairs.classes[relatives[label][0]],
+        "similar_to": "–" if similar.own is None else pairs.classes[int(similar.own.related[0])],
         "own": float(pair_similarities(own)[train.forget_mask].mean()),
         "unrelated": plain.association(own, train.forget_mask),
         "similar": similar.association(own, train.forget_mask, concepts),

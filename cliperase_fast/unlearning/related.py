@@ -229,10 +229,13 @@ def concepts_of(part: Split, train: Split) -> np.ndarray | None:
     return np.array([places.get(name, -1) for name in names], dtype=np.int64)[labels]
 
 
-def with_levels_of_relatives(background: Background, part: Split, encoded: EncodedPairs, level: str) -> Background:
+def with_levels_of_relatives(
+    background: Background, part: Split, encoded: EncodedPairs, level: str, most: float | None = None
+) -> Background:
     """Return the background with the levels at which a model is that never saw the classes to forget of a split.
 
-    encoded: of the split's pairs, by the model that is asked. level: as `Method.forget_level`.
+    encoded: of the split's pairs, by the model that is asked. level: as `Method.forget_level`. most: as in
+    `with_related_levels`.
     """
     features = PairFeatures(
         lambda rows: encoded.image_features[torch.from_numpy(rows)],
@@ -244,7 +247,7 @@ def with_levels_of_relatives(background: Background, part: Split, encoded: Encod
     if level == SIMILAR:
         retained = np.arange(part.n_forget, len(part.pairs))
         relatives, pairs = with_most_similar(relatives, part, retained, pairs, features)
-    return with_related_levels(background, relatives, pairs, features, most=None)
+    return with_related_levels(background, relatives, pairs, features, most)
 
 
 def related_note(train: Split, background: Background, level: str, masked: bool) -> str | None:
