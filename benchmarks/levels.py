@@ -5,8 +5,8 @@
 
 Each class of the data is left out of the training of other models, oracles. Their mean cosine of its test images and
 captions is what `forget_level` aims at; the levels are computed from the training pairs with the original alone. How
-many other names of the classes (synonyms, plurals) the original's text tower puts nearest to the class that they mean
-tells whether it knows more words than those of the pairs. The models are those of `benchmarks.unaided`, and are kept
+many synonyms the original's text tower knows tells whether it knows more words than those of the pairs, which decides
+about `forget_level="auto"`. The models are those of `benchmarks.unaided`, and are kept
 in the same cache. The result file is benchmarks/results/levels-NAME.json; `python -m benchmarks.write_docs` puts the
 figures into docs/unaided.md.
 """
@@ -21,15 +21,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from cliperase_fast.auditing.vocabulary import check_synonyms, wordings
 from cliperase_fast.data import open_source
 from cliperase_fast.demo import cached_oracles
 from cliperase_fast.evaluation import Background, EncodedPairs
 from cliperase_fast.evaluation.encoding import encode_pairs, pair_similarities
+from cliperase_fast.evaluation.words import SYNONYMS, known_synonyms
 from cliperase_fast.models import load_model
+from cliperase_fast.models.runtime import inference
 from cliperase_fast.progress import bars_by_default
 from cliperase_fast.storage import write_text_atomically
 from cliperase_fast.unlearning.related import MOST, SIMILAR, concepts_of, with_levels_of_relatives
@@ -50,18 +49,11 @@ def encoded(folder: Path, pairs: Any) -> EncodedPairs:
     )
 
 
-def other_names(folder: Path, pairs: Any) -> dict[str, int]:
-    """Count the other names of the classes, and those whose caption the text tower finds nearest to their own class."""
+def synonyms(folder: Path) -> dict[str, int]:
+    """Count the pairs of synonyms, and those that the text tower knows, see `known_synonyms`."""
     model = load_model(f"local-dir:{folder}")
-
-    def caption(prompts: Sequence[str]) -> Tensor:  # [D]
-        return F.normalize(model.encode_text(model.tokenize(prompts)).mean(0), dim=0)
-
-    with torch.no_grad():
-        classes = torch.stack([caption(of_class) for of_class in pairs.prompts])  # [K, D]
-        asked = wordings(pairs, np.arange(len(pairs.classes)), check_synonyms(None, pairs), ())
-        right = [int((classes @ caption(one.captions[0])).argmax()) == one.concept for one in asked]
-    return {"asked": len(right), "known": sum(right)}
+    with inference(model.module, torch.device("cpu"), "fp32"):
+        return {"asked": len(SYNONYMS), "known": known_synonyms(model)}
 
 
 def levels_of(label: int, pairs: Any, found: EncodedPairs) -> dict[str, Any]:
@@ -95,8 +87,8 @@ def measure(name: str, study: Study, oracles: Oracles) -> dict[str, Any]:
         cosines = [float(pair_similarities(encoded(path, of_test)).mean()) for path in oracles(concept)]
         rows.append({"class": concept, **levels_of(label, train, found), "oracles": cosines, "pairs": len(of_test)})
         print(rows[-1], flush=True)
-    names = other_names(study.original(0), train)
-    return {**describe(), "command": f"python -m benchmarks.levels {name}", "other_names": names, "classes": rows}
+    words = synonyms(study.original(0))
+    return {**describe(), "command": f"python -m benchmarks.levels {name}", "synonyms": words, "classes": rows}
 
 
 def distance(rows: Sequence[Mapping[str, Any]], level: str) -> float:
@@ -121,11 +113,10 @@ def parts(record: Mapping[str, Any]) -> Sequence[Table | str]:
     """Return what the docs show of a record."""
     pairs = [row["pairs"] for row in record["classes"]]
     count = str(min(pairs)) if min(pairs) == max(pairs) else f"{min(pairs)} to {max(pairs)}"
-    names = record["other_names"]
+    words = record["synonyms"]
     return [
         levels_table(record),
-        f"{count} test pairs of each class. Of {names['asked']} other names of the classes, synonyms and plurals, the "
-        f"text tower puts {names['known']} nearest to the captions of their class.",
+        f"{count} test pairs of each class. The text tower knows {words['known']} of {words['asked']} synonyms.",
     ]
 
 

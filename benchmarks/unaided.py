@@ -126,7 +126,7 @@ def towers(shards: str, test_shards: str) -> Study:
         lambda seed: towers_model(shards, seed=seed, progress=bars),
         lambda concept: towers_oracles(shards, concept, 3, progress=bars),
         f"wds:{test_shards}",
-        (*METHODS, SIMILAR, BFLOAT16),
+        (*METHODS, UNRELATED, BFLOAT16),
     )
 
 

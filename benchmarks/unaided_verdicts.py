@@ -16,8 +16,8 @@ GIVEN = "calibrated, numbers given"  # with the learning rate and the steps that
 FIXED = "cliperase, version 0.1"  # with the numbers of version 0.1's demo
 SEARCHED = "cliperase"  # without any setting
 CONTROL = "retain_finetune"  # with the learning rate and the steps that `calibrated` found
-UNRELATED = "calibrated, levels unrelated"  # with that option alone, where classes share words with each other
-SIMILAR = "calibrated, levels similar"  # with that option alone, where classes share no words
+UNRELATED = "calibrated, levels unrelated"  # with that option alone, where the default has other levels
+SIMILAR = "calibrated, levels similar"  # with that option alone, where the default has not
 BFLOAT16 = "calibrated, bfloat16"  # with that precision alone, on the towers
 METHODS = (CALIBRATED, GIVEN, FIXED, SEARCHED, CONTROL)
 EXTRA = (UNRELATED, SIMILAR, BFLOAT16)  # only on some data
@@ -49,9 +49,11 @@ def verdicts(name: str, runs: Runs) -> dict[str, Verdict]:
     found["time"] = _time(runs)
     found["wins"] = _wins(runs)
     if done(runs, UNRELATED):
-        found["gap, levels unrelated"] = _quartered(runs, UNRELATED)
+        found["gap, levels unrelated"] = (
+            _quartered(runs, UNRELATED) if name in QUARTERED else _beside_levels(runs, UNRELATED, "larger")
+        )
     if done(runs, SIMILAR):
-        found["gap, levels similar"] = _nearer_with_similar(runs)
+        found["gap, levels similar"] = _beside_levels(runs, SIMILAR, "smaller")
     if done(runs, BFLOAT16):
         found["bfloat16"] = _same_in_bfloat16(runs)
     if any(SEARCH in run["scores"]["after"] for run in done(runs, CALIBRATED)):
@@ -66,18 +68,18 @@ def _beside_the_default(runs: Runs, method: str) -> tuple[list[Run], list[Run]]:
     return own, [default[run["concept"], run["seed"]] for run in own]
 
 
-def _nearer_with_similar(runs: Runs) -> Verdict:
-    """Whether the level of the most similar class brings the runs nearer to the oracles."""
-    own, default = _beside_the_default(runs, SIMILAR)
+def _beside_levels(runs: Runs, method: str, wanted: str) -> Verdict:
+    """Whether the runs with other levels than the default have the larger or the smaller gap."""
+    own, default = _beside_the_default(runs, method)
     ours, theirs = (float(np.mean([gap_of(run) for run in found])) for found in (own, default))
     below, before = (
         float(np.mean([run["scores"]["oracle"]["association"] - after(run, "association") for run in found]))
         for found in (own, default)
     )
     return _verdict(
-        ours < theirs,
+        ours < theirs if wanted == "smaller" else ours > theirs,
         f"the mean gap is {ours:.3f} in {_runs(own)}, with the default {theirs:.3f} on the same originals (wanted: "
-        f"smaller); the association ends {_beside(below)} the oracles', with the default {_beside(before)} it, "
+        f"{wanted}); the association ends {_beside(below)} the oracles', with the default {_beside(before)} it, "
         f"in {_processor_times(own, default):.2f} times its processor time",
         gap=ours,
         of_default=theirs,

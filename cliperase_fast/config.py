@@ -138,7 +138,8 @@ class UnlearnConfig:
         "how similar forget pairs are to stay, where the run has a target (the recipe, select=divergence, "
         "method=calibrated): unrelated, as pairs that have nothing to do with each other; related, classes that share "
         "words with retained ones near the level of those; similar, also other classes near the level of the retained "
-        "class that the model finds most similar; auto: related, except with lambda_hidden (then unrelated)",
+        "class that the model finds most similar; auto: similar if the text tower knows words from elsewhere, else "
+        "related, and unrelated with lambda_hidden",
         ("auto", "similar", "related", "unrelated"),
         group="selection",
     )

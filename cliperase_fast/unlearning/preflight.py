@@ -168,7 +168,7 @@ def check_forgettable(automatic: bool, level: str, part: Split, baseline: Baseli
     below the midpoint between chance and 1.
 
     automatic: whether the run trains to a target; `InputError` is raised if it would start there. level: as
-    `Method.forget_level`. part: the validation split.
+    `Run.forget_level`. part: the validation split.
     """
     before = baseline.validation
     if automatic:

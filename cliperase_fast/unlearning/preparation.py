@@ -13,12 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cliperase_fast.coercion import AUTO
 from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.data import PairDataset
 from cliperase_fast.data.drawing import seeded
 from cliperase_fast.data.loading import PixelCache, transformed
 from cliperase_fast.errors import InputError
 from cliperase_fast.evaluation import DivergenceMeter
+from cliperase_fast.evaluation.words import knows_words
 from cliperase_fast.models import ClipAdapter, load_model, set_trainable
 from cliperase_fast.models.adapters.open_clip_files import weights_in_file
 from cliperase_fast.models.fast_paths.embedding import train_rows
@@ -42,7 +44,7 @@ from cliperase_fast.unlearning.preflight import (
     check_teacher,
 )
 from cliperase_fast.unlearning.recipe import EXPECTED_STEPS, MAX_STEPS
-from cliperase_fast.unlearning.related import RELATED, SIMILAR
+from cliperase_fast.unlearning.related import RELATED, SIMILAR, UNRELATED, level_of
 from cliperase_fast.unlearning.run import Baseline, Inputs, Models, Run, Setup
 from cliperase_fast.unlearning.run_directory import RunDirectory, identity_settings, resume_from
 from cliperase_fast.unlearning.runtime import Runtime
@@ -132,7 +134,8 @@ def prepare(setup: Setup, method: Method, began: float) -> Run:
     evaluator = Evaluator(runtime, cache)
     automatic = settings.automatic and method.trains
     baseline = _measure(original, data, evaluator, settings, automatic, ranks.first)
-    notes = ranks.run_on_first(partial(check_forgettable, automatic, method.forget_level, data.validation, baseline))
+    level = _forget_level(setup, method, automatic)
+    notes = ranks.run_on_first(partial(check_forgettable, automatic, level, data.validation, baseline))
     of_level = _level_notes(settings, method, automatic)
     for note in (*notes, *of_level):
         (say if ranks.first else _nothing)("%s", note)
@@ -146,13 +149,33 @@ def prepare(setup: Setup, method: Method, began: float) -> Run:
         ranks.run_on_all(partial(check_teacher, settings, teacher, setup.captions, pixels, baseline.encoded, runtime))
     work = ranks.run_on_first(lambda: setup.directory.open(settings))
     told = [*setup.precision.notes(), *(notes if automatic else []), *of_level]
-    return Run(setup, student, parameters, loader, evaluator, baseline, work, began, automatic, notes=told)
+    return Run(
+        setup, student, parameters, loader, evaluator, baseline, work, began, automatic, notes=told, forget_level=level
+    )  # fmt: skip
+
+
+def _forget_level(setup: Setup, method: Method, automatic: bool) -> str:
+    """Return which background levels the run has, the same on every rank."""
+    settings, runtime, teacher = setup.settings, setup.runtime, setup.models.teacher
+    if settings.false_negatives != AUTO or not _reads_levels(settings, method, automatic):
+        return UNRELATED
+
+    def knows() -> bool:
+        assert teacher is not None
+        with runtime.inference(teacher):
+            return knows_words(teacher)
+
+    return level_of(method.forget_level, setup.data.train, lambda: all(runtime.ranks.gather_results(knows)))
+
+
+def _reads_levels(settings: UnlearnConfig, method: Method, automatic: bool) -> bool:
+    return automatic or settings.select == "divergence" or method.reads_levels
 
 
 def _level_notes(settings: UnlearnConfig, method: Method, automatic: bool) -> list[str]:
     """Say where related levels were asked for and have nothing to decide."""
     level = settings.forget_level
-    if level not in (RELATED, SIMILAR) or automatic or settings.select == "divergence" or method.reads_levels:
+    if level not in (RELATED, SIMILAR) or _reads_levels(settings, method, automatic):
         return []
     return [
         f"forget_level={level!r} makes no difference: the run has no target, because it is given its numbers and "

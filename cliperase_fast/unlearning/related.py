@@ -2,7 +2,7 @@
 
 A model that never saw a red circle still knows red things and circles, so it finds such an image and its caption more
 similar than an unrelated pair. How similar, the original tells by the classes that share the most words with this one,
-or, where none does and forget_level is "similar", by the one whose captions it finds most similar to these images:
+or, where none does and the level is "similar", by the one whose captions it finds most similar to these images:
 
     t̄_c = t̄ + f (mean over the related classes r of t̄_r - t̄),    ī_c likewise
     f   = min(SHARE, MOST (own - level) / (related - level))
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cliperase_fast.coercion import AUTO
 from cliperase_fast.evaluation import Background, EncodedPairs
 from cliperase_fast.evaluation.background import PART, ConceptLevels
 from cliperase_fast.unlearning.splits import Split
@@ -88,6 +89,18 @@ def relatives_of(train: Split, alone: bool = False) -> dict[int, list[int]]:
     forget, retain = (set(map(int, part)) for part in np.split(pairs.labels, [train.n_forget]))
     found = {label: related_classes(pairs.classes, label, retain) for label in sorted(forget - retain)}
     return {label: relatives for label, relatives in found.items() if relatives or alone}
+
+
+def level_of(setting: str, train: Split, knows_words: Callable[[], bool]) -> str:
+    """Return which background levels a run has, for "auto" the one that fits the model.
+
+    That is `SIMILAR` where a class to forget shares no word with a retained one, if the text tower knows words from
+    elsewhere: then a model that never saw the class still knows its name. Else it is `RELATED`.
+    """
+    if setting != AUTO:
+        return setting
+    alone = not all(relatives_of(train, alone=True).values())
+    return SIMILAR if alone and knows_words() else RELATED
 
 
 def related_pairs(
@@ -234,7 +247,7 @@ def with_levels_of_relatives(
 ) -> Background:
     """Return the background with the levels at which a model is that never saw the classes to forget of a split.
 
-    encoded: of the split's pairs, by the model that is asked. level: as `Method.forget_level`. most: as in
+    encoded: of the split's pairs, by the model that is asked. level: as `Run.forget_level`. most: as in
     `with_related_levels`.
     """
     features = PairFeatures(

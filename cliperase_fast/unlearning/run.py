@@ -22,7 +22,7 @@ from cliperase_fast.unlearning.checkpoints import Checkpoint
 from cliperase_fast.unlearning.evaluator import Evaluator
 from cliperase_fast.unlearning.precision import Precision
 from cliperase_fast.unlearning.recipe import PATIENCE, PRESSES, Course, course
-from cliperase_fast.unlearning.related import concepts_of, related_note
+from cliperase_fast.unlearning.related import UNRELATED, concepts_of, related_note
 from cliperase_fast.unlearning.run_directory import RunDirectory
 from cliperase_fast.unlearning.runtime import Runtime
 from cliperase_fast.unlearning.selection import Candidate, Rule, Selection, Target, TargetSelection
@@ -126,7 +126,8 @@ class Run:
     checkpoints and metrics go. background: the background levels of the original's features of the training split, and
     target: where forgetting is complete; None until `set_target`, or if nothing needs them. pressure: by how much the
     method should multiply the weight of its forget terms; None if it cannot. movement: measures how far the student's
-    hidden states have moved, where a method holds them. notes: for the result.
+    hidden states have moved, where a method holds them. notes: for the result. forget_level: which background levels
+    the run has, see `related.level_of`.
     """
 
     setup: Setup
@@ -143,6 +144,7 @@ class Run:
     pressure: float | None = None
     movement: Callable[[ClipAdapter], float] | None = None
     notes: list[str] = field(default_factory=list)
+    forget_level: str = UNRELATED
 
     @property
     def settings(self) -> UnlearnConfig:

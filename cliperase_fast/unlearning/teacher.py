@@ -162,25 +162,22 @@ def wide_adapter(run: Run, adapter: ClipAdapter, teaches: bool = False) -> ClipA
         return with_tower_features(adapter, pixels, run.captions.rows([0]))
 
 
-def measure_background(run: Run, teacher: Teacher | None, level: str = UNRELATED) -> Background:
+def measure_background(run: Run, teacher: Teacher | None) -> Background:
     """Compute the background levels of the teacher's features of the training split, once.
 
     teacher: has them already if it caches all pairs; otherwise they are encoded here, with the transform of evaluation.
-    Of more than `BACKGROUND_WHOLE` retain pairs a sample counts, with one caption each. level: as
-    `Method.forget_level`; which classes have levels of their own.
+    Of more than `BACKGROUND_WHOLE` retain pairs a sample counts, with one caption each. Which classes
+    have levels of their own depends on `Run.forget_level`.
     """
-    train, of_pair = run.data.train, run.captions.of_pair
+    train, of_pair, level = run.data.train, run.captions.of_pair, run.forget_level
     n_retain, rows, seed = len(train.pairs) - train.n_forget, None, run.settings.seed
     whole = n_retain <= BACKGROUND_WHOLE
-    classes = run.loader.group_ids  # of the batches; empty if captions take their place
 
     def index(part: np.ndarray) -> list[np.ndarray]:  # of their captions in the table
         own = [of_pair[pair] for pair in map(int, part)]
         return own if whole else [of[[pair % len(of)]] for pair, of in zip(map(int, part), own, strict=True)]
 
-    relatives: dict[int, list[int]] = {}
-    if level != UNRELATED and classes is not None and classes.size:
-        relatives = relatives_of(train, level == SIMILAR)
+    relatives = {} if level == UNRELATED else relatives_of(train, level == SIMILAR)
     of_class = related_pairs(train, relatives, None if whole else BACKGROUND_SAMPLE, seed)
     if whole:
         pairs, used = np.arange(train.n_forget, len(train.pairs)), np.arange(len(train.pairs))

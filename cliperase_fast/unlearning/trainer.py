@@ -34,7 +34,6 @@ from cliperase_fast.unlearning.engines.local import LocalEngine
 from cliperase_fast.unlearning.engines.zero3 import Zero3Engine
 from cliperase_fast.unlearning.objective import BatchFeatures, Objective, RelatedImages, checked_terms
 from cliperase_fast.unlearning.probing import NotFiniteError, RateSearch
-from cliperase_fast.unlearning.related import UNRELATED
 from cliperase_fast.unlearning.run import Run
 from cliperase_fast.unlearning.step_effect import ChangeMeter, merge_lora
 from cliperase_fast.unlearning.teacher import Widen, make_teacher, measure_background
@@ -45,9 +44,8 @@ class Trainer:
     """Trains the run's student in place by an objective.
 
     needs_teacher: whether the objective reads the teacher's features of the retain pairs. joint_teacher: and of the
-    forget pairs. forget_level: see `Method`. widen: for an objective that reads more than the features, see
-    `TrainingMethod.widen`. Releases the run's other models once their features are cached, and restores the checkpoint
-    if the run resumes.
+    forget pairs. widen: for an objective that reads more than the features, see `TrainingMethod.widen`. Releases the
+    run's other models once their features are cached, and restores the checkpoint if the run resumes.
     """
 
     def __init__(
@@ -57,7 +55,6 @@ class Trainer:
         *,
         needs_teacher: bool,
         joint_teacher: bool = False,
-        forget_level: str = UNRELATED,
         widen: Widen | None = None,
         make_engine: Callable[[Run, ClipAdapter], Engine] | None = None,
     ) -> None:
@@ -81,7 +78,7 @@ class Trainer:
             make_teacher(run, batches, joint=joint_teacher, whole=whole, widen=widen) if needs_teacher else None
         )
         if whole:
-            run.set_target(measure_background(run, self.teacher, forget_level))
+            run.set_target(measure_background(run, self.teacher))
         assert run.setup.models.teacher is not None
         self.teacher_scale = run.setup.models.teacher.logit_scale().detach().float().clone()
         self.teacher_bias = constant_bias(run.setup.models.teacher)

@@ -12,7 +12,7 @@ from tiny import QUICK, make_pairs, make_tiny_clip, split_pairs
 import cliperase_fast as cf
 from cliperase_fast import InputError
 from cliperase_fast.evaluation import Background, EncodedPairs
-from cliperase_fast.unlearning import teacher
+from cliperase_fast.unlearning import preparation, teacher
 from cliperase_fast.unlearning.methods import make_method
 from cliperase_fast.unlearning.methods.calibrated import RELATED, pair_terms
 from cliperase_fast.unlearning.objective import BatchFeatures, RelatedImages
@@ -22,6 +22,7 @@ from cliperase_fast.unlearning.related import (
     SHARE,
     PairFeatures,
     concepts_of,
+    level_of,
     related_classes,
     related_note,
     related_pairs,
@@ -342,17 +343,17 @@ def test_other_words_for_the_level_are_refused():
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({}, "related"),
+        ({}, "auto"),
         ({"forget_level": "related"}, "related"),
         ({"forget_level": "similar"}, "similar"),
         ({"forget_level": "unrelated"}, "unrelated"),
         ({"method_options": {"lambda_hidden": 1.0}}, "unrelated"),
         ({"method_options": {"lambda_hidden": 1.0}, "forget_level": "related"}, "related"),
-        ({"method": "cliperase"}, "related"),
+        ({"method": "cliperase"}, "auto"),
         ({"method": "text_projection", "forget_level": "unrelated"}, "unrelated"),
     ],
 )
-def test_levels_are_those_of_related_classes_unless_hidden_states_are_held(settings, expected):
+def test_the_model_decides_about_the_levels_unless_hidden_states_are_held(settings, expected):
     method, _ = make_method(cf.UnlearnConfig(**settings))
     assert method.forget_level == expected
 
@@ -430,8 +431,40 @@ def unnamed(**settings):
     """Forget "red", as no class shares a word with another."""
     pairs = [(image, caption.replace(" square", "")) for image, caption in make_pairs()]
     forget, retain = split_pairs(pairs, "red")
-    numbers = {"epochs": 1, "batch_size": 6, "learning_rate": 1e-3, "select": "divergence"}
-    return cf.unlearn(make_tiny_clip(), forget, retain, progress=False, report=False, **numbers, **settings)
+    numbers = {"epochs": 1, "batch_size": 6, "learning_rate": 1e-3, "select": "divergence", **settings}
+    return cf.unlearn(make_tiny_clip(), forget, retain, progress=False, report=False, **numbers)
+
+
+@pytest.mark.parametrize(
+    ("names", "n_forget", "knows", "expected"),
+    [
+        (ALONE, 6, True, "similar"),
+        (ALONE, 6, False, "related"),
+        (NAMES, 6, True, "related"),  # all classes to forget share words with retained ones
+        (ALONE, 2, True, "related"),  # no class is to be forgotten as a whole
+    ],
+)
+def test_levels_of_similar_classes_are_for_text_towers_that_know_words_from_elsewhere(names, n_forget, knows, expected):
+    train = split(LABELS, n_forget, names=names)
+    assert level_of("auto", train, lambda: knows) == expected
+    for level in ("similar", "related", "unrelated"):
+        assert level_of(level, train, lambda: knows) == level
+
+
+def test_a_run_asks_the_teacher_for_the_words_only_where_it_matters(monkeypatch):
+    asked = []
+    monkeypatch.setattr(preparation, "knows_words", lambda adapter: asked.append(adapter.module) or True)
+    found, teacher_ = unnamed(), make_tiny_clip(seed=3)
+    assert len(asked) == 1 and "looks most like" in " ".join(found.record["notes"])
+    similar = unnamed(forget_level="similar")
+    assert found.record["selection"]["background"] == similar.record["selection"]["background"]
+    unnamed(forget_level="unrelated")
+    unnamed(false_negatives="caption")
+    unnamed(method="cliperase", select="floor")  # has no target
+    unnamed(method_options={"lambda_hidden": 1.0})
+    assert len(asked) == 1
+    unnamed(teacher=teacher_)
+    assert asked[1:] == [teacher_]
 
 
 @pytest.mark.parametrize("whole", [True, False])

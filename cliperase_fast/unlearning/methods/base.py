@@ -21,7 +21,6 @@ from cliperase_fast.unlearning.batches import CaptionTable
 from cliperase_fast.unlearning.checkpoints import TrainState
 from cliperase_fast.unlearning.engines.base import Engine
 from cliperase_fast.unlearning.objective import Objective
-from cliperase_fast.unlearning.related import RELATED
 from cliperase_fast.unlearning.run import Run
 from cliperase_fast.unlearning.selection import Candidate
 from cliperase_fast.unlearning.splits import Split
@@ -87,9 +86,8 @@ class Method(ABC):
 
     @property
     def forget_level(self) -> str:
-        """Which background levels this run has: "unrelated", "related" or "similar"."""
-        level = self.settings.forget_level
-        return RELATED if level == "auto" else level
+        """Which background levels this run has: "unrelated", "related", "similar" or "auto", see `related.level_of`."""
+        return self.settings.forget_level
 
     def check_inputs(self, teacher: Any) -> None:
         """Raise InputError for a setting or an argument that the method does not use."""
@@ -167,7 +165,6 @@ class TrainingMethod(Method):
             self.objective(run),
             needs_teacher=self.needs_teacher,
             joint_teacher=self.joint_teacher,
-            forget_level=self.forget_level,
             widen=self.widen(run),
             make_engine=self.make_engine,
         )
@@ -208,7 +205,7 @@ class ClosedFormMethod(Method):
         kept = {**dict(run.parameters), **dict(run.student.module.named_buffers())}
         tracker = Tracker(run, lambda: kept)
         if run.needs_target:
-            run.set_target(measure_background(run, None, self.forget_level))
+            run.set_target(measure_background(run, None))
         run.setup.models.release()
         if run.setup.checkpoint is not None:  # written once the edit was done
             tracker.restore(run.setup.checkpoint, lambda state: None)
