@@ -6,7 +6,7 @@ import difflib
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cliperase_fast.errors import InputError
 from cliperase_fast.models.adapters.open_clip_config import build
@@ -38,11 +38,12 @@ def count_model(name: str, dtype: torch.dtype) -> Model:
 
     The model has shapes only: no weights are read and no memory is allocated. Arithmetic counts matrix products,
     attention and convolutions (torch's FlopCounterMode). Activations are what autograd saves with weights and images in
-    `dtype`. Raises InputError for a name that open_clip does not know, and for an architecture with parts of other
-    libraries.
+    `dtype`, and with attention that does not keep its weights, as on GPUs and CPUs. Raises InputError for a name that
+    open_clip does not know, and for an architecture with parts of other libraries.
     """
     import open_clip
-    from torch.utils.flop_counter import FlopCounterMode
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
     config = open_clip.get_model_config(name)
     if config is None:
@@ -59,10 +60,17 @@ def count_model(name: str, dtype: torch.dtype) -> Model:
         )
     with torch.device("meta"):
         model: Any = build(config).to(dtype)
+
+    def attention(query: Any, key: Any, value: Any, *others: Any, **named: Any) -> int:  # shapes
+        return sdpa_flop_count(query, key, value)
+
+    fused = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}  # it is not counted otherwise
+    with FakeTensorMode():  # the meta device has no fused attention
+        _put_on_cpu(model)
         size = model.visual.image_size
         height, width = size if isinstance(size, (tuple, list)) else (size, size)
-        images = torch.empty(_PAIRS, 3, height, width, dtype=dtype, device="meta")
-        tokens = torch.zeros(_PAIRS, model.context_length, dtype=torch.int64, device="meta")
+        images = torch.empty(_PAIRS, 3, height, width, dtype=dtype, device="cpu")
+        tokens = torch.zeros(_PAIRS, model.context_length, dtype=torch.int64, device="cpu")
         of_weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
         saved: dict[int, torch.UntypedStorage] = {}  # held, so that no number is reused
 
@@ -72,13 +80,32 @@ def count_model(name: str, dtype: torch.dtype) -> Model:
                 saved[storage._cdata] = storage
             return tensor
 
-        with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(see, lambda t: t):
+        counter = FlopCounterMode(display=False, custom_mapping=fused)
+        with counter, torch.autograd.graph.saved_tensors_hooks(see, lambda t: t):
             features = model.encode_image(images)
             model.encode_text(tokens)
     return Model(
         name, features.shape[1], sum(parameter.numel() for parameter in model.parameters()),
         counter.get_total_flops() // _PAIRS, sum(storage.nbytes() for storage in saved.values()) // _PAIRS,
     )  # fmt: skip
+
+
+def _put_on_cpu(model: nn.Module) -> None:
+    """Replace the tensors of a model by empty ones on the CPU."""
+    found: dict[Tensor, Tensor] = {}  # shared ones stay shared
+
+    def moved(tensor: Tensor) -> Tensor:
+        if tensor not in found:
+            empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+            found[tensor] = nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
+        return found[tensor]
+
+    for module in model.modules():
+        tensors: Any
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    tensors[name] = moved(tensor)
 
 
 def plan_data(step: Step) -> dict[str, Any]:

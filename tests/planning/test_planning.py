@@ -2,11 +2,13 @@
 
 import json
 
+import open_clip
 import pytest
+import torch
 
 from cliperase_fast import cli
 from cliperase_fast.planning.cost_model import step_cost
-from cliperase_fast.planning.plan import step_of
+from cliperase_fast.planning.plan import count_model, step_of
 
 
 def call(**options):
@@ -63,3 +65,37 @@ def test_a_ring_needs_less_memory_and_zero_shards_the_student():
     )
     assert ring.memory["loss"] < usual.memory["loss"] / 5
     assert zero.memory["student"] == pytest.approx(usual.memory["student"] / 512)
+
+
+@pytest.mark.parametrize("name", ["ViT-S-32-alt", "RN50"])
+def test_activations_are_what_a_model_on_the_cpu_keeps_for_the_backward_pass(name):
+    found, model, pairs = count_model(name, torch.float32), open_clip.create_model(name), 2
+    of_weights = {parameter.data_ptr() for parameter in model.parameters()}
+    saved = {}
+
+    def see(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in of_weights:
+            saved[storage.data_ptr()] = storage
+        return tensor
+
+    size = model.visual.image_size
+    with torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor):
+        kept = [
+            model.encode_image(torch.zeros(pairs, 3, *(size if isinstance(size, tuple) else (size, size)))),
+            model.encode_text(torch.zeros(pairs, model.context_length, dtype=torch.int64)),
+        ]
+    assert found.width == kept[0].shape[1]
+    assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert found.activations == pytest.approx(sum(storage.nbytes() for storage in saved.values()) / pairs, rel=1e-3)
+
+
+def test_arithmetic_counts_products_and_attention():
+    width, layers, tokens = 256, 10, 77  # of the text tower of ViT-S-32-alt
+    heads_and_mlp = 2 * tokens * width * width * (4 + 8) + 4 * tokens * tokens * width
+    images = open_clip.get_model_config("ViT-S-32-alt")["vision_cfg"]
+    patches = (images["image_size"] // images["patch_size"]) ** 2
+    of_image = 2 * (patches + 1) * images["width"] ** 2 * 12 + 4 * (patches + 1) ** 2 * images["width"]
+    ends = 2 * 3 * images["patch_size"] ** 2 * images["width"] * patches + 2 * (images["width"] + width) * width
+    expected = layers * heads_and_mlp + images["layers"] * of_image + ends
+    assert count_model("ViT-S-32-alt", torch.bfloat16).operations == expected
