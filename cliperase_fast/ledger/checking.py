@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +96,32 @@ def _check_summary(folder: Path, log: Log) -> None:
     if not path.exists():
         return
     try:
-        chain = [line["hash"] for line in json.loads(read_text(path, _LARGEST))["chain"]]
+        found = json.loads(read_text(path, _LARGEST))
+        chain = [line["hash"] for line in found["chain"]]
     except (ValueError, KeyError, TypeError, InputError) as error:
         raise UnlearningError(
             f"{path} cannot be read ({error}); remove it, the next request writes it again"
         ) from error
-    if chain != [entry.hash for entry in log.entries][: len(chain)]:
+    if not chain or chain != [entry.hash for entry in log.entries][: len(chain)]:
         raise UnlearningError(f"{path} has another chain than the log: one of the two was changed; restore both")
+    differs = _difference(found, summary(replace(log, entries=log.entries[: len(chain)])))
+    if differs is not None:
+        raise UnlearningError(
+            f"{path} says something else than the log, at {differs}: it was changed, or written by another version; "
+            "remove it, the next request writes it again"
+        )
+
+
+def _difference(found: Any, expected: Any, place: str = "") -> str | None:
+    """Return the place of the first value that differs, such as "requests.0.note"; None if all are equal."""
+    if isinstance(found, dict) and isinstance(expected, dict):
+        pairs = [(key, found.get(key), expected.get(key)) for key in dict.fromkeys([*expected, *found])]
+    elif isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
+        pairs = [(str(number), *both) for number, both in enumerate(zip(found, expected, strict=True))]
+    else:
+        return None if found == expected else place or "the top"
+    inner = (_difference(one, other, f"{place}.{key}".lstrip(".")) for key, one, other in pairs)
+    return next((differs for differs in inner if differs is not None), None)
 
 
 def above_target(entries: Sequence[Entry], entry: Entry, id: str) -> str:

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from colours import MODEL, SETTINGS, copied, pairs_of
 
 from cliperase_fast import InputError, Ledger, UnlearningError, storage
 from cliperase_fast.ledger import apply_patch
+from cliperase_fast.ledger.checking import summary
 from cliperase_fast.tensor_files import read_tensors, write_tensors
 
 
@@ -75,6 +77,43 @@ def test_an_edited_last_line_is_found_by_ledger_json(ledger):
     replace_in(ledger.dir / "log.jsonl", '"id": "blue", "date": "2026-03-01"', '"id": "blue", "date": "2025-03-01"')
     with pytest.raises(UnlearningError, match="another chain than the log"):
         ledger.verify()
+
+
+@pytest.mark.parametrize(
+    ("edit", "place"),
+    [
+        (lambda found: found["requests"][0]["then"]["forget_top1"].update(now=0.5), "requests.0.then.forget_top1.now"),
+        (lambda found: found["requests"][1].update(by="nobody"), "requests.1.by"),
+        (lambda found: found["requests"][0].pop("note"), "requests.0.note"),
+        (lambda found: found["requests"].pop(), "requests"),
+        (lambda found: found.update(weights="0" * 64), "weights"),
+        (lambda found: found["base"].update(extra=1), "base.extra"),
+    ],
+)
+def test_an_edit_of_ledger_json_is_found(ledger, edit, place):
+    path = ledger.dir / "ledger.json"
+    found = json.loads(path.read_text())
+    edit(found)
+    path.write_text(json.dumps(found))
+    with pytest.raises(UnlearningError, match=rf"says something else than the log, at {place}: .*; remove it"):
+        ledger.verify()
+    path.unlink()
+    assert ledger.verify()
+
+
+@pytest.mark.parametrize("chain", [[], [{"hash": "0" * 64}]])
+def test_a_ledger_json_with_another_chain_is_found(ledger, chain):
+    path = ledger.dir / "ledger.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chain": chain}))
+    with pytest.raises(UnlearningError, match="another chain than the log"):
+        ledger.verify()
+
+
+def test_a_ledger_json_of_before_a_kill_is_right(ledger):
+    path = ledger.dir / "ledger.json"
+    shorter = replace(ledger._log, entries=ledger._log.entries[:-1])
+    path.write_text(json.dumps(summary(shorter)))
+    assert ledger.verify()
 
 
 def test_a_removed_line_is_found_by_the_kept_head(ledger):
