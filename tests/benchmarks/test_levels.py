@@ -42,12 +42,12 @@ def test_the_table_has_the_distance_of_each_level_from_the_mean_of_the_oracles()
     cat = {"class": "cat", "own": 0.9, "unrelated": 0.0, "similar": 0.3, "similar_to": "dog", "oracles": [0.2, 0.6]}
     ship = {"class": "ship", "own": 0.8, "unrelated": -0.1, "similar": 0.1, "similar_to": "cat", "oracles": [-0.1]}
     rows = [{**cat, "pairs": 9}, {**ship, "pairs": 7}]
-    names = {"asked": 30, "known": 4}
-    table, counted = levels.parts({"classes": rows, "other_names": names})
+    words = {"asked": 24, "known": 4}
+    table, counted = levels.parts({"classes": rows, "synonyms": words})
     assert table[1][0] == ("cat", "0.90", "0.00", "dog", "0.30", "0.20, 0.60")
     assert table[1][-1] == ("mean distance from the oracles", "", "0.20", "", "0.15", "")
-    assert counted.startswith("7 to 9 test pairs of each class. Of 30 other names") and "puts 4 nearest" in counted
-    assert levels.parts({"classes": rows[:1], "other_names": names})[1].startswith("9 test pairs of each class.")
+    assert counted == "7 to 9 test pairs of each class. The text tower knows 4 of 24 synonyms."
+    assert levels.parts({"classes": rows[:1], "synonyms": words})[1].startswith("9 test pairs of each class.")
 
 
 def test_each_class_is_measured_with_its_own_oracles(monkeypatch):
@@ -57,23 +57,12 @@ def test_each_class_is_measured_with_its_own_oracles(monkeypatch):
     monkeypatch.setattr(levels, "open_source", lambda name: SimpleNamespace(train=train, test=test))
     monkeypatch.setattr(levels, "encoded", lambda folder, pairs: seen.append((folder, len(pairs))))
     monkeypatch.setattr(levels, "pair_similarities", lambda of: np.array([0.25, 0.75]))
-    monkeypatch.setattr(levels, "other_names", lambda folder, pairs: {"asked": 2, "known": len(folder)})
+    monkeypatch.setattr(levels, "synonyms", lambda folder: {"asked": 2, "known": len(folder)})
     monkeypatch.setattr(levels, "levels_of", lambda label, pairs, found: {"label": label})
     study = SimpleNamespace(source="demo", test=None, original=lambda seed: "original")
     record = levels.measure("digits", study, lambda concept: [f"no {concept}"])
-    assert record["other_names"] == {"asked": 2, "known": 8}
+    assert record["synonyms"] == {"asked": 2, "known": 8}
     assert seen == [("original", 7), ("no cat", 2), ("no dog", 1), ("no ship", 1)]
     assert [(row["class"], row["label"], row["oracles"], row["pairs"]) for row in record["classes"]] == [
         ("cat", 0, [0.5], 2), ("dog", 1, [0.5], 1), ("ship", 2, [0.5], 1)
     ]  # fmt: skip
-
-
-def test_other_names_are_known_where_their_captions_are_nearest_to_their_class(monkeypatch):
-    axes = {"one": 0, "1": 0, "ones": 0, "digit 1": 1, "two": 1, "2": 0, "twos": 1, "digit 2": 1}
-    model = SimpleNamespace(
-        tokenize=lambda prompts: [axes[prompt.removeprefix("a ")] for prompt in prompts],
-        encode_text=lambda axis: torch.eye(2)[axis],
-    )
-    monkeypatch.setattr(levels, "load_model", lambda name: model)
-    pairs = SimpleNamespace(classes=("one", "two"), prompts=(("a one",), ("a two",)), space=None)
-    assert levels.other_names("folder", pairs) == {"asked": 6, "known": 4}
