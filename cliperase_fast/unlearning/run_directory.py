@@ -129,7 +129,7 @@ class RunDirectory:
         """Write the result. A failing disk costs none of the training."""
         assert self.path is not None
         with writing(self.path, f"the training is done and saved: {advice().go_on}"):
-            result.save(self.path)
+            result.write(self.path)
 
     def save_audit(self, result: Any) -> None:
         """Write the result's audit, and what mentions it, beside the saved result."""
