@@ -33,14 +33,16 @@ _SEED = 20241030
 def transform_identity(transforms: Sequence[Callable[[Any], Tensor] | None], pairs: PairDataset) -> str:
     """Return a hex digest of the transforms' outputs for a fixed picture and some images of `pairs`.
 
-    A random transform gets the same seed each time. If its pixels still differ, it draws from a generator of its own,
-    and is identified by its name.
+    Images that are tensors are not transformed: the digest is that of some of them. A random transform gets the same
+    seed each time. If its pixels still differ, it draws from a generator of its own, and is identified by its name.
     """
-    first = pairs.image(0)
-    if isinstance(first, Tensor):  # passed on as they are
-        return "none"
-    probes = [_picture(first.size), *(pairs.image(int(index)) for index in probe_rows(len(pairs)))]
+    images = [pairs.image(int(index)) for index in probe_rows(len(pairs))]
     digest = hashlib.sha256()
+    if isinstance(images[0], Tensor):
+        for image in images:
+            digest.update(pixel_bytes(image))
+        return digest.hexdigest()
+    probes = [_picture(images[0].size), *images]
     for transform in transforms:
         if transform is None:
             digest.update(b"none")

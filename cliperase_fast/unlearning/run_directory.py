@@ -267,9 +267,10 @@ def _newest(directory: Path | None, identity: dict[str, Any]) -> Checkpoint | No
     for name, what in (  # behind the settings, which decide what is drawn and held out
         ("data", "other data"),
         ("tokenizer", "another tokenizer (the captions give other tokens)"),
-        ("transform", "another transform (an image gives other pixels)"),
+        ("transform", "another transform or other images (an image gives other pixels)"),
     ):
-        if saved.get(name) != identity[name]:
+        older = name == "transform" and saved.get(name) == "none"  # for tensors, which were not compared
+        if saved.get(name) != identity[name] and not older:
             raise _made_with(what, checkpoint)
     return checkpoint
 
