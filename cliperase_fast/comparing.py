@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,6 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -105,8 +107,11 @@ def compare(
         raise InputError("compare runs in one process: start it without torchrun, or call unlearn() for each method")
     names = _names(methods)
     settings = _settings(config, overrides, depth)
-    if oracle_seconds is not None and not oracle_seconds > 0:
-        raise InputError(f"oracle_seconds={oracle_seconds} must be positive; leave it out if it is not known")
+    if oracle_seconds is not None:
+        known = isinstance(oracle_seconds, (int, float, np.integer, np.floating))
+        if not known or not 0 < oracle_seconds < math.inf:
+            raise InputError(f"oracle_seconds={oracle_seconds} must be positive; leave it out if it is not known")
+        oracle_seconds = float(oracle_seconds)
     given = {"forget": forget, "retain": retain, "test": test, "oracle": oracle}
     shared = {**given, "tokenizer": tokenizer, "transform": transform, "progress": progress}
     for name in names:

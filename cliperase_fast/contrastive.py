@@ -31,10 +31,12 @@ from cliperase_fast.ops.spec import SimilarityInputs, compute_dtype, no_autocast
 from cliperase_fast.terms import FORGET_LOSSES
 from cliperase_fast.validation import (
     as_scale,
+    check_batches,
+    check_consistency,
     check_device,
     check_features,
+    check_frozen,
     check_gather,
-    check_group_ids,
     check_options,
     check_pairs,
     check_teacher,
@@ -108,7 +110,8 @@ def local_clip_loss(
         assert teacher_query is not None and teacher_keys is not None
         _check_rows("teacher_query", teacher_query, "teacher_keys", teacher_keys)
     if len(query) == 0:
-        zero = query.sum(dtype=compute_dtype(query, keys)) + 0 * (keys.sum() + scale)
+        dtype = compute_dtype(query, keys)
+        zero = query.sum(dtype=dtype) + 0 * (keys.sum(dtype=dtype) + scale)
         return zero, zero.detach()
     with no_autocast(query):
         query, keys, teacher_query, teacher_keys = savable(query, keys, teacher_query, teacher_keys)
@@ -169,8 +172,8 @@ def sigmoid_loss(
     )  # fmt: skip
     image_features, text_features = savable(image_features, text_features)
     if (len(image_features) if shards is None else shards.total) == 0:
-        zero = image_features.sum(dtype=compute_dtype(image_features, text_features))
-        return zero + 0 * (text_features.sum() + scale + bias)
+        dtype = compute_dtype(image_features, text_features)
+        return image_features.sum(dtype=dtype) + 0 * (text_features.sum(dtype=dtype) + scale + bias)
     sigmoid = implementation(chosen, image_features.device).sigmoid
     with no_autocast(image_features):
         pair_offset = len(text_features) if negative_only else 0
@@ -230,20 +233,19 @@ def sigmoid_cliperase_loss(
                 "consistency='intra' is not defined for a model with a logit_bias, which has no softmax over "
                 "similarities; use 'logits' or 'features'"
             )
-        check_pairs("forget_image", forget_image, "forget_text", forget_text)
-        check_pairs("retain_image", retain_image, "retain_text", retain_text)
-        check_device("forget_image", forget_image, "retain_image", retain_image)
-        check_group_ids(group_ids, "retain_image", retain_image)
+        check_batches(forget_image, forget_text, retain_image, retain_text, group_ids)
         scale = as_scale("logit_scale", logit_scale, retain_image)
         others: list[Tensor | None] = [as_scale("logit_bias", logit_bias, retain_image), None, None]
         if lambda_consistency > 0:
-            others[1] = check_teacher("retain_image", retain_image, teacher_image, teacher_text, teacher_logit_scale)
+            others[1] = check_consistency(consistency, retain_image, teacher_image, teacher_text, teacher_logit_scale)
             if teacher_logit_bias is None and consistency == "logits":
                 raise InputError(
                     "teacher_logit_bias is missing: the consistency needs a teacher that was trained with the sigmoid "
                     "loss too; use consistency='features', or lambda_consistency=0"
                 )
-            others[2] = as_scale("teacher_logit_bias", teacher_logit_bias or 0.0, retain_image)
+            frozen_bias = 0.0 if teacher_logit_bias is None else teacher_logit_bias
+            others[2] = frozen_bias = as_scale("teacher_logit_bias", frozen_bias, retain_image)
+            check_frozen("teacher_logit_bias", frozen_bias)
         sharded = process_group is not None
         return choose(backend, retain_image, retain_text, sharded=sharded, loss="bernoulli"), scale, others
 
@@ -260,7 +262,7 @@ def sigmoid_cliperase_loss(
     forget_image, forget_text, retain_image, retain_text, group_ids, teacher_image, teacher_text = savable(
         forget_image, forget_text, retain_image, retain_text, group_ids, teacher_image, teacher_text
     )
-    zero = (retain_image.sum() + retain_text.sum() + scale).to(compute_dtype(retain_image, retain_text)) * 0
+    zero = retain_image.new_zeros((), dtype=compute_dtype(retain_image, retain_text))
     fused = lambda_consistency > 0 and consistency == "logits"
     run = implementation(chosen, retain_image.device)
     total = retain_term = forget_term = consistency_term = zero
@@ -271,11 +273,11 @@ def sigmoid_cliperase_loss(
                 teacher = (teacher_image, teacher_text, teacher_scale)
             inputs = SimilarityInputs(retain_image, retain_text, scale, *teacher, group_ids, bias=bias)
             own = (lambda_retain, lambda_consistency if fused else 0.0)
-            total, retain_term, consistency_term = _bernoulli(inputs, teacher_bias, own, chosen, retain_shards, zero)
+            total, retain_term, consistency_term = _bernoulli(inputs, teacher_bias, own, chosen, retain_shards)
         if lambda_forget > 0:
             inputs = SimilarityInputs(forget_image, forget_text, scale, bias=bias)
             if FORGET_LOSSES[forget].sum_over_pairs is None:
-                forget_term = _bernoulli(inputs, None, (-1.0, 0.0), chosen, forget_shards, zero)[0]
+                forget_term = _bernoulli(inputs, None, (-1.0, 0.0), chosen, forget_shards)[0]
             else:
                 forget_term = forget_term_of(inputs, forget, margin, run, forget_shards)
             total = torch.add(total, forget_term, alpha=lambda_forget)
@@ -294,10 +296,12 @@ def _bernoulli(
     weights: tuple[float, float],
     chosen: Backend,
     shards: Shards | None,
-    zero: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (weighted sum, retention, consistency) of a batch; `zero` for an empty one."""
+    """Return (weighted sum, retention, consistency) of a batch; zeros with zero gradients for an empty one."""
     if (inputs.n if shards is None else shards.total) == 0:
+        zero = inputs.image.sum(dtype=inputs.dtype) + inputs.text.sum(dtype=inputs.dtype)
+        assert inputs.bias is not None
+        zero = zero + 0 * (inputs.scale + inputs.bias).to(inputs.dtype)
         return zero, zero, zero
     if chosen.name == "eager":
         retain, consistency = eager.bernoulli(inputs, teacher_bias)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cliperase_fast.defaults import plain_torch
 from cliperase_fast.errors import InputError
 from cliperase_fast.models.adapters.open_clip_config import Config, build, prove_config
+from cliperase_fast.models.adapters.open_clip_loading import is_open_clip_model
 from cliperase_fast.models.requirements import require_no_parametrizations, require_trainable, require_weights
 from cliperase_fast.models.unwrapping import fold_tuners, outside_inference, unwrap
 
@@ -62,7 +63,7 @@ def to_transformers(model: nn.Module) -> Any:
     """
     transformers = _transformers()
     model = _plain(model)
-    config = prove_config(model)
+    config = _open_clip_config(model, "to_transformers")
     embed_dim, vision = config["embed_dim"], config["vision_cfg"]
     _refuse_others("vision_cfg", vision, _VISION_KEYS)
     _refuse_others("the model", config, _MODEL_KEYS)
@@ -137,7 +138,7 @@ def to_diffusers_text_encoder(model: nn.Module, *, projection: bool = False) -> 
         config, state = copy.deepcopy(model.config.text_config), model.state_dict()
         config.projection_dim = model.config.projection_dim
     else:
-        source = prove_config(model)
+        source = _open_clip_config(model, "to_diffusers_text_encoder")
         _refuse_others("the model", source, _MODEL_KEYS)
         config, state = transformers.CLIPTextConfig(**_text_config(source)), _text_state(_without_text(model))
         projected = transformers.CLIPTextModelWithProjection(config)
@@ -158,6 +159,11 @@ def _load_text(encoder: Any, state: State) -> None:
 
 def _plain(model: nn.Module) -> nn.Module:
     """Return the model without wrappers, with its adapters merged."""
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"the model is a {type(model).__name__}; pass a torch module, such as result.model or "
+            "cliperase_fast.models.load_model(NAME).module"
+        )
     model = unwrap(model)
     require_weights(model)
     require_trainable(model)
@@ -172,6 +178,13 @@ def _transformers() -> Any:
     import transformers
 
     return transformers
+
+
+def _open_clip_config(model: nn.Module, function: str) -> Config:
+    if not is_open_clip_model(model):
+        others = " or a transformers CLIPModel" if function == "to_diffusers_text_encoder" else ""
+        raise InputError(f"{function} takes an open_clip model{others}, not a {type(model).__name__}")
+    return prove_config(model, "converted", "Only models of open_clip's own parts, unchanged, can be converted")
 
 
 def _transformers_config(model: nn.Module) -> Any:

@@ -114,7 +114,10 @@ def inspect_data(
     """
     if not isinstance(data, str):
         raise InputError(f"data is a {type(data).__name__}; name a source by a string such as 'folder:DIR'")
-    images = whole("images", images, 0)
+    for name, value in (("forget", forget or ""), ("retain", retain)):
+        if not isinstance(value, str):
+            raise InputError(f"{name} is a {type(value).__name__}; give a string such as 'class:apple'")
+    images, seed = whole("images", images, 0), whole("seed", seed, 0)
     opener = Opener(templates, seed, "skip")
     notes: list[str] = []
     if forget is None:

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cliperase_fast.coercion import whole
+from cliperase_fast.coercion import shortly, whole
 from cliperase_fast.data import PairDataset, as_pairs, open_source, parse_reference, select
-from cliperase_fast.data.decoding import decode
+from cliperase_fast.data.decoding import decode, item_image, tensor_fault
 from cliperase_fast.data.intake import ItemError, Tally
 from cliperase_fast.data.loading import stack_images, transformed
 from cliperase_fast.data.pair_sets import read_pairs
@@ -34,8 +34,11 @@ from cliperase_fast.report.contact_sheet import Group, contact_sheet, thumbnails
 from cliperase_fast.report.rendering import write_page
 from cliperase_fast.storage import write_text_atomically, writing
 from cliperase_fast.unlearning.feature_file import FeatureFile
+from cliperase_fast.unlearning.identity import input_digests
 
 SHOWN, AROUND = 96, 24  # pictures of the most similar pairs, and on each side of the cut
+_CHECKED = 1024  # rows of given features whose lengths are checked
+_LENGTH_ERROR = 0.01  # bfloat16 rounds by less
 
 
 @dataclass(frozen=True)
@@ -137,8 +140,9 @@ def select_by_query(
     query: a text such as "photos of a red car", an example image (PIL, or a `Path`), or a list of these, whose mean
         direction counts.
     k, threshold: how many pairs are found at most, and the least cosine. At least one of them is needed.
-    features: a file that keeps the image features, so that further queries need no images; it is written if it does not
-        exist. Or the features themselves, unit rows [n, D].
+    features: a file that keeps the image features, so that further queries need few images; it is written if it does
+        not exist, or if it was made with another model, transform or precision, or from other pairs. Or the features
+        themselves, unit rows [n, D].
     tokenizer, transform: needed only if the model does not have its own.
     on_error: for unreadable images: "raise", or "skip" to leave them out and count them.
     batch_size, device, precision, num_workers, progress: as in `evaluate()`.
@@ -154,16 +158,17 @@ def select_by_query(
     chosen = pick_device(device)
     batch_size, num_workers = whole("batch_size", batch_size, 1), whole("num_workers", num_workers, 0)
     check_settings(precision, chosen, "error")
+    named = isinstance(features, (str, Path)) and Path(features).name
+    if not (features is None or isinstance(features, Tensor) or named):
+        raise InputError(f"features={shortly(features)} must be the name of a file, or a tensor [n, D]")
     show = bars_by_default() if progress is None else progress
     train, test = _open(data, on_error)
     skipped = Tally()
     if on_error == "skip" and not isinstance(features, Tensor):
         train = read_pairs(train, train.name, skipped, on_error=on_error, progress=show)
         test = None if test is None else read_pairs(test, test.name, skipped, on_error=on_error, progress=show)
-    adapter = in_float32(load_model(model, tokenizer=tokenizer, device=chosen))
+    adapter = in_float32(load_model(model, tokenizer=tokenizer, transform=transform, device=chosen))
     check_weights(adapter, "model")
-    if transform is not None:
-        adapter.transform = transform
     words = _in_words(query)
     with inference(adapter.module, chosen, precision):
         direction = mean_query(_encoded_query(adapter, query, chosen))
@@ -228,9 +233,12 @@ def _encoded_query(adapter: ClipAdapter, query: Any, device: torch.device) -> Te
         if isinstance(image, Image.Image):
             if adapter.transform is None:
                 raise InputError("the example image needs a transform and the model brings none: pass transform=")
-            image = transformed(adapter.transform, image.convert("RGB"))
+            image = transformed(adapter.transform, item_image(image, "the example image"), "the example image")
         if not isinstance(image, Tensor):
             raise InputError(f"the query is a {type(part).__name__}: give a text, a PIL image or the Path of an image")
+        fault = tensor_fault(image)
+        if fault is not None:
+            raise InputError(f"the example image {fault}")
         failure = f"the model cannot encode an example image of shape {tuple(image.shape)}"
         with refuse_inputs(failure, "give a PIL image, or a tensor [3, H, W] of the size it was built for"):
             features.append(adapter.encode_image(stack_images([image]).to(device)))
@@ -243,16 +251,12 @@ def _features(
 ) -> Iterator[Tensor]:  # fmt: skip
     """Yield the image features in parts: given, read from a file, or encoded and maybe written to it."""
     if isinstance(given, Tensor):
-        if given.ndim != 2 or len(given) != len(pairs):
-            raise InputError(
-                f"features is a tensor {list(given.shape)} and {pairs.name} has {len(pairs)} pairs: give [n, D]"
-            )
+        _check_features(given, pairs, width)
         yield from given.split(PART)
         return
     file = None
     if given is not None:
-        made_from = {"model": adapter.identity(), "data": pairs.fingerprint(), "precision": precision}
-        file = FeatureFile(Path(given), (len(pairs), width), made_from)
+        file = _feature_file(Path(given), adapter, pairs, width, precision)
         if file.state() == "whole":
             for start in range(0, len(pairs), PART):
                 yield torch.from_numpy(file.part(start, min(start + PART, len(pairs))))
@@ -281,6 +285,38 @@ def _features(
         if isinstance(error, ItemError):
             raise InputError(f"{error}, or pass on_error='skip' to leave such images out and count them") from error
         raise
+
+
+def _check_features(given: Tensor, pairs: PairDataset, width: int) -> None:
+    """Raise InputError unless these can be the features of the pairs, unit rows [n, width]."""
+    if given.is_meta or given.layout != torch.strided or not given.is_floating_point():
+        raise InputError(
+            f"features is a {given.dtype} tensor ({given.layout}, on {given.device}): give a dense floating-point "
+            "tensor [n, D] with values"
+        )
+    if given.shape != (len(pairs), width):
+        raise InputError(
+            f"features is a tensor {list(given.shape)}; {pairs.name} has {counted(len(pairs), 'pair')} and the model's "
+            f"features have width {width}: give [{len(pairs)}, {width}]"
+        )
+    lengths = given[:_CHECKED].detach().float().norm(dim=1)
+    wrong = (lengths - 1).abs() > _LENGTH_ERROR  # false for NaN, which is never found
+    if bool((wrong & (lengths != 0)).any()):
+        raise InputError(
+            f"the rows of features have lengths from {float(lengths.min()):.3g} to {float(lengths.max()):.3g}, not 1: "
+            "pass torch.nn.functional.normalize(features, dim=1)"
+        )
+
+
+def _feature_file(path: Path, adapter: ClipAdapter, pairs: PairDataset, width: int, precision: str) -> FeatureFile:
+    """Return the file of features, which counts as made from other inputs if what can be read of them differs."""
+    made_from: dict[str, Any] = {"model": adapter.identity(), "data": pairs.fingerprint(), "precision": precision}
+    file = FeatureFile(path, (len(pairs), width), made_from, remedy="or leave out features=, which only saves time")
+    seen, kept = input_digests(adapter.transform, pairs), file.noted().get("inputs")
+    same = isinstance(kept, list) and len(kept) == len(seen)
+    same = same and all(now is None or now == then for now, then in zip(seen, kept or (), strict=True))
+    made_from["inputs"] = kept if same else seen
+    return file
 
 
 def _beside(path: Path) -> Path:

@@ -10,6 +10,7 @@ import os
 from numbers import Real
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -22,6 +23,7 @@ from cliperase_fast.ops.spec import DTYPE_NAMES, DTYPES, compute_dtype, savable
 from cliperase_fast.terms import CONSISTENCY_MODES, FORGET_LOSSES, TERMS, check_name
 
 ENVIRONMENT_VARIABLE = "CLIPERASE_BACKEND"
+_LARGEST = torch.finfo(torch.float32).max
 _KEEP_MODES = ("auto", "nothing", "similarities", "compact")
 
 
@@ -62,26 +64,11 @@ def check_cliperase(
     check_options(lambda_retain, lambda_forget, lambda_consistency, forget, margin, consistency)
     check_keep(keep)
     check_gather(gather)
-    check_pairs("forget_image", forget_image, "forget_text", forget_text)
-    check_pairs("retain_image", retain_image, "retain_text", retain_text)
-    check_device("forget_image", forget_image, "retain_image", retain_image)
-    if forget_image.shape[1] != retain_image.shape[1]:
-        raise InputError(
-            f"forget_image {shape_of(forget_image)} and retain_image {shape_of(retain_image)} differ in width; "
-            "both come from the student"
-        )
-    check_group_ids(group_ids, "retain_image", retain_image)
+    check_batches(forget_image, forget_text, retain_image, retain_text, group_ids)
     scale = as_scale("logit_scale", logit_scale, retain_image)
     teacher_scale = None
     if lambda_consistency > 0:
-        mode = CONSISTENCY_MODES[consistency]
-        needed_scale = teacher_logit_scale if mode.needs_scale else 1.0
-        teacher_scale = check_teacher("retain_image", retain_image, teacher_image, teacher_text, needed_scale)
-        if mode.same_width and teacher_image is not None and teacher_image.shape != retain_image.shape:
-            raise InputError(
-                f"consistency={consistency!r} compares features directly, so teacher_image must be as wide as "
-                f"retain_image, {retain_image.shape[1]}; use 'logits' or 'intra' with a teacher of another width"
-            )
+        teacher_scale = check_consistency(consistency, retain_image, teacher_image, teacher_text, teacher_logit_scale)
     batches = [(retain_image, retain_text)]
     if FORGET_LOSSES[forget].sum_over_pairs is None and lambda_forget > 0:
         batches.append((forget_image, forget_text))
@@ -91,6 +78,41 @@ def check_cliperase(
         backend, *(features for batch in batches for features in batch), *teacher, sharded=process_group is not None
     )
     return Checked(scale, teacher_scale, chosen, implementation(chosen, retain_image.device))
+
+
+def check_batches(
+    forget_image: Tensor, forget_text: Tensor, retain_image: Tensor, retain_text: Tensor, group_ids: Tensor | None
+) -> None:
+    """Check the student's features of a forget batch and a retain batch, and the ids of the latter."""
+    check_pairs("forget_image", forget_image, "forget_text", forget_text)
+    check_pairs("retain_image", retain_image, "retain_text", retain_text)
+    check_device("forget_image", forget_image, "retain_image", retain_image)
+    if forget_image.shape[1] != retain_image.shape[1]:
+        raise InputError(
+            f"forget_image {shape_of(forget_image)} and retain_image {shape_of(retain_image)} differ in width; "
+            "both come from the student"
+        )
+    check_group_ids(group_ids, "retain_image", retain_image)
+
+
+def check_consistency(
+    consistency: str,
+    retain_image: Tensor,
+    teacher_image: Tensor | None,
+    teacher_text: Tensor | None,
+    teacher_logit_scale: Tensor | float | None,
+) -> Tensor:
+    """Check the teacher for a consistency mode, and return its scale as a 0-d tensor; 1 if the mode has none."""
+    mode = CONSISTENCY_MODES[consistency]
+    needed_scale = teacher_logit_scale if mode.needs_scale else 1.0
+    teacher_scale = check_teacher("retain_image", retain_image, teacher_image, teacher_text, needed_scale)
+    if mode.same_width and teacher_image is not None and teacher_image.shape != retain_image.shape:
+        others = [f"{name!r}" for name, other in CONSISTENCY_MODES.items() if not other.same_width]
+        raise InputError(
+            f"consistency={consistency!r} compares features directly, so teacher_image must be as wide as "
+            f"retain_image, {retain_image.shape[1]}; use {' or '.join(others)} with a teacher of another width"
+        )
+    return teacher_scale
 
 
 def check_contrast(
@@ -166,20 +188,31 @@ def check_options(
     check_name("forget", forget, FORGET_LOSSES)
     check_name("consistency", consistency, CONSISTENCY_MODES)
     if not _is_number(margin) or not -1 <= margin <= 1:
-        raise InputError(f"margin={margin!r} is a cosine; it must be between -1 and 1")
+        raise InputError(
+            f"margin={margin!r} is a cosine; it must be a number between -1 and 1{_detached('margin', margin)}"
+        )
 
 
 def check_weights(weights: dict[str, float]) -> None:
     """Raise InputError unless the weights are finite, >= 0 and not all 0."""
     for name, weight in weights.items():
         if not _is_number(weight) or not 0 <= weight < math.inf:  # false for NaN as well
-            raise InputError(f"{name}={weight!r} must be a finite number, 0 or larger")
+            raise InputError(f"{name}={weight!r} must be a finite number, 0 or larger{_detached(name, weight)}")
+        if weight > _LARGEST:
+            raise InputError(f"{name}={_shortened(weight)} is too large for float32; use at most {_LARGEST:.3g}")
     if not any(weights.values()):
         raise InputError(f"{', '.join(weights)} are all 0, so nothing would be trained; set one above 0")
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex())
+    if isinstance(value, Tensor):
+        return value.ndim == 0 and value.dtype != torch.bool and not value.is_complex() and not value.requires_grad
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+
+
+def _detached(name: str, value: object) -> str:
+    """Return what to do about a number that requires a gradient."""
+    return f", without a gradient; pass {name}.item()" if isinstance(value, Tensor) and value.requires_grad else ""
 
 
 def check_keep(keep: str) -> None:
@@ -250,12 +283,17 @@ def check_teacher(
         )
     scale = as_scale("teacher_logit_scale", scale, student)
     for name, tensor in (("teacher_image", image), ("teacher_text", text), ("teacher_logit_scale", scale)):
-        if tensor.requires_grad and torch.is_grad_enabled():
-            raise InputError(
-                f"{name} requires grad, but the teacher is frozen and gets no gradient: "
-                f"compute it under torch.no_grad(), or pass {name}.detach()"
-            )
+        check_frozen(name, tensor)
     return scale
+
+
+def check_frozen(name: str, tensor: Tensor) -> None:
+    """Raise InputError if a tensor of the teacher would need a gradient."""
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise InputError(
+            f"{name} requires grad, but the teacher is frozen and gets no gradient: "
+            f"compute it under torch.no_grad(), or pass {name}.detach()"
+        )
 
 
 def check_group_ids(group_ids: Tensor | None, name: str, image: Tensor) -> None:

@@ -175,6 +175,8 @@ def test_a_full_disk_is_one_line_and_the_same_call_goes_on(tmp_path, monkeypatch
         ({"method_options": {}}, "method_options= is not for compare"),
         ({"depth": "deep"}, "depth='deep' must be"),
         ({"oracle_seconds": 0.0}, "oracle_seconds=0.0 must be positive"),
+        ({"oracle_seconds": float("inf")}, "oracle_seconds=inf must be positive"),
+        ({"oracle_seconds": "3 s"}, "oracle_seconds=3 s must be positive"),
         ({"oracle": [torch.nn.Linear(2, 2)]}, "oracle 1: "),
         ({"device": "cuda:99"}, "device"),
     ],

@@ -398,6 +398,13 @@ I64 = torch.int64
         wrong("margin=1.5 is a cosine", margin=1.5),
         wrong("lambda_forget=-1.0 must be a finite number, 0 or larger", lambda_forget=-1.0),
         wrong("lambda_retain=nan must be", lambda_retain=float("nan")),
+        wrong("lambda_forget=True must be a finite number", lambda_forget=True),
+        wrong("lambda_consistency=tensor..3... must be a finite number", lambda_consistency=torch.tensor([3.0])),
+        wrong("lambda_retain=.*without a gradient; pass lambda_retain.item()",
+              lambda_retain=torch.tensor(1.0, requires_grad=True)),
+        wrong("lambda_forget=1e.40 is too large for float32", lambda_forget=1e40),
+        wrong("lambda_consistency=1000.* .401 characters. is too large", lambda_consistency=10**400),
+        wrong("margin=True is a cosine; it must be a number", margin=True),
         wrong("are all 0, so nothing would be trained", lambda_retain=0, lambda_forget=0, lambda_consistency=0),
         wrong("backend='gpu' is not a backend", backend="gpu", lambda_retain=0, lambda_consistency=0),
         wrong("keep='all' is not known; use one of auto, nothing, similarities", keep="all"),
@@ -444,6 +451,14 @@ def test_features_on_device_meta_give_a_loss_of_the_right_form(n):
     loss.backward()
     assert (loss.device.type, loss.dtype, loss.shape) == ("meta", torch.float32, ())
     assert image.grad is not None and image.grad.shape == image.shape
+
+
+def test_weights_may_be_numbers_of_numpy_or_scalar_tensors():
+    weights = {"lambda_retain": 1.0, "lambda_forget": 2.0, "lambda_consistency": 3.0, "margin": 0.25}
+    expected = cliperase_loss(**batch(), **weights, forget="hinge")
+    for kind in (numpy.float32, numpy.float64, torch.tensor):
+        terms = cliperase_loss(**batch(), **{name: kind(value) for name, value in weights.items()}, forget="hinge")
+        torch.testing.assert_close(terms, expected)
 
 
 def test_the_scale_may_be_a_number_of_numpy():

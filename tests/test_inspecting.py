@@ -103,6 +103,20 @@ def test_a_negative_number_of_images_is_refused():
         cf.inspect_data("demo", images=-1)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"seed": -1}, "seed=-1 must be a whole number of at least 0"),
+        ({"seed": None}, "seed=None must be a whole number"),
+        ({"forget": ["class:seven"]}, "forget is a list; give a string such as"),
+        ({"forget": "class:seven", "retain": None}, "retain is a NoneType; give a string such as"),
+    ],
+)
+def test_arguments_of_other_types_are_named(wrong, said):
+    with pytest.raises(InputError, match=said):
+        cf.inspect_data("demo", **wrong)
+
+
 def test_pairs_in_place_of_a_source_are_refused():
     with pytest.raises(InputError, match="data is a list; name a source by a string such as 'folder:DIR'"):
         cf.inspect_data([(None, "a cat")])

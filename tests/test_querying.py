@@ -76,6 +76,26 @@ def test_an_example_image_finds_itself_first(model, folder):
     assert query(model, f"folder:{folder}", Image.open(path), threshold=0.9999).ids[0] == "cat/07.png"
 
 
+@pytest.mark.parametrize("mode", ["LA", "La", "RGBA", "I;16", "F"])
+def test_an_example_image_is_decoded_like_those_of_the_data(model, mode):
+    images = []
+    for number in range(6):
+        values = np.random.default_rng(number).integers(0, 65536, (20, 20, 4))
+        pixels = {"I;16": values[..., 0].astype(np.uint16), "F": (values[..., 0] / 65535).astype(np.float32)}
+        images.append(Image.fromarray(pixels.get(mode, (values // 256).astype(np.uint8))))
+        if mode not in pixels:
+            images[-1] = images[-1].convert(mode)
+    found = query(model, [(image, "a cat") for image in images], images[4], k=1)
+    assert found.ids == ["4"] and found.similarities[4] == pytest.approx(1, abs=1e-5)
+
+
+def test_an_example_image_of_another_form_is_refused(model, folder):
+    pixels = transform(picture())
+    for image, said in ((pixels[None], r"is a tensor \[1, 3, 16, 16\]"), (pixels.byte(), "must be float")):
+        with pytest.raises(InputError, match=f"the example image .*{said}"):
+            query(model, f"folder:{folder}", image, k=3)
+
+
 def test_kept_features_answer_without_the_images(model, folder, tmp_path):
     file = tmp_path / "kept.features"
     first = query(model, f"folder:{folder}", k=5, features=file)
@@ -86,6 +106,41 @@ def test_kept_features_answer_without_the_images(model, folder, tmp_path):
     np.testing.assert_allclose(again.similarities, first.similarities, atol=1e-6)
     with pytest.raises(InputError, match=r"\.png"):
         query(tiny_open_clip(seed=1), f"folder:{folder}", k=5, features=file)  # another model's are not used
+
+
+def test_kept_features_are_not_those_of_other_images_or_of_another_transform(model, tmp_path):
+    file = tmp_path / "kept.features"
+    first, others = ([(picture(start + number), "a cat") for number in range(8)] for start in (0, 100))
+    query(model, first, k=3, features=file)
+    np.testing.assert_array_equal(
+        query(model, others, k=3, features=file).similarities, query(model, others, k=3).similarities
+    )
+    negative = cf.select_by_query(model, others, "a cat", transform=lambda image: -transform(image), k=3, features=file)
+    fresh = cf.select_by_query(model, others, "a cat", transform=lambda image: -transform(image), k=3)
+    np.testing.assert_array_equal(negative.similarities, fresh.similarities)
+
+
+def test_given_features_must_be_unit_rows_of_the_models_width(model):
+    pairs = [(picture(number), "a cat") for number in range(8)]
+    unit = torch.nn.functional.normalize(torch.randn(8, 24, generator=torch.Generator().manual_seed(0)), dim=1)
+    assert len(query(model, pairs, k=3, features=unit.bfloat16())) == 3
+    for features, said in (
+        (unit[:, :7], r"features have width 24: give \[8, 24\]"),
+        (5 * unit, r"lengths from 5 to 5, not 1"),
+        (unit.long(), "dense floating-point"),
+        (unit.to("meta"), "dense floating-point"),
+        (unit.numpy(), "must be the name of a file, or a tensor"),
+        ("", "must be the name of a file, or a tensor"),
+    ):
+        with pytest.raises(InputError, match=said):
+            query(model, pairs, k=3, features=features)
+
+
+def test_features_that_cannot_be_written_are_an_error_with_a_remedy_of_queries(model, folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(cf.UnlearningError, match=r"cannot write .*; or leave out features=") as error:
+        query(model, f"folder:{folder}", k=3, features=tmp_path / "file" / "kept.features")
+    assert "teacher_cache" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["mine.json", "mine.txt", "mine.features", "mine"])

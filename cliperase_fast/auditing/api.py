@@ -95,7 +95,7 @@ def audit(
     """
     name = str(device) if str(device) != "auto" else str(_device_of(before) or "auto")
     checked = check_templates(templates)
-    check_templates(paraphrase_templates or None)
+    paraphrase_templates = check_templates(paraphrase_templates or None) or ()
     check_depth(depth)
     for named, given in (("synonyms", synonyms), ("other", other), ("holdouts", holdouts)):
         if given is not None and not isinstance(given, Mapping):

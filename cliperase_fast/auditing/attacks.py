@@ -152,7 +152,7 @@ def prompt_attack(
         return None, "the forget training pairs show other concepts than the forget test pairs"
     spaced = [_with_room(part, adapter, how.device) for part in tokens]
     width = table.embedding_dim
-    generator = torch.Generator("cpu").manual_seed(how.seed)
+    generator = torch.Generator("cpu").manual_seed(how.seed % 2**64)
     soft = 0.02 * torch.randn(len(concepts), CONTEXT, width, generator=generator, dtype=torch.float32, device="cpu")
     soft = soft.to(how.device).requires_grad_(True)
     fixed = test.concept_features(adapter, how).to(how.device)

@@ -18,7 +18,7 @@ examples:
   cliperase-fast unlearn ... --forget ids:red-cars.txt
 
 Look at the page beside the file of ids (red-cars.html) before anything is forgotten. With --features a second query
-over the same data needs no images.
+over the same data opens a few images only.
 """
 
 

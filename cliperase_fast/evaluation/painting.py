@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cliperase_fast.coercion import whole
+from cliperase_fast.coercion import shortly, whole
 from cliperase_fast.defaults import torch_defaults
 from cliperase_fast.errors import InputError, UnlearningError, is_out_of_memory
 from cliperase_fast.models.runtime import evaluating
@@ -70,12 +70,18 @@ def check_seeds(images: int, seeds: Sequence[int] | None) -> list[int]:
     """Return the seeds, one for each picture of a prompt."""
     if seeds is None:
         return list(range(whole("images", images, 1)))
-    if len(seeds) < 1:
+    if isinstance(seeds, str) or not isinstance(seeds, Iterable):
+        raise InputError(f"seeds={shortly(seeds)} must be a list of whole numbers")
+    found = [seed.item() if isinstance(seed, (np.generic, Tensor)) else seed for seed in seeds]
+    for seed in found:
+        if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+            raise InputError(f"seeds has {shortly(seed)}: give whole numbers of at most 64 bits")
+    if not found:
         raise InputError("seeds is empty: give one for each picture of a prompt")
-    if len(set(seeds)) < len(seeds):
-        twice = next(seed for at, seed in enumerate(seeds) if seed in seeds[:at])
+    if len(set(found)) < len(found):
+        twice = next(seed for at, seed in enumerate(found) if seed in found[:at])
         raise InputError(f"seeds has {twice} twice, which would count the same picture twice: give different seeds")
-    return list(seeds)
+    return found
 
 
 class Painter:

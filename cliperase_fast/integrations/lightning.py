@@ -29,7 +29,7 @@ class UnlearningModule(lightning.LightningModule):
     `CombinedLoader({"forget": ..., "retain": ...}, "max_size_cycle")` yields such batches, and so does a dict of
     loaders.
     model: a module with `encode_image`, `encode_text` and `logit_scale` (the logarithm), such as open_clip's; its
-        features are normalised here.
+        features are normalised here. Models with a `logit_bias` (SigLIP) are refused.
     teacher: the frozen original; None copies `model` as it is now. It stays in evaluation mode, is not saved in
         checkpoints, follows this module to its device and dtype, and is checked by a digest when a checkpoint is
         loaded.
@@ -48,9 +48,15 @@ class UnlearningModule(lightning.LightningModule):
         optimizer: Callable[[Any], torch.optim.Optimizer] | None = None,
     ) -> None:
         super().__init__()
-        for name in ("encode_image", "encode_text", "logit_scale"):
-            if not hasattr(model, name):
-                raise InputError(f"{type(model).__name__} has no {name}; wrap it in a module that has one")
+        for given in (model, model if teacher is None else teacher):
+            for name in ("encode_image", "encode_text", "logit_scale"):
+                if not hasattr(given, name):
+                    raise InputError(f"{type(given).__name__} has no {name}; wrap it in a module that has one")
+            if getattr(given, "logit_bias", None) is not None:
+                raise InputError(
+                    f"{type(given).__name__} has a logit_bias, so it was trained with the sigmoid loss, for which "
+                    "CLIPEraseLoss is not defined; use cliperase_fast.unlearn(), which has a loss for such models"
+                )
         self.model = model
         frozen = copy.deepcopy(model) if teacher is None else teacher
         if {id(tensor) for tensor in frozen.parameters()} & {id(tensor) for tensor in model.parameters()}:

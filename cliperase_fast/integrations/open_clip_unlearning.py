@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cliperase_fast.coercion import whole
 from cliperase_fast.distributed import LOCAL, WORLD
 from cliperase_fast.errors import InputError
 from cliperase_fast.integrations.open_clip import import_trainer
@@ -124,8 +125,7 @@ def unlearning(
             raise InputError(
                 f'this open_clip_train.main has no {seam} to add the forget pairs to: pip install "open_clip_torch<4"'
             )
-    if forget_pairs < 1:
-        raise InputError(f"forget_pairs={forget_pairs} must be at least 1")
+    forget_pairs = whole("forget_pairs", forget_pairs, 1)
     create, get_data = getattr(trainer, making), trainer.get_data
     loss = CLIPEraseLoss() if loss is None else loss
 

@@ -113,7 +113,8 @@ class Ledger(LedgerWork):
     @plain_torch()
     def save(self, folder: str | Path) -> None:
         """Write the current model to a folder that its own library loads."""
-        self._adapter(self._log.last.steps).save(folder)
+        with writing(folder):
+            self._adapter(self._log.last.steps).save(folder)
 
     def supply(self, id: str, forget: Any, retain: Any = "rest", test: Any = None, validation: Any = None) -> None:
         """Give the pairs of an earlier request again, for audits, for holding it down and for replays.

@@ -49,6 +49,8 @@ def load_model(
     """
     options = {"tokenizer": tokenizer, "transform": transform, "truncate": truncate}
     if isinstance(model, (str, Path)):
+        if not str(model).strip():
+            raise InputError(f"model is an empty string; pass {accepted_strings()}")
         adapter = _from_string(str(model), options)
         adapter.module.eval()
         if device is not None:

@@ -20,12 +20,15 @@ _REMEDY = "or keep the features in memory (teacher_cache='memory'), or compute t
 
 
 class FeatureFile:
-    """Features [rows, D] in `path`, with a note (.json) of what they were made from and their digest."""
+    """Features [rows, D] in `path`, with a note (.json) of what they were made from and their digest.
 
-    def __init__(self, path: Path, shape: tuple[int, int], made_from: dict[str, Any]) -> None:
-        self.path, self.shape, self.made_from = path, shape, made_from
-        self.note = path.with_suffix(".json")
+    remedy: what to do if they cannot be written.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, int], made_from: dict[str, Any], *, remedy: str = _REMEDY) -> None:
         self._handle: int | None = None
+        self.path, self.shape, self.made_from, self.remedy = path, shape, made_from, remedy
+        self.note = path.with_suffix(".json")
 
     @property
     def size(self) -> int:
@@ -49,6 +52,14 @@ class FeatureFile:
         except (OSError, ValueError, RecursionError):
             return "damaged"
 
+    def noted(self) -> dict[str, Any]:
+        """Return what the features in the file were made from; empty if its note cannot be read."""
+        try:
+            found = json.loads(self.note.read_text(encoding="utf-8"))["made_from"]
+        except (OSError, ValueError, RecursionError, KeyError, TypeError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
     def foreign(self) -> Path | None:
         """Return a file in its place that holds something else; None if it may be created.
 
@@ -66,7 +77,7 @@ class FeatureFile:
 
     def create(self) -> None:
         """Start a new file and reserve its whole size on the disk."""
-        with writing(self.path, _REMEDY):
+        with writing(self.path, self.remedy):
             self.note.unlink(missing_ok=True)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
@@ -79,14 +90,14 @@ class FeatureFile:
     def write(self, start: int, rows: np.ndarray) -> None:
         """Write rows [n, D] at row `start`. Parts may come in any order, each row once."""
         assert self._handle is not None
-        with writing(self.path, _REMEDY):
+        with writing(self.path, self.remedy):
             os.lseek(self._handle, start * self._row, os.SEEK_SET)
             write_all(self._handle, np.ascontiguousarray(rows, dtype=np.float32).reshape(-1).view(np.uint8).data)
 
     def finish(self) -> None:
         """Flush the file and write the note that it is complete."""
         assert self._handle is not None
-        with writing(self.path, _REMEDY):
+        with writing(self.path, self.remedy):
             os.fsync(self._handle)
             note = {"made_from": self.made_from, "sha256": file_digest(self.path)}
             write_text_atomically(self.note, json.dumps(note))

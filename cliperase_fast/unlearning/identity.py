@@ -1,5 +1,7 @@
 """What a resumed run must share with the one that wrote the checkpoint, beyond the model's weights and the settings.
 
+`input_digests` serves queries, which keep features in a file.
+
 Transforms and tokenizers are compared by their outputs for some of the images and captions, which are part of the
 identity already, and for a fixed picture.
 """
@@ -18,6 +20,8 @@ from torch import Tensor
 
 from cliperase_fast.data import PairDataset
 from cliperase_fast.data.drawing import seeded
+from cliperase_fast.data.images import pixel_bytes
+from cliperase_fast.errors import InputError
 from cliperase_fast.evaluation import class_prompts
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.unlearning.batches import CaptionTable
@@ -29,14 +33,16 @@ _SEED = 20241030
 def transform_identity(transforms: Sequence[Callable[[Any], Tensor] | None], pairs: PairDataset) -> str:
     """Return a hex digest of the transforms' outputs for a fixed picture and some images of `pairs`.
 
-    A random transform gets the same seed each time. If its pixels still differ, it draws from a generator of its own,
-    and is identified by its name.
+    Images that are tensors are not transformed: the digest is that of some of them. A random transform gets the same
+    seed each time. If its pixels still differ, it draws from a generator of its own, and is identified by its name.
     """
-    first = pairs.image(0)
-    if isinstance(first, Tensor):  # passed on as they are
-        return "none"
-    probes = [_picture(first.size), *(pairs.image(int(index)) for index in probe_rows(len(pairs)))]
+    images = [pairs.image(int(index)) for index in probe_rows(len(pairs))]
     digest = hashlib.sha256()
+    if isinstance(images[0], Tensor):
+        for image in images:
+            digest.update(pixel_bytes(image))
+        return digest.hexdigest()
+    probes = [_picture(images[0].size), *images]
     for transform in transforms:
         if transform is None:
             digest.update(b"none")
@@ -44,6 +50,26 @@ def transform_identity(transforms: Sequence[Callable[[Any], Tensor] | None], pai
         once, again = (_seen(transform, probes) for _ in range(2))
         digest.update(once if once == again else _name(transform).encode())
     return digest.hexdigest()
+
+
+def input_digests(transform: Callable[[Any], Tensor] | None, pairs: PairDataset) -> list[str | None]:
+    """Return digests of what a model gets for a fixed picture and for some images; None for an unreadable one."""
+    found = [_input_digest(transform, _picture((64, 64)))]
+    for index in probe_rows(len(pairs)):
+        try:
+            found.append(_input_digest(transform, pairs.image(int(index))))
+        except InputError:
+            found.append(None)
+    return found
+
+
+def _input_digest(transform: Callable[[Any], Tensor] | None, image: Image.Image | Tensor) -> str | None:
+    if isinstance(image, Tensor):
+        return hashlib.sha256(pixel_bytes(image)).hexdigest()
+    if transform is None:
+        return None
+    once, again = (_seen(transform, [image]) for _ in range(2))
+    return hashlib.sha256(once if once == again else _name(transform).encode()).hexdigest()
 
 
 def tokenizer_identity(adapter: ClipAdapter, captions: CaptionTable, pairs: PairDataset) -> str:

@@ -20,7 +20,7 @@ from cliperase_fast.models import ClipAdapter
 from cliperase_fast.reading import printable_data
 from cliperase_fast.report import ReportData, Verdict, model_card, text_table, verdict, write_html, write_plots
 from cliperase_fast.report.wording import left_out_lines
-from cliperase_fast.storage import make_folder, write_text_atomically
+from cliperase_fast.storage import make_folder, write_text_atomically, writing
 
 
 @dataclass(repr=False)
@@ -91,7 +91,14 @@ class UnlearnResult:
 
         model/ loads in the library the model came from: `open_clip.create_model_and_transforms("local-dir:.../model")`
         or `CLIPModel.from_pretrained(".../model")`.
+
+        Raises `InputError` if the folder cannot be made, `UnlearningError` if a file cannot be written.
         """
+        with writing(directory):
+            return self.write(directory)
+
+    def write(self, directory: str | Path) -> Path:
+        """Write what `save` writes; an error of the file system is raised as it is."""
         directory = make_folder(directory, "the result")
         for name in ("result.json", AUDIT_FILE, AUDIT_PAGE):  # from an earlier call
             (directory / name).unlink(missing_ok=True)

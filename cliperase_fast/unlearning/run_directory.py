@@ -129,7 +129,7 @@ class RunDirectory:
         """Write the result. A failing disk costs none of the training."""
         assert self.path is not None
         with writing(self.path, f"the training is done and saved: {advice().go_on}"):
-            result.save(self.path)
+            result.write(self.path)
 
     def save_audit(self, result: Any) -> None:
         """Write the result's audit, and what mentions it, beside the saved result."""
@@ -267,9 +267,10 @@ def _newest(directory: Path | None, identity: dict[str, Any]) -> Checkpoint | No
     for name, what in (  # behind the settings, which decide what is drawn and held out
         ("data", "other data"),
         ("tokenizer", "another tokenizer (the captions give other tokens)"),
-        ("transform", "another transform (an image gives other pixels)"),
+        ("transform", "another transform or other images (an image gives other pixels)"),
     ):
-        if saved.get(name) != identity[name]:
+        older = name == "transform" and saved.get(name) == "none"  # for tensors, which were not compared
+        if saved.get(name) != identity[name] and not older:
             raise _made_with(what, checkpoint)
     return checkpoint
 

@@ -42,6 +42,8 @@ def tensors(found, model="after"):
         ({"templates": ["a photo"]}, "the template 'a photo' must be text with one '{}'"),
         ({"paraphrase_templates": ["a {} or {}"]}, "the template 'a {} or {}' must be text with one '{}'"),
         ({"synonyms": {"red": "crimson"}}, r"synonyms\['red'\] is 'crimson'; give a list of texts"),
+        ({"synonyms": {"red": 5}}, r"synonyms\['red'\] is 5; give a list of texts"),
+        ({"synonyms": {0: ["crimson"]}}, "synonyms name 0, which is not a class"),
         ({"synonyms": {"red": [" "]}}, r"synonyms\['red'\] is \[' '\]; give a list of texts"),
         ({"holdouts": {"person": []}}, "holdouts has 'person'; its keys are 'association' and 'identity'"),
         ({"holdouts": {"identity": []}}, r"holdouts\['identity'\] is empty"),

@@ -93,7 +93,8 @@ def test_pictures_depend_on_neither_the_batch_nor_torchs_defaults():
     finally:
         torch.set_default_dtype(torch.float32)
     assert all(torch.equal(one.after, other.after) for one, other in zip(large.painted, small.painted, strict=True))
-    again = compare(seeds=[3, 1])
+    again = compare(seeds=np.array([3, 1]))
+    assert json.loads(json.dumps(again.content["seeds"])) == [3, 1]
     assert torch.equal(again.painted[0].before, large.painted[0].before[[3, 1]])
 
 
@@ -158,6 +159,9 @@ def test_wrong_input_is_refused_before_anything_is_painted():
         "cannot name 'pink': its classes are red, green, blue": {"forget": {"a pink": "pink"}},
         "asks for a class of the concept": {"concept": ["blue"]},
         "seeds has 2 twice": {"seeds": [2, 1, 2]},
+        "seeds has 1.5: give whole numbers": {"seeds": [1.5]},
+        "seeds has 36893488147419103232: give whole numbers of at most 64 bits": {"seeds": [2**65]},
+        "seeds=3 must be a list": {"seeds": 3},
         "images=0 must be a whole number of at least 1": {"images": 0},
         "must not set prompt": {"options": {"prompt": "a red"}},
         "cannot be called with size=": {"options": {"size": 8}},

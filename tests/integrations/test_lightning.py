@@ -174,3 +174,14 @@ def test_an_eps_that_is_zero_in_half_precision_is_warned_of(tmp_path):
     module.half()
     with pytest.warns(UserWarning, match=r"Adam's eps=1e-08 is 0 in float16.*pass eps=1e-4"):
         module.configure_optimizers()
+
+
+def test_models_without_a_part_or_with_another_loss_are_refused():
+    class Siglip(Towers):
+        logit_bias = torch.tensor(-10.0)
+
+    with pytest.raises(cf.InputError, match="Linear has no encode_image"):
+        UnlearningModule(Towers(), teacher=torch.nn.Linear(2, 2))
+    for given in ({"model": Siglip()}, {"model": Towers(), "teacher": Siglip()}):
+        with pytest.raises(cf.InputError, match="Siglip has a logit_bias"):
+            UnlearningModule(**given)

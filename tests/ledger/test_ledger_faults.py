@@ -56,6 +56,12 @@ def test_a_base_that_is_not_where_it_was_is_named(tmp_path):
     assert Ledger(folder, f"local-dir:{tmp_path / 'moved'}").verify()
 
 
+def test_a_model_that_cannot_be_saved_is_an_error_that_names_the_folder(ledger, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UnlearningError, match=r"cannot write .*file/model: .*; a part of the path is a file"):
+        ledger.save(tmp_path / "file" / "model")
+
+
 def test_an_edited_line_is_found(ledger):
     replace_in(ledger.dir / "log.jsonl", '"id": "green", "date": "2026-03-01"', '"id": "green", "date": "2025-03-01"')
     with pytest.raises(UnlearningError, match="was changed: line 4 continues"):

@@ -103,6 +103,21 @@ def test_two_activations_and_other_models_are_refused_by_open_clip():
         export.to_open_clip(torch.nn.Linear(2, 2))
 
 
+def test_what_is_no_model_of_the_other_library_is_refused_by_name():
+    for convert in (export.to_transformers, export.to_open_clip, export.to_diffusers_text_encoder):
+        with pytest.raises(cf.InputError, match="the model is a str; pass a torch module"):
+            convert("ViT-B-32:openai")
+    with pytest.raises(cf.InputError, match="to_transformers takes an open_clip model, not a CLIPModel"):
+        export.to_transformers(tiny_clip())
+    with pytest.raises(cf.InputError, match="takes an open_clip model or a transformers CLIPModel, not a Linear"):
+        export.to_diffusers_text_encoder(torch.nn.Linear(2, 2))
+    changed = tiny_open_clip()
+    changed.ln_final = torch.nn.Identity()
+    with pytest.raises(cf.InputError, match="cannot be converted: no configuration") as error:
+        export.to_transformers(changed)
+    assert "local-dir" not in str(error.value)
+
+
 def test_a_wrong_conversion_is_never_returned(monkeypatch):
     renamed = export._transformers_state
     monkeypatch.setattr(

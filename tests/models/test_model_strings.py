@@ -217,3 +217,11 @@ def test_a_device_copies_an_instance_and_never_moves_it(monkeypatch: pytest.Monk
     assert not next(model.parameters()).is_meta
     with pytest.raises(InputError, match="the CLIP has weights on the meta device"):
         load_model(moved, device="cpu")
+
+
+def test_an_empty_string_does_not_name_the_folder_that_one_is_in(tmp_path, monkeypatch):
+    load_model(tiny_open_clip()).save(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert load_model(".").kind == "open_clip"
+    with pytest.raises(InputError, match="model is an empty string; pass"):
+        load_model("")

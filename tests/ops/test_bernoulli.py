@@ -121,6 +121,8 @@ def test_half_precision_is_computed_in_float32(dtype):
         ({"consistency": "intra"}, "consistency='intra' is not defined for a model with a logit_bias"),
         ({"teacher_bias": None}, "teacher_logit_bias is missing: the consistency needs a teacher"),
         ({"backend": "native"}, "does not compute the bernoulli loss; use auto, eager, torch"),
+        ({"teacher_bias": torch.zeros(2)}, "teacher_logit_bias must be a number or one floating-point element"),
+        ({"teacher_bias": torch.zeros((), requires_grad=True)}, "teacher_logit_bias requires grad"),
         ({"lambda_retain": -1.0}, "lambda_retain"),
         ({"group_ids": torch.zeros(3)}, "group_ids"),
     ],
@@ -128,3 +130,19 @@ def test_half_precision_is_computed_in_float32(dtype):
 def test_wrong_arguments_are_named(options, says):
     with pytest.raises(InputError, match=says):
         outcome(batch(), **options)
+
+
+def test_widths_that_differ_are_named():
+    features = batch()
+    narrow = [part[:, :5] for part in features]
+    with pytest.raises(InputError, match=r"forget_image .* and retain_image .* differ in width"):
+        outcome([*narrow[:2], *features[2:]])
+    with pytest.raises(InputError, match="teacher_image must be as wide as retain_image, 24"):
+        outcome([*features[:4], *narrow[4:]], consistency="features")
+    assert outcome([*features[:4], *narrow[4:]])[0].total.isfinite()
+
+
+def test_the_consistency_of_features_needs_neither_scale_nor_bias_of_the_teacher():
+    given, _ = outcome(batch(), consistency="features")
+    without, _ = outcome(batch(), consistency="features", teacher_scale=None, teacher_bias=None)
+    assert torch.equal(given.total, without.total)

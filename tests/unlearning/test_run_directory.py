@@ -330,6 +330,13 @@ def test_resume_compares_transforms_and_tokenizers_by_their_outputs(tmp_path, tr
         run(tmp_path / "run", True, **{**first, "tokenizer": lambda texts: words(texts, end=10)})
 
 
+def test_a_run_does_not_resume_with_other_tensors_of_the_same_captions(tmp_path):
+    run(tmp_path / "run", epochs=1)
+    run(tmp_path / "run", True, pairs=split_pairs(make_pairs(), "red"), epochs=1)
+    with pytest.raises(InputError, match="other images"):
+        run(tmp_path / "run", True, pairs=split_pairs(make_pairs(seed=1), "red"), epochs=1)
+
+
 def test_checkpoints_of_an_older_format_are_an_error(tmp_path, whole):
     output = tmp_path / "run"
     shutil.copytree(whole, output)

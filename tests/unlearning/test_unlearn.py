@@ -78,6 +78,9 @@ def test_a_result_in_memory_can_be_saved_later(tmp_path):
     assert repr(result) == f"<UnlearnResult of CLIP: {result.verdict.text}>"
     assert json.loads((tmp_path / "later" / "result.json").read_text())["after"] == result.after
     assert (tmp_path / "later" / "metrics.jsonl").read_text().count("\n") == len(result.history)
+    (tmp_path / "other" / "config.json").mkdir(parents=True)
+    with pytest.raises(cf.UnlearningError, match=r"cannot write .*other: Is a directory"):
+        result.save(tmp_path / "other")
 
 
 def test_two_runs_with_one_seed_are_equal_and_another_seed_is_not():

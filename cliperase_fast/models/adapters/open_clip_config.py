@@ -26,13 +26,19 @@ Config = dict[str, Any]
 TEXT_CONFIG = "text_config"  # folder in a saved model with the Hugging Face configuration of its text tower
 
 
-def prove_config(module: nn.Module) -> Config:
+_BY_NAME = (
+    "Pass the model as a string such as 'ViT-B-32:openai' or 'ARCH:/path/to/weights', or save it yourself with an "
+    "open_clip_config.json and pass 'local-dir:DIR'"
+)
+
+
+def prove_config(module: nn.Module, failure: str = "saved as an open_clip folder", remedy: str = _BY_NAME) -> Config:
     """Return the `model_cfg` that rebuilds `module` exactly: same state dict, same features on random input.
 
-    Raises `InputError` with what was tried if there is none.
+    Raises `InputError` with what was tried if there is none. failure, remedy: what it cannot be then, and what to do.
     """
     tried = []
-    for label, config in _candidates(module):
+    for label, config in _candidates(module, failure, remedy):
         try:
             difference = _difference(module, config)
         except Exception as error:  # a wrong guess: open_clip, timm and transformers raise their own errors
@@ -43,9 +49,7 @@ def prove_config(module: nn.Module) -> Config:
         tried.append(f"{label}: its features differ by {difference:.1e}")
     reasons = "; ".join(tried) or "none is known"
     raise InputError(
-        f"this {type(module).__name__} cannot be saved as an open_clip folder: no configuration rebuilds it "
-        f"({reasons}). Pass the model as a string such as 'ViT-B-32:openai' or 'ARCH:/path/to/weights', or "
-        "save it yourself with an open_clip_config.json and pass 'local-dir:DIR'"
+        f"this {type(module).__name__} cannot be {failure}: no configuration rebuilds it ({reasons}). {remedy}"
     )
 
 
@@ -176,7 +180,7 @@ def text_limit(text: Any) -> int:
     return min(positions, 77) if positions > 0 else 77
 
 
-def _candidates(module: nn.Module) -> Iterator[tuple[str, Config]]:
+def _candidates(module: nn.Module, failure: str, remedy: str) -> Iterator[tuple[str, Config]]:
     import open_clip
 
     if isinstance(module, open_clip.CoCa):  # its decoder cannot be inferred; only known configurations are tried
@@ -192,8 +196,8 @@ def _candidates(module: nn.Module) -> Iterator[tuple[str, Config]]:
             yield "inferred from the model" + (f" with {named}" if named else ""), config
     except (AttributeError, IndexError, TypeError) as error:
         raise InputError(
-            f"this {type(module).__name__} is not built as open_clip builds it ({error}), so it cannot be "
-            "saved. Pass the model as a string or 'local-dir:DIR'"
+            f"this {type(module).__name__} is not built as open_clip builds it ({error}), so it cannot be {failure}. "
+            f"{remedy}"
         ) from error
 
 
