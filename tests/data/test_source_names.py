@@ -168,6 +168,8 @@ def test_an_option_is_added_to_the_name_of_a_source_that_has_it() -> None:
     assert sources.with_option("folder:/x", "classnames", "/a&b.txt") == "folder:/x?classnames=/a%26b.txt"
     assert sources.with_option("parquet:/x?img=a", "classnames", "n") == "parquet:/x?img=a&classnames=n"
     assert sources.with_option("demo", "classnames", None) == "demo"
+    assert sources.with_option("folder:/x#class:a", "classnames", "n") == "folder:/x?classnames=n#class:a"
+    assert sources.with_option("demo#class:one", "classnames", None) == "demo#class:one"
     with pytest.raises(InputError, match="the source 'demo' has no option 'classnames'; folder:DIR, hf:DIR, parquet"):
         sources.with_option("demo", "classnames", "n")
     with pytest.raises(InputError, match="already has classnames='m'; give it once"):
