@@ -103,11 +103,12 @@ def check_synonyms(synonyms: Mapping[str, Sequence[str]] | None, pairs: PairData
     numbers = {folded(readable(name)): number for number, name in enumerate(pairs.classes)}
     found: dict[int, tuple[str, ...]] = {}
     for name, others in synonyms.items():
-        if folded(readable(name)) not in numbers:
+        if not isinstance(name, str) or folded(readable(name)) not in numbers:
             raise InputError(
                 f"synonyms name {name!r}, which is not a class: use one of {', '.join(pairs.classes[:20])}"
             )
-        if isinstance(others, str) or not all(isinstance(one, str) and one.strip() for one in others):
+        listed = isinstance(others, Iterable) and not isinstance(others, (str, Mapping))
+        if not listed or not all(isinstance(one, str) and one.strip() for one in others):
             raise InputError(f"synonyms[{name!r}] is {others!r}; give a list of texts, such as ['plane', 'aircraft']")
         found[numbers[folded(readable(name))]] = tuple(others)
     return found

@@ -188,10 +188,10 @@ def _check_audit_folder(folder: Path) -> None:
 
 
 def _read_synonyms(path: str | None) -> dict[str, list[str]] | None:
-    """Return the file's {class: [other names]}. YAML reads names such as 7 as numbers."""
+    """Return the file's {class: [other names]}. YAML's own reading of 7, no and 12:30 is not meant; all are names."""
     if path is None:
         return None
-    found = read_mapping(path, "the synonyms file")
+    found = read_mapping(path, "the synonyms file", as_text=True)
     return {str(name): list(map(str, others)) if isinstance(others, list) else others for name, others in found.items()}
 
 
