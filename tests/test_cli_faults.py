@@ -60,10 +60,14 @@ def test_help_shows_the_defaults_of_each_command(name, capsys):
         assert f"(default: {usual})" in text[text.index("--" + name.replace("_", "-") + " ") :][:300]
 
 
-@pytest.mark.parametrize(("output", "says"), [("file/scores.json", "Not a directory"), ("folder", "is a folder")])
+@pytest.mark.parametrize(
+    ("output", "says"),
+    [("file/scores.json", "Not a directory"), ("folder", "is a folder"), ("pipe", "a device or a pipe")],
+)
 def test_an_unwritable_scores_file_is_an_error_before_evaluation(tmp_path, capsys, output, says):
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
     assert cli.main(["evaluate", *COMMANDS["evaluate"], "--output", str(tmp_path / output)]) == 2
     told = capsys.readouterr().err
     assert f"--output={tmp_path}" in told and says in told and told.count("\n") == 1

@@ -212,6 +212,10 @@ def _model(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    from cliperase_fast.storage import check_output_file
+
+    if arguments.output:
+        check_output_file(arguments.output, "--output=")
     print(f"report   {_open(arguments).report(arguments.output)}")
     return 0
 
