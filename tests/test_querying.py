@@ -185,6 +185,9 @@ def test_the_command_writes_ids_that_a_selector_reads_and_a_page(model, folder, 
     for features, written in ((output, output), (page, output.with_name("page"))):
         assert cli.main([*words, "--features", str(features), "--output", str(written)]) == 2
         assert f"--features={features} and {features}, which --output writes" in capsys.readouterr().err
+    (tmp_path / "taken.html").mkdir()
+    assert cli.main([*words, "--output", str(tmp_path / "taken")]) == 2
+    assert "taken.html is a folder; give a file" in capsys.readouterr().err and not (tmp_path / "taken").exists()
     assert cli.main([*words[:5], "--k", "3", "--output", str(output)]) == 2
     assert "give --query TEXT or --like FILE" in capsys.readouterr().err
 

@@ -49,6 +49,7 @@ def select(arguments: argparse.Namespace) -> int:
         raise InputError(f"--output={output} is for the ids, and a page of that name is written too: give a .txt file")
     if arguments.features:
         _keep_features_apart(Path(arguments.features), output, sheet)
+    check_output_file(sheet, "the page beside --output=")
     query: list[Any] = [*arguments.query, *map(Path, arguments.like)]
     if not query:
         raise InputError("say what to find: give --query TEXT or --like FILE")

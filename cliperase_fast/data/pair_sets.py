@@ -96,8 +96,8 @@ class Opener:
             return self.pairs(data, name)
         spec, selector = parse_reference(data)
         source = self.indexed(spec)
-        pairs = source.test or source.train
-        return pairs if selector is None else pairs.subset(np.flatnonzero(select(pairs, selector)))
+        pairs, other = (source.train, None) if source.test is None else (source.test, source.train)
+        return pairs if selector is None else pairs.subset(np.flatnonzero(select(pairs, selector, other=other)))
 
 
 def open_pair_sets(
