@@ -100,6 +100,10 @@ def open_source(
     request = Request(spec, path, options, check_templates(templates), seed, Intake(on_error))
     try:
         return found.open(request)
+    except MemoryError as error:
+        raise InputError(
+            f"{request.name[:200]!r} does not fit into memory: give fewer pairs, or smaller images"
+        ) from error
     except OSError as error:  # a folder without permission, a name that is too long, a disk that fails
         where = "" if error.filename is None else f": {printable(os.fsdecode(error.filename))[:200]}"
         raise InputError(f"cannot open {request.name[:200]!r}: {error.strerror or error}{where}") from error
