@@ -257,7 +257,7 @@ class UnlearnConfig:
         self._check_auto()
         kind, _, count = self.trainable.partition(":")
         known = self.trainable in ("all", "image", "text", "lora") or (
-            kind == "last" and count.isdigit() and int(count) > 0
+            kind == "last" and count.isdecimal() and int(count) > 0
         )
         self._require(known, "trainable", f"is {self.trainable!r}: use all, image, text, last:K or lora")
 
@@ -443,7 +443,7 @@ def recipe_settings(method: str) -> dict[str, Any]:
     known = recipe_names()
     if method not in known:
         hint = nearest_name(method, known) or f"; there are those of {', '.join(known)}"
-        raise InputError(f"method={method!r} has no recipe{hint}")
+        raise InputError(f"the method {method!r} has no recipe{hint}")
     return read_settings(RECIPES / f"{method}.yaml")
 
 

@@ -58,7 +58,8 @@ def run_demo(
     show = bars_by_default() if progress is None else progress
     spec, selector = parse_reference(forget)
     if selector is not None:
-        select(open_source(spec, seed=seed).train, selector)  # raises for a mistyped class before training
+        source = open_source(spec, seed=seed)
+        select(source.train, selector, other=source.test)  # raises for a mistyped class before training
     with RunDirectory(Path(output_dir), resume) as directory:
         directory.check()  # `unlearn` would check only after the training
     recipe = demo_model_for(spec)

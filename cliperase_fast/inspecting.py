@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from cliperase_fast.coercion import whole
-from cliperase_fast.data import PairDataset
+from cliperase_fast.data import PairDataset, make_reference
 from cliperase_fast.data.images import pixel_bytes
 from cliperase_fast.data.intake import Intake
 from cliperase_fast.data.pair_sets import Opener, open_pair_sets
+from cliperase_fast.data.selectors import require_whole
 from cliperase_fast.errors import InputError
 from cliperase_fast.plurals import counted
 from cliperase_fast.progress import Steps
@@ -117,6 +118,7 @@ def inspect_data(
     for name, value in (("forget", forget or ""), ("retain", retain)):
         if not isinstance(value, str):
             raise InputError(f"{name} is a {type(value).__name__}; give a string such as 'class:apple'")
+    require_whole(data)
     images, seed = whole("images", images, 0), whole("seed", seed, 0)
     opener = Opener(templates, seed, "skip")
     notes: list[str] = []
@@ -127,8 +129,9 @@ def inspect_data(
         if tested is not None:
             sets["test"] = tested
     else:
-        kept = retain if retain == "rest" or retain.startswith("stream:") else f"{data}#{retain}"
-        opened = open_pair_sets(f"{data}#{forget}", kept, test, opener, overlap_policy="drop", test_fraction=0.2)
+        kept = retain if retain == "rest" or retain.startswith("stream:") else make_reference(data, retain)
+        chosen = make_reference(data, forget)
+        opened = open_pair_sets(chosen, kept, test, opener, overlap_policy="drop", test_fraction=0.2)
         sets = {"forget": opened.forget, "retain": opened.retain}
         if opened.test is not None:
             sets.update({"forget test": opened.test[0], "retain test": opened.test[1]})

@@ -77,7 +77,7 @@ class QueryMatches:
 
     def save_ids(self, path: str | Path) -> Path:
         """Write the ids, one a line, for the selector `ids:FILE`; those of test pairs too."""
-        odd = next((name for name in (*self.ids, *self.also) if name != name.strip() or "\n" in name), None)
+        odd = next((name for name in (*self.ids, *self.also) if name != name.strip() or set("\r\n") & set(name)), None)
         if odd is not None:
             raise InputError(f"the id {odd!r} does not fit into a file of ids: rename that image")
         path = Path(path)

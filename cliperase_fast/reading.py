@@ -172,8 +172,12 @@ def user_path(path: str) -> Path:
         raise InputError(f"{path!r} is not a path: {error}") from error
 
 
-def read_mapping(path: str | Path, what: str) -> dict[str, Any]:
-    """Return the mapping in a YAML or JSON file. what: names the file in errors, "the config file"."""
+def read_mapping(path: str | Path, what: str, *, as_text: bool = False) -> dict[str, Any]:
+    """Return the mapping in a YAML or JSON file.
+
+    what: names the file in errors, "the config file". as_text: values in YAML are texts, as they stand in the file,
+        and not numbers, dates or true and false.
+    """
     import yaml
 
     path = Path(path)
@@ -182,7 +186,7 @@ def read_mapping(path: str | Path, what: str) -> dict[str, Any]:
         if path.suffix == ".json":
             found = json.loads(text, object_pairs_hook=_once_each)
         else:
-            found = yaml.load(text, _yaml_loader())
+            found = yaml.load(text, _yaml_loader(as_text))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         if isinstance(error, InputError):
             raise InputError(f"{what} {path} {error}") from error
@@ -205,18 +209,24 @@ def _once_each(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
 
 
 @cache
-def _yaml_loader() -> Any:
-    """Return yaml's safe loader without duplicate keys and aliases.
+def _yaml_loader(as_text: bool) -> Any:
+    """Return yaml's safe loader, or that of texts, without duplicate keys and aliases.
 
     A duplicate key would silently win, and a few lines of aliases can expand to gigabytes.
     """
     import yaml
 
-    class Loader(yaml.SafeLoader):
+    class Loader(yaml.BaseLoader if as_text else yaml.SafeLoader):  # type: ignore[misc]
         def compose_node(self, parent: Any, index: Any) -> Any:
             if self.check_event(yaml.events.AliasEvent):
                 raise InputError("holds an alias (*name): write the value out")
             return super().compose_node(parent, index)
+
+        def construct_object(self, node: Any, deep: bool = False) -> Any:
+            try:
+                return super().construct_object(node, deep)
+            except (AttributeError, LookupError) as error:  # a value that its own tag does not fit, "!!int x"
+                raise InputError(f"calls {node.value!r} {node.tag.rpartition(':')[2]}, which it is not") from error
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]

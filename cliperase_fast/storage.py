@@ -94,7 +94,8 @@ def write_all(handle: int, chunk: Any) -> None:
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Replace a file's text atomically: a crash leaves the old or the new text."""
+    """Replace a file's text atomically: a crash leaves the old or the new text. Of a link the target is replaced."""
+    path = Path(os.path.realpath(path))
     draft = draft_of(path)
     write_file(draft, [text.encode("utf-8")])
     os.replace(draft, path)
@@ -174,6 +175,8 @@ def check_output_file(path: str | Path, name: str) -> None:
     """Raise `InputError` unless `path` can be written as a file. name: as in `check_writable`."""
     if Path(path).is_dir():
         raise InputError(f"{name}{path} is a folder; give a file")
+    if Path(path).exists() and not Path(path).is_file():
+        raise InputError(f"{name}{path} is a device or a pipe, which would be replaced; give a file")
     check_writable(Path(path).parent, name)
 
 

@@ -57,6 +57,28 @@ def test_wrong_input_exits_with_2_and_one_line(tmp_path, capsys, words, says):
     assert not (tmp_path / "run").exists()
 
 
+_NEEDED = {
+    "unlearn": ["--model", "m", "--output", "o"],
+    "audit": ["--before", "m", "--after", "m"],
+    "compare": ["--model", "m", "--output", "o", "--methods", "slug"],
+    "inspect": [],
+}
+
+
+@pytest.mark.parametrize("command", _NEEDED)
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--data", "demo", "--forget", "seven"], "'seven' is not a selector; use class:NAME"),
+        (["--data", "demo", "--forget", "class:seven", "--retain", "one"], "'one' is not a selector; use class:NAME"),
+        (["--data", "demo#class:one", "--forget", "class:seven"], "--data 'demo#class:one' has a selector: give"),
+    ],
+)
+def test_what_is_not_a_selector_is_explained(command, words, says, capsys):
+    assert call(command, *_NEEDED[command], *words) == 2
+    assert says in capsys.readouterr().err
+
+
 def test_the_demo_names_a_mistyped_class_before_it_trains(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("CLIPERASE_CACHE", str(tmp_path / "cache"))
     assert call("demo", "--forget", "class:sevn", "--output", tmp_path / "run") == 2

@@ -60,10 +60,14 @@ def test_help_shows_the_defaults_of_each_command(name, capsys):
         assert f"(default: {usual})" in text[text.index("--" + name.replace("_", "-") + " ") :][:300]
 
 
-@pytest.mark.parametrize(("output", "says"), [("file/scores.json", "Not a directory"), ("folder", "is a folder")])
+@pytest.mark.parametrize(
+    ("output", "says"),
+    [("file/scores.json", "Not a directory"), ("folder", "is a folder"), ("pipe", "a device or a pipe")],
+)
 def test_an_unwritable_scores_file_is_an_error_before_evaluation(tmp_path, capsys, output, says):
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
     assert cli.main(["evaluate", *COMMANDS["evaluate"], "--output", str(tmp_path / output)]) == 2
     told = capsys.readouterr().err
     assert f"--output={tmp_path}" in told and says in told and told.count("\n") == 1
@@ -142,6 +146,14 @@ def raising(error):
         ("evaluate", 'pass long_captions="truncate" to cut', 'pass --long-captions "truncate" to cut'),
         ("evaluate", "shapes?seed=x and batch_size=0", "shapes?seed=x and --batch-size 0"),
         ("unlearn", "output_dir='a' is in use; resume=True", "--output 'a' is in use; --resume"),
+        ("unlearn", "output_dir=../a is in use; leave out oracle=.", "--output ../a is in use; leave out --oracle."),
+        ("unlearn", "output_dir=. is in use, output_dir=.a too", "--output . is in use, --output .a too"),
+        (
+            "unlearn",
+            "/output_dir/a: start again in another output_dir",
+            "/output_dir/a: start again in another --output",
+        ),
+        ("unlearn", "output_dir=output_dir is in use", "--output output_dir is in use"),
         ("unlearn", "pass audit=True or report=False", "pass --audit or --no-report"),
         ("unlearn", "weights_only=True and how=", "weights_only=True and how="),
         ("select", "give k=, or the least similarity threshold=", "give --k, or the least similarity --threshold"),

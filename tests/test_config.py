@@ -15,7 +15,7 @@ def test_a_recipe_is_the_file_of_its_method(tmp_path, monkeypatch):
     (tmp_path / "ssd.yaml").write_text("method: ssd\nmethod_options: {alpha: 30.0}\nselect: divergence\n")
     found = UnlearnConfig.recipe("ssd", seed=3)
     assert (found.method, found.method_options, found.select, found.seed) == ("ssd", {"alpha": 30.0}, "divergence", 3)
-    with pytest.raises(InputError, match="method='sdd' has no recipe; did you mean 'ssd'"):
+    with pytest.raises(InputError, match="the method 'sdd' has no recipe; did you mean 'ssd'"):
         UnlearnConfig.recipe("sdd")
 
 

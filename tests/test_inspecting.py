@@ -98,9 +98,15 @@ def test_the_command_prints_json_and_writes_a_page_without_training(folder, tmp_
     assert "no class 'zebra'" in capsys.readouterr().err
 
 
-def test_a_negative_number_of_images_is_refused():
-    with pytest.raises(InputError, match="images=-1"):
-        cf.inspect_data("demo", images=-1)
+@pytest.mark.parametrize("name", ["images", "seed"])
+def test_a_negative_number_is_refused(name):
+    with pytest.raises(InputError, match=f"{name}=-1"):
+        cf.inspect_data("demo", **{name: -1})
+
+
+def test_a_source_with_a_selector_is_refused():
+    with pytest.raises(InputError, match="data='demo#class:one' has a selector"):
+        cf.inspect_data("demo#class:one")
 
 
 @pytest.mark.parametrize(

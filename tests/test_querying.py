@@ -166,6 +166,12 @@ def test_features_of_other_data_and_of_a_killed_process_are_replaced(model, fold
         query(model, f"folder:{folder}", k=5, features=file)
 
 
+def test_names_that_do_not_fit_into_a_file_of_ids_are_refused(model, folder, tmp_path):
+    (folder / "cat" / "01.png").rename(folder / "cat" / "0\r1.png")
+    with pytest.raises(InputError, match=r"'cat/0\\r1.png' does not fit into a file of ids"):
+        query(model, f"folder:{folder}", k=39).save_ids(tmp_path / "ids.txt")
+
+
 def test_queries_that_cannot_be_answered_are_refused(model, folder):
     data = f"folder:{folder}"
     with pytest.raises(InputError, match=r"no pair of .* has a similarity of 0.999 to 'a photo of a cat': the highest"):
@@ -231,6 +237,12 @@ def test_the_command_writes_ids_that_a_selector_reads_and_a_page(model, folder, 
     page = tmp_path / "page.html"
     assert cli.main([*words, "--output", str(page)]) == 2 and not page.exists()
     assert "is for the ids, and a page of that name is written too" in capsys.readouterr().err
+    for features, written in ((output, output), (page, output.with_name("page"))):
+        assert cli.main([*words, "--features", str(features), "--output", str(written)]) == 2
+        assert f"--features={features} and {features}, which --output writes" in capsys.readouterr().err
+    (tmp_path / "taken.html").mkdir()
+    assert cli.main([*words, "--output", str(tmp_path / "taken")]) == 2
+    assert "taken.html is a folder; give a file" in capsys.readouterr().err and not (tmp_path / "taken").exists()
     assert cli.main([*words[:5], "--k", "3", "--output", str(output)]) == 2
     assert "give --query TEXT or --like FILE" in capsys.readouterr().err
 

@@ -54,6 +54,9 @@ def test_text_is_replaced_atomically(tmp_path):
     storage.write_text_atomically(path, "two")
     assert path.read_text() == "two"
     assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+    (tmp_path / "link").symlink_to(path)
+    storage.write_text_atomically(tmp_path / "link", "three")
+    assert path.read_text() == "three" and (tmp_path / "link").is_symlink()
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])

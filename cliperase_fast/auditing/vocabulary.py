@@ -107,7 +107,7 @@ def check_synonyms(synonyms: Mapping[str, Sequence[str]] | None, pairs: PairData
             raise InputError(
                 f"synonyms name {name!r}, which is not a class: use one of {', '.join(pairs.classes[:20])}"
             )
-        listed = isinstance(others, Iterable) and not isinstance(others, str)
+        listed = isinstance(others, Iterable) and not isinstance(others, (str, Mapping))
         if not listed or not all(isinstance(one, str) and one.strip() for one in others):
             raise InputError(f"synonyms[{name!r}] is {others!r}; give a list of texts, such as ['plane', 'aircraft']")
         found[numbers[folded(readable(name))]] = tuple(others)

@@ -12,6 +12,7 @@ from typing import Any
 
 from cliperase_fast.cli.settings import given_settings, settings_text
 from cliperase_fast.config import UnlearnConfig
+from cliperase_fast.data.selectors import make_reference
 from cliperase_fast.data.sources import with_option
 from cliperase_fast.errors import InputError
 from cliperase_fast.progress import bars_by_default
@@ -45,7 +46,7 @@ def unlearn(arguments: argparse.Namespace) -> int:
     retain = retain_pairs(arguments)
     result = unlearn(
         arguments.model,
-        f"{arguments.data}#{arguments.forget}",
+        make_reference(arguments.data, arguments.forget),
         retain,
         test=arguments.test_data,
         validation=arguments.validation_data,
@@ -65,7 +66,7 @@ def retain_pairs(arguments: argparse.Namespace) -> str:
     """Return the retain set: "rest", a stream, or a selector of --data."""
     if arguments.retain == "rest" or arguments.retain.startswith("stream:"):
         return arguments.retain
-    return f"{arguments.data}#{arguments.retain}"
+    return make_reference(arguments.data, arguments.retain)
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
@@ -114,7 +115,7 @@ def audit(arguments: argparse.Namespace) -> int:
     result = audit(
         arguments.before,
         arguments.after,
-        f"{arguments.data}#{arguments.forget}",
+        make_reference(arguments.data, arguments.forget),
         retain,
         oracle=arguments.oracle,
         test=arguments.test_data,
@@ -154,7 +155,7 @@ def compare(arguments: argparse.Namespace) -> int:
     names = [name.strip() for name in arguments.methods.split(",") if name.strip()]
     result = compare(
         arguments.model,
-        f"{arguments.data}#{arguments.forget}",
+        make_reference(arguments.data, arguments.forget),
         retain,
         methods=ALL if names == [ALL] else names,
         output_dir=arguments.output,
@@ -187,10 +188,10 @@ def _check_audit_folder(folder: Path) -> None:
 
 
 def _read_synonyms(path: str | None) -> dict[str, list[str]] | None:
-    """Return the file's {class: [other names]}. YAML reads names such as 7 as numbers."""
+    """Return the file's {class: [other names]}. YAML's own reading of 7, no and 12:30 is not meant; all are names."""
     if path is None:
         return None
-    found = read_mapping(path, "the synonyms file")
+    found = read_mapping(path, "the synonyms file", as_text=True)
     return {str(name): list(map(str, others)) if isinstance(others, list) else others for name, others in found.items()}
 
 
@@ -222,7 +223,7 @@ def demo(arguments: argparse.Namespace) -> int:
     interrupted = output.is_dir() and holds_run(output)
     with advising(Advice(go_on="give the same command again")):  # it has no --resume
         result = run_demo(
-            f"{arguments.data}#{forget}",
+            make_reference(arguments.data, forget),
             output,
             test=arguments.test_data,
             oracles=arguments.oracles,

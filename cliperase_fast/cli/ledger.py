@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cliperase_fast.cli.settings import add_settings, given_settings
+from cliperase_fast.data.selectors import make_reference
 from cliperase_fast.errors import InputError
 
 EXAMPLES = """\
@@ -134,7 +135,7 @@ def _forget(arguments: argparse.Namespace) -> int:
     settings = {"method": METHOD, **given_settings(arguments)}
     found = _open(arguments)
     entry = found.forget(
-        f"{arguments.data}#{arguments.forget}",
+        make_reference(arguments.data, arguments.forget),
         retain_pairs(arguments),
         id=arguments.id,
         by=arguments.by,
@@ -211,6 +212,10 @@ def _model(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    from cliperase_fast.storage import check_output_file
+
+    if arguments.output:
+        check_output_file(arguments.output, "--output=")
     print(f"report   {_open(arguments).report(arguments.output)}")
     return 0
 

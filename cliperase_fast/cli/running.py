@@ -28,7 +28,9 @@ _GOES_ON = {
 
 # Arguments in Python that have another name in every command, and the flag that stands for them.
 _OTHER_NAMES = {"output_dir": "output", "base": "model", "templates": "template", "holdouts": "holdout"}
-_ARGUMENT = re.compile(r"(?<![\w?&.'\"/\\-])([a-z]\w*)=(True\b|False\b|(?=[^\s,;.:)])[^\s]?|)")
+# A full stop after the sign begins a path or ends the sentence.
+_ARGUMENT = re.compile(r"(?<![\w?&.'\"/\\-])([a-z]\w*)=(True\b|False\b|\.(?=[./\w]| [a-z])|(?=[^\s,;.:)])[^\s]?|)")
+_FOLDER = re.compile(r"\b(an|another|give|needs|[Ww]ithout) output_dir\b")  # the argument, not a folder of that name
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,7 +99,7 @@ def _with_flags(message: str, flags: Mapping[str, str]) -> str:
 def _fail(message: str, code: int) -> int:
     """Print one line."""
     line = message.strip().partition("\n")[0] or "failed"
-    line = line.replace("output_dir", "--output")
+    line = _FOLDER.sub(r"\1 --output", line)
     try:
         print(f"cliperase-fast: {line}", file=sys.stderr)
     except (OSError, ValueError):  # a full disk, or a reader that is gone: the exit code says it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,9 @@ def select(arguments: argparse.Namespace) -> int:
     sheet = output.with_suffix(".html")
     if sheet == output:
         raise InputError(f"--output={output} is for the ids, and a page of that name is written too: give a .txt file")
+    if arguments.features:
+        _keep_features_apart(Path(arguments.features), output, sheet)
+    check_output_file(sheet, "the page beside --output=")
     query: list[Any] = [*arguments.query, *map(Path, arguments.like)]
     if not query:
         raise InputError("say what to find: give --query TEXT or --like FILE")
@@ -76,3 +80,11 @@ def select(arguments: argparse.Namespace) -> int:
     following = shlex.join(["--model", arguments.model, "--data", source, "--forget", f"ids:{output}"])
     print(f"ids      {output}\npictures {sheet}\nnext     cliperase-fast unlearn {following} --output DIR")
     return 0
+
+
+def _keep_features_apart(features: Path, *written: Path) -> None:
+    """Raise InputError if the file of features, or the note beside it, is a file that is written after it."""
+    own = {os.path.realpath(file) for file in (features, features.with_suffix(".json"))}
+    taken = next((file for file in written if os.path.realpath(file) in own), None)
+    if taken is not None:
+        raise InputError(f"--features={features} and {taken}, which --output writes, are one file: give another name")

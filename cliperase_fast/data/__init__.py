@@ -3,7 +3,7 @@
 from cliperase_fast.data.checks import check_images, overlap, split
 from cliperase_fast.data.classes import ClassSpace
 from cliperase_fast.data.pairs import PairDataset, as_pairs, caption_key, concat
-from cliperase_fast.data.selectors import parse_reference, select, select_holdouts
+from cliperase_fast.data.selectors import make_reference, parse_reference, select, select_holdouts
 from cliperase_fast.data.source_types import Source
 from cliperase_fast.data.sources import open_source
 
@@ -15,6 +15,7 @@ __all__ = [
     "caption_key",
     "check_images",
     "concat",
+    "make_reference",
     "open_source",
     "overlap",
     "parse_reference",

@@ -38,6 +38,7 @@ OPTIONS = (
 _IMAGE_NAMES = ("image", "img", "jpg", "png", "image_path", "file_name", "filepath", "filename")
 _CAPTION_NAMES = ("caption", "captions", "text", "title")
 _LABEL_NAMES = ("label", "labels", "class")
+_MOST_NUMBERED = 100_000  # classes that are counted from 0; larger labels are names, such as those of products
 _MOST_HELD = 1 << 30  # bytes of row groups that stay in memory
 
 
@@ -196,7 +197,7 @@ def open_tables(
         with _faults_named(file):
             if columns is None:
                 columns = _find_columns(_schema(file), options, file)
-            tables.append(_read_columns(file, columns.texts, columns.image))
+            tables.append(_read_columns(file, columns))
     assert columns is not None
     counts = [count for count, _ in tables]
     rows = {column: [value for _, table in tables for value in table[column]] for column in columns.texts}
@@ -256,20 +257,29 @@ def _schema(file: str) -> Any:
     return _pyarrow("pyarrow.parquet").read_schema(file) if _is_parquet(file) else _arrow_table(file).schema
 
 
-def _read_columns(file: str, names: list[str], image: str) -> tuple[int, dict[str, list[Any]]]:
-    """Return the number of rows and the values of columns."""
-    schema = _schema(file)
-    missing = next((name for name in (image, *names) if name not in schema.names), None)
+def _read_columns(file: str, columns: _Columns) -> tuple[int, dict[str, list[Any]]]:
+    """Return the number of rows and the values of the columns that are read at once."""
+    schema, names = _schema(file), columns.texts
+    missing = next((name for name in (columns.image, *names) if name not in schema.names), None)
     if missing is not None:
         raise InputError(
             f"{printable(file)} has no column {missing!r}, which the files before it have; open files of one kind"
         )
+    _require_single(schema, (columns.image, *names), file)
+    if columns.label is not None:
+        _check_label_type(schema.field(columns.label), file)
     if not _is_parquet(file):
         table = _arrow_table(file)
         return table.num_rows, {name: table.column(name).to_pylist() for name in names}
     pq = _pyarrow("pyarrow.parquet")
     table = pq.read_table(file, columns=names, partitioning=None)
     return pq.read_metadata(file).num_rows, {name: table.column(name).to_pylist() for name in names}
+
+
+def _require_single(schema: Any, names: Sequence[str], file: str) -> None:
+    double = next((name for name in names if schema.names.count(name) > 1), None)
+    if double is not None:
+        raise InputError(f"{printable(file)} has several columns {double!r}; rename all but one")
 
 
 def _find_columns(schema: Any, options: Mapping[str, str], file: str) -> _Columns:
@@ -285,7 +295,6 @@ def _find_columns(schema: Any, options: Mapping[str, str], file: str) -> _Column
     image = options.get("img") or _only(images, "images", file) or _first(_IMAGE_NAMES, known)
     if image is None:
         raise InputError(f"{printable(file)} has no column of images; {remedy} one with '?img=COLUMN'")
-    _check_image_type(schema.field(image), file)
     caption = options.get("caption") or _first(_CAPTION_NAMES, known)
     label = options.get("label")
     if label is None and caption is None:
@@ -296,6 +305,8 @@ def _find_columns(schema: Any, options: Mapping[str, str], file: str) -> _Column
                 f"{printable(file)} has neither captions nor classes; {remedy} a column with '?caption=COLUMN' or "
                 "'?label=COLUMN'"
             )
+    _require_single(schema, (image,), file)
+    _check_image_type(schema.field(image), file)
     names = features.get(label or "", {}).get("names")
     return _Columns(image, caption, label, options.get("id"), None if names is None else tuple(map(str, names)))
 
@@ -340,11 +351,20 @@ def _check_image_type(field: Any, file: str) -> None:
     )
 
 
+def _check_label_type(field: Any, file: str) -> None:
+    kinds = _pyarrow("pyarrow.types")
+    if kinds.is_floating(field.type) or kinds.is_nested(field.type):
+        raise InputError(
+            f"the column {field.name!r} of {printable(file)} is of type {field.type}; a column of classes holds whole "
+            "numbers or texts"
+        )
+
+
 def _classes(columns: _Columns, labels: list[Any], request: Request, folder: Path) -> Classes:
     """Return the classes of a column of labels: named by the data, by a file, or by the labels themselves."""
     where, file = f"the column {columns.label!r}", request.options.get("classnames")
     values: list[Any] = [value for value in dict.fromkeys(labels) if value is not None]
-    numbered = all(isinstance(value, int) for value in values)
+    numbered = all(isinstance(value, int) and value < _MOST_NUMBERED for value in values)
     if columns.names is not None:
         values, names = list(range(len(columns.names))), list(columns.names)
     elif numbered:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def _read(file: Path, intake: Intake) -> Captions:
     """Return the captions of each image in the order of the images."""
     try:
         content = json.loads(read_text(file, _MAX_JSON))
-        names = {image["id"]: _file_name(image) for image in content["images"]}
+        names = _names(content["images"], file, intake)
         found: dict[Any, dict[str, None]] = {number: {} for number in names}
         for annotation in content["annotations"]:
             _take(annotation, names, found, file, intake)
@@ -81,6 +81,23 @@ def _read(file: Path, intake: Intake) -> Captions:
             captions[names[number]] = tuple(texts)
     intake.require_some(len(captions), str(file), "has no caption that can be used")
     return captions
+
+
+def _names(images: Iterable[Mapping[str, Any]], file: Path, intake: Intake) -> dict[Any, str]:
+    """Return the file name of each id. An id of several images is left out: its captions could be of any of them."""
+    names: dict[Any, str] = {}
+    several: dict[Any, str] = {}
+    for image in images:
+        number, name = image["id"], _file_name(image)
+        if names.setdefault(number, name) != name:
+            several[number] = name
+    for number, name in several.items():
+        intake.fault(
+            "id of several images",
+            f"{file} gives the id {number!r} to {printable(names.pop(number))} and to {printable(name)}; number them "
+            "and their captions anew",
+        )
+    return names
 
 
 def _take(

@@ -23,6 +23,7 @@ _SYSTEM = frozenset({"__macosx", "thumbs.db", "desktop.ini", "ehthumbs.db"})
 # Names of split folders, the preferred one first.
 _TRAIN = ("train", "training")
 _TEST = ("test", "testing", "val", "valid", "validation")
+_OF_RUN = ("config.json", "metrics.jsonl")  # files of a run directory, whose plots are not images of a class
 _SHOWN = ".jpg, .png, .webp or another format that Pillow reads"
 
 
@@ -126,6 +127,10 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
+def _holds_run(folder: str) -> bool:
+    return all(os.path.isfile(os.path.join(folder, name)) for name in _OF_RUN)
+
+
 def _class_folders(folder: Path, intake: Intake) -> list[str]:
     """Return the names of the class folders, sorted; count everything else beside them."""
     names = []
@@ -133,7 +138,10 @@ def _class_folders(folder: Path, intake: Intake) -> list[str]:
         if is_system_file(entry.name):
             intake.ignored.add("hidden or system file", entry.path)
         elif _is_folder(entry):
-            names.append(entry.name)
+            if _holds_run(entry.path):
+                intake.ignored.add("run directory", entry.path)
+            else:
+                names.append(entry.name)
         else:
             intake.ignored.add("file outside of the class folders", entry.path)
     return names
@@ -187,6 +195,8 @@ def _find_images(folder: Path, intake: Intake) -> list[Path]:
                 identity = _identity(entry.path)
                 if identity in seen:
                     intake.ignored.add("link to a folder that is read already", entry.path)
+                elif _holds_run(entry.path):
+                    intake.ignored.add("run directory", entry.path)
                 else:
                     seen.add(identity)
                     todo.append(entry.path)

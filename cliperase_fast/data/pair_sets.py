@@ -96,8 +96,8 @@ class Opener:
             return self.pairs(data, name)
         spec, selector = parse_reference(data)
         source = self.indexed(spec)
-        pairs = source.test or source.train
-        return pairs if selector is None else pairs.subset(np.flatnonzero(select(pairs, selector)))
+        pairs, other = (source.train, None) if source.test is None else (source.test, source.train)
+        return pairs if selector is None else pairs.subset(np.flatnonzero(select(pairs, selector, other=other)))
 
 
 def open_pair_sets(
@@ -257,7 +257,7 @@ def _forget_set(forget: Any, opener: Opener) -> tuple[PairDataset, str | None, S
         return opener.pairs(forget, "forget"), None, None
     spec, selector = parse_reference(forget)
     if selector is None:
-        raise InputError(f"forget={forget!r} selects nothing: add what to forget, for example '{forget}#class:apple'")
+        raise InputError(f"forget={forget!r} has no selector: add what to forget, as in 'SOURCE#class:apple'")
     source = opener.indexed(spec)
     chosen = select(source.train, selector, other=source.test)
     return source.train.subset(np.flatnonzero(chosen)), selector, source

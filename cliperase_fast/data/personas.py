@@ -18,7 +18,7 @@ from cliperase_fast.data.classes import GENERAL, ClassSpace
 from cliperase_fast.data.images import ArrayStore
 from cliperase_fast.data.pairs import PairDataset
 from cliperase_fast.data.shapes import COLOURS, render
-from cliperase_fast.data.source_types import Option, Request, Source, SourceType
+from cliperase_fast.data.source_types import MOST_DRAWN, Option, Request, Source, SourceType
 from cliperase_fast.errors import InputError
 
 FACTS = ("city", "job", "phone", "email")
@@ -266,7 +266,7 @@ def _open(request: Request) -> Source:
     number = request.numbers(
         {"people": MOST, "train": 8, "test": 4, "size": 32, "seed": request.seed},
         {"people": 2, "seed": 0, "size": 16},
-        {"people": MOST},
+        {"people": MOST, **MOST_DRAWN},
     )
     people = make_people(number["people"], number["seed"])
     captions = [tuple(person.captions(fact)) for person in people for fact in FACTS]

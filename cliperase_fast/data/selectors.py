@@ -32,6 +32,30 @@ def parse_reference(reference: str) -> tuple[str, str | None]:
     return reference, None
 
 
+def make_reference(source: str, selector: str) -> str:
+    """Join a source and a selector to "SOURCE#SELECTOR".
+
+    Raises `InputError` if the source has a selector already, or for a text that is not a selector.
+    """
+    require_whole(source)
+    _split_selector(selector)
+    return f"{source}#{selector}"
+
+
+def require_whole(source: str) -> None:
+    """Raise `InputError` for a source with a selector, where others are to select from it."""
+    if parse_reference(source)[1] is not None:
+        raise InputError(f"data={source!r} has a selector: give the source alone, and the selector as forget=")
+
+
+def _split_selector(selector: str) -> tuple[str, str]:
+    """Return the kind of a selector and what follows the colon."""
+    kind, colon, value = selector.partition(":")
+    if not colon or kind not in _KINDS:
+        raise InputError(f"{selector!r} is not a selector; use {_usage()}")
+    return kind, value
+
+
 def select(pairs: PairDataset, selector: str, *, other: PairDataset | None = None) -> np.ndarray:
     """Return a mask, bool [n], of the selected pairs: never none of them and never all.
 
@@ -42,9 +66,7 @@ def select(pairs: PairDataset, selector: str, *, other: PairDataset | None = Non
 
     other: the other split of the same source, whose ids the file may list too.
     """
-    kind, colon, value = selector.partition(":")
-    if not colon or kind not in _KINDS:
-        raise InputError(f"{selector!r} is not a selector; use {_usage()}")
+    kind, value = _split_selector(selector)
     if kind != "ids" and not any(part.strip() for part in value.split(",")):
         raise InputError(f"the selector {selector!r} is empty; use {_KINDS[kind]}")
     if kind == "class":

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 from cliperase_fast.data.classes import ClassSpace
 from cliperase_fast.data.images import ArrayStore
 from cliperase_fast.data.pairs import PairDataset
-from cliperase_fast.data.source_types import Option, Request, Source, SourceType
+from cliperase_fast.data.source_types import MOST_DRAWN, Option, Request, Source, SourceType
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (225, 25, 30),
@@ -102,7 +102,9 @@ _OUTLINES: dict[str, list[tuple[np.ndarray, int]]] = {
 
 def _open(request: Request) -> Source:
     """Render the train and test splits."""
-    number = request.numbers({"train": 100, "test": 20, "size": 32, "seed": request.seed}, {"seed": 0, "size": 16})
+    number = request.numbers(
+        {"train": 100, "test": 20, "size": 32, "seed": request.seed}, {"seed": 0, "size": 16}, MOST_DRAWN
+    )
     space = ClassSpace.from_templates(CLASSES, request.templates or ("a {}",))
     parts = []
     for part, split_name in enumerate(("train", "test")):

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from cliperase_fast.data.streams import PairStream
 
 
+MOST_DRAWN = {"train": 10**6, "test": 10**6, "size": 4096}  # options of sources that draw their images
+_DIGITS = 1000  # of a number; Python does not read numbers of many thousands
+
+
 @dataclass
 class Source:
     """What a name opens: training pairs, and test pairs if the data has a split of its own.
@@ -79,7 +83,12 @@ class Request:
         found = dict(defaults)
         for key, text in self.options.items():
             low, high = least.get(key, 1), (most or {}).get(key)
-            if not text.isdecimal() or int(text) < low or (high is not None and int(text) > high):
+            if (
+                not text.isdecimal()
+                or len(text) > _DIGITS
+                or int(text) < low
+                or (high is not None and int(text) > high)
+            ):
                 bounds = f"of at least {low}" if high is None else f"from {low} to {high}"
                 raise InputError(f"{self.spec!r}: ?{key}={text!r} must be a whole number {bounds}")
             found[key] = int(text)

@@ -27,6 +27,7 @@ from cliperase_fast.data import (
 )
 from cliperase_fast.data.classes import check_templates
 from cliperase_fast.data.intake import Intake
+from cliperase_fast.data.selectors import parse_reference
 from cliperase_fast.data.source_types import Request, Source, SourceType
 from cliperase_fast.errors import InputError
 from cliperase_fast.reading import printable
@@ -99,6 +100,10 @@ def open_source(
     request = Request(spec, path, options, check_templates(templates), seed, Intake(on_error))
     try:
         return found.open(request)
+    except MemoryError as error:
+        raise InputError(
+            f"{request.name[:200]!r} does not fit into memory: give fewer pairs, or smaller images"
+        ) from error
     except OSError as error:  # a folder without permission, a name that is too long, a disk that fails
         where = "" if error.filename is None else f": {printable(os.fsdecode(error.filename))[:200]}"
         raise InputError(f"cannot open {request.name[:200]!r}: {error.strerror or error}{where}") from error
@@ -109,23 +114,25 @@ if open_source.__doc__:  # python -OO has none
 
 
 def with_option(spec: str, name: str, value: str | None) -> str:
-    """Return the name of a source with one more option; unchanged if the value is None.
+    """Return the name of a source, or "SOURCE#SELECTOR", with one more option; unchanged if the value is None.
 
     Raises `InputError` if the source does not have the option.
     """
     if value is None:
         return spec
+    spec, selector = parse_reference(spec)
     kind = re.split("[:?]", spec, maxsplit=1)[0]
     source = next((source for source in SOURCES if source.kind == kind), None)
+    chosen = "" if selector is None else f"#{selector}"
     if source is None:
-        return spec  # refused when it is opened
+        return spec + chosen  # refused when it is opened
     if name not in [option.name for option in source.options]:
         able = ", ".join(one.usage for one in SOURCES if name in [option.name for option in one.options])
         raise InputError(f"the source {spec!r} has no option {name!r}; {able} have it")
     _, options = _options(spec, source, spec)
     if name in options:
         raise InputError(f"{spec!r} already has {name}={options[name]!r}; give it once")
-    return f"{spec}{'&' if options else '?'}{name}={quote(value, safe='/ ')}"
+    return f"{spec}{'&' if options else '?'}{name}={quote(value, safe='/ ')}{chosen}"
 
 
 def require_indexed(spec: str) -> None:

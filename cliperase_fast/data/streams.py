@@ -34,6 +34,7 @@ from cliperase_fast.reading import decode_text, printable
 
 _BUFFER, _HEAD = 1000, 2000
 _MAX_SHARDS = 100_000
+_MOST = {"head": 10**9, "buffer": 10**9, "timeout": 10**6}  # the system takes no longer timeout
 
 
 class StreamedPair(NamedTuple):
@@ -220,7 +221,7 @@ def _pair(key: str, shard: str, sample: dict[str, bytes], intake: Intake) -> Str
 
 def open_stream(request: Request) -> Source:
     """Read the head of a stream into memory; the rest follows while training."""
-    numbers = request.numbers({"head": _HEAD, "buffer": _BUFFER, "timeout": TIMEOUT}, {"head": 10})
+    numbers = request.numbers({"head": _HEAD, "buffer": _BUFFER, "timeout": TIMEOUT}, {"head": 10}, _MOST)
     count = count_braces(request.path)
     if count > _MAX_SHARDS:
         raise InputError(f"the braces in {request.name[:200]!r} name {count} shards, more than {_MAX_SHARDS}")
@@ -233,9 +234,12 @@ def open_stream(request: Request) -> Source:
     )
     head = list(itertools.islice(_one_pass(stream, request.intake), numbers["head"] + 1))
     if len(head) <= numbers["head"]:
+        skipped = request.intake.skipped
+        first = next(iter(skipped.examples.values()), "")
+        left_out = f" ({len(skipped)} left out, the first: {first})" if first else ""
         raise InputError(
             f"the stream {request.name} ends after {len(head)} pairs, and its first {numbers['head']} are held for "
-            "evaluation: give more shards or a smaller '?head=', or use 'wds:' for few pairs"
+            f"evaluation: give more shards or a smaller '?head=', or use 'wds:' for few pairs{left_out}"
         )
     head = head[: numbers["head"]]
     captions = [(pair.caption,) for pair in head]

@@ -10,7 +10,7 @@ import os
 import re
 import tokenize
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -83,22 +83,25 @@ def read_table(
     file: Path, separator: str, columns: Sequence[str], intake: Intake, *, quoted: bool = True
 ) -> Iterator[tuple[int, list[str]]]:
     """Yield (line, the cells of `columns`) of each row below the header; report rows that do not fit the header."""
-    lines = _without_excels_hint(read_lines(file))
+    lines = read_lines(file)
+    first = next(lines, "")  # of an empty file too
+    hinted = re.fullmatch(r'"?sep=."?\s*', first, flags=re.IGNORECASE) is not None  # as Excel writes it
+    lines = lines if hinted else chain([first], lines)
     if quoted:
         reader = csv.reader(lines, delimiter=separator, strict=True)
     else:
         reader = csv.reader(lines, delimiter=separator, strict=True, quoting=csv.QUOTE_NONE)
     header: list[str] | None = None
     at: list[int] = []
-    line = 1
+    line = 1 + hinted
     while True:
         try:
             row = next(reader, None)
         except csv.Error as error:
-            raise InputError(f"{file} line {line}: {_quoting_fault(reader.line_num > line, error)}") from error
+            raise InputError(f"{file} line {line}: {_quoting_fault(reader.line_num + hinted > line, error)}") from error
         if row is None:
             break
-        started, line = line, reader.line_num + 1
+        started, line = line, reader.line_num + hinted + 1
         if any(_may_be_rows(cell.strip(), separator) for cell in row):
             raise InputError(f"{file} line {started}: {_quoting_fault(True, None)}")
         row = [" ".join(cell.split()) if "\n" in cell or "\r" in cell else cell for cell in row]
@@ -111,13 +114,6 @@ def read_table(
                 yield started, cells
     if header is None:
         _find_columns([], columns, file, separator)
-
-
-def _without_excels_hint(lines: Iterator[str]) -> Iterator[str]:
-    """Yield the lines without a first one such as "sep=;", which Excel writes before the header."""
-    for number, line in enumerate(lines):
-        if number > 0 or not re.fullmatch(r'"?sep=."?\s*', line, flags=re.IGNORECASE):
-            yield line
 
 
 def _may_be_rows(text: str, separator: str) -> bool:

@@ -150,7 +150,7 @@ def _pairs(
     data: Any, forget: Any, templates: Sequence[str] | None, on_error: str
 ) -> tuple[PairDataset, np.ndarray | None]:
     """Return the pairs to score, and which of them are forget pairs (bool [n], or None)."""
-    pairs = _open(data, templates, on_error)
+    pairs, other = _open(data, templates, on_error)
     if len(pairs) == 0:
         raise InputError(f"{pairs.name} is empty: give at least one (image, caption) pair")
     if templates is not None and pairs.classes is None:
@@ -158,7 +158,7 @@ def _pairs(
     if forget is None:
         return pairs, None
     if isinstance(forget, str):
-        return pairs, select(pairs, forget)
+        return pairs, select(pairs, forget, other=other)
     flags = isinstance(forget, (list, tuple)) and {type(one) for one in forget} <= {bool, np.bool_}
     if isinstance(forget, (np.ndarray, Tensor)) or (flags and len(forget) > 0):
         return pairs, _mask(forget, pairs)
@@ -174,14 +174,17 @@ def _pairs(
     return both, np.arange(len(both)) < len(forget_pairs)
 
 
-def _open(data: Any, templates: Sequence[str] | None, on_error: str) -> PairDataset:
+def _open(data: Any, templates: Sequence[str] | None, on_error: str) -> tuple[PairDataset, PairDataset | None]:
+    """Return the pairs, and those of the other split, whose ids a selector may name too."""
     if not isinstance(data, str):
-        return as_pairs(data, "data", on_error=on_error)
+        return as_pairs(data, "data", on_error=on_error), None
     spec, selector = parse_reference(data)
     require_indexed(spec)
     source = open_source(spec, templates=templates, on_error=on_error)
-    pairs = source.train if source.test is None else source.test
-    return pairs if selector is None else pairs.subset(np.flatnonzero(select(pairs, selector)))
+    pairs, other = (source.train, None) if source.test is None else (source.test, source.train)
+    if selector is not None:
+        pairs = pairs.subset(np.flatnonzero(select(pairs, selector, other=other)))
+    return pairs, other
 
 
 def _mask(forget: Any, pairs: PairDataset) -> np.ndarray:

@@ -38,7 +38,7 @@ def _chosen(adapter: ClipAdapter, spec: str) -> set[str]:
         # The names of a generic module's parameters need not tell the tower.
         return set(names) if adapter.kind == "generic" else {name for name in names if towers[name]}
     kind, _, count = spec.partition(":")
-    if kind not in ("image", "text") and not (kind == "last" and count.isdigit() and int(count) > 0):
+    if kind not in ("image", "text") and not (kind == "last" and count.isdecimal() and int(count) > 0):
         raise InputError(f"trainable={spec!r}: use all, image, text, last:K (K at least 1) or lora")
     for tower in ("image", "text"):
         if tower not in towers.values():

@@ -174,6 +174,7 @@ def comparison_page(content: Content) -> str:
         ],
         notes=content.get("notes") or [],
         runs=list(_ranked(content)),
+        reports=inputs["settings"].get("report", True),
         facts=[
             ("Model", inputs["model"]),
             ("Data", " + ".join(inputs[name] for name in ("forget", "retain", "test") if _given(inputs.get(name)))),

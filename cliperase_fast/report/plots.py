@@ -435,4 +435,6 @@ def _name_groups(axes: Axes, points: np.ndarray, labels: np.ndarray, forget: np.
         return
     forgets = [bool(forget[labels == name].all()) for name in names]
     middles = np.array([np.median(points[labels == name], axis=0) for name in names])
-    name_points(axes, middles, [plain(name, 16) for name in names], forgets, _MAP_ROOM, theme)
+    alone = any((labels == name).sum() == 1 for name in names)  # a name would cover a class's only point
+    shown = [plain(name, 16) for name in names]
+    name_points(axes, middles, shown, forgets, _MAP_ROOM, theme, below=11.0 if alone else 0.0)

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import yaml
 from PIL import Image
 from small import make_model, without_red
 
@@ -67,6 +66,8 @@ def test_an_audit_prints_its_verdicts_and_scores_and_where_the_files_are(world, 
         ({"holdout": "facts=demo"}, "'facts'"),
         ({"other": "=demo"}, "--other='=demo' is not NAME=SOURCE"),
         ({"synonyms": "{tmp}/synonyms.yaml"}, "'rouge', which is not a class"),
+        ({"synonyms": "{tmp}/empty.yaml"}, "synonyms['red'] is ''; give a list of texts"),
+        ({"synonyms": "{tmp}/null.json"}, "synonyms['red'] is None; give a list of texts"),
         ({"synonyms": "{tmp}/absent.yaml"}, "the synonyms file {tmp}/absent.yaml"),
         ({"template": "a photo"}, "a photo"),
         ({"batch-size": 0}, "--batch-size 0"),
@@ -78,6 +79,8 @@ def test_wrong_input_is_one_line_and_leaves_the_disk_as_it_was(world, tmp_path, 
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "notes.txt").write_text("mine")
     (tmp_path / "synonyms.yaml").write_text("rouge: [crimson]\n")
+    (tmp_path / "empty.yaml").write_text("red:\n")
+    (tmp_path / "null.json").write_text('{"red": null}')
     before = sorted(tmp_path.rglob("*"))
     changes = {name: str(value).replace("{tmp}", str(tmp_path)) for name, value in changes.items()}
     assert cli.main(words(world, **{"output": tmp_path / "new", **changes})) == 2
@@ -109,7 +112,7 @@ class Recorded:
 
 def test_the_flags_are_the_arguments_of_audit(world, tmp_path, monkeypatch):
     recorded = Recorded(monkeypatch)
-    (tmp_path / "names.yaml").write_text(yaml.safe_dump({"red": ["crimson", 7]}))
+    (tmp_path / "names.yaml").write_text("red: [crimson, 7, 07, no, 12:30]\n")
     more = ["--retain", "class:green,blue", "--oracle", "a", "--oracle", "b", "--other", "digits=demo?x=1"]
     more += ["--holdout", "association=demo#class:one", "--holdout", "identity=demo#class:two", "--depth"]
     more += ["--template", "a {}", "--template", "the {}", "--test-data", "shapes", "--seed", "3", "--batch-size", "7"]
@@ -118,7 +121,8 @@ def test_the_flags_are_the_arguments_of_audit(world, tmp_path, monkeypatch):
     data = f"folder:{world / 'data'}"
     assert recorded.given[2:] == (f"{data}#class:red", f"{data}#class:green,blue")
     assert recorded.options == {
-        "oracle": ["a", "b"], "test": "shapes", "synonyms": {"red": ["crimson", "7"]}, "other": {"digits": "demo?x=1"},
+        "oracle": ["a", "b"], "test": "shapes", "synonyms": {"red": ["crimson", "7", "07", "no", "12:30"]},
+        "other": {"digits": "demo?x=1"},
         "holdouts": {"association": "demo#class:one", "identity": "demo#class:two"}, "templates": ["a {}", "the {}"],
         "depth": True, "output_dir": None, "seed": 3, "long_captions": "truncate", "on_error": "skip",
         "batch_size": 7, "device": "auto", "precision": "fp32",

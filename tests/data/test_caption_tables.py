@@ -74,6 +74,7 @@ def test_captions_are_read_completely(tmp_path: Path, text: str, captions: Capti
         (HEAD + "1.png,[]\n", "line 2 holds a list in which a caption is empty"),
         (HEAD + '1.png,"[""a"", ""\\ud800""]"\n', "contains half a character"),
         (HEAD + ",,\n", "line 2 names no image"),
+        ("sep=,\n" + HEAD + ",,\n", "line 3 names no image"),
         (HEAD + '1.png,"a dog\n2.png,a cat\n3.png,6"\n', "line 2: quoted text over several lines"),
         (HEAD + '1.png,"a cat,\nasleep"\n', "line 2: quoted text over several lines.* separator on one line"),
         (HEAD + "1.png,\"['a dog'\n 'a cat']\"\n", "line 2 holds a list of texts without commas"),

@@ -46,6 +46,16 @@ def test_everything_beside_the_images_is_counted(tmp_path: Path, picture) -> Non
     }
 
 
+@pytest.mark.parametrize("run", ["run", "c/run"])
+def test_a_run_directory_is_not_a_class(tmp_path: Path, picture, run: str) -> None:
+    picture(tmp_path / "c" / "x.png")
+    picture(tmp_path / run / "plots" / "losses.png")
+    for name in ("config.json", "metrics.jsonl"):
+        (tmp_path / run / name).write_text("{}")
+    pairs = open_source(f"folder:{tmp_path}").train
+    assert pairs.ids == ["c/x.png"] and pairs.intake.ignored.counts == {"run directory": 1}
+
+
 def test_links_back_and_loops_give_no_image_twice(tmp_path: Path, picture) -> None:
     picture(tmp_path / "root" / "cat" / "1.png")
     picture(tmp_path / "root" / "dog" / "2.png")

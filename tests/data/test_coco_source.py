@@ -68,6 +68,17 @@ def test_unusable_captions_are_counted(tmp_path: Path, picture) -> None:
     assert pairs.intake.ignored.counts == {"repeated caption": 1, "image without a caption": 1}
 
 
+def test_an_id_of_several_images_is_refused_or_left_out(tmp_path: Path, picture) -> None:
+    file = write(tmp_path / "captions.json", {1: "a.jpg", 2: "b.jpg", 3: "c.jpg"}, [(1, "x"), (2, "y"), (3, "z")])
+    file.write_text(file.read_text().replace('"id": 3, "file', '"id": 1, "file'))
+    for name in "ab":
+        picture(tmp_path / f"{name}.jpg")
+    with pytest.raises(InputError, match=r"gives the id 1 to a\.jpg and to c\.jpg; number them"):
+        open_source(f"coco:{file}")
+    pairs = open_source(f"coco:{file}", on_error="skip").train
+    assert pairs.ids == ["b.jpg"] and pairs.captions == [("y",)]
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [

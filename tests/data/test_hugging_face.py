@@ -171,11 +171,28 @@ def test_unusable_rows_are_left_out_and_counted(tmp_path: Path) -> None:
         ({"image": [3], "text": ["x"]}, "", "'image' of .* is of type int64; a column of images holds"),
         ({"image": [b"", b""], "text": ["x", "y"], "k": ["1", "1"]}, "?id=k", "the id '1' occurs several times"),
         ({"image": [b""], "text": ["x"]}, "?root=gone", "root='gone' is not a directory"),
+        ({"image": [b""], "label": [[0, 1]]}, "", "'label' of .* is of type list<.*; a column of classes holds whole"),
+        ({"image": [b""], "label": [{"a": 1}]}, "", "is of type struct<.*; a column of classes holds whole numbers"),
+        ({"image": [b""], "label": [1.0]}, "", "is of type double; a column of classes holds whole numbers or texts"),
     ],
 )
 def test_columns_that_do_not_fit_are_named(tmp_path: Path, columns, options: str, says: str) -> None:
     with pytest.raises(InputError, match=says):
         open_source(write(tmp_path / "x.parquet", **columns) + options)
+
+
+@pytest.mark.parametrize("double", ["image", "text"])
+def test_a_column_that_occurs_twice_is_refused(tmp_path: Path, double: str) -> None:
+    table = pa.table([[b""], ["x"], [b""]], names=["image", "text", double])
+    pq.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(InputError, match=f"has several columns '{double}'; rename all but one"):
+        open_source(f"parquet:{tmp_path}/x.parquet")
+
+
+def test_large_numbers_are_names_of_classes(tmp_path: Path) -> None:
+    spec = write(tmp_path / "x.parquet", image=[png(1), png(2), png(3)], label=[10**15, 7, 10**15])
+    pairs = open_source(spec).train
+    assert pairs.classes == ("1000000000000000", "7") and pairs.labels.tolist() == [0, 1, 0]
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:

@@ -28,9 +28,14 @@ from cliperase_fast.errors import InputError
         ("demo:x", "write demo"),
         ("shapes:x", "write shapes"),
         ("shapes?tran=3", "unknown option 'tran' in .* use one of train, test, size, seed"),
-        ("shapes?train=0", "train='0' must be a whole number of at least 1"),
+        ("shapes?train=0", "train='0' must be a whole number from 1 to 1000000"),
+        ("shapes?size=100000", "size='100000' must be a whole number from 16 to 4096"),
+        ("shapes?train=1000000&size=4096", "does not fit into memory: give fewer pairs, or smaller images"),
+        ("shapes?seed=" + "9" * 5000, "must be a whole number of at least 0"),
+        ("stream:x.tar?timeout=10000000", "must be a whole number from 1 to 1000000"),
+        ("stream:x.tar?head=" + "9" * 30, "must be a whole number from 10 to 1000000000"),
         ("shapes?train=x", "train='x'"),
-        ("shapes?size=8", "size='8' must be a whole number of at least 16"),
+        ("shapes?size=8", "size='8' must be a whole number from 16 to 4096"),
         ("personas?people=81", "people='81' must be a whole number from 2 to 80"),
         ("csv:x.tsv?columns=2", "unknown option 'columns'"),
     ],
@@ -168,6 +173,8 @@ def test_an_option_is_added_to_the_name_of_a_source_that_has_it() -> None:
     assert sources.with_option("folder:/x", "classnames", "/a&b.txt") == "folder:/x?classnames=/a%26b.txt"
     assert sources.with_option("parquet:/x?img=a", "classnames", "n") == "parquet:/x?img=a&classnames=n"
     assert sources.with_option("demo", "classnames", None) == "demo"
+    assert sources.with_option("folder:/x#class:a", "classnames", "n") == "folder:/x?classnames=n#class:a"
+    assert sources.with_option("demo#class:one", "classnames", None) == "demo#class:one"
     with pytest.raises(InputError, match="the source 'demo' has no option 'classnames'; folder:DIR, hf:DIR, parquet"):
         sources.with_option("demo", "classnames", "n")
     with pytest.raises(InputError, match="already has classnames='m'; give it once"):

@@ -109,6 +109,14 @@ def test_a_selector_after_the_source_restricts_it(digits_model):
     assert list(scores["per_class"]) == ["one", "two"]
 
 
+def test_a_file_of_ids_may_hold_those_of_the_training_split(digits_model, tmp_path):
+    source = open_source("demo")
+    file = tmp_path / "ids.txt"
+    file.write_text("".join(f"{name}\n" for name in [*source.train.ids[:3], *source.test.ids[:2]]))
+    assert evaluate(digits_model, "demo", forget=f"ids:{file}")["forget"]["pairs"] == 2
+    assert evaluate(digits_model, f"demo#ids:{file}")["all"]["pairs"] == 2
+
+
 def test_long_captions_are_an_error_or_truncated(digits_model):
     data = [(Image.new("RGB", (16, 16), (60 * i, 0, 0)), "red " * 40 if i else "red") for i in range(3)]
     with pytest.raises(InputError, match="context"):

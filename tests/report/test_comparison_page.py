@@ -99,6 +99,9 @@ def test_the_page_has_the_table_the_failures_and_escaped_names(content):
     assert "demo#class:<b> + rest" in page.text and "None" not in page.text
     links = {f"{name}/{page}.html" for name in ("near", "far") for page in ("report", "audit")}
     assert {link["href"] for link in page.all("a")} == links
+    content["inputs"]["settings"]["report"] = False
+    page = Reader(comparison_page(content))
+    assert {link["href"] for link in page.all("a")} == {link for link in links if "report" not in link}
 
 
 def test_a_comparison_without_a_result_has_a_page(content):

@@ -302,6 +302,17 @@ def test_class_names_on_the_map_do_not_overlap():
         assert not [pair for pair in itertools.combinations(boxes, 2) if pair[0].overlaps(pair[1])]
 
 
+def test_names_on_the_map_leave_single_points_visible():
+    points = np.array([[0.0, 0.0], [1.0, 0.2], [0.4, 1.0]])
+    changes = {"embedding_sets": ["forget", "retain", "retain"], "embedding_labels": ["cat", "dog", "tall tree"]}
+    (axes,) = drawn("embeddings", embeddings={"before": points}, **changes).axes
+    axes.figure.draw_without_rendering()
+    centres = [axes.transData.transform(at) for dots in axes.collections for at in dots.get_offsets()]
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(centres) == len(boxes) == 3
+    assert not [at for at in centres for box in boxes if box.contains(*at)]
+
+
 def test_weights_are_written_for_cliperase_alone():
     config = {**sample_result()["config"], "method": "gradient_ascent"}
     assert "Forgetting" in texts(drawn("losses", result={**sample_result(), "config": config}))
