@@ -126,6 +126,8 @@ def test_a_stream_without_enough_pairs_is_refused(shards, tmp_path):
     write_shard(tmp_path / "empty.tar", [])
     with pytest.raises(InputError, match="ends after 0 pairs"):
         stream(f"{tmp_path}/empty.tar")
+    with pytest.raises(InputError, match=r"after 0 pairs.*\(1 left out, the first: the shard .*missing\.tar"):
+        open_source(f"stream:{tmp_path}/{{empty,missing}}.tar?head=10", on_error="skip")
     with pytest.raises(InputError, match="holds no usable pair"):
         next(PairStream("s", (f"{tmp_path}/empty.tar",), 0).pairs())
     with pytest.raises(InputError, match="only as retain"):
