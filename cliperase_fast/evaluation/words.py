@@ -27,7 +27,7 @@ def known_synonyms(adapter: ClipAdapter) -> int:
         return 0
     features = adapter.encode_text(tokens).double()
     similar = features[1::2] @ features[::2].T  # [second, first]
-    return int((similar.argmax(1) == torch.arange(len(SYNONYMS), device=similar.device)).sum())
+    return int((similar.argmax(1) == torch.arange(len(SYNONYMS), dtype=torch.int64, device=similar.device)).sum())
 
 
 def knows_words(adapter: ClipAdapter) -> bool:

@@ -317,7 +317,7 @@ BAD_INPUT = {
     "unknown backend": ({"backend": "fastest"}, "fastest"),
     "unknown setting": ({"learning_rat": 1.0}, "learning_rate"),
     "unknown source": ({"forget": "nowhere:/x#class:a", "retain": "rest"}, "nowhere"),
-    "source without selector": ({"forget": "demo", "retain": "rest"}, "demo#class"),
+    "source without selector": ({"forget": "demo", "retain": "rest"}, "has no selector: add what to forget"),
     "unknown class": ({"forget": "demo#class:sevn", "retain": "rest"}, "seven"),
     "rest of a dataset": ({"retain": "rest"}, "retain='rest' needs"),
     "test set of one kind": ({"test": REST}, r"test=\(forget_test, retain_test\)"),
