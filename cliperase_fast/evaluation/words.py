@@ -25,7 +25,7 @@ def known_synonyms(adapter: ClipAdapter) -> int:
         tokens = adapter.tokenize([word for pair in SYNONYMS for word in pair], truncate=False)
     except Exception:  # a caller's tokenizer may raise anything for words that it lacks
         return 0
-    features = adapter.encode_text(tokens).double()
+    features = adapter.encode_text(tokens)
     similar = features[1::2] @ features[::2].T  # [second, first]
     return int((similar.argmax(1) == torch.arange(len(SYNONYMS), dtype=torch.int64, device=similar.device)).sum())
 
