@@ -6,9 +6,8 @@
 Each class of the data is left out of the training of other models, oracles. Their mean cosine of its test images and
 captions is what `forget_level` aims at; the levels are computed from the training pairs with the original alone. How
 many synonyms the original's text tower knows tells whether it knows more words than those of the pairs, which decides
-about `forget_level="auto"`. The models are those of `benchmarks.unaided`, and are kept
-in the same cache. The result file is benchmarks/results/levels-NAME.json; `python -m benchmarks.write_docs` puts the
-figures into docs/unaided.md.
+about `forget_level="auto"`. The models are those of `benchmarks.unaided`, and are kept in the same cache. The result
+file is benchmarks/results/levels-NAME.json; `python -m benchmarks.write_docs` puts the figures into docs/unaided.md.
 """
 
 from __future__ import annotations

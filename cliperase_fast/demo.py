@@ -166,7 +166,7 @@ def require_known(model: str | Path, spec: str, recipe: DemoModel, *, seed: int 
     if recipe.least_top1 == 0:
         return None
     source = open_source(spec, seed=seed)
-    pairs = source.train if source.test is None else source.test
+    pairs = source.measured[0]
     portraits = pairs.subset(~_is_general(pairs))
     accuracy = evaluate(f"local-dir:{model}", portraits, progress=False)["all"]["zero_shot_top1"]
     if accuracy < recipe.least_top1:

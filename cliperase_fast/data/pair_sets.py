@@ -95,8 +95,7 @@ class Opener:
         if not isinstance(data, str):
             return self.pairs(data, name)
         spec, selector = parse_reference(data)
-        source = self.indexed(spec)
-        pairs, other = (source.train, None) if source.test is None else (source.test, source.train)
+        pairs, other = self.indexed(spec).measured
         return pairs if selector is None else pairs.subset(np.flatnonzero(select(pairs, selector, other=other)))
 
 

@@ -38,6 +38,11 @@ class Source:
     hold_out: Callable[[PairDataset, np.ndarray], dict[str, np.ndarray]] | None = field(default=None, kw_only=True)
     stream: PairStream | None = field(default=None, kw_only=True)
 
+    @property
+    def measured(self) -> tuple[PairDataset, PairDataset | None]:
+        """The split to measure on, test if there is one, and the other one, whose ids a selector may name too."""
+        return (self.train, None) if self.test is None else (self.test, self.train)
+
     def holdouts(self, pairs: PairDataset, forget: np.ndarray) -> dict[str, PairDataset]:
         """Return the held-out pairs among `pairs` by name; forget: bool [n]. Empty without holdouts."""
         masks = {} if self.hold_out is None else self.hold_out(pairs, forget)

@@ -180,8 +180,7 @@ def _open(data: Any, templates: Sequence[str] | None, on_error: str) -> tuple[Pa
         return as_pairs(data, "data", on_error=on_error), None
     spec, selector = parse_reference(data)
     require_indexed(spec)
-    source = open_source(spec, templates=templates, on_error=on_error)
-    pairs, other = (source.train, None) if source.test is None else (source.test, source.train)
+    pairs, other = open_source(spec, templates=templates, on_error=on_error).measured
     if selector is not None:
         pairs = pairs.subset(np.flatnonzero(select(pairs, selector, other=other)))
     return pairs, other

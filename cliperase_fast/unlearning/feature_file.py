@@ -20,7 +20,7 @@ _REMEDY = "or keep the features in memory (teacher_cache='memory'), or compute t
 
 
 class FeatureFile:
-    """Features [rows, D] in `path`, with a note (.json) of what they were made from and their digest.
+    """Features [rows, D] stored in `path`; a .json file beside it names their inputs and holds their digest.
 
     remedy: what to do if they cannot be written.
     """

@@ -53,7 +53,7 @@ def transform_identity(transforms: Sequence[Callable[[Any], Tensor] | None], pai
 
 
 def input_digests(transform: Callable[[Any], Tensor] | None, pairs: PairDataset) -> list[str | None]:
-    """Return digests of what a model gets for a fixed picture and for some images; None for an unreadable one."""
+    """Return digests of the model's inputs for a fixed picture and some images of `pairs`; None if unreadable."""
     found = [_input_digest(transform, _picture((64, 64)))]
     for index in probe_rows(len(pairs)):
         try:

@@ -166,8 +166,8 @@ def measure_background(run: Run, teacher: Teacher | None) -> Background:
     """Compute the background levels of the teacher's features of the training split, once.
 
     teacher: has them already if it caches all pairs; otherwise they are encoded here, with the transform of evaluation.
-    Of more than `BACKGROUND_WHOLE` retain pairs a sample counts, with one caption each. Which classes
-    have levels of their own depends on `Run.forget_level`.
+    Of more than `BACKGROUND_WHOLE` retain pairs a sample counts, with one caption each. Which classes have
+    levels of their own depends on `Run.forget_level`.
     """
     train, of_pair, level = run.data.train, run.captions.of_pair, run.forget_level
     n_retain, rows, seed = len(train.pairs) - train.n_forget, None, run.settings.seed
