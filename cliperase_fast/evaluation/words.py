@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from cliperase_fast.models import ClipAdapter
 
@@ -26,8 +27,13 @@ def known_synonyms(adapter: ClipAdapter) -> int:
     except Exception:  # a caller's tokenizer may raise anything for words that it lacks
         return 0
     features = adapter.encode_text(tokens)
-    similar = features[1::2] @ features[::2].T  # [second, first]
-    return int((similar.argmax(1) == torch.arange(len(SYNONYMS), dtype=torch.int64, device=similar.device)).sum())
+    return count_known(features[::2], features[1::2])
+
+
+def count_known(first: Tensor, second: Tensor) -> int:
+    """Count the pairs whose second word is nearest to its first. first, second: normalized features [pairs, D]."""
+    nearest = (second @ first.T).argmax(1)
+    return int((nearest == torch.arange(len(first), dtype=torch.int64, device=first.device)).sum())
 
 
 def knows_words(adapter: ClipAdapter) -> bool:

@@ -60,7 +60,7 @@ def test_each_class_is_measured_with_its_own_oracles(monkeypatch):
     monkeypatch.setattr(levels, "synonyms", lambda folder: {"asked": 2, "known": len(folder)})
     monkeypatch.setattr(levels, "levels_of", lambda label, pairs, found: {"label": label})
     study = SimpleNamespace(source="demo", test=None, original=lambda seed: "original")
-    record = levels.measure("digits", study, lambda concept: [f"no {concept}"])
+    record = levels.measure(study, lambda concept: [f"no {concept}"])
     assert record["synonyms"] == {"asked": 2, "known": 8}
     assert seen == [("original", 7), ("no cat", 2), ("no dog", 1), ("no ship", 1)]
     assert [(row["class"], row["label"], row["oracles"], row["pairs"]) for row in record["classes"]] == [
