@@ -35,7 +35,7 @@ from cliperase_fast.demo_models import demo_model_for
 from cliperase_fast.storage import write_text_atomically
 from cliperase_fast.unlearning import unlearn
 from cliperase_fast.unlearning.methods import methods
-from cliperase_fast.unlearning.selection import ASSOCIATION_MARGIN, CLOSE, FORGET_SCORE
+from cliperase_fast.unlearning.selection import CLOSE, FORGET_SCORE, MARGIN
 
 from .machine import RESULTS, describe
 from .records import record_text
@@ -161,7 +161,7 @@ class Search:
 def judged(selection: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a run is ranked by, of validation pairs alone. left: what is above the target, 0 at it."""
     validation, reached = selection["validation"], selection["target_reached"]
-    above = max(0.0, selection["association"] - selection["background"] - ASSOCIATION_MARGIN)
+    above = max(0.0, selection["association"] - selection["background"] - MARGIN)  # the logit scales here are low
     return {
         "kept": selection["within_floor"],
         "reached": reached,

@@ -101,7 +101,7 @@ def _audit(
         floor, floors = noise_floor(oracles)
         tug = _tug_of_war(models, views, sets, how) if layout.has_classes else None
         gap = {**gaps(scores["after"], scores["oracle"]), "floor": floor, "floors": floors, "tug_of_war": tug}
-    limit = over_forgotten_below(oracles, level)
+    limit = over_forgotten_below(oracles, level, float(models["before"].logit_scale().detach()))
     own = scores["after"]["forgetting"]["association"].value
     over = None if own is None or limit is None else own < limit
     table = {

@@ -8,13 +8,12 @@ from itertools import combinations
 import numpy as np
 
 from cliperase_fast.auditing.estimates import Estimate
+from cliperase_fast.evaluation import association_margin
 from cliperase_fast.report.audit_scores import SCORES
 
 Scores = Mapping[str, Mapping[str, Estimate]]  # by group and name
 
 IN_MEAN = tuple(name for name, score in SCORES.items() if score.in_mean)
-BELOW_ORACLES = 0.05
-BELOW_BACKGROUND = 0.1
 
 
 def gaps(after: Scores, target: Scores) -> dict[str, float | None]:
@@ -55,16 +54,17 @@ def background(before: Scores) -> float | None:
     return float(np.mean(known)) if known else None
 
 
-def over_forgotten_below(oracles: Sequence[Scores], level: float | None) -> float | None:
+def over_forgotten_below(oracles: Sequence[Scores], level: float | None, logit_scale: float) -> float | None:
     """Return the association below which a model is over-forgotten: not knowing the concept does not explain it.
 
-    With oracles: 0.05 below the lowest of them. Without: 0.1 below the background `level` of the original. None where
-    neither is known.
+    With oracles: a margin below the lowest of them. Without: two margins below the background `level` of the original.
+    None where neither is known. logit_scale: the original's, for `association_margin`.
     """
+    margin = association_margin(logit_scale)
     known = [value for oracle in oracles if (value := oracle["forgetting"]["association"].value) is not None]
     if known:
-        return min(known) - BELOW_ORACLES
-    return None if level is None else level - BELOW_BACKGROUND
+        return min(known) - margin
+    return None if level is None else level - 2 * margin
 
 
 def _values(scores: Scores) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Measure how well a model matches images and captions, for forget and retain pairs separately."""
 
-from cliperase_fast.evaluation.background import Background
+from cliperase_fast.evaluation.background import Background, association_margin, closeness
 from cliperase_fast.evaluation.divergence import Divergence, DivergenceMeter
 from cliperase_fast.evaluation.encoding import (
     EncodedPairs,
@@ -25,7 +25,9 @@ __all__ = [
     "Metric",
     "QueryResults",
     "Unchanged",
+    "association_margin",
     "class_prompts",
+    "closeness",
     "encode_pairs",
     "evaluate",
     "find_metric",

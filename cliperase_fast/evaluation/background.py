@@ -1,7 +1,12 @@
-"""Background levels: how similar a model finds an image and a caption that have nothing to do with each other."""
+"""Background levels: how similar a model finds an image and a caption that have nothing to do with each other.
+
+How much a distance between cosines means depends on the model, as it predicts by logits, logit scale times cosines. The
+cosines of a model with CLIP's scale of 100 lie closely together: of two captions, the right one may be 0.05 ahead.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +17,18 @@ from torch import Tensor
 from cliperase_fast.evaluation.encoding import EncodedPairs
 
 PART = 1 << 16  # rows summed at a time
+WIDE_SCALE = 26.0  # up to this logit scale cosines count as they are
+MARGIN = 0.05  # two associations that differ by less count as equal
+
+
+def closeness(logit_scale: float) -> float:
+    """Return how much more a distance between cosines counts than at logit scales up to `WIDE_SCALE`; at least 1."""
+    return max(1.0, logit_scale / WIDE_SCALE) if math.isfinite(logit_scale) else 1.0
+
+
+def association_margin(logit_scale: float) -> float:
+    """Return the distance between associations that does not count: 0.05, or 1.3 of logits if that is less."""
+    return MARGIN / closeness(logit_scale)
 
 
 @dataclass(frozen=True)

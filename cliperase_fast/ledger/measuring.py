@@ -14,10 +14,11 @@ from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.data.drawing import seeded
 from cliperase_fast.data.loading import PixelCache
 from cliperase_fast.distributed import Ranks
+from cliperase_fast.evaluation import association_margin
 from cliperase_fast.ledger.pairs import RequestPairs, without
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.unlearning.runtime import Runtime
-from cliperase_fast.unlearning.selection import ASSOCIATION_MARGIN, FORGET_SCORE
+from cliperase_fast.unlearning.selection import FORGET_SCORE
 
 _NORMAL = 1.96  # standard errors on each side of a 95 % interval
 
@@ -79,11 +80,11 @@ def stored_audit(audit: Audit) -> dict[str, Any]:
     }
 
 
-def summarise(audit: Audit, request: Measured) -> dict[str, Any]:
+def summarise(audit: Audit, request: Measured, base: ClipAdapter) -> dict[str, Any]:
     """Return the scores that the log holds.
 
     at_target: whether the pairs are forgotten: the association, up to one standard error, is at most the target of the
-    request's run, or the background level of the base plus `ASSOCIATION_MARGIN` where the run had none, and at most
+    request's run, or the background level of the base plus `association_margin` where the run had none, and at most
     `FORGET_SCORE` of the images are named.
     """
     before, after = (audit.scores[name] for name in ("before", "after"))
@@ -102,7 +103,7 @@ def summarise(audit: Audit, request: Measured) -> dict[str, Any]:
     }
     target = request.target
     if target is None and audit.background is not None:
-        target = audit.background + ASSOCIATION_MARGIN
+        target = audit.background + association_margin(float(base.logit_scale().detach()))
     return {
         **found,
         "background": audit.background,

@@ -362,9 +362,9 @@ class LedgerWork:
         if isinstance(pairs, str):
             return None
         how = ranks.run_on_all(lambda: encoding(settings, ranks, shown(progress)))
-        current = self._weights.adapter(self._log.base, state)
+        base, current = self._base(), self._weights.adapter(self._log.base, state)
         request = Measured(entry.id, pairs, False, _accepted(entry.content["run"]))
-        return summarise(audit_requests(self._base(), current, [request], how)[entry.id], request)
+        return summarise(audit_requests(base, current, [request], how)[entry.id], request, base)
 
     def _record(
         self,
@@ -420,7 +420,8 @@ class LedgerWork:
     ) -> dict[str, dict[str, Any]]:
         """Audit requests in a state, and write what was found to files. Returns what the log holds, by request."""
         how = ranks.run_on_all(lambda: encoding(settings, ranks, shown(progress)))
-        audits = audit_requests(self._base(), self._weights.adapter(self._log.base, state), requests, how)
+        base = self._base()
+        audits = audit_requests(base, self._weights.adapter(self._log.base, state), requests, how)
         number = len(self._log.entries)
 
         def write() -> dict[str, dict[str, Any]]:
@@ -433,7 +434,11 @@ class LedgerWork:
                     (self.dir / AUDITS).mkdir(exist_ok=True)
                     text = json.dumps(printable_data(stored_audit(audit)), indent=2, allow_nan=False)
                     write_text_atomically(self.dir / file, text + "\n")
-                found[request.id] = {**summarise(audit, request), "file": file, "sha256": file_digest(self.dir / file)}
+                found[request.id] = {
+                    **summarise(audit, request, base),
+                    "file": file,
+                    "sha256": file_digest(self.dir / file),
+                }
             return found
 
         return ranks.run_on_first(write)

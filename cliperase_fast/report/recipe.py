@@ -22,7 +22,7 @@ def recipe_section(result: Mapping[str, Any]) -> dict[str, Any] | None:
     facts = [
         (
             "Target",
-            f"association at most {_cosine(target.get('association'))}, which is 0.05 above their background level; "
+            f"association at most {_cosine(target.get('association'))}, {_above(target)} above their background level; "
             f"forget score at most {percent(number(target.get('forget')))}",
         ),
         ("Learning rate", f"{_rate(rate)}: {recipe.get('why')}{_lowered(recipe.get('lowered'))}"),
@@ -65,6 +65,12 @@ def _pressed(steps: Any) -> str:
 
 def _rate(rate: float | None) -> str:
     return "–" if rate is None else f"{rate:.2g}"
+
+
+def _above(target: Mapping[str, Any]) -> str:
+    """Say how far the target's association is above the background level."""
+    association, background = (number(target.get(name)) for name in ("association", "background"))
+    return "–" if association is None or background is None else f"{association - background:.2g}"
 
 
 def _cosine(value: Any) -> str:

@@ -25,7 +25,7 @@ from cliperase_fast.unlearning.engines.base import train_mode
 from cliperase_fast.unlearning.related import UNRELATED, concepts_of, with_levels_of_relatives
 from cliperase_fast.unlearning.run import Baseline
 from cliperase_fast.unlearning.runtime import Runtime
-from cliperase_fast.unlearning.selection import ASSOCIATION_MARGIN, Target, wilson
+from cliperase_fast.unlearning.selection import Target, wilson
 from cliperase_fast.unlearning.splits import Split
 
 
@@ -161,14 +161,14 @@ def check_teacher(
         )
 
 
-def check_forgettable(automatic: bool, level: str, part: Split, baseline: Baseline) -> list[str]:
+def check_forgettable(automatic: bool, level: str, part: Split, baseline: Baseline, closeness: float) -> list[str]:
     """Return a note if the model knows the forget pairs no better than by chance.
 
     There is no note if the pairs are too few to show this: the upper end of the 95 % interval of their score must be
     below the midpoint between chance and 1.
 
     automatic: whether the run trains to a target; `InputError` is raised if it would start there. level: as
-    `Run.forget_level`. part: the validation split.
+    `Run.forget_level`. part: the validation split. closeness: as of `Target`.
     """
     before = baseline.validation
     if automatic:
@@ -179,13 +179,13 @@ def check_forgettable(automatic: bool, level: str, part: Split, baseline: Baseli
         concepts = None if background.own is None else concepts_of(part, part)
         if concepts is not None:
             known = "a model that never saw them, by the classes related to theirs"
-        target = Target(background.association(encoded, part.forget_mask, concepts), part.n_forget)
+        target = Target(background.association(encoded, part.forget_mask, concepts), part.n_forget, closeness)
         if target.reached(before):
             raise InputError(
                 f"there is nothing to forget: on the validation split the model scores {before.forget:.1%} on the "
                 f"forget pairs, whose cosine of {before.forget_similarity:.2f} is not above that of {known} "
-                f"({target.background:.2f}) by more than {ASSOCIATION_MARGIN:g}; choose pairs that the model knows, "
-                "or give numbers for learning_rate and epochs to train anyway"
+                f"({target.background:.2f}) by more than {target.association - target.background:.2g}; choose pairs "
+                "that the model knows, or give numbers for learning_rate and epochs to train anyway"
             )
     choices = len(part.pairs.classes or ()) or len(baseline.validation_encoded.caption_features)
     if choices < 2 or before.forget > 1 / choices:

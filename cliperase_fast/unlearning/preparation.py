@@ -135,7 +135,9 @@ def prepare(setup: Setup, method: Method, began: float) -> Run:
     automatic = settings.automatic and method.trains
     baseline = _measure(original, data, evaluator, settings, automatic, ranks.first)
     level = _forget_level(setup, method, automatic)
-    notes = ranks.run_on_first(partial(check_forgettable, automatic, level, data.validation, baseline))
+    notes = ranks.run_on_first(
+        partial(check_forgettable, automatic, level, data.validation, baseline, models.closeness)
+    )
     of_level = _level_notes(settings, method, automatic)
     for note in (*notes, *of_level):
         (say if ranks.first else _nothing)("%s", note)

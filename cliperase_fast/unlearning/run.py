@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.distributed import Ranks
-from cliperase_fast.evaluation import Background, DivergenceMeter, EncodedPairs
+from cliperase_fast.evaluation import Background, DivergenceMeter, EncodedPairs, closeness
 from cliperase_fast.models import ClipAdapter, load_model
 from cliperase_fast.models.runtime import weight_dtypes
 from cliperase_fast.progress import say
@@ -79,7 +79,9 @@ class Models:
 
     def __post_init__(self) -> None:
         assert self.given is not None
+        assert self.original is not None
         self.dtypes = {"given": weight_dtypes(self.given), "trained": "float32"}
+        self.closeness = closeness(float(self.original.logit_scale().detach()))
         self.rounded_to = None if self.given is self.original else self.given
 
     def release(self) -> None:
@@ -204,7 +206,8 @@ class Run:
         own = models.teacher is models.original
         encoded = self.baseline.validation_encoded if own else self.evaluator.encode(models.teacher, part)
         concepts = concepts_of(part, self.data.train) if background.own is not None else None
-        self.target = Target(background.association(encoded, part.forget_mask, concepts), part.n_forget)
+        level = background.association(encoded, part.forget_mask, concepts)
+        self.target = Target(level, part.n_forget, models.closeness)
 
     @cached_property
     def selection(self) -> Rule:

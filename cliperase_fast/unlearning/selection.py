@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from cliperase_fast.evaluation import Divergence
+from cliperase_fast.evaluation.background import MARGIN
 from cliperase_fast.evaluation.divergence import lower_bound
 from cliperase_fast.plurals import counted
 
-ASSOCIATION_MARGIN = 0.05  # above the background level, a cosine
 FORGET_SCORE = 0.05  # largest forget score at the target
 MOVED = 3.0  # nats that a movement of hidden states of 1 counts; other pictures suffer from about 0.1 on
 CLOSE = 0.05  # distances from the target that fall into the same multiple of this count as equal
@@ -55,16 +55,17 @@ class Target:
     """Where forgetting is complete: the forget pairs are as similar as pairs of a concept that the model never saw.
 
     background: the background level of the validation split's forget pairs in the teacher, a cosine. pairs: how many
-    these are.
+    these are. closeness: how much more a distance between cosines counts than in models of a low logit scale.
     """
 
     background: float
     pairs: int
+    closeness: float = 1.0
 
     @property
     def association(self) -> float:
         """Largest mean cosine of the forget pairs at the target."""
-        return self.background + ASSOCIATION_MARGIN
+        return self.background + MARGIN / self.closeness
 
     def gap(self, candidate: Candidate) -> float:
         """Return how much of the association and of the forget score is left above the target; 0 at the target.
@@ -78,7 +79,7 @@ class Target:
         error = math.sqrt(candidate.forget * (1 - candidate.forget) / max(self.pairs, 1))
         if candidate.forget * self.pairs < 1.5:
             error = 0.0
-        return association + max(0.0, candidate.forget + error - FORGET_SCORE)
+        return self.closeness * association + max(0.0, candidate.forget + error - FORGET_SCORE)
 
     def reached(self, candidate: Candidate) -> bool:
         return self.gap(candidate) <= 1e-9  # the rounding of a fraction
@@ -88,7 +89,7 @@ class Target:
 
         Of few pairs, whose error is large, half of the way to the background level is enough.
         """
-        spare = min(candidate.association_error, ASSOCIATION_MARGIN / 2)
+        spare = min(candidate.association_error, MARGIN / self.closeness / 2)
         return self.reached(candidate) and candidate.forget_similarity + spare <= self.association
 
     def to_dict(self) -> dict[str, float]:

@@ -198,7 +198,7 @@ def test_a_run_that_stops_during_the_probes_continues_to_the_same_bits(tmp_path,
 
 
 def test_a_run_that_stalls_gives_the_level_more_weight_and_resumes_with_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(selection, "ASSOCIATION_MARGIN", -3.0)  # below every cosine, so that no run gets there
+    monkeypatch.setattr(selection, "MARGIN", -3.0)  # below every cosine, so that no run gets there
     monkeypatch.setattr(recipe, "LEAST_IMPROVEMENT", 1.0)  # nothing counts as coming closer
     options = {"method": "calibrated", "learning_rate": 1e-3, "early_stop": 1, "checkpoint_every": 10}
     whole = run(tmp_path / "whole", **options)
@@ -252,7 +252,7 @@ def test_where_every_rate_overflows_the_error_names_those_that_were_tried(monkey
 )
 def test_training_that_overflows_at_a_rate_that_was_found_says_so(monkeypatch, reached, says):
     if not reached:
-        monkeypatch.setattr(selection, "ASSOCIATION_MARGIN", -3.0)  # below every cosine
+        monkeypatch.setattr(selection, "MARGIN", -3.0)  # below every cosine
     fail_steps(monkeypatch, lambda trainer, done: trainer.state.rate > 0 and done == 31)
     with pytest.raises(cf.UnlearningError, match=r"The learning rate 0.* was found automatically and proves") as told:
         run()
@@ -292,7 +292,7 @@ def test_forget_pairs_known_only_by_chance_are_noted_if_enough_of_them_say_so(sc
     pairs = SimpleNamespace(classes=("a", "b", "c", "d"))
     part = SimpleNamespace(pairs=pairs, n_forget=count, forget_mask=np.arange(8) < 4)
     baseline = SimpleNamespace(validation=Candidate(0, 0, score, 1.0, 1.0), validation_encoded=encoded)
-    notes = check_forgettable(False, "related", part, baseline)
+    notes = check_forgettable(False, "related", part, baseline, 1.0)
     assert any("did not know the forget pairs better than by chance" in note for note in notes) is noted
 
 

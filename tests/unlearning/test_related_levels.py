@@ -207,8 +207,8 @@ def test_forgetting_again_what_is_forgotten_is_an_error(level, names):
     before = Candidate(0, 0, forget=0.0, retain=1.0, forget_similarity=there)
     baseline = SimpleNamespace(validation=before, validation_encoded=encoded)
     with pytest.raises(InputError, match="not above that of a model that never saw them, by the classes related"):
-        check_forgettable(True, level, part, baseline)
-    assert "better than by chance" in " ".join(check_forgettable(True, "unrelated", part, baseline))
+        check_forgettable(True, level, part, baseline, 1.0)
+    assert "better than by chance" in " ".join(check_forgettable(True, "unrelated", part, baseline, 1.0))
 
 
 def run(**changes):

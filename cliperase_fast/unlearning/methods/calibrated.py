@@ -21,6 +21,11 @@ A teacher that is not the original has features of its own; then the cosines of 
 
     held  = mean over the retain pairs of (C_ii - C°_ii)²
 
+The weights suit models whose logit scale s is at most 26. A model predicts by s C, and in one of a larger scale, such
+as CLIP's 100, small distances between cosines say as much. With k = max(1, s / 26), s of the original, `level` and
+`held` count k times, and the squared distances of cosines k² times: both terms of `functional.calibrated_loss` on
+cosines, and the parts of `held` that are no distances of features.
+
 A text-to-image pipeline does not read these features but the hidden states h_1, ..., h_n of a caption's tokens, which
 nothing above holds. With `lambda_hidden` there is one more term, on the captions alone:
 
@@ -190,11 +195,12 @@ class Calibrated(TrainingMethod):
 
     def objective(self, run: Run) -> Objective:
         settings = self.settings
+        near = run.setup.models.closeness
         loss = CalibratedLoss(
             settings.lambda_retain,
-            settings.lambda_forget,
+            near**2 * settings.lambda_forget,
             settings.lambda_consistency,
-            self.options.lambda_anchor,
+            near**2 * self.options.lambda_anchor,
             backend=settings.backend,
             process_group=run.ranks.process_group or "local",
         )
@@ -206,9 +212,9 @@ class Calibrated(TrainingMethod):
             concepts = features.group_ids if by_concept else _one_concept(features.group_ids, features.n_forget)
             terms_of = joint_terms if features.logit_bias is None else sigmoid_terms
             found = terms_of(loss, features, concepts)
-            held, level = pair_terms(features, own_teacher)
+            held, level = pair_terms(features, own_teacher, near)
             pressed = options.lambda_level * (run.pressure or 1.0)
-            total = found.total + options.lambda_held * held + pressed * level
+            total = found.total + near * (options.lambda_held * held + pressed * level)
             parts = (*found[1:], held, level)
             if hidden is None:
                 return CalibratedObjective(total, *parts)
@@ -251,10 +257,11 @@ def _tokens(run: Run, of_pairs: Sequence[np.ndarray]) -> Tensor:
     return run.captions.rows(np.unique(np.concatenate(list(of_pairs))))
 
 
-def pair_terms(features: BatchFeatures, own_teacher: bool = True) -> tuple[Tensor, Tensor]:
+def pair_terms(features: BatchFeatures, own_teacher: bool = True, closeness: float = 1.0) -> tuple[Tensor, Tensor]:
     """Return the terms `held` and `level` of the module's formula over the batch of all ranks; 0-d float32.
 
-    own_teacher: whether the teacher is the original.
+    own_teacher: whether the teacher is the original. closeness: k of the module's formula, by which squared distances
+    of cosines count more than those of features.
     """
     count = features.n_forget
     image, text, teacher_image, teacher_text = (
@@ -275,9 +282,9 @@ def pair_terms(features: BatchFeatures, own_teacher: bool = True) -> tuple[Tenso
         if features.related is not None:
             images, weights = features.related
             changes = (text - teacher_text)[:count].float() @ images.float().T  # [M, K]
-            held = held + RELATED * _mean((changes.square() * weights[:count]).sum(1), features, 0)
+            held = held + closeness * RELATED * _mean((changes.square() * weights[:count]).sum(1), features, 0)
     else:
-        held = _mean((cosines - _cosines(teacher_image, teacher_text))[count:].square(), features, 1)
+        held = closeness * _mean((cosines - _cosines(teacher_image, teacher_text))[count:].square(), features, 1)
     return held, _mean(level, features, 0)
 
 
