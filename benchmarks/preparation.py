@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from .machine import RESULTS, describe, own_folder, resident, run_module
-from .records import record_text
+from .records import provenance, record_text, table
 
 ROWS = (10_000, 100_000, 1_000_000)
 PER_IMAGE = 10  # captions, each of them a row
@@ -157,13 +157,11 @@ def preparation_table(record: dict[str, Any]) -> str:
          f"{run['mib']:,.0f} MiB", f"{run['load']:.1f}"]
         for run in record["runs"]
     ]  # fmt: skip
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows])
+    return table(head, rows)
 
 
 def docs() -> str:
     """Return the committed figures for docs/data.md."""
-    from .write_docs import provenance
-
     record = json.loads((RESULTS / "preparation.json").read_text(encoding="utf-8"))
     picture = "![time and memory to the first training step against rows](plots/preparation.png)"
     return f"{preparation_table(record)}\n\n{picture}\n\n{query_sentence(record)}\n\n{provenance(record)}\n"

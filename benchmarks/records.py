@@ -1,13 +1,15 @@
-"""What the benchmarks of unlearned models share: data given by path, the spread of values, and records as JSON."""
+"""What the benchmarks of unlearned models share: data given by path, spreads, and records as JSON and text."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from .machine import abilities_text
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # head and rows
 
@@ -74,3 +76,24 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _rounded(of) for key, of in value.items()}
     return [_rounded(of) for of in value] if isinstance(value, list) else value
+
+
+def provenance(record: Mapping[str, Any]) -> str:
+    """Say how, when, where and with what a record was measured."""
+    machine, versions = record["machine"], record["versions"]
+    where = f"{machine['processor']} ({abilities_text(machine)}), {machine['cores']} cores"
+    where += f", {machine['gpu']}" if machine["gpu"] else ""
+    budget = f", keep budget {record['keep_mib']:,} MiB" if "keep_mib" in record else ""
+    return (
+        f"`{record['command']}` on {record['date']}, {where}{budget}, Python {versions['python']}, "
+        f"torch {versions['torch']}, commit {record['commit']}."
+    )
+
+
+def percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f} %"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

@@ -34,13 +34,15 @@ from . import (
     loss_report,
     points_report,
     preparation,
+    temperature,
     unaided_report,
     wheels,
     zero_memory,
 )
-from .machine import RESULTS, ROOT, abilities_text
+from .machine import RESULTS, ROOT
 from .product_bound import bound_table
 from .providers import BASELINES, every_provider
+from .records import percent, provenance, table
 
 _MARK = re.compile(r"(<!-- figures: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -390,6 +392,7 @@ TABLES: dict[str, Callable[[], str]] = {
         f"levels-{name}": partial(sections, f"levels-{name}", levels.parts, levels.NOT_MEASURED)
         for name in levels.NAMES
     },
+    "temperature": partial(sections, temperature.FILE, temperature.parts, temperature.NOT_MEASURED),
     "leaderboard-top": leaderboard_top,
     "search": lambda: sections("search", leaderboard_report.search, "Not measured yet: `python -m benchmarks.search`."),
     **{f"leaderboard-{name}": partial(leaderboard, name) for name in leaderboard_report.BOARDS},
@@ -447,26 +450,6 @@ def _quality_table(rows: Sequence[tuple[str, dict[str, Any]]]) -> str:
 
 def load(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def provenance(record: dict[str, Any]) -> str:
-    machine, versions = record["machine"], record["versions"]
-    where = f"{machine['processor']} ({abilities_text(machine)}), {machine['cores']} cores"
-    where += f", {machine['gpu']}" if machine["gpu"] else ""
-    budget = f", keep budget {record['keep_mib']:,} MiB" if "keep_mib" in record else ""
-    return (
-        f"`{record['command']}` on {record['date']}, {where}{budget}, Python {versions['python']}, "
-        f"torch {versions['torch']}, commit {record['commit']}."
-    )
-
-
-def percent(fraction: float) -> str:
-    return f"{100 * fraction:.1f} %"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def rewritten(text: str) -> str:

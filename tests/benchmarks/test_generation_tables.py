@@ -8,7 +8,7 @@ import pytest
 
 from cliperase_fast.benchmarks.generation import prompts_of
 from cliperase_fast.benchmarks.generation_report import IMAGE, NOT_MEASURED, figures
-from cliperase_fast.benchmarks.write_docs import table
+from cliperase_fast.benchmarks.records import table
 from cliperase_fast.data.shapes import CLASSES
 
 
