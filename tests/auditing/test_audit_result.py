@@ -8,6 +8,8 @@ import pytest
 from small import SYNONYMS, make_model, make_pairs, training_and_test, without_red
 
 from cliperase_fast.auditing import Audit, audit, relearning, result
+from cliperase_fast.auditing.estimates import Estimate
+from cliperase_fast.auditing.gap import over_forgotten_below
 from cliperase_fast.errors import InputError
 from cliperase_fast.report import audit_html
 from cliperase_fast.report.audit_scores import SCORES, find_score
@@ -67,6 +69,15 @@ def test_the_limit_of_over_forgetting_is_kept(found):
     lowest = min(found.scores[name]["forgetting"]["association"]["value"] for name in ("oracle 1", "oracle 2"))
     assert found.over_forgotten_below == pytest.approx(lowest - 0.05)
     assert found.over_forgotten is False
+
+
+def test_the_limit_is_nearer_in_a_model_with_a_large_logit_scale():
+    oracles = [{"forgetting": {"association": Estimate(value)}} for value in (0.25, 0.2)]
+    assert [over_forgotten_below(oracles, None, scale) for scale in (4.0, 26.0, 104.0)] == pytest.approx(
+        [0.15, 0.15, 0.1875]
+    )
+    assert [over_forgotten_below([], 0.2, scale) for scale in (26.0, 104.0)] == pytest.approx([0.1, 0.175])
+    assert over_forgotten_below([], None, 104.0) is None
 
 
 def test_an_audit_without_the_later_keys_is_read(found):

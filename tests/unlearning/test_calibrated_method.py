@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from tiny import QUICK, make_pairs, make_tiny_clip, split_pairs
 
 import cliperase_fast as cf
 from cliperase_fast import InputError, functional
+from cliperase_fast.benchmarks.temperature import Closer
 from cliperase_fast.models import load_model
 from cliperase_fast.unlearning.engines.base import train_mode
 from cliperase_fast.unlearning.methods import calibrated
@@ -242,3 +244,30 @@ def test_the_sigmoid_form_is_that_of_its_formulas(concepts, weights):
         torch.autograd.grad(2 * found.total, inputs), torch.autograd.grad(2 * expected[0], inputs), strict=True
     ):
         torch.testing.assert_close(gradient, own, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("own_teacher", [True, False])
+def test_closer_cosines_at_a_larger_logit_scale_are_forgotten_in_the_same_way(own_teacher):
+    def of(logit_scale, **options):
+        models = [make_tiny_clip(seed=seed) for seed in (0, 5)]
+        for model in models:
+            model.logit_scale.data.fill_(math.log(26.0))  # at which a weight counts once
+        if logit_scale is not None:
+            tokenize = load_model(models[0]).tokenize
+            models = [Closer(model, logit_scale) for model in models]
+            options = {"tokenizer": tokenize, **options}
+        return run(models[0], epochs=2, teacher=None if own_teacher else models[1], select="divergence", **options)
+
+    wide, close = of(None), of(104.0)
+    for name, factor in {"level": 4, "anchor": 16, "held": 4, "total": 1}.items():
+        assert [line[name] for line in steps(wide)] == pytest.approx(
+            [factor * line[name] for line in steps(close)], rel=1e-3, abs=1e-6
+        ), name
+    pixels = torch.stack([image for image, _ in make_pairs()])
+    tokens = load_model(make_tiny_clip()).token_ids(["a red square", "a green square"])
+    for name, given in (("encode_image", pixels), ("encode_text", tokens)):
+        first, second = (getattr(towers, name)(given) for towers in (wide.model, close.model.towers))
+        assert torch.allclose(first, second, atol=1e-4), name
+    targets = [result.selection["target"] for result in (wide, close)]
+    margins = [target["association"] - target["background"] for target in targets]
+    assert margins == pytest.approx([0.05, 0.0125])
