@@ -75,4 +75,4 @@ def _above(target: Mapping[str, Any]) -> str:
 
 def _cosine(value: Any) -> str:
     found = number(value)
-    return "–" if found is None else f"{found:.2f}".replace("-", "−")
+    return "–" if found is None else f"{found:.3f}".replace("-", "−")

@@ -12,14 +12,14 @@ from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.data import PairDataset
 from cliperase_fast.data.drawing import seeded
 from cliperase_fast.errors import InputError
-from cliperase_fast.evaluation import EncodedPairs, encode_pairs, score
+from cliperase_fast.evaluation import EncodedPairs, closeness, encode_pairs, score
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.models.runtime import has_fast_bfloat16
 from cliperase_fast.unlearning.runtime import Runtime
 from cliperase_fast.unlearning.splits import Split
 
 FEATURES = 0.05  # largest distance of a feature in bf16 from that in float32; both have length 1
-SCORES = 0.01  # largest difference of a score: accuracy, recall, or the mean cosine of an image and its captions
+SCORES = 0.01  # largest difference of a score; the association counts by `closeness`
 PAIRS = 256  # compared at most
 _COMPARED = ("zero_shot_top1", "image_to_text_r@1", "association")
 
@@ -80,10 +80,12 @@ def _compare(adapter: ClipAdapter, pairs: PairDataset, runtime: Runtime) -> tupl
     if not distance <= FEATURES:
         return f"features in bf16 are up to {distance:.3f} away from those in float32, more than {FEATURES:g}", ""
     scores = [score(encoded, pairs, device=runtime.device)["all"] for encoded in (exact, half)]
+    near = closeness(float(adapter.logit_scale().detach()))
     for name in _COMPARED:
         before, after = (of[name] for of in scores)
-        if before is not None and (after is None or abs(before - after) > SCORES):
-            return f"{name} is {before:.3f} in float32 and {after:.3f} in bf16, more than {SCORES:g} apart", ""
+        most = SCORES / near if name == "association" else SCORES
+        if before is not None and (after is None or abs(before - after) > most):
+            return f"{name} is {before:.3f} in float32 and {after:.3f} in bf16, more than {most:.2g} apart", ""
     return "", (
         f"the device has fast bfloat16 arithmetic, and on {len(pairs)} validation pairs features differ by at most "
         f"{distance:.3f} from float32 and scores by at most {SCORES:g}"

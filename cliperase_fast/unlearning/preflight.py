@@ -183,8 +183,8 @@ def check_forgettable(automatic: bool, level: str, part: Split, baseline: Baseli
         if target.reached(before):
             raise InputError(
                 f"there is nothing to forget: on the validation split the model scores {before.forget:.1%} on the "
-                f"forget pairs, whose cosine of {before.forget_similarity:.2f} is not above that of {known} "
-                f"({target.background:.2f}) by more than {target.association - target.background:.2g}; choose pairs "
+                f"forget pairs, whose cosine of {before.forget_similarity:.3f} is not above that of {known} "
+                f"({target.background:.3f}) by more than {target.association - target.background:.2g}; choose pairs "
                 "that the model knows, or give numbers for learning_rate and epochs to train anyway"
             )
     choices = len(part.pairs.classes or ()) or len(baseline.validation_encoded.caption_features)

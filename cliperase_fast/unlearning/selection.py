@@ -261,16 +261,16 @@ class TargetSelection:
             if all(map(self.within, evaluations)):
                 rest, remedy = ", though all kept the rest", _push(unused_settings)
             return (
-                f"No checkpoint of {seen} reached the target (association at most {self.target.association:.2f}, "
+                f"No checkpoint of {seen} reached the target (association at most {self.target.association:.3f}, "
                 f"forget at most {FORGET_SCORE:.0%}){rest}. The target gave way; {lower} came closest to it "
-                f"(association {chosen.forget_similarity:.2f}): {scores}. {remedy}, or choose another method."
+                f"(association {chosen.forget_similarity:.3f}): {scores}. {remedy}, or choose another method."
             )
         reached = "reached the target"
         if self.safely and self.target.reached_safely(chosen):
             reached += " with a standard error to spare"
         return (
             f"{name} diverges least from the original ({diverged}) among those of {seen} that {reached} (association "
-            f"at most {self.target.association:.2f}, forget at most {FORGET_SCORE:.0%}): {scores}."
+            f"at most {self.target.association:.3f}, forget at most {FORGET_SCORE:.0%}): {scores}."
         )
 
 

@@ -25,7 +25,7 @@ def test_closer_cosines_leave_the_predictions_as_they_are():
     torch.manual_seed(0)
     images, captions = torch.randn(7, 4), torch.randn(5, 4)
     own = normalize(images, dim=-1) @ normalize(captions, dim=-1).T
-    scale = float(Towers().logit_scale.exp())
+    scale = Towers().logit_scale.exp().item()
     model = temperature.Closer(Towers(), 100.0)
     image_features, text_features = model.encode_image(images), model.encode_text(captions)
     for features in (image_features, text_features):

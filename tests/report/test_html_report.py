@@ -253,11 +253,11 @@ RECIPE = {
 def test_a_run_without_numbers_shows_what_was_tried_and_where_it_ended(no_drawing):
     reader = Reader(page(sample_run({**sample_result(), "recipe": RECIPE})))
     for expected in (
-        "association at most −0.03, which is 0.05 above their background level; forget score at most 5.0%",
+        "association at most −0.030, 0.05 above their background level; forget score at most 5.0%",
         "0.0001: it is the only rate that reaches the target within 30 steps; lowered after step 40 and 50",
         "step 60: the target was reached at step 30",
-        "0.0001 30 0.0% −0.11 0.051 at the target, chosen",
-        "3.2e-05 10 90.0% 0.80 0.002 too slow",
+        "0.0001 30 0.0% −0.110 0.051 at the target, chosen",
+        "3.2e-05 10 90.0% 0.800 0.002 too slow",
         "0.01 12 – – – not finite",
         "The line is the target of the run",
     ):

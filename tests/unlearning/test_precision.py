@@ -1,5 +1,7 @@
 """precision="auto": bf16 only where the device is fast at it and the model hardly changes, recorded and kept."""
 
+import math
+
 import pytest
 import torch
 from tiny import QUICK, make_pairs, make_tiny_clip, split_pairs
@@ -118,6 +120,22 @@ def test_scores_that_change_keep_float32(fast, monkeypatch):
     missing = dict.fromkeys(("zero_shot_top1", "image_to_text_r@1"))
     monkeypatch.setattr(precision, "score", lambda *given, **named: {"all": {**missing, **next(found)}})
     assert choose(Offset(0.0)).reason == "association is 0.500 in float32 and 0.520 in bf16, more than 0.01 apart"
+
+
+def test_a_cosine_may_change_less_at_a_large_logit_scale(fast, monkeypatch):
+    fast(True)
+    missing = dict.fromkeys(("zero_shot_top1", "image_to_text_r@1"))
+    for scale, used in ((20.0, "bf16"), (104.0, "fp32")):
+        torch.manual_seed(0)
+        model = Offset(0.0)
+        model.logit_scale.data.fill_(math.log(scale))
+        found = iter([{"association": 0.500}, {"association": 0.505}])
+        monkeypatch.setattr(
+            precision, "score", lambda *given, _found=found, **named: {"all": {**missing, **next(_found)}}
+        )
+        chosen = choose(model)
+        assert chosen.used == used
+    assert chosen.reason.endswith("in bf16, more than 0.0025 apart")
 
 
 def test_one_slow_rank_decides_for_all(fast):
