@@ -181,6 +181,12 @@ def test_the_test_set_has_the_name_of_the_python_argument(command):
         assert make_parser().parse_args([*words, flag, "shapes"]).test_data == "shapes"
 
 
+def test_a_request_takes_its_test_and_validation_sets_by_the_names_in_python():
+    words = ["ledger", "forget", "shop", "--data", "demo", "--forget", "class:one"]
+    given = make_parser().parse_args([*words, "--test", "shapes", "--validation", "personas"])
+    assert (given.test_data, given.validation_data) == ("shapes", "personas")
+
+
 def completed(shell_script, *words):
     """Return what bash offers for the last of `words`."""
     set_up = f"COMP_WORDS=({' '.join(shlex.quote(word) for word in words)}); COMP_CWORD={len(words) - 1}"

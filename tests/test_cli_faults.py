@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from processes import context
@@ -264,6 +265,32 @@ def test_streams_without_the_methods_of_a_file_serve_the_commands(monkeypatch):
     stop_with(monkeypatch, "evaluate", BrokenPipeError())
     assert cli.main(["evaluate", *COMMANDS["evaluate"]]) == 1
     assert "calibrated" in output.text and errors.text.count("\n") == 1
+
+
+class Closed(Bare):
+    """Standard output whose reader is gone."""
+
+    def write(self, text):
+        raise BrokenPipeError
+
+
+@pytest.mark.parametrize("command", ["evaluate", "generate", "inspect"])
+def test_a_reader_that_stops_does_not_cost_the_output_file(command, monkeypatch, tmp_path):
+    words = {
+        "evaluate": COMMANDS["evaluate"],
+        "generate": ["--pipeline", "p", "--after", "m", "--judge", "m", "--forget", "cat"],
+        "inspect": ["--data", "shapes?train=1&test=1&size=16"],
+    }[command]
+    scores = {"all": {"pairs": 1, "zero_shot_top1": 1.0}, "per_class": {}}
+    monkeypatch.setattr("cliperase_fast.evaluation.evaluate", lambda *given, **options: scores)
+    monkeypatch.setattr("cliperase_fast.cli.generate._compared", lambda arguments: SimpleNamespace(content={}))
+    monkeypatch.setattr(
+        "cliperase_fast.report.generation.save_generation_page", lambda found, path, title: Path(path).write_text(title)
+    )
+    monkeypatch.setattr(sys, "stdout", Closed())
+    output = tmp_path / "output.html"
+    assert cli.main([command, *words, "--output", str(output), *(["--json"] if command == "generate" else [])]) == 1
+    assert output.stat().st_size
 
 
 @pytest.mark.parametrize("option", [["--progress", "lines"], ["--quiet"], ["--progress", "none"], []])

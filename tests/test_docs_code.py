@@ -296,3 +296,9 @@ def test_the_page_of_commands_names_those_that_print_json():
     commands = next(a for a in make_parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
     printing = {name for name, parser in commands.items() if "--json" in parser._option_string_actions}
     assert set(re.findall(r"`([a-z]+)`", sentence.partition(" print JSON")[0])) == printing
+
+
+def test_every_environment_variable_is_on_the_page_of_the_command_line():
+    source = "".join(path.read_text(encoding="utf-8") for path in Path(cf.__file__).parent.rglob("*.py"))
+    table = re.findall(r"^\| `(CLIPERASE_[A-Z_]+)` \|", PAGES["command-line.md"].read_text(encoding="utf-8"), re.M)
+    assert set(table) == set(re.findall(r'"(CLIPERASE_[A-Z_]+)"', source))

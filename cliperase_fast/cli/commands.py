@@ -91,15 +91,15 @@ def evaluate(arguments: argparse.Namespace) -> int:
         progress=progress_style(arguments) == "bars",
     )
     text = json.dumps(scores, indent=2)
+    if arguments.output:  # before the text, whose reader may stop, as `| head` does
+        with writing(arguments.output):
+            Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
+            write_text_atomically(Path(arguments.output), text + "\n")
     if arguments.json:
         print(text)
     else:
         left_out = "\n".join(f"Left out: {line}" for line in left_out_lines(scores.get("skipped", {})))
         print("\n\n".join(part for part in (text_table(scores), class_table(scores["per_class"]), left_out) if part))
-    if arguments.output:
-        with writing(arguments.output):
-            Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
-            write_text_atomically(Path(arguments.output), text + "\n")
     return 0
 
 

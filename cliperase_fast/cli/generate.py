@@ -66,11 +66,11 @@ def generate(arguments: argparse.Namespace) -> int:
         raise InputError(f"--template={arguments.template!r} has no {{}} for the class")
     with contextlib.redirect_stdout(sys.stderr):  # libraries that are loaded print messages
         found = _compared(arguments)
-    print(json.dumps(found.content, indent=2) if arguments.json else generation_text(found.content))
-    if arguments.output:
+    if arguments.output:  # before the text, whose reader may stop, as `| head` does
         save_generation_page(found, arguments.output, f"Pictures without {', '.join(arguments.forget)}")
-        if not arguments.json:
-            print(f"\npictures {arguments.output}")
+    print(json.dumps(found.content, indent=2) if arguments.json else generation_text(found.content))
+    if arguments.output and not arguments.json:
+        print(f"\npictures {arguments.output}")
     return 0
 
 

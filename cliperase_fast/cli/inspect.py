@@ -43,9 +43,9 @@ def inspect(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         progress=progress_style(arguments) == "bars",
     )
-    print(json.dumps(found.content, indent=2) if arguments.json else found.text())
-    if arguments.output:
+    if arguments.output:  # before the text, whose reader may stop, as `| head` does
         found.save_sheet(arguments.output)
-        if not arguments.json:
-            print(f"\npictures {arguments.output}")
+    print(json.dumps(found.content, indent=2) if arguments.json else found.text())
+    if arguments.output and not arguments.json:
+        print(f"\npictures {arguments.output}")
     return 0

@@ -53,8 +53,20 @@ def add_ledger(
     forget.add_argument("--data", required=True, metavar="SOURCE", help="where the pairs come from, as in `unlearn`")
     forget.add_argument("--forget", required=True, metavar="SELECTOR", help="which of them to forget")
     forget.add_argument("--retain", default="rest", metavar="SELECTOR", help="which to keep (default: all others)")
-    forget.add_argument("--test-data", metavar="SOURCE", help="where to measure (default: the source's test split)")
-    forget.add_argument("--validation-data", metavar="SOURCE", help="where to choose the result")
+    forget.add_argument(
+        "--test",
+        "--test-data",
+        dest="test_data",
+        metavar="SOURCE",
+        help="where to measure (default: the source's test split)",
+    )
+    forget.add_argument(
+        "--validation",
+        "--validation-data",
+        dest="validation_data",
+        metavar="SOURCE",
+        help="where to choose the learning rate and the checkpoint (default: a share val_fraction of the pairs)",
+    )
     forget.add_argument("--id", help="of the request (default: its number)")
     forget.add_argument(
         "--undoable",

@@ -13,7 +13,7 @@ from cliperase_fast.cli.settings import add_settings, demo_forget
 
 _SELECTORS = """\
 selectors:
-  class:apple              pairs of this class; several with commas
+  class:apple              pairs of this class; several with commas; * is any text, ? one character
   caption:apple,apples     pairs with a caption that holds one of these words
   ids:FILE                 pairs listed in a file, one id a line
 """

@@ -83,6 +83,7 @@ def draw_scores(content: Content, theme: Theme) -> Figure | None:
         )
         if title == _COSINES:
             _pad(axes)
+            axes.locator_params(axis="x", nbins=6)
         else:
             axes.set_xlim(-0.03 * scale, 1.03 * scale)
         if title == _SHARES:

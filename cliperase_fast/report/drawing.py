@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from cliperase_fast.reading import display_width
 from cliperase_fast.report.wording import number
 
 if TYPE_CHECKING:
@@ -110,9 +111,13 @@ def short_number(value: float, _: object = None) -> str:
 
 
 def plain(name: str, most: int) -> str:
-    """Return one line of at most `most` characters that matplotlib does not read as a formula."""
+    """Return one line, as wide as at most `most` characters, that matplotlib does not read as a formula."""
     name = " ".join(name.split()) or "(no name)"
-    name = name if len(name) <= most else name[: most - 1].rstrip() + "…"
+    if display_width(name) > most:
+        name = name[: 4 * most]  # marks have no width
+        while display_width(name) > most - 1:
+            name = name[:-1]
+        name = name.rstrip() + "…"
     return name.replace("$", r"\$")
 
 
@@ -274,7 +279,8 @@ def name_points(
     heights = [12 if bold else 11 for bold in forgets]  # pixels
     low, high = (np.array(ends) for ends in zip(axes.get_xlim(), axes.get_ylim(), strict=True))
     scale = np.array(room) / (high - low)
-    sizes = np.array([(0.6 * tall * len(text) + 4, 1.3 * tall) for text, tall in zip(names, heights, strict=True)])
+    widths = [0.6 * tall * display_width(text) + 4 for text, tall in zip(names, heights, strict=True)]
+    sizes = np.array([(width, 1.3 * tall) for width, tall in zip(widths, heights, strict=True)])
     wanted = (points - low) * scale - (0.0, below)
     places = move_apart(wanted, sizes, room) / scale + low
     for text, bold, tall, point, place, size in zip(names, forgets, heights, points, places, sizes, strict=True):

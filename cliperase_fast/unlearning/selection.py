@@ -185,7 +185,7 @@ class Selection:
                 f"at most {100 * self.floor:g} points: {scores}."
             )
         return (
-            f"No checkpoint of {seen} kept the retain score within {100 * self.floor:g} points; "
+            f"None of {seen} kept the retain score within {100 * self.floor:g} points; "
             f"{name[0].lower()}{name[1:]} lost the least: {scores}. {_remedy(unused_settings)}."
         )
 
@@ -251,7 +251,7 @@ class TargetSelection:
         diverged = divergence_text(mean, chosen.moved)
         if not self.within(chosen):
             return (
-                f"No checkpoint of {seen} kept the rest: the worst class diverged by more than {self.class_floor:g} "
+                f"None of {seen} kept the rest: the worst class diverged by more than {self.class_floor:g} "
                 f"nats, or the retain score fell by more than {100 * self.floor:g} points. The floor gave way; {lower} "
                 f"diverges least from the original ({diverged}): {scores}. Allow more with worst_class_floor or "
                 "retain_floor, or choose a method that keeps more."
@@ -261,7 +261,7 @@ class TargetSelection:
             if all(map(self.within, evaluations)):
                 rest, remedy = ", though all kept the rest", _push(unused_settings)
             return (
-                f"No checkpoint of {seen} reached the target (association at most {self.target.association:.3f}, "
+                f"None of {seen} reached the target (association at most {self.target.association:.3f}, "
                 f"forget at most {FORGET_SCORE:.0%}){rest}. The target gave way; {lower} came closest to it "
                 f"(association {chosen.forget_similarity:.3f}): {scores}. {remedy}, or choose another method."
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -186,6 +187,21 @@ def test_every_figure_is_drawn_in_both_themes_without_clipped_names(theme):
             assert all(box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height for box in boxes), name
             if axes.get_legend() is not None:
                 assert not axes._left_title.get_window_extent().overlaps(axes.get_legend().get_window_extent()), name
+
+
+def test_the_numbers_under_the_cosines_stand_apart():
+    content = sample_audit()
+    for group in content["scores"]["before"].values():
+        for found in group.values():
+            found |= {"low": None, "high": None}
+    content["scores"]["before"]["forgetting"]["association"]["value"] = -0.85
+    content["scores"]["before"]["collateral"]["text_side"]["value"] = 0.85
+    axes = audit_plots.draw_scores(content, LIGHT).axes[0]
+    png(axes.figure)  # lays it out
+    left, right = axes.get_xlim()
+    shown = [text for text in axes.get_xticklabels() if left <= text.get_position()[0] <= right]
+    boxes = [text.get_window_extent() for text in shown]
+    assert all(box.x1 + 10 < after.x0 for box, after in pairwise(boxes))
 
 
 def test_dots_stand_at_the_scores_and_bands_reach_over_the_oracles():

@@ -342,11 +342,12 @@ def test_the_name_of_the_mean_after_does_not_cross_the_line_of_the_mean_before(b
     assert not box.x0 < line < box.x1
 
 
-def test_long_names_of_partly_forgotten_classes_leave_room_for_the_title_and_the_legend():
+@pytest.mark.parametrize("name", ["n02099601_golden_retriever_puppy", "とても長いクラス名" * 4], ids=["long", "wide"])
+def test_long_names_of_partly_forgotten_classes_leave_room_for_the_title_and_the_legend(name):
     result = sample_result()
-    result["per_class"]["n02099601_golden_retriever_puppy"] = {**result["per_class"]["one"], "set": "mixed"}
+    result["per_class"][name] = {**result["per_class"]["one"], "set": "mixed"}
     figure = drawn("per_class", result=result)
-    figure.draw_without_rendering()
+    drawing.png(figure)  # lays it out
     (axes,) = figure.axes
     assert not axes._left_title.get_window_extent().overlaps(axes.get_legend().get_window_extent())
 

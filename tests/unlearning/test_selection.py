@@ -44,7 +44,7 @@ def test_the_reason_names_the_choice_and_its_scores():
 def test_the_reason_says_if_nothing_is_within_the_floor():
     rule, best = choose([candidate(1, 0.0, 0.5)])
     assert not rule.within(best)
-    assert "No checkpoint" in rule.reason(best, [best])
+    assert rule.reason(best, [best]).startswith("None of 1 checkpoint kept")
     assert "retain_floor" in rule.reason(best, [best])
 
 
