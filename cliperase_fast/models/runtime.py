@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
@@ -105,6 +105,17 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part in training:
             part.training = True
+
+
+def training_modes(module: nn.Module) -> dict[str, bool]:
+    """Return whether each submodule is in training mode, by name."""
+    return {name: part.training for name, part in module.named_modules(remove_duplicate=False)}
+
+
+def set_training_modes(module: nn.Module, modes: Mapping[str, bool]) -> None:
+    """Put the submodules into the modes that `training_modes` returned, for this module or one that it is a copy of."""
+    for name, part in module.named_modules():
+        part.training = modes.get(name, part.training)
 
 
 @contextmanager
