@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import TwoTowers, pixels_for, tiny_clip, tiny_open_clip
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from transformers import CLIPModel
 
@@ -267,6 +267,30 @@ def test_a_model_that_cannot_be_copied_says_so() -> None:
     model.cache = model.text_proj.weight * 2  # a tensor with a graph behind it
     with pytest.raises(InputError, match="TwoTowers cannot be copied"):
         load_model(model).clone()
+
+
+@pytest.mark.parametrize(
+    ("compute", "remedy"),
+    [
+        (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), "prune.remove"),
+        (torch.nn.utils.weight_norm, "remove_weight_norm"),
+    ],
+)
+def test_weights_that_a_hook_computes_are_refused_with_the_call_that_makes_them_plain(
+    compute: Callable[[nn.Module], Any], remedy: str
+) -> None:
+    model: Any = TwoTowers()
+    compute(model.text_proj)
+    with pytest.raises(InputError, match=r"computes text_proj\.weight from other weights") as raised:
+        load_model(model).clone()
+    call = "torch" + str(raised.value).rpartition(": torch")[2]
+    assert remedy in call
+    eval(call, {"torch": torch, "model": model})
+    load_model(model).clone()  # the remedy works
+    clip = tiny_clip()
+    compute(clip.text_projection)
+    with pytest.raises(InputError, match=r"text_projection\.weight is parametrized .*" + remedy):
+        load_model(clip).check_saveable()
 
 
 class Odd(TwoTowers):
