@@ -27,6 +27,7 @@ from cliperase_fast.models.checkpoint_files import read_checkpoint
 from cliperase_fast.models.state_names import match_names
 
 _OWN_FORMATS = (".npz", ".npy")  # big_vision's arrays; open_clip reads them without running code
+_OF_OPENAI = {"input_resolution", "context_length", "vocab_size"}  # beside the weights in OpenAI's archives only
 _PROBE_SECONDS = 5.0  # to wait for the hub
 
 
@@ -76,6 +77,12 @@ def load_weights(config: Config, path: Path, name: str, preprocess: dict[str, An
     if own:
         _require_arrays(config, path, name)
     content = None if own else read_checkpoint(path, name)  # fail before a model is built
+    if isinstance(content, dict) and content.keys() >= _OF_OPENAI and not config.get("quick_gelu"):
+        raise InputError(
+            f"the checkpoint {path} does not load as {name}: it is one of OpenAI's, which were trained with QuickGELU, "
+            f"and {name} has GELU, so the features would differ; name the architecture with it, such as "
+            f"'{name}-quickgelu:{path}'"
+        )
     needs_hub = "hf_model_name" in config["text_cfg"] and not Path(config["text_cfg"]["hf_model_name"]).is_dir()
     module: Any
     if _in_file.get() and not own and not _is_mobile_clip(content) and is_native(config):
