@@ -72,7 +72,8 @@ def require_trainable(model: nn.Module) -> None:
                 f"{key} of the {name} is complex, and only real parameters are trained; hold it as a real one and use "
                 f"torch.view_as_complex on it, or leave it as it is with model.{key}.requires_grad_(False)"
             )
-    for key, value in model.state_dict().items():
+    state = model.state_dict()
+    for key, value in state.items():
         if not isinstance(value, Tensor):
             raise InputError(
                 f"{key} in the state dict of the {name} is a {type(value).__name__} and only tensors can be saved; "
@@ -80,6 +81,13 @@ def require_trainable(model: nn.Module) -> None:
             )
         if value.layout != torch.strided:
             raise InputError(f"{key} of the {name} is a sparse tensor ({value.layout}); make it dense with .to_dense()")
+    held = {value.data_ptr() for value in state.values()}  # a hook may have renamed them
+    for key, parameter in model.named_parameters():
+        if key not in state and parameter.is_floating_point() and parameter.data_ptr() not in held:
+            raise InputError(
+                f"{key} of the {name} is not in the model's state dict, so it would be trained but not saved; let "
+                "model.state_dict() return every weight (a hook or a method of its own leaves it out)"
+            )
 
 
 def require_dense_gradients(model: nn.Module) -> None:

@@ -182,6 +182,14 @@ def complex_valued(model: Any) -> Any:
     return model
 
 
+def partly_saved(model: Any) -> Any:
+    def leave_out(module: nn.Module, state: dict[str, Tensor], *others: Any) -> None:
+        del state["text_embedding.weight"]
+
+    model.register_state_dict_post_hook(leave_out)
+    return model
+
+
 def partitioned(model: Any) -> Any:
     model.text_proj.weight.ds_id = 3
     return model
@@ -198,6 +206,7 @@ def partitioned(model: Any) -> Any:
         (sparse_gradients, r"text_embedding of the TwoTowers has sparse=True.*set model.text_embedding.sparse = False"),
         (complex_valued, r"text_phase of the TwoTowers is complex.*model.text_phase.requires_grad_\(False\)"),
         (with_state, "text_proj._extra_state in the state dict .* is a dict"),
+        (partly_saved, "text_embedding.weight of the TwoTowers is not in the model's state dict"),
         (partitioned, r"sharded by DeepSpeed's ZeRO-3; .*save_16bit_model"),
     ],
 )
