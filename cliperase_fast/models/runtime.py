@@ -98,13 +98,12 @@ def encoding_fits() -> AbstractContextManager[None]:
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Put the module into evaluation mode; restore the mode of each submodule on exit."""
-    training = [part for part in module.modules() if part.training]
+    modes = training_modes(module)
     module.eval()
     try:
         yield
     finally:
-        for part in training:
-            part.training = True
+        set_training_modes(module, modes)
 
 
 def training_modes(module: nn.Module) -> dict[str, bool]:
@@ -113,7 +112,13 @@ def training_modes(module: nn.Module) -> dict[str, bool]:
 
 
 def set_training_modes(module: nn.Module, modes: Mapping[str, bool]) -> None:
-    """Put the submodules into the modes that `training_modes` returned, for this module or one that it is a copy of."""
+    """Put the submodules into the modes that `training_modes` returned, for this module or one that it is a copy of.
+
+    A `train` of their own is called where the mode changes: it may do more, such as take a merged adapter out again.
+    """
+    for name, part in module.named_modules():
+        if type(part).train is not nn.Module.train and part.training != modes.get(name, part.training):
+            part.train(modes[name])
     for name, part in module.named_modules():
         part.training = modes.get(name, part.training)
 
