@@ -174,6 +174,11 @@ def in_float32(adapter: ClipAdapter) -> ClipAdapter:
     return twin
 
 
+def is_mixed(module: nn.Module) -> bool:
+    """Return whether the floating-point parameters have several dtypes, so that inputs of one do not fit all layers."""
+    return len({parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()}) > 1
+
+
 def weight_dtypes(adapter: ClipAdapter) -> str:
     """Return the dtypes of the floating-point parameters, the most frequent first: "float16 and float32"."""
     counts: dict[str, int] = {}

@@ -261,6 +261,14 @@ def test_a_clip_model_that_its_configuration_does_not_describe_is_refused_before
         load_model(wide).check_saveable()
 
 
+def test_a_transformers_model_of_mixed_dtypes_can_be_saved(tmp_path: Path) -> None:
+    model: Any = tiny_clip().half()
+    model.visual_projection.float()  # takes half-precision inputs under autocast only
+    load_model(model).save(tmp_path / "model")
+    loaded = load_model(str(tmp_path / "model")).module
+    assert all(torch.equal(w, v.float()) for w, v in zip(loaded.parameters(), model.parameters(), strict=True))
+
+
 def test_shared_weights_are_saved_completely(tmp_path: Path) -> None:
     model: Any = tiny_clip()
     model.text_projection.weight = model.visual_projection.weight
