@@ -164,6 +164,14 @@ def test_the_transform_and_tokenizer_are_open_clips(tmp_path: Path) -> None:
     assert torch.equal(open_clip.get_tokenizer(f"local-dir:{tmp_path}")(CAPTIONS), tokens)
 
 
+def test_a_tower_with_frozen_batch_norms_is_saved_and_loaded(tmp_path: Path) -> None:
+    model: Any = tiny_open_clip(**RESNET)
+    model.lock_image_tower(freeze_bn_stats=True)
+    load_model(model).save(tmp_path / "model")
+    loaded: Any = load_model(tmp_path / "model").module
+    torch.testing.assert_close(loaded.encode_image(pixels_for(model)), model.eval().encode_image(pixels_for(model)))
+
+
 def test_the_preprocessing_settings_are_saved(tmp_path: Path) -> None:
     model = tiny_open_clip()
     settings = {

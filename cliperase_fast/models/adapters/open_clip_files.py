@@ -118,7 +118,9 @@ def _require_arrays(config: Config, path: Path, name: str) -> None:
 
 def _matched(module: Any, content: Any, path: Path, name: str) -> dict[str, Tensor]:
     expected = module.state_dict()
-    optional = frozenset({"logit_bias"} & set(expected))
+    # Frozen batch norms have no counter, which changes nothing.
+    counters = {key for key in expected if key.endswith(".num_batches_tracked")}
+    optional = frozenset(({"logit_bias"} & set(expected)) | counters)
     renamed = {key.removeprefix("text."): key for key in expected}
     try:
         state = match_names(content, expected, path, name, optional)
@@ -134,8 +136,8 @@ def _matched(module: Any, content: Any, path: Path, name: str) -> dict[str, Tens
         if found is None:
             raise
         state = {renamed[key]: tensor for key, tensor in found.items()}
-    if "logit_bias" in optional and "logit_bias" not in state:
-        state["logit_bias"] = torch.zeros_like(state["logit_scale"]).reshape(expected["logit_bias"].shape)
+    for key in optional - state.keys():
+        state[key] = torch.zeros(expected[key].shape, dtype=expected[key].dtype, device="cpu")
     return state
 
 
