@@ -20,6 +20,7 @@ from cliperase_fast.errors import InputError
 from cliperase_fast.models.adapters.open_clip_config import Config, build, prove_config
 from cliperase_fast.models.adapters.open_clip_loading import is_open_clip_model
 from cliperase_fast.models.requirements import require_no_parametrizations, require_trainable, require_weights
+from cliperase_fast.models.runtime import is_mixed
 from cliperase_fast.models.unwrapping import fold_tuners, outside_inference, unwrap
 
 __all__ = ["to_diffusers_text_encoder", "to_open_clip", "to_transformers"]
@@ -403,7 +404,8 @@ def _random_tokens(text: Any, generator: torch.Generator) -> Tensor:
 
 def _exact(model: nn.Module) -> nn.Module:
     """The model itself, or a float32 copy, in evaluation mode."""
-    if not model.training and next(model.parameters()).dtype in (torch.float32, torch.float64):
+    exact = next(model.parameters()).dtype in (torch.float32, torch.float64) and not is_mixed(model)
+    if exact and not model.training:
         return model
     return copy.deepcopy(model).float().eval()
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cliperase_fast.errors import UnlearningError
-from cliperase_fast.models.runtime import evaluating
+from cliperase_fast.models.runtime import evaluating, in_float32, is_mixed
 from cliperase_fast.models.saving import save_weights
 
 if TYPE_CHECKING:
@@ -29,7 +29,12 @@ def tolerance(module: nn.Module) -> float:
 
 @torch.no_grad()
 def feature_difference(one: ClipAdapter, other: ClipAdapter) -> float | None:
-    """Return the largest difference of a normalised feature, or None if no suitable input is known."""
+    """Return the largest difference of a normalised feature, or None if no suitable input is known.
+
+    Weights of several dtypes are compared in float32, as such a model may need autocast or half-precision inputs.
+    """
+    if is_mixed(one.module) or is_mixed(other.module):
+        one, other = in_float32(one), in_float32(other)
     probe = one.probe()
     if probe is None:
         return None
@@ -84,7 +89,8 @@ def _find_difference(adapter: ClipAdapter, work: Path) -> str | None:
         for name, tensor in state.items():
             if name not in loaded or not _same_bits(loaded[name].to(tensor.dtype), tensor):
                 return f"loads with a different {name}"
-    twin.module.to(device=parameter.device, dtype=parameter.dtype)
+    dtype = torch.float32 if is_mixed(adapter.module) else parameter.dtype
+    twin.module.to(device=parameter.device, dtype=dtype)
     difference = feature_difference(adapter, twin)
     if difference is not None and difference > tolerance(adapter.module):
         return f"loads as a model whose features differ by {difference:.1e}"

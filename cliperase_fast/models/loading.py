@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -18,7 +17,7 @@ from cliperase_fast.models.adapters.base import ClipAdapter, Family, hint_of_run
 from cliperase_fast.models.adapters.generic import GenericAdapter, missing_parts
 from cliperase_fast.models.adapters.transformers import model_type
 from cliperase_fast.models.equivalence import feature_difference, tolerance
-from cliperase_fast.models.requirements import require_weights
+from cliperase_fast.models.requirements import copy_of, require_weights
 from cliperase_fast.models.runtime import pick_device
 from cliperase_fast.models.unwrapping import fold_tuners, holder_of, outside_inference, refuse_inexact, unwrap
 
@@ -79,7 +78,7 @@ def _from_module(model: nn.Module, options: dict[str, Any], device: torch.device
                 raise InputError(
                     f"the {type(folded).__name__} is spread over several devices; load it without device_map"
                 )
-            folded = copy.deepcopy(folded).to(wanted)
+            folded = copy_of(folded).to(wanted)
     return _adapter(folded, options)
 
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from cliperase_fast.errors import InputError
 from cliperase_fast.extras import import_extra
 from cliperase_fast.models.adapters.base import ClipAdapter
 from cliperase_fast.models.adapters.open_clip_config import probe_pixels
+from cliperase_fast.models.requirements import computed_weights
 from cliperase_fast.models.runtime import evaluating
 
 # These read the weights of their inner layers without calling them (the second one only without gradients), so an
@@ -132,7 +132,7 @@ def _target_names(adapter: ClipAdapter) -> list[str]:
         if tower == "image" and hasattr(getattr(adapter.module, "visual", None), "trunk"):
             called = _called(adapter, usable)
             usable = [child for child in usable if child in called]
-        usable = [child for child in usable if not parametrize.is_parametrized(child) and not shared & _weights(child)]
+        usable = [child for child in usable if not any(computed_weights(child)) and not shared & _weights(child)]
         # not those that neither encoder uses, such as BLIP's cross-attention
         usable = [child for child in usable if adapter.tower(f"{names[child]}.weight") == tower]
         layers: list[nn.Module] = [child for child in usable if isinstance(child, nn.Linear)]

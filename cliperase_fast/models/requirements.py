@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cliperase_fast.errors import InputError
@@ -69,7 +72,8 @@ def require_trainable(model: nn.Module) -> None:
                 f"{key} of the {name} is complex, and only real parameters are trained; hold it as a real one and use "
                 f"torch.view_as_complex on it, or leave it as it is with model.{key}.requires_grad_(False)"
             )
-    for key, value in model.state_dict().items():
+    state = model.state_dict()
+    for key, value in state.items():
         if not isinstance(value, Tensor):
             raise InputError(
                 f"{key} in the state dict of the {name} is a {type(value).__name__} and only tensors can be saved; "
@@ -77,6 +81,13 @@ def require_trainable(model: nn.Module) -> None:
             )
         if value.layout != torch.strided:
             raise InputError(f"{key} of the {name} is a sparse tensor ({value.layout}); make it dense with .to_dense()")
+    held = {value.data_ptr() for value in state.values()}  # a hook may have renamed them
+    for key, parameter in model.named_parameters():
+        if key not in state and parameter.is_floating_point() and parameter.data_ptr() not in held:
+            raise InputError(
+                f"{key} of the {name} is not in the model's state dict, so it would be trained but not saved; let "
+                "model.state_dict() return every weight (a hook or a method of its own leaves it out)"
+            )
 
 
 def require_dense_gradients(model: nn.Module) -> None:
@@ -91,14 +102,44 @@ def require_dense_gradients(model: nn.Module) -> None:
 
 def require_no_parametrizations(model: nn.Module) -> None:
     """Raise `InputError` for weights computed from other weights, which another library would not rebuild."""
+    for key, name, kind, remedy in computed_weights(model):
+        raise InputError(
+            f"{key}.{name} is parametrized ({kind}), so a saved copy would not load as a {type(model).__name__}; make "
+            f"it a plain parameter first: {remedy}"
+        )
+
+
+def computed_weights(model: nn.Module) -> Iterator[tuple[str, str, str, str]]:
+    """Yield each weight that a parametrization, or one of torch's hooks before them, computes from other weights.
+
+    (module, name, kind, call that makes it plain): pruned weights and those of the older weight and spectral norms too.
+    """
     for key, part in model.named_modules():
-        found: list[str] = list(part.parametrizations) if parametrize.is_parametrized(part) else []  # type: ignore[arg-type]
-        if found:
-            raise InputError(
-                f"{key}.{found[0]} is parametrized ({type(part.parametrizations[found[0]][0]).__name__}), so "  # type: ignore[index]
-                f"a saved copy would not load as a {type(model).__name__}; make it a plain parameter first: "
-                f"torch.nn.utils.parametrize.remove_parametrizations(model.get_submodule({key!r}), {found[0]!r})"
-            )
+        found: list[tuple[str, Any, str]] = []
+        if parametrize.is_parametrized(part):
+            steps: Any = part.parametrizations
+            found += [(name, steps[name][0], "parametrize.remove_parametrizations") for name in steps]
+        for hook in part._forward_pre_hooks.values():
+            if isinstance(hook, prune.BasePruningMethod):
+                found.append((hook._tensor_name, hook, "prune.remove"))
+            elif isinstance(hook, (WeightNorm, SpectralNorm)):
+                remove = "remove_weight_norm" if isinstance(hook, WeightNorm) else "remove_spectral_norm"
+                found.append((hook.name, hook, remove))
+        for name, step, remove in found:
+            yield key, name, type(step).__name__, f"torch.nn.utils.{remove}(model.get_submodule({key!r}), {name!r})"
+
+
+def copy_of(model: nn.Module, copied: dict[int, Any] | None = None) -> nn.Module:
+    """Return a deep copy. copied: what takes the place of objects, by their ids. Raises `InputError` if it fails."""
+    try:
+        return copy.deepcopy(model, copied)
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        said, remedy = str(error).strip().partition("\n")[0], "build a new one and load its state dict"
+        for key, name, kind, call in computed_weights(model):
+            said, remedy = f"{kind} computes {key}.{name} from other weights", f"make it a plain parameter: {call}"
+        raise InputError(
+            f"the {type(model).__name__} cannot be copied, and only a copy is ever changed ({said}); {remedy}"
+        ) from error
 
 
 @torch.no_grad()

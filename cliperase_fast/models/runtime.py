@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
@@ -98,13 +98,29 @@ def encoding_fits() -> AbstractContextManager[None]:
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Put the module into evaluation mode; restore the mode of each submodule on exit."""
-    training = [part for part in module.modules() if part.training]
+    modes = training_modes(module)
     module.eval()
     try:
         yield
     finally:
-        for part in training:
-            part.training = True
+        set_training_modes(module, modes)
+
+
+def training_modes(module: nn.Module) -> dict[str, bool]:
+    """Return whether each submodule is in training mode, by name."""
+    return {name: part.training for name, part in module.named_modules(remove_duplicate=False)}
+
+
+def set_training_modes(module: nn.Module, modes: Mapping[str, bool]) -> None:
+    """Put the submodules into the modes that `training_modes` returned, for this module or one that it is a copy of.
+
+    A `train` of their own is called where the mode changes: it may do more, such as take a merged adapter out again.
+    """
+    for name, part in module.named_modules():
+        if type(part).train is not nn.Module.train and part.training != modes.get(name, part.training):
+            part.train(modes[name])
+    for name, part in module.named_modules():
+        part.training = modes.get(name, part.training)
 
 
 @contextmanager
@@ -156,6 +172,11 @@ def in_float32(adapter: ClipAdapter) -> ClipAdapter:
     twin = adapter.clone()
     twin.module.float()
     return twin
+
+
+def is_mixed(module: nn.Module) -> bool:
+    """Return whether the floating-point parameters have several dtypes, so that inputs of one do not fit all layers."""
+    return len({parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()}) > 1
 
 
 def weight_dtypes(adapter: ClipAdapter) -> str:

@@ -17,6 +17,7 @@ from cliperase_fast.data.drawing import seeded
 from cliperase_fast.defaults import plain_torch
 from cliperase_fast.distributed import init_distributed
 from cliperase_fast.errors import UnlearningError
+from cliperase_fast.models.runtime import set_training_modes
 from cliperase_fast.progress import bars_by_default
 from cliperase_fast.unlearning.auditing import add_audit
 from cliperase_fast.unlearning.engines.deepspeed import restore_torch_linear
@@ -119,7 +120,8 @@ def _unlearn(
 
 
 def _finalize(run: Run) -> OutputModel:
-    """Measure the unlearned model, in the dtypes of the given one unless that would undo the forgetting."""
+    """Measure the unlearned model, in the given one's modes, and in its dtypes unless that undid the forgetting."""
+    set_training_modes(run.student.module, run.setup.models.modes)
     for parameter in run.student.module.parameters():  # what was frozen for this run is the caller's to train again
         parameter.requires_grad_(parameter.is_floating_point())
     run.say("measuring the unlearned model")

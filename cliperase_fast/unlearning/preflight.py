@@ -18,7 +18,7 @@ from cliperase_fast.errors import InputError
 from cliperase_fast.evaluation import Background, EncodedPairs
 from cliperase_fast.evaluation.encoding import SAME
 from cliperase_fast.models import ClipAdapter
-from cliperase_fast.models.runtime import refuse_inputs
+from cliperase_fast.models.runtime import refuse_inputs, set_training_modes, training_modes
 from cliperase_fast.plurals import counted
 from cliperase_fast.unlearning.batches import CaptionTable
 from cliperase_fast.unlearning.engines.base import train_mode
@@ -207,10 +207,9 @@ def _differ(pairs: PairDataset) -> bool:
 
 @contextmanager
 def _training(module: nn.Module, drops_out: bool) -> Iterator[None]:
-    before = [(part, part.training) for part in module.modules()]
+    modes = training_modes(module)
     train_mode(module, drops_out)
     try:
         yield
     finally:
-        for part, training in before:
-            part.training = training
+        set_training_modes(module, modes)

@@ -15,7 +15,7 @@ from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.distributed import Ranks
 from cliperase_fast.evaluation import Background, DivergenceMeter, EncodedPairs, closeness
 from cliperase_fast.models import ClipAdapter, load_model
-from cliperase_fast.models.runtime import weight_dtypes
+from cliperase_fast.models.runtime import training_modes, weight_dtypes
 from cliperase_fast.progress import say
 from cliperase_fast.unlearning.batches import BatchLoader, CaptionTable
 from cliperase_fast.unlearning.checkpoints import Checkpoint
@@ -83,6 +83,7 @@ class Models:
         self.dtypes = {"given": weight_dtypes(self.given), "trained": "float32"}
         self.closeness = closeness(float(self.original.logit_scale().detach()))
         self.rounded_to = None if self.given is self.original else self.given
+        self.modes = training_modes(self.given.module)
 
     def release(self) -> None:
         self.given = self.original = self.teacher = None

@@ -286,10 +286,15 @@ class Holder(nn.Module):
         return x
 
 
-def test_a_clip_model_loads_from_a_torchscript_archive(tmp_path: Path, state: State) -> None:
+def test_openais_archives_load_as_an_architecture_with_quick_gelu_only(
+    tmp_path: Path, state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(factory._MODEL_CONFIGS, "tiny-quickgelu", tiny_config(**SMALL, quick_gelu=True))
     torch.jit.save(torch.jit.trace(Holder(state), torch.zeros(1), check_trace=False), tmp_path / "model.pt")
-    loaded = load_model(f"tiny:{tmp_path}/model.pt").module.state_dict()
+    loaded = load_model(f"tiny-quickgelu:{tmp_path}/model.pt").module.state_dict()
     assert all(torch.equal(loaded[name], tensor.half().float()) for name, tensor in state.items())
+    with pytest.raises(InputError, match=rf"such as 'tiny-quickgelu:{tmp_path}/model\.pt'"):
+        load_model(f"tiny:{tmp_path}/model.pt")
 
 
 def test_damaged_cut_short_and_inflated_files_are_one_line(tmp_path: Path, state: State) -> None:

@@ -164,6 +164,14 @@ def test_the_transform_and_tokenizer_are_open_clips(tmp_path: Path) -> None:
     assert torch.equal(open_clip.get_tokenizer(f"local-dir:{tmp_path}")(CAPTIONS), tokens)
 
 
+def test_a_tower_with_frozen_batch_norms_is_saved_and_loaded(tmp_path: Path) -> None:
+    model: Any = tiny_open_clip(**RESNET)
+    model.lock_image_tower(freeze_bn_stats=True)
+    load_model(model).save(tmp_path / "model")
+    loaded: Any = load_model(tmp_path / "model").module
+    torch.testing.assert_close(loaded.encode_image(pixels_for(model)), model.eval().encode_image(pixels_for(model)))
+
+
 def test_the_preprocessing_settings_are_saved(tmp_path: Path) -> None:
     model = tiny_open_clip()
     settings = {
@@ -183,13 +191,17 @@ def test_the_preprocessing_settings_are_saved(tmp_path: Path) -> None:
     assert {key: tuple(saved[key]) if isinstance(saved[key], list) else saved[key] for key in settings} == settings
 
 
-def test_tokenizer_settings_are_saved(tmp_path: Path) -> None:
-    tokenizer = open_clip.SimpleTokenizer(context_length=16, clean="canonicalize")
-    adapter = load_model(tiny_open_clip(), tokenizer=tokenizer)
+@pytest.mark.parametrize("settings", [{"clean": "canonicalize"}, {"additional_special_tokens": ["<dog>"]}])
+def test_tokenizer_settings_are_saved(tmp_path: Path, settings: dict[str, Any]) -> None:
+    tokenizer = open_clip.SimpleTokenizer(context_length=16, **settings)
+    model = tiny_open_clip(text_cfg={"vocab_size": 49410})
+    adapter = load_model(model, tokenizer=tokenizer)
     adapter.save(tmp_path)
-    captions = ["A Photo, of_a dog!"]
+    captions = ["A Photo, of_a <dog>!"]
     assert torch.equal(open_clip.get_tokenizer(f"local-dir:{tmp_path}")(captions), adapter.tokenize(captions))
-    assert not torch.equal(adapter.tokenize(captions), load_model(tiny_open_clip()).tokenize(captions))
+    plain = load_model(model, tokenizer=open_clip.SimpleTokenizer(context_length=16))
+    assert not torch.equal(adapter.tokenize(captions), plain.tokenize(captions))
+    assert torch.equal(load_model(tmp_path).tokenize(captions), adapter.tokenize(captions))
 
 
 def test_a_model_with_another_vocabulary_needs_a_tokenizer() -> None:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import TwoTowers, pixels_for, tiny_clip, tiny_open_clip
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from transformers import CLIPModel
 
@@ -182,6 +182,14 @@ def complex_valued(model: Any) -> Any:
     return model
 
 
+def partly_saved(model: Any) -> Any:
+    def leave_out(module: nn.Module, state: dict[str, Tensor], *others: Any) -> None:
+        del state["text_embedding.weight"]
+
+    model.register_state_dict_post_hook(leave_out)
+    return model
+
+
 def partitioned(model: Any) -> Any:
     model.text_proj.weight.ds_id = 3
     return model
@@ -198,6 +206,7 @@ def partitioned(model: Any) -> Any:
         (sparse_gradients, r"text_embedding of the TwoTowers has sparse=True.*set model.text_embedding.sparse = False"),
         (complex_valued, r"text_phase of the TwoTowers is complex.*model.text_phase.requires_grad_\(False\)"),
         (with_state, "text_proj._extra_state in the state dict .* is a dict"),
+        (partly_saved, "text_embedding.weight of the TwoTowers is not in the model's state dict"),
         (partitioned, r"sharded by DeepSpeed's ZeRO-3; .*save_16bit_model"),
     ],
 )
@@ -252,6 +261,14 @@ def test_a_clip_model_that_its_configuration_does_not_describe_is_refused_before
         load_model(wide).check_saveable()
 
 
+def test_a_transformers_model_of_mixed_dtypes_can_be_saved(tmp_path: Path) -> None:
+    model: Any = tiny_clip().half()
+    model.visual_projection.float()  # takes half-precision inputs under autocast only
+    load_model(model).save(tmp_path / "model")
+    loaded = load_model(str(tmp_path / "model")).module
+    assert all(torch.equal(w, v.float()) for w, v in zip(loaded.parameters(), model.parameters(), strict=True))
+
+
 def test_shared_weights_are_saved_completely(tmp_path: Path) -> None:
     model: Any = tiny_clip()
     model.text_projection.weight = model.visual_projection.weight
@@ -267,6 +284,30 @@ def test_a_model_that_cannot_be_copied_says_so() -> None:
     model.cache = model.text_proj.weight * 2  # a tensor with a graph behind it
     with pytest.raises(InputError, match="TwoTowers cannot be copied"):
         load_model(model).clone()
+
+
+@pytest.mark.parametrize(
+    ("compute", "remedy"),
+    [
+        (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), "prune.remove"),
+        (torch.nn.utils.weight_norm, "remove_weight_norm"),
+    ],
+)
+def test_weights_that_a_hook_computes_are_refused_with_the_call_that_makes_them_plain(
+    compute: Callable[[nn.Module], Any], remedy: str
+) -> None:
+    model: Any = TwoTowers()
+    compute(model.text_proj)
+    with pytest.raises(InputError, match=r"computes text_proj\.weight from other weights") as raised:
+        load_model(model).clone()
+    call = "torch" + str(raised.value).rpartition(": torch")[2]
+    assert remedy in call
+    eval(call, {"torch": torch, "model": model})
+    load_model(model).clone()  # the remedy works
+    clip = tiny_clip()
+    compute(clip.text_projection)
+    with pytest.raises(InputError, match=r"text_projection\.weight is parametrized .*" + remedy):
+        load_model(clip).check_saveable()
 
 
 class Odd(TwoTowers):

@@ -11,6 +11,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
+import transformers
 from tiny_models import picture, pixels_for, tiny_clip, word_tokenizer
 from transformers import (
     CLIPImageProcessor,
@@ -161,6 +162,13 @@ def test_a_folder_with_a_whole_processor(tmp_path: Path, real_clip_tokenizer: An
     from_folder, given = load_model(tmp_path), load_model(model, tokenizer=processor, transform=processor)
     torch.testing.assert_close(from_folder.transform(picture()), given.transform(picture()))
     assert from_folder.tokenizer.source.get_vocab() == given.tokenizer.source.get_vocab()
+
+
+def test_a_folder_with_the_processor_of_another_model_uses_that_one(tmp_path: Path) -> None:
+    processor = transformers.ConvNextImageProcessor(size={"shortest_edge": 16})
+    adapter = load_model(tiny_clip(), tokenizer=word_tokenizer(), transform=processor)
+    adapter.save(tmp_path / "model")
+    assert torch.equal(load_model(tmp_path / "model").transform(picture()), adapter.transform(picture()))
 
 
 def test_weights_saved_in_half_precision_are_widened(tmp_path: Path) -> None:

@@ -68,13 +68,21 @@ def test_rounding_that_would_undo_the_change_is_skipped_with_a_note():
     assert forget_change(result) < 0
 
 
-def test_weights_of_mixed_dtypes_are_returned_in_their_own():
+def test_weights_of_mixed_dtypes_are_returned_and_saved_in_their_own(tmp_path):
     model = make_tiny_clip()
     convert_weights_to_lp(model, torch.float16)
     before = {name: parameter.dtype for name, parameter in model.named_parameters()}
     assert set(before.values()) == {torch.float16, torch.float32}
     result = run(model, learning_rate=3e-3)
     assert {name: parameter.dtype for name, parameter in result.model.named_parameters()} == before
+    result.save(tmp_path / "run")
+    load_model(result.model).save(tmp_path / "model")  # whose configuration is to be found first
+    for folder in (tmp_path / "run" / "model", tmp_path / "model"):
+        saved, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+        for parameter, mine in zip(saved.parameters(), result.model.parameters(), strict=True):
+            assert torch.equal(parameter, mine.float())
+    converted = cf.export.to_transformers(result.model)
+    assert torch.equal(converted.visual_projection.weight, result.model.visual.proj.T.float())
 
 
 def test_lora_and_a_half_precision_teacher_train_in_float32_too():

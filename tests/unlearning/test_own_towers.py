@@ -91,3 +91,30 @@ def test_images_are_neither_written_to_nor_given_gradients(sets):
             image.requires_grad_()
     cf.unlearn(TwoTowers(), *given, **QUICK)
     assert all(image.grad is None for part in given for image, _ in part)
+
+
+class Merging(nn.Linear):
+    """A linear layer whose update is part of its weight in evaluation mode, as in loralib."""
+
+    def __init__(self):
+        super().__init__(12, 12)
+        self.update, self.merged = nn.Parameter(torch.full((12, 12), 0.5)), False
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.merged == mode:
+            self.weight.data += -self.update if mode else self.update
+            self.merged = not mode
+        return self
+
+    def forward(self, x):
+        return super().forward(x) + (0 if self.merged else x @ self.update.T)
+
+
+def test_layers_that_merge_an_update_for_evaluation_get_it_out_again(sets):
+    model = TwoTowers()
+    model.text_proj = Merging()
+    result = cf.unlearn(model, *sets, **QUICK)
+    cf.evaluate(model, sets[0], progress=False)
+    for trained in (model, result.model):
+        assert trained.text_proj.training and not trained.text_proj.merged

@@ -40,6 +40,15 @@ def test_the_callers_model_and_random_state_are_unchanged():
     assert any(not torch.equal(tensor, before[name]) for name, tensor in result.model.state_dict().items())
 
 
+@pytest.mark.parametrize("settings", [QUICK, {**QUICK, "trainable": "lora"}, {"method": "ssd", "progress": False}])
+def test_the_result_is_in_the_modes_of_the_given_model(settings):
+    model = make_tiny_clip().train()
+    model.visual.eval()
+    result = cf.unlearn(model, *split_pairs(make_pairs(), "red"), **settings)
+    modes, expected = ({name: part.training for name, part in m.named_modules()} for m in (result.model, model))
+    assert modes == expected
+
+
 def test_the_run_directory_holds_what_the_result_says(tmp_path):
     output = tmp_path / "run"
     result = run(output_dir=output, report=True)

@@ -19,7 +19,7 @@ from cliperase_fast.defaults import plain_torch, torch_defaults
 from cliperase_fast.errors import InputError
 from cliperase_fast.models.equivalence import verify_saved
 from cliperase_fast.models.preprocessing import CaptionTokenizer, as_transform, lacks_padding
-from cliperase_fast.models.requirements import require_trainable
+from cliperase_fast.models.requirements import copy_of, require_trainable
 from cliperase_fast.models.saving import write_directory
 
 Tower = Literal["image", "text", "scale"]
@@ -217,13 +217,7 @@ class ClipAdapter(ABC):
 
     def _copy(self, copied: dict[int, Any]) -> ClipAdapter:
         twin = copy.copy(self)
-        try:
-            twin.module = copy.deepcopy(self.module, copied)
-        except (RuntimeError, TypeError, NotImplementedError) as error:
-            raise InputError(
-                f"the {type(self.module).__name__} cannot be copied, and only a copy is ever changed "
-                f"({str(error).strip().partition(chr(10))[0]}); build a new one and load its state dict"
-            ) from error
+        twin.module = copy_of(self.module, copied)
         return twin
 
     @plain_torch()

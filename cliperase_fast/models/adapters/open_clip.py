@@ -248,6 +248,9 @@ def _describe_tokenizer(text_cfg: Config, source: Any) -> None:
         text_cfg.pop("hf_tokenizer_name", None)
         if clean not in (None, "lower") or "clean" in options:
             options["clean"] = clean
+        added = [source.decoder[index] for index in source.all_special_ids[2:]]  # after those of start and end
+        if added:
+            options["additional_special_tokens"] = added
     else:
         inner = source if is_hugging_face(source) else source.tokenizer
         text_cfg["hf_tokenizer_name"] = text_cfg.get("hf_tokenizer_name") or inner.name_or_path or "."

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from cliperase_fast.errors import InputError
 from cliperase_fast.models.equivalence import random_pixels, tolerance
-from cliperase_fast.models.runtime import evaluating
+from cliperase_fast.models.runtime import evaluating, is_mixed
 
 Config = dict[str, Any]
 
@@ -85,6 +85,8 @@ def build_around(config: Config, state: Mapping[str, Tensor], device: torch.devi
 @torch.no_grad()
 def _difference(module: nn.Module, config: Config) -> float:
     """Return the largest difference between the features of `module` and of a model of `config` with its weights."""
+    if is_mixed(module):
+        module = copy.deepcopy(module).float()
     state = saved_state(module, config)
     parameter = next(module.parameters())
     with torch.random.fork_rng(devices=[]):  # building a model draws random weights; keep the caller's seed

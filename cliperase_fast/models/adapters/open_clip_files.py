@@ -27,6 +27,7 @@ from cliperase_fast.models.checkpoint_files import read_checkpoint
 from cliperase_fast.models.state_names import match_names
 
 _OWN_FORMATS = (".npz", ".npy")  # big_vision's arrays; open_clip reads them without running code
+_OF_OPENAI = {"input_resolution", "context_length", "vocab_size"}  # beside the weights in OpenAI's archives only
 _PROBE_SECONDS = 5.0  # to wait for the hub
 
 
@@ -76,6 +77,12 @@ def load_weights(config: Config, path: Path, name: str, preprocess: dict[str, An
     if own:
         _require_arrays(config, path, name)
     content = None if own else read_checkpoint(path, name)  # fail before a model is built
+    if isinstance(content, dict) and content.keys() >= _OF_OPENAI and not config.get("quick_gelu"):
+        raise InputError(
+            f"the checkpoint {path} does not load as {name}: it is one of OpenAI's, which were trained with QuickGELU, "
+            f"and {name} has GELU, so the features would differ; name the architecture with it, such as "
+            f"'{name}-quickgelu:{path}'"
+        )
     needs_hub = "hf_model_name" in config["text_cfg"] and not Path(config["text_cfg"]["hf_model_name"]).is_dir()
     module: Any
     if _in_file.get() and not own and not _is_mobile_clip(content) and is_native(config):
@@ -111,7 +118,9 @@ def _require_arrays(config: Config, path: Path, name: str) -> None:
 
 def _matched(module: Any, content: Any, path: Path, name: str) -> dict[str, Tensor]:
     expected = module.state_dict()
-    optional = frozenset({"logit_bias"} & set(expected))
+    # Frozen batch norms have no counter, which changes nothing.
+    counters = {key for key in expected if key.endswith(".num_batches_tracked")}
+    optional = frozenset(({"logit_bias"} & set(expected)) | counters)
     renamed = {key.removeprefix("text."): key for key in expected}
     try:
         state = match_names(content, expected, path, name, optional)
@@ -127,8 +136,8 @@ def _matched(module: Any, content: Any, path: Path, name: str) -> dict[str, Tens
         if found is None:
             raise
         state = {renamed[key]: tensor for key, tensor in found.items()}
-    if "logit_bias" in optional and "logit_bias" not in state:
-        state["logit_bias"] = torch.zeros_like(state["logit_scale"]).reshape(expected["logit_bias"].shape)
+    for key in optional - state.keys():
+        state[key] = torch.zeros(expected[key].shape, dtype=expected[key].dtype, device="cpu")
     return state
 
 

@@ -142,7 +142,7 @@ class PretrainedAdapter(ClipAdapter):
         names = ("preprocessor_config.json", "processor_config.json")
         if not any((directory / name).is_file() for name in names):
             return None
-        return getattr(transformers, cls.processor_class).from_pretrained(directory, local_files_only=True)
+        return transformers.AutoImageProcessor.from_pretrained(directory, local_files_only=True)
 
     def _processor_to_save(self) -> Any:
         return self.transform.processor if isinstance(self.transform, ImageProcessorTransform) else None
