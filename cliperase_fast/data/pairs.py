@@ -218,7 +218,7 @@ def as_pairs(dataset: Any, name: str, *, on_error: str = "raise") -> PairDataset
     images gives different ones in every training step and the same one everywhere else. Few and repeated captions (at
     most 1000 different ones, and at most half as many as pairs) become classes.
     """
-    base, indices = _unwrap(dataset)
+    base, indices = _unwrap(dataset, name)
     if isinstance(base, PairDataset):
         return base if indices is None else base.subset(indices)
     if isinstance(base, IterableDataset) or not (hasattr(base, "__len__") and hasattr(base, "__getitem__")):
@@ -301,11 +301,18 @@ def _example_columns(names: list[Any]) -> tuple[Any, Any]:
     return image, next((name for name in names if str(name).lower() in words), "caption")
 
 
-def _unwrap(dataset: Any) -> tuple[Any, np.ndarray | None]:
+def _unwrap(dataset: Any, name: str) -> tuple[Any, np.ndarray | None]:
     """Return the dataset inside any torch Subsets, and the indices into it (None: all)."""
     indices: np.ndarray | None = None
-    while isinstance(dataset, Subset):
-        inner = np.asarray(dataset.indices, dtype=np.int64).reshape(-1)
+    # A subclass with items of its own, such as one that captions or augments them, is a dataset like any other.
+    while isinstance(dataset, Subset) and type(dataset).__getitem__ is Subset.__getitem__:
+        inner = np.asarray(dataset.indices).reshape(-1)
+        if len(inner) and inner.dtype.kind not in "iu":
+            kind = "a mask" if inner.dtype == bool else f"of the type {inner.dtype}"
+            raise InputError(
+                f"the indices of {name}, a torch Subset, are {kind}; give whole numbers, such as np.flatnonzero(mask)"
+            )
+        inner = inner.astype(np.int64)
         indices = inner if indices is None else inner[indices]
         dataset = dataset.dataset
     return dataset, indices

@@ -54,6 +54,28 @@ def test_token_ids_pass_as_they_are() -> None:
     assert [caption.tolist() for caption in several.captions[0]] == [[1, 2], [3, 4]]
 
 
+def test_a_subset_with_items_of_its_own_keeps_them() -> None:
+    class Captioned(Subset):
+        def __getitem__(self, index: int) -> tuple[Image.Image, str]:
+            number, name = self.dataset[self.indices[index]]
+            return image(number), f"a sketch of a {name}"
+
+        def __getitems__(self, indices: list[int]) -> list[tuple[Image.Image, str]]:
+            return [self[index] for index in indices]
+
+    pairs = as_pairs(Subset(Captioned([(7, "cat"), (8, "dog"), (9, "owl")], [2, 1]), [1]), "pets")
+    assert pairs.captions == [("a sketch of a dog",)]
+    assert pairs.image(0).getpixel((0, 0)) == (8, 8, 8)
+
+
+@pytest.mark.parametrize(("indices", "kind"), [([True, False, True], "a mask"), ([0.0, 1.0], "of the type float64")])
+def test_indices_that_are_no_numbers_of_items_are_refused(indices: list[float], kind: str) -> None:
+    for items in (cats_and_dogs(), as_pairs(cats_and_dogs(), "pets")):
+        with pytest.raises(InputError, match=rf"indices of pets, .* are {kind}; .*np\.flatnonzero\(mask\)"):
+            as_pairs(Subset(items, indices), "pets")
+    assert as_pairs(Subset(cats_and_dogs(), list(torch.tensor([2, 1]))), "pets").ids == ["2", "1"]
+
+
 def test_repeated_captions_become_classes_with_short_names() -> None:
     pairs = as_pairs(cats_and_dogs(), "pets")
     assert pairs.classes == ("cat", "dog")
