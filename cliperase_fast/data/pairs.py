@@ -340,7 +340,7 @@ def _captions(caption: Any, base: Any, where: str, intake: Intake) -> tuple[Any,
             remedy = "give a text" if isinstance(text, str) else "give a str, a list of str, or token ids as a tensor"
             intake.fault(fault[0], f"{where} {fault[1]}; {remedy}")
             return None
-    return tuple(str(text) for text in texts)
+    return tuple(str.__str__(text).strip() for text in texts)  # str() of an enum would be its name
 
 
 def _token_captions(caption: Tensor | np.ndarray, where: str, intake: Intake) -> tuple[Tensor, ...] | None:

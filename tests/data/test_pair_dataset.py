@@ -3,6 +3,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterator
 from dataclasses import replace
+from enum import Enum
 
 import numpy as np
 import pytest
@@ -52,6 +53,14 @@ def test_token_ids_pass_as_they_are() -> None:
     assert pairs.classes is None
     several = as_pairs([(pixels, torch.tensor([[1, 2], [3, 4]]))], "tokens")
     assert [caption.tolist() for caption in several.captions[0]] == [[1, 2], [3, 4]]
+
+
+def test_captions_are_the_text_that_is_meant() -> None:
+    class Animal(str, Enum):
+        CAT = "a cat"
+
+    pairs = as_pairs([(image(), Animal.CAT), (image(), "a cat\n"), (image(), [" a cat", "a pet"])], "pets")
+    assert pairs.captions == [("a cat",), ("a cat",), ("a cat", "a pet")]
 
 
 def test_a_subset_with_items_of_its_own_keeps_them() -> None:
