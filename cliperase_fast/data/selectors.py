@@ -109,15 +109,18 @@ def _by_class(pairs: PairDataset, value: str) -> np.ndarray:
     by_name: dict[str, list[int]] = {}
     for number, name in enumerate(names):
         by_name.setdefault(folded(readable(name)), []).append(number)
-    by_prompt = {folded(prompt): number for number, prompts in enumerate(pairs.space.prompts) for prompt in prompts}
+    by_prompt: dict[str, set[int]] = {}  # a caption may stand for several classes
+    for number, prompts in enumerate(pairs.space.prompts):
+        for prompt in prompts:
+            by_prompt.setdefault(folded(prompt), set()).add(number)
 
     def find(text: str) -> int | None:
         if text in names:
             return names.index(text)
-        same = by_name.get(folded(readable(text)), [])
+        same = by_name.get(folded(readable(text))) or sorted(by_prompt.get(folded(text), ()))
         if len(same) > 1:
             raise InputError(f"{text!r} could be any of the classes {_listed([names[number] for number in same])}")
-        return same[0] if same else by_prompt.get(folded(text))
+        return same[0] if same else None
 
     whole = find(value.strip())  # a class name may contain a comma
     wanted: list[int] = []

@@ -122,6 +122,13 @@ def test_mistakes_in_a_file_of_ids_are_named(tmp_path: Path, pairs: PairDataset)
     with pytest.raises(InputError, match=r"ids\.txt is empty"):
         select(pairs, f"ids:{file}")
     file.write_text("3\nx.png\ny.png\n")
+def test_a_caption_of_several_classes_is_refused_as_the_name_of_one() -> None:
+    pairs = as_pairs([(None, [name, "Animal"]) for name in ("cat", "dog") * 2] + [(None, "car")] * 2, "x")
+    with pytest.raises(InputError, match="'animal' could be any of the classes 'cat', 'dog'"):
+        select(pairs, "class:animal")
+    assert select(pairs, "caption:animal").tolist() == [True] * 4 + [False] * 2
+
+
     with pytest.raises(InputError, match=r"2 of the 3 ids in .* are not in things: 'x\.png', 'y\.png'; .*like '0'"):
         select(pairs, f"ids:{file}")
     file.write_text("\n".join(pairs.ids))
