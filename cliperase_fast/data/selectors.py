@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import re
+import unicodedata
 from fnmatch import fnmatchcase
+from functools import cache
 
 import numpy as np
 
@@ -15,6 +17,12 @@ from cliperase_fast.errors import InputError
 from cliperase_fast.plurals import counted
 from cliperase_fast.reading import read_lines, user_path
 
+# Scripts without spaces between words: Thai, Lao, Burmese, Khmer, Japanese and Chinese.
+_UNDIVIDED = (
+    "\u0e01-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3041-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    "\uff66-\uff9f\U00020000-\U0003ffff"
+)
+_ALIKE = str.maketrans({"\u2019": "'", "\u02bc": "'", "\u2010": "-", "\u2011": "-", "\xad": None})
 _KINDS = {"class": "class:NAME,NAME", "caption": "caption:WORD,SYNONYM", "ids": "ids:FILE"}
 
 
@@ -61,7 +69,8 @@ def select(pairs: PairDataset, selector: str, *, other: PairDataset | None = Non
 
     class:a,b    pairs of these classes, by name (in any case, with spaces or underscores) or by a caption of the class;
                  "*", "?" and "[0-4]" stand for parts of names, as in file names, where no class is called so literally
-    caption:a,b  images with a caption that contains one of these words or phrases as whole words, in any case
+    caption:a,b  images with a caption that contains one of these words or phrases as whole words, in any case;
+                 of scripts without spaces between words, such as Chinese, at any place
     ids:FILE     the ids in a text file, one per line
 
     other: the other split of the same source, whose ids the file may list too.
@@ -157,9 +166,9 @@ def _listed(names: list[str] | tuple[str, ...]) -> str:
 
 
 def _by_caption(pairs: PairDataset, value: str) -> np.ndarray:
-    phrases = [r"\s+".join(map(re.escape, folded(part).split())) for part in value.split(",") if part.strip()]
-    # Not \b: it would never match at the end of a phrase like "c++".
-    pattern = re.compile(rf"(?<!\w)(?:{'|'.join(phrases)})(?!\w)")
+    phrases = {part.strip(): _phrase(part) for part in value.split(",") if part.strip()}
+    pattern = re.compile("|".join(phrases.values()))
+    in_ascii = re.compile(rf"(?<!\w)(?:{'|'.join(map(_words, phrases))})(?!\w)")  # the same there, and much faster
     known: dict[str, bool] = {}
 
     def matches(caption: object) -> bool:
@@ -168,10 +177,47 @@ def _by_caption(pairs: PairDataset, value: str) -> np.ndarray:
                 f"captions of {pairs.name} are token ids, which 'caption:{value}' cannot search; use ids:FILE"
             )
         if caption not in known:
-            known[caption] = pattern.search(folded(caption)) is not None
+            text = _searchable(caption)
+            known[caption] = (in_ascii if text.isascii() else pattern).search(text) is not None
         return known[caption]
 
-    return np.array([any(matches(caption) for caption in captions) for captions in pairs.captions], dtype=bool)
+    mask = np.array([any(matches(caption) for caption in captions) for captions in pairs.captions], dtype=bool)
+    for part, phrase in phrases.items():
+        if "*" in part and mask.any() and not any(re.search(phrase, _searchable(caption)) for caption in known):
+            raise InputError(
+                f"no caption of {pairs.name} contains {part!r}: '*' stands for parts of names of classes only, so list "
+                "the words that are meant, as in 'caption:dog,dogs'"
+            )
+    return mask
+
+
+def _searchable(text: str) -> str:
+    return folded(text) if text.isascii() else folded(text).translate(_ALIKE)
+
+
+def _words(text: str) -> str:
+    """Return a pattern of the words of a text, with any space between them."""
+    return r"\s+".join(map(re.escape, _searchable(text).split()))
+
+
+def _phrase(text: str) -> str:
+    """Return a pattern of a text that is not inside of a longer word.
+
+    Where words are not divided by spaces, as in Chinese, any place will do.
+    """
+    # Not \b: it would never match at the end of a phrase like "c++".
+    start, end = (
+        "" if re.match(f"[{_UNDIVIDED}]", edge) else rf"(?{sign}[^\W{_UNDIVIDED}])"
+        for sign, edge in (("<!", text[0]), ("!", text[-1]))
+    )
+    return rf"{start}(?<!{_mark()}){_words(text)}(?!{_mark()}){end}"
+
+
+@cache
+def _mark() -> str:
+    """Return a pattern of the signs that continue a word without being letters, such as the vowels of Hindi."""
+    signs = (chr(code) for code in range(0x20000) if not 0xFE00 <= code <= 0xFE0F)  # those choose a picture or a letter
+    return f"[{''.join(sign for sign in signs if unicodedata.category(sign) in ('Mn', 'Mc'))}]"
 
 
 def _by_ids(pairs: PairDataset, value: str, other: PairDataset | None) -> np.ndarray:
