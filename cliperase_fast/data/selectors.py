@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import re
 import unicodedata
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 
@@ -226,8 +228,8 @@ def _by_ids(pairs: PairDataset, value: str, other: PairDataset | None) -> np.nda
     wanted = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not wanted:
         raise InputError(f"the file of ids {path} is empty; write one id on each line")
-    have = set(pairs.ids)
-    elsewhere = set() if other is None else set(other.ids)
+    have = {name: row for row, name in enumerate(pairs.ids)}
+    elsewhere = {} if other is None else {name: row for row, name in enumerate(other.ids)}
     unknown = [name for name in wanted if name not in have and name not in elsewhere]
     if unknown:
         example = f"; ids there look like {pairs.ids[0]!r}" if pairs.ids else ""
@@ -236,5 +238,19 @@ def _by_ids(pairs: PairDataset, value: str, other: PairDataset | None) -> np.nda
             f"{_listed(unknown[:3])}"
             f"{' ...' if len(unknown) > 3 else ''}{example}"
         )
+    if other is not None:
+        in_both = ((name, have[name], elsewhere[name]) for name in wanted if name in have and name in elsewhere)
+        _require_same(pairs, other, in_both, path)
     chosen = set(wanted)
     return np.array([name in chosen for name in pairs.ids], dtype=bool)
+
+
+def _require_same(pairs: PairDataset, other: PairDataset, rows: Iterable[tuple[str, int, int]], path: Path) -> None:
+    """Raise `InputError` if an id names different images. rows: of each id, in `pairs` and in `other`."""
+    for name, row, other_row in rows:
+        one, another = (part.store.identity(int(part.positions[at])) for part, at in ((pairs, row), (other, other_row)))
+        if one != another:
+            raise InputError(
+                f"the id {name!r} in {path} names an image of {pairs.name} and another one of {other.name}: give each "
+                "image an id of its own"
+            )

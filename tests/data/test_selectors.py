@@ -169,6 +169,18 @@ def test_a_file_of_ids_may_hold_those_of_the_other_split(tmp_path: Path) -> None
         select(source.train, f"ids:{file}")
 
 
+def test_an_id_of_two_images_is_refused(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "t.tsv").write_text("filepath\ttitle\n1.png\ta dog\n2.png\ta cat\n")
+    file = tmp_path / "ids.txt"
+    file.write_text("2.png\n")
+    train, again, test = (open_source(f"csv:{tmp_path}/{split}/t.tsv").train for split in ("train", "train", "test"))
+    assert select(train, f"ids:{file}", other=again).tolist() == [False, True]
+    with pytest.raises(InputError, match=r"'2\.png' in .*ids\.txt names an image of .*test/t\.tsv and another one of"):
+        select(test, f"ids:{file}", other=train)
+
+
 @pytest.mark.parametrize(
     ("pattern", "expected"),
     [
