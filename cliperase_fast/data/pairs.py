@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 
 from cliperase_fast.data.classes import GENERAL, ClassSpace, derive_classes, merge_classes
 from cliperase_fast.data.drawing import is_redrawn, seeded
-from cliperase_fast.data.images import ImageStore, ItemStore, JoinedStore
+from cliperase_fast.data.images import ImageStore, ItemStore, JoinedStore, content_key
 from cliperase_fast.data.intake import Intake, caption_fault
 from cliperase_fast.errors import InputError
 
@@ -239,8 +239,9 @@ def as_pairs(dataset: Any, name: str, *, on_error: str = "raise") -> PairDataset
     wanted = np.arange(length) if indices is None else np.where(indices < 0, indices + length, indices)
     captions: list[tuple[Any, ...]] = []
     kept: list[int] = []
+    store = ItemStore(base, name)
     for index in map(int, wanted):
-        found = _read_captions(base, index, name, intake)
+        found = _read_captions(store, index, intake)
         if found is not None:
             captions.append(found)
             kept.append(index)
@@ -250,8 +251,9 @@ def as_pairs(dataset: Any, name: str, *, on_error: str = "raise") -> PairDataset
     _check_one_kind(captions, positions, name)
     labels, space = derive_classes(captions) or (None, None)
     ids = [str(i) for i in positions]
-    store = ItemStore(base, name)
     store.is_redrawn = is_redrawn(base, positions, name)
+    if store.is_redrawn:
+        store.contents.clear()
     return PairDataset(name, store, captions, ids, labels=labels, space=space, positions=positions, intake=intake)
 
 
@@ -265,8 +267,9 @@ def _length(base: Any, name: str) -> int:
         ) from error
 
 
-def _read_captions(base: Any, index: int, name: str, intake: Intake) -> tuple[Any, ...] | None:
-    """Return the captions of an item; None if it was left out."""
+def _read_captions(store: ItemStore, index: int, intake: Intake) -> tuple[Any, ...] | None:
+    """Return the captions of an item, and tell the store what its image is; None if it was left out."""
+    base, name = store.items, store.name
     try:
         item = base[index]
     except Exception as error:  # the caller's code may raise anything
@@ -282,6 +285,9 @@ def _read_captions(base: Any, index: int, name: str, intake: Intake) -> tuple[An
     if not isinstance(item, (tuple, list)) or len(item) != 2:
         size = f" of {len(item)}" if isinstance(item, (tuple, list)) else ""
         raise InputError(f"item {index} of {name} is a {type(item).__name__}{size}; each item must be (image, caption)")
+    content = content_key(item[0])
+    if content is not None:
+        store.contents[index] = content
     return _captions(item[1], base, f"the caption of item {index} of {name}", intake)
 
 

@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from torch.utils.data import Subset
+from torch.utils.data import Dataset, Subset
 
 from cliperase_fast.data import as_pairs, check_images, concat, open_source, overlap, split
+from cliperase_fast.data.pair_sets import hold_out
 from cliperase_fast.errors import InputError
 
 # --- splitting
@@ -193,6 +194,35 @@ def test_pixels_in_memory_and_decoded_files_do_mix(tmp_path: Path, picture) -> N
     picture(tmp_path / "cat" / "1.png")
     both = concat([open_source(f"folder:{tmp_path}").train, open_source("demo").train.subset([0, 1])])
     assert check_images(both)[0].tolist() == [0, 1, 2]
+
+
+class OneCaptionEach(Dataset):
+    """Images with several captions, an item for each, as many datasets of captions are written."""
+
+    def __init__(self, images: int, captions: list[str]) -> None:
+        self.images, self.captions = images, captions
+
+    def __len__(self) -> int:
+        return self.images * len(self.captions)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, str]:
+        number, which = divmod(index, len(self.captions))
+        return Image.new("RGB", (2, 2), (number, 0, 0)), self.captions[which].format(number)
+
+
+@pytest.mark.parametrize("captions", [["thing {}", "the {}. thing", "{}"], ["a thing", "a photo"]])
+def test_pairs_of_one_image_are_held_out_together(captions: list[str]) -> None:
+    items = OneCaptionEach(20, captions)
+    for data in (items, [items[index] for index in range(len(items))], Subset(items, range(len(items)))):
+        rest, held_out = hold_out(as_pairs(data, "things"), 0.2, seed=3)
+        one, other = ({part.image(row).getpixel((0, 0)) for row in range(len(part))} for part in (rest, held_out))
+        assert len(held_out) == 4 * len(captions) and not one & other
+
+
+def test_a_class_with_a_single_image_is_held_out_in_its_share() -> None:
+    items = [(Image.new("RGB", (2, 2), colour), f"a {colour} square") for colour in ("red", "blue") for _ in range(5)]
+    _, held_out = hold_out(as_pairs(items, "squares"), 0.2, seed=3)
+    assert sorted(caption for (caption,) in held_out.captions) == ["a blue square", "a red square"]
 
 
 # --- overlap
