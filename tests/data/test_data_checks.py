@@ -236,9 +236,9 @@ def test_overlap_of_subsets_is_found_by_position_without_reading(monkeypatch: py
 
 
 def test_overlap_of_torch_subsets_of_one_dataset() -> None:
-    same = Image.new("RGB", (2, 2))
-    items = [(same, "a dog")] * 6
+    items = [(Image.new("RGB", (2, 2), (shade, 0, 0)), "a dog") for shade in (0, 1, 2, 1)]
     assert overlap(as_pairs(Subset(items, [0, 1]), "a"), as_pairs(Subset(items, [2, 1]), "b")).tolist() == [1]
+    assert overlap(as_pairs(Subset(items, [0, 1]), "a"), as_pairs(Subset(items, [2, 3]), "b")).tolist() == [1]
 
 
 def test_overlap_finds_a_file_that_two_sources_name(tmp_path: Path, picture) -> None:
