@@ -16,7 +16,7 @@ from torch import Tensor
 from cliperase_fast.data.decoding import tensor_fault
 from cliperase_fast.data.images import pixel_bytes
 from cliperase_fast.data.intake import ON_ERROR, ItemError
-from cliperase_fast.data.pairs import PairDataset, caption_key
+from cliperase_fast.data.pairs import PairDataset, wording
 from cliperase_fast.errors import InputError
 from cliperase_fast.plurals import counted
 from cliperase_fast.progress import Steps
@@ -137,10 +137,11 @@ def _looked_at(pairs: PairDataset, todo: list[int]) -> Iterator[_Seen]:
 def overlap(first: PairDataset, second: PairDataset) -> np.ndarray:
     """Return the indices into `second`, int64 and sorted, of pairs that `first` has too: same image, a common caption.
 
-    Images from the same place (file, shard member, position in one source or dataset) are the same, and equal images of
-    one dataset of the caller (`ImageStore.content`). Between different collections pixels are compared: each image of
-    either side whose caption also occurs on the other side is decoded once. Images that cannot be read overlap with
-    nothing; `check_images` reports them.
+    Captions that differ only in case and spaces are the same, as most tokenizers read them alike. So are images
+    from the same place (file, shard member, position in one source or dataset), and equal images of one dataset of the
+    caller (`ImageStore.content`). Between different collections pixels are compared: each image of either side whose
+    caption also occurs on the other side is decoded once. Images that cannot be read overlap with nothing;
+    `check_images` reports them.
     """
     mine = _by_identity(first)
     found = []
@@ -190,7 +191,7 @@ def _image_keys(pairs: PairDataset, position: int) -> set[Hashable]:
 
 
 def _keys(captions: tuple[Any, ...]) -> set[Any]:
-    return {caption if isinstance(caption, str) else caption_key(caption) for caption in captions}
+    return set(map(wording, captions))
 
 
 def _digest(pairs: PairDataset, index: int) -> str | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cliperase_fast.data.checks import check_images, overlap, split
 from cliperase_fast.data.intake import Intake, Tally
-from cliperase_fast.data.pairs import PairDataset, as_pairs, caption_key
+from cliperase_fast.data.pairs import PairDataset, as_pairs, wording
 from cliperase_fast.data.selectors import parse_reference, select, select_holdouts
 from cliperase_fast.data.source_types import Source
 from cliperase_fast.data.sources import open_source, require_indexed
@@ -361,7 +361,7 @@ def _by_captions(pairs: PairDataset, forget: PairDataset, retain: PairDataset, n
     """Return which pairs are forget pairs if only datasets were given: by captions that only forget pairs have."""
     wanted = _captions(forget) - _captions(retain)
     mask = np.array(
-        [any(caption_key(caption) in wanted for caption in captions) for captions in pairs.captions], dtype=bool
+        [any(wording(caption) in wanted for caption in captions) for captions in pairs.captions], dtype=bool
     )
     if mask.all() or not mask.any():
         raise InputError(
@@ -372,7 +372,7 @@ def _by_captions(pairs: PairDataset, forget: PairDataset, retain: PairDataset, n
 
 
 def _captions(pairs: PairDataset) -> set[Any]:
-    return {caption_key(caption) for captions in pairs.captions for caption in captions}
+    return {wording(caption) for captions in pairs.captions for caption in captions}
 
 
 def _image_kind(pairs: PairDataset) -> str:

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset
 
-from cliperase_fast.data.classes import GENERAL, ClassSpace, derive_classes, merge_classes
+from cliperase_fast.data.classes import GENERAL, ClassSpace, derive_classes, folded, merge_classes
 from cliperase_fast.data.drawing import is_redrawn, seeded
 from cliperase_fast.data.images import ImageStore, ItemStore, JoinedStore, content_key
 from cliperase_fast.data.intake import Intake, caption_fault
@@ -22,6 +22,11 @@ from cliperase_fast.errors import InputError
 def caption_key(caption: Any) -> Any:
     """Return a key that is equal for equal captions: the text, or the token ids."""
     return caption if isinstance(caption, str) else tuple(caption.tolist())
+
+
+def wording(caption: Any) -> Any:
+    """Return a key that is equal for captions that say the same: texts in any case and spacing, or token ids."""
+    return " ".join(folded(caption).split()) if isinstance(caption, str) else caption_key(caption)
 
 
 class PairDataset(Dataset):

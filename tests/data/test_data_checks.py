@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.data import Dataset, Subset
 
 from cliperase_fast.data import as_pairs, check_images, concat, open_source, overlap, split
-from cliperase_fast.data.pair_sets import hold_out
+from cliperase_fast.data.pair_sets import Opener, hold_out, open_pair_sets
 from cliperase_fast.errors import InputError
 
 # --- splitting
@@ -256,6 +256,24 @@ def test_overlap_of_lists_compares_pixels_where_captions_agree() -> None:
     forget = as_pairs([(solid(1), "a dog"), (solid(2), ["a cat", "a pet"])], "forget")
     retain = as_pairs([(solid(2), "a pet"), (solid(1), "a cat"), (solid(3), "a dog"), (solid(1), "a dog")], "retain")
     assert overlap(forget, retain).tolist() == [0, 3]
+
+
+def test_overlap_knows_captions_in_another_case_and_spacing() -> None:
+    forget = as_pairs([(Image.new("RGB", (2, 2)), "a big dog")], "forget")
+    captions = ["A big  Dog", "a big\ndog", "a bigdog", "a big dog."]
+    retain = as_pairs([(Image.new("RGB", (2, 2)), caption) for caption in captions], "retain")
+    assert overlap(forget, retain).tolist() == [0, 1]
+
+
+def test_test_pairs_are_forget_pairs_by_captions_in_any_case() -> None:
+    def shown(*captions: str) -> list[tuple[Image.Image, str]]:
+        return [(Image.new("RGB", (2, 2), (shade, 0, 0)), caption) for shade, caption in enumerate(captions)]
+
+    sets = open_pair_sets(
+        shown("a dog"), shown("a cat", "an owl"), shown("A dog", "a dog", "An owl"), Opener(), overlap_policy="error",
+        test_fraction=0.2,
+    )  # fmt: skip
+    assert sets.test is not None and [part.ids for part in sets.test] == [["0", "1"], ["2"]]
 
 
 def test_overlap_compares_tensors_and_token_captions() -> None:
