@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, Subset
+from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
 
 from cliperase_fast.data.classes import GENERAL, ClassSpace, derive_classes, folded, merge_classes
 from cliperase_fast.data.drawing import is_redrawn, seeded
@@ -218,12 +218,14 @@ def as_pairs(dataset: Any, name: str, *, on_error: str = "raise") -> PairDataset
     caption: a str, a list of str, or token ids as an integer tensor [L] (or [k, L] for k captions).
     on_error: "raise" refuses the first item that cannot be used, "skip" leaves such items out and counts them in
     the result's `intake`.
-    A `PairDataset` is returned as it is, and a torch `Subset` of one keeps all it knows. Captions are read here once,
-    through `dataset[i]` for every i, so a dataset that decodes images decodes all of them. A dataset that augments its
-    images gives different ones in every training step and the same one everywhere else. Few and repeated captions (at
-    most 1000 different ones, and at most half as many as pairs) become classes.
+    A `PairDataset` is returned as it is, and a torch `Subset` or `ConcatDataset` of some keeps all they know. Captions
+    are read here once, through `dataset[i]` for every i, so a dataset that decodes images decodes all of them. One that
+    augments its images gives different ones in every training step and the same one everywhere else. Few and repeated
+    captions (at most 1000 different ones, and at most half as many as pairs) become classes.
     """
     base, indices = _unwrap(dataset, name)
+    if _joins_pairs(base, name):
+        base = concat([as_pairs(part, name) for part in base.datasets])  # whose items have one caption each
     if isinstance(base, PairDataset):
         return base if indices is None else base.subset(indices)
     if isinstance(base, IterableDataset) or not (hasattr(base, "__len__") and hasattr(base, "__getitem__")):
@@ -327,6 +329,14 @@ def _unwrap(dataset: Any, name: str) -> tuple[Any, np.ndarray | None]:
         indices = inner if indices is None else inner[indices]
         dataset = dataset.dataset
     return dataset, indices
+
+
+def _joins_pairs(dataset: Any, name: str) -> bool:
+    """Return whether this is a torch ConcatDataset of `PairDataset`s only."""
+    if not isinstance(dataset, ConcatDataset) or type(dataset).__getitem__ is not ConcatDataset.__getitem__:
+        return False
+    parts = [_unwrap(part, name)[0] for part in dataset.datasets]
+    return all(isinstance(part, PairDataset) or _joins_pairs(part, name) for part in parts)
 
 
 def _captions(caption: Any, base: Any, where: str, intake: Intake) -> tuple[Any, ...] | None:

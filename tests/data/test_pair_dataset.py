@@ -77,6 +77,16 @@ def test_a_subset_with_items_of_its_own_keeps_them() -> None:
     assert pairs.image(0).getpixel((0, 0)) == (8, 8, 8)
 
 
+def test_data_sets_that_torch_joins_keep_all_captions() -> None:
+    first = as_pairs([(image(1), ["a cat", "a pet"]), (image(2), "a dog")], "first")
+    joined = first + Subset(as_pairs([(image(3), ["an owl", "a bird"]), (image(4), "x")], "second"), [0])
+    pairs = as_pairs(joined, "both")
+    assert pairs.captions == [("a cat", "a pet"), ("a dog",), ("an owl", "a bird")]
+    assert [pairs.image(row).getpixel((0, 0))[0] for row in range(3)] == [1, 2, 3]
+    assert as_pairs(Subset(joined, [2, 0]), "some").captions == [("an owl", "a bird"), ("a cat", "a pet")]
+    assert as_pairs(joined + first, "all").captions == [*pairs.captions, *first.captions]
+
+
 @pytest.mark.parametrize(("indices", "kind"), [([True, False, True], "a mask"), ([0.0, 1.0], "of the type float64")])
 def test_indices_that_are_no_numbers_of_items_are_refused(indices: list[float], kind: str) -> None:
     for items in (cats_and_dogs(), as_pairs(cats_and_dogs(), "pets")):
