@@ -187,7 +187,7 @@ def _by_identity(pairs: PairDataset) -> dict[Any, set[Any]]:
 
 
 def _image_keys(pairs: PairDataset, position: int) -> set[Hashable]:
-    return {pairs.store.identity(position), pairs.store.content(position)}
+    return {pairs.store.identity(position), pairs.store.content(position)} - {None}
 
 
 def _keys(captions: tuple[Any, ...]) -> set[Any]:

@@ -39,8 +39,8 @@ class ImageStore:
         raise NotImplementedError
 
     def content(self, position: int) -> Hashable:
-        """Return a key that is equal for equal images where that is known without reading them, else the identity."""
-        return self.identity(position)
+        """Return a key that is equal for equal images, of any store; None where that takes more than a look-up."""
+        return None
 
     def decoded(self, position: int) -> bool:
         """Return whether the pixels are already in memory, so that reading them cannot fail."""
@@ -93,6 +93,9 @@ class FileStore(ImageStore):
 
     def identity(self, position: int) -> Hashable:
         return "file", os.path.realpath(self.paths[position])
+
+    def content(self, position: int) -> Hashable:
+        return "path", os.path.normpath(self.paths[position])
 
 
 class TarStore(ImageStore):
@@ -161,7 +164,7 @@ class ItemStore(ImageStore):
         return self.origin(position), position
 
     def content(self, position: int) -> Hashable:
-        return self.contents.get(position, self.identity(position))
+        return self.contents.get(position)
 
     def thread_safe(self) -> bool:
         return False
@@ -218,7 +221,8 @@ def content_key(image: Any) -> Hashable:
     if isinstance(image, ImageFile.ImageFile):  # not decoded yet, which takes longer than everything else here
         return ("file", os.path.realpath(image.filename)) if image.filename else None
     try:
-        return hashlib.sha256(pixel_bytes(item_image(image, "an image"))).digest()
+        plain = isinstance(image, Image.Image) and image.mode == "RGB" and not image.info  # there is nothing to convert
+        return hashlib.sha256(pixel_bytes(image if plain else item_image(image, "an image"))).digest()
     except Exception:  # neither an image nor a tensor with values; its use says so
         return None
 

@@ -250,7 +250,7 @@ def hold_out(pairs: PairDataset, fraction: float, seed: int) -> tuple[PairDatase
 
 def _rows_of_images(pairs: PairDataset) -> list[list[int]]:
     """Return the rows of each image, in order; of a class with a single one, each row by itself."""
-    contents = [pairs.store.content(int(position)) for position in pairs.positions]
+    contents = [pairs.store.content(at) or ("position", at) for at in pairs.positions.tolist()]
     labels = [0] * len(pairs) if pairs.labels is None else pairs.labels.tolist()
     of_class: dict[int, set[Hashable]] = {}
     for label, content in zip(labels, contents, strict=True):
