@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from torch import Tensor
 from cliperase_fast.data.decoding import tensor_fault
 from cliperase_fast.data.images import pixel_bytes
 from cliperase_fast.data.intake import ON_ERROR, ItemError
-from cliperase_fast.data.pairs import PairDataset, caption_key
+from cliperase_fast.data.pairs import PairDataset, wording
 from cliperase_fast.errors import InputError
 from cliperase_fast.plurals import counted
 from cliperase_fast.progress import Steps
@@ -137,9 +137,11 @@ def _looked_at(pairs: PairDataset, todo: list[int]) -> Iterator[_Seen]:
 def overlap(first: PairDataset, second: PairDataset) -> np.ndarray:
     """Return the indices into `second`, int64 and sorted, of pairs that `first` has too: same image, a common caption.
 
-    Images from the same place (file, shard member, position in one source or dataset) are the same. Between different
-    collections pixels are compared: each image of either side whose caption also occurs on the other side is decoded
-    once. Images that cannot be read overlap with nothing; `check_images` reports them.
+    Captions that differ only in case and spaces are the same, as most tokenizers read them alike. So are images
+    from the same place (file, shard member, position in one source or dataset), and equal images of one dataset of the
+    caller (`ImageStore.content`). Between different collections pixels are compared: each image of either side whose
+    caption also occurs on the other side is decoded once. Images that cannot be read overlap with nothing;
+    `check_images` reports them.
     """
     mine = _by_identity(first)
     found = []
@@ -153,7 +155,7 @@ def overlap(first: PairDataset, second: PairDataset) -> np.ndarray:
         if not keys:
             continue
         position = int(second.positions[index])
-        if keys & mine.get(second.store.identity(position), set()):
+        if any(keys & mine.get(key, set()) for key in _image_keys(second, position)):
             found.append(index)
             continue
         for key in keys:
@@ -179,12 +181,17 @@ def _same_pixels(first: PairDataset, second: PairDataset, unknown: dict[Any, lis
 def _by_identity(pairs: PairDataset) -> dict[Any, set[Any]]:
     known: dict[Any, set[Any]] = {}
     for position, captions in zip(pairs.positions, pairs.captions, strict=True):
-        known.setdefault(pairs.store.identity(int(position)), set()).update(_keys(captions))
+        for key in _image_keys(pairs, int(position)):
+            known.setdefault(key, set()).update(_keys(captions))
     return known
 
 
+def _image_keys(pairs: PairDataset, position: int) -> set[Hashable]:
+    return {pairs.store.identity(position), pairs.store.content(position)} - {None}
+
+
 def _keys(captions: tuple[Any, ...]) -> set[Any]:
-    return {caption if isinstance(caption, str) else caption_key(caption) for caption in captions}
+    return set(map(wording, captions))
 
 
 def _digest(pairs: PairDataset, index: int) -> str | None:

@@ -71,6 +71,11 @@ def name_numbers(count: int, file: str, root: Path, where: str) -> list[str]:
             names = [name for _, name in sorted((int(key), name) for key, name in split)]
         elif len(keys) == len(lines) and all(WORDNET.fullmatch(key) for key in keys):
             names = [name for _, name in split]
+        elif keys and len(keys) == len(lines) and all(re.fullmatch(r"\d+\W?", key) for key in keys):
+            raise InputError(
+                f"the lines of the file of class names {path} begin with numbers other than 0 to {len(lines) - 1} (the "
+                f"first is {lines[0]!r}), which would be parts of the names: number them from 0, or remove the numbers"
+            )
         else:
             names = lines
     if len(names) < count:

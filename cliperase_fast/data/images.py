@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import hashlib
 import io
 import os
 from collections.abc import Hashable, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 from torch import Tensor
 
 from cliperase_fast.data.decoding import MAX_IMAGE_BYTES, decode, item_image
@@ -36,6 +37,10 @@ class ImageStore:
     def identity(self, position: int) -> Hashable:
         """Return a key that is equal for the same image, even if it was opened twice."""
         raise NotImplementedError
+
+    def content(self, position: int) -> Hashable:
+        """Return a key that is equal for equal images, of any store; None where that takes more than a look-up."""
+        return None
 
     def decoded(self, position: int) -> bool:
         """Return whether the pixels are already in memory, so that reading them cannot fail."""
@@ -89,6 +94,9 @@ class FileStore(ImageStore):
     def identity(self, position: int) -> Hashable:
         return "file", os.path.realpath(self.paths[position])
 
+    def content(self, position: int) -> Hashable:
+        return "path", os.path.normpath(self.paths[position])
+
 
 class TarStore(ImageStore):
     """Members of uncompressed tar files, read at their offsets."""
@@ -132,6 +140,7 @@ class ItemStore(ImageStore):
 
     def __init__(self, items: Any, name: str) -> None:
         self.items, self.name = items, name
+        self.contents: dict[int, Hashable] = {}  # by position, filled by `as_pairs`
 
     def __len__(self) -> int:
         return len(self.items)
@@ -153,6 +162,9 @@ class ItemStore(ImageStore):
 
     def identity(self, position: int) -> Hashable:
         return self.origin(position), position
+
+    def content(self, position: int) -> Hashable:
+        return self.contents.get(position)
 
     def thread_safe(self) -> bool:
         return False
@@ -189,6 +201,10 @@ class JoinedStore(ImageStore):
         store, inner = self._find(position)
         return store.identity(inner)
 
+    def content(self, position: int) -> Hashable:
+        store, inner = self._find(position)
+        return store.content(inner)
+
     def decoded(self, position: int) -> bool:
         store, inner = self._find(position)
         return store.decoded(inner)
@@ -198,6 +214,17 @@ class JoinedStore(ImageStore):
 
     def redrawn(self) -> bool:
         return any(store.redrawn() for store in self.stores)
+
+
+def content_key(image: Any) -> Hashable:
+    """Return a key that is equal for equal images of the caller; None where it is not known."""
+    if isinstance(image, ImageFile.ImageFile):  # not decoded yet, which takes longer than everything else here
+        return ("file", os.path.realpath(image.filename)) if image.filename else None
+    try:
+        plain = isinstance(image, Image.Image) and image.mode == "RGB" and not image.info  # there is nothing to convert
+        return hashlib.sha256(pixel_bytes(image if plain else item_image(image, "an image"))).digest()
+    except Exception:  # neither an image nor a tensor with values; its use says so
+        return None
 
 
 def pixel_bytes(image: Image.Image | Tensor) -> bytes:

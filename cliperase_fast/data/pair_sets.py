@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cliperase_fast.data.checks import check_images, overlap, split
 from cliperase_fast.data.intake import Intake, Tally
-from cliperase_fast.data.pairs import PairDataset, as_pairs, caption_key
+from cliperase_fast.data.pairs import PairDataset, as_pairs, wording
 from cliperase_fast.data.selectors import parse_reference, select, select_holdouts
 from cliperase_fast.data.source_types import Source
 from cliperase_fast.data.sources import open_source, require_indexed
@@ -239,11 +239,26 @@ def require_one_kind(first: PairDataset, second: PairDataset) -> None:
 
 
 def hold_out(pairs: PairDataset, fraction: float, seed: int) -> tuple[PairDataset, PairDataset]:
-    """Return (rest, held out). A single pair is in both."""
+    """Return (rest, held out). A single pair is in both. Pairs of one image stay together, where that is known."""
     if len(pairs) < 2:
         return pairs, pairs
-    rest, held_out = split(pairs, fraction, seed)
-    return pairs.subset(rest), pairs.subset(held_out)
+    images = _rows_of_images(pairs)
+    _, chosen = split(pairs.subset([rows[0] for rows in images]), fraction, seed)
+    held_out = np.sort(np.concatenate([images[image] for image in chosen]))
+    return pairs.without(held_out), pairs.subset(held_out)
+
+
+def _rows_of_images(pairs: PairDataset) -> list[list[int]]:
+    """Return the rows of each image, in order; of a class with a single one, each row by itself."""
+    contents = [pairs.store.content(at) or ("position", at) for at in pairs.positions.tolist()]
+    labels = [0] * len(pairs) if pairs.labels is None else pairs.labels.tolist()
+    of_class: dict[int, set[Hashable]] = {}
+    for label, content in zip(labels, contents, strict=True):
+        of_class.setdefault(label, set()).add(content)
+    rows: dict[Hashable, list[int]] = {}
+    for row, (label, content) in enumerate(zip(labels, contents, strict=True)):
+        rows.setdefault(content if len(of_class[label]) > 1 else ("row", row), []).append(row)
+    return list(rows.values())
 
 
 def _require_some(pairs: PairDataset, name: str) -> None:
@@ -346,7 +361,7 @@ def _by_captions(pairs: PairDataset, forget: PairDataset, retain: PairDataset, n
     """Return which pairs are forget pairs if only datasets were given: by captions that only forget pairs have."""
     wanted = _captions(forget) - _captions(retain)
     mask = np.array(
-        [any(caption_key(caption) in wanted for caption in captions) for captions in pairs.captions], dtype=bool
+        [any(wording(caption) in wanted for caption in captions) for captions in pairs.captions], dtype=bool
     )
     if mask.all() or not mask.any():
         raise InputError(
@@ -357,7 +372,7 @@ def _by_captions(pairs: PairDataset, forget: PairDataset, retain: PairDataset, n
 
 
 def _captions(pairs: PairDataset) -> set[Any]:
-    return {caption_key(caption) for captions in pairs.captions for caption in captions}
+    return {wording(caption) for captions in pairs.captions for caption in captions}
 
 
 def _image_kind(pairs: PairDataset) -> str:

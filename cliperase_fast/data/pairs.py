@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, Subset
+from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
 
-from cliperase_fast.data.classes import GENERAL, ClassSpace, derive_classes, merge_classes
+from cliperase_fast.data.classes import GENERAL, ClassSpace, derive_classes, folded, merge_classes
 from cliperase_fast.data.drawing import is_redrawn, seeded
-from cliperase_fast.data.images import ImageStore, ItemStore, JoinedStore
+from cliperase_fast.data.images import ImageStore, ItemStore, JoinedStore, content_key
 from cliperase_fast.data.intake import Intake, caption_fault
 from cliperase_fast.errors import InputError
 
@@ -22,6 +22,11 @@ from cliperase_fast.errors import InputError
 def caption_key(caption: Any) -> Any:
     """Return a key that is equal for equal captions: the text, or the token ids."""
     return caption if isinstance(caption, str) else tuple(caption.tolist())
+
+
+def wording(caption: Any) -> Any:
+    """Return a key that is equal for captions that say the same: texts in any case and spacing, or token ids."""
+    return " ".join(folded(caption).split()) if isinstance(caption, str) else caption_key(caption)
 
 
 class PairDataset(Dataset):
@@ -213,12 +218,14 @@ def as_pairs(dataset: Any, name: str, *, on_error: str = "raise") -> PairDataset
     caption: a str, a list of str, or token ids as an integer tensor [L] (or [k, L] for k captions).
     on_error: "raise" refuses the first item that cannot be used, "skip" leaves such items out and counts them in
     the result's `intake`.
-    A `PairDataset` is returned as it is, and a torch `Subset` of one keeps all it knows. Captions are read here once,
-    through `dataset[i]` for every i, so a dataset that decodes images decodes all of them. A dataset that augments its
-    images gives different ones in every training step and the same one everywhere else. Few and repeated captions (at
-    most 1000 different ones, and at most half as many as pairs) become classes.
+    A `PairDataset` is returned as it is, and a torch `Subset` or `ConcatDataset` of some keeps all they know. Captions
+    are read here once, through `dataset[i]` for every i, so a dataset that decodes images decodes all of them. One that
+    augments its images gives different ones in every training step and the same one everywhere else. Few and repeated
+    captions (at most 1000 different ones, and at most half as many as pairs) become classes.
     """
-    base, indices = _unwrap(dataset)
+    base, indices = _unwrap(dataset, name)
+    if _joins_pairs(base, name):
+        base = concat([as_pairs(part, name) for part in base.datasets])  # whose items have one caption each
     if isinstance(base, PairDataset):
         return base if indices is None else base.subset(indices)
     if isinstance(base, IterableDataset) or not (hasattr(base, "__len__") and hasattr(base, "__getitem__")):
@@ -239,8 +246,9 @@ def as_pairs(dataset: Any, name: str, *, on_error: str = "raise") -> PairDataset
     wanted = np.arange(length) if indices is None else np.where(indices < 0, indices + length, indices)
     captions: list[tuple[Any, ...]] = []
     kept: list[int] = []
+    store = ItemStore(base, name)
     for index in map(int, wanted):
-        found = _read_captions(base, index, name, intake)
+        found = _read_captions(store, index, intake)
         if found is not None:
             captions.append(found)
             kept.append(index)
@@ -250,8 +258,9 @@ def as_pairs(dataset: Any, name: str, *, on_error: str = "raise") -> PairDataset
     _check_one_kind(captions, positions, name)
     labels, space = derive_classes(captions) or (None, None)
     ids = [str(i) for i in positions]
-    store = ItemStore(base, name)
     store.is_redrawn = is_redrawn(base, positions, name)
+    if store.is_redrawn:
+        store.contents.clear()
     return PairDataset(name, store, captions, ids, labels=labels, space=space, positions=positions, intake=intake)
 
 
@@ -265,8 +274,9 @@ def _length(base: Any, name: str) -> int:
         ) from error
 
 
-def _read_captions(base: Any, index: int, name: str, intake: Intake) -> tuple[Any, ...] | None:
-    """Return the captions of an item; None if it was left out."""
+def _read_captions(store: ItemStore, index: int, intake: Intake) -> tuple[Any, ...] | None:
+    """Return the captions of an item, and tell the store what its image is; None if it was left out."""
+    base, name = store.items, store.name
     try:
         item = base[index]
     except Exception as error:  # the caller's code may raise anything
@@ -282,6 +292,9 @@ def _read_captions(base: Any, index: int, name: str, intake: Intake) -> tuple[An
     if not isinstance(item, (tuple, list)) or len(item) != 2:
         size = f" of {len(item)}" if isinstance(item, (tuple, list)) else ""
         raise InputError(f"item {index} of {name} is a {type(item).__name__}{size}; each item must be (image, caption)")
+    content = content_key(item[0])
+    if content is not None:
+        store.contents[index] = content
     return _captions(item[1], base, f"the caption of item {index} of {name}", intake)
 
 
@@ -301,14 +314,29 @@ def _example_columns(names: list[Any]) -> tuple[Any, Any]:
     return image, next((name for name in names if str(name).lower() in words), "caption")
 
 
-def _unwrap(dataset: Any) -> tuple[Any, np.ndarray | None]:
+def _unwrap(dataset: Any, name: str) -> tuple[Any, np.ndarray | None]:
     """Return the dataset inside any torch Subsets, and the indices into it (None: all)."""
     indices: np.ndarray | None = None
-    while isinstance(dataset, Subset):
-        inner = np.asarray(dataset.indices, dtype=np.int64).reshape(-1)
+    # A subclass with items of its own, such as one that captions or augments them, is a dataset like any other.
+    while isinstance(dataset, Subset) and type(dataset).__getitem__ is Subset.__getitem__:
+        inner = np.asarray(dataset.indices).reshape(-1)
+        if len(inner) and inner.dtype.kind not in "iu":
+            kind = "a mask" if inner.dtype == bool else f"of the type {inner.dtype}"
+            raise InputError(
+                f"the indices of {name}, a torch Subset, are {kind}; give whole numbers, such as np.flatnonzero(mask)"
+            )
+        inner = inner.astype(np.int64)
         indices = inner if indices is None else inner[indices]
         dataset = dataset.dataset
     return dataset, indices
+
+
+def _joins_pairs(dataset: Any, name: str) -> bool:
+    """Return whether this is a torch ConcatDataset of `PairDataset`s only."""
+    if not isinstance(dataset, ConcatDataset) or type(dataset).__getitem__ is not ConcatDataset.__getitem__:
+        return False
+    parts = [_unwrap(part, name)[0] for part in dataset.datasets]
+    return all(isinstance(part, PairDataset) or _joins_pairs(part, name) for part in parts)
 
 
 def _captions(caption: Any, base: Any, where: str, intake: Intake) -> tuple[Any, ...] | None:
@@ -333,7 +361,7 @@ def _captions(caption: Any, base: Any, where: str, intake: Intake) -> tuple[Any,
             remedy = "give a text" if isinstance(text, str) else "give a str, a list of str, or token ids as a tensor"
             intake.fault(fault[0], f"{where} {fault[1]}; {remedy}")
             return None
-    return tuple(str(text) for text in texts)
+    return tuple(str.__str__(text).strip() for text in texts)  # str() of an enum would be its name
 
 
 def _token_captions(caption: Tensor | np.ndarray, where: str, intake: Intake) -> tuple[Tensor, ...] | None:

@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from torch.utils.data import Subset
+from torch.utils.data import Dataset, Subset
 
 from cliperase_fast.data import as_pairs, check_images, concat, open_source, overlap, split
+from cliperase_fast.data.pair_sets import Opener, hold_out, open_pair_sets
 from cliperase_fast.errors import InputError
 
 # --- splitting
@@ -195,6 +196,35 @@ def test_pixels_in_memory_and_decoded_files_do_mix(tmp_path: Path, picture) -> N
     assert check_images(both)[0].tolist() == [0, 1, 2]
 
 
+class OneCaptionEach(Dataset):
+    """Images with several captions, an item for each, as many datasets of captions are written."""
+
+    def __init__(self, images: int, captions: list[str]) -> None:
+        self.images, self.captions = images, captions
+
+    def __len__(self) -> int:
+        return self.images * len(self.captions)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, str]:
+        number, which = divmod(index, len(self.captions))
+        return Image.new("RGB", (2, 2), (number, 0, 0)), self.captions[which].format(number)
+
+
+@pytest.mark.parametrize("captions", [["thing {}", "the {}. thing", "{}"], ["a thing", "a photo"]])
+def test_pairs_of_one_image_are_held_out_together(captions: list[str]) -> None:
+    items = OneCaptionEach(20, captions)
+    for data in (items, [items[index] for index in range(len(items))], Subset(items, range(len(items)))):
+        rest, held_out = hold_out(as_pairs(data, "things"), 0.2, seed=3)
+        one, other = ({part.image(row).getpixel((0, 0)) for row in range(len(part))} for part in (rest, held_out))
+        assert len(held_out) == 4 * len(captions) and not one & other
+
+
+def test_a_class_with_a_single_image_is_held_out_in_its_share() -> None:
+    items = [(Image.new("RGB", (2, 2), colour), f"a {colour} square") for colour in ("red", "blue") for _ in range(5)]
+    _, held_out = hold_out(as_pairs(items, "squares"), 0.2, seed=3)
+    assert sorted(caption for (caption,) in held_out.captions) == ["a blue square", "a red square"]
+
+
 # --- overlap
 
 
@@ -206,9 +236,9 @@ def test_overlap_of_subsets_is_found_by_position_without_reading(monkeypatch: py
 
 
 def test_overlap_of_torch_subsets_of_one_dataset() -> None:
-    same = Image.new("RGB", (2, 2))
-    items = [(same, "a dog")] * 6
+    items = [(Image.new("RGB", (2, 2), (shade, 0, 0)), "a dog") for shade in (0, 1, 2, 1)]
     assert overlap(as_pairs(Subset(items, [0, 1]), "a"), as_pairs(Subset(items, [2, 1]), "b")).tolist() == [1]
+    assert overlap(as_pairs(Subset(items, [0, 1]), "a"), as_pairs(Subset(items, [2, 3]), "b")).tolist() == [1]
 
 
 def test_overlap_finds_a_file_that_two_sources_name(tmp_path: Path, picture) -> None:
@@ -226,6 +256,24 @@ def test_overlap_of_lists_compares_pixels_where_captions_agree() -> None:
     forget = as_pairs([(solid(1), "a dog"), (solid(2), ["a cat", "a pet"])], "forget")
     retain = as_pairs([(solid(2), "a pet"), (solid(1), "a cat"), (solid(3), "a dog"), (solid(1), "a dog")], "retain")
     assert overlap(forget, retain).tolist() == [0, 3]
+
+
+def test_overlap_knows_captions_in_another_case_and_spacing() -> None:
+    forget = as_pairs([(Image.new("RGB", (2, 2)), "a big dog")], "forget")
+    captions = ["A big  Dog", "a big\ndog", "a bigdog", "a big dog."]
+    retain = as_pairs([(Image.new("RGB", (2, 2)), caption) for caption in captions], "retain")
+    assert overlap(forget, retain).tolist() == [0, 1]
+
+
+def test_test_pairs_are_forget_pairs_by_captions_in_any_case() -> None:
+    def shown(*captions: str) -> list[tuple[Image.Image, str]]:
+        return [(Image.new("RGB", (2, 2), (shade, 0, 0)), caption) for shade, caption in enumerate(captions)]
+
+    sets = open_pair_sets(
+        shown("a dog"), shown("a cat", "an owl"), shown("A dog", "a dog", "An owl"), Opener(), overlap_policy="error",
+        test_fraction=0.2,
+    )  # fmt: skip
+    assert sets.test is not None and [part.ids for part in sets.test] == [["0", "1"], ["2"]]
 
 
 def test_overlap_compares_tensors_and_token_captions() -> None:

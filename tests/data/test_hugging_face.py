@@ -138,6 +138,8 @@ def test_classes_are_named_by_a_file(tmp_path: Path, labels, name: str, text: st
     ("labels", "text", "says"),
     [
         ([0, 2], "cat\ndog\n", "names 2 classes and the column 'label' has 3"),
+        ([0, 1], "1 cat\n2 dog\n", "begin with numbers other than 0 to 1 .*'1 cat'.*number them from 0"),
+        ([0, 1], "0: cat\n1: dog\n", "'0: cat'"),
         (["n01443537"], "n01440764 tench\n", "has no line for 'n01443537'"),
         (["n01443537"], None, "WordNet ids, which would appear in the captions"),
     ],

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterator
 from dataclasses import replace
+from enum import Enum
 
 import numpy as np
 import pytest
@@ -52,6 +53,46 @@ def test_token_ids_pass_as_they_are() -> None:
     assert pairs.classes is None
     several = as_pairs([(pixels, torch.tensor([[1, 2], [3, 4]]))], "tokens")
     assert [caption.tolist() for caption in several.captions[0]] == [[1, 2], [3, 4]]
+
+
+def test_captions_are_the_text_that_is_meant() -> None:
+    class Animal(str, Enum):
+        CAT = "a cat"
+
+    pairs = as_pairs([(image(), Animal.CAT), (image(), "a cat\n"), (image(), [" a cat", "a pet"])], "pets")
+    assert pairs.captions == [("a cat",), ("a cat",), ("a cat", "a pet")]
+
+
+def test_a_subset_with_items_of_its_own_keeps_them() -> None:
+    class Captioned(Subset):
+        def __getitem__(self, index: int) -> tuple[Image.Image, str]:
+            number, name = self.dataset[self.indices[index]]
+            return image(number), f"a sketch of a {name}"
+
+        def __getitems__(self, indices: list[int]) -> list[tuple[Image.Image, str]]:
+            return [self[index] for index in indices]
+
+    pairs = as_pairs(Subset(Captioned([(7, "cat"), (8, "dog"), (9, "owl")], [2, 1]), [1]), "pets")
+    assert pairs.captions == [("a sketch of a dog",)]
+    assert pairs.image(0).getpixel((0, 0)) == (8, 8, 8)
+
+
+def test_data_sets_that_torch_joins_keep_all_captions() -> None:
+    first = as_pairs([(image(1), ["a cat", "a pet"]), (image(2), "a dog")], "first")
+    joined = first + Subset(as_pairs([(image(3), ["an owl", "a bird"]), (image(4), "x")], "second"), [0])
+    pairs = as_pairs(joined, "both")
+    assert pairs.captions == [("a cat", "a pet"), ("a dog",), ("an owl", "a bird")]
+    assert [pairs.image(row).getpixel((0, 0))[0] for row in range(3)] == [1, 2, 3]
+    assert as_pairs(Subset(joined, [2, 0]), "some").captions == [("an owl", "a bird"), ("a cat", "a pet")]
+    assert as_pairs(joined + first, "all").captions == [*pairs.captions, *first.captions]
+
+
+@pytest.mark.parametrize(("indices", "kind"), [([True, False, True], "a mask"), ([0.0, 1.0], "of the type float64")])
+def test_indices_that_are_no_numbers_of_items_are_refused(indices: list[float], kind: str) -> None:
+    for items in (cats_and_dogs(), as_pairs(cats_and_dogs(), "pets")):
+        with pytest.raises(InputError, match=rf"indices of pets, .* are {kind}; .*np\.flatnonzero\(mask\)"):
+            as_pairs(Subset(items, indices), "pets")
+    assert as_pairs(Subset(cats_and_dogs(), list(torch.tensor([2, 1]))), "pets").ids == ["2", "1"]
 
 
 def test_repeated_captions_become_classes_with_short_names() -> None:

@@ -56,6 +56,28 @@ def test_captions_match_by_whole_words(pairs: PairDataset, words: str, expected:
         assert np.flatnonzero(select(pairs, f"caption:{words}")).tolist() == expected
 
 
+@pytest.mark.parametrize(
+    ("captions", "words", "expected"),
+    [
+        (["कम पानी", "कमी है", "किताब"], "कम", [0]),  # the vowel of the second word is no letter to Unicode
+        (["कम पानी", "कमी है", "किताब"], "ताब,कमी", [1]),
+        (["一只狗在草地上", "狗，草地", "一只dog", "a 狗x", "猫"], "狗", [0, 1, 3]),
+        (["一只狗在草地上", "狗，草地", "一只dog", "dogs", "猫"], "dog", [2]),
+        (["a dog\u2019s bowl", "a dog's bowl", "a dog"], "dog's", [0, 1]),
+        (["a t\u2011shirt", "a t-shirt", "shirts"], "T-shirt", [0, 1]),
+        (["I \u2764\ufe0f it", "\u2764", "love"], "\u2764", [0, 1]),
+    ],
+)
+def test_words_end_where_those_of_their_script_end(captions: list[str], words: str, expected: list[int]) -> None:
+    pairs = as_pairs([(Image.new("RGB", (2, 2)), caption) for caption in captions], "things")
+    assert np.flatnonzero(select(pairs, f"caption:{words}")).tolist() == expected
+
+
+def test_a_pattern_among_words_is_refused(pairs: PairDataset) -> None:
+    with pytest.raises(InputError, match=r"no caption of things contains 'pea\*': '\*' .* of classes only.*dog,dogs"):
+        select(pairs, "caption:apple, pea*")
+
+
 def test_a_selector_that_matches_everything_is_refused(pairs: PairDataset) -> None:
     with pytest.raises(InputError, match="matches all 8 pairs of things"):
         select(pairs, "caption:an,a,c++,im")
@@ -100,6 +122,13 @@ def test_an_ambiguous_class_is_refused() -> None:
         select(pairs, "class:TURKEY")
 
 
+def test_a_caption_of_several_classes_is_refused_as_the_name_of_one() -> None:
+    pairs = as_pairs([(None, [name, "Animal"]) for name in ("cat", "dog") * 2] + [(None, "car")] * 2, "x")
+    with pytest.raises(InputError, match="'animal' could be any of the classes 'cat', 'dog'"):
+        select(pairs, "class:animal")
+    assert select(pairs, "caption:animal").tolist() == [True] * 4 + [False] * 2
+
+
 def test_classes_need_classes_and_words_need_words(pairs: PairDataset) -> None:
     with pytest.raises(InputError, match=r"things has no classes.*use 'caption:apple'"):
         select(pairs, "class:apple")
@@ -138,6 +167,18 @@ def test_a_file_of_ids_may_hold_those_of_the_other_split(tmp_path: Path) -> None
     assert np.flatnonzero(select(source.test, f"ids:{file}", other=source.train)).tolist() == [7]
     with pytest.raises(InputError, match="1 of the 2 ids"):
         select(source.train, f"ids:{file}")
+
+
+def test_an_id_of_two_images_is_refused(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "t.tsv").write_text("filepath\ttitle\n1.png\ta dog\n2.png\ta cat\n")
+    file = tmp_path / "ids.txt"
+    file.write_text("2.png\n")
+    train, again, test = (open_source(f"csv:{tmp_path}/{split}/t.tsv").train for split in ("train", "train", "test"))
+    assert select(train, f"ids:{file}", other=again).tolist() == [False, True]
+    with pytest.raises(InputError, match=r"'2\.png' in .*ids\.txt names an image of .*test/t\.tsv and another one of"):
+        select(test, f"ids:{file}", other=train)
 
 
 @pytest.mark.parametrize(
