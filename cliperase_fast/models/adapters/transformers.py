@@ -7,7 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -350,13 +350,17 @@ def _load_tokenizer(directory: Path) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide transformers' progress bars, which it shows even without a terminal."""
+    """Hide transformers' progress bars, which it shows even without a terminal, and keep standard output clean.
+
+    It imports further libraries, and DeepSpeed's log goes to the standard output that it finds at its import.
+    """
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        yield
+        with redirect_stdout(sys.stderr):
+            yield
     finally:
         if shown:
             logging.enable_progress_bar()
