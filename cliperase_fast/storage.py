@@ -156,6 +156,20 @@ def existing_part(path: Path) -> Path:
     return path
 
 
+def cache_root() -> Path:
+    """Return the folder of caches: $CLIPERASE_CACHE, else ~/.cache/cliperase_fast.
+
+    Raises `InputError` for a user without a home directory, as in some containers.
+    """
+    given = os.environ.get("CLIPERASE_CACHE")
+    if given:
+        return Path(given)
+    try:
+        return Path.home() / ".cache" / "cliperase_fast"
+    except RuntimeError as error:
+        raise InputError("this user has no home directory for caches: name a folder with CLIPERASE_CACHE") from error
+
+
 def check_writable(folder: Path, name: str) -> None:
     """Raise `InputError` unless files can be created in `folder` or, if it is missing, in its nearest parent.
 

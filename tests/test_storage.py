@@ -231,3 +231,15 @@ def test_pieces_that_were_not_read_are_still_assembled(tmp_path):
     assert assembled == ["a", "b", "c"]
     with pytest.raises(KeyError):
         pieces["a"]
+
+
+def test_a_user_without_a_home_directory_is_told_to_name_a_cache(monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(storage.Path, "home", homeless)
+    monkeypatch.delenv("CLIPERASE_CACHE", raising=False)
+    with pytest.raises(InputError, match=r"no home directory.*name a folder with CLIPERASE_CACHE"):
+        storage.cache_root()
+    monkeypatch.setenv("CLIPERASE_CACHE", "caches")
+    assert str(storage.cache_root()) == "caches"
