@@ -98,7 +98,11 @@ def write_text_atomically(path: Path, text: str) -> None:
     path = Path(os.path.realpath(path))
     draft = draft_of(path)
     write_file(draft, [text.encode("utf-8")])
-    os.replace(draft, path)
+    try:
+        os.replace(draft, path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
     flush_folder(path.parent)
 
 

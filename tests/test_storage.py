@@ -59,6 +59,13 @@ def test_text_is_replaced_atomically(tmp_path):
     assert path.read_text() == "three" and (tmp_path / "link").is_symlink()
 
 
+def test_a_folder_in_the_place_of_a_file_leaves_no_draft(tmp_path):
+    (tmp_path / "a.json").mkdir()
+    with pytest.raises(IsADirectoryError):
+        storage.write_text_atomically(tmp_path / "a.json", "one")
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
 def test_a_file_that_cannot_be_written_leaves_the_old_one_and_no_draft(tmp_path, monkeypatch, number):
     path = tmp_path / "a.json"
