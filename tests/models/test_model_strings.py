@@ -172,6 +172,12 @@ def test_folders_without_a_complete_model_are_refused(tmp_path: Path) -> None:
         load_model(f"local-dir:{tmp_path}")
 
 
+def test_a_folder_of_transformers_is_to_be_given_without_the_prefix_of_open_clip(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}')
+    with pytest.raises(InputError, match=rf", but a model of transformers: pass '{tmp_path}' without 'local-dir:'"):
+        load_model(f"local-dir:{tmp_path}")
+
+
 def test_a_folder_loads_by_path_and_by_prefix(tmp_path: Path) -> None:
     model = tiny_open_clip()
     load_model(model).save(tmp_path)

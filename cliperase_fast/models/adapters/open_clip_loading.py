@@ -13,6 +13,7 @@ from cliperase_fast.errors import InputError
 from cliperase_fast.models.adapters.base import ClipAdapter, Family, first_lines, hint_of_run
 from cliperase_fast.models.adapters.open_clip import OpenClipAdapter
 from cliperase_fast.models.adapters.open_clip_files import load_folder, load_weights, offline_if_unreachable
+from cliperase_fast.models.adapters.transformers import model_type
 from cliperase_fast.models.preprocessing import clip_tokenizer
 
 _MARKER = OpenClipAdapter._marker
@@ -150,6 +151,8 @@ def _load_saved(folder: Path, options: dict[str, Any]) -> ClipAdapter:
     config_file = folder / _MARKER
     if not config_file.is_file():
         hint = hint_of_run(folder, [_MARKER])
+        if model_type(str(folder)) is not None:
+            hint = f", but a model of transformers: pass {str(folder)!r} without 'local-dir:'"
         raise InputError(f"'local-dir:{folder}' is not an open_clip model: there is no {config_file}{hint}")
     if not any(path.suffix in (".safetensors", ".bin", ".pth") for path in folder.iterdir()):
         raise InputError(f"{folder} holds no weights (open_clip_model.safetensors), so the model would be random")
