@@ -149,6 +149,9 @@ def test_offline_mode_for_an_unreachable_hub_is_restored(no_network: None, monke
         ("ViT-B-32:weights.safetensors", "no checkpoint 'weights.safetensors'"),
         ("/nowhere/model", "no model '/nowhere/model'; pass 'ViT-B-32:openai'"),
         ("local-dir:/nowhere/model", "there is no /nowhere/model/open_clip_config.json"),
+        ("~nobody-of-this-name/model", "'~nobody-of-this-name/model' is not a path: "),
+        ("local-dir:~nobody-of-this-name/model", "'~nobody-of-this-name/model' is not a path: "),
+        ("ViT-B-32:~nobody-of-this-name/weights.pt", "'~nobody-of-this-name/weights.pt' is not a path: "),
         ("zzzzzzzz", "no model 'zzzzzzzz'; pass .*, a folder with a transformers CLIPModel"),
     ],
 )

@@ -25,6 +25,7 @@ from cliperase_fast.models.preprocessing import ImageProcessorTransform, clip_to
 from cliperase_fast.models.requirements import require_no_parametrizations
 from cliperase_fast.models.saving import apart
 from cliperase_fast.models.state_names import match_names
+from cliperase_fast.reading import user_path
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _END_OF_TEXT = 49407  # the last id of CLIP's own vocabulary
@@ -268,7 +269,7 @@ def pooled(output: Any) -> Tensor:  # -> [B, D]
 
 def model_type(text: str) -> str | None:
     """Return the "model_type" in a folder's config.json; None if the string names no folder with that file."""
-    file = Path(text).expanduser() / PretrainedAdapter._marker
+    file = user_path(text) / PretrainedAdapter._marker
     if not file.is_file():
         return None
     try:
@@ -279,7 +280,7 @@ def model_type(text: str) -> str | None:
 
 def load(text: str, options: dict[str, Any], adapter: type[PretrainedAdapter]) -> ClipAdapter:
     """Load the model in a folder. options: tokenizer, transform and truncate."""
-    folder = Path(text).expanduser()
+    folder = user_path(text)
     import_extra("transformers", f"{folder} holds a model that")
     try:
         module = _load_model(folder, adapter)
