@@ -28,7 +28,7 @@ from cliperase_fast.models.runtime import device_of_rank
 from cliperase_fast.progress import say
 from cliperase_fast.reading import printable_data, read_text
 from cliperase_fast.report import comparison_page, comparison_table
-from cliperase_fast.storage import Locked, check_writable, lock, write_text_atomically, writing
+from cliperase_fast.storage import Locked, check_writable, lock, output_folder, write_text_atomically, writing
 from cliperase_fast.terms import nearest_name
 from cliperase_fast.unlearning import unlearn
 from cliperase_fast.unlearning.advice import Advice, advising
@@ -118,7 +118,7 @@ def compare(
     shared = {**given, "tokenizer": tokenizer, "transform": transform, "progress": progress}
     for name in names:
         make_method(UnlearnConfig.from_dict(_settings_of(name, settings, recipes)))
-    folder = Path(output_dir)
+    folder = output_folder(output_dir, "output_dir=")
     check_writable(folder, "output_dir=")
     originals, digests = _check(model, given, settings, tokenizer, transform)
     inputs = {**_named(model, given), "depth": depth, "recipes": recipes, "settings": settings}

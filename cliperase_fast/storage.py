@@ -198,9 +198,19 @@ def check_output_file(path: str | Path, name: str) -> None:
     check_writable(Path(path).parent, name)
 
 
+def output_folder(path: str | Path, name: str = "folder=") -> Path:
+    """Return the path. Raises `InputError` for an empty text, which `Path` takes for the working directory.
+
+    name: as in `check_writable`.
+    """
+    if path == "":
+        raise InputError(f"{name}'' names no folder; give one, or '.' for the working directory")
+    return Path(path)
+
+
 def make_folder(path: str | Path, what: str) -> Path:
     """Create a folder and its parents, and return it; raises `InputError` if that fails. what: is saved there."""
-    folder = Path(path)
+    folder = output_folder(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

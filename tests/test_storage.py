@@ -8,10 +8,13 @@ import time
 
 import pytest
 import torch
+from models.tiny_models import tiny_open_clip
 from processes import apart, context
 from safetensors.torch import load_file, save_file
 
+import cliperase_fast as cf
 from cliperase_fast import InputError, UnlearningError, storage
+from cliperase_fast.models import load_model
 from cliperase_fast.tensor_files import FileTensors, Pieces, join, read_tensors, write_tensors
 
 TENSORS = {
@@ -250,3 +253,19 @@ def test_a_user_without_a_home_directory_is_told_to_name_a_cache(monkeypatch):
         storage.cache_root()
     monkeypatch.setenv("CLIPERASE_CACHE", "caches")
     assert str(storage.cache_root()) == "caches"
+
+
+def test_an_empty_name_is_not_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    calls = (
+        lambda: cf.unlearn("m", "demo#class:one", "rest", output_dir=""),
+        lambda: cf.audit("m", "m", "demo#class:one", "rest", output_dir=""),
+        lambda: cf.compare("m", "demo#class:one", output_dir=""),
+        lambda: cf.Ledger("", "m"),
+        lambda: storage.make_folder("", "the result"),
+        lambda: load_model(tiny_open_clip()).save(""),
+    )
+    for call in calls:
+        with pytest.raises(InputError, match=r"='' names no folder; give one, or '\.' for"):
+            call()
+    assert not list(tmp_path.iterdir())
