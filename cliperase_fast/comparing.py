@@ -20,6 +20,7 @@ from cliperase_fast.auditing import Audit
 from cliperase_fast.auditing.features import keep_features
 from cliperase_fast.auditing.loading import load_models
 from cliperase_fast.auditing.sets import open_sets
+from cliperase_fast.coercion import shortly
 from cliperase_fast.config import UnlearnConfig, recipe_names, recipe_settings
 from cliperase_fast.distributed import SINGLE_PROCESS
 from cliperase_fast.errors import InputError, UnlearningError
@@ -27,7 +28,8 @@ from cliperase_fast.models.runtime import device_of_rank
 from cliperase_fast.progress import say
 from cliperase_fast.reading import printable_data, read_text
 from cliperase_fast.report import comparison_page, comparison_table
-from cliperase_fast.storage import Locked, check_writable, lock, write_text_atomically, writing
+from cliperase_fast.storage import Locked, check_writable, lock, output_folder, write_text_atomically, writing
+from cliperase_fast.terms import nearest_name
 from cliperase_fast.unlearning import unlearn
 from cliperase_fast.unlearning.advice import Advice, advising
 from cliperase_fast.unlearning.methods import make_method, methods
@@ -106,7 +108,7 @@ def compare(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("compare runs in one process: start it without torchrun, or call unlearn() for each method")
     names = _names(methods)
-    settings = _settings(config, overrides, depth)
+    settings = _settings(config, overrides, depth, names)
     if oracle_seconds is not None:
         known = isinstance(oracle_seconds, (int, float, np.integer, np.floating))
         if not known or not 0 < oracle_seconds < math.inf:
@@ -116,7 +118,7 @@ def compare(
     shared = {**given, "tokenizer": tokenizer, "transform": transform, "progress": progress}
     for name in names:
         make_method(UnlearnConfig.from_dict(_settings_of(name, settings, recipes)))
-    folder = Path(output_dir)
+    folder = output_folder(output_dir, "output_dir=")
     check_writable(folder, "output_dir=")
     originals, digests = _check(model, given, settings, tokenizer, transform)
     inputs = {**_named(model, given), "depth": depth, "recipes": recipes, "settings": settings}
@@ -151,19 +153,28 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _names(given: Sequence[str] | str) -> list[str]:
-    """Return the names of methods; a name that is unknown is an error of `make_method`."""
+    """Return the names of methods. Raises `InputError` for a name that is unknown."""
     if not isinstance(given, Iterable):
         raise InputError(f"methods is a {type(given).__name__}; give a list of names, or 'all'")
-    names = list(methods()) if given == ALL else [given] if isinstance(given, str) else list(dict.fromkeys(given))
+    known = methods()
+    names = list(known) if given == ALL else [given] if isinstance(given, str) else list(given)
     if not names:
         raise InputError("methods is empty: name at least one, or pass 'all'")
-    return names
+    for name in names:
+        if not isinstance(name, str):
+            raise InputError(f"methods holds {shortly(name)}: give names, such as {next(iter(known))!r}")
+        if name not in known:
+            raise InputError(f"methods={name!r} is not one of {', '.join(known)}{nearest_name(name, known)}")
+    return list(dict.fromkeys(names))
 
 
 def _settings(
-    config: UnlearnConfig | Mapping[str, Any] | str | Path | None, overrides: Mapping[str, Any], depth: bool | str
+    config: UnlearnConfig | Mapping[str, Any] | str | Path | None,
+    overrides: Mapping[str, Any],
+    depth: bool | str,
+    names: Sequence[str],
 ) -> dict[str, Any]:
-    """Return the settings that differ from their defaults."""
+    """Return the settings that differ from their defaults. names: the methods, which config must not contradict."""
     for name in ("method", "method_options", "audit"):
         if name in overrides:
             raise InputError(f"{name}= is not for compare(), which tries several methods and audits each")
@@ -175,12 +186,26 @@ def _settings(
         base = (
             config if isinstance(config, UnlearnConfig) else UnlearnConfig.from_dict({} if config is None else config)
         )
+    _check_method(base, names)
     found = UnlearnConfig.from_dict({**base.to_dict(), **overrides, "audit": _DEPTHS[depth]})
     return {
         spec.name: value
         for spec in fields(UnlearnConfig)
         if (value := getattr(found, spec.name)) != spec.default and spec.name not in ("method", "method_options")
     }
+
+
+def _check_method(config: UnlearnConfig, names: Sequence[str]) -> None:
+    """Raise `InputError` for a method or options in the config that the comparison would not use."""
+    _, usual = make_method(UnlearnConfig(method=config.method))
+    _, given = make_method(UnlearnConfig(method=config.method, method_options=config.method_options))
+    if given.method_options != usual.method_options:
+        raise InputError(
+            f"config sets options of the method {config.method!r}, which compare() does not pass on: leave "
+            "method_options out"
+        )
+    if config.method not in (UnlearnConfig.method, *names):
+        raise InputError(f"config is for the method {config.method!r}, which is not compared: add it to methods=")
 
 
 def _settings_of(name: str, settings: Mapping[str, Any], recipes: bool) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -27,7 +26,7 @@ from cliperase_fast.errors import InputError, UnlearningError
 from cliperase_fast.evaluation import evaluate
 from cliperase_fast.models import load_model
 from cliperase_fast.progress import Steps, bars_by_default, say
-from cliperase_fast.storage import Locked, lock, writing
+from cliperase_fast.storage import Locked, cache_root, lock, output_folder, writing
 from cliperase_fast.unlearning.api import unlearn
 from cliperase_fast.unlearning.result import UnlearnResult
 from cliperase_fast.unlearning.run_directory import RunDirectory
@@ -60,7 +59,7 @@ def run_demo(
     if selector is not None:
         source = open_source(spec, seed=seed)
         select(source.train, selector, other=source.test)  # raises for a mistyped class before training
-    with RunDirectory(Path(output_dir), resume) as directory:
+    with RunDirectory(output_folder(output_dir, "output_dir="), resume) as directory:
         directory.check()  # `unlearn` would check only after the training
     recipe = demo_model_for(spec)
     model = cached_small_clip(spec, recipe, seed=seed, progress=show, cache_dir=cache_dir)
@@ -229,7 +228,7 @@ def cached_folder(
     `made_from`: everything that decides its weights, in values that JSON holds.
     """
     digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
-    root = Path(cache_dir or os.environ.get("CLIPERASE_CACHE") or Path.home() / ".cache" / "cliperase_fast")
+    root = Path(cache_dir or cache_root())
     path = root / f"{prefix}-{digest}"
     if path.is_dir():  # saved by one rename, so it is complete if it exists
         return path

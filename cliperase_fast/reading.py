@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import re
 import stat
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,6 +20,7 @@ MAX_LINE = 1 << 20  # characters in a line of a table
 _MAX_MAPPING = 1 << 20  # bytes of a YAML or JSON file
 _JOINER = "\u200d"  # draws two emoji as one
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+_OTHER_BASE = re.compile(r"[-+]?0[0-7_]+|[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")  # YAML's octal and base 60
 _KINDS = (
     (stat.S_ISDIR, "a directory"),
     (stat.S_ISFIFO, "a named pipe"),
@@ -210,9 +212,9 @@ def _once_each(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
 
 @cache
 def _yaml_loader(as_text: bool) -> Any:
-    """Return yaml's safe loader, or that of texts, without duplicate keys and aliases.
+    """Return yaml's safe loader, or that of texts, without duplicate keys, aliases, and numbers to base 8 and 60.
 
-    A duplicate key would silently win, and a few lines of aliases can expand to gigabytes.
+    A duplicate key would silently win, a few lines of aliases can expand to gigabytes, and 010 would be read as 8.
     """
     import yaml
 
@@ -224,7 +226,10 @@ def _yaml_loader(as_text: bool) -> Any:
 
         def construct_object(self, node: Any, deep: bool = False) -> Any:
             try:
-                return super().construct_object(node, deep)
+                value = super().construct_object(node, deep)
+                if isinstance(value, (int, float)) and _OTHER_BASE.fullmatch(node.value):
+                    raise InputError(f"holds {node.value}, which YAML reads as {value}: write the number that you mean")
+                return value
             except (AttributeError, LookupError) as error:  # a value that its own tag does not fit, "!!int x"
                 raise InputError(f"calls {node.value!r} {node.tag.rpartition(':')[2]}, which it is not") from error
 

@@ -98,7 +98,11 @@ def write_text_atomically(path: Path, text: str) -> None:
     path = Path(os.path.realpath(path))
     draft = draft_of(path)
     write_file(draft, [text.encode("utf-8")])
-    os.replace(draft, path)
+    try:
+        os.replace(draft, path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
     flush_folder(path.parent)
 
 
@@ -156,6 +160,20 @@ def existing_part(path: Path) -> Path:
     return path
 
 
+def cache_root() -> Path:
+    """Return the folder of caches: $CLIPERASE_CACHE, else ~/.cache/cliperase_fast.
+
+    Raises `InputError` for a user without a home directory, as in some containers.
+    """
+    given = os.environ.get("CLIPERASE_CACHE")
+    if given:
+        return Path(given)
+    try:
+        return Path.home() / ".cache" / "cliperase_fast"
+    except RuntimeError as error:
+        raise InputError("this user has no home directory for caches: name a folder with CLIPERASE_CACHE") from error
+
+
 def check_writable(folder: Path, name: str) -> None:
     """Raise `InputError` unless files can be created in `folder` or, if it is missing, in its nearest parent.
 
@@ -180,9 +198,19 @@ def check_output_file(path: str | Path, name: str) -> None:
     check_writable(Path(path).parent, name)
 
 
+def output_folder(path: str | Path, name: str = "folder=") -> Path:
+    """Return the path. Raises `InputError` for an empty text, which `Path` takes for the working directory.
+
+    name: as in `check_writable`.
+    """
+    if path == "":
+        raise InputError(f"{name}'' names no folder; give one, or '.' for the working directory")
+    return Path(path)
+
+
 def make_folder(path: str | Path, what: str) -> Path:
     """Create a folder and its parents, and return it; raises `InputError` if that fails. what: is saved there."""
-    folder = Path(path)
+    folder = output_folder(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

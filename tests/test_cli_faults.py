@@ -74,6 +74,21 @@ def test_an_unwritable_scores_file_is_an_error_before_evaluation(tmp_path, capsy
     assert f"--output={tmp_path}" in told and says in told and told.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("command", "flag"),
+    [("evaluate", "output"), ("audit", "output"), ("unlearn", "output"), ("unlearn", "config"), ("unlearn", "recipe")],
+)
+def test_an_empty_name_is_an_error_and_does_not_count_as_not_given(command, flag, capsys):
+    assert cli.main([command, *COMMANDS[command], f"--{flag}", ""]) == 2
+    assert capsys.readouterr().err == f"cliperase-fast: --{flag} '' is empty: is it a variable that is not set?\n"
+
+
+def test_a_wrong_setting_of_the_demo_is_an_error_before_its_model_is_trained(monkeypatch, capsys):
+    monkeypatch.setattr(demo, "run_demo", raising(AssertionError("it has started")))
+    assert cli.main(["demo", "--epochs", "many"]) == 2
+    assert capsys.readouterr().err == "cliperase-fast: --epochs 'many' must be a whole number or 'auto'\n"
+
+
 def stop_with(monkeypatch, command, error):
     def stop(arguments):
         raise error

@@ -166,9 +166,15 @@ def test_a_full_disk_is_one_line_and_the_same_call_goes_on(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"methods": ["shfit"]}, "method='shfit' is not one of"),
+        ({"methods": ["shift", "shfit"]}, "methods='shfit' is not one of .*did you mean 'shift'"),
+        ({"methods": [3]}, "methods holds 3: give names"),
         ({"methods": []}, "methods is empty"),
         ({"methods": 3}, "methods is a int; give a list of names, or 'all'"),
+        ({"config": {"method": "slug"}}, "config is for the method 'slug', which is not compared: add it to methods="),
+        (
+            {"config": {"method": "slug", "method_options": {"evaluations": 3}}},
+            "config sets options of the method 'slug'",
+        ),
         ({"config": 3}, "config is a int; pass a mapping, an UnlearnConfig or a file"),
         ({"batch_size": -1}, "batch_size=-1"),
         ({"audit": False}, "audit= is not for compare"),
@@ -292,4 +298,4 @@ def test_the_command_succeeds_if_a_method_has_a_result(tmp_path, passed, capsys)
 def test_an_unknown_method_ends_the_command_with_one_line(tmp_path, capsys):
     words = ["--model", "base", "--data", "demo", "--forget", "class:seven", "--output", tmp_path / "runs"]
     assert call("compare", *words, "--methods", "nothing") == 2
-    assert "method='nothing' is not one of" in capsys.readouterr().err
+    assert "--methods 'nothing' is not one of" in capsys.readouterr().err

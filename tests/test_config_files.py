@@ -20,6 +20,8 @@ BOMB = "a: &a [x, x]\n" + "".join(
         ("c.json", b'{"epochs": 3, "epochs": 4}', "sets 'epochs' twice: keep one"),
         ("c.yaml", BOMB.encode(), "holds an alias (*name): write the value out"),
         ("c.yaml", b"a: &a [*a]", "holds an alias (*name)"),
+        ("c.yaml", b"batch_size: 010", "holds 010, which YAML reads as 8: write the number that you mean"),
+        ("c.yaml", b"method_options: {x: [-1:30.5]}", "holds -1:30.5, which YAML reads as -90.5"),
         ("c.yaml", b"[" * 10_000, "neither valid YAML nor JSON"),
         ("c.json", b"[" * 100_000, "neither valid YAML nor JSON"),
         ("c.json", b'{"epochs": ' + b"1" * 5000 + b"}", "neither valid YAML nor JSON"),

@@ -8,10 +8,13 @@ import time
 
 import pytest
 import torch
+from models.tiny_models import tiny_open_clip
 from processes import apart, context
 from safetensors.torch import load_file, save_file
 
+import cliperase_fast as cf
 from cliperase_fast import InputError, UnlearningError, storage
+from cliperase_fast.models import load_model
 from cliperase_fast.tensor_files import FileTensors, Pieces, join, read_tensors, write_tensors
 
 TENSORS = {
@@ -57,6 +60,13 @@ def test_text_is_replaced_atomically(tmp_path):
     (tmp_path / "link").symlink_to(path)
     storage.write_text_atomically(tmp_path / "link", "three")
     assert path.read_text() == "three" and (tmp_path / "link").is_symlink()
+
+
+def test_a_folder_in_the_place_of_a_file_leaves_no_draft(tmp_path):
+    (tmp_path / "a.json").mkdir()
+    with pytest.raises(IsADirectoryError):
+        storage.write_text_atomically(tmp_path / "a.json", "one")
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
@@ -231,3 +241,31 @@ def test_pieces_that_were_not_read_are_still_assembled(tmp_path):
     assert assembled == ["a", "b", "c"]
     with pytest.raises(KeyError):
         pieces["a"]
+
+
+def test_a_user_without_a_home_directory_is_told_to_name_a_cache(monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(storage.Path, "home", homeless)
+    monkeypatch.delenv("CLIPERASE_CACHE", raising=False)
+    with pytest.raises(InputError, match=r"no home directory.*name a folder with CLIPERASE_CACHE"):
+        storage.cache_root()
+    monkeypatch.setenv("CLIPERASE_CACHE", "caches")
+    assert str(storage.cache_root()) == "caches"
+
+
+def test_an_empty_name_is_not_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    calls = (
+        lambda: cf.unlearn("m", "demo#class:one", "rest", output_dir=""),
+        lambda: cf.audit("m", "m", "demo#class:one", "rest", output_dir=""),
+        lambda: cf.compare("m", "demo#class:one", output_dir=""),
+        lambda: cf.Ledger("", "m"),
+        lambda: storage.make_folder("", "the result"),
+        lambda: load_model(tiny_open_clip()).save(""),
+    )
+    for call in calls:
+        with pytest.raises(InputError, match=r"='' names no folder; give one, or '\.' for"):
+            call()
+    assert not list(tmp_path.iterdir())

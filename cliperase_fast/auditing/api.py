@@ -29,7 +29,7 @@ from cliperase_fast.evaluation.evaluating import check_settings
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.models.runtime import device_of_rank
 from cliperase_fast.progress import bars_by_default
-from cliperase_fast.storage import check_writable
+from cliperase_fast.storage import check_writable, output_folder
 
 
 @reuse_freed_memory()
@@ -113,7 +113,7 @@ def audit(
         )  # fmt: skip
         ranks.run_on_all(lambda: check_settings(precision, how.device, long_captions))
         if output_dir is not None:
-            ranks.run_on_first(lambda: check_writable(Path(output_dir), "output_dir="))
+            ranks.run_on_first(lambda: check_writable(output_folder(output_dir, "output_dir="), "output_dir="))
         opened = ranks.run_on_all(
             lambda: open_sets(
                 forget, retain, test, other=other, holdouts=holdouts, templates=checked, on_error=on_error, seed=seed

@@ -212,6 +212,7 @@ def demo(arguments: argparse.Namespace) -> int:
     from cliperase_fast.demo import clear_demo_run, run_demo
     from cliperase_fast.demo_models import demo_model_for
     from cliperase_fast.unlearning.advice import Advice, advising
+    from cliperase_fast.unlearning.methods import make_method
     from cliperase_fast.unlearning.run_directory import holds_run
 
     began = time.perf_counter()
@@ -219,6 +220,7 @@ def demo(arguments: argparse.Namespace) -> int:
     forget = arguments.forget or demo_model_for(arguments.data).forget
     if forget is None:
         raise InputError(f"--forget is missing: say what to forget of {arguments.data!r}, such as class:apple")
+    make_method(UnlearnConfig.from_dict(given_settings(arguments)))  # a wrong setting is an error before the training
     clear_demo_run(output)
     interrupted = output.is_dir() and holds_run(output)
     with advising(Advice(go_on="give the same command again")):  # it has no --resume

@@ -64,6 +64,9 @@ def generate(arguments: argparse.Namespace) -> int:
         check_output_file(arguments.output, "--output=")
     if "{}" not in arguments.template:
         raise InputError(f"--template={arguments.template!r} has no {{}} for the class")
+    both = next((name for name in arguments.neighbour if name in arguments.forget), None)
+    if both is not None:
+        raise InputError(f"{both!r} is given with --forget and with --neighbour: name it once")
     with contextlib.redirect_stdout(sys.stderr):  # libraries that are loaded print messages
         found = _compared(arguments)
     if arguments.output:  # before the text, whose reader may stop, as `| head` does

@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if command is None:
                 parser.print_help()
                 return 2
+            _require_names(arguments)
             with _logging(arguments), _termination(command):
                 return arguments.run(arguments)
         finally:
@@ -65,6 +66,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         _drop(sys.stdout)
         return _fail(explain(error, error.filename or "standard output") if error.errno else str(error), 1)
+
+
+def _require_names(arguments: argparse.Namespace) -> None:
+    """Raise InputError for an empty name, as of a shell's variable that is not set, which would count as not given."""
+    for name in ("output", "config", "recipe", "ledger"):
+        if getattr(arguments, name, None) == "":
+            raise InputError(f"{name}='' is empty: is it a variable that is not set?")
 
 
 def _flags(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> dict[str, str]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -41,13 +44,40 @@ def _started(loader: DataLoader) -> Iterator[Any]:
     if loader.num_workers == 0:
         return iter(loader)
     try:
-        return iter(loader)
+        with _interruption_held(loader):
+            return iter(loader)
     except Exception as error:  # pickling runs the caller's code, and daemonic processes may have no children
         raise UnlearningError(
             f"the processes that load images cannot be started ({type(error).__name__}: {first_line(error)}): use "
             "num_workers=0, or a dataset and a transform that can be pickled (no lambdas, nothing of an interactive "
             "session)"
         ) from error
+
+
+@contextmanager
+def _interruption_held(loader: DataLoader) -> Iterator[None]:
+    """Raise a KeyboardInterrupt only once the loader's processes have started.
+
+    Python drops what a signal handler raises while it forks, and a new process that is interrupted prints a traceback.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    received: list[int] = []
+    if loader.worker_init_fn is None:
+        loader.worker_init_fn = _accept_interruption
+    signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if received:
+        raise KeyboardInterrupt
+
+
+def _accept_interruption(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def transformed(transform: Callable[[Any], Any] | None, image: Any, name: str = "an image") -> Tensor:  # [3, H, W]

@@ -23,7 +23,7 @@ from cliperase_fast.ledger.settings import ledger_settings
 from cliperase_fast.ledger.weights import Weights
 from cliperase_fast.ledger.work import LedgerWork, require_group
 from cliperase_fast.report import ledger_page
-from cliperase_fast.storage import write_text_atomically, writing
+from cliperase_fast.storage import output_folder, write_text_atomically, writing
 
 _HOW = ("auto", "prepared", "replay", "merge")
 
@@ -52,7 +52,7 @@ class Ledger(LedgerWork):
         tokenizer: Any = None,
         transform: Callable[[Any], Tensor] | None = None,
     ) -> None:
-        self.dir = Path(dir)
+        self.dir = output_folder(dir, "dir=")
         self._weights = Weights(self.dir, base, tokenizer, transform)
         self._data = DataAtHand()
         require_group()

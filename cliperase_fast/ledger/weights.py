@@ -16,6 +16,7 @@ from cliperase_fast.ledger.log import Entry, Step
 from cliperase_fast.models import ClipAdapter, load_model
 from cliperase_fast.models.requirements import check_weights
 from cliperase_fast.models.runtime import in_float32
+from cliperase_fast.reading import user_path
 from cliperase_fast.storage import draft_of, flush_folder, writing
 from cliperase_fast.tensor_files import read_tensors, write_tensors
 
@@ -122,6 +123,6 @@ def reference_of(base: Any) -> str | None:
         return None
     text = str(base)
     if text.startswith(_LOCAL):
-        return _LOCAL + str(Path(text.removeprefix(_LOCAL)).expanduser().resolve())
-    path = Path(text).expanduser()
+        return _LOCAL + str(user_path(text.removeprefix(_LOCAL)).resolve())
+    path = user_path(text)
     return str(path.resolve()) if path.is_dir() else text

@@ -20,6 +20,7 @@ from cliperase_fast.models.equivalence import feature_difference, tolerance
 from cliperase_fast.models.requirements import copy_of, require_weights
 from cliperase_fast.models.runtime import pick_device
 from cliperase_fast.models.unwrapping import fold_tuners, holder_of, outside_inference, refuse_inexact, unwrap
+from cliperase_fast.reading import user_path
 
 
 @plain_torch()
@@ -116,7 +117,7 @@ def _from_string(text: str, options: dict[str, Any]) -> ClipAdapter:
     for family in FAMILIES:
         if family.opens(text):
             return family.load(text, options)
-    if not Path(text).expanduser().is_dir():
+    if not user_path(text).is_dir():
         raise InputError(f"there is no model {text!r}; pass {accepted_strings()}")
     kind = model_type(text)
     if kind is not None:

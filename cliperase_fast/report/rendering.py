@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from cliperase_fast.report.data import ReportData
 from cliperase_fast.report.drawing import DARK, LIGHT, Drawing, Theme, draw_figure
+from cliperase_fast.storage import write_text_atomically
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -92,7 +93,7 @@ def render(template: str, **variables: Any) -> str:
 def write_page(text: str, path: str | Path) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    write_text_atomically(path, text)
     return path
 
 

@@ -19,6 +19,7 @@ from cliperase_fast.distributed import init_distributed
 from cliperase_fast.errors import UnlearningError
 from cliperase_fast.models.runtime import set_training_modes
 from cliperase_fast.progress import bars_by_default
+from cliperase_fast.storage import output_folder
 from cliperase_fast.unlearning.auditing import add_audit
 from cliperase_fast.unlearning.engines.deepspeed import restore_torch_linear
 from cliperase_fast.unlearning.methods import Method, make_method
@@ -92,7 +93,7 @@ def unlearn(
     method_used, settings = make_method(_settings(config, method, overrides))
     inputs = Inputs(model, forget, retain, test, validation, teacher, tokenizer, transform, templates, oracle)
     show = bars_by_default() if progress is None else progress
-    directory = RunDirectory(Path(output_dir) if output_dir is not None else None, resume)
+    directory = RunDirectory(None if output_dir is None else output_folder(output_dir, "output_dir="), resume)
     # What reading data and trying a transform draws must not come from the caller's generators.
     with (
         init_distributed(settings.device, settings.rank_timeout) as ranks,

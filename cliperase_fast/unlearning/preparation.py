@@ -238,7 +238,7 @@ def _check_settings(
     ranks = runtime.ranks
     method.check_inputs(inputs.teacher)
     if inputs.oracle is not None and not settings.audit:
-        raise InputError("oracle= is for the audit: pass audit=True (--audit) too, or leave it out")
+        raise InputError("oracle= is for the audit: pass audit=True too, or leave it out")
     require_logger(settings.logger, directory.path)
     _choose_backend(settings, runtime)
     if ranks.size > 1 and settings.backend == "eager":

@@ -1,9 +1,14 @@
+import os
+import signal
+
 import numpy as np
+import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from cliperase_fast.data import as_pairs, concat
-from cliperase_fast.data.loading import PixelCache
+from cliperase_fast.data.loading import PixelCache, load_batches
 
 
 def rows(count, offset=0):
@@ -58,3 +63,32 @@ def test_tensors_pass_as_they_are():
     pixels = torch.randn(3, 2, 2)
     pairs = as_pairs([(pixels, "one")], "tensors")
     assert PixelCache(2**20).pixels(pairs, 0, Counting()) is pixels
+
+
+class InterruptedStart(DataLoader):
+    """Gets a SIGINT while its processes start."""
+
+    started = False
+
+    def __iter__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        self.started = True
+        return iter([])
+
+
+class Interruptible:
+    """Says whether a loader process takes an interruption as usual."""
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interruption_waits_until_the_loader_processes_have_started():
+    loader = InterruptedStart(rows(1), num_workers=1)
+    with pytest.raises(KeyboardInterrupt):
+        list(load_batches(loader))
+    assert loader.started and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert list(load_batches(DataLoader(Interruptible(), batch_size=None, num_workers=1))) == [True]

@@ -276,3 +276,10 @@ def test_the_command_compares_saved_pipelines_and_models(clip, diffusion, tmp_pa
     words[2] = str(tmp_path)
     assert cli.main(words) == 2
     assert "has no model_index.json" in capsys.readouterr().err
+
+
+def test_the_command_refuses_a_class_that_is_both_forgotten_and_kept(capsys):
+    words = ["generate", "--pipeline", "p", "--after", "a", "--judge", "b", "--forget", "cat", "--neighbour", "dog"]
+    assert cli.main([*words, "--neighbour", "cat"]) == 2
+    told = capsys.readouterr().err
+    assert told == "cliperase-fast: 'cat' is given with --forget and with --neighbour: name it once\n"

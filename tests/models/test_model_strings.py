@@ -149,6 +149,9 @@ def test_offline_mode_for_an_unreachable_hub_is_restored(no_network: None, monke
         ("ViT-B-32:weights.safetensors", "no checkpoint 'weights.safetensors'"),
         ("/nowhere/model", "no model '/nowhere/model'; pass 'ViT-B-32:openai'"),
         ("local-dir:/nowhere/model", "there is no /nowhere/model/open_clip_config.json"),
+        ("~nobody-of-this-name/model", "'~nobody-of-this-name/model' is not a path: "),
+        ("local-dir:~nobody-of-this-name/model", "'~nobody-of-this-name/model' is not a path: "),
+        ("ViT-B-32:~nobody-of-this-name/weights.pt", "'~nobody-of-this-name/weights.pt' is not a path: "),
         ("zzzzzzzz", "no model 'zzzzzzzz'; pass .*, a folder with a transformers CLIPModel"),
     ],
 )
@@ -169,6 +172,12 @@ def test_folders_without_a_complete_model_are_refused(tmp_path: Path) -> None:
         load_model(tmp_path)
     (tmp_path / "open_clip_config.json").write_text("{")
     with pytest.raises(InputError, match="does not load"):
+        load_model(f"local-dir:{tmp_path}")
+
+
+def test_a_folder_of_transformers_is_to_be_given_without_the_prefix_of_open_clip(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}')
+    with pytest.raises(InputError, match=rf", but a model of transformers: pass '{tmp_path}' without 'local-dir:'"):
         load_model(f"local-dir:{tmp_path}")
 
 

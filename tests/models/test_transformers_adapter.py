@@ -209,3 +209,18 @@ def test_a_clone_is_independent() -> None:
     with torch.no_grad():
         twin.module.logit_scale.add_(1)
     assert adapter.identity() == identity != twin.identity()
+
+
+def test_saving_keeps_what_libraries_print_off_standard_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = CLIPModel.save_pretrained
+
+    def chatty(self: CLIPModel, *given: Any, **options: Any) -> None:
+        print("a library found no accelerator")
+        own(self, *given, **options)
+
+    monkeypatch.setattr(CLIPModel, "save_pretrained", chatty)
+    load_model(tiny_clip(), tokenizer=word_tokenizer()).save(tmp_path / "model")
+    told = capsys.readouterr()
+    assert told.out == "" and "a library found no accelerator" in told.err

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import errno
+import os
 
 import jinja2
 import pytest
@@ -10,7 +12,7 @@ from report_sample import EVIL, sample_run
 
 from cliperase_fast.report import plots, rendering
 from cliperase_fast.report.drawing import DARK, png
-from cliperase_fast.report.rendering import Row, Table, picture, render
+from cliperase_fast.report.rendering import Row, Table, picture, render, write_page
 
 PAGE = """\
 {% extends "base.html" %}
@@ -77,3 +79,15 @@ def test_words_from_right_to_left_leave_the_text_around_them_in_order(text, show
 def test_isolating_a_long_text_takes_no_time():
     text = "א " * 50000
     assert rendering.environment().from_string("{{ text | isolated }}").render(text=text).count("<bdi>") == 1
+
+
+def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    page = write_page("one", tmp_path / "new" / "page.html")
+
+    def full(handle, chunk):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_page("two", page)
+    assert page.read_text() == "one" and list(page.parent.iterdir()) == [page]

@@ -21,6 +21,7 @@ from cliperase_fast.models.equivalence import verify_saved
 from cliperase_fast.models.preprocessing import CaptionTokenizer, as_transform, lacks_padding
 from cliperase_fast.models.requirements import copy_of, require_trainable
 from cliperase_fast.models.saving import write_directory
+from cliperase_fast.storage import output_folder
 
 Tower = Literal["image", "text", "scale"]
 
@@ -230,7 +231,7 @@ class ClipAdapter(ABC):
         if any(".lora_A." in name for name, _ in self.module.named_parameters()):
             raise InputError("the model holds LoRA layers; fold them in with merge_lora(adapter) before saving it")
         self.check_saveable()
-        directory = Path(directory)
+        directory = output_folder(directory)
 
         def write(work: Path) -> None:
             self._write(work, directory)

@@ -13,7 +13,9 @@ from cliperase_fast.errors import InputError
 from cliperase_fast.models.adapters.base import ClipAdapter, Family, first_lines, hint_of_run
 from cliperase_fast.models.adapters.open_clip import OpenClipAdapter
 from cliperase_fast.models.adapters.open_clip_files import load_folder, load_weights, offline_if_unreachable
+from cliperase_fast.models.adapters.transformers import model_type
 from cliperase_fast.models.preprocessing import clip_tokenizer
+from cliperase_fast.reading import user_path
 
 _MARKER = OpenClipAdapter._marker
 _WEIGHT_FILES = (".pt", ".pth", ".bin", ".safetensors", ".npz", ".npy")
@@ -30,7 +32,7 @@ def opens(text: str) -> bool:
     """Return whether the string has the form of an open_clip model, or is a folder with one."""
     if text.startswith(("local-dir:", "hf-hub:")):
         return True
-    folder = Path(text).expanduser()
+    folder = user_path(text)
     if folder.is_dir():
         return (folder / _MARKER).is_file()
     import open_clip
@@ -57,8 +59,8 @@ def load(text: str, options: dict[str, Any]) -> ClipAdapter:
     """Load the model that the string names. options: tokenizer, transform and truncate."""
     if text.startswith("hf-hub:"):
         return _load_from_hub(text, options)
-    if text.startswith("local-dir:") or Path(text).expanduser().is_dir():
-        return _load_saved(Path(text.removeprefix("local-dir:")), options)
+    if text.startswith("local-dir:") or user_path(text).is_dir():
+        return _load_saved(user_path(text.removeprefix("local-dir:")), options)
     return _load_architecture(text, options)
 
 
@@ -80,7 +82,7 @@ def _load_architecture(text: str, options: dict[str, Any]) -> ClipAdapter:
         )
     if open_clip.is_pretrained_cfg(arch, weights):
         return _load_tag(arch, weights, config, options)
-    path = Path(weights).expanduser()
+    path = user_path(weights)
     if path.is_file():
         try:
             module = load_weights(config, path, arch)
@@ -146,10 +148,11 @@ def _load_from_hub(text: str, options: dict[str, Any]) -> ClipAdapter:
 
 
 def _load_saved(folder: Path, options: dict[str, Any]) -> ClipAdapter:
-    folder = folder.expanduser()
     config_file = folder / _MARKER
     if not config_file.is_file():
         hint = hint_of_run(folder, [_MARKER])
+        if model_type(str(folder)) is not None:
+            hint = f", but a model of transformers: pass {str(folder)!r} without 'local-dir:'"
         raise InputError(f"'local-dir:{folder}' is not an open_clip model: there is no {config_file}{hint}")
     if not any(path.suffix in (".safetensors", ".bin", ".pth") for path in folder.iterdir()):
         raise InputError(f"{folder} holds no weights (open_clip_model.safetensors), so the model would be random")

@@ -7,7 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,6 +25,7 @@ from cliperase_fast.models.preprocessing import ImageProcessorTransform, clip_to
 from cliperase_fast.models.requirements import require_no_parametrizations
 from cliperase_fast.models.saving import apart
 from cliperase_fast.models.state_names import match_names
+from cliperase_fast.reading import user_path
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _END_OF_TEXT = 49407  # the last id of CLIP's own vocabulary
@@ -268,7 +269,7 @@ def pooled(output: Any) -> Tensor:  # -> [B, D]
 
 def model_type(text: str) -> str | None:
     """Return the "model_type" in a folder's config.json; None if the string names no folder with that file."""
-    file = Path(text).expanduser() / PretrainedAdapter._marker
+    file = user_path(text) / PretrainedAdapter._marker
     if not file.is_file():
         return None
     try:
@@ -279,7 +280,7 @@ def model_type(text: str) -> str | None:
 
 def load(text: str, options: dict[str, Any], adapter: type[PretrainedAdapter]) -> ClipAdapter:
     """Load the model in a folder. options: tokenizer, transform and truncate."""
-    folder = Path(text).expanduser()
+    folder = user_path(text)
     import_extra("transformers", f"{folder} holds a model that")
     try:
         module = _load_model(folder, adapter)
@@ -350,13 +351,17 @@ def _load_tokenizer(directory: Path) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide transformers' progress bars, which it shows even without a terminal."""
+    """Hide transformers' progress bars, which it shows even without a terminal, and keep standard output clean.
+
+    It imports further libraries, and DeepSpeed's log goes to the standard output that it finds at its import.
+    """
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        yield
+        with redirect_stdout(sys.stderr):
+            yield
     finally:
         if shown:
             logging.enable_progress_bar()

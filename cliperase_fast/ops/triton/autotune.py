@@ -24,6 +24,7 @@ from triton.runtime.errors import OutOfResources
 
 from cliperase_fast.errors import InputError
 from cliperase_fast.ops.triton.configs import Config, Configs
+from cliperase_fast.storage import cache_root
 
 VARIABLE = "CLIPERASE_AUTOTUNE"
 
@@ -100,9 +101,8 @@ def candidates(itemsize: int, shared_bytes: int) -> Iterator[Config]:
 
 
 def saved_path(device: torch.device) -> Path:
-    root = Path(os.environ.get("CLIPERASE_CACHE") or Path.home() / ".cache" / "cliperase_fast")
     gpu = "".join(c if c.isalnum() else "-" for c in torch.cuda.get_device_name(device)).lower()
-    return root / "triton" / f"{gpu}-torch{torch.__version__}-triton{triton.__version__}.json"
+    return cache_root() / "triton" / f"{gpu}-torch{torch.__version__}-triton{triton.__version__}.json"
 
 
 @lru_cache(maxsize=8)
