@@ -269,6 +269,18 @@ def test_a_single_forget_pair_gives_scores_without_intervals():
     assert any("single forget pair" in note for note in found.notes)
 
 
+def test_as_many_test_pairs_as_training_pairs_are_told_apart():
+    forget, retain, (_, retain_test) = training_and_test()
+    others = [pair for pair in make_pairs(len(forget), seed=1) if "red" in pair[1]]
+    model = make_model()
+    membership = [
+        audit(model, model, forget, retain, test=(test, retain_test), progress=False).scores["after"]["depth"]
+        for test in (others, list(forget))
+    ]
+    assert 0 < membership[0]["membership"]["value"] < 1
+    assert membership[1]["membership"]["reason"] == "no forget pair is held out"
+
+
 def test_data_without_classes_takes_captions_as_concepts():
     pairs = [(image, f"{caption} number {number}") for number, (image, caption) in enumerate(make_pairs(6))]
     forget, retain = pairs[:6], pairs[6:]
