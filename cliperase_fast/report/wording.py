@@ -157,10 +157,9 @@ def headline(result: Mapping[str, Any]) -> Headline | None:
 
 
 def _chance(result: Mapping[str, Any], metric: Metric) -> float:
-    if metric.needs_classes:
+    choices = number(((result.get("before") or {}).get("forget") or {}).get(metric.gallery)) or 0.0
+    if metric.needs_classes and not choices:  # an older result, which counts the classes that have test pairs
         choices = float(len(result.get("per_class") or {}))
-    else:
-        choices = number(((result.get("before") or {}).get("forget") or {}).get(metric.gallery)) or 0.0
     return 1 / choices if choices >= 2 else 0.0
 
 

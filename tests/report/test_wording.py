@@ -41,6 +41,13 @@ def test_the_verdict_follows_from_the_scores(forget, retain, level, words):
     assert found.sentence.count(". ") == 0  # one sentence
 
 
+def test_classes_without_test_pairs_count_among_those_to_choose_from():
+    result = sample_result((0.25, 0.0))
+    for when in ("before", "after"):
+        result[when]["forget"]["gallery_classes"] = 10  # of which four have test pairs
+    assert verdict(result).level == "good"
+
+
 @pytest.mark.parametrize(
     ("forget", "retain", "changes", "advice"),
     [
