@@ -45,7 +45,8 @@ def audit_models(
         device of `how`, in float32. All of them must read the same captions and images (`check_alike`).
     synonyms, paraphrase_templates, depth: as in `audit()`.
     Raises InputError for features that are NaN or infinite. Warns of an oracle that knows the concept, that knows the
-    rest far less well than the original, or that is a copy of an earlier one, which is left out.
+    rest far less well than the original, that is one of the audited models, or that is a copy of an earlier one, which
+    is left out.
     """
     check_depth(depth)
     if depth:
@@ -90,7 +91,7 @@ def _audit(
             scores[name]["depth"] |= found
     oracles = [scores[name] for name in models if name.startswith("oracle")]
     level = background(scores["before"])
-    faults = [*_copied_oracles(copies), *_knowing_oracles(scores, layout), *_weak_oracles(scores)]
+    faults = [*_copied_oracles(copies), *_no_oracles(views), *_knowing_oracles(scores, layout), *_weak_oracles(scores)]
     if how.ranks.first:
         for fault in faults:
             warnings.warn(fault, stacklevel=2)
@@ -196,6 +197,20 @@ def _copied_oracles(copies: Mapping[str, str]) -> list[str]:
         "trained with different seeds."
         for name, first in copies.items()
     ]
+
+
+def _no_oracles(views: Mapping[str, View]) -> list[str]:
+    """Return warnings of oracles that are one of the audited models."""
+    found = []
+    for name in (one for one in views if one.startswith("oracle ")):
+        audited = {"before": "the original", "after": "the unlearned model"}
+        same = [what for other, what in audited.items() if _same(views[name], views[other])]
+        if same:
+            found.append(
+                f"{name} has the same features as {same[0]}, so it does not show what a model is like that never saw "
+                "the forget pairs. Give models that were trained without them."
+            )
+    return found
 
 
 def _weak_oracles(scores: Mapping[str, Scores]) -> list[str]:

@@ -229,6 +229,14 @@ def test_an_oracle_that_equals_another_is_no_second_sample():
     assert any("One oracle is a single sample" in note for note in alone.notes)
 
 
+def test_an_audited_model_is_no_oracle():
+    original, unlearned = make_model(), without_red(1)
+    for oracle, what in ((original, "the original"), (unlearned, "the unlearned model")):
+        with pytest.warns(UserWarning, match=f"oracle 2 has the same features as {what}, so it does not show"):
+            found = run(original, unlearned, oracle=[without_red(2), copy.deepcopy(oracle)])
+        assert sum("does not show what a model is like" in note for note in found.notes) == 1
+
+
 def test_an_oracle_that_knows_little_of_the_rest_is_warned_of():
     weak_model = without_red(1)
     with torch.no_grad():
