@@ -24,6 +24,7 @@ from cliperase_fast.evaluation.encoding import SAME
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.models.requirements import require_dense_gradients
 from cliperase_fast.progress import Steps, say
+from cliperase_fast.report.wording import plain_number
 
 Scores = dict[str, dict[str, Estimate]]
 
@@ -154,7 +155,7 @@ def _unscored(sets: AuditSets, layout: Layout) -> list[str]:
 def _few_oracles(count: int, level: float | None) -> list[str]:
     """Return a note on what the scores are compared with, if there are fewer than two oracles."""
     if count == 0:
-        known = "unknown" if level is None else f"{level:.3f}"
+        known = "unknown" if level is None else plain_number(level, 3)
         return [
             f"No oracle was given: the background level of the original ({known}) is the reference for the "
             "association, and the other scores have no target. A model that knows the parts of a concept, such as red "

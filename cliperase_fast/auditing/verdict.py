@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from cliperase_fast.report.wording import percent
+from cliperase_fast.report.wording import percent, plain_number
 
 Table = Mapping[str, Mapping[str, Mapping[str, Any]]]  # group, score, {"value", ...} of one model
 
@@ -44,7 +44,7 @@ def _forgetting(scores: Mapping[str, Table], level: float | None, over: bool | N
     if "oracle" in scores:
         reference = f"{_number(_value(scores['oracle']['forgetting'], 'association'))} in models that never saw them"
     elif level is not None:
-        reference = f"{level:.2f} for unrelated pairs of the original"
+        reference = f"{plain_number(level)} for unrelated pairs of the original"
     parts.append(
         f"The cosine with their own captions is {_number(_value(after, 'association'))} "
         f"({_number(_value(before, 'association'))} before; {reference})."
@@ -114,4 +114,4 @@ def _percent(value: float | None) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.2f}"
+    return "unknown" if value is None else plain_number(value)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cliperase_fast.report.rendering import Row, Table
-from cliperase_fast.report.wording import number, percent
+from cliperase_fast.report.wording import decimals, number, percent
 
 _COLUMNS = ("Learning rate", "Steps", "Forget score", "Association", "Divergence", "Outcome")
 
@@ -69,4 +69,4 @@ def _rate(rate: float | None) -> str:
 
 def _cosine(value: Any) -> str:
     found = number(value)
-    return "–" if found is None else f"{found:.2f}".replace("-", "−")
+    return "–" if found is None else decimals(found, 2)

@@ -27,6 +27,10 @@ def test_the_name_that_finds_most_is_quoted_if_it_finds_something(value, variant
     assert words in said("forgetting", paraphrase_top1_max={"value": value, "variant": variant})
 
 
+def test_a_cosine_that_rounds_to_zero_has_no_sign():
+    assert "is 0.00 (0.00 before" in said("forgetting", association={"value": -0.004})
+
+
 @pytest.mark.parametrize(
     ("value", "words"),
     [

@@ -98,6 +98,10 @@ def test_the_retain_floor_decides_what_counts_as_a_drop():
     assert "at a price" in verdict(result).sentence
 
 
+def test_a_drop_just_beyond_the_floor_does_not_read_as_the_floor():
+    assert "2.04 points fewer where retain_floor allows 2" in verdict(sample_result((0.98, 0.0), (0.97, 0.9496))).text
+
+
 def test_without_classes_the_verdict_is_about_retrieval():
     result = sample_result()
     for when in ("before", "after"):
