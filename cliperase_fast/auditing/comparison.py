@@ -60,8 +60,9 @@ def audit_models(
     )  # fmt: skip
     names, too_long = fitting(asked, models["before"])
     if too_long:
-        note = f"{len(too_long)} templates and synonyms are longer than the model's context and were not asked for "
-        sets = replace(sets, notes=(*sets.notes, f"{note}(the first: {too_long[0].name!r})."))
+        what = "template or synonym is" if len(too_long) == 1 else "templates and synonyms are"
+        note = f"{len(too_long)} {what} longer than the model's context and not asked for"
+        sets = replace(sets, notes=(*sets.notes, f"{note} (the first: {too_long[0].name!r})."))
     try:
         return _audit(models, sets, layout, names, how, depth)
     finally:
@@ -149,6 +150,8 @@ def _unscored(sets: AuditSets, layout: Layout) -> list[str]:
     if len(absent) == 0:
         return []
     first = sets.forget.classes[absent[0]]
+    if len(absent) == 1:
+        return [f"No test pair shows the forgotten class {first!r}, which has no scores."]
     return [f"No test pair shows {len(absent)} of the forgotten classes, which have no scores (the first: {first!r})."]
 
 
