@@ -14,6 +14,7 @@ from cliperase_fast.auditing.evidence import evidence
 from cliperase_fast.auditing.features import Encoding, encode_model, training_correct
 from cliperase_fast.auditing.gap import background, gaps, noise_floor, over_forgotten_below, tug_of_war
 from cliperase_fast.auditing.layout import Layout
+from cliperase_fast.auditing.relearning import PAIRS, SHOTS
 from cliperase_fast.auditing.result import Audit
 from cliperase_fast.auditing.scores import View, score_features
 from cliperase_fast.auditing.sets import AuditSets
@@ -23,6 +24,7 @@ from cliperase_fast.data.classes import check_templates
 from cliperase_fast.evaluation.encoding import SAME
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.models.requirements import require_dense_gradients
+from cliperase_fast.plurals import counted
 from cliperase_fast.progress import Steps, say
 from cliperase_fast.report.wording import plain_number
 
@@ -98,6 +100,7 @@ def _audit(
         for fault in faults:
             warnings.warn(fault, stacklevel=2)
     notes = [*sets.notes, *_unscored(sets, layout), *_few_oracles(len(oracles), level), *faults]
+    notes += _few_shots(sets) if depth else []
     gap = None
     if oracles:
         scores["oracle"] = _mean_scores(oracles)
@@ -118,7 +121,7 @@ def _audit(
         "concepts": [str(layout.names[concept]) for concept in layout.forget_concepts[:20]],
         "skipped": sets.skipped.to_dict(),
     }
-    said = verdicts(table, gap, level, over)
+    said = verdicts(table, gap, level, over, min(SHOTS, len(sets.forget)))
     return Audit(table, gap, level, over, said, notes, data, limit, evidence(views))
 
 
@@ -167,6 +170,16 @@ def _few_oracles(count: int, level: float | None) -> list[str]:
     if count == 1:
         return ["One oracle is a single sample of a model that never knew the concept. Give three for a noise floor."]
     return []
+
+
+def _few_shots(sets: AuditSets) -> list[str]:
+    """Return a note if there are fewer training pairs than relearning takes."""
+    shots = min(SHOTS, len(sets.forget))
+    rest = min(PAIRS - shots, len(sets.retain))
+    if (shots, rest) == (SHOTS, PAIRS - SHOTS):
+        return []
+    pairs = f"{shots} forget and {counted(rest, 'retain pair')}"
+    return [f"Relearning trains on {pairs}, not on {SHOTS} and {PAIRS - SHOTS}, as there are no more."]
 
 
 def _copies(views: Mapping[str, View]) -> dict[str, str]:

@@ -195,6 +195,8 @@ def test_relearning_and_prompts_bring_a_hidden_concept_back():
     assert depth["prompt_attack"]["value"] > value(found, "after", "forgetting", "zero_shot_top1")
     original = found.scores["before"]["depth"]
     assert original["quantised_top1@8"]["value"] == 1
+    assert "steps on 12 pictures" in found.verdicts["depth"]
+    assert "Relearning trains on 12 forget and 36 retain pairs, not on 16 and 112, as there are no more." in found.notes
 
 
 def test_the_result_is_json_with_stable_keys(tmp_path):
