@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from cliperase_fast.auditing import estimates, metrics
+from cliperase_fast.auditing import estimates, gap, metrics
 from cliperase_fast.auditing.estimates import Estimate, auc_estimate, mean_estimate
 
 
@@ -48,3 +48,18 @@ def test_an_estimate_of_a_single_value_has_no_interval():
     assert auc_estimate(np.array([0.1, 0.9]), np.array([0.5])).interval is None
     known = mean_estimate([Estimate(0.5, np.full(3, 0.5)), Estimate(0.7)])
     assert (known.value, known.interval) == (pytest.approx(0.6), None)
+
+
+def test_gaps_and_floors_have_no_sign():
+    def model(association, retain):
+        return {
+            "forgetting": {"association": Estimate(association)},
+            "collateral": {"retain_top1": Estimate(retain)},
+        }
+
+    lower, higher = model(-0.4, 0.7), model(0.2, 0.9)
+    for first, second in ((lower, higher), (higher, lower)):
+        assert gap.gaps(first, second)["mean"] == pytest.approx((0.6 + 0.2) / 2)
+        assert gap.noise_floor([first, second])[0] == pytest.approx(0.4)
+    for ours, theirs in ((0.5, 0.75), (0.75, 0.5)):
+        assert gap.tug_of_war({"forget": ours, "test": 1.0}, {"forget": theirs, "test": 1.0}) == 0.75
