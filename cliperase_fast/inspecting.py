@@ -19,7 +19,7 @@ from cliperase_fast.data.intake import Intake
 from cliperase_fast.data.pair_sets import Opener, open_pair_sets
 from cliperase_fast.data.selectors import require_whole
 from cliperase_fast.errors import InputError
-from cliperase_fast.plurals import counted
+from cliperase_fast.plurals import counted, more_classes
 from cliperase_fast.progress import Steps
 from cliperase_fast.reading import display_width, visible
 from cliperase_fast.report.contact_sheet import Group, contact_sheet, thumbnails
@@ -197,7 +197,7 @@ def _class_lines(classes: dict[str, dict[str, int]]) -> list[str]:
         name + " " * (width - display_width(name)) + "".join(f"{row[of]:>{len(of) + 4},}" for of in sets)
         for name, row in shown
     ]
-    rest = [f"... and {len(classes) - len(shown)} more classes"] if len(classes) > len(shown) else []
+    rest = [f"... and {more_classes(len(classes) - len(shown))}"] if len(classes) > len(shown) else []
     return [head, *rows, *rest]
 
 

@@ -91,7 +91,7 @@ def audit(
 
     Returns an `Audit`. Raises `InputError` before any encoding for wrong arguments, unreadable images and models that
     read captions or images differently, and later for features that are NaN or infinite. Warns if an oracle knows the
-    concept, knows the rest far less well than the original, or is a copy of another one.
+    concept, knows the rest far less well than the original, or is a copy of another one, of `before` or of `after`.
     """
     name = str(device) if str(device) != "auto" else str(_device_of(before) or "auto")
     checked = check_templates(templates)

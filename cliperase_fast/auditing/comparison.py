@@ -14,6 +14,7 @@ from cliperase_fast.auditing.evidence import evidence
 from cliperase_fast.auditing.features import Encoding, encode_model, training_correct
 from cliperase_fast.auditing.gap import background, gaps, noise_floor, over_forgotten_below, tug_of_war
 from cliperase_fast.auditing.layout import Layout
+from cliperase_fast.auditing.relearning import PAIRS, SHOTS
 from cliperase_fast.auditing.result import Audit
 from cliperase_fast.auditing.scores import View, score_features
 from cliperase_fast.auditing.sets import AuditSets
@@ -23,7 +24,9 @@ from cliperase_fast.data.classes import check_templates
 from cliperase_fast.evaluation.encoding import SAME
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.models.requirements import require_dense_gradients
+from cliperase_fast.plurals import counted
 from cliperase_fast.progress import Steps, say
+from cliperase_fast.report.wording import plain_number
 
 Scores = dict[str, dict[str, Estimate]]
 
@@ -45,7 +48,8 @@ def audit_models(
         device of `how`, in float32. All of them must read the same captions and images (`check_alike`).
     synonyms, paraphrase_templates, depth: as in `audit()`.
     Raises InputError for features that are NaN or infinite. Warns of an oracle that knows the concept, that knows the
-    rest far less well than the original, or that is a copy of an earlier one, which is left out.
+    rest far less well than the original, that is one of the audited models, or that is a copy of an earlier one, which
+    is left out.
     """
     check_depth(depth)
     if depth:
@@ -58,8 +62,9 @@ def audit_models(
     )  # fmt: skip
     names, too_long = fitting(asked, models["before"])
     if too_long:
-        note = f"{len(too_long)} templates and synonyms are longer than the model's context and were not asked for "
-        sets = replace(sets, notes=(*sets.notes, f"{note}(the first: {too_long[0].name!r})."))
+        what = "template or synonym is" if len(too_long) == 1 else "templates and synonyms are"
+        note = f"{len(too_long)} {what} longer than the model's context and not asked for"
+        sets = replace(sets, notes=(*sets.notes, f"{note} (the first: {too_long[0].name!r})."))
     try:
         return _audit(models, sets, layout, names, how, depth)
     finally:
@@ -90,11 +95,12 @@ def _audit(
             scores[name]["depth"] |= found
     oracles = [scores[name] for name in models if name.startswith("oracle")]
     level = background(scores["before"])
-    faults = [*_copied_oracles(copies), *_knowing_oracles(scores, layout), *_weak_oracles(scores)]
+    faults = [*_copied_oracles(copies), *_no_oracles(views), *_knowing_oracles(scores, layout), *_weak_oracles(scores)]
     if how.ranks.first:
         for fault in faults:
             warnings.warn(fault, stacklevel=2)
     notes = [*sets.notes, *_unscored(sets, layout), *_few_oracles(len(oracles), level), *faults]
+    notes += _few_shots(sets) if depth else []
     gap = None
     if oracles:
         scores["oracle"] = _mean_scores(oracles)
@@ -115,7 +121,7 @@ def _audit(
         "concepts": [str(layout.names[concept]) for concept in layout.forget_concepts[:20]],
         "skipped": sets.skipped.to_dict(),
     }
-    said = verdicts(table, gap, level, over)
+    said = verdicts(table, gap, level, over, min(SHOTS, len(sets.forget)))
     return Audit(table, gap, level, over, said, notes, data, limit, evidence(views))
 
 
@@ -147,13 +153,15 @@ def _unscored(sets: AuditSets, layout: Layout) -> list[str]:
     if len(absent) == 0:
         return []
     first = sets.forget.classes[absent[0]]
+    if len(absent) == 1:
+        return [f"No test pair shows the forgotten class {first!r}, which has no scores."]
     return [f"No test pair shows {len(absent)} of the forgotten classes, which have no scores (the first: {first!r})."]
 
 
 def _few_oracles(count: int, level: float | None) -> list[str]:
     """Return a note on what the scores are compared with, if there are fewer than two oracles."""
     if count == 0:
-        known = "unknown" if level is None else f"{level:.3f}"
+        known = "unknown" if level is None else plain_number(level, 3)
         return [
             f"No oracle was given: the background level of the original ({known}) is the reference for the "
             "association, and the other scores have no target. A model that knows the parts of a concept, such as red "
@@ -162,6 +170,16 @@ def _few_oracles(count: int, level: float | None) -> list[str]:
     if count == 1:
         return ["One oracle is a single sample of a model that never knew the concept. Give three for a noise floor."]
     return []
+
+
+def _few_shots(sets: AuditSets) -> list[str]:
+    """Return a note if there are fewer training pairs than relearning takes."""
+    shots = min(SHOTS, len(sets.forget))
+    rest = min(PAIRS - shots, len(sets.retain))
+    if (shots, rest) == (SHOTS, PAIRS - SHOTS):
+        return []
+    pairs = f"{shots} forget and {counted(rest, 'retain pair')}"
+    return [f"Relearning trains on {pairs}, not on {SHOTS} and {PAIRS - SHOTS}, as there are no more."]
 
 
 def _copies(views: Mapping[str, View]) -> dict[str, str]:
@@ -196,6 +214,20 @@ def _copied_oracles(copies: Mapping[str, str]) -> list[str]:
         "trained with different seeds."
         for name, first in copies.items()
     ]
+
+
+def _no_oracles(views: Mapping[str, View]) -> list[str]:
+    """Return warnings of oracles that are one of the audited models."""
+    found = []
+    for name in (one for one in views if one.startswith("oracle ")):
+        audited = {"before": "the original", "after": "the unlearned model"}
+        same = [what for other, what in audited.items() if _same(views[name], views[other])]
+        if same:
+            found.append(
+                f"{name} has the same features as {same[0]}, so it does not show what a model is like that never saw "
+                "the forget pairs. Give models that were trained without them."
+            )
+    return found
 
 
 def _weak_oracles(scores: Mapping[str, Scores]) -> list[str]:

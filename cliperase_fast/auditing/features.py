@@ -18,7 +18,7 @@ from cliperase_fast.auditing.layout import Layout
 from cliperase_fast.auditing.scores import Features, Variant
 from cliperase_fast.auditing.sets import AuditSets
 from cliperase_fast.auditing.vocabulary import Wording
-from cliperase_fast.data import PairDataset, caption_key
+from cliperase_fast.data import PairDataset, caption_key, same_pairs
 from cliperase_fast.data.loading import PixelCache, name_of, stack_images, transformed
 from cliperase_fast.distributed import SINGLE_PROCESS, Ranks
 from cliperase_fast.errors import InputError
@@ -92,9 +92,10 @@ def _encode_model(
     others = {key: (_encode(adapter, pairs, how, name), pairs) for key, pairs in sets.other.items()}
     holdouts = {key: (_encode(adapter, pairs, how, name), pairs) for key, pairs in sets.holdouts.items()}
     training_cosines = test_cosines = None
-    if sets.forget.ids != [sets.test.ids[index] for index in layout.forget_images]:  # a single pair serves both
+    forget_test = sets.test.subset(layout.forget_images)
+    if not same_pairs(sets.forget, forget_test):  # a single pair serves both
         training_cosines = view_cosines(adapter, sample(sets.forget, how.seed), concepts, how)
-        test_cosines = view_cosines(adapter, sample(sets.test.subset(layout.forget_images), how.seed), concepts, how)
+        test_cosines = view_cosines(adapter, sample(forget_test, how.seed), concepts, how)
     return Features(
         images=test.image_features,
         captions=test.caption_features,

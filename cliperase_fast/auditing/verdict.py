@@ -5,22 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from cliperase_fast.report.wording import percent
+from cliperase_fast.plurals import counted
+from cliperase_fast.report.wording import percent, plain_number
 
 Table = Mapping[str, Mapping[str, Mapping[str, Any]]]  # group, score, {"value", ...} of one model
 
 
 def verdicts(
-    scores: Mapping[str, Table], gap: Mapping[str, Any] | None, level: float | None, over: bool | None
+    scores: Mapping[str, Table], gap: Mapping[str, Any] | None, level: float | None, over: bool | None, shots: int = 16
 ) -> dict[str, str]:
     """Return the verdicts by group: "forgetting", "collateral", "depth", and "gap" if there are oracles.
 
     scores: by model. level: the background level of the original. over: whether the result is over-forgotten.
+    shots: how many forget pairs relearning trains on.
     """
     found = {
         "forgetting": _forgetting(scores, level, over),
         "collateral": _collateral(scores),
-        "depth": _depth(scores),
+        "depth": _depth(scores, counted(shots, "picture")),
     }
     if gap is not None:
         found["gap"] = _gap(gap)
@@ -44,7 +46,7 @@ def _forgetting(scores: Mapping[str, Table], level: float | None, over: bool | N
     if "oracle" in scores:
         reference = f"{_number(_value(scores['oracle']['forgetting'], 'association'))} in models that never saw them"
     elif level is not None:
-        reference = f"{level:.2f} for unrelated pairs of the original"
+        reference = f"{plain_number(level)} for unrelated pairs of the original"
     parts.append(
         f"The cosine with their own captions is {_number(_value(after, 'association'))} "
         f"({_number(_value(before, 'association'))} before; {reference})."
@@ -71,13 +73,13 @@ def _collateral(scores: Mapping[str, Table]) -> str:
     return " ".join(parts)
 
 
-def _depth(scores: Mapping[str, Table]) -> str:
+def _depth(scores: Mapping[str, Table], pictures: str) -> str:
     after = scores["after"]["depth"]
     parts = []
     if any(name.startswith("relearn@") for name in after):
-        said = f"The concept answers again {_relearned(after)}"
+        said = f"The concept answers again {_relearned(after, pictures)}"
         if "oracle" in scores:
-            said += f"; a model that never saw it answers {_relearned(scores['oracle']['depth'])}"
+            said += f"; a model that never saw it answers {_relearned(scores['oracle']['depth'], pictures)}"
         parts.append(f"{said}.")
     if after.get("membership", {}).get("value") is not None:
         parts.append(
@@ -87,13 +89,13 @@ def _depth(scores: Mapping[str, Table]) -> str:
     return " ".join(parts) or "Attacks on the model were not tried (depth=True, --depth)."
 
 
-def _relearned(depth: Mapping[str, Mapping[str, Any]]) -> str:
+def _relearned(depth: Mapping[str, Mapping[str, Any]], pictures: str) -> str:
     """Say after how many steps half of the forget images are named."""
     curve = {int(name.partition("@")[2]): found["value"] for name, found in depth.items() if name[:8] == "relearn@"}
     steps = [step for step, value in sorted(curve.items()) if value is not None and value >= 0.5]
     if not steps:
-        return f"for fewer than half of its images after {max(curve)} steps on 16 pictures"
-    return f"(for half of its images) after {steps[0]} steps on 16 pictures" if steps[0] else "without any training"
+        return f"for fewer than half of its images after {max(curve)} steps on {pictures}"
+    return f"(for half of its images) after {steps[0]} steps on {pictures}" if steps[0] else "without any training"
 
 
 def _gap(gap: Mapping[str, Any]) -> str:
@@ -114,4 +116,4 @@ def _percent(value: float | None) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.2f}"
+    return "unknown" if value is None else plain_number(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -136,10 +137,16 @@ def wordings(
         yield Wording(template, None, tuple((template.replace("{}", name),) for name in pairs.classes))
     for concept in map(int, forget_concepts):
         name = pairs.classes[concept]
-        own = [prompt.replace(name, "{}", 1) for prompt in pairs.prompts[concept] if name in prompt]
+        own = [_template(prompt, name) for prompt in pairs.prompts[concept] if name in prompt]
         for synonym in synonyms.get(concept, ()):
             captions = tuple(template.replace("{}", synonym) for template in own or TEMPLATES)
             yield Wording(f"{name} = {synonym}", concept, (captions,))
+
+
+def _template(prompt: str, name: str) -> str:
+    """Put "{}" in the place of a name: of a word of its own where there is one, "ring" in "a rendering of a ring"."""
+    found = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "{}", prompt, count=1)
+    return prompt.replace(name, "{}", 1) if found == prompt else found
 
 
 def fitting(asked: Iterable[Wording], adapter: ClipAdapter) -> tuple[list[Wording], list[Wording]]:

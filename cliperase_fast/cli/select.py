@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def select(arguments: argparse.Namespace) -> int:
     from cliperase_fast.cli.commands import progress_style
     from cliperase_fast.data import parse_reference
+    from cliperase_fast.plurals import counted
     from cliperase_fast.querying import select_by_query
     from cliperase_fast.report.wording import left_out_lines
     from cliperase_fast.storage import check_output_file
@@ -73,7 +74,7 @@ def select(arguments: argparse.Namespace) -> int:
         f"found    {len(found)} of {len(found.pairs)} pairs, with a similarity of {values[-1]:.3f} to {values[0]:.3f}"
     )
     if found.also:
-        print(f"         and {len(found.also)} test pairs that are as similar")
+        print(f"         and {counted(len(found.also), 'test pair')} as similar")
     for line in left_out_lines(found.skipped):
         print(f"left out {line}")
     source = parse_reference(arguments.data)[0]

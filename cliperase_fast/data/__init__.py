@@ -1,6 +1,6 @@
 """Images with captions: sources, selectors, splits and checks."""
 
-from cliperase_fast.data.checks import check_images, overlap, split
+from cliperase_fast.data.checks import check_images, overlap, same_pairs, split
 from cliperase_fast.data.classes import ClassSpace
 from cliperase_fast.data.pairs import PairDataset, as_pairs, caption_key, concat
 from cliperase_fast.data.selectors import make_reference, parse_reference, select, select_holdouts
@@ -19,6 +19,7 @@ __all__ = [
     "open_source",
     "overlap",
     "parse_reference",
+    "same_pairs",
     "select",
     "select_holdouts",
     "split",

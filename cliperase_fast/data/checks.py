@@ -164,6 +164,14 @@ def overlap(first: PairDataset, second: PairDataset) -> np.ndarray:
     return np.unique(np.array(found + _same_pixels(first, second, unknown), dtype=np.int64))
 
 
+def same_pairs(first: PairDataset, second: PairDataset) -> bool:
+    """Return whether two sets hold the same pairs in the same order.
+
+    Names and captions alone do not tell: the pairs of every list are numbered from 0, and a class has one caption.
+    """
+    return first.fingerprint() == second.fingerprint() and len(overlap(first, second)) == len(second)
+
+
 def _same_pixels(first: PairDataset, second: PairDataset, unknown: dict[Any, list[int]]) -> list[int]:
     if not unknown:
         return []

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from cliperase_fast.data.checks import check_images, overlap, split
+from cliperase_fast.data.checks import check_images, overlap, same_pairs, split
 from cliperase_fast.data.intake import Intake, Tally
 from cliperase_fast.data.pairs import PairDataset, as_pairs, wording
 from cliperase_fast.data.selectors import parse_reference, select, select_holdouts
@@ -350,7 +350,7 @@ def _require_other_pairs(
         return
     for own, others, kind in zip(validation, test, ("forget", "retain"), strict=True):
         _require_some(own, f"{kind} validation")
-        if own.fingerprint() == others.fingerprint():
+        if same_pairs(own, others):
             raise InputError(
                 f"the {kind} validation pairs are the {kind} test pairs, so the result would be measured on what it "
                 "was chosen on: give other pairs as validation="

@@ -42,8 +42,8 @@ class Metric:
     format: how it is written.
     better: for each set, whether a lower or a higher value is what unlearning aims at.
     needs_classes: whether data without classes has no such score.
-    gallery, k: for a recall, the count in the scores that says how many items are searched, and how many may be found;
-        with at most k items it is 1 by definition.
+    gallery: the count in the scores that says how many items are searched.
+    k: of a recall, how many of them may be found; with at most k items it is 1 by definition.
     aliases: names under which older results have it.
     """
 
@@ -105,6 +105,7 @@ METRICS: dict[str, Metric] = {
             "share of images whose nearest class is their own",
             lambda queries, member: queries.correct[member],
             needs_classes=True,
+            gallery="gallery_classes",
         ),
         *map(_image_recall, _RECALL_AT),
         *map(_caption_recall, _RECALL_AT),

@@ -32,7 +32,8 @@ def score(
     chunk: similarities held at once.
 
     Returns {"forget": set, "retain": set, "per_class": {name: {"set", "pairs", "accuracy"}}}. A set holds `pairs`, its
-    number of images; `gallery_captions` and `gallery_images`, the numbers of items that retrieval searches; and each
+    number of images; `gallery_captions` and `gallery_images`, the numbers of items that retrieval searches;
+    `gallery_classes`, the number of classes that an image is compared with (at most, where they have kinds); and each
     metric of `cliperase_fast.evaluation.METRICS`: fractions from 0 to 1, and cosines. A score is None for an empty set,
     where the data lacks what it needs (classes), and where a feature is NaN.
 
@@ -55,12 +56,23 @@ def score(
             "pairs": int(member.sum()),
             "gallery_captions": len(queries.captions),
             "gallery_images": len(queries.images),
+            "gallery_classes": _classes_compared(queries, member),
             **{metric.name: metric.compute(queries, member) for metric in METRICS.values()},
         }
         for name, member in members.items()
     }
     scores["per_class"] = _per_class(pairs, queries.correct, forget_mask) if queries.has_classes else {}
     return scores
+
+
+def _classes_compared(queries: QueryResults, member: np.ndarray) -> int | None:
+    """Return with how many classes an image of a set is compared at most; None without classes or images."""
+    if queries.labels is None or queries.class_features is None or not member.any():
+        return None
+    kinds = queries.class_kinds
+    if kinds is None:
+        return len(queries.class_features)
+    return int(np.bincount(kinds)[kinds[queries.labels[member]]].max())
 
 
 def _per_class(pairs: PairDataset, correct: np.ndarray, forget_mask: np.ndarray | None) -> dict[str, dict[str, Any]]:

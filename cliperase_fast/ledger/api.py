@@ -22,6 +22,7 @@ from cliperase_fast.ledger.patches import check_folder, converted, write_patch
 from cliperase_fast.ledger.settings import ledger_settings
 from cliperase_fast.ledger.weights import Weights
 from cliperase_fast.ledger.work import LedgerWork, require_group
+from cliperase_fast.plurals import counted
 from cliperase_fast.report import ledger_page
 from cliperase_fast.storage import output_folder, write_text_atomically, writing
 
@@ -63,7 +64,7 @@ class Ledger(LedgerWork):
                 ranks.run_on_all(lambda: self._base() and None)
 
     def __repr__(self) -> str:
-        return f"<Ledger {self.dir}: {len(self._log.active())} requests in force, head {self.head()[:12]}>"
+        return f"<Ledger {self.dir}: {counted(len(self._log.active()), 'request')} in force, head {self.head()[:12]}>"
 
     @property
     def entries(self) -> list[Entry]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cliperase_fast.config import UnlearnConfig
-from cliperase_fast.data import PairDataset, concat, overlap
+from cliperase_fast.data import PairDataset, concat, overlap, same_pairs
 from cliperase_fast.data.intake import Tally
 from cliperase_fast.data.pair_sets import Opener, PairSets, hold_out, open_pair_sets, read_pairs
 from cliperase_fast.errors import InputError
@@ -51,7 +51,7 @@ class RequestPairs:
     @property
     def single(self) -> bool:
         """Whether there are too few forget pairs to hold some out: then one pair serves all splits."""
-        return self.validation[0].fingerprint() == self.test[0].fingerprint()
+        return same_pairs(self.validation[0], self.test[0])
 
     @property
     def forgotten(self) -> list[PairDataset]:

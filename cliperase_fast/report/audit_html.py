@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cliperase_fast.evaluation.metrics import COSINE, Format
+from cliperase_fast.plurals import more_classes
 from cliperase_fast.report import audit_plots, plots
 from cliperase_fast.report.audit_plots import Content, oracle_names, value_of
 from cliperase_fast.report.audit_scores import AREA, SCORES, find_score, meanings
@@ -273,8 +274,12 @@ def _classes(content: Content) -> dict[str, Any] | None:
             "Zero-shot accuracy on the test pairs: forget classes first, then the largest losses.",
         ),
         "table": Table(columns, cells, 2, minor=(1, 2)),
-        "left_out": f"{left_out:,} more classes changed less and are left out; audit.json has all." if left_out else "",
+        "left_out": _left_out(left_out) if left_out else "",
     }
+
+
+def _left_out(count: int) -> str:
+    return f"{more_classes(count)} changed less and {'is' if count == 1 else 'are'} left out; audit.json has all."
 
 
 def _facts(content: Content) -> list[tuple[str, Any]]:

@@ -81,10 +81,14 @@ def _status(requests: Sequence[Content]) -> str:
     force = [one for one in requests if one["undone"] is None]
     known = [one for one in force if one["now"] is not None]
     reached = sum(bool(one["now"]["at_target"]) for one in known)
-    said = f"{len(force)} of {len(requests)} requests are in force."
+    said = f"{len(force)} of {counted(len(requests), 'request')} {_are(len(force))} in force."
     if known:
-        said += f" {reached} of the {len(known)} whose pairs could be measured are at the target."
+        said += f" {reached} of the {len(known)} whose pairs could be measured {_are(reached)} at the target."
     return said
+
+
+def _are(count: int) -> str:
+    return "is" if count == 1 else "are"
 
 
 def _timeline(requests: Sequence[Content]) -> Table:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cliperase_fast.report.rendering import Row, Table
-from cliperase_fast.report.wording import number, percent
+from cliperase_fast.report.wording import decimals, number, percent
 
 _COLUMNS = ("Learning rate", "Steps", "Forget score", "Association", "Divergence", "Outcome")
 
@@ -75,4 +75,4 @@ def _above(target: Mapping[str, Any]) -> str:
 
 def _cosine(value: Any) -> str:
     found = number(value)
-    return "–" if found is None else f"{found:.3f}".replace("-", "−")
+    return "–" if found is None else decimals(found, 3)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cliperase_fast.evaluation.metrics import COSINE, Format
-from cliperase_fast.plurals import counted
+from cliperase_fast.plurals import counted, more_classes
 from cliperase_fast.reading import display_width, visible
 from cliperase_fast.report.audit_scores import find_score
 from cliperase_fast.report.wording import (
@@ -114,7 +114,7 @@ def class_table(per_class: Mapping[str, Mapping[str, Any]], *, limit: int = 20, 
         return ""
     lines = aligned(texts, left=2, gap=3)
     if len(rows) > limit:
-        lines.append(f"and {len(rows) - limit} more classes (--json lists all)")
+        lines.append(f"and {more_classes(len(rows) - limit)} (--json lists all)")
     if unicode is None:
         unicode = _encodable("".join(lines), getattr(sys.stdout, "encoding", None))
     text = "\n".join(lines)

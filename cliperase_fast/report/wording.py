@@ -69,6 +69,17 @@ def decimals(value: float, digits: int) -> str:
     return signed(value, digits).lstrip("+")
 
 
+def plain_number(value: float, digits: int = 2) -> str:
+    """Write a number for running text, in ASCII, and zero without a sign."""
+    text = f"{value:.{digits}f}"
+    return text.lstrip("-") if float(text) == 0 else text
+
+
+def digits_apart(value: float, limit: float, digits: int) -> int:
+    """Return with how many decimals a value beyond a limit does not look equal to it: with one more if need be."""
+    return digits + 1 if f"{value:.{digits}f}" == f"{limit:.{digits}f}" else digits
+
+
 def difference(value: float | None, form: Format) -> str:
     """Write the size of a difference of two values of this format: without its unit, shares in percentage points."""
     return "–" if value is None else decimals(form.scale * value, form.digits)
@@ -157,10 +168,9 @@ def headline(result: Mapping[str, Any]) -> Headline | None:
 
 
 def _chance(result: Mapping[str, Any], metric: Metric) -> float:
-    if metric.needs_classes:
+    choices = number(((result.get("before") or {}).get("forget") or {}).get(metric.gallery)) or 0.0
+    if metric.needs_classes and not choices:  # an older result, which counts the classes that have test pairs
         choices = float(len(result.get("per_class") or {}))
-    else:
-        choices = number(((result.get("before") or {}).get("forget") or {}).get(metric.gallery)) or 0.0
     return 1 / choices if choices >= 2 else 0.0
 
 
@@ -223,7 +233,8 @@ def verdict(result: Mapping[str, Any]) -> Verdict:
         sentence += f" ({percent(before)} before)"
     if head.retain is not None:
         rest = f"{percent(head.retain[1])} of the others ({percent(head.retain[0])} before)"
-        sentence += f" and {rest}" if kept else f" and only {rest}, {100 * drop:.1f} points fewer"
+        fewer = plain_number(100 * drop, digits_apart(100 * drop, 100 * floor, 1))
+        sentence += f" and {rest}" if kept else f" and only {rest}, {fewer} points fewer"
         sentence += "" if kept else f" where retain_floor allows {100 * floor:g}"
 
     if little and kept and not wrong_way:
@@ -256,7 +267,7 @@ def _above_target(result: Mapping[str, Any]) -> str:
     share, most = number((selection.get("validation") or {}).get("forget")), number(target.get("forget"))
     left = []
     if ours is not None and limit is not None and ours > limit:
-        digits = 3 if f"{ours:.2f}" == f"{limit:.2f}" else 2
+        digits = digits_apart(ours, limit, 2)
         left.append(f"association {decimals(ours, digits)}, target {decimals(limit, digits)}")
     if share is not None and most is not None and share > most:
         left.append(f"forget score {percent(share)}, target {percent(most)}")

@@ -20,6 +20,7 @@ from cliperase_fast.evaluation.encoding import SAME
 from cliperase_fast.models import ClipAdapter
 from cliperase_fast.models.runtime import refuse_inputs, set_training_modes, training_modes
 from cliperase_fast.plurals import counted
+from cliperase_fast.report.wording import plain_number
 from cliperase_fast.unlearning.batches import CaptionTable
 from cliperase_fast.unlearning.engines.base import train_mode
 from cliperase_fast.unlearning.related import UNRELATED, concepts_of, with_levels_of_relatives
@@ -181,11 +182,12 @@ def check_forgettable(automatic: bool, level: str, part: Split, baseline: Baseli
             known = "a model that never saw them, by the classes related to theirs"
         target = Target(background.association(encoded, part.forget_mask, concepts), part.n_forget, closeness)
         if target.reached(before):
+            found, level = plain_number(before.forget_similarity, 3), plain_number(target.background, 3)
             raise InputError(
                 f"there is nothing to forget: on the validation split the model scores {before.forget:.1%} on the "
-                f"forget pairs, whose cosine of {before.forget_similarity:.3f} is not above that of {known} "
-                f"({target.background:.3f}) by more than {target.association - target.background:.2g}; choose pairs "
-                "that the model knows, or give numbers for learning_rate and epochs to train anyway"
+                f"forget pairs, whose cosine of {found} is not above that of {known} ({level}) by more than "
+                f"{target.association - target.background:.2g}; choose pairs that the model knows, or give numbers for "
+                "learning_rate and epochs to train anyway"
             )
     choices = len(part.pairs.classes or ()) or len(baseline.validation_encoded.caption_features)
     if choices < 2 or before.forget > 1 / choices:

@@ -229,7 +229,8 @@ def _cut_captions(adapter: ClipAdapter) -> list[str]:
     if not adapter.cut_captions:
         return []
     caption, count = next(iter(adapter.cut_captions.items()))
+    cut = len(adapter.cut_captions)
     return [
-        f"{len(adapter.cut_captions)} different captions were cut to the {adapter.context_length} tokens of the "
-        f"model's context (the first has {count}: {caption[:80]!r})"
+        f"{counted(cut, 'different caption')} {'was' if cut == 1 else 'were'} cut to the {adapter.context_length} "
+        f"tokens of the model's context (the first has {count}: {caption[:80]!r})"
     ]

@@ -15,6 +15,7 @@ from cliperase_fast.data.pair_sets import PairSets, SampleCounts
 from cliperase_fast.errors import InputError
 from cliperase_fast.evaluation.metrics import METRICS, PRIMARY, SHARE
 from cliperase_fast.plurals import counted
+from cliperase_fast.report.wording import percent
 from cliperase_fast.unlearning.selection import wilson
 
 CAPTIONS = 5  # of a pair on average, as in COCO, for which `max_test_pairs` is meant
@@ -136,7 +137,7 @@ def sample_notes(
     sizes = " and ".join(f"{drawn['pairs']} of the {drawn['of']} {kind}" for kind, drawn in tested.items())
     primary = next(name for name in PRIMARY if name in intervals["retain"])
     scores = " and ".join(
-        f"{after[kind][primary]:.1%} of the {kind} pairs ({found[primary][0]:.1%} to {found[primary][1]:.1%})"
+        f"{percent(after[kind][primary])} of the {kind} pairs ({' to '.join(map(percent, found[primary]))})"
         for kind, found in intervals.items()
         if primary in found
     )

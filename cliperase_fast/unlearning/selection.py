@@ -11,6 +11,7 @@ from cliperase_fast.evaluation import Divergence
 from cliperase_fast.evaluation.background import MARGIN
 from cliperase_fast.evaluation.divergence import lower_bound
 from cliperase_fast.plurals import counted
+from cliperase_fast.report.wording import digits_apart, percent, plain_number
 
 FORGET_SCORE = 0.05  # largest forget score at the target
 MOVED = 3.0  # nats that a movement of hidden states of 1 counts; other pictures suffer from about 0.1 on
@@ -260,17 +261,19 @@ class TargetSelection:
             rest, remedy = " and kept the rest", "Allow more with worst_class_floor or retain_floor"
             if all(map(self.within, evaluations)):
                 rest, remedy = ", though all kept the rest", _push(unused_settings)
+            digits = digits_apart(chosen.forget_similarity, self.target.association, 3)
+            ours, most = (plain_number(of, digits) for of in (chosen.forget_similarity, self.target.association))
             return (
-                f"None of {seen} reached the target (association at most {self.target.association:.3f}, "
-                f"forget at most {FORGET_SCORE:.0%}){rest}. The target gave way; {lower} came closest to it "
-                f"(association {chosen.forget_similarity:.3f}): {scores}. {remedy}, or choose another method."
+                f"None of {seen} reached the target (association at most {most}, forget at most "
+                f"{FORGET_SCORE:.0%}){rest}. The target gave way; {lower} came closest to it (association {ours}): "
+                f"{scores}. {remedy}, or choose another method."
             )
         reached = "reached the target"
         if self.safely and self.target.reached_safely(chosen):
             reached += " with a standard error to spare"
         return (
             f"{name} diverges least from the original ({diverged}) among those of {seen} that {reached} (association "
-            f"at most {self.target.association:.3f}, forget at most {FORGET_SCORE:.0%}): {scores}."
+            f"at most {plain_number(self.target.association, 3)}, forget at most {FORGET_SCORE:.0%}): {scores}."
         )
 
 
@@ -288,7 +291,8 @@ def _words(
     """Return the candidate's name, its scores and the number of evaluations in words."""
     name = name or f"Epoch {chosen.epoch} (step {chosen.step})"
     scores = (
-        f"on the validation split forget {chosen.forget:.1%}, retain {chosen.retain:.1%} (before {retain_before:.1%})"
+        f"on the validation split forget {percent(chosen.forget)}, retain {percent(chosen.retain)} "
+        f"(before {percent(retain_before)})"
     )
     return name, scores, counted(len(evaluations), "checkpoint")
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cliperase_fast.errors import InputError, UnlearningError
+from cliperase_fast.report.wording import plain_number
 from cliperase_fast.storage import writing
 from cliperase_fast.tensor_files import Pieces, join
 from cliperase_fast.unlearning import checkpoints
@@ -184,7 +185,7 @@ def describe_scores(candidate: Candidate) -> str:
     """Return the scores of an evaluation in words."""
     text = f"forget {100 * candidate.forget:.1f} %, retain {100 * candidate.retain:.1f} %"
     if candidate.divergence is not None:
-        text += f", association {candidate.forget_similarity:.2f}, divergence {candidate.divergence.mean:.3f}"
+        text += f", association {plain_number(candidate.forget_similarity)}, divergence {candidate.divergence.mean:.3f}"
     if candidate.moved is not None:
         text += f", hidden states moved by {candidate.moved:.3f}"
     return text

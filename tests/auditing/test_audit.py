@@ -195,6 +195,8 @@ def test_relearning_and_prompts_bring_a_hidden_concept_back():
     assert depth["prompt_attack"]["value"] > value(found, "after", "forgetting", "zero_shot_top1")
     original = found.scores["before"]["depth"]
     assert original["quantised_top1@8"]["value"] == 1
+    assert "steps on 12 pictures" in found.verdicts["depth"]
+    assert "Relearning trains on 12 forget and 36 retain pairs, not on 16 and 112, as there are no more." in found.notes
 
 
 def test_the_result_is_json_with_stable_keys(tmp_path):
@@ -227,6 +229,14 @@ def test_an_oracle_that_equals_another_is_no_second_sample():
         alone = run(make_model(), without_red(), oracle=[first, copy.deepcopy(first)])
     assert alone.gap["floor"] is None
     assert any("One oracle is a single sample" in note for note in alone.notes)
+
+
+def test_an_audited_model_is_no_oracle():
+    original, unlearned = make_model(), without_red(1)
+    for oracle, what in ((original, "the original"), (unlearned, "the unlearned model")):
+        with pytest.warns(UserWarning, match=f"oracle 2 has the same features as {what}, so it does not show"):
+            found = run(original, unlearned, oracle=[without_red(2), copy.deepcopy(oracle)])
+        assert sum("does not show what a model is like" in note for note in found.notes) == 1
 
 
 def test_an_oracle_that_knows_little_of_the_rest_is_warned_of():
@@ -267,6 +277,18 @@ def test_a_single_forget_pair_gives_scores_without_intervals():
     assert found.scores["after"]["depth"]["membership"]["value"] is None
     assert found.scores["after"]["depth"]["probe"]["reason"] == "needs at least two forget training pairs"
     assert any("single forget pair" in note for note in found.notes)
+
+
+def test_as_many_test_pairs_as_training_pairs_are_told_apart():
+    forget, retain, (_, retain_test) = training_and_test()
+    others = [pair for pair in make_pairs(len(forget), seed=1) if "red" in pair[1]]
+    model = make_model()
+    membership = [
+        audit(model, model, forget, retain, test=(test, retain_test), progress=False).scores["after"]["depth"]
+        for test in (others, list(forget))
+    ]
+    assert 0 < membership[0]["membership"]["value"] < 1
+    assert membership[1]["membership"]["reason"] == "no forget pair is held out"
 
 
 def test_data_without_classes_takes_captions_as_concepts():

@@ -74,6 +74,24 @@ def test_worst_class_drop_names_the_class_that_lost_most():
     assert scores.worst_class_drop(View(layout, features, features)).value == 0
 
 
+def test_a_forgotten_class_is_not_the_one_that_lost_most():
+    layout, features = class_world(noise=0.05)
+    forgotten = features.images.clone()
+    forgotten[layout.forget_images] = features.concepts[[0]]
+    found = scores.worst_class_drop(View(layout, dataclasses.replace(features, images=forgotten), features))
+    assert found.value == 0 and found.notes["class"] not in ("class 1", "class 4")
+
+
+def test_retain_images_of_a_forget_class_are_no_other_images():
+    layout, features = class_world()
+    layout = dataclasses.replace(layout, forget=layout.forget & (np.arange(len(layout.forget)) % 2 == 0))
+    rest = np.flatnonzero(~np.isin(layout.labels, layout.forget_concepts))
+    assert len(rest) < len(layout.retain_images)
+    cosines = (features.images[rest] @ features.concepts[layout.forget_concepts].T).numpy().mean(1)
+    by_class = [cosines[layout.labels[rest] == label].mean() for label in np.unique(layout.labels[rest])]
+    assert scores.text_side(view_of((layout, features))).value == pytest.approx(np.mean(by_class), abs=1e-6)
+
+
 def test_neighbours_are_the_classes_nearest_in_the_original():
     layout, features = world = class_world(noise=0.1)
     similarity = (features.concepts @ features.concepts.T).numpy()
@@ -117,6 +135,8 @@ def test_paraphrases_show_a_caption_that_still_answers():
     assert found["paraphrase_top1"].notes["variants"] == {"common": 0, "rare": 1, "class 1 = one": 1}
     assert (found["paraphrase_top1_max"].value, found["paraphrase_top1_max"].notes) == (1, {"variant": "rare"})
     assert scores.paraphrase_top1(view_of(world))["paraphrase_top1"].value is None
+    of_one = dataclasses.replace(after, variants=variants[2:])  # the images of class 4 are not asked for
+    assert scores.paraphrase_top1(View(layout, of_one, features))["paraphrase_top1"].value == 1
 
 
 def test_other_data_and_holdouts_are_scored():

@@ -27,6 +27,10 @@ def test_the_name_that_finds_most_is_quoted_if_it_finds_something(value, variant
     assert words in said("forgetting", paraphrase_top1_max={"value": value, "variant": variant})
 
 
+def test_a_cosine_that_rounds_to_zero_has_no_sign():
+    assert "is 0.00 (0.00 before" in said("forgetting", association={"value": -0.004})
+
+
 @pytest.mark.parametrize(
     ("value", "words"),
     [
@@ -37,3 +41,13 @@ def test_the_name_that_finds_most_is_quoted_if_it_finds_something(value, variant
 )
 def test_a_class_is_named_as_the_one_that_lost_most_only_if_it_lost(value, words):
     assert words in said("collateral", worst_class_drop={"value": value, "class": "cat"})
+
+
+def test_relearning_from_few_pictures_says_how_many():
+    scores = {
+        "forgetting": {"association": {"value": 0.1}},
+        "collateral": {"retain_top1": {"value": 0.9}, "worst_class_drop": {"value": None}},
+        "depth": {"relearn@0": {"value": 0.0}, "relearn@5": {"value": 0.9}},
+    }
+    for shots, words in ((16, "after 5 steps on 16 pictures"), (1, "after 5 steps on 1 picture.")):
+        assert words in verdicts({"before": scores, "after": scores}, None, None, None, shots)["depth"]

@@ -1,9 +1,12 @@
+from types import SimpleNamespace
+
 import numpy as np
 import open_clip
 import pytest
 
 from cliperase_fast.auditing.vocabulary import TEMPLATES, check_synonyms, fitting, known_synonyms, wordings
 from cliperase_fast.data import open_source
+from cliperase_fast.data.classes import ClassSpace
 from cliperase_fast.errors import InputError
 from cliperase_fast.models import load_model
 
@@ -28,6 +31,13 @@ def test_synonyms_take_the_place_of_the_name_in_the_class_captions(digits):
     assert variant.captions == (
         ("a photo of the digit heptad", "a handwritten heptad", "the number heptad", "a scan of a handwritten heptad"),
     )
+
+
+def test_a_name_inside_another_word_of_the_caption_stays():
+    space = ClassSpace(("ring", "star"), (("a rendering of a ring", "a ring"), ("many stars",)))
+    pairs = SimpleNamespace(classes=space.names, prompts=space.prompts, space=space)
+    asked = wordings(pairs, np.array([0, 1]), {0: ["hoop"], 1: ["comet"]}, [])
+    assert [one.captions[0] for one in asked] == [("a rendering of a hoop", "a hoop"), ("many comets",)]
 
 
 def test_templates_rename_all_classes(digits):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import Dataset, Subset
 
-from cliperase_fast.data import as_pairs, check_images, concat, open_source, overlap, split
+from cliperase_fast.data import as_pairs, check_images, concat, open_source, overlap, same_pairs, split
 from cliperase_fast.data.pair_sets import Opener, hold_out, open_pair_sets
 from cliperase_fast.errors import InputError
 
@@ -298,3 +298,11 @@ def test_unreadable_images_overlap_with_nothing(tmp_path: Path) -> None:
         (tmp_path / name / "cat" / "1.png").write_text("broken")
     pairs = [open_source(f"folder:{tmp_path}/{name}").train for name in ("a", "b")]
     assert overlap(*pairs).tolist() == []
+
+
+def test_lists_with_equal_numbers_and_captions_are_the_same_pairs_only_with_equal_images() -> None:
+    first, second = (as_pairs([(torch.rand(3, 4, 4), "a dog") for _ in range(6)], name) for name in ("one", "two"))
+    assert first.fingerprint() == second.fingerprint()
+    assert not same_pairs(first, second)
+    assert same_pairs(first, as_pairs([first[index] for index in range(6)], "a copy"))
+    assert not same_pairs(first, first.subset(range(5)))

@@ -91,6 +91,7 @@ def test_without_a_mask_all_pairs_are_one_set():
     assert {metric: scores["all"][metric] for metric in expected} == pytest.approx(expected, abs=1e-6)
     assert scores["all"]["gallery_captions"] == 30
     assert scores["all"]["gallery_images"] == 40
+    assert scores["all"]["gallery_classes"] == len(pairs.classes)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 41, 300])
@@ -230,6 +231,8 @@ def test_zero_shot_compares_classes_of_the_kind_of_the_label():
     everywhere = cosines.argmax(1) == pairs.labels
     assert np.mean(everywhere) < np.mean(expected) < 1
     assert score(encoded, pairs, chunk=1)["all"] == score(encoded, pairs)["all"]
+    by_kind = score(encoded, pairs, kinds[pairs.labels] == 1)
+    assert (by_kind["forget"]["gallery_classes"], by_kind["retain"]["gallery_classes"]) == (1, 3)
 
 
 def test_ranks_count_items_of_the_kind_of_the_match():

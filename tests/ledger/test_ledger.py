@@ -15,6 +15,7 @@ from cliperase_fast.ledger import apply_patch
 from cliperase_fast.ledger.deltas import digest_of, state_of
 from cliperase_fast.ledger.pairs import open_request
 from cliperase_fast.report import ledger_table
+from cliperase_fast.report.ledger import _status
 
 
 def weights_of(model):
@@ -250,3 +251,9 @@ def test_earlier_requests_are_left_out_of_what_other_methods_keep(tmp_path, monk
     assert seen == [
         {"a green square", "a blue square", "a grey square"}, {"a blue square", "a grey square"}
     ]  # fmt: skip
+
+
+def test_a_single_request_is_in_force():
+    one = {"undone": None, "now": {"at_target": True}}
+    assert _status([one]).startswith("1 of 1 request is in force. 1 of the 1 whose pairs could be measured is at")
+    assert _status([one, one]).startswith("2 of 2 requests are in force. 2 of the 2 whose pairs could be measured are")

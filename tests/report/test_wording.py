@@ -41,6 +41,13 @@ def test_the_verdict_follows_from_the_scores(forget, retain, level, words):
     assert found.sentence.count(". ") == 0  # one sentence
 
 
+def test_classes_without_test_pairs_count_among_those_to_choose_from():
+    result = sample_result((0.25, 0.0))
+    for when in ("before", "after"):
+        result[when]["forget"]["gallery_classes"] = 10  # of which four have test pairs
+    assert verdict(result).level == "good"
+
+
 @pytest.mark.parametrize(
     ("forget", "retain", "changes", "advice"),
     [
@@ -89,6 +96,10 @@ def test_the_retain_floor_decides_what_counts_as_a_drop():
     assert verdict(result).level == "good"  # 2 points, allowed
     result["config"]["retain_floor"] = 0.01
     assert "at a price" in verdict(result).sentence
+
+
+def test_a_drop_just_beyond_the_floor_does_not_read_as_the_floor():
+    assert "2.04 points fewer where retain_floor allows 2" in verdict(sample_result((0.98, 0.0), (0.97, 0.9496))).text
 
 
 def test_without_classes_the_verdict_is_about_retrieval():

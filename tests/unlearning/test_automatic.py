@@ -325,6 +325,12 @@ def test_own_validation_pairs_replace_the_held_out_ones(tmp_path):
         run(tmp_path / "run", resume=True, validation=(OWN[0], OWN[1][:-1]), epochs=10)
 
 
+def test_as_many_validation_pairs_as_test_pairs_are_other_pairs():
+    own = tuple([pair for pair in make_pairs(8, seed=7) if ("red" in pair[1]) is wanted] for wanted in (True, False))
+    assert [len(part) for part in own] == [len(part) for part in TEST]
+    assert run(validation=own, epochs=1).selection["pairs"] == {"forget": 8, "retain": 24}
+
+
 def test_test_pairs_are_refused_as_validation_pairs():
     with pytest.raises(cf.InputError, match="the forget validation pairs are the forget test pairs"):
         run(validation=TEST)

@@ -61,7 +61,7 @@ def test_retain_pairs_dropped_for_overlap_and_captions_that_are_cut_are_counted(
     result = cf.unlearn(make_tiny_clip(), FORGET, retain, overlap="drop", long_captions="truncate", **SHORT)
     assert counts(result) == {"retain pair that is also a forget pair": 2}
     assert result.record["data"]["cut_captions"] == 1
-    assert "1 different captions were cut to the 8 tokens of the model's context" in result.summary()
+    assert "1 different caption was cut to the 8 tokens of the model's context" in result.summary()
 
 
 def test_evaluation_counts_what_it_skips(tmp_path):

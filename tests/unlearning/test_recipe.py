@@ -301,6 +301,14 @@ def test_the_result_says_whether_the_target_or_the_floor_gave_way():
     assert "The floor gave way; epoch 1 (step 2) diverges least" in RULE.reason(outside, [outside])
 
 
+def test_an_association_just_above_the_target_does_not_read_as_the_target():
+    near = candidate(1, association=0.0524)
+    said = RULE.reason(near, [near])
+    assert "association at most 0.050," in said and "(association 0.052)" in said
+    below = candidate(1, forget=0.5, association=-0.001)
+    assert "(association 0.00)" in RULE.reason(below, [below])
+
+
 @pytest.mark.parametrize(
     ("unused", "advice"),
     [((), "more weight (lambda_forget, method_options)"), (("lambda_forget",), "Give a higher learning_rate"),
