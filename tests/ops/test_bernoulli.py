@@ -132,6 +132,16 @@ def test_wrong_arguments_are_named(options, says):
         outcome(batch(), **options)
 
 
+@pytest.mark.parametrize("backend", ["eager", "torch"])
+@pytest.mark.parametrize("off", ["retain", "forget", "consistency"])
+def test_a_term_of_weight_zero_is_zero_and_leaves_the_others(backend, off):
+    full, _ = outcome(batch(), backend=backend)
+    part, _ = outcome(batch(), backend=backend, **{f"lambda_{off}": 0.0})
+    assert getattr(part, off) == 0
+    for name in {"retain", "forget", "consistency"} - {off}:
+        torch.testing.assert_close(getattr(part, name), getattr(full, name))
+
+
 def test_widths_that_differ_are_named():
     features = batch()
     narrow = [part[:, :5] for part in features]
