@@ -43,6 +43,17 @@ def test_the_reference_is_the_formula(n, negative_only):
     assert found.item() == pytest.approx(truth.item(), rel=1e-12)
 
 
+@pytest.mark.parametrize("backend", ["eager", "torch", pytest.param("native", marks=NATIVE)])
+@pytest.mark.parametrize(("n", "m"), [(7, 7), (7, 12), (12, 7)])
+def test_texts_of_another_rank_are_negatives_of_every_image(backend, n, m):
+    case = random_case(n, m).to(torch.float32)
+    image, text = case.image.requires_grad_(), case.text
+    loss = sigmoid_loss(image, text, 9.0, -2.0, negative_only=True, backend=backend)
+    truth = F.softplus(9.0 * image @ text.T - 2.0).sum() / n
+    torch.testing.assert_close(loss, truth)
+    torch.testing.assert_close(*(torch.autograd.grad(value, image) for value in (loss, truth)))
+
+
 def test_float64_is_exact_in_strips():
     loss = registry.REGISTRY["torch"].load("cpu").sigmoid.loss
     for scale, bias in ((10.0, -4.0), (1000.0, 30.0)):
