@@ -67,6 +67,19 @@ def test_the_terms_are_those_of_the_definition():
     assert terms.total.item() == pytest.approx((terms.retain + 3 * terms.forget + 3 * terms.consistency).item())
 
 
+@pytest.mark.parametrize("backend", ["eager", "torch"])
+def test_contrastive_forgetting_is_minus_the_sigmoid_loss_of_the_forget_pairs(backend):
+    features = batch(dtype=torch.float64)
+    terms, gradients = outcome(
+        features, forget="contrastive", lambda_retain=0.0, lambda_consistency=0.0, backend=backend
+    )
+    numbers = [torch.tensor(value, dtype=torch.float64) for value in (15.0, -9.0)]
+    leaves = [tensor.requires_grad_() for tensor in (*features[:2], *numbers)]
+    loss = sigmoid_loss(*leaves, backend="eager")
+    torch.testing.assert_close(terms.forget, -loss)
+    torch.testing.assert_close([*gradients[:2], *gradients[4:]], [*torch.autograd.grad(-3 * loss, leaves)])
+
+
 def test_a_student_equal_to_its_teacher_has_no_divergence_and_none_of_its_gradient():
     features = batch()
     features[4:] = features[2:4]
