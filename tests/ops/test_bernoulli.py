@@ -98,6 +98,17 @@ def test_a_small_divergence_keeps_its_digits():
     assert terms.consistency.item() == pytest.approx(truth.consistency.item(), rel=2e-3)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_teacher_that_is_sure_leaves_the_divergence_its_digits(sign):
+    one, none = torch.ones(1, 1), torch.ones(0, 1)
+    terms = sigmoid_cliperase_loss(
+        none, none, one, one, one, one, sign * 19.0, 0.0, sign * 20.0, 0.0, lambda_retain=0.0, backend="torch"
+    )
+    of_teacher, of_student = (torch.distributions.Bernoulli(logits=torch.tensor(x).double()) for x in (20.0, 19.0))
+    truth = torch.distributions.kl_divergence(of_teacher, of_student)
+    assert terms.consistency.item() == pytest.approx(truth.item(), rel=1e-3)
+
+
 def test_pairs_of_equal_group_are_not_pushed_apart():
     image = F.normalize(torch.randn(6, 8, generator=torch.Generator().manual_seed(0)), dim=1).requires_grad_()
     ids = torch.zeros(6, dtype=torch.int64)

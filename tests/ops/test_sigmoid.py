@@ -56,7 +56,7 @@ def test_texts_of_another_rank_are_negatives_of_every_image(backend, n, m):
 
 def test_float64_is_exact_in_strips():
     loss = registry.REGISTRY["torch"].load("cpu").sigmoid.loss
-    for scale, bias in ((10.0, -4.0), (1000.0, 30.0)):
+    for scale, bias in ((10.0, -4.0), (1000.0, 30.0), (0.1, 21.0)):  # exp(-21) is not lost
         case = random_case(7, scale=scale, bias=bias)
         found, truth = outcome(loss, case, strip_rows=3), outcome(eager.sigmoid, case)
         torch.testing.assert_close(found, truth, rtol=1e-11, atol=1e-13)
@@ -155,6 +155,18 @@ def test_an_empty_batch_is_zero_and_has_gradients():
     loss.backward()
     assert loss == 0
     assert all(torch.equal(leaf.grad, torch.zeros_like(leaf)) for leaf in leaves)  # DDP waits for each of them
+
+
+@pytest.mark.parametrize("backend", ["eager", "torch", pytest.param("native", marks=NATIVE)])
+def test_a_scaled_loss_has_float16_gradients_that_would_underflow_without_the_scale(backend):
+    """What a GradScaler does; the gradients are some 1e-8, below float16's smallest number."""
+    image = torch.eye(4, 8, dtype=torch.float16).requires_grad_()
+    loss = 2.0**16 * sigmoid_loss(image, image.detach().clone(), 44.0, -22.0, backend=backend)
+    exact = image.detach().double().requires_grad_()
+    truth = 2.0**16 * sigmoid_loss(exact, exact.detach(), 44.0, -22.0, backend="eager")
+    found, expected = (torch.autograd.grad(value, leaf)[0] for value, leaf in ((loss, image), (truth, exact)))
+    assert expected.abs().max() > 0
+    torch.testing.assert_close(found.double(), expected, rtol=2e-3, atol=2.0**-24)
 
 
 def test_half_precision_of_a_trained_model_keeps_its_loss():
