@@ -274,6 +274,8 @@ def sigmoid_cliperase_loss(
             inputs = SimilarityInputs(retain_image, retain_text, scale, *teacher, group_ids, bias=bias)
             own = (lambda_retain, lambda_consistency if fused else 0.0)
             total, retain_term, consistency_term = _bernoulli(inputs, teacher_bias, own, chosen, retain_shards)
+            if lambda_retain == 0:
+                retain_term = zero
         if lambda_forget > 0:
             inputs = SimilarityInputs(forget_image, forget_text, scale, bias=bias)
             if FORGET_LOSSES[forget].sum_over_pairs is None:

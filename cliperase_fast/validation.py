@@ -232,6 +232,8 @@ def shape_of(tensor: Tensor) -> str:
 def check_features(name: str, features: Tensor) -> None:
     if not isinstance(features, Tensor):
         raise InputError(f"{name} must be a tensor [rows, width], not a {type(features).__name__}")
+    if hasattr(features, "full_tensor"):
+        raise InputError(f"{name} is a DTensor; pass a plain one, {name}.to_local() for the rows of this rank")
     if features.is_nested:
         raise InputError(f"{name} is a nested tensor; pass a dense one, {name}.to_padded_tensor(0)")
     if features.ndim != 2:
@@ -340,6 +342,8 @@ def _shortened(number: Any) -> str:
 def as_scale(name: str, scale: Tensor | float, features: Tensor) -> Tensor:
     """`scale` as a 0-d tensor, at least float32, so that the gradients of several terms add up unrounded."""
     if isinstance(scale, Tensor):
+        if hasattr(scale, "full_tensor"):
+            raise InputError(f"{name} is a DTensor; compute it in the model's forward, where FSDP gathers parameters")
         if scale.numel() != 1 or scale.dtype not in DTYPES:
             raise InputError(
                 f"{name} must be a number or one floating-point element, not {scale.dtype} of shape {shape_of(scale)}"

@@ -291,3 +291,10 @@ def test_the_module_gives_what_the_function_gives():
 def test_wrong_options_of_the_module_are_refused_at_construction(options, match):
     with pytest.raises(InputError, match=match):
         cf.CalibratedLoss(**options)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])  # "native" takes no float64
+def test_ids_that_differ_in_their_upper_bits_are_different_concepts(backend):
+    b = {**batch(dtype=torch.float32), "group_ids": torch.arange(9) % 4}
+    wide = {**b, "group_ids": b["group_ids"] * 2**32}  # hashes, for example
+    torch.testing.assert_close(step(wide, backend=backend), step(b, backend=backend))

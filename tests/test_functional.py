@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy
 import pytest
@@ -203,6 +204,13 @@ def test_one_pair_has_nothing_to_retain(backend):
     terms.total.backward()
     assert terms.retain == 0 and terms.consistency == 0
     assert b["retain_image"].grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logits_between_20_and_40_keep_the_digits_of_float64(backend):
+    image = torch.eye(2, dtype=torch.float64)
+    loss = clip_loss(image, image.flip(0), 21.0, backend=backend)  # each pair is 21 below the other entry
+    assert loss.item() == pytest.approx(math.log1p(math.exp(-21)) + 21, rel=1e-14)
 
 
 def test_clip_loss_and_similarity_kl_are_the_terms_of_the_whole():

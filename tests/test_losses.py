@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from cliperase_fast import losses
 from cliperase_fast.errors import InputError
 from cliperase_fast.functional import LossTerms, cliperase_loss
-from cliperase_fast.losses import CLIPEraseLoss
+from cliperase_fast.losses import CalibratedLoss, CLIPEraseLoss
 
 
 def batch() -> tuple:
@@ -33,6 +34,25 @@ def test_the_module_gives_what_the_function_gives(options, group_ids):
     terms = CLIPEraseLoss(**options)(*batch(), group_ids=group_ids)
     assert isinstance(terms, LossTerms)
     torch.testing.assert_close(terms, cliperase_loss(*batch(), **options, group_ids=group_ids))
+
+
+@pytest.mark.parametrize(
+    ("kind", "function", "inputs"), [(CLIPEraseLoss, "cliperase_loss", 8), (CalibratedLoss, "calibrated_loss", 6)]
+)
+def test_every_option_of_the_module_reaches_the_function(kind, function, inputs, monkeypatch):
+    said = {}
+    monkeypatch.setattr(losses, function, lambda *features, **options: said.update(options))
+    options = {"lambda_retain": 0.5, "lambda_forget": 2.0, "lambda_consistency": 0.25, "process_group": "world",
+               "gather": "ring", "backend": "torch", "keep": "nothing"}  # fmt: skip
+    if kind is CLIPEraseLoss:
+        options |= {"forget": "hinge", "margin": 0.1, "consistency": "intra"}
+        batch_options = {"group_ids": object()}
+    else:
+        options |= {"lambda_anchor": 7.0}
+        names = ("forget_mask", "group_ids", "background_image", "background_text")
+        batch_options = {name: object() for name in names}
+    kind(**options)(*range(inputs), **batch_options)
+    assert said == options | batch_options
 
 
 def test_the_weights_are_the_first_three_arguments():

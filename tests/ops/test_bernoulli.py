@@ -67,6 +67,19 @@ def test_the_terms_are_those_of_the_definition():
     assert terms.total.item() == pytest.approx((terms.retain + 3 * terms.forget + 3 * terms.consistency).item())
 
 
+@pytest.mark.parametrize("backend", ["eager", "torch"])
+def test_contrastive_forgetting_is_minus_the_sigmoid_loss_of_the_forget_pairs(backend):
+    features = batch(dtype=torch.float64)
+    terms, gradients = outcome(
+        features, forget="contrastive", lambda_retain=0.0, lambda_consistency=0.0, backend=backend
+    )
+    numbers = [torch.tensor(value, dtype=torch.float64) for value in (15.0, -9.0)]
+    leaves = [tensor.requires_grad_() for tensor in (*features[:2], *numbers)]
+    loss = sigmoid_loss(*leaves, backend="eager")
+    torch.testing.assert_close(terms.forget, -loss)
+    torch.testing.assert_close([*gradients[:2], *gradients[4:]], [*torch.autograd.grad(-3 * loss, leaves)])
+
+
 def test_a_student_equal_to_its_teacher_has_no_divergence_and_none_of_its_gradient():
     features = batch()
     features[4:] = features[2:4]
@@ -83,6 +96,17 @@ def test_a_small_divergence_keeps_its_digits():
     truth, _ = outcome(features, backend="eager", **numbers)
     terms, _ = outcome([part.float() for part in features], backend="torch", **numbers)
     assert terms.consistency.item() == pytest.approx(truth.consistency.item(), rel=2e-3)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_teacher_that_is_sure_leaves_the_divergence_its_digits(sign):
+    one, none = torch.ones(1, 1), torch.ones(0, 1)
+    terms = sigmoid_cliperase_loss(
+        none, none, one, one, one, one, sign * 19.0, 0.0, sign * 20.0, 0.0, lambda_retain=0.0, backend="torch"
+    )
+    of_teacher, of_student = (torch.distributions.Bernoulli(logits=torch.tensor(x).double()) for x in (20.0, 19.0))
+    truth = torch.distributions.kl_divergence(of_teacher, of_student)
+    assert terms.consistency.item() == pytest.approx(truth.item(), rel=1e-3)
 
 
 def test_pairs_of_equal_group_are_not_pushed_apart():
@@ -130,6 +154,16 @@ def test_half_precision_is_computed_in_float32(dtype):
 def test_wrong_arguments_are_named(options, says):
     with pytest.raises(InputError, match=says):
         outcome(batch(), **options)
+
+
+@pytest.mark.parametrize("backend", ["eager", "torch"])
+@pytest.mark.parametrize("off", ["retain", "forget", "consistency"])
+def test_a_term_of_weight_zero_is_zero_and_leaves_the_others(backend, off):
+    full, _ = outcome(batch(), backend=backend)
+    part, _ = outcome(batch(), backend=backend, **{f"lambda_{off}": 0.0})
+    assert getattr(part, off) == 0
+    for name in {"retain", "forget", "consistency"} - {off}:
+        torch.testing.assert_close(getattr(part, name), getattr(full, name))
 
 
 def test_widths_that_differ_are_named():

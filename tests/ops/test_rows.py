@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from sweep_cases import features
 
+from cliperase_fast.contrastive import local_clip_loss
 from cliperase_fast.ops.rows import row_losses
 from cliperase_fast.ops.spec import SimilarityInputs
 
@@ -97,6 +98,14 @@ def test_large_logits_cost_no_digits_of_the_gradients(factor):
     sum(plain_row_losses(*exact, *(tensor.double() for tensor in frozen), 6)).backward()
     for ours, right in zip(student, exact, strict=True):  # one entry of each softmax is 1, the rest vanish
         assert (ours.grad.double() - right.grad).abs().max() <= 90 * 2.0**-23 * right.grad.abs().max()
+
+
+def test_a_rank_without_rows_has_zeros_and_zero_gradients():
+    student = leaves(torch.ones(0, 3), torch.ones(5, 3), torch.tensor(7.0))
+    contrastive, distill = local_clip_loss(*student, 2)
+    contrastive.backward()
+    assert contrastive == 0 and distill == 0
+    assert all(torch.equal(leaf.grad, torch.zeros_like(leaf)) for leaf in student)
 
 
 def test_the_op_keeps_the_rules_of_torch_and_compiles_whole():

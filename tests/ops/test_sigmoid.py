@@ -43,9 +43,20 @@ def test_the_reference_is_the_formula(n, negative_only):
     assert found.item() == pytest.approx(truth.item(), rel=1e-12)
 
 
+@pytest.mark.parametrize("backend", ["eager", "torch", pytest.param("native", marks=NATIVE)])
+@pytest.mark.parametrize(("n", "m"), [(7, 7), (7, 12), (12, 7)])
+def test_texts_of_another_rank_are_negatives_of_every_image(backend, n, m):
+    case = random_case(n, m).to(torch.float32)
+    image, text = case.image.requires_grad_(), case.text
+    loss = sigmoid_loss(image, text, 9.0, -2.0, negative_only=True, backend=backend)
+    truth = F.softplus(9.0 * image @ text.T - 2.0).sum() / n
+    torch.testing.assert_close(loss, truth)
+    torch.testing.assert_close(*(torch.autograd.grad(value, image) for value in (loss, truth)))
+
+
 def test_float64_is_exact_in_strips():
     loss = registry.REGISTRY["torch"].load("cpu").sigmoid.loss
-    for scale, bias in ((10.0, -4.0), (1000.0, 30.0)):
+    for scale, bias in ((10.0, -4.0), (1000.0, 30.0), (0.1, 21.0)):  # exp(-21) is not lost
         case = random_case(7, scale=scale, bias=bias)
         found, truth = outcome(loss, case, strip_rows=3), outcome(eager.sigmoid, case)
         torch.testing.assert_close(found, truth, rtol=1e-11, atol=1e-13)
@@ -139,10 +150,23 @@ def test_backends_that_lack_it_are_refused_by_name(monkeypatch):
 
 
 def test_an_empty_batch_is_zero_and_has_gradients():
-    image, text = torch.ones(0, 3, requires_grad=True), torch.ones(0, 3, requires_grad=True)
-    loss = sigmoid_loss(image, text, 1.0)
+    leaves = [torch.ones(shape, requires_grad=True) for shape in ((0, 3), (0, 3), (), ())]
+    loss = sigmoid_loss(*leaves)
     loss.backward()
-    assert loss == 0 and image.grad.shape == (0, 3)
+    assert loss == 0
+    assert all(torch.equal(leaf.grad, torch.zeros_like(leaf)) for leaf in leaves)  # DDP waits for each of them
+
+
+@pytest.mark.parametrize("backend", ["eager", "torch", pytest.param("native", marks=NATIVE)])
+def test_a_scaled_loss_has_float16_gradients_that_would_underflow_without_the_scale(backend):
+    """What a GradScaler does; the gradients are some 1e-8, below float16's smallest number."""
+    image = torch.eye(4, 8, dtype=torch.float16).requires_grad_()
+    loss = 2.0**16 * sigmoid_loss(image, image.detach().clone(), 44.0, -22.0, backend=backend)
+    exact = image.detach().double().requires_grad_()
+    truth = 2.0**16 * sigmoid_loss(exact, exact.detach(), 44.0, -22.0, backend="eager")
+    found, expected = (torch.autograd.grad(value, leaf)[0] for value, leaf in ((loss, image), (truth, exact)))
+    assert expected.abs().max() > 0
+    torch.testing.assert_close(found.double(), expected, rtol=2e-3, atol=2.0**-24)
 
 
 def test_half_precision_of_a_trained_model_keeps_its_loss():

@@ -10,6 +10,8 @@ import torch
 from loss_cases import BACKENDS, WIDTH, N, gradients, inputs, losses, rows
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -278,6 +280,17 @@ def test_features_that_are_not_dense_are_refused():
     nested = torch.nested.nested_tensor([rows(1)[0]] * len(rows(2)), layout=torch.jagged)
     with pytest.raises(InputError, match="image_features is a nested tensor"):
         clip_loss(nested, rows(2), 10.0)
+
+
+def test_tensors_spread_over_ranks_are_refused(group):
+    mesh = init_device_mesh("cpu", (1,))
+    image, scale = (distribute_tensor(tensor, mesh, [Shard(0)]) for tensor in (rows(1), torch.tensor([10.0])))
+    with pytest.raises(InputError, match=r"image_features is a DTensor; .* image_features\.to_local\(\)"):
+        clip_loss(image, rows(2), 10.0)
+    for loss in (clip_loss, sigmoid_loss):
+        with pytest.raises(InputError, match="logit_scale is a DTensor; compute it in the model's forward"):
+            loss(rows(1), rows(2), scale)
+    assert clip_loss(image.to_local(), rows(2), 10.0) == clip_loss(rows(1), rows(2), 10.0)
 
 
 def test_features_that_are_too_wide_for_a_backend_go_to_another(monkeypatch):
