@@ -46,6 +46,7 @@ def audit(
     other: Mapping[str, Any] | None = None,
     holdouts: Mapping[str, Any] | None = None,
     depth: bool | str = False,
+    test_fraction: float = UnlearnConfig.test_fraction,
     output_dir: str | Path | None = None,
     templates: Sequence[str] | str | None = None,
     paraphrase_templates: Sequence[str] | str = TEMPLATES,
@@ -75,6 +76,8 @@ def audit(
         that the forget pairs are about, and facts of other entities. None takes those of the source, if it has some.
     depth: True also attacks copies of the models (probes, relearning, soft prompts, rounding); "full" also relearns
         from fewer shots and from other data.
+    test_fraction: share of the pairs that is scored where the data has no test split. With the same number and seed as
+        in `unlearn()`, these are the pairs that it did not train on.
     output_dir: where to save the result (`Audit.save`).
     templates: captions that represent a class, "a photo of a {}"; default: the data's own.
     paraphrase_templates: further templates, to ask for the concepts in other words.
@@ -102,6 +105,7 @@ def audit(
             raise InputError(f"{named} is a {type(given).__name__}; pass a mapping with names as its keys")
     batch_size, num_workers = whole("batch_size", batch_size, 1), whole("num_workers", num_workers, 0)
     seed = whole("seed", seed, 0)
+    test_fraction = UnlearnConfig(test_fraction=test_fraction).test_fraction  # checks it
     # What reading data and trying a transform draws must not come from the caller's generators.
     with init_distributed(name, UnlearnConfig.rank_timeout) as ranks, seeded(seed, gpus=False):
         show = (bars_by_default() if progress is None else progress) and ranks.first
@@ -116,7 +120,15 @@ def audit(
             ranks.run_on_first(lambda: check_writable(output_folder(output_dir, "output_dir="), "output_dir="))
         opened = ranks.run_on_all(
             lambda: open_sets(
-                forget, retain, test, other=other, holdouts=holdouts, templates=checked, on_error=on_error, seed=seed
+                forget,
+                retain,
+                test,
+                other=other,
+                holdouts=holdouts,
+                templates=checked,
+                on_error=on_error,
+                seed=seed,
+                test_fraction=test_fraction,
             )
         )
         models = ranks.run_on_all(
@@ -125,10 +137,13 @@ def audit(
                 truncate=long_captions == "truncate",
             )
         )  # fmt: skip
-        wanted = {"depth": depth, "precision": precision, "seed": seed, "batch_size": batch_size}
+        wanted = {
+            "depth": depth, "precision": precision, "seed": seed, "batch_size": batch_size,
+            "test_fraction": test_fraction,
+        }  # fmt: skip
         words = {"synonyms": repr(synonyms), "paraphrase_templates": repr(paraphrase_templates)}
         ranks.agree({**wanted, **words, "the pairs": opened.fingerprint(), **_identities(models, ranks)})
-        sets = read_sets(opened, on_error=on_error, seed=seed, progress=show, ranks=ranks)
+        sets = read_sets(opened, on_error=on_error, seed=seed, test_fraction=test_fraction, progress=show, ranks=ranks)
         ranks.run_on_all(lambda: _check_fit(models, sets, synonyms))
         result = audit_models(
             models, sets, how, synonyms=synonyms, paraphrase_templates=paraphrase_templates, depth=depth

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from cliperase_fast.config import UnlearnConfig
 from cliperase_fast.data import PairDataset, concat, overlap
 from cliperase_fast.data.classes import folded, readable
 from cliperase_fast.data.intake import Tally
@@ -24,7 +25,6 @@ from cliperase_fast.distributed import SINGLE_PROCESS, Ranks
 from cliperase_fast.errors import InputError
 from cliperase_fast.plurals import counted
 
-HELD_OUT = 0.2  # of data without a test split, as `unlearn()` does
 HOLDOUTS = ("association", "identity")
 
 
@@ -100,10 +100,11 @@ def open_sets(
     templates: Sequence[str] | None = None,
     on_error: str = "raise",
     seed: int = 0,
+    test_fraction: float = UnlearnConfig.test_fraction,
 ) -> OpenedSets:
     """Open the sources and select the pairs.
 
-    forget, retain, test: as in `open_pair_sets`. Retain pairs that are also forget pairs are left out.
+    forget, retain, test, test_fraction: as in `open_pair_sets`. Retain pairs that are also forget pairs are left out.
     other: data sets with classes, by name. holdouts: data under "association" and "identity"; None for those of the
         source, which retain="rest" leaves out.
 
@@ -113,7 +114,7 @@ def open_sets(
     unknown = sorted(set(holdouts or {}) - set(HOLDOUTS))
     if unknown:
         raise InputError(f"holdouts has {unknown[0]!r}; its keys are {' and '.join(map(repr, HOLDOUTS))}")
-    sets = open_pair_sets(forget, retain, test, opener, overlap_policy="drop", test_fraction=HELD_OUT)
+    sets = open_pair_sets(forget, retain, test, opener, overlap_policy="drop", test_fraction=test_fraction)
     given = {name: _held_out(data, f"holdouts[{name!r}]", opener, sets) for name, data in (holdouts or {}).items()}
     return OpenedSets(
         sets,
@@ -127,23 +128,24 @@ def read_sets(
     *,
     on_error: str = "raise",
     seed: int = 0,
+    test_fraction: float = UnlearnConfig.test_fraction,
     progress: bool = False,
     ranks: Ranks = SINGLE_PROCESS,
 ) -> AuditSets:
     """Read every image once, skip or refuse unreadable ones, and hold out test pairs where there are none.
 
-    A fifth of the pairs is held out; with the seed of `unlearn()`, the pairs that it held out too. Every rank reads a
+    With the seed and the `test_fraction` of `unlearn()`, these are the pairs that it held out too. Every rank reads a
     share of the images.
     """
     how: dict[str, Any] = {"on_error": on_error, "progress": progress, "ranks": ranks}
-    found = read_pair_sets(opened.pairs, test_fraction=HELD_OUT, seed=seed + 1, **how)
+    found = read_pair_sets(opened.pairs, test_fraction=test_fraction, seed=seed + 1, **how)
     require_one_kind(found.forget, found.test[0])
     skipped = found.intake.skipped
     other, holdouts = (
         {name: read_pairs(pairs, pairs.name, skipped, **how) for name, pairs in sets.items()}
         for sets in (opened.other, opened.holdouts)
     )
-    notes = held_out_notes(HELD_OUT, len(found.forget)) if found.held_out else []
+    notes = held_out_notes(test_fraction, len(found.forget)) if found.held_out else []
     if len(skipped):
         are = "is" if len(skipped) == 1 else "are"
         notes.append(f"{counted(len(skipped), 'pair')} {are} left out: {', '.join(skipped.counts)}.")

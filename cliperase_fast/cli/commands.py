@@ -124,6 +124,7 @@ def audit(arguments: argparse.Namespace) -> int:
         holdouts=_named_sources(arguments.holdout, "holdout"),
         templates=arguments.template,
         depth=arguments.depth,
+        test_fraction=arguments.test_fraction,
         output_dir=output,
         seed=arguments.seed,
         long_captions=arguments.long_captions,

@@ -10,6 +10,7 @@ from cliperase_fast.cli import commands, generate, inspect, select
 from cliperase_fast.cli import ledger as ledgers
 from cliperase_fast.cli.completion import SHELLS
 from cliperase_fast.cli.settings import add_settings, demo_forget
+from cliperase_fast.config import UnlearnConfig
 
 _SELECTORS = """\
 selectors:
@@ -371,6 +372,13 @@ def _add_audit(subparsers: Any) -> None:
     audit.add_argument("--forget", required=True, metavar="SELECTOR", help="which of them were forgotten, see below")
     audit.add_argument("--retain", default="rest", metavar="SELECTOR", help="which were kept (default: all others)")
     _add_test(audit)
+    audit.add_argument(
+        "--test-fraction",
+        type=float,
+        default=UnlearnConfig.test_fraction,
+        metavar="X",
+        help="share that is scored where the data has no test split, as of the run (default: %(default)s)",
+    )
     audit.add_argument(
         "--other",
         action="append",

@@ -78,6 +78,8 @@ def audit_advice(result: Mapping[str, Any], model_dir: str | Path, output_dir: s
     words = _audit_words(result, after)
     if words is not None:
         words += ["--seed", str(config["seed"])] if config["seed"] else []
+        if config["test_fraction"] != UnlearnConfig.test_fraction:
+            words += ["--test-fraction", str(config["test_fraction"])]
         words += ["--on-error", "skip"] if config["on_error"] == "skip" else []
         words += ["--long-captions", "truncate"] if config["long_captions"] == "truncate" else []
         words += [] if output_dir is None else ["--output", str(output_dir)]
@@ -85,6 +87,8 @@ def audit_advice(result: Mapping[str, Any], model_dir: str | Path, output_dir: s
     names = {"before": inputs["model"], "after": after if result["library"] in _LIBRARIES else None}
     names |= {name: inputs[name] for name in ("forget", "retain")}
     more = ["test=test"] if inputs["own_test"] else []
+    for name in ("seed", "test_fraction"):
+        more += [] if config[name] == getattr(UnlearnConfig, name) else [f"{name}={config[name]!r}"]
     more += [] if output_dir is None else [f"output_dir={str(output_dir)!r}"]
     shown = [name if given is None else repr(given) for name, given in names.items()]
     return f"cliperase_fast.audit({', '.join([*shown, *more])})"

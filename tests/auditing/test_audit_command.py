@@ -116,6 +116,7 @@ def test_the_flags_are_the_arguments_of_audit(world, tmp_path, monkeypatch):
     more = ["--retain", "class:green,blue", "--oracle", "a", "--oracle", "b", "--other", "digits=demo?x=1"]
     more += ["--holdout", "association=demo#class:one", "--holdout", "identity=demo#class:two", "--depth"]
     more += ["--template", "a {}", "--template", "the {}", "--test-data", "shapes", "--seed", "3", "--batch-size", "7"]
+    more += ["--test-fraction", "0.4"]
     more += ["--on-error", "skip", "--long-captions", "truncate"]
     assert cli.main([*words(world, synonyms=tmp_path / "names.yaml"), *more]) == 0
     data = f"folder:{world / 'data'}"
@@ -124,6 +125,7 @@ def test_the_flags_are_the_arguments_of_audit(world, tmp_path, monkeypatch):
         "oracle": ["a", "b"], "test": "shapes", "synonyms": {"red": ["crimson", "7", "07", "no", "12:30"]},
         "other": {"digits": "demo?x=1"},
         "holdouts": {"association": "demo#class:one", "identity": "demo#class:two"}, "templates": ["a {}", "the {}"],
+        "test_fraction": 0.4,
         "depth": True, "output_dir": None, "seed": 3, "long_captions": "truncate", "on_error": "skip",
         "batch_size": 7, "device": "auto", "precision": "fp32",
         "progress": False,

@@ -55,6 +55,7 @@ def tensors(found, model="after"):
         ({"test": (make_pairs(2), [])}, "the retain test set is empty: give at least one"),
         ({"retain": make_pairs(colours=["red"])}, "every retain pair is also a forget pair: nothing is left to retain"),
         ({"forget": []}, "the forget set is empty: give at least one"),
+        ({"test_fraction": 1.0}, "test_fraction=1.0 must lie between 0 and 1"),
     ],
 )  # fmt: skip
 def test_wrong_options_are_refused_before_anything_is_encoded(options, message):

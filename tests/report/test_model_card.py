@@ -139,7 +139,7 @@ def test_a_name_cannot_break_the_card(name):
         (
             "transformers",
             {"model": "/models/it's mine", "forget": "folder:/a b#class:hot dog,cat"},
-            {"seed": 3, "on_error": "skip"},
+            {"seed": 3, "on_error": "skip", "test_fraction": 0.4},
         ),
         ("open_clip", {"retain": "demo#class:one", "test": "shapes", "own_test": True, "templates": ["a {}"]}, {}),
     ],
@@ -155,6 +155,7 @@ def test_the_advised_command_is_one_that_the_command_line_takes(library, inputs,
     assert f"{found.data}#{found.forget}" == given["forget"]
     assert found.retain == given["retain"].rpartition("#")[2]
     assert (found.test_data, found.output) == (given["test"], "my run")
+    assert found.test_fraction == settings.get("test_fraction", 0.2)
     assert (found.seed, found.on_error) == (settings.get("seed", 0), settings.get("on_error", "raise"))
     assert found.template == (given["templates"] or None)
 
@@ -166,6 +167,10 @@ def test_the_advised_command_is_one_that_the_command_line_takes(library, inputs,
         ({"inputs": {"forget": None, "retain": None}}, "audit('local-dir:somewhere', 'local-dir:m', forget, retain)"),
         ({"inputs": {"own_test": True}}, "'rest', test=test)"),
         ({"inputs": {"retain": "shapes"}}, "'demo#class:seven', 'shapes')"),
+        (
+            {"inputs": {"model": None}, "config": UnlearnConfig(seed=2, test_fraction=0.3).to_dict()},
+            "'rest', seed=2, test_fraction=0.3)",
+        ),
         ({"library": "generic"}, "audit('local-dir:somewhere', after, 'demo#class:seven', 'rest')"),
     ],
     ids=str,

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from tiny import QUICK, make_tiny_clip
 
 import cliperase_fast as cf
@@ -49,6 +50,16 @@ def test_the_audit_scores_the_holdouts_that_unlearning_leaves_out(held_out):
     run = open_sets(FORGET, "rest", None, UnlearnConfig(), templates=None)
     assert set(sets.retain.ids) == set(run.retain.ids)
     assert set(sets.test.ids) == set(run.test[0].ids) | set(run.test[1].ids)
+
+
+def test_an_audit_with_the_numbers_of_a_run_scores_the_pairs_that_it_held_out():
+    pairs = [(torch.full((3, 8, 8), float(n)), f"a {n % 2} thing") for n in range(40)]
+    config = UnlearnConfig(seed=3, test_fraction=0.4)
+    data = prepare_data(open_sets(pairs[::2], pairs[1::2], None, config, templates=None), config, progress=False)
+    numbers = {"seed": config.seed, "test_fraction": config.test_fraction}
+    sets = audit_sets.read_sets(audit_sets.open_sets(pairs[::2], pairs[1::2], **numbers), **numbers)
+    drawn = [{float(part[n][0].mean()) for n in range(len(part))} for part in (data.test.pairs, sets.test)]
+    assert drawn[0] == drawn[1] and len(drawn[0]) == 16
 
 
 def test_holdouts_that_are_given_win():
