@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cliperase_fast.config import UnlearnConfig
-from cliperase_fast.data import PairDataset, concat, overlap
+from cliperase_fast.data import PairDataset, concat, overlap, trained_on_notes
 from cliperase_fast.data.classes import folded, readable
 from cliperase_fast.data.intake import Tally
 from cliperase_fast.data.pair_sets import (
@@ -145,7 +145,10 @@ def read_sets(
         {name: read_pairs(pairs, pairs.name, skipped, **how) for name, pairs in sets.items()}
         for sets in (opened.other, opened.holdouts)
     )
-    notes = held_out_notes(test_fraction, len(found.forget)) if found.held_out else []
+    if found.held_out:
+        notes = held_out_notes(test_fraction, len(found.forget))
+    else:
+        notes = [f"{note}." for note in trained_on_notes([found.forget, found.retain], found.test)]
     if len(skipped):
         are = "is" if len(skipped) == 1 else "are"
         notes.append(f"{counted(len(skipped), 'pair')} {are} left out: {', '.join(skipped.counts)}.")

@@ -1,6 +1,6 @@
 """Images with captions: sources, selectors, splits and checks."""
 
-from cliperase_fast.data.checks import check_images, overlap, same_pairs, split
+from cliperase_fast.data.checks import check_images, overlap, same_pairs, split, trained_on_notes
 from cliperase_fast.data.classes import ClassSpace
 from cliperase_fast.data.pairs import PairDataset, as_pairs, caption_key, concat
 from cliperase_fast.data.selectors import make_reference, parse_reference, select, select_holdouts
@@ -23,4 +23,5 @@ __all__ = [
     "select",
     "select_holdouts",
     "split",
+    "trained_on_notes",
 ]

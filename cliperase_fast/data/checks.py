@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
@@ -170,6 +170,29 @@ def same_pairs(first: PairDataset, second: PairDataset) -> bool:
     Names and captions alone do not tell: the pairs of every list are numbered from 0, and a class has one caption.
     """
     return first.fingerprint() == second.fingerprint() and len(overlap(first, second)) == len(second)
+
+
+def trained_on_notes(train: Sequence[PairDataset], test: Sequence[PairDataset]) -> list[str]:
+    """Return a note if some test pairs show images of training pairs.
+
+    Only what can be told without decoding counts: the same place, or equal images of datasets of the caller.
+    """
+    known = set(_images_of(train))
+    images = list(_images_of(test))
+    shared = sum(image in known for image in images)
+    if not shared:
+        return []
+    show = "shows an image" if shared == 1 else "show images"
+    return [
+        f"{shared} of the {counted(len(images), 'test pair')} {show} of the training data, so the scores say less "
+        "about other images"
+    ]
+
+
+def _images_of(parts: Sequence[PairDataset]) -> Iterator[Hashable]:
+    for pairs in parts:
+        for position in pairs.positions.tolist():
+            yield pairs.store.content(position) or pairs.store.identity(position)
 
 
 def _same_pixels(first: PairDataset, second: PairDataset, unknown: dict[Any, list[int]]) -> list[int]:

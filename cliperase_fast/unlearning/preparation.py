@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cliperase_fast.coercion import AUTO
 from cliperase_fast.config import UnlearnConfig
-from cliperase_fast.data import PairDataset
+from cliperase_fast.data import PairDataset, trained_on_notes
 from cliperase_fast.data.drawing import seeded
 from cliperase_fast.data.loading import PixelCache, transformed
 from cliperase_fast.errors import InputError
@@ -139,7 +139,9 @@ def prepare(setup: Setup, method: Method, began: float) -> Run:
         partial(check_forgettable, automatic, level, data.validation, baseline, models.closeness)
     )
     of_level = _level_notes(settings, method, automatic)
-    for note in (*notes, *of_level):
+    chosen_on = [data.train.pairs, data.validation.pairs]
+    seen = [] if setup.test_held_out else trained_on_notes(chosen_on, [data.test.pairs])
+    for note in (*notes, *of_level, *seen):
         (say if ranks.first else _nothing)("%s", note)
     if cache is not None:  # the test images are needed once more only, those for training in every epoch
         cache.make_room(data.train.pairs, data.test.pairs)
@@ -150,7 +152,7 @@ def prepare(setup: Setup, method: Method, began: float) -> Run:
     if method.needs_teacher:
         ranks.run_on_all(partial(check_teacher, settings, teacher, setup.captions, pixels, baseline.encoded, runtime))
     work = ranks.run_on_first(lambda: setup.directory.open(settings))
-    told = [*setup.precision.notes(), *(notes if automatic else []), *of_level]
+    told = [*setup.precision.notes(), *(notes if automatic else []), *of_level, *seen]
     return Run(
         setup, student, parameters, loader, evaluator, baseline, work, began, automatic, notes=told, forget_level=level
     )  # fmt: skip

@@ -62,6 +62,23 @@ def test_an_audit_with_the_numbers_of_a_run_scores_the_pairs_that_it_held_out():
     assert drawn[0] == drawn[1] and len(drawn[0]) == 16
 
 
+def test_test_pairs_that_are_training_pairs_are_noted():
+    pairs = [(torch.full((3, 8, 8), n / 40), f"a {('red', 'green')[n % 2]} square") for n in range(40)]
+    new = [(image + 1, caption) for image, caption in pairs]
+    forget, retain = pairs[::2], pairs[1::2]
+    for test, said in (
+        ((forget, retain), "40 of the 40 test pairs show images of the training data"),
+        ((new[::2], [*new[1::2], pairs[3]]), "1 of the 41 test pairs shows an image of the training data"),
+        ((new[::2], new[1::2]), None),
+        (None, None),
+    ):
+        result = cf.unlearn(make_tiny_clip(), forget, retain, test=test, **QUICK)
+        audited = audit_sets.read_sets(audit_sets.open_sets(forget, retain, test))
+        for notes in (result.record["notes"], audited.notes):
+            found = [note for note in notes if "of the training data, so" in note]
+            assert len(found) == (said is not None) and all(note.startswith(said) for note in found)
+
+
 def test_holdouts_that_are_given_win():
     own = open_source("personas?people=2&train=1&test=1&size=16").test
     sets = open_audit_sets(FORGET, "rest", holdouts={"identity": own})
