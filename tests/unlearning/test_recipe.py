@@ -302,11 +302,11 @@ def test_the_result_says_whether_the_target_or_the_floor_gave_way():
 
 
 def test_an_association_just_above_the_target_does_not_read_as_the_target():
-    near = candidate(1, association=0.0524)
+    near = candidate(1, association=0.05024)
     said = RULE.reason(near, [near])
-    assert "association at most 0.050," in said and "(association 0.052)" in said
-    below = candidate(1, forget=0.5, association=-0.001)
-    assert "(association 0.00)" in RULE.reason(below, [below])
+    assert "association at most 0.0500," in said and "(association 0.0502)" in said
+    below = candidate(1, forget=0.5, association=-0.0001)
+    assert "(association 0.000)" in RULE.reason(below, [below])
 
 
 @pytest.mark.parametrize(
