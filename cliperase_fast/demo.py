@@ -59,7 +59,8 @@ def run_demo(
     if selector is not None:
         source = open_source(spec, seed=seed)
         select(source.train, selector, other=source.test)  # raises for a mistyped class before training
-    with RunDirectory(output_folder(output_dir, "output_dir="), resume) as directory:
+    output_dir = output_folder(output_dir, "output_dir=")
+    with RunDirectory(output_dir, resume) as directory:
         directory.check()  # `unlearn` would check only after the training
     recipe = demo_model_for(spec)
     model = cached_small_clip(spec, recipe, seed=seed, progress=show, cache_dir=cache_dir)
@@ -72,9 +73,7 @@ def run_demo(
         f"local-dir:{model}", forget, "rest", test=test, output_dir=output_dir, resume=resume, progress=show, **settings
     )
     with writing(output_dir):
-        (Path(output_dir) / _MARK).write_text(
-            "A run of `cliperase-fast demo`: the next one replaces it.\n", encoding="utf-8"
-        )
+        (output_dir / _MARK).write_text("A run of `cliperase-fast demo`: the next one replaces it.\n", encoding="utf-8")
     return result
 
 

@@ -30,6 +30,7 @@ from cliperase_fast.models.requirements import check_weights
 from cliperase_fast.models.runtime import in_float32, inference, pick_device, refuse_inputs
 from cliperase_fast.plurals import counted
 from cliperase_fast.progress import Steps, bars_by_default, say
+from cliperase_fast.reading import user_path
 from cliperase_fast.report.contact_sheet import Group, contact_sheet, thumbnails
 from cliperase_fast.report.rendering import write_page
 from cliperase_fast.storage import write_text_atomically, writing
@@ -80,7 +81,7 @@ class QueryMatches:
         odd = next((name for name in (*self.ids, *self.also) if name != name.strip() or set("\r\n") & set(name)), None)
         if odd is not None:
             raise InputError(f"the id {odd!r} does not fit into a file of ids: rename that image")
-        path = Path(path)
+        path = user_path(path)
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text_atomically(path, "".join(f"{name}\n" for name in (*self.ids, *self.also)))

@@ -166,12 +166,12 @@ def in_bytes(count: float) -> str:
     return f"{count:.0f} bytes"
 
 
-def user_path(path: str) -> Path:
+def user_path(path: str | Path) -> Path:
     """Return a user's path, with "~" expanded."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:  # no such user
-        raise InputError(f"{path!r} is not a path: {error}") from error
+        raise InputError(f"{str(path)!r} is not a path: {error}") from error
 
 
 def read_mapping(path: str | Path, what: str, *, as_text: bool = False) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def read_mapping(path: str | Path, what: str, *, as_text: bool = False) -> dict[
     """
     import yaml
 
-    path = Path(path)
+    path = user_path(path)
     text = read_text(path, _MAX_MAPPING, f"{what} ")
     try:
         if path.suffix == ".json":

@@ -20,7 +20,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from cliperase_fast.errors import InputError, UnlearningError
-from cliperase_fast.reading import in_bytes
+from cliperase_fast.reading import in_bytes, user_path
 
 try:
     import fcntl
@@ -199,13 +199,13 @@ def check_output_file(path: str | Path, name: str) -> None:
 
 
 def output_folder(path: str | Path, name: str = "folder=") -> Path:
-    """Return the path. Raises `InputError` for an empty text, which `Path` takes for the working directory.
+    """Return the path, with "~" expanded. Raises `InputError` for an empty text, which would be the working directory.
 
     name: as in `check_writable`.
     """
     if path == "":
         raise InputError(f"{name}'' names no folder; give one, or '.' for the working directory")
-    return Path(path)
+    return user_path(path)
 
 
 def make_folder(path: str | Path, what: str) -> Path:

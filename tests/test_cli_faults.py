@@ -20,7 +20,7 @@ from cliperase_fast.cli import commands, running, select
 from cliperase_fast.cli import ledger as ledgers
 from cliperase_fast.cli.parser import make_parser
 from cliperase_fast.demo_models import DEMO_MODELS
-from cliperase_fast.storage import lock
+from cliperase_fast.storage import lock, output_folder
 from cliperase_fast.unlearning.run_directory import RunDirectory
 
 COMMANDS = {
@@ -341,6 +341,21 @@ def _fill_cache(folder, number):
     demo.train_small_clip = train
     path = demo.cached_small_clip("demo", DEMO_MODELS["demo"], cache_dir=folder / "cache")
     (folder / f"path-{number}").write_text(str(path))
+
+
+def test_a_tilde_that_the_shell_left_is_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "settings.yaml").write_text("batch_size: 7\n")
+    arguments = make_parser().parse_args(
+        ["unlearn", "--model", "m", "--data", "d", "--forget", "f", "--output=~/run", "--config=~/settings.yaml"]
+    )
+    running._complete_paths(arguments)
+    assert (arguments.output, arguments.config) == (str(tmp_path / "run"), str(tmp_path / "settings.yaml"))
+    assert UnlearnConfig.from_file("~/settings.yaml").batch_size == 7
+    assert output_folder("~/run") == tmp_path / "run"
+    with pytest.raises(InputError, match="'~nobody-here/run' is not a path"):
+        output_folder("~nobody-here/run")
 
 
 def test_two_demos_train_a_shared_model_once(tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cliperase_fast.errors import InputError
-from cliperase_fast.reading import printable_data, read_text
+from cliperase_fast.reading import printable_data, read_text, user_path
 from cliperase_fast.report import audit_page, audit_table
 from cliperase_fast.storage import make_folder, write_text_atomically, writing
 
@@ -60,7 +60,8 @@ class Audit:
     @classmethod
     def load(cls, path: str | Path) -> Audit:
         """Read an audit.json, or the one in a folder. Raises InputError where that fails."""
-        file = Path(path) / FILE if Path(path).is_dir() else Path(path)
+        file = user_path(path)
+        file = file / FILE if file.is_dir() else file
         text = read_text(file, _LARGEST, "the audit ")
         try:
             content = json.loads(text)

@@ -17,6 +17,7 @@ from typing import Any
 from cliperase_fast.cli.commands import progress_style
 from cliperase_fast.cli.parser import make_parser
 from cliperase_fast.errors import InputError, UnlearningError
+from cliperase_fast.reading import user_path
 
 # How to go on with a command that was stopped.
 _GOES_ON = {
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if command is None:
                 parser.print_help()
                 return 2
-            _require_names(arguments)
+            _complete_paths(arguments)
             with _logging(arguments), _termination(command):
                 return arguments.run(arguments)
         finally:
@@ -68,11 +69,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(explain(error, error.filename or "standard output") if error.errno else str(error), 1)
 
 
-def _require_names(arguments: argparse.Namespace) -> None:
-    """Raise InputError for an empty name, as of a shell's variable that is not set, which would count as not given."""
-    for name in ("output", "config", "recipe", "ledger"):
-        if getattr(arguments, name, None) == "":
+def _complete_paths(arguments: argparse.Namespace) -> None:
+    """Expand "~", which shells leave alone after `--output=`.
+
+    Raises InputError for an empty path, as of a shell's variable that is not set, which would count as not given.
+    """
+    for name in ("output", "config", "recipe", "ledger", "synonyms", "features"):
+        path = getattr(arguments, name, None)
+        if path == "":
             raise InputError(f"{name}='' is empty: is it a variable that is not set?")
+        if isinstance(path, str):
+            setattr(arguments, name, str(user_path(path)) if path.startswith("~") else path)
 
 
 def _flags(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> dict[str, str]:

@@ -23,6 +23,7 @@ from cliperase_fast.ledger.settings import ledger_settings
 from cliperase_fast.ledger.weights import Weights
 from cliperase_fast.ledger.work import LedgerWork, require_group
 from cliperase_fast.plurals import counted
+from cliperase_fast.reading import user_path
 from cliperase_fast.report import ledger_page
 from cliperase_fast.storage import output_folder, write_text_atomically, writing
 
@@ -241,7 +242,7 @@ class Ledger(LedgerWork):
         """
         entry = self._log.find(id)
         settings = UnlearnConfig.from_dict(entry.content["settings"])
-        target = Path(folder) if folder is not None else self.dir / "patches" / id
+        target = output_folder(folder) if folder is not None else self.dir / "patches" / id
         with self._working(settings) as ranks:
             self._require_active(id)
             ranks.run_on_first(lambda: check_folder(target))
@@ -267,7 +268,7 @@ class Ledger(LedgerWork):
 
         path: another place than the ledger.
         """
-        target = Path(path) if path is not None else self.dir / "report.html"
+        target = user_path(path) if path is not None else self.dir / "report.html"
         with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             write_text_atomically(target, ledger_page(self.summary()))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from cliperase_fast.reading import user_path
 from cliperase_fast.report.data import ReportData
 from cliperase_fast.report.drawing import DARK, LIGHT, Drawing, Theme, draw_figure
 from cliperase_fast.storage import write_text_atomically
@@ -91,7 +92,7 @@ def render(template: str, **variables: Any) -> str:
 
 
 def write_page(text: str, path: str | Path) -> Path:
-    path = Path(path)
+    path = user_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomically(path, text)
     return path
