@@ -182,10 +182,10 @@ def check_forgettable(automatic: bool, level: str, part: Split, baseline: Baseli
             known = "a model that never saw them, by the classes related to theirs"
         target = Target(background.association(encoded, part.forget_mask, concepts), part.n_forget, closeness)
         if target.reached(before):
-            found, level = plain_number(before.forget_similarity, 3), plain_number(target.background, 3)
+            ours, theirs = plain_number(before.forget_similarity, 3), plain_number(target.background, 3)
             raise InputError(
                 f"there is nothing to forget: on the validation split the model scores {before.forget:.1%} on the "
-                f"forget pairs, whose cosine of {found} is not above that of {known} ({level}) by more than "
+                f"forget pairs, whose cosine of {ours} is not above that of {known} ({theirs}) by more than "
                 f"{target.association - target.background:.2g}; choose pairs that the model knows, or give numbers for "
                 "learning_rate and epochs to train anyway"
             )
