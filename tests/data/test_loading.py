@@ -86,7 +86,15 @@ class Interruptible:
         return signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_an_interruption_waits_until_the_loader_processes_have_started():
+@pytest.fixture
+def interruptible():
+    """Take interruptions as a command in the foreground does; those in the background of a shell ignore them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interruption_waits_until_the_loader_processes_have_started(interruptible):
     loader = InterruptedStart(rows(1), num_workers=1)
     with pytest.raises(KeyboardInterrupt):
         list(load_batches(loader))
