@@ -4,8 +4,8 @@
 
 The small CLIP of the demo has a logit scale of about 20, and CLIP has 100 and cosines that differ little. Here the
 features of the small CLIP get two further components, of the same length everywhere, which shrink all distances between
-cosines; the logit scale grows as the distances shrink. Forgetting should not depend on such a change. Each kind of
-shape is forgotten in three originals, by `unlearn()` without any setting, on the test split.
+cosines; the logit scale grows as the distances shrink. Forgetting should not depend on such a change. All
+hearts are forgotten in three originals, by `unlearn()` without any setting; the scores are those of the test split.
 
 The result file is benchmarks/results/temperature.json; `python -m benchmarks.write_docs` puts the figures into
 docs/unaided.md.

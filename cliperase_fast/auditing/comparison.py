@@ -179,7 +179,7 @@ def _few_shots(sets: AuditSets) -> list[str]:
     if (shots, rest) == (SHOTS, PAIRS - SHOTS):
         return []
     pairs = f"{shots} forget and {counted(rest, 'retain pair')}"
-    return [f"Relearning trains on {pairs}, not on {SHOTS} and {PAIRS - SHOTS}, as there are no more."]
+    return [f"Relearning trains on {pairs}: there are too few for {SHOTS} and {PAIRS - SHOTS}."]
 
 
 def _copies(views: Mapping[str, View]) -> dict[str, str]:

@@ -177,9 +177,9 @@ def trained_on_notes(train: Sequence[PairDataset], test: Sequence[PairDataset]) 
 
     Only what can be told without decoding counts: the same place, or equal images of datasets of the caller.
     """
-    known = set(_images_of(train))
-    images = list(_images_of(test))
-    shared = sum(image in known for image in images)
+    known = {key for pairs in train for position in pairs.positions.tolist() for key in _image_keys(pairs, position)}
+    images = [_image_keys(pairs, position) for pairs in test for position in pairs.positions.tolist()]
+    shared = sum(not known.isdisjoint(keys) for keys in images)
     if not shared:
         return []
     show = "shows an image" if shared == 1 else "show images"
@@ -187,12 +187,6 @@ def trained_on_notes(train: Sequence[PairDataset], test: Sequence[PairDataset]) 
         f"{shared} of the {counted(len(images), 'test pair')} {show} of the training data, so the scores say less "
         "about other images"
     ]
-
-
-def _images_of(parts: Sequence[PairDataset]) -> Iterator[Hashable]:
-    for pairs in parts:
-        for position in pairs.positions.tolist():
-            yield pairs.store.content(position) or pairs.store.identity(position)
 
 
 def _same_pixels(first: PairDataset, second: PairDataset, unknown: dict[Any, list[int]]) -> list[int]:

@@ -196,7 +196,7 @@ def test_relearning_and_prompts_bring_a_hidden_concept_back():
     original = found.scores["before"]["depth"]
     assert original["quantised_top1@8"]["value"] == 1
     assert "steps on 12 pictures" in found.verdicts["depth"]
-    assert "Relearning trains on 12 forget and 36 retain pairs, not on 16 and 112, as there are no more." in found.notes
+    assert "Relearning trains on 12 forget and 36 retain pairs: there are too few for 16 and 112." in found.notes
 
 
 def test_the_result_is_json_with_stable_keys(tmp_path):

@@ -1,4 +1,4 @@
-"""Text features out of a package's file: which words they belong to, and what is not run."""
+"""Text features read from a package's file: which words they belong to, and that no code in it runs."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def test_captions_match_by_whole_words(pairs: PairDataset, words: str, expected:
 @pytest.mark.parametrize(
     ("captions", "words", "expected"),
     [
-        (["कम पानी", "कमी है", "किताब"], "कम", [0]),  # the vowel of the second word is no letter to Unicode
+        (["कम पानी", "कमी है", "किताब"], "कम", [0]),  # for Unicode, the vowel sign of the second word is not a letter
         (["कम पानी", "कमी है", "किताब"], "ताब,कमी", [1]),
         (["一只狗在草地上", "狗，草地", "一只dog", "a 狗x", "猫"], "狗", [0, 1, 3]),
         (["一只狗在草地上", "狗，草地", "一只dog", "dogs", "猫"], "dog", [2]),

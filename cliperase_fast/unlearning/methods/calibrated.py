@@ -24,7 +24,7 @@ A teacher that is not the original has features of its own; then the cosines of 
 The weights suit models whose logit scale s is at most 26. A model predicts by s C, and in one of a larger scale, such
 as CLIP's 100, small distances between cosines say as much. With k = max(1, s / 26), s of the original, `level` and
 `held` count k times, and the squared distances of cosines k² times: both terms of `functional.calibrated_loss` on
-cosines, and the parts of `held` that are no distances of features.
+cosines, and the parts of `held` on cosines.
 
 A text-to-image pipeline does not read these features but the hidden states h_1, ..., h_n of a caption's tokens, which
 nothing above holds. With `lambda_hidden` there is one more term, on the captions alone:
